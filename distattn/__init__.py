@@ -1,0 +1,57 @@
+"""distattn: long-context attention over many ranks, as plans you can read, prove and run.
+
+Names are loaded when first used, so that planning and verifying never import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distattn.context import ContextParallel as ContextParallel
+    from distattn.errors import DamagedDataError as DamagedDataError
+    from distattn.errors import DistattnError as DistattnError
+    from distattn.errors import PlanError as PlanError
+    from distattn.functional import attention as attention
+    from distattn.layout import Layout as Layout
+    from distattn.mask import Mask as Mask
+    from distattn.parallel.explain import Explanation as Explanation
+    from distattn.parallel.explain import explain as explain
+    from distattn.parallel.make_plan import make_plan as make_plan
+    from distattn.parallel.verify import Proof as Proof
+    from distattn.parallel.verify import verify as verify
+    from distattn.plan import Call as Call
+    from distattn.plan import Payload as Payload
+    from distattn.plan import Plan as Plan
+    from distattn.plan import Table as Table
+
+_HOME = {
+    "Call": "distattn.plan",
+    "ContextParallel": "distattn.context",
+    "DamagedDataError": "distattn.errors",
+    "DistattnError": "distattn.errors",
+    "Explanation": "distattn.parallel.explain",
+    "Layout": "distattn.layout",
+    "Mask": "distattn.mask",
+    "Payload": "distattn.plan",
+    "Plan": "distattn.plan",
+    "PlanError": "distattn.errors",
+    "Proof": "distattn.parallel.verify",
+    "Table": "distattn.plan",
+    "attention": "distattn.functional",
+    "explain": "distattn.parallel.explain",
+    "make_plan": "distattn.parallel.make_plan",
+    "verify": "distattn.parallel.verify",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'distattn' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,17 @@
+"""The errors people meet. Each is one sentence that names the culprit and what would work."""
+
+
+class DistattnError(ValueError):
+    """Something asked for cannot be done exactly, and is refused. Exit code 2 on the command line."""
+
+    exit_code = 2
+
+
+class PlanError(DistattnError):
+    """A plan that is not proven: the message names the first offending row."""
+
+
+class DamagedDataError(DistattnError):
+    """A file is there but cannot be what it claims to be. Exit code 3 on the command line."""
+
+    exit_code = 3

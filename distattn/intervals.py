@@ -1,0 +1,53 @@
+"""Half-open integer intervals in bulk: the arithmetic under masks, layouts, plans and their proof.
+
+Everything is vectorised over int64 columns; no Python loop over rows. An interval may carry a *group* (a rank, a chunk,
+a head range); intervals of different groups never touch. Groups and coordinates are packed into one sortable key.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+def expand(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """One output row per integer j in [begin_i, end_i): returns (i, j)."""
+    count = np.maximum(end - begin, 0)
+    i = np.repeat(np.arange(len(count)), count)
+    offset = np.repeat(np.cumsum(count) - count - begin, count)
+    return i, np.arange(len(i)) - offset
+
+
+def crossing(t0: Ints, t1: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints]:
+    """Pairs (i, j) where [a_i, b_i) meets [t0_j, t1_j); the latter sorted and disjoint."""
+    return expand(np.searchsorted(t1, a, "right"), np.searchsorted(t0, b, "left"))
+
+
+def union(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
+    """Sorted disjoint intervals covering the same points per group; touching intervals become one."""
+    if not len(a):
+        return group, a, b
+    # +2: the end of one group and the start of the next must not touch
+    base = group * (int(b.max()) + 2)
+    order = np.argsort(base + a, kind="stable")
+    low, high = (base + a)[order], np.maximum.accumulate((base + b)[order])
+    fresh = np.ones(len(low), bool)
+    fresh[1:] = low[1:] > high[:-1]
+    first = np.flatnonzero(fresh)
+    last = np.append(first[1:], len(low)) - 1
+    kept = group[order][first]
+    shift = base[order][first]
+    return kept, low[first] - shift, high[last] - shift
+
+
+def elementary(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """Cut every group at all its end points. Returns (row, piece, group, a, b): input row i covers elementary piece p.
+
+    The last three are per piece; pieces no row covers are listed but never referred to.
+    """
+    base = int(b.max()) + 2 if len(b) else 2
+    points = np.unique(np.concatenate([group * base + a, group * base + b]))
+    row, piece = expand(np.searchsorted(points, group * base + a), np.searchsorted(points, group * base + b))
+    if not len(points):
+        return row, piece, points, points, points
+    return row, piece, points[:-1] // base, points[:-1] % base, points[1:] - points[:-1] // base * base

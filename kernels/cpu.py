@@ -1,0 +1,163 @@
+"""CPU kernel: PyTorch's own flash attention for CPU, called once per run of tiles.
+
+A band becomes runs of three kinds: full rectangles, rectangles causal from their top left corner, and row blocks with an
+explicit mask (windows, block staircases). Partial results of a row are merged by log-sum-exp. The operators are private
+to PyTorch (`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward); a test watches that they stay.
+"""
+
+# T query rows, S key rows, H query heads, K key/value heads, D head dim of queries, keys and values
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.intervals import Ints
+from distattn.kernels.merge import accumulation_dtype, merge_
+from distattn.mask import BK, BQ, K0, K1, Q0, Q1, areas, clip, row_ends, tighten
+
+# rows of a block with an explicit mask: small enough that a window wastes little, large enough to amortise a call
+_MASKED_ROWS = 256
+
+
+class Run(NamedTuple):
+    """Rows [q0, q1) against keys [k0, k1): all of them, causal from the corner, or only those of `band`."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    causal: bool
+    band: Ints | None
+    # no earlier run of the call has written these rows
+    fresh: bool
+
+
+def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int, device: torch.device) -> str | None:
+    """Why this kernel cannot serve such a call, or None."""
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, not on {device.type}"
+    if head_dim != v_head_dim:
+        return f"PyTorch's CPU flash attention wants equal head dims, not {head_dim} and {v_head_dim}"
+    if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+        return "this PyTorch has no flash attention for CPU"
+    return None
+
+
+def prepare(bands: Ints, rows: int, keys: int) -> list[Run]:
+    """The runs that compute bands (M, 10), in the coordinates of the tensors."""
+    written = np.zeros(rows, bool)
+    runs = []
+    for q0, q1, k0, k1, causal, band in (part for band in tighten(bands) for part in _parts(band)):
+        runs.append(Run(q0, q1, k0, k1, causal, band, not written[q0:q1].any()))
+        written[q0:q1] = True
+    return runs
+
+
+def forward(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, runs: list[Run], scale: float) -> tuple[Tensor, Tensor]:
+    """(o_THD, lse_TH) in the accumulation dtype; rows in no run: o = 0, lse = -inf."""
+    wide = accumulation_dtype(q_THD.dtype)
+    o_THD = torch.zeros(q_THD.shape, dtype=wide)
+    lse_TH = torch.full(q_THD.shape[:2], -torch.inf, dtype=wide)
+    q, k, v = _heads_first(q_THD), _heads_first(k_SKD), _heads_first(v_SKD)
+    for run in runs:
+        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[:, :, run.q0 : run.q1],
+            k[:, :, run.k0 : run.k1],
+            v[:, :, run.k0 : run.k1],
+            0.0,
+            run.causal,
+            attn_mask=_float_mask(run, q.dtype),
+            scale=scale,
+        )
+        rows = slice(run.q0, run.q1)
+        part_THD, part_lse_TH = part[0].transpose(0, 1), part_lse[0].transpose(0, 1)
+        if run.fresh:
+            o_THD[rows], lse_TH[rows] = part_THD, part_lse_TH
+        else:
+            merge_(o_THD[rows], lse_TH[rows], part_THD, part_lse_TH)
+    return o_THD, lse_TH
+
+
+def backward(
+    do_THD: Tensor,
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    lse_TH: Tensor,
+    delta_TH: Tensor,
+    runs: list[Run],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq_THD, dk_SKD, dv_SKD) of these cells, given the final lse and delta = rowsum(dO * O) of each row."""
+    wide = accumulation_dtype(q_THD.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (q_THD, k_SKD, v_SKD))
+    q, k, v, do = (_heads_first(x) for x in (q_THD, k_SKD, v_SKD, do_THD))
+    o = _heads_first(_stand_in(do_THD, delta_TH))
+    lse = lse_TH.transpose(0, 1)[None].contiguous()
+    for run in runs:
+        rows, keys = slice(run.q0, run.q1), slice(run.k0, run.k1)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do[:, :, rows],
+            q[:, :, rows],
+            k[:, :, keys],
+            v[:, :, keys],
+            o[:, :, rows],
+            lse[:, :, rows],
+            0.0,
+            run.causal,
+            attn_mask=_float_mask(run, q.dtype),
+            scale=scale,
+        )
+        for total, span, grad in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
+            total[span] += grad[0].transpose(0, 1)
+    return dq, dk, dv
+
+
+def _parts(band: Ints):
+    """(q0, q1, k0, k1, causal, band) of the calls that compute one tight band."""
+    q0, q1, k0, k1 = (int(x) for x in band[[Q0, Q1, K0, K1]])
+    if q0 == q1:
+        return
+    if int(areas(band[None])[0]) == (q1 - q0) * (k1 - k0):
+        yield q0, q1, k0, k1, False, None
+        return
+    ends = np.array([q0, q1 - 1])
+    begin, end = row_ends(np.stack([band, band]), ends)
+    if band[BQ] == band[BK] == 1 and begin[1] == k0:
+        # one more key a row, and no key is ever dropped: a full block, then a triangle from its corner
+        corner = int(end[0]) - 1
+        if corner > k0:
+            yield q0, q1, k0, corner, False, None
+        yield q0, q1, corner, k1, True, None
+        return
+    for low in range(q0, q1, _MASKED_ROWS):
+        high = min(low + _MASKED_ROWS, q1)
+        block = tighten(clip(band[None], *(np.array([x]) for x in (low, high, k0, k1))))[0]
+        yield low, high, int(block[K0]), int(block[K1]), False, block
+
+
+def _float_mask(run: Run, dtype: torch.dtype) -> Tensor | None:
+    if run.band is None:
+        return None
+    q = np.arange(run.q0, run.q1)
+    begin, end = (torch.from_numpy(x)[:, None] for x in row_ends(run.band[None].repeat(len(q), 0), q))
+    key = torch.arange(run.k0, run.k1)
+    return torch.zeros(len(q), len(key), dtype=dtype).masked_fill_((key < begin) | (key >= end), -torch.inf)
+
+
+def _heads_first(x_THD: Tensor) -> Tensor:
+    return x_THD.transpose(0, 1)[None]
+
+
+def _stand_in(do_THD: Tensor, delta_TH: Tensor) -> Tensor:
+    """Some o with rowsum(dO * o) = delta: all the operator uses o for. The true o never travels to where tasks run.
+
+    Scaled by the largest |dO| of a row first, so that tiny gradients do not underflow when squared.
+    """
+    do = do_THD.to(delta_TH.dtype)
+    largest = do.abs().amax(-1, keepdim=True)
+    unit = do / largest.masked_fill(largest == 0, 1.0)
+    length = (unit * unit).sum(-1, keepdim=True) * largest
+    return (unit * (delta_TH[..., None] / length.masked_fill(length == 0, 1.0))).to(do_THD.dtype)

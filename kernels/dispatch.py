@@ -1,0 +1,53 @@
+"""Which kernel computes core attention. Explicit: a kernel that cannot serve a call refuses, nothing falls back."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distattn.errors import DistattnError
+from distattn.intervals import Ints
+from distattn.kernels import cpu, reference
+
+
+class Kernel(Protocol):
+    """What a kernel module provides. Bands are in the coordinates of the tensors; H is a multiple of K.
+
+    `prepare` turns bands into the kernel's own form once per plan; `forward` and `backward` take that form.
+    """
+
+    def refusal(self, dtype: torch.dtype, head_dim: int, v_head_dim: int, device: torch.device) -> str | None: ...
+
+    def prepare(self, bands: Ints, rows: int, keys: int) -> Any: ...
+
+    def forward(self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, work: Any, scale: float, /) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        do_THE: Tensor,
+        q_THD: Tensor,
+        k_SKD: Tensor,
+        v_SKE: Tensor,
+        lse_TH: Tensor,
+        delta_TH: Tensor,
+        work: Any,
+        scale: float,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+KERNELS: dict[str, Kernel] = {"reference": reference, "cpu": cpu}
+
+
+def choose_kernel(name: str | None, dtype: torch.dtype, head_dim: int, v_head_dim: int, device: torch.device) -> str:
+    """The kernel's name: `name` if it can serve the call, "cpu" for CPU tensors when None. Raises DistattnError."""
+    if name is None:
+        if device.type != "cpu":
+            raise DistattnError(f'there is no default kernel for {device.type} tensors yet; pass kernel="reference".')
+        name = "cpu"
+    if name not in KERNELS:
+        raise DistattnError(f"kernel {name!r} does not exist; there are {', '.join(KERNELS)}.")
+    why_not = KERNELS[name].refusal(dtype, head_dim, v_head_dim, device)
+    if why_not:
+        raise DistattnError(f'kernel "{name}" cannot serve this call: {why_not}. Use kernel="reference".')
+    return name

@@ -1,0 +1,289 @@
+"""A plan lowered for one rank: buffers, transfers, kernel launches and index lists, made once and shared by all layers.
+
+Here the table's rows end: what is left to the layer is one loop over steps, messages and launches. Rows of a buffer are
+tokens; *links* say which rows and heads of a buffer are which rows and heads of a contiguous working tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.intervals import Ints, crossing, union
+from distattn.mask import K0, K1, OK, OQ, Q0, Q1
+from distattn.parallel.verify import Proof, verify
+from distattn.plan import (
+    ACCUMULATING,
+    BACKWARD,
+    FORWARD,
+    HOLDING,
+    ON_KEYS,
+    Call,
+    Columns,
+    Payload,
+    Plan,
+    Table,
+    count,
+    take,
+    task_bands,
+)
+
+Rows = slice | Tensor
+Prepare = Callable[[Ints, int, int], Any]
+
+
+class BufferKey(NamedTuple):
+    """The rank's own tensor of a payload (step OWN), or a batch that arrives or leaves at `step` with heads [h0, h1)."""
+
+    payload: Payload
+    step: int
+    h0: int
+    h1: int
+
+
+OWN = -1
+
+
+class Link(NamedTuple):
+    """Rows and heads of a buffer that are these rows and heads of a working tensor."""
+
+    buffer: BufferKey
+    rows: Rows
+    heads: slice
+    at_rows: Rows
+    at_heads: slice
+
+
+class View(NamedTuple):
+    """A working tensor of `rows` tokens and `heads` heads, spread over buffers."""
+
+    rows: int
+    heads: int
+    links: list[Link]
+
+
+class Message(NamedTuple):
+    """What one peer sends or receives of one payload and head range: the same rows, in the same order, at both ends."""
+
+    peer: int
+    view: View
+
+
+class Launch(NamedTuple):
+    """One kernel call: operands to gather, the kernel's prepared work, and where results are deposited."""
+
+    operands: dict[Payload, View]
+    work: Any
+    results: dict[Payload, View]
+
+
+@dataclass
+class Step:
+    """What this rank does in one step of a table."""
+
+    # rows of each new buffer
+    allocate: dict[BufferKey, int] = field(default_factory=dict)
+    sends: list[tuple[Payload, Message]] = field(default_factory=list)
+    receives: list[tuple[Payload, Message]] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+    release: list[BufferKey] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Program:
+    """One rank's share of a plan. `kept`: rows of each forward batch that stays for the backward, by its forward name."""
+
+    # not the plan itself: programs are cached for as long as their plan lives
+    call: Call
+    proof: Proof
+    rank: int
+    tokens: int
+    forward: list[Step]
+    backward: list[Step]
+    kept: dict[BufferKey, int]
+
+
+def lower(plan: Plan, rank: int, prepare: Prepare, proof: Proof | None = None) -> Program:
+    """Lower a plan for one rank; `prepare` is the kernel's. The plan is proven first: PlanError if it cannot be."""
+    proof = proof if proof is not None and proof.digest == plan.digest else verify(plan)
+    call = plan.call
+    tokens = int(call.layout.shard_sizes()[rank])
+    keep = plan.policy == "keep"
+    forward = _TableLowering(call, plan.forward, rank, FORWARD, prepare)
+    kept = {key: rows for key, rows in forward.sizes.items() if keep and key.payload in (Payload.Q, Payload.KV)}
+    there = [place._replace(key=inherited(place.key)) for place in forward.batches if place.key in kept]
+    backward = _TableLowering(call, plan.backward, rank, BACKWARD, prepare, there)
+    return Program(call, proof, rank, tokens, forward.steps(kept), backward.steps(), kept)
+
+
+def inherited(key: BufferKey) -> BufferKey:
+    """The name a forward batch has in the backward table, and back again; no batch that arrives there has it."""
+    return key._replace(step=OWN - 1 - key.step)
+
+
+class _Place(NamedTuple):
+    """Where the (token, head) cells of one buffer lie: rows `row`.. hold tokens [t0, t1)."""
+
+    key: BufferKey
+    t0: Ints
+    t1: Ints
+    row: Ints
+
+
+class _TableLowering:
+    """Lowers one table for one rank. `there`: batches that an earlier pass left behind."""
+
+    def __init__(
+        self,
+        call: Call,
+        table: Table,
+        rank: int,
+        payloads: tuple[Payload, ...],
+        prepare: Prepare,
+        there: Iterable[_Place] = (),
+    ):
+        self.call, self.table, self.rank, self.prepare = call, table, rank, prepare
+        self.payloads = payloads
+        self.tasks = take(table.tasks, table.tasks["rank"] == rank)
+        self.outgoing = take(table.moves, table.moves["src"] == rank)
+        self.incoming = take(table.moves, table.moves["dst"] == rank)
+        self.sizes: dict[BufferKey, int] = {}
+        self.batches: list[_Place] = []
+        # batches that arrive hold copies; batches that leave hold partial results
+        self._make_batches(self.incoming, HOLDING, "src")
+        self._make_batches(self.outgoing, ACCUMULATING, "dst")
+        self.places = [*self.batches, *there, *(self._own(payload) for payload in payloads)]
+
+    def steps(self, stays: Container[BufferKey] = ()) -> list[Step]:
+        """The steps of this rank; buffers in `stays` are never released."""
+        steps = [Step() for _ in range(self.table.steps)]
+        for index, step in enumerate(steps):
+            step.sends = self._messages(self.outgoing, index, "dst")
+            step.receives = self._messages(self.incoming, index, "src")
+            step.launches = self._launches(index)
+        self._set_lifetimes(steps, stays)
+        return steps
+
+    def _own(self, payload: Payload) -> _Place:
+        mine = take(self.call.layout.chunks, self.call.layout.chunks["rank"] == self.rank)
+        key = BufferKey(payload, OWN, 0, self.call.payload_heads(payload))
+        return _Place(key, mine["t0"], mine["t1"], mine["row"])
+
+    def _make_batches(self, moves: Columns, payloads: tuple[Payload, ...], peer: str) -> None:
+        for payload in payloads:
+            rows = take(moves, moves["payload"] == payload)
+            for step, h0, h1 in _distinct(rows["step"], rows["h0"], rows["h1"]):
+                batch = take(rows, (rows["step"] == step) & (rows["h0"] == h0) & (rows["h1"] == h1))
+                batch = take(batch, np.lexsort((batch["t0"], batch[peer])))
+                length = batch["t1"] - batch["t0"]
+                key = BufferKey(payload, step, h0, h1)
+                self.sizes[key] = int(length.sum())
+                # sorted by token for lookup; rows stay grouped by peer, so that messages are slices
+                order = np.argsort(batch["t0"])
+                row = (np.cumsum(length) - length)[order]
+                self.batches.append(_Place(key, batch["t0"][order], batch["t1"][order], row))
+
+    def _messages(self, moves: Columns, step: int, peer: str) -> list[tuple[Payload, Message]]:
+        here = take(moves, moves["step"] == step)
+        messages = []
+        for other, payload, h0, h1 in _distinct(here[peer], here["payload"], here["h0"], here["h1"]):
+            same = (here[peer] == other) & (here["payload"] == payload) & (here["h0"] == h0) & (here["h1"] == h1)
+            rows = take(here, same)
+            view = self._view(Payload(payload), rows["t0"], rows["t1"], h0, h1)
+            messages.append((Payload(payload), Message(other, view)))
+        return messages
+
+    def _launches(self, step: int) -> list[Launch]:
+        """One launch per distinct head range of the step's tasks."""
+        here = take(self.tasks, self.tasks["step"] == step)
+        launches = []
+        for h0, h1 in _distinct(here["h0"], here["h1"]):
+            tasks = take(here, (here["h0"] == h0) & (here["h1"] == h1))
+            launches += [self._launch(tasks, low, high) for low, high in _even_groups(h0, h1, self.call.group)]
+        return launches
+
+    def _launch(self, tasks: Columns, h0: int, h1: int) -> Launch:
+        zero = np.zeros(count(tasks), np.int64)
+        _, q0, q1 = union(zero, tasks["q0"], tasks["q1"])
+        _, k0, k1 = union(zero, tasks["k0"], tasks["k1"])
+        bands = task_bands(self.call.mask, tasks)
+        # global to working coordinates: each task lies inside one interval of the union
+        to_row = _offsets(q0, q1, tasks["q0"])[:, None]
+        to_key = _offsets(k0, k1, tasks["k0"])[:, None]
+        bands[:, [Q0, Q1, OQ]] += to_row
+        bands[:, [K0, K1, OK]] += to_key
+        views = {
+            payload: self._view(payload, k0, k1, h0 // self.call.group, -(-h1 // self.call.group))
+            if payload in ON_KEYS
+            else self._view(payload, q0, q1, h0, h1)
+            for payload in self.payloads
+        }
+        return Launch(
+            {payload: view for payload, view in views.items() if payload in HOLDING},
+            self.prepare(bands, int((q1 - q0).sum()), int((k1 - k0).sum())),
+            {payload: view for payload, view in views.items() if payload in ACCUMULATING},
+        )
+
+    def _view(self, payload: Payload, t0: Ints, t1: Ints, h0: int, h1: int) -> View:
+        """Where tokens [t0_i, t1_i), one interval after another, and heads [h0, h1) of a payload lie."""
+        at = np.cumsum(t1 - t0) - (t1 - t0)
+        links = []
+        for key, s0, s1, row in self.places:
+            low, high = max(h0, key.h0), min(h1, key.h1)
+            if key.payload != payload or low >= high:
+                continue
+            i, j = crossing(s0, s1, t0, t1)
+            begin, end = np.maximum(t0[i], s0[j]), np.minimum(t1[i], s1[j])
+            if not len(i):
+                continue
+            rows = _as_rows(row[j] + begin - s0[j], end - begin)
+            at_rows = _as_rows(at[i] + begin - t0[i], end - begin)
+            links.append(Link(key, rows, slice(low - key.h0, high - key.h0), at_rows, slice(low - h0, high - h0)))
+        return View(int((t1 - t0).sum()), h1 - h0, links)
+
+    def _set_lifetimes(self, steps: list[Step], stays: Container[BufferKey]) -> None:
+        first: dict[BufferKey, int] = {}
+        last: dict[BufferKey, int] = {}
+        for index, step in enumerate(steps):
+            views = [message.view for _, message in (*step.sends, *step.receives)]
+            views += [view for launch in step.launches for view in (*launch.operands.values(), *launch.results.values())]
+            for key in (link.buffer for view in views for link in view.links):
+                first.setdefault(key, index)
+                last[key] = index
+        for key, rows in self.sizes.items():
+            steps[first[key]].allocate[key] = rows
+            if key not in stays:
+                steps[last[key]].release.append(key)
+
+
+def _distinct(*columns: Ints) -> list[tuple[int, ...]]:
+    """The distinct rows, sorted."""
+    return [tuple(row) for row in np.unique(np.stack(columns, 1), axis=0).tolist()]
+
+
+def _even_groups(h0: int, h1: int, group: int) -> list[tuple[int, int]]:
+    """Head ranges in which every key/value head serves equally many query heads."""
+    if h0 // group == (h1 - 1) // group or (h0 % group == 0 and h1 % group == 0):
+        return [(h0, h1)]
+    cuts = sorted({h0, -(-h0 // group) * group, h1 // group * group, h1})
+    return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+
+def _offsets(t0: Ints, t1: Ints, start: Ints) -> Ints:
+    """What to add to a token in the interval that holds start_i to get its row in the concatenation."""
+    at = np.cumsum(t1 - t0) - (t1 - t0)
+    i = np.searchsorted(t0, start, "right") - 1
+    return at[i] - t0[i]
+
+
+def _as_rows(start: Ints, length: Ints) -> Rows:
+    """Consecutive stretches of rows as a slice where they are one stretch, as an index otherwise."""
+    if (start[1:] == start[:-1] + length[:-1]).all():
+        return slice(int(start[0]), int(start[-1] + length[-1]))
+    offset = np.repeat(np.cumsum(length) - length - start, length)
+    return torch.from_numpy(np.arange(int(length.sum())) - offset)

@@ -1,0 +1,99 @@
+"""How messages of one step travel: over torch.distributed (NCCL, gloo), or inside one process in lock step.
+
+A transport has one method, `exchange`: it starts all sends and receives of a step and returns something to wait for.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.plan import Payload
+
+
+class Packet(NamedTuple):
+    """One contiguous tensor to or from a peer (rank in the group); payload says what it is part of."""
+
+    peer: int
+    payload: Payload
+    tensor: Tensor
+
+
+class Work(Protocol):
+    """A step's messages in flight."""
+
+    def wait(self) -> None: ...
+
+
+class Transport(Protocol):
+    """Sends and receives start together; packets between two ranks match in order."""
+
+    def exchange(self, sends: list[Packet], receives: list[Packet]) -> Work: ...
+
+
+class GroupTransport:
+    """Batched point-to-point calls on a torch.distributed process group."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def exchange(self, sends: list[Packet], receives: list[Packet]) -> Work:
+        operations = [
+            dist.P2POp(call, packet.tensor, dist.get_global_rank(self.group, packet.peer), self.group)
+            for call, packets in ((dist.isend, sends), (dist.irecv, receives))
+            for packet in packets
+        ]
+        # the tensors live until the work is waited for
+        return _Requests(dist.batch_isend_irecv(operations) if operations else [], (sends, receives))
+
+
+class _Requests(NamedTuple):
+    requests: Iterable[dist.Work]
+    alive: tuple[list[Packet], list[Packet]]
+
+    def wait(self) -> None:
+        for request in self.requests:
+            request.wait()
+
+
+class LockStep:
+    """All ranks in one process: rank r uses `transport(r)`; a rank may wait once every rank has posted its step."""
+
+    def __init__(self) -> None:
+        self._mail: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+
+    def transport(self, rank: int) -> Transport:
+        return _Mailbox(self._mail, rank)
+
+
+class _Mailbox(NamedTuple):
+    mail: dict[tuple[int, int], deque[Tensor]]
+    rank: int
+
+    def exchange(self, sends: list[Packet], receives: list[Packet]) -> Work:
+        for packet in sends:
+            self.mail[self.rank, packet.peer].append(packet.tensor)
+        return _Delivery(lambda: self._deliver(receives))
+
+    def _deliver(self, receives: list[Packet]) -> None:
+        for packet in receives:
+            packet.tensor.copy_(self.mail[packet.peer, self.rank].popleft())
+
+
+class _Delivery(NamedTuple):
+    deliver: Callable[[], None]
+
+    def wait(self) -> None:
+        self.deliver()
+
+
+class Alone:
+    """The transport of a plan for one rank: there is nobody to talk to."""
+
+    def exchange(self, sends: list[Packet], receives: list[Packet]) -> Work:
+        assert not sends and not receives, "a plan for one rank has no moves"
+        return _Requests([], ([], []))
