@@ -64,7 +64,7 @@ def attention(
 
     q_THD (T, H, D), k_TKD (T, K, D), v_TKE (T, K, E) hold this rank's T tokens in the layout's local order; the result
     o_THE has q's dtype. scale defaults to D ** -0.5. With return_lse also lse_HT, natural log, fp32 (fp64 for fp64),
-    -inf where a row has no allowed key; it is differentiable too. group defaults to the default process group; a plan
+    -inf where a row has no allowed key; gradients through it need kernel="reference". group defaults to the default process group; a plan
     for one rank needs none. Raises PlanError when the plan cannot be proven, DistattnError when the tensors do not fit it.
     """
     rank, group = _membership(plan, group)
@@ -186,6 +186,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, do, dlse, dkept):
     q, k, v, o, lse, kept = ctx.saved_tensors
+    if dlse is not None and not ctx.lowered.kernel.DIFFERENTIABLE_LSE:
+        raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
     do = torch.zeros_like(o) if do is None else do
     return *torch.ops.distattn.backward(do, dlse, q, k, v, o, lse, kept, ctx.plan, ctx.scale), None, None
 

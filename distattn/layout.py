@@ -157,6 +157,10 @@ class Layout:
             raise DistattnError(f"rank {rank} is outside this layout of {self.ranks} ranks.")
 
 
+# layouts a configuration may name
+LAYOUTS = {"contiguous": Layout.contiguous, "zigzag": Layout.zigzag, "document_zigzag": Layout.document_zigzag}
+
+
 def _positive(ranks: int) -> int:
     if ranks < 1:
         raise DistattnError(f"a layout needs at least 1 rank, not {ranks}.")

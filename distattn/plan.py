@@ -175,17 +175,14 @@ class Plan:
 
     def area_by_rank(self) -> Ints:
         """Cells x query heads each rank computes in the forward pass."""
-        tasks = self.forward.tasks
-        work = areas(task_bands(self.call.mask, tasks)) * (tasks["h1"] - tasks["h0"])
         out = np.zeros(self.call.ranks, np.int64)
-        np.add.at(out, tasks["rank"], work)
+        np.add.at(out, self.forward.tasks["rank"], areas_of_tasks(self.call.mask, self.forward.tasks))
         return out
 
     def bytes(self) -> Columns:
         """Bytes moved, forward and backward together: columns `src`, `dst`, `payload`, `bytes`, one row per triple."""
         moves = concat(MOVE_COLUMNS, [self.forward.moves, self.backward.moves])
-        per_cell = np.array([self.call.cell_bytes(payload) for payload in Payload], np.int64)
-        size = (moves["t1"] - moves["t0"]) * (moves["h1"] - moves["h0"]) * per_cell[moves["payload"]]
+        size = bytes_of_moves(self.call, moves)
         key = (moves["src"] * self.call.ranks + moves["dst"]) * len(Payload) + moves["payload"]
         triples, row = np.unique(key, return_inverse=True)
         total = np.zeros(len(triples), np.int64)
@@ -253,6 +250,17 @@ class Plan:
 def task_bands(mask: Mask, tasks: Columns) -> Ints:
     """The mask pieces of tasks cut to the tasks' rectangles, (M, 10)."""
     return clip(mask.pieces[tasks["piece"]], tasks["q0"], tasks["q1"], tasks["k0"], tasks["k1"])
+
+
+def areas_of_tasks(mask: Mask, tasks: Columns) -> Ints:
+    """Cells x query heads of each task."""
+    return areas(task_bands(mask, tasks)) * (tasks["h1"] - tasks["h0"])
+
+
+def bytes_of_moves(call: Call, moves: Columns) -> Ints:
+    """Bytes of each move."""
+    per_cell = np.array([call.cell_bytes(payload) for payload in Payload], np.int64)
+    return (moves["t1"] - moves["t0"]) * (moves["h1"] - moves["h0"]) * per_cell[moves["payload"]]
 
 
 def tight_tasks(bands: Ints) -> np.ndarray:

@@ -17,6 +17,8 @@ from distattn.intervals import Ints
 from distattn.kernels.merge import accumulation_dtype, merge_
 from distattn.mask import BK, BQ, K0, K1, Q0, Q1, areas, clip, row_ends, tighten
 
+# the operator takes o, not delta; a row with dO = 0 and delta != 0 cannot be told to it
+DIFFERENTIABLE_LSE = False
 # rows of a block with an explicit mask: small enough that a window wastes little, large enough to amortise a call
 _MASKED_ROWS = 256
 

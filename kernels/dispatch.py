@@ -13,8 +13,11 @@ from distattn.kernels import cpu, reference
 class Kernel(Protocol):
     """What a kernel module provides. Bands are in the coordinates of the tensors; H is a multiple of K.
 
+    DIFFERENTIABLE_LSE says whether `backward` is right for any delta, so that gradients may flow through the log-sum-exp.
     `prepare` turns bands into the kernel's own form once per plan; `forward` and `backward` take that form.
     """
+
+    DIFFERENTIABLE_LSE: bool
 
     def refusal(self, dtype: torch.dtype, head_dim: int, v_head_dim: int, device: torch.device) -> str | None: ...
 

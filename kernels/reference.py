@@ -13,6 +13,9 @@ from distattn.kernels.merge import accumulation_dtype
 from distattn.mask import Q0, Q1, row_ends
 
 
+DIFFERENTIABLE_LSE = True
+
+
 def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int, device: torch.device) -> str | None:
     """Why this kernel cannot serve such a call, or None: it serves all."""
     return None

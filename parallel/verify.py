@@ -31,6 +31,7 @@ from distattn.plan import (
     Payload,
     Plan,
     Table,
+    bytes_of_moves,
     count,
     take,
     task_bands,
@@ -77,7 +78,7 @@ def verify(plan: Plan) -> Proof:
     backward = _verify_table(call, plan.backward, "backward", BACKWARD, kept)
     staying = np.zeros(call.ranks, np.int64)
     if kept is not None:
-        staying = _sum_by_rank(call, kept["dst"], _bytes(call, kept))
+        staying = _sum_by_rank(call, kept["dst"], bytes_of_moves(call, kept))
         forward = {payload: batches for payload, batches in forward.items() if payload == Payload.O}
     return Proof(plan.digest, _peak(call, forward), _peak(call, backward), staying)
 
@@ -223,7 +224,7 @@ def _check_accumulating(call: Call, table: Table, payload: Payload, label: str) 
         np.concatenate([seen.rank, moves["dst"]]),
         np.concatenate([last - seen.last, moves["step"]]),
         np.concatenate([last - seen.first, moves["step"]]),
-        np.concatenate([seen.size, _bytes(call, moves)]),
+        np.concatenate([seen.size, bytes_of_moves(call, moves)]),
     )
 
 
@@ -285,7 +286,7 @@ def _batches(call: Call, moves: Columns, last: Ints) -> Batches:
     row = row.reshape(-1)
     end, size = np.zeros(len(batch), np.int64), np.zeros(len(batch), np.int64)
     np.maximum.at(end, row, last)
-    np.add.at(size, row, _bytes(call, moves))
+    np.add.at(size, row, bytes_of_moves(call, moves))
     return Batches(batch[:, 0], batch[:, 1], end, size)
 
 
@@ -304,11 +305,6 @@ def _peak(call: Call, lives: dict[Payload, Batches]) -> Ints:
     order = np.lexsort((change, event))
     np.maximum.at(peak, np.concatenate([rank, rank])[order], np.cumsum(change[order]))
     return peak
-
-
-def _bytes(call: Call, moves: Columns) -> Ints:
-    per_cell = np.array([call.cell_bytes(payload) for payload in Payload], np.int64)
-    return (moves["t1"] - moves["t0"]) * (moves["h1"] - moves["h0"]) * per_cell[moves["payload"]]
 
 
 def _sum_by_rank(call: Call, rank: Ints, value: Ints) -> Ints:

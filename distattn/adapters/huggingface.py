@@ -1,0 +1,72 @@
+"""Hugging Face transformers: attention that follows the batch's plan.
+
+    register()
+    model = LlamaForCausalLM._from_config(config, attn_implementation="distattn")
+    batch = cp.shard(batch)
+    model(batch["input_ids"], position_ids=batch["position_ids"], context_parallel=batch["context_parallel"])
+
+Goes through transformers' public registries of attention and mask functions; nothing is patched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from distattn.context import ShardedBatch
+from distattn.errors import DistattnError
+
+NAME = "distattn"
+# arguments by which models ask for attention that this adapter does not compute
+_UNSUPPORTED = {
+    "sliding_window": "a sliding window",
+    "softcap": "logit soft-capping",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+}
+
+
+def register() -> None:
+    """Make attn_implementation="distattn" known to transformers."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, no_mask)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    context_parallel: ShardedBatch | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query (1, H, T, D), key (1, K, T, D), value (1, K, T, E) -> (1, T, H, E), as transformers calls it."""
+    if context_parallel is None:
+        raise DistattnError(
+            'attn_implementation="distattn" needs the sharded batch: call the model with context_parallel=batch["context_parallel"].'
+        )
+    if attention_mask is not None:
+        raise DistattnError("an attention mask was passed; give document_lengths to ContextParallel.shard instead.")
+    if dropout:
+        raise DistattnError(f"attention dropout {dropout} is not computed; set attention_dropout = 0 in the model's config.")
+    for name, what in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise DistattnError(f"layer {getattr(module, 'layer_idx', '?')} asks for {what} ({name}), which is not computed yet.")
+    if not getattr(module, "is_causal", True):
+        raise DistattnError("the layer is not causal; this adapter serves causal language models.")
+    if query.shape[0] != 1:
+        raise DistattnError(f"a sharded batch has one row; this one has {query.shape[0]}. Use ContextParallel.shard.")
+    q_THD, k_TKD, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
+    return context_parallel.attention(q_THD, k_TKD, v_TKE, scaling)[None], None
+
+
+def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+    """The plan carries the mask. A padding mask is refused: padding is no document."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise DistattnError("a padding mask was passed; pack documents without padding and give document_lengths instead.")

@@ -1,0 +1,203 @@
+"""One run, one TOML file: frozen dataclasses, checked all at once, overridable as `--section.key value`."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import tyro
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from distattn.errors import DistattnError
+from distattn.layout import LAYOUTS
+from distattn.parallel.make_plan import STRATEGIES
+from distattn.plan import POLICIES
+
+DTYPES = ("float32", "float64", "bfloat16")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    folder: str = "runs/run"
+    """Where results go; a number is added if the folder exists, nothing is overwritten."""
+    seed: int = 1
+    """Seed of the initial weights and of the order of documents."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "{stdlib}"
+    """A folder, a file or a glob of UTF-8 text files; {stdlib} is the Python standard library's source folder."""
+    suffix: str = ""
+    """Only files that end so; empty for all."""
+    exclude: tuple[str, ...] = ()
+    """Names of folders and files to leave out; * and ? are wildcards."""
+    axis: int = 8192
+    """Tokens (bytes) of one step, at most: documents are packed first-fit."""
+    max_document: int = 3000
+    """Longer files are cut into documents of this many bytes."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    layers: int = 4
+    width: int = 128
+    heads: int = 8
+    kv_heads: int = 4
+    mlp: int = 384
+    """Width of the gated feed-forward layer."""
+    dtype: str = "float32"
+    """float32, float64 or bfloat16."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    ranks: int = 4
+    """Processes; they share each step's tokens."""
+    strategy: str = "ring"
+    """How attention is split: a name of distattn's strategies."""
+    layout: str = "zigzag"
+    """Which rank owns which tokens: contiguous, zigzag or document_zigzag."""
+    min_chunk: int = 512
+    """document_zigzag cuts documents into chunks of at least this many tokens."""
+    kernel: str = "cpu"
+    """What computes core attention on one device: cpu or reference."""
+    backward: str = ""
+    """keep, refetch-home or refetch-follow; empty for the strategy's own."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 40
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+@dataclass(frozen=True)
+class ProofConfig:
+    steps: int = 5
+    """First steps repeated in plain transformers, one process, one document at a time; 0 leaves the proof out."""
+    tolerance: float = 1e-4
+    """Largest relative difference of loss and gradient norm."""
+
+
+@dataclass(frozen=True)
+class Config:
+    __pydantic_config__ = _STRICT
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    proof: ProofConfig = field(default_factory=ProofConfig)
+
+
+for _section in (RunConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig, ProofConfig):
+    _section.__pydantic_config__ = _STRICT  # type: ignore[attr-defined]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a file with command-line overrides. Raises DistattnError naming every bad key at once."""
+    try:
+        content = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise DistattnError(f"{path}: there is no such configuration file; try configs/tiny.toml.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise DistattnError(f"{path}: cannot be read as TOML: {error}.") from None
+    config = _validated(path, content)
+    if overrides:
+        changed = tyro.cli(Config, default=config, args=list(overrides), prog=f"distattn train {path}")
+        config = _validated(path, asdict(changed))
+    problems = _problems(config)
+    if problems:
+        raise DistattnError("\n".join(f"{path}: {problem}" for problem in problems))
+    return config
+
+
+def help_text() -> str:
+    """Every key with its default, as tyro prints it."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        tyro.cli(Config, args=["--help"], prog="distattn train CONFIG")
+    return out.getvalue()
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved configuration; `load` reads it back."""
+    path.write_text(tomli_w.dumps(asdict(config)))
+
+
+def _validated(path: str | Path, content: dict[str, Any]) -> Config:
+    try:
+        # through JSON: strict about types, yet a TOML array is a tuple
+        return TypeAdapter(Config).validate_json(json.dumps(content, default=str), strict=True)
+    except ValidationError as error:
+        raise DistattnError("\n".join(f"{path}: {_sentence(one)}" for one in error.errors())) from None
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        near = difflib.get_close_matches(key, _keys(Config), 1, 0.6)
+        return f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else f" There are {', '.join(_keys(Config))}.")
+    return f"{key}: {error['msg'].lower().rstrip('.')}, not {error['input']!r}."
+
+
+def _keys(config: Any, prefix: str = "") -> list[str]:
+    """Sections and keys, dotted."""
+    keys = []
+    for one in fields(config):
+        keys.append(prefix + one.name)
+        if is_dataclass(factory := one.default_factory):
+            keys += _keys(factory, f"{prefix}{one.name}.")
+    return keys
+
+
+def _problems(config: Config) -> list[str]:
+    """What cannot be, one sentence per key."""
+    model, data, parallel, train = config.model, config.data, config.parallel, config.train
+    problems = []
+
+    def at_least(section: str, low: float, **values: float) -> None:
+        problems.extend(f"{section}.{key}: at least {low}, not {value}." for key, value in values.items() if value < low)
+
+    def one_of(key: str, value: str, known: Sequence[str]) -> None:
+        if value not in known:
+            near = difflib.get_close_matches(value, known, 1, 0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            problems.append(f"{key}: there is no {value!r}; there are {', '.join(known)}.{hint}")
+
+    at_least("data", 2, axis=data.axis)
+    at_least("data", 1, max_document=data.max_document)
+    at_least("model", 1, layers=model.layers, width=model.width, heads=model.heads, kv_heads=model.kv_heads, mlp=model.mlp)
+    at_least("parallel", 1, ranks=parallel.ranks, min_chunk=parallel.min_chunk)
+    at_least("train", 1, steps=train.steps)
+    at_least("train", 0, learning_rate=train.learning_rate, weight_decay=train.weight_decay)
+    at_least("proof", 0, steps=config.proof.steps, tolerance=config.proof.tolerance)
+    if train.clip <= 0:
+        problems.append(f"train.clip: above 0, not {train.clip}.")
+    if data.max_document > data.axis:
+        problems.append(f"data.max_document: {data.max_document} tokens do not fit on an axis of {data.axis}; at most data.axis.")
+    if min(model.width, model.heads, model.kv_heads) >= 1:
+        if model.width % model.heads or model.width // model.heads % 2:
+            problems.append(f"model.heads: width {model.width} does not give {model.heads} heads of an even size.")
+        if model.heads % model.kv_heads:
+            problems.append(f"model.kv_heads: {model.heads} query heads do not divide among {model.kv_heads} key/value heads.")
+    one_of("model.dtype", model.dtype, DTYPES)
+    one_of("parallel.strategy", parallel.strategy, list(STRATEGIES))
+    one_of("parallel.layout", parallel.layout, list(LAYOUTS))
+    one_of("parallel.kernel", parallel.kernel, ("cpu", "reference"))
+    one_of("parallel.backward", parallel.backward or POLICIES[0], POLICIES)
+    return problems

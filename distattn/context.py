@@ -1,0 +1,129 @@
+"""`ContextParallel`: what a trainer uses. It shards batches, makes and caches their plans, and knows the loss scale."""
+
+# T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.errors import DistattnError
+from distattn.functional import attention
+from distattn.layout import LAYOUTS, Layout
+from distattn.mask import Mask
+from distattn.parallel.make_plan import STRATEGIES, make_plan
+from distattn.plan import Plan
+
+IGNORE_INDEX = -100
+
+
+class ContextParallel:
+    """Splits every batch over the ranks of a process group, by one strategy and layout.
+
+    group defaults to the default process group, or one rank without torch.distributed. layout is a name of LAYOUTS with
+    its options; inner is what a document attends to in itself (see `Mask.documents`). kernel and backward as in
+    `attention` and `make_plan`. Raises DistattnError for names that do not exist.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        strategy: str,
+        layout: str = "zigzag",
+        layout_options: Mapping[str, int] | None = None,
+        inner: str | tuple[int, int] = "causal",
+        kernel: str | None = None,
+        backward: str | None = None,
+    ):
+        if strategy not in STRATEGIES:
+            raise DistattnError(f"strategy {strategy!r} does not exist; there are {', '.join(STRATEGIES)}.")
+        if layout not in LAYOUTS:
+            raise DistattnError(f"layout {layout!r} does not exist; there are {', '.join(LAYOUTS)}.")
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        self.group, self.kernel = group, kernel
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+
+        def lay_out(lengths: tuple[int, ...]) -> tuple[Mask, Layout]:
+            return Mask.documents(lengths, inner), LAYOUTS[layout](lengths, self.ranks, **(layout_options or {}))
+
+        def plan(lengths: tuple[int, ...], shape: tuple[tuple[str, Any], ...]) -> Plan:
+            return make_plan(*self.axis(lengths), strategy=strategy, backward=backward, **dict(shape))
+
+        # fixed-length batches meet the same axis again and again; packed ones never do
+        self.axis = lru_cache(maxsize=8)(lay_out)
+        self.plan = lru_cache(maxsize=8)(plan)
+
+    def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of a batch that every rank holds whole.
+
+        batch: `input_ids` (B, S), optional `labels` of the same shape (each token its own label, -100 where none; the
+        ids by default), optional `document_lengths` (whole numbers that add up to B * S; by default every row is one
+        document). Rows are laid end to end on one axis.
+
+        Returns `input_ids`, `position_ids` (1, T), `labels` (1, T) shifted so that each token has its successor's
+        label, `loss_scale` = 1 / valid labels on all ranks (multiply the *sum* of this rank's token losses by it, and
+        *sum* gradients over ranks), and `context_parallel`, to be passed on to the model.
+        A rank without tokens gets one padding token without a label, because models refuse empty batches.
+        """
+        ids = batch["input_ids"]
+        labels = batch.get("labels", ids)
+        if ids.dim() != 2 or labels.shape != ids.shape:
+            raise DistattnError(f"input_ids and labels are (batch, tokens) alike, not {tuple(ids.shape)}, {tuple(labels.shape)}.")
+        lengths = _lengths(batch, ids)
+        mask, layout = self.axis(lengths)
+        targets = layout.shift_labels(labels.reshape(-1), ignore_index=IGNORE_INDEX)
+        positions = torch.from_numpy(layout.position_ids(self.rank)).to(ids.device)
+        local = layout.shard(ids.reshape(-1), self.rank), layout.shard(targets, self.rank), positions
+        if not len(positions):
+            local = ids.new_zeros(1), labels.new_full((1,), IGNORE_INDEX), positions.new_zeros(1)
+        return {
+            "input_ids": local[0][None],
+            "labels": local[1][None],
+            "position_ids": local[2][None],
+            "loss_scale": 1.0 / max(int((targets != IGNORE_INDEX).sum()), 1),
+            "context_parallel": ShardedBatch(self, lengths),
+        }
+
+
+class ShardedBatch:
+    """The axis one batch was laid out on: what attention layers need of it. Travels with the batch, not with the model."""
+
+    def __init__(self, parent: ContextParallel, lengths: tuple[int, ...]):
+        self.parent, self.lengths = parent, lengths
+        self._plans: dict[tuple[tuple[str, Any], ...], Plan] = {}
+
+    def attention(self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None) -> Tensor:
+        """`distattn.attention` of this rank's tokens (T, heads, dim), with the plan for these shapes."""
+        mine = int(self.parent.axis(self.lengths)[1].shard_sizes()[self.parent.rank])
+        plan = self.plan(q_THD.shape[1], k_TKD.shape[1], q_THD.shape[2], v_TKE.shape[2], str(q_THD.dtype).removeprefix("torch."))
+        inputs = (x[:mine] if mine == 0 else x for x in (q_THD, k_TKD, v_TKE))
+        o_THE = attention(*inputs, plan, self.parent.group, scale=scale, kernel=self.parent.kernel)
+        assert isinstance(o_THE, Tensor)
+        # the padding token of a rank without tokens attends to nothing
+        return o_THE if mine else torch.cat([o_THE, v_TKE.new_zeros(len(q_THD), *o_THE.shape[1:])])
+
+    def plan(self, heads: int, kv_heads: int, head_dim: int, v_head_dim: int, dtype: str) -> Plan:
+        """The plan of this batch for one shape of call; layers of the same shape share it."""
+        shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
+        key = tuple(shape.items())
+        if key not in self._plans:
+            self._plans[key] = self.parent.plan(self.lengths, key)
+        return self._plans[key]
+
+
+def _lengths(batch: Mapping[str, Any], ids: Tensor) -> tuple[int, ...]:
+    given: Sequence[int] | None = batch.get("document_lengths")
+    if given is None:
+        return (ids.shape[1],) * ids.shape[0]
+    lengths = tuple(int(length) for length in given)
+    if sum(lengths) != ids.numel():
+        raise DistattnError(f"document_lengths add up to {sum(lengths)} tokens, input_ids has {ids.numel()}.")
+    return lengths

@@ -1,0 +1,138 @@
+"""The training loop: a small Llama on packed text, every step's tokens split over the ranks.
+
+`python -m distattn.train RUN` is one rank of a run, started by `distattn.launch.local`. The run folder holds the resolved
+configuration and the list of documents of every pack; nothing else is shared but the process group.
+"""
+
+# T tokens on this rank
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+
+from distattn import config as configuration
+from distattn.config import Config
+from distattn.context import IGNORE_INDEX, ContextParallel
+from distattn.data.text import VOCABULARY, read_tokens
+from distattn.errors import DistattnError
+from distattn.kernels.merge import accumulation_dtype
+from distattn.progress import Progress
+from distattn.run import Run, Step
+
+
+def main(folder: str, json_lines: bool) -> int:
+    """One rank of a run. Returns the exit code."""
+    run = Run(Path(folder))
+    config = configuration.load(run.config_file)
+    # ranks share the machine's cores; more threads than cores only wait for each other
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.parallel.ranks))
+    dist.init_process_group("gloo")
+    try:
+        train(run, config, json_lines)
+    except DistattnError as error:
+        sys.stderr.write(f"distattn: rank {dist.get_rank()}: {error}\n")
+        return error.exit_code
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def train(run: Run, config: Config, json_lines: bool) -> None:
+    """All steps of a run on this rank; rank 0 writes metrics and shows progress."""
+    parallel = config.parallel
+    cp = ContextParallel(
+        strategy=parallel.strategy,
+        layout=parallel.layout,
+        layout_options={"min_chunk": parallel.min_chunk} if parallel.layout == "document_zigzag" else None,
+        kernel=parallel.kernel,
+        backward=parallel.backward or None,
+    )
+    model = build_model(config, "distattn")
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
+    if cp.rank == 0:
+        model.config.save_pretrained(run.folder)
+    with Progress(run, config.train.steps, json_lines, visible=cp.rank == 0) as progress:
+        for number, batch in zip(range(config.train.steps), batches(run), strict=False):
+            began = time.perf_counter()
+            local = cp.shard(batch)
+            loss = local_loss(model, local)
+            loss.backward()
+            losses = loss.detach().clone()
+            dist.all_reduce(losses)
+            sum_gradients(parameters)
+            norm = clip_grad_norm_(parameters, config.train.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds = time.perf_counter() - began
+            progress.step(Step(number + 1, float(losses), float(norm), batch["input_ids"].numel(), seconds))
+
+
+def build_model(config: Config, attention: str) -> torch.nn.Module:
+    """A Llama from its shape, seeded; no download. `attention` is a transformers attention implementation."""
+    # 2 s to import, and only here
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from distattn.adapters import huggingface
+
+    huggingface.register()
+    shape = config.model
+    llama = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=config.data.max_document,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(config.run.seed)
+    model = LlamaForCausalLM._from_config(llama, attn_implementation=attention)
+    return model.to(getattr(torch, shape.dtype))
+
+
+def batches(run: Run) -> Iterator[dict[str, Any]]:
+    """The packs of the run's document list, in order: token ids (1, N) and document lengths. Every rank reads all."""
+    for pack in run.packs():
+        tokens = [read_tokens(document) for document in pack]
+        ids = torch.from_numpy(np.concatenate(tokens))[None]
+        yield {"input_ids": ids, "document_lengths": [len(document) for document in tokens]}
+
+
+def local_loss(model: torch.nn.Module, local: dict[str, Any]) -> torch.Tensor:
+    """This rank's share of the loss: its token losses summed, over the valid tokens of all ranks."""
+    output = model(
+        local["input_ids"],
+        position_ids=local["position_ids"],
+        context_parallel=local["context_parallel"],
+        use_cache=False,
+    )
+    logits_TV = output.logits[0].to(accumulation_dtype(output.logits.dtype))
+    return F.cross_entropy(logits_TV, local["labels"][0], ignore_index=IGNORE_INDEX, reduction="sum") * local["loss_scale"]
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Sum every gradient over the ranks, in one message."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    vector_to_parameters(flat, gradients)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))

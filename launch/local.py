@@ -1,0 +1,30 @@
+"""Ranks of one machine, started through torchrun's API."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def run_ranks(ranks: int, module: str, *arguments: str) -> int:
+    """Run `python -m module ARGUMENTS` once per rank, and wait. Returns the first failing rank's exit code, or 0."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        sys.stderr.write(f"distattn: rank {rank} ended with exit code {failure.exitcode}; the other ranks were stopped.\n")
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
