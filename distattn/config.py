@@ -77,7 +77,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 40
+    steps: int = 60
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     clip: float = 1.0

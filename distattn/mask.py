@@ -137,7 +137,10 @@ class Mask:
     @staticmethod
     def from_pieces(array: Sequence[Sequence[int]] | Ints, n: int | None = None) -> Mask:
         """A mask from rows (q0, q1, k0, k1, lo, hi) or all ten columns; `n` defaults to the last token named."""
-        pieces = np.array(array, np.int64)
+        try:
+            pieces = np.array(array, np.int64)
+        except (ValueError, OverflowError, TypeError) as error:
+            raise DistattnError(f"pieces are rows of equally many whole numbers: {error}.") from None
         if pieces.ndim != 2 or pieces.shape[1] not in (6, 10) or not len(pieces):
             raise DistattnError(
                 f"pieces have 6 columns ({', '.join(COLUMNS[:6])}) or 10 ({', '.join(COLUMNS)}), "

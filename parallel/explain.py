@@ -98,7 +98,7 @@ class Explanation:
         limits = np.unique(np.concatenate([tasks["h0"], tasks["h1"]]))
         ranges = list(zip(limits[:-1].tolist(), limits[1:].tolist(), strict=True))
         shown = ranges[:_PANELS]
-        figure = Figure(figsize=(4.2 * (len(shown) + 1), 4.6), layout="constrained")
+        figure = Figure(figsize=(4.2 * (len(shown) + 1), 3.4), layout="constrained")
         axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
         for axis, (h0, h1) in zip(axes, shown, strict=False):
             more = f" (of {len(ranges)} ranges)" if len(ranges) > len(shown) else ""
@@ -140,7 +140,8 @@ def _step_table(plan: Plan, direction: str, table: Table) -> str:
         size = bytes_of_moves(plan.call, moves).sum()
         names = ", ".join(Payload(p).name for p in np.unique(moves["payload"]))
         lines.append(
-            f"step {step:<4d}{int(tasks.sum()):7d} {int(work[tasks].sum()):20,d} {count(moves):7d} {_size(int(size)):>10s}   {names}"
+            f"step {step:<4d}{int(tasks.sum()):7d} {int(work[tasks].sum()):20,d} {count(moves):7d} {_size(int(size)):>10s}"
+            f"   {names}".rstrip()
         )
     return "\n".join(lines)
 
@@ -154,9 +155,10 @@ def _draw(figure: Any, axis: Any, plan: Plan, head: int, colour_by: str, colours
     tasks = plan.forward.tasks
     here = take(tasks, (tasks["h0"] <= head) & (head < tasks["h1"]))
     norm = BoundaryNorm(np.arange(colours + 1) - 0.5, 256)
-    scale = ScalarMappable(norm, colormaps["turbo" if colour_by == "rank" else "viridis"])
-    outlines = _outlines(plan, here)
-    axis.add_collection(PolyCollection(outlines, facecolors=scale.to_rgba(here[colour_by]), edgecolors="none"))
+    scale = ScalarMappable(norm, colormaps[{"rank": "turbo", "step": "viridis"}[colour_by]])
+    paint = scale.to_rgba(here[colour_by])
+    # edges in the face's colour close the hairlines between neighbours
+    axis.add_collection(PolyCollection(_outlines(plan, here), facecolors=paint, edgecolors=paint, linewidths=0.4))
     n = plan.call.mask.n
     axis.set(xlim=(0, n), ylim=(n, 0), xlabel="key (token)", ylabel="query (token)", aspect="equal", title=f"coloured by {label}")
     ticks = np.unique(np.linspace(0, colours - 1, min(colours, 8)).round().astype(int))

@@ -1,0 +1,8 @@
+"""Shared by all tests: one thread per process (forked ranks need it), seeds that are printed on failure."""
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, print_blob=True, derandomize=True)
+settings.load_profile("suite")

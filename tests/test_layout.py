@@ -1,0 +1,91 @@
+"""Layouts: who owns what, in which order; shards, positions and labels."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distattn.errors import DistattnError
+from distattn.layout import LAYOUTS, Layout
+
+lengths_ = st.lists(st.integers(1, 40), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@given(lengths=lengths_, ranks=st.integers(1, 9))
+def test_every_token_has_one_owner_and_comes_back(name, lengths, ranks):
+    options = {"min_chunk": 3} if name == "document_zigzag" else {}
+    layout = LAYOUTS[name](lengths, ranks, **options)
+    owned = np.concatenate([layout.tokens(rank) for rank in range(ranks)])
+    assert sorted(owned.tolist()) == list(range(sum(lengths)))
+    assert layout.shard_sizes().sum() == sum(lengths)
+    if name != "document_zigzag":
+        assert np.ptp(layout.shard_sizes()) <= 1
+    x = np.arange(sum(lengths) * 2).reshape(-1, 2)
+    assert (layout.unshard([layout.shard(x, rank) for rank in range(ranks)]) == x).all()
+    y = torch.from_numpy(x.T.copy())
+    assert torch.equal(layout.unshard([layout.shard(y, rank, dim=-1) for rank in range(ranks)], dim=-1), y)
+
+
+def test_zigzag_pairs_early_chunks_with_late_ones():
+    layout = Layout.zigzag([16], 4)
+    assert layout.tokens(0).tolist() == [0, 1, 14, 15]
+    assert layout.tokens(3).tolist() == [6, 7, 8, 9]
+
+
+def test_document_zigzag_deals_each_document_and_fills_the_emptiest_rank():
+    layout = Layout.document_zigzag([40, 3, 3, 3, 3, 40], 4, min_chunk=5)
+    # short documents are one chunk each, and each goes to the rank with fewest tokens: ties to the lowest
+    assert [int(layout.chunks["rank"][np.searchsorted(layout.chunks["t1"], t, "right")]) for t in (40, 43, 46, 49)] == [0, 1, 2, 3]
+    assert layout.shard_sizes().tolist() == [23, 23, 23, 23]
+
+
+def test_document_zigzag_never_cuts_below_the_smallest_chunk():
+    layout = Layout.document_zigzag([1000, 600, 90], 8, min_chunk=100)
+    cuts = {0, 1000, 1600, 1690}
+    sizes = [t1 - t0 for t0, t1 in zip(layout.chunks["t0"], layout.chunks["t1"], strict=True) if not {t0, t1} <= cuts]
+    assert min(sizes) >= 100
+
+
+def test_more_ranks_than_tokens_leaves_ranks_without_tokens():
+    for make in (Layout.contiguous, Layout.zigzag, Layout.document_zigzag):
+        sizes = make([2], 5).shard_sizes()
+        assert sizes.sum() == 2 and (sizes == 0).sum() >= 3
+
+
+def test_from_chunks_keeps_the_local_order_given():
+    layout = Layout.from_chunks([8], [[(6, 8), (0, 2)], [], [(2, 6)]])
+    assert layout.tokens(0).tolist() == [6, 7, 0, 1] and layout.tokens(1).tolist() == []
+    assert layout.position_ids(0).tolist() == [6, 7, 0, 1]
+
+
+def test_positions_restart_and_targets_cross_shards_but_not_documents():
+    layout = Layout.contiguous([3, 1, 4], 2)
+    assert layout.position_ids(0).tolist() == [0, 1, 2, 0]
+    assert layout.position_ids(1).tolist() == [0, 1, 2, 3]
+    labels = torch.arange(8)[None]
+    assert layout.shift_labels(labels).tolist() == [[1, 2, -100, -100, 5, 6, 7, -100]]
+    # the target of a shard's last token is the next rank's first
+    whole = Layout.contiguous([8], 2)
+    assert whole.shard(whole.shift_labels(np.arange(8)), 0).tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Layout.contiguous([4], 0), "at least 1 rank"),
+        (lambda: Layout.from_chunks([4], []), "at least 1 rank"),
+        (lambda: Layout.zigzag([4, 0], 2), "document 1 has length 0"),
+        (lambda: Layout.document_zigzag([4], 2, min_chunk=0), "min_chunk"),
+        (lambda: Layout.from_chunks([4], [[(0, 2)], [(3, 4)]]), r"\[2, 3\) are owned by nobody"),
+        (lambda: Layout.from_chunks([4], [[(0, 3)], [(2, 4)]]), r"\[2, 3\) are owned twice"),
+        (lambda: Layout.from_chunks([4], [[(0, 5)]]), "outside the 4 tokens"),
+        (lambda: Layout.contiguous([4], 2).shard(np.zeros(5), 0), "5 entries"),
+        (lambda: Layout.contiguous([4], 2).unshard([np.zeros(3), np.zeros(1)]), "this layout gives"),
+        (lambda: Layout.contiguous([4], 2).tokens(2), "rank 2 is outside"),
+    ],
+)
+def test_impossible_layouts_are_refused_with_a_sentence(make, sentence):
+    with pytest.raises(DistattnError, match=sentence):
+        make()

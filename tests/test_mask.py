@@ -1,0 +1,163 @@
+"""The mask algebra against its definition, cell by cell."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from distattn.errors import DistattnError
+from distattn.mask import Mask
+
+
+def cells(n: int, piece) -> np.ndarray:
+    """A band by its definition."""
+    q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = piece
+    q, k = np.arange(n)[:, None], np.arange(n)[None]
+    distance = (k - ok) // bk - (q - oq) // bq
+    return (q0 <= q) & (q < q1) & (k0 <= k) & (k < k1) & (lo <= distance) & (distance <= hi)
+
+
+@st.composite
+def intervals(draw, n: int) -> tuple[int, int]:
+    a, b = draw(st.integers(0, n - 1)), draw(st.integers(1, n))
+    return (a, b) if a < b else (b - 1, a + 1)
+
+
+@st.composite
+def bands(draw, n: int):
+    lo = draw(st.one_of(st.integers(-n, n), st.just(-(1 << 40))))
+    hi = draw(st.one_of(st.integers(-n, n), st.just(1 << 40)))
+    blocks = draw(st.one_of(st.just((1, 1, 0, 0)), st.tuples(*[st.integers(1, 9)] * 2, *[st.integers(-9, n)] * 2)))
+    return (*draw(intervals(n)), *draw(intervals(n)), lo, hi, *blocks)
+
+
+@st.composite
+def masks(draw):
+    """(n, pieces): any bands, overlapping or not."""
+    n = draw(st.integers(1, 48))
+    return n, draw(st.lists(bands(n), min_size=1, max_size=4))
+
+
+@settings(max_examples=1500)
+@given(masks(), st.data())
+def test_any_mask_answers_like_its_cells(mask_case, data):
+    n, pieces = mask_case
+    each = [cells(n, piece) for piece in pieces]
+    together = np.sum(each, 0)
+    try:
+        mask = Mask.from_pieces(pieces, n)
+    except DistattnError as refusal:
+        empty = any(not one.any() for one in each)
+        with_blocks = any(piece[6:8] != (1, 1) for piece in pieces)
+        assert empty or (together > 1).any() or (with_blocks and "rectangles" in str(refusal))
+        return
+    assert together.max() == 1 and all(one.any() for one in each)
+    dense = together > 0
+    assert (mask.dense() == dense).all()
+    assert mask.area() == dense.sum()
+    q, k = data.draw(intervals(n)), data.draw(intervals(n))
+    inside = np.zeros_like(dense)
+    inside[q[0] : q[1], k[0] : k[1]] = True
+    assert mask.area(q, k) == (dense & inside).sum()
+    assert (mask.cut(q, k).dense() == (dense & inside)).all()
+    several = [q, data.draw(intervals(n))]
+    rows = np.zeros(n, bool)
+    for a, b in several:
+        rows[a:b] = True
+    assert as_booleans(mask.needed_keys(several), n).tolist() == dense[rows].any(0).tolist()
+
+
+@settings(max_examples=300)
+@given(masks(), st.integers(1, 17), st.integers(1, 17))
+def test_tile_runs_name_every_tile_with_its_kind(mask_case, bm, bn):
+    n, pieces = mask_case
+    try:
+        mask = Mask.from_pieces(pieces, n)
+    except DistattnError:
+        assume(False)
+    runs = mask.tiles(bm, bn)
+    for piece in range(len(pieces)):
+        allowed = cells(n, pieces[piece])
+        for tile in range(-(-n // bm)):
+            rows = allowed[tile * bm : (tile + 1) * bm]
+            some = {j for j in range(-(-n // bn)) if rows[:, j * bn : (j + 1) * bn].any()}
+            full = {j for j in some if rows[:, j * bn : (j + 1) * bn].all()}
+            mine = [i for i in range(len(runs["tile"])) if runs["tile"][i] == tile and runs["piece"][i] == piece]
+            named = [{name: int(column[i]) for name, column in runs.items()} for i in mine]
+            assert some <= {j for run in named for j in range(run["begin"], run["end"])}
+            assert full == {j for run in named for j in range(run["full_begin"], run["full_end"])}
+            # a run starts and ends with a tile that holds a cell
+            assert all({run["begin"], run["end"] - 1} <= some for run in named)
+
+
+def test_constructors_mean_what_their_docstrings_say():
+    q, k = np.arange(40)[:, None], np.arange(40)[None]
+    same = np.repeat(np.arange(3), [1, 30, 9])[:, None] == np.repeat(np.arange(3), [1, 30, 9])[None]
+    assert (Mask.full(40).dense() == 1).all()
+    assert (Mask.causal(40).dense() == (k <= q)).all()
+    assert (Mask.sliding_window(40, 5).dense() == ((q - 5 <= k) & (k <= q))).all()
+    assert (Mask.sliding_window(40, 5, 3).dense() == ((q - 5 <= k) & (k <= q + 3))).all()
+    assert (Mask.documents([1, 30, 9]).dense() == (same & (k <= q))).all()
+    assert (Mask.documents([1, 30, 9], inner="full").dense() == same).all()
+    assert (Mask.documents([1, 30, 9], inner=(2, 1)).dense() == (same & (q - 2 <= k) & (k <= q + 1))).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Mask.documents([3, 0, 2]), "document 1 has length 0"),
+        (lambda: Mask.documents([3, -1]), "document 1 has length -1"),
+        (lambda: Mask.documents([]), "at least one"),
+        (lambda: Mask.documents([2.5]), "whole numbers"),
+        (lambda: Mask.documents([2], inner="sideways"), "inner is"),
+        (lambda: Mask.sliding_window(8, -1), "window reaches"),
+        (lambda: Mask.causal(1 << 31), "at most"),
+        (lambda: Mask.from_pieces([[0, 4, 0, 4, -9, 0], [2, 6, 2, 6, 0, 9]]), "pieces 0 and 1 overlap"),
+        (lambda: Mask.from_pieces([[0, 9, 0, 4, -9, 9]], n=8), "outside the axis"),
+        (lambda: Mask.from_pieces([[-1, 4, 0, 4, -9, 9]]), "outside the axis"),
+        (lambda: Mask.from_pieces([[4, 4, 0, 4, -9, 9]]), "is empty"),
+        (lambda: Mask.from_pieces([[0, 2, 6, 8, -9, 0]]), "allows no cell"),
+        (lambda: Mask.from_pieces([[0, 2, 6]]), "columns"),
+        (lambda: Mask.from_pieces([[0, 2, 6], [1]]), "equally many"),
+        (lambda: Mask.from_pieces([[0, 4, 0, 4, 0, 0, 0, 1, 0, 0]]), "block size"),
+    ],
+)
+def test_impossible_masks_are_refused_with_a_sentence(make, sentence):
+    with pytest.raises(DistattnError, match=sentence):
+        make()
+
+
+def test_disjoint_bands_may_share_a_rectangle_and_touch():
+    lower, upper = [0, 9, 0, 9, -99, 0], [0, 9, 0, 9, 1, 99]
+    assert Mask.from_pieces([lower, upper]).area() == 81
+
+
+def test_masks_are_immutable_values():
+    mask = Mask.causal(5)
+    assert mask == Mask.documents([5]) and hash(mask) == hash(Mask.documents([5])) and mask != Mask.full(5)
+    with pytest.raises(ValueError):
+        mask.pieces[0, 0] = 1
+
+
+def test_a_million_tokens_in_hundreds_of_documents_answer_at_once():
+    lengths = np.random.default_rng(0).integers(1, 5_000, 400)
+    lengths[0] += (1 << 20) - lengths.sum()
+    began = time.perf_counter()
+    mask = Mask.documents(lengths)
+    assert mask.area() == (lengths.astype(object) * (lengths + 1) // 2).sum()
+    mask.cut((1000, 900_000), (0, 1 << 19))
+    mask.needed_keys([(5, 90_000), (500_000, 700_000)])
+    runs = mask.tiles(128, 128)
+    assert len(runs["tile"]) < 10_000
+    # milliseconds on a quiet machine; the bound only catches anything that grows with tokens squared
+    assert time.perf_counter() - began < 1.0
+
+
+def as_booleans(intervals_: np.ndarray, n: int) -> np.ndarray:
+    out = np.zeros(n, bool)
+    for a, b in intervals_:
+        assert 0 <= a < b <= n and not out[a:b].any()
+        out[a:b] = True
+    return out
