@@ -35,7 +35,7 @@ class Lowered:
         _BY_HANDLE[self.handle] = self
 
 
-class _Use(NamedTuple):
+class Use(NamedTuple):
     """Where a plan runs: rank, kernel and process group."""
 
     rank: int
@@ -46,7 +46,7 @@ class _Use(NamedTuple):
 _HANDLES = itertools.count()
 _BY_HANDLE: weakref.WeakValueDictionary[int, Lowered] = weakref.WeakValueDictionary()
 # programs live as long as their plan
-_BY_PLAN: weakref.WeakKeyDictionary[Plan, dict[_Use, Lowered]] = weakref.WeakKeyDictionary()
+_BY_PLAN: weakref.WeakKeyDictionary[Plan, dict[Use, Lowered]] = weakref.WeakKeyDictionary()
 
 
 def attention(
@@ -71,13 +71,13 @@ def attention(
     _check_inputs(plan, rank, q_THD, k_TKD, v_TKE)
     call = plan.call
     name = choose_kernel(kernel, q_THD.dtype, call.head_dim, call.v_head_dim, q_THD.device)
-    lowered = lower_once(plan, _Use(rank, name, group))
+    lowered = lower_once(plan, Use(rank, name, group))
     scale = 1.0 / math.sqrt(call.head_dim) if scale is None else float(scale)
     o_THE, lse_HT, _ = torch.ops.distattn.forward(q_THD, k_TKD, v_TKE, lowered.handle, scale)
     return (o_THE, lse_HT) if return_lse else o_THE
 
 
-def lower_once(plan: Plan, use: _Use) -> Lowered:
+def lower_once(plan: Plan, use: Use) -> Lowered:
     """The program of a plan for one use, made at first call."""
     uses = _BY_PLAN.setdefault(plan, {})
     if use not in uses:

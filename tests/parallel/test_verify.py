@@ -1,0 +1,214 @@
+"""The verifier: wrong plans are refused, whoever made them; right ones accepted, whoever made them."""
+
+import functools
+import random
+
+import numpy as np
+import pytest
+from cases import small_plans
+from oracle import assert_close, dense, random_inputs, run_all_ranks
+
+from distattn.errors import PlanError
+from distattn.layout import Layout
+from distattn.mask import Mask
+from distattn.parallel.verify import verify
+from distattn.plan import POLICIES, Call, Payload, Plan, Table
+
+Q, KV, O, dO, dQ, dKV = (int(payload) for payload in Payload)
+MUTATIONS = 3000
+
+
+@functools.cache
+def oracle(mask: Mask):
+    inputs = random_inputs(64, 6, 2, 4)
+    return inputs, dense(mask, inputs)
+
+
+def mutate(plan: Plan, rng: random.Random) -> tuple[Plan, bool] | None:
+    """A plan with one row changed, and whether the change might leave it valid (a step, a source, a destination)."""
+    direction, kind = rng.choice(["forward", "backward"]), rng.choice(["tasks", "moves"])
+    table = getattr(plan, direction)
+    rows = {name: column.copy() for name, column in getattr(table, kind).items()}
+    if not len(rows["step"]):
+        return None
+    i = rng.randrange(len(rows["step"]))
+    ranges = ["q", "k", "h"] if kind == "tasks" else ["t", "h"]
+    of = rng.choice(ranges)
+    what = rng.choice(["delete", "duplicate", "shift", "grow", "shrink", "step", *(["piece", "rank"] if kind == "tasks" else ["src", "dst", "payload"])])
+    by = rng.choice([-1, 1])
+    if what == "delete":
+        rows = {name: np.delete(column, i) for name, column in rows.items()}
+    elif what == "duplicate":
+        rows = {name: np.append(column, column[i]) for name, column in rows.items()}
+    elif what == "shift":
+        rows[of + "0"][i] += by
+        rows[of + "1"][i] += by
+    elif what in ("grow", "shrink"):
+        end = rng.choice([of + "0", of + "1"])
+        rows[end][i] += (1 if end.endswith("1") else -1) * (1 if what == "grow" else -1)
+    elif what == "step":
+        rows["step"][i] += by
+    else:
+        size = {"piece": len(plan.call.mask.pieces), "payload": 6}.get(what, plan.call.ranks)
+        if size < 2:
+            return None
+        rows[what][i] = (rows[what][i] + rng.randrange(1, size)) % size
+    changed = Table(**({"tasks": table.tasks, "moves": table.moves} | {kind: rows}))
+    tables = {"forward": plan.forward, "backward": plan.backward} | {direction: changed}
+    return Plan(plan.call, **tables, policy=plan.policy), what in ("step", "src", "dst")
+
+
+def test_mutated_plans_are_refused_or_harmless():
+    rng = random.Random(7)
+    plans = list(small_plans((None, "keep", "refetch-home", "refetch-follow")))
+    tried = accepted = 0
+    while tried < MUTATIONS:
+        plan = rng.choice(plans)
+        mutant = mutate(plan, rng)
+        if mutant is None:
+            continue
+        tried += 1
+        changed, may_hold = mutant
+        try:
+            verify(changed)
+        except PlanError:
+            continue
+        assert may_hold, f"accepted: {changed}"
+        accepted += 1
+        inputs, wanted = oracle(plan.call.mask)
+        assert_close(run_all_ranks(changed, inputs), wanted, 1e-11)
+    # sanity of the test itself: harmless changes exist, and are rare
+    assert 0 < accepted < MUTATIONS // 4
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_strategy_and_policy_is_proven(policy):
+    for plan in small_plans((policy,)):
+        proof = verify(plan)
+        assert proof.digest == plan.digest
+        assert (proof.kept > 0).any() == (policy == "keep" and len(plan.forward.moves["step"]) > 0)
+
+
+def call(lengths, layout, heads=2, kv_heads=1, mask=None):
+    return Call(mask or Mask.documents(lengths), layout, heads, kv_heads, 4, 4, "float64")
+
+
+def check(plan: Plan) -> None:
+    verify(plan)
+    inputs = random_inputs(plan.call.mask.n, plan.call.heads, plan.call.kv_heads, 4)
+    assert_close(run_all_ranks(plan, inputs), dense(plan.call.mask, inputs), 1e-11)
+
+
+def test_a_hand_written_plan_with_split_keys_a_server_and_a_relay_is_accepted_and_right():
+    # one document on rank 0; rank 2 owns nothing and computes the right half of the keys for the lower queries; what
+    # it needs and returns goes by way of rank 1
+    layout = Layout.from_chunks([8], [[(0, 8)], [], []])
+    forward = Table.from_rows(
+        # step rank piece q0 q1 k0 k1 h0 h1
+        [(0, 0, 0, 0, 8, 0, 4, 0, 2), (2, 2, 0, 4, 8, 4, 8, 0, 2)],
+        # step src dst payload t0 t1 h0 h1
+        [
+            (0, 0, 1, Q, 4, 8, 0, 2),
+            (1, 1, 2, Q, 4, 8, 0, 2),
+            (0, 0, 1, KV, 4, 8, 0, 1),
+            (1, 1, 2, KV, 4, 8, 0, 1),
+            (3, 2, 1, O, 4, 8, 0, 2),
+            (4, 1, 0, O, 4, 8, 0, 2),
+        ],
+    )
+    backward = Table.from_rows(
+        [(0, 0, 0, 0, 8, 0, 4, 0, 2), (2, 2, 0, 4, 8, 4, 8, 0, 2)],
+        [
+            *[(s, a, b, p, 4, 8, 0, 2) for p in (Q, dO) for s, a, b in ((0, 0, 1), (1, 1, 2))],
+            *[(s, a, b, KV, 4, 8, 0, 1) for s, a, b in ((0, 0, 1), (1, 1, 2))],
+            (3, 2, 0, dQ, 4, 8, 0, 2),
+            (3, 2, 1, dKV, 4, 8, 0, 1),
+            (4, 1, 0, dKV, 4, 8, 0, 1),
+        ],
+    )
+    check(Plan(call([8], layout), forward, backward, "refetch-home"))
+
+
+def test_partial_results_may_be_merged_on_the_way():
+    # ranks 1 and 2 each compute some keys for rank 0's queries; rank 2's partial result is folded into rank 1's
+    layout = Layout.from_chunks([6], [[(0, 6)], [], []])
+    tasks = [(0, 0, 0, 0, 6, 0, 2, 0, 2), (1, 1, 0, 2, 6, 2, 4, 0, 2), (1, 2, 0, 4, 6, 4, 6, 0, 2)]
+    sends = [(0, 0, 1, Q, 2, 6, 0, 2), (0, 0, 1, KV, 2, 4, 0, 1), (0, 0, 2, Q, 4, 6, 0, 2), (0, 0, 2, KV, 4, 6, 0, 1)]
+    forward = Table.from_rows(tasks, [*sends, (2, 2, 1, O, 4, 6, 0, 2), (3, 1, 0, O, 2, 6, 0, 2)])
+    backward = Table.from_rows(
+        tasks,
+        [
+            *sends,
+            (0, 0, 1, dO, 2, 6, 0, 2),
+            (0, 0, 2, dO, 4, 6, 0, 2),
+            (2, 2, 1, dQ, 4, 6, 0, 2),
+            (3, 1, 0, dQ, 2, 6, 0, 2),
+            (2, 1, 0, dKV, 2, 4, 0, 1),
+            (2, 2, 0, dKV, 4, 6, 0, 1),
+        ],
+    )
+    check(Plan(call([6], layout), forward, backward, "refetch-home"))
+
+
+def test_heads_may_be_cut_across_key_value_groups():
+    # 6 query heads on 2 key/value heads, tasks of heads [0, 4) and [4, 6)
+    layout = Layout.contiguous([5], 1)
+    tasks = [(0, 0, 0, 0, 5, 0, 5, 0, 4), (1, 0, 0, 0, 5, 0, 5, 4, 6)]
+    check(Plan(call([5], layout, 6, 2), Table.from_rows(tasks), Table.from_rows(tasks), "keep"))
+
+
+TASK = (0, 0, 0, 0, 4, 0, 4, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "moves", "sentence"),
+    [
+        ([], [], "of piece 0, 20 cells x heads are allowed but tasks compute 0"),
+        ([TASK, TASK], [], "tasks 0 and 1 compute the same cells"),
+        ([(0, 0, 0, 0, 4, 0, 4, 0, 1)], [], "tasks compute 10"),
+        ([(0, 0, 0, 0, 4, 0, 5, 0, 2)], [], "impossible rectangle on 4 tokens"),
+        ([(0, 0, 0, 0, 2, 0, 4, 0, 2)], [], "task 0 .* is not a tight rectangle"),
+        ([(0, 0, 1, 0, 4, 0, 4, 0, 2)], [], "names no piece"),
+        ([(0, 2, 0, 0, 4, 0, 4, 0, 2)], [], "is at no rank of 2"),
+        ([(0, 0, 0, 0, 4, 0, 4, 0, 3)], [], "head range of 2 heads"),
+        ([(-1, 0, 0, 0, 4, 0, 4, 0, 2)], [], "impossible step"),
+        ([(0, 1, 0, 0, 4, 0, 4, 0, 2)], [], "Q is not at hand for task 0"),
+        ([TASK], [(0, 0, 0, KV, 0, 4, 0, 1)], "does not go from one to another"),
+        ([TASK], [(0, 0, 1, dKV, 0, 4, 0, 1)], "carries a payload"),
+        ([TASK], [(0, 0, 1, KV, 0, 4, 0, 2)], "head range"),
+        ([TASK], [(0, 0, 1, KV, 0, 4, 0, 1)], "KV of move 0 .* arrives unused"),
+        ([TASK], [(0, 1, 0, KV, 0, 4, 0, 1)], "comes twice, or to its holder, at rank 0"),
+        ([TASK], [(0, 1, 0, O, 0, 4, 0, 2)], "O of move 0 .* carries nothing"),
+        ([TASK], [(1, 0, 1, O, 0, 4, 0, 2)], "leaves twice, or from its owner, at rank 0"),
+    ],
+)
+def test_wrong_plans_are_refused_by_the_first_offender(tasks, moves, sentence):
+    plan = Plan(call([4], Layout.from_chunks([4], [[(0, 4)], []])), Table.from_rows(tasks, moves), Table.from_rows([TASK]), "keep")
+    with pytest.raises(PlanError, match=sentence):
+        verify(plan)
+
+
+def test_late_arrivals_and_early_departures_are_refused():
+    layout = Layout.from_chunks([4], [[(0, 4)], []])
+    work = (1, 1, 0, 0, 4, 0, 4, 0, 2)
+    sends = [(0, 0, 1, Q, 0, 4, 0, 2), (0, 0, 1, KV, 0, 4, 0, 1)]
+
+    def plan(moves):
+        return Plan(call([4], layout), Table.from_rows([work], moves), Table.from_rows([TASK]), "refetch-home")
+
+    with pytest.raises(PlanError, match="forward: KV comes too late for task 0"):
+        verify(plan([sends[0], (1, 0, 1, KV, 0, 4, 0, 1), (2, 1, 0, O, 0, 4, 0, 2)]))
+    with pytest.raises(PlanError, match="forward: O has already left at task 0"):
+        verify(plan([*sends, (1, 1, 0, O, 0, 4, 0, 2)]))
+    with pytest.raises(PlanError, match="forward: O is left behind by task 0"):
+        verify(plan(sends))
+
+
+def test_hostile_numbers_are_refused_not_computed_with():
+    layout = Layout.from_chunks([4], [[(0, 4)], []])
+    for value in (1 << 62, -(1 << 62), 1 << 40):
+        for column in range(9):
+            row = list(TASK)
+            row[column] = value
+            with pytest.raises(PlanError):
+                verify(Plan(call([4], layout), Table.from_rows([row]), Table.from_rows([TASK]), "keep"))
