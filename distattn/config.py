@@ -105,7 +105,7 @@ class Config:
 
 
 for _section in (RunConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig, ProofConfig):
-    _section.__pydantic_config__ = _STRICT  # type: ignore[attr-defined]
+    setattr(_section, "__pydantic_config__", _STRICT)  # noqa: B010
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -151,7 +151,9 @@ def _sentence(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         near = difflib.get_close_matches(key, _keys(Config), 1, 0.6)
-        return f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else f" There are {', '.join(_keys(Config))}.")
+        return f"{key}: unknown key." + (
+            f" Did you mean {near[0]}?" if near else f" There are {', '.join(_keys(Config))}."
+        )
     return f"{key}: {error['msg'].lower().rstrip('.')}, not {error['input']!r}."
 
 
@@ -168,10 +170,12 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
 def _problems(config: Config) -> list[str]:
     """What cannot be, one sentence per key."""
     model, data, parallel, train = config.model, config.data, config.parallel, config.train
-    problems = []
+    problems: list[str] = []
 
     def at_least(section: str, low: float, **values: float) -> None:
-        problems.extend(f"{section}.{key}: at least {low}, not {value}." for key, value in values.items() if value < low)
+        problems.extend(
+            f"{section}.{key}: at least {low}, not {value}." for key, value in values.items() if value < low
+        )
 
     def one_of(key: str, value: str, known: Sequence[str]) -> None:
         if value not in known:
@@ -181,7 +185,9 @@ def _problems(config: Config) -> list[str]:
 
     at_least("data", 2, axis=data.axis)
     at_least("data", 1, max_document=data.max_document)
-    at_least("model", 1, layers=model.layers, width=model.width, heads=model.heads, kv_heads=model.kv_heads, mlp=model.mlp)
+    at_least(
+        "model", 1, layers=model.layers, width=model.width, heads=model.heads, kv_heads=model.kv_heads, mlp=model.mlp
+    )
     at_least("parallel", 1, ranks=parallel.ranks, min_chunk=parallel.min_chunk)
     at_least("train", 1, steps=train.steps)
     at_least("train", 0, learning_rate=train.learning_rate, weight_decay=train.weight_decay)
@@ -189,12 +195,16 @@ def _problems(config: Config) -> list[str]:
     if train.clip <= 0:
         problems.append(f"train.clip: above 0, not {train.clip}.")
     if data.max_document > data.axis:
-        problems.append(f"data.max_document: {data.max_document} tokens do not fit on an axis of {data.axis}; at most data.axis.")
+        problems.append(
+            f"data.max_document: {data.max_document} tokens do not fit on an axis of {data.axis}; at most data.axis."
+        )
     if min(model.width, model.heads, model.kv_heads) >= 1:
         if model.width % model.heads or model.width // model.heads % 2:
             problems.append(f"model.heads: width {model.width} does not give {model.heads} heads of an even size.")
         if model.heads % model.kv_heads:
-            problems.append(f"model.kv_heads: {model.heads} query heads do not divide among {model.kv_heads} key/value heads.")
+            problems.append(
+                f"model.kv_heads: {model.heads} query heads do not divide among {model.kv_heads} key/value heads."
+            )
     one_of("model.dtype", model.dtype, DTYPES)
     one_of("parallel.strategy", parallel.strategy, list(STRATEGIES))
     one_of("parallel.layout", parallel.layout, list(LAYOUTS))

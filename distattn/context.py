@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from distattn.errors import DistattnError
@@ -76,7 +77,9 @@ class ContextParallel:
         ids = batch["input_ids"]
         labels = batch.get("labels", ids)
         if ids.dim() != 2 or labels.shape != ids.shape:
-            raise DistattnError(f"input_ids and labels are (batch, tokens) alike, not {tuple(ids.shape)}, {tuple(labels.shape)}.")
+            raise DistattnError(
+                f"input_ids and labels are (batch, tokens) alike, not {tuple(ids.shape)}, {tuple(labels.shape)}."
+            )
         lengths = _lengths(batch, ids)
         mask, layout = self.axis(lengths)
         targets = layout.shift_labels(labels.reshape(-1), ignore_index=IGNORE_INDEX)
@@ -102,13 +105,16 @@ class ShardedBatch:
 
     def attention(self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None) -> Tensor:
         """`distattn.attention` of this rank's tokens (T, heads, dim), with the plan for these shapes."""
-        mine = int(self.parent.axis(self.lengths)[1].shard_sizes()[self.parent.rank])
-        plan = self.plan(q_THD.shape[1], k_TKD.shape[1], q_THD.shape[2], v_TKE.shape[2], str(q_THD.dtype).removeprefix("torch."))
-        inputs = (x[:mine] if mine == 0 else x for x in (q_THD, k_TKD, v_TKE))
-        o_THE = attention(*inputs, plan, self.parent.group, scale=scale, kernel=self.parent.kernel)
-        assert isinstance(o_THE, Tensor)
-        # the padding token of a rank without tokens attends to nothing
-        return o_THE if mine else torch.cat([o_THE, v_TKE.new_zeros(len(q_THD), *o_THE.shape[1:])])
+        shape = q_THD.shape[1], k_TKD.shape[1], q_THD.shape[2], v_TKE.shape[2]
+        plan = self.plan(*shape, str(q_THD.dtype).removeprefix("torch."))
+        parent = self.parent
+        if parent.axis(self.lengths)[1].shard_sizes()[parent.rank]:
+            o_THE = attention(q_THD, k_TKD, v_TKE, plan, parent.group, scale=scale, kernel=parent.kernel)
+        else:
+            # the padding token of a rank without tokens attends to nothing, but others may need this rank's help
+            o_THE = attention(q_THD[:0], k_TKD[:0], v_TKE[:0], plan, parent.group, scale=scale, kernel=parent.kernel)
+            o_THE = F.pad(o_THE, (0, 0, 0, 0, 0, len(q_THD)))
+        return o_THE
 
     def plan(self, heads: int, kv_heads: int, head_dim: int, v_head_dim: int, dtype: str) -> Plan:
         """The plan of this batch for one shape of call; layers of the same shape share it."""

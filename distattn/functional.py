@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,13 +59,15 @@ def attention(
     scale: float | None = None,
     kernel: str | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Core attention of this rank's tokens, differentiable; a collective call of all ranks of the plan.
 
     q_THD (T, H, D), k_TKD (T, K, D), v_TKE (T, K, E) hold this rank's T tokens in the layout's local order; the result
-    o_THE has q's dtype. scale defaults to D ** -0.5. With return_lse also lse_HT, natural log, fp32 (fp64 for fp64),
-    -inf where a row has no allowed key; gradients through it need kernel="reference". group defaults to the default process group; a plan
-    for one rank needs none. Raises PlanError when the plan cannot be proven, DistattnError when the tensors do not fit it.
+    o_THE (T, H, E) has q's dtype. scale defaults to D ** -0.5. With return_lse also lse_HT,
+    natural log, fp32 (fp64 for fp64), -inf where a row has no allowed key; gradients through it need kernel="reference".
+    group defaults to the default process group; a plan for one rank needs none.
+
+    Raises PlanError when the plan cannot be proven, DistattnError when the tensors do not fit it.
     """
     rank, group = _membership(plan, group)
     _check_inputs(plan, rank, q_THD, k_TKD, v_TKE)
@@ -99,7 +101,9 @@ def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.
     group = dist.group.WORLD if group is None else group
     size = dist.get_world_size(group)
     if size != ranks:
-        raise DistattnError(f"the plan is for {ranks} ranks, the process group has {size}; pass the group it was made for.")
+        raise DistattnError(
+            f"the plan is for {ranks} ranks, the process group has {size}; pass the group it was made for."
+        )
     return dist.get_rank(group), group
 
 
@@ -113,7 +117,9 @@ def _check_inputs(plan: Plan, rank: int, q: Tensor, k: Tensor, v: Tensor) -> Non
     }
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
-            raise DistattnError(f"{name} has shape {tuple(tensor.shape)}; the plan wants {shape} (tokens, heads, dim) on rank {rank}.")
+            raise DistattnError(
+                f"{name} has shape {tuple(tensor.shape)}; the plan wants {shape} (tokens, heads, dim) on rank {rank}."
+            )
         if str(tensor.dtype) != f"torch.{call.dtype}":
             raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan was made for {call.dtype}.")
         if tensor.device != q.device:

@@ -150,7 +150,9 @@ class Layout:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"Layout({self.n} tokens, {len(self.ends)} documents, {self.ranks} ranks, {len(self.chunks['t0'])} chunks)"
+        return (
+            f"Layout({self.n} tokens, {len(self.ends)} documents, {self.ranks} ranks, {len(self.chunks['t0'])} chunks)"
+        )
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.ranks:

@@ -30,8 +30,9 @@ _PAIRS = 1 << 22
 Q0, Q1, K0, K1, LO, HI, BQ, BK, OQ, OK = range(10)
 
 
-def clip(bands: Ints, q0: Ints, q1: Ints, k0: Ints, k1: Ints) -> Ints:
-    """Bands (M, 10) cut by rectangles, row by row. A band that misses its rectangle gets q0 >= q1 or k0 >= k1."""
+def clip(bands: Ints, *rectangle: Ints | int) -> Ints:
+    """Bands (M, 10) cut by rectangles q0, q1, k0, k1, row by row. A band that misses its rectangle gets q0 >= q1 or k0 >= k1."""
+    q0, q1, k0, k1 = rectangle
     out = bands.copy()
     out[:, Q0], out[:, Q1] = np.maximum(bands[:, Q0], q0), np.minimum(bands[:, Q1], q1)
     out[:, K0], out[:, K1] = np.maximum(bands[:, K0], k0), np.minimum(bands[:, K1], k1)
@@ -164,7 +165,7 @@ class Mask:
         q_set = np.array(q_set, np.int64).reshape(-1, 2)
         _, q0, q1 = union(np.zeros(len(q_set), np.int64), q_set[:, 0], q_set[:, 1])
         i, j = expand(np.searchsorted(q1, self.pieces[:, Q0], "right"), np.searchsorted(q0, self.pieces[:, Q1], "left"))
-        hit = tighten(clip(self.pieces[i], q0[j], q1[j], np.int64(0), np.int64(self.n)))
+        hit = tighten(clip(self.pieces[i], q0[j], q1[j], 0, self.n))
         hit = hit[hit[:, Q0] < hit[:, Q1]]
         _, k0, k1 = union(np.zeros(len(hit), np.int64), hit[:, K0], hit[:, K1])
         return np.stack([k0, k1], 1)
@@ -221,7 +222,7 @@ class Mask:
 
     def _clipped(self, q: tuple[int, int] | None, k: tuple[int, int] | None) -> Ints:
         (q0, q1), (k0, k1) = q or (0, self.n), k or (0, self.n)
-        return clip(self.pieces, *(np.int64(x) for x in (q0, q1, k0, k1)))
+        return clip(self.pieces, q0, q1, k0, k1)
 
 
 def document_ends(lengths: Sequence[int]) -> Ints:
@@ -307,4 +308,6 @@ def _refuse_common_cells(tight: Ints, a: Ints, b: Ints) -> None:
     if len(bad):
         i = bad[0]
         how = "" if cellwise[i] else " (pieces with blocks must have disjoint rectangles)"
-        raise DistattnError(f"pieces {min(a[i], b[i])} and {max(a[i], b[i])} overlap{how}; every cell belongs to one piece.")
+        raise DistattnError(
+            f"pieces {min(a[i], b[i])} and {max(a[i], b[i])} overlap{how}; every cell belongs to one piece."
+        )

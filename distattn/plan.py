@@ -111,7 +111,9 @@ class Call:
 
     def __post_init__(self) -> None:
         if self.mask.n != self.layout.n:
-            raise DistattnError(f"the mask covers {self.mask.n} tokens, the layout {self.layout.n}; they share one axis.")
+            raise DistattnError(
+                f"the mask covers {self.mask.n} tokens, the layout {self.layout.n}; they share one axis."
+            )
         for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
             if getattr(self, name) < 1:
                 raise DistattnError(f"{name} is at least 1, not {getattr(self, name)}.")
@@ -237,7 +239,13 @@ class Plan:
     def _shape(self) -> dict[str, object]:
         call = self.call
         shape = {name: getattr(call, name) for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "dtype")}
-        return shape | {"mask": call.mask.digest, "layout": call.layout.digest, "n": call.mask.n, "ranks": call.ranks, "policy": self.policy}
+        return shape | {
+            "mask": call.mask.digest,
+            "layout": call.layout.digest,
+            "n": call.mask.n,
+            "ranks": call.ranks,
+            "policy": self.policy,
+        }
 
     def __repr__(self) -> str:
         tables = ", ".join(
@@ -272,7 +280,7 @@ def _canonical(names: Sequence[str], rows: Mapping[str, Ints]) -> Columns:
     if set(rows) != set(names):
         raise DistattnError(f"a table needs exactly the columns {', '.join(names)}; got {', '.join(rows)}.")
     if len({len(column) for column in rows.values()}) != 1:
-        raise DistattnError(f"columns of different lengths: {({name: len(rows[name]) for name in names})}.")
+        raise DistattnError(f"columns of different lengths: { ({name: len(rows[name]) for name in names}) }.")
     order = np.lexsort([rows[name] for name in reversed(names)])
     out = {name: np.asarray(rows[name], np.int64)[order] for name in names}
     for column in out.values():

@@ -37,7 +37,14 @@ class Progress:
         self.began = time.perf_counter()
         if sys.stdout.isatty() and not self.json_lines:
             text = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s")
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                text,
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self.bar = Bar(*columns, console=Console())
             self.bar.add_task("training", total=self.steps, loss=float("nan"), rate=0.0)
             self.bar.start()

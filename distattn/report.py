@@ -80,5 +80,7 @@ def _proof(proof: dict | None) -> str:
     return (
         f'<p class="{verdict}">Largest relative difference: loss {proof["loss"]:.1e}, gradient norm '
         f"{proof['grad_norm']:.1e} (must be under {proof['tolerance']:.0e}).</p>"
-        "<table><tr><th>step</th><th>loss</th><th>plain</th><th>gradient norm</th><th>plain</th></tr>" + rows + "</table>"
+        "<table><tr><th>step</th><th>loss</th><th>plain</th><th>gradient norm</th><th>plain</th></tr>"
+        + rows
+        + "</table>"
     )

@@ -80,7 +80,7 @@ def train(run: Run, config: Config, json_lines: bool) -> None:
             progress.step(Step(number + 1, float(losses), float(norm), batch["input_ids"].numel(), seconds))
 
 
-def build_model(config: Config, attention: str) -> torch.nn.Module:
+def build_model(config: Config, attention: str) -> Any:
     """A Llama from its shape, seeded; no download. `attention` is a transformers attention implementation."""
     # 2 s to import, and only here
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -125,7 +125,9 @@ def local_loss(model: torch.nn.Module, local: dict[str, Any]) -> torch.Tensor:
         use_cache=False,
     )
     logits_TV = output.logits[0].to(accumulation_dtype(output.logits.dtype))
-    return F.cross_entropy(logits_TV, local["labels"][0], ignore_index=IGNORE_INDEX, reduction="sum") * local["loss_scale"]
+    return (
+        F.cross_entropy(logits_TV, local["labels"][0], ignore_index=IGNORE_INDEX, reduction="sum") * local["loss_scale"]
+    )
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:

@@ -51,8 +51,8 @@ def prepare(bands: Ints, rows: int, keys: int) -> list[Run]:
     """The runs that compute bands (M, 10), in the coordinates of the tensors."""
     written = np.zeros(rows, bool)
     runs = []
-    for q0, q1, k0, k1, causal, band in (part for band in tighten(bands) for part in _parts(band)):
-        runs.append(Run(q0, q1, k0, k1, causal, band, not written[q0:q1].any()))
+    for q0, q1, k0, k1, causal, masked in (part for band in tighten(bands) for part in _parts(band)):
+        runs.append(Run(q0, q1, k0, k1, causal, masked, not written[q0:q1].any()))
         written[q0:q1] = True
     return runs
 
@@ -136,7 +136,7 @@ def _parts(band: Ints):
         return
     for low in range(q0, q1, _MASKED_ROWS):
         high = min(low + _MASKED_ROWS, q1)
-        block = tighten(clip(band[None], *(np.array([x]) for x in (low, high, k0, k1))))[0]
+        block = tighten(clip(band[None], low, high, k0, k1))[0]
         yield low, high, int(block[K0]), int(block[K1]), False, block
 
 

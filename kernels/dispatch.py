@@ -23,7 +23,9 @@ class Kernel(Protocol):
 
     def prepare(self, bands: Ints, rows: int, keys: int) -> Any: ...
 
-    def forward(self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, work: Any, scale: float, /) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, work: Any, scale: float, /
+    ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
         self,

@@ -12,7 +12,6 @@ from distattn.intervals import Ints
 from distattn.kernels.merge import accumulation_dtype
 from distattn.mask import Q0, Q1, row_ends
 
-
 DIFFERENTIABLE_LSE = True
 
 

@@ -44,7 +44,9 @@ def _train(arguments: list[str]) -> int:
     json_lines = "--json" in arguments
     arguments = [argument for argument in arguments if argument != "--json"]
     if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write("usage: distattn train CONFIG [--json] [--section.key value ...]\n\n" + configuration.help_text())
+        sys.stdout.write(
+            "usage: distattn train CONFIG [--json] [--section.key value ...]\n\n" + configuration.help_text()
+        )
         return 0 if arguments else 2
     config = configuration.load(arguments[0], arguments[1:])
     run, explanation = _prepare(config, json_lines)
@@ -59,7 +61,9 @@ def _train(arguments: list[str]) -> int:
         return code
     proof = None
     if config.proof.steps:
-        _say(json_lines, f"the first {min(config.proof.steps, config.train.steps)} steps again in plain transformers ...")
+        _say(
+            json_lines, f"the first {min(config.proof.steps, config.train.steps)} steps again in plain transformers ..."
+        )
         proof = prove(run, config)
     write_report(run, config, explanation, proof)
     steps = run.metrics()

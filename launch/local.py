@@ -25,6 +25,8 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        sys.stderr.write(f"distattn: rank {rank} ended with exit code {failure.exitcode}; the other ranks were stopped.\n")
+        sys.stderr.write(
+            f"distattn: rank {rank} ended with exit code {failure.exitcode}; the other ranks were stopped.\n"
+        )
         return failure.exitcode if failure.exitcode > 0 else 1
     return 0

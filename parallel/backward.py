@@ -37,7 +37,13 @@ def _transposed(forward: Table) -> Table:
     turned = np.array([_TURNED[payload] for payload in (Payload.Q, Payload.KV, Payload.O)])
     return Table(
         {**tasks, "step": last - tasks["step"]},
-        {**moves, "step": last - moves["step"], "src": moves["dst"], "dst": moves["src"], "payload": turned[moves["payload"]]},
+        {
+            **moves,
+            "step": last - moves["step"],
+            "src": moves["dst"],
+            "dst": moves["src"],
+            "payload": turned[moves["payload"]],
+        },
     )
 
 

@@ -76,7 +76,10 @@ class Explanation:
             _rank_table(facts["ranks"]),
             "",
             "moved, one attention call: "
-            + (", ".join(f"{name} {_size(size)}" for name, size in facts["bytes_by_payload"].items() if size) or "nothing"),
+            + (
+                ", ".join(f"{name} {_size(size)}" for name, size in facts["bytes_by_payload"].items() if size)
+                or "nothing"
+            ),
         ]
         for direction, table in (("forward", self.plan.forward), ("backward", self.plan.backward)):
             lines += ["", _step_table(self.plan, direction, table)]
@@ -86,9 +89,7 @@ class Explanation:
         """The picture and the text, as an HTML fragment that needs nothing else. Needs matplotlib."""
         picture = base64.b64encode(self.picture()).decode()
         title = f"score matrix of {self.plan.strategy} on {self.plan.call.ranks} ranks, coloured by rank and by step"
-        return (
-            f'<img alt="{html.escape(title)}" src="data:image/png;base64,{picture}">\n<pre>{html.escape(str(self))}</pre>'
-        )
+        return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{picture}">\n<pre>{html.escape(str(self))}</pre>'
 
     def picture(self) -> bytes:
         """A PNG of the score matrix: who computes each cell, and in which step (forward). Needs matplotlib."""
@@ -122,7 +123,10 @@ def _rank_table(ranks: list[dict[str, int]]) -> str:
     mean = sum(row["cells_x_heads"] for row in ranks) / len(ranks) or 1.0
     lines = ["rank   tokens  tasks  work/mean       sent   received   peak fwd   peak bwd       kept"]
     for row in shown:
-        sizes = (row[name] for name in ("sent_bytes", "received_bytes", "peak_forward_bytes", "peak_backward_bytes", "kept_bytes"))
+        sizes = (
+            row[name]
+            for name in ("sent_bytes", "received_bytes", "peak_forward_bytes", "peak_backward_bytes", "kept_bytes")
+        )
         lines.append(
             f"{row['rank']:4d} {row['tokens']:8,d} {row['tasks']:6d} {row['cells_x_heads'] / mean:10.2f} "
             + " ".join(f"{_size(size):>10s}" for size in sizes)
@@ -160,7 +164,14 @@ def _draw(figure: Any, axis: Any, plan: Plan, head: int, colour_by: str, colours
     # edges in the face's colour close the hairlines between neighbours
     axis.add_collection(PolyCollection(_outlines(plan, here), facecolors=paint, edgecolors=paint, linewidths=0.4))
     n = plan.call.mask.n
-    axis.set(xlim=(0, n), ylim=(n, 0), xlabel="key (token)", ylabel="query (token)", aspect="equal", title=f"coloured by {label}")
+    axis.set(
+        xlim=(0, n),
+        ylim=(n, 0),
+        xlabel="key (token)",
+        ylabel="query (token)",
+        aspect="equal",
+        title=f"coloured by {label}",
+    )
     ticks = np.unique(np.linspace(0, colours - 1, min(colours, 8)).round().astype(int))
     figure.colorbar(scale, ax=axis, label=colour_by, ticks=ticks, shrink=0.7)
 

@@ -77,7 +77,9 @@ def fetch(call: Call, payload: Payload, step: int | Ints, rank: Ints, a: Ints, b
 
 def reversed_as(moves: Columns, payload: Payload, step: int | Ints) -> Columns:
     """The same rows with the arrow turned, carrying `payload` at `step`."""
-    return columns(MOVE_COLUMNS, **{**moves, "src": moves["dst"], "dst": moves["src"], "payload": int(payload), "step": step})
+    return columns(
+        MOVE_COLUMNS, **{**moves, "src": moves["dst"], "dst": moves["src"], "payload": int(payload), "step": step}
+    )
 
 
 def coalesce(moves: Columns) -> Columns:

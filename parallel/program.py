@@ -251,7 +251,9 @@ class _TableLowering:
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
             views = [message.view for _, message in (*step.sends, *step.receives)]
-            views += [view for launch in step.launches for view in (*launch.operands.values(), *launch.results.values())]
+            views += [
+                view for launch in step.launches for view in (*launch.operands.values(), *launch.results.values())
+            ]
             for key in (link.buffer for view in views for link in view.links):
                 first.setdefault(key, index)
                 last[key] = index

@@ -1,4 +1,4 @@
-"""The proof of a plan: every allowed cell computed exactly once, every input present when used, every result brought home.
+"""The proof of a plan: every allowed cell computed once, every input present when used, every result brought home.
 
 `verify` reads only the tables, the mask and the layout; it knows no strategy. Holding (Q, KV, dO) and accumulating
 (O, dQ, dKV) payloads are one rule: accumulating is holding with time and arrows reversed. Everything is sorts, joins
@@ -19,7 +19,6 @@ from distattn.errors import PlanError
 from distattn.intervals import Ints, crossing, elementary, expand, union
 from distattn.mask import K0, K1, Q0, Q1, areas, tighten
 from distattn.plan import (
-    ACCUMULATING,
     BACKWARD,
     FORWARD,
     HOLDING,
@@ -90,7 +89,9 @@ def _verify_table(
     _check_coverage(call, table.tasks, direction)
     lives = {}
     for payload in payloads:
-        staying = take(kept, kept["payload"] == payload) if kept is not None and payload in (Payload.Q, Payload.KV) else None
+        staying = (
+            take(kept, kept["payload"] == payload) if kept is not None and payload in (Payload.Q, Payload.KV) else None
+        )
         if payload in HOLDING:
             lives[payload] = _check_holding(call, table, payload, f"{direction}: {payload.name}", staying)
         else:
@@ -108,14 +109,18 @@ class _Rows:
 
     def check(self, payloads: tuple[Payload, ...]) -> None:
         call, tasks, moves = self.call, self.table.tasks, self.table.moves
-        self._refuse("task", tasks, TASK_COLUMNS, _outside(tasks["piece"], len(call.mask.pieces)), "names no piece of the mask")
+        self._refuse(
+            "task", tasks, TASK_COLUMNS, _outside(tasks["piece"], len(call.mask.pieces)), "names no piece of the mask"
+        )
         self._refuse("task", tasks, TASK_COLUMNS, _outside(tasks["rank"], call.ranks), f"is at no rank of {call.ranks}")
         bad = _not_inside(tasks, "q", call.mask.n) | _not_inside(tasks, "k", call.mask.n)
         self._refuse("task", tasks, TASK_COLUMNS, bad, f"has an empty or impossible rectangle on {call.mask.n} tokens")
         bad = _not_inside(tasks, "h", call.heads) | _outside(tasks["step"], _MAX_STEP)
         self._refuse("task", tasks, TASK_COLUMNS, bad, f"has an impossible step or head range of {call.heads} heads")
         known = np.isin(moves["payload"], [int(payload) for payload in payloads])
-        self._refuse("move", moves, MOVE_COLUMNS, ~known, f"carries a payload that is not one of {[p.name for p in payloads]}")
+        self._refuse(
+            "move", moves, MOVE_COLUMNS, ~known, f"carries a payload that is not one of {[p.name for p in payloads]}"
+        )
         bad = _outside(moves["src"], call.ranks) | _outside(moves["dst"], call.ranks) | (moves["src"] == moves["dst"])
         self._refuse("move", moves, MOVE_COLUMNS, bad, f"does not go from one to another of {call.ranks} ranks")
         heads = np.array([call.payload_heads(payload) for payload in Payload])[moves["payload"]]
@@ -144,7 +149,9 @@ def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
     wanted = areas(call.mask.pieces).astype(object) * call.heads
     if (done != wanted).any():
         i = int(np.flatnonzero(done != wanted)[0])
-        raise PlanError(f"{direction}: of piece {i}, {wanted[i]} cells x heads are allowed but tasks compute {done[i]}.")
+        raise PlanError(
+            f"{direction}: of piece {i}, {wanted[i]} cells x heads are allowed but tasks compute {done[i]}."
+        )
 
 
 def _check_disjoint(tasks: Columns, direction: str) -> None:
@@ -161,8 +168,8 @@ def _check_disjoint(tasks: Columns, direction: str) -> None:
     row, slab = row[order], slab[order]
     clash = (slab[1:] == slab[:-1]) & (tasks[across + "0"][row[1:]] < tasks[across + "1"][row[:-1]])
     if clash.any():
-        i = int(np.flatnonzero(clash)[0])
-        a, b = sorted((int(row[i]), int(row[i + 1])))
+        first = int(np.flatnonzero(clash)[0])
+        a, b = sorted((int(row[first]), int(row[first + 1])))
         raise PlanError(f"{direction}: tasks {a} and {b} compute the same cells ({_show(tasks, TASK_COLUMNS, b)}).")
 
 
@@ -179,7 +186,7 @@ def _check_holding(
         last_step = table.steps - 1
         tasks = {**tasks, "step": last_step - tasks["step"]}
         moves = {**moves, "step": last_step - moves["step"], "src": moves["dst"], "dst": moves["src"]}
-    held = _holders(call, payload, moves, kept)
+    held, first_move = _holders(call, payload, moves, kept)
     used = _uses(call, tasks, payload, moves)
     limits = np.unique(np.concatenate([held["h0"], held["h1"], used["h0"], used["h1"]]))
     h_row, h_key0, h_key1 = _keys(call, limits, held)
@@ -189,9 +196,9 @@ def _check_holding(
     h_row, h_key0, h_key1 = h_row[order], h_key0[order], h_key1[order]
     clash = h_key0[1:] < h_key1[:-1]
     if clash.any():
-        i = int(np.flatnonzero(clash)[0])
-        row = max(int(h_row[i]), int(h_row[i + 1]))
-        where = f"tokens [{held['t0'][row]}, {held['t1'][row]}) {comes_twice} rank {held['rank'][row]}"
+        first = int(np.flatnonzero(clash)[0])
+        later = max(int(h_row[first]), int(h_row[first + 1]))
+        where = f"tokens [{held['t0'][later]}, {held['t1'][later]}) {comes_twice} rank {held['rank'][later]}"
         raise PlanError(f"{label} of {where}.")
 
     present = _covered(h_key0, h_key1, u_key0, u_key1)
@@ -206,12 +213,12 @@ def _check_holding(
     arrived = held["step"][h_row] >= 0
     idle = ~_covered(busy0, busy1, h_key0[arrived], h_key1[arrived])
     if idle.any():
-        row = moves["row"][h_row[arrived][int(np.flatnonzero(idle)[0])] - held["first_move"]]
+        row = int(moves["row"][h_row[arrived][int(np.flatnonzero(idle)[0])] - first_move])
         raise PlanError(f"{label} of move {row} {_show(table.moves, MOVE_COLUMNS, row)} {unused}.")
 
     last = np.zeros(len(held["step"]), np.int64)
     np.maximum.at(last, h_row[j], used["step"][u_row[i]])
-    return _batches(call, moves, last[held["first_move"] :])
+    return _batches(call, moves, last[first_move:])
 
 
 def _check_accumulating(call: Call, table: Table, payload: Payload, label: str) -> Batches:
@@ -234,8 +241,8 @@ def _rows_of(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
     return {**take(moves, row), "row": row}
 
 
-def _holders(call: Call, payload: Payload, moves: Columns, kept: Columns | None) -> Columns:
-    """Who has which (token, head) from which step on: owners and keepers from -1, then receivers."""
+def _holders(call: Call, payload: Payload, moves: Columns, kept: Columns | None) -> tuple[Columns, int]:
+    """Who has which (token, head) from which step on: owners and keepers from -1, then receivers (first row returned)."""
     chunks, heads = call.layout.chunks, call.payload_heads(payload)
     owners = {"rank": chunks["rank"], "t0": chunks["t0"], "t1": chunks["t1"]}
     owners |= {"h0": np.zeros_like(chunks["t0"]), "h1": np.full_like(chunks["t0"], heads)}
@@ -245,7 +252,7 @@ def _holders(call: Call, payload: Payload, moves: Columns, kept: Columns | None)
     first_move = sum(len(part["t0"]) for part in parts)
     parts.append({**moves, "rank": moves["dst"]})
     held = {name: np.concatenate([part[name] for part in parts]) for name in ("rank", "t0", "t1", "h0", "h1", "step")}
-    return {**held, "first_move": first_move}
+    return held, first_move
 
 
 def _uses(call: Call, tasks: Columns, payload: Payload, moves: Columns) -> Columns:

@@ -39,7 +39,9 @@ def layouts(lengths: tuple[int, ...], ranks: int) -> dict[str, Layout]:
         "contiguous": Layout.contiguous(lengths, ranks),
         "zigzag": Layout.zigzag(lengths, ranks),
         "document_zigzag": Layout.document_zigzag(lengths, ranks, min_chunk=16),
-        "from_chunks": Layout.from_chunks(lengths, [spans[r::owners][::-1] if r < owners else [] for r in range(ranks)]),
+        "from_chunks": Layout.from_chunks(
+            lengths, [spans[r::owners][::-1] if r < owners else [] for r in range(ranks)]
+        ),
     }
 
 

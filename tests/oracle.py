@@ -34,7 +34,9 @@ class Inputs(NamedTuple):
     do: Tensor
 
 
-def random_inputs(n: int, heads: int, kv_heads: int, head_dim: int, v_head_dim: int | None = None, seed: int = 0) -> Inputs:
+def random_inputs(
+    n: int, heads: int, kv_heads: int, head_dim: int, v_head_dim: int | None = None, seed: int = 0
+) -> Inputs:
     """fp64 tensors (n, heads, dim)."""
     generator = torch.Generator().manual_seed(seed)
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
@@ -160,5 +162,3 @@ def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record:
 def planned_bytes(plan: Plan) -> Counter:
     rows = plan.bytes()
     return Counter({(int(s), int(d), int(p)): int(b) for s, d, p, b in zip(*rows.values(), strict=True)})
-
-

@@ -20,7 +20,9 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[
     """`work(rank, *arguments)` on every rank of a gloo group; their results by rank. A failure carries its traceback."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank, args=(rank, ranks, folder, work, arguments)) for rank in range(ranks)]
+        processes = [
+            context.Process(target=_rank, args=(rank, ranks, folder, work, arguments)) for rank in range(ranks)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -28,7 +30,9 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             process.kill()
-        outcomes = [torch.load(file) if (file := Path(folder, f"{r}.pt")).exists() else ("lost", None) for r in range(ranks)]
+        outcomes = [
+            torch.load(file) if (file := Path(folder, f"{r}.pt")).exists() else ("lost", None) for r in range(ranks)
+        ]
     failures = [f"rank {rank}: {value}" for rank, (state, value) in enumerate(outcomes) if state != "done"]
     assert not hung and not failures, f"hung ranks: {hung}\n" + "\n".join(failures)
     return [value for _, value in outcomes]

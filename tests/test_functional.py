@@ -48,11 +48,17 @@ def test_one_rank_needs_no_process_group(kernel):
     q, k, v, do = local(plan, inputs, 0)
     o, lse_HT = da.attention(q, k, v, plan, kernel=kernel, return_lse=True)
     o.backward(do)
-    assert_close(together(plan, [(o.detach(), lse_HT.detach().t(), q.grad, k.grad, v.grad)]), dense(plan.call.mask, inputs), 1e-11)
+    assert_close(
+        together(plan, [(o.detach(), lse_HT.detach().t(), q.grad, k.grad, v.grad)]),
+        dense(plan.call.mask, inputs),
+        1e-11,
+    )
 
 
 def test_gradients_flow_through_the_log_sum_exp_where_the_kernel_can():
-    plan = da.make_plan(da.Mask.causal(9), da.Layout.zigzag([9], 1), strategy="ring", heads=2, kv_heads=1, head_dim=4, dtype="float64")
+    plan = da.make_plan(
+        da.Mask.causal(9), da.Layout.zigzag([9], 1), strategy="ring", heads=2, kv_heads=1, head_dim=4, dtype="float64"
+    )
     q, k, v, _ = local(plan, random_inputs(9, 2, 1, 4), 0)
 
     def both(q, k, v):
@@ -76,7 +82,9 @@ def test_compiles_without_a_graph_break():
     plan, inputs = plan_for(1), random_inputs(200, 4, 2, 8)
     handle = lower_once(plan, Use(0, "cpu", None)).handle
     q, k, v, _ = local(plan, inputs, 0)
-    compiled = torch.compile(lambda q, k, v: torch.ops.distattn.forward(q, k, v, handle, 0.3)[0] * 2, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: torch.ops.distattn.forward(q, k, v, handle, 0.3)[0] * 2, fullgraph=True, backend="aot_eager"
+    )
     eager = torch.ops.distattn.forward(q, k, v, handle, 0.3)[0] * 2
     assert torch.equal(compiled(q, k, v), eager)
 

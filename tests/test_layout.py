@@ -37,7 +37,12 @@ def test_zigzag_pairs_early_chunks_with_late_ones():
 def test_document_zigzag_deals_each_document_and_fills_the_emptiest_rank():
     layout = Layout.document_zigzag([40, 3, 3, 3, 3, 40], 4, min_chunk=5)
     # short documents are one chunk each, and each goes to the rank with fewest tokens: ties to the lowest
-    assert [int(layout.chunks["rank"][np.searchsorted(layout.chunks["t1"], t, "right")]) for t in (40, 43, 46, 49)] == [0, 1, 2, 3]
+    assert [int(layout.chunks["rank"][np.searchsorted(layout.chunks["t1"], t, "right")]) for t in (40, 43, 46, 49)] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert layout.shard_sizes().tolist() == [23, 23, 23, 23]
 
 

@@ -71,7 +71,9 @@ def test_work_and_bytes_are_counted_from_the_tables():
     assert plan.area_by_rank().tolist() == [4 * 8 * 8, 4 * 8 * 8]
     moved = plan.bytes()
     # 4 tokens x 2 heads x (16 + 16) bf16 each way, twice (forward, backward); dKV in fp32, once
-    by_payload = {Payload(p).name: int(moved["bytes"][moved["payload"] == p].sum()) for p in np.unique(moved["payload"])}
+    by_payload = {
+        Payload(p).name: int(moved["bytes"][moved["payload"] == p].sum()) for p in np.unique(moved["payload"])
+    }
     assert by_payload == {"KV": 2 * 2 * 4 * 2 * 32 * 2, "dKV": 2 * 4 * 2 * 32 * 4}
 
 
@@ -111,4 +113,9 @@ def test_a_table_needs_its_columns():
     with pytest.raises(DistattnError, match="exactly the columns"):
         Table({"step": np.zeros(1, np.int64)}, Table.from_rows([]).moves)
     with pytest.raises(DistattnError, match="policy"):
-        Plan(Call(Mask.full(1), Layout.contiguous([1], 1), 1, 1, 1, 1, "float32"), Table.from_rows([]), Table.from_rows([]), "x")
+        Plan(
+            Call(Mask.full(1), Layout.contiguous([1], 1), 1, 1, 1, 1, "float32"),
+            Table.from_rows([]),
+            Table.from_rows([]),
+            "x",
+        )

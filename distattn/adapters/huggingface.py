@@ -49,15 +49,20 @@ def attention_forward(
     """query (1, H, T, D), key (1, K, T, D), value (1, K, T, E) -> (1, T, H, E), as transformers calls it."""
     if context_parallel is None:
         raise DistattnError(
-            'attn_implementation="distattn" needs the sharded batch: call the model with context_parallel=batch["context_parallel"].'
+            'attn_implementation="distattn" needs the sharded batch: '
+            'call the model with context_parallel=batch["context_parallel"].'
         )
     if attention_mask is not None:
         raise DistattnError("an attention mask was passed; give document_lengths to ContextParallel.shard instead.")
     if dropout:
-        raise DistattnError(f"attention dropout {dropout} is not computed; set attention_dropout = 0 in the model's config.")
+        raise DistattnError(
+            f"attention dropout {dropout} is not computed; set attention_dropout = 0 in the model's config."
+        )
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
-            raise DistattnError(f"layer {getattr(module, 'layer_idx', '?')} asks for {what} ({name}), which is not computed yet.")
+            raise DistattnError(
+                f"layer {getattr(module, 'layer_idx', '?')} asks for {what} ({name}), which is not computed yet."
+            )
     if not getattr(module, "is_causal", True):
         raise DistattnError("the layer is not causal; this adapter serves causal language models.")
     if query.shape[0] != 1:
@@ -69,4 +74,6 @@ def attention_forward(
 def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
     """The plan carries the mask. A padding mask is refused: padding is no document."""
     if attention_mask is not None and not bool(attention_mask.all()):
-        raise DistattnError("a padding mask was passed; pack documents without padding and give document_lengths instead.")
+        raise DistattnError(
+            "a padding mask was passed; pack documents without padding and give document_lengths instead."
+        )

@@ -47,10 +47,13 @@ def read_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
         content = _read(file)
         empty += not content
         documents += [
-            Document(file, start, min(start + max_document, len(content))) for start in range(0, len(content), max_document)
+            Document(file, start, min(start + max_document, len(content)))
+            for start in range(0, len(content), max_document)
         ]
     if not documents:
-        raise DistattnError(f"data.path: {path!r} holds no text ({len(files)} files, all empty); name a folder with UTF-8 text files.")
+        raise DistattnError(
+            f"data.path: {path!r} holds no text ({len(files)} files, all empty); name a folder with UTF-8 text files."
+        )
     return Corpus(documents, len(files), empty)
 
 
@@ -68,7 +71,9 @@ def _find_files(path: str, suffix: str, exclude: Sequence[str]) -> list[str]:
     pattern = path.replace("{stdlib}", glob.escape(sysconfig.get_path("stdlib")))
     roots = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if os.path.exists(pattern) else [])
     if not roots:
-        raise DistattnError(f"data.path: there is no file or folder {path!r}; name a folder, a file or a glob of text files.")
+        raise DistattnError(
+            f"data.path: there is no file or folder {path!r}; name a folder, a file or a glob of text files."
+        )
     found = set()
     for root in roots:
         for folder, subfolders, names in os.walk(root) if os.path.isdir(root) else [("", [], [root])]:

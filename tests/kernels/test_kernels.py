@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import Inputs, assert_close, dense, random_inputs, Result
+from oracle import Inputs, Result, assert_close, dense, random_inputs
 
 from distattn.errors import DistattnError
 from distattn.kernels import cpu, reference
@@ -96,7 +96,9 @@ def test_reference_accumulates_half_precision_in_single():
 def test_merging_partial_results_equals_one_softmax():
     inputs = random_inputs(40, 2, 2, 8)
     left, right = Mask.from_pieces([[0, 40, 0, 15, -99, 0]], 40), Mask.from_pieces([[0, 40, 15, 40, -99, 0]], 40)
-    (o, lse), (o2, lse2) = (reference.forward(*inputs[:3], reference.prepare(m.pieces, 40, 40), 0.25) for m in (left, right))
+    (o, lse), (o2, lse2) = (
+        reference.forward(*inputs[:3], reference.prepare(m.pieces, 40, 40), 0.25) for m in (left, right)
+    )
     merge_(o, lse, o2, lse2)
     wanted = dense(Mask.causal(40), inputs, 0.25)
     assert (o - wanted.o).abs().max() < 1e-13 and (lse - wanted.lse).abs().max() < 1e-13

@@ -32,7 +32,12 @@ def all_layouts(lengths, ranks):
 def test_outputs_and_gradients_equal_the_oracle(mask, strategy, ranks, heads):
     inputs, wanted = case(LENGTHS, mask, heads)
     for layout in all_layouts(LENGTHS, ranks).values():
-        for dtype, kernel in (("float64", "reference"), ("float64", "cpu"), ("float32", "cpu"), ("float32", "reference")):
+        for dtype, kernel in (
+            ("float64", "reference"),
+            ("float64", "cpu"),
+            ("float32", "cpu"),
+            ("float32", "reference"),
+        ):
             shape = dict(heads=heads[0], kv_heads=heads[1], head_dim=8, dtype=dtype)
             plan = make_plan(masks(LENGTHS)[mask], layout, strategy=strategy, **shape)
             assert_close(run_all_ranks(plan, inputs, kernel), wanted, TOLERANCE[dtype])

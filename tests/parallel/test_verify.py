@@ -34,7 +34,17 @@ def mutate(plan: Plan, rng: random.Random) -> tuple[Plan, bool] | None:
     i = rng.randrange(len(rows["step"]))
     ranges = ["q", "k", "h"] if kind == "tasks" else ["t", "h"]
     of = rng.choice(ranges)
-    what = rng.choice(["delete", "duplicate", "shift", "grow", "shrink", "step", *(["piece", "rank"] if kind == "tasks" else ["src", "dst", "payload"])])
+    what = rng.choice(
+        [
+            "delete",
+            "duplicate",
+            "shift",
+            "grow",
+            "shrink",
+            "step",
+            *(["piece", "rank"] if kind == "tasks" else ["src", "dst", "payload"]),
+        ]
+    )
     by = rng.choice([-1, 1])
     if what == "delete":
         rows = {name: np.delete(column, i) for name, column in rows.items()}
@@ -183,7 +193,12 @@ TASK = (0, 0, 0, 0, 4, 0, 4, 0, 2)
     ],
 )
 def test_wrong_plans_are_refused_by_the_first_offender(tasks, moves, sentence):
-    plan = Plan(call([4], Layout.from_chunks([4], [[(0, 4)], []])), Table.from_rows(tasks, moves), Table.from_rows([TASK]), "keep")
+    plan = Plan(
+        call([4], Layout.from_chunks([4], [[(0, 4)], []])),
+        Table.from_rows(tasks, moves),
+        Table.from_rows([TASK]),
+        "keep",
+    )
     with pytest.raises(PlanError, match=sentence):
         verify(plan)
 

@@ -1,0 +1,106 @@
+"""What planning costs on one core: masks, plans and proofs of a long axis of packed documents.
+
+    python benchmarks/planning.py [--tokens 1048576] [--documents 400 | --lengths FILE.json] [--ranks 64]
+
+Times are the best of three, host only, no torch. Aim of the first issue: under 1 s each at the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import distattn as da
+from distattn.layout import LAYOUTS
+from distattn.parallel.make_plan import STRATEGIES
+
+REPEATS = 3
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1 << 20)
+    parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--lengths", type=Path, help="a JSON list of document lengths instead of synthetic ones")
+    parser.add_argument("--ranks", type=int, default=64)
+    parser.add_argument("--heads", type=int, nargs=2, default=(64, 8), metavar=("QUERY", "KEY_VALUE"))
+    arguments = parser.parse_args()
+    lengths = (
+        json.loads(arguments.lengths.read_text())
+        if arguments.lengths
+        else synthetic(arguments.tokens, arguments.documents)
+    )
+
+    mask_ms, mask = best(lambda: da.Mask.documents(lengths))
+    spans = [(i * mask.n // 7, i * mask.n // 7 + mask.n // 20) for i in range(7)]
+    area_ms, _ = best(mask.area)
+    keys_ms, _ = best(lambda: mask.needed_keys(spans))
+    tiles_ms, runs = best(lambda: mask.tiles(128, 128))
+    say(
+        f"{mask.n:,} tokens, {len(lengths)} documents, the longest {max(lengths):,}; {arguments.ranks} ranks; python {sys.version.split()[0]}"
+    )
+    say(
+        f"mask {mask_ms:.1f} ms, area {area_ms:.1f} ms, needed keys {keys_ms:.1f} ms, {len(runs['tile']):,} tile runs {tiles_ms:.1f} ms\n"
+    )
+    say(
+        "strategy   layout            layout ms  plan ms  verify ms    tasks    moves  max/mean  moved GB  peak GB fwd/bwd"
+    )
+    for strategy in STRATEGIES:
+        for name, make in LAYOUTS.items():
+            layout_ms, layout = best(lambda make=make: make(lengths, arguments.ranks))
+            try:
+                plan_ms, plan = best(
+                    lambda layout=layout, strategy=strategy: planned(mask, layout, strategy, *arguments.heads)
+                )
+            except da.DistattnError as refusal:
+                say(f"{strategy:10s} {name:16s} refused: {refusal}")
+                continue
+            verify_ms, proof = best(lambda plan=plan: da.verify(plan))
+            area = plan.area_by_rank()
+            peaks = "/".join(f"{peak.max() / 1e9:.2f}" for peak in (proof.forward_peak, proof.backward_peak))
+            say(
+                f"{strategy:10s} {name:16s} {layout_ms:9.1f} {plan_ms:8.1f} {verify_ms:10.1f} {len(plan.forward.tasks['step']):8,d}"
+                f" {len(plan.forward.moves['step']):8,d} {area.max() / area.mean():9.2f} {plan.bytes()['bytes'].sum() / 1e9:9.2f}"
+                f"  {peaks}"
+            )
+
+
+def planned(mask: da.Mask, layout: da.Layout, strategy: str, heads: int, kv_heads: int) -> da.Plan:
+    """Both tables of one call, bf16, head dim 128."""
+    return da.make_plan(mask, layout, strategy=strategy, heads=heads, kv_heads=kv_heads, head_dim=128, dtype="bfloat16")
+
+
+def synthetic(tokens: int, documents: int) -> list[int]:
+    """Log-normal document lengths that add up to `tokens`, seeded."""
+    raw = np.random.default_rng(0).lognormal(6.6, 1.6, documents)
+    lengths = np.maximum(1, (raw * tokens / raw.sum()).astype(int))
+    lengths[lengths.argmax()] += tokens - lengths.sum()
+    return lengths.tolist()
+
+
+def best(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(milliseconds of the fastest of a few runs, result)."""
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        result = work()
+        times.append((time.perf_counter() - began) * 1e3)
+    return min(times), result
+
+
+def say(line: str) -> None:
+    """Benchmarks print; the library does not."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

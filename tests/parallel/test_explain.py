@@ -1,0 +1,65 @@
+"""What a person is shown of a plan agrees with the plan."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from cases import LENGTHS, layouts, masks
+
+from distattn.layout import Layout
+from distattn.mask import Mask
+from distattn.parallel.explain import explain
+from distattn.parallel.make_plan import STRATEGIES, make_plan
+
+
+def plan_for(strategy, mask="documents", ranks=4):
+    shape = dict(heads=8, kv_heads=2, head_dim=8, dtype="float32")
+    return make_plan(masks()[mask], layouts(LENGTHS, ranks)["zigzag"], strategy=strategy, **shape)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_text_and_the_facts_add_up(strategy):
+    plan = plan_for(strategy)
+    explanation = explain(plan)
+    facts, text = explanation.as_dict(), str(explanation)
+    moved = int(plan.bytes()["bytes"].sum())
+    assert sum(facts["bytes_by_payload"].values()) == moved
+    assert (
+        sum(rank["sent_bytes"] for rank in facts["ranks"])
+        == sum(rank["received_bytes"] for rank in facts["ranks"])
+        == moved
+    )
+    assert sum(rank["cells_x_heads"] for rank in facts["ranks"]) == plan.call.mask.area() * 8
+    assert f"{strategy} on 4 ranks: 200 tokens in 4 documents" in text
+    assert f"{facts['max_over_mean']:.2f} of the mean" in text and plan.digest in text
+    assert text.count("\nstep ") == plan.forward.steps + plan.backward.steps
+
+
+def test_many_ranks_are_summarised_by_their_extremes():
+    layout = Layout.contiguous([4096], 64)
+    plan = make_plan(Mask.causal(4096), layout, strategy="allgather", heads=2, kv_heads=1, head_dim=8, dtype="float32")
+    text = str(explain(plan))
+    assert "the least and the most loaded of 64 ranks" in text
+    assert "\n   0 " in text and "\n  63 " in text and "\n  32 " not in text
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_picture_is_a_png_with_colours_where_cells_are(strategy):
+    explanation = explain(plan_for(strategy))
+    png = explanation.picture()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    fragment = explanation.html()
+    assert "data:image/png;base64," in fragment and "<pre>" in fragment
+    assert len(np.unique(pixels(png), axis=0)) > 8
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """Raw bytes of a PNG, four to a row: enough to see that it is not blank."""
+    at, data = 8, b""
+    while at < len(png):
+        size, kind = struct.unpack(">I4s", png[at : at + 8])
+        data += png[at + 8 : at + 8 + size] if kind == b"IDAT" else b""
+        at += size + 12
+    raw = np.frombuffer(zlib.decompress(data), np.uint8)
+    return raw[: len(raw) // 4 * 4].reshape(-1, 4)

@@ -1,0 +1,143 @@
+"""The house keeps its shape: who imports whom, what is public, what is packaged, how long files are."""
+
+import ast
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("distattn", "parallel", "kernels", "launch", "configs")
+# lower floors may not import higher ones
+WORDS = {"errors", "intervals", "mask", "layout", "plan"}
+FLOORS = {"words": 0, "kernels": 1, "parallel": 2, "distattn": 3, "launch": 4}
+
+
+def tracked(*patterns: str) -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", *patterns], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout: " + listed.stderr.strip())
+    return [Path(line) for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def floor(module: str) -> int:
+    """The floor of distattn.X.Y."""
+    parts = module.split(".")[1:]
+    if parts[:1] and parts[0] in FLOORS:
+        return FLOORS[parts[0]]
+    return FLOORS["words"] if parts[:1] and parts[0] in WORDS else FLOORS["distattn"]
+
+
+def imports(file: Path) -> set[str]:
+    """The distattn modules a file imports, anywhere in it; type-checking blocks do not count."""
+    tree = ast.parse((ROOT / file).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "distattn":
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.split(".")[0] == "distattn"}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: relative import"
+    return found
+
+
+def modules() -> dict[Path, str]:
+    """Source files of the package and the module each of them is."""
+    files = [file for file in tracked("*.py") if file.parts[0] in ROOMS]
+    return {
+        file: ".".join([*([] if file.parts[0] == "distattn" else ["distattn"]), *file.with_suffix("").parts])
+        for file in files
+    }
+
+
+def test_imports_only_look_down():
+    assert len(modules()) > 20
+    for file, module in modules().items():
+        for imported in imports(file):
+            assert floor(imported) <= floor(module), f"{file} imports {imported}, which is above it"
+
+
+def test_words_need_numpy_and_the_standard_library_only():
+    for name in WORDS:
+        tree = ast.parse((ROOT / "distattn" / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                top = (
+                    {n.name.split(".")[0] for n in node.names}
+                    if isinstance(node, ast.Import)
+                    else {str(node.module).split(".")[0]}
+                )
+                assert all(t in sys.stdlib_module_names or t in ("numpy", "distattn") for t in top), (name, top)
+
+
+def test_planning_verifying_and_explaining_never_import_torch():
+    code = """
+import sys, distattn as da
+mask, layout = da.Mask.documents([9, 4]), da.Layout.zigzag([9, 4], 2)
+plan = da.make_plan(mask, layout, strategy="ring", heads=2, kv_heads=1, head_dim=4, dtype="bfloat16")
+da.verify(plan); str(da.explain(plan))
+assert "torch" not in sys.modules and "tyro" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_public_face_is_complete_and_hides_no_module():
+    import distattn as da
+
+    for name in da.__all__:
+        assert getattr(da, name) is not None and name in dir(da)
+        assert not (ROOT / "distattn" / f"{name}.py").exists() and not (ROOT / "distattn" / name).is_dir()
+    with pytest.raises(AttributeError, match="no attribute 'perfetto'"):
+        da.perfetto  # noqa: B018
+    tree = ast.parse((ROOT / "distattn" / "__init__.py").read_text())
+    typed = {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname
+    }
+    assert typed == set(da.__all__)
+
+
+def test_rooms_are_linked_into_the_package_and_shadow_nobody():
+    for room in ROOMS[1:]:
+        link = ROOT / "distattn" / room
+        assert link.is_symlink() and os.readlink(link) == f"../{room}"
+        # a top-level `kernels` package would win over Hugging Face's wherever the root is on sys.path
+        assert not (ROOT / room / "__init__.py").exists()
+
+
+def test_files_are_short():
+    for file in tracked("*.py"):
+        assert len((ROOT / file).read_text().splitlines()) <= 600, file
+
+
+def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), "."],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # an unfinished deletion or a new folder that pyproject.toml does not list shows up here
+    wanted = {str(Path(*module.split(".")).with_suffix(".py")) for module in modules().values()}
+    wanted |= {f"distattn/{file}" for file in tracked("configs/*.toml")} | {"distattn/py.typed"}
+    (wheel,) = tmp_path.glob("*.whl")
+    members = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert members == wanted
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()}
+    assert {str(file) for file in modules()} <= names

@@ -1,0 +1,132 @@
+"""What trainers touch: sharded batches, the Hugging Face adapter, and equal losses on any number of ranks."""
+
+import pytest
+import torch
+from processes import run_on_ranks
+
+import distattn as da
+from distattn.adapters import huggingface
+from distattn.config import Config, ModelConfig
+from distattn.context import IGNORE_INDEX
+from distattn.layout import LAYOUTS
+from distattn.parallel.make_plan import STRATEGIES
+from distattn.train import build_model, local_loss, sum_gradients
+
+
+def batch(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(0, 256, (1, sum(lengths)), generator=generator), "document_lengths": lengths}
+
+
+def test_one_rank_gets_the_whole_axis_with_restarting_positions_and_shifted_labels():
+    cp = da.ContextParallel(strategy="ring")
+    local = cp.shard({"input_ids": torch.tensor([[5, 6, 7, 8]]), "document_lengths": [3, 1]})
+    assert local["input_ids"].tolist() == [[5, 6, 7, 8]]
+    assert local["position_ids"].tolist() == [[0, 1, 2, 0]]
+    assert local["labels"].tolist() == [[6, 7, IGNORE_INDEX, IGNORE_INDEX]]
+    assert local["loss_scale"] == 0.5
+
+
+def test_rows_of_a_batch_are_documents_and_given_labels_count():
+    cp = da.ContextParallel(strategy="ring")
+    ids = torch.arange(6).reshape(2, 3)
+    labels = torch.where(ids == 1, IGNORE_INDEX, ids)
+    local = cp.shard({"input_ids": ids, "labels": labels})
+    assert local["labels"].tolist() == [[IGNORE_INDEX, 2, IGNORE_INDEX, 4, 5, IGNORE_INDEX]]
+    assert local["loss_scale"] == 1 / 3
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: da.ContextParallel(strategy="star"), "strategy 'star'"),
+        (
+            lambda: da.ContextParallel(strategy="ring", layout="spiral"),
+            "layout 'spiral' does not exist; there are contiguous",
+        ),
+        (lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.zeros(4)}), "batch, tokens"),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": torch.zeros(1, 4), "document_lengths": [3]}
+            ),
+            "add up to 3 tokens, input_ids has 4",
+        ),
+    ],
+)
+def test_bad_batches_and_names_are_refused(make, sentence):
+    with pytest.raises(da.DistattnError, match=sentence):
+        make()
+
+
+def test_equal_batches_share_a_plan():
+    cp = da.ContextParallel(strategy="ring")
+    shape = (4, 2, 8, 8, "float32")
+    first, second, other = (cp.shard(batch(lengths))["context_parallel"] for lengths in ([4, 2], [4, 2], [3, 3]))
+    assert first.plan(*shape) is second.plan(*shape) is not other.plan(*shape)
+
+
+CONFIG = Config(model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, dtype="float64"))
+
+
+def _gradients(rank: int, strategy: str, layout: str, lengths: list[int]):
+    cp = da.ContextParallel(strategy=strategy, layout=layout)
+    model = build_model(CONFIG, "distattn")
+    local = cp.shard(batch(lengths))
+    loss = local_loss(model, local)
+    loss.backward()
+    parameters = list(model.parameters())
+    sum_gradients(parameters)
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total, [parameter.grad for parameter in parameters]
+
+
+def _plain(lengths: list[int]):
+    """One process, one document at a time, transformers' own attention."""
+    model = build_model(CONFIG, "sdpa")
+    whole = batch(lengths)["input_ids"]
+    valid, total = sum(lengths) - len(lengths), 0.0
+    for ids in whole.split(lengths, 1):
+        logits = model(ids, use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum") / valid
+        loss.backward()
+        total += loss.detach()
+    return total, [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("lengths", [[40, 1, 23, 9], [2]], ids=["pack", "fewer tokens than ranks"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_loss_and_every_gradient_equal_plain_transformers(strategy, lengths):
+    loss, gradients = _plain(lengths)
+    for layout in LAYOUTS:
+        for got, got_gradients in run_on_ranks(4, _gradients, strategy, layout, lengths):
+            # the model's norms compute in fp32: a last bit may flip between shapes
+            assert abs(got - loss) < 1e-9
+            for a, b in zip(got_gradients, gradients, strict=True):
+                assert (a - b).abs().max() < 1e-8
+
+
+def test_the_adapter_refuses_by_name_what_it_would_get_wrong():
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    sharded = da.ContextParallel(strategy="ring").shard(batch([3]))["context_parallel"]
+    module = torch.nn.Module()
+
+    def call(*arguments, **kwargs):
+        return huggingface.attention_forward(module, q, k, k, *arguments, **kwargs)
+
+    for kwargs, sentence in (
+        (dict(), "needs the sharded batch"),
+        (dict(context_parallel=sharded, dropout=0.1), "dropout 0.1"),
+        (dict(context_parallel=sharded, sliding_window=4), "a sliding window"),
+        (dict(context_parallel=sharded, softcap=30.0), "soft-capping"),
+        (dict(context_parallel=sharded, s_aux=q), "attention sinks"),
+    ):
+        with pytest.raises(da.DistattnError, match=sentence):
+            call(None, **kwargs)
+    with pytest.raises(da.DistattnError, match="attention mask"):
+        call(torch.zeros(1, 1, 3, 3), context_parallel=sharded)
+    with pytest.raises(da.DistattnError, match="padding mask"):
+        huggingface.no_mask(attention_mask=torch.tensor([[1, 1, 0]]))
+    module.is_causal = False
+    with pytest.raises(da.DistattnError, match="not causal"):
+        call(None, context_parallel=sharded)

@@ -1,0 +1,163 @@
+"""Training end to end: the same curve on any number of ranks and strategy, and the command that shows it."""
+
+import dataclasses
+import html.parser
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import run_on_ranks
+
+from distattn import config as configuration
+from distattn.config import Config, DataConfig, ModelConfig, ParallelConfig, ProofConfig, RunConfig, TrainConfig
+from distattn.data.text import read_corpus
+from distattn.parallel.make_plan import STRATEGIES
+from distattn.run import Run
+from distattn.train import train
+
+ROOT = Path(__file__).parents[1]
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """A folder of real text: some of this repository's own files."""
+    folder = tmp_path_factory.mktemp("texts")
+    for file in sorted((ROOT / "distattn").glob("*.py")):
+        (folder / file.name).write_text(file.read_text())
+    return folder
+
+
+def small(texts: Path, folder: Path, dtype: str) -> Config:
+    return Config(
+        run=RunConfig(folder=str(folder), seed=3),
+        data=DataConfig(path=str(texts), axis=256, max_document=100),
+        model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, dtype=dtype),
+        train=TrainConfig(steps=STEPS),
+        proof=ProofConfig(steps=0),
+    )
+
+
+def _train(rank: int, folder: Path, config: Config) -> None:
+    train(Run(folder), config, json_lines=True)
+
+
+def curve(texts: Path, folder: Path, dtype: str, ranks: int, strategy: str) -> list[float]:
+    config = small(texts, folder, dtype)
+    config = dataclasses.replace(
+        config, parallel=ParallelConfig(ranks=ranks, strategy=strategy, layout="document_zigzag", min_chunk=16)
+    )
+    run = Run.create(config, read_corpus(config.data.path, max_document=config.data.max_document))
+    run_on_ranks(ranks, _train, run.folder, config)
+    return [step.loss for step in run.metrics()]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(texts, tmp_path, dtype, tolerance):
+    wanted = curve(texts, tmp_path / "one", dtype, 1, "ring")
+    assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5
+    for strategy in STRATEGIES:
+        for ranks in (1, 2, 4):
+            got = curve(texts, tmp_path / f"{strategy}-{ranks}", dtype, ranks, strategy)
+            assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, (strategy, ranks)
+
+
+def distattn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "distattn.launch.cli", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=250
+    )
+
+
+@pytest.fixture(scope="module")
+def config_file(texts, tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "small.toml"
+    config = dataclasses.replace(
+        small(texts, Path("out"), "float32"), parallel=ParallelConfig(ranks=2), proof=ProofConfig(steps=3)
+    )
+    configuration.save(dataclasses.replace(config, train=TrainConfig(steps=6)), file)
+    return file
+
+
+def test_one_command_trains_proves_and_leaves_a_run_folder(config_file, tmp_path):
+    done = distattn("train", str(config_file), "--parallel.strategy", "allgather", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step 6/6  loss" in done.stdout and "tokens/s" in done.stdout and "s left" in done.stdout
+    assert "largest relative difference to plain transformers" in done.stdout
+    assert "\r" not in done.stdout and "\x1b" not in done.stdout
+    run = Run(tmp_path / "out")
+    assert configuration.load(run.config_file).parallel.strategy == "allgather"
+    assert [step.step for step in run.metrics()] == [1, 2, 3, 4, 5, 6]
+    assert list((run.folder / "tensorboard").glob("events*"))
+    assert "allgather on 2 ranks" in run.explanation_file.read_text()
+    proof = json.loads(run.proof_file.read_text())
+    assert proof["passed"] and len(proof["steps"]) == 3 and proof["loss"] < 1e-4 > proof["grad_norm"]
+    page = run.report_file.read_text()
+    html.parser.HTMLParser().feed(page)
+    assert "<svg" in page and "data:image/png;base64," in page
+    # self-contained: nothing is fetched from anywhere
+    assert 'src="http' not in page and "<link" not in page and "<script" not in page
+
+
+def test_json_is_all_that_is_printed_and_an_existing_folder_is_never_touched(config_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    done = distattn(
+        "train",
+        str(config_file),
+        "--json",
+        "--proof.steps",
+        "0",
+        "--train.steps",
+        "2",
+        "--parallel.ranks",
+        "1",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row.get("step") for row in rows] == [1, 2, None]
+    assert rows[-1]["proof"] is None and Path(rows[-1]["run"]).name == "out-2"
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_a_terminal_gets_a_progress_bar(config_file, tmp_path):
+    ours, theirs = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "distattn.launch.cli",
+        "train",
+        str(config_file),
+        "--proof.steps",
+        "0",
+        "--parallel.ranks",
+        "1",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "120"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    except OSError:
+        # the terminal closes when the last process that has it ends
+        pass
+    assert process.wait(250) == 0
+    assert b"6/6" in shown and b"tokens/s" in shown and b"\x1b[" in shown
+
+
+def test_the_proof_fails_when_training_differs(config_file, tmp_path):
+    done = distattn("train", str(config_file), "--proof.tolerance", "0", "--parallel.ranks", "1", cwd=tmp_path)
+    assert done.returncode == 1 and "differs from plain transformers" in done.stderr
+
+
+def test_the_replay_knows_nothing_of_distattn():
+    source = (ROOT / "distattn" / "replay.py").read_text()
+    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
+    assert imports and not any("distattn" in line for line in imports)
