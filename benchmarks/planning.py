@@ -44,12 +44,10 @@ def main() -> None:
     area_ms, _ = best(mask.area)
     keys_ms, _ = best(lambda: mask.needed_keys(spans))
     tiles_ms, runs = best(lambda: mask.tiles(128, 128))
-    say(
-        f"{mask.n:,} tokens, {len(lengths)} documents, the longest {max(lengths):,}; {arguments.ranks} ranks; python {sys.version.split()[0]}"
-    )
-    say(
-        f"mask {mask_ms:.1f} ms, area {area_ms:.1f} ms, needed keys {keys_ms:.1f} ms, {len(runs['tile']):,} tile runs {tiles_ms:.1f} ms\n"
-    )
+    documents = f"{len(lengths)} documents, the longest {max(lengths):,}"
+    say(f"{mask.n:,} tokens, {documents}; {arguments.ranks} ranks; python {sys.version.split()[0]}")
+    say(f"mask {mask_ms:.1f} ms, area {area_ms:.1f} ms, needed keys {keys_ms:.1f} ms")
+    say(f"{len(runs['tile']):,} tile runs {tiles_ms:.1f} ms\n")
     say(
         "strategy   layout            layout ms  plan ms  verify ms    tasks    moves  max/mean  moved GB  peak GB fwd/bwd"
     )
@@ -64,11 +62,11 @@ def main() -> None:
                 say(f"{strategy:10s} {name:16s} refused: {refusal}")
                 continue
             verify_ms, proof = best(lambda plan=plan: da.verify(plan))
-            area = plan.area_by_rank()
+            area, tables = plan.area_by_rank(), plan.forward
             peaks = "/".join(f"{peak.max() / 1e9:.2f}" for peak in (proof.forward_peak, proof.backward_peak))
             say(
-                f"{strategy:10s} {name:16s} {layout_ms:9.1f} {plan_ms:8.1f} {verify_ms:10.1f} {len(plan.forward.tasks['step']):8,d}"
-                f" {len(plan.forward.moves['step']):8,d} {area.max() / area.mean():9.2f} {plan.bytes()['bytes'].sum() / 1e9:9.2f}"
+                f"{strategy:10s} {name:16s} {layout_ms:9.1f} {plan_ms:8.1f} {verify_ms:10.1f} {len(tables.tasks['step']):8,d}"
+                f" {len(tables.moves['step']):8,d} {area.max() / area.mean():9.2f} {plan.bytes()['bytes'].sum() / 1e9:9.2f}"
                 f"  {peaks}"
             )
 

@@ -287,14 +287,15 @@ def _covered(low: Ints, high: Ints, a: Ints, b: Ints) -> np.ndarray:
 
 
 def _batches(call: Call, moves: Columns, last: Ints) -> Batches:
-    """Join arrivals of one (rank, step, payload, head range): alive until the last use of any of them."""
-    names = ("dst", "step", "payload", "h0", "h1")
-    batch, row = np.unique(np.stack([moves[name] for name in names], 1), axis=0, return_inverse=True)
-    row = row.reshape(-1)
+    """Join arrivals of one (rank, step, head range) of a payload: alive until the last use of any of them."""
+    heads = max(call.heads, call.kv_heads) + 1
+    key = ((moves["dst"] * _MAX_STEP + moves["step"]) * heads + moves["h0"]) * heads + moves["h1"]
+    batch, row = np.unique(key, return_inverse=True)
     end, size = np.zeros(len(batch), np.int64), np.zeros(len(batch), np.int64)
     np.maximum.at(end, row, last)
     np.add.at(size, row, bytes_of_moves(call, moves))
-    return Batches(batch[:, 0], batch[:, 1], end, size)
+    rank, step = np.divmod(batch // heads**2, _MAX_STEP)
+    return Batches(rank, step, end, size)
 
 
 def _peak(call: Call, lives: dict[Payload, Batches]) -> Ints:
