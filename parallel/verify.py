@@ -69,17 +69,27 @@ class Batches:
     size: Ints
 
 
-def verify(plan: Plan) -> Proof:
-    """Prove a plan, or raise PlanError naming the first offending row (numbered within its canonical table)."""
+def verify(plan: Plan, capacity: int | None = None) -> Proof:
+    """Prove a plan, or raise PlanError naming the first offending row (numbered within its canonical table).
+
+    capacity: bytes of buffers a rank may need at once in one pass, beside what is kept; no limit by default.
+    """
     call = plan.call
     forward = _verify_table(call, plan.forward, "forward", FORWARD, None)
     kept = _rows_of(plan.forward.moves, (Payload.Q, Payload.KV)) if plan.policy == "keep" else None
     backward = _verify_table(call, plan.backward, "backward", BACKWARD, kept)
     staying = np.zeros(call.ranks, np.int64)
     if kept is not None:
-        staying = _sum_by_rank(call, kept["dst"], bytes_of_moves(call, kept))
+        np.add.at(staying, kept["dst"], bytes_of_moves(call, kept))
         forward = {payload: batches for payload, batches in forward.items() if payload == Payload.O}
-    return Proof(plan.digest, _peak(call, forward), _peak(call, backward), staying)
+    proof = Proof(plan.digest, _peak(call, forward), _peak(call, backward), staying)
+    for direction, peak in (("forward", proof.forward_peak), ("backward", proof.backward_peak)):
+        if capacity is not None and peak.max() > capacity:
+            rank = int(peak.argmax())
+            raise PlanError(
+                f"{direction}: rank {rank} needs {peak[rank]:,} bytes of buffers, the capacity is {capacity:,}."
+            )
+    return proof
 
 
 def _verify_table(
@@ -313,12 +323,6 @@ def _peak(call: Call, lives: dict[Payload, Batches]) -> Ints:
     order = np.lexsort((change, event))
     np.maximum.at(peak, np.concatenate([rank, rank])[order], np.cumsum(change[order]))
     return peak
-
-
-def _sum_by_rank(call: Call, rank: Ints, value: Ints) -> Ints:
-    out = np.zeros(call.ranks, np.int64)
-    np.add.at(out, rank, value)
-    return out
 
 
 def _outside(values: Ints, limit: int) -> np.ndarray:

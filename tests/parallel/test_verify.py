@@ -227,3 +227,15 @@ def test_hostile_numbers_are_refused_not_computed_with():
             row[column] = value
             with pytest.raises(PlanError):
                 verify(Plan(call([4], layout), Table.from_rows([row]), Table.from_rows([TASK]), "keep"))
+
+
+def test_a_plan_that_needs_more_than_the_capacity_is_refused():
+    plan = next(
+        plan for plan in small_plans() if verify(plan).backward_peak.max() > verify(plan).forward_peak.max() > 0
+    )
+    proof = verify(plan)
+    assert verify(plan, int(proof.backward_peak.max())).digest == proof.digest
+    with pytest.raises(PlanError, match=f"backward: rank .* needs {proof.backward_peak.max():,} bytes"):
+        verify(plan, int(proof.backward_peak.max()) - 1)
+    with pytest.raises(PlanError, match="forward: rank"):
+        verify(plan, 0)
