@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ from distattn.run import Run, Step
 
 def main(folder: str, json_lines: bool) -> int:
     """One rank of a run. Returns the exit code."""
+    # Ctrl-C reaches all processes of a terminal; the launcher hears it too and ends its ranks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     run = Run(Path(folder))
     config = configuration.load(run.config_file)
     # ranks share the machine's cores; more threads than cores only wait for each other

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import uuid
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
 def run_ranks(ranks: int, module: str, *arguments: str) -> int:
-    """Run `python -m module ARGUMENTS` once per rank, and wait. Returns the first failing rank's exit code, or 0."""
+    """Run `python -m module ARGUMENTS` once per rank, and wait. Returns the exit code.
+
+    0 when all ranks end well, else the first failing rank's, or 128 + the signal that stopped this process.
+    """
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -29,4 +34,9 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
             f"distattn: rank {rank} ended with exit code {failure.exitcode}; the other ranks were stopped.\n"
         )
         return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as stop:
+        sys.stderr.write(
+            f"distattn: stopped by {signal.Signals(stop.sigval).name}; what was done is in the run folder.\n"
+        )
+        return 128 + stop.sigval
     return 0

@@ -5,6 +5,7 @@ import html.parser
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,29 @@ def test_a_terminal_gets_a_progress_bar(config_file, tmp_path):
         pass
     assert process.wait(250) == 0
     assert b"6/6" in shown and b"tokens/s" in shown and b"\x1b[" in shown
+
+
+def test_ctrl_c_stops_all_ranks_with_one_sentence(config_file, tmp_path):
+    command = [sys.executable, "-m", "distattn.launch.cli", "train", str(config_file), "--train.steps", "100000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    # all ranks are at work once the first step is shown
+    assert any(line.startswith("step 1/") for line in process.stdout)
+    # as a terminal does: to every process of the group
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped by SIGINT" in errors and "Traceback" not in errors
+    assert Run(tmp_path / "out").metrics()
 
 
 def test_the_proof_fails_when_training_differs(config_file, tmp_path):
