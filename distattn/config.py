@@ -9,14 +9,16 @@ import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import tomli_w
 import tyro
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from distattn.errors import DistattnError
+from distattn.kernels.dispatch import KERNELS
 from distattn.layout import LAYOUTS
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.plan import POLICIES
@@ -74,6 +76,11 @@ class ParallelConfig:
     backward: str = ""
     """keep, refetch-home or refetch-follow; empty for the strategy's own."""
 
+    @property
+    def layout_options(self) -> dict[str, int]:
+        """What the layout takes beside lengths and ranks."""
+        return {"min_chunk": self.min_chunk} if self.layout == "document_zigzag" else {}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -111,18 +118,16 @@ for _section in (RunConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a file with command-line overrides. Raises DistattnError naming every bad key at once."""
     try:
-        content = tomllib.loads(Path(path).read_text())
+        content = tomllib.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise DistattnError(f"{path}: there is no such configuration file; try configs/tiny.toml.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise DistattnError(f"{path}: cannot be read as TOML: {error}.") from None
-    config = _validated(path, content)
+    config = _validated(str(path), content)
     if overrides:
-        changed = tyro.cli(Config, default=config, args=list(overrides), prog=f"distattn train {path}")
-        config = _validated(path, asdict(changed))
-    problems = _problems(config)
-    if problems:
-        raise DistattnError("\n".join(f"{path}: {problem}" for problem in problems))
+        _check_overrides(config, overrides)
+        changed = tyro.cli(Config, default=config, args=list(overrides))
+        config = _validated("command line", asdict(changed))
     return config
 
 
@@ -136,24 +141,56 @@ def help_text() -> str:
 
 def save(config: Config, path: Path) -> None:
     """Write the resolved configuration; `load` reads it back."""
-    path.write_text(tomli_w.dumps(asdict(config)))
+    path.write_text(tomli_w.dumps(asdict(config)), "utf-8")
 
 
-def _validated(path: str | Path, content: dict[str, Any]) -> Config:
+def _validated(source: str, content: dict[str, Any]) -> Config:
+    """The configuration a nested dict describes. All mistakes at once, each line beginning with its source."""
     try:
-        # through JSON: strict about types, yet a TOML array is a tuple
-        return TypeAdapter(Config).validate_json(json.dumps(content, default=str), strict=True)
+        # through JSON: strict about types, yet a TOML array is a tuple; a TOML date becomes a table, which fits nowhere
+        text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
+        config = TypeAdapter(Config).validate_json(text, strict=True)
+        problems = _problems(config)
     except ValidationError as error:
-        raise DistattnError("\n".join(f"{path}: {_sentence(one)}" for one in error.errors())) from None
+        problems = [_sentence(one) for one in error.errors()]
+    if problems:
+        raise DistattnError("\n".join(f"{source}: {problem}" for problem in problems))
+    return config
+
+
+def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse what tyro would refuse, in a sentence: unknown keys, stray words, values that do not fit."""
+    starts = [i for i, word in enumerate(overrides) if word.startswith("--")]
+    if not starts or starts[0] != 0:
+        raise DistattnError(f"command line: {overrides[0]!r} is not a key; write --section.key value.")
+    known = {key for key in _keys(Config) if "." in key}
+    for begin, end in pairwise([*starts, len(overrides)]):
+        key = overrides[begin].removeprefix("--").split("=", 1)[0].replace("-", "_")
+        if key == "help":
+            continue
+        if key not in known:
+            raise DistattnError(f"command line: {_unknown(key)}")
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                tyro.cli(Config, default=config, args=list(overrides[begin:end]))
+            except SystemExit:
+                section, name = key.split(".")
+                wanted = get_type_hints(type(getattr(config, section)))[name]
+                given = " ".join(overrides[begin + 1 : end]) or "nothing"
+                raise DistattnError(
+                    f"command line: {key}: {given!r} is not {getattr(wanted, '__name__', wanted)}."
+                ) from None
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, _keys(Config), 1, 0.6)
+    return f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else f" There are {', '.join(_keys(Config))}.")
 
 
 def _sentence(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(key, _keys(Config), 1, 0.6)
-        return f"{key}: unknown key." + (
-            f" Did you mean {near[0]}?" if near else f" There are {', '.join(_keys(Config))}."
-        )
+        return _unknown(key)
     return f"{key}: {error['msg'].lower().rstrip('.')}, not {error['input']!r}."
 
 
@@ -192,6 +229,10 @@ def _problems(config: Config) -> list[str]:
     at_least("train", 1, steps=train.steps)
     at_least("train", 0, learning_rate=train.learning_rate, weight_decay=train.weight_decay)
     at_least("proof", 0, steps=config.proof.steps, tolerance=config.proof.tolerance)
+    if not 0 <= config.run.seed < 1 << 63:
+        problems.append(f"run.seed: 0 to 2^63 - 1, not {config.run.seed}.")
+    if not Path(config.run.folder).name or "\0" in config.run.folder:
+        problems.append(f"run.folder: {config.run.folder!r} names no folder.")
     if train.clip <= 0:
         problems.append(f"train.clip: above 0, not {train.clip}.")
     if data.max_document > data.axis:
@@ -208,6 +249,6 @@ def _problems(config: Config) -> list[str]:
     one_of("model.dtype", model.dtype, DTYPES)
     one_of("parallel.strategy", parallel.strategy, list(STRATEGIES))
     one_of("parallel.layout", parallel.layout, list(LAYOUTS))
-    one_of("parallel.kernel", parallel.kernel, ("cpu", "reference"))
+    one_of("parallel.kernel", parallel.kernel, list(KERNELS))
     one_of("parallel.backward", parallel.backward or POLICIES[0], POLICIES)
     return problems

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from distattn.errors import DistattnError
 from distattn.functional import attention
+from distattn.intervals import whole_numbers
+from distattn.kernels.dispatch import load_kernel
 from distattn.layout import LAYOUTS, Layout
 from distattn.mask import Mask
 from distattn.parallel.make_plan import STRATEGIES, make_plan
-from distattn.plan import Plan
+from distattn.plan import POLICIES, Plan
 
 IGNORE_INDEX = -100
+_KEYS = ("input_ids", "labels", "document_lengths", "attention_mask")
 
 
 class ContextParallel:
@@ -46,6 +50,15 @@ class ContextParallel:
             raise DistattnError(f"strategy {strategy!r} does not exist; there are {', '.join(STRATEGIES)}.")
         if layout not in LAYOUTS:
             raise DistattnError(f"layout {layout!r} does not exist; there are {', '.join(LAYOUTS)}.")
+        if kernel is not None:
+            load_kernel(kernel)
+        if backward is not None and backward not in POLICIES:
+            raise DistattnError(f"backward policy {backward!r} does not exist; there are {', '.join(POLICIES)}.")
+        options = dict(layout_options or {})
+        for name in options.keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
+            raise DistattnError(f"layout {layout} has no option {name!r}.")
+        # refuses what no document can be: better now than at the first batch
+        Mask.documents([1], inner)
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self.group, self.kernel = group, kernel
@@ -53,7 +66,7 @@ class ContextParallel:
         self.ranks = 1 if group is None else dist.get_world_size(group)
 
         def lay_out(lengths: tuple[int, ...]) -> tuple[Mask, Layout]:
-            return Mask.documents(lengths, inner), LAYOUTS[layout](lengths, self.ranks, **(layout_options or {}))
+            return Mask.documents(lengths, inner), LAYOUTS[layout](lengths, self.ranks, **options)
 
         def plan(lengths: tuple[int, ...], shape: tuple[tuple[str, Any], ...]) -> Plan:
             return make_plan(*self.axis(lengths), strategy=strategy, backward=backward, **dict(shape))
@@ -67,13 +80,21 @@ class ContextParallel:
 
         batch: `input_ids` (B, S), optional `labels` of the same shape (each token its own label, -100 where none; the
         ids by default), optional `document_lengths` (whole numbers that add up to B * S; by default every row is one
-        document). Rows are laid end to end on one axis.
+        document), optional `attention_mask` without zeros. Rows are laid end to end on one axis. Other keys, and
+        padding, are refused.
 
         Returns `input_ids`, `position_ids` (1, T), `labels` (1, T) shifted so that each token has its successor's
         label, `loss_scale` = 1 / valid labels on all ranks (multiply the *sum* of this rank's token losses by it, and
         *sum* gradients over ranks), and `context_parallel`, to be passed on to the model.
         A rank without tokens gets one padding token without a label, because models refuse empty batches.
         """
+        if unknown := batch.keys() - _KEYS:
+            raise DistattnError(
+                f"batch has {', '.join(sorted(unknown))}; shard knows {', '.join(_KEYS)} and makes positions itself."
+            )
+        padding = batch.get("attention_mask")
+        if padding is not None and not bool((padding != 0).all()):
+            raise DistattnError("attention_mask marks padding; leave padding out and give document_lengths instead.")
         ids = batch["input_ids"]
         labels = batch.get("labels", ids)
         if ids.dim() != 2 or labels.shape != ids.shape:
@@ -129,7 +150,7 @@ def _lengths(batch: Mapping[str, Any], ids: Tensor) -> tuple[int, ...]:
     given: Sequence[int] | None = batch.get("document_lengths")
     if given is None:
         return (ids.shape[1],) * ids.shape[0]
-    lengths = tuple(int(length) for length in given)
+    lengths = tuple(whole_numbers(given, "document_lengths").tolist())
     if sum(lengths) != ids.numel():
         raise DistattnError(f"document_lengths add up to {sum(lengths)} tokens, input_ids has {ids.numel()}.")
     return lengths

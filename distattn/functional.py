@@ -1,6 +1,6 @@
 """`attention`: core attention of a planned call, as a pair of torch library operators.
 
-The plan enters the operators as a whole number, a handle, so a new plan recompiles nothing. A plan is proven and lowered
+The plan enters the operators as a whole number, a handle. A plan is proven and lowered
 at its first use on a rank and kernel; layers that share the plan share the program.
 """
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distattn.errors import DistattnError
-from distattn.kernels.dispatch import KERNELS, Kernel, choose_kernel
+from distattn.kernels.dispatch import Kernel, choose_kernel, load_kernel
 from distattn.kernels.merge import accumulation_dtype
 from distattn.parallel import execute
 from distattn.parallel.program import Program, lower
@@ -69,12 +69,14 @@ def attention(
 
     Raises PlanError when the plan cannot be proven, DistattnError when the tensors do not fit it.
     """
+    scale = 1.0 / math.sqrt(plan.call.head_dim) if scale is None else float(scale)
+    if not 0 < scale < math.inf:
+        raise DistattnError(f"scale is a positive number, not {scale}.")
     rank, group = _membership(plan, group)
     _check_inputs(plan, rank, q_THD, k_TKD, v_TKE)
     call = plan.call
     name = choose_kernel(kernel, q_THD.dtype, call.head_dim, call.v_head_dim, q_THD.device)
     lowered = lower_once(plan, Use(rank, name, group))
-    scale = 1.0 / math.sqrt(call.head_dim) if scale is None else float(scale)
     o_THE, lse_HT, _ = torch.ops.distattn.forward(q_THD, k_TKD, v_TKE, lowered.handle, scale)
     return (o_THE, lse_HT) if return_lse else o_THE
 
@@ -84,10 +86,16 @@ def lower_once(plan: Plan, use: Use) -> Lowered:
     uses = _BY_PLAN.setdefault(plan, {})
     if use not in uses:
         proof = next((other.program.proof for other in uses.values()), None)
-        chosen = KERNELS[use.kernel]
+        chosen = load_kernel(use.kernel)
         transport = Alone() if use.group is None else GroupTransport(use.group)
         uses[use] = Lowered(lower(plan, use.rank, chosen.prepare, proof), chosen, transport)
     return uses[use]
+
+
+def _lowered(handle: int) -> Lowered:
+    if handle not in _BY_HANDLE:
+        raise DistattnError(f"handle {handle} belongs to no plan that is still alive.")
+    return _BY_HANDLE[handle]
 
 
 def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.ProcessGroup | None]:
@@ -138,7 +146,7 @@ torch.library.define(
 
 @torch.library.impl("distattn::forward", "CompositeExplicitAutograd")
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    lowered = _BY_HANDLE[plan]
+    lowered = _lowered(plan)
     run = execute.forward(lowered.program, lowered.transport, lowered.kernel, q, k, v, scale)
     o, lse_TH, kept, _ = execute.finish(run)
     return o, lse_TH.t().contiguous(), kept
@@ -148,7 +156,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float) -> tuple[
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     o = q.new_empty((*q.shape[:2], v.shape[2]))
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=accumulation_dtype(q.dtype))
-    return o, lse, q.new_empty(execute.kept_elements(_BY_HANDLE[plan].program))
+    return o, lse, q.new_empty(execute.kept_elements(_lowered(plan).program))
 
 
 @torch.library.impl("distattn::backward", "CompositeExplicitAutograd")
@@ -164,7 +172,7 @@ def _backward(
     plan: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lowered = _BY_HANDLE[plan]
+    lowered = _lowered(plan)
     lse_TH = lse.t().contiguous()
     # the gradient of the log-sum-exp enters where delta does: ds = p * (dp - (delta - dlse))
     delta_TH = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
@@ -187,7 +195,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, o, lse, kept)
     # the program outlives its plan until the backward has run
-    ctx.plan, ctx.scale, ctx.lowered = plan, scale, _BY_HANDLE.get(plan)
+    ctx.plan, ctx.scale, ctx.lowered = plan, scale, _lowered(plan)
 
 
 def _differentiate(ctx, do, dlse, dkept):
@@ -198,4 +206,9 @@ def _differentiate(ctx, do, dlse, dkept):
     return *torch.ops.distattn.backward(do, dlse, q, k, v, o, lse, kept, ctx.plan, ctx.scale), None, None
 
 
+def _refuse_second_derivative(ctx, *grads):
+    raise DistattnError("attention has no second derivative: a gradient of its gradients was asked for.")
+
+
+torch.library.register_autograd("distattn::backward", _refuse_second_derivative)
 torch.library.register_autograd("distattn::forward", _differentiate, setup_context=_save)

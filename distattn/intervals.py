@@ -4,10 +4,27 @@ Everything is vectorised over int64 columns; no Python loop over rows. An interv
 a head range); intervals of different groups never touch. Groups and coordinates are packed into one sortable key.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from distattn.errors import DistattnError
+
 Ints = NDArray[np.int64]
+
+
+def whole_numbers(values: Any, what: str) -> Ints:
+    """`values` as int64. Refuses fractions, words, ragged rows and numbers too large, naming `what`."""
+    try:
+        array = np.asarray(values)
+        if array.size and array.dtype.kind not in "iu":
+            raise TypeError(f"of type {array.dtype}")
+        if array.size and array.max() > np.iinfo(np.int64).max:
+            raise OverflowError("too large")
+        return array.astype(np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DistattnError(f"{what}: whole numbers are needed, rows of equal length ({error}).") from None
 
 
 def expand(begin: Ints, end: Ints) -> tuple[Ints, Ints]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from distattn.errors import DistattnError
-from distattn.intervals import Ints
+from distattn.intervals import Ints, whole_numbers
 from distattn.mask import document_ends
 
 
@@ -85,7 +85,7 @@ class Layout:
     def from_chunks(lengths: Sequence[int], chunks: Sequence[Sequence[tuple[int, int]]]) -> Layout:
         """`chunks[rank]` lists the intervals (t0, t1) that rank owns, in its local order; an empty list owns nothing."""
         rows = [(rank, t0, t1) for rank, own in enumerate(chunks) for t0, t1 in own]
-        rank, t0, t1 = np.array(rows, np.int64).reshape(-1, 3).T
+        rank, t0, t1 = whole_numbers(rows, "chunks").reshape(-1, 3).T
         return Layout(lengths, _positive(len(chunks)), rank, t0, t1)
 
     def tokens(self, rank: int) -> Ints:
@@ -164,7 +164,7 @@ LAYOUTS = {"contiguous": Layout.contiguous, "zigzag": Layout.zigzag, "document_z
 
 
 def _positive(ranks: int) -> int:
-    if ranks < 1:
+    if int(whole_numbers(ranks, "ranks")) < 1:
         raise DistattnError(f"a layout needs at least 1 rank, not {ranks}.")
     return ranks
 

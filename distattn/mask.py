@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from distattn.errors import DistattnError
-from distattn.intervals import Ints, expand, union
+from distattn.intervals import Ints, expand, union, whole_numbers
 
 COLUMNS = ("q0", "q1", "k0", "k1", "lo", "hi", "bq", "bk", "oq", "ok")
 # bounds chosen so that every product below fits in int64
@@ -138,10 +138,7 @@ class Mask:
     @staticmethod
     def from_pieces(array: Sequence[Sequence[int]] | Ints, n: int | None = None) -> Mask:
         """A mask from rows (q0, q1, k0, k1, lo, hi) or all ten columns; `n` defaults to the last token named."""
-        try:
-            pieces = np.array(array, np.int64)
-        except (ValueError, OverflowError, TypeError) as error:
-            raise DistattnError(f"pieces are rows of equally many whole numbers: {error}.") from None
+        pieces = whole_numbers(array, "pieces")
         if pieces.ndim != 2 or pieces.shape[1] not in (6, 10) or not len(pieces):
             raise DistattnError(
                 f"pieces have 6 columns ({', '.join(COLUMNS[:6])}) or 10 ({', '.join(COLUMNS)}), "
@@ -162,7 +159,7 @@ class Mask:
 
     def needed_keys(self, q_set: Sequence[tuple[int, int]] | Ints) -> Ints:
         """The keys some query of `q_set` sees. Both are arrays of half-open intervals (M, 2); the result is disjoint, sorted."""
-        q_set = np.array(q_set, np.int64).reshape(-1, 2)
+        q_set = whole_numbers(q_set, "query intervals").reshape(-1, 2)
         _, q0, q1 = union(np.zeros(len(q_set), np.int64), q_set[:, 0], q_set[:, 1])
         i, j = expand(np.searchsorted(q1, self.pieces[:, Q0], "right"), np.searchsorted(q0, self.pieces[:, Q1], "left"))
         hit = tighten(clip(self.pieces[i], q0[j], q1[j], 0, self.n))
@@ -227,15 +224,16 @@ class Mask:
 
 def document_ends(lengths: Sequence[int]) -> Ints:
     """Where each document ends on the axis; refuses lengths that are not positive whole numbers."""
-    array = np.asarray(lengths)
+    array = whole_numbers(lengths, "document lengths")
     if array.ndim != 1 or not len(array):
         raise DistattnError("document lengths are a list of at least one positive whole number.")
-    if array.dtype.kind not in "iu":
-        raise DistattnError(f"document lengths are whole numbers; these have type {array.dtype}.")
     if (array < 1).any():
         i = int(np.flatnonzero(array < 1)[0])
         raise DistattnError(f"document {i} has length {array[i]}; leave out documents without tokens.")
-    ends = np.cumsum(array.astype(np.int64))
+    # before they are added up: sums wrap around
+    if array.max() > MAX_TOKENS or len(array) > MAX_TOKENS:
+        raise DistattnError(f"an axis holds at most {MAX_TOKENS} tokens; the longest document has {array.max()}.")
+    ends = np.cumsum(array)
     if ends[-1] > MAX_TOKENS:
         raise DistattnError(f"an axis holds at most {MAX_TOKENS} tokens; these documents have {ends[-1]}.")
     return ends
@@ -246,9 +244,9 @@ def _inner_band(inner: str | tuple[int, int]) -> tuple[int, int]:
         return -UNBOUNDED, 0
     if inner == "full":
         return -UNBOUNDED, UNBOUNDED
-    if isinstance(inner, str) or len(inner) != 2:
+    if not isinstance(inner, (tuple, list)) or len(inner) != 2:
         raise DistattnError(f'inner is "causal", "full" or a window (left, right), not {inner!r}.')
-    left, right = inner
+    left, right = whole_numbers(inner, "a window (left, right)").tolist()
     if left < 0 or right < 0:
         raise DistattnError(f"a window reaches left >= 0 and right >= 0 tokens, not ({left}, {right}).")
     return -min(left, UNBOUNDED), min(right, UNBOUNDED)
@@ -270,7 +268,8 @@ def _check_pieces(pieces: Ints, n: int) -> None:
     refuse((q0 < 0) | (k0 < 0) | (q1 > n) | (k1 > n), f"reaches outside the axis [0, {n}).")
     refuse((q0 >= q1) | (k0 >= k1), "is empty: q0 < q1 and k0 < k1 are needed.")
     refuse((bq < 1) | (bk < 1) | (bq > MAX_BLOCK) | (bk > MAX_BLOCK), f"has a block size outside [1, {MAX_BLOCK}].")
-    refuse((abs(oq) > MAX_TOKENS) | (abs(ok) > MAX_TOKENS), f"has an origin further than {MAX_TOKENS} from the axis.")
+    far = [(origin < -MAX_TOKENS) | (origin > MAX_TOKENS) for origin in (oq, ok)]
+    refuse(far[0] | far[1], f"has an origin further than {MAX_TOKENS} from the axis.")
     refuse((lo > UNBOUNDED) | (hi < -UNBOUNDED), f"has a bound further than {UNBOUNDED} from the diagonal.")
     tight = tighten(pieces)
     refuse(tight[:, Q0] >= tight[:, Q1], "allows no cell.")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from distattn.errors import DamagedDataError, DistattnError
-from distattn.intervals import Ints
+from distattn.intervals import Ints, whole_numbers
 from distattn.layout import Layout
 from distattn.mask import K0, K1, Q0, Q1, Mask, areas, clip
 
@@ -29,6 +28,8 @@ TASK_COLUMNS = ("step", "rank", "piece", "q0", "q1", "k0", "k1", "h0", "h1")
 MOVE_COLUMNS = ("step", "src", "dst", "payload", "t0", "t1", "h0", "h1")
 POLICIES = ("keep", "refetch-home", "refetch-follow")
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+# of heads and of their dims: so that every product with them fits in int64
+MAX_HEADS = 1 << 14
 _FORMAT = 1
 
 
@@ -115,8 +116,8 @@ class Call:
                 f"the mask covers {self.mask.n} tokens, the layout {self.layout.n}; they share one axis."
             )
         for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
-            if getattr(self, name) < 1:
-                raise DistattnError(f"{name} is at least 1, not {getattr(self, name)}.")
+            if not 1 <= int(whole_numbers(getattr(self, name), name)) <= MAX_HEADS:
+                raise DistattnError(f"{name} is 1 to {MAX_HEADS}, not {getattr(self, name)}.")
         if self.heads % self.kv_heads:
             raise DistattnError(f"{self.heads} query heads do not divide among {self.kv_heads} key/value heads.")
         if self.dtype not in DTYPE_BYTES:
@@ -177,8 +178,9 @@ class Plan:
 
     def area_by_rank(self) -> Ints:
         """Cells x query heads each rank computes in the forward pass."""
-        out = np.zeros(self.call.ranks, np.int64)
-        np.add.at(out, self.forward.tasks["rank"], areas_of_tasks(self.call.mask, self.forward.tasks))
+        work = areas_of_tasks(self.call, self.forward.tasks)
+        out = np.zeros(self.call.ranks, work.dtype)
+        np.add.at(out, self.forward.tasks["rank"], work)
         return out
 
     def bytes(self) -> Columns:
@@ -230,7 +232,10 @@ class Plan:
             raise DistattnError(f"{path}: there is no such plan file.") from None
         except DamagedDataError:
             raise
-        except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, TypeError) as error:
+        except (PermissionError, IsADirectoryError) as error:
+            raise DistattnError(f"{path}: cannot be read: {error.strerror}.") from None
+        # whatever the zip reader makes of flipped bits: unknown compression, encryption, impossible sizes
+        except Exception as error:
             raise DamagedDataError(f"{path}: not a plan, or damaged ({error}).") from None
         if plan.digest != head["digest"]:
             raise DamagedDataError(f"{path}: damaged, its content has digest {plan.digest}, not {head['digest']}.")
@@ -260,9 +265,10 @@ def task_bands(mask: Mask, tasks: Columns) -> Ints:
     return clip(mask.pieces[tasks["piece"]], tasks["q0"], tasks["q1"], tasks["k0"], tasks["k1"])
 
 
-def areas_of_tasks(mask: Mask, tasks: Columns) -> Ints:
-    """Cells x query heads of each task."""
-    return areas(task_bands(mask, tasks)) * (tasks["h1"] - tasks["h0"])
+def areas_of_tasks(call: Call, tasks: Columns) -> Ints:
+    """Cells x query heads of each task; as Python integers where all of them together pass int64."""
+    exact = np.int64 if call.mask.area() * call.heads < 1 << 62 else object
+    return areas(task_bands(call.mask, tasks)).astype(exact) * (tasks["h1"] - tasks["h0"])
 
 
 def bytes_of_moves(call: Call, moves: Columns) -> Ints:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 
 def main(folder: Path) -> None:
     """Replay the steps the run's configuration asks for."""
-    config = tomllib.loads((folder / "config.toml").read_text())
+    config = tomllib.loads((folder / "config.toml").read_text("utf-8"))
     torch.manual_seed(config["run"]["seed"])
-    model = LlamaForCausalLM._from_config(LlamaConfig.from_pretrained(folder), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(folder), attn_implementation="sdpa")
     model = model.to(getattr(torch, config["model"]["dtype"]))
     train = config["train"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=train["learning_rate"], weight_decay=train["weight_decay"])
@@ -43,7 +43,7 @@ def document_tokens(row: dict) -> torch.Tensor:
     return torch.tensor(list(content))[None]
 
 
-def accumulate(model: LlamaForCausalLM, documents: list[torch.Tensor]) -> float:
+def accumulate(model: PreTrainedModel, documents: list[torch.Tensor]) -> float:
     """Backward of the mean loss over all tokens with a successor; returns that loss."""
     valid = max(sum(ids.shape[1] - 1 for ids in documents), 1)
     total = 0.0

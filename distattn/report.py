@@ -51,9 +51,9 @@ def write_report(run: Run, config: Config, explanation: Explanation, proof: dict
         curve=_curve(steps),
         proof=_proof(proof),
         plan=explanation.html(),
-        config=html.escape(run.config_file.read_text()),
+        config=html.escape(run.config_file.read_text("utf-8")),
     )
-    run.report_file.write_text(page)
+    run.report_file.write_text(page, "utf-8")
 
 
 def _curve(steps: list[Step]) -> str:

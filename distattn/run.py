@@ -46,11 +46,11 @@ class Run:
 
     @staticmethod
     def create(config: Config, corpus: Corpus) -> Run:
-        """A new folder with the configuration and the document list of every pack the run will use."""
+        """A new folder with the configuration and the documents of every pack of the epochs the run will enter."""
         try:
             run = Run(_new_folder(Path(config.run.folder)))
             configuration.save(config, run.config_file)
-            with open(run.documents_file, "w") as file:
+            with open(run.documents_file, "w", encoding="utf-8") as file:
                 for pack, document in _documents(config, corpus):
                     file.write(json.dumps({"pack": pack, **document._asdict()}) + "\n")
         except OSError as error:
@@ -59,7 +59,7 @@ class Run:
 
     def packs(self) -> Iterator[list[Document]]:
         """The documents of each pack, in order."""
-        with open(self.documents_file) as file:
+        with open(self.documents_file, encoding="utf-8") as file:
             rows = (json.loads(line) for line in file)
             for _, pack in groupby(rows, key=lambda row: row["pack"]):
                 yield [Document(row["file"], row["start"], row["end"]) for row in pack]
@@ -71,7 +71,7 @@ class Run:
 
     def append(self, path: Path, row: object) -> None:
         """Add one JSON line to a file of the run."""
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[Step]:
@@ -82,8 +82,7 @@ class Run:
 def plan_of(config: Config, lengths: list[int]) -> Plan:
     """The plan the configuration asks for on documents of these lengths."""
     parallel, model = config.parallel, config.model
-    options = {"min_chunk": parallel.min_chunk} if parallel.layout == "document_zigzag" else {}
-    layout: Layout = LAYOUTS[parallel.layout](lengths, parallel.ranks, **options)
+    layout: Layout = LAYOUTS[parallel.layout](lengths, parallel.ranks, **parallel.layout_options)
     return make_plan(
         Mask.documents(lengths),
         layout,
@@ -98,7 +97,7 @@ def plan_of(config: Config, lengths: list[int]) -> Plan:
 
 def read_lines(path: Path) -> list[dict]:
     """The rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def _documents(config: Config, corpus: Corpus) -> Iterable[tuple[int, Document]]:

@@ -1,6 +1,6 @@
 """The training loop: a small Llama on packed text, every step's tokens split over the ranks.
 
-`python -m distattn.train RUN` is one rank of a run, started by `distattn.launch.local`. The run folder holds the resolved
+`main` is one rank of a run, started by `distattn.launch`. The run folder holds the resolved
 configuration and the list of documents of every pack; nothing else is shared but the process group.
 """
 
@@ -8,9 +8,7 @@ configuration and the list of documents of every pack; nothing else is shared bu
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -35,8 +33,6 @@ from distattn.run import Run, Step
 
 def main(folder: str, json_lines: bool) -> int:
     """One rank of a run. Returns the exit code."""
-    # Ctrl-C reaches all processes of a terminal; the launcher hears it too and ends its ranks
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     run = Run(Path(folder))
     config = configuration.load(run.config_file)
     # ranks share the machine's cores; more threads than cores only wait for each other
@@ -58,7 +54,7 @@ def train(run: Run, config: Config, json_lines: bool) -> None:
     cp = ContextParallel(
         strategy=parallel.strategy,
         layout=parallel.layout,
-        layout_options={"min_chunk": parallel.min_chunk} if parallel.layout == "document_zigzag" else None,
+        layout_options=parallel.layout_options,
         kernel=parallel.kernel,
         backward=parallel.backward or None,
     )
@@ -86,7 +82,7 @@ def train(run: Run, config: Config, json_lines: bool) -> None:
 def build_model(config: Config, attention: str) -> Any:
     """A Llama from its shape, seeded; no download. `attention` is a transformers attention implementation."""
     # 2 s to import, and only here
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from distattn.adapters import huggingface
 
@@ -107,7 +103,7 @@ def build_model(config: Config, attention: str) -> Any:
         eos_token_id=None,
     )
     torch.manual_seed(config.run.seed)
-    model = LlamaForCausalLM._from_config(llama, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(llama, attn_implementation=attention)
     return model.to(getattr(torch, shape.dtype))
 
 
@@ -139,7 +135,3 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
     flat = parameters_to_vector(gradients)
     dist.all_reduce(flat)
     vector_to_parameters(flat, gradients)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))

@@ -1,13 +1,19 @@
 """Which kernel computes core attention. Explicit: a kernel that cannot serve a call refuses, nothing falls back."""
 
-from typing import Any, Protocol
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from distattn.errors import DistattnError
 from distattn.intervals import Ints
-from distattn.kernels import cpu, reference
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# names are known without importing torch
+KERNELS = {"reference": "distattn.kernels.reference", "cpu": "distattn.kernels.cpu"}
 
 
 class Kernel(Protocol):
@@ -41,7 +47,11 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-KERNELS: dict[str, Kernel] = {"reference": reference, "cpu": cpu}
+def load_kernel(name: str) -> Kernel:
+    """The kernel of that name."""
+    if name not in KERNELS:
+        raise DistattnError(f"kernel {name!r} does not exist; there are {', '.join(KERNELS)}.")
+    return cast(Kernel, import_module(KERNELS[name]))
 
 
 def choose_kernel(name: str | None, dtype: torch.dtype, head_dim: int, v_head_dim: int, device: torch.device) -> str:
@@ -50,9 +60,7 @@ def choose_kernel(name: str | None, dtype: torch.dtype, head_dim: int, v_head_di
         if device.type != "cpu":
             raise DistattnError(f'there is no default kernel for {device.type} tensors yet; pass kernel="reference".')
         name = "cpu"
-    if name not in KERNELS:
-        raise DistattnError(f"kernel {name!r} does not exist; there are {', '.join(KERNELS)}.")
-    why_not = KERNELS[name].refusal(dtype, head_dim, v_head_dim, device)
+    why_not = load_kernel(name).refusal(dtype, head_dim, v_head_dim, device)
     if why_not:
         raise DistattnError(f'kernel "{name}" cannot serve this call: {why_not}. Use kernel="reference".')
     return name

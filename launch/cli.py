@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,9 @@ def _train(arguments: list[str]) -> int:
         )
         return 0 if arguments else 2
     config = configuration.load(arguments[0], arguments[1:])
+    missing = [name for name in ("transformers", "tensorboard", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DistattnError(f"training needs {', '.join(missing)}: pip install 'distattn[train]'.")
     run, explanation = _prepare(config, json_lines)
 
     # heavy imports only once the run is known to be possible
@@ -56,7 +60,7 @@ def _train(arguments: list[str]) -> int:
     from distattn.prove import prove
     from distattn.report import write_report
 
-    code = run_ranks(config.parallel.ranks, "distattn.train", str(run.folder), json.dumps(json_lines))
+    code = run_ranks(config.parallel.ranks, "distattn.launch.rank", str(run.folder), json.dumps(json_lines))
     if code:
         return code
     proof = None
@@ -98,7 +102,7 @@ def _prepare(config, json_lines: bool):  # noqa: ANN001, ANN202
     plan = run.first_plan(config)
     explanation = explain(plan)
     plan.save(run.plan_file)
-    run.explanation_file.write_text(str(explanation) + "\n")
+    run.explanation_file.write_text(str(explanation) + "\n", "utf-8")
     size = sum(document.end - document.start for document in corpus.documents)
     skipped = f" ({corpus.empty_files} empty ones skipped)" if corpus.empty_files else ""
     _say(json_lines, f"data: {corpus.files:,} files{skipped}, {size / 1e6:.1f} MB, {len(corpus.documents):,} documents")

@@ -23,9 +23,12 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        # a machine's own host name need not resolve
+        local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
     )
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
@@ -39,4 +42,8 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
             f"distattn: stopped by {signal.Signals(stop.sigval).name}; what was done is in the run folder.\n"
         )
         return 128 + stop.sigval
+    finally:
+        # torchrun leaves its own behind
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
     return 0

@@ -116,24 +116,29 @@ def finish_together(runs: Iterable[Paused[Result]]) -> list[Result]:
 
 def _run(steps: list[Step], transport: Transport, buffers: _Buffers, compute: Compute) -> Paused[None]:
     for step in steps:
-        for key, rows in step.allocate.items():
-            buffers.allocate(key, rows)
-        sends = [packet for payload, message in step.sends for packet in _outgoing(buffers, payload, message)]
-        incoming = [(payload, message, buffers.landing(payload, message.view)) for payload, message in step.receives]
-        receives = [Packet(m.peer, payload, tensor) for payload, m, fields in incoming for tensor in fields]
-        work = transport.exchange(sends, receives)
-        for launch in step.launches:
-            operands = {payload: buffers.gather(payload, view) for payload, view in launch.operands.items()}
-            for payload, fields in compute(launch, operands).items():
-                buffers.deposit(payload, launch.results[payload], fields)
-        yield
-        work.wait()
-        for payload, message, fields in incoming:
-            if payload in ACCUMULATING:
-                buffers.deposit(payload, message.view, fields)
-                buffers.alive -= sum(tensor.nbytes for tensor in fields)
-        for key in step.release:
-            buffers.release(key)
+        # a call of its own: nothing may hold on to a step's tensors when the next one allocates
+        yield from _run_step(step, transport, buffers, compute)
+
+
+def _run_step(step: Step, transport: Transport, buffers: _Buffers, compute: Compute) -> Paused[None]:
+    for key, rows in step.allocate.items():
+        buffers.allocate(key, rows)
+    sends = [packet for payload, message in step.sends for packet in _outgoing(buffers, payload, message)]
+    incoming = [(payload, message, buffers.landing(payload, message.view)) for payload, message in step.receives]
+    receives = [Packet(m.peer, payload, tensor) for payload, m, fields in incoming for tensor in fields]
+    work = transport.exchange(sends, receives)
+    for launch in step.launches:
+        operands = {payload: buffers.gather(payload, view) for payload, view in launch.operands.items()}
+        for payload, fields in compute(launch, operands).items():
+            buffers.deposit(payload, launch.results[payload], fields)
+    yield
+    work.wait()
+    for payload, message, fields in incoming:
+        if payload in ACCUMULATING:
+            buffers.deposit(payload, message.view, fields)
+            buffers.discount(fields)
+    for key in step.release:
+        buffers.release(key)
 
 
 def _outgoing(buffers: _Buffers, payload: Payload, message: Message) -> list[Packet]:
@@ -183,7 +188,11 @@ class _Buffers:
             self.fields[key] = self._counted(self.new(key.payload, rows, key.h1 - key.h0))
 
     def release(self, key: BufferKey) -> None:
-        self.alive -= sum(tensor.nbytes for tensor in self.fields.pop(key))
+        self.discount(self.fields.pop(key))
+
+    def discount(self, fields: Fields) -> None:
+        """These tensors are done with."""
+        self.alive -= sum(tensor.nbytes for tensor in fields)
 
     def landing(self, payload: Payload, view: View) -> Fields:
         """Where a message is received: straight into its batch, or for partial results into a tensor of its own."""

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,8 @@ class Explanation:
 
         tasks = self.plan.forward.tasks
         limits = np.unique(np.concatenate([tasks["h0"], tasks["h1"]]))
-        ranges = list(zip(limits[:-1].tolist(), limits[1:].tolist(), strict=True))
+        # a mask without cells has no tasks: one empty panel
+        ranges = list(pairwise(limits.tolist())) or [(0, self.plan.call.heads)]
         shown = ranges[:_PANELS]
         figure = Figure(figsize=(4.2 * (len(shown) + 1), 3.4), layout="constrained")
         axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
@@ -137,7 +139,7 @@ def _rank_table(ranks: list[dict[str, int]]) -> str:
 
 
 def _step_table(plan: Plan, direction: str, table: Table) -> str:
-    work = areas_of_tasks(plan.call.mask, table.tasks)
+    work = areas_of_tasks(plan.call, table.tasks)
     lines = [f"{direction}   tasks        cells x heads   moves      bytes   payloads"]
     for step in range(table.steps):
         tasks, moves = table.tasks["step"] == step, take(table.moves, table.moves["step"] == step)
@@ -158,6 +160,7 @@ def _draw(figure: Any, axis: Any, plan: Plan, head: int, colour_by: str, colours
 
     tasks = plan.forward.tasks
     here = take(tasks, (tasks["h0"] <= head) & (head < tasks["h1"]))
+    colours = max(colours, 1)
     norm = BoundaryNorm(np.arange(colours + 1) - 0.5, 256)
     scale = ScalarMappable(norm, colormaps[{"rank": "turbo", "step": "viridis"}[colour_by]])
     paint = scale.to_rgba(here[colour_by])

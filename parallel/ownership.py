@@ -9,7 +9,7 @@ import numpy as np
 
 from distattn.intervals import Ints, crossing, union
 from distattn.mask import K0, K1, Q0, Q1, clip, tighten
-from distattn.plan import MOVE_COLUMNS, Call, Columns, Payload, columns, concat, count, take, tight_tasks
+from distattn.plan import MOVE_COLUMNS, Call, Columns, Payload, columns, count, take, tight_tasks
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,6 @@ def coalesce(moves: Columns) -> Columns:
         fresh[1:] |= rows[name][1:] != rows[name][:-1]
     last = np.append(np.flatnonzero(fresh)[1:], count(rows)) - 1
     return {**take(rows, fresh), "t1": rows["t1"][last] if count(rows) else rows["t1"]}
-
-
-def no_moves() -> Columns:
-    """A move table without rows."""
-    return concat(MOVE_COLUMNS, [])
 
 
 def _tight(bands: Ints, piece: Ints) -> tuple[Rectangles, np.ndarray]:

@@ -6,7 +6,7 @@ A transport has one method, `exchange`: it starts all sends and receives of a st
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch.distributed as dist
@@ -61,34 +61,52 @@ class _Requests(NamedTuple):
 
 
 class LockStep:
-    """All ranks in one process: rank r uses `transport(r)`; a rank may wait once every rank has posted its step."""
+    """All ranks in one process: rank r uses `transport(r)`; a rank may wait once every rank has posted its step.
+
+    A packet is copied as soon as both ends have posted it, so that no end outlives its step.
+    """
 
     def __init__(self) -> None:
-        self._mail: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        # per (source, destination): tensors whose other end has not been posted yet
+        self._sent: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        self._wanted: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
 
     def transport(self, rank: int) -> Transport:
-        return _Mailbox(self._mail, rank)
+        return _Mailbox(self, rank)
+
+    def post(self, sent: list[tuple[int, int, Tensor]], wanted: list[tuple[int, int, Tensor]]) -> None:
+        for queue, others, packets in ((self._sent, self._wanted, sent), (self._wanted, self._sent, wanted)):
+            for src, dst, tensor in packets:
+                if others[src, dst]:
+                    other = others[src, dst].popleft()
+                    source, target = (tensor, other) if queue is self._sent else (other, tensor)
+                    target.copy_(source)
+                else:
+                    queue[src, dst].append(tensor)
+
+    def awaited(self, rank: int) -> bool:
+        """Whether a packet for this rank is still under way."""
+        return any(queue for (_, dst), queue in self._wanted.items() if dst == rank)
 
 
 class _Mailbox(NamedTuple):
-    mail: dict[tuple[int, int], deque[Tensor]]
+    hub: LockStep
     rank: int
 
     def exchange(self, sends: list[Packet], receives: list[Packet]) -> Work:
-        for packet in sends:
-            self.mail[self.rank, packet.peer].append(packet.tensor)
-        return _Delivery(lambda: self._deliver(receives))
-
-    def _deliver(self, receives: list[Packet]) -> None:
-        for packet in receives:
-            packet.tensor.copy_(self.mail[packet.peer, self.rank].popleft())
+        self.hub.post(
+            [(self.rank, packet.peer, packet.tensor) for packet in sends],
+            [(packet.peer, self.rank, packet.tensor) for packet in receives],
+        )
+        return _Delivery(self.hub, self.rank)
 
 
 class _Delivery(NamedTuple):
-    deliver: Callable[[], None]
+    hub: LockStep
+    rank: int
 
     def wait(self) -> None:
-        self.deliver()
+        assert not self.hub.awaited(self.rank), f"rank {self.rank} waits for a packet that nobody has posted"
 
 
 class Alone:

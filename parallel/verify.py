@@ -30,13 +30,14 @@ from distattn.plan import (
     Payload,
     Plan,
     Table,
+    areas_of_tasks,
     bytes_of_moves,
     count,
     take,
     task_bands,
 )
 
-_MAX_STEP = 1 << 20
+_MAX_STEP = 1 << 16
 # what went wrong with a holding payload, and with an accumulating one (the same check in reversed time)
 _SENTENCES = {
     False: ("comes twice, or to its holder, at", "is not at hand for", "comes too late for", "arrives unused"),
@@ -153,10 +154,10 @@ def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
         i = int(np.flatnonzero(bad)[0])
         raise PlanError(f"{direction}: task {i} {_show(tasks, TASK_COLUMNS, i)} is not a tight rectangle of its piece.")
     _check_disjoint(tasks, direction)
-    # Python integers: area x heads of a long axis may exceed int64
-    done = np.zeros(len(call.mask.pieces), object)
-    np.add.at(done, tasks["piece"], areas(bands).astype(object) * (tasks["h1"] - tasks["h0"]))
-    wanted = areas(call.mask.pieces).astype(object) * call.heads
+    work = areas_of_tasks(call, tasks)
+    done = np.zeros(len(call.mask.pieces), work.dtype)
+    np.add.at(done, tasks["piece"], work)
+    wanted = areas(call.mask.pieces).astype(work.dtype) * call.heads
     if (done != wanted).any():
         i = int(np.flatnonzero(done != wanted)[0])
         raise PlanError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.kernels.dispatch import KERNELS
+from distattn.kernels.dispatch import load_kernel
 from distattn.mask import Mask
 from distattn.parallel import execute
 from distattn.parallel.program import lower
@@ -83,6 +84,9 @@ class Record:
     """What really happened: bytes per (src, dst, payload), events per rank in order, peak bytes per direction and rank."""
 
     bytes: Counter = field(default_factory=Counter)
+    # most bytes of received tensors that were really alive, by (direction, rank, payload), payload None for all
+    received: Counter = field(default_factory=Counter)
+    direction: str = "forward"
     events: list[tuple[int, str]] = field(default_factory=list)
     peak: dict[str, list[int]] = field(default_factory=dict)
 
@@ -92,13 +96,35 @@ class RecordingTransport:
 
     def __init__(self, inner, rank: int, record: Record):
         self.inner, self.rank, self.record = inner, rank, record
+        self.direction = record.direction
+        self.live: Counter = Counter()
+        self.storages: set[int] = set()
 
     def exchange(self, sends: list[Packet], receives: list[Packet]):
         for packet in sends:
             self.record.bytes[self.rank, packet.peer, int(packet.payload)] += packet.tensor.nbytes
+        for packet in receives:
+            self._watch(packet)
         if sends or receives:
             self.record.events.append((self.rank, "post"))
         return RecordingWork(self.inner.exchange(sends, receives), self.rank, self.record, bool(sends or receives))
+
+    def _watch(self, packet: Packet) -> None:
+        """Count the storage a packet arrives in until PyTorch frees it."""
+        storage = packet.tensor.untyped_storage()
+        if not storage.nbytes() or storage.data_ptr() in self.storages:
+            return
+        self.storages.add(storage.data_ptr())
+        weakref.finalize(storage, self._change, packet.payload, -storage.nbytes(), storage.data_ptr())
+        self._change(packet.payload, storage.nbytes(), storage.data_ptr())
+
+    def _change(self, payload: int, size: int, pointer: int) -> None:
+        if size < 0:
+            self.storages.discard(pointer)
+        for kind in (payload, None):
+            self.live[kind] += size
+            key = (self.direction, self.rank, kind)
+            self.record.received[key] = max(self.record.received[key], self.live[kind])
 
 
 class RecordingWork(NamedTuple):
@@ -133,8 +159,8 @@ def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record:
     record = Record() if record is None else record
     layout, ranks = plan.call.layout, range(plan.call.ranks)
     proof = verify(plan)
-    programs = [lower(plan, rank, KERNELS[kernel].prepare, proof) for rank in ranks]
-    kernels = [RecordingKernel(KERNELS[kernel], rank, record) for rank in ranks]
+    programs = [lower(plan, rank, load_kernel(kernel).prepare, proof) for rank in ranks]
+    kernels = [RecordingKernel(load_kernel(kernel), rank, record) for rank in ranks]
     dtype = getattr(torch, plan.call.dtype)
     scale = 1 / math.sqrt(plan.call.head_dim)
     local = [[layout.shard(x.to(dtype), rank) for x in inputs] for rank in ranks]
@@ -149,6 +175,7 @@ def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record:
     )
     o, lse, kept, peaks = (list(column) for column in zip(*forward, strict=True))
     record.peak["forward"] = peaks
+    record.direction = "backward"
     delta = [(local[r][3].to(lse[r].dtype) * o[r].to(lse[r].dtype)).sum(-1) for r in ranks]
     backward = execute.finish_together(
         execute.backward(p, t, k, local[p.rank][3], *local[p.rank][:3], lse[p.rank], delta[p.rank], kept[p.rank], scale)

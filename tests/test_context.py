@@ -3,6 +3,7 @@
 import pytest
 import torch
 from processes import run_on_ranks
+from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, MistralConfig
 
 import distattn as da
 from distattn.adapters import huggingface
@@ -11,6 +12,17 @@ from distattn.context import IGNORE_INDEX
 from distattn.layout import LAYOUTS
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.train import build_model, local_loss, sum_gradients
+
+TINY = dict(
+    vocab_size=256,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+IDS = torch.tensor([[1, 2, 3]])
 
 
 def batch(lengths, seed=0):
@@ -50,6 +62,29 @@ def test_rows_of_a_batch_are_documents_and_given_labels_count():
                 {"input_ids": torch.zeros(1, 4), "document_lengths": [3]}
             ),
             "add up to 3 tokens, input_ids has 4",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": torch.zeros(1, 4), "document_lengths": [1.5, 2.5]}
+            ),
+            "whole numbers",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0]])}
+            ),
+            "attention_mask marks padding",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "position_ids": IDS}),
+            "batch has position_ids",
+        ),
+        (lambda: da.ContextParallel(strategy="ring", kernel="bogus"), "kernel 'bogus'"),
+        (lambda: da.ContextParallel(strategy="ring", backward="bogus"), "policy 'bogus'"),
+        (lambda: da.ContextParallel(strategy="ring", inner="bogus"), "inner is"),
+        (
+            lambda: da.ContextParallel(strategy="ring", layout_options={"min_chunk": 4}),
+            "layout zigzag has no option 'min_chunk'",
         ),
     ],
 )
@@ -127,6 +162,31 @@ def test_the_adapter_refuses_by_name_what_it_would_get_wrong():
         call(torch.zeros(1, 1, 3, 3), context_parallel=sharded)
     with pytest.raises(da.DistattnError, match="padding mask"):
         huggingface.no_mask(attention_mask=torch.tensor([[1, 1, 0]]))
+    with pytest.raises(da.DistattnError, match="not causal"):
+        call(None, context_parallel=sharded, is_causal=False)
     module.is_causal = False
     with pytest.raises(da.DistattnError, match="not causal"):
         call(None, context_parallel=sharded)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: LlamaConfig(**TINY, is_causal=False), "a mask other than causal"),
+        (lambda: MistralConfig(**TINY, sliding_window=2), "local attention of 2 tokens"),
+        (
+            lambda: Llama4TextConfig(
+                **TINY, attention_chunk_size=2, num_local_experts=1, layer_types=["chunked_attention"]
+            ),
+            "local",
+        ),
+    ],
+    ids=["bidirectional", "window", "chunks"],
+)
+def test_models_that_want_another_mask_are_refused(make, sentence):
+    huggingface.register()
+    model = AutoModelForCausalLM.from_config(make(), attn_implementation="distattn")
+    local = da.ContextParallel(strategy="ring").shard(batch([5, 3]))
+    arguments = {name: local[name] for name in ("input_ids", "position_ids", "context_parallel")}
+    with pytest.raises(da.DistattnError, match=sentence):
+        model(**arguments, use_cache=False)

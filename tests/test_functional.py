@@ -105,6 +105,26 @@ def test_inputs_that_do_not_fit_the_plan_are_refused(change, sentence):
         da.attention(*change(q, k, v), plan)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
+def test_impossible_scales_are_refused(scale):
+    q, k, v, _ = local(plan_for(1), random_inputs(200, 4, 2, 8), 0)
+    with pytest.raises(da.DistattnError, match="scale is a positive number"):
+        da.attention(q, k, v, plan_for(1), scale=scale)
+
+
+def test_second_derivatives_are_refused():
+    plan = plan_for(1)
+    q, k, v, do = local(plan, random_inputs(200, 4, 2, 8), 0)
+    (dq,) = torch.autograd.grad(da.attention(q, k, v, plan), q, do, create_graph=True)
+    with pytest.raises(da.DistattnError, match="no second derivative"):
+        dq.sum().backward()
+
+
+def test_a_handle_of_a_freed_plan_is_refused():
+    with pytest.raises(da.DistattnError, match="handle 1000000 belongs to no plan"):
+        torch.ops.distattn.forward(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), 1_000_000, 1.0)
+
+
 def test_a_plan_for_more_ranks_needs_torch_distributed():
     with pytest.raises(da.DistattnError, match="init_process_group"):
         da.attention(*[torch.zeros(1)] * 3, plan_for(2))

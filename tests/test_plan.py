@@ -8,6 +8,7 @@ from distattn.errors import DamagedDataError, DistattnError
 from distattn.layout import Layout
 from distattn.mask import Mask
 from distattn.parallel.make_plan import STRATEGIES, make_plan
+from distattn.parallel.verify import verify
 from distattn.plan import Call, Payload, Plan, Table
 
 SHAPE = dict(heads=8, kv_heads=2, head_dim=16, dtype="bfloat16")
@@ -50,7 +51,9 @@ def test_a_damaged_plan_file_is_never_loaded_as_something_else(tmp_path):
     plan.save(path)
     content = bytearray(path.read_bytes())
     rng = np.random.default_rng(1)
-    for position in rng.integers(0, len(content), 300):
+    # every byte of the first zip header and the end of the directory, where readers trip, and some of the rest
+    positions = [*range(60), *range(len(content) - 150, len(content)), *rng.integers(0, len(content), 400)]
+    for position in positions:
         damaged = content.copy()
         damaged[position] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
@@ -62,6 +65,9 @@ def test_a_damaged_plan_file_is_never_loaded_as_something_else(tmp_path):
         path.write_bytes(content[:size])
         with pytest.raises(DamagedDataError):
             Plan.load(path)
+    with pytest.raises(DistattnError, match="cannot be read") as refusal:
+        Plan.load(tmp_path)
+    assert not isinstance(refusal.value, DamagedDataError)
     with pytest.raises(DistattnError, match="no such plan"):
         Plan.load(tmp_path / "nowhere")
 
@@ -88,8 +94,10 @@ def test_strategies_are_pure_functions():
         (dict(strategy="star"), "strategy 'star' does not exist; there are ring"),
         (dict(backward="never"), "policy 'never'"),
         (dict(dtype="int8"), "dtype 'int8'"),
+        (dict(heads=2.5, kv_heads=2.5), "heads: whole numbers"),
+        (dict(heads=1 << 20, kv_heads=1), "heads is 1 to"),
         (dict(heads=7), "7 query heads do not divide among 2"),
-        (dict(head_dim=0), "head_dim is at least 1"),
+        (dict(head_dim=0), "head_dim is 1 to 16384, not 0"),
         (dict(options={"depth": 3}), "no option 'depth'"),
         (dict(cluster="h100"), "leave cluster out"),
     ],
@@ -119,3 +127,11 @@ def test_a_table_needs_its_columns():
             Table.from_rows([]),
             "x",
         )
+
+
+def test_work_beyond_int64_is_counted_exactly():
+    n = 1 << 30
+    shape = dict(heads=32, kv_heads=1, head_dim=1, dtype="bfloat16")
+    plan = make_plan(Mask.causal(n), Layout.contiguous([n], 2), strategy="allgather", **shape)
+    assert sum(plan.area_by_rank().tolist()) == n * (n + 1) // 2 * 32
+    verify(plan)

@@ -1,7 +1,7 @@
 """Hugging Face transformers: attention that follows the batch's plan.
 
     register()
-    model = LlamaForCausalLM._from_config(config, attn_implementation="distattn")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="distattn")
     batch = cp.shard(batch)
     model(batch["input_ids"], position_ids=batch["position_ids"], context_parallel=batch["context_parallel"])
 
@@ -10,6 +10,7 @@ Goes through transformers' public registries of attention and mask functions; no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def attention_forward(
             raise DistattnError(
                 f"layer {getattr(module, 'layer_idx', '?')} asks for {what} ({name}), which is not computed yet."
             )
-    if not getattr(module, "is_causal", True):
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise DistattnError("the layer is not causal; this adapter serves causal language models.")
     if query.shape[0] != 1:
         raise DistattnError(f"a sharded batch has one row; this one has {query.shape[0]}. Use ContextParallel.shard.")
@@ -71,9 +72,27 @@ def attention_forward(
     return context_parallel.attention(q_THD, k_TKD, v_TKE, scaling)[None], None
 
 
-def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
-    """The plan carries the mask. A padding mask is refused: padding is no document."""
+def no_mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    mask_function: Callable[..., Any] | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> None:
+    """The plan carries the mask: causal inside each document. Refuses what transformers would add to that.
+
+    transformers marks windows and chunks by local_size, masks of users and multimodal models by use_vmap or an outer
+    `or_mask`; it wraps its causal function in an `and_mask` where positions restart, as those of packed documents do.
+    """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise DistattnError(
             "a padding mask was passed; pack documents without padding and give document_lengths instead."
         )
+    if local_size is not None:
+        raise DistattnError(
+            f"the model asks for local attention of {local_size} tokens (windows, chunks), which is not computed."
+        )
+    name = getattr(mask_function, "__name__", "causal_mask_function")
+    if use_vmap or name not in ("causal_mask_function", "and_mask"):
+        raise DistattnError(f"the model asks for a mask other than causal ({name}), which is not computed.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -58,31 +59,40 @@ def read_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
 
 
 def read_tokens(document: Document) -> np.ndarray:
-    """The document's bytes as int64 tokens. Raises DamagedDataError when the file has become shorter."""
-    with open(document.file, "rb") as file:
-        file.seek(document.start)
-        content = file.read(document.end - document.start)
+    """The document's bytes as int64 tokens. Raises DamagedDataError when the file is no longer what it was."""
+    try:
+        with open(document.file, "rb") as file:
+            file.seek(document.start)
+            content = file.read(document.end - document.start)
+    except OSError as error:
+        raise DamagedDataError(
+            f"{document.file}: could be read when the run began, but not now: {error.strerror}."
+        ) from None
     if len(content) != document.end - document.start:
         raise DamagedDataError(f"{document.file}: shorter than when the run began; it must not change meanwhile.")
     return np.frombuffer(content, np.uint8).astype(np.int64)
 
 
 def _find_files(path: str, suffix: str, exclude: Sequence[str]) -> list[str]:
-    pattern = path.replace("{stdlib}", glob.escape(sysconfig.get_path("stdlib")))
-    roots = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if os.path.exists(pattern) else [])
+    literal = path.replace("{stdlib}", sysconfig.get_path("stdlib"))
+    if os.path.exists(literal):
+        roots, anchor = [literal], literal
+    else:
+        pattern = path.replace("{stdlib}", glob.escape(sysconfig.get_path("stdlib")))
+        roots = sorted(glob.glob(pattern, recursive=True))
+        # exclusions are about what the wildcards matched, not about where the user's data lies
+        anchor = os.path.dirname(pattern[: re.search(r"[*?[]|$", pattern).start()])  # type: ignore[union-attr]
     if not roots:
         raise DistattnError(
             f"data.path: there is no file or folder {path!r}; name a folder, a file or a glob of text files."
         )
-    found = set()
-    for root in roots:
-        for folder, subfolders, names in os.walk(root) if os.path.isdir(root) else [("", [], [root])]:
-            # in place: os.walk does not enter what is taken out
-            subfolders[:] = sorted(name for name in subfolders if not _excluded(name, exclude))
-            found |= {os.path.join(folder, name) for name in names if name.endswith(suffix)}
-    # a glob may name files inside an excluded folder directly
-    anchor = Path(os.path.commonpath(roots)) if len(roots) > 1 else Path(roots[0])
-    kept = [f for f in found if os.path.isfile(f) and not any(_excluded(part, exclude) for part in _parts(f, anchor))]
+    found = {
+        os.path.join(root, name)
+        for root in roots
+        if not _excluded(os.path.relpath(root, anchor or "."), exclude)
+        for name in (_walk(root, exclude) if os.path.isdir(root) else [""])
+    }
+    kept = sorted(file.rstrip(os.sep) for file in found if file.rstrip(os.sep).endswith(suffix))
     if not kept:
         raise DistattnError(
             f"data.path: {path!r} holds no files"
@@ -90,19 +100,37 @@ def _find_files(path: str, suffix: str, exclude: Sequence[str]) -> list[str]:
             + (f" outside {', '.join(exclude)}" if exclude else "")
             + "; name a folder with UTF-8 text files."
         )
-    return sorted(kept)
+    return kept
 
 
-def _parts(file: str, anchor: Path) -> tuple[str, ...]:
-    """The folders and the name below the anchor."""
-    return Path(file).relative_to(anchor).parts or (Path(file).name,)
+def _walk(root: str, exclude: Sequence[str]) -> Iterator[str]:
+    """Paths of all files below root, relative to it; links are followed, each folder entered once."""
+
+    def refuse(error: OSError) -> None:
+        raise DistattnError(
+            f"data.path: {error.filename} cannot be read: {error.strerror}; leave it out with data.exclude."
+        )
+
+    entered = {os.path.realpath(root)}
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        fresh = []
+        for name in sorted(subfolders):
+            real = os.path.realpath(os.path.join(folder, name))
+            if not _excluded(name, exclude) and real not in entered:
+                entered.add(real)
+                fresh.append(name)
+        # in place: os.walk enters what is left
+        subfolders[:] = fresh
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in names if not _excluded(name, exclude))
 
 
-def _excluded(name: str, exclude: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in exclude)
+def _excluded(path: str, exclude: Sequence[str]) -> bool:
+    return any(fnmatch(part, pattern) for part in Path(path).parts for pattern in exclude)
 
 
 def _read(file: str) -> bytes:
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise DistattnError(f"data.path: {file} is no regular file; leave it out with data.exclude.")
     try:
         content = Path(file).read_bytes()
     except OSError as error:

@@ -54,6 +54,12 @@ def test_the_picture_is_a_png_with_colours_where_cells_are(strategy):
     assert len(np.unique(pixels(png), axis=0)) > 8
 
 
+def test_a_mask_without_cells_has_a_picture_too():
+    mask = Mask.causal(8).cut((0, 1), (5, 8))
+    plan = make_plan(mask, Layout.zigzag([8], 2), strategy="ring", heads=2, kv_heads=1, head_dim=8, dtype="float32")
+    assert explain(plan).picture().startswith(b"\x89PNG")
+
+
 def pixels(png: bytes) -> np.ndarray:
     """Raw bytes of a PNG, four to a row: enough to see that it is not blank."""
     at, data = 8, b""
