@@ -1,6 +1,8 @@
 """Text in, packs out: every byte exactly once, in an order the seed alone decides."""
 
+import contextlib
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -81,6 +83,45 @@ def test_a_glob_a_file_a_suffix_and_exclusions(tmp_path):
     assert found("b/w.py") == ["b/w.py"]
 
 
+def test_exclusions_do_not_depend_on_what_else_is_there(tmp_path):
+    (tmp_path / "test" / "a" / "test").mkdir(parents=True)
+    (tmp_path / "test" / "a" / "test" / "y.py").write_text("y")
+    for _ in range(2):
+        corpus = None
+        with contextlib.suppress(DistattnError):
+            corpus = read_corpus(str(tmp_path / "test" / "a" / "**" / "*.py"), exclude=["test"], max_document=9)
+        # only what the wildcards matched is judged, not the folders above them
+        assert corpus is None or [Path(document.file).name for document in corpus.documents] == ["ok.py"]
+        (tmp_path / "test" / "a" / "ok.py").write_text("x")
+
+
+def test_a_name_with_brackets_is_itself(tmp_path):
+    for name in ("a[1]", "a1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(name)
+    (document,) = read_corpus(str(tmp_path / "a[1]"), max_document=9).documents
+    assert Path(document.file).parent.name == "a[1]"
+
+
+def test_links_are_followed_once_and_broken_ones_refused(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "x.txt").write_text("x")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to("../real")
+    (tmp_path / "data" / "loop").symlink_to("../data")
+    corpus = read_corpus(str(tmp_path / "data"), max_document=9)
+    assert [Path(document.file).name for document in corpus.documents] == ["x.txt"]
+    (tmp_path / "data" / "broken.txt").symlink_to("nowhere")
+    with pytest.raises(DistattnError, match="broken.txt cannot be read"):
+        read_corpus(str(tmp_path / "data"), max_document=9)
+
+
+def test_a_pipe_is_refused_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DistattnError, match="pipe.txt is no regular file"):
+        read_corpus(str(tmp_path), max_document=9)
+
+
 def test_the_demo_reads_the_standard_library_without_its_tests():
     corpus = read_corpus(
         "{stdlib}", suffix=".py", exclude=["test", "tests", "idle_test", "site-packages"], max_document=3000
@@ -107,3 +148,5 @@ def test_a_file_that_shrank_is_noticed(tmp_path):
     (tmp_path / "a.txt").write_text("abc")
     with pytest.raises(DamagedDataError, match="shorter than when the run began"):
         read_tokens(Document(str(tmp_path / "a.txt"), 0, 9))
+    with pytest.raises(DamagedDataError, match="could be read when the run began"):
+        read_tokens(Document(str(tmp_path / "gone.txt"), 0, 9))

@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ from processes import run_on_ranks
 
 from distattn import config as configuration
 from distattn.config import Config, DataConfig, ModelConfig, ParallelConfig, ProofConfig, RunConfig, TrainConfig
+from distattn.context import ContextParallel
 from distattn.data.text import read_corpus
+from distattn.errors import DistattnError
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.run import Run
-from distattn.train import train
+from distattn.prove import compare
+from distattn.run import Run, Step
+from distattn.train import batches, train
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20
@@ -153,27 +157,76 @@ def test_a_terminal_gets_a_progress_bar(config_file, tmp_path):
     assert b"6/6" in shown and b"tokens/s" in shown and b"\x1b[" in shown
 
 
-def test_ctrl_c_stops_all_ranks_with_one_sentence(config_file, tmp_path):
-    command = [sys.executable, "-m", "distattn.launch.cli", "train", str(config_file), "--train.steps", "100000"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def interrupted(config_file: Path, folder: Path, when: str | None, *overrides: str) -> subprocess.CompletedProcess:
+    """Start a run, press Ctrl-C once a line begins with `when` (None: after a second), and wait for its end."""
+    command = [sys.executable, "-m", "distattn.launch.cli", "train", str(config_file), *overrides]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
     assert process.stdout is not None
-    # all ranks are at work once the first step is shown
-    assert any(line.startswith("step 1/") for line in process.stdout)
+    if when:
+        assert any(line.startswith(when) for line in process.stdout)
+    # processes start and import for a while
+    time.sleep(1)
     # as a terminal does: to every process of the group
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "stopped by SIGINT" in errors and "Traceback" not in errors
-    assert Run(tmp_path / "out").metrics()
+    out, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
+
+
+@pytest.mark.parametrize(
+    ("when", "overrides"),
+    [
+        ("run folder", ()),
+        ("step 1/", ("--train.steps", "100000")),
+        ("the first", ("--train.steps", "40", "--proof.steps", "40", "--parallel.ranks", "1")),
+    ],
+    ids=["while ranks start", "while training", "during the proof"],
+)
+def test_ctrl_c_ends_everything_with_one_sentence(config_file, tmp_path, when, overrides):
+    done = interrupted(config_file, tmp_path, when, *overrides)
+    assert done.returncode == 130
+    assert "stopped" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "documents.jsonl").exists()
+
+
+def test_a_host_name_that_does_not_resolve_is_no_obstacle(config_file, tmp_path):
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        pytest.skip("unshare --uts is not permitted here")
+    run = f"{sys.executable} -m distattn.launch.cli train {config_file} --train.steps 1 --proof.steps 0"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = ["unshare", "--uts", "sh", "-c", f"hostname nowhere.invalid && {run}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_plan_in_the_run_folder_is_the_one_that_trains(texts, tmp_path):
+    config = dataclasses.replace(small(texts, tmp_path / "run", "float32"), parallel=ParallelConfig(ranks=1))
+    run = Run.create(config, read_corpus(config.data.path, max_document=config.data.max_document))
+    parallel, first = config.parallel, next(batches(run))
+    cp = ContextParallel(strategy=parallel.strategy, layout=parallel.layout, layout_options=parallel.layout_options)
+    model = config.model
+    shape = model.heads, model.kv_heads, model.width // model.heads, model.width // model.heads, model.dtype
+    assert cp.shard(first)["context_parallel"].plan(*shape).digest == run.first_plan(config).digest
+
+
+def compared(tmp_path: Path, ours: list[float], plain: list[float]) -> dict:
+    run = Run(tmp_path)
+    for number, loss in enumerate(ours, 1):
+        run.append(run.metrics_file, dataclasses.asdict(Step(number, loss, 1.0, 10, 0.1)))
+    for number, loss in enumerate(plain, 1):
+        run.append(run.replay_file, {"step": number, "loss": loss, "grad_norm": 1.0})
+    return compare(run, Config(proof=ProofConfig(steps=3)))
+
+
+def test_the_comparison_is_relative_and_never_passes_what_is_not_a_number(tmp_path):
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+    verdict = compared(tmp_path / "a", [4.0, 2.0, 1.0], [4.0, 2.0, 1.00005])
+    assert verdict["passed"] and verdict["loss"] == pytest.approx(5e-5, rel=1e-3)
+    assert not compared(tmp_path / "b", [4.0, float("nan"), 1.0], [4.0, 2.0, 1.0])["passed"]
+    assert not compared(tmp_path / "c", [4.0, 2.0, 1.0], [4.0, 2.0, 0.0])["passed"]
+    with pytest.raises(DistattnError, match="compares 3 steps; the run has 2, the replay 3"):
+        compared(tmp_path / "d", [4.0, 2.0], [4.0, 2.0, 1.0])
 
 
 def test_the_proof_fails_when_training_differs(config_file, tmp_path):
