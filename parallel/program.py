@@ -135,6 +135,34 @@ class _Place(NamedTuple):
     row: Ints
 
 
+class _Atlas(NamedTuple):
+    """All places of one payload and head range, sorted by token: a (token, head) lies in at most one of them."""
+
+    payload: Payload
+    h0: int
+    h1: int
+    keys: list[BufferKey]
+    # index into keys, per stretch
+    buffer: Ints
+    t0: Ints
+    t1: Ints
+    row: Ints
+
+
+def _atlases(places: list[_Place]) -> list[_Atlas]:
+    grouped: dict[tuple[Payload, int, int], list[_Place]] = {}
+    for place in places:
+        grouped.setdefault((place.key.payload, place.key.h0, place.key.h1), []).append(place)
+    atlases = []
+    for (payload, h0, h1), same in grouped.items():
+        buffer = np.repeat(np.arange(len(same)), [len(place.t0) for place in same])
+        t0, t1, row = (np.concatenate([getattr(place, name) for place in same]) for name in ("t0", "t1", "row"))
+        order = np.argsort(t0)
+        keys = [place.key for place in same]
+        atlases.append(_Atlas(payload, h0, h1, keys, buffer[order], t0[order], t1[order], row[order]))
+    return atlases
+
+
 class _TableLowering:
     """Lowers one table for one rank. `there`: batches that an earlier pass left behind."""
 
@@ -157,7 +185,7 @@ class _TableLowering:
         # batches that arrive hold copies; batches that leave hold partial results
         self._make_batches(self.incoming, HOLDING, "src")
         self._make_batches(self.outgoing, ACCUMULATING, "dst")
-        self.places = [*self.batches, *there, *(self._own(payload) for payload in payloads)]
+        self.atlases = _atlases([*self.batches, *there, *(self._own(payload) for payload in payloads)])
 
     def steps(self, stays: Container[BufferKey] = ()) -> list[Step]:
         """The steps of this rank; buffers in `stays` are never released."""
@@ -183,10 +211,8 @@ class _TableLowering:
                 length = batch["t1"] - batch["t0"]
                 key = BufferKey(payload, step, h0, h1)
                 self.sizes[key] = int(length.sum())
-                # sorted by token for lookup; rows stay grouped by peer, so that messages are slices
-                order = np.argsort(batch["t0"])
-                row = (np.cumsum(length) - length)[order]
-                self.batches.append(_Place(key, batch["t0"][order], batch["t1"][order], row))
+                # grouped by peer, so that messages are slices
+                self.batches.append(_Place(key, batch["t0"], batch["t1"], np.cumsum(length) - length))
 
     def _messages(self, moves: Columns, step: int, peer: str) -> list[tuple[Payload, Message]]:
         here = take(moves, moves["step"] == step)
@@ -233,17 +259,20 @@ class _TableLowering:
         """Where tokens [t0_i, t1_i), one interval after another, and heads [h0, h1) of a payload lie."""
         at = np.cumsum(t1 - t0) - (t1 - t0)
         links = []
-        for key, s0, s1, row in self.places:
-            low, high = max(h0, key.h0), min(h1, key.h1)
-            if key.payload != payload or low >= high:
+        for atlas in self.atlases:
+            low, high = max(h0, atlas.h0), min(h1, atlas.h1)
+            if atlas.payload != payload or low >= high:
                 continue
-            i, j = crossing(s0, s1, t0, t1)
-            begin, end = np.maximum(t0[i], s0[j]), np.minimum(t1[i], s1[j])
-            if not len(i):
-                continue
-            rows = _as_rows(row[j] + begin - s0[j], end - begin)
-            at_rows = _as_rows(at[i] + begin - t0[i], end - begin)
-            links.append(Link(key, rows, slice(low - key.h0, high - key.h0), at_rows, slice(low - h0, high - h0)))
+            i, j = crossing(atlas.t0, atlas.t1, t0, t1)
+            begin, end = np.maximum(t0[i], atlas.t0[j]), np.minimum(t1[i], atlas.t1[j])
+            rows, at_rows = atlas.row[j] + begin - atlas.t0[j], at[i] + begin - t0[i]
+            owner = atlas.buffer[j]
+            for buffer in np.unique(owner):
+                mine = owner == buffer
+                length = (end - begin)[mine]
+                heads, at_heads = slice(low - atlas.h0, high - atlas.h0), slice(low - h0, high - h0)
+                key = atlas.keys[buffer]
+                links.append(Link(key, _as_rows(rows[mine], length), heads, _as_rows(at_rows[mine], length), at_heads))
         return View(int((t1 - t0).sum()), h1 - h0, links)
 
     def _set_lifetimes(self, steps: list[Step], stays: Container[BufferKey]) -> None:

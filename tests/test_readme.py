@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import distattn as da
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,6 +31,20 @@ def test_the_first_example_runs_as_written(capsys):
     names = dict(rank=0, group=None, q=torch.randn(80, 32, 128), k=torch.randn(80, 8, 128), v=torch.randn(80, 8, 128))
     exec(code, names)
     assert names["o"].shape == (80, 32, 128) and "ring on 1 ranks" in capsys.readouterr().out
+
+
+def test_the_trainer_example_runs_as_written():
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    names = dict(da=da, F=F, AutoModelForCausalLM=AutoModelForCausalLM, config=config, group=None)
+    exec(code, names | dict(ids=torch.randint(0, 64, (1, 40)), lengths=[30, 10]))
 
 
 def test_the_planning_benchmark_runs():
