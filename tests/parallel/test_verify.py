@@ -5,8 +5,10 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from cases import small_plans
-from oracle import assert_close, dense, random_inputs, run_all_ranks
+from oracle import Record, assert_close, dense, planned_bytes, random_inputs, run_all_ranks
+from random_plans import random_plan
 
 from distattn.errors import PlanError
 from distattn.layout import Layout
@@ -89,6 +91,22 @@ def test_mutated_plans_are_refused_or_harmless():
         assert_close(run_all_ranks(changed, inputs), wanted, 1e-11)
     # sanity of the test itself: harmless changes exist, and are rare
     assert 0 < accepted < MUTATIONS // 4
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+def test_plans_no_strategy_would_make_are_accepted_and_right(kernel):
+    for seed in range(200):
+        plan = random_plan(random.Random(seed))
+        proof = verify(plan)
+        inputs = random_inputs(plan.call.mask.n, plan.call.heads, plan.call.kv_heads, 4, seed=seed)
+        record = Record()
+        got, wanted = run_all_ranks(plan, inputs, kernel, record), dense(plan.call.mask, inputs)
+        for name, a, b in zip(got._fields, got, wanted, strict=True):
+            finite = ~torch.isinf(b)
+            # absolute: a row with one key has gradients of exactly zero
+            assert torch.equal(torch.isinf(a), ~finite) and ((a - b)[finite].abs() < 1e-11).all(), (seed, name)
+        assert record.bytes == planned_bytes(plan), seed
+        assert record.peak == {"forward": proof.forward_peak.tolist(), "backward": proof.backward_peak.tolist()}, seed
 
 
 @pytest.mark.parametrize("policy", POLICIES)
