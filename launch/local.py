@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import uuid
@@ -28,21 +29,26 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    # what torchrun logs of failures and signals is said below in a sentence, and by the rank itself
+    logging.disable(logging.CRITICAL)
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        sys.stderr.write(
-            f"distattn: rank {rank} ended with exit code {failure.exitcode}; the other ranks were stopped.\n"
-        )
-        return failure.exitcode if failure.exitcode > 0 else 1
+        # a killed rank makes its peers fail in the same instant: it is the cause, they are not
+        failures = error.failures.items()
+        rank, failure = min(failures, key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
+        code = failure.exitcode
+        how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+        sys.stderr.write(f"distattn: rank {rank} {how}; the other ranks were stopped.\n")
+        return code if code > 0 else 128 - code
     except SignalException as stop:
         sys.stderr.write(
             f"distattn: stopped by {signal.Signals(stop.sigval).name}; what was done is in the run folder.\n"
         )
         return 128 + stop.sigval
     finally:
+        logging.disable(logging.NOTSET)
         # torchrun leaves its own behind
         for name, handler in handlers.items():
             signal.signal(name, handler)

@@ -5,8 +5,8 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # before the imports, which take seconds: Ctrl-C reaches every process of a terminal, and the launcher ends its ranks
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # before the imports, which take seconds: Ctrl-C ends a rank at once and silently, the launcher says the sentence
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     from distattn.train import main
 

@@ -185,8 +185,22 @@ def interrupted(config_file: Path, folder: Path, when: str | None, *overrides: s
 def test_ctrl_c_ends_everything_with_one_sentence(config_file, tmp_path, when, overrides):
     done = interrupted(config_file, tmp_path, when, *overrides)
     assert done.returncode == 130
-    assert "stopped" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("distattn: stopped") and done.stderr.count("\n") == 1, done.stderr
     assert (tmp_path / "out" / "documents.jsonl").exists()
+
+
+def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path):
+    command = [sys.executable, "-m", "distattn.launch.cli", "train", str(config_file), "--train.steps", "100000"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+    assert process.stdout is not None and any(line.startswith("step 1/") for line in process.stdout)
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "launch.rank"], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "was killed by SIGKILL; the other ranks were stopped" in errors
 
 
 def test_a_host_name_that_does_not_resolve_is_no_obstacle(config_file, tmp_path):
