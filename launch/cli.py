@@ -91,7 +91,7 @@ def _train(arguments: list[str]) -> int:
 def _prepare(config, json_lines: bool):  # noqa: ANN001, ANN202
     """Read the data, make the run folder, plan and prove the first step: all that can go wrong before processes start."""
     from distattn.data.text import read_corpus
-    from distattn.parallel.explain import explain
+    from distattn.parallel.explain import explain, readable_bytes
     from distattn.run import Run, plan_of
 
     data = config.data
@@ -105,7 +105,10 @@ def _prepare(config, json_lines: bool):  # noqa: ANN001, ANN202
     run.explanation_file.write_text(str(explanation) + "\n", "utf-8")
     size = sum(document.end - document.start for document in corpus.documents)
     skipped = f" ({corpus.empty_files} empty ones skipped)" if corpus.empty_files else ""
-    _say(json_lines, f"data: {corpus.files:,} files{skipped}, {size / 1e6:.1f} MB, {len(corpus.documents):,} documents")
+    _say(
+        json_lines,
+        f"data: {corpus.files:,} files{skipped}, {readable_bytes(size)}, {len(corpus.documents):,} documents",
+    )
     _say(json_lines, str(explanation).splitlines()[0])
     _say(json_lines, f"run folder: {run.folder}")
     return run, explanation

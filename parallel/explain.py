@@ -78,7 +78,7 @@ class Explanation:
             "",
             "moved, one attention call: "
             + (
-                ", ".join(f"{name} {_size(size)}" for name, size in facts["bytes_by_payload"].items() if size)
+                ", ".join(f"{name} {readable_bytes(size)}" for name, size in facts["bytes_by_payload"].items() if size)
                 or "nothing"
             ),
         ]
@@ -131,7 +131,7 @@ def _rank_table(ranks: list[dict[str, int]]) -> str:
         )
         lines.append(
             f"{row['rank']:4d} {row['tokens']:8,d} {row['tasks']:6d} {row['cells_x_heads'] / mean:10.2f} "
-            + " ".join(f"{_size(size):>10s}" for size in sizes)
+            + " ".join(f"{readable_bytes(size):>10s}" for size in sizes)
         )
     if len(shown) < len(ranks):
         lines.append(f"     (the least and the most loaded of {len(ranks)} ranks)")
@@ -143,10 +143,10 @@ def _step_table(plan: Plan, direction: str, table: Table) -> str:
     lines = [f"{direction}   tasks        cells x heads   moves      bytes   payloads"]
     for step in range(table.steps):
         tasks, moves = table.tasks["step"] == step, take(table.moves, table.moves["step"] == step)
-        size = bytes_of_moves(plan.call, moves).sum()
+        size = readable_bytes(int(bytes_of_moves(plan.call, moves).sum()))
         names = ", ".join(Payload(p).name for p in np.unique(moves["payload"]))
         lines.append(
-            f"step {step:<4d}{int(tasks.sum()):7d} {int(work[tasks].sum()):20,d} {count(moves):7d} {_size(int(size)):>10s}"
+            f"step {step:<4d}{int(tasks.sum()):7d} {int(work[tasks].sum()):20,d} {count(moves):7d} {size:>10s}"
             f"   {names}".rstrip()
         )
     return "\n".join(lines)
@@ -196,7 +196,7 @@ def _max_over_mean(values: Ints) -> float:
     return float(values.max() / values.mean()) if values.any() else 1.0
 
 
-def _size(number: int) -> str:
+def readable_bytes(number: int) -> str:
     """Bytes with a unit; powers of 1000."""
     value = float(number)
     for unit in ("B", "kB", "MB", "GB"):
