@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distattn.cluster.topology import Cluster as Cluster
     from distattn.context import ContextParallel as ContextParallel
     from distattn.errors import DamagedDataError as DamagedDataError
     from distattn.errors import DistattnError as DistattnError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Call": "distattn.plan",
+    "Cluster": "distattn.cluster.topology",
     "ContextParallel": "distattn.context",
     "DamagedDataError": "distattn.errors",
     "DistattnError": "distattn.errors",

@@ -14,14 +14,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from distattn.cluster.topology import Cluster
 from distattn.errors import DistattnError
 from distattn.functional import attention
 from distattn.intervals import whole_numbers
 from distattn.kernels.dispatch import load_kernel
 from distattn.layout import LAYOUTS, Layout
 from distattn.mask import Mask
-from distattn.parallel.make_plan import STRATEGIES, make_plan
-from distattn.plan import POLICIES, Plan
+from distattn.parallel.make_plan import check_names, make_plan
+from distattn.plan import Plan
 
 IGNORE_INDEX = -100
 _KEYS = ("input_ids", "labels", "document_lengths", "attention_mask")
@@ -31,8 +32,8 @@ class ContextParallel:
     """Splits every batch over the ranks of a process group, by one strategy and layout.
 
     group defaults to the default process group, or one rank without torch.distributed. layout is a name of LAYOUTS with
-    its options; inner is what a document attends to in itself (see `Mask.documents`). kernel and backward as in
-    `attention` and `make_plan`. Raises DistattnError for names that do not exist.
+    its options; inner is what a document attends to in itself (see `Mask.documents`). kernel as in `attention`; backward,
+    cluster and options as in `make_plan`. Raises DistattnError for names that do not exist.
     """
 
     def __init__(
@@ -45,17 +46,16 @@ class ContextParallel:
         inner: str | tuple[int, int] = "causal",
         kernel: str | None = None,
         backward: str | None = None,
+        cluster: Cluster | None = None,
+        options: Mapping[str, object] | None = None,
     ):
-        if strategy not in STRATEGIES:
-            raise DistattnError(f"strategy {strategy!r} does not exist; there are {', '.join(STRATEGIES)}.")
+        check_names(strategy, backward, options)
         if layout not in LAYOUTS:
             raise DistattnError(f"layout {layout!r} does not exist; there are {', '.join(LAYOUTS)}.")
         if kernel is not None:
             load_kernel(kernel)
-        if backward is not None and backward not in POLICIES:
-            raise DistattnError(f"backward policy {backward!r} does not exist; there are {', '.join(POLICIES)}.")
-        options = dict(layout_options or {})
-        for name in options.keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
+        of_layout = dict(layout_options or {})
+        for name in of_layout.keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
             raise DistattnError(f"layout {layout} has no option {name!r}.")
         # refuses what no document can be: better now than at the first batch
         Mask.documents([1], inner)
@@ -66,10 +66,12 @@ class ContextParallel:
         self.ranks = 1 if group is None else dist.get_world_size(group)
 
         def lay_out(lengths: tuple[int, ...]) -> tuple[Mask, Layout]:
-            return Mask.documents(lengths, inner), LAYOUTS[layout](lengths, self.ranks, **options)
+            return Mask.documents(lengths, inner), LAYOUTS[layout](lengths, self.ranks, **of_layout)
 
         def plan(lengths: tuple[int, ...], shape: tuple[tuple[str, Any], ...]) -> Plan:
-            return make_plan(*self.axis(lengths), strategy=strategy, backward=backward, **dict(shape))
+            mask, laid_out = self.axis(lengths)
+            how: dict[str, Any] = dict(strategy=strategy, backward=backward, cluster=cluster, options=options)
+            return make_plan(mask, laid_out, **how, **dict(shape))
 
         # fixed-length batches meet the same axis again and again; packed ones never do
         self.axis = lru_cache(maxsize=8)(lay_out)

@@ -1,12 +1,7 @@
 """The mask: which (query, key) cells of the score matrix are allowed.
 
-A mask is a list of disjoint *bands* on the token axis. A band is ten integers (q0, q1, k0, k1, lo, hi, bq, bk, oq, ok);
-it allows cell (q, k) when
-
-    q0 <= q < q1,   k0 <= k < k1   and   lo <= (k - ok) // bk - (q - oq) // bq <= hi.
-
-The allowed keys of a row form one interval whose two ends never decrease from row to row. So a band cut by a rectangle
-is a band, its area is a difference of two clipped arithmetic series, and its bounding box takes four divisions.
+A mask is a list of disjoint *bands* on the token axis (see `distattn.bands`). Below, q and k are tokens, d(t) is the
+document of token t, s its first token; a cell is allowed when the formula in the constructor's docstring holds.
 """
 
 from __future__ import annotations
@@ -16,124 +11,166 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from distattn.bands import (
+    COLUMNS,
+    HI,
+    K0,
+    K1,
+    LO,
+    MAX_BLOCK,
+    MAX_TOKENS,
+    Q0,
+    Q1,
+    UNBOUNDED,
+    areas,
+    check_pieces,
+    clip,
+    row_ends,
+    tighten,
+)
 from distattn.errors import DistattnError
 from distattn.intervals import Ints, expand, union, whole_numbers
 
-COLUMNS = ("q0", "q1", "k0", "k1", "lo", "hi", "bq", "bk", "oq", "ok")
-# bounds chosen so that every product below fits in int64
-MAX_TOKENS = 1 << 30
-MAX_BLOCK = 1 << 29
-UNBOUNDED = 1 << 32
-# rows of the pairwise disjointness check held at once
-_PAIRS = 1 << 22
-
-Q0, Q1, K0, K1, LO, HI, BQ, BK, OQ, OK = range(10)
-
-
-def clip(bands: Ints, *rectangle: Ints | int) -> Ints:
-    """Bands (M, 10) cut by rectangles q0, q1, k0, k1, row by row. A band that misses its rectangle gets q0 >= q1 or k0 >= k1."""
-    q0, q1, k0, k1 = rectangle
-    out = bands.copy()
-    out[:, Q0], out[:, Q1] = np.maximum(bands[:, Q0], q0), np.minimum(bands[:, Q1], q1)
-    out[:, K0], out[:, K1] = np.maximum(bands[:, K0], k0), np.minimum(bands[:, K1], k1)
-    return out
-
-
-def tighten(bands: Ints) -> Ints:
-    """Bands (M, 10) with their rectangle shrunk to the bounding box of the allowed cells; q0 = q1 where there are none.
-
-    Every row and every column of a tight rectangle holds an allowed cell.
-    """
-    q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
-    full = (q0 < q1) & (k0 < k1) & (lo <= hi)
-    # a row meets [k0, k1) when its first allowed key is below k1 and its last one is not below k0
-    a = np.maximum(q0, oq + bq * ((k0 - ok) // bk - hi))
-    b = np.minimum(q1, oq + bq * ((k1 - 1 - ok) // bk - lo + 1))
-    c = np.maximum(k0, ok + bk * ((q0 - oq) // bq + lo))
-    d = np.minimum(k1, ok + bk * ((q1 - 1 - oq) // bq + hi + 1))
-    full &= (a < b) & (c < d)
-    out = bands.copy()
-    out[:, Q0], out[:, Q1] = np.where(full, a, q0), np.where(full, b, q0)
-    out[:, K0], out[:, K1] = np.where(full, c, k0), np.where(full, d, k0)
-    return out
-
-
-def areas(bands: Ints) -> Ints:
-    """Exact number of allowed cells of each band (M, 10), in O(1) a band."""
-    q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
-    some = (q0 < q1) & (k0 < k1) & (lo <= hi)
-    q1, k1 = np.where(some, q1, q0 + 1), np.where(some, k1, k0 + 1)
-    above = _clipped_sum(q0, q1, k0, k1, hi + 1, bq, bk, oq, ok)
-    below = _clipped_sum(q0, q1, k0, k1, lo, bq, bk, oq, ok)
-    return np.where(some, above - below, 0)
-
-
-def row_ends(bands: Ints, q: Ints) -> tuple[Ints, Ints]:
-    """The allowed keys [first, last + 1) of row q_i in band i; an empty row gives two equal ends."""
-    _, _, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
-    j = (q - oq) // bq
-    begin = np.clip(ok + bk * (lo + j), k0, k1)
-    return begin, np.maximum(begin, np.clip(ok + bk * (hi + 1 + j), k0, k1))
-
-
-def _clipped_sum(q0, q1, k0, k1, shift, bq, bk, oq, ok) -> Ints:
-    """Sum over q in [q0, q1) of clip(ok + bk * (shift + (q - oq) // bq), k0, k1): whole blocks, plus the two ragged ends."""
-    j0, j1 = (q0 - oq) // bq, (q1 - 1 - oq) // bq
-    base = ok + bk * shift
-    first = (np.minimum(oq + (j0 + 1) * bq, q1) - q0) * np.clip(base + bk * j0, k0, k1)
-    last = (q1 - np.maximum(oq + j1 * bq, q0)) * np.clip(base + bk * j1, k0, k1)
-    # blocks j0 < j < j1: an arithmetic series, clipped below at k0 and above at k1
-    start, count = base + bk * (j0 + 1), np.maximum(j1 - j0 - 1, 0)
-    low = np.clip((k0 - start) // bk + 1, 0, count)
-    high = np.minimum(np.clip(count + (start - k1) // bk, 0, count), count - low)
-    middle = count - low - high
-    series = middle * (start + bk * low) + bk * (middle * (middle - 1) // 2)
-    return first + np.where(j0 == j1, 0, last) + bq * (low * k0 + high * k1 + np.where(middle > 0, series, 0))
+# of query heads: so that every product with them fits in int64
+MAX_HEADS = 1 << 14
 
 
 class Mask:
     """The allowed cells of an axis of `n` tokens, as disjoint bands. Immutable; compare by `digest`.
 
-    `pieces` is an int64 array (P, 10) in the order given, columns as in `COLUMNS`.
+    `pieces` is an int64 array (P, 10) in the order given, columns as in `bands.COLUMNS`. In a mask that differs by head,
+    piece i belongs to query heads [piece_heads[i, 0], piece_heads[i, 1]) of `heads`; otherwise both are None.
     """
 
-    def __init__(self, pieces: Ints, n: int):
+    def __init__(self, pieces: Ints, n: int, piece_heads: Ints | None = None, heads: int | None = None):
         if not 0 < n <= MAX_TOKENS:
             raise DistattnError(f"a mask covers 1 to {MAX_TOKENS} tokens, not {n}.")
         pieces = np.array(pieces, np.int64).reshape(-1, 10)
         pieces[:, LO] = np.maximum(pieces[:, LO], -UNBOUNDED)
         pieces[:, HI] = np.minimum(pieces[:, HI], UNBOUNDED)
-        _check_pieces(pieces, n)
+        if piece_heads is not None:
+            piece_heads = np.array(piece_heads, np.int64).reshape(len(pieces), 2)
+            piece_heads.setflags(write=False)
+        check_pieces(pieces, n, piece_heads)
         pieces.setflags(write=False)
-        self.n, self.pieces = n, pieces
+        self.n, self.pieces, self.piece_heads, self.heads = n, pieces, piece_heads, heads
 
     @staticmethod
     def full(n: int) -> Mask:
-        """Every query sees every key."""
+        """Always."""
         return Mask.documents([n], inner="full")
 
     @staticmethod
     def causal(n: int) -> Mask:
-        """Query q sees keys k <= q."""
+        """k <= q."""
         return Mask.documents([n])
 
     @staticmethod
-    def sliding_window(n: int, left: int, right: int = 0) -> Mask:
-        """Query q sees keys q - left <= k <= q + right."""
-        return Mask.documents([n], inner=(left, right))
+    def sliding_window(n: int, left: int, right: int = 0, *, sink_tokens: int = 0) -> Mask:
+        """k <= q + right and (k >= q - left or k < sink_tokens)."""
+        return Mask.documents([n], inner=(left, right), sink_tokens=sink_tokens)
 
     @staticmethod
-    def documents(lengths: Sequence[int], inner: str | tuple[int, int] = "causal") -> Mask:
-        """Packed documents of the given lengths (tokens); each sees only itself, by `inner`.
+    def documents(lengths: Sequence[int], inner: str | tuple[int, int] = "causal", *, sink_tokens: int = 0) -> Mask:
+        """d(q) = d(k) and, by `inner`,
 
-        inner: "causal", "full", or a window (left, right) as in `sliding_window`.
+        "full": always; "causal": k <= q; (left, right): k <= q + right and (k >= q - left or k - s < sink_tokens).
         """
-        ends = document_ends(lengths)
-        starts = ends - np.diff(ends, prepend=0)
+        start, end = _document_bounds(lengths)
         lo, hi = _inner_band(inner)
-        pieces = np.stack([starts, ends, starts, ends], 1)
-        bounds = np.broadcast_to(np.array([lo, hi], np.int64), (len(ends), 2))
-        return Mask(_with_defaults(np.column_stack([pieces, bounds])), int(ends[-1]))
+        first = start
+        parts = []
+        if _count(sink_tokens, "sink_tokens") and lo != -UNBOUNDED:
+            first = np.minimum(start + min(sink_tokens, MAX_TOKENS), end)
+            parts.append(_bands(start, end, start, first, -UNBOUNDED, hi))
+        return _from_parts([*parts, _bands(start, end, first, end, lo, hi)], end[-1])
+
+    @staticmethod
+    def shared_question(lengths: Sequence[int]) -> Mask:
+        """(d(q) = d(k) and k <= q) or d(k) = 0: the first document is a question all others, its answers, see whole."""
+        start, end = _document_bounds(lengths)
+        question = _bands(start[1:], end[1:], 0, end[0], -UNBOUNDED, UNBOUNDED)
+        return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0), question], end[-1])
+
+    @staticmethod
+    def causal_blockwise(lengths: Sequence[int]) -> Mask:
+        """k <= q and (d(q) = d(k) or d(q) is the last): the last document, a test example, sees all demonstrations."""
+        start, end = _document_bounds(lengths)
+        low = np.append(start[:-1], 0)
+        return _from_parts([_bands(start, end, low, end, -UNBOUNDED, 0)], end[-1])
+
+    @staticmethod
+    def prefix_lm(n: int, prefix: int) -> Mask:
+        """k <= q or k < prefix."""
+        return Mask.prefix_lm_documents([n], prefix)
+
+    @staticmethod
+    def prefix_lm_documents(lengths: Sequence[int], prefix: int | Sequence[int]) -> Mask:
+        """d(q) = d(k) and (k <= q or k - s < prefix); one prefix for all documents, or one each."""
+        start, end = _document_bounds(lengths)
+        prefixes = whole_numbers(prefix, "prefix")
+        if prefixes.shape not in ((), start.shape) or (prefixes < 0).any():
+            raise DistattnError(f"prefix is one number >= 0, or one for each of {len(start)} documents.")
+        middle = start + np.minimum(prefixes, end - start)
+        parts = [
+            _bands(start, end, start, middle, -UNBOUNDED, UNBOUNDED),
+            _bands(middle, end, middle, end, -UNBOUNDED, 0),
+        ]
+        return _from_parts(parts, end[-1])
+
+    @staticmethod
+    def global_sliding_window(n: int, left: int, right: int, n_global: int) -> Mask:
+        """q - left <= k <= q + right or q < n_global or k < n_global."""
+        _, (end,) = _document_bounds([n])
+        lo, hi = _inner_band((left, right))
+        seen = min(_count(n_global, "n_global"), n)
+        parts = [
+            _bands(0, seen, 0, end, -UNBOUNDED, UNBOUNDED),
+            _bands(seen, end, 0, seen, -UNBOUNDED, UNBOUNDED),
+            _bands(seen, end, seen, end, lo, hi),
+        ]
+        return _from_parts(parts, end)
+
+    @staticmethod
+    def block_causal(n: int, block: int) -> Mask:
+        """k // block <= q // block."""
+        return Mask.block_causal_documents([n], block)
+
+    @staticmethod
+    def block_causal_documents(lengths: Sequence[int], block: int) -> Mask:
+        """d(q) = d(k) and (k - s) // block <= (q - s) // block."""
+        start, end = _document_bounds(lengths)
+        if not 1 <= _count(block, "block") <= MAX_BLOCK:
+            raise DistattnError(f"a block is 1 to {MAX_BLOCK} tokens, not {block}.")
+        return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0, block, start)], end[-1])
+
+    @staticmethod
+    def by_head(groups: Sequence[tuple[int, Mask]]) -> Mask:
+        """A mask for each group of query heads: (number of heads, mask), first heads first.
+
+        Pieces that neighbouring groups have in common are one piece of all their heads.
+        """
+        if not groups or any(mask.heads is not None for _, mask in groups):
+            raise DistattnError(
+                "by_head wants (number of heads, mask) pairs, the masks without head groups of their own."
+            )
+        if len(sizes := {mask.n for _, mask in groups}) > 1:
+            raise DistattnError(f"the masks of head groups cover one axis, not {sorted(sizes)} tokens.")
+        ends = np.cumsum([_count(heads, "heads of a group") for heads, _ in groups])
+        if any(heads < 1 for heads, _ in groups) or ends[-1] > MAX_HEADS:
+            raise DistattnError(f"a head group has at least 1 head, all together at most {MAX_HEADS}.")
+        rows = np.concatenate([mask.pieces for _, mask in groups])
+        group = np.repeat(np.arange(len(groups)), [len(mask.pieces) for _, mask in groups])
+        _, same = np.unique(rows, axis=0, return_inverse=True)
+        order = np.lexsort((group, same.ravel()))
+        group, same = group[order], same.ravel()[order]
+        fresh = np.ones(len(group), bool)
+        fresh[1:] = (same[1:] != same[:-1]) | (group[1:] != group[:-1] + 1)
+        last = group[np.append(np.flatnonzero(fresh)[1:], len(group)) - 1]
+        heads = np.stack([np.append(0, ends)[group[fresh]], ends[last]], 1)
+        # in the order in which the groups name them
+        named = np.argsort(order[fresh])
+        return Mask(rows[order[fresh]][named], groups[0][1].n, heads[named], int(ends[-1]))
 
     @staticmethod
     def from_pieces(array: Sequence[Sequence[int]] | Ints, n: int | None = None) -> Mask:
@@ -148,14 +185,22 @@ class Mask:
         return Mask(pieces, int(pieces[:, [Q1, K1]].max()) if n is None else n)
 
     def area(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> int:
-        """Allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); all of the axis by default."""
-        return int(areas(self._clipped(q, k)).sum())
+        """Allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); all of the axis by default.
+
+        In a mask that differs by head the sum over its heads.
+        """
+        cells = areas(self._clipped(q, k))
+        if self.piece_heads is None:
+            return int(cells.sum())
+        # Python integers: 2^60 cells of many heads pass int64
+        return sum((cells.astype(object) * np.diff(self.piece_heads, axis=1)[:, 0]).tolist())
 
     def cut(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> Mask:
         """The mask of the same axis that allows only the cells in rows q and columns k."""
         pieces = self._clipped(q, k)
         tight = tighten(pieces)
-        return Mask(pieces[tight[:, Q0] < tight[:, Q1]], self.n)
+        kept = tight[:, Q0] < tight[:, Q1]
+        return Mask(pieces[kept], self.n, None if self.piece_heads is None else self.piece_heads[kept], self.heads)
 
     def needed_keys(self, q_set: Sequence[tuple[int, int]] | Ints) -> Ints:
         """The keys some query of `q_set` sees. Both are arrays of half-open intervals (M, 2); the result is disjoint, sorted."""
@@ -168,14 +213,15 @@ class Mask:
         return np.stack([k0, k1], 1)
 
     def dense(self) -> np.ndarray:
-        """The mask as booleans (n, n). For tests and small pictures only."""
-        out = np.zeros((self.n, self.n), bool)
+        """The mask as booleans (n, n), or (heads, n, n) where it differs by head. For tests and small pictures only."""
+        out = np.zeros((self.heads or 1, self.n, self.n), bool)
         k = np.arange(self.n)
-        for piece in self.pieces:
+        for i, piece in enumerate(self.pieces):
+            heads = slice(None) if self.piece_heads is None else slice(*self.piece_heads[i])
             q = np.arange(piece[Q0], piece[Q1])
             begin, end = row_ends(np.broadcast_to(piece, (len(q), 10)), q)
-            out[piece[Q0] : piece[Q1]] |= (k >= begin[:, None]) & (k < end[:, None])
-        return out
+            out[heads, piece[Q0] : piece[Q1]] |= (k >= begin[:, None]) & (k < end[:, None])
+        return out[0] if self.piece_heads is None else out
 
     def tiles(self, bm: int, bn: int) -> dict[str, Ints]:
         """Tile runs of a kernel with tiles of bm queries x bn keys, one row per (query tile, piece) that meet.
@@ -206,6 +252,8 @@ class Mask:
     def digest(self) -> str:
         """128-bit hash of the axis and its pieces, in their order: tasks name pieces by number."""
         content = np.int64(self.n).tobytes() + self.pieces.astype("<i8").tobytes()
+        if self.piece_heads is not None:
+            content += b"heads" + np.int64(self.heads or 0).tobytes() + self.piece_heads.astype("<i8").tobytes()
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -215,7 +263,8 @@ class Mask:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"Mask({self.n} tokens, {len(self.pieces)} pieces, {self.area()} cells)"
+        heads = "" if self.heads is None else f" in {self.heads} heads"
+        return f"Mask({self.n} tokens, {len(self.pieces)} pieces, {self.area()} cells{heads})"
 
     def _clipped(self, q: tuple[int, int] | None, k: tuple[int, int] | None) -> Ints:
         (q0, q1), (k0, k1) = q or (0, self.n), k or (0, self.n)
@@ -258,55 +307,33 @@ def _with_defaults(pieces: Ints) -> Ints:
     return np.column_stack([pieces, np.ones((len(pieces), 2), np.int64), np.zeros((len(pieces), 2), np.int64)])
 
 
-def _check_pieces(pieces: Ints, n: int) -> None:
-    def refuse(bad: np.ndarray, why: str) -> None:
-        if bad.any():
-            i = int(np.flatnonzero(bad)[0])
-            raise DistattnError(f"piece {i} {tuple(pieces[i].tolist())} {why}")
-
-    q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = pieces.T
-    refuse((q0 < 0) | (k0 < 0) | (q1 > n) | (k1 > n), f"reaches outside the axis [0, {n}).")
-    refuse((q0 >= q1) | (k0 >= k1), "is empty: q0 < q1 and k0 < k1 are needed.")
-    refuse((bq < 1) | (bk < 1) | (bq > MAX_BLOCK) | (bk > MAX_BLOCK), f"has a block size outside [1, {MAX_BLOCK}].")
-    far = [(origin < -MAX_TOKENS) | (origin > MAX_TOKENS) for origin in (oq, ok)]
-    refuse(far[0] | far[1], f"has an origin further than {MAX_TOKENS} from the axis.")
-    refuse((lo > UNBOUNDED) | (hi < -UNBOUNDED), f"has a bound further than {UNBOUNDED} from the diagonal.")
-    tight = tighten(pieces)
-    refuse(tight[:, Q0] >= tight[:, Q1], "allows no cell.")
-    _check_disjoint(tight)
+def _document_bounds(lengths: Sequence[int]) -> tuple[Ints, Ints]:
+    ends = document_ends(lengths)
+    return ends - np.diff(ends, prepend=0), ends
 
 
-def _check_disjoint(tight: Ints) -> None:
-    """Cell-exact between pieces with bq = bk = 1; otherwise their rectangles must be disjoint."""
-    # sweep along the axis on which fewer rectangles meet
-    sweeps = []
-    for low, high in ((Q0, Q1), (K0, K1)):
-        order = np.argsort(tight[:, low], kind="stable")
-        start = tight[order, low]
-        stop = np.searchsorted(start, tight[order, high], "left")
-        sweeps.append((int((stop - np.arange(len(order)) - 1).sum()), order, stop))
-    _, order, stop = min(sweeps, key=lambda sweep: sweep[0])
-    rows = np.arange(len(order))
-    batch = np.cumsum(stop - rows - 1) // _PAIRS
-    for part in np.unique(batch):
-        chosen = rows[batch == part]
-        i, j = expand(chosen + 1, stop[chosen])
-        _refuse_common_cells(tight, order[chosen[i]], order[j])
+def _count(value: int, what: str) -> int:
+    number = int(whole_numbers(value, what))
+    if number < 0:
+        raise DistattnError(f"{what} is a number >= 0, not {number}.")
+    return number
 
 
-def _refuse_common_cells(tight: Ints, a: Ints, b: Ints) -> None:
-    both = clip(tight[a], *(tight[b, column] for column in (Q0, Q1, K0, K1)))
-    meet = (both[:, Q0] < both[:, Q1]) & (both[:, K0] < both[:, K1])
-    a, b, both = a[meet], b[meet], both[meet]
-    cellwise = (tight[a][:, [BQ, BK]] == 1).all(1) & (tight[b][:, [BQ, BK]] == 1).all(1)
-    # with unit blocks the offsets are part of the bounds: lo <= k - q + oq - ok <= hi
-    shift = (tight[b, OK] - tight[b, OQ]) - (tight[a, OK] - tight[a, OQ])
-    both[:, LO] = np.where(cellwise, np.maximum(both[:, LO], tight[b, LO] + shift), -UNBOUNDED)
-    both[:, HI] = np.where(cellwise, np.minimum(both[:, HI], tight[b, HI] + shift), UNBOUNDED)
-    bad = np.flatnonzero(~cellwise | (areas(both) > 0))
-    if len(bad):
-        i = bad[0]
-        how = "" if cellwise[i] else " (pieces with blocks must have disjoint rectangles)"
-        raise DistattnError(
-            f"pieces {min(a[i], b[i])} and {max(a[i], b[i])} overlap{how}; every cell belongs to one piece."
-        )
+def _bands(
+    q0: Ints | int,
+    q1: Ints | int,
+    k0: Ints | int,
+    k1: Ints | int,
+    lo: int,
+    hi: int,
+    block: int = 1,
+    origin: Ints | int = 0,
+) -> Ints:
+    """Bands (M, 10), one per row of the arrays; those with an empty rectangle are left out."""
+    columns = np.broadcast_arrays(*(np.atleast_1d(x) for x in (q0, q1, k0, k1, lo, hi, block, block, origin, origin)))
+    rows = np.stack(columns, 1).astype(np.int64)
+    return rows[(rows[:, Q0] < rows[:, Q1]) & (rows[:, K0] < rows[:, K1])]
+
+
+def _from_parts(parts: Sequence[Ints], n: int) -> Mask:
+    return Mask(np.concatenate(list(parts)), int(n))

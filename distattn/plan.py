@@ -18,18 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
+from distattn.bands import K0, K1, Q0, Q1, areas, clip
 from distattn.errors import DamagedDataError, DistattnError
-from distattn.intervals import Ints, whole_numbers
+from distattn.intervals import Ints, lexical_order, whole_numbers
 from distattn.layout import Layout
-from distattn.mask import K0, K1, Q0, Q1, Mask, areas, clip
+from distattn.mask import MAX_HEADS, Mask
 
 Columns = dict[str, Ints]
 TASK_COLUMNS = ("step", "rank", "piece", "q0", "q1", "k0", "k1", "h0", "h1")
 MOVE_COLUMNS = ("step", "src", "dst", "payload", "t0", "t1", "h0", "h1")
 POLICIES = ("keep", "refetch-home", "refetch-follow")
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-# of heads and of their dims: so that every product with them fits in int64
-MAX_HEADS = 1 << 14
 _FORMAT = 1
 
 
@@ -120,6 +119,8 @@ class Call:
                 raise DistattnError(f"{name} is 1 to {MAX_HEADS}, not {getattr(self, name)}.")
         if self.heads % self.kv_heads:
             raise DistattnError(f"{self.heads} query heads do not divide among {self.kv_heads} key/value heads.")
+        if self.mask.heads not in (None, self.heads):
+            raise DistattnError(f"the mask is for {self.mask.heads} query heads, the call has {self.heads}.")
         if self.dtype not in DTYPE_BYTES:
             raise DistattnError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}.")
 
@@ -131,6 +132,13 @@ class Call:
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.heads // self.kv_heads
+
+    @cached_property
+    def piece_heads(self) -> Ints:
+        """The query heads [h0, h1) of each piece of the mask, (P, 2)."""
+        if self.mask.piece_heads is not None:
+            return self.mask.piece_heads
+        return np.tile(np.array([0, self.heads], np.int64), (len(self.mask.pieces), 1))
 
     @property
     def accumulation_dtype(self) -> str:
@@ -210,6 +218,8 @@ class Plan:
         call = self.call
         arrays = {f"layout.{name}": column for name, column in call.layout.chunks.items()}
         arrays |= {"mask.pieces": call.mask.pieces, "layout.ends": call.layout.ends}
+        if call.mask.piece_heads is not None:
+            arrays["mask.piece_heads"] = call.mask.piece_heads
         for direction, table in (("forward", self.forward), ("backward", self.backward)):
             for kind, rows in (("tasks", table.tasks), ("moves", table.moves)):
                 arrays |= {f"{direction}.{kind}.{name}": column for name, column in rows.items()}
@@ -267,8 +277,17 @@ def task_bands(mask: Mask, tasks: Columns) -> Ints:
 
 def areas_of_tasks(call: Call, tasks: Columns) -> Ints:
     """Cells x query heads of each task; as Python integers where all of them together pass int64."""
-    exact = np.int64 if call.mask.area() * call.heads < 1 << 62 else object
+    heads = call.heads if call.mask.heads is None else 1
+    exact = np.int64 if call.mask.area() * heads < 1 << 62 else object
     return areas(task_bands(call.mask, tasks)).astype(exact) * (tasks["h1"] - tasks["h0"])
+
+
+def cells_of_tasks(call: Call, payload: Payload, tasks: Columns) -> Columns:
+    """The tokens [t0, t1) and heads [h0, h1) of a payload that each task reads or adds to."""
+    if payload in ON_KEYS:
+        heads = {"h0": tasks["h0"] // call.group, "h1": -(-tasks["h1"] // call.group)}
+        return {"t0": tasks["k0"], "t1": tasks["k1"], **heads}
+    return {"t0": tasks["q0"], "t1": tasks["q1"], "h0": tasks["h0"], "h1": tasks["h1"]}
 
 
 def bytes_of_moves(call: Call, moves: Columns) -> Ints:
@@ -287,7 +306,7 @@ def _canonical(names: Sequence[str], rows: Mapping[str, Ints]) -> Columns:
         raise DistattnError(f"a table needs exactly the columns {', '.join(names)}; got {', '.join(rows)}.")
     if len({len(column) for column in rows.values()}) != 1:
         raise DistattnError(f"columns of different lengths: { ({name: len(rows[name]) for name in names}) }.")
-    order = np.lexsort([rows[name] for name in reversed(names)])
+    order = lexical_order(*(np.asarray(rows[name], np.int64) for name in names))
     out = {name: np.asarray(rows[name], np.int64)[order] for name in names}
     for column in out.values():
         column.setflags(write=False)
@@ -306,5 +325,6 @@ def _unpack(head: dict, arrays: dict[str, Ints]) -> Plan:
     order = np.lexsort((row, rank))
     layout = Layout(lengths.tolist(), head["ranks"], rank[order], t0[order], t1[order])
     shape = {name: head[name] for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "dtype")}
-    call = Call(Mask(arrays["mask.pieces"], head["n"]), layout, **shape)
+    by_head = (arrays["mask.piece_heads"], head["heads"]) if "mask.piece_heads" in arrays else ()
+    call = Call(Mask(arrays["mask.pieces"], head["n"], *by_head), layout, **shape)
     return Plan(call, table("forward"), table("backward"), head["policy"], head["strategy"])

@@ -7,15 +7,16 @@ to PyTorch (`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim of queries, keys and values
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distattn.bands import BK, BQ, K0, K1, Q0, Q1, areas, clip, row_ends, tighten
 from distattn.intervals import Ints
 from distattn.kernels.merge import accumulation_dtype, merge_
-from distattn.mask import BK, BQ, K0, K1, Q0, Q1, areas, clip, row_ends, tighten
 
 # the operator takes o, not delta; a row with dO = 0 and delta != 0 cannot be told to it
 DIFFERENTIABLE_LSE = False
@@ -51,7 +52,8 @@ def prepare(bands: Ints, rows: int, keys: int) -> list[Run]:
     """The runs that compute bands (M, 10), in the coordinates of the tensors."""
     written = np.zeros(rows, bool)
     runs = []
-    for q0, q1, k0, k1, causal, masked in (part for band in tighten(bands) for part in _parts(band)):
+    tight = tighten(bands)
+    for q0, q1, k0, k1, causal, masked in _parts(tight[tight[:, Q0] < tight[:, Q1]]):
         runs.append(Run(q0, q1, k0, k1, causal, masked, not written[q0:q1].any()))
         written[q0:q1] = True
     return runs
@@ -117,27 +119,27 @@ def backward(
     return dq, dk, dv
 
 
-def _parts(band: Ints):
-    """(q0, q1, k0, k1, causal, band) of the calls that compute one tight band."""
-    q0, q1, k0, k1 = (int(x) for x in band[[Q0, Q1, K0, K1]])
-    if q0 == q1:
-        return
-    if int(areas(band[None])[0]) == (q1 - q0) * (k1 - k0):
-        yield q0, q1, k0, k1, False, None
-        return
-    ends = np.array([q0, q1 - 1])
-    begin, end = row_ends(np.stack([band, band]), ends)
-    if band[BQ] == band[BK] == 1 and begin[1] == k0:
-        # one more key a row, and no key is ever dropped: a full block, then a triangle from its corner
-        corner = int(end[0]) - 1
-        if corner > k0:
-            yield q0, q1, k0, corner, False, None
-        yield q0, q1, corner, k1, True, None
-        return
-    for low in range(q0, q1, _MASKED_ROWS):
-        high = min(low + _MASKED_ROWS, q1)
-        block = tighten(clip(band[None], low, high, k0, k1))[0]
-        yield low, high, int(block[K0]), int(block[K1]), False, block
+def _parts(bands: Ints) -> Iterator[tuple[int, int, int, int, bool, Ints | None]]:
+    """(q0, q1, k0, k1, causal, band) of the calls that compute tight bands."""
+    q0, q1, k0, k1 = bands[:, [Q0, Q1, K0, K1]].T
+    whole = areas(bands) == (q1 - q0) * (k1 - k0)
+    begin, _ = row_ends(bands, q1 - 1)
+    _, end = row_ends(bands, q0)
+    # one more key a row, and no key is ever dropped: a full block, then a triangle from its corner
+    triangle = (bands[:, [BQ, BK]] == 1).all(1) & (begin == k0)
+    kinds = np.stack([q0, q1, k0, k1, whole, triangle, end - 1], 1).tolist()
+    for band, (first, last, low, high, full, causal, corner) in zip(bands, kinds, strict=True):
+        if full:
+            yield first, last, low, high, False, None
+        elif causal:
+            if corner > low:
+                yield first, last, low, corner, False, None
+            yield first, last, corner, high, True, None
+        else:
+            for top in range(first, last, _MASKED_ROWS):
+                bottom = min(top + _MASKED_ROWS, last)
+                block = tighten(clip(band[None], top, bottom, low, high))[0]
+                yield top, bottom, int(block[K0]), int(block[K1]), False, block
 
 
 def _float_mask(run: Run, dtype: torch.dtype) -> Tensor | None:

@@ -8,9 +8,9 @@ It builds the score matrix of its own rows and keys, so it is for tests and smal
 import torch
 from torch import Tensor
 
+from distattn.bands import Q0, Q1, row_ends
 from distattn.intervals import Ints
 from distattn.kernels.merge import accumulation_dtype
-from distattn.mask import Q0, Q1, row_ends
 
 DIFFERENTIABLE_LSE = True
 

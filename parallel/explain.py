@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from distattn.bands import Q0, Q1, row_ends
+from distattn.cluster.topology import Cluster
+from distattn.errors import DistattnError
 from distattn.intervals import Ints
-from distattn.mask import Q0, Q1, row_ends
+from distattn.parallel.bounds import least, plain_ring, traffic
 from distattn.parallel.verify import Proof, verify
 from distattn.plan import Columns, Payload, Plan, Table, areas_of_tasks, bytes_of_moves, count, take, task_bands
 
@@ -30,10 +33,16 @@ class Explanation:
 
     plan: Plan
     proof: Proof
+    cluster: Cluster
 
     def as_dict(self) -> dict[str, Any]:
         """Every number of the text, in bytes, tokens and cells x query heads."""
         call, moved = self.plan.call, self.plan.bytes()
+        yardsticks = {
+            "plan": traffic(self.plan, self.cluster),
+            "least": least(self.plan, self.cluster),
+            "plain_ring": plain_ring(call, self.cluster),
+        }
         area = self.plan.area_by_rank()
         return {
             "strategy": self.plan.strategy,
@@ -47,6 +56,8 @@ class Explanation:
             "max_over_mean": _max_over_mean(area),
             "steps": {"forward": self.plan.forward.steps, "backward": self.plan.backward.steps},
             "bytes_by_payload": {p.name: int(moved["bytes"][moved["payload"] == p].sum()) for p in Payload},
+            "nodes": self.cluster.nodes,
+            "traffic": {name: value._asdict() for name, value in yardsticks.items()},
             "ranks": [
                 {
                     "rank": rank,
@@ -81,6 +92,7 @@ class Explanation:
                 ", ".join(f"{name} {readable_bytes(size)}" for name, size in facts["bytes_by_payload"].items() if size)
                 or "nothing"
             ),
+            *_traffic_lines(facts["traffic"], self.cluster),
         ]
         for direction, table in (("forward", self.plan.forward), ("backward", self.plan.backward)):
             lines += ["", _step_table(self.plan, direction, table)]
@@ -112,9 +124,24 @@ class Explanation:
         return out.getvalue()
 
 
-def explain(plan: Plan) -> Explanation:
-    """Prove a plan and show it. Raises PlanError when it cannot be proven."""
-    return Explanation(plan, verify(plan))
+def explain(plan: Plan, cluster: Cluster | None = None) -> Explanation:
+    """Prove a plan and show it; `cluster` says which ranks share a node, all of them by default.
+
+    Raises PlanError when it cannot be proven, DistattnError when the cluster has another number of ranks.
+    """
+    cluster = Cluster(1, plan.call.ranks) if cluster is None else cluster
+    if cluster.ranks != plan.call.ranks:
+        raise DistattnError(f"the cluster has {cluster.nodes} x {cluster.devices} ranks, the plan {plan.call.ranks}.")
+    return Explanation(plan, verify(plan), cluster)
+
+
+def _traffic_lines(facts: dict[str, dict[str, int]], cluster: Cluster) -> list[str]:
+    names = {"plan": "this plan", "least": "the least for these tasks", "plain_ring": "a plain ring"}
+    lines = []
+    for name, label in names.items():
+        crossing = f", {readable_bytes(facts[name]['crossing'])} of it between nodes" if cluster.nodes > 1 else ""
+        lines.append(f"  {label + ':':26s} {readable_bytes(facts[name]['moved'])}{crossing}")
+    return lines
 
 
 def _rank_table(ranks: list[dict[str, int]]) -> str:

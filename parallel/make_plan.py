@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from distattn.cluster.topology import Cluster
 from distattn.errors import DistattnError
 from distattn.layout import Layout
 from distattn.mask import Mask
 from distattn.parallel.allgather import allgather
 from distattn.parallel.backward import derive
+from distattn.parallel.double_ring import double_ring
 from distattn.parallel.ring import ring
 from distattn.parallel.ulysses import ulysses
-from distattn.plan import POLICIES, Call, Plan, Table
+from distattn.parallel.usp import usp
+from distattn.plan import POLICIES, Call, Plan, Table, bytes_of_moves
 
 
 class Strategy(NamedTuple):
-    """A pure function from a call to its forward table, and the backward policy that suits it."""
+    """A pure function (call, cluster, **options) -> candidate forward tables, and the backward policy that suits it."""
 
-    forward: Callable[[Call], Table]
+    forward: Callable[..., Sequence[Table]]
     backward: str
 
 
 STRATEGIES: Mapping[str, Strategy] = {
     "ring": Strategy(ring, "refetch-follow"),
+    "double_ring": Strategy(double_ring, "refetch-follow"),
     "allgather": Strategy(allgather, "refetch-home"),
     "ulysses": Strategy(ulysses, "keep"),
+    "usp": Strategy(usp, "refetch-follow"),
 }
 
 
@@ -40,25 +48,50 @@ def make_plan(
     v_head_dim: int | None = None,
     dtype: str,
     backward: str | None = None,
-    cluster: None = None,
+    cluster: Cluster | None = None,
     options: Mapping[str, object] | None = None,
 ) -> Plan:
     """Plan one attention call: a pure host function, the same on every rank, no torch.
 
     heads and kv_heads are query and key/value heads on one tensor-parallel rank; dtype is that of q, k and v
-    ("float16", "bfloat16", "float32", "float64"). backward is one of POLICIES, by default the strategy's own.
+    ("float16", "bfloat16", "float32", "float64"). backward is one of POLICIES, by default the strategy's own. cluster
+    says which ranks share a node; options are the strategy's own keyword arguments. Of a strategy's candidates the one
+    that moves fewest bytes is taken, forward and backward each (together where the backward keeps what it received).
     Raises DistattnError when the call cannot be planned as asked.
     """
-    if strategy not in STRATEGIES:
-        raise DistattnError(f"strategy {strategy!r} does not exist; there are {', '.join(STRATEGIES)}.")
-    if cluster is not None:
-        raise DistattnError("no strategy uses a cluster description yet; leave cluster out.")
-    if options:
-        raise DistattnError(f"strategy {strategy} has no option {next(iter(options))!r}; it takes none.")
-    if backward is not None and backward not in POLICIES:
-        raise DistattnError(f"backward policy {backward!r} does not exist; there are {', '.join(POLICIES)}.")
+    check_names(strategy, backward, options)
+    if not isinstance(cluster, Cluster | None):
+        raise DistattnError(f"cluster is a Cluster(nodes, devices), not {cluster!r}.")
+    if cluster is not None and cluster.ranks != layout.ranks:
+        raise DistattnError(f"the cluster has {cluster.nodes} x {cluster.devices} ranks, the layout {layout.ranks}.")
     call = Call(mask, layout, heads, kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, dtype)
     chosen = STRATEGIES[strategy]
-    forward = chosen.forward(call)
     policy = backward or chosen.backward
-    return Plan(call, forward, derive(call, forward, policy), policy, strategy)
+    candidates = [_without_idle_steps(table) for table in chosen.forward(call, cluster, **(options or {}))]
+    backwards = [derive(call, table, policy, cluster) for table in candidates]
+    there, back = (np.array([_bytes(call, table) for table in tables]) for tables in (candidates, backwards))
+    best = (int(there.argmin()), int(back.argmin())) if policy != "keep" else (int((there + back).argmin()),) * 2
+    return Plan(call, candidates[best[0]], backwards[best[1]], policy, strategy)
+
+
+def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None) -> None:
+    """Refuse a strategy, backward policy or option that does not exist, naming those that do."""
+    if strategy not in STRATEGIES:
+        raise DistattnError(f"strategy {strategy!r} does not exist; there are {', '.join(STRATEGIES)}.")
+    if backward is not None and backward not in POLICIES:
+        raise DistattnError(f"backward policy {backward!r} does not exist; there are {', '.join(POLICIES)}.")
+    known = list(inspect.signature(STRATEGIES[strategy].forward).parameters)[2:]
+    for name in (options or {}).keys() - known:
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise DistattnError(f"strategy {strategy} has no option {name!r}; {takes}.")
+
+
+def _without_idle_steps(table: Table) -> Table:
+    """The same table, numbered without the steps in which nobody does anything."""
+    busy = np.unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
+    rows = [{**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves)]
+    return Table(*rows)
+
+
+def _bytes(call: Call, table: Table) -> int:
+    return int(bytes_of_moves(call, table.moves).sum())

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distattn.bands import K0, K1, OK, OQ, Q0, Q1
 from distattn.intervals import Ints, crossing, union
-from distattn.mask import K0, K1, OK, OQ, Q0, Q1
 from distattn.parallel.verify import Proof, verify
 from distattn.plan import (
     ACCUMULATING,
@@ -114,11 +114,25 @@ def lower(plan: Plan, rank: int, prepare: Prepare, proof: Proof | None = None) -
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
     keep = plan.policy == "keep"
+    # the backward's launches are mostly the forward's
+    prepare = _remembered(prepare)
     forward = _TableLowering(call, plan.forward, rank, FORWARD, prepare)
     kept = {key: rows for key, rows in forward.sizes.items() if keep and key.payload in (Payload.Q, Payload.KV)}
     there = [place._replace(key=inherited(place.key)) for place in forward.batches if place.key in kept]
     backward = _TableLowering(call, plan.backward, rank, BACKWARD, prepare, there)
     return Program(call, proof, rank, tokens, forward.steps(kept), backward.steps(), kept)
+
+
+def _remembered(prepare: Prepare) -> Prepare:
+    made: dict[tuple[bytes, int, int], Any] = {}
+
+    def once(bands: Ints, rows: int, keys: int) -> Any:
+        key = bands.tobytes(), rows, keys
+        if key not in made:
+            made[key] = prepare(bands, rows, keys)
+        return made[key]
+
+    return once
 
 
 def inherited(key: BufferKey) -> BufferKey:

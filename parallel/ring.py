@@ -1,50 +1,48 @@
-"""Ring attention: every rank keeps its queries, keys and values travel one hop a step.
+"""Ring attention: tokens travel round the ranks, one neighbour a step, and are used where they pass.
 
-Liu, Zaharia, Abbeel 2023, arXiv 2310.01889. Balance comes from the layout (zigzag), not from here. Ranks without tokens
-are left out of the ring; a token travels only as far as the last rank that uses it.
+Liu, Zaharia, Abbeel 2023, arXiv 2310.01889. Either keys and values travel and queries stay, or queries travel (and
+their outputs home, as in BurstAttention, Sun et al. 2024, arXiv 2403.09347): whichever moves fewer bytes, in the forward
+and in the backward pass. Ranks that do not use a token are skipped. Balance comes from the layout (zigzag), not from here.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from distattn.intervals import Ints, elementary, expand
-from distattn.parallel.ownership import coalesce, pieces, split_by_key_owner, split_by_query_owner
-from distattn.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, columns
+from distattn.cluster.topology import Cluster
+from distattn.errors import DistattnError
+from distattn.parallel.ownership import split_by_owners
+from distattn.parallel.routes import chain, follow, guests
+from distattn.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, columns, concat
+
+_ROTATIONS = ("fewest bytes", "keys", "queries")
 
 
-def ring(call: Call) -> Table:
-    """Tasks and moves of one ring pass: hop d is move step d-1, used by the tasks of step d."""
+def ring(call: Call, cluster: Cluster | None = None, *, rotate: str = "fewest bytes") -> list[Table]:
+    """Tasks and moves of a ring pass: what is d seats away is used in step d. One candidate per kind of rotation."""
+    if rotate not in _ROTATIONS:
+        raise DistattnError(f"ring rotates one of {', '.join(_ROTATIONS)}, not {rotate!r}.")
+    candidates = {"keys": _rotate_keys, "queries": _rotate_queries}
+    return [make(call) for name, make in candidates.items() if rotate in (name, "fewest bytes")]
+
+
+def _rotate_keys(call: Call) -> Table:
+    area, query_owner, key_owner = split_by_owners(call)
+    tasks = columns(TASK_COLUMNS, step=_seats_between(call, key_owner, query_owner), rank=query_owner, **vars(area))
+    return Table(tasks, chain(Payload.KV, guests(call, Payload.KV, tasks)))
+
+
+def _rotate_queries(call: Call) -> Table:
+    area, query_owner, key_owner = split_by_owners(call)
+    tasks = columns(TASK_COLUMNS, step=_seats_between(call, query_owner, key_owner), rank=key_owner, **vars(area))
+    there = chain(Payload.Q, guests(call, Payload.Q, tasks))
+    back = follow(Payload.O, guests(call, Payload.O, tasks, latest=True))
+    return Table(tasks, concat(MOVE_COLUMNS, [there, back]))
+
+
+def _seats_between(call: Call, origin: np.ndarray, user: np.ndarray) -> np.ndarray:
+    """Hops from origin to user, ranks without tokens left out."""
     members = np.unique(call.layout.chunks["rank"])
     seat = np.full(call.ranks, -1)
     seat[members] = np.arange(len(members))
-
-    area, rank = split_by_query_owner(call, pieces(call))
-    area, row, key_owner = split_by_key_owner(call, area)
-    hops = (seat[rank[row]] - seat[key_owner]) % len(members)
-    tasks = columns(TASK_COLUMNS, step=hops, rank=rank[row], **vars(area), h0=0, h1=call.heads)
-
-    owner, t0, t1, farthest = _farthest_use(key_owner, area.k0, area.k1, hops)
-    i, hop = expand(np.zeros_like(farthest), farthest)
-    start = seat[owner[i]] + hop
-    moves = columns(
-        MOVE_COLUMNS,
-        step=hop,
-        src=members[start % len(members)],
-        dst=members[(start + 1) % len(members)],
-        payload=int(Payload.KV),
-        t0=t0[i],
-        t1=t1[i],
-        h0=0,
-        h1=call.kv_heads,
-    )
-    return Table(tasks, coalesce(moves))
-
-
-def _farthest_use(owner: Ints, k0: Ints, k1: Ints, hops: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """Stretches of tokens with the number of hops they must travel: (owner, t0, t1, hops)."""
-    row, part, group, t0, t1 = elementary(owner, k0, k1)
-    farthest = np.zeros(len(t0), np.int64)
-    np.maximum.at(farthest, part, hops[row])
-    travels = farthest > 0
-    return group[travels], t0[travels], t1[travels], farthest[travels]
+    return (seat[user] - seat[origin]) % len(members)

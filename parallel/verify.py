@@ -15,15 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distattn.bands import K0, K1, Q0, Q1, areas, tighten
 from distattn.errors import PlanError
 from distattn.intervals import Ints, crossing, elementary, expand, union
-from distattn.mask import K0, K1, Q0, Q1, areas, tighten
 from distattn.plan import (
     BACKWARD,
     FORWARD,
     HOLDING,
     MOVE_COLUMNS,
-    ON_KEYS,
     TASK_COLUMNS,
     Call,
     Columns,
@@ -32,6 +31,7 @@ from distattn.plan import (
     Table,
     areas_of_tasks,
     bytes_of_moves,
+    cells_of_tasks,
     count,
     take,
     task_bands,
@@ -153,11 +153,18 @@ def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
         raise PlanError(f"{direction}: task {i} {_show(tasks, TASK_COLUMNS, i)} is not a tight rectangle of its piece.")
+    of_piece = call.piece_heads[tasks["piece"]]
+    bad = (tasks["h0"] < of_piece[:, 0]) | (tasks["h1"] > of_piece[:, 1])
+    if bad.any():
+        i = int(np.flatnonzero(bad)[0])
+        raise PlanError(
+            f"{direction}: task {i} {_show(tasks, TASK_COLUMNS, i)} has heads its piece does not belong to."
+        )
     _check_disjoint(tasks, direction)
     work = areas_of_tasks(call, tasks)
     done = np.zeros(len(call.mask.pieces), work.dtype)
     np.add.at(done, tasks["piece"], work)
-    wanted = areas(call.mask.pieces).astype(work.dtype) * call.heads
+    wanted = areas(call.mask.pieces).astype(work.dtype) * np.diff(call.piece_heads, axis=1)[:, 0]
     if (done != wanted).any():
         i = int(np.flatnonzero(done != wanted)[0])
         raise PlanError(
@@ -268,11 +275,7 @@ def _holders(call: Call, payload: Payload, moves: Columns, kept: Columns | None)
 
 def _uses(call: Call, tasks: Columns, payload: Payload, moves: Columns) -> Columns:
     """Who needs which (token, head) at which step: tasks, then moves as source."""
-    if payload in ON_KEYS:
-        needs = [tasks["k0"], tasks["k1"], tasks["h0"] // call.group, -(-tasks["h1"] // call.group)]
-    else:
-        needs = [tasks["q0"], tasks["q1"], tasks["h0"], tasks["h1"]]
-    of_tasks = dict(zip(("t0", "t1", "h0", "h1"), needs, strict=True)) | {"rank": tasks["rank"], "step": tasks["step"]}
+    of_tasks = cells_of_tasks(call, payload, tasks) | {"rank": tasks["rank"], "step": tasks["step"]}
     of_moves = {**moves, "rank": moves["src"]}
     used = {name: np.concatenate([of_tasks[name], of_moves[name]]) for name in ("rank", "t0", "t1", "h0", "h1", "step")}
     return {**used, "move_row": moves["row"]}

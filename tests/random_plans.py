@@ -9,8 +9,9 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable
 
+from distattn.bands import clip, tighten
 from distattn.layout import Layout
-from distattn.mask import Mask, clip, tighten
+from distattn.mask import Mask
 from distattn.plan import BACKWARD, FORWARD, HOLDING, ON_KEYS, Call, Payload, Plan, Table
 
 Cell = tuple[int, int]

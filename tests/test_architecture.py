@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("distattn", "parallel", "kernels", "launch", "configs")
+ROOMS = ("distattn", "parallel", "kernels", "cluster", "launch", "configs")
 # lower floors may not import higher ones
-WORDS = {"errors", "intervals", "mask", "layout", "plan"}
-FLOORS = {"words": 0, "kernels": 1, "parallel": 2, "distattn": 3, "launch": 4}
+WORDS = {"errors", "bands", "intervals", "mask", "layout", "plan"}
+FLOORS = {"words": 0, "kernels": 1, "cluster": 1, "parallel": 2, "distattn": 3, "launch": 4}
 
 
 def tracked(*patterns: str) -> list[Path]:

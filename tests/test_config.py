@@ -44,7 +44,7 @@ def test_the_command_line_overrides_the_file():
             "[train]\nsteps = 0\n[parallel]\nranks = 0",
             ["train.steps: at least 1, not 0", "parallel.ranks: at least 1, not 0"],
         ),
-        ("[parallel]\nstrategy = 'rign'", ["there are ring, allgather, ulysses. Did you mean ring?"]),
+        ("[parallel]\nstrategy = 'rign'", ["there are ring, double_ring, allgather, ulysses, usp. Did you mean ring?"]),
         ("[parallel]\nlayout = 'spiral'", ["parallel.layout: there is no 'spiral'"]),
         ("[parallel]\nbackward = 'later'", ["parallel.backward: there is no 'later'"]),
         ("[model]\ndtype = 'int8'", ["model.dtype: there is no 'int8'"]),

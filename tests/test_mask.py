@@ -195,3 +195,101 @@ def as_booleans(intervals_: np.ndarray, n: int) -> np.ndarray:
         assert 0 <= a < b <= n and not out[a:b].any()
         out[a:b] = True
     return out
+
+
+LENGTHS = (3, 8, 1, 12)
+START = np.repeat(np.cumsum(LENGTHS) - LENGTHS, LENGTHS)
+DOC = np.repeat(np.arange(4), LENGTHS)
+N = sum(LENGTHS)
+q, k = np.arange(N)[:, None], np.arange(N)[None]
+same, s = DOC[:, None] == DOC[None], START[None]
+
+# the twelve static patterns of the long-context attention benchmark, and sink tokens, as they are defined in words
+PATTERNS = {
+    "full": (Mask.full(N), (q == q) & (k == k)),
+    "causal": (Mask.causal(N), k <= q),
+    "full document": (Mask.documents(LENGTHS, "full"), same),
+    "causal document": (Mask.documents(LENGTHS), same & (k <= q)),
+    "shared question": (Mask.shared_question(LENGTHS), (same & (k <= q)) | ((DOC[None] == 0) & (DOC[:, None] != 0))),
+    "causal blockwise": (Mask.causal_blockwise(LENGTHS), (k <= q) & (same | (DOC[:, None] == 3))),
+    "prefix": (Mask.prefix_lm(N, 5), (k <= q) | (k < 5)),
+    "prefix document": (Mask.prefix_lm_documents(LENGTHS, 4), same & ((k <= q) | (k - s < 4))),
+    "prefixes of documents": (
+        Mask.prefix_lm_documents(LENGTHS, (0, 3, 9, 5)),
+        same & ((k <= q) | (k - s < np.array([0, 3, 9, 5])[DOC][None])),
+    ),
+    "window": (Mask.sliding_window(N, 4, 4), abs(q - k) <= 4),
+    "causal window": (Mask.sliding_window(N, 4), (q - k >= 0) & (q - k <= 4)),
+    "global window": (
+        Mask.global_sliding_window(N, 3, 2, 2),
+        (q < 2) | (k < 2) | ((q - 3 <= k) & (k <= q + 2)),
+    ),
+    "block causal": (Mask.block_causal(N, 5), k // 5 <= q // 5),
+    "block causal document": (
+        Mask.block_causal_documents(LENGTHS, 5),
+        same & ((k - s) // 5 <= (q - START[:, None]) // 5),
+    ),
+    "sink tokens": (Mask.sliding_window(N, 4, sink_tokens=3), (k <= q) & ((k >= q - 4) | (k < 3))),
+    "sink tokens of documents": (
+        Mask.documents(LENGTHS, (2, 1), sink_tokens=2),
+        same & (k <= q + 1) & ((k >= q - 2) | (k - s < 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_are_what_their_formulas_say(name):
+    mask, wanted = PATTERNS[name]
+    assert (mask.dense() == wanted).all() and mask.area() == wanted.sum()
+
+
+def test_patterns_at_their_ends():
+    assert Mask.prefix_lm(9, 0) == Mask.causal(9) and Mask.prefix_lm(9, 90).dense().all()
+    assert Mask.global_sliding_window(9, 2, 0, 0).dense().tolist() == Mask.sliding_window(9, 2).dense().tolist()
+    assert Mask.global_sliding_window(9, 2, 0, 50).dense().all()
+    assert Mask.sliding_window(9, 2, sink_tokens=50).dense().tolist() == Mask.causal(9).dense().tolist()
+    assert Mask.shared_question([4]) == Mask.causal(4) == Mask.causal_blockwise([4])
+    for wrong in (
+        lambda: Mask.prefix_lm(9, -1),
+        lambda: Mask.prefix_lm_documents([3, 4], [1, 2, 3]),
+        lambda: Mask.block_causal(9, 0),
+        lambda: Mask.global_sliding_window(9, -1, 0, 1),
+        lambda: Mask.sliding_window(9, 2, sink_tokens=-1),
+    ):
+        with pytest.raises(DistattnError):
+            wrong()
+
+
+def test_masks_may_differ_by_head_group():
+    window, causal = Mask.documents(LENGTHS, (2, 0)), Mask.documents(LENGTHS)
+    mask = Mask.by_head([(2, causal), (1, window), (1, causal)])
+    dense = mask.dense()
+    assert dense.shape == (4, N, N) and mask.heads == 4
+    for head, part in enumerate((causal, causal, window, causal)):
+        assert (dense[head] == part.dense()).all()
+    assert mask.area() == dense.sum() and mask.area((5, 15), (2, 9)) == dense[:, 5:15, 2:9].sum()
+    cut = mask.cut((5, 15), (2, 9)).dense()
+    assert (cut[:, 5:15, 2:9] == dense[:, 5:15, 2:9]).all() and cut.sum() == dense[:, 5:15, 2:9].sum()
+    assert mask != Mask.by_head([(2, causal), (2, window)]) and mask.digest != causal.digest
+
+
+def test_pieces_that_neighbouring_groups_share_are_one():
+    lengths = [50, 60]
+    both = Mask.by_head([(4, Mask.documents(lengths)), (4, Mask.documents(lengths))])
+    assert both.pieces.tolist() == Mask.documents(lengths).pieces.tolist() and both.piece_heads.tolist() == [[0, 8]] * 2
+    apart = [(2, Mask.full(5)), (2, Mask.causal(5)), (2, Mask.full(5))]
+    assert Mask.by_head(apart).piece_heads.tolist() == [[0, 2], [2, 4], [4, 6]]
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        ([], "pairs"),
+        ([(2, Mask.causal(4)), (2, Mask.causal(5))], "one axis"),
+        ([(0, Mask.causal(4))], "at least 1 head"),
+        ([(1, Mask.by_head([(1, Mask.causal(4))]))], "without head groups"),
+    ],
+)
+def test_impossible_head_groups_are_refused(groups, sentence):
+    with pytest.raises(DistattnError, match=sentence):
+        Mask.by_head(groups)

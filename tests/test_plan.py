@@ -99,7 +99,7 @@ def test_strategies_are_pure_functions():
         (dict(heads=7), "7 query heads do not divide among 2"),
         (dict(head_dim=0), "head_dim is 1 to 16384, not 0"),
         (dict(options={"depth": 3}), "no option 'depth'"),
-        (dict(cluster="h100"), "leave cluster out"),
+        (dict(cluster="h100"), "cluster is a Cluster"),
     ],
 )
 def test_calls_that_cannot_be_planned_are_refused(change, sentence):

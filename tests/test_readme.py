@@ -64,4 +64,4 @@ def test_the_planning_benchmark_runs():
     ]
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("document_zigzag") == 3
+    assert done.stdout.count("document_zigzag") == 5
