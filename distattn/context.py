@@ -54,7 +54,7 @@ class ContextParallel:
             raise DistattnError(f"layout {layout!r} does not exist; there are {', '.join(LAYOUTS)}.")
         if kernel is not None:
             load_kernel(kernel)
-        of_layout = dict(layout_options or {})
+        of_layout: dict[str, Any] = dict(layout_options or {})
         for name in of_layout.keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
             raise DistattnError(f"layout {layout} has no option {name!r}.")
         # refuses what no document can be: better now than at the first batch
@@ -66,7 +66,10 @@ class ContextParallel:
         self.ranks = 1 if group is None else dist.get_world_size(group)
 
         def lay_out(lengths: tuple[int, ...]) -> tuple[Mask, Layout]:
-            return Mask.documents(lengths, inner), LAYOUTS[layout](lengths, self.ranks, **of_layout)
+            mask = Mask.documents(lengths, inner)
+            if layout == "balanced":
+                of_layout.setdefault("mask", mask)
+            return mask, LAYOUTS[layout](lengths, self.ranks, **of_layout)
 
         def plan(lengths: tuple[int, ...], shape: tuple[tuple[str, Any], ...]) -> Plan:
             mask, laid_out = self.axis(lengths)

@@ -13,9 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from distattn.balance import balance
+from distattn.bands import Q0, Q1, areas, clip
 from distattn.errors import DistattnError
-from distattn.intervals import Ints, whole_numbers
-from distattn.mask import document_ends
+from distattn.intervals import Ints, crossing, whole_numbers
+from distattn.mask import Mask, document_ends
+
+# places where a chunk of `balanced` may end, per chunk; in between the work is taken as even
+_GRID = 32
 
 
 class Layout:
@@ -80,6 +85,47 @@ class Layout:
             t0.append(cuts[:-1])
             t1.append(cuts[1:])
         return Layout(lengths, ranks, np.concatenate(rank), np.concatenate(t0), np.concatenate(t1))
+
+    @staticmethod
+    def block_cyclic(lengths: Sequence[int], ranks: int, *, block: int = 512) -> Layout:
+        """Blocks of `block` tokens are dealt round and round: block i to rank i modulo R (striped attention is block=1)."""
+        n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
+        if int(whole_numbers(block, "block")) < 1:
+            raise DistattnError(f"a block has at least 1 token, not {block}.")
+        t0 = np.arange(0, n, block)
+        return Layout(lengths, ranks, np.arange(len(t0)) % ranks, t0, np.minimum(t0 + block, n))
+
+    @staticmethod
+    def balanced(
+        lengths: Sequence[int],
+        ranks: int,
+        *,
+        mask: Mask | None = None,
+        chunk: int | None = None,
+        tolerance: float = 0.002,
+    ) -> Layout:
+        """Every rank has equally much of `mask` to do, and about equally many tokens.
+
+        mask: by default causal inside each document. chunk: tokens on average, by default what gives every rank 8 chunks.
+        tolerance: stop when the busiest rank is within this share of the mean. The axis is cut so that every chunk has
+        the same sum of its share of the tokens and its share of the work: long rows are cut short, and ranks of equally
+        many chunks and equal work have equal numbers of tokens. Chunks are dealt heaviest first, then exchanged.
+        """
+        n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
+        chunk = max(1, -(-n // (8 * ranks))) if chunk is None else int(whole_numbers(chunk, "chunk"))
+        mask = Mask.documents(lengths) if mask is None else mask
+        if chunk < 1 or mask.n != n or not tolerance >= 0:
+            raise DistattnError(
+                f"balanced wants chunks of at least 1 token (not {chunk}), a mask of {n} tokens (not {mask.n}) and a "
+                f"tolerance of at least 0 (not {tolerance})."
+            )
+        parts = -(-n // chunk)
+        grid = _cuts(n, min(n, _GRID * parts))
+        effort = np.append(0, np.cumsum(_rows_area(mask, grid)))
+        share = effort / max(effort[-1], 1) + grid / n
+        cuts = np.unique(np.interp(np.linspace(0, 2, parts + 1), share, grid).round().astype(np.int64))
+        rank = balance(_rows_area(mask, cuts), ranks, tolerance)
+        return Layout(lengths, ranks, rank, cuts[:-1], cuts[1:])
 
     @staticmethod
     def from_chunks(lengths: Sequence[int], chunks: Sequence[Sequence[tuple[int, int]]]) -> Layout:
@@ -160,7 +206,13 @@ class Layout:
 
 
 # layouts a configuration may name
-LAYOUTS = {"contiguous": Layout.contiguous, "zigzag": Layout.zigzag, "document_zigzag": Layout.document_zigzag}
+LAYOUTS = {
+    "contiguous": Layout.contiguous,
+    "zigzag": Layout.zigzag,
+    "document_zigzag": Layout.document_zigzag,
+    "block_cyclic": Layout.block_cyclic,
+    "balanced": Layout.balanced,
+}
 
 
 def _positive(ranks: int) -> int:
@@ -171,6 +223,14 @@ def _positive(ranks: int) -> int:
 
 def _cuts(n: int, parts: int) -> Ints:
     return np.arange(parts + 1) * n // parts
+
+
+def _rows_area(mask: Mask, cuts: Ints) -> np.ndarray:
+    """Allowed cells (x heads, where the mask differs by head) of the rows [cuts_i, cuts_i+1)."""
+    i, j = crossing(cuts[:-1], cuts[1:], mask.pieces[:, Q0], mask.pieces[:, Q1])
+    heads = 1 if mask.piece_heads is None else np.diff(mask.piece_heads, axis=1)[i, 0]
+    work = areas(clip(mask.pieces[i], cuts[j], cuts[j + 1], 0, mask.n)).astype(np.float64) * heads
+    return np.bincount(j, work, len(cuts) - 1)
 
 
 def _nonempty(rank: Ints, t0: Ints, t1: Ints) -> tuple[Ints, Ints, Ints]:

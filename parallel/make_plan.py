@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from distattn.mask import Mask
 from distattn.parallel.allgather import allgather
 from distattn.parallel.backward import derive
 from distattn.parallel.double_ring import double_ring
+from distattn.parallel.relayout import bend
 from distattn.parallel.ring import ring
 from distattn.parallel.ulysses import ulysses
 from distattn.parallel.usp import usp
@@ -50,6 +52,7 @@ def make_plan(
     backward: str | None = None,
     cluster: Cluster | None = None,
     options: Mapping[str, object] | None = None,
+    working_layout: Layout | None = None,
 ) -> Plan:
     """Plan one attention call: a pure host function, the same on every rank, no torch.
 
@@ -57,6 +60,7 @@ def make_plan(
     ("float16", "bfloat16", "float32", "float64"). backward is one of POLICIES, by default the strategy's own. cluster
     says which ranks share a node; options are the strategy's own keyword arguments. Of a strategy's candidates the one
     that moves fewest bytes is taken, forward and backward each (together where the backward keeps what it received).
+    working_layout: where the strategy shall have the tokens, if not where q, k, v and o are: it re-lays them inside the call.
     Raises DistattnError when the call cannot be planned as asked.
     """
     check_names(strategy, backward, options)
@@ -67,7 +71,13 @@ def make_plan(
     call = Call(mask, layout, heads, kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, dtype)
     chosen = STRATEGIES[strategy]
     policy = backward or chosen.backward
-    candidates = [_without_idle_steps(table) for table in chosen.forward(call, cluster, **(options or {}))]
+    working = call if working_layout is None else replace(call, layout=working_layout)
+    if working.ranks != call.ranks:
+        raise DistattnError(f"the working layout has {working.ranks} ranks, the layout {call.ranks}.")
+    candidates = list(chosen.forward(working, cluster, **(options or {})))
+    if working_layout is not None:
+        candidates = [bend(call, working, table) for table in candidates]
+    candidates = [_without_idle_steps(table) for table in candidates]
     backwards = [derive(call, table, policy, cluster) for table in candidates]
     there, back = (np.array([_bytes(call, table) for table in tables]) for tables in (candidates, backwards))
     best = (int(there.argmin()), int(back.argmin())) if policy != "keep" else (int((there + back).argmin()),) * 2

@@ -49,12 +49,13 @@ def dense(mask: Mask, inputs: Inputs, scale: float | None = None) -> Result:
     """softmax(QK^T)V by its definition, gradients by autograd. lse is (n, heads)."""
     q, k, v = (x.detach().double().requires_grad_() for x in inputs[:3])
     group = q.shape[1] // k.shape[1]
-    allowed = torch.from_numpy(mask.dense())
+    # (n, n), or (heads, n, n) where it differs by head
+    allowed = torch.from_numpy(mask.dense()).expand(q.shape[1], -1, -1)
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * (scale or 1 / math.sqrt(q.shape[-1]))
     scores = scores.masked_fill(~allowed, -torch.inf)
     empty = ~allowed.any(-1)
     # a row without keys: softmax is not a number, o is 0 by definition
-    weights = torch.softmax(scores.masked_fill(empty[:, None], 0.0), -1) * ~empty[:, None]
+    weights = torch.softmax(scores.masked_fill(empty[..., None], 0.0), -1) * ~empty[..., None]
     o = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
     lse = torch.logsumexp(scores, -1).t()
     dq, dk, dv = torch.autograd.grad(o, (q, k, v), inputs.do.double())

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from distattn.errors import DistattnError
 from distattn.layout import LAYOUTS, Layout
+from distattn.mask import Mask
+from distattn.parallel.make_plan import make_plan
 
 lengths_ = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
@@ -20,7 +22,7 @@ def test_every_token_has_one_owner_and_comes_back(name, lengths, ranks):
     owned = np.concatenate([layout.tokens(rank) for rank in range(ranks)])
     assert sorted(owned.tolist()) == list(range(sum(lengths)))
     assert layout.shard_sizes().sum() == sum(lengths)
-    if name != "document_zigzag":
+    if name in ("contiguous", "zigzag"):
         assert np.ptp(layout.shard_sizes()) <= 1
     x = np.arange(sum(lengths) * 2).reshape(-1, 2)
     assert (layout.unshard([layout.shard(x, rank) for rank in range(ranks)]) == x).all()
@@ -96,3 +98,59 @@ def test_positions_restart_and_targets_cross_shards_but_not_documents():
 def test_impossible_layouts_are_refused_with_a_sentence(make, sentence):
     with pytest.raises(DistattnError, match=sentence):
         make()
+
+
+def test_block_cyclic_deals_blocks_round_and_round():
+    layout = Layout.block_cyclic([10, 7], 3, block=4)
+    assert [layout.tokens(rank).tolist() for rank in range(3)] == [
+        [0, 1, 2, 3, 12, 13, 14, 15],
+        [4, 5, 6, 7, 16],
+        [8, 9, 10, 11],
+    ]
+    with pytest.raises(DistattnError, match="a block has at least 1 token"):
+        Layout.block_cyclic([4], 2, block=0)
+
+
+def packs(seed: int, heavy: bool, tokens: int = 1 << 20) -> list[int]:
+    """A pack of documents: log-normal as long-context mixes are, or with a much heavier tail."""
+    rng = np.random.default_rng(seed)
+    raw = (rng.pareto(0.9, 4000) + 1) * 400 if heavy else rng.lognormal(6.6, 1.6, 4000)
+    lengths = np.clip(raw.astype(int), 1, tokens)
+    ends = np.minimum(np.cumsum(lengths), tokens)
+    lengths = np.diff(ends, prepend=0)
+    lengths = lengths[lengths > 0].tolist()
+    return lengths + ([tokens - sum(lengths)] if sum(lengths) < tokens else [])
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_balanced_ranks_have_equal_work_and_nearly_equal_tokens(heavy):
+    for seed in range(10):
+        lengths = packs(seed, heavy)
+        for mask in (None, Mask.documents(lengths, (4096, 0)), Mask.causal(1 << 20)):
+            layout = Layout.balanced(lengths, 64, mask=mask)
+            plan = make_plan(
+                mask or Mask.documents(lengths),
+                layout,
+                strategy="allgather",
+                heads=1,
+                kv_heads=1,
+                head_dim=8,
+                dtype="bfloat16",
+            )
+            area, tokens = plan.area_by_rank(), layout.shard_sizes()
+            assert area.max() <= 1.02 * area.mean()
+            # chunks have equal sums of both shares: a rank short of work has as much too many tokens
+            short = 1 - area.min() / area.mean()
+            assert tokens.max() <= (1.01 + short) * tokens.mean() <= 1.12 * tokens.mean()
+            assert len(layout.chunks["t0"]) <= 8 * 64
+
+
+def test_balanced_serves_any_number_of_tokens_and_ranks():
+    for lengths, ranks in (([1], 3), ([1] * 5000, 8), ([5, 1, 9], 4), ([700], 1)):
+        layout = Layout.balanced(lengths, ranks)
+        assert layout.shard_sizes().sum() == sum(lengths)
+    by_head = Mask.by_head([(1, Mask.causal(64)), (3, Mask.full(64))])
+    assert Layout.balanced([64], 4, mask=by_head).shard_sizes().sum() == 64
+    for wrong in ({"chunk": 0}, {"mask": Mask.causal(5)}, {"tolerance": -1.0}):
+        with pytest.raises(DistattnError, match="balanced wants"):
+            Layout.balanced([64], 4, **wrong)
