@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from distattn.errors import DistattnError as DistattnError
     from distattn.errors import PlanError as PlanError
     from distattn.functional import attention as attention
+    from distattn.functional import save_attention as save_attention
     from distattn.layout import Layout as Layout
     from distattn.mask import Mask as Mask
     from distattn.parallel.explain import Explanation as Explanation
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from distattn.plan import Payload as Payload
     from distattn.plan import Plan as Plan
     from distattn.plan import Table as Table
+    from distattn.programs import Prepared as Prepared
+    from distattn.programs import prepare as prepare
 
 _HOME = {
     "Call": "distattn.plan",
@@ -37,11 +40,14 @@ _HOME = {
     "Payload": "distattn.plan",
     "Plan": "distattn.plan",
     "PlanError": "distattn.errors",
+    "Prepared": "distattn.programs",
     "Proof": "distattn.parallel.verify",
     "Table": "distattn.plan",
     "attention": "distattn.functional",
     "explain": "distattn.parallel.explain",
     "make_plan": "distattn.parallel.make_plan",
+    "prepare": "distattn.programs",
+    "save_attention": "distattn.functional",
     "verify": "distattn.parallel.verify",
 }
 __all__ = sorted(_HOME)

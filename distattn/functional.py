@@ -1,209 +1,225 @@
 """`attention`: core attention of a planned call, as a pair of torch library operators.
 
-The plan enters the operators as a whole number, a handle. A plan is proven and lowered
-at its first use on a rank and kernel; layers that share the plan share the program.
+The plan enters the operators as a whole number, a handle (see `programs`).
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
 
 from __future__ import annotations
 
-import itertools
 import math
-import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
 
 from distattn.errors import DistattnError
-from distattn.kernels.dispatch import Kernel, choose_kernel, load_kernel
+from distattn.kernels.dispatch import choose_kernel
 from distattn.kernels.merge import accumulation_dtype
+from distattn.kernels.score import Demand, Score
 from distattn.parallel import execute
-from distattn.parallel.program import Program, lower
-from distattn.parallel.transport import Alone, GroupTransport, Transport
 from distattn.plan import Plan
-
-
-class Lowered:
-    """A program with the kernel and the transport it runs on, known to the operators by its handle."""
-
-    def __init__(self, program: Program, kernel: Kernel, transport: Transport):
-        self.program, self.kernel, self.transport = program, kernel, transport
-        self.handle = next(_HANDLES)
-        _BY_HANDLE[self.handle] = self
-
-
-class Use(NamedTuple):
-    """Where a plan runs: rank, kernel and process group."""
-
-    rank: int
-    kernel: str
-    group: dist.ProcessGroup | None
-
-
-_HANDLES = itertools.count()
-_BY_HANDLE: weakref.WeakValueDictionary[int, Lowered] = weakref.WeakValueDictionary()
-# programs live as long as their plan
-_BY_PLAN: weakref.WeakKeyDictionary[Plan, dict[Use, Lowered]] = weakref.WeakKeyDictionary()
+from distattn.programs import Lowered, Prepared, lowered_of, prepare
 
 
 def attention(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKE: Tensor,
-    plan: Plan,
+    plan: Plan | Prepared,
     group: dist.ProcessGroup | None = None,
     *,
     scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    dropout: float = 0.0,
     kernel: str | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Core attention of this rank's tokens, differentiable; a collective call of all ranks of the plan.
 
-    q_THD (T, H, D), k_TKD (T, K, D), v_TKE (T, K, E) hold this rank's T tokens in the layout's local order; the result
-    o_THE (T, H, E) has q's dtype. scale defaults to D ** -0.5. With return_lse also lse_HT,
-    natural log, fp32 (fp64 for fp64), -inf where a row has no allowed key; gradients through it need kernel="reference".
-    group defaults to the default process group; a plan for one rank needs none.
+    q_THD (T, H, D), k_TKD (T, K, D), v_TKE (T, K, E) hold this rank's T tokens in the layout's local order, contiguous;
+    the result o_THE (T, H, E) has q's dtype. scale defaults to D ** -0.5.
 
-    Raises PlanError when the plan cannot be proven, DistattnError when the tensors do not fit it.
+    softcap: scores s become softcap * tanh(s / softcap). alibi_slopes (H,): slope * distance in tokens is subtracted
+    (after the cap); no gradient. sink (H,): a logit per head that takes part in the softmax and has no value; its
+    gradient is this rank's share, to be summed over ranks like any parameter's. gate (T, H) or (T, H, E): multiplies the
+    output. dropout is refused. With return_lse also lse_HT, natural log (with the sink), fp32 (fp64 for fp64), -inf
+    where a row has no allowed key; gradients through it need kernel="reference".
+
+    plan: a Plan, or what `prepare` made of one; inside torch.compile only the latter. group defaults to the default
+    process group; a plan for one rank needs none. Raises PlanError when the plan cannot be proven or ranks have different
+    ones, DistattnError when the tensors do not fit it.
     """
-    scale = 1.0 / math.sqrt(plan.call.head_dim) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(q_THD.shape[-1] or 1) if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale is a positive number, not {scale}.")
-    rank, group = _membership(plan, group)
-    _check_inputs(plan, rank, q_THD, k_TKD, v_TKE)
-    call = plan.call
-    name = choose_kernel(kernel, q_THD.dtype, call.head_dim, call.v_head_dim, q_THD.device)
-    lowered = lower_once(plan, Use(rank, name, group))
-    o_THE, lse_HT, _ = torch.ops.distattn.forward(q_THD, k_TKD, v_TKE, lowered.handle, scale)
+    if not 0 <= softcap < math.inf:
+        raise DistattnError(f"softcap is a positive number, or 0 for none, not {softcap}.")
+    if dropout:
+        raise DistattnError(f"dropout {dropout} is not computed: the ranks would have to share random bits; use 0.")
+    for name, tensor in (("k", k_TKD), ("v", v_TKE), ("sink", sink), ("alibi_slopes", alibi_slopes), ("gate", gate)):
+        if tensor is not None and tensor.device != q_THD.device:
+            raise DistattnError(f"{name} is on {tensor.device}, q on {q_THD.device}; they share one device.")
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise DistattnError("alibi_slopes want a gradient, which is not computed; pass alibi_slopes.detach().")
+    if isinstance(plan, Prepared):
+        if group is not None or kernel is not None:
+            raise DistattnError("a prepared plan knows its group and kernel; give them to prepare instead.")
+        ready = plan
+    elif torch.compiler.is_compiling():
+        raise DistattnError("inside torch.compile, attention takes prepare(plan, group) instead of a plan.")
+    else:
+        ready = prepare(plan, group, kernel=kernel, device=q_THD.device)
+    o_THE, lse_HT, _ = torch.ops.distattn.forward(
+        q_THD, k_TKD, v_TKE, sink, alibi_slopes, ready.handle, ready.kept, scale, float(softcap)
+    )
+    if gate is not None:
+        o_THE = o_THE * _broadcast_gate(gate, o_THE)
     return (o_THE, lse_HT) if return_lse else o_THE
 
 
-def lower_once(plan: Plan, use: Use) -> Lowered:
-    """The program of a plan for one use, made at first call."""
-    uses = _BY_PLAN.setdefault(plan, {})
-    if use not in uses:
-        proof = next((other.program.proof for other in uses.values()), None)
-        chosen = load_kernel(use.kernel)
-        transport = Alone() if use.group is None else GroupTransport(use.group)
-        uses[use] = Lowered(lower(plan, use.rank, chosen.prepare, proof), chosen, transport)
-    return uses[use]
+def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """A policy for selective activation checkpointing: attention's outputs are saved, all else is recomputed.
+
+    Recomputation then neither communicates nor repeats the attention:
+    checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))
+    """
+    if op == torch.ops.distattn.forward.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _lowered(handle: int) -> Lowered:
-    if handle not in _BY_HANDLE:
-        raise DistattnError(f"handle {handle} belongs to no plan that is still alive.")
-    return _BY_HANDLE[handle]
-
-
-def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.ProcessGroup | None]:
-    ranks = plan.call.ranks
-    if group is None and not (dist.is_available() and dist.is_initialized()):
-        if ranks > 1:
-            raise DistattnError(f"a plan for {ranks} ranks needs torch.distributed; call init_process_group first.")
-        return 0, None
-    if group is None and ranks == 1:
-        return 0, None
-    group = dist.group.WORLD if group is None else group
-    size = dist.get_world_size(group)
-    if size != ranks:
+def _broadcast_gate(gate: Tensor, o_THE: Tensor) -> Tensor:
+    if gate.shape == o_THE.shape[:2]:
+        return gate[..., None]
+    if gate.shape != o_THE.shape:
         raise DistattnError(
-            f"the plan is for {ranks} ranks, the process group has {size}; pass the group it was made for."
+            f"gate has shape {tuple(gate.shape)}; wanted is (T, H) or (T, H, E) of {tuple(o_THE.shape)}."
         )
-    return dist.get_rank(group), group
+    return gate
 
 
-def _check_inputs(plan: Plan, rank: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-    call = plan.call
-    tokens = int(call.layout.shard_sizes()[rank])
+def _check_inputs(
+    lowered: Lowered, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, slopes: Tensor | None
+) -> None:
+    program, use = lowered.program, lowered.use
+    call, tokens = program.call, program.tokens
     wanted = {
         "q": (q, (tokens, call.heads, call.head_dim)),
         "k": (k, (tokens, call.kv_heads, call.head_dim)),
         "v": (v, (tokens, call.kv_heads, call.v_head_dim)),
+        "sink": (sink, (call.heads,)),
+        "alibi_slopes": (slopes, (call.heads,)),
     }
     for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            axes = "(tokens, heads, dim)" if len(shape) == 3 else "(heads,)"
             raise DistattnError(
-                f"{name} has shape {tuple(tensor.shape)}; the plan wants {shape} (tokens, heads, dim) on rank {rank}."
+                f"{name} has shape {tuple(tensor.shape)}; the plan wants {shape} {axes} on rank {program.rank}."
             )
-        if str(tensor.dtype) != f"torch.{call.dtype}":
+        if name in "qkv" and str(tensor.dtype) != f"torch.{call.dtype}":
             raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan was made for {call.dtype}.")
-        if tensor.device != q.device:
-            raise DistattnError(f"{name} is on {tensor.device}, q on {q.device}; they share one device.")
+        if not tensor.dtype.is_floating_point:
+            raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}; floating point is needed.")
+        if tensor.device.type != use.device.type:
+            raise DistattnError(f"{name} is on {tensor.device}, the plan was prepared for {use.device}.")
+        if not tensor.is_contiguous():
+            raise DistattnError(f"{name} is not contiguous; pass {name}.contiguous().")
+
+
+def _score(lowered: Lowered, scale: float, softcap: float, slopes: Tensor | None) -> Score:
+    if softcap or slopes is not None:
+        call = lowered.program.call
+        demand = Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, lowered.use.device)
+        choose_kernel(lowered.use.kernel, demand._replace(softcap=softcap > 0, alibi=slopes is not None))
+    return Score(scale, softcap, slopes)
 
 
 torch.library.define(
-    "distattn::forward", "(Tensor q, Tensor k, Tensor v, int plan, float scale) -> (Tensor o, Tensor lse, Tensor kept)"
+    "distattn::forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, SymInt plan, SymInt kept_elements, float scale,"
+    " float softcap) -> (Tensor o, Tensor lse, Tensor kept)",
 )
 torch.library.define(
     "distattn::backward",
-    "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor kept, int plan, float scale)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, Tensor o, Tensor lse,"
+    " Tensor kept, SymInt plan, float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)",
 )
 
 
 @torch.library.impl("distattn::forward", "CompositeExplicitAutograd")
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    lowered = _lowered(plan)
-    run = execute.forward(lowered.program, lowered.transport, lowered.kernel, q, k, v, scale)
+def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
+    lowered = lowered_of(plan)
+    _check_inputs(lowered, q, k, v, sink, slopes)
+    score = _score(lowered, scale, softcap, slopes)
+    run = execute.forward(lowered.program, lowered.transport, lowered.kernel, q, k, v, score)
     o, lse_TH, kept, _ = execute.finish(run)
-    return o, lse_TH.t().contiguous(), kept
+    if sink is not None:
+        # a key without value: it only widens the softmax
+        wider_TH = torch.logaddexp(lse_TH, sink.to(lse_TH.dtype))
+        o = o * torch.exp(lse_TH - wider_TH)[..., None]
+        lse_TH = wider_TH
+    return o.to(q.dtype), lse_TH.t().contiguous(), kept
 
 
 @torch.library.register_fake("distattn::forward")
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    o = q.new_empty((*q.shape[:2], v.shape[2]))
+def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
+    o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=accumulation_dtype(q.dtype))
-    return o, lse, q.new_empty(execute.kept_elements(_lowered(plan).program))
+    return o, lse, q.new_empty(kept_elements)
 
 
 @torch.library.impl("distattn::backward", "CompositeExplicitAutograd")
-def _backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    kept: Tensor,
-    plan: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lowered = _lowered(plan)
+def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
+    lowered = lowered_of(plan)
+    if dlse is not None and not lowered.kernel.DIFFERENTIABLE_LSE:
+        raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
     lse_TH = lse.t().contiguous()
     # the gradient of the log-sum-exp enters where delta does: ds = p * (dp - (delta - dlse))
     delta_TH = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
     if dlse is not None:
         delta_TH -= dlse.t()
-    inputs = (do.contiguous(), q, k, v, lse_TH, delta_TH, kept, scale)
+    score = _score(lowered, scale, softcap, slopes)
+    inputs = (do.contiguous(), q, k, v, lse_TH, delta_TH, kept, score)
     dq, dk, dv, _ = execute.finish(execute.backward(lowered.program, lowered.transport, lowered.kernel, *inputs))
-    return dq, dk, dv
+    if sink is None:
+        return dq, dk, dv, q.new_empty(0)
+    # as for a key whose value is zero: dp = 0
+    weight_TH = torch.exp(sink.to(lse_TH.dtype) - lse_TH)
+    return dq, dk, dv, -(weight_TH * delta_TH).sum(0).to(sink.dtype)
 
 
 @torch.library.register_fake("distattn::backward")
-def _backward_fake(do, dlse, q, k, v, o, lse, kept, plan, scale):  # noqa: ANN001
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _backward_fake(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
+    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return *grads, q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, plan, scale = inputs
+    q, k, v, sink, slopes, plan, _, scale, softcap = inputs
     o, lse, kept = output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, o, lse, kept)
-    # the program outlives its plan until the backward has run
-    ctx.plan, ctx.scale, ctx.lowered = plan, scale, _lowered(plan)
+    ctx.save_for_backward(q, k, v, sink, slopes, o, lse, kept)
+    ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
+    # the program outlives its plan until the backward has run; under torch.compile the caller holds it
+    ctx.lowered = lowered_of(plan) if type(plan) is int else None
 
 
 def _differentiate(ctx, do, dlse, dkept):
-    q, k, v, o, lse, kept = ctx.saved_tensors
-    if dlse is not None and not ctx.lowered.kernel.DIFFERENTIABLE_LSE:
-        raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
+    q, k, v, sink, slopes, o, lse, kept = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    return *torch.ops.distattn.backward(do, dlse, q, k, v, o, lse, kept, ctx.plan, ctx.scale), None, None
+    dq, dk, dv, dsink = torch.ops.distattn.backward(
+        do, dlse, q, k, v, sink, slopes, o, lse, kept, ctx.plan, ctx.scale, ctx.softcap
+    )
+    return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None
 
 
 def _refuse_second_derivative(ctx, *grads):

@@ -17,6 +17,7 @@ from torch import Tensor
 from distattn.bands import BK, BQ, K0, K1, Q0, Q1, areas, clip, row_ends, tighten
 from distattn.intervals import Ints
 from distattn.kernels.merge import accumulation_dtype, merge_
+from distattn.kernels.score import Demand, Score
 
 # the operator takes o, not delta; a row with dO = 0 and delta != 0 cannot be told to it
 DIFFERENTIABLE_LSE = False
@@ -37,18 +38,20 @@ class Run(NamedTuple):
     fresh: bool
 
 
-def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int, device: torch.device) -> str | None:
+def refusal(demand: Demand) -> str | None:
     """Why this kernel cannot serve such a call, or None."""
-    if device.type != "cpu":
-        return f"it runs on CPU tensors, not on {device.type}"
-    if head_dim != v_head_dim:
-        return f"PyTorch's CPU flash attention wants equal head dims, not {head_dim} and {v_head_dim}"
+    if demand.device.type != "cpu":
+        return f"it runs on CPU tensors, not on {demand.device.type}"
+    if demand.head_dim != demand.v_head_dim:
+        return f"PyTorch's CPU flash attention wants equal head dims, not {demand.head_dim} and {demand.v_head_dim}"
+    if demand.softcap or demand.alibi:
+        return "PyTorch's CPU flash attention has no soft-capping and no ALiBi slopes"
     if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         return "this PyTorch has no flash attention for CPU"
     return None
 
 
-def prepare(bands: Ints, rows: int, keys: int) -> list[Run]:
+def prepare(bands: Ints, shift: Ints, rows: int, keys: int) -> list[Run]:
     """The runs that compute bands (M, 10), in the coordinates of the tensors."""
     written = np.zeros(rows, bool)
     runs = []
@@ -59,7 +62,7 @@ def prepare(bands: Ints, rows: int, keys: int) -> list[Run]:
     return runs
 
 
-def forward(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, runs: list[Run], scale: float) -> tuple[Tensor, Tensor]:
+def forward(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, runs: list[Run], score: Score) -> tuple[Tensor, Tensor]:
     """(o_THD, lse_TH) in the accumulation dtype; rows in no run: o = 0, lse = -inf."""
     wide = accumulation_dtype(q_THD.dtype)
     o_THD = torch.zeros(q_THD.shape, dtype=wide)
@@ -73,7 +76,7 @@ def forward(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, runs: list[Run], scale:
             0.0,
             run.causal,
             attn_mask=_float_mask(run, q.dtype),
-            scale=scale,
+            scale=score.scale,
         )
         rows = slice(run.q0, run.q1)
         part_THD, part_lse_TH = part[0].transpose(0, 1), part_lse[0].transpose(0, 1)
@@ -92,7 +95,7 @@ def backward(
     lse_TH: Tensor,
     delta_TH: Tensor,
     runs: list[Run],
-    scale: float,
+    score: Score,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq_THD, dk_SKD, dv_SKD) of these cells, given the final lse and delta = rowsum(dO * O) of each row."""
     wide = accumulation_dtype(q_THD.dtype)
@@ -112,7 +115,7 @@ def backward(
             0.0,
             run.causal,
             attn_mask=_float_mask(run, q.dtype),
-            scale=scale,
+            scale=score.scale,
         )
         for total, span, grad in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
             total[span] += grad[0].transpose(0, 1)

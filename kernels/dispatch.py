@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from distattn.errors import DistattnError
 from distattn.intervals import Ints
+from distattn.kernels.score import Demand, Score
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # names are known without importing torch
@@ -20,17 +20,18 @@ class Kernel(Protocol):
     """What a kernel module provides. Bands are in the coordinates of the tensors; H is a multiple of K.
 
     DIFFERENTIABLE_LSE says whether `backward` is right for any delta, so that gradients may flow through the log-sum-exp.
-    `prepare` turns bands into the kernel's own form once per plan; `forward` and `backward` take that form.
+    `prepare` turns bands into the kernel's own form once per plan; `forward` and `backward` take that form. In band i the
+    axis distance of key s and row t is s - t + shift_i.
     """
 
     DIFFERENTIABLE_LSE: bool
 
-    def refusal(self, dtype: torch.dtype, head_dim: int, v_head_dim: int, device: torch.device) -> str | None: ...
+    def refusal(self, demand: Demand) -> str | None: ...
 
-    def prepare(self, bands: Ints, rows: int, keys: int) -> Any: ...
+    def prepare(self, bands: Ints, shift: Ints, rows: int, keys: int) -> Any: ...
 
     def forward(
-        self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, work: Any, scale: float, /
+        self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, work: Any, score: Score, /
     ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
@@ -42,7 +43,7 @@ class Kernel(Protocol):
         lse_TH: Tensor,
         delta_TH: Tensor,
         work: Any,
-        scale: float,
+        score: Score,
         /,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -54,13 +55,15 @@ def load_kernel(name: str) -> Kernel:
     return cast(Kernel, import_module(KERNELS[name]))
 
 
-def choose_kernel(name: str | None, dtype: torch.dtype, head_dim: int, v_head_dim: int, device: torch.device) -> str:
+def choose_kernel(name: str | None, demand: Demand) -> str:
     """The kernel's name: `name` if it can serve the call, "cpu" for CPU tensors when None. Raises DistattnError."""
     if name is None:
-        if device.type != "cpu":
-            raise DistattnError(f'there is no default kernel for {device.type} tensors yet; pass kernel="reference".')
+        if demand.device.type != "cpu":
+            raise DistattnError(
+                f'there is no default kernel for {demand.device.type} tensors yet; pass kernel="reference".'
+            )
         name = "cpu"
-    why_not = load_kernel(name).refusal(dtype, head_dim, v_head_dim, device)
+    why_not = load_kernel(name).refusal(demand)
     if why_not:
         raise DistattnError(f'kernel "{name}" cannot serve this call: {why_not}. Use kernel="reference".')
     return name

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distattn.kernels.dispatch import Kernel
 from distattn.kernels.merge import merge_
+from distattn.kernels.score import Score
 from distattn.parallel.program import OWN, BufferKey, Launch, Message, Program, Step, View, inherited
 from distattn.parallel.transport import Packet, Transport
 from distattn.plan import ACCUMULATING, Call, Payload
@@ -28,9 +29,9 @@ Paused = Generator[None, None, Result]
 
 
 def forward(
-    program: Program, transport: Transport, kernel: Kernel, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float
+    program: Program, transport: Transport, kernel: Kernel, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, score: Score
 ) -> Paused[tuple[Tensor, Tensor, Tensor, int]]:
-    """Core attention of this rank's tokens: (o_THE in q's dtype, lse_TH, kept, peak).
+    """Core attention of this rank's tokens: (o_THE and lse_TH in the accumulation dtype, kept, peak).
 
     `kept` is one flat tensor of everything the backward will find again (empty unless the policy is "keep"); `peak`
     the most bytes of buffers beside the rank's own tensors and `kept` that were alive at once.
@@ -45,10 +46,10 @@ def forward(
 
     def compute(launch: Launch, operands: dict[Payload, Fields]) -> dict[Payload, Fields]:
         (q,), (k, v) = operands[Payload.Q], operands[Payload.KV]
-        return {Payload.O: kernel.forward(q, k, v, launch.work, scale)}
+        return {Payload.O: kernel.forward(q, k, v, launch.work, score.of_heads(launch.heads))}
 
     yield from _run(program.forward, transport, buffers, compute)
-    return o_THE.to(q_THD.dtype), lse_TH, kept, buffers.peak
+    return o_THE, lse_TH, kept, buffers.peak
 
 
 def backward(
@@ -62,7 +63,7 @@ def backward(
     lse_TH: Tensor,
     delta_TH: Tensor,
     kept: Tensor,
-    scale: float,
+    score: Score,
 ) -> Paused[tuple[Tensor, Tensor, Tensor, int]]:
     """Gradients (dq_THD, dk_TKD, dv_TKE) in the inputs' dtype, and the peak of buffer bytes as in `forward`.
 
@@ -79,7 +80,7 @@ def backward(
 
     def compute(launch: Launch, operands: dict[Payload, Fields]) -> dict[Payload, Fields]:
         (q,), (k, v), (do, lse, delta) = operands[Payload.Q], operands[Payload.KV], operands[Payload.dO]
-        dq, dk, dv = kernel.backward(do, q, k, v, lse, delta, launch.work, scale)
+        dq, dk, dv = kernel.backward(do, q, k, v, lse, delta, launch.work, score.of_heads(launch.heads))
         return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
 
     yield from _run(program.backward, transport, buffers, compute)
@@ -126,7 +127,7 @@ def _run_step(step: Step, transport: Transport, buffers: _Buffers, compute: Comp
     sends = [packet for payload, message in step.sends for packet in _outgoing(buffers, payload, message)]
     incoming = [(payload, message, buffers.landing(payload, message.view)) for payload, message in step.receives]
     receives = [Packet(m.peer, payload, tensor) for payload, m, fields in incoming for tensor in fields]
-    work = transport.exchange(sends, receives)
+    work = transport.exchange(sends, receives, step.collective)
     for launch in step.launches:
         operands = {payload: buffers.gather(payload, view) for payload, view in launch.operands.items()}
         for payload, fields in compute(launch, operands).items():

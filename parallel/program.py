@@ -7,7 +7,7 @@ tokens; *links* say which rows and heads of a buffer are which rows and heads of
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ from distattn.plan import (
 )
 
 Rows = slice | Tensor
-Prepare = Callable[[Ints, int, int], Any]
+Prepare = Callable[[Ints, Ints, int, int], Any]
 
 
 class BufferKey(NamedTuple):
@@ -75,8 +75,9 @@ class Message(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One kernel call: operands to gather, the kernel's prepared work, and where results are deposited."""
+    """One kernel call: query heads, operands to gather, the kernel's prepared work, and where results are deposited."""
 
+    heads: slice
     operands: dict[Payload, View]
     work: Any
     results: dict[Payload, View]
@@ -91,6 +92,8 @@ class Step:
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
+    # whether all ranks exchange this step's messages in one all-to-all
+    collective: bool = False
     release: list[BufferKey] = field(default_factory=list)
 
 
@@ -124,12 +127,12 @@ def lower(plan: Plan, rank: int, prepare: Prepare, proof: Proof | None = None) -
 
 
 def _remembered(prepare: Prepare) -> Prepare:
-    made: dict[tuple[bytes, int, int], Any] = {}
+    made: dict[tuple[Any, ...], Any] = {}
 
-    def once(bands: Ints, rows: int, keys: int) -> Any:
-        key = bands.tobytes(), rows, keys
+    def once(bands: Ints, shift: Ints, rows: int, keys: int) -> Any:
+        key = bands.tobytes(), shift.tobytes(), rows, keys
         if key not in made:
-            made[key] = prepare(bands, rows, keys)
+            made[key] = prepare(bands, shift, rows, keys)
         return made[key]
 
     return once
@@ -204,7 +207,9 @@ class _TableLowering:
     def steps(self, stays: Container[BufferKey] = ()) -> list[Step]:
         """The steps of this rank; buffers in `stays` are never released."""
         steps = [Step() for _ in range(self.table.steps)]
+        collective = _dense_steps(self.call, self.table)
         for index, step in enumerate(steps):
+            step.collective = bool(collective[index])
             step.sends = self._messages(self.outgoing, index, "dst")
             step.receives = self._messages(self.incoming, index, "src")
             step.launches = self._launches(index)
@@ -253,10 +258,9 @@ class _TableLowering:
         _, k0, k1 = union(zero, tasks["k0"], tasks["k1"])
         bands = task_bands(self.call.mask, tasks)
         # global to working coordinates: each task lies inside one interval of the union
-        to_row = _offsets(q0, q1, tasks["q0"])[:, None]
-        to_key = _offsets(k0, k1, tasks["k0"])[:, None]
-        bands[:, [Q0, Q1, OQ]] += to_row
-        bands[:, [K0, K1, OK]] += to_key
+        to_row, to_key = _offsets(q0, q1, tasks["q0"]), _offsets(k0, k1, tasks["k0"])
+        bands[:, [Q0, Q1, OQ]] += to_row[:, None]
+        bands[:, [K0, K1, OK]] += to_key[:, None]
         views = {
             payload: self._view(payload, k0, k1, h0 // self.call.group, -(-h1 // self.call.group))
             if payload in ON_KEYS
@@ -264,8 +268,9 @@ class _TableLowering:
             for payload in self.payloads
         }
         return Launch(
+            slice(h0, h1),
             {payload: view for payload, view in views.items() if payload in HOLDING},
-            self.prepare(bands, int((q1 - q0).sum()), int((k1 - k0).sum())),
+            self.prepare(bands, to_row - to_key, int((q1 - q0).sum()), int((k1 - k0).sum())),
             {payload: view for payload, view in views.items() if payload in ACCUMULATING},
         )
 
@@ -304,6 +309,58 @@ class _TableLowering:
             steps[first[key]].allocate[key] = rows
             if key not in stays:
                 steps[last[key]].release.append(key)
+
+
+def _dense_steps(call: Call, table: Table) -> np.ndarray:
+    """The steps in which at least half of all pairs of ranks talk: those become one all-to-all. The same on every rank."""
+    moves, ranks = table.moves, call.ranks
+    pairs = np.unique((moves["step"] * ranks + moves["src"]) * ranks + moves["dst"])
+    talking = np.bincount(pairs // ranks**2, minlength=table.steps)
+    return (ranks > 2) & (2 * talking >= ranks * (ranks - 1))
+
+
+def on_device(program: Program, device: torch.device) -> Program:
+    """The same program with its index lists on the device: one copy, from pinned memory where that exists."""
+    if device.type == "cpu":
+        return program
+    found: list[Tensor] = []
+
+    def note(rows: Rows) -> Rows:
+        if isinstance(rows, Tensor):
+            found.append(rows)
+        return rows
+
+    _with_rows(program, note)
+    if not found:
+        return program
+    packed = torch.cat(found)
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    copies = iter(packed.to(device, non_blocking=True).split([len(rows) for rows in found]))
+    return _with_rows(program, lambda rows: next(copies) if isinstance(rows, Tensor) else rows)
+
+
+def _with_rows(program: Program, change: Callable[[Rows], Rows]) -> Program:
+    """The program with every index of its views replaced, in a fixed order."""
+
+    def view(old: View) -> View:
+        return old._replace(
+            links=[link._replace(rows=change(link.rows), at_rows=change(link.at_rows)) for link in old.links]
+        )
+
+    def messages(old: list[tuple[Payload, Message]]) -> list[tuple[Payload, Message]]:
+        return [(payload, message._replace(view=view(message.view))) for payload, message in old]
+
+    def launch(old: Launch) -> Launch:
+        views = [{payload: view(part) for payload, part in parts.items()} for parts in (old.operands, old.results)]
+        return old._replace(operands=views[0], results=views[1])
+
+    def step(old: Step) -> Step:
+        launches = [launch(part) for part in old.launches]
+        return replace(old, sends=messages(old.sends), receives=messages(old.receives), launches=launches)
+
+    passes = [[step(part) for part in steps] for steps in (program.forward, program.backward)]
+    return replace(program, forward=passes[0], backward=passes[1])
 
 
 def _distinct(*columns: Ints) -> list[tuple[int, ...]]:

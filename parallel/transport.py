@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,18 +31,35 @@ class Work(Protocol):
 
 
 class Transport(Protocol):
-    """Sends and receives start together; packets between two ranks match in order."""
+    """Sends and receives start together; packets between two ranks match in order.
 
-    def exchange(self, sends: list[Packet], receives: list[Packet]) -> Work: ...
+    collective: all ranks call, also those without packets, and as one uneven all-to-all; otherwise as single messages.
+    """
+
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work: ...
 
 
 class GroupTransport:
-    """Batched point-to-point calls on a torch.distributed process group."""
+    """Messages on a torch.distributed process group: batched point-to-point calls, or all-to-all of packed bytes."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
 
-    def exchange(self, sends: list[Packet], receives: list[Packet]) -> Work:
+    @staticmethod
+    def beside(group: dist.ProcessGroup) -> GroupTransport:
+        """On a communicator of its own with the same ranks, so that nothing else queues in it. A collective call.
+
+        On NCCL its stream has high priority: messages start before the kernels they shall hide under.
+        """
+        ranks = dist.get_process_group_ranks(group)
+        options = None
+        if dist.get_backend(group) == "nccl":
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        return GroupTransport(dist.new_group(ranks, use_local_synchronization=True, pg_options=options))
+
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
+        if collective:
+            return self._all_to_all(sends, receives)
         operations = [
             dist.P2POp(call, packet.tensor, dist.get_global_rank(self.group, packet.peer), self.group)
             for call, packets in ((dist.isend, sends), (dist.irecv, receives))
@@ -49,6 +67,23 @@ class GroupTransport:
         ]
         # the tensors live until the work is waited for
         return _Requests(dist.batch_isend_irecv(operations) if operations else [], (sends, receives))
+
+    def _all_to_all(self, sends: list[Packet], receives: list[Packet]) -> Work:
+        size = dist.get_world_size(self.group)
+        # stable: packets of one peer keep their order
+        sends, receives = (sorted(packets, key=lambda packet: packet.peer) for packets in (sends, receives))
+        splits = [[0] * size, [0] * size]
+        for counts, packets in zip(splits, (sends, receives), strict=True):
+            for packet in packets:
+                counts[packet.peer] += packet.tensor.nbytes
+        like = next((packet.tensor for packet in (*sends, *receives)), torch.empty(0, device=self._device()))
+        outgoing = torch.cat([like.new_empty(0, dtype=torch.uint8), *(_as_bytes(packet.tensor) for packet in sends)])
+        incoming = like.new_empty(sum(splits[1]), dtype=torch.uint8)
+        request = dist.all_to_all_single(incoming, outgoing, splits[1], splits[0], group=self.group, async_op=True)
+        return _Packed(request, incoming, outgoing, receives)
+
+    def _device(self) -> torch.device:
+        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
 
 
 class _Requests(NamedTuple):
@@ -58,6 +93,23 @@ class _Requests(NamedTuple):
     def wait(self) -> None:
         for request in self.requests:
             request.wait()
+
+
+class _Packed(NamedTuple):
+    request: dist.Work
+    incoming: Tensor
+    outgoing: Tensor
+    receives: list[Packet]
+
+    def wait(self) -> None:
+        self.request.wait()
+        sizes = [packet.tensor.nbytes for packet in self.receives]
+        for packet, part in zip(self.receives, self.incoming.split(sizes), strict=True):
+            _as_bytes(packet.tensor).copy_(part)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 class LockStep:
@@ -93,7 +145,7 @@ class _Mailbox(NamedTuple):
     hub: LockStep
     rank: int
 
-    def exchange(self, sends: list[Packet], receives: list[Packet]) -> Work:
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
         self.hub.post(
             [(self.rank, packet.peer, packet.tensor) for packet in sends],
             [(packet.peer, self.rank, packet.tensor) for packet in receives],
@@ -112,6 +164,6 @@ class _Delivery(NamedTuple):
 class Alone:
     """The transport of a plan for one rank: there is nobody to talk to."""
 
-    def exchange(self, sends: list[Packet], receives: list[Packet]) -> Work:
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
         assert not sends and not receives, "a plan for one rank has no moves"
         return _Requests([], ([], []))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.dispatch import load_kernel
+from distattn.kernels.score import Score
 from distattn.mask import Mask
 from distattn.parallel import execute
 from distattn.parallel.program import lower
@@ -101,14 +102,16 @@ class RecordingTransport:
         self.live: Counter = Counter()
         self.storages: set[int] = set()
 
-    def exchange(self, sends: list[Packet], receives: list[Packet]):
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool):
         for packet in sends:
             self.record.bytes[self.rank, packet.peer, int(packet.payload)] += packet.tensor.nbytes
         for packet in receives:
             self._watch(packet)
         if sends or receives:
             self.record.events.append((self.rank, "post"))
-        return RecordingWork(self.inner.exchange(sends, receives), self.rank, self.record, bool(sends or receives))
+        return RecordingWork(
+            self.inner.exchange(sends, receives, collective), self.rank, self.record, bool(sends or receives)
+        )
 
     def _watch(self, packet: Packet) -> None:
         """Count the storage a packet arrives in until PyTorch frees it."""
@@ -163,7 +166,7 @@ def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record:
     programs = [lower(plan, rank, load_kernel(kernel).prepare, proof) for rank in ranks]
     kernels = [RecordingKernel(load_kernel(kernel), rank, record) for rank in ranks]
     dtype = getattr(torch, plan.call.dtype)
-    scale = 1 / math.sqrt(plan.call.head_dim)
+    score = Score(1 / math.sqrt(plan.call.head_dim))
     local = [[layout.shard(x.to(dtype), rank) for x in inputs] for rank in ranks]
 
     def transports():
@@ -171,15 +174,16 @@ def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record:
         return [RecordingTransport(hub.transport(rank), rank, record) for rank in ranks]
 
     forward = execute.finish_together(
-        execute.forward(program, transport, kernel_, *local[program.rank][:3], scale)
+        execute.forward(program, transport, kernel_, *local[program.rank][:3], score)
         for program, transport, kernel_ in zip(programs, transports(), kernels, strict=True)
     )
     o, lse, kept, peaks = (list(column) for column in zip(*forward, strict=True))
+    o = [part.to(dtype) for part in o]
     record.peak["forward"] = peaks
     record.direction = "backward"
     delta = [(local[r][3].to(lse[r].dtype) * o[r].to(lse[r].dtype)).sum(-1) for r in ranks]
     backward = execute.finish_together(
-        execute.backward(p, t, k, local[p.rank][3], *local[p.rank][:3], lse[p.rank], delta[p.rank], kept[p.rank], scale)
+        execute.backward(p, t, k, local[p.rank][3], *local[p.rank][:3], lse[p.rank], delta[p.rank], kept[p.rank], score)
         for p, t, k in zip(programs, transports(), kernels, strict=True)
     )
     dq, dk, dv, peaks = (list(column) for column in zip(*backward, strict=True))

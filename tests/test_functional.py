@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from processes import run_on_ranks
 from torch.utils.checkpoint import checkpoint
 
 import distattn as da
-from distattn.functional import Use, lower_once
+from distattn import functional  # noqa: F401  (defines the operators)
 from distattn.parallel.make_plan import STRATEGIES
 
 
@@ -29,16 +30,22 @@ def together(plan: da.Plan, parts: list[tuple]) -> Result:
     return Result(*(plan.call.layout.unshard(list(column)) for column in zip(*parts, strict=True)))
 
 
-def test_operators_pass_opcheck():
-    plan = plan_for(1)
-    lowered = lower_once(plan, Use(0, "reference", None))
+@pytest.mark.parametrize("policy", ["keep", "refetch-home"])
+def test_operators_pass_opcheck(policy):
+    plan = plan_for(1, backward=policy)
+    ready = da.prepare(plan, kernel="reference")
     q, k, v, do = local(plan, random_inputs(200, 4, 2, 8), 0)
-    results = torch.library.opcheck(torch.ops.distattn.forward, (q, k, v, lowered.handle, 0.3))
+    sink, slopes = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.rand(4, dtype=torch.float64)
+    results = torch.library.opcheck(
+        torch.ops.distattn.forward, (q, k, v, sink, slopes, ready.handle, ready.kept, 0.3, 5.0)
+    )
     assert set(results.values()) == {"SUCCESS"}
     with torch.no_grad():
-        o, lse, kept = torch.ops.distattn.forward(q, k, v, lowered.handle, 0.3)
-        q, k, v = (x.detach() for x in (q, k, v))
-    results = torch.library.opcheck(torch.ops.distattn.backward, (do, None, q, k, v, o, lse, kept, lowered.handle, 0.3))
+        o, lse, kept = torch.ops.distattn.forward(q, k, v, sink, slopes, ready.handle, ready.kept, 0.3, 5.0)
+        q, k, v, sink = (x.detach() for x in (q, k, v, sink))
+    results = torch.library.opcheck(
+        torch.ops.distattn.backward, (do, None, q, k, v, sink, slopes, o, lse, kept, ready.handle, 0.3, 5.0)
+    )
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -78,17 +85,6 @@ def test_any_subset_of_inputs_may_want_gradients():
     assert q.grad is None and v.grad is None and (k.grad - wanted.dk).abs().max() < 1e-11
 
 
-def test_compiles_without_a_graph_break():
-    plan, inputs = plan_for(1), random_inputs(200, 4, 2, 8)
-    handle = lower_once(plan, Use(0, "cpu", None)).handle
-    q, k, v, _ = local(plan, inputs, 0)
-    compiled = torch.compile(
-        lambda q, k, v: torch.ops.distattn.forward(q, k, v, handle, 0.3)[0] * 2, fullgraph=True, backend="aot_eager"
-    )
-    eager = torch.ops.distattn.forward(q, k, v, handle, 0.3)[0] * 2
-    assert torch.equal(compiled(q, k, v), eager)
-
-
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -96,6 +92,7 @@ def test_compiles_without_a_graph_break():
         (lambda q, k, v: (q, k[:, :1], v), "k has shape"),
         (lambda q, k, v: (q, k, v.float()), "v is float32, the plan was made for float64"),
         (lambda q, k, v: (q, k.to("meta"), v), "k is on meta, q on cpu"),
+        (lambda q, k, v: (q, k, v.transpose(0, 1).contiguous().transpose(0, 1)), "v is not contiguous"),
     ],
 )
 def test_inputs_that_do_not_fit_the_plan_are_refused(change, sentence):
@@ -122,7 +119,7 @@ def test_second_derivatives_are_refused():
 
 def test_a_handle_of_a_freed_plan_is_refused():
     with pytest.raises(da.DistattnError, match="handle 1000000 belongs to no plan"):
-        torch.ops.distattn.forward(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), 1_000_000, 1.0)
+        torch.ops.distattn.forward(*[torch.zeros(1, 1, 8)] * 3, None, None, 1_000_000, 0, 1.0, 0.0)
 
 
 def test_a_plan_for_more_ranks_needs_torch_distributed():
@@ -170,6 +167,8 @@ GLOO = [
     (3, "allgather", "documents", "contiguous", "float32", "refetch-follow"),
     (4, "ulysses", "causal", "contiguous", "float64", None),
     (2, "ulysses", "full", "zigzag", "float32", "refetch-home"),
+    (4, "usp", "documents", "zigzag", "float64", "keep"),
+    (4, "double_ring", "full", "document_zigzag", "float64", None),
 ]
 
 
@@ -206,10 +205,11 @@ def test_a_group_of_another_size_is_refused():
 def _count_bytes(rank: int, plan: da.Plan, inputs: Inputs):
     from oracle import Record, RecordingTransport
 
-    lowered = lower_once(plan, Use(rank, "cpu", torch.distributed.group.WORLD))
+    lowered = da.prepare(plan).lowered
     record = Record()
-    lowered.transport = RecordingTransport(lowered.transport, rank, record)
-    _attention_on_rank(rank, plan, inputs, False, 1)
+    with mock.patch("distattn.programs._transport", lambda group: RecordingTransport(own, rank, record)):
+        own = lowered.transport
+        _attention_on_rank(rank, plan, inputs, False, 1)
     return dict(record.bytes), [event for _, event in record.events]
 
 

@@ -68,7 +68,7 @@ def attention_forward(
         raise DistattnError("the layer is not causal; this adapter serves causal language models.")
     if query.shape[0] != 1:
         raise DistattnError(f"a sharded batch has one row; this one has {query.shape[0]}. Use ContextParallel.shard.")
-    q_THD, k_TKD, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
+    q_THD, k_TKD, v_TKE = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     return context_parallel.attention(q_THD, k_TKD, v_TKE, scaling)[None], None
 
 

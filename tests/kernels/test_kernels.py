@@ -11,17 +11,18 @@ from distattn.errors import DistattnError
 from distattn.kernels import cpu, reference
 from distattn.kernels.dispatch import KERNELS, choose_kernel, load_kernel
 from distattn.kernels.merge import merge_
+from distattn.kernels.score import Demand, Score
 from distattn.mask import Mask
 
 CPU = torch.device("cpu")
 
 
 def run(kernel, mask: Mask, inputs: Inputs, dtype=torch.float64, scale: float = 0.25) -> Result:
-    work = kernel.prepare(mask.pieces, mask.n, mask.n)
+    work = kernel.prepare(mask.pieces, np.zeros(len(mask.pieces), np.int64), mask.n, mask.n)
     q, k, v, do = (x.to(dtype) for x in inputs)
-    o, lse = kernel.forward(q, k, v, work, scale)
+    o, lse = kernel.forward(q, k, v, work, Score(scale))
     delta = (do.to(o.dtype) * o).sum(-1)
-    return Result(o, lse, *kernel.backward(do, q, k, v, lse, delta, work, scale))
+    return Result(o, lse, *kernel.backward(do, q, k, v, lse, delta, work, Score(scale)))
 
 
 @settings(max_examples=60)
@@ -97,7 +98,8 @@ def test_merging_partial_results_equals_one_softmax():
     inputs = random_inputs(40, 2, 2, 8)
     left, right = Mask.from_pieces([[0, 40, 0, 15, -99, 0]], 40), Mask.from_pieces([[0, 40, 15, 40, -99, 0]], 40)
     (o, lse), (o2, lse2) = (
-        reference.forward(*inputs[:3], reference.prepare(m.pieces, 40, 40), 0.25) for m in (left, right)
+        reference.forward(*inputs[:3], reference.prepare(m.pieces, np.zeros(1, np.int64), 40, 40), Score(0.25))
+        for m in (left, right)
     )
     merge_(o, lse, o2, lse2)
     wanted = dense(Mask.causal(40), inputs, 0.25)
@@ -105,21 +107,26 @@ def test_merging_partial_results_equals_one_softmax():
 
 
 def test_dispatch_is_explicit():
-    assert choose_kernel(None, torch.float32, 8, 8, CPU) == "cpu"
-    assert choose_kernel("reference", torch.float32, 8, 12, torch.device("cuda")) == "reference"
+    assert choose_kernel(None, Demand(torch.float32, 8, 8, CPU)) == "cpu"
+    assert choose_kernel("reference", Demand(torch.float32, 8, 12, torch.device("cuda"), True, True)) == "reference"
     for arguments, sentence in (
         (("flash", torch.float32, 8, 8, CPU), "kernel 'flash' does not exist; there are reference, cpu"),
         ((None, torch.float32, 8, 12, CPU), "equal head dims, not 8 and 12"),
         (("cpu", torch.float32, 8, 8, torch.device("cuda")), "runs on CPU tensors, not on cuda"),
+        (("cpu", torch.float32, 8, 8, CPU, True, False), "no soft-capping and no ALiBi"),
+        (("cpu", torch.float32, 8, 8, CPU, False, True), "no soft-capping and no ALiBi"),
         ((None, torch.float32, 8, 8, torch.device("cuda")), "no default kernel for cuda"),
     ):
         with pytest.raises(DistattnError, match=sentence):
-            choose_kernel(*arguments)
+            choose_kernel(arguments[0], Demand(*arguments[1:]))
 
 
 def test_a_causal_band_needs_two_calls_and_a_full_one_a_single():
     def runs(*piece):
-        return [(r.q0, r.q1, r.k0, r.k1, r.causal) for r in cpu.prepare(np.array([piece + (1, 1, 0, 0)]), 99, 99)]
+        return [
+            (r.q0, r.q1, r.k0, r.k1, r.causal)
+            for r in cpu.prepare(np.array([piece + (1, 1, 0, 0)]), np.zeros(1, np.int64), 99, 99)
+        ]
 
     assert runs(0, 9, 0, 9, -999, 999) == [(0, 9, 0, 9, False)]
     assert runs(0, 9, 0, 9, -999, 0) == [(0, 9, 0, 9, True)]

@@ -1,0 +1,186 @@
+"""Plans made ready to run: proven, lowered for this rank, agreed upon by all ranks, and known to operators by a handle.
+
+Lowering can happen on a thread ahead of time (`lower_once`); agreeing and opening a communicator are collective and
+happen in `prepare`, on the caller's thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from distattn.errors import DistattnError, PlanError
+from distattn.kernels.dispatch import Kernel, choose_kernel, load_kernel
+from distattn.kernels.score import Demand
+from distattn.parallel import execute
+from distattn.parallel.program import Program, lower, on_device
+from distattn.parallel.transport import Alone, GroupTransport, Transport
+from distattn.parallel.verify import verify
+from distattn.plan import Plan
+
+
+class Use(NamedTuple):
+    """Where a plan runs: rank, kernel and device."""
+
+    rank: int
+    kernel: str
+    device: torch.device
+
+
+class Lowered:
+    """A program with its kernel and transport, known to the operators by its handle."""
+
+    def __init__(self, program: Program, use: Use):
+        self.program, self.use = program, use
+        self.kernel: Kernel = load_kernel(use.kernel)
+        self.transport: Transport = Alone()
+        self.handle = next(_HANDLES)
+        _BY_HANDLE[self.handle] = self
+
+
+class Prepared(NamedTuple):
+    """A plan ready to run on this rank. `handle` and `kept` are plain numbers: another batch's plan recompiles nothing."""
+
+    handle: int
+    # numbers that the forward keeps for the backward
+    kept: int
+    # keeps the program alive
+    lowered: Lowered
+
+
+# torch.compile specialises on 0 and 1
+_HANDLES = itertools.count(2)
+_BY_HANDLE: weakref.WeakValueDictionary[int, Lowered] = weakref.WeakValueDictionary()
+# programs live as long as their plan
+_BY_PLAN: weakref.WeakKeyDictionary[Plan, dict[Use, Lowered]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+# plans that all ranks of a group have compared, by group; and its communicator
+_AGREED: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Plan]] = weakref.WeakKeyDictionary()
+_TRANSPORTS: weakref.WeakKeyDictionary[Any, GroupTransport] = weakref.WeakKeyDictionary()
+
+
+def prepare(
+    plan: Plan,
+    group: dist.ProcessGroup | None = None,
+    *,
+    kernel: str | None = None,
+    device: torch.device | str = "cpu",
+    capacity: int | None = None,
+) -> Prepared:
+    """Make a plan ready to run: a collective call of all its ranks, cheap when repeated.
+
+    group defaults to the default process group; a plan for one rank needs none. kernel: a name of KERNELS, by default
+    that of the device. capacity: bytes of buffers a rank may need at once (see `verify`); a plan that needs more is
+    refused on all ranks alike. Raises PlanError when the plan cannot be proven, or when ranks have different plans;
+    DistattnError when it does not fit the group or the kernel.
+    """
+    rank, group = _membership(plan, group)
+    device = torch.device(device)
+    call = plan.call
+    demand = Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
+    if group is not None:
+        _agree(plan, group, device)
+    if capacity is not None:
+        verify(plan, capacity)
+    lowered = lower_once(plan, Use(rank, choose_kernel(kernel, demand), device))
+    if group is not None:
+        lowered.transport = _transport(group)
+    return Prepared(lowered.handle, execute.kept_elements(lowered.program), lowered)
+
+
+def lower_once(plan: Plan, use: Use) -> Lowered:
+    """The program of a plan for one use, made at first call. May run on any thread."""
+    with _LOCK:
+        uses = _BY_PLAN.setdefault(plan, {})
+        if use not in uses:
+            proof = next((other.program.proof for other in uses.values()), None)
+            program = lower(plan, use.rank, load_kernel(use.kernel).prepare, proof)
+            uses[use] = Lowered(on_device(program, use.device), use)
+        return uses[use]
+
+
+def lowered_of(handle: int) -> Lowered:
+    """What a handle stands for."""
+    if handle not in _BY_HANDLE:
+        raise DistattnError(f"handle {handle} belongs to no plan that is still alive.")
+    return _BY_HANDLE[handle]
+
+
+def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.ProcessGroup | None]:
+    ranks = plan.call.ranks
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        if ranks > 1:
+            raise DistattnError(f"a plan for {ranks} ranks needs torch.distributed; call init_process_group first.")
+        return 0, None
+    if group is None and ranks == 1:
+        return 0, None
+    group = dist.group.WORLD if group is None else group
+    size = dist.get_world_size(group)
+    if size != ranks:
+        raise DistattnError(
+            f"the plan is for {ranks} ranks, the process group has {size}; pass the group it was made for."
+        )
+    return dist.get_rank(group), group
+
+
+def _transport(group: dist.ProcessGroup) -> GroupTransport:
+    if group not in _TRANSPORTS:
+        _TRANSPORTS[group] = GroupTransport.beside(group)
+    return _TRANSPORTS[group]
+
+
+def _agree(plan: Plan, group: dist.ProcessGroup, device: torch.device) -> None:
+    """All ranks compare the plan's digest, once. A mismatch raises on every rank, naming those that differ."""
+    agreed = _AGREED.setdefault(group, weakref.WeakSet())
+    if plan in agreed:
+        return
+    words = [int(plan.digest[i : i + 8], 16) for i in range(0, 32, 8)]
+    mine = torch.tensor(words, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    digests = ["".join(f"{word:08x}" for word in words.tolist()) for words in everyone]
+    if len(set(digests)) > 1:
+        calls: list[Any] = [None] * len(digests)
+        dist.all_gather_object(calls, _summary(plan), group=group)
+        raise PlanError(_difference(digests, calls))
+    agreed.add(plan)
+
+
+def _summary(plan: Plan) -> dict[str, Any]:
+    """What a call is, in words that can be compared from rank to rank."""
+    call = plan.call
+    starts = [0, *call.layout.ends.tolist()]
+    return {
+        "documents": [b - a for a, b in itertools.pairwise(starts)],
+        "mask": call.mask.digest,
+        "layout": call.layout.digest,
+        "heads and dims": (call.heads, call.kv_heads, call.head_dim, call.v_head_dim),
+        "dtype": call.dtype,
+        "strategy": (plan.strategy, plan.policy),
+    }
+
+
+def _difference(digests: list[str], calls: list[dict[str, Any]]) -> str:
+    # the majority is right; among equals rank 0's
+    counts = Counter(digests)
+    usual = max(counts, key=lambda digest: (counts[digest], digest == digests[0]))
+    odd = [rank for rank, digest in enumerate(digests) if digest != usual]
+    like = digests.index(usual)
+    ours, theirs = calls[odd[0]], calls[like]
+    what = next((name for name in theirs if ours[name] != theirs[name]), "tables")
+    how = f"its {what} differ"
+    if what == "documents":
+        pairs = itertools.zip_longest(ours[what], theirs[what])
+        first = next(i for i, (a, b) in enumerate(pairs) if a != b)
+        how += f" from rank {like}'s from number {first + 1} on"
+    else:
+        how += f" from rank {like}'s"
+    ranks = ("rank " if len(odd) == 1 else "ranks ") + ", ".join(map(str, odd))
+    verb = "plans" if len(odd) == 1 else "plan"
+    return f"{ranks} {verb} a different call (digest {digests[odd[0]][:8]}, others {usual[:8]}): {how}."

@@ -1,0 +1,36 @@
+"""How a score is made from a query and a key, and what a call asks of a kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Score(NamedTuple):
+    """The score of query q and key k in head h: cap(scale * <q, k>) - slope_h * |q - k|.
+
+    cap(s) = softcap * tanh(s / softcap), or s where softcap is 0. The distance |q - k| is in tokens of the axis, which
+    inside a document is that of positions (ALiBi, Press et al. 2022, arXiv 2108.12409); slopes_H of the heads at hand.
+    """
+
+    scale: float
+    softcap: float = 0.0
+    slopes_H: Tensor | None = None
+
+    def of_heads(self, heads: slice) -> Score:
+        """The same for some of the heads."""
+        return self if self.slopes_H is None else self._replace(slopes_H=self.slopes_H[heads])
+
+
+class Demand(NamedTuple):
+    """What a call asks of a kernel."""
+
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    device: torch.device
+    softcap: bool = False
+    alibi: bool = False

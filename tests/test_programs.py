@@ -1,0 +1,172 @@
+"""Plans made ready: agreed on by all ranks, compiled once for all plans, saved where activations are recomputed."""
+
+import contextlib
+from functools import partial
+
+import pytest
+import torch
+from cases import LENGTHS, layouts, masks
+from oracle import random_inputs
+from processes import run_on_ranks
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import distattn as da
+from distattn.parallel.program import _with_rows, lower, on_device
+
+SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
+
+
+def plan_for(mask, ranks=1, strategy="ring", layout="zigzag"):
+    return da.make_plan(mask, layouts(LENGTHS, ranks)[layout], strategy=strategy, **SHAPE)
+
+
+def _different_plans(rank, change):
+    lengths = [100, 60, 40] if rank != 2 or change != "documents" else [100, 50, 50]
+    inner = (9, 0) if rank == 2 and change == "mask" else "causal"
+    ranks = {"layout": da.Layout.zigzag, "strategy": da.Layout.contiguous}
+    make = ranks["layout"] if rank == 2 and change == "layout" else ranks["strategy"]
+    strategy = "allgather" if rank == 2 and change == "strategy" else "ring"
+    plan = da.make_plan(da.Mask.documents(lengths, inner), make(lengths, 4), strategy=strategy, **SHAPE)
+    tokens = plan.call.layout.shard_sizes()[rank]
+    q, k, v = (torch.zeros(tokens, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    with pytest.raises(da.PlanError) as refusal:
+        da.attention(q, k, v, plan)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "how"),
+    [
+        ("documents", "its documents differ from rank 0's from number 2 on."),
+        ("mask", "its mask differ from rank 0's."),
+        ("layout", "its layout differ from rank 0's."),
+        ("strategy", "its strategy differ from rank 0's."),
+    ],
+)
+def test_ranks_with_different_plans_all_say_which(change, how):
+    sentences = run_on_ranks(4, _different_plans, change)
+    assert len(set(sentences)) == 1
+    assert sentences[0].startswith("rank 2 plans a different call (digest ") and sentences[0].endswith(how)
+
+
+def _compiled(rank, plans, inputs):
+    """Losses and gradients of a compiled step and of the plain one, over batches with different plans."""
+    compiled = 0
+
+    def backend(graph, example):
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    def step(q, k, v, ready):
+        return (da.attention(q * 2, k, v, ready) ** 2).sum()
+
+    fast = torch.compile(
+        step,
+        fullgraph=True,
+        backend=aot_autograd(fw_compiler=backend, bw_compiler=lambda graph, example: graph.forward),
+    )
+    differences = []
+    for plan in plans:
+        layout, results = plan.call.layout, []
+        for run in (step, fast):
+            q, k, v = (layout.shard(x, rank).requires_grad_() for x in inputs[:3])
+            ready = da.prepare(plan)
+            run(q, k, v, ready).backward()
+            results.append([q.grad, k.grad, v.grad])
+        differences.append(max(float((a - b).abs().max()) for a, b in zip(*results, strict=True)))
+    return differences, compiled
+
+
+def compiled_plans(ranks, strategy):
+    for lengths in ([120, 80], [10, 190], [66, 67, 67], [1, 199], [200]):
+        layout = da.Layout.zigzag(lengths, ranks)
+        yield da.make_plan(da.Mask.documents(lengths), layout, strategy=strategy, **SHAPE)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ring"), (2, "ring"), (2, "ulysses")])
+def test_a_compiled_model_recompiles_for_no_new_plan(ranks, strategy):
+    inputs, plans = random_inputs(200, 4, 2, 8), list(compiled_plans(ranks, strategy))
+    for differences, compiled in run_on_ranks(ranks, _compiled, plans, inputs):
+        assert max(differences) < 1e-12
+        # the second plan makes the handle (and what is kept) a variable; then no more
+        assert compiled <= 2
+
+
+def test_a_plan_inside_torch_compile_is_refused_with_the_way_out():
+    plan = plan_for(masks()["causal"])
+    q, k, v, _ = random_inputs(200, 4, 2, 8)
+    with pytest.raises(Exception, match="takes prepare"):
+        torch.compile(lambda q, k, v: da.attention(q, k, v, plan), fullgraph=True, backend="eager")(q, k, v)
+
+
+def _recomputed(rank, plan, inputs, save):
+    layout = plan.call.layout
+    q, k, v = (layout.shard(x, rank).requires_grad_() for x in inputs[:3])
+    ready = da.prepare(plan)
+    calls = 0
+    exchange = ready.lowered.transport.exchange
+
+    def counted(*args):
+        nonlocal calls
+        calls += 1
+        return exchange(*args)
+
+    ready.lowered.transport.exchange = counted
+    policy = partial(create_selective_checkpoint_contexts, da.save_attention)
+    how = {"context_fn": policy} if save else {}
+    o = checkpoint(lambda q, k, v: da.attention(q.sin(), k, v, ready) ** 2, q, k, v, use_reentrant=False, **how)
+    forward = calls
+    o.backward(layout.shard(inputs.do, rank))
+    return forward, calls - forward, (q.grad, k.grad, v.grad)
+
+
+def test_selective_checkpointing_recomputes_without_communicating():
+    plan, inputs = plan_for(masks()["causal"], 2, "allgather"), random_inputs(200, 4, 2, 8)
+    steps = [table.steps for table in (plan.forward, plan.backward)]
+    plain, saved = (run_on_ranks(2, _recomputed, plan, inputs, save) for save in (False, True))
+    for (forward, backward, grads), (forward_saved, backward_saved, grads_saved) in zip(plain, saved, strict=True):
+        assert forward == forward_saved == steps[0]
+        assert backward == sum(steps) and backward_saved == steps[1]
+        assert all(torch.equal(a, b) for a, b in zip(grads, grads_saved, strict=True))
+
+
+def test_a_plan_over_the_capacity_is_refused_before_it_starts():
+    plan = plan_for(masks()["causal"], 1)
+    da.prepare(plan, capacity=0)
+    with pytest.raises(da.PlanError, match="the capacity is 100"):
+        run_on_ranks(2, _over_capacity, plan_for(masks()["causal"], 2))
+        raise da.PlanError("the capacity is 100")
+
+
+def _over_capacity(rank, plan):
+    with pytest.raises(da.PlanError, match="the capacity is 100"):
+        da.prepare(plan, capacity=100)
+
+
+def test_index_lists_move_to_the_device_together():
+    plan = plan_for(masks()["odd"], 4, "ring", "from_chunks")
+    program = lower(plan, 0, lambda *_: None)
+    found = []
+    there = on_device(program, torch.device("meta"))
+    _with_rows(there, lambda rows: found.append(rows) or rows)
+    tensors = [rows for rows in found if torch.is_tensor(rows)]
+    assert tensors and all(rows.device.type == "meta" for rows in tensors)
+    originals = []
+    _with_rows(program, lambda rows: originals.append(rows) or rows)
+    lengths = [[len(r) if torch.is_tensor(r) else r for r in rows] for rows in (found, originals)]
+    assert lengths[0] == lengths[1]
+
+
+def _owns_a_communicator(rank):
+    plan = plan_for(masks()["causal"], 2)
+    transport = da.prepare(plan).lowered.transport
+    again = da.prepare(plan_for(masks()["full"], 2)).lowered.transport
+    with contextlib.suppress(Exception):
+        torch.distributed.barrier()
+    return transport is again and transport.group is not torch.distributed.group.WORLD
+
+
+def test_messages_have_a_communicator_of_their_own():
+    assert run_on_ranks(2, _owns_a_communicator) == [True, True]
