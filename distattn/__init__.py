@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from distattn.errors import DamagedDataError as DamagedDataError
     from distattn.errors import DistattnError as DistattnError
     from distattn.errors import PlanError as PlanError
+    from distattn.exporters import block_mask as block_mask
+    from distattn.exporters import cu_seqlens as cu_seqlens
     from distattn.functional import attention as attention
     from distattn.functional import save_attention as save_attention
     from distattn.layout import Layout as Layout
@@ -44,6 +46,8 @@ _HOME = {
     "Proof": "distattn.parallel.verify",
     "Table": "distattn.plan",
     "attention": "distattn.functional",
+    "block_mask": "distattn.exporters",
+    "cu_seqlens": "distattn.exporters",
     "explain": "distattn.parallel.explain",
     "make_plan": "distattn.parallel.make_plan",
     "prepare": "distattn.programs",

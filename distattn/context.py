@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,13 @@ from distattn.cluster.topology import Cluster
 from distattn.errors import DistattnError
 from distattn.functional import attention
 from distattn.intervals import whole_numbers
-from distattn.kernels.dispatch import load_kernel
+from distattn.kernels.dispatch import choose_kernel, load_kernel
+from distattn.kernels.score import Demand
 from distattn.layout import LAYOUTS, Layout
 from distattn.mask import Mask
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.plan import Plan
+from distattn.programs import Prepared, Use, lower_once, prepare
 
 IGNORE_INDEX = -100
 _KEYS = ("input_ids", "labels", "document_lengths", "attention_mask")
@@ -33,7 +36,7 @@ class ContextParallel:
 
     group defaults to the default process group, or one rank without torch.distributed. layout is a name of LAYOUTS with
     its options; inner is what a document attends to in itself (see `Mask.documents`). kernel as in `attention`; backward,
-    cluster and options as in `make_plan`. Raises DistattnError for names that do not exist.
+    cluster and options as in `make_plan`; capacity as in `prepare`. Raises DistattnError for names that do not exist.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class ContextParallel:
         backward: str | None = None,
         cluster: Cluster | None = None,
         options: Mapping[str, object] | None = None,
+        capacity: int | None = None,
     ):
         check_names(strategy, backward, options)
         if layout not in LAYOUTS:
@@ -61,7 +65,7 @@ class ContextParallel:
         Mask.documents([1], inner)
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
-        self.group, self.kernel = group, kernel
+        self.group, self.kernel, self.capacity = group, kernel, capacity
         self.rank = 0 if group is None else dist.get_rank(group)
         self.ranks = 1 if group is None else dist.get_world_size(group)
 
@@ -71,14 +75,17 @@ class ContextParallel:
                 of_layout.setdefault("mask", mask)
             return mask, LAYOUTS[layout](lengths, self.ranks, **of_layout)
 
-        def plan(lengths: tuple[int, ...], shape: tuple[tuple[str, Any], ...]) -> Plan:
+        def plan(lengths: tuple[int, ...], shape: Shape) -> Plan:
             mask, laid_out = self.axis(lengths)
             how: dict[str, Any] = dict(strategy=strategy, backward=backward, cluster=cluster, options=options)
-            return make_plan(mask, laid_out, **how, **dict(shape))
+            return make_plan(mask, laid_out, **how, **shape._asdict())
 
         # fixed-length batches meet the same axis again and again; packed ones never do
         self.axis = lru_cache(maxsize=8)(lay_out)
         self.plan = lru_cache(maxsize=8)(plan)
+        # what layers have asked for so far: the next batch's programs are made ahead
+        self.needs: set[tuple[Shape, torch.device]] = set()
+        self.worker = ThreadPoolExecutor(1, "distattn-plans")
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch that every rank holds whole.
@@ -122,33 +129,58 @@ class ContextParallel:
         }
 
 
+class Shape(NamedTuple):
+    """What one attention layer asks for, beside the batch."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+
+
 class ShardedBatch:
-    """The axis one batch was laid out on: what attention layers need of it. Travels with the batch, not with the model."""
+    """The axis one batch was laid out on: what attention layers need of it. Travels with the batch, not with the model.
+
+    Plans and programs for the shapes that earlier batches asked for are made on a thread, from the moment it exists.
+    """
 
     def __init__(self, parent: ContextParallel, lengths: tuple[int, ...]):
         self.parent, self.lengths = parent, lengths
-        self._plans: dict[tuple[tuple[str, Any], ...], Plan] = {}
+        self._prepared: dict[tuple[Shape, torch.device], Prepared] = {}
+        self._plans = {need: parent.worker.submit(self._lowered, *need) for need in parent.needs}
 
-    def attention(self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None) -> Tensor:
+    def attention(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None, **modifiers: Any
+    ) -> Tensor:
         """`distattn.attention` of this rank's tokens (T, heads, dim), with the plan for these shapes."""
-        shape = q_THD.shape[1], k_TKD.shape[1], q_THD.shape[2], v_TKE.shape[2]
-        plan = self.plan(*shape, str(q_THD.dtype).removeprefix("torch."))
-        parent = self.parent
-        if parent.axis(self.lengths)[1].shard_sizes()[parent.rank]:
-            o_THE = attention(q_THD, k_TKD, v_TKE, plan, parent.group, scale=scale, kernel=parent.kernel)
-        else:
-            # the padding token of a rank without tokens attends to nothing, but others may need this rank's help
-            o_THE = attention(q_THD[:0], k_TKD[:0], v_TKE[:0], plan, parent.group, scale=scale, kernel=parent.kernel)
-            o_THE = F.pad(o_THE, (0, 0, 0, 0, 0, len(q_THD)))
-        return o_THE
+        shape = Shape(q_THD.shape[1], k_TKD.shape[1], q_THD.shape[2], v_TKE.shape[2], str(q_THD.dtype)[6:])
+        ready = self._ready(shape, q_THD.device)
+        if ready.lowered.program.tokens:
+            return attention(q_THD, k_TKD, v_TKE, ready, scale=scale, **modifiers)
+        # the padding token of a rank without tokens attends to nothing, but others may need this rank's help
+        o_THE = attention(q_THD[:0], k_TKD[:0], v_TKE[:0], ready, scale=scale, **modifiers)
+        return F.pad(o_THE, (0, 0, 0, 0, 0, len(q_THD)))
 
     def plan(self, heads: int, kv_heads: int, head_dim: int, v_head_dim: int, dtype: str) -> Plan:
         """The plan of this batch for one shape of call; layers of the same shape share it."""
-        shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
-        key = tuple(shape.items())
-        if key not in self._plans:
-            self._plans[key] = self.parent.plan(self.lengths, key)
-        return self._plans[key]
+        return self.parent.plan(self.lengths, Shape(heads, kv_heads, head_dim, v_head_dim, dtype))
+
+    def _ready(self, shape: Shape, device: torch.device) -> Prepared:
+        need, parent = (shape, device), self.parent
+        if need not in self._prepared:
+            parent.needs.add(need)
+            plan = self._plans[need].result() if need in self._plans else self.plan(*shape)
+            how: dict[str, Any] = dict(kernel=parent.kernel, device=device, capacity=parent.capacity)
+            self._prepared[need] = prepare(plan, parent.group, **how)
+        return self._prepared[need]
+
+    def _lowered(self, shape: Shape, device: torch.device) -> Plan:
+        """On the thread: plan, proof and program, so that nothing is left but to agree with the other ranks."""
+        plan = self.plan(*shape)
+        demand = Demand(getattr(torch, shape.dtype), shape.head_dim, shape.v_head_dim, device)
+        lower_once(plan, Use(self.parent.rank, choose_kernel(self.parent.kernel, demand), device))
+        return plan
 
 
 def _lengths(batch: Mapping[str, Any], ids: Tensor) -> tuple[int, ...]:

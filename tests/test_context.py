@@ -6,6 +6,7 @@ from processes import run_on_ranks
 from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, MistralConfig
 
 import distattn as da
+from distattn import programs
 from distattn.adapters import huggingface
 from distattn.config import Config, ModelConfig
 from distattn.context import IGNORE_INDEX
@@ -154,7 +155,6 @@ def test_the_adapter_refuses_by_name_what_it_would_get_wrong():
         (dict(context_parallel=sharded, dropout=0.1), "dropout 0.1"),
         (dict(context_parallel=sharded, sliding_window=4), "a sliding window"),
         (dict(context_parallel=sharded, softcap=30.0), "soft-capping"),
-        (dict(context_parallel=sharded, s_aux=q), "attention sinks"),
     ):
         with pytest.raises(da.DistattnError, match=sentence):
             call(None, **kwargs)
@@ -190,3 +190,36 @@ def test_models_that_want_another_mask_are_refused(make, sentence):
     arguments = {name: local[name] for name in ("input_ids", "position_ids", "context_parallel")}
     with pytest.raises(da.DistattnError, match=sentence):
         model(**arguments, use_cache=False)
+
+
+def test_the_adapter_passes_sinks_and_soft_caps_on():
+    lengths = [4, 3]
+    cp = da.ContextParallel(strategy="ring", kernel="reference")
+    sharded = cp.shard({"input_ids": torch.arange(7)[None], "document_lengths": lengths})["context_parallel"]
+    q, k, v = (torch.randn(1, heads, 7, 8) for heads in (4, 2, 2))
+    sink = torch.randn(4)
+    got, _ = huggingface.attention_forward(
+        torch.nn.Identity(), q, k, v, None, scaling=0.5, softcap=2.0, s_aux=sink, context_parallel=sharded
+    )
+    plan = sharded.plan(4, 2, 8, 8, "float32")
+    parts = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    wanted = da.attention(*parts, plan, scale=0.5, softcap=2.0, sink=sink, kernel="reference")
+    assert torch.equal(got[0], wanted)
+
+
+def test_programs_for_known_shapes_are_made_ahead():
+    cp = da.ContextParallel(strategy="ring")
+
+    def layer(lengths):
+        sharded = cp.shard(batch(lengths))["context_parallel"]
+        made = {need: future.result() for need, future in sharded._plans.items()}
+        q, k, v = (torch.randn(sum(lengths), heads, 8) for heads in (4, 2, 2))
+        sharded.attention(q, k, v)
+        (ready,) = sharded._prepared.values()
+        return made, ready
+
+    assert layer([4, 2])[0] == {}
+    made, ready = layer([3, 3])
+    (plan,) = made.values()
+    # the layer used the very program that the thread had made
+    assert ready.lowered is next(iter(programs._BY_PLAN[plan].values()))

@@ -24,8 +24,6 @@ NAME = "distattn"
 # arguments by which models ask for attention that this adapter does not compute
 _UNSUPPORTED = {
     "sliding_window": "a sliding window",
-    "softcap": "logit soft-capping",
-    "s_aux": "attention sinks",
     "position_bias": "a position bias",
 }
 
@@ -44,10 +42,15 @@ def attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     context_parallel: ShardedBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (1, H, T, D), key (1, K, T, D), value (1, K, T, E) -> (1, T, H, E), as transformers calls it."""
+    """query (1, H, T, D), key (1, K, T, D), value (1, K, T, E) -> (1, T, H, E), as transformers calls it.
+
+    softcap and s_aux (H,), a sink logit per head, as Gemma 2 and gpt-oss pass them.
+    """
     if context_parallel is None:
         raise DistattnError(
             'attn_implementation="distattn" needs the sharded batch: '
@@ -69,7 +72,8 @@ def attention_forward(
     if query.shape[0] != 1:
         raise DistattnError(f"a sharded batch has one row; this one has {query.shape[0]}. Use ContextParallel.shard.")
     q_THD, k_TKD, v_TKE = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    return context_parallel.attention(q_THD, k_TKD, v_TKE, scaling)[None], None
+    o_THE = context_parallel.attention(q_THD, k_TKD, v_TKE, scaling, softcap=softcap or 0.0, sink=s_aux)
+    return o_THE[None], None
 
 
 def no_mask(
