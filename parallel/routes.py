@@ -52,8 +52,15 @@ def star(payload: Payload, seen: Columns, step: int | Ints) -> Columns:
     return _moves(payload, seen, seen["owner"], seen["rank"], step)
 
 
-def chain(payload: Payload, seen: Columns) -> Columns:
-    """From the owner to its first guest, from there to the next, always one step before it is used."""
+def chain(payload: Payload, seen: Columns, lane: Ints | None = None) -> Columns:
+    """From the owner to its first guest, from there to the next, always one step before it is used.
+
+    Guests of a stretch have different steps; with `lane`, a number for each rank, those of the same lane, which form a
+    chain of their own.
+    """
+    if lane is not None:
+        seen = {**seen, "stretch": seen["stretch"] * (int(lane.max()) + 1) + lane[seen["rank"]]}
+        seen = take(seen, lexical_order(seen["stretch"], seen["step"]))
     previous = np.append(-1, seen["rank"][:-1])
     return _moves(
         payload, seen, np.where(first_of(seen["stretch"]), seen["owner"], previous), seen["rank"], seen["step"] - 1

@@ -37,7 +37,8 @@ def usp(
         )
     groups = call.ranks // share
     ranks = np.arange(call.ranks)
-    group = ranks // share if inner == "ulysses" else ranks % groups
+    # lane: the ranks that have the same share of the heads
+    group, lane = (ranks // share, ranks % share) if inner == "ulysses" else (ranks % groups, ranks // groups)
     whole, query_group, key_group = split_by_owners(call, chunks_of_groups(call, group))
     area, row, part = split_heads(whole, share, call.heads)
     at, origin = query_group[row], key_group[row]
@@ -45,7 +46,7 @@ def usp(
     tasks = columns(TASK_COLUMNS, step=1 + (at - origin) % groups, rank=rank, **vars(area))
     moves = [
         star(Payload.Q, guests(call, Payload.Q, tasks), 0),
-        chain(Payload.KV, guests(call, Payload.KV, tasks)),
+        chain(Payload.KV, guests(call, Payload.KV, tasks), lane),
         straight_home(Payload.O, guests(call, Payload.O, tasks, latest=True)),
     ]
     return [Table(tasks, concat(MOVE_COLUMNS, moves))]

@@ -17,7 +17,7 @@ from distattn.parallel.verify import verify
 from distattn.plan import POLICIES, Call, Payload, Plan, Table
 
 Q, KV, O, dO, dQ, dKV = (int(payload) for payload in Payload)
-MUTATIONS = 3000
+MUTATIONS = 10000
 
 
 @functools.cache
