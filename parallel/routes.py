@@ -128,16 +128,16 @@ def straight_home(payload: Payload, left: Columns, node: Ints | None = None) -> 
 def follow(payload: Payload, left: Columns, node: Ints | None = None) -> Columns:
     """Partial results visit the guests in the order of their last deposits, summing, then go home.
 
-    With `node`, what the owner's own node adds goes home on its own, so that the others' sum need not come by there.
-    `left`: guests by their latest step.
+    With `node`, what the owner's own node adds goes home on its own, and the others are visited node by node, so that
+    the sum crosses into no node twice. `left`: guests by their latest step.
     """
     rows = count(left)
     if not rows:
         return concat(MOVE_COLUMNS, [])
     if node is not None:
-        foreign = (node[left["rank"]] != node[left["owner"]]).astype(np.int64)
-        left = {**left, "stretch": 2 * left["stretch"] + foreign}
-        left = take(left, lexical_order(left["stretch"], left["step"], left["rank"]))
+        away = (node[left["rank"]] - node[left["owner"]]) % (int(node.max()) + 1)
+        left = {**left, "stretch": 2 * left["stretch"] + (away > 0)}
+        left = take(left, lexical_order(left["stretch"], away, left["step"], left["rank"]))
     fresh = first_of(left["stretch"])
     # leave after one's own last deposit and after the sum so far has arrived: step_i = max_j<=i (deposit_j + i - j) + 1
     index, stretch = np.arange(rows), np.cumsum(fresh)

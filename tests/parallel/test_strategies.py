@@ -178,7 +178,7 @@ def test_a_ring_holds_two_foreign_shards_a_rank_and_three_where_ranks_are_skippe
             # the one it computes on and the one that arrives; and one it keeps for a rank further on
             for direction in ("forward", "backward"):
                 held = [record.received[direction, rank, Payload.KV] for rank in range(ranks)]
-                assert max(held) <= (2 if mask == "full" else 3) * shard and np.mean(held) <= 2 * shard
+                assert max(held) <= (2 if mask == "full" else 3) * shard and np.mean(held) <= 2.1 * shard
 
 
 def test_ulysses_splits_uneven_heads_and_replicates_key_value_heads():

@@ -27,7 +27,7 @@ def oracle(mask: Mask):
 
 
 def mutate(plan: Plan, rng: random.Random) -> tuple[Plan, bool] | None:
-    """A plan with one row changed, and whether the change might leave it valid (a step, a source, a destination)."""
+    """A plan with one row changed, and whether the change might leave it valid (a step, a rank, a source, a destination)."""
     direction, kind = rng.choice(["forward", "backward"]), rng.choice(["tasks", "moves"])
     table = getattr(plan, direction)
     rows = {name: column.copy() for name, column in getattr(table, kind).items()}
@@ -67,7 +67,7 @@ def mutate(plan: Plan, rng: random.Random) -> tuple[Plan, bool] | None:
         rows[what][i] = (rows[what][i] + rng.randrange(1, size)) % size
     changed = Table(**({"tasks": table.tasks, "moves": table.moves} | {kind: rows}))
     tables = {"forward": plan.forward, "backward": plan.backward} | {direction: changed}
-    return Plan(plan.call, **tables, policy=plan.policy), what in ("step", "src", "dst")
+    return Plan(plan.call, **tables, policy=plan.policy), what in ("step", "rank", "src", "dst")
 
 
 def test_mutated_plans_are_refused_or_harmless():
