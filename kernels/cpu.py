@@ -7,7 +7,7 @@ to PyTorch (`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim of queries, keys and values
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,8 +34,17 @@ class Run(NamedTuple):
     k1: int
     causal: bool
     band: Ints | None
-    # no earlier run of the call has written these rows
-    fresh: bool
+    # no earlier run of the call has written these rows, these keys
+    fresh_rows: bool
+    fresh_keys: bool
+
+
+class Work(NamedTuple):
+    """The runs of a call, and whether fresh ones reach every row and every key."""
+
+    runs: list[Run]
+    all_rows: bool
+    all_keys: bool
 
 
 def refusal(demand: Demand) -> str | None:
@@ -51,24 +60,29 @@ def refusal(demand: Demand) -> str | None:
     return None
 
 
-def prepare(bands: Ints, shift: Ints, rows: int, keys: int) -> list[Run]:
+def prepare(bands: Ints, shift: Ints, rows: int, keys: int) -> Work:
     """The runs that compute bands (M, 10), in the coordinates of the tensors."""
-    written = np.zeros(rows, bool)
+    written, used = np.zeros(rows, bool), np.zeros(keys, bool)
+    # rows and keys whose first run writes nothing else: no need to clear them before
+    first_rows = first_keys = 0
     runs = []
     tight = tighten(bands)
     for q0, q1, k0, k1, causal, masked in _parts(tight[tight[:, Q0] < tight[:, Q1]]):
-        runs.append(Run(q0, q1, k0, k1, causal, masked, not written[q0:q1].any()))
-        written[q0:q1] = True
-    return runs
+        fresh = not written[q0:q1].any(), not used[k0:k1].any()
+        runs.append(Run(q0, q1, k0, k1, causal, masked, *fresh))
+        written[q0:q1] = used[k0:k1] = True
+        first_rows += (q1 - q0) * fresh[0]
+        first_keys += (k1 - k0) * fresh[1]
+    return Work(runs, first_rows == rows, first_keys == keys)
 
 
-def forward(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, runs: list[Run], score: Score) -> tuple[Tensor, Tensor]:
+def forward(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, work: Work, score: Score) -> tuple[Tensor, Tensor]:
     """(o_THD, lse_TH) in the accumulation dtype; rows in no run: o = 0, lse = -inf."""
     wide = accumulation_dtype(q_THD.dtype)
-    o_THD = torch.zeros(q_THD.shape, dtype=wide)
-    lse_TH = torch.full(q_THD.shape[:2], -torch.inf, dtype=wide)
+    o_THD = _blank(q_THD.shape, wide, 0.0, work.all_rows)
+    lse_TH = _blank(q_THD.shape[:2], wide, -torch.inf, work.all_rows)
     q, k, v = _heads_first(q_THD), _heads_first(k_SKD), _heads_first(v_SKD)
-    for run in runs:
+    for run in work.runs:
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[:, :, run.q0 : run.q1],
             k[:, :, run.k0 : run.k1],
@@ -80,7 +94,9 @@ def forward(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, runs: list[Run], score:
         )
         rows = slice(run.q0, run.q1)
         part_THD, part_lse_TH = part[0].transpose(0, 1), part_lse[0].transpose(0, 1)
-        if run.fresh:
+        if len(work.runs) == 1 and work.all_rows:
+            return part_THD.to(wide), part_lse_TH
+        if run.fresh_rows:
             o_THD[rows], lse_TH[rows] = part_THD, part_lse_TH
         else:
             merge_(o_THD[rows], lse_TH[rows], part_THD, part_lse_TH)
@@ -94,16 +110,17 @@ def backward(
     v_SKD: Tensor,
     lse_TH: Tensor,
     delta_TH: Tensor,
-    runs: list[Run],
+    work: Work,
     score: Score,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq_THD, dk_SKD, dv_SKD) of these cells, given the final lse and delta = rowsum(dO * O) of each row."""
     wide = accumulation_dtype(q_THD.dtype)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (q_THD, k_SKD, v_SKD))
+    dq = _blank(q_THD.shape, wide, 0.0, work.all_rows)
+    dk, dv = (_blank(x.shape, wide, 0.0, work.all_keys) for x in (k_SKD, v_SKD))
     q, k, v, do = (_heads_first(x) for x in (q_THD, k_SKD, v_SKD, do_THD))
     o = _heads_first(_stand_in(do_THD, delta_TH))
     lse = lse_TH.transpose(0, 1)[None].contiguous()
-    for run in runs:
+    for run in work.runs:
         rows, keys = slice(run.q0, run.q1), slice(run.k0, run.k1)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             do[:, :, rows],
@@ -117,9 +134,21 @@ def backward(
             attn_mask=_float_mask(run, q.dtype),
             scale=score.scale,
         )
-        for total, span, grad in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
-            total[span] += grad[0].transpose(0, 1)
+        dq_part, dk_part, dv_part = (grad[0].transpose(0, 1) for grad in grads)
+        if len(work.runs) == 1 and work.all_rows and work.all_keys:
+            return dq_part.to(wide), dk_part.to(wide), dv_part.to(wide)
+        for total, part, fresh in (
+            (dq[rows], dq_part, run.fresh_rows),
+            (dk[keys], dk_part, run.fresh_keys),
+            (dv[keys], dv_part, run.fresh_keys),
+        ):
+            # the first to write need not read
+            total.copy_(part) if fresh else total.add_(part)
     return dq, dk, dv
+
+
+def _blank(shape: Sequence[int], dtype: torch.dtype, value: float, overwritten: bool) -> Tensor:
+    return torch.empty(shape, dtype=dtype) if overwritten else torch.full(shape, value, dtype=dtype)
 
 
 def _parts(bands: Ints) -> Iterator[tuple[int, int, int, int, bool, Ints | None]]:
@@ -161,10 +190,9 @@ def _heads_first(x_THD: Tensor) -> Tensor:
 def _stand_in(do_THD: Tensor, delta_TH: Tensor) -> Tensor:
     """Some o with rowsum(dO * o) = delta: all the operator uses o for. The true o never travels to where tasks run.
 
-    Scaled by the largest |dO| of a row first, so that tiny gradients do not underflow when squared.
+    It is zero but where |dO| of the row is largest, so that nothing overflows and tiny gradients do not vanish.
     """
-    do = do_THD.to(delta_TH.dtype)
-    largest = do.abs().amax(-1, keepdim=True)
-    unit = do / largest.masked_fill(largest == 0, 1.0)
-    length = (unit * unit).sum(-1, keepdim=True) * largest
-    return (unit * (delta_TH[..., None] / length.masked_fill(length == 0, 1.0))).to(do_THD.dtype)
+    at = do_THD.abs().argmax(-1, keepdim=True)
+    largest = do_THD.gather(-1, at).to(delta_TH.dtype)
+    value = delta_TH[..., None] / largest.masked_fill(largest == 0, 1.0)
+    return torch.zeros_like(do_THD).scatter_(-1, at, value.to(do_THD.dtype))

@@ -218,6 +218,10 @@ class _Buffers:
         for link in view.links:
             parts = tuple(tensor[link.at_rows, link.at_heads] for tensor in fields)
             totals = tuple(tensor[:, link.heads] for tensor in self.fields[link.buffer])
+            if link.fresh:
+                for total, part in zip(totals, parts, strict=True):
+                    total[link.rows] = part
+                continue
             held = tuple(total[link.rows] for total in totals)
             if payload == Payload.O:
                 merge_(*held, *parts)

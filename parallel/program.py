@@ -57,6 +57,8 @@ class Link(NamedTuple):
     heads: slice
     at_rows: Rows
     at_heads: slice
+    # nothing has been deposited there before: write instead of adding
+    fresh: bool = False
 
 
 class View(NamedTuple):
@@ -194,6 +196,7 @@ class _TableLowering:
     ):
         self.call, self.table, self.rank, self.prepare = call, table, rank, prepare
         self.payloads = payloads
+        self.tokens = int(call.layout.shard_sizes()[rank])
         self.tasks = take(table.tasks, table.tasks["rank"] == rank)
         self.outgoing = take(table.moves, table.moves["src"] == rank)
         self.incoming = take(table.moves, table.moves["dst"] == rank)
@@ -214,6 +217,7 @@ class _TableLowering:
             step.receives = self._messages(self.incoming, index, "src")
             step.launches = self._launches(index)
         self._set_lifetimes(steps, stays)
+        self._mark_first_deposits(steps)
         return steps
 
     def _own(self, payload: Payload) -> _Place:
@@ -286,8 +290,10 @@ class _TableLowering:
             begin, end = np.maximum(t0[i], atlas.t0[j]), np.minimum(t1[i], atlas.t1[j])
             rows, at_rows = atlas.row[j] + begin - atlas.t0[j], at[i] + begin - t0[i]
             owner = atlas.buffer[j]
-            for buffer in np.unique(owner):
-                mine = owner == buffer
+            # mostly one: cheaper to ask than to sort
+            several = len(owner) and (owner != owner[0]).any()
+            for buffer in np.unique(owner) if several else owner[:1]:
+                mine = owner == buffer if several else slice(None)
                 length = (end - begin)[mine]
                 heads, at_heads = slice(low - atlas.h0, high - atlas.h0), slice(low - h0, high - h0)
                 key = atlas.keys[buffer]
@@ -309,6 +315,33 @@ class _TableLowering:
             steps[first[key]].allocate[key] = rows
             if key not in stays:
                 steps[last[key]].release.append(key)
+
+    def _mark_first_deposits(self, steps: list[Step]) -> None:
+        """Which links write outputs where none are yet, in the order in which the executor deposits.
+
+        Gradients are left alone: adding to zeros costs what writing does, merging outputs five times as much.
+        """
+        sizes = {**self.sizes, self._own(Payload.O).key: self.tokens}
+        written = {
+            key: np.zeros((rows, key.h1 - key.h0), bool) for key, rows in sizes.items() if key.payload == Payload.O
+        }
+
+        def marked(view: View) -> View:
+            links = []
+            for link in view.links:
+                place = (link.rows if isinstance(link.rows, slice) else link.rows.numpy(), link.heads)
+                links.append(link._replace(fresh=not written[link.buffer][place].any()))
+                written[link.buffer][place] = True
+            return view._replace(links=links)
+
+        for step in steps:
+            for launch in step.launches:
+                if Payload.O in launch.results:
+                    launch.results[Payload.O] = marked(launch.results[Payload.O])
+            step.receives = [
+                (payload, message._replace(view=marked(message.view)) if payload == Payload.O else message)
+                for payload, message in step.receives
+            ]
 
 
 def _dense_steps(call: Call, table: Table) -> np.ndarray:

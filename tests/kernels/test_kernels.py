@@ -125,7 +125,7 @@ def test_a_causal_band_needs_two_calls_and_a_full_one_a_single():
     def runs(*piece):
         return [
             (r.q0, r.q1, r.k0, r.k1, r.causal)
-            for r in cpu.prepare(np.array([piece + (1, 1, 0, 0)]), np.zeros(1, np.int64), 99, 99)
+            for r in cpu.prepare(np.array([piece + (1, 1, 0, 0)]), np.zeros(1, np.int64), 99, 99).runs
         ]
 
     assert runs(0, 9, 0, 9, -999, 999) == [(0, 9, 0, 9, False)]

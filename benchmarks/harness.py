@@ -1,0 +1,188 @@
+"""Contestants side by side in one run: a correctness gate, warm-up, interleaved timing, medians and spread.
+
+Every benchmark of this project uses this. A contestant that gives wrong results is not timed; what it cannot do, or
+fails at, is a cell of the table like any other. In a process group every rank calls; times are the slowest rank's.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# in the order of their weight: the worst of all ranks is the cell's
+STATUSES = ("ok", "unsupported", "wrong", "out of memory", "error")
+
+
+class Unsupported(Exception):
+    """Raised by a contestant that cannot do a case; its text says why."""
+
+
+@dataclass
+class Cell:
+    """One contestant in one case. seconds: every timed repeat; facts: whatever else was counted."""
+
+    case: str
+    contestant: str
+    status: str = "ok"
+    note: str = ""
+    seconds: list[float] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def spread(self) -> float | None:
+        """Half the distance between the slowest and the fastest repeat, over the median."""
+        return (max(self.seconds) - min(self.seconds)) / 2 / self.median if self.seconds else None
+
+
+# makes the thing to time from nothing; called once per contestant and case
+Contestant = Callable[[], Callable[[], Any]]
+
+
+def compare(
+    case: str,
+    contestants: Mapping[str, Contestant],
+    check: Callable[[Any], str],
+    *,
+    repeats: int = 5,
+    warmup: int = 1,
+    count: Callable[[], Mapping[str, int]] = dict,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Cell]:
+    """Run all contestants of one case. `check(result)` returns what is wrong with a result, or "".
+
+    count: running totals (bytes on a wire, say); what one call adds to them is noted in a cell's facts, and so is the
+    attribute `facts` of what a contestant returns.
+    """
+    cells = {name: Cell(case, name) for name in contestants}
+    ready: dict[str, Callable[[], Any]] = {}
+    for name, make in contestants.items():
+        progress(f"{case}: {name}: check")
+        _guarded(cells[name], lambda name=name, make=make: ready.__setitem__(name, make()))
+        for _ in range(warmup):
+            _guarded(cells[name], lambda name=name: _judge(cells[name], check, ready[name]()))
+        if cells[name].status == "ok":
+            before = count()
+            _guarded(cells[name], ready[name])
+            cells[name].facts |= {key: value - before[key] for key, value in count().items()}
+            cells[name].facts |= getattr(ready[name], "facts", {})
+    for repeat in range(repeats):
+        # another one begins each time
+        order = list(contestants)[repeat % len(contestants) :] + list(contestants)[: repeat % len(contestants)]
+        for name in order:
+            if cells[name].status == "ok":
+                progress(f"{case}: {name}: {repeat + 1} of {repeats}")
+                _guarded(cells[name], lambda name=name: cells[name].seconds.append(_timed(ready[name])))
+    return list(cells.values())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command, for the record."""
+    versions = {}
+    for name in ("torch", "numpy", "triton", "deepspeed", "transformers"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device,
+    }
+
+
+def write(path: Path, cells: Sequence[Cell], **more: Any) -> None:
+    """Append one JSON line per cell, each with the environment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for cell in cells:
+            row = asdict(cell) | {"median": cell.median, "spread": cell.spread} | more | environment()
+            file.write(json.dumps(row) + "\n")
+
+
+def table(cells: Sequence[Cell], facts: Mapping[str, Callable[[Any], str]] | None = None) -> str:
+    """The cells as text, the fastest of each case marked; what did not run says why."""
+    facts = facts or {}
+    width = max(len(cell.contestant) for cell in cells)
+    lines = []
+    for case in dict.fromkeys(cell.case for cell in cells):
+        here = [cell for cell in cells if cell.case == case]
+        fastest = min((cell.median for cell in here if cell.median), default=None)
+        lines += [
+            "",
+            case,
+            f"{'':{width + 2}s}{'median':>10s} {'spread':>7s}" + "".join(f"{name:>14s}" for name in facts),
+        ]
+        for cell in here:
+            if cell.status != "ok":
+                lines.append(f"  {cell.contestant:{width}s} {cell.status}: {cell.note}")
+                continue
+            shown = "".join(f"{show(cell.facts[name]):>14s}" for name, show in facts.items())
+            mark = "   <- fastest" if cell.median == fastest else f"   {cell.median / fastest:.2f}x"
+            lines.append(f"  {cell.contestant:{width}s}{cell.median * 1e3:7.1f} ms {cell.spread:6.0%} {shown}{mark}")
+    return "\n".join(lines)
+
+
+def _judge(cell: Cell, check: Callable[[Any], str], result: Any) -> None:
+    if why := check(result):
+        cell.status, cell.note = "wrong", why
+
+
+def _guarded(cell: Cell, work: Callable[[], Any]) -> None:
+    """Do a contestant's work unless it has failed before; all ranks end with the same status."""
+    if cell.status != "ok":
+        return
+    try:
+        work()
+    except Unsupported as error:
+        cell.status, cell.note = "unsupported", str(error)
+    except torch.OutOfMemoryError as error:
+        cell.status, cell.note = "out of memory", str(error).splitlines()[0]
+    except Exception as error:
+        cell.status, cell.note = "error", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    worst = int(_slowest(STATUSES.index(cell.status)))
+    if STATUSES[worst] != cell.status:
+        cell.status, cell.note = STATUSES[worst], "on another rank"
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    """Seconds of one call, from a common start to the slowest rank's end."""
+    if dist.is_initialized():
+        dist.barrier()
+    _finish()
+    began = time.perf_counter()
+    work()
+    _finish()
+    return _slowest(time.perf_counter() - began)
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _slowest(value: float) -> float:
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    number = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return float(number)
