@@ -144,7 +144,7 @@ def _run_step(step: Step, transport: Transport, buffers: _Buffers, compute: Comp
 
 def _outgoing(buffers: _Buffers, payload: Payload, message: Message) -> list[Packet]:
     fields = buffers.gather(payload, message.view)
-    return [Packet(message.peer, payload, tensor.contiguous()) for tensor in fields]
+    return [Packet(message.peer, payload, tensor) for tensor in fields]
 
 
 class _Buffers:

@@ -17,7 +17,7 @@ from distattn.plan import Payload
 
 
 class Packet(NamedTuple):
-    """One contiguous tensor to or from a peer (rank in the group); payload says what it is part of."""
+    """One tensor to or from a peer (rank in the group), contiguous where it is received; payload says what it is part of."""
 
     peer: int
     payload: Payload
@@ -60,6 +60,7 @@ class GroupTransport:
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
         if collective:
             return self._all_to_all(sends, receives)
+        sends = [packet._replace(tensor=packet.tensor.contiguous()) for packet in sends]
         operations = [
             dist.P2POp(call, packet.tensor, dist.get_global_rank(self.group, packet.peer), self.group)
             for call, packets in ((dist.isend, sends), (dist.irecv, receives))
@@ -77,7 +78,9 @@ class GroupTransport:
             for packet in packets:
                 counts[packet.peer] += packet.tensor.nbytes
         like = next((packet.tensor for packet in (*sends, *receives)), torch.empty(0, device=self._device()))
-        outgoing = torch.cat([like.new_empty(0, dtype=torch.uint8), *(_as_bytes(packet.tensor) for packet in sends)])
+        outgoing = like.new_empty(sum(splits[0]), dtype=torch.uint8)
+        for packet, part in zip(sends, outgoing.split([packet.tensor.nbytes for packet in sends]), strict=True):
+            _pack(part, packet.tensor)
         incoming = like.new_empty(sum(splits[1]), dtype=torch.uint8)
         request = dist.all_to_all_single(incoming, outgoing, splits[1], splits[0], group=self.group, async_op=True)
         return _Packed(request, incoming, outgoing, receives)
@@ -106,6 +109,14 @@ class _Packed(NamedTuple):
         sizes = [packet.tensor.nbytes for packet in self.receives]
         for packet, part in zip(self.receives, self.incoming.split(sizes), strict=True):
             _as_bytes(packet.tensor).copy_(part)
+
+
+def _pack(part: Tensor, tensor: Tensor) -> None:
+    """Write a tensor of any strides into bytes: in one pass where the place is aligned to its numbers."""
+    if part.storage_offset() % tensor.element_size() == 0:
+        part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    else:
+        part.copy_(_as_bytes(tensor.contiguous()))
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

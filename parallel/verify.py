@@ -17,7 +17,8 @@ import numpy as np
 
 from distattn.bands import K0, K1, Q0, Q1, areas, tighten
 from distattn.errors import PlanError
-from distattn.intervals import Ints, crossing, elementary, expand, union
+from distattn.intervals import Ints, crossing, expand, union
+from distattn.parallel.disjoint import first_clash
 from distattn.plan import (
     BACKWARD,
     FORWARD,
@@ -176,18 +177,10 @@ def _check_disjoint(tasks: Columns, direction: str) -> None:
     limits = np.unique(np.concatenate([tasks["h0"], tasks["h1"]]))
     row, head = expand(np.searchsorted(limits, tasks["h0"]), np.searchsorted(limits, tasks["h1"]))
     group = tasks["piece"][row] * len(limits) + head
-    # slabs along the axis that cuts rectangles into fewer pieces; within a slab, intervals of the other axis
-    sweeps = []
-    for along, across in (("q", "k"), ("k", "q")):
-        i, slab, *_ = elementary(group, tasks[along + "0"][row], tasks[along + "1"][row])
-        sweeps.append((len(i), row[i], slab, across))
-    _, row, slab, across = min(sweeps, key=lambda sweep: sweep[0])
-    order = np.lexsort((tasks[across + "0"][row], slab))
-    row, slab = row[order], slab[order]
-    clash = (slab[1:] == slab[:-1]) & (tasks[across + "0"][row[1:]] < tasks[across + "1"][row[:-1]])
-    if clash.any():
-        first = int(np.flatnonzero(clash)[0])
-        a, b = sorted((int(row[first]), int(row[first + 1])))
+    q0, q1, k0, k1 = (tasks[name][row] for name in ("q0", "q1", "k0", "k1"))
+    clash = first_clash(group, (q0, q1, k0, k1))
+    if clash is not None:
+        a, b = sorted((int(row[clash[0]]), int(row[clash[1]])))
         raise PlanError(f"{direction}: tasks {a} and {b} compute the same cells ({_show(tasks, TASK_COLUMNS, b)}).")
 
 

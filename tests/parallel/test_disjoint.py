@@ -1,0 +1,68 @@
+"""Overlap of rectangles: both methods against every pair, and near-linear on random cuts."""
+
+import time
+
+import numpy as np
+import pytest
+
+from distattn.parallel import disjoint
+
+
+def random_cuts(rng, count: int, size: int) -> np.ndarray:
+    """A square cut in two, again and again at random: (count, 4) rectangles that tile it."""
+    boxes = [(0, size, 0, size)]
+    while len(boxes) < count:
+        # the largest of a few, so that none gets too small to cut
+        i = max(rng.integers(0, len(boxes), 4), key=lambda i: (boxes[i][1] - boxes[i][0]) * (boxes[i][3] - boxes[i][2]))
+        box = boxes.pop(i)
+        axis = 0 if box[1] - box[0] > box[3] - box[2] else 2
+        cut = int(rng.integers(box[axis] + 1, box[axis + 1]))
+        one, other = list(box), list(box)
+        one[axis + 1], other[axis] = cut, cut
+        boxes += [tuple(one), tuple(other)]
+    return np.array(boxes)
+
+
+def overlap(a, b) -> bool:
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
+
+
+@pytest.mark.parametrize("method", ["_clash_in_slabs", "_clash_in_levels"])
+def test_any_overlap_is_found_and_none_invented(method):
+    check = getattr(disjoint, method)
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        boxes = random_cuts(rng, int(rng.integers(1, 20)), 60)
+        group = rng.integers(0, 2, len(boxes))
+        changed = boxes.copy()
+        if seed % 2:
+            # grow a few sides: often into a neighbour, sometimes of another group
+            for row in rng.integers(0, len(boxes), 2):
+                side = int(rng.integers(0, 4))
+                changed[row, side] += (1 if side % 2 else -1) * int(rng.integers(0, 3))
+            changed = np.clip(changed, 0, 70)
+        pairs = [
+            (i, j)
+            for i in range(len(boxes))
+            for j in range(i)
+            if group[i] == group[j] and overlap(changed[i], changed[j])
+        ]
+        found = check(group, *changed.T)
+        assert (found is not None) == bool(pairs), seed
+        if found is not None:
+            assert tuple(sorted(found, reverse=True)) in pairs, seed
+
+
+def test_random_cuts_take_near_linear_time():
+    def seconds(count: int) -> float:
+        boxes = random_cuts(np.random.default_rng(0), count, 1 << 29)
+        group = np.zeros(count, np.int64)
+        best = float("inf")
+        for _ in range(3):
+            began = time.perf_counter()
+            assert disjoint.first_clash(group, tuple(boxes.T)) is None
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    # slabs would take 8 ** 1.5 = 23 times as long
+    assert seconds(40_000) < 16 * seconds(5_000)
