@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 TORCH_INDEX ?=
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-rivals clean
 
 demo: $(VENV)/.train
 	$(BIN)/distattn train configs/tiny.toml $(ARGS)
@@ -21,6 +21,11 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/host_time.py
+
+# DeepSpeed is optional: .venv/bin/pip install deepspeed
+bench-rivals: $(VENV)/.dev
+	$(BIN)/python benchmarks/rivals.py --out benchmarks/results/rivals.jsonl
 
 # torch first: another package would draw a larger build of it
 $(VENV)/.torch: constraints.txt

@@ -17,6 +17,7 @@ import tomli_w
 import tyro
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from distattn.cluster.topology import Cluster
 from distattn.errors import DistattnError
 from distattn.kernels.dispatch import KERNELS
 from distattn.layout import LAYOUTS
@@ -68,18 +69,27 @@ class ParallelConfig:
     strategy: str = "ring"
     """How attention is split: a name of distattn's strategies."""
     layout: str = "zigzag"
-    """Which rank owns which tokens: contiguous, zigzag or document_zigzag."""
+    """Which rank owns which tokens: a name of distattn's layouts."""
     min_chunk: int = 512
     """document_zigzag cuts documents into chunks of at least this many tokens."""
     kernel: str = "cpu"
     """What computes core attention on one device: cpu or reference."""
     backward: str = ""
     """keep, refetch-home or refetch-follow; empty for the strategy's own."""
+    devices_per_node: int = 0
+    """Ranks that share a node, so that strategies can spare the links between nodes; 0 for all of them."""
+    capacity: int = 0
+    """Bytes of attention buffers a rank may need at once; a batch that needs more is refused. 0 for no limit."""
 
     @property
     def layout_options(self) -> dict[str, int]:
         """What the layout takes beside lengths and ranks."""
         return {"min_chunk": self.min_chunk} if self.layout == "document_zigzag" else {}
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """Which ranks share a node, where that is given."""
+        return Cluster(self.ranks // self.devices_per_node, self.devices_per_node) if self.devices_per_node else None
 
 
 @dataclass(frozen=True)
@@ -246,6 +256,13 @@ def _problems(config: Config) -> list[str]:
             problems.append(
                 f"model.kv_heads: {model.heads} query heads do not divide among {model.kv_heads} key/value heads."
             )
+    for name in ("devices_per_node", "capacity"):
+        if getattr(parallel, name) < 0:
+            problems.append(f"parallel.{name}: at least 0, not {getattr(parallel, name)}.")
+    if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
+        problems.append(
+            f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
+        )
     one_of("model.dtype", model.dtype, DTYPES)
     one_of("parallel.strategy", parallel.strategy, list(STRATEGIES))
     one_of("parallel.layout", parallel.layout, list(LAYOUTS))

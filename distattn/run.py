@@ -92,6 +92,7 @@ def plan_of(config: Config, lengths: list[int]) -> Plan:
         head_dim=model.width // model.heads,
         dtype=model.dtype,
         backward=parallel.backward or None,
+        cluster=parallel.cluster,
     )
 
 

@@ -57,6 +57,8 @@ def train(run: Run, config: Config, json_lines: bool) -> None:
         layout_options=parallel.layout_options,
         kernel=parallel.kernel,
         backward=parallel.backward or None,
+        cluster=parallel.cluster,
+        capacity=parallel.capacity or None,
     )
     model = build_model(config, "distattn")
     parameters = list(model.parameters())

@@ -45,6 +45,8 @@ def test_the_command_line_overrides_the_file():
             ["train.steps: at least 1, not 0", "parallel.ranks: at least 1, not 0"],
         ),
         ("[parallel]\nstrategy = 'rign'", ["there are ring, double_ring, allgather, ulysses, usp. Did you mean ring?"]),
+        ("[parallel]\ndevices_per_node = 3", ["parallel.devices_per_node: 3 does not divide 4 ranks."]),
+        ("[parallel]\ncapacity = -1", ["parallel.capacity: at least 0, not -1"]),
         ("[parallel]\nlayout = 'spiral'", ["parallel.layout: there is no 'spiral'"]),
         ("[parallel]\nbackward = 'later'", ["parallel.backward: there is no 'later'"]),
         ("[model]\ndtype = 'int8'", ["model.dtype: there is no 'int8'"]),

@@ -168,6 +168,7 @@ GLOO = [
     (4, "ulysses", "causal", "contiguous", "float64", None),
     (2, "ulysses", "full", "zigzag", "float32", "refetch-home"),
     (4, "usp", "documents", "zigzag", "float64", "keep"),
+    (4, "ulysses", "documents", "from_chunks", "bfloat16", None),
     (4, "double_ring", "full", "document_zigzag", "float64", None),
 ]
 
@@ -178,7 +179,11 @@ def test_real_processes_equal_the_oracle(ranks, strategy, mask, layout, dtype, p
     plan = plan_for(ranks, strategy, mask, layout, dtype=dtype, backward=policy)
     inputs = random_inputs(200, 4, 2, 8)
     parts = run_on_ranks(ranks, _attention_on_rank, plan, inputs, recompute, 2)
-    assert_close(together(plan, parts), dense(plan.call.mask, inputs), {"float64": 1e-11, "float32": 2e-5}[dtype])
+    assert_close(
+        together(plan, parts),
+        dense(plan.call.mask, inputs),
+        {"float64": 1e-11, "float32": 2e-5, "bfloat16": 2e-2}[dtype],
+    )
 
 
 def _six_heads(rank: int, inputs: Inputs):
