@@ -1,0 +1,94 @@
+"""Host time in the layer: what the executor itself costs per rank and step, forward and backward, kernels and moves left out.
+
+    python benchmarks/host_time.py [--ranks 8] [--tokens 1024]
+
+The design's budget is 150 microseconds per rank and step. Kernel and transport are stand-ins that return at once, and
+the axis is short, so that compute and memory traffic hardly count: what is left is Python, and PyTorch's dispatch of
+the views, copies and merges around kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from harness import Cell, compare, table
+from torch import Tensor
+
+import distattn as da
+from distattn.kernels.score import Score
+from distattn.parallel import execute
+from distattn.parallel.make_plan import STRATEGIES
+from distattn.parallel.program import Program, lower
+from distattn.parallel.transport import Packet
+
+BUDGET = 150
+HEADS, KV_HEADS, DIM = 8, 2, 64
+
+
+class InstantKernel:
+    """Results of the right shape, at once."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, work: object, score: Score) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape, dtype=torch.float32), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+    @staticmethod
+    def backward(do, q, k, v, lse, delta, work, score):  # noqa: ANN001, ANN205
+        return tuple(x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v))
+
+
+class Nowhere:
+    """A transport that delivers nothing."""
+
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Nowhere:
+        return self
+
+    def wait(self) -> None:
+        return None
+
+
+def main() -> None:
+    """One case per strategy and mask; each timed call is all steps of forward and backward of one rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1024)
+    arguments = parser.parse_args()
+    lengths = [arguments.tokens // 32] * 32
+    masks = {"causal": da.Mask.causal(arguments.tokens), "32 documents": da.Mask.documents(lengths)}
+    cells: list[Cell] = []
+    for name, mask in masks.items():
+        layout = da.Layout.zigzag(lengths, arguments.ranks)
+        contestants = {}
+        for strategy in STRATEGIES:
+            plan = da.make_plan(
+                mask, layout, strategy=strategy, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, dtype="bfloat16"
+            )
+            program = lower(plan, 1, lambda *_: None)
+            contestants[strategy] = lambda program=program: layer(program)
+        case = f"{name}, {arguments.ranks} ranks: microseconds per step; the budget is {BUDGET}"
+        cells += compare(case, contestants, lambda result: "", repeats=15, warmup=3)
+    steps = {"us_per_step": lambda value: f"{value:.0f} us/step"}
+    for cell in cells:
+        cell.facts["us_per_step"] = (cell.median or 0) * 1e6 / max(cell.facts["steps"], 1)
+    sys.stdout.write(table(cells, steps) + "\n")
+
+
+def layer(program: Program):  # noqa: ANN201
+    """A call of one layer: the forward and backward tables of one rank."""
+    q, do = (torch.empty(program.tokens, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.empty(program.tokens, KV_HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
+    lse, delta = (torch.empty(program.tokens, HEADS) for _ in range(2))
+
+    def run() -> None:
+        *_, kept, _ = execute.finish(execute.forward(program, Nowhere(), InstantKernel, q, k, v, Score(1.0)))
+        inputs = (do, q, k, v, lse, delta, kept, Score(1.0))
+        execute.finish(execute.backward(program, Nowhere(), InstantKernel, *inputs))
+
+    run.facts = {"steps": len(program.forward) + len(program.backward)}
+    return run
+
+
+if __name__ == "__main__":
+    main()

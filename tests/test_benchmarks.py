@@ -1,0 +1,93 @@
+"""The benchmarks run, and their harness tells right from wrong before it tells fast from slow."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def contestants():
+    def unsupported():
+        raise harness.Unsupported("no such mask")
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB\nmore lines")
+
+    def late():
+        calls = iter(range(3))
+
+        def run():
+            if next(calls) == 2:
+                raise RuntimeError("fell over")
+            return 42
+
+        return run
+
+    def counted():
+        def run():
+            TOTALS["bytes"] += 7
+            return 42
+
+        run.facts = {"planned": 7}
+        return run
+
+    return {
+        "right": counted,
+        "wrong": lambda: lambda: 41,
+        "unsupported": unsupported,
+        "hungry": out_of_memory,
+        "late": late,
+    }
+
+
+TOTALS = {"bytes": 0}
+
+
+@pytest.fixture
+def cells():
+    check = lambda result: "" if result == 42 else f"{result} is not 42"  # noqa: E731
+    return harness.compare("a case", contestants(), check, repeats=4, count=lambda: dict(TOTALS))
+
+
+def test_only_what_is_right_is_timed_and_everything_is_told(cells):
+    by_name = {cell.contestant: cell for cell in cells}
+    right = by_name["right"]
+    assert right.status == "ok" and len(right.seconds) == 4 and right.median > 0
+    assert right.facts == {"bytes": 7, "planned": 7}
+    assert (by_name["wrong"].status, by_name["wrong"].note) == ("wrong", "41 is not 42")
+    assert (by_name["unsupported"].status, by_name["unsupported"].note) == ("unsupported", "no such mask")
+    assert by_name["hungry"].status == "out of memory" and "\n" not in by_name["hungry"].note
+    assert (by_name["late"].status, by_name["late"].note) == ("error", "RuntimeError: fell over")
+    assert not any(by_name[name].seconds for name in ("wrong", "unsupported", "hungry"))
+
+
+def test_records_and_tables_hold_every_cell(cells, tmp_path):
+    harness.write(tmp_path / "out" / "cells.jsonl", cells)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").read_text().splitlines()]
+    assert [row["contestant"] for row in rows] == list(contestants())
+    assert all(row["versions"]["torch"] and row["command"] and row["date"] for row in rows)
+    text = harness.table(cells, {"bytes": lambda size: f"{size} B"})
+    assert "<- fastest" in text and "wrong: 41 is not 42" in text and "7 B" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "wanted"),
+    [
+        ("planning.py", ["--tokens", "20000", "--documents", "20", "--ranks", "4"], ["balanced", "double_ring", "usp"]),
+        ("host_time.py", ["--tokens", "256", "--ranks", "4"], ["us_per_step", "double_ring"]),
+        ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),
+    ],
+)
+def test_the_benchmarks_run(script, arguments, wanted):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in wanted), done.stdout
+    assert "wrong" not in done.stdout and "error" not in done.stdout, done.stdout
