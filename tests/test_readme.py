@@ -32,8 +32,16 @@ def test_the_first_example_runs_as_written(capsys):
     assert names["o"].shape == (80, 32, 128) and "ring on 1 ranks" in capsys.readouterr().out
 
 
+def test_the_cluster_example_runs_as_written(capsys):
+    lengths = [4096, 1024, 3072]
+    names = dict(da=da, lengths=lengths, mask=da.Mask.documents(lengths))
+    exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1], names)
+    text = capsys.readouterr().out
+    assert "the least for these tasks" in text and "between nodes" in text
+
+
 def test_the_trainer_example_runs_as_written():
-    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2]
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=32,

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 from cases import LENGTHS, layouts, masks
 
+from distattn.cluster.topology import Cluster
+from distattn.errors import DistattnError
 from distattn.layout import Layout
 from distattn.mask import Mask
+from distattn.parallel.bounds import plain_ring, traffic
 from distattn.parallel.explain import explain
 from distattn.parallel.make_plan import STRATEGIES, make_plan
+from distattn.plan import Payload
 
 
 def plan_for(strategy, mask="documents", ranks=4):
@@ -69,3 +73,31 @@ def pixels(png: bytes) -> np.ndarray:
         at += size + 12
     raw = np.frombuffer(zlib.decompress(data), np.uint8)
     return raw[: len(raw) // 4 * 4].reshape(-1, 4)
+
+
+def test_bytes_stand_beside_the_least_possible_and_a_plain_ring():
+    lengths = [300, 20, 7, 500, 129, 44]
+    mask, layout = Mask.documents(lengths), Layout.document_zigzag(lengths, 8, min_chunk=16)
+    cluster = Cluster(2, 4)
+    shape = dict(heads=8, kv_heads=2, head_dim=8, dtype="float32", cluster=cluster)
+    told = explain(make_plan(mask, layout, strategy="allgather", **shape), cluster)
+    facts = told.as_dict()
+    rows = facts["traffic"]
+    assert facts["nodes"] == 2 and rows["plan"] == rows["least"]
+    assert rows["plan"]["moved"] == sum(facts["bytes_by_payload"].values()) < rows["plain_ring"]["moved"]
+    assert rows["plan"]["crossing"] < rows["plain_ring"]["crossing"]
+    for words in ("this plan:", "the least for these tasks:", "a plain ring:", "between nodes"):
+        assert words in str(told)
+    with pytest.raises(DistattnError, match="2 x 3 ranks, the plan 8"):
+        explain(told.plan, Cluster(2, 3))
+
+
+def test_a_plain_ring_on_a_full_mask_moves_what_ours_moves_but_for_the_own_gradient():
+    layout = Layout.contiguous([64], 4)
+    shape = dict(heads=8, kv_heads=2, head_dim=8, dtype="float32", options={"rotate": "keys"})
+    plan = make_plan(Mask.full(64), layout, strategy="ring", **shape)
+    own_gradient = 64 * 2 * plan.call.cell_bytes(Payload.dKV)
+    assert plain_ring(plan.call, Cluster(1, 4)).moved == traffic(plan, Cluster(1, 4)).moved + own_gradient
+    # every second edge leads to the other node
+    both = plain_ring(plan.call, Cluster(2, 2))
+    assert both.crossing * 2 == both.moved
