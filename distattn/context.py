@@ -71,9 +71,8 @@ class ContextParallel:
 
         def lay_out(lengths: tuple[int, ...]) -> tuple[Mask, Layout]:
             mask = Mask.documents(lengths, inner)
-            if layout == "balanced":
-                of_layout.setdefault("mask", mask)
-            return mask, LAYOUTS[layout](lengths, self.ranks, **of_layout)
+            work = {"mask": mask} if layout == "balanced" else {}
+            return mask, LAYOUTS[layout](lengths, self.ranks, **work, **of_layout)
 
         def plan(lengths: tuple[int, ...], shape: Shape) -> Plan:
             mask, laid_out = self.axis(lengths)

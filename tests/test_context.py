@@ -207,6 +207,14 @@ def test_the_adapter_passes_sinks_and_soft_caps_on():
     assert torch.equal(got[0], wanted)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_follows_the_batch(layout):
+    cp = da.ContextParallel(strategy="ring", layout=layout, inner=(2, 0))
+    for lengths in ([4, 2], [9], [1, 1, 5]):
+        sharded = cp.shard(batch(lengths))["context_parallel"]
+        assert sharded.plan(4, 2, 8, 8, "float32").call.mask == da.Mask.documents(lengths, (2, 0))
+
+
 def test_programs_for_known_shapes_are_made_ahead():
     cp = da.ContextParallel(strategy="ring")
 

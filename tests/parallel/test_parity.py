@@ -190,3 +190,14 @@ def test_results_are_the_same_bits_every_time():
         plan = make_plan(masks()["causal"], all_layouts(LENGTHS, 4)["zigzag"], strategy=strategy, **shape)
         first, second = (run_all_ranks(plan, inputs, "cpu") for _ in range(2))
         assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sixty_four_ranks_in_lock_step(strategy):
+    lengths = [1, 300, 7, 129, 203]
+    mask, cluster = Mask.documents(lengths), Cluster(8, 8)
+    inputs = random_inputs(640, 64, 8, 4)
+    layout = Layout.document_zigzag(lengths, 64, min_chunk=8)
+    shape = dict(heads=64, kv_heads=8, head_dim=4, dtype="float64", cluster=cluster)
+    plan = make_plan(mask, layout, strategy=strategy, **shape)
+    assert_close(run_all_ranks(plan, inputs, "cpu"), dense(mask, inputs), 1e-11)
