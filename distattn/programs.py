@@ -36,10 +36,9 @@ class Use(NamedTuple):
 class Lowered:
     """A program with its kernel and transport, known to the operators by its handle."""
 
-    def __init__(self, program: Program, use: Use):
-        self.program, self.use = program, use
+    def __init__(self, program: Program, use: Use, transport: Transport):
+        self.program, self.use, self.transport = program, use, transport
         self.kernel: Kernel = load_kernel(use.kernel)
-        self.transport: Transport = Alone()
         self.handle = next(_HANDLES)
         _BY_HANDLE[self.handle] = self
 
@@ -58,8 +57,10 @@ class Prepared(NamedTuple):
 _HANDLES = itertools.count(2)
 _BY_HANDLE: weakref.WeakValueDictionary[int, Lowered] = weakref.WeakValueDictionary()
 # programs live as long as their plan
-_BY_PLAN: weakref.WeakKeyDictionary[Plan, dict[Use, Lowered]] = weakref.WeakKeyDictionary()
+_PROGRAMS: weakref.WeakKeyDictionary[Plan, dict[Use, Program]] = weakref.WeakKeyDictionary()
+_LOWERED: weakref.WeakKeyDictionary[Plan, dict[tuple[Use, Transport], Lowered]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
+_ALONE = Alone()
 # plans that all ranks of a group have compared, by group; and its communicator
 _AGREED: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Plan]] = weakref.WeakKeyDictionary()
 _TRANSPORTS: weakref.WeakKeyDictionary[Any, GroupTransport] = weakref.WeakKeyDictionary()
@@ -88,20 +89,22 @@ def prepare(
         _agree(plan, group, device)
     if capacity is not None:
         verify(plan, capacity)
-    lowered = lower_once(plan, Use(rank, choose_kernel(kernel, demand), device))
-    if group is not None:
-        lowered.transport = _transport(group)
+    use = Use(rank, choose_kernel(kernel, demand), device)
+    transport: Transport = _ALONE if group is None else _transport(group)
+    known = _LOWERED.setdefault(plan, {})
+    if (use, transport) not in known:
+        known[use, transport] = Lowered(lower_once(plan, use), use, transport)
+    lowered = known[use, transport]
     return Prepared(lowered.handle, execute.kept_elements(lowered.program), lowered)
 
 
-def lower_once(plan: Plan, use: Use) -> Lowered:
+def lower_once(plan: Plan, use: Use) -> Program:
     """The program of a plan for one use, made at first call. May run on any thread."""
     with _LOCK:
-        uses = _BY_PLAN.setdefault(plan, {})
+        uses = _PROGRAMS.setdefault(plan, {})
         if use not in uses:
-            proof = next((other.program.proof for other in uses.values()), None)
-            program = lower(plan, use.rank, load_kernel(use.kernel).prepare, proof)
-            uses[use] = Lowered(on_device(program, use.device), use)
+            proof = next((other.proof for other in uses.values()), None)
+            uses[use] = on_device(lower(plan, use.rank, load_kernel(use.kernel).prepare, proof), use.device)
         return uses[use]
 
 

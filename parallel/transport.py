@@ -5,6 +5,8 @@ A transport has one method, `exchange`: it starts all sends and receives of a st
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distattn.errors import DistattnError
 from distattn.plan import Payload
 
 
@@ -43,7 +46,15 @@ class GroupTransport:
     """Messages on a torch.distributed process group: batched point-to-point calls, or all-to-all of packed bytes."""
 
     def __init__(self, group: dist.ProcessGroup):
-        self.group = group
+        # torch.distributed keeps it until destroy_process_group; alive any longer, it would abort the process at its end
+        self._group = weakref.ref(group)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise DistattnError("the process group this plan was prepared for has been destroyed; prepare it again.")
+        return group
 
     @staticmethod
     def beside(group: dist.ProcessGroup) -> GroupTransport:
@@ -55,7 +66,9 @@ class GroupTransport:
         options = None
         if dist.get_backend(group) == "nccl":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        return GroupTransport(dist.new_group(ranks, use_local_synchronization=True, pg_options=options))
+        # PyTorch from 2.12 on sorts ranks unless told not to; before, all groups are sorted
+        keep = {"sort_ranks": False} if "sort_ranks" in inspect.signature(dist.new_group).parameters else {}
+        return GroupTransport(dist.new_group(ranks, use_local_synchronization=True, pg_options=options, **keep))
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
         if collective:

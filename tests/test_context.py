@@ -230,4 +230,4 @@ def test_programs_for_known_shapes_are_made_ahead():
     made, ready = layer([3, 3])
     (plan,) = made.values()
     # the layer used the very program that the thread had made
-    assert ready.lowered is next(iter(programs._BY_PLAN[plan].values()))
+    assert ready.lowered.program is next(iter(programs._PROGRAMS[plan].values()))

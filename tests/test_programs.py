@@ -1,12 +1,14 @@
 """Plans made ready: agreed on by all ranks, compiled once for all plans, saved where activations are recomputed."""
 
 import contextlib
+import gc
+import inspect
 from functools import partial
 
 import pytest
 import torch
 from cases import LENGTHS, layouts, masks
-from oracle import random_inputs
+from oracle import dense, random_inputs
 from processes import run_on_ranks
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -170,3 +172,46 @@ def _owns_a_communicator(rank):
 
 def test_messages_have_a_communicator_of_their_own():
     assert run_on_ranks(2, _owns_a_communicator) == [True, True]
+
+
+def _two_groups(rank, plan, inputs):
+    """Forward on one group, forward on another with the ranks the other way round, then the first one's backward."""
+    own, layout = [], plan.call.layout
+    for ranks in ([0, 1], [1, 0]):
+        keep = (
+            {"sort_ranks": False} if "sort_ranks" in inspect.signature(torch.distributed.new_group).parameters else {}
+        )
+        group = torch.distributed.new_group(ranks, **keep)
+        at = torch.distributed.get_rank(group)
+        q, k, v = (layout.shard(x, at).requires_grad_() for x in inputs[:3])
+        own.append((at, (q, k, v), da.attention(q, k, v, plan, group)))
+    results = []
+    for at, leaves, o in own:
+        o.backward(layout.shard(inputs.do, at))
+        results.append((at, [leaf.grad for leaf in leaves]))
+    return results
+
+
+def test_a_plan_may_run_on_several_groups_at_once():
+    plan, inputs = plan_for(masks()["documents"], 2), random_inputs(200, 4, 2, 8)
+    wanted = dense(plan.call.mask, inputs)
+    for results in run_on_ranks(2, _two_groups, plan, inputs):
+        for at, grads in results:
+            for got, whole in zip(grads, (wanted.dq, wanted.dk, wanted.dv), strict=True):
+                assert (got - plan.call.layout.shard(whole, at)).abs().max() < 1e-11
+
+
+def _communicators_end_with_their_group(rank, plan):
+    transport = da.prepare(plan).lowered.transport
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    gc.collect()
+    with pytest.raises(da.DistattnError, match="has been destroyed"):
+        transport.exchange([], [], True)
+    torch.distributed.init_process_group = torch.distributed.barrier = lambda *_, **__: None
+    torch.distributed.destroy_process_group = lambda: None
+    return True
+
+
+def test_communicators_end_with_their_group():
+    assert run_on_ranks(2, _communicators_end_with_their_group, plan_for(masks()["causal"], 2)) == [True, True]

@@ -60,9 +60,15 @@ def test_random_cuts_take_near_linear_time():
         best = float("inf")
         for _ in range(3):
             began = time.perf_counter()
-            assert disjoint.first_clash(group, tuple(boxes.T)) is None
+            assert disjoint._clash_in_levels(group, *boxes.T) is None
             best = min(best, time.perf_counter() - began)
         return best
 
-    # slabs would take 8 ** 1.5 = 23 times as long
-    assert seconds(40_000) < 16 * seconds(5_000)
+    # slabs would take 16 ** 1.5 = 64 times as long
+    assert seconds(80_000) < 40 * seconds(5_000)
+
+
+def test_many_slabs_are_left_to_the_levels(monkeypatch):
+    boxes = random_cuts(np.random.default_rng(0), 4000, 1 << 29)
+    monkeypatch.setattr(disjoint, "_clash_in_slabs", None)
+    assert disjoint.first_clash(np.zeros(4000, np.int64), tuple(boxes.T)) is None
