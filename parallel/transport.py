@@ -9,7 +9,7 @@ import inspect
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -66,8 +66,9 @@ class GroupTransport:
         options = None
         if dist.get_backend(group) == "nccl":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        # PyTorch from 2.12 on sorts ranks unless told not to; before, all groups are sorted
-        keep = {"sort_ranks": False} if "sort_ranks" in inspect.signature(dist.new_group).parameters else {}
+        # newer PyTorch sorts ranks unless told not to; older groups are all sorted
+        known = inspect.signature(dist.new_group).parameters
+        keep: dict[str, Any] = {"sort_ranks": False} if "sort_ranks" in known else {}
         return GroupTransport(dist.new_group(ranks, use_local_synchronization=True, pg_options=options, **keep))
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
