@@ -21,7 +21,7 @@ from distattn.kernels.score import Demand
 from distattn.parallel import execute
 from distattn.parallel.program import Program, lower, on_device
 from distattn.parallel.transport import Alone, GroupTransport, Transport
-from distattn.parallel.verify import verify
+from distattn.parallel.verify import check_capacity
 from distattn.plan import Plan
 
 
@@ -87,14 +87,14 @@ def prepare(
     demand = Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
     if group is not None:
         _agree(plan, group, device)
-    if capacity is not None:
-        verify(plan, capacity)
     use = Use(rank, choose_kernel(kernel, demand), device)
     transport: Transport = _ALONE if group is None else _transport(group)
     known = _LOWERED.setdefault(plan, {})
     if (use, transport) not in known:
         known[use, transport] = Lowered(lower_once(plan, use), use, transport)
     lowered = known[use, transport]
+    if capacity is not None:
+        check_capacity(lowered.program.proof, capacity)
     return Prepared(lowered.handle, execute.kept_elements(lowered.program), lowered)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from distattn.cluster.topology import Cluster
 from distattn.errors import DistattnError
-from distattn.parallel.ownership import split_by_owners
+from distattn.intervals import Ints
+from distattn.parallel.ownership import Rectangles, split_by_owners
 from distattn.parallel.routes import chain, follow, guests
 from distattn.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, columns, concat
 
@@ -22,25 +23,24 @@ def ring(call: Call, cluster: Cluster | None = None, *, rotate: str = "fewest by
     """Tasks and moves of a ring pass: what is d seats away is used in step d. One candidate per kind of rotation."""
     if rotate not in _ROTATIONS:
         raise DistattnError(f"ring rotates one of {', '.join(_ROTATIONS)}, not {rotate!r}.")
+    parts = split_by_owners(call)
     candidates = {"keys": _rotate_keys, "queries": _rotate_queries}
-    return [make(call) for name, make in candidates.items() if rotate in (name, "fewest bytes")]
+    return [make(call, *parts) for name, make in candidates.items() if rotate in (name, "fewest bytes")]
 
 
-def _rotate_keys(call: Call) -> Table:
-    area, query_owner, key_owner = split_by_owners(call)
+def _rotate_keys(call: Call, area: Rectangles, query_owner: Ints, key_owner: Ints) -> Table:
     tasks = columns(TASK_COLUMNS, step=_seats_between(call, key_owner, query_owner), rank=query_owner, **vars(area))
     return Table(tasks, chain(Payload.KV, guests(call, Payload.KV, tasks)))
 
 
-def _rotate_queries(call: Call) -> Table:
-    area, query_owner, key_owner = split_by_owners(call)
+def _rotate_queries(call: Call, area: Rectangles, query_owner: Ints, key_owner: Ints) -> Table:
     tasks = columns(TASK_COLUMNS, step=_seats_between(call, query_owner, key_owner), rank=key_owner, **vars(area))
     there = chain(Payload.Q, guests(call, Payload.Q, tasks))
     back = follow(Payload.O, guests(call, Payload.O, tasks, latest=True))
     return Table(tasks, concat(MOVE_COLUMNS, [there, back]))
 
 
-def _seats_between(call: Call, origin: np.ndarray, user: np.ndarray) -> np.ndarray:
+def _seats_between(call: Call, origin: Ints, user: Ints) -> Ints:
     """Hops from origin to user, ranks without tokens left out."""
     members = np.unique(call.layout.chunks["rank"])
     seat = np.full(call.ranks, -1)

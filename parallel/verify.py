@@ -85,13 +85,19 @@ def verify(plan: Plan, capacity: int | None = None) -> Proof:
         np.add.at(staying, kept["dst"], bytes_of_moves(call, kept))
         forward = {payload: batches for payload, batches in forward.items() if payload == Payload.O}
     proof = Proof(plan.digest, _peak(call, forward), _peak(call, backward), staying)
+    if capacity is not None:
+        check_capacity(proof, capacity)
+    return proof
+
+
+def check_capacity(proof: Proof, capacity: int) -> None:
+    """Raise PlanError where a rank needs more bytes of buffers at once than `capacity`; the same on every rank."""
     for direction, peak in (("forward", proof.forward_peak), ("backward", proof.backward_peak)):
-        if capacity is not None and peak.max() > capacity:
+        if peak.max() > capacity:
             rank = int(peak.argmax())
             raise PlanError(
                 f"{direction}: rank {rank} needs {peak[rank]:,} bytes of buffers, the capacity is {capacity:,}."
             )
-    return proof
 
 
 def _verify_table(
