@@ -7,9 +7,11 @@ fails at, is a cell of the table like any other. In a process group every rank c
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +76,8 @@ def compare(
     for name, make in contestants.items():
         progress(f"{case}: {name}: check")
         _guarded(cells[name], lambda name=name, make=make: ready.__setitem__(name, make()))
-        for _ in range(warmup):
+        # the first one is the correctness gate: never left out
+        for _ in range(max(warmup, 1)):
             _guarded(cells[name], lambda name=name: _judge(cells[name], check, ready[name]()))
         if cells[name].status == "ok":
             before = count()
@@ -106,7 +109,16 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    asked = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 def write(path: Path, cells: Sequence[Cell], **more: Any) -> None:

@@ -4,7 +4,8 @@
 
 Forward and backward of one attention call, fp32, 4 heads of 64, all contestants on PyTorch's flash attention for CPU.
 Results are checked against plain attention on one process before anything is timed. "wire" is what the loopback device
-carried in one call, "plan" what our plan says. PyTorch's public context_parallel handles CUDA operators only; its own
+carried in one call (and two barriers), "plan" what our plan says, "planning" what a new batch costs once before its
+first layer: plan, proof, program and agreement, on the same busy cores; a trainer's comes ahead, on a thread. PyTorch's public context_parallel handles CUDA operators only; its own
 ring loop (all-gather and all-to-all rotation) is given the CPU operators here. DeepSpeed's core attention is the user's:
 documents one by one. DeepSpeed is optional: pip install deepspeed.
 """
@@ -15,6 +16,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -65,8 +67,9 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
         cells += compare(named, contestants, check, repeats=arguments.repeats, count=wire_bytes, progress=say)
     if rank == 0:
         for cell in cells:
-            cell.facts.setdefault("plan_bytes", None)
+            cell.facts = {"plan_bytes": None, "planning": ""} | cell.facts
         show = {"wire_bytes": readable_bytes, "plan_bytes": lambda size: "" if size is None else readable_bytes(size)}
+        show["planning"] = str
         sys.stdout.write(table(cells, show) + "\n")
         if arguments.out:
             write(arguments.out, cells)
@@ -133,8 +136,10 @@ def ours(lengths: list[int], inputs: list[Tensor], balanced: bool) -> dict[str, 
             shape: dict[str, Any] = dict(heads=HEADS, kv_heads=HEADS, head_dim=DIM, dtype="float32")
             if strategy == "usp":
                 shape["options"] = {"ulysses": 2}
+            began = time.perf_counter()
             plan = da.make_plan(da.Mask.documents(lengths), layout, strategy=strategy, **shape)
             ready, rank = da.prepare(plan), dist.get_rank()
+            planning = time.perf_counter() - began
             tokens = torch.from_numpy(layout.tokens(rank))
             local = [layout.shard(x, rank) for x in inputs]
 
@@ -144,7 +149,7 @@ def ours(lengths: list[int], inputs: list[Tensor], balanced: bool) -> dict[str, 
                 o.backward(local[3])
                 return tokens, o.detach(), q.grad, k.grad, v.grad
 
-            run.facts = {"plan_bytes": int(plan.bytes()["bytes"].sum())}
+            run.facts = {"plan_bytes": int(plan.bytes()["bytes"].sum()), "planning": f"{planning * 1e3:.1f} ms"}
             return run
 
         return make

@@ -51,10 +51,16 @@ def attention(
     output. dropout is refused. With return_lse also lse_HT, natural log (with the sink), fp32 (fp64 for fp64), -inf
     where a row has no allowed key; gradients through it need kernel="reference".
 
-    plan: a Plan, or what `prepare` made of one; inside torch.compile only the latter. group defaults to the default
+    plan: a Plan, which ranks then compare at every call, or what `prepare` made of one: once a batch, and the only way
+    inside torch.compile. group defaults to the default
     process group; a plan for one rank needs none. Raises PlanError when the plan cannot be proven or ranks have different
     ones, DistattnError when the tensors do not fit it.
     """
+    for name, given in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
+        if given.dim() != 3:
+            raise DistattnError(f"{name} has {given.dim()} dims; three are wanted: (tokens, heads, dim).")
+    if isinstance(scale, Tensor):
+        raise DistattnError("scale is a number; a tensor's gradient would be lost.")
     scale = 1.0 / math.sqrt(q_THD.shape[-1] or 1) if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale is a positive number, not {scale}.")
@@ -67,6 +73,8 @@ def attention(
             raise DistattnError(f"{name} is on {tensor.device}, q on {q_THD.device}; they share one device.")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise DistattnError("alibi_slopes want a gradient, which is not computed; pass alibi_slopes.detach().")
+    if gate is not None:
+        gate = _broadcast_gate(gate, (*q_THD.shape[:2], v_TKE.shape[2]))
     if isinstance(plan, Prepared):
         if group is not None or kernel is not None:
             raise DistattnError("a prepared plan knows its group and kernel; give them to prepare instead.")
@@ -79,7 +87,7 @@ def attention(
         q_THD, k_TKD, v_TKE, sink, alibi_slopes, ready.handle, ready.kept, scale, float(softcap)
     )
     if gate is not None:
-        o_THE = o_THE * _broadcast_gate(gate, o_THE)
+        o_THE = (o_THE * gate).to(q_THD.dtype)
     return (o_THE, lse_HT) if return_lse else o_THE
 
 
@@ -94,14 +102,12 @@ def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPo
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _broadcast_gate(gate: Tensor, o_THE: Tensor) -> Tensor:
-    if gate.shape == o_THE.shape[:2]:
-        return gate[..., None]
-    if gate.shape != o_THE.shape:
-        raise DistattnError(
-            f"gate has shape {tuple(gate.shape)}; wanted is (T, H) or (T, H, E) of {tuple(o_THE.shape)}."
-        )
-    return gate
+def _broadcast_gate(gate: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(gate.shape) not in (shape, shape[:2]):
+        raise DistattnError(f"gate has shape {tuple(gate.shape)}; wanted is {shape[:2]} or {shape}.")
+    if not gate.dtype.is_floating_point:
+        raise DistattnError(f"gate is {str(gate.dtype)[6:]}; floating point is needed.")
+    return gate if gate.dim() == 3 else gate[..., None]
 
 
 def _check_inputs(
@@ -142,6 +148,11 @@ def _score(lowered: Lowered, scale: float, softcap: float, slopes: Tensor | None
     return Score(scale, softcap, slopes)
 
 
+def _finite(lse: Tensor) -> Tensor:
+    # -inf - -inf is not a number: an absent sink and a row without keys
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
 torch.library.define(
     "distattn::forward",
     "(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, SymInt plan, SymInt kept_elements, float scale,"
@@ -164,7 +175,7 @@ def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noq
     if sink is not None:
         # a key without value: it only widens the softmax
         wider_TH = torch.logaddexp(lse_TH, sink.to(lse_TH.dtype))
-        o = o * torch.exp(lse_TH - wider_TH)[..., None]
+        o = o * torch.exp(lse_TH - _finite(wider_TH))[..., None]
         lse_TH = wider_TH
     return o.to(q.dtype), lse_TH.t().contiguous(), kept
 
@@ -192,7 +203,7 @@ def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softca
     if sink is None:
         return dq, dk, dv, q.new_empty(0)
     # as for a key whose value is zero: dp = 0
-    weight_TH = torch.exp(sink.to(lse_TH.dtype) - lse_TH)
+    weight_TH = torch.exp(sink.to(lse_TH.dtype) - _finite(lse_TH))
     return dq, dk, dv, -(weight_TH * delta_TH).sum(0).to(sink.dtype)
 
 

@@ -21,6 +21,9 @@ from distattn.mask import Mask, document_ends
 
 # places where a chunk of `balanced` may end, per chunk; in between the work is taken as even
 _GRID = 32
+_WORK_WEIGHTS = (1, 2, 4, 8, 16)
+# good enough, and how many more tokens than the mean a rank may get for the sake of its work
+_EVEN, _CROWDED = 1.01, 1.25
 
 
 class Layout:
@@ -122,9 +125,22 @@ class Layout:
         parts = -(-n // chunk)
         grid = _cuts(n, min(n, _GRID * parts))
         effort = np.append(0, np.cumsum(_rows_area(mask, grid)))
-        share = effort / max(effort[-1], 1) + grid / n
-        cuts = np.unique(np.interp(np.linspace(0, 2, parts + 1), share, grid).round().astype(np.int64))
-        rank = balance(_rows_area(mask, cuts), ranks, tolerance)
+        best: tuple[float, Ints, Ints] | None = None
+        # where chunks of equal sums will not balance, work counts for more and tokens for less, within limits
+        for weight in _WORK_WEIGHTS:
+            share = weight * effort / max(effort[-1], 1) + grid / n
+            cuts = np.unique(np.interp(np.linspace(0, share[-1], parts + 1), share, grid).round().astype(np.int64))
+            work = _rows_area(mask, cuts)
+            rank = balance(work, ranks, tolerance)
+            load = np.bincount(rank, work, ranks)
+            uneven = float(load.max() / max(load.mean(), 1))
+            crowded = np.bincount(rank, np.diff(cuts), ranks).max() > _CROWDED * n / ranks
+            if best is None or (uneven < best[0] and not crowded):
+                best = uneven, rank, cuts
+            if uneven <= _EVEN:
+                break
+        assert best is not None
+        _, rank, cuts = best
         return Layout(lengths, ranks, rank, cuts[:-1], cuts[1:])
 
     @staticmethod

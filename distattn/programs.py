@@ -59,10 +59,10 @@ _BY_HANDLE: weakref.WeakValueDictionary[int, Lowered] = weakref.WeakValueDiction
 # programs live as long as their plan
 _PROGRAMS: weakref.WeakKeyDictionary[Plan, dict[Use, Program]] = weakref.WeakKeyDictionary()
 _LOWERED: weakref.WeakKeyDictionary[Plan, dict[tuple[Use, Transport], Lowered]] = weakref.WeakKeyDictionary()
+_LOCKS: weakref.WeakKeyDictionary[Plan, threading.Lock] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 _ALONE = Alone()
-# plans that all ranks of a group have compared, by group; and its communicator
-_AGREED: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Plan]] = weakref.WeakKeyDictionary()
+# the communicator of each group
 _TRANSPORTS: weakref.WeakKeyDictionary[Any, GroupTransport] = weakref.WeakKeyDictionary()
 
 
@@ -74,33 +74,46 @@ def prepare(
     device: torch.device | str = "cpu",
     capacity: int | None = None,
 ) -> Prepared:
-    """Make a plan ready to run: a collective call of all its ranks, cheap when repeated.
+    """Make a plan ready to run: a collective call of all its ranks, which compare their plans every time.
 
     group defaults to the default process group; a plan for one rank needs none. kernel: a name of KERNELS, by default
-    that of the device. capacity: bytes of buffers a rank may need at once (see `verify`); a plan that needs more is
-    refused on all ranks alike. Raises PlanError when the plan cannot be proven, or when ranks have different plans;
-    DistattnError when it does not fit the group or the kernel.
+    that of the device. capacity: bytes of buffers a rank may need at once (see `verify`). Hold the result until the
+    backward has run: under torch.compile nothing else keeps its program.
+
+    Raises PlanError when the plan cannot be proven or needs more than the capacity, or when ranks have different plans;
+    DistattnError when it does not fit the kernel. Where one rank refuses, all do. A group of another size is refused
+    without asking the others.
     """
     rank, group = _membership(plan, group)
     device = torch.device(device)
-    call = plan.call
-    demand = Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
+    refusal = program = None
+    try:
+        call = plan.call
+        demand = Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
+        use = Use(rank, choose_kernel(kernel, demand), device)
+        program = lower_once(plan, use)
+        if capacity is not None:
+            check_capacity(program.proof, capacity)
+    except DistattnError as error:
+        refusal = error
     if group is not None:
-        _agree(plan, group, device)
-    use = Use(rank, choose_kernel(kernel, demand), device)
+        _agree(plan, group, device, refusal)
+    if refusal is not None or program is None:
+        raise refusal or DistattnError("this plan has no program.")
     transport: Transport = _ALONE if group is None else _transport(group)
     known = _LOWERED.setdefault(plan, {})
     if (use, transport) not in known:
-        known[use, transport] = Lowered(lower_once(plan, use), use, transport)
+        known[use, transport] = Lowered(program, use, transport)
     lowered = known[use, transport]
-    if capacity is not None:
-        check_capacity(lowered.program.proof, capacity)
-    return Prepared(lowered.handle, execute.kept_elements(lowered.program), lowered)
+    return Prepared(lowered.handle, execute.kept_elements(program), lowered)
 
 
 def lower_once(plan: Plan, use: Use) -> Program:
     """The program of a plan for one use, made at first call. May run on any thread."""
     with _LOCK:
+        lock = _LOCKS.setdefault(plan, threading.Lock())
+    # of this plan: another's program need not wait for it
+    with lock:
         uses = _PROGRAMS.setdefault(plan, {})
         if use not in uses:
             proof = next((other.proof for other in uses.values()), None)
@@ -111,7 +124,9 @@ def lower_once(plan: Plan, use: Use) -> Program:
 def lowered_of(handle: int) -> Lowered:
     """What a handle stands for."""
     if handle not in _BY_HANDLE:
-        raise DistattnError(f"handle {handle} belongs to no plan that is still alive.")
+        raise DistattnError(
+            f"handle {handle} belongs to no plan that is still alive; hold what prepare returned until the backward has run."
+        )
     return _BY_HANDLE[handle]
 
 
@@ -138,21 +153,27 @@ def _transport(group: dist.ProcessGroup) -> GroupTransport:
     return _TRANSPORTS[group]
 
 
-def _agree(plan: Plan, group: dist.ProcessGroup, device: torch.device) -> None:
-    """All ranks compare the plan's digest, once. A mismatch raises on every rank, naming those that differ."""
-    agreed = _AGREED.setdefault(group, weakref.WeakSet())
-    if plan in agreed:
-        return
+def _agree(plan: Plan, group: dist.ProcessGroup, device: torch.device, refusal: DistattnError | None) -> None:
+    """All ranks compare their plans' digests and tell of a refusal; where anything is amiss every rank raises.
+
+    Always, not only where this rank has not seen the plan: what is new to one rank may be old to another.
+    """
     words = [int(plan.digest[i : i + 8], 16) for i in range(0, 32, 8)]
-    mine = torch.tensor(words, device=device)
+    mine = torch.tensor([*words, refusal is not None], device=device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
-    digests = ["".join(f"{word:08x}" for word in words.tolist()) for words in everyone]
-    if len(set(digests)) > 1:
-        calls: list[Any] = [None] * len(digests)
-        dist.all_gather_object(calls, _summary(plan), group=group)
-        raise PlanError(_difference(digests, calls))
-    agreed.add(plan)
+    told = torch.stack(everyone).tolist()
+    digests = ["".join(f"{word:08x}" for word in row[:-1]) for row in told]
+    if len(set(digests)) == 1 and not any(row[-1] for row in told):
+        return
+    calls: list[Any] = [None] * len(digests)
+    dist.all_gather_object(calls, _summary(plan) | {"refusal": str(refusal or "")}, group=group)
+    if refusal is not None:
+        raise refusal
+    refused = next((rank for rank, call in enumerate(calls) if call["refusal"]), None)
+    if refused is not None:
+        raise PlanError(f"rank {refused} refuses this plan: {calls[refused]['refusal']}")
+    raise PlanError(_difference(digests, calls))
 
 
 def _summary(plan: Plan) -> dict[str, Any]:
@@ -176,7 +197,7 @@ def _difference(digests: list[str], calls: list[dict[str, Any]]) -> str:
     odd = [rank for rank, digest in enumerate(digests) if digest != usual]
     like = digests.index(usual)
     ours, theirs = calls[odd[0]], calls[like]
-    what = next((name for name in theirs if ours[name] != theirs[name]), "tables")
+    what = next((name for name in theirs if name != "refusal" and ours[name] != theirs[name]), "tables")
     how = f"its {what} differ"
     if what == "documents":
         pairs = itertools.zip_longest(ours[what], theirs[what])

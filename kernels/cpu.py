@@ -81,7 +81,8 @@ def forward(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, work: Work, score: Scor
     wide = accumulation_dtype(q_THD.dtype)
     o_THD = _blank(q_THD.shape, wide, 0.0, work.all_rows)
     lse_TH = _blank(q_THD.shape[:2], wide, -torch.inf, work.all_rows)
-    q, k, v = _heads_first(q_THD), _heads_first(k_SKD), _heads_first(v_SKD)
+    # the operator returns the precision it is given, and partial results must not be rounded before they are summed
+    q, k, v = (_heads_first(x.to(wide)) for x in (q_THD, k_SKD, v_SKD))
     for run in work.runs:
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[:, :, run.q0 : run.q1],
@@ -95,7 +96,7 @@ def forward(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, work: Work, score: Scor
         rows = slice(run.q0, run.q1)
         part_THD, part_lse_TH = part[0].transpose(0, 1), part_lse[0].transpose(0, 1)
         if len(work.runs) == 1 and work.all_rows:
-            return part_THD.to(wide), part_lse_TH
+            return part_THD, part_lse_TH
         if run.fresh_rows:
             o_THD[rows], lse_TH[rows] = part_THD, part_lse_TH
         else:
@@ -117,7 +118,8 @@ def backward(
     wide = accumulation_dtype(q_THD.dtype)
     dq = _blank(q_THD.shape, wide, 0.0, work.all_rows)
     dk, dv = (_blank(x.shape, wide, 0.0, work.all_keys) for x in (k_SKD, v_SKD))
-    q, k, v, do = (_heads_first(x) for x in (q_THD, k_SKD, v_SKD, do_THD))
+    do_THD = do_THD.to(wide)
+    q, k, v, do = (_heads_first(x.to(wide)) for x in (q_THD, k_SKD, v_SKD, do_THD))
     o = _heads_first(_stand_in(do_THD, delta_TH))
     lse = lse_TH.transpose(0, 1)[None].contiguous()
     for run in work.runs:
@@ -136,7 +138,7 @@ def backward(
         )
         dq_part, dk_part, dv_part = (grad[0].transpose(0, 1) for grad in grads)
         if len(work.runs) == 1 and work.all_rows and work.all_keys:
-            return dq_part.to(wide), dk_part.to(wide), dv_part.to(wide)
+            return dq_part, dk_part, dv_part
         for total, part, fresh in (
             (dq[rows], dq_part, run.fresh_rows),
             (dk[keys], dk_part, run.fresh_keys),
@@ -193,6 +195,6 @@ def _stand_in(do_THD: Tensor, delta_TH: Tensor) -> Tensor:
     It is zero but where |dO| of the row is largest, so that nothing overflows and tiny gradients do not vanish.
     """
     at = do_THD.abs().argmax(-1, keepdim=True)
-    largest = do_THD.gather(-1, at).to(delta_TH.dtype)
+    largest = do_THD.gather(-1, at)
     value = delta_TH[..., None] / largest.masked_fill(largest == 0, 1.0)
-    return torch.zeros_like(do_THD).scatter_(-1, at, value.to(do_THD.dtype))
+    return torch.zeros_like(do_THD).scatter_(-1, at, value)

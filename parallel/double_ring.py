@@ -1,7 +1,7 @@
 """Double ring: keys and values go round inside a node while the next node's are on their way.
 
 Gu et al. 2024, LoongTrain, arXiv 2406.18485, section 4.4. The inner ring has one node's ranks, the outer ring the nodes.
-A token crosses into a node at most once, one outer hop (a whole inner ring) ahead of its use there.
+Where inner rings are whole nodes, a token crosses into a node at most once, one outer hop ahead of its use there.
 """
 
 from __future__ import annotations

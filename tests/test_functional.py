@@ -124,7 +124,7 @@ def test_a_handle_of_a_freed_plan_is_refused():
 
 def test_a_plan_for_more_ranks_needs_torch_distributed():
     with pytest.raises(da.DistattnError, match="init_process_group"):
-        da.attention(*[torch.zeros(1)] * 3, plan_for(2))
+        da.attention(*[torch.zeros(1, 1, 1)] * 3, plan_for(2))
 
 
 def test_a_wrong_plan_is_never_run():
@@ -199,7 +199,7 @@ def test_six_query_heads_on_four_ulysses_ranks():
 
 def _wrong_group(rank: int):
     with pytest.raises(da.DistattnError, match="the plan is for 3 ranks, the process group has 2"):
-        da.attention(*[torch.zeros(1)] * 3, plan_for(3))
+        da.attention(*[torch.zeros(1, 1, 1)] * 3, plan_for(3))
     return rank
 
 

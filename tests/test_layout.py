@@ -126,7 +126,8 @@ def packs(seed: int, heavy: bool, tokens: int = 1 << 20) -> list[int]:
 def test_balanced_ranks_have_equal_work_and_nearly_equal_tokens(heavy):
     for seed in range(10):
         lengths = packs(seed, heavy)
-        for mask in (None, Mask.documents(lengths, (4096, 0)), Mask.causal(1 << 20)):
+        masks = Mask.documents(lengths, (4096, 0)), Mask.documents(lengths, "full"), Mask.causal(1 << 20)
+        for mask in (None, *masks):
             layout = Layout.balanced(lengths, 64, mask=mask)
             plan = make_plan(
                 mask or Mask.documents(lengths),
@@ -138,11 +139,11 @@ def test_balanced_ranks_have_equal_work_and_nearly_equal_tokens(heavy):
                 dtype="bfloat16",
             )
             area, tokens = plan.area_by_rank(), layout.shard_sizes()
-            # under a window most chunks weigh the same, and a rank with a few light ones finds nothing to exchange them for
-            window = mask is not None and len(mask.pieces) > 1
-            assert area.max() <= (1.08 if window else 1.02) * area.mean()
-            # chunks have equal sums of both shares: a rank that is short of work has as much too many tokens
-            assert tokens.max() <= (1.02 + (1 - area.min() / area.mean())) * tokens.mean()
+            # under windows and full documents a much heavier tail leaves chunks that weigh alike: none to exchange, and
+            # no rank shall get more than a quarter too many tokens for the sake of its work
+            alike = heavy and mask is not None and len(mask.pieces) > 1
+            assert area.max() <= (1.06 if alike else 1.02) * area.mean()
+            assert tokens.max() <= 1.25 * tokens.mean()
             assert len(layout.chunks["t0"]) <= 8 * 64
 
 

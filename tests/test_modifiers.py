@@ -116,6 +116,8 @@ def test_each_modifier_alone_equals_the_oracle(one):
         (dict(alibi_slopes=torch.ones(4, requires_grad=True)), "want a gradient"),
         (dict(sink=torch.ones(3)), r"sink has shape \(3,\); the plan wants \(4,\) \(heads,\)"),
         (dict(sink=torch.ones(4, dtype=torch.int64)), "floating point is needed"),
+        (dict(gate=torch.ones(200, 4, dtype=torch.int64)), "gate is int64; floating point"),
+        (dict(scale=torch.tensor(0.3)), "scale is a number"),
         (dict(gate=torch.ones(200, 3)), r"gate has shape \(200, 3\)"),
     ],
 )
@@ -124,3 +126,20 @@ def test_what_cannot_be_computed_is_refused(change, sentence):
     q, k, v, _ = random_inputs(N, HEADS, KV_HEADS, 8)
     with pytest.raises(da.DistattnError, match=sentence):
         da.attention(q, k, v, plan, **change)
+
+
+def test_a_sink_of_minus_infinity_is_no_sink():
+    plan = plan_for("ring", masks()["odd"], "zigzag", 1)
+    q, k, v, do = (x.requires_grad_() for x in random_inputs(N, HEADS, KV_HEADS, 8))
+    sink = torch.full((HEADS,), -torch.inf, dtype=torch.float64, requires_grad=True)
+    o = da.attention(q, k, v, plan, sink=sink)
+    assert torch.equal(o, da.attention(q, k, v, plan))
+    o.backward(do)
+    assert (sink.grad == 0).all() and torch.isfinite(q.grad).all()
+
+
+def test_a_gate_of_another_precision_leaves_the_output_in_that_of_the_queries():
+    shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="bfloat16")
+    plan = da.make_plan(da.Mask.causal(9), da.Layout.zigzag([9], 1), strategy="ring", **shape)
+    q, k, v, _ = (x.bfloat16() for x in random_inputs(9, 4, 2, 8))
+    assert da.attention(q, k, v, plan, gate=torch.rand(9, 4)).dtype == torch.bfloat16

@@ -215,3 +215,39 @@ def _communicators_end_with_their_group(rank, plan):
 
 def test_communicators_end_with_their_group():
     assert run_on_ranks(2, _communicators_end_with_their_group, plan_for(masks()["causal"], 2)) == [True, True]
+
+
+def _later(rank, kind):
+    """A plan all ranks know already, then one that only some of them do."""
+    mask, layout = masks()["documents"], layouts(LENGTHS, 2)["zigzag"]
+    plan = da.make_plan(mask, layout, strategy="ring", **SHAPE)
+    q, k, v = (torch.ones(len(layout.tokens(rank)), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    first = da.attention(q, k, v, plan)
+    if kind == "an equal one":
+        again = da.make_plan(mask, layout, strategy="ring", **SHAPE) if rank else plan
+        return torch.equal(da.attention(q, k, v, again), first)
+    other = da.make_plan(masks()["causal"], layout, strategy="ring", **SHAPE) if rank else plan
+    with pytest.raises(da.PlanError, match="rank 1 plans a different call .*: its mask"):
+        da.attention(q, k, v, other)
+    return True
+
+
+@pytest.mark.parametrize("kind", ["an equal one", "a different one"])
+def test_plans_are_compared_also_when_only_some_ranks_have_a_new_one(kind):
+    assert run_on_ranks(2, _later, kind) == [True, True]
+
+
+def _one_refuses(rank, change):
+    plan = plan_for(masks()["causal"], 2)
+    with pytest.raises(da.DistattnError) as refusal:
+        da.prepare(plan, **(change if rank == 1 else {}))
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [({"capacity": 10}, "the capacity is 10."), ({"kernel": "nope"}, "there are reference, cpu.")],
+)
+def test_where_one_rank_refuses_all_do(change, sentence):
+    other, own = run_on_ranks(2, _one_refuses, change)
+    assert own.endswith(sentence) and other == f"rank 1 refuses this plan: {own}"
