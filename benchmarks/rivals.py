@@ -5,9 +5,11 @@
 Forward and backward of one attention call, fp32, 4 heads of 64, all contestants on PyTorch's flash attention for CPU.
 Results are checked against plain attention on one process before anything is timed. "wire" is what the loopback device
 carried in one call (and two barriers), "plan" what our plan says, "planning" what a new batch costs once before its
-first layer: plan, proof, program and agreement, on the same busy cores; a trainer's comes ahead, on a thread. PyTorch's public context_parallel handles CUDA operators only; its own
-ring loop (all-gather and all-to-all rotation) is given the CPU operators here. DeepSpeed's core attention is the user's:
-documents one by one. DeepSpeed is optional: pip install deepspeed.
+first layer: plan, proof, program and agreement, on the same busy cores; a trainer's comes ahead, on a thread.
+
+PyTorch's public context_parallel handles CUDA operators only; its own ring loop (all-gather and all-to-all rotation) is
+given the CPU operators here. DeepSpeed's core attention is the user's: documents one by one. DeepSpeed is optional:
+pip install deepspeed.
 """
 
 from __future__ import annotations
