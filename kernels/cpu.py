@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distattn.bands import BK, BQ, K0, K1, Q0, Q1, areas, clip, row_ends, tighten
 from distattn.intervals import Ints
+from distattn.kernels.cells import Cells, even_groups
 from distattn.kernels.merge import accumulation_dtype, merge_
 from distattn.kernels.score import Demand, Score
 
@@ -26,7 +27,10 @@ _MASKED_ROWS = 256
 
 
 class Run(NamedTuple):
-    """Rows [q0, q1) against keys [k0, k1): all of them, causal from the corner, or only those of `band`."""
+    """Rows [q0, q1) of some heads against keys [k0, k1): all of them, causal from the corner, or only those of `band`."""
+
+    heads: slice
+    kv_heads: slice
 
     q0: int
     q1: int
@@ -34,7 +38,7 @@ class Run(NamedTuple):
     k1: int
     causal: bool
     band: Ints | None
-    # no earlier run of the call has written these rows, these keys
+    # no earlier run of the call has written these rows, these keys, in these heads
     fresh_rows: bool
     fresh_keys: bool
 
@@ -60,20 +64,32 @@ def refusal(demand: Demand) -> str | None:
     return None
 
 
-def prepare(bands: Ints, shift: Ints, rows: int, keys: int) -> Work:
-    """The runs that compute bands (M, 10), in the coordinates of the tensors."""
-    written, used = np.zeros(rows, bool), np.zeros(keys, bool)
-    # rows and keys whose first run writes nothing else: no need to clear them before
+def prepare(cells: Cells) -> Work:
+    """The runs that compute these cells."""
+    written, used = np.zeros((cells.heads, cells.rows), bool), np.zeros((cells.kv_heads, cells.keys), bool)
+    # cells whose first run writes nothing else: no need to clear them before
     first_rows = first_keys = 0
     runs = []
-    tight = tighten(bands)
-    for q0, q1, k0, k1, causal, masked in _parts(tight[tight[:, Q0] < tight[:, Q1]]):
-        fresh = not written[q0:q1].any(), not used[k0:k1].any()
-        runs.append(Run(q0, q1, k0, k1, causal, masked, *fresh))
-        written[q0:q1] = used[k0:k1] = True
-        first_rows += (q1 - q0) * fresh[0]
-        first_keys += (k1 - k0) * fresh[1]
-    return Work(runs, first_rows == rows, first_keys == keys)
+    tight = tighten(cells.bands)
+    some = tight[:, Q0] < tight[:, Q1]
+    for (h0, h1), bands in _by_heads(cells.band_heads[some], tight[some]):
+        for low, high in even_groups(h0, h1, cells.group, cells.first):
+            heads = slice(low, high)
+            kv_heads = slice((cells.first + low) // cells.group, (cells.first + high - 1) // cells.group + 1)
+            for q0, q1, k0, k1, causal, masked in _parts(bands):
+                rows, keys = written[heads, q0:q1], used[kv_heads, k0:k1]
+                fresh = not rows.any(), not keys.any()
+                runs.append(Run(heads, kv_heads, q0, q1, k0, k1, causal, masked, *fresh))
+                rows[:] = keys[:] = True
+                first_rows += rows.size * fresh[0]
+                first_keys += keys.size * fresh[1]
+    return Work(runs, first_rows == written.size, first_keys == used.size)
+
+
+def _by_heads(band_heads: Ints, bands: Ints) -> Iterator[tuple[tuple[int, int], Ints]]:
+    """The bands of each head range."""
+    for h0, h1 in sorted(set(map(tuple, band_heads.tolist()))):
+        yield (h0, h1), bands[(band_heads == (h0, h1)).all(1)]
 
 
 def forward(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, work: Work, score: Score) -> tuple[Tensor, Tensor]:
@@ -85,22 +101,22 @@ def forward(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, work: Work, score: Scor
     q, k, v = (_heads_first(x.to(wide)) for x in (q_THD, k_SKD, v_SKD))
     for run in work.runs:
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[:, :, run.q0 : run.q1],
-            k[:, :, run.k0 : run.k1],
-            v[:, :, run.k0 : run.k1],
+            q[:, run.heads, run.q0 : run.q1],
+            k[:, run.kv_heads, run.k0 : run.k1],
+            v[:, run.kv_heads, run.k0 : run.k1],
             0.0,
             run.causal,
             attn_mask=_float_mask(run, q.dtype),
             scale=score.scale,
         )
-        rows = slice(run.q0, run.q1)
         part_THD, part_lse_TH = part[0].transpose(0, 1), part_lse[0].transpose(0, 1)
         if len(work.runs) == 1 and work.all_rows:
             return part_THD, part_lse_TH
+        at = slice(run.q0, run.q1), run.heads
         if run.fresh_rows:
-            o_THD[rows], lse_TH[rows] = part_THD, part_lse_TH
+            o_THD[at], lse_TH[at] = part_THD, part_lse_TH
         else:
-            merge_(o_THD[rows], lse_TH[rows], part_THD, part_lse_TH)
+            merge_(o_THD[at], lse_TH[at], part_THD, part_lse_TH)
     return o_THD, lse_TH
 
 
@@ -123,14 +139,14 @@ def backward(
     o = _heads_first(_stand_in(do_THD, delta_TH))
     lse = lse_TH.transpose(0, 1)[None].contiguous()
     for run in work.runs:
-        rows, keys = slice(run.q0, run.q1), slice(run.k0, run.k1)
+        rows, keys = (run.heads, slice(run.q0, run.q1)), (run.kv_heads, slice(run.k0, run.k1))
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do[:, :, rows],
-            q[:, :, rows],
-            k[:, :, keys],
-            v[:, :, keys],
-            o[:, :, rows],
-            lse[:, :, rows],
+            do[:, *rows],
+            q[:, *rows],
+            k[:, *keys],
+            v[:, *keys],
+            o[:, *rows],
+            lse[:, *rows],
             0.0,
             run.causal,
             attn_mask=_float_mask(run, q.dtype),
@@ -140,9 +156,9 @@ def backward(
         if len(work.runs) == 1 and work.all_rows and work.all_keys:
             return dq_part, dk_part, dv_part
         for total, part, fresh in (
-            (dq[rows], dq_part, run.fresh_rows),
-            (dk[keys], dk_part, run.fresh_keys),
-            (dv[keys], dv_part, run.fresh_keys),
+            (dq[rows[::-1]], dq_part, run.fresh_rows),
+            (dk[keys[::-1]], dk_part, run.fresh_keys),
+            (dv[keys[::-1]], dv_part, run.fresh_keys),
         ):
             # the first to write need not read
             total.copy_(part) if fresh else total.add_(part)

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from distattn.errors import DistattnError
-from distattn.intervals import Ints
+from distattn.kernels.cells import Cells
 from distattn.kernels.score import Demand, Score
 
 if TYPE_CHECKING:
@@ -17,18 +17,17 @@ KERNELS = {"reference": "distattn.kernels.reference", "cpu": "distattn.kernels.c
 
 
 class Kernel(Protocol):
-    """What a kernel module provides. Bands are in the coordinates of the tensors; H is a multiple of K.
+    """What a kernel module provides.
 
     DIFFERENTIABLE_LSE says whether `backward` is right for any delta, so that gradients may flow through the log-sum-exp.
-    `prepare` turns bands into the kernel's own form once per plan; `forward` and `backward` take that form. In band i the
-    axis distance of key s and row t is s - t + shift_i.
+    `prepare` turns cells into the kernel's own form once per plan; `forward` and `backward` take that form.
     """
 
     DIFFERENTIABLE_LSE: bool
 
     def refusal(self, demand: Demand) -> str | None: ...
 
-    def prepare(self, bands: Ints, shift: Ints, rows: int, keys: int) -> Any: ...
+    def prepare(self, cells: Cells) -> Any: ...
 
     def forward(
         self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, work: Any, score: Score, /

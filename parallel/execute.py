@@ -128,10 +128,10 @@ def _run_step(step: Step, transport: Transport, buffers: _Buffers, compute: Comp
     incoming = [(payload, message, buffers.landing(payload, message.view)) for payload, message in step.receives]
     receives = [Packet(m.peer, payload, tensor) for payload, m, fields in incoming for tensor in fields]
     work = transport.exchange(sends, receives, step.collective)
-    for launch in step.launches:
-        operands = {payload: buffers.gather(payload, view) for payload, view in launch.operands.items()}
-        for payload, fields in compute(launch, operands).items():
-            buffers.deposit(payload, launch.results[payload], fields)
+    if step.launch is not None:
+        operands = {payload: buffers.gather(payload, view) for payload, view in step.launch.operands.items()}
+        for payload, fields in compute(step.launch, operands).items():
+            buffers.deposit(payload, step.launch.results[payload], fields)
     yield
     work.wait()
     for payload, message, fields in incoming:
@@ -204,10 +204,14 @@ class _Buffers:
 
     def gather(self, payload: Payload, view: View) -> Fields:
         """The working tensors of a view: a view of one buffer where that is all there is to it, else a copy."""
-        if len(view.links) == 1 and isinstance(view.links[0].rows, slice):
+        if view.whole and len(view.links) == 1 and isinstance(view.links[0].rows, slice):
             link = view.links[0]
             return tuple(tensor[link.rows, link.heads] for tensor in self.fields[link.buffer])
         out = self.new(payload, view.rows, view.heads)
+        if not view.whole:
+            # kernels may read whole tiles: what no task uses shall at least be a number
+            for tensor in out:
+                tensor.zero_()
         for link in view.links:
             for whole, tensor in zip(out, self.fields[link.buffer], strict=True):
                 whole[:, link.at_heads][link.at_rows] = tensor[:, link.heads][link.rows]

@@ -6,6 +6,7 @@ tokens; *links* say which rows and heads of a buffer are which rows and heads of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from distattn.bands import K0, K1, OK, OQ, Q0, Q1
 from distattn.intervals import Ints, crossing, union
+from distattn.kernels.cells import Cells
 from distattn.parallel.verify import Proof, verify
 from distattn.plan import (
     ACCUMULATING,
@@ -34,7 +36,7 @@ from distattn.plan import (
 )
 
 Rows = slice | Tensor
-Prepare = Callable[[Ints, Ints, int, int], Any]
+Prepare = Callable[[Cells], Any]
 
 
 class BufferKey(NamedTuple):
@@ -67,6 +69,8 @@ class View(NamedTuple):
     rows: int
     heads: int
     links: list[Link]
+    # the links reach every cell; where head groups need different tokens they do not
+    whole: bool = True
 
 
 class Message(NamedTuple):
@@ -77,7 +81,7 @@ class Message(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One kernel call: query heads, operands to gather, the kernel's prepared work, and where results are deposited."""
+    """The kernel call of a step: query heads, operands to gather, prepared work, and where results are deposited."""
 
     heads: slice
     operands: dict[Payload, View]
@@ -93,7 +97,7 @@ class Step:
     allocate: dict[BufferKey, int] = field(default_factory=dict)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
-    launches: list[Launch] = field(default_factory=list)
+    launch: Launch | None = None
     # whether all ranks exchange this step's messages in one all-to-all
     collective: bool = False
     release: list[BufferKey] = field(default_factory=list)
@@ -131,10 +135,10 @@ def lower(plan: Plan, rank: int, prepare: Prepare, proof: Proof | None = None) -
 def _remembered(prepare: Prepare) -> Prepare:
     made: dict[tuple[Any, ...], Any] = {}
 
-    def once(bands: Ints, shift: Ints, rows: int, keys: int) -> Any:
-        key = bands.tobytes(), shift.tobytes(), rows, keys
+    def once(cells: Cells) -> Any:
+        key = cells.key()
         if key not in made:
-            made[key] = prepare(bands, shift, rows, keys)
+            made[key] = prepare(cells)
         return made[key]
 
     return once
@@ -215,7 +219,7 @@ class _TableLowering:
             step.collective = bool(collective[index])
             step.sends = self._messages(self.outgoing, index, "dst")
             step.receives = self._messages(self.incoming, index, "src")
-            step.launches = self._launches(index)
+            step.launch = self._launch(index)
         self._set_lifetimes(steps, stays)
         self._mark_first_deposits(steps)
         return steps
@@ -247,40 +251,59 @@ class _TableLowering:
             messages.append((Payload(payload), Message(other, view)))
         return messages
 
-    def _launches(self, step: int) -> list[Launch]:
-        """One launch per distinct head range of the step's tasks."""
-        here = take(self.tasks, self.tasks["step"] == step)
-        launches = []
-        for h0, h1 in _distinct(here["h0"], here["h1"]):
-            tasks = take(here, (here["h0"] == h0) & (here["h1"] == h1))
-            launches += [self._launch(tasks, low, high) for low, high in _even_groups(h0, h1, self.call.group)]
-        return launches
-
-    def _launch(self, tasks: Columns, h0: int, h1: int) -> Launch:
-        zero = np.zeros(count(tasks), np.int64)
-        _, q0, q1 = union(zero, tasks["q0"], tasks["q1"])
-        _, k0, k1 = union(zero, tasks["k0"], tasks["k1"])
+    def _launch(self, step: int) -> Launch | None:
+        """All tasks of a step: a working tensor holds the tokens and heads of any of them."""
+        tasks, group = take(self.tasks, self.tasks["step"] == step), self.call.group
+        if not count(tasks):
+            return None
+        h0, h1 = int(tasks["h0"].min()), int(tasks["h1"].max())
+        heads = tasks["h0"], tasks["h1"]
+        rows = _Ranges.of(tasks["q0"], tasks["q1"], *heads, 1)
+        keys = _Ranges.of(tasks["k0"], tasks["k1"], *heads, group)
+        views = {payload: self._working(payload, keys if payload in ON_KEYS else rows) for payload in self.payloads}
         bands = task_bands(self.call.mask, tasks)
         # global to working coordinates: each task lies inside one interval of the union
-        to_row, to_key = _offsets(q0, q1, tasks["q0"]), _offsets(k0, k1, tasks["k0"])
+        to_row, to_key = _offsets(rows.t0, rows.t1, tasks["q0"]), _offsets(keys.t0, keys.t1, tasks["k0"])
         bands[:, [Q0, Q1, OQ]] += to_row[:, None]
         bands[:, [K0, K1, OK]] += to_key[:, None]
-        views = {
-            payload: self._view(payload, k0, k1, h0 // self.call.group, -(-h1 // self.call.group))
-            if payload in ON_KEYS
-            else self._view(payload, q0, q1, h0, h1)
-            for payload in self.payloads
-        }
+        cells = Cells(
+            bands,
+            np.stack([tasks["h0"], tasks["h1"]], 1) - h0,
+            to_row - to_key,
+            rows.rows,
+            keys.rows,
+            h1 - h0,
+            keys.h1 - keys.h0,
+            group,
+            h0 % group,
+        )
         return Launch(
             slice(h0, h1),
             {payload: view for payload, view in views.items() if payload in HOLDING},
-            self.prepare(bands, to_row - to_key, int((q1 - q0).sum()), int((k1 - k0).sum())),
+            self.prepare(cells),
             {payload: view for payload, view in views.items() if payload in ACCUMULATING},
         )
 
+    def _working(self, payload: Payload, ranges: _Ranges) -> View:
+        """The working tensor of a launch: only what some task uses is linked."""
+        links = []
+        for h0, h1, t0, t1 in ranges.parts:
+            at = t0 + _offsets(ranges.t0, ranges.t1, t0)
+            links += self._links(payload, t0, t1, at, (h0, h1), h0 - ranges.h0)
+        heads = ranges.h1 - ranges.h0
+        linked = sum(_length(link.at_rows) * _length(link.at_heads) for link in links)
+        return View(ranges.rows, heads, links, linked == ranges.rows * heads)
+
     def _view(self, payload: Payload, t0: Ints, t1: Ints, h0: int, h1: int) -> View:
-        """Where tokens [t0_i, t1_i), one interval after another, and heads [h0, h1) of a payload lie."""
+        """Tokens [t0_i, t1_i), one interval after another, and heads [h0, h1) of a payload."""
         at = np.cumsum(t1 - t0) - (t1 - t0)
+        return View(int((t1 - t0).sum()), h1 - h0, self._links(payload, t0, t1, at, (h0, h1), 0))
+
+    def _links(
+        self, payload: Payload, t0: Ints, t1: Ints, at: Ints, heads: tuple[int, int], at_head: int
+    ) -> list[Link]:
+        """Where tokens [t0_i, t1_i), from row at_i on, and heads [h0, h1), from at_head on, of a payload lie."""
+        h0, h1 = heads
         links = []
         for atlas in self.atlases:
             low, high = max(h0, atlas.h0), min(h1, atlas.h1)
@@ -289,25 +312,25 @@ class _TableLowering:
             i, j = crossing(atlas.t0, atlas.t1, t0, t1)
             begin, end = np.maximum(t0[i], atlas.t0[j]), np.minimum(t1[i], atlas.t1[j])
             rows, at_rows = atlas.row[j] + begin - atlas.t0[j], at[i] + begin - t0[i]
+            there, here = slice(low - atlas.h0, high - atlas.h0), slice(at_head + low - h0, at_head + high - h0)
             owner = atlas.buffer[j]
             # mostly one: cheaper to ask than to sort
             several = len(owner) and (owner != owner[0]).any()
             for buffer in np.unique(owner) if several else owner[:1]:
                 mine = owner == buffer if several else slice(None)
                 length = (end - begin)[mine]
-                heads, at_heads = slice(low - atlas.h0, high - atlas.h0), slice(low - h0, high - h0)
-                key = atlas.keys[buffer]
-                links.append(Link(key, _as_rows(rows[mine], length), heads, _as_rows(at_rows[mine], length), at_heads))
-        return View(int((t1 - t0).sum()), h1 - h0, links)
+                links.append(
+                    Link(atlas.keys[buffer], _as_rows(rows[mine], length), there, _as_rows(at_rows[mine], length), here)
+                )
+        return links
 
     def _set_lifetimes(self, steps: list[Step], stays: Container[BufferKey]) -> None:
         first: dict[BufferKey, int] = {}
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
             views = [message.view for _, message in (*step.sends, *step.receives)]
-            views += [
-                view for launch in step.launches for view in (*launch.operands.values(), *launch.results.values())
-            ]
+            if step.launch is not None:
+                views += [*step.launch.operands.values(), *step.launch.results.values()]
             for key in (link.buffer for view in views for link in view.links):
                 first.setdefault(key, index)
                 last[key] = index
@@ -335,9 +358,8 @@ class _TableLowering:
             return view._replace(links=links)
 
         for step in steps:
-            for launch in step.launches:
-                if Payload.O in launch.results:
-                    launch.results[Payload.O] = marked(launch.results[Payload.O])
+            if step.launch is not None and Payload.O in step.launch.results:
+                step.launch.results[Payload.O] = marked(step.launch.results[Payload.O])
             step.receives = [
                 (payload, message._replace(view=marked(message.view)) if payload == Payload.O else message)
                 for payload, message in step.receives
@@ -389,8 +411,8 @@ def _with_rows(program: Program, change: Callable[[Rows], Rows]) -> Program:
         return old._replace(operands=views[0], results=views[1])
 
     def step(old: Step) -> Step:
-        launches = [launch(part) for part in old.launches]
-        return replace(old, sends=messages(old.sends), receives=messages(old.receives), launches=launches)
+        calls = None if old.launch is None else launch(old.launch)
+        return replace(old, sends=messages(old.sends), receives=messages(old.receives), launch=calls)
 
     passes = [[step(part) for part in steps] for steps in (program.forward, program.backward)]
     return replace(program, forward=passes[0], backward=passes[1])
@@ -401,12 +423,33 @@ def _distinct(*columns: Ints) -> list[tuple[int, ...]]:
     return [tuple(row) for row in np.unique(np.stack(columns, 1), axis=0).tolist()]
 
 
-def _even_groups(h0: int, h1: int, group: int) -> list[tuple[int, int]]:
-    """Head ranges in which every key/value head serves equally many query heads."""
-    if h0 // group == (h1 - 1) // group or (h0 % group == 0 and h1 % group == 0):
-        return [(h0, h1)]
-    cuts = sorted({h0, -(-h0 // group) * group, h1 // group * group, h1})
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+class _Ranges(NamedTuple):
+    """The tokens that some tasks need: all of them, and `parts` (h0, h1, t0, t1) by head range, ranges disjoint."""
+
+    h0: int
+    h1: int
+    t0: Ints
+    t1: Ints
+    parts: list[tuple[int, int, Ints, Ints]]
+
+    @property
+    def rows(self) -> int:
+        return int((self.t1 - self.t0).sum())
+
+    @staticmethod
+    def of(t0: Ints, t1: Ints, h0: Ints, h1: Ints, group: int) -> _Ranges:
+        """Of intervals [t0_i, t1_i) in query heads [h0_i, h1_i); heads are counted in units of `group`."""
+        low, high = h0 // group, -(-h1 // group)
+        _, begin, end = union(np.zeros_like(t0), t0, t1)
+        cuts = np.unique([low, high]).tolist()
+        parts = []
+        for a, b in itertools.pairwise(cuts):
+            here = (low <= a) & (b <= high)
+            if here.all():
+                parts.append((a, b, begin, end))
+            elif here.any():
+                parts.append((a, b, *union(np.zeros_like(t0[here]), t0[here], t1[here])[1:]))
+        return _Ranges(cuts[0], cuts[-1], begin, end, parts)
 
 
 def _offsets(t0: Ints, t1: Ints, start: Ints) -> Ints:
@@ -414,6 +457,10 @@ def _offsets(t0: Ints, t1: Ints, start: Ints) -> Ints:
     at = np.cumsum(t1 - t0) - (t1 - t0)
     i = np.searchsorted(t0, start, "right") - 1
     return at[i] - t0[i]
+
+
+def _length(part: Rows) -> int:
+    return part.stop - part.start if isinstance(part, slice) else len(part)
 
 
 def _as_rows(start: Ints, length: Ints) -> Rows:

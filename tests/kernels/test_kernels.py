@@ -1,6 +1,5 @@
 """Local kernels against the dense oracle, in the coordinates of their own tensors."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -9,6 +8,7 @@ from oracle import Inputs, Result, assert_close, dense, random_inputs
 
 from distattn.errors import DistattnError
 from distattn.kernels import cpu, reference
+from distattn.kernels.cells import Cells
 from distattn.kernels.dispatch import KERNELS, choose_kernel, load_kernel
 from distattn.kernels.merge import merge_
 from distattn.kernels.score import Demand, Score
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def run(kernel, mask: Mask, inputs: Inputs, dtype=torch.float64, scale: float = 0.25) -> Result:
-    work = kernel.prepare(mask.pieces, np.zeros(len(mask.pieces), np.int64), mask.n, mask.n)
+    work = kernel.prepare(Cells.of_mask(mask, inputs.q.shape[1], inputs.k.shape[1]))
     q, k, v, do = (x.to(dtype) for x in inputs)
     o, lse = kernel.forward(q, k, v, work, Score(scale))
     delta = (do.to(o.dtype) * o).sum(-1)
@@ -98,8 +98,7 @@ def test_merging_partial_results_equals_one_softmax():
     inputs = random_inputs(40, 2, 2, 8)
     left, right = Mask.from_pieces([[0, 40, 0, 15, -99, 0]], 40), Mask.from_pieces([[0, 40, 15, 40, -99, 0]], 40)
     (o, lse), (o2, lse2) = (
-        reference.forward(*inputs[:3], reference.prepare(m.pieces, np.zeros(1, np.int64), 40, 40), Score(0.25))
-        for m in (left, right)
+        reference.forward(*inputs[:3], reference.prepare(Cells.of_mask(m, 2, 2)), Score(0.25)) for m in (left, right)
     )
     merge_(o, lse, o2, lse2)
     wanted = dense(Mask.causal(40), inputs, 0.25)
@@ -125,7 +124,7 @@ def test_a_causal_band_needs_two_calls_and_a_full_one_a_single():
     def runs(*piece):
         return [
             (r.q0, r.q1, r.k0, r.k1, r.causal)
-            for r in cpu.prepare(np.array([piece + (1, 1, 0, 0)]), np.zeros(1, np.int64), 99, 99).runs
+            for r in cpu.prepare(Cells.of_mask(Mask.from_pieces([piece], 99), 1, 1)).runs
         ]
 
     assert runs(0, 9, 0, 9, -999, 999) == [(0, 9, 0, 9, False)]

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,14 @@ from distattn.plan import POLICIES
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5}
 LONG = (1, 7, 129, 1000)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @functools.cache
@@ -90,6 +99,28 @@ def test_six_query_heads_on_four_ranks(strategy):
         shape = dict(heads=6, kv_heads=2, head_dim=64, dtype="float64")
         plan = make_plan(masks(LENGTHS)["documents"], layout, strategy=strategy, **shape)
         assert_close(run_all_ranks(plan, inputs, "cpu"), wanted, TOLERANCE["float64"])
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (8, 1)])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_is_one_kernel_call_whatever_its_head_ranges(strategy, heads):
+    # head groups with windows and without, and USP cuts through groups of query heads
+    mask = all_masks(heads[0])["head groups"]
+    inputs, wanted = wide_case("head groups", heads, (64, 64))
+    plan = make_plan(
+        mask,
+        Layout.zigzag(LENGTHS, 4),
+        strategy=strategy,
+        heads=heads[0],
+        kv_heads=heads[1],
+        head_dim=64,
+        dtype="float64",
+    )
+    record = Record()
+    assert_close(run_all_ranks(plan, inputs, "cpu", record), wanted, TOLERANCE["float64"])
+    calls = sum(what == "compute" for _, what in record.events)
+    steps = [np.unique(table.tasks["step"] * 4 + table.tasks["rank"]) for table in (plan.forward, plan.backward)]
+    assert calls == sum(map(len, steps))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
