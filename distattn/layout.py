@@ -109,13 +109,15 @@ class Layout:
     ) -> Layout:
         """Every rank has equally much of `mask` to do, and about equally many tokens.
 
-        mask: by default causal inside each document. chunk: tokens on average, by default what gives every rank 8 chunks.
+        mask: by default causal inside each document. chunk: tokens on average, by default what gives every rank 8 chunks,
+        or 4 beyond 256 ranks: planning takes as long as there are pairs of chunks.
         tolerance: stop when the busiest rank is within this share of the mean. The axis is cut so that every chunk has
         the same sum of its share of the tokens and its share of the work: long rows are cut short, and ranks of equally
         many chunks and equal work have equal numbers of tokens. Chunks are dealt heaviest first, then exchanged.
         """
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
-        chunk = max(1, -(-n // (8 * ranks))) if chunk is None else int(whole_numbers(chunk, "chunk"))
+        each = 8 if ranks <= 256 else 4
+        chunk = max(1, -(-n // (each * ranks))) if chunk is None else int(whole_numbers(chunk, "chunk"))
         mask = Mask.documents(lengths) if mask is None else mask
         if chunk < 1 or mask.n != n or not tolerance >= 0:
             raise DistattnError(

@@ -275,11 +275,12 @@ def task_bands(mask: Mask, tasks: Columns) -> Ints:
     return clip(mask.pieces[tasks["piece"]], tasks["q0"], tasks["q1"], tasks["k0"], tasks["k1"])
 
 
-def areas_of_tasks(call: Call, tasks: Columns) -> Ints:
-    """Cells x query heads of each task; as Python integers where all of them together pass int64."""
+def areas_of_tasks(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
+    """Cells x query heads of each task (its `bands`, if known); as Python integers where all together pass int64."""
     heads = call.heads if call.mask.heads is None else 1
     exact = np.int64 if call.mask.area() * heads < 1 << 62 else object
-    return areas(task_bands(call.mask, tasks)).astype(exact) * (tasks["h1"] - tasks["h0"])
+    bands = task_bands(call.mask, tasks) if bands is None else bands
+    return areas(bands).astype(exact) * (tasks["h1"] - tasks["h0"])
 
 
 def cells_of_tasks(call: Call, payload: Payload, tasks: Columns) -> Columns:

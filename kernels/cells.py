@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -50,3 +51,25 @@ def even_groups(h0: int, h1: int, group: int, first: int = 0) -> list[tuple[int,
         return [(h0, h1)]
     cuts = sorted({low, -(-low // group) * group, high // group * group, high})
     return [(a - first, b - first) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+class Written:
+    """Which rows of which heads of a tensor have been written, kept by the ranges that heads are written in."""
+
+    def __init__(self, rows: int, bounds: Iterable[int]):
+        """bounds: the ends of all head ranges."""
+        cuts = sorted(set(bounds))
+        self.at = {head: i for i, head in enumerate(cuts)}
+        self.cells = np.zeros((len(cuts) - 1, rows), bool)
+        # cells that are still to be reached by a first writing
+        self.left = rows * (cuts[-1] - cuts[0])
+
+    def first(self, heads: slice, rows: slice | Ints) -> bool:
+        """Note a writing; whether nothing of it had been written before."""
+        place = slice(self.at[heads.start], self.at[heads.stop]), rows
+        some = self.cells[place]
+        fresh = not some.any()
+        if fresh:
+            self.left -= some.shape[1] * (heads.stop - heads.start)
+        self.cells[place] = True
+        return fresh

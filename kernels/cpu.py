@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distattn.bands import BK, BQ, K0, K1, Q0, Q1, areas, clip, row_ends, tighten
 from distattn.intervals import Ints
-from distattn.kernels.cells import Cells, even_groups
+from distattn.kernels.cells import Cells, Written, even_groups
 from distattn.kernels.merge import accumulation_dtype, merge_
 from distattn.kernels.score import Demand, Score
 
@@ -66,24 +66,22 @@ def refusal(demand: Demand) -> str | None:
 
 def prepare(cells: Cells) -> Work:
     """The runs that compute these cells."""
-    written, used = np.zeros((cells.heads, cells.rows), bool), np.zeros((cells.kv_heads, cells.keys), bool)
-    # cells whose first run writes nothing else: no need to clear them before
-    first_rows = first_keys = 0
-    runs = []
     tight = tighten(cells.bands)
     some = tight[:, Q0] < tight[:, Q1]
-    for (h0, h1), bands in _by_heads(cells.band_heads[some], tight[some]):
-        for low, high in even_groups(h0, h1, cells.group, cells.first):
-            heads = slice(low, high)
-            kv_heads = slice((cells.first + low) // cells.group, (cells.first + high - 1) // cells.group + 1)
-            for q0, q1, k0, k1, causal, masked in _parts(bands):
-                rows, keys = written[heads, q0:q1], used[kv_heads, k0:k1]
-                fresh = not rows.any(), not keys.any()
-                runs.append(Run(heads, kv_heads, q0, q1, k0, k1, causal, masked, *fresh))
-                rows[:] = keys[:] = True
-                first_rows += rows.size * fresh[0]
-                first_keys += keys.size * fresh[1]
-    return Work(runs, first_rows == written.size, first_keys == used.size)
+    parts = [
+        (slice(low, high), slice((cells.first + low) // cells.group, -(-(cells.first + high) // cells.group)), bands)
+        for (h0, h1), bands in _by_heads(cells.band_heads[some], tight[some])
+        for low, high in even_groups(h0, h1, cells.group, cells.first)
+    ]
+    rows = Written(cells.rows, [0, cells.heads, *(end for heads, *_ in parts for end in (heads.start, heads.stop))])
+    keys = Written(cells.keys, [0, cells.kv_heads, *(end for _, kv, _ in parts for end in (kv.start, kv.stop))])
+    runs = []
+    for heads, kv_heads, bands in parts:
+        for q0, q1, k0, k1, causal, masked in _parts(bands):
+            fresh = rows.first(heads, slice(q0, q1)), keys.first(kv_heads, slice(k0, k1))
+            runs.append(Run(heads, kv_heads, q0, q1, k0, k1, causal, masked, *fresh))
+    # else something must be cleared before
+    return Work(runs, rows.left == 0, keys.left == 0)
 
 
 def _by_heads(band_heads: Ints, bands: Ints) -> Iterator[tuple[tuple[int, int], Ints]]:

@@ -18,8 +18,9 @@ from torch import Tensor
 from distattn.kernels.dispatch import Kernel
 from distattn.kernels.merge import merge_
 from distattn.kernels.score import Score
-from distattn.parallel.program import OWN, BufferKey, Launch, Message, Program, Step, View, inherited
+from distattn.parallel.program import Launch, Message, Program, Step, inherited
 from distattn.parallel.transport import Packet, Transport
+from distattn.parallel.views import OWN, BufferKey, View
 from distattn.plan import ACCUMULATING, Call, Payload
 
 Fields = tuple[Tensor, ...]

@@ -11,6 +11,7 @@ import numpy as np
 
 from distattn.cluster.topology import Cluster
 from distattn.errors import DistattnError
+from distattn.intervals import distinct
 from distattn.layout import Layout
 from distattn.mask import Mask
 from distattn.parallel.allgather import allgather
@@ -98,7 +99,7 @@ def check_names(strategy: str, backward: str | None, options: Mapping[str, objec
 
 def _without_idle_steps(table: Table) -> Table:
     """The same table, numbered without the steps in which nobody does anything."""
-    busy = np.unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
+    busy = distinct(np.concatenate([table.tasks["step"], table.moves["step"]]))
     rows = [{**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves)]
     return Table(*rows)
 

@@ -1,7 +1,6 @@
-"""A plan lowered for one rank: buffers, transfers, kernel launches and index lists, made once and shared by all layers.
+"""A plan lowered for one rank: buffers, transfers, kernel calls and index lists, made once and shared by all layers.
 
-Here the table's rows end: what is left to the layer is one loop over steps, messages and launches. Rows of a buffer are
-tokens; *links* say which rows and heads of a buffer are which rows and heads of a contiguous working tensor.
+Here the table's rows end: what is left to the layer is one loop over steps and messages.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 from distattn.bands import K0, K1, OK, OQ, Q0, Q1
-from distattn.intervals import Ints, crossing, union
-from distattn.kernels.cells import Cells
+from distattn.intervals import Ints, distinct, expand, lexical_order, order, runs, union
+from distattn.kernels.cells import Cells, Written
 from distattn.parallel.verify import Proof, verify
+from distattn.parallel.views import OWN, BufferKey, Parts, Place, Rows, View, look_up
 from distattn.plan import (
     ACCUMULATING,
     BACKWARD,
@@ -35,42 +35,7 @@ from distattn.plan import (
     task_bands,
 )
 
-Rows = slice | Tensor
 Prepare = Callable[[Cells], Any]
-
-
-class BufferKey(NamedTuple):
-    """The rank's own tensor of a payload (step OWN), or a batch that arrives or leaves at `step` with heads [h0, h1)."""
-
-    payload: Payload
-    step: int
-    h0: int
-    h1: int
-
-
-OWN = -1
-
-
-class Link(NamedTuple):
-    """Rows and heads of a buffer that are these rows and heads of a working tensor."""
-
-    buffer: BufferKey
-    rows: Rows
-    heads: slice
-    at_rows: Rows
-    at_heads: slice
-    # nothing has been deposited there before: write instead of adding
-    fresh: bool = False
-
-
-class View(NamedTuple):
-    """A working tensor of `rows` tokens and `heads` heads, spread over buffers."""
-
-    rows: int
-    heads: int
-    links: list[Link]
-    # the links reach every cell; where head groups need different tokens they do not
-    whole: bool = True
 
 
 class Message(NamedTuple):
@@ -149,43 +114,6 @@ def inherited(key: BufferKey) -> BufferKey:
     return key._replace(step=OWN - 1 - key.step)
 
 
-class _Place(NamedTuple):
-    """Where the (token, head) cells of one buffer lie: rows `row`.. hold tokens [t0, t1)."""
-
-    key: BufferKey
-    t0: Ints
-    t1: Ints
-    row: Ints
-
-
-class _Atlas(NamedTuple):
-    """All places of one payload and head range, sorted by token: a (token, head) lies in at most one of them."""
-
-    payload: Payload
-    h0: int
-    h1: int
-    keys: list[BufferKey]
-    # index into keys, per stretch
-    buffer: Ints
-    t0: Ints
-    t1: Ints
-    row: Ints
-
-
-def _atlases(places: list[_Place]) -> list[_Atlas]:
-    grouped: dict[tuple[Payload, int, int], list[_Place]] = {}
-    for place in places:
-        grouped.setdefault((place.key.payload, place.key.h0, place.key.h1), []).append(place)
-    atlases = []
-    for (payload, h0, h1), same in grouped.items():
-        buffer = np.repeat(np.arange(len(same)), [len(place.t0) for place in same])
-        t0, t1, row = (np.concatenate([getattr(place, name) for place in same]) for name in ("t0", "t1", "row"))
-        order = np.argsort(t0)
-        keys = [place.key for place in same]
-        atlases.append(_Atlas(payload, h0, h1, keys, buffer[order], t0[order], t1[order], row[order]))
-    return atlases
-
-
 class _TableLowering:
     """Lowers one table for one rank. `there`: batches that an earlier pass left behind."""
 
@@ -196,133 +124,79 @@ class _TableLowering:
         rank: int,
         payloads: tuple[Payload, ...],
         prepare: Prepare,
-        there: Iterable[_Place] = (),
+        there: Iterable[Place] = (),
     ):
         self.call, self.table, self.rank, self.prepare = call, table, rank, prepare
         self.payloads = payloads
         self.tokens = int(call.layout.shard_sizes()[rank])
         self.tasks = take(table.tasks, table.tasks["rank"] == rank)
+        self.tasks = take(self.tasks, order(self.tasks["step"]))
         self.outgoing = take(table.moves, table.moves["src"] == rank)
         self.incoming = take(table.moves, table.moves["dst"] == rank)
-        self.sizes: dict[BufferKey, int] = {}
-        self.batches: list[_Place] = []
         # batches that arrive hold copies; batches that leave hold partial results
-        self._make_batches(self.incoming, HOLDING, "src")
-        self._make_batches(self.outgoing, ACCUMULATING, "dst")
-        self.atlases = _atlases([*self.batches, *there, *(self._own(payload) for payload in payloads)])
+        self.batches = [
+            *self._batches(self.incoming, HOLDING, "src"),
+            *self._batches(self.outgoing, ACCUMULATING, "dst"),
+        ]
+        self.sizes = {place.key: int((place.t1 - place.t0).sum()) for place in self.batches}
+        self.places = [*self.batches, *there, *(self._own(payload) for payload in payloads)]
 
     def steps(self, stays: Container[BufferKey] = ()) -> list[Step]:
         """The steps of this rank; buffers in `stays` are never released."""
-        steps = [Step() for _ in range(self.table.steps)]
-        collective = _dense_steps(self.call, self.table)
-        for index, step in enumerate(steps):
-            step.collective = bool(collective[index])
-            step.sends = self._messages(self.outgoing, index, "dst")
-            step.receives = self._messages(self.incoming, index, "src")
-            step.launch = self._launch(index)
+        outgoing, sends = self._messages(self.outgoing, "dst")
+        incoming, receives = self._messages(self.incoming, "src")
+        launched = _Launched.of(self.tasks, self.call.group)
+        working = [launched.keys if payload in ON_KEYS else launched.rows for payload in self.payloads]
+        parts = [tokens.parts(payload) for tokens, payload in zip(working, self.payloads, strict=True)]
+        views = iter(look_up(self.places, Parts.joined([sends, receives, *parts])))
+        steps = [Step(collective=dense) for dense in _dense_steps(self.call, self.table)]
+        for step, peer, payload in outgoing:
+            steps[step].sends.append((Payload(payload), Message(peer, next(views))))
+        for step, peer, payload in incoming:
+            steps[step].receives.append((Payload(payload), Message(peer, next(views))))
+        by_payload = {payload: list(itertools.islice(views, len(launched.steps))) for payload in self.payloads}
+        cells = launched.cells(task_bands(self.call.mask, self.tasks))
+        for i, step in enumerate(launched.steps):
+            steps[step].launch = Launch(
+                slice(*launched.heads[i]),
+                {payload: by_payload[payload][i] for payload in self.payloads if payload in HOLDING},
+                self.prepare(cells[i]),
+                {payload: by_payload[payload][i] for payload in self.payloads if payload in ACCUMULATING},
+            )
         self._set_lifetimes(steps, stays)
         self._mark_first_deposits(steps)
         return steps
 
-    def _own(self, payload: Payload) -> _Place:
+    def _own(self, payload: Payload) -> Place:
         mine = take(self.call.layout.chunks, self.call.layout.chunks["rank"] == self.rank)
         key = BufferKey(payload, OWN, 0, self.call.payload_heads(payload))
-        return _Place(key, mine["t0"], mine["t1"], mine["row"])
+        return Place(key, mine["t0"], mine["t1"], mine["row"])
 
-    def _make_batches(self, moves: Columns, payloads: tuple[Payload, ...], peer: str) -> None:
-        for payload in payloads:
-            rows = take(moves, moves["payload"] == payload)
-            for step, h0, h1 in _distinct(rows["step"], rows["h0"], rows["h1"]):
-                batch = take(rows, (rows["step"] == step) & (rows["h0"] == h0) & (rows["h1"] == h1))
-                batch = take(batch, np.lexsort((batch["t0"], batch[peer])))
-                length = batch["t1"] - batch["t0"]
-                key = BufferKey(payload, step, h0, h1)
-                self.sizes[key] = int(length.sum())
-                # grouped by peer, so that messages are slices
-                self.batches.append(_Place(key, batch["t0"], batch["t1"], np.cumsum(length) - length))
+    def _batches(self, moves: Columns, payloads: tuple[Payload, ...], peer: str) -> list[Place]:
+        """What moves of one payload in one step and head range, grouped by peer, so that messages are slices."""
+        moves = take(moves, np.isin(moves["payload"], payloads))
+        moves, first = _grouped(moves, ("payload", "step", "h0", "h1"), (peer, "t0"))
+        before = np.append(0, np.cumsum(moves["t1"] - moves["t0"]))
+        places = []
+        for a, b in itertools.pairwise(first):
+            payload, *key = (int(moves[name][a]) for name in ("payload", "step", "h0", "h1"))
+            places.append(
+                Place(BufferKey(Payload(payload), *key), moves["t0"][a:b], moves["t1"][a:b], before[a:b] - before[a])
+            )
+        return places
 
-    def _messages(self, moves: Columns, step: int, peer: str) -> list[tuple[Payload, Message]]:
-        here = take(moves, moves["step"] == step)
-        messages = []
-        for other, payload, h0, h1 in _distinct(here[peer], here["payload"], here["h0"], here["h1"]):
-            same = (here[peer] == other) & (here["payload"] == payload) & (here["h0"] == h0) & (here["h1"] == h1)
-            rows = take(here, same)
-            view = self._view(Payload(payload), rows["t0"], rows["t1"], h0, h1)
-            messages.append((Payload(payload), Message(other, view)))
-        return messages
-
-    def _launch(self, step: int) -> Launch | None:
-        """All tasks of a step: a working tensor holds the tokens and heads of any of them."""
-        tasks, group = take(self.tasks, self.tasks["step"] == step), self.call.group
-        if not count(tasks):
-            return None
-        h0, h1 = int(tasks["h0"].min()), int(tasks["h1"].max())
-        heads = tasks["h0"], tasks["h1"]
-        rows = _Ranges.of(tasks["q0"], tasks["q1"], *heads, 1)
-        keys = _Ranges.of(tasks["k0"], tasks["k1"], *heads, group)
-        views = {payload: self._working(payload, keys if payload in ON_KEYS else rows) for payload in self.payloads}
-        bands = task_bands(self.call.mask, tasks)
-        # global to working coordinates: each task lies inside one interval of the union
-        to_row, to_key = _offsets(rows.t0, rows.t1, tasks["q0"]), _offsets(keys.t0, keys.t1, tasks["k0"])
-        bands[:, [Q0, Q1, OQ]] += to_row[:, None]
-        bands[:, [K0, K1, OK]] += to_key[:, None]
-        cells = Cells(
-            bands,
-            np.stack([tasks["h0"], tasks["h1"]], 1) - h0,
-            to_row - to_key,
-            rows.rows,
-            keys.rows,
-            h1 - h0,
-            keys.h1 - keys.h0,
-            group,
-            h0 % group,
-        )
-        return Launch(
-            slice(h0, h1),
-            {payload: view for payload, view in views.items() if payload in HOLDING},
-            self.prepare(cells),
-            {payload: view for payload, view in views.items() if payload in ACCUMULATING},
-        )
-
-    def _working(self, payload: Payload, ranges: _Ranges) -> View:
-        """The working tensor of a launch: only what some task uses is linked."""
-        links = []
-        for h0, h1, t0, t1 in ranges.parts:
-            at = t0 + _offsets(ranges.t0, ranges.t1, t0)
-            links += self._links(payload, t0, t1, at, (h0, h1), h0 - ranges.h0)
-        heads = ranges.h1 - ranges.h0
-        linked = sum(_length(link.at_rows) * _length(link.at_heads) for link in links)
-        return View(ranges.rows, heads, links, linked == ranges.rows * heads)
-
-    def _view(self, payload: Payload, t0: Ints, t1: Ints, h0: int, h1: int) -> View:
-        """Tokens [t0_i, t1_i), one interval after another, and heads [h0, h1) of a payload."""
-        at = np.cumsum(t1 - t0) - (t1 - t0)
-        return View(int((t1 - t0).sum()), h1 - h0, self._links(payload, t0, t1, at, (h0, h1), 0))
-
-    def _links(
-        self, payload: Payload, t0: Ints, t1: Ints, at: Ints, heads: tuple[int, int], at_head: int
-    ) -> list[Link]:
-        """Where tokens [t0_i, t1_i), from row at_i on, and heads [h0, h1), from at_head on, of a payload lie."""
-        h0, h1 = heads
-        links = []
-        for atlas in self.atlases:
-            low, high = max(h0, atlas.h0), min(h1, atlas.h1)
-            if atlas.payload != payload or low >= high:
-                continue
-            i, j = crossing(atlas.t0, atlas.t1, t0, t1)
-            begin, end = np.maximum(t0[i], atlas.t0[j]), np.minimum(t1[i], atlas.t1[j])
-            rows, at_rows = atlas.row[j] + begin - atlas.t0[j], at[i] + begin - t0[i]
-            there, here = slice(low - atlas.h0, high - atlas.h0), slice(at_head + low - h0, at_head + high - h0)
-            owner = atlas.buffer[j]
-            # mostly one: cheaper to ask than to sort
-            several = len(owner) and (owner != owner[0]).any()
-            for buffer in np.unique(owner) if several else owner[:1]:
-                mine = owner == buffer if several else slice(None)
-                length = (end - begin)[mine]
-                links.append(
-                    Link(atlas.keys[buffer], _as_rows(rows[mine], length), there, _as_rows(at_rows[mine], length), here)
-                )
-        return links
+    def _messages(self, moves: Columns, peer: str) -> tuple[list[tuple[int, int, int]], Parts]:
+        """(step, peer, payload) of every message, in order, and what each carries: a view with one part."""
+        moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
+        each = take(moves, np.array(first[:-1], np.int64))
+        names = list(zip(*(each[name].tolist() for name in ("step", peer, "payload")), strict=True))
+        number = np.arange(count(each))
+        length = moves["t1"] - moves["t0"]
+        before = np.cumsum(length) - length
+        part = np.repeat(number, np.diff(first))
+        at = before - before[np.array(first[:-1], np.int64)][part]
+        rows = part, moves["t0"], moves["t1"], at
+        return names, Parts(number, each["payload"], each["h0"], each["h1"], np.zeros_like(number), *rows)
 
     def _set_lifetimes(self, steps: list[Step], stays: Container[BufferKey]) -> None:
         first: dict[BufferKey, int] = {}
@@ -345,16 +219,19 @@ class _TableLowering:
         Gradients are left alone: adding to zeros costs what writing does, merging outputs five times as much.
         """
         sizes = {**self.sizes, self._own(Payload.O).key: self.tokens}
-        written = {
-            key: np.zeros((rows, key.h1 - key.h0), bool) for key, rows in sizes.items() if key.payload == Payload.O
-        }
+        results = [step.launch.results for step in steps if step.launch is not None]
+        views = [views[Payload.O] for views in results if Payload.O in views]
+        views += [message.view for step in steps for payload, message in step.receives if payload == Payload.O]
+        cuts: dict[BufferKey, set[int]] = {}
+        for link in (link for view in views for link in view.links):
+            cuts.setdefault(link.buffer, set()).update((link.heads.start, link.heads.stop))
+        written = {key: Written(sizes[key], heads) for key, heads in cuts.items()}
 
         def marked(view: View) -> View:
             links = []
             for link in view.links:
-                place = (link.rows if isinstance(link.rows, slice) else link.rows.numpy(), link.heads)
-                links.append(link._replace(fresh=not written[link.buffer][place].any()))
-                written[link.buffer][place] = True
+                rows = link.rows if isinstance(link.rows, slice) else link.rows.numpy()
+                links.append(link._replace(fresh=written[link.buffer].first(link.heads, rows)))
             return view._replace(links=links)
 
         for step in steps:
@@ -369,7 +246,7 @@ class _TableLowering:
 def _dense_steps(call: Call, table: Table) -> np.ndarray:
     """The steps in which at least half of all pairs of ranks talk: those become one all-to-all. The same on every rank."""
     moves, ranks = table.moves, call.ranks
-    pairs = np.unique((moves["step"] * ranks + moves["src"]) * ranks + moves["dst"])
+    pairs = distinct((moves["step"] * ranks + moves["src"]) * ranks + moves["dst"])
     talking = np.bincount(pairs // ranks**2, minlength=table.steps)
     return (ranks > 2) & (2 * talking >= ranks * (ranks - 1))
 
@@ -418,54 +295,106 @@ def _with_rows(program: Program, change: Callable[[Rows], Rows]) -> Program:
     return replace(program, forward=passes[0], backward=passes[1])
 
 
-def _distinct(*columns: Ints) -> list[tuple[int, ...]]:
-    """The distinct rows, sorted."""
-    return [tuple(row) for row in np.unique(np.stack(columns, 1), axis=0).tolist()]
+class _Tokens(NamedTuple):
+    """The tokens that the tasks of each step need, end to end in a working tensor, and which of them in which heads.
 
+    Steps are numbered by those that have tasks.
+    """
 
-class _Ranges(NamedTuple):
-    """The tokens that some tasks need: all of them, and `parts` (h0, h1, t0, t1) by head range, ranges disjoint."""
-
-    h0: int
-    h1: int
+    # intervals, sorted by step and token, with their row in the step's tensor
+    step: Ints
     t0: Ints
     t1: Ints
-    parts: list[tuple[int, int, Ints, Ints]]
-
-    @property
-    def rows(self) -> int:
-        return int((self.t1 - self.t0).sum())
+    at: Ints
+    # first and last head of each step
+    h0: Ints
+    h1: Ints
+    # the same by elementary head range: (step, h0, h1) of each part, and its intervals
+    part_step: Ints
+    part_h0: Ints
+    part_h1: Ints
+    part: Ints
+    part_t0: Ints
+    part_t1: Ints
 
     @staticmethod
-    def of(t0: Ints, t1: Ints, h0: Ints, h1: Ints, group: int) -> _Ranges:
-        """Of intervals [t0_i, t1_i) in query heads [h0_i, h1_i); heads are counted in units of `group`."""
-        low, high = h0 // group, -(-h1 // group)
-        _, begin, end = union(np.zeros_like(t0), t0, t1)
-        cuts = np.unique([low, high]).tolist()
-        parts = []
-        for a, b in itertools.pairwise(cuts):
-            here = (low <= a) & (b <= high)
-            if here.all():
-                parts.append((a, b, begin, end))
-            elif here.any():
-                parts.append((a, b, *union(np.zeros_like(t0[here]), t0[here], t1[here])[1:]))
-        return _Ranges(cuts[0], cuts[-1], begin, end, parts)
+    def of(step: Ints, t0: Ints, t1: Ints, low: Ints, high: Ints) -> _Tokens:
+        """Of tasks, sorted by step, that need tokens [t0_i, t1_i) in heads [low_i, high_i)."""
+        where, begin, end = union(step, t0, t1)
+        before = np.cumsum(end - begin) - (end - begin)
+        at = before - before[np.searchsorted(where, where)]
+        first = np.searchsorted(step, np.arange(int(step.max(initial=-1)) + 1))
+        h0, h1 = (f.reduceat(x, first) if len(x) else x for f, x in ((np.minimum, low), (np.maximum, high)))
+        limits = distinct(np.concatenate([low, high]))
+        row, head = expand(np.searchsorted(limits, low), np.searchsorted(limits, high))
+        key, part_t0, part_t1 = union(step[row] * len(limits) + head, t0[row], t1[row])
+        named, part = np.unique(key, return_inverse=True)
+        part_step, part_head = np.divmod(named, max(len(limits), 1))
+        bounds = limits[part_head], limits[part_head + 1]
+        return _Tokens(where, begin, end, at, h0, h1, part_step, *bounds, part, part_t0, part_t1)
+
+    def parts(self, payload: Payload) -> Parts:
+        """As parts of one view per step."""
+        step, h0 = self.part_step, self.part_h0
+        at = self.part_t0 + self.to_row(step[self.part], self.part_t0)
+        named = step, np.full(len(step), int(payload)), h0, self.part_h1, h0 - self.h0[step]
+        return Parts(*named, self.part, self.part_t0, self.part_t1, at)
+
+    def to_row(self, step: Ints, token: Ints) -> Ints:
+        """What to add to a token that some task of the step needs, to get its row."""
+        span = int(self.t1.max(initial=0)) + 1
+        i = np.searchsorted(self.step * span + self.t0, step * span + token, "right") - 1
+        return self.at[i] - self.t0[i]
+
+    def rows(self) -> Ints:
+        """Rows of each step's tensor."""
+        total = np.zeros(len(self.h0), np.int64)
+        np.add.at(total, self.step, self.t1 - self.t0)
+        return total
 
 
-def _offsets(t0: Ints, t1: Ints, start: Ints) -> Ints:
-    """What to add to a token in the interval that holds start_i to get its row in the concatenation."""
-    at = np.cumsum(t1 - t0) - (t1 - t0)
-    i = np.searchsorted(t0, start, "right") - 1
-    return at[i] - t0[i]
+class _Launched(NamedTuple):
+    """All kernel calls of a table: the tasks of one step are one call."""
+
+    steps: list[int]
+    heads: list[tuple[int, int]]
+    tasks: Columns
+    # the step's number, per task
+    number: Ints
+    rows: _Tokens
+    keys: _Tokens
+    group: int
+
+    @staticmethod
+    def of(tasks: Columns, group: int) -> _Launched:
+        """Of one rank's tasks, sorted by step."""
+        steps, number = np.unique(tasks["step"], return_inverse=True)
+        low, high = tasks["h0"], tasks["h1"]
+        rows = _Tokens.of(number, tasks["q0"], tasks["q1"], low, high)
+        keys = _Tokens.of(number, tasks["k0"], tasks["k1"], low // group, -(-high // group))
+        heads = list(zip(rows.h0.tolist(), rows.h1.tolist(), strict=True))
+        return _Launched(steps.tolist(), heads, tasks, number, rows, keys, group)
+
+    def cells(self, bands: Ints) -> list[Cells]:
+        """Per call; `bands` of the tasks in global coordinates."""
+        rows, keys = self.rows, self.keys
+        # global to working coordinates: each task lies inside one interval of the union
+        to_row, to_key = rows.to_row(self.number, self.tasks["q0"]), keys.to_row(self.number, self.tasks["k0"])
+        bands[:, [Q0, Q1, OQ]] += to_row[:, None]
+        bands[:, [K0, K1, OK]] += to_key[:, None]
+        heads = np.stack([self.tasks["h0"], self.tasks["h1"]], 1) - rows.h0[self.number][:, None]
+        first = np.searchsorted(self.number, np.arange(len(self.steps) + 1)).tolist()
+        shift, group = to_row - to_key, self.group
+        sizes = rows.rows(), keys.rows(), rows.h1 - rows.h0, keys.h1 - keys.h0
+        return [
+            Cells(bands[a:b], heads[a:b], shift[a:b], n, s, h, kv, group, h0 % group)
+            for (a, b), (n, s, h, kv), (h0, _) in zip(
+                itertools.pairwise(first), np.stack(sizes, 1).tolist(), self.heads, strict=True
+            )
+        ]
 
 
-def _length(part: Rows) -> int:
-    return part.stop - part.start if isinstance(part, slice) else len(part)
-
-
-def _as_rows(start: Ints, length: Ints) -> Rows:
-    """Consecutive stretches of rows as a slice where they are one stretch, as an index otherwise."""
-    if (start[1:] == start[:-1] + length[:-1]).all():
-        return slice(int(start[0]), int(start[-1] + length[-1]))
-    offset = np.repeat(np.cumsum(length) - length - start, length)
-    return torch.from_numpy(np.arange(int(length.sum())) - offset)
+def _grouped(rows: Columns, by: tuple[str, ...], then: tuple[str, ...]) -> tuple[Columns, list[int]]:
+    """Rows sorted by columns `by` and `then`, and where runs of equal `by` begin (and the end of the last)."""
+    rows = take(rows, lexical_order(*(rows[name] for name in by + then)))
+    return rows, [*runs(*(rows[name] for name in by)).tolist(), count(rows)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.intervals import Ints, crossing, expand, union
+from distattn.intervals import Ints, crossing, distinct, expand, union
 from distattn.layout import Layout
 from distattn.parallel.routes import coalesce, reversed_as
 from distattn.plan import MOVE_COLUMNS, Call, Columns, Payload, Table, cells_of_tasks, columns, concat, take
@@ -45,7 +45,7 @@ def _used_by_hosts(working: Call, tasks: Columns, payload: Payload) -> Columns:
     cut, host, i = _cut(working.layout, cells["t0"], cells["t1"])
     own = host == tasks["rank"][i]
     i, host, t0, t1 = i[own], host[own], cut["t0"][own], cut["t1"][own]
-    limits = np.unique(np.concatenate([cells["h0"], cells["h1"]]))
+    limits = distinct(np.concatenate([cells["h0"], cells["h1"]]))
     row, head = expand(np.searchsorted(limits, cells["h0"][i]), np.searchsorted(limits, cells["h1"][i]))
     group, t0, t1 = union(host[row] * len(limits) + head, t0[row], t1[row])
     host, head = np.divmod(group, max(len(limits), 1))
@@ -54,14 +54,14 @@ def _used_by_hosts(working: Call, tasks: Columns, payload: Payload) -> Columns:
 
 def _at_owners(call: Call, working: Call, moves: Columns, hosted: Columns) -> Columns:
     """Moves cut where the owner, the host, or whether the host uses the token changes; three columns tell these."""
-    limits = np.unique(np.concatenate([hosted["h0"], hosted["h1"], moves["h0"], moves["h1"]]))
+    limits = distinct(np.concatenate([hosted["h0"], hosted["h1"], moves["h0"], moves["h1"]]))
     i, head = expand(np.searchsorted(limits, moves["h0"]), np.searchsorted(limits, moves["h1"]))
     rows = {**take(moves, i), "h0": limits[head], "h1": limits[np.minimum(head + 1, len(limits) - 1)]}
     # used stretches of each head and the gaps between them, on one line
     j, line = expand(np.searchsorted(limits, hosted["h0"]), np.searchsorted(limits, hosted["h1"]))
     width = call.mask.n + 1
     _, low, high = union(np.zeros_like(line), line * width + hosted["t0"][j], line * width + hosted["t1"][j])
-    points = np.unique(np.concatenate([low, high, [0, len(limits) * width]]))
+    points = distinct(np.concatenate([low, high, [0, len(limits) * width]]))
     used = np.isin(points[:-1], low).astype(np.int64)
     base = head * width
     i, j = crossing(points[:-1], points[1:], base + rows["t0"], base + rows["t1"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.intervals import Ints, elementary, expand, lexical_order
+from distattn.intervals import Ints, distinct, elementary, expand, lexical_order
 from distattn.plan import MOVE_COLUMNS, Call, Columns, Payload, cells_of_tasks, columns, concat, count, take
 
 
@@ -21,7 +21,7 @@ def guests(call: Call, payload: Payload, tasks: Columns, latest: bool = False) -
     """
     chunks = call.layout.chunks
     cells = cells_of_tasks(call, payload, tasks)
-    limits = np.unique(np.concatenate([cells["h0"], cells["h1"]]))
+    limits = distinct(np.concatenate([cells["h0"], cells["h1"]]))
     i, head = expand(np.searchsorted(limits, cells["h0"]), np.searchsorted(limits, cells["h1"]))
     # chunks take part as rows of nobody, so that no stretch crosses an owner
     heads, own = np.arange(max(len(limits) - 1, 0)), len(chunks["t0"])

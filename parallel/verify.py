@@ -17,7 +17,7 @@ import numpy as np
 
 from distattn.bands import K0, K1, Q0, Q1, areas, tighten
 from distattn.errors import PlanError
-from distattn.intervals import Ints, crossing, expand, union
+from distattn.intervals import Ints, crossing, distinct, expand, lexical_order, order, runs, union
 from distattn.parallel.disjoint import first_clash
 from distattn.plan import (
     BACKWARD,
@@ -168,7 +168,7 @@ def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
             f"{direction}: task {i} {_show(tasks, TASK_COLUMNS, i)} has heads its piece does not belong to."
         )
     _check_disjoint(tasks, direction)
-    work = areas_of_tasks(call, tasks)
+    work = areas_of_tasks(call, tasks, bands)
     done = np.zeros(len(call.mask.pieces), work.dtype)
     np.add.at(done, tasks["piece"], work)
     wanted = areas(call.mask.pieces).astype(work.dtype) * np.diff(call.piece_heads, axis=1)[:, 0]
@@ -180,7 +180,7 @@ def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
 
 
 def _check_disjoint(tasks: Columns, direction: str) -> None:
-    limits = np.unique(np.concatenate([tasks["h0"], tasks["h1"]]))
+    limits = distinct(np.concatenate([tasks["h0"], tasks["h1"]]))
     row, head = expand(np.searchsorted(limits, tasks["h0"]), np.searchsorted(limits, tasks["h1"]))
     group = tasks["piece"][row] * len(limits) + head
     q0, q1, k0, k1 = (tasks[name][row] for name in ("q0", "q1", "k0", "k1"))
@@ -205,12 +205,20 @@ def _check_holding(
         moves = {**moves, "step": last_step - moves["step"], "src": moves["dst"], "dst": moves["src"]}
     held, first_move = _holders(call, payload, moves, kept)
     used = _uses(call, tasks, payload, moves)
-    limits = np.unique(np.concatenate([held["h0"], held["h1"], used["h0"], used["h1"]]))
+    limits = distinct(np.concatenate([held["h0"], held["h1"], used["h0"], used["h1"]]))
     h_row, h_key0, h_key1 = _keys(call, limits, held)
     u_row, u_key0, u_key1 = _keys(call, limits, used)
+    # many tasks use the same tokens: from here on a use is an interval with its first and last step
+    u_order = lexical_order(u_key0, u_key1)
+    u_row, u_key0, u_key1 = u_row[u_order], u_key0[u_order], u_key1[u_order]
+    start = runs(u_key0, u_key1)
+    user = np.repeat(np.arange(len(start)), np.diff(np.append(start, len(u_row))))
+    u_key0, u_key1 = u_key0[start], u_key1[start]
+    step = used["step"][u_row]
+    u_first, u_last = (f.reduceat(step, start) if len(step) else step for f in (np.minimum, np.maximum))
 
-    order = np.argsort(h_key0, kind="stable")
-    h_row, h_key0, h_key1 = h_row[order], h_key0[order], h_key1[order]
+    h_order = order(h_key0)
+    h_row, h_key0, h_key1 = h_row[h_order], h_key0[h_order], h_key1[h_order]
     clash = h_key0[1:] < h_key1[:-1]
     if clash.any():
         first = int(np.flatnonzero(clash)[0])
@@ -220,11 +228,12 @@ def _check_holding(
 
     present = _covered(h_key0, h_key1, u_key0, u_key1)
     if not present.all():
-        raise PlanError(f"{label} {missing} {_user(table, used, u_row[int(np.flatnonzero(~present)[0])])}.")
+        raise PlanError(f"{label} {missing} {_user(table, used, int(u_row[~present[user]].min()))}.")
     i, j = crossing(h_key0, h_key1, u_key0, u_key1)
-    late = held["step"][h_row[j]] >= used["step"][u_row[i]]
-    if late.any():
-        raise PlanError(f"{label} {late_for} {_user(table, used, u_row[i[int(np.flatnonzero(late)[0])]])}.")
+    late = i[held["step"][h_row[j]] >= u_first[i]]
+    if len(late):
+        early = np.isin(user, late) & (step == u_first[user])
+        raise PlanError(f"{label} {late_for} {_user(table, used, int(u_row[early].min()))}.")
 
     _, busy0, busy1 = union(np.zeros_like(u_key0), u_key0, u_key1)
     arrived = held["step"][h_row] >= 0
@@ -234,7 +243,7 @@ def _check_holding(
         raise PlanError(f"{label} of move {row} {_show(table.moves, MOVE_COLUMNS, row)} {unused}.")
 
     last = np.zeros(len(held["step"]), np.int64)
-    np.maximum.at(last, h_row[j], used["step"][u_row[i]])
+    np.maximum.at(last, h_row[j], u_last[i])
     return _batches(call, moves, last[first_move:])
 
 
