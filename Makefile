@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 TORCH_INDEX ?=
 
-.PHONY: demo test check bench bench-rivals clean
+.PHONY: demo test check bench bench-rivals bench-gpu lint-kernels triton-3.6 clean
 
 demo: $(VENV)/.train
 	$(BIN)/distattn train configs/tiny.toml $(ARGS)
@@ -27,6 +27,18 @@ bench: $(VENV)/.dev
 bench-rivals: $(VENV)/.dev
 	$(BIN)/python benchmarks/rivals.py --out benchmarks/results/rivals.jsonl
 
+# with the Python of a machine that has a GPU, torch and Triton
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.jsonl $(ARGS)
+
+# machine code of the Triton kernels against benchmarks/budgets; ARGS=--update where it changed for the better
+lint-kernels: $(VENV)/.dev
+	$(BIN)/python benchmarks/compile_lint.py $(ARGS)
+
+# beside the environment, for the lint only: the Triton of machines with torch 2.11
+triton-3.6: $(VENV)/.dev
+	test -d $(VENV)/triton-3.6.0 || $(PIP) --no-deps --target $(VENV)/triton-3.6.0 triton==3.6.0
+
 # torch first: another package would draw a larger build of it
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("distattn needs Python 3.11 or later; set PYTHON=")'
@@ -38,8 +50,10 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml
 	$(PIP) -c constraints.txt -e '.[train]'
 	touch $@
 
+# CUDA builds of torch bring their own Triton
 $(VENV)/.dev: $(VENV)/.train
 	$(PIP) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==3.9.0
 	touch $@
 
 clean:

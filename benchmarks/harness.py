@@ -169,21 +169,25 @@ def _guarded(cell: Cell, work: Callable[[], Any]) -> None:
     except torch.OutOfMemoryError as error:
         cell.status, cell.note = "out of memory", str(error).splitlines()[0]
     except Exception as error:
-        cell.status, cell.note = "error", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        cell.status, cell.note = (
+            "error",
+            f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}",
+        )
     worst = int(_slowest(STATUSES.index(cell.status)))
     if STATUSES[worst] != cell.status:
         cell.status, cell.note = STATUSES[worst], "on another rank"
 
 
 def _timed(work: Callable[[], Any]) -> float:
-    """Seconds of one call, from a common start to the slowest rank's end."""
+    """Seconds of one call (work.calls of them, if it says so), from a common start to the slowest rank's end."""
     if dist.is_initialized():
         dist.barrier()
     _finish()
     began = time.perf_counter()
     work()
     _finish()
-    return _slowest(time.perf_counter() - began)
+    # some are several calls at once
+    return _slowest(time.perf_counter() - began) / getattr(work, "calls", 1)
 
 
 def _finish() -> None:

@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import distattn as da
-from distattn.kernels import cpu
+from distattn.kernels.dispatch import preparing
 from distattn.layout import LAYOUTS
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.program import lower
+from distattn.programs import demand_of
 
 REPEATS = 3
+CPU = torch.device("cpu")
 
 
 def main() -> None:
@@ -67,7 +70,9 @@ def main() -> None:
                 say(f"{strategy:11s} {name:16s} refused: {refusal}")
                 continue
             verify_ms, proof = best(lambda plan=plan: da.verify(plan))
-            lower_ms, _ = best(lambda plan=plan, proof=proof: lower(plan, 0, cpu.prepare, proof))
+            lower_ms, _ = best(
+                lambda plan=plan, proof=proof: lower(plan, 0, preparing("cpu", demand_of(plan.call, CPU)), proof)
+            )
             area, tables = plan.area_by_rank(), plan.forward
             sizes = f"{len(tables.tasks['step']):8,d} {len(tables.moves['step']):8,d} {area.max() / area.mean():9.2f}"
             peaks = "/".join(f"{peak.max() / 1e9:.2f}" for peak in (proof.forward_peak, proof.backward_peak))

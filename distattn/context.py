@@ -20,12 +20,11 @@ from distattn.errors import DistattnError
 from distattn.functional import attention
 from distattn.intervals import whole_numbers
 from distattn.kernels.dispatch import choose_kernel, load_kernel
-from distattn.kernels.score import Demand
 from distattn.layout import LAYOUTS, Layout
 from distattn.mask import Mask
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.plan import Plan
-from distattn.programs import Prepared, Use, lower_once, prepare
+from distattn.programs import Prepared, Use, demand_of, lower_once, prepare
 
 IGNORE_INDEX = -100
 _KEYS = ("input_ids", "labels", "document_lengths", "attention_mask")
@@ -177,8 +176,8 @@ class ShardedBatch:
     def _lowered(self, shape: Shape, device: torch.device) -> Plan:
         """On the thread: plan, proof and program, so that nothing is left but to agree with the other ranks."""
         plan = self.plan(*shape)
-        demand = Demand(getattr(torch, shape.dtype), shape.head_dim, shape.v_head_dim, device)
-        lower_once(plan, Use(self.parent.rank, choose_kernel(self.parent.kernel, demand), device))
+        kernel = choose_kernel(self.parent.kernel, demand_of(plan.call, device))
+        lower_once(plan, Use(self.parent.rank, kernel, device))
         return plan
 
 

@@ -1,7 +1,8 @@
 """Half-open integer intervals in bulk: the arithmetic under masks, layouts, plans and their proof.
 
 Everything is vectorised over int64 columns; no Python loop over rows. An interval may carry a *group* (a rank, a chunk,
-a head range); intervals of different groups never touch. Groups and coordinates are packed into one sortable key.
+a head range); intervals of different groups never touch. Groups and coordinates, none of them negative, are packed into
+one sortable key.
 """
 
 from typing import Any
@@ -44,6 +45,7 @@ def runs(*columns: Ints) -> Ints:
 
 def order(key: Ints) -> Ints:
     """The stable order that sorts whole numbers: `np.argsort`, but sorting numbers with their place in their low bits."""
+    key = np.asarray(key, np.int64)
     places = len(key).bit_length()
     if len(key) and int(key.max()) - int(key.min()) < 1 << (62 - places):
         return np.sort(((key - key.min()) << places) | np.arange(len(key))) & ((1 << places) - 1)

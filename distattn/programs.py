@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 
 from distattn.errors import DistattnError, PlanError
-from distattn.kernels.dispatch import Kernel, choose_kernel, load_kernel
+from distattn.kernels.dispatch import Kernel, choose_kernel, load_kernel, preparing
 from distattn.kernels.score import Demand
 from distattn.parallel import execute
 from distattn.parallel.program import Program, lower, on_device
 from distattn.parallel.transport import Alone, GroupTransport, Transport
 from distattn.parallel.verify import check_capacity
-from distattn.plan import Plan
+from distattn.plan import Call, Plan
 
 
 class Use(NamedTuple):
@@ -88,9 +88,7 @@ def prepare(
     device = torch.device(device)
     refusal = program = None
     try:
-        call = plan.call
-        demand = Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
-        use = Use(rank, choose_kernel(kernel, demand), device)
+        use = Use(rank, choose_kernel(kernel, demand_of(plan.call, device)), device)
         program = lower_once(plan, use)
         if capacity is not None:
             check_capacity(program.proof, capacity)
@@ -117,8 +115,14 @@ def lower_once(plan: Plan, use: Use) -> Program:
         uses = _PROGRAMS.setdefault(plan, {})
         if use not in uses:
             proof = next((other.proof for other in uses.values()), None)
-            uses[use] = on_device(lower(plan, use.rank, load_kernel(use.kernel).prepare, proof), use.device)
+            make = preparing(use.kernel, demand_of(plan.call, use.device))
+            uses[use] = on_device(lower(plan, use.rank, make, proof), use.device)
         return uses[use]
+
+
+def demand_of(call: Call, device: torch.device) -> Demand:
+    """What a call asks of a kernel, as far as its plan knows."""
+    return Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
 
 
 def lowered_of(handle: int) -> Lowered:

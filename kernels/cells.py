@@ -14,7 +14,7 @@ from distattn.mask import Mask
 class Cells(NamedTuple):
     """All tasks of one step in one call. Query head h uses key/value head (first + h) // group.
 
-    Operands outside the bands of their head are finite numbers without a meaning.
+    Operands outside the bands of their head are zeros, or other tokens' numbers: finite, and without a meaning.
     """
 
     # (M, 10), see distattn.bands
@@ -61,7 +61,7 @@ class Written:
         cuts = sorted(set(bounds))
         self.at = {head: i for i, head in enumerate(cuts)}
         self.cells = np.zeros((len(cuts) - 1, rows), bool)
-        # cells that are still to be reached by a first writing
+        # cells that no writing was the first to reach: 0 where nothing needs clearing before
         self.left = rows * (cuts[-1] - cuts[0])
 
     def first(self, heads: slice, rows: slice | Ints) -> bool:

@@ -22,6 +22,7 @@ from distattn.kernels.score import Demand, Score
 
 # the operator takes o, not delta; a row with dO = 0 and delta != 0 cannot be told to it
 DIFFERENTIABLE_LSE = False
+ACCUMULATES = False
 # rows of a block with an explicit mask: small enough that a window wastes little, large enough to amortise a call
 _MASKED_ROWS = 256
 
@@ -64,7 +65,7 @@ def refusal(demand: Demand) -> str | None:
     return None
 
 
-def prepare(cells: Cells) -> Work:
+def prepare(cells: Cells, demand: Demand) -> Work:
     """The runs that compute these cells."""
     tight = tighten(cells.bands)
     some = tight[:, Q0] < tight[:, Q1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -13,24 +14,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # names are known without importing torch
-KERNELS = {"reference": "distattn.kernels.reference", "cpu": "distattn.kernels.cpu"}
+KERNELS = {
+    "reference": "distattn.kernels.reference",
+    "cpu": "distattn.kernels.cpu",
+    "triton": "distattn.kernels.triton_attention",
+    "triton_tf32": "distattn.kernels.triton_tf32",
+}
+
+
+_DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Kernel(Protocol):
     """What a kernel module provides.
 
     DIFFERENTIABLE_LSE says whether `backward` is right for any delta, so that gradients may flow through the log-sum-exp.
+    ACCUMULATES says whether `forward` and `backward` also take `into`: tensors that results are merged into or added to.
     `prepare` turns cells into the kernel's own form once per plan; `forward` and `backward` take that form.
     """
 
     DIFFERENTIABLE_LSE: bool
+    ACCUMULATES: bool
 
     def refusal(self, demand: Demand) -> str | None: ...
 
-    def prepare(self, cells: Cells) -> Any: ...
+    def prepare(self, cells: Cells, demand: Demand) -> Any: ...
 
     def forward(
-        self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, work: Any, score: Score, /
+        self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, work: Any, score: Score, /, **into: Any
     ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
@@ -44,6 +55,7 @@ class Kernel(Protocol):
         work: Any,
         score: Score,
         /,
+        **into: Any,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -51,17 +63,26 @@ def load_kernel(name: str) -> Kernel:
     """The kernel of that name."""
     if name not in KERNELS:
         raise DistattnError(f"kernel {name!r} does not exist; there are {', '.join(KERNELS)}.")
-    return cast(Kernel, import_module(KERNELS[name]))
+    try:
+        return cast(Kernel, import_module(KERNELS[name]))
+    except ModuleNotFoundError as error:
+        raise DistattnError(f'kernel "{name}" needs {error.name}, which is not installed here.') from None
+
+
+def preparing(name: str, demand: Demand) -> Callable[[Cells], Any]:
+    """What makes a kernel's own form of cells for such calls."""
+    kernel = load_kernel(name)
+    return lambda cells: kernel.prepare(cells, demand)
 
 
 def choose_kernel(name: str | None, demand: Demand) -> str:
-    """The kernel's name: `name` if it can serve the call, "cpu" for CPU tensors when None. Raises DistattnError."""
+    """The kernel's name: `name` if it can serve the call, or the device's ("cpu", "triton"). Raises DistattnError."""
     if name is None:
-        if demand.device.type != "cpu":
+        if demand.device.type not in _DEFAULTS:
             raise DistattnError(
-                f'there is no default kernel for {demand.device.type} tensors yet; pass kernel="reference".'
+                f'there is no default kernel for {demand.device.type} tensors; pass kernel="reference".'
             )
-        name = "cpu"
+        name = _DEFAULTS[demand.device.type]
     why_not = load_kernel(name).refusal(demand)
     if why_not:
         raise DistattnError(f'kernel "{name}" cannot serve this call: {why_not}. Use kernel="reference".')

@@ -17,6 +17,7 @@ from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.score import Demand, Score
 
 DIFFERENTIABLE_LSE = True
+ACCUMULATES = False
 
 
 class Work(NamedTuple):
@@ -33,7 +34,7 @@ def refusal(demand: Demand) -> str | None:
     return None
 
 
-def prepare(cells: Cells) -> Work:
+def prepare(cells: Cells, demand: Demand) -> Work:
     """The cells as booleans; heads that are alike share memory."""
     cuts = sorted({0, cells.heads, *cells.band_heads.ravel().tolist()})
     allowed_ETS = torch.zeros(len(cuts) - 1, cells.rows, cells.keys, dtype=torch.bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +18,17 @@ commands:
 
 exit codes: 0 done, 1 the proof or a process failed, 2 bad configuration, 3 damaged data
 """
+
+
+def entry() -> None:
+    """Run one command and end the process with its exit code."""
+    code = main()
+    if code > 128:
+        # stopped in the middle, threads of torch's store may still be at what Python tears down: that aborts the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,4 +133,4 @@ def _say(json_lines: bool, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -47,7 +47,13 @@ def forward(
 
     def compute(launch: Launch, operands: dict[Payload, Fields]) -> dict[Payload, Fields]:
         (q,), (k, v) = operands[Payload.Q], operands[Payload.KV]
-        return {Payload.O: kernel.forward(q, k, v, launch.work, score.of_heads(launch.heads))}
+        inputs = (q, k, v, launch.work, score.of_heads(launch.heads))
+        view = launch.results[Payload.O]
+        into = buffers.part(view) if kernel.ACCUMULATES else None
+        if into is None:
+            return {Payload.O: kernel.forward(*inputs)}
+        kernel.forward(*inputs, into=into, merge=not view.links[0].fresh)
+        return {}
 
     yield from _run(program.forward, transport, buffers, compute)
     return o_THE, lse_TH, kept, buffers.peak
@@ -81,8 +87,15 @@ def backward(
 
     def compute(launch: Launch, operands: dict[Payload, Fields]) -> dict[Payload, Fields]:
         (q,), (k, v), (do, lse, delta) = operands[Payload.Q], operands[Payload.KV], operands[Payload.dO]
-        dq, dk, dv = kernel.backward(do, q, k, v, lse, delta, launch.work, score.of_heads(launch.heads))
-        return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
+        inputs = (do, q, k, v, lse, delta, launch.work, score.of_heads(launch.heads))
+        if not kernel.ACCUMULATES:
+            dq, dk, dv = kernel.backward(*inputs)
+            return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
+        parts = {payload: buffers.part(view) for payload, view in launch.results.items()}
+        to_dq, to_dkv = parts[Payload.dQ], parts[Payload.dKV]
+        dq, dk, dv = kernel.backward(*inputs, into=(None if to_dq is None else to_dq[0], to_dkv))
+        made = {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
+        return {payload: fields for payload, fields in made.items() if parts[payload] is None}
 
     yield from _run(program.backward, transport, buffers, compute)
     return dq_THD.to(q_THD.dtype), dk_TKD.to(k_TKD.dtype), dv_TKE.to(v_TKE.dtype), buffers.peak
@@ -129,10 +142,10 @@ def _run_step(step: Step, transport: Transport, buffers: _Buffers, compute: Comp
     incoming = [(payload, message, buffers.landing(payload, message.view)) for payload, message in step.receives]
     receives = [Packet(m.peer, payload, tensor) for payload, m, fields in incoming for tensor in fields]
     work = transport.exchange(sends, receives, step.collective)
-    if step.launch is not None:
-        operands = {payload: buffers.gather(payload, view) for payload, view in step.launch.operands.items()}
-        for payload, fields in compute(step.launch, operands).items():
-            buffers.deposit(payload, step.launch.results[payload], fields)
+    for launch in step.launches:
+        operands = {payload: buffers.gather(payload, view) for payload, view in launch.operands.items()}
+        for payload, fields in compute(launch, operands).items():
+            buffers.deposit(payload, launch.results[payload], fields)
     yield
     work.wait()
     for payload, message, fields in incoming:
@@ -203,11 +216,18 @@ class _Buffers:
         (link,) = view.links
         return tuple(tensor[link.rows] for tensor in self.fields[link.buffer])
 
+    def part(self, view: View) -> Fields | None:
+        """The part of a buffer that a view is, if it is one."""
+        if not view.whole or len(view.links) != 1 or not isinstance(view.links[0].rows, slice):
+            return None
+        link = view.links[0]
+        return tuple(tensor[link.rows, link.heads] for tensor in self.fields[link.buffer])
+
     def gather(self, payload: Payload, view: View) -> Fields:
         """The working tensors of a view: a view of one buffer where that is all there is to it, else a copy."""
-        if view.whole and len(view.links) == 1 and isinstance(view.links[0].rows, slice):
-            link = view.links[0]
-            return tuple(tensor[link.rows, link.heads] for tensor in self.fields[link.buffer])
+        part = self.part(view)
+        if part is not None:
+            return part
         out = self.new(payload, view.rows, view.heads)
         if not view.whole:
             # kernels may read whole tiles: what no task uses shall at least be a number

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from distattn.bands import K0, K1, OK, OQ, Q0, Q1
-from distattn.intervals import Ints, distinct, expand, lexical_order, order, runs, union
+from distattn.intervals import Ints, distinct, expand, lexical_order, runs, union
 from distattn.kernels.cells import Cells, Written
 from distattn.parallel.verify import Proof, verify
-from distattn.parallel.views import OWN, BufferKey, Parts, Place, Rows, View, look_up
+from distattn.parallel.views import OWN, BufferKey, Parts, Place, View, look_up
 from distattn.plan import (
     ACCUMULATING,
     BACKWARD,
@@ -36,6 +36,10 @@ from distattn.plan import (
 )
 
 Prepare = Callable[[Cells], Any]
+# bytes that lists on the device are aligned to
+_ALIGNED = 16
+# one call per step takes working tensors at most this many times as large as what its tasks need
+_WASTE = 2
 
 
 class Message(NamedTuple):
@@ -46,7 +50,7 @@ class Message(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The kernel call of a step: query heads, operands to gather, prepared work, and where results are deposited."""
+    """A kernel call: query heads, operands to gather, prepared work, and where results are deposited."""
 
     heads: slice
     operands: dict[Payload, View]
@@ -62,7 +66,8 @@ class Step:
     allocate: dict[BufferKey, int] = field(default_factory=dict)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
-    launch: Launch | None = None
+    # one, but where head groups need so different tokens that a tensor of all of them would be mostly unused
+    launches: list[Launch] = field(default_factory=list)
     # whether all ranks exchange this step's messages in one all-to-all
     collective: bool = False
     release: list[BufferKey] = field(default_factory=list)
@@ -130,7 +135,7 @@ class _TableLowering:
         self.payloads = payloads
         self.tokens = int(call.layout.shard_sizes()[rank])
         self.tasks = take(table.tasks, table.tasks["rank"] == rank)
-        self.tasks = take(self.tasks, order(self.tasks["step"]))
+        self.tasks = take(self.tasks, lexical_order(*(self.tasks[name] for name in ("step", "h0", "h1"))))
         self.outgoing = take(table.moves, table.moves["src"] == rank)
         self.incoming = take(table.moves, table.moves["dst"] == rank)
         # batches that arrive hold copies; batches that leave hold partial results
@@ -157,12 +162,9 @@ class _TableLowering:
         by_payload = {payload: list(itertools.islice(views, len(launched.steps))) for payload in self.payloads}
         cells = launched.cells(task_bands(self.call.mask, self.tasks))
         for i, step in enumerate(launched.steps):
-            steps[step].launch = Launch(
-                slice(*launched.heads[i]),
-                {payload: by_payload[payload][i] for payload in self.payloads if payload in HOLDING},
-                self.prepare(cells[i]),
-                {payload: by_payload[payload][i] for payload in self.payloads if payload in ACCUMULATING},
-            )
+            operands = {payload: by_payload[payload][i] for payload in self.payloads if payload in HOLDING}
+            results = {payload: by_payload[payload][i] for payload in self.payloads if payload in ACCUMULATING}
+            steps[step].launches.append(Launch(slice(*launched.heads[i]), operands, self.prepare(cells[i]), results))
         self._set_lifetimes(steps, stays)
         self._mark_first_deposits(steps)
         return steps
@@ -203,8 +205,8 @@ class _TableLowering:
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
             views = [message.view for _, message in (*step.sends, *step.receives)]
-            if step.launch is not None:
-                views += [*step.launch.operands.values(), *step.launch.results.values()]
+            for launch in step.launches:
+                views += [*launch.operands.values(), *launch.results.values()]
             for key in (link.buffer for view in views for link in view.links):
                 first.setdefault(key, index)
                 last[key] = index
@@ -219,7 +221,7 @@ class _TableLowering:
         Gradients are left alone: adding to zeros costs what writing does, merging outputs five times as much.
         """
         sizes = {**self.sizes, self._own(Payload.O).key: self.tokens}
-        results = [step.launch.results for step in steps if step.launch is not None]
+        results = [launch.results for step in steps for launch in step.launches]
         views = [views[Payload.O] for views in results if Payload.O in views]
         views += [message.view for step in steps for payload, message in step.receives if payload == Payload.O]
         cuts: dict[BufferKey, set[int]] = {}
@@ -235,8 +237,9 @@ class _TableLowering:
             return view._replace(links=links)
 
         for step in steps:
-            if step.launch is not None and Payload.O in step.launch.results:
-                step.launch.results[Payload.O] = marked(step.launch.results[Payload.O])
+            for launch in step.launches:
+                if Payload.O in launch.results:
+                    launch.results[Payload.O] = marked(launch.results[Payload.O])
             step.receives = [
                 (payload, message._replace(view=marked(message.view)) if payload == Payload.O else message)
                 for payload, message in step.receives
@@ -252,65 +255,72 @@ def _dense_steps(call: Call, table: Table) -> np.ndarray:
 
 
 def on_device(program: Program, device: torch.device) -> Program:
-    """The same program with its index lists on the device: one copy, from pinned memory where that exists."""
+    """The same program with its lists on the device: one copy, from pinned memory where that exists."""
     if device.type == "cpu":
         return program
-    found: list[Tensor] = []
+    found: dict[int, Tensor] = {}
 
-    def note(rows: Rows) -> Rows:
-        if isinstance(rows, Tensor):
-            found.append(rows)
-        return rows
+    def note(tensor: Tensor) -> Tensor:
+        # steps share lists: each is copied once
+        found[id(tensor)] = tensor
+        return tensor
 
-    _with_rows(program, note)
+    _with_tensors(program, note)
     if not found:
         return program
-    packed = torch.cat(found)
-    if device.type == "cuda":
-        packed = packed.pin_memory()
-    copies = iter(packed.to(device, non_blocking=True).split([len(rows) for rows in found]))
-    return _with_rows(program, lambda rows: next(copies) if isinstance(rows, Tensor) else rows)
+    places = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in found.values())]).tolist()
+    packed = torch.empty(places[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for tensor, at in zip(found.values(), places, strict=False):
+        packed[at : at + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+    copied = packed.to(device, non_blocking=True)
+    there = {
+        name: copied[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for (name, tensor), at in zip(found.items(), places, strict=False)
+    }
+    return _with_tensors(program, lambda tensor: there[id(tensor)])
 
 
-def _with_rows(program: Program, change: Callable[[Rows], Rows]) -> Program:
-    """The program with every index of its views replaced, in a fixed order."""
+def _with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Program:
+    """The program with every tensor in its views and kernel work replaced."""
 
     def view(old: View) -> View:
-        return old._replace(
-            links=[link._replace(rows=change(link.rows), at_rows=change(link.at_rows)) for link in old.links]
-        )
+        links = [link._replace(rows=changed(link.rows), at_rows=changed(link.at_rows)) for link in old.links]
+        return old._replace(links=links)
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        # named tuples of kernels, within each other
+        return type(value)(*map(changed, value)) if hasattr(value, "_fields") else value
 
     def messages(old: list[tuple[Payload, Message]]) -> list[tuple[Payload, Message]]:
         return [(payload, message._replace(view=view(message.view))) for payload, message in old]
 
     def launch(old: Launch) -> Launch:
         views = [{payload: view(part) for payload, part in parts.items()} for parts in (old.operands, old.results)]
-        return old._replace(operands=views[0], results=views[1])
+        return old._replace(operands=views[0], results=views[1], work=changed(old.work))
 
     def step(old: Step) -> Step:
-        calls = None if old.launch is None else launch(old.launch)
-        return replace(old, sends=messages(old.sends), receives=messages(old.receives), launch=calls)
+        launches = [launch(part) for part in old.launches]
+        return replace(old, sends=messages(old.sends), receives=messages(old.receives), launches=launches)
 
     passes = [[step(part) for part in steps] for steps in (program.forward, program.backward)]
     return replace(program, forward=passes[0], backward=passes[1])
 
 
 class _Tokens(NamedTuple):
-    """The tokens that the tasks of each step need, end to end in a working tensor, and which of them in which heads.
+    """The tokens that the tasks of each call need, end to end in a working tensor, and which of them in which heads."""
 
-    Steps are numbered by those that have tasks.
-    """
-
-    # intervals, sorted by step and token, with their row in the step's tensor
-    step: Ints
+    # intervals, sorted by call and token, with their row in the call's tensor
+    call: Ints
     t0: Ints
     t1: Ints
     at: Ints
-    # first and last head of each step
+    # heads [h0, h1) of each call
     h0: Ints
     h1: Ints
-    # the same by elementary head range: (step, h0, h1) of each part, and its intervals
-    part_step: Ints
+    # the same by elementary head range: (call, h0, h1) of each part; then its intervals, and the part of each
+    part_call: Ints
     part_h0: Ints
     part_h1: Ints
     part: Ints
@@ -318,48 +328,55 @@ class _Tokens(NamedTuple):
     part_t1: Ints
 
     @staticmethod
-    def of(step: Ints, t0: Ints, t1: Ints, low: Ints, high: Ints) -> _Tokens:
-        """Of tasks, sorted by step, that need tokens [t0_i, t1_i) in heads [low_i, high_i)."""
-        where, begin, end = union(step, t0, t1)
+    def of(call: Ints, t0: Ints, t1: Ints, low: Ints, high: Ints) -> _Tokens:
+        """Of tasks, sorted by call, that need tokens [t0_i, t1_i) in heads [low_i, high_i)."""
+        where, begin, end = union(call, t0, t1)
         before = np.cumsum(end - begin) - (end - begin)
         at = before - before[np.searchsorted(where, where)]
-        first = np.searchsorted(step, np.arange(int(step.max(initial=-1)) + 1))
+        first = np.searchsorted(call, np.arange(int(call.max(initial=-1)) + 1))
         h0, h1 = (f.reduceat(x, first) if len(x) else x for f, x in ((np.minimum, low), (np.maximum, high)))
         limits = distinct(np.concatenate([low, high]))
         row, head = expand(np.searchsorted(limits, low), np.searchsorted(limits, high))
-        key, part_t0, part_t1 = union(step[row] * len(limits) + head, t0[row], t1[row])
+        key, part_t0, part_t1 = union(call[row] * len(limits) + head, t0[row], t1[row])
         named, part = np.unique(key, return_inverse=True)
-        part_step, part_head = np.divmod(named, max(len(limits), 1))
+        part_call, part_head = np.divmod(named, max(len(limits), 1))
         bounds = limits[part_head], limits[part_head + 1]
-        return _Tokens(where, begin, end, at, h0, h1, part_step, *bounds, part, part_t0, part_t1)
+        return _Tokens(where, begin, end, at, h0, h1, part_call, *bounds, part, part_t0, part_t1)
 
     def parts(self, payload: Payload) -> Parts:
-        """As parts of one view per step."""
-        step, h0 = self.part_step, self.part_h0
-        at = self.part_t0 + self.to_row(step[self.part], self.part_t0)
-        named = step, np.full(len(step), int(payload)), h0, self.part_h1, h0 - self.h0[step]
+        """As parts of one view per call."""
+        call, h0 = self.part_call, self.part_h0
+        at = self.part_t0 + self.to_row(call[self.part], self.part_t0)
+        named = call, np.full(len(call), int(payload)), h0, self.part_h1, h0 - self.h0[call]
         return Parts(*named, self.part, self.part_t0, self.part_t1, at)
 
-    def to_row(self, step: Ints, token: Ints) -> Ints:
-        """What to add to a token that some task of the step needs, to get its row."""
+    def to_row(self, call: Ints, token: Ints) -> Ints:
+        """What to add to a token that some task of the call needs, to get its row."""
         span = int(self.t1.max(initial=0)) + 1
-        i = np.searchsorted(self.step * span + self.t0, step * span + token, "right") - 1
+        i = np.searchsorted(self.call * span + self.t0, call * span + token, "right") - 1
         return self.at[i] - self.t0[i]
 
     def rows(self) -> Ints:
-        """Rows of each step's tensor."""
+        """Rows of each call's tensor."""
         total = np.zeros(len(self.h0), np.int64)
-        np.add.at(total, self.step, self.t1 - self.t0)
+        np.add.at(total, self.call, self.t1 - self.t0)
         return total
+
+    def waste(self) -> np.ndarray:
+        """How many times larger each call's tensor is than what its tasks need of it."""
+        needed = np.zeros(len(self.h0), np.int64)
+        heads = (self.part_h1 - self.part_h0)[self.part]
+        np.add.at(needed, self.part_call[self.part], heads * (self.part_t1 - self.part_t0))
+        return self.rows() * (self.h1 - self.h0) / np.maximum(needed, 1)
 
 
 class _Launched(NamedTuple):
-    """All kernel calls of a table: the tasks of one step are one call."""
+    """All kernel calls of a table, numbered by step: the tasks of one step are one call, or one for each head range."""
 
     steps: list[int]
     heads: list[tuple[int, int]]
     tasks: Columns
-    # the step's number, per task
+    # the call's number, per task
     number: Ints
     rows: _Tokens
     keys: _Tokens
@@ -367,17 +384,27 @@ class _Launched(NamedTuple):
 
     @staticmethod
     def of(tasks: Columns, group: int) -> _Launched:
-        """Of one rank's tasks, sorted by step."""
-        steps, number = np.unique(tasks["step"], return_inverse=True)
+        """Of one rank's tasks, sorted by step and head range."""
+        head_range = np.unique(np.stack([tasks["h0"], tasks["h1"]], 1), axis=0, return_inverse=True)[1].reshape(-1)
+        whole = _Launched._numbered(tasks, group, tasks["step"], tasks["step"])
+        wasteful = (whole.rows.waste() > _WASTE) | (whole.keys.waste() > _WASTE)
+        if not wasteful.any():
+            return whole
+        apart = np.where(wasteful[whole.number], head_range, 0)
+        return _Launched._numbered(tasks, group, tasks["step"] * (len(head_range) + 1) + apart, tasks["step"])
+
+    @staticmethod
+    def _numbered(tasks: Columns, group: int, call: Ints, step: Ints) -> _Launched:
+        _, first, number = np.unique(call, return_index=True, return_inverse=True)
         low, high = tasks["h0"], tasks["h1"]
         rows = _Tokens.of(number, tasks["q0"], tasks["q1"], low, high)
         keys = _Tokens.of(number, tasks["k0"], tasks["k1"], low // group, -(-high // group))
         heads = list(zip(rows.h0.tolist(), rows.h1.tolist(), strict=True))
-        return _Launched(steps.tolist(), heads, tasks, number, rows, keys, group)
+        return _Launched(step[first].tolist(), heads, tasks, number, rows, keys, group)
 
     def cells(self, bands: Ints) -> list[Cells]:
         """Per call; `bands` of the tasks in global coordinates."""
-        rows, keys = self.rows, self.keys
+        rows, keys, bands = self.rows, self.keys, bands.copy()
         # global to working coordinates: each task lies inside one interval of the union
         to_row, to_key = rows.to_row(self.number, self.tasks["q0"]), keys.to_row(self.number, self.tasks["k0"])
         bands[:, [Q0, Q1, OQ]] += to_row[:, None]

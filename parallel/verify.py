@@ -230,10 +230,11 @@ def _check_holding(
     if not present.all():
         raise PlanError(f"{label} {missing} {_user(table, used, int(u_row[~present[user]].min()))}.")
     i, j = crossing(h_key0, h_key1, u_key0, u_key1)
-    late = i[held["step"][h_row[j]] >= u_first[i]]
-    if len(late):
-        early = np.isin(user, late) & (step == u_first[user])
-        raise PlanError(f"{label} {late_for} {_user(table, used, int(u_row[early].min()))}.")
+    # when all of an interval is there
+    complete = np.full(len(start), -1)
+    np.maximum.at(complete, i, held["step"][h_row[j]])
+    if (complete >= u_first).any():
+        raise PlanError(f"{label} {late_for} {_user(table, used, int(u_row[step <= complete[user]].min()))}.")
 
     _, busy0, busy1 = union(np.zeros_like(u_key0), u_key0, u_key1)
     arrived = held["step"][h_row] >= 0
@@ -332,8 +333,8 @@ def _peak(call: Call, lives: dict[Payload, Batches]) -> Ints:
     # a running sum over (rank, step) events; releases count after the step they belong to
     event = np.concatenate([rank * (2 * _MAX_STEP) + first, rank * (2 * _MAX_STEP) + last + 1])
     change = np.concatenate([size, -size])
-    order = np.lexsort((change, event))
-    np.maximum.at(peak, np.concatenate([rank, rank])[order], np.cumsum(change[order]))
+    by_event = np.lexsort((change, event))
+    np.maximum.at(peak, np.concatenate([rank, rank])[by_event], np.cumsum(change[by_event]))
     return peak
 
 

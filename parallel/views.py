@@ -49,7 +49,7 @@ class View(NamedTuple):
     rows: int
     heads: int
     links: list[Link]
-    # the links reach every cell; where head groups need different tokens they do not
+    # the links reach every cell (then a single one reaches them in order); where head groups differ they may not
     whole: bool
 
 

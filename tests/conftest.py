@@ -1,4 +1,11 @@
-"""Shared by all tests: one thread per process (forked ranks need it), seeds that are printed on failure."""
+"""Shared by all tests: one thread per process (forked ranks need it), seeds that are printed on failure.
+
+Triton's kernels run in its interpreter; they are what the environment makes them when Triton is first imported.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from hypothesis import settings

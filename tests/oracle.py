@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.kernels.dispatch import load_kernel
+from distattn.kernels.dispatch import load_kernel, preparing
 from distattn.kernels.score import Score
 from distattn.mask import Mask
 from distattn.parallel import execute
@@ -19,6 +19,7 @@ from distattn.parallel.program import lower
 from distattn.parallel.transport import LockStep, Packet
 from distattn.parallel.verify import verify
 from distattn.plan import Plan
+from distattn.programs import demand_of
 
 
 class Result(NamedTuple):
@@ -148,14 +149,15 @@ class RecordingKernel:
 
     def __init__(self, inner, rank: int, record: Record):
         self.inner, self.rank, self.record = inner, rank, record
+        self.ACCUMULATES = inner.ACCUMULATES
 
-    def forward(self, *args):
+    def forward(self, *args, **into):
         self.record.events.append((self.rank, "compute"))
-        return self.inner.forward(*args)
+        return self.inner.forward(*args, **into)
 
-    def backward(self, *args):
+    def backward(self, *args, **into):
         self.record.events.append((self.rank, "compute"))
-        return self.inner.backward(*args)
+        return self.inner.backward(*args, **into)
 
 
 def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record: Record | None = None) -> Result:
@@ -163,7 +165,8 @@ def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record:
     record = Record() if record is None else record
     layout, ranks = plan.call.layout, range(plan.call.ranks)
     proof = verify(plan)
-    programs = [lower(plan, rank, load_kernel(kernel).prepare, proof) for rank in ranks]
+    make = preparing(kernel, demand_of(plan.call, torch.device("cpu")))
+    programs = [lower(plan, rank, make, proof) for rank in ranks]
     kernels = [RecordingKernel(load_kernel(kernel), rank, record) for rank in ranks]
     dtype = getattr(torch, plan.call.dtype)
     score = Score(1 / math.sqrt(plan.call.head_dim))

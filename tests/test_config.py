@@ -57,7 +57,10 @@ def test_the_command_line_overrides_the_file():
         ("[run]\nseed = -1", ["run.seed: 0 to 2^63 - 1, not -1"]),
         ("[run]\nfolder = '/'", ["run.folder: '/' names no folder"]),
         ('[run]\nfolder = "a\\u0000b"', ["names no folder"]),
-        ("[parallel]\nkernel = 'flash'", ["parallel.kernel: there is no 'flash'; there are reference, cpu."]),
+        (
+            "[parallel]\nkernel = 'flash'",
+            ["parallel.kernel: there is no 'flash'; there are reference, cpu, triton"],
+        ),
         ("[parallel", ["cannot be read as TOML"]),
     ],
 )

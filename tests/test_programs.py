@@ -14,7 +14,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import distattn as da
-from distattn.parallel.program import _with_rows, lower, on_device
+from distattn.kernels.dispatch import preparing
+from distattn.parallel.program import _with_tensors, lower, on_device
+from distattn.programs import demand_of
 
 SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 
@@ -149,16 +151,13 @@ def _over_capacity(rank, plan):
 
 def test_index_lists_move_to_the_device_together():
     plan = plan_for(masks()["odd"], 4, "ring", "from_chunks")
-    program = lower(plan, 0, lambda *_: None)
-    found = []
-    there = on_device(program, torch.device("meta"))
-    _with_rows(there, lambda rows: found.append(rows) or rows)
-    tensors = [rows for rows in found if torch.is_tensor(rows)]
-    assert tensors and all(rows.device.type == "meta" for rows in tensors)
-    originals = []
-    _with_rows(program, lambda rows: originals.append(rows) or rows)
-    lengths = [[len(r) if torch.is_tensor(r) else r for r in rows] for rows in (found, originals)]
-    assert lengths[0] == lengths[1]
+    program = lower(plan, 0, preparing("reference", demand_of(plan.call, torch.device("cpu"))))
+    found, originals = [], []
+    _with_tensors(on_device(program, torch.device("meta")), lambda tensor: found.append(tensor) or tensor)
+    _with_tensors(program, lambda tensor: originals.append(tensor) or tensor)
+    assert found and all(tensor.device.type == "meta" for tensor in found)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in originals]
+    assert {torch.bool, torch.int64} <= {tensor.dtype for tensor in found}
 
 
 def _owns_a_communicator(rank):
@@ -246,7 +245,7 @@ def _one_refuses(rank, change):
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
-    [({"capacity": 10}, "the capacity is 10."), ({"kernel": "nope"}, "there are reference, cpu.")],
+    [({"capacity": 10}, "the capacity is 10."), ({"kernel": "nope"}, "there are reference, cpu, triton, triton_tf32.")],
 )
 def test_where_one_rank_refuses_all_do(change, sentence):
     other, own = run_on_ranks(2, _one_refuses, change)

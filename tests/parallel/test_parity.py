@@ -14,8 +14,9 @@ from distattn.cluster.topology import Cluster
 from distattn.layout import Layout
 from distattn.mask import Mask
 from distattn.parallel.make_plan import STRATEGIES, make_plan
+from distattn.parallel.program import lower
 from distattn.parallel.verify import verify
-from distattn.plan import POLICIES
+from distattn.plan import POLICIES, Payload
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5}
 LONG = (1, 7, 129, 1000)
@@ -121,6 +122,21 @@ def test_a_step_is_one_kernel_call_whatever_its_head_ranges(strategy, heads):
     calls = sum(what == "compute" for _, what in record.events)
     steps = [np.unique(table.tasks["step"] * 4 + table.tasks["rank"]) for table in (plan.forward, plan.backward)]
     assert calls == sum(map(len, steps))
+
+
+def test_head_groups_of_different_tokens_do_not_share_a_tensor_that_is_mostly_unused():
+    # every head has keys of its own: one call for all of them would gather all keys for each
+    n, heads = 64, 8
+    bands = [Mask.from_pieces([[0, n, h * 8, h * 8 + 8, -n, n]], n) for h in range(heads)]
+    mask = Mask.by_head([(1, band) for band in bands])
+    shape = dict(heads=heads, kv_heads=heads, head_dim=8, dtype="float64")
+    plan = make_plan(mask, Layout.contiguous([n], 2), strategy="allgather", **shape)
+    program = lower(plan, 0, lambda cells: cells)
+    launches = [launch for step in program.forward for launch in step.launches]
+    needed = sum(8 for h in range(heads))
+    assert sum(view.rows * view.heads for launch in launches for view in [launch.operands[Payload.KV]]) <= 2 * needed
+    inputs = random_inputs(n, heads, heads, 8)
+    assert_close(run_all_ranks(plan, inputs, "cpu"), dense(mask, inputs), TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

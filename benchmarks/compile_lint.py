@@ -1,0 +1,223 @@
+"""What the Triton compiler makes of the attention kernels, checked without a GPU.
+
+    python benchmarks/compile_lint.py [--arch 80 90 100] [--update]
+
+Every kernel, epilogue and tile goes through the real launch path with a stand-in for the driver, then the machine code is
+read: registers, stack, spills inside the loops that multiply, shared memory, matrix instructions, products that ptxas
+made wait for each other, narrow asynchronous loads. The numbers are compared with a committed budget, one file per
+version of Triton; a change that makes one worse fails, --update rewrites the file. Exit code 1 where something is worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from distattn.kernels import triton_attention
+from distattn.kernels.cells import Cells
+from distattn.kernels.score import Demand, Score
+from distattn.kernels.triton_attention import Launch
+from distattn.mask import Mask
+
+ARCHITECTURES = (80, 90, 100)
+DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+SINGLE_DIMS = ((64, 64), (128, 128), (256, 256))
+# bytes of shared memory a program may have (CUDA programming guide, compute capabilities)
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+# what multiplies matrices there
+PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+WORSE_IF_MORE = ("registers", "stack", "hot_spills", "shared", "narrow_loads", "serialized")
+HEADS, KV_HEADS, TOKENS = 8, 2, 256
+CPU = torch.device("cpu")
+
+
+class StandIn:
+    """A driver that knows its target and nothing else."""
+
+    def __init__(self, arch: int):
+        self.target, self.utils = GPUTarget("cuda", arch, 32), None
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        # compiled kernels are cached by device
+        return int(self.target.arch)
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return CPU
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+    def launcher_cls(self, *args: object, **kwargs: object) -> None:
+        return None
+
+
+def main() -> int:
+    """Compile, compare, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--update", action="store_true")
+    arguments = parser.parse_args()
+    path = Path(__file__).parent / "budgets" / f"triton-{triton.__version__.split('+')[0]}.json"
+    budget: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
+    if not budget and not arguments.update:
+        say(f"there is no budget for Triton {triton.__version__}; make one with --update")
+        return 1
+    complaints = []
+    for arch in arguments.arch:
+        for name, launch in variants(arch):
+            found = facts(compiled(launch, arch), arch)
+            wrong = [
+                *broken_rules(found, arch, name),
+                *(worse(found, budget.get(name)) if not arguments.update else []),
+            ]
+            complaints += [f"{name}: {what}" for what in wrong]
+            say(f"{name:42s} {'  '.join(f'{key} {value}' for key, value in found.items())}{'  <- ' * bool(wrong)}")
+            budget[name] = found
+    if arguments.update:
+        path.parent.mkdir(exist_ok=True)
+        lines = (f"{json.dumps(name)}: {json.dumps(budget[name])}" for name in sorted(budget))
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    say("\n".join(complaints) or "nothing is worse than its budget")
+    return 1 if complaints else 0
+
+
+def variants(arch: int) -> Iterator[tuple[str, Launch]]:
+    """Every kernel, epilogue, dtype and head dim as it would be launched on this architecture."""
+    for dtype, dims in ((torch.bfloat16, DIMS), (torch.float16, ((128, 128),)), (torch.float32, SINGLE_DIMS)):
+        for dim, v_dim in dims:
+            for modifiers in (False, True) if dim == 128 and dtype == torch.bfloat16 else (False,):
+                for kernel, launch in launches(arch, dtype, dim, v_dim, modifiers):
+                    more = " softcap alibi" if modifiers else ""
+                    yield f"sm_{arch} {str(dtype)[6:]} {dim}/{v_dim} {kernel}{more}", launch
+
+
+def launches(arch: int, dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> Iterator[tuple[str, Launch]]:
+    """The launches of one kind of call. Nothing is computed: tensors need only have a shape."""
+
+    def tensor(heads: int, width: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(TOKENS, heads, width, dtype=of)
+
+    q, k, v, do = tensor(HEADS, dim), tensor(KV_HEADS, dim), tensor(KV_HEADS, v_dim), tensor(HEADS, v_dim)
+    o, lse = tensor(HEADS, v_dim, torch.float32), torch.empty(TOKENS, HEADS)
+    grads = tuple(torch.empty_like(x, dtype=torch.float32) for x in (q, k, v))
+    score = Score(0.1, 30.0, torch.empty(HEADS)) if modifiers else Score(0.1)
+    tiles = triton_attention.tiles_for(Demand(dtype, dim, v_dim, CPU), arch)
+    work = triton_attention.prepare_tiles(Cells.of_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles)
+    with mock.patch.object(triton_attention, "_capability", lambda device: arch):
+        forward = triton_attention.plan_forward
+        yield "forward write", forward(q, k, v, o, lse, work, score)
+        yield "forward merge", forward(q, k, v, o, lse, work, score, merge=True)
+        final = dict(merge=True, out=do, sink=torch.empty(HEADS), gate=do)
+        yield "forward final", forward(q, k, v, o, lse, work, score, **final)
+        tensors = (do, q, k, v, lse, lse, grads, work, score)
+        _, dkdv, dq = triton_attention.plan_backward(*tensors, accumulate=(True, True))
+        yield "backward dkdv", dkdv
+        yield "backward dq", dq
+
+
+def compiled(launch: Launch, arch: int) -> Any:
+    """Triton's compiled kernel of a launch."""
+    triton.runtime.driver.set_active(StandIn(arch))
+    return launch.kernel.warmup(**launch.arguments, **launch.options, grid=(1,))
+
+
+def facts(kernel: Any, arch: int) -> dict[str, int]:
+    """What the machine code says of itself."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = output(tools / "cuobjdump", "-res-usage", file.name)
+        code = output(tools / "nvdisasm", "-c", file.name)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    operations, loops = parse(code)
+    counts = Counter(operation.split(".")[0] for operation in operations)
+    product = PRODUCTS[arch]
+    # innermost loops: the shortest, and what overlaps none of them (outer ones are turned around and begin anywhere)
+    innermost: list[tuple[int, int]] = []
+    for a, b in sorted(loops, key=lambda loop: loop[1] - loop[0]):
+        multiplies = any(name.startswith(product) for name in operations[a:b])
+        if multiplies and not any(a < d and c < b for c, d in innermost):
+            innermost.append((a, b))
+    hot = [name for a, b in innermost for name in operations[a:b]]
+    dots = kernel.asm["ttgir"].count("warp_group_dot ")
+    arrivals = sum(name == "WARPGROUP.ARRIVE" for name in operations)
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "hot_spills": sum(name.split(".")[0] in ("LDL", "STL") for name in hot),
+        "shared": kernel.metadata.shared,
+        "products": sum(count for name, count in counts.items() if name.startswith(product)),
+        # ptxas waits around every single product where it cannot prove them independent
+        "serialized": int(arrivals > 2 * dots) if arch == 90 else 0,
+        "narrow_loads": sum(name.startswith("LDGSTS") and not name.endswith(("128", "64")) for name in operations),
+    }
+
+
+def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Operations in order, and loops as (first, last + 1) operation."""
+    operations: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(operations)
+        elif operation := re.match(r"\s*/\*[0-9a-f]{4,5}\*/\s+(?:@!?\w+\s+)?([A-Z0-9_]+(?:\.[A-Z0-9_]+)*)", line):
+            operations.append(operation[1])
+            target = re.search(r"\((\.L_x_\d+)\)", line)
+            # a branch back
+            if operation[1].startswith("BRA") and target and target[1] in labels:
+                loops.append((labels[target[1]], len(operations)))
+    return operations, loops
+
+
+def broken_rules(found: dict[str, int], arch: int, name: str) -> Iterator[str]:
+    """What must hold whatever the budget says."""
+    if found["shared"] > SHARED[arch]:
+        yield f"{found['shared']:,} bytes of shared memory; the chip has {SHARED[arch]:,}"
+    if "float32" not in name and not found["products"]:
+        yield f"no {PRODUCTS[arch]}: matrices are not multiplied by matrix units"
+    if found["serialized"]:
+        yield "ptxas makes every product wait for the one before"
+
+
+def worse(found: dict[str, int], allowed: dict[str, int] | None) -> Iterator[str]:
+    """Where a kernel exceeds its budget."""
+    if allowed is None:
+        yield "has no budget"
+        return
+    for key in WORSE_IF_MORE:
+        if found[key] > allowed[key]:
+            yield f"{key} {found[key]}, the budget is {allowed[key]}"
+
+
+def output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The attention kernels on one GPU, beside what else runs there: correctness first, then speed.
+
+    python benchmarks/gpu.py [--out benchmarks/results/gpu.jsonl] [--fa3 PATH/flash_attn_3/_C.so] [--quick]
+
+Rates are TFLOP/s of the mask's allowed cells (4 x area x heads x dim forward, 10 backward), medians over repeats; each
+timed repeat is a CUDA graph of several calls where one can be captured, and eager calls otherwise (marked). The share is of
+the matrix-product rate measured first in the same run. A contestant that is wrong is not timed. Made to end within ten
+minutes on an H200; --quick takes a third of the cases, and on a machine without a GPU (TRITON_INTERPRET=1) tiny ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_cases import Case, Inputs, contestants, inputs_of, ours
+from harness import Cell, compare, table, write
+from torch import Tensor
+
+ROWS_CHECKED = 24
+# relative to the reference, Frobenius norm
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 1e-5}
+CALLS = 5
+
+
+def main() -> int:
+    """Ceilings, then the cases one by one; exit code 1 where ours is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--fa3", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    began = time.perf_counter()
+    ceilings = measure_ceilings(device)
+    say("  ".join(f"{name} {value:.1f}" for name, value in ceilings.items()))
+    everything: list[Cell] = []
+    for case in cases(device, arguments.quick):
+        cells = run_case(case, device, arguments.fa3)
+        for cell in cells:
+            cell.facts["tflops"] = case.flops / cell.median / 1e12 if cell.median else 0.0
+            cell.facts["share"] = cell.facts["tflops"] / ceilings["product TFLOP/s"]
+        shown: dict[str, Callable[[Any], str]] = {
+            "tflops": lambda value: f"{value:.0f} TFLOP/s",
+            "share": lambda value: f"{value:.0%}",
+            "graph": lambda value: "graph" if value else "eager",
+        }
+        say(table(cells, shown) + f"\n  ({time.perf_counter() - began:.0f} s)")
+        everything += cells
+        if arguments.out:
+            write(arguments.out, cells, ceilings=ceilings)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    wrong = [
+        cell for cell in everything if cell.contestant.startswith("distattn") and cell.status in ("wrong", "error")
+    ]
+    say(f"{len(everything)} cells; ours wrong or failing in {len(wrong)}")
+    return 1 if wrong else 0
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """The cases, longest last: they heat the chip most."""
+    if device.type == "cpu":
+        for direction in ("forward", "backward"):
+            for pattern in ("causal", "documents"):
+                yield Case(pattern, 256, (2, 1), (32, 32), direction, torch.float16)
+        return
+    both = ("forward", "backward")
+    gqa, mha = (64, 8), (16, 16)
+    for tokens in (1024, 2048) if not quick else ():
+        for direction in both:
+            yield Case("causal", tokens, gqa, (128, 128), direction)
+    for pattern in ("full", "causal", "documents", "window", "block-causal"):
+        for direction in both:
+            yield Case(pattern, 8192, gqa, (128, 128), direction)
+    if not quick:
+        for dims in ((64, 64), (192, 128), (256, 256)):
+            for direction in both:
+                yield Case("causal", 8192, mha, dims, direction)
+        for pattern in ("prefix", "shared question", "global window"):
+            for direction in both:
+                yield Case(pattern, 16384, mha, (128, 128), direction)
+    for pattern in ("documents", "window", "block-causal", "causal"):
+        for direction in both:
+            yield Case(pattern, 32768, gqa, (128, 128), direction)
+    if not quick:
+        yield Case("causal", 65536, mha, (128, 128), "forward")
+
+
+def run_case(case: Case, device: torch.device, fa3: Path | None) -> list[Cell]:
+    """All contestants of a case."""
+    x = inputs_of(case, device)
+    check = checker(case, x)
+    makers = {name: (lambda make=make: Repeated(make(case, x), device)) for name, make in contestants(fa3).items()}
+    return compare(case.name, makers, check, repeats=7 if device.type == "cuda" else 1)
+
+
+class Repeated:
+    """Several calls as one thing to time: a CUDA graph where it can be captured. Its result is the last call's."""
+
+    def __init__(self, work: Callable[[], Any], device: torch.device):
+        self.work, self.calls, self.graph = work, 1, None
+        if device.type == "cuda":
+            self.calls = CALLS
+            self._capture()
+        self.facts = {"graph": self.graph is not None}
+
+    def _capture(self) -> None:
+        beside = torch.cuda.Stream()
+        try:
+            with torch.cuda.stream(beside):
+                for _ in range(2):
+                    self.work()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(self.calls):
+                    self.result = self.work()
+            self.graph = graph
+        except RuntimeError:
+            torch.cuda.synchronize()
+
+    def __call__(self) -> Any:
+        if self.graph is not None:
+            self.graph.replay()
+            return self.result
+        for _ in range(self.calls):
+            result = self.work()
+        return result
+
+
+def checker(case: Case, x: Inputs) -> Callable[[Any], str]:
+    """Compares outputs, or dq, of some rows with fp64; dk and dv with those of the triton kernel in fp32."""
+    generator = np.random.default_rng(1)
+    rows = np.sort(generator.choice(case.tokens, min(ROWS_CHECKED, case.tokens), replace=False)).tolist()
+    o_rows, dq_rows = reference_rows(case, x, rows)
+    others = fp32_gradients(case, x) if case.direction == "backward" else ()
+
+    def check(result: Any) -> str:
+        if case.direction == "forward":
+            return far("o", result[rows], o_rows, case.dtype)
+        dq, dk, dv = result
+        found = (far("dq", dq[rows], dq_rows, case.dtype), far("dk", dk, others[0], case.dtype))
+        return next((what for what in (*found, far("dv", dv, others[1], case.dtype)) if what), "")
+
+    return check
+
+
+def reference_rows(case: Case, x: Inputs, rows: list[int]) -> tuple[Tensor, Tensor]:
+    """(o, dq) of these rows by definition, in fp64."""
+    group, scale = case.heads[0] // case.heads[1], case.dims[0] ** -0.5
+    outputs, gradients = [], []
+    for row in rows:
+        keys = torch.cat([torch.arange(a, b) for a, b in case.mask.needed_keys([(row, row + 1)]).tolist()]).to(
+            x.q.device
+        )
+        k, v = (part[keys].double().repeat_interleave(group, 1) for part in (x.k, x.v))
+        q, do = x.q[row].double(), x.do[row].double()
+        weights = torch.softmax(torch.einsum("hd,shd->hs", q, k) * scale, -1)
+        o = torch.einsum("hs,she->he", weights, v)
+        dp = torch.einsum("he,she->hs", do, v)
+        ds = weights * (dp - (do * o).sum(-1, keepdim=True))
+        outputs.append(o)
+        gradients.append(torch.einsum("hs,shd->hd", ds, k) * scale)
+    return torch.stack(outputs), torch.stack(gradients)
+
+
+def fp32_gradients(case: Case, x: Inputs) -> tuple[Tensor, Tensor]:
+    """dk and dv of the same numbers, computed in fp32 where that is affordable, else by the kernel under test."""
+    if case.tokens > 8192:
+        return ours(case, x)()[1:]
+    wide = Inputs(*(part.float() for part in (x.q, x.k, x.v, x.do)))
+    exact = Case(case.pattern, case.tokens, case.heads, case.dims, case.direction, torch.float32)
+    return ours(exact, wide)()[1:]
+
+
+def far(name: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> str:
+    """What is wrong with a tensor, or nothing."""
+    error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
+    return "" if error <= TOLERANCE[dtype] else f"{name} is off by {error:.1e} (allowed: {TOLERANCE[dtype]:.0e})"
+
+
+def measure_ceilings(device: torch.device) -> dict[str, float]:
+    """What this card does best, now: a large product of random bf16 matrices and a large copy."""
+    if device.type == "cpu":
+        return {"product TFLOP/s": 1.0, "copy TB/s": 1.0}
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = timed(lambda: a @ b)
+    source = torch.randn(1 << 29, device=device)
+    target = torch.empty_like(source)
+    copy = timed(lambda: target.copy_(source))
+    return {"product TFLOP/s": 2 * 8192**3 / product / 1e12, "copy TB/s": 2 * source.nbytes / copy / 1e12}
+
+
+def timed(work: Callable[[], Any], repeats: int = 20) -> float:
+    """Median seconds by device events."""
+    for _ in range(3):
+        work()
+    seconds = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return float(np.median(seconds))
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

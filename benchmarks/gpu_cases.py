@@ -1,0 +1,282 @@
+"""Cases and contestants of the GPU benchmark: what is computed, and who can compute it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from harness import Unsupported
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import distattn as da
+from distattn.kernels import triton_attention
+from distattn.kernels.cells import Cells
+from distattn.kernels.score import Demand, Score
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mask over `tokens`, with `heads` (query, key/value), `dims` (query and key, value) and a direction."""
+
+    pattern: str
+    tokens: int
+    heads: tuple[int, int]
+    dims: tuple[int, int]
+    direction: str
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        (h, k), (d, e) = self.heads, self.dims
+        return (
+            f"{self.direction} {self.pattern} {self.tokens // 1024}K heads {h}:{k} dims {d}/{e} {str(self.dtype)[6:]}"
+        )
+
+    @property
+    def mask(self) -> da.Mask:
+        return mask_of(self.pattern, self.tokens)
+
+    @property
+    def flops(self) -> int:
+        """Two products of the mask's area forward, five backward (none counted twice)."""
+        (h, _), (d, e) = self.heads, self.dims
+        per_cell = 2 * (d + e) if self.direction == "forward" else 2 * (3 * d + 2 * e)
+        return int(self.mask.area()) * h * per_cell
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, do (tokens, heads, dim) and k, v (tokens, key/value heads, dim)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+
+
+# what a case's contestant returns: o, or (dq, dk, dv), with tokens first
+Run = Callable[[], Tensor | tuple[Tensor, ...]]
+
+
+@cache
+def lengths_of(tokens: int) -> tuple[int, ...]:
+    """Documents of very different lengths, each at most a quarter of the axis (heavy-tailed, as in web corpora)."""
+    generator = np.random.default_rng(0)
+    out: list[int] = []
+    while sum(out) < tokens:
+        out.append(int(min(tokens // 4, max(16, generator.pareto(0.9) * tokens / 256), tokens - sum(out))))
+    return tuple(out)
+
+
+@cache
+def mask_of(pattern: str, tokens: int) -> da.Mask:
+    """The masks of the benchmark by name."""
+    return {
+        "full": lambda: da.Mask.full(tokens),
+        "causal": lambda: da.Mask.causal(tokens),
+        "documents": lambda: da.Mask.documents(lengths_of(tokens)),
+        "window": lambda: da.Mask.sliding_window(tokens, 1023),
+        "block-causal": lambda: da.Mask.block_causal(tokens, 512),
+        "prefix": lambda: da.Mask.prefix_lm(tokens, tokens // 4),
+        "shared question": lambda: da.Mask.shared_question([tokens // 4] + [tokens // 16] * 12),
+        "global window": lambda: da.Mask.global_sliding_window(tokens, 511, 511, 64),
+    }[pattern]()
+
+
+def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
+    """Random tensors: zeros would be faster than any real ones."""
+    generator = torch.Generator(device).manual_seed(seed)
+    (h, k), (d, e) = case.heads, case.dims
+
+    def random(heads: int, dim: int) -> Tensor:
+        return torch.randn(case.tokens, heads, dim, generator=generator, device=device, dtype=torch.float32).to(
+            case.dtype
+        )
+
+    return Inputs(random(h, d), random(k, d), random(k, e), random(h, e))
+
+
+def ours(case: Case, x: Inputs) -> Run:
+    """The triton kernel on the whole mask."""
+    work, score = prepared(case, x.q.device)
+    o, lse = triton_attention.forward(x.q, x.k, x.v, work, score)
+    if case.direction == "forward":
+        out = torch.empty_like(o, dtype=case.dtype)
+        launch = triton_attention.plan_forward(x.q, x.k, x.v, o, lse, work, score, out=out)
+
+        def forward() -> Tensor:
+            triton_attention.run(launch)
+            return out
+
+        return forward
+    delta = (x.do.float() * o).sum(-1)
+    return lambda: triton_attention.backward(x.do, x.q, x.k, x.v, lse, delta, work, score)
+
+
+def ring(case: Case, x: Inputs, chunks: int = 8) -> Run:
+    """The same in `chunks` steps over the keys, folded by the merge epilogue."""
+    if case.direction != "forward":
+        raise Unsupported("the ring of epilogues is timed forward")
+    n = case.tokens // chunks
+    score = Score(case.dims[0] ** -0.5)
+    steps = []
+    o = torch.empty(*x.q.shape[:2], case.dims[1], device=x.q.device)
+    lse = torch.empty(x.q.shape[:2], device=x.q.device)
+    for i in range(chunks):
+        part = case.mask.cut((0, case.tokens), (i * n, (i + 1) * n))
+        work = on_device(prepare_part(case, part, x.q.device), x.q.device)
+        steps.append(triton_attention.plan_forward(x.q, x.k, x.v, o, lse, work, score, merge=i > 0))
+
+    def forward() -> Tensor:
+        for step in steps:
+            triton_attention.run(step)
+        return o
+
+    return forward
+
+
+def prepared(case: Case, device: torch.device) -> tuple[triton_attention.Work, Score]:
+    """The kernel's lists of the whole mask, on the device."""
+    return on_device(prepare_part(case, case.mask, device), device), Score(case.dims[0] ** -0.5)
+
+
+def prepare_part(case: Case, mask: da.Mask, device: torch.device) -> triton_attention.Work:
+    """The kernel's lists of a mask with the case's shapes."""
+    return triton_attention.prepare(Cells.of_mask(mask, *case.heads), Demand(case.dtype, *case.dims, device))
+
+
+def on_device(work: triton_attention.Work, device: torch.device) -> triton_attention.Work:
+    """Lists moved to where kernels read them."""
+    lists = (type(part)(*(x.to(device) for x in part)) for part in (work.forward, work.dkdv, work.dq))
+    return triton_attention.Work(*lists, *work[3:])
+
+
+def sdpa(backend: SDPBackend) -> Callable[[Case, Inputs], Run]:
+    """PyTorch's scaled_dot_product_attention by one of its backends: full and causal."""
+
+    def make(case: Case, x: Inputs) -> Run:
+        if case.pattern not in ("full", "causal"):
+            raise Unsupported("scaled_dot_product_attention takes no such mask but as a dense matrix")
+        q, k, v = (heads_first(part) for part in (x.q, x.k, x.v))
+
+        def forward() -> Tensor:
+            with sdpa_kernel(backend):
+                causal = case.pattern == "causal"
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+        return differentiated(case, forward, (q, k, v), heads_first(x.do), lambda y: y[0].transpose(0, 1))
+
+    return make
+
+
+def flex(case: Case, x: Inputs) -> Run:
+    """FlexAttention, compiled, with the mask as its BlockMask."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    block_mask = da.block_mask(case.mask, device=x.q.device)
+    q, k, v = (heads_first(part) for part in (x.q, x.k, x.v))
+    compiled = compiled_flex(flex_attention)
+
+    def forward() -> Tensor:
+        return compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    return differentiated(case, forward, (q, k, v), heads_first(x.do), lambda y: y[0].transpose(0, 1))
+
+
+@cache
+def compiled_flex(flex_attention: Callable[..., Any]) -> Callable[..., Any]:
+    """One compiled function for all cases."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def varlen(case: Case, x: Inputs) -> Run:
+    """PyTorch's variable-length flash attention (FlashAttention 2): what cu_seqlens and a window can say."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest, _, window = packed(case, x.q.device)
+    more = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    q, k, v = (part.detach() for part in (x.q, x.k, x.v))
+
+    def forward() -> Tensor:
+        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window, **more)
+
+    return differentiated(case, forward, (q, k, v), x.do, lambda y: y)
+
+
+def packed(case: Case, device: torch.device) -> tuple[Tensor, int, bool, tuple[int, int]]:
+    """What a varlen kernel is told of the mask: cu_seqlens, longest document, causal, window."""
+    try:
+        ends, longest, causal, window = da.cu_seqlens(case.mask)
+    except da.DistattnError as error:
+        raise Unsupported(str(error)) from None
+    return torch.from_numpy(ends).to(device), longest, causal, window
+
+
+def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
+    """FlashAttention 3 from a loadable build (xformers 0.0.34: flash_attn_3/_C.so), by its operators' own schemas."""
+
+    def make(case: Case, x: Inputs) -> Run:
+        if library is None:
+            raise Unsupported("no build of FlashAttention 3: pass --fa3 PATH/_C.so")
+        torch.ops.load_library(str(library))
+        cu, longest, _, (left, right) = packed(case, x.q.device)
+        causal = (left, right) == (-1, 0)
+        values: dict[str, Any] = {
+            "q": x.q, "k": x.k, "v": x.v, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest,
+            "max_seqlen_k": longest, "softmax_scale": case.dims[0] ** -0.5, "is_causal": causal,
+            "window_size_left": -1 if causal else left, "window_size_right": -1 if causal else right,
+        }  # fmt: skip
+        forward = by_schema(torch.ops.flash_attn_3.fwd.default, values)
+        if case.direction == "forward":
+            return lambda: forward()[0]
+        o, lse, *_ = forward()
+        values |= {"dout": x.do, "out": o, "softmax_lse": lse, "deterministic": False}
+        backward = by_schema(torch.ops.flash_attn_3.bwd.default, values)
+        return lambda: tuple(backward()[:3])
+
+    return make
+
+
+def by_schema(operator: Any, values: dict[str, Any]) -> Callable[[], Any]:
+    """A call of an operator with the named values it knows; its own defaults, or None, for all others."""
+    known = {a.name: values[a.name] for a in operator._schema.arguments if a.name in values}
+    others = {a.name: None for a in operator._schema.arguments if a.name not in values and not a.has_default_value()}
+    return lambda: operator(**known, **others)
+
+
+def differentiated(
+    case: Case, forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], do: Tensor, back: Callable[[Tensor], Tensor]
+) -> Run:
+    """A rival's forward, or its backward alone by autograd; `back` gives tokens first again."""
+    if case.direction == "forward":
+        return lambda: back(forward())
+    for x in inputs:
+        x.requires_grad_()
+    o = forward()
+    return lambda: tuple(back(grad) for grad in torch.autograd.grad(o, inputs, do, retain_graph=True))
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """(1, heads, tokens, dim), contiguous, a leaf."""
+    return x.detach().transpose(0, 1)[None].contiguous()
+
+
+def contestants(fa3: Path | None) -> dict[str, Callable[[Case, Inputs], Run]]:
+    """Who takes part, in the order of the table."""
+    return {
+        "distattn triton": ours,
+        "distattn triton, ring of 8": ring,
+        "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+        "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
+        "flex compiled": flex,
+        "varlen flash": varlen,
+        "flash attention 3": flash3(fa3),
+    }

@@ -1,0 +1,37 @@
+"""The compile lint: machine code of every Triton kernel against the committed budget. No GPU is needed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+ROOT = Path(__file__).parents[2]
+BUDGETS = ROOT / "benchmarks" / "budgets"
+
+
+def lint(arch: int, **environment: str) -> subprocess.CompletedProcess:
+    """In a process of its own: here Triton interprets."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "benchmarks" / "compile_lint.py", "--arch", str(arch)]
+    return subprocess.run(command, capture_output=True, text=True, env=clean | {"PYTHONPATH": str(ROOT)} | environment)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_no_kernel_is_worse_than_its_budget(arch):
+    if not (BUDGETS / f"triton-{triton.__version__}.json").exists():
+        pytest.skip(f"there is no budget for Triton {triton.__version__}")
+    done = lint(arch)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("arch", [90])
+def test_nor_with_the_triton_that_gpu_machines_have(arch):
+    # .ci/run and `make triton-3.6` put it there; the interpreter's own version stays the newest
+    older = ROOT / ".venv" / "triton-3.6.0"
+    if not older.exists():
+        pytest.skip("Triton 3.6.0 is not beside the environment; `make triton-3.6` puts it there")
+    done = lint(arch, PYTHONPATH=f"{older}:{ROOT}")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -1,0 +1,269 @@
+"""The Triton kernels in Triton's interpreter, against the dense fp64 oracle: small tiles, so that there are many.
+
+The interpreter computes bfloat16 wrongly (silently); float16 and float32 stand for it here, a GPU must do the rest.
+"""
+
+import numpy as np
+import pytest
+import torch
+from cases import LENGTHS, all_masks
+from oracle import Result, assert_close, dense, random_inputs, relative_error, run_all_ranks
+from pairs import all_pairs
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from distattn.errors import DistattnError
+from distattn.kernels import reference, triton_attention
+from distattn.kernels.cells import Cells
+from distattn.kernels.dispatch import choose_kernel
+from distattn.kernels.runs import Runs, tile_runs, transposed_runs
+from distattn.kernels.score import Demand, Score
+from distattn.kernels.triton_attention import Tile, Tiles
+from distattn.layout import Layout
+from distattn.mask import Mask
+from distattn.parallel.make_plan import STRATEGIES, make_plan
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
+SCALE = 0.25
+PLAIN = Score(SCALE)
+SMALL = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
+UNEVEN = Tiles(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1))
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def forward(mask, inputs, tiles=SMALL, score=PLAIN, dtype=torch.float32):
+    q, k, v, _ = (x.to(dtype) for x in inputs)
+    work = triton_attention.prepare_tiles(Cells.of_mask(mask, q.shape[1], k.shape[1]), tiles)
+    return work, *triton_attention.forward(q, k, v, work, score)
+
+
+def both(mask, inputs, tiles=SMALL, score=PLAIN, dtype=torch.float32) -> Result:
+    work, o, lse = forward(mask, inputs, tiles, score, dtype)
+    q, k, v, do = (x.to(dtype) for x in inputs)
+    delta = (do.float() * o).sum(-1)
+    return Result(o, lse, *triton_attention.backward(do, q, k, v, lse, delta, work, score))
+
+
+def visited(runs: Runs, heads: int, shape: tuple[int, int], block_rows: int, block_keys: int) -> np.ndarray:
+    """How often each cell is visited and found allowed, by the lists alone."""
+    rows, keys = shape
+    out = np.zeros((heads, rows, keys), int)
+    for head in range(heads):
+        for tile in range(runs.tiles):
+            row = np.arange(tile * block_rows, min((tile + 1) * block_rows, rows))
+            at = runs.group[head] * runs.tiles + tile
+            for begin, full, rest, end, band, rows_at in runs.run[runs.first[at] : runs.first[at + 1]].tolist():
+                bands = np.full(len(row), band) if rows_at < 0 else runs.row_band[rows_at : rows_at + len(row)]
+                q0, q1, k0, k1, low, high, bq, bk, oq, _ = runs.band[bands].T.astype(np.int64)
+                climbed = bk * ((row - oq) // bq)
+                low, high = np.maximum(k0, low + climbed), np.minimum(k1, high + climbed)
+                high = np.where((row >= q0) & (row < q1), high, low)
+                for n in [*range(begin, full, block_keys), *range(rest, end, block_keys)]:
+                    key = np.arange(n, min(n + block_keys, keys))
+                    out[head][np.ix_(row, key)] += (key >= low[:, None]) & (key < high[:, None])
+                for n in range(full, rest, block_keys):
+                    out[head][np.ix_(row, np.arange(n, n + block_keys))] += 1
+    return out
+
+
+@pytest.mark.parametrize("blocks", [(16, 16), (64, 16), (16, 64)])
+@pytest.mark.parametrize("name", all_masks(4))
+def test_runs_visit_every_allowed_cell_once_and_no_other(name, blocks):
+    mask = all_masks(4)[name]
+    cells = Cells.of_mask(mask, 4, 2)
+    wanted = np.broadcast_to(mask.dense(), (4, mask.n, mask.n)).astype(int)
+    assert (visited(tile_runs(cells, *blocks), 4, (mask.n, mask.n), *blocks) == wanted).all()
+    turned = wanted.transpose(0, 2, 1)
+    assert (visited(transposed_runs(cells, *blocks), 4, (mask.n, mask.n), *blocks) == turned).all()
+
+
+def test_runs_of_a_causal_axis_are_one_for_each_query_tile():
+    runs = tile_runs(Cells.of_mask(Mask.causal(1 << 20), 1, 1), 128, 128)
+    assert len(runs.run) == 8192 and runs.visited == sum(128 * (i + 1) for i in range(8192))
+
+
+def test_short_documents_of_one_query_tile_are_one_run():
+    runs = tile_runs(Cells.of_mask(Mask.documents([8] * 64), 1, 1), 128, 128)
+    assert len(runs.run) == 4 and runs.visited == 4 * 128
+
+
+def wanted_of(mask, inputs, score) -> Result:
+    """By the reference kernel in fp64, itself proven against the oracle, which knows no modifiers of scores."""
+    demand = Demand(torch.float64, *inputs.v.shape[1:], torch.device("cpu"))
+    work = reference.prepare(Cells.of_mask(mask, inputs.q.shape[1], inputs.k.shape[1]), demand)
+    o, lse = reference.forward(*inputs[:3], work, score)
+    delta = (inputs.do * o).sum(-1)
+    return Result(o, lse, *reference.backward(inputs.do, *inputs[:3], lse, delta, work, score))
+
+
+FACTORS = {
+    "dtype": [torch.float32, torch.float16],
+    "heads": [(4, 4), (4, 2), (6, 2), (3, 1)],
+    "dims": [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (32, 16)],
+    "tiles": [SMALL, UNEVEN],
+    "modifier": ["none", "softcap", "alibi", "both"],
+}
+
+
+def score_of(modifier: str, heads: int) -> Score:
+    slopes = torch.linspace(0.02, 0.5, heads) if modifier in ("alibi", "both") else None
+    return Score(SCALE, 1.5 if modifier in ("softcap", "both") else 0.0, slopes)
+
+
+@pytest.mark.parametrize("name", all_masks(4))
+def test_forward_and_backward_equal_the_reference(name):
+    # every mask meets some rows, all masks together meet them all
+    names = list(all_masks(4))
+    for row in all_pairs(FACTORS, lambda row: True)[names.index(name) :: len(names)]:
+        mask = all_masks(row["heads"][0])[name]
+        inputs = random_inputs(sum(LENGTHS), *row["heads"], *row["dims"])
+        score = score_of(row["modifier"], row["heads"][0])
+        wanted = wanted_of(mask, inputs, score)
+        try:
+            assert_close(both(mask, inputs, row["tiles"], score, row["dtype"]), wanted, TOLERANCE[row["dtype"]])
+        except AssertionError as error:
+            raise AssertionError(f"{row}: {error}") from None
+
+
+@pytest.mark.parametrize("n", [2, 15, 33])
+def test_any_length_equals_the_oracle(n):
+    inputs = random_inputs(n, 2, 1, 16)
+    assert_close(both(Mask.sliding_window(n, 20, 5), inputs), dense(Mask.sliding_window(n, 20, 5), inputs, SCALE), 1e-5)
+
+
+def test_one_token_attends_to_itself():
+    inputs = random_inputs(1, 2, 1, 16)
+    got = both(Mask.causal(1), inputs)
+    assert (
+        relative_error(got.o, inputs.v.expand(1, 2, 16)) < 1e-6
+        and relative_error(got.dv[0, 0], inputs.do[0].sum(0)) < 1e-6
+    )
+    assert got.dq.abs().max() < 1e-5 and got.dk.abs().max() < 1e-5
+
+
+def test_rows_without_keys_give_zero_and_minus_infinity():
+    mask = Mask.from_pieces([[20, 70, 0, 30, -90, 90]], n=90)
+    got = both(mask, random_inputs(90, 2, 1, 16))
+    empty = [*range(20), *range(70, 90)]
+    assert (got.o[empty] == 0).all() and (got.lse[empty] == -torch.inf).all() and (got.dq[empty] == 0).all()
+    assert torch.isfinite(got.lse[20:70]).all() and (got.dk[30:] == 0).all()
+
+
+def test_results_are_the_same_bits_every_time():
+    mask, inputs = Mask.documents([40, 30, 26]), random_inputs(96, 4, 2, 32)
+    for a, b in zip(both(mask, inputs), both(mask, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def thirds(n):
+    """The causal axis in three parts by keys, as a ring sees it; the second part has rows without keys."""
+    return [Mask.from_pieces([[0, n, k, k + n // 3, -n, 0]], n) for k in range(0, n, n // 3)]
+
+
+@pytest.mark.parametrize("gate", [None, (2,), (2, 48)])
+@pytest.mark.parametrize("sink", [False, True])
+def test_a_ring_of_merge_epilogues_then_finalize_equals_one_shot(sink, gate):
+    n, score = 96, Score(SCALE)
+    inputs = random_inputs(n, 2, 1, 80, 48)
+    q, k, v, _ = (x.to(torch.float16) for x in inputs)
+    o, lse = torch.full((n, 2, 48), torch.nan), torch.full((n, 2), torch.nan)
+    out = torch.full((n, 2, 48), torch.nan, dtype=torch.float16)
+    generator = torch.Generator().manual_seed(1)
+    logit = torch.randn(2, generator=generator) if sink else None
+    factor = torch.rand(n, *gate, generator=generator) if gate else None
+    for i, part in enumerate(thirds(n)):
+        work = triton_attention.prepare_tiles(Cells.of_mask(part, 2, 1), SMALL)
+        final = dict(out=out, sink=logit, gate=factor) if i == 2 else {}
+        triton_attention.run(triton_attention.plan_forward(q, k, v, o, lse, work, score, merge=i > 0, **final))
+    wanted, total = wanted_of(Mask.causal(n), inputs, score)[:2]
+    if sink:
+        with_sink = torch.logaddexp(total, logit.double())
+        wanted, total = wanted * torch.exp(total - with_sink)[..., None], with_sink
+    assert relative_error(lse, total) < 4e-3
+    if gate:
+        assert relative_error(o, wanted) < 4e-3
+        wanted = wanted * (factor if factor.dim() == 3 else factor[..., None])
+    assert relative_error(out, wanted) < 4e-3
+
+
+def test_a_row_without_keys_has_the_sink_alone():
+    mask, sink = Mask.from_pieces([[0, 16, 0, 16, -16, 0]], n=40), torch.tensor([0.5, -torch.inf])
+    inputs = random_inputs(40, 2, 1, 16)
+    q, k, v, _ = (x.float() for x in inputs)
+    o, lse, out = torch.empty(40, 2, 16), torch.empty(40, 2), torch.empty(40, 2, 16)
+    work = triton_attention.prepare_tiles(Cells.of_mask(mask, 2, 1), SMALL)
+    triton_attention.run(triton_attention.plan_forward(q, k, v, o, lse, work, Score(SCALE), out=out, sink=sink))
+    assert (out[16:] == 0).all() and (lse[16:, 0] == 0.5).all() and (lse[16:, 1] == -torch.inf).all()
+    assert torch.isfinite(out).all()
+
+
+def test_gradients_are_added_to_what_is_there():
+    n, score = 96, Score(SCALE)
+    inputs = random_inputs(n, 2, 1, 32)
+    wanted = dense(Mask.causal(n), inputs, SCALE)
+    q, k, v, do = (x.float() for x in inputs)
+    delta = (inputs.do * wanted.o).sum(-1).float()
+    dq, dk, dv = torch.zeros(n, 2, 32), torch.zeros(n, 1, 32), torch.zeros(n, 1, 32)
+    for part in thirds(n):
+        work = triton_attention.prepare_tiles(Cells.of_mask(part, 2, 1), SMALL)
+        into = (dq, (dk, dv))
+        triton_attention.backward(do, q, k, v, wanted.lse.float(), delta, work, score, into=into)
+    for name, got in (("dq", dq), ("dk", dk), ("dv", dv)):
+        assert relative_error(got, getattr(wanted, name)) < 1e-5, name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("mask", ["documents", "head groups"])
+def test_strategies_equal_the_oracle_with_the_triton_kernel(strategy, mask):
+    inputs = random_inputs(sum(LENGTHS), 6, 2, 32)
+    plan = make_plan(
+        all_masks(6)[mask],
+        Layout.zigzag(LENGTHS, 4),
+        strategy=strategy,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        dtype="float32",
+    )
+    assert_close(run_all_ranks(plan, inputs, "triton"), dense(all_masks(6)[mask], inputs), 2e-5)
+
+
+def test_a_ring_step_writes_and_merges_in_the_kernel(monkeypatch):
+    # whoever folds partial results outside the kernel is caught
+    def refuse(*fields):
+        raise AssertionError("a second kernel merges")
+
+    monkeypatch.setattr("distattn.parallel.execute.merge_", refuse)
+    inputs = random_inputs(128, 2, 1, 32)
+    shape = dict(heads=2, kv_heads=1, head_dim=32, dtype="float32")
+    plan = make_plan(Mask.causal(128), Layout.contiguous([128], 4), strategy="ring", **shape)
+    assert_close(run_all_ranks(plan, inputs, "triton"), dense(Mask.causal(128), inputs), 2e-5)
+
+
+def test_what_cannot_be_computed_is_refused():
+    for demand, sentence in (
+        (Demand(torch.float64, 64, 64, torch.device("cpu")), "bfloat16, float16 and float32, not float64"),
+        (Demand(torch.float16, 112, 112, torch.device("cpu")), "sums of two from 16 to 256 .80, 96, 192., not 112"),
+        (Demand(torch.float16, 512, 512, torch.device("cpu")), "not 512"),
+    ):
+        with pytest.raises(DistattnError, match=sentence):
+            choose_kernel("triton", demand)
+    assert choose_kernel(None, Demand(torch.bfloat16, 192, 128, torch.device("cuda"))) == "triton"
+
+
+def test_half_precision_goes_by_descriptors_and_single_by_pointers():
+    for dtype, tma in ((torch.float16, True), (torch.float32, False)):
+        q, k, v, _ = (x.to(dtype) for x in random_inputs(20, 2, 1, 32))
+        work = triton_attention.prepare_tiles(Cells.of_mask(Mask.causal(20), 2, 1), SMALL)
+        o, lse = torch.empty(20, 2, 32), torch.empty(20, 2)
+        plan = triton_attention.plan_forward
+        assert plan(q, k, v, o, lse, work, Score(SCALE)).arguments["TMA"] is tma
+        # rows that do not begin at 16 bytes
+        odd = torch.zeros(20 * 64 + 1, dtype=dtype)[1:].view(20, 2, 32)
+        assert not plan(odd, k, v, o, lse, work, Score(SCALE)).arguments["TMA"]
