@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 TORCH_INDEX ?=
 
-.PHONY: demo test check bench bench-rivals bench-gpu lint-kernels triton-3.6 clean
+.PHONY: demo test check bench bench-rivals bench-gpu check-cluster lint-kernels triton-3.6 clean
 
 demo: $(VENV)/.train
 	$(BIN)/distattn train configs/tiny.toml $(ARGS)
@@ -29,7 +29,13 @@ bench-rivals: $(VENV)/.dev
 
 # with the Python of a machine that has a GPU, torch and Triton
 bench-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_executor.py
+	PYTHONPATH=. $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 benchmarks/check_cluster.py
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.jsonl $(ARGS)
+
+# on 2 to 8 GPUs of one machine
+check-cluster:
+	PYTHONPATH=. $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/check_cluster.py $(ARGS)
 
 # machine code of the Triton kernels against benchmarks/budgets; ARGS=--update where it changed for the better
 lint-kernels: $(VENV)/.dev

@@ -8,6 +8,7 @@ strides of tokens are data: another batch compiles nothing.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -258,11 +259,13 @@ def run(launch: Launch) -> None:
         launch.kernel[launch.grid](**launch.arguments, **launch.options)
 
 
+@cache
 def _parts(dim: int) -> list[int]:
     """A head dim as powers of two, largest first."""
     return [1 << bit for bit in range(dim.bit_length() - 1, -1, -1) if dim >> bit & 1]
 
 
+@cache
 def _capability(device: torch.device) -> int:
     if device.type != "cuda":
         return 80
@@ -282,8 +285,8 @@ def _operands(tensors: dict[str, tuple[Tensor, int]]) -> dict[str, Any]:
     for name, (x, block) in tensors.items():
         width, second = (*_parts(x.shape[2]), 0)[:2]
         arguments |= {f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
-        arguments[f"{name}_"] = _descriptor(x, block, width) if tma else x
-        arguments[f"{name}1_"] = _descriptor(x, block, second or width) if tma else x
+        arguments[f"{name}_"] = first = _descriptor(x, block, width) if tma else x
+        arguments[f"{name}1_"] = _descriptor(x, block, second) if tma and second else first
         if name in ("q", "v"):
             letter = "D" if name == "q" else "E"
             arguments |= {f"{letter}0": width, f"{letter}1": second}
@@ -300,7 +303,7 @@ def _fits_tma(x: Tensor) -> bool:
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
     """Of the matrix (tokens, heads x dim)."""
     columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
-    return TensorDescriptor(x, [len(x), columns], [x.stride(0), 1], [block, width])
+    return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width])
 
 
 def _named(**tensors: Tensor) -> dict[str, Any]:

@@ -94,13 +94,28 @@ def test_the_benchmarks_run(script, arguments, wanted):
     assert "wrong" not in done.stdout and "error" not in done.stdout, done.stdout
 
 
-def test_the_gpu_benchmark_runs_without_one():
+def run_interpreted(*command: str) -> subprocess.CompletedProcess:
     pytest.importorskip("triton", reason="Triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, ROOT / "benchmarks" / "gpu.py"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def test_the_gpu_benchmark_runs_without_one():
+    done = run_interpreted("benchmarks/gpu.py")
     assert done.returncode == 0 and "ours wrong or failing in 0" in done.stdout, (
         done.stdout[-500:] + done.stderr[-1500:]
     )
     # contestants that need a GPU say so in their cells
     assert "sdpa cudnn" in done.stdout and "no build of FlashAttention 3" in done.stdout
+
+
+def test_all_ranks_in_lock_step_with_late_copies_equal_one_shot():
+    done = run_interpreted("benchmarks/gpu_executor.py", "--ranks", "3")
+    assert done.returncode == 0 and "usp" in done.stdout, done.stdout + done.stderr[-1500:]
+
+
+def test_the_cluster_check_runs_over_gloo_with_the_triton_kernel():
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_interpreted(*launcher, "benchmarks/check_cluster.py")
+    assert done.returncode == 0 and "2 ranks, gloo" in done.stdout, done.stdout + done.stderr[-1500:]
+    assert "wrong" not in done.stdout and "error" not in done.stdout

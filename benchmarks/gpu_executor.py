@@ -1,0 +1,305 @@
+"""The whole executor on one GPU: all ranks of a plan in lock step, each with its own streams.
+
+    python benchmarks/gpu_executor.py [--ranks 8] [--tokens 32768] [--delay 200] [--trace FILE.json]
+
+Moves are device copies on a stream of the receiver, begun `delay` microseconds after both ends are ready, as a slow wire would.
+First parity: outputs and gradients of every strategy, with NaN in uninitialised memory, against the same kernel on the whole
+axis at once; any synchronisation of host and device is an error. Then the host time per rank and step (budget: 150
+microseconds), and from a trace the share of copying that ran under kernels. On a machine without a GPU
+(TRITON_INTERPRET=1) the parity alone, on a short axis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import distattn as da
+from distattn.kernels import triton_attention
+from distattn.kernels.cells import Cells
+from distattn.kernels.dispatch import load_kernel, preparing
+from distattn.kernels.score import Score
+from distattn.parallel import execute
+from distattn.parallel.make_plan import STRATEGIES
+from distattn.parallel.program import Program, lower, on_device
+from distattn.parallel.transport import Packet
+from distattn.programs import demand_of
+
+BUDGET = 150
+# relative to the one-shot result, Frobenius norm: fp32 sums in another order, of bf16 (fp16) products
+TOLERANCE = 5e-3
+HEADS, KV_HEADS = 16, 4
+
+
+class Streams:
+    """A compute stream and a copy stream for every rank; nothing of the kind without a GPU."""
+
+    def __init__(self, ranks: int, device: torch.device, delay: float):
+        self.cuda = device.type == "cuda"
+        self.compute = [torch.cuda.Stream() if self.cuda else None for _ in range(ranks)]
+        self.copy = [torch.cuda.Stream() if self.cuda else None for _ in range(ranks)]
+        # clock cycles, at about 1.7 GHz
+        self.cycles = int(delay * 1700)
+
+    def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.stream(stream) if self.cuda else contextlib.nullcontext()
+
+    def event(self) -> Any:
+        """What the current stream has been given so far."""
+        return torch.cuda.current_stream().record_event() if self.cuda else None
+
+
+class DelayedCopies:
+    """Moves between ranks of one process, as copies that begin late; `transport(rank)` is what the executor takes."""
+
+    def __init__(self, streams: Streams):
+        self.streams = streams
+        self.posted: dict[tuple[int, int, bool], deque[tuple[Tensor, Any, list[Any]]]] = defaultdict(deque)
+
+    def transport(self, rank: int) -> Mailbox:
+        return Mailbox(self, rank)
+
+    def post(self, src: int, dst: int, sends: bool, tensor: Tensor, done: list[Any]) -> None:
+        """One end of a move; it starts when both have been posted. `done` gets the event of its end."""
+        ready = self.streams.event()
+        waiting = self.posted[src, dst, not sends]
+        if not waiting:
+            self.posted[src, dst, sends].append((tensor, ready, done))
+            return
+        other, other_ready, other_done = waiting.popleft()
+        source, target = (tensor, other) if sends else (other, tensor)
+        with self.streams.on(self.streams.copy[dst]):
+            if self.streams.cuda:
+                stream = torch.cuda.current_stream()
+                stream.wait_event(ready)
+                stream.wait_event(other_ready)
+                torch.cuda._sleep(self.streams.cycles)
+            target.copy_(source)
+            finished = self.streams.event()
+        done.append(finished)
+        other_done.append(finished)
+
+
+class Mailbox:
+    """One rank's end. Tensors in flight are kept until they are waited for."""
+
+    def __init__(self, hub: DelayedCopies, rank: int):
+        self.hub, self.rank = hub, rank
+
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Mailbox.Flight:
+        done: list[Any] = []
+        for packet in sends:
+            self.hub.post(self.rank, packet.peer, True, packet.tensor, done)
+        for packet in receives:
+            self.hub.post(packet.peer, self.rank, False, packet.tensor, done)
+        return Mailbox.Flight(self.hub.streams, done, (sends, receives))
+
+    class Flight:
+        def __init__(self, streams: Streams, done: list[Any], alive: Any):
+            self.streams, self.done, self.alive = streams, done, alive
+
+        def wait(self) -> None:
+            if self.streams.cuda:
+                for event in self.done:
+                    torch.cuda.current_stream().wait_event(event)
+
+
+def main() -> int:
+    """Parity, host time and overlap of every strategy; exit code 1 where a result is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--delay", type=float, default=200.0, help="microseconds before a move begins")
+    parser.add_argument("--trace", type=Path, help="where the last strategy's trace goes")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    tokens, dim = (arguments.tokens, 128) if cuda else (256, 32)
+    lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]
+    mask = da.Mask.documents(lengths)
+    layout = da.Layout.zigzag(lengths, arguments.ranks)
+    x = random_tensors(tokens, dim, torch.bfloat16 if cuda else torch.float16, device)
+    wanted = at_once(mask, x)
+    streams = Streams(arguments.ranks, device, arguments.delay)
+    failed = []
+    for strategy in STRATEGIES:
+        dtype = str(x["q"].dtype)[6:]
+        shape = dict(heads=HEADS, kv_heads=KV_HEADS, head_dim=dim, dtype=dtype)
+        layer = Layer(da.make_plan(mask, layout, strategy=strategy, **shape), x, streams)
+        with poisoned():
+            errors = {name: far(got, wanted[name]) for name, got in layer.run().items()}
+        line = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        if max(errors.values()) > TOLERANCE or not all(error == error for error in errors.values()):
+            failed.append(strategy)
+        if cuda:
+            line += f"  host {layer.host_microseconds():.0f} us per rank and step (budget {BUDGET})"
+            line += f"  {layer.overlap(arguments.trace):.0%} of copying under kernels"
+        sys.stdout.write(f"{strategy:12s} {line}{'  <- wrong' * (strategy in failed)}\n")
+        sys.stdout.flush()
+    return 1 if failed else 0
+
+
+class Layer:
+    """One call of attention on all ranks, forward and backward."""
+
+    def __init__(self, plan: da.Plan, x: dict[str, Tensor], streams: Streams):
+        device = x["q"].device
+        self.layout, self.streams, self.dtype = plan.call.layout, streams, x["q"].dtype
+        self.ranks = range(plan.call.ranks)
+        make = preparing("triton", demand_of(plan.call, device))
+        proof = da.verify(plan)
+        self.programs: list[Program] = [on_device(lower(plan, rank, make, proof), device) for rank in self.ranks]
+        self.kernel = load_kernel("triton")
+        self.score = Score(plan.call.head_dim**-0.5)
+        self.local = [{name: self.layout.shard(part, rank) for name, part in x.items()} for rank in self.ranks]
+        self.steps = sum(len(program.forward) + len(program.backward) for program in self.programs)
+
+    def run(self) -> dict[str, Tensor]:
+        """o, dq, dk, dv of the whole axis."""
+        shards = self.shards()
+        return {name: self.layout.unshard([shard[name] for shard in shards]) for name in ("o", "dq", "dk", "dv")}
+
+    def shards(self) -> list[dict[str, Tensor]]:
+        """The same by rank, nothing waited for."""
+        if self.streams.cuda:
+            # inputs come from the stream that is current here
+            for stream in self.streams.compute:
+                stream.wait_stream(torch.cuda.current_stream())
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            hub = DelayedCopies(self.streams)
+            done = self._together(self._forward(rank, hub.transport(rank)) for rank in self.ranks)
+            hub = DelayedCopies(self.streams)
+            grads = self._together(self._backward(rank, hub.transport(rank), done[rank]) for rank in self.ranks)
+        finally:
+            if self.streams.cuda:
+                torch.cuda.set_sync_debug_mode("default")
+                for stream in (*self.streams.compute, *self.streams.copy):
+                    torch.cuda.current_stream().wait_stream(stream)
+        return [{"o": o, "dq": dq, "dk": dk, "dv": dv} for (o, *_), (dq, dk, dv, _) in zip(done, grads, strict=True)]
+
+    def _together(self, runs: Iterator[Generator[None, None, Any]]) -> list[Any]:
+        return execute.finish_together(
+            self._on_stream(run, self.streams.compute[rank]) for rank, run in enumerate(runs)
+        )
+
+    def _on_stream(self, run: Generator[None, None, Any], stream: Any) -> Generator[None, None, Any]:
+        while True:
+            with self.streams.on(stream):
+                try:
+                    next(run)
+                except StopIteration as stop:
+                    return stop.value
+            yield
+
+    def _forward(self, rank: int, transport: Mailbox) -> Generator[None, None, Any]:
+        x = self.local[rank]
+        run = execute.forward(self.programs[rank], transport, self.kernel, x["q"], x["k"], x["v"], self.score)
+        o, lse, kept, _ = yield from run
+        return o.to(self.dtype), lse, kept
+
+    def _backward(self, rank: int, transport: Mailbox, done: tuple[Tensor, ...]) -> Generator[None, None, Any]:
+        x, (o, lse, kept) = self.local[rank], done
+        delta = (x["do"].float() * o.float()).sum(-1)
+        inputs = (x["do"], x["q"], x["k"], x["v"], lse, delta, kept, self.score)
+        return (yield from execute.backward(self.programs[rank], transport, self.kernel, *inputs))
+
+    def host_microseconds(self) -> float:
+        """Of the executor and all it calls, per rank and step, the device far behind."""
+        best = float("inf")
+        for _ in range(5):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            self.shards()
+            best = min(best, time.perf_counter() - began)
+        torch.cuda.synchronize()
+        return best * 1e6 / self.steps
+
+    def overlap(self, keep: Path | None) -> float:
+        """The share of the time of device copies in which a kernel ran too, by the profiler's trace."""
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            self.shards()
+            torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            path = keep or Path(folder) / "trace.json"
+            profile.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        spans = {True: [], False: []}
+        for event in events:
+            if event.get("cat") in ("kernel", "gpu_memcpy") and "spin" not in event["name"]:
+                spans["_kernel" in event["name"]].append((event["ts"], event["ts"] + event["dur"]))
+        kernels, copies = merged(spans[True]), merged(spans[False])
+        common = sum(max(0.0, min(b, d) - max(a, c)) for a, b in copies for c, d in kernels)
+        return common / max(sum(b - a for a, b in copies), 1e-9)
+
+
+def random_tensors(tokens: int, dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """q, k, v and do of the whole axis."""
+    generator = torch.Generator(device).manual_seed(0)
+    heads = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS, "do": HEADS}
+    return {
+        name: torch.randn(tokens, count, dim, generator=generator, device=device).to(dtype)
+        for name, count in heads.items()
+    }
+
+
+def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same kernel on the whole axis."""
+    device, dim = x["q"].device, x["q"].shape[2]
+    plan = da.make_plan(
+        mask,
+        da.Layout.contiguous([mask.n], 1),
+        strategy="ring",
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=dim,
+        dtype=str(x["q"].dtype)[6:],
+    )
+    work = preparing("triton", demand_of(plan.call, device))(Cells.of_mask(mask, HEADS, KV_HEADS))
+    lists = (type(part)(*(column.to(device) for column in part)) for part in work[:3])
+    work, score = type(work)(*lists, *work[3:]), Score(dim**-0.5)
+    o, lse = triton_attention.forward(x["q"], x["k"], x["v"], work, score)
+    delta = (x["do"].float() * o.to(x["q"].dtype).float()).sum(-1)
+    dq, dk, dv = triton_attention.backward(x["do"], x["q"], x["k"], x["v"], lse, delta, work, score)
+    return {"o": o, "dq": dq, "dk": dk, "dv": dv}
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """NaN in all uninitialised memory."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def far(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Disjoint spans of the same time."""
+    out: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if out and begin <= out[-1][1]:
+            out[-1] = out[-1][0], max(end, out[-1][1])
+        else:
+            out.append((begin, end))
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())
