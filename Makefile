@@ -29,7 +29,9 @@ bench-rivals: $(VENV)/.dev
 
 # with the Python of a machine that has a GPU, torch and Triton
 bench-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_checks.py
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_executor.py
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_executor.py --kernel gluon
 	PYTHONPATH=. $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 benchmarks/check_cluster.py
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.jsonl $(ARGS)
 

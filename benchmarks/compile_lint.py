@@ -4,8 +4,9 @@
 
 Every kernel, epilogue and tile goes through the real launch path with a stand-in for the driver, then the machine code is
 read: registers, stack, spills inside the loops that multiply, shared memory, matrix instructions, products that ptxas
-made wait for each other, narrow asynchronous loads. The numbers are compared with a committed budget, one file per
-version of Triton; a change that makes one worse fails, --update rewrites the file. Exit code 1 where something is worse.
+made wait for each other, products that run under other work, narrow asynchronous loads. The numbers are compared with a
+committed budget, one file per version of Triton; a change that makes one worse fails, --update rewrites the file. Exit
+code 1 where something is worse.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from distattn.kernels import triton_attention
+from distattn.kernels import gluon_attention, triton_attention
 from distattn.kernels.cells import Cells
 from distattn.kernels.score import Demand, Score
-from distattn.kernels.triton_attention import Launch
+from distattn.kernels.triton_launch import Launch
 from distattn.mask import Mask
 
 ARCHITECTURES = (80, 90, 100)
@@ -108,30 +109,53 @@ def variants(arch: int) -> Iterator[tuple[str, Launch]]:
                 for kernel, launch in launches(arch, dtype, dim, v_dim, modifiers):
                     more = " softcap alibi" if modifiers else ""
                     yield f"sm_{arch} {str(dtype)[6:]} {dim}/{v_dim} {kernel}{more}", launch
+    for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 128)) if arch == 90 else ():
+        for modifiers in (False, True) if dim == 128 and dtype == torch.bfloat16 else (False,):
+            for kernel, launch in gluon_launches(dtype, dim, modifiers):
+                yield f"sm_{arch} {str(dtype)[6:]} {dim}/{dim} {kernel}{' softcap alibi' if modifiers else ''}", launch
 
 
 def launches(arch: int, dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> Iterator[tuple[str, Launch]]:
-    """The launches of one kind of call. Nothing is computed: tensors need only have a shape."""
+    """The launches of one kind of call."""
+    (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, v_dim, modifiers)
+    tiles = triton_attention.tiles_for(Demand(dtype, dim, v_dim, CPU), arch)
+    work = triton_attention.prepare_tiles(Cells.of_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles)
+    with mock.patch.object(triton_attention, "capability_of", lambda device: arch):
+        for epilogue, how in epilogues(do):
+            yield f"forward {epilogue}", triton_attention.plan_forward(q, k, v, o, lse, work, score, **how)
+        given = (do, q, k, v, lse, lse, grads, work, score)
+        _, dkdv, dq = triton_attention.plan_backward(*given, accumulate=(True, True))
+        yield "backward dkdv", dkdv
+        yield "backward dq", dq
+
+
+def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tuple[str, Launch]]:
+    """The same of the kernels for Hopper."""
+    (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, dim, modifiers)
+    cells = Cells.of_mask(Mask.causal(TOKENS), HEADS, KV_HEADS)
+    work = gluon_attention.prepare(cells, Demand(dtype, dim, dim, CPU))
+    for epilogue, how in epilogues(do):
+        yield f"gluon forward {epilogue}", gluon_attention.plan_forward(q, k, v, o, lse, work, score, **how)
+    yield "gluon backward", gluon_attention.plan_backward(do, q, k, v, lse, lse, grads, work, score, accumulate=True)[1]
+
+
+def epilogues(do: torch.Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What becomes of a forward's result."""
+    yield "write", {}
+    yield "merge", dict(merge=True)
+    yield "final", dict(merge=True, out=do, sink=torch.empty(HEADS), gate=do)
+
+
+def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[Any, Any, Score]:
+    """(operands, results, score) of a call. Nothing is computed: tensors need only have a shape."""
 
     def tensor(heads: int, width: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(TOKENS, heads, width, dtype=of)
 
     q, k, v, do = tensor(HEADS, dim), tensor(KV_HEADS, dim), tensor(KV_HEADS, v_dim), tensor(HEADS, v_dim)
-    o, lse = tensor(HEADS, v_dim, torch.float32), torch.empty(TOKENS, HEADS)
+    results = tensor(HEADS, v_dim, torch.float32), torch.empty(TOKENS, HEADS)
     grads = tuple(torch.empty_like(x, dtype=torch.float32) for x in (q, k, v))
-    score = Score(0.1, 30.0, torch.empty(HEADS)) if modifiers else Score(0.1)
-    tiles = triton_attention.tiles_for(Demand(dtype, dim, v_dim, CPU), arch)
-    work = triton_attention.prepare_tiles(Cells.of_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles)
-    with mock.patch.object(triton_attention, "_capability", lambda device: arch):
-        forward = triton_attention.plan_forward
-        yield "forward write", forward(q, k, v, o, lse, work, score)
-        yield "forward merge", forward(q, k, v, o, lse, work, score, merge=True)
-        final = dict(merge=True, out=do, sink=torch.empty(HEADS), gate=do)
-        yield "forward final", forward(q, k, v, o, lse, work, score, **final)
-        tensors = (do, q, k, v, lse, lse, grads, work, score)
-        _, dkdv, dq = triton_attention.plan_backward(*tensors, accumulate=(True, True))
-        yield "backward dkdv", dkdv
-        yield "backward dq", dq
+    return (q, k, v, do), (*results, grads), Score(0.1, 30.0, torch.empty(HEADS)) if modifiers else Score(0.1)
 
 
 def compiled(launch: Launch, arch: int) -> Any:
@@ -169,6 +193,8 @@ def facts(kernel: Any, arch: int) -> dict[str, int]:
         "products": sum(count for name, count in counts.items() if name.startswith(product)),
         # ptxas waits around every single product where it cannot prove them independent
         "serialized": int(arrivals > 2 * dots) if arch == 90 else 0,
+        # waits that leave a product running: the work until the next wait hides it
+        "overlapped": len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", code)),
         "narrow_loads": sum(name.startswith("LDGSTS") and not name.endswith(("128", "64")) for name in operations),
     }
 
@@ -196,6 +222,8 @@ def broken_rules(found: dict[str, int], arch: int, name: str) -> Iterator[str]:
         yield f"{found['shared']:,} bytes of shared memory; the chip has {SHARED[arch]:,}"
     if "float32" not in name and not found["products"]:
         yield f"no {PRODUCTS[arch]}: matrices are not multiplied by matrix units"
+    if "gluon" in name and not found["overlapped"]:
+        yield "no product runs while another is used"
     if found["serialized"]:
         yield "ptxas makes every product wait for the one before"
 
@@ -208,6 +236,8 @@ def worse(found: dict[str, int], allowed: dict[str, int] | None) -> Iterator[str
     for key in WORSE_IF_MORE:
         if found[key] > allowed[key]:
             yield f"{key} {found[key]}, the budget is {allowed[key]}"
+    if found["overlapped"] < allowed["overlapped"]:
+        yield f"only {found['overlapped']} products run under other work, the budget is {allowed['overlapped']}"
 
 
 def output(*command: str | Path) -> str:

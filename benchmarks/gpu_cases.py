@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distattn as da
-from distattn.kernels import triton_attention
+from distattn.kernels import gluon_attention, triton_attention
 from distattn.kernels.cells import Cells
 from distattn.kernels.score import Demand, Score
+from distattn.kernels.triton_launch import run
 
 
 @dataclass(frozen=True)
@@ -104,59 +107,64 @@ def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     return Inputs(random(h, d), random(k, d), random(k, e), random(h, e))
 
 
-def ours(case: Case, x: Inputs) -> Run:
-    """The triton kernel on the whole mask."""
-    work, score = prepared(case, x.q.device)
-    o, lse = triton_attention.forward(x.q, x.k, x.v, work, score)
-    if case.direction == "forward":
-        out = torch.empty_like(o, dtype=case.dtype)
-        launch = triton_attention.plan_forward(x.q, x.k, x.v, o, lse, work, score, out=out)
+def ours(tier: ModuleType) -> Callable[[Case, Inputs], Run]:
+    """One of our kernels on the whole mask."""
+
+    def make(case: Case, x: Inputs) -> Run:
+        work, score = prepared(tier, case, case.mask, x.q.device), Score(case.dims[0] ** -0.5)
+        o, lse = tier.forward(x.q, x.k, x.v, work, score)
+        if case.direction == "forward":
+            out = torch.empty_like(o, dtype=case.dtype)
+            launch = tier.plan_forward(x.q, x.k, x.v, o, lse, work, score, out=out)
+
+            def forward() -> Tensor:
+                run(launch)
+                return out
+
+            return forward
+        delta = (x.do.float() * o).sum(-1)
+        return lambda: tier.backward(x.do, x.q, x.k, x.v, lse, delta, work, score)
+
+    return make
+
+
+def ring(tier: ModuleType, chunks: int = 8) -> Callable[[Case, Inputs], Run]:
+    """The same in `chunks` steps over the keys, folded by the merge epilogue."""
+
+    def make(case: Case, x: Inputs) -> Run:
+        if case.direction != "forward":
+            raise Unsupported("the ring of epilogues is timed forward")
+        n, score, steps = case.tokens // chunks, Score(case.dims[0] ** -0.5), []
+        o = torch.empty(*x.q.shape[:2], case.dims[1], device=x.q.device)
+        lse = torch.empty(x.q.shape[:2], device=x.q.device)
+        for i in range(chunks):
+            part = case.mask.cut((0, case.tokens), (i * n, (i + 1) * n))
+            work = prepared(tier, case, part, x.q.device)
+            steps.append(tier.plan_forward(x.q, x.k, x.v, o, lse, work, score, merge=i > 0))
 
         def forward() -> Tensor:
-            triton_attention.run(launch)
-            return out
+            for step in steps:
+                run(step)
+            return o
 
         return forward
-    delta = (x.do.float() * o).sum(-1)
-    return lambda: triton_attention.backward(x.do, x.q, x.k, x.v, lse, delta, work, score)
+
+    return make
 
 
-def ring(case: Case, x: Inputs, chunks: int = 8) -> Run:
-    """The same in `chunks` steps over the keys, folded by the merge epilogue."""
-    if case.direction != "forward":
-        raise Unsupported("the ring of epilogues is timed forward")
-    n = case.tokens // chunks
-    score = Score(case.dims[0] ** -0.5)
-    steps = []
-    o = torch.empty(*x.q.shape[:2], case.dims[1], device=x.q.device)
-    lse = torch.empty(x.q.shape[:2], device=x.q.device)
-    for i in range(chunks):
-        part = case.mask.cut((0, case.tokens), (i * n, (i + 1) * n))
-        work = on_device(prepare_part(case, part, x.q.device), x.q.device)
-        steps.append(triton_attention.plan_forward(x.q, x.k, x.v, o, lse, work, score, merge=i > 0))
-
-    def forward() -> Tensor:
-        for step in steps:
-            triton_attention.run(step)
-        return o
-
-    return forward
+def prepared(tier: ModuleType, case: Case, mask: da.Mask, device: torch.device) -> Any:
+    """A kernel's lists of a mask with the case's shapes, on the device."""
+    demand = Demand(case.dtype, *case.dims, device)
+    if why_not := tier.refusal(demand):
+        raise Unsupported(why_not)
+    return moved(tier.prepare(Cells.of_mask(mask, *case.heads), demand), device)
 
 
-def prepared(case: Case, device: torch.device) -> tuple[triton_attention.Work, Score]:
-    """The kernel's lists of the whole mask, on the device."""
-    return on_device(prepare_part(case, case.mask, device), device), Score(case.dims[0] ** -0.5)
-
-
-def prepare_part(case: Case, mask: da.Mask, device: torch.device) -> triton_attention.Work:
-    """The kernel's lists of a mask with the case's shapes."""
-    return triton_attention.prepare(Cells.of_mask(mask, *case.heads), Demand(case.dtype, *case.dims, device))
-
-
-def on_device(work: triton_attention.Work, device: torch.device) -> triton_attention.Work:
+def moved(work: Any, device: torch.device) -> Any:
     """Lists moved to where kernels read them."""
-    lists = (type(part)(*(x.to(device) for x in part)) for part in (work.forward, work.dkdv, work.dq))
-    return triton_attention.Work(*lists, *work[3:])
+    if isinstance(work, Tensor):
+        return work.to(device)
+    return type(work)(*(moved(part, device) for part in work)) if isinstance(work, tuple) else work
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Case, Inputs], Run]:
@@ -245,6 +253,36 @@ def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
     return make
 
 
+def tutorial(path: Path | None) -> Callable[[Case, Inputs], Run]:
+    """Triton's own tutorial (06-fused-attention.py): full and causal, as many key heads as query heads."""
+
+    def make(case: Case, x: Inputs) -> Run:
+        if path is None:
+            raise Unsupported("no copy of Triton's tutorial: pass --tutorial PATH/06-fused-attention.py")
+        if case.pattern not in ("full", "causal") or case.heads[0] != case.heads[1] or case.dims[0] != case.dims[1]:
+            raise Unsupported("the tutorial computes full and causal masks of equal heads and dims")
+        q, k, v = (heads_first(part) for part in (x.q, x.k, x.v))
+        function = loaded(path)._attention
+        # later versions also ask whether to specialise warps
+        more = (False,) * (len(inspect.signature(function.forward).parameters) - 6)
+
+        def forward() -> Tensor:
+            return function.apply(q, k, v, case.pattern == "causal", case.dims[0] ** -0.5, *more)
+
+        return differentiated(case, forward, (q, k, v), heads_first(x.do), lambda y: y[0].transpose(0, 1))
+
+    return make
+
+
+@cache
+def loaded(path: Path) -> ModuleType:
+    """A Python file as a module."""
+    spec = importlib.util.spec_from_file_location("triton_tutorial", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def by_schema(operator: Any, values: dict[str, Any]) -> Callable[[], Any]:
     """A call of an operator with the named values it knows; its own defaults, or None, for all others."""
     known = {a.name: values[a.name] for a in operator._schema.arguments if a.name in values}
@@ -269,14 +307,17 @@ def heads_first(x: Tensor) -> Tensor:
     return x.detach().transpose(0, 1)[None].contiguous()
 
 
-def contestants(fa3: Path | None) -> dict[str, Callable[[Case, Inputs], Run]]:
+def contestants(fa3: Path | None, tutorial_file: Path | None) -> dict[str, Callable[[Case, Inputs], Run]]:
     """Who takes part, in the order of the table."""
     return {
-        "distattn triton": ours,
-        "distattn triton, ring of 8": ring,
+        "distattn triton": ours(triton_attention),
+        "distattn triton, ring of 8": ring(triton_attention),
+        "distattn gluon": ours(gluon_attention),
+        "distattn gluon, ring of 8": ring(gluon_attention),
         "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
         "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "flex compiled": flex,
         "varlen flash": varlen,
         "flash attention 3": flash3(fa3),
+        "triton tutorial": tutorial(tutorial_file),
     }

@@ -1,10 +1,10 @@
 """The whole executor on one GPU: all ranks of a plan in lock step, each with its own streams.
 
-    python benchmarks/gpu_executor.py [--ranks 8] [--tokens 32768] [--delay 200] [--trace FILE.json]
+    python benchmarks/gpu_executor.py [--kernel triton|gluon] [--ranks 8] [--tokens 32768] [--delay 200] [--trace FILE.json]
 
 Moves are device copies on a stream of the receiver, begun `delay` microseconds after both ends are ready, as a slow wire would.
-First parity: outputs and gradients of every strategy, with NaN in uninitialised memory, against the same kernel on the whole
-axis at once; any synchronisation of host and device is an error. Then the host time per rank and step (budget: 150
+First parity: outputs and gradients of every strategy, with NaN in uninitialised memory, against the triton kernel on the
+whole axis at once; any synchronisation of host and device is an error. Then the host time per rank and step (budget: 150
 microseconds), and from a trace the share of copying that ran under kernels. On a machine without a GPU
 (TRITON_INTERPRET=1) the parity alone, on a short axis.
 """
@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_cases import moved
 from torch import Tensor
 
 import distattn as da
 from distattn.kernels import triton_attention
 from distattn.kernels.cells import Cells
 from distattn.kernels.dispatch import load_kernel, preparing
-from distattn.kernels.score import Score
+from distattn.kernels.score import Demand, Score
 from distattn.parallel import execute
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.program import Program, lower, on_device
@@ -118,6 +119,7 @@ class Mailbox:
 def main() -> int:
     """Parity, host time and overlap of every strategy; exit code 1 where a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", choices=("triton", "gluon"), default="triton")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--delay", type=float, default=200.0, help="microseconds before a move begins")
@@ -126,17 +128,21 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     tokens, dim = (arguments.tokens, 128) if cuda else (256, 32)
+    demand = Demand(torch.bfloat16 if cuda else torch.float16, dim, dim, device)
+    if why_not := load_kernel(arguments.kernel).refusal(demand):
+        sys.stdout.write(f"left out: {why_not}\n")
+        return 0
     lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]
     mask = da.Mask.documents(lengths)
     layout = da.Layout.zigzag(lengths, arguments.ranks)
-    x = random_tensors(tokens, dim, torch.bfloat16 if cuda else torch.float16, device)
+    x = random_tensors(tokens, dim, demand.dtype, device)
     wanted = at_once(mask, x)
     streams = Streams(arguments.ranks, device, arguments.delay)
     failed = []
     for strategy in STRATEGIES:
         dtype = str(x["q"].dtype)[6:]
         shape = dict(heads=HEADS, kv_heads=KV_HEADS, head_dim=dim, dtype=dtype)
-        layer = Layer(da.make_plan(mask, layout, strategy=strategy, **shape), x, streams)
+        layer = Layer(da.make_plan(mask, layout, strategy=strategy, **shape), x, streams, arguments.kernel)
         with poisoned():
             errors = {name: far(got, wanted[name]) for name, got in layer.run().items()}
         line = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
@@ -153,14 +159,14 @@ def main() -> int:
 class Layer:
     """One call of attention on all ranks, forward and backward."""
 
-    def __init__(self, plan: da.Plan, x: dict[str, Tensor], streams: Streams):
+    def __init__(self, plan: da.Plan, x: dict[str, Tensor], streams: Streams, kernel: str):
         device = x["q"].device
         self.layout, self.streams, self.dtype = plan.call.layout, streams, x["q"].dtype
         self.ranks = range(plan.call.ranks)
-        make = preparing("triton", demand_of(plan.call, device))
+        make = preparing(kernel, demand_of(plan.call, device))
         proof = da.verify(plan)
         self.programs: list[Program] = [on_device(lower(plan, rank, make, proof), device) for rank in self.ranks]
-        self.kernel = load_kernel("triton")
+        self.kernel = load_kernel(kernel)
         self.score = Score(plan.call.head_dim**-0.5)
         self.local = [{name: self.layout.shard(part, rank) for name, part in x.items()} for rank in self.ranks]
         self.steps = sum(len(program.forward) + len(program.backward) for program in self.programs)
@@ -256,7 +262,7 @@ def random_tensors(tokens: int, dim: int, dtype: torch.dtype, device: torch.devi
 
 
 def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same kernel on the whole axis."""
+    """The triton kernel on the whole axis."""
     device, dim = x["q"].device, x["q"].shape[2]
     plan = da.make_plan(
         mask,
@@ -268,8 +274,7 @@ def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
         dtype=str(x["q"].dtype)[6:],
     )
     work = preparing("triton", demand_of(plan.call, device))(Cells.of_mask(mask, HEADS, KV_HEADS))
-    lists = (type(part)(*(column.to(device) for column in part)) for part in work[:3])
-    work, score = type(work)(*lists, *work[3:]), Score(dim**-0.5)
+    work, score = moved(work, device), Score(dim**-0.5)
     o, lse = triton_attention.forward(x["q"], x["k"], x["v"], work, score)
     delta = (x["do"].float() * o.to(x["q"].dtype).float()).sum(-1)
     dq, dk, dv = triton_attention.backward(x["do"], x["q"], x["k"], x["v"], lse, delta, work, score)

@@ -19,9 +19,11 @@ KERNELS = {
     "cpu": "distattn.kernels.cpu",
     "triton": "distattn.kernels.triton_attention",
     "triton_tf32": "distattn.kernels.triton_tf32",
+    "gluon": "distattn.kernels.gluon_attention",
+    "gluon_split": "distattn.kernels.gluon_split",
 }
-
-
+# what stands in for a kernel whose sums have no fixed order, where torch.use_deterministic_algorithms asks for one
+_DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
 
 
@@ -76,13 +78,20 @@ def preparing(name: str, demand: Demand) -> Callable[[Cells], Any]:
 
 
 def choose_kernel(name: str | None, demand: Demand) -> str:
-    """The kernel's name: `name` if it can serve the call, or the device's ("cpu", "triton"). Raises DistattnError."""
+    """The kernel's name: `name` if it can serve the call, or the device's ("cpu", "triton").
+
+    "gluon" becomes "gluon_split" under torch.use_deterministic_algorithms. Raises DistattnError.
+    """
     if name is None:
         if demand.device.type not in _DEFAULTS:
             raise DistattnError(
                 f'there is no default kernel for {demand.device.type} tensors; pass kernel="reference".'
             )
         name = _DEFAULTS[demand.device.type]
+    import torch
+
+    if name in _DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+        name = _DETERMINISTIC[name]
     why_not = load_kernel(name).refusal(demand)
     if why_not:
         raise DistattnError(f'kernel "{name}" cannot serve this call: {why_not}. Use kernel="reference".')

@@ -16,24 +16,26 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distattn.kernels.cells import Cells
-from distattn.kernels.runs import Runs, tile_runs, transposed_runs
+from distattn.kernels.runs import tile_runs, transposed_runs
 from distattn.kernels.score import Demand, Score
 from distattn.kernels.triton_backward import dkdv_kernel, dq_kernel, row_numbers_kernel
 from distattn.kernels.triton_forward import forward_kernel
+from distattn.kernels.triton_launch import (
+    Launch,
+    Lists,
+    Tile,
+    call_arguments,
+    capability_of,
+    lists_of,
+    make_launch,
+    run,
+    tensor_arguments,
+)
 from distattn.kernels.triton_tiles import INTERPRETED
 
 DIFFERENTIABLE_LSE = True
 ACCUMULATES = True
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Tile(NamedTuple):
-    """Sides of a tile, warps of a program, and stages of its loads."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
 
 
 class Tiles(NamedTuple):
@@ -71,17 +73,6 @@ _SINGLE = {
 _ROW_BLOCK = 256
 
 
-class Lists(NamedTuple):
-    """Runs as the kernels read them: int32 tensors, see `Runs`."""
-
-    first: Tensor
-    run: Tensor
-    band: Tensor
-    row_band: Tensor
-    group: Tensor
-    order: Tensor
-
-
 class Work(NamedTuple):
     """The lists of the three kernels and the shape of the call."""
 
@@ -91,15 +82,6 @@ class Work(NamedTuple):
     tiles: Tiles
     group: int
     first: int
-
-
-class Launch(NamedTuple):
-    """One launch: what `kernel[grid](**arguments, **options)` gets. The compile lint reads the same."""
-
-    kernel: Any
-    grid: tuple[int]
-    arguments: dict[str, Any]
-    options: dict[str, int]
 
 
 def refusal(demand: Demand) -> str | None:
@@ -123,15 +105,15 @@ def tiles_for(demand: Demand, capability: int) -> Tiles:
 
 def prepare(cells: Cells, demand: Demand) -> Work:
     """The lists of tiles that compute these cells."""
-    return prepare_tiles(cells, tiles_for(demand, _capability(demand.device)))
+    return prepare_tiles(cells, tiles_for(demand, capability_of(demand.device)))
 
 
 def prepare_tiles(cells: Cells, tiles: Tiles) -> Work:
     """The same with tiles of one's own."""
     return Work(
-        _lists(tile_runs(cells, tiles.forward.rows, tiles.forward.keys)),
-        _lists(transposed_runs(cells, tiles.dkdv.keys, tiles.dkdv.rows)),
-        _lists(tile_runs(cells, tiles.dq.rows, tiles.dq.keys)),
+        lists_of(tile_runs(cells, tiles.forward.rows, tiles.forward.keys)),
+        lists_of(transposed_runs(cells, tiles.dkdv.keys, tiles.dkdv.rows)),
+        lists_of(tile_runs(cells, tiles.dq.rows, tiles.dq.keys)),
         tiles,
         cells.group,
         cells.first,
@@ -204,12 +186,13 @@ def plan_forward(
     (rows, heads, _), keys = q.shape, len(k)
     tile = work.tiles.forward
     arguments = _operands({"q": (q, tile.rows), "k": (k, tile.keys), "v": (v, tile.keys)})
-    arguments |= _named(o=o, lse=lse, out=o if out is None else out, gate=o if gate is None else gate)
+    arguments |= tensor_arguments(o=o, lse=lse, out=o if out is None else out, gate=o if gate is None else gate)
     arguments |= {"sink_": lse if sink is None else sink, "slopes_": lse if score.slopes_H is None else score.slopes_H}
-    arguments |= _shape(work.forward, rows, keys, heads, work, score, precision)
+    arguments |= call_arguments(work.forward, rows, keys, heads, work.group, work.first, score)
+    arguments["PRECISION"] = precision
     arguments |= dict(BM=tile.rows, BN=tile.keys, MERGE=merge, FINAL=out is not None, SINK=sink is not None)
     arguments["GATE"] = 0 if gate is None else gate.dim() - 1
-    return _launch(forward_kernel, len(work.forward.order) * heads, arguments, tile)
+    return make_launch(forward_kernel, len(work.forward.order) * heads, arguments, tile)
 
 
 def plan_backward(
@@ -230,51 +213,42 @@ def plan_backward(
     (rows, heads, _), (keys, kv_heads, _) = q.shape, k.shape
     dq, dk, dv = grads
     slopes = lse if score.slopes_H is None else score.slopes_H
-    # programs read a tile beyond the last row
-    padded = (-(-rows // _ROW_BLOCK) + 1) * _ROW_BLOCK
-    numbers = lse.new_empty(2, heads, padded)
-    arguments = _named(lse=lse, delta=delta) | dict(numbers_=numbers, rows=rows, heads=heads, padded=padded)
-    arguments["plane"] = heads * padded
-    arguments["BLOCK"] = _ROW_BLOCK
-    launches = [_launch(row_numbers_kernel, padded // _ROW_BLOCK * heads, arguments, Tile(_ROW_BLOCK, 0, 4, 1))]
+    numbers, first_launch = plan_row_numbers(lse, delta)
+    padded = numbers.shape[2]
+    launches = [first_launch]
     for kernel, lists, tile, acc, results in (
-        (dkdv_kernel, work.dkdv, work.tiles.dkdv, accumulate[1], _named(dk=dk, dv=dv)),
-        (dq_kernel, work.dq, work.tiles.dq, accumulate[0], _named(dq=dq)),
+        (dkdv_kernel, work.dkdv, work.tiles.dkdv, accumulate[1], tensor_arguments(dk=dk, dv=dv)),
+        (dq_kernel, work.dq, work.tiles.dq, accumulate[0], tensor_arguments(dq=dq)),
     ):
         on_rows, on_keys = tile.rows, tile.keys
         arguments = _operands({"q": (q, on_rows), "k": (k, on_keys), "v": (v, on_keys), "do": (do, on_rows)})
         arguments |= results | {"numbers_": numbers, "padded": padded, "plane": heads * padded, "slopes_": slopes}
-        arguments |= _shape(lists, rows, keys, heads, work, score, precision)
+        arguments |= call_arguments(lists, rows, keys, heads, work.group, work.first, score)
+        arguments["PRECISION"] = precision
         arguments |= dict(BM=tile.rows, BN=tile.keys, ACC=acc)
         if kernel is dkdv_kernel:
             arguments["kv_heads"] = kv_heads
         owners = kv_heads if kernel is dkdv_kernel else heads
-        launches.append(_launch(kernel, len(lists.order) * owners, arguments, tile))
+        launches.append(make_launch(kernel, len(lists.order) * owners, arguments, tile))
     return launches
 
 
-def run(launch: Launch) -> None:
-    """Launch, unless there is nothing to do."""
-    if launch.grid[0]:
-        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+def plan_row_numbers(lse: Tensor, delta: Tensor) -> tuple[Tensor, Launch]:
+    """(2, H, more than T): log-sum-exp in base 2 and delta as backward kernels read them, and the launch that fills it."""
+    rows, heads = lse.shape
+    # programs read a tile beyond the last row
+    padded = (-(-rows // _ROW_BLOCK) + 1) * _ROW_BLOCK
+    numbers = lse.new_empty(2, heads, padded)
+    arguments = tensor_arguments(lse=lse, delta=delta) | dict(numbers_=numbers, rows=rows, heads=heads, padded=padded)
+    arguments |= dict(plane=heads * padded, BLOCK=_ROW_BLOCK)
+    tile = Tile(_ROW_BLOCK, 0, 4, 1)
+    return numbers, make_launch(row_numbers_kernel, padded // _ROW_BLOCK * heads, arguments, tile)
 
 
 @cache
 def _parts(dim: int) -> list[int]:
     """A head dim as powers of two, largest first."""
     return [1 << bit for bit in range(dim.bit_length() - 1, -1, -1) if dim >> bit & 1]
-
-
-@cache
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def _lists(runs: Runs) -> Lists:
-    return Lists(*(torch.from_numpy(column) for column in runs[:6]))
 
 
 def _operands(tensors: dict[str, tuple[Tensor, int]]) -> dict[str, Any]:
@@ -297,30 +271,10 @@ def _fits_tma(x: Tensor) -> bool:
     if x.dtype == torch.float32 or not x.numel():
         return False
     aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
-    return aligned and (INTERPRETED or _capability(x.device) >= 90)
+    return aligned and (INTERPRETED or capability_of(x.device) >= 90)
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
     """Of the matrix (tokens, heads x dim)."""
     columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width])
-
-
-def _named(**tensors: Tensor) -> dict[str, Any]:
-    """Tensors of tokens and heads with their strides."""
-    out: dict[str, Any] = {}
-    for name, x in tensors.items():
-        out |= {f"{name}_": x, f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
-    return out
-
-
-def _shape(lists: Lists, rows: int, keys: int, heads: int, work: Work, score: Score, precision: str) -> dict[str, Any]:
-    columns = {f"{name}_": column for name, column in lists._asdict().items()}
-    numbers = dict(rows=rows, keys=keys, heads=heads, tiles=len(lists.order), shift=work.first, GROUP=work.group)
-    how = dict(scale=score.scale, cap=score.softcap, CAP=score.softcap > 0, ALIBI=score.slopes_H is not None)
-    return columns | numbers | how | {"PRECISION": precision}
-
-
-def _launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:
-    wanted = {name: arguments[name] for name in kernel.arg_names}
-    return Launch(kernel, (programs,), wanted, {"num_warps": tile.warps, "num_stages": tile.stages})

@@ -15,7 +15,7 @@ from distattn.kernels.triton_tiles import LOG2E, capped, load_run, load_tile, ro
 
 
 @triton.jit
-def _weights(s, lse2, distance, slope2, scale, cap, CAP: tl.constexpr, ALIBI: tl.constexpr):
+def weights_of(s, lse2, distance, slope2, scale, cap, CAP: tl.constexpr, ALIBI: tl.constexpr):
     """(softmax weights, derivative of the score by <q, k>) of products s; `distance` on the axis, lse2 in base 2."""
     if CAP:
         bent, t = capped(s * scale, cap)
@@ -76,7 +76,7 @@ def _visit_rows(
         s = tl.dot(k1, q1.T, s, input_precision=PRECISION)
     r = row + tl.arange(0, BM)
     apart = column[:, None] - r[None, :] + distance[:, None]
-    p, slope = _weights(s, lse2[None, :], apart, slope2, scale, cap, CAP, ALIBI)
+    p, slope = weights_of(s, lse2[None, :], apart, slope2, scale, cap, CAP, ALIBI)
     if MASK:
         p = tl.where((r[None, :] >= low[:, None]) & (r[None, :] < high[:, None]), p, 0.0)
     do0 = load_tile(do_, row, do_col, rows, do_row, BM, E0, TMA)
@@ -136,7 +136,7 @@ def dkdv_kernel(
         at = first_ + tl.load(group_ + head) * tiles + tile
         for i in range(tl.load(at), tl.load(at + 1)):
             begin, full, rest, end, band, rows_at = load_run(run_, i)
-            low, high, distance = row_keys(band_, row_band_, band, rows_at, start, BN)
+            low, high, distance = row_keys(band_, row_band_, band, rows_at, start, tl.arange(0, BN))
             for n in range(full, rest, BM):
                 dk0, dk1, dv0, dv1 = _visit_rows(
                     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_, q1_, do_, do1_, lse2_, delta_, n, rows, column,
@@ -178,7 +178,7 @@ def _visit_keys(
         s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
     column = n + tl.arange(0, BN)
     apart = column[None, :] - row_shift[:, None]
-    p, slope = _weights(s, lse2[:, None], apart, slope2, scale, cap, CAP, ALIBI)
+    p, slope = weights_of(s, lse2[:, None], apart, slope2, scale, cap, CAP, ALIBI)
     if MASK:
         p = tl.where((column[None, :] >= low[:, None]) & (column[None, :] < high[:, None]), p, 0.0)
     dp = tl.dot(do0, v0.T, input_precision=PRECISION)
@@ -231,7 +231,7 @@ def dq_kernel(
     at = first_ + tl.load(group_ + head) * tiles + tile
     for i in range(tl.load(at), tl.load(at + 1)):
         begin, full, rest, end, band, rows_at = load_run(run_, i)
-        low, high, distance = row_keys(band_, row_band_, band, rows_at, row, BM)
+        low, high, distance = row_keys(band_, row_band_, band, rows_at, row, tl.arange(0, BM))
         row_shift = r - distance
         for n in range(full, rest, BN):
             dq0, dq1 = _visit_keys(

@@ -10,7 +10,7 @@ finalized with the sink, the gate and a cast, so that a ring step needs no secon
 import triton
 import triton.language as tl
 
-from distattn.kernels.triton_tiles import LN2, LOG2E, capped, load_run, load_tile, row_keys
+from distattn.kernels.triton_tiles import LN2, LOG2E, capped, load_run, load_tile, merge_shares, row_keys, sink_shares
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def forward_kernel(
     at = first_ + tl.load(group_ + head) * tiles + tile
     for i in range(tl.load(at), tl.load(at + 1)):
         begin, full, rest, end, band, rows_at = load_run(run_, i)
-        low, high, distance = row_keys(band_, row_band_, band, rows_at, row, BM)
+        low, high, distance = row_keys(band_, row_band_, band, rows_at, row, tl.arange(0, BM))
         # key - row + distance = key - row_shift
         row_shift = r - distance
         for n in range(full, rest, BN):
@@ -145,24 +145,11 @@ def forward_kernel(
     old, fresh, sink_weight = inverse, inverse, inverse
     if MERGE:
         before = tl.load(lse_at, mask=inside, other=-float("inf"))
-        top = tl.maximum(before, lse)
-        top = tl.where(top == -float("inf"), 0.0, top)
-        old, fresh = tl.math.exp2((before - top) * LOG2E), tl.math.exp2((lse - top) * LOG2E)
-        total = old + fresh
-        share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-        old, fresh = old * share, fresh * share
-        lse = tl.where(total > 0, top + tl.math.log2(tl.where(total > 0, total, 1.0)) * LN2, -float("inf"))
+        old, fresh, lse = merge_shares(before, lse)
     if FINAL:
         sink_weight = tl.full([BM], 1.0, tl.float32)
         if SINK:
-            # one more logit in the softmax, without a value
-            sink = tl.load(sink_ + head).to(tl.float32)
-            top = tl.maximum(lse, sink)
-            safe = tl.where(top == -float("inf"), 0.0, top)
-            total = tl.math.exp2((lse - safe) * LOG2E) + tl.math.exp2((sink - safe) * LOG2E)
-            with_sink = safe + tl.math.log2(tl.where(total > 0, total, 1.0)) * LN2
-            sink_weight = tl.where(lse == -float("inf"), 0.0, tl.math.exp2((lse - with_sink) * LOG2E))
-            lse = tl.where(total > 0, with_sink, -float("inf"))
+            sink_weight, lse = sink_shares(lse, tl.load(sink_ + head).to(tl.float32))
     tl.store(lse_at, lse, mask=inside)
     _finish(
         acc0, inverse, old, fresh, sink_weight, o_, out_, gate_, row, head, rows, o_row, o_head, out_row, out_head,

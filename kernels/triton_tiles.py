@@ -29,10 +29,9 @@ def load_run(runs, i):
 
 
 @triton.jit
-def row_keys(bands, row_bands, band, rows_at, row, BLOCK: tl.constexpr):
+def row_keys(bands, row_bands, band, rows_at, row, i):
     """(low, high, shift): row + i may see keys [low_i, high_i), at axis distance key - row + shift_i."""
-    i = tl.arange(0, BLOCK)
-    number = tl.zeros([BLOCK], tl.int32) + band
+    number = i * 0 + band
     if rows_at >= 0:
         number = tl.load(row_bands + rows_at + i)
     at = bands + number * 10
@@ -49,3 +48,26 @@ def capped(s, cap):
     """cap * tanh(s / cap), by exponentials: there is no tanh for every target. Also tanh(s / cap) itself."""
     t = 1.0 - 2.0 / (1.0 + tl.math.exp2(s * (2.0 * LOG2E / cap)))
     return cap * t, t
+
+
+@triton.jit
+def merge_shares(before, lse):
+    """(share of what was there, share of what comes, log-sum-exp of both), by row; rows without keys have no share."""
+    top = tl.maximum(before, lse)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    old, fresh = tl.math.exp2((before - top) * LOG2E), tl.math.exp2((lse - top) * LOG2E)
+    total = old + fresh
+    share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    both = tl.where(total > 0, top + tl.math.log2(tl.where(total > 0, total, 1.0)) * LN2, -float("inf"))
+    return old * share, fresh * share, both
+
+
+@triton.jit
+def sink_shares(lse, sink):
+    """(share of the keys, log-sum-exp of all) with one more logit in the softmax that has no value."""
+    top = tl.maximum(lse, sink)
+    safe = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.math.exp2((lse - safe) * LOG2E) + tl.math.exp2((sink - safe) * LOG2E)
+    both = safe + tl.math.log2(tl.where(total > 0, total, 1.0)) * LN2
+    share = tl.where(lse == -float("inf"), 0.0, tl.math.exp2((lse - both) * LOG2E))
+    return share, tl.where(total > 0, both, -float("inf"))

@@ -109,6 +109,12 @@ def test_the_gpu_benchmark_runs_without_one():
     assert "sdpa cudnn" in done.stdout and "no build of FlashAttention 3" in done.stdout
 
 
+def test_the_gpu_checks_run_without_one():
+    done = run_interpreted("benchmarks/gpu_checks.py")
+    assert done.returncode == 0 and "guards whole" in done.stdout, done.stdout + done.stderr[-1500:]
+    assert "gluon (32, 32): left out" in done.stdout
+
+
 def test_all_ranks_in_lock_step_with_late_copies_equal_one_shot():
     done = run_interpreted("benchmarks/gpu_executor.py", "--ranks", "3")
     assert done.returncode == 0 and "usp" in done.stdout, done.stdout + done.stderr[-1500:]

@@ -18,7 +18,8 @@ from distattn.kernels.cells import Cells
 from distattn.kernels.dispatch import choose_kernel
 from distattn.kernels.runs import Runs, tile_runs, transposed_runs
 from distattn.kernels.score import Demand, Score
-from distattn.kernels.triton_attention import Tile, Tiles
+from distattn.kernels.triton_attention import Tiles
+from distattn.kernels.triton_launch import Tile, run
 from distattn.layout import Layout
 from distattn.mask import Mask
 from distattn.parallel.make_plan import STRATEGIES, make_plan
@@ -180,7 +181,7 @@ def test_a_ring_of_merge_epilogues_then_finalize_equals_one_shot(sink, gate):
     for i, part in enumerate(thirds(n)):
         work = triton_attention.prepare_tiles(Cells.of_mask(part, 2, 1), SMALL)
         final = dict(out=out, sink=logit, gate=factor) if i == 2 else {}
-        triton_attention.run(triton_attention.plan_forward(q, k, v, o, lse, work, score, merge=i > 0, **final))
+        run(triton_attention.plan_forward(q, k, v, o, lse, work, score, merge=i > 0, **final))
     wanted, total = wanted_of(Mask.causal(n), inputs, score)[:2]
     if sink:
         with_sink = torch.logaddexp(total, logit.double())
@@ -198,7 +199,7 @@ def test_a_row_without_keys_has_the_sink_alone():
     q, k, v, _ = (x.float() for x in inputs)
     o, lse, out = torch.empty(40, 2, 16), torch.empty(40, 2), torch.empty(40, 2, 16)
     work = triton_attention.prepare_tiles(Cells.of_mask(mask, 2, 1), SMALL)
-    triton_attention.run(triton_attention.plan_forward(q, k, v, o, lse, work, Score(SCALE), out=out, sink=sink))
+    run(triton_attention.plan_forward(q, k, v, o, lse, work, Score(SCALE), out=out, sink=sink))
     assert (out[16:] == 0).all() and (lse[16:, 0] == 0.5).all() and (lse[16:, 1] == -torch.inf).all()
     assert torch.isfinite(out).all()
 

@@ -1,0 +1,210 @@
+"""What a GPU must show of the attention kernels besides speed: right results, no stray access, the same bits every time.
+
+    python benchmarks/gpu_checks.py
+
+Results, forward and backward, merged into what is there, are compared with the reference kernel in fp64: masks of every
+kind, all head dims, with and without score modifiers. Every operand and result lies between guards in a larger piece of
+memory: NaN around what is read, a pattern around what is written. A kernel that reads beyond a tensor then gives NaN, one
+that writes there breaks the pattern. Where compute-sanitizer is installed it runs the same calls. Each call is made twice
+and compared bit by bit (but for dQ of "gluon", a sum of no fixed order), and the host's time per launch is told. Exit code 1
+where something is wrong. Without a GPU (TRITON_INTERPRET=1) the interpreter's kernels only, and less of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from gpu_cases import moved
+from torch import Tensor
+
+import distattn as da
+from distattn.kernels import gluon_attention, gluon_split, reference, triton_attention
+from distattn.kernels.cells import Cells
+from distattn.kernels.score import Demand, Score
+
+TIERS = {"triton": triton_attention, "gluon": gluon_attention, "gluon_split": gluon_split}
+HEADS, KV_HEADS = 4, 2
+# head dims, and whether scores are capped and biased
+SHAPES = [((dim, dim), False) for dim in (64, 80, 96, 128, 192, 256)] + [((192, 128), False), ((128, 128), True)]
+# relative to fp64, Frobenius norm
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 3e-3}
+GUARD = 1 << 14
+PATTERN = 12345.0
+LAUNCHES = 200
+
+
+def main() -> int:
+    """All checks, one line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only-run", action="store_true", help="the calls alone, for a memory checker around them")
+    only_run = parser.parse_args().only_run
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    complaints = []
+    for name, tier in TIERS.items():
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+        for dims, modifiers in SHAPES if device.type == "cuda" else (((32, 32), True),):
+            if why_not := tier.refusal(Demand(dtype, *dims, device)):
+                say(f"{name} {dims}: left out: {why_not}")
+                continue
+            call = Call(tier, name == "gluon", dims, modifiers, dtype, device)
+            began = time.perf_counter()
+            found = [f"{what}: {text}" for what, mask in masks(device).items() for text in check(call, mask)]
+            complaints += [f"{name} {dims} {text}" for text in found]
+            host = "" if only_run or modifiers else f", {host_time(call):.0f} us of host time per forward launch"
+            say(f"{name} {dims}{' softcap alibi' * modifiers}: {time.perf_counter() - began:.0f} s{host}")
+    if not only_run and device.type == "cuda":
+        complaints += sanitized()
+    say("\n".join(complaints) or "guards whole, results the same bits every time")
+    return 1 if complaints else 0
+
+
+class Call(NamedTuple):
+    """A kernel and what it is asked for. loose: its dQ is a sum of no fixed order."""
+
+    tier: ModuleType
+    loose: bool
+    dims: tuple[int, int]
+    modifiers: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    def work(self, mask: da.Mask) -> Any:
+        """The kernel's lists, on the device."""
+        cells = Cells.of_mask(mask, HEADS, KV_HEADS)
+        return moved(self.tier.prepare(cells, Demand(self.dtype, *self.dims, self.device)), self.device)
+
+
+def masks(device: torch.device) -> dict[str, da.Mask]:
+    """Small, with uneven ends."""
+    n = 1037 if device.type == "cuda" else 77
+    third = n // 3
+    some = {
+        "causal": da.Mask.causal(n),
+        "documents": da.Mask.documents([n // 2, third, n - n // 2 - third]),
+        "window": da.Mask.sliding_window(n, n // 5, n // 7),
+        "one token": da.Mask.causal(1),
+    }
+    if device.type == "cpu":
+        return some
+    return some | {
+        "full": da.Mask.full(n),
+        "block-causal": da.Mask.block_causal(n, 100),
+        "prefix": da.Mask.prefix_lm(n, third),
+        "shared question": da.Mask.shared_question([third, 200, 300, n - third - 500]),
+        "global window": da.Mask.global_sliding_window(n, 100, 50, 7),
+        "short documents": da.Mask.documents([17] * 61),
+        "rows without keys": da.Mask.from_pieces([[20, 600, 0, 300, -n, n]], n=n),
+    }
+
+
+def check(call: Call, mask: da.Mask) -> list[str]:
+    """What is wrong with one call, forward and backward, adding to what is there."""
+    torch.manual_seed(0)
+    (dim, v_dim), device = call.dims, call.device
+    work = call.work(mask)
+    slopes = torch.linspace(0.02, 0.5, HEADS, device=device) if call.modifiers else None
+    score = Score(dim**-0.5, 2.0 if call.modifiers else 0.0, slopes)
+    shapes = {"q": (HEADS, dim), "k": (KV_HEADS, dim), "v": (KV_HEADS, v_dim), "do": (HEADS, v_dim)}
+    q, k, v, do = (guarded((mask.n, *shape), call.dtype, device, torch.nan) for shape in shapes.values())
+    results = []
+    for _ in range(2):
+        o, dq, dk, dv = (
+            guarded((mask.n, *shapes[name]), torch.float32, device, PATTERN).zero_() for name in ("do", "q", "k", "v")
+        )
+        lse, delta = (guarded((mask.n, HEADS), torch.float32, device, PATTERN) for _ in range(2))
+        call.tier.forward(q, k, v, work, score, into=(o, lse.fill_(-torch.inf)), merge=True)
+        delta.copy_((do.float() * o).sum(-1))
+        call.tier.backward(do, q, k, v, lse, delta, work, score, into=(dq, (dk, dv)))
+        results.append({"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv})
+    wanted = by_reference(mask, (q, k, v, do), score)
+    complaints = [text for key, x in results[0].items() if (text := difference(key, x, wanted[key], call.dtype))]
+    complaints += [f"a write beyond {key}" for key, x in results[0].items() if not whole(x)]
+    fixed = [key for key in results[0] if key != "dq" or not call.loose]
+    return complaints + [f"{key} differs in bits" for key in fixed if not torch.equal(*(x[key] for x in results))]
+
+
+def by_reference(mask: da.Mask, operands: tuple[Tensor, ...], score: Score) -> dict[str, Tensor]:
+    """The same by the reference kernel in fp64."""
+    q, k, v, do = (x.double() for x in operands)
+    cells = Cells.of_mask(mask, HEADS, KV_HEADS)
+    work = moved(reference.prepare(cells, Demand(torch.float64, q.shape[2], v.shape[2], q.device)), q.device)
+    o, lse = reference.forward(q, k, v, work, score)
+    grads = reference.backward(do, q, k, v, lse, (do * o).sum(-1), work, score)
+    return dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *grads), strict=True))
+
+
+def difference(name: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> str:
+    """What is wrong with a result, or nothing; -inf is the log-sum-exp of rows without keys."""
+    if not torch.equal(got == -torch.inf, wanted == -torch.inf):
+        return f"{name} is -inf elsewhere"
+    got, wanted = (torch.where(wanted == -torch.inf, 0.0, x.double()) for x in (got, wanted))
+    # one token alone: gradients of q and k are differences of equal numbers
+    error = float((got - wanted).norm() / max(float(wanted.norm()), 1.0))
+    return "" if error <= TOLERANCE[dtype] else f"{name} is off by {error:.1e} (allowed: {TOLERANCE[dtype]:.0e})"
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, guard: float) -> Tensor:
+    """Random numbers between guards."""
+    size = torch.Size(shape).numel()
+    around = torch.full((size + 2 * GUARD,), guard, dtype=dtype, device=device)
+    return around[GUARD : GUARD + size].view(shape).normal_()
+
+
+def whole(x: Tensor) -> bool:
+    """Whether both guards of a result are as they were."""
+    around = torch.as_strided(x, (x.numel() + 2 * GUARD,), (1,), 0)
+    return bool((around[:GUARD] == PATTERN).all() and (around[-GUARD:] == PATTERN).all())
+
+
+def host_time(call: Call) -> float:
+    """Microseconds the host needs to plan and begin one small forward."""
+    (dim, v_dim), device, n = call.dims, call.device, 128
+    q, k, v = (
+        torch.randn(n, *shape, device=device, dtype=call.dtype)
+        for shape in ((HEADS, dim), (KV_HEADS, dim), (KV_HEADS, v_dim))
+    )
+    work, into = (
+        call.work(da.Mask.causal(n)),
+        (torch.empty(n, HEADS, v_dim, device=device), q.new_empty(n, HEADS).float()),
+    )
+    launches = LAUNCHES if device.type == "cuda" else 1
+
+    def spent() -> float:
+        began = time.perf_counter()
+        for _ in range(launches):
+            call.tier.forward(q, k, v, work, Score(1.0), into=into)
+        return time.perf_counter() - began
+
+    # the first time compiles
+    spent()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return spent() / launches * 1e6
+
+
+def sanitized() -> list[str]:
+    """The same calls under compute-sanitizer."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if not tool:
+        say("compute-sanitizer is not installed here: the guards alone have spoken")
+        return []
+    command = [tool, "--error-exitcode", "7", sys.executable, *sys.argv[:1], "--only-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    say("compute-sanitizer: " + (done.stdout.strip().splitlines() or ["no output"])[-1])
+    return [f"compute-sanitizer: {done.stdout[-1000:]}"] if done.returncode == 7 else []
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
