@@ -112,9 +112,11 @@ def straight_home(payload: Payload, left: Columns, node: Ints | None = None) -> 
     if node is None:
         return _moves(payload, left, left["rank"], left["owner"], left["step"] + 1)
     here, home = node[left["rank"]], node[left["owner"]]
-    order = lexical_order(left["stretch"], here, left["step"], left["rank"])
+    # of the last to deposit the one nearest to the owner's place in its node gathers what the others have: gates are
+    # spread as owners are
+    devices = int(np.bincount(node).max())
+    order = lexical_order(left["stretch"], here, left["step"], -((left["rank"] - left["owner"]) % devices))
     left, here, home = take(left, order), here[order], home[order]
-    # the last to deposit gathers what the others of its node have
     gathers = np.append(first_of(left["stretch"], here)[1:], True) if len(here) else np.ones(0, bool)
     index = np.where(gathers, np.arange(len(here)), len(here))
     gate = np.minimum.accumulate(index[::-1])[::-1]

@@ -227,3 +227,7 @@ def test_bytes_on_the_wire_are_the_plans_bytes(strategy):
     for counts, _ in run_on_ranks(4, _count_bytes, plan, inputs):
         counted |= counts
     assert counted == planned_bytes(plan)
+    # and the simulator's
+    timeline = da.simulate(plan, "h100-1x4")
+    on_the_wire = sum(int(one.inside.sum() + one.across.sum()) for one in timeline.passes)
+    assert on_the_wire == sum(counted.values())

@@ -1,0 +1,121 @@
+"""What a described cluster needs for a piece of work, in seconds: kernel launches, messages, copies.
+
+Speeds of core attention are a table of what kernels reached on full rectangles; other masks cost the whole tiles they touch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distattn.bands import Q0, Q1, areas, row_ends
+from distattn.cluster.describe import Description
+from distattn.intervals import Ints
+
+Numbers = np.ndarray
+# floating-point operations of one cell and one unit of (query dim + value dim): two products forward, five backward
+_FLOPS = {"forward": 2.0, "backward": 5.0}
+_MICRO, _GIGA, _TERA = 1e-6, 1e9, 1e12
+
+
+def flops_of(direction: str, head_dim: int, v_head_dim: int) -> float:
+    """Floating-point operations of one allowed cell of one head."""
+    return _FLOPS[direction] * (head_dim + v_head_dim)
+
+
+def attention_speed(description: Description, direction: str, head_dim: int, queries: Ints, keys: Ints) -> Numbers:
+    """Operations per second reached on full rectangles of these sides.
+
+    Between the points of the table by logarithms; a table of squares alone is read at the shorter side. Below its first
+    point a fixed time for every row of tiles is all that is left (prologue and epilogue of a program).
+    """
+    rows = [row for row in description.attention if row.direction == direction]
+    nearest = min({row.head_dim for row in rows}, key=lambda dim: abs(np.log(dim / head_dim)))
+    table = {(row.queries, row.keys): row.tflops * _TERA for row in rows if row.head_dim == nearest}
+    q_points, k_points = (np.array(sorted({point[i] for point in table})) for i in (0, 1))
+    shorter = np.minimum(queries, keys)
+    if len(table) == len(q_points) * len(k_points):
+        grid = np.array([[table[q, k] for k in k_points.tolist()] for q in q_points.tolist()])
+        speed = _bilinear(grid, np.log(q_points), np.log(k_points), np.log(queries), np.log(keys))
+        first = int(min(q_points[0], k_points[0]))
+    else:
+        squares = np.array(sorted(point[0] for point in table if point[0] == point[1]))
+        speed = np.interp(np.log(shorter), np.log(squares), [table[n, n] for n in squares.tolist()])
+        first = int(squares[0])
+    best = max(table.values())
+    # seconds an operation at `speed` takes beyond the best, spread over fewer keys
+    short = np.maximum(first / np.maximum(shorter, 1), 1.0)
+    return 1.0 / (1.0 / best + (1.0 / speed - 1.0 / best) * short)
+
+
+def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
+    """(cells of the tiles that each tightened band touches, keys of its widest row of tiles).
+
+    A slanted edge passes through the middle of tiles: half a tile more in every row.
+    """
+    rows = bands[:, Q1] - bands[:, Q0]
+    first_begin, first_end = row_ends(bands, bands[:, Q0])
+    last_begin, last_end = row_ends(bands, bands[:, Q1] - 1)
+    middle_begin, middle_end = row_ends(bands, (bands[:, Q0] + bands[:, Q1]) // 2)
+    widest = np.maximum.reduce([first_end - first_begin, middle_end - middle_begin, last_end - last_begin])
+    slanted = (first_begin != last_begin).astype(float) + (first_end != last_end)
+    ragged = np.where(slanted == 0, -(-widest // tile[1]) * tile[1] - widest, slanted * (tile[1] - 1) / 2)
+    tall = -(-rows // tile[0]) * tile[0]
+    return tall * (areas(bands) / np.maximum(rows, 1) + ragged), widest + ragged
+
+
+def launch_seconds(
+    description: Description, cells: Numbers, widest: Numbers, heads: Ints, speed: Numbers, per_cell: float, group: Ints
+) -> tuple[Ints, Numbers]:
+    """Seconds of launches made of tasks: (numbers of the launches, seconds of each).
+
+    cells, widest, heads, speed: per task, cells and widest row of its tiles, heads, operations per second; group: the
+    launch of each task. A launch takes its work at full speed, but no less than its longest program takes on its unit.
+    """
+    device = description.device
+    launches, index = np.unique(group, return_inverse=True)
+    seconds = np.bincount(index, cells * heads * per_cell / speed + device.task_us * _MICRO, len(launches))
+    longest = np.zeros(len(launches))
+    np.maximum.at(longest, index, widest * device.tile[0] * per_cell / speed * device.units)
+    return launches, np.maximum(seconds, longest) + device.launch_us * _MICRO
+
+
+def copy_seconds(description: Description, size: Numbers) -> Numbers:
+    """Seconds to copy so many bytes on a device."""
+    return size / (description.device.copy_gbs * _GIGA)
+
+
+def message_seconds(description: Description, src: Ints, dst: Ints, size: Numbers) -> Numbers:
+    """Seconds that messages sent together take, each until it is there.
+
+    All messages of a device share its port in each direction, inside its node and across nodes; of a shared link, all of
+    the node. A message takes as long as the fuller of its two ports.
+    """
+    ranks, devices = description.ranks, description.devices
+    out = np.zeros(len(src))
+    crossing = src // devices != dst // devices
+    for link, chosen in ((description.inside, ~crossing), (description.across, crossing)):
+        if not chosen.any():
+            continue
+        port = devices if link.shared else 1
+        ends = src[chosen] // port, dst[chosen] // port
+        loads = [np.bincount(end, size[chosen], -(-ranks // port)) for end in ends]
+        if link.shared and link is description.inside:
+            # one memory for both directions
+            loads = [loads[0], loads[0]]
+        fullest = np.maximum(loads[0][ends[0]], loads[1][ends[1]])
+        out[chosen] = fullest / (link.gbs * _GIGA) + link.latency_us * _MICRO
+    return out
+
+
+def _bilinear(grid: Numbers, xs: Numbers, ys: Numbers, x: Numbers, y: Numbers) -> Numbers:
+    """Values of a grid between its points; outside of it, at its border."""
+    places = []
+    for points, value in ((xs, x), (ys, y)):
+        value = np.clip(value, points[0], points[-1])
+        low = np.clip(np.searchsorted(points, value, "right") - 1, 0, max(len(points) - 2, 0))
+        high = np.minimum(low + 1, len(points) - 1)
+        span = np.where(high > low, points[high] - points[low], 1.0)
+        places.append((low, high, (value - points[low]) / span))
+    (x0, x1, fx), (y0, y1, fy) = places
+    below = grid[x0, y0] * (1 - fy) + grid[x0, y1] * fy
+    return below * (1 - fx) + (grid[x1, y0] * (1 - fy) + grid[x1, y1] * fy) * fx
