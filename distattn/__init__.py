@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from distattn.parallel.explain import Explanation as Explanation
     from distattn.parallel.explain import explain as explain
     from distattn.parallel.make_plan import make_plan as make_plan
-    from distattn.parallel.simulate import Timeline as Timeline
     from distattn.parallel.simulate import simulate as simulate
+    from distattn.parallel.timeline import Timeline as Timeline
     from distattn.parallel.verify import Proof as Proof
     from distattn.parallel.verify import verify as verify
     from distattn.plan import Call as Call
@@ -47,7 +47,7 @@ _HOME = {
     "Prepared": "distattn.programs",
     "Proof": "distattn.parallel.verify",
     "Table": "distattn.plan",
-    "Timeline": "distattn.parallel.simulate",
+    "Timeline": "distattn.parallel.timeline",
     "attention": "distattn.functional",
     "block_mask": "distattn.exporters",
     "cu_seqlens": "distattn.exporters",

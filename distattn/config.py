@@ -93,6 +93,26 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    description: str = ""
+    """What the run is timed on by `distattn plan`: a name such as h200-8x8 (nodes x devices) or a TOML file."""
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """How `distattn launch slurm` submits; empty leaves a line out."""
+
+    partition: str = ""
+    account: str = ""
+    time: str = ""
+    """Limit of the job, as sbatch takes it: 12:00:00, or 2-00:00:00."""
+    options: tuple[str, ...] = ()
+    """More lines for sbatch, such as --exclusive or --qos=long."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the job begins, such as `module load cuda` or `source venv/bin/activate`."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     steps: int = 60
     learning_rate: float = 3e-3
@@ -117,11 +137,22 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     proof: ProofConfig = field(default_factory=ProofConfig)
 
 
-for _section in (RunConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig, ProofConfig):
+for _section in (
+    RunConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ClusterConfig,
+    SlurmConfig,
+    TrainConfig,
+    ProofConfig,
+):
     setattr(_section, "__pydantic_config__", _STRICT)  # noqa: B010
 
 

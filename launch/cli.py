@@ -1,4 +1,4 @@
-"""The command line: `distattn train CONFIG [--json] [--section.key value ...]`."""
+"""The command line: `distattn COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ _USAGE = """usage: distattn COMMAND ...
 commands:
   train CONFIG [--json] [--section.key value ...]
       train as a TOML file says (see configs/tiny.toml) and prove the result; distattn train --help lists all keys
+  plan CONFIG | --docs LENGTHS --cluster h200-8x8
+      plan one attention call with every strategy and time it on a described cluster (simulated)
 
 exit codes: 0 done, 1 the proof or a process failed, 2 bad configuration, 3 damaged data
 """
@@ -41,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "train":
             return _train(rest)
-        raise DistattnError(f"there is no command {command!r}; there is train. See distattn --help.")
+        if command == "plan":
+            from distattn.launch import plan
+
+            return plan.main(rest)
+        raise DistattnError(f"there is no command {command!r}; there are train and plan. See distattn --help.")
     except DistattnError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"distattn: {line}\n")

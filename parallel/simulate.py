@@ -11,10 +11,7 @@ Everything is arrays over ranks and messages; the only loop is over steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,130 +26,11 @@ from distattn.cluster.cost import (
 )
 from distattn.cluster.describe import Description
 from distattn.errors import DistattnError
-from distattn.intervals import Ints
-from distattn.parallel.verify import Proof, verify
+from distattn.parallel.timeline import Pass, Timeline
+from distattn.parallel.verify import verify
 from distattn.plan import ACCUMULATING, Plan, Table, areas_of_tasks, bytes_of_moves, count, task_bands
 
 Numbers = np.ndarray
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One direction of a plan in time; seconds, (steps, ranks): when each step began, its kernels and its messages ended.
-
-    Kernels or messages that a rank does not have in a step end when the step begins. inside, across: bytes sent by each
-    rank within its node and to other nodes.
-    """
-
-    direction: str
-    begin: Numbers
-    computed: Numbers
-    arrived: Numbers
-    seconds: float
-    flops: float
-    inside: Ints
-    across: Ints
-
-    @property
-    def busy(self) -> Numbers:
-        """Seconds each rank computes."""
-        return (self.computed - self.begin).sum(0)
-
-    @property
-    def idle(self) -> Numbers:
-        """Seconds each rank does not compute until the slowest has ended."""
-        return self.seconds - self.busy
-
-    @property
-    def exposed(self) -> Numbers:
-        """Seconds each rank waits for messages after its kernels, or without any."""
-        return np.maximum(self.arrived - self.computed, 0).sum(0)
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """A plan on a cluster, simulated. `str()` is the text, `.as_dict()` the numbers, `.perfetto()` a trace."""
-
-    plan: Plan
-    description: Description
-    proof: Proof
-    forward: Pass
-    backward: Pass
-
-    @property
-    def passes(self) -> tuple[Pass, Pass]:
-        return self.forward, self.backward
-
-    @cached_property
-    def peak_bytes(self) -> Ints:
-        """Bytes of buffers each rank needs at once beside its own tensors, with what it keeps for the backward."""
-        return np.maximum(self.proof.forward_peak, self.proof.backward_peak) + self.proof.kept
-
-    @property
-    def balance(self) -> float:
-        """Cells of the busiest rank over the mean."""
-        area = self.plan.area_by_rank().astype(float)
-        return float(area.max() / area.mean()) if area.any() else 1.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Every number of the text; seconds, bytes, 10^12 operations per second and device."""
-        out: dict[str, Any] = {
-            "simulated": True,
-            "strategy": self.plan.strategy,
-            "cluster": self.description.name,
-            "ranks": self.plan.call.ranks,
-            "balance": self.balance,
-            "peak_bytes": int(self.peak_bytes.max()),
-        }
-        for one in self.passes:
-            out[one.direction] = {
-                "seconds": one.seconds,
-                "tflops": one.flops / max(one.seconds, 1e-30) / self.plan.call.ranks / 1e12,
-                "exposed_seconds": float(one.exposed.max(initial=0)),
-                "idle_seconds": float(one.idle.mean()),
-                "bytes_inside": int(one.inside.sum()),
-                "bytes_across": int(one.across.sum()),
-            }
-        return out
-
-    def __str__(self) -> str:
-        facts = self.as_dict()
-        lines = [f"{self.plan.strategy} on {self.description.name}, {self.plan.call.ranks} ranks (simulated)"]
-        for one in self.passes:
-            row = facts[one.direction]
-            lines.append(
-                f"{one.direction:8s} {row['seconds'] * 1e3:9.3f} ms  {row['tflops']:5.0f} TFLOP/s per device  "
-                f"waiting for messages {row['exposed_seconds'] * 1e3:.3f} ms at most  idle {row['idle_seconds'] * 1e3:.3f} ms "
-                f"on average  {row['bytes_inside'] / 1e9:.2f} GB inside nodes, {row['bytes_across'] / 1e9:.2f} GB across"
-            )
-        lines.append(
-            f"the busiest rank computes {self.balance:.2f} of the mean; buffers need {facts['peak_bytes'] / 1e9:.2f} GB at most"
-        )
-        return "\n".join(lines)
-
-    def perfetto(self) -> dict[str, Any]:
-        """Both passes as trace events for ui.perfetto.dev: a process for each rank, a thread for each stream."""
-        events: list[dict[str, Any]] = []
-        start = 0.0
-        for one in self.passes:
-            for stream, ends in enumerate((one.computed, one.arrived)):
-                for step, rank in np.argwhere(ends > one.begin).tolist():
-                    events.append(
-                        {
-                            "name": f"{one.direction} step {step} {('kernels', 'messages')[stream]}",
-                            "ph": "X",
-                            "pid": rank,
-                            "tid": stream,
-                            "ts": (start + float(one.begin[step, rank])) * 1e6,
-                            "dur": float(ends[step, rank] - one.begin[step, rank]) * 1e6,
-                        }
-                    )
-            start += one.seconds
-        names = [
-            {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank} (simulated)"}}
-            for rank in range(self.plan.call.ranks)
-        ]
-        return {"traceEvents": names + events, "displayTimeUnit": "ms"}
 
 
 def simulate(plan: Plan, cluster: Description | str | Path) -> Timeline:

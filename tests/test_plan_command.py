@@ -1,0 +1,79 @@
+"""`distattn plan`: candidates on a described cluster, as text, JSON and a page; mistakes are one sentence."""
+
+import json
+
+import pytest
+
+from distattn.launch import cli
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(["plan", *arguments])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+SMALL = ("--docs", "4096,1024x4", "--cluster", "h200-2x4", "--heads", "8:4")
+
+
+def test_candidates_are_listed_and_the_fastest_is_marked(capsys):
+    code, out, _ = run(capsys, *SMALL)
+    assert code == 0 and out.startswith("8,192 tokens in 5 documents on 8 ranks")
+    assert "simulated on h200-2x4" in out and out.count("<- fastest") == 1
+    assert [line.split()[0] for line in out.splitlines()[3:]] == ["ring", "double_ring", "allgather", "ulysses", "usp"]
+
+
+def test_numbers_a_page_and_a_trace(capsys, tmp_path):
+    page, trace = tmp_path / "plan.html", tmp_path / "trace.json"
+    code, out, _ = run(capsys, *SMALL, "--strategy", "usp,ring", "--json", f"--html={page}", f"--perfetto={trace}")
+    rows = json.loads(out)["candidates"]
+    assert code == 0 and [row["strategy"] for row in rows] == ["usp", "ring"] and all(row["simulated"] for row in rows)
+    text = page.read_text()
+    # a timeline and a score matrix each
+    assert text.count("data:image/png;base64,") == 4 and "simulated" in text and 'src="http' not in text
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_a_strategy_that_cannot_is_a_line_of_its_own(capsys):
+    code, out, _ = run(capsys, "--docs", "65536", "--cluster", "h200-2x8", "--heads", "8:8")
+    assert code == 0 and "ulysses       refused: ulysses splits 8 query heads over 16 ranks" in out
+
+
+def test_a_configuration_gives_documents_shapes_and_ranks(capsys):
+    code, out, _ = run(capsys, "configs/tiny.toml", "--cluster", "h100-1x8", "--parallel.ranks", "2")
+    assert code == 0 and "on 2 ranks, 8 query and 4 key/value heads of 16, float32, document_zigzag layout" in out
+
+
+def test_documents_from_a_file_cut_at_an_axis(capsys, tmp_path):
+    (tmp_path / "lengths.json").write_text("[3000, 5000, 9000]")
+    given = ("--docs", str(tmp_path / "lengths.json"), "--axis", "6000", "--cluster", "h200-1x4", "--strategy", "ring")
+    code, out, _ = run(capsys, *given, "--json")
+    assert code == 0 and json.loads(out)["tokens"] == 6000 and json.loads(out)["documents"] == 2
+    code, _, err = run(capsys, *given[:3], "60000", *given[4:])
+    assert code == 2 and "60,000 tokens are wanted, all documents together have 17,000" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--docs", "4k", "--cluster", "h200-1x4"), "'4k' is no document length and there is no such file"),
+        (("--docs", "0", "--cluster", "h200-1x4"), "at least one document, and each of at least one token"),
+        (("--docs", "4096"), "say what to time it on: --cluster h200-8x8"),
+        (("--docs", "4096", "--cluster", "h900-1x4"), "there is no cluster 'h900-1x4'"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "5"), "5 ranks want more devices than h200-1x4 has"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "0"), "--ranks: at least 1, not 0"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "two"), "invalid int value: 'two'"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--strategy", "rong"), "there is no strategy 'rong'"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--layout", "zag"), "there is no 'zag'; there are contiguous"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--heads", "x"), "'x' is not query:key/value heads"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--heads", "6:4"), "6 query heads do not divide among 4"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--colour", "red"), "'--colour' is not known"),
+        (("--cluster", "h200-1x4"), "a configuration or --docs is wanted"),
+        (("configs/tiny.toml", "--cluster", "h200-1x2"), "4 ranks want more devices than h200-1x2 has"),
+        (("configs/tiny.toml", "--cluster", "h200-1x4", "--layout", "zigzag"), "with a configuration --layout is"),
+        (("configs/none.toml", "--cluster", "h200-1x4"), "there is no such configuration file"),
+    ],
+)
+def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and not out and sentence in err and "Traceback" not in err
