@@ -103,13 +103,15 @@ def main() -> int:
 
 def variants(arch: int) -> Iterator[tuple[str, Launch]]:
     """Every kernel, epilogue, dtype and head dim as it would be launched on this architecture."""
-    for dtype, dims in ((torch.bfloat16, DIMS), (torch.float16, ((128, 128),)), (torch.float32, SINGLE_DIMS)):
+    named = {torch.bfloat16: DIMS, torch.float16: ((128, 128),), torch.float32: SINGLE_DIMS}
+    for dtype, dims in named.items():
         for dim, v_dim in dims:
             for modifiers in (False, True) if dim == 128 and dtype == torch.bfloat16 else (False,):
                 for kernel, launch in launches(arch, dtype, dim, v_dim, modifiers):
                     more = " softcap alibi" if modifiers else ""
                     yield f"sm_{arch} {str(dtype)[6:]} {dim}/{v_dim} {kernel}{more}", launch
-    for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 128)) if arch == 90 else ():
+    halves = ((dtype, dim) for dtype in (torch.bfloat16, torch.float16) for dim in (64, 128))
+    for dtype, dim in halves if arch == 90 else ():
         for modifiers in (False, True) if dim == 128 and dtype == torch.bfloat16 else (False,):
             for kernel, launch in gluon_launches(dtype, dim, modifiers):
                 yield f"sm_{arch} {str(dtype)[6:]} {dim}/{dim} {kernel}{' softcap alibi' if modifiers else ''}", launch
@@ -124,9 +126,19 @@ def launches(arch: int, dtype: torch.dtype, dim: int, v_dim: int, modifiers: boo
         for epilogue, how in epilogues(do):
             yield f"forward {epilogue}", triton_attention.plan_forward(q, k, v, o, lse, work, score, **how)
         given = (do, q, k, v, lse, lse, grads, work, score)
-        _, dkdv, dq = triton_attention.plan_backward(*given, accumulate=(True, True))
+        numbers, dkdv, dq = triton_attention.plan_backward(*given, accumulate=(True, True))
+        yield "backward numbers", numbers
         yield "backward dkdv", dkdv
         yield "backward dq", dq
+        if (dtype, dim, modifiers) == (torch.bfloat16, 128, False):
+            _, dkdv, dq = triton_attention.plan_backward(*given)
+            yield "backward dkdv, written", dkdv
+            yield "backward dq, written", dq
+        if dtype == torch.float32 and dim == 128:
+            yield "forward write tf32", triton_attention.plan_forward(q, k, v, o, lse, work, score, precision="tf32")
+            _, dkdv, dq = triton_attention.plan_backward(*given, precision="tf32")
+            yield "backward dkdv tf32", dkdv
+            yield "backward dq tf32", dq
 
 
 def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tuple[str, Launch]]:
@@ -144,6 +156,7 @@ def epilogues(do: torch.Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "write", {}
     yield "merge", dict(merge=True)
     yield "final", dict(merge=True, out=do, sink=torch.empty(HEADS), gate=do)
+    yield "final at once", dict(out=do, gate=do[..., 0])
 
 
 def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[Any, Any, Score]:
@@ -220,7 +233,7 @@ def broken_rules(found: dict[str, int], arch: int, name: str) -> Iterator[str]:
     """What must hold whatever the budget says."""
     if found["shared"] > SHARED[arch]:
         yield f"{found['shared']:,} bytes of shared memory; the chip has {SHARED[arch]:,}"
-    if "float32" not in name and not found["products"]:
+    if "float32" not in name and "numbers" not in name and not found["products"]:
         yield f"no {PRODUCTS[arch]}: matrices are not multiplied by matrix units"
     if "gluon" in name and not found["overlapped"]:
         yield "no product runs while another is used"

@@ -22,13 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_cases import Case, Inputs, Run, contestants, inputs_of, ours
+from gpu_cases import Case, Inputs, Run, contestants, inputs_of
 from harness import Cell, compare, table, write
 from torch import Tensor
 
-from distattn.kernels import triton_attention
+from distattn.bands import row_ends
 
-ROWS_CHECKED = 24
+# rows, and keys, that are compared with fp64, and rows at a time
+CHECKED = 24
+BLOCK = 256
 # relative to the reference, Frobenius norm
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 # our error over the best rival's
@@ -106,7 +108,7 @@ def run_case(case: Case, device: torch.device, runners: dict[str, Callable[[Case
     """All contestants of a case."""
     x = inputs_of(case, device)
     check = checker(case, x)
-    makers = {name: (lambda make=make: Repeated(make(case, x), device)) for name, make in runners.items()}
+    makers = {name: (lambda make=make: Repeated(lambda: make(case, x), device)) for name, make in runners.items()}
     cells = compare(case.name, makers, check, repeats=7 if device.type == "cuda" else 1)
     mine = {cell.contestant.startswith("distattn"): [] for cell in cells}
     for cell in cells:
@@ -120,24 +122,29 @@ def run_case(case: Case, device: torch.device, runners: dict[str, Callable[[Case
 
 
 class Repeated:
-    """Several calls as one thing to time: a CUDA graph where it can be captured. Gives the last result, and its facts."""
+    """Several calls as one thing to time: a CUDA graph where it can be captured. Gives the last result, and its facts.
 
-    def __init__(self, work: Callable[[], Any], device: torch.device):
-        self.work, self.calls, self.graph = work, 1, None
+    Everything, its making too, happens on one stream: autograd runs a backward on the stream of its forward.
+    """
+
+    def __init__(self, make: Callable[[], Callable[[], Any]], device: torch.device):
+        self.calls, self.graph, self.stream = 1, None, None
         if device.type == "cuda":
-            self.calls = CALLS
-            self._capture()
+            self.calls, self.stream = CALLS, torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.work = make()
+            if device.type == "cuda":
+                self._capture()
         self.facts = {"graph": self.graph is not None}
 
     def _capture(self) -> None:
-        beside = torch.cuda.Stream()
+        for _ in range(2):
+            self.work()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(beside):
-                for _ in range(2):
-                    self.work()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.stream):
                 for _ in range(self.calls):
                     self.result = self.work()
             self.graph = graph
@@ -145,28 +152,29 @@ class Repeated:
             torch.cuda.synchronize()
 
     def __call__(self) -> tuple[Any, dict[str, Any]]:
-        if self.graph is not None:
-            self.graph.replay()
-            return self.result, self.facts
-        for _ in range(self.calls):
-            result = self.work()
+        with torch.cuda.stream(self.stream):
+            if self.graph is not None:
+                self.graph.replay()
+                result = self.result
+            else:
+                for _ in range(self.calls):
+                    result = self.work()
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
         return result, self.facts
 
 
 def checker(case: Case, x: Inputs) -> Callable[[tuple[Any, dict[str, Any]]], str]:
-    """Compares outputs, or dq, of some rows with fp64; dk and dv with those of the triton kernel in fp32. Notes the error."""
+    """Compares outputs, or dq, of some rows, and dk and dv of some keys, with fp64. Notes the error."""
     generator = np.random.default_rng(1)
-    rows = np.sort(generator.choice(case.tokens, min(ROWS_CHECKED, case.tokens), replace=False)).tolist()
-    o_rows, dq_rows = reference_rows(case, x, rows)
-    others = fp32_gradients(case, x) if case.direction == "backward" else ()
+    some = np.sort(generator.choice(case.tokens, min(CHECKED, case.tokens), replace=False)).tolist()
+    wanted = by_definition(case, x, some)
 
     def check(outcome: tuple[Any, dict[str, Any]]) -> str:
         result, facts = outcome
-        if case.direction == "forward":
-            errors = {"o": error_of(result[rows], o_rows)}
-        else:
-            dq, dk, dv = result
-            errors = {"dq": error_of(dq[rows], dq_rows), "dk": error_of(dk, others[0]), "dv": error_of(dv, others[1])}
+        names = ("o",) if case.direction == "forward" else ("dq", "dk", "dv")
+        tensors = (result,) if case.direction == "forward" else result
+        errors = {name: error_of(tensor[some], wanted[name]) for name, tensor in zip(names, tensors, strict=True)}
         name, facts["error"] = max(errors.items(), key=lambda pair: pair[1] if pair[1] == pair[1] else math.inf)
         allowed = TOLERANCE[case.dtype]
         return "" if facts["error"] <= allowed else f"{name} is off by {facts['error']:.1e} (allowed: {allowed:.0e})"
@@ -174,32 +182,46 @@ def checker(case: Case, x: Inputs) -> Callable[[tuple[Any, dict[str, Any]]], str
     return check
 
 
-def reference_rows(case: Case, x: Inputs, rows: list[int]) -> tuple[Tensor, Tensor]:
-    """(o, dq) of these rows by definition, in fp64."""
-    group, scale = case.heads[0] // case.heads[1], case.dims[0] ** -0.5
-    outputs, gradients = [], []
-    for row in rows:
-        keys = torch.cat([torch.arange(a, b) for a, b in case.mask.needed_keys([(row, row + 1)]).tolist()]).to(
-            x.q.device
-        )
-        k, v = (part[keys].double().repeat_interleave(group, 1) for part in (x.k, x.v))
-        q, do = x.q[row].double(), x.do[row].double()
-        weights = torch.softmax(torch.einsum("hd,shd->hs", q, k) * scale, -1)
-        o = torch.einsum("hs,she->he", weights, v)
-        dp = torch.einsum("he,she->hs", do, v)
-        ds = weights * (dp - (do * o).sum(-1, keepdim=True))
-        outputs.append(o)
-        gradients.append(torch.einsum("hs,shd->hd", ds, k) * scale)
-    return torch.stack(outputs), torch.stack(gradients)
+def by_definition(case: Case, x: Inputs, some: list[int]) -> dict[str, Tensor]:
+    """o and dq of some rows, dk and dv of the keys of the same numbers, in fp64; block by block, by no kernel of ours."""
+    group, scale, n = case.heads[0] // case.heads[1], case.dims[0] ** -0.5, case.tokens
+    k, v = (part.double().repeat_interleave(group, 1) for part in (x.k, x.v))
+    index = torch.tensor(some, device=x.q.device)
+    dk, dv = torch.zeros_like(k[index]), torch.zeros_like(v[index])
+    rows: dict[str, list[Tensor]] = {"o": [], "dq": []}
+    # outputs need their own rows only; dk and dv need all of them
+    blocks = [some] if case.direction == "forward" else [range(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
+    for block in blocks:
+        here = torch.tensor(list(block), device=x.q.device)
+        q, do = x.q[here].double(), x.do[here].double()
+        scores = torch.einsum("thd,shd->hts", q, k) * scale
+        weights = torch.softmax(scores.masked_fill(~allowed(case, here), -torch.inf), -1)
+        o = torch.einsum("hts,she->the", weights, v)
+        dp = torch.einsum("the,she->hts", do, v)
+        ds = weights * (dp - (do * o).sum(-1).T[..., None]) * scale
+        chosen = torch.isin(here, index)
+        rows["o"].append(o[chosen])
+        rows["dq"].append(torch.einsum("hts,shd->thd", ds[:, chosen], k))
+        dk += torch.einsum("hts,thd->shd", ds[..., index], q)
+        dv += torch.einsum("hts,the->she", weights[..., index], do)
+    by_group = {"dk": dk, "dv": dv}
+    found = {name: part.unflatten(1, (-1, group)).sum(2) for name, part in by_group.items()}
+    return found | {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-def fp32_gradients(case: Case, x: Inputs) -> tuple[Tensor, Tensor]:
-    """dk and dv of the same numbers, computed in fp32 where that is affordable, else by the kernel under test."""
-    if case.tokens > 8192:
-        return ours(triton_attention)(case, x)()[1:]
-    wide = Inputs(*(part.float() for part in (x.q, x.k, x.v, x.do)))
-    exact = Case(case.pattern, case.tokens, case.heads, case.dims, case.direction, torch.float32)
-    return ours(triton_attention)(exact, wide)()[1:]
+def allowed(case: Case, rows: Tensor) -> Tensor:
+    """Which keys these rows may see, (rows, N)."""
+    edges = torch.zeros(len(rows), case.tokens + 1, dtype=torch.int32, device=rows.device)
+    at = np.arange(len(rows))
+    wanted = rows.cpu().numpy()
+    for piece in case.mask.pieces:
+        inside = (wanted >= piece[0]) & (wanted < piece[1])
+        if inside.any():
+            begin, end = row_ends(np.broadcast_to(piece, (int(inside.sum()), len(piece))), wanted[inside])
+            for place, sign in ((begin, 1), (end, -1)):
+                flat = torch.from_numpy(at[inside] * (case.tokens + 1) + place).to(rows.device)
+                edges.view(-1).index_add_(0, flat, torch.full_like(flat, sign, dtype=torch.int32))
+    return edges.cumsum(1)[:, :-1] > 0
 
 
 def error_of(got: Tensor, wanted: Tensor) -> float:

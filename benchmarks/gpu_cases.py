@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -108,7 +109,7 @@ def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 
 
 def ours(tier: ModuleType) -> Callable[[Case, Inputs], Run]:
-    """One of our kernels on the whole mask."""
+    """One of our kernels on the whole mask, forward with the finalizing epilogue (a result in the operands' dtype)."""
 
     def make(case: Case, x: Inputs) -> Run:
         work, score = prepared(tier, case, case.mask, x.q.device), Score(case.dims[0] ** -0.5)
@@ -145,6 +146,26 @@ def ring(tier: ModuleType, chunks: int = 8) -> Callable[[Case, Inputs], Run]:
         def forward() -> Tensor:
             for step in steps:
                 run(step)
+            return o
+
+        return forward
+
+    return make
+
+
+def step(tier: ModuleType, merge: bool) -> Callable[[Case, Inputs], Run]:
+    """One launch that writes fp32, or merges into what is there: what a ring step costs more."""
+
+    def make(case: Case, x: Inputs) -> Run:
+        if case.direction != "forward" or case.pattern not in ("full", "causal"):
+            raise Unsupported("epilogues are compared forward, full and causal")
+        work, score = prepared(tier, case, case.mask, x.q.device), Score(case.dims[0] ** -0.5)
+        o, lse = tier.forward(x.q, x.k, x.v, work, score)
+        # merging a result with itself leaves it as it is
+        launch = tier.plan_forward(x.q, x.k, x.v, o, lse, work, score, merge=merge)
+
+        def forward() -> Tensor:
+            run(launch)
             return o
 
         return forward
@@ -191,18 +212,14 @@ def flex(case: Case, x: Inputs) -> Run:
 
     block_mask = da.block_mask(case.mask, device=x.q.device)
     q, k, v = (heads_first(part) for part in (x.q, x.k, x.v))
-    compiled = compiled_flex(flex_attention)
+    # a fresh compiler for every case: past its limit of recompilations it would run unfused without a word
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     def forward() -> Tensor:
         return compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
 
     return differentiated(case, forward, (q, k, v), heads_first(x.do), lambda y: y[0].transpose(0, 1))
-
-
-@cache
-def compiled_flex(flex_attention: Callable[..., Any]) -> Callable[..., Any]:
-    """One compiled function for all cases."""
-    return torch.compile(flex_attention, dynamic=False)
 
 
 def varlen(case: Case, x: Inputs) -> Run:
@@ -234,6 +251,8 @@ def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
     def make(case: Case, x: Inputs) -> Run:
         if library is None:
             raise Unsupported("no build of FlashAttention 3: pass --fa3 PATH/_C.so")
+        # the build finds the CUDA runtime among what is loaded
+        ctypes.CDLL("libcudart.so.12", ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(library))
         cu, longest, _, (left, right) = packed(case, x.q.device)
         causal = (left, right) == (-1, 0)
@@ -247,8 +266,12 @@ def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
             return lambda: forward()[0]
         o, lse, *_ = forward()
         values |= {"dout": x.do, "out": o, "softmax_lse": lse, "deterministic": False}
-        backward = by_schema(torch.ops.flash_attn_3.bwd.default, values)
-        return lambda: tuple(backward()[:3])
+        # some builds fill these, others give their own first
+        made = {"dq": torch.empty_like(x.q), "dk": torch.empty_like(x.k), "dv": torch.empty_like(x.v)}
+        operator = torch.ops.flash_attn_3.bwd.default
+        filled = {argument.name for argument in operator._schema.arguments} >= set(made)
+        backward = by_schema(operator, values | made)
+        return lambda: (lambda found: tuple(made.values()) if filled else tuple(found[:3]))(backward())
 
     return make
 
@@ -312,8 +335,12 @@ def contestants(fa3: Path | None, tutorial_file: Path | None) -> dict[str, Calla
     return {
         "distattn triton": ours(triton_attention),
         "distattn triton, ring of 8": ring(triton_attention),
+        "distattn triton, fp32 write": step(triton_attention, merge=False),
+        "distattn triton, fp32 merge": step(triton_attention, merge=True),
         "distattn gluon": ours(gluon_attention),
         "distattn gluon, ring of 8": ring(gluon_attention),
+        "distattn gluon, fp32 write": step(gluon_attention, merge=False),
+        "distattn gluon, fp32 merge": step(gluon_attention, merge=True),
         "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
         "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "flex compiled": flex,

@@ -73,7 +73,7 @@ class ParallelConfig:
     min_chunk: int = 512
     """document_zigzag cuts documents into chunks of at least this many tokens."""
     kernel: str = "cpu"
-    """What computes core attention on one device: cpu or reference."""
+    """What computes core attention on one device: cpu, reference, and on GPUs triton, triton_tf32 or gluon."""
     backward: str = ""
     """keep, refetch-home or refetch-follow; empty for the strategy's own."""
     devices_per_node: int = 0

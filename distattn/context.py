@@ -20,7 +20,7 @@ from distattn.errors import DistattnError
 from distattn.functional import attention
 from distattn.intervals import whole_numbers
 from distattn.kernels.dispatch import choose_kernel, load_kernel
-from distattn.layout import LAYOUTS, Layout
+from distattn.layout import LAYOUTS, Layout, lay_out
 from distattn.mask import Mask
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.plan import Plan
@@ -68,10 +68,9 @@ class ContextParallel:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.ranks = 1 if group is None else dist.get_world_size(group)
 
-        def lay_out(lengths: tuple[int, ...]) -> tuple[Mask, Layout]:
+        def axis(lengths: tuple[int, ...]) -> tuple[Mask, Layout]:
             mask = Mask.documents(lengths, inner)
-            work = {"mask": mask} if layout == "balanced" else {}
-            return mask, LAYOUTS[layout](lengths, self.ranks, **work, **of_layout)
+            return mask, lay_out(layout, lengths, self.ranks, mask, **of_layout)
 
         def plan(lengths: tuple[int, ...], shape: Shape) -> Plan:
             mask, laid_out = self.axis(lengths)
@@ -79,7 +78,7 @@ class ContextParallel:
             return make_plan(mask, laid_out, **how, **shape._asdict())
 
         # fixed-length batches meet the same axis again and again; packed ones never do
-        self.axis = lru_cache(maxsize=8)(lay_out)
+        self.axis = lru_cache(maxsize=8)(axis)
         self.plan = lru_cache(maxsize=8)(plan)
         # what layers have asked for so far: the next batch's programs are made ahead
         self.needs: set[tuple[Shape, torch.device]] = set()

@@ -233,6 +233,12 @@ LAYOUTS = {
 }
 
 
+def lay_out(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **options: Any) -> Layout:
+    """The layout of that name for a mask over documents of these lengths."""
+    work = {"mask": mask} if name == "balanced" else {}
+    return LAYOUTS[name](lengths, ranks, **work, **options)
+
+
 def _positive(ranks: int) -> int:
     if int(whole_numbers(ranks, "ranks")) < 1:
         raise DistattnError(f"a layout needs at least 1 rank, not {ranks}.")

@@ -7,12 +7,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distattn.cluster.describe import Description
 from distattn.config import Config
 from distattn.errors import DistattnError
-from distattn.layout import LAYOUTS, Layout
+from distattn.layout import lay_out
 from distattn.mask import Mask
 from distattn.parallel.explain import explain
 from distattn.parallel.make_plan import make_plan
@@ -67,12 +66,8 @@ class Problem:
     def timeline(self, strategy: str, cluster: Description) -> Timeline:
         """Planned by one strategy, proven and simulated."""
         lengths, mask = list(self.lengths), Mask.documents(list(self.lengths))
-        more: dict[str, Any] = {}
-        if self.layout == "document_zigzag":
-            more["min_chunk"] = self.min_chunk
-        if self.layout == "balanced":
-            more["mask"] = mask
-        layout: Layout = LAYOUTS[self.layout](lengths, self.ranks, **more)
+        options = {"min_chunk": self.min_chunk} if self.layout == "document_zigzag" else {}
+        layout = lay_out(self.layout, lengths, self.ranks, mask, **options)
         plan = make_plan(
             mask,
             layout,

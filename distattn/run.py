@@ -13,7 +13,7 @@ from distattn.config import Config
 from distattn.data.packing import pack_epoch
 from distattn.data.text import Corpus, Document
 from distattn.errors import DistattnError
-from distattn.layout import LAYOUTS, Layout
+from distattn.layout import lay_out
 from distattn.mask import Mask
 from distattn.parallel.make_plan import make_plan
 from distattn.plan import Plan
@@ -43,6 +43,15 @@ class Run:
         self.report_file = folder / "report.html"
         self.replay_file = folder / "replay.jsonl"
         self.proof_file = folder / "proof.json"
+        self.logs = folder / "logs"
+        # of a batch system
+        self.script_file = folder / "job.sbatch"
+        self.job_file = folder / "job.json"
+        self.state_file = folder / "state"
+
+    def log_file(self, rank: int) -> Path:
+        """Where a rank's output goes, if the run keeps logs."""
+        return self.logs / f"rank-{rank}.log"
 
     @staticmethod
     def create(config: Config, corpus: Corpus) -> Run:
@@ -82,10 +91,10 @@ class Run:
 def plan_of(config: Config, lengths: list[int]) -> Plan:
     """The plan the configuration asks for on documents of these lengths."""
     parallel, model = config.parallel, config.model
-    layout: Layout = LAYOUTS[parallel.layout](lengths, parallel.ranks, **parallel.layout_options)
+    mask = Mask.documents(lengths)
     return make_plan(
-        Mask.documents(lengths),
-        layout,
+        mask,
+        lay_out(parallel.layout, lengths, parallel.ranks, mask, **parallel.layout_options),
         strategy=parallel.strategy,
         heads=model.heads,
         kv_heads=model.kv_heads,

@@ -26,6 +26,7 @@ from distattn.config import Config
 from distattn.context import IGNORE_INDEX, ContextParallel
 from distattn.data.text import VOCABULARY, read_tokens
 from distattn.errors import DistattnError
+from distattn.kernels.dispatch import ON_CPU
 from distattn.kernels.merge import accumulation_dtype
 from distattn.progress import Progress
 from distattn.run import Run, Step
@@ -37,9 +38,13 @@ def main(folder: str, json_lines: bool) -> int:
     config = configuration.load(run.config_file)
     # ranks share the machine's cores; more threads than cores only wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.parallel.ranks))
-    dist.init_process_group("gloo")
+    device = torch.device("cpu")
+    if config.parallel.kernel not in ON_CPU:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     try:
-        train(run, config, json_lines)
+        train(run, config, json_lines, device)
     except DistattnError as error:
         sys.stderr.write(f"distattn: rank {dist.get_rank()}: {error}\n")
         return error.exit_code
@@ -48,7 +53,7 @@ def main(folder: str, json_lines: bool) -> int:
     return 0
 
 
-def train(run: Run, config: Config, json_lines: bool) -> None:
+def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> None:
     """All steps of a run on this rank; rank 0 writes metrics and shows progress."""
     parallel = config.parallel
     cp = ContextParallel(
@@ -60,7 +65,7 @@ def train(run: Run, config: Config, json_lines: bool) -> None:
         cluster=parallel.cluster,
         capacity=parallel.capacity or None,
     )
-    model = build_model(config, "distattn")
+    model = build_model(config, "distattn").to(device)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
     if cp.rank == 0:
@@ -68,7 +73,7 @@ def train(run: Run, config: Config, json_lines: bool) -> None:
     with Progress(run, config.train.steps, json_lines, visible=cp.rank == 0) as progress:
         for number, batch in zip(range(config.train.steps), batches(run), strict=False):
             began = time.perf_counter()
-            local = cp.shard(batch)
+            local = cp.shard({**batch, "input_ids": batch["input_ids"].to(device)})
             loss = local_loss(model, local)
             loss.backward()
             losses = loss.detach().clone()

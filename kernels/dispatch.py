@@ -22,6 +22,8 @@ KERNELS = {
     "gluon": "distattn.kernels.gluon_attention",
     "gluon_split": "distattn.kernels.gluon_split",
 }
+# these compute on processors, all others on GPUs
+ON_CPU = ("reference", "cpu")
 # what stands in for a kernel whose sums have no fixed order, where torch.use_deterministic_algorithms asks for one
 _DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}

@@ -32,7 +32,7 @@ def _fetch(
     start, k_col, v_col, q_head, do_head, first_head, last_head, heads, tile, tiles, first_, group_, run_,
     BM: gl.constexpr, HN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches: keys and values once, then every tile of queries as soon as its buffer is free."""
+    """The warps that fetch: keys and values once, then every tile of queries as soon as its buffer is free."""
     mbarrier.expect(kv_full, 2 * HN * (D + E) * 2)
     for half in gl.static_range(2):
         copy_in(k_, [start + half * HN, k_col], kv_full, k_s.index(half))
@@ -197,7 +197,9 @@ def backward_kernel(
         mbarrier.init(q_free.index(stage), count=2)
         mbarrier.init(do_full.index(stage), count=1)
     fence_async_shared()
-    dk_at, dv_at = dk_ + kv_head * dk_head, dv_ + kv_head * dv_head
+    # strides of heads times heads may pass 32 bits
+    far_head = gl.cast(kv_head, gl.int64)
+    dk_at, dv_at = dk_ + far_head * dk_head, dv_ + far_head * dv_head
     gl.warp_specialize(
         [
             (_multiply, (

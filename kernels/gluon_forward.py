@@ -1,9 +1,9 @@
 """Forward kernel in Gluon for Hopper: one program owns 128 query rows of one head, in three groups of warps.
 
-One warp fetches tiles of keys and values ahead by the tensor-memory accelerator; two warpgroups of 64 rows each multiply and
-take the softmax. The product with the values of one tile runs while the softmax of the next is computed (FlashAttention-3,
-Shah et al. 2024, arXiv 2407.08608). Run lists, log-sum-exp and epilogues are those of the plain Triton kernel
-(triton_forward); results are deterministic.
+One group of warps fetches tiles of keys and values ahead by the tensor-memory accelerator; two warpgroups of 64 rows each
+multiply and take the softmax. The product with the values of one tile runs while the softmax of the next is computed
+(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). Run lists, log-sum-exp and epilogues are those of the plain Triton
+kernel (triton_forward); results are deterministic.
 
 Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it.
 """
@@ -29,7 +29,7 @@ def _fetch(
     row, q_col, k_col, v_col, first, last, run_,
     HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches: queries once, then every tile of keys and values as soon as its buffer is free."""
+    """The warps that fetch: queries once, then every tile of keys and values as soon as its buffer is free."""
     for half in gl.static_range(2):
         mbarrier.expect(q_full.index(half), HM * D * 2)
         copy_in(q_, [row + half * HM, q_col], q_full.index(half), q_s.index(half))
@@ -147,13 +147,15 @@ def _multiply(
     inverse = gl.where(some, 1.0 / gl.where(some, l, 1.0), 0.0)
     lse = gl.where(some, (m + gl.log2(gl.where(some, l, 1.0))) * LN2, -float("inf"))
     r = row + i_row
-    lse_at = lse_ + r.to(gl.int64) * lse_row + head * lse_head
+    # strides of heads times heads may pass 32 bits
+    far_head = gl.cast(head, gl.int64)
+    lse_at = lse_ + r.to(gl.int64) * lse_row + far_head * lse_head
     o = acc
     r_out = row + gl.arange(0, HM, OUT_ROWS)
     far = r_out.to(gl.int64)
     column = gl.arange(0, E, gl.SliceLayout(0, O))
     inside = (r_out < rows)[:, None]
-    at = far[:, None] * o_row + head * o_head + column[None, :]
+    at = far[:, None] * o_row + far_head * o_head + column[None, :]
     if MERGE:
         old, fresh, lse = merge_shares(gl.load(lse_at, mask=r < rows, other=-float("inf")), lse)
         inverse = inverse * fresh
@@ -169,19 +171,19 @@ def _multiply(
             # the backward needs what the gate multiplied
             gl.store(o_ + at, o, mask=inside)
         if GATE == 1:
-            gate = gl.load(gate_ + far * gate_row + head * gate_head, mask=r_out < rows, other=0.0)
+            gate = gl.load(gate_ + far * gate_row + far_head * gate_head, mask=r_out < rows, other=0.0)
             o = o * gate.to(gl.float32)[:, None]
         if GATE == 2:
-            gate_at = gate_ + far[:, None] * gate_row + head * gate_head + column[None, :]
+            gate_at = gate_ + far[:, None] * gate_row + far_head * gate_head + column[None, :]
             o = o * gl.load(gate_at, mask=inside, other=0.0).to(gl.float32)
-        out_at = out_ + far[:, None] * out_row + head * out_head + column[None, :]
+        out_at = out_ + far[:, None] * out_row + far_head * out_head + column[None, :]
         gl.store(out_at, o.to(out_.dtype.element_ty), mask=inside)
     else:
         gl.store(o_ + at, o, mask=inside)
     gl.store(lse_at, lse, mask=r < rows)
 
 
-@gluon.jit(do_not_specialize=["rows", "heads", "tiles", "shift"])
+@gluon.jit(do_not_specialize=["rows", "heads", "tiles", "shift"], do_not_specialize_on_alignment=["lse_"])
 def forward_kernel(
     q_, k_, v_, o_, lse_, out_, sink_, gate_, slopes_,
     first_, run_, band_, row_band_, group_, order_,

@@ -78,8 +78,9 @@ def _runs_of(bands: Ints, cells: Cells, rows: int, block_rows: int, block_keys: 
     q0, q1 = np.maximum(tile * block_rows, tight[band, Q0]), np.minimum((tile + 1) * block_rows, tight[band, Q1])
     begin, first_end = row_ends(tight[band], q0)
     last_begin, end = row_ends(tight[band], q1 - 1)
-    # nothing is masked where all rows of the tile are in the band, between the last one's begin and the first one's end
-    whole = (q0 == tile * block_rows) & (q1 == np.minimum((tile + 1) * block_rows, rows))
+    # nothing is masked where all rows of the tile are in the band, between the last one's begin and the first one's end;
+    # rows past the tensor's are zeros that must not count, nor overflow
+    whole = (q0 == tile * block_rows) & (q1 == (tile + 1) * block_rows)
     order = lexical_order(group, tile, q0, begin)
     band, group, tile, q0, q1, begin, end = (x[order] for x in (band, group, tile, q0, q1, begin, end))
     whole, last_begin, first_end = whole[order], last_begin[order], first_end[order]

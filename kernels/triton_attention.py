@@ -21,6 +21,7 @@ from distattn.kernels.score import Demand, Score
 from distattn.kernels.triton_backward import dkdv_kernel, dq_kernel, row_numbers_kernel
 from distattn.kernels.triton_forward import forward_kernel
 from distattn.kernels.triton_launch import (
+    FAR,
     Launch,
     Lists,
     Tile,
@@ -46,7 +47,7 @@ class Tiles(NamedTuple):
     dq: Tile
 
 
-# by the sum of both head dims, at most: what the compile lint finds clean (no spills in loops, products not serialized)
+# by the sum of both head dims, at most: what the compile lint finds best (its budgets tell what still spills in loops)
 _HALF_90 = {
     128: Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
     192: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(128, 64, 8, 3)),
@@ -88,6 +89,8 @@ def refusal(demand: Demand) -> str | None:
     """Why this kernel cannot serve such a call, or None."""
     if demand.device.type != "cuda" and not (INTERPRETED and demand.device.type == "cpu"):
         return f"Triton kernels run on NVIDIA GPUs, not on {demand.device.type}"
+    if capability_of(demand.device) < 80:
+        return "it needs compute capability 8.0 (A100) or later"
     if demand.dtype not in _DTYPES:
         return f"it computes bfloat16, float16 and float32, not {str(demand.dtype)[6:]}"
     for dim in (demand.head_dim, demand.v_head_dim):
@@ -98,7 +101,8 @@ def refusal(demand: Demand) -> str | None:
 
 def tiles_for(demand: Demand, capability: int) -> Tiles:
     """The tiles for such a call on a device of this compute capability (80, 90, ...)."""
-    table = _HALF_90 if capability >= 90 else _HALF_80
+    # consumer chips have as little shared memory as older ones
+    table = _HALF_90 if 90 <= capability < 120 else _HALF_80
     table = _SINGLE if demand.dtype == torch.float32 else table
     return table[min(dims for dims in table if dims >= demand.head_dim + demand.v_head_dim)]
 
@@ -187,7 +191,7 @@ def plan_forward(
     tile = work.tiles.forward
     arguments = _operands({"q": (q, tile.rows), "k": (k, tile.keys), "v": (v, tile.keys)})
     arguments |= tensor_arguments(o=o, lse=lse, out=o if out is None else out, gate=o if gate is None else gate)
-    arguments |= {"sink_": lse if sink is None else sink, "slopes_": lse if score.slopes_H is None else score.slopes_H}
+    arguments |= {"sink_": o if sink is None else sink, "slopes_": o if score.slopes_H is None else score.slopes_H}
     arguments |= call_arguments(work.forward, rows, keys, heads, work.group, work.first, score)
     arguments["PRECISION"] = precision
     arguments |= dict(BM=tile.rows, BN=tile.keys, MERGE=merge, FINAL=out is not None, SINK=sink is not None)
@@ -212,9 +216,10 @@ def plan_backward(
     """The backward launches; grads (dq, dk, dv) are fp32. accumulate: add to dq, to dk and dv, instead of writing."""
     (rows, heads, _), (keys, kv_heads, _) = q.shape, k.shape
     dq, dk, dv = grads
-    slopes = lse if score.slopes_H is None else score.slopes_H
     numbers, first_launch = plan_row_numbers(lse, delta)
     padded = numbers.shape[2]
+    # arguments that are not used are of one alignment: another would compile another kernel
+    slopes = numbers if score.slopes_H is None else score.slopes_H
     launches = [first_launch]
     for kernel, lists, tile, acc, results in (
         (dkdv_kernel, work.dkdv, work.tiles.dkdv, accumulate[1], tensor_arguments(dk=dk, dv=dv)),
@@ -269,6 +274,8 @@ def _operands(tensors: dict[str, tuple[Tensor, int]]) -> dict[str, Any]:
 
 def _fits_tma(x: Tensor) -> bool:
     if x.dtype == torch.float32 or not x.numel():
+        return False
+    if max(x.shape[0], x.shape[1] * abs(x.stride(1))) >= FAR:
         return False
     aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
     return aligned and (INTERPRETED or capability_of(x.device) >= 90)

@@ -29,17 +29,17 @@ def weights_of(s, lse2, distance, slope2, scale, cap, CAP: tl.constexpr, ALIBI: 
     return tl.math.exp2(s - lse2), slope
 
 
-@triton.jit(do_not_specialize=["rows", "heads"])
+@triton.jit(do_not_specialize=["rows", "heads"], do_not_specialize_on_alignment=["lse_", "delta_"])
 def row_numbers_kernel(
     lse_, delta_, numbers_, rows, heads, padded, plane, lse_row, lse_head, delta_row, delta_head, BLOCK: tl.constexpr
 ):  # fmt: skip
     """(2, heads, padded): lse in base 2 and delta, rows last; a row without keys gets lse = inf: all weights zero."""
-    head = tl.program_id(0) % heads
+    head = tl.cast(tl.program_id(0) % heads, tl.int64)
     r = (tl.program_id(0) // heads) * BLOCK + tl.arange(0, BLOCK)
     far = r.to(tl.int64)
     lse = tl.load(lse_ + far * lse_row + head * lse_head, mask=r < rows, other=-float("inf"))
     delta = tl.load(delta_ + far * delta_row + head * delta_head, mask=r < rows, other=0.0)
-    at = numbers_ + tl.cast(head, tl.int64) * padded + r
+    at = numbers_ + head * padded + r
     tl.store(at, tl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
     tl.store(at + plane, delta)
 
@@ -110,7 +110,8 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dk (keys, kv_heads, D) and dv (keys, kv_heads, E), fp32."""
     pid = tl.program_id(0)
-    kv_head = pid % kv_heads
+    # strides of heads times heads may pass 32 bits
+    kv_head = tl.cast(pid % kv_heads, tl.int64)
     tile = tl.load(order_ + pid // kv_heads)
     start = tile * BN
     column = start + tl.arange(0, BN)
@@ -130,8 +131,9 @@ def dkdv_kernel(
     for head in range(tl.maximum(kv_head * GROUP - shift, 0), tl.minimum((kv_head + 1) * GROUP - shift, heads)):
         if ALIBI:
             slope2 = tl.load(slopes_ + head).to(tl.float32) * LOG2E
-        q_col, do_col = head * q_head, head * do_head
-        lse2_ = numbers_ + tl.cast(head, tl.int64) * padded
+        far_head = tl.cast(head, tl.int64)
+        q_col, do_col = far_head * q_head, far_head * do_head
+        lse2_ = numbers_ + far_head * padded
         delta_ = lse2_ + plane
         at = first_ + tl.load(group_ + head) * tiles + tile
         for i in range(tl.load(at), tl.load(at + 1)):
@@ -208,7 +210,7 @@ def dq_kernel(
 ):  # fmt: skip
     """dq (rows, heads, D), fp32."""
     pid = tl.program_id(0)
-    head = pid % heads
+    head = tl.cast(pid % heads, tl.int64)
     tile = tl.load(order_ + pid // heads)
     kv_head = (head + shift) // GROUP
     row = tile * BM
@@ -223,7 +225,7 @@ def dq_kernel(
         dq1 = tl.zeros([BM, D1], tl.float32)
     if E1 > 0:
         do1 = load_tile(do1_, row, do_col + E0, rows, do_row, BM, E1, TMA)
-    lse2_ = numbers_ + tl.cast(head, tl.int64) * padded
+    lse2_ = numbers_ + head * padded
     lse2, delta = _numbers_of(lse2_, lse2_ + plane, row, BM)
     slope2 = 0.0
     if ALIBI:

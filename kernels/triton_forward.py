@@ -82,7 +82,7 @@ def _finish(
         tl.store(o_ + at, o, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "heads", "tiles", "shift"])
+@triton.jit(do_not_specialize=["rows", "keys", "heads", "tiles", "shift"], do_not_specialize_on_alignment=["lse_"])
 def forward_kernel(
     q_, k_, v_, q1_, k1_, v1_, o_, lse_, out_, sink_, gate_, slopes_,
     first_, run_, band_, row_band_, group_, order_,
@@ -97,7 +97,8 @@ def forward_kernel(
     """o (rows, heads, E) and natural lse (rows, heads) of the runs; `shift`: query head h uses kv head (h + shift) // GROUP."""
     # heads of one tile are neighbours: they share keys and values in the cache
     pid = tl.program_id(0)
-    head = pid % heads
+    # strides of heads times heads may pass 32 bits
+    head = tl.cast(pid % heads, tl.int64)
     tile = tl.load(order_ + pid // heads)
     kv_head = (head + shift) // GROUP
     row = tile * BM

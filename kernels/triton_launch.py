@@ -11,6 +11,9 @@ from torch import Tensor
 from distattn.kernels.runs import Runs
 from distattn.kernels.score import Score
 
+# coordinates of the tensor-memory accelerator have 32 bits
+FAR = 1 << 31
+
 
 class Tile(NamedTuple):
     """Sides of a tile, warps of a program, and stages of its loads."""
@@ -50,7 +53,7 @@ def run(launch: Launch) -> None:
 @cache
 def capability_of(device: torch.device) -> int:
     """Compute capability of a device: 80, 90, ...; of the interpreter's, 80."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -13,7 +13,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 def load_tile(x, row, column, rows, stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
     """Rows [row, row + BLOCK) and columns [column, column + WIDTH) of a matrix; rows past its end are zero."""
     if TMA:
-        tile = x.load([row, column])
+        tile = x.load([row, column.to(tl.int32)])
     else:
         r = row + tl.arange(0, BLOCK)
         place = r.to(tl.int64)[:, None] * stride + (column + tl.arange(0, WIDTH))[None, :]

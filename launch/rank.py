@@ -1,12 +1,33 @@
 """One rank of a run: `python -m distattn.launch.rank RUN true|false` (the last word: metrics as JSON lines)."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
+
+
+def keep_log(folder: Path) -> None:
+    """What this rank and its libraries print goes to a file of its own; rank 0's to the console, too."""
+    rank = os.environ["RANK"]
+    file = folder / f"rank-{rank}.log"
+    if rank == "0":
+        # in a group of its own: Ctrl-C must not end it before the last line
+        copy = subprocess.Popen(["tee", "-a", str(file)], stdin=subprocess.PIPE, start_new_session=True)
+        assert copy.stdin is not None
+        target = copy.stdin.fileno()
+    else:
+        target = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(target, stream)
+
 
 if __name__ == "__main__":
     # before the imports, which take seconds: Ctrl-C ends a rank at once and silently, the launcher says the sentence
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if (logs := Path(sys.argv[1], "logs")).is_dir():
+        keep_log(logs)
 
     from distattn.train import main
 

@@ -133,9 +133,9 @@ def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     # an unfinished deletion or a new folder that pyproject.toml does not list shows up here
     wanted = {str(Path(*module.split(".")).with_suffix(".py")) for module in modules().values()}
-    wanted |= {f"distattn/{file}" for file in tracked("configs/*.toml", "cluster/descriptions/*.toml")} | {
-        "distattn/py.typed"
-    }
+    wanted |= {
+        f"distattn/{file}" for file in tracked("configs/*.toml", "cluster/descriptions/*.toml", "launch/templates/*.j2")
+    } | {"distattn/py.typed"}
     (wheel,) = tmp_path.glob("*.whl")
     members = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert members == wanted

@@ -341,6 +341,7 @@ LANGUAGE = SimpleNamespace(
     max=lambda x, axis: x.amax(axis),
     sum=lambda x, axis: x.sum(axis),
     abs=torch.abs,
+    cast=lambda x, dtype: torch.as_tensor(x).to(dtype),
     exp2=torch.exp2,
     log2=torch.log2,
     convert_layout=lambda x, layout: x,

@@ -244,6 +244,7 @@ def test_dispatch_is_explicit(monkeypatch):
     hopper = Demand(torch.bfloat16, 128, 128, torch.device("cuda"))
     monkeypatch.setattr(gluon_attention, "capability_of", lambda device: 90)
     torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(gluon_attention, "capability_of", lambda device: 90)
     assert choose_kernel("gluon", hopper) == "gluon" and choose_kernel(None, hopper) == "triton"
     torch.use_deterministic_algorithms(True)
     assert choose_kernel("gluon", hopper) == "gluon_split"
@@ -257,3 +258,13 @@ def test_dispatch_is_explicit(monkeypatch):
     monkeypatch.setattr(gluon_attention, "capability_of", lambda device: 100)
     with pytest.raises(DistattnError, match="sm_90"):
         choose_kernel("gluon", hopper)
+
+
+@pytest.mark.parametrize(("dtype", "low"), [(torch.float16, -20.0), (torch.bfloat16, -105.0)])
+def test_rows_past_the_end_of_the_keys_do_not_overflow(dtype, low):
+    # every score is far below 0, so that a zero where no key is would weigh more than a number can hold
+    n, inputs = 200, random_inputs(200, 1, 1, 64)
+    inputs = inputs._replace(q=torch.full_like(inputs.q, 1.0), k=torch.full_like(inputs.k, low / 16) + inputs.k / 64)
+    got, wanted = both(Cells.of_mask(Mask.full(n), 1, 1), inputs, dtype=dtype), dense(Mask.full(n), inputs, 0.25)
+    assert got.lse.max() < low + 8 and torch.isfinite(got.dq).all()
+    assert relative_error(got.dv, wanted.dv) < 0.05

@@ -13,7 +13,7 @@ from pairs import all_pairs
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from distattn.errors import DistattnError
-from distattn.kernels import reference, triton_attention
+from distattn.kernels import reference, triton_attention, triton_tf32
 from distattn.kernels.cells import Cells
 from distattn.kernels.dispatch import choose_kernel
 from distattn.kernels.runs import Runs, tile_runs, transposed_runs
@@ -268,3 +268,31 @@ def test_half_precision_goes_by_descriptors_and_single_by_pointers():
         # rows that do not begin at 16 bytes
         odd = torch.zeros(20 * 64 + 1, dtype=dtype)[1:].view(20, 2, 32)
         assert not plan(odd, k, v, o, lse, work, Score(SCALE)).arguments["TMA"]
+
+
+def test_heads_may_lie_further_apart_than_32_bits_reach():
+    # a view of 6 GB that are never touched in between, nor filled
+    torch.use_deterministic_algorithms(False)
+    n, stride, dtype = 20, (1 << 30) + 64, torch.float16
+    memory = torch.empty(3 * stride, dtype=dtype)
+    q = torch.as_strided(memory, (n, 3, 16), (16, stride, 1))
+    inputs = random_inputs(n, 3, 3, 16)
+    q.copy_(inputs.q)
+    wanted = dense(Mask.causal(n), inputs, SCALE)
+    work = triton_attention.prepare_tiles(Cells.of_mask(Mask.causal(n), 3, 3), SMALL)
+    k, v, do = (x.to(dtype) for x in inputs[1:])
+    o, lse = triton_attention.forward(q, k, v, work, PLAIN)
+    assert relative_error(o, wanted.o) < TOLERANCE[dtype]
+    delta = (do.float() * o).sum(-1)
+    dq, dk, _ = triton_attention.backward(do, q, k, v, lse, delta, work, PLAIN)
+    assert relative_error(dq, wanted.dq) < TOLERANCE[dtype] and relative_error(dk, wanted.dk) < TOLERANCE[dtype]
+
+
+def test_tf32_is_a_kernel_of_its_own():
+    inputs = random_inputs(40, 2, 1, 32)
+    q, k, v, do = (x.float() for x in inputs)
+    cells, wanted = Cells.of_mask(Mask.causal(40), 2, 1), dense(Mask.causal(40), inputs, SCALE)
+    work = triton_tf32.prepare(cells, Demand(torch.float32, 32, 32, torch.device("cpu")))
+    o, lse = triton_tf32.forward(q, k, v, work, PLAIN)
+    grads = triton_tf32.backward(do, q, k, v, lse, (do * o).sum(-1), work, PLAIN)
+    assert_close(Result(o, lse, *grads), wanted, 2e-3)

@@ -1,0 +1,111 @@
+"""Runs on Slurm: a batch script that a person can read, submitted, watched and cancelled with Slurm's own commands.
+
+Needs neither torch nor a GPU where it runs. What was submitted is in the run folder: the script and the job's number.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from distattn.config import Config
+from distattn.errors import DistattnError
+from distattn.kernels.dispatch import ON_CPU
+from distattn.run import Run
+
+# data loading, planning ahead and NCCL's own threads
+_CPUS_PER_GPU = 4
+_TEMPLATES = Environment(
+    loader=PackageLoader("distattn.launch"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.filters["quote"] = shlex.quote
+
+
+def script(config: Config, folder: Path) -> str:
+    """The batch script of a run in this folder."""
+    per_node = config.parallel.devices_per_node or config.parallel.ranks
+    gpus = config.parallel.kernel not in ON_CPU
+    for line in (*config.slurm.setup, *config.slurm.options, str(folder)):
+        if "\n" in line:
+            raise DistattnError(f"slurm: a line of the batch script cannot hold a line break: {line!r}.")
+    return _TEMPLATES.get_template("job.sbatch.j2").render(
+        title=f"{config.parallel.ranks} ranks, {config.parallel.strategy}",
+        name=folder.name,
+        folder=str(folder),
+        nodes=config.parallel.ranks // per_node,
+        per_node=per_node,
+        gpus=per_node if gpus else 0,
+        cpus=per_node * (_CPUS_PER_GPU if gpus else 1),
+        slurm=config.slurm,
+    )
+
+
+def submit(config: Config, run: Run) -> int:
+    """Write the script into the run folder and submit it. Returns the job's number.
+
+    Raises DistattnError with Slurm's own words where it rejects the job.
+    """
+    run.script_file.write_text(script(config, run.folder), "utf-8")
+    answer = _slurm("sbatch", "--parsable", str(run.script_file))
+    # "number" or "number;cluster"
+    job = int(answer.split(";")[0])
+    run.job_file.write_text(json.dumps({"job": job}) + "\n", "utf-8")
+    return job
+
+
+def require() -> None:
+    """Refuse where Slurm's commands are missing."""
+    if shutil.which("sbatch") is None:
+        raise DistattnError(
+            "there is no sbatch here: run this on a machine of a Slurm cluster, or add --dry-run to see the script."
+        )
+
+
+def status(run: Run) -> dict[str, str | int]:
+    """The job's number and state: Slurm's word while it knows the job, else what the script left in the run folder."""
+    job = _job(run)
+    known = subprocess.run(["squeue", "--noheader", "--jobs", str(job), "--format=%T"], capture_output=True, text=True)
+    state = known.stdout.strip() if known.returncode == 0 else ""
+    if not state:
+        left = run.state_file.read_text("utf-8").split() if run.state_file.exists() else []
+        state = (
+            "gone: it never began" if not left else "killed" if left == ["running"] else f"ended, exit code {left[1]}"
+        )
+    steps = len(run.metrics()) if run.metrics_file.exists() else 0
+    return {"run": str(run.folder), "job": job, "state": state, "steps": steps}
+
+
+def cancel(run: Run) -> int:
+    """Cancel the job; returns its number."""
+    job = _job(run)
+    _slurm("scancel", str(job))
+    return job
+
+
+def _job(run: Run) -> int:
+    try:
+        return int(json.loads(run.job_file.read_text("utf-8"))["job"])
+    except FileNotFoundError:
+        raise DistattnError(
+            f"{run.folder}: nothing was submitted from here; there is no {run.job_file.name}."
+        ) from None
+
+
+def _slurm(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise DistattnError(f"there is no {command[0]} here: run this on a machine of a Slurm cluster.") from None
+    if done.returncode:
+        words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise DistattnError(f"{command[0]} refused: {words}")
+    return done.stdout.strip()

@@ -1,0 +1,105 @@
+"""A real Slurm of two nodes on one machine, without systemd and without touching the machine's own configuration."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+_DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={root}/munge.sock
+CredType=cred/munge
+SlurmctldPort={port}
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd.%n.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/slurmd.%n.log
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
+KillWait=3
+MinJobAge=300
+AccountingStorageType=accounting_storage/none
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node1} CPUs=2 CoresPerSocket=2 RealMemory=2000 State=UNKNOWN
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={node2} CPUs=2 CoresPerSocket=2 RealMemory=2000 State=UNKNOWN
+PartitionName=test Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def why_not() -> str | None:
+    """Why no Slurm can be started here, or None."""
+    missing = [name for name in _DAEMONS if shutil.which(name) is None]
+    if missing:
+        return f"Slurm is not installed ({', '.join(missing)} missing): apt-get install slurm-wlm munge"
+    return None if os.geteuid() == 0 else "starting a Slurm of one's own needs root"
+
+
+class SlurmCluster:
+    """Two nodes of two processors; `environment` makes Slurm's commands find it."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        ports = _free_ports(3)
+        host = socket.gethostname().split(".")[0]
+        names = dict(zip(("port", "node1", "node2"), ports, strict=True))
+        for folder in ("state", "spool/node1", "spool/node2"):
+            (root / folder).mkdir(parents=True)
+        (root / "slurm.conf").write_text(_CONF.format(root=root, host=host, **names))
+        (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
+        (root / "munge.key").write_bytes(os.urandom(1024))
+        (root / "munge.key").chmod(0o400)
+        self.environment = {"SLURM_CONF": str(root / "slurm.conf")}
+
+    def start(self) -> None:
+        """Start the daemons and wait until both nodes are idle."""
+        files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munged.pid", "log-file": "munged.log"}
+        options = [f"--{option}={self.root}/{file}" for option, file in files.items()]
+        self._run("munged", "--force", *options, f"--seed-file={self.root}/munge.seed")
+        self._run("slurmctld", "-f", self.environment["SLURM_CONF"])
+        for node in ("node1", "node2"):
+            self._run("slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
+        for _ in range(150):
+            states = self._run("sinfo", "-h", "-N", "-o", "%T", check=False).split()
+            if states == ["idle", "idle"]:
+                return
+            time.sleep(0.2)
+        logs = "".join(file.read_text()[-2000:] for file in sorted(self.root.glob("*.log")))
+        raise AssertionError(f"the nodes are {states}\n{logs}")
+
+    def stop(self) -> None:
+        """End the daemons."""
+        for file in [*self.root.glob("slurmd.*.pid"), self.root / "slurmctld.pid", self.root / "munged.pid"]:
+            if file.exists():
+                subprocess.run(["kill", file.read_text().strip()], capture_output=True)
+
+    def _run(self, *command: str, check: bool = True) -> str:
+        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
