@@ -245,7 +245,10 @@ def _one_refuses(rank, change):
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
-    [({"capacity": 10}, "the capacity is 10."), ({"kernel": "nope"}, "there are reference, cpu, triton, triton_tf32.")],
+    [
+        ({"capacity": 10}, "the capacity is 10."),
+        ({"kernel": "nope"}, "there are reference, cpu, triton, triton_tf32, gluon, gluon_split."),
+    ],
 )
 def test_where_one_rank_refuses_all_do(change, sentence):
     other, own = run_on_ranks(2, _one_refuses, change)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from processes import run_on_ranks
 
 from distattn import config as configuration
@@ -48,7 +49,7 @@ def small(texts: Path, folder: Path, dtype: str) -> Config:
 
 
 def _train(rank: int, folder: Path, config: Config) -> None:
-    train(Run(folder), config, json_lines=True)
+    train(Run(folder), config, True, torch.device("cpu"))
 
 
 def curve(texts: Path, folder: Path, dtype: str, ranks: int, strategy: str) -> list[float]:
