@@ -55,11 +55,13 @@ def _pass(plan: Plan, description: Description, direction: str, table: Table) ->
     # messages: the moves of one step between two ranks
     key = (moves["step"] * ranks + moves["src"]) * ranks + moves["dst"]
     size = bytes_of_moves(call, moves)
-    adding = np.isin(moves["payload"], ACCUMULATING)
-    messages, index = np.unique(key, return_inverse=True)
-    sizes = np.bincount(index, size, len(messages))
-    merged = np.bincount(index, size * adding, len(messages))
-    pair, dst = np.divmod(messages, ranks)
+    # rows of a table are sorted by step, source and destination
+    first = np.flatnonzero(np.diff(key, prepend=-1))
+    sizes, merged = np.zeros(0), np.zeros(0)
+    if len(first):
+        sizes = np.add.reduceat(size, first).astype(float)
+        merged = np.add.reduceat(size * np.isin(moves["payload"], ACCUMULATING), first).astype(float)
+    pair, dst = np.divmod(key[first], ranks)
     step_of, src = np.divmod(pair, ranks)
     bounds = np.searchsorted(step_of, np.arange(steps + 1))
     begin, computed, arrived = (np.zeros((steps, ranks)) for _ in range(3))
