@@ -14,6 +14,9 @@ from distattn.intervals import Ints
 Numbers = np.ndarray
 # floating-point operations of one cell and one unit of (query dim + value dim): two products forward, five backward
 _FLOPS = {"forward": 2.0, "backward": 5.0}
+# tokens of keys whose time goes into beginning and ending a program: 558 TFLOP/s at 1,024 keys against 701 at 32,768
+# (FlashAttention 3 on an H100, see descriptions/h100.toml)
+_SHORT = 1024 * (701 / 558 - 1)
 _MICRO, _GIGA, _TERA = 1e-6, 1e9, 1e12
 
 
@@ -26,7 +29,8 @@ def attention_speed(description: Description, direction: str, head_dim: int, que
     """Operations per second reached on full rectangles of these sides.
 
     Between the points of the table by logarithms; a table of squares alone is read at the shorter side. Below its first
-    point a fixed time for every row of tiles is all that is left (prologue and epilogue of a program).
+    point a fixed time for every row of tiles is what grows (prologue and epilogue of a program); a table of one
+    length says nothing of it, and the share that FlashAttention 3 loses on an H100 is taken.
     """
     rows = [row for row in description.attention if row.direction == direction]
     nearest = min({row.head_dim for row in rows}, key=lambda dim: abs(np.log(dim / head_dim)))
@@ -42,6 +46,8 @@ def attention_speed(description: Description, direction: str, head_dim: int, que
         speed = np.interp(np.log(shorter), np.log(squares), [table[n, n] for n in squares.tolist()])
         first = int(squares[0])
     best = max(table.values())
+    if len(table) == 1:
+        return speed / (1.0 + _SHORT / np.maximum(shorter, 1))
     # seconds an operation at `speed` takes beyond the best, spread over fewer keys
     short = np.maximum(first / np.maximum(shorter, 1), 1.0)
     return 1.0 / (1.0 / best + (1.0 / speed - 1.0 / best) * short)
@@ -50,7 +56,8 @@ def attention_speed(description: Description, direction: str, head_dim: int, que
 def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
     """(cells of the tiles that each tightened band touches, keys of its widest row of tiles).
 
-    A slanted edge passes through the middle of tiles: half a tile more in every row.
+    A slanted edge climbs by a tile's height within it: half of that more in every row, and as much of a tile of keys as a
+    row of tiles does not fill at its end.
     """
     rows = bands[:, Q1] - bands[:, Q0]
     first_begin, first_end = row_ends(bands, bands[:, Q0])
@@ -58,7 +65,8 @@ def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
     middle_begin, middle_end = row_ends(bands, (bands[:, Q0] + bands[:, Q1]) // 2)
     widest = np.maximum.reduce([first_end - first_begin, middle_end - middle_begin, last_end - last_begin])
     slanted = (first_begin != last_begin).astype(float) + (first_end != last_end)
-    ragged = np.where(slanted == 0, -(-widest // tile[1]) * tile[1] - widest, slanted * (tile[1] - 1) / 2)
+    climbing = (tile[0] - 1) / 2 + max(tile[1] - tile[0], 0) / 2
+    ragged = np.where(slanted == 0, -(-widest // tile[1]) * tile[1] - widest, slanted * climbing)
     tall = -(-rows // tile[0]) * tile[0]
     return tall * (areas(bands) / np.maximum(rows, 1) + ragged), widest + ragged
 

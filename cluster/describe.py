@@ -141,7 +141,10 @@ def part(description: Description, ranks: int) -> Description:
     nodes = -(-ranks // description.devices)
     if ranks % nodes:
         raise DistattnError(f"{ranks} ranks do not fill {nodes} nodes of {description.devices} devices evenly.")
-    return _sized(description, description.name, nodes, ranks // nodes)
+    whole = (nodes, ranks // nodes) == (description.nodes, description.devices)
+    kind = description.name.rpartition("-")[0] if _NAME.fullmatch(description.name) else description.name
+    name = description.name if whole else f"{kind}-{nodes}x{ranks // nodes}"
+    return _sized(description, name, nodes, ranks // nodes)
 
 
 def _sized(description: Description, name: str, nodes: int, devices: int) -> Description:
@@ -173,14 +176,20 @@ def _parsed(source: str, text: str) -> Description:
 def _problem(found: Description) -> str | None:
     numbers = {f"device.{key}": value for key, value in asdict(found.device).items() if isinstance(value, int | float)}
     numbers |= {f"{name}.gbs": getattr(found, name).gbs for name in ("inside", "across")}
-    numbers |= {"nodes": found.nodes, "devices": found.devices}
-    zeros = ("device.launch_us", "device.task_us", "device.host_us")
+    numbers |= {f"{name}.latency_us": getattr(found, name).latency_us for name in ("inside", "across")}
+    numbers |= {"nodes": found.nodes, "devices": found.devices, "device.tile": min(found.device.tile)}
+    zeros = ("device.launch_us", "device.task_us", "device.host_us", "inside.latency_us", "across.latency_us")
     for key, value in numbers.items():
         if value < 0 or (value == 0 and key not in zeros):
             return f"{key}: a positive number is wanted, not {value}."
     for row in found.attention:
         if row.direction not in DIRECTIONS or min(row.tflops, row.head_dim, row.queries, row.keys) <= 0:
             return f"attention: a direction (forward, backward) and positive numbers are wanted, not {row}."
+    for kind in {(row.direction, row.head_dim) for row in found.attention}:
+        points = {(row.queries, row.keys) for row in found.attention if (row.direction, row.head_dim) == kind}
+        grid = len({q for q, _ in points}) * len({k for _, k in points})
+        if len(points) != grid and not any(q == k for q, k in points):
+            return f"attention: {kind[0]}, head dim {kind[1]}: a full grid of queries and keys, or squares, are wanted."
     missing = [name for name in DIRECTIONS if not any(row.direction == name for row in found.attention)]
     if missing:
         return f"attention: there is no row of direction {missing[0]}."

@@ -84,14 +84,22 @@ def commands(ranks_on_node: int, nodes: int = 1) -> list[str]:
 
 def _of_text(text: str) -> tuple[str, int, list[tuple[int, float]]]:
     name, ranks, rows = "", 0, []
+    # older tables have a column less
+    time = 5
     for line in text.splitlines():
         words = line.split()
+        if line.startswith("#") and "size" in words and "time" in words:
+            time = words.index("time") - 1
         if not name and (matched := _COMMAND.search(line)):
             name = matched[1]
         if re.match(r"#\s+Rank\s+\d+", line):
             ranks += 1
-        elif not line.startswith("#") and len(words) >= 9 and words[0].isdecimal():
-            rows.append((int(words[0]), float(words[5])))
+        elif not line.startswith("#") and len(words) > time + 1 and words[0].isdecimal():
+            size, micro, rate = int(words[0]), float(words[time]), float(words[time + 1])
+            # algbw is size over time, in the digits that were printed
+            if micro > 0 and abs(size / micro / 1e3 - rate) > 0.02 + 0.02 * rate:
+                raise ValueError(f"time and algbw of size {size} do not agree")
+            rows.append((size, micro))
     if not rows:
         raise ValueError("no row of sizes and times")
     return name, ranks, rows

@@ -107,7 +107,7 @@ class SlurmConfig:
     time: str = ""
     """Limit of the job, as sbatch takes it: 12:00:00, or 2-00:00:00."""
     options: tuple[str, ...] = ()
-    """More lines for sbatch, such as --exclusive or --qos=long."""
+    """More lines for sbatch, such as --exclusive or --qos=long; on the command line --slurm.options=--exclusive."""
     setup: tuple[str, ...] = ()
     """Shell lines before the job begins, such as `module load cuda` or `source venv/bin/activate`."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distattn.cluster import describe
 from distattn.cluster.describe import Description
 from distattn.config import Config
 from distattn.errors import DistattnError
@@ -88,6 +89,18 @@ class Problem:
         )
 
 
+def cluster_of(config: Config, name: str) -> Description:
+    """The described cluster, as far as a run uses it. Refuses one whose nodes are not the run's."""
+    cluster = describe.load(name, config.parallel.ranks)
+    per_node = config.parallel.devices_per_node or config.parallel.ranks
+    if cluster.devices != per_node:
+        raise DistattnError(
+            f"the run has {per_node} ranks on a node, {cluster.name} has {cluster.devices}: set "
+            f"parallel.devices_per_node={cluster.devices} or another cluster."
+        )
+    return cluster
+
+
 def candidates(
     problem: Problem, strategies: Sequence[str], cluster: Description, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Timeline | str]:
@@ -100,7 +113,10 @@ def candidates(
         except DistattnError as error:
             out[strategy] = str(error)
     if all(isinstance(found, str) for found in out.values()):
-        raise DistattnError("\n".join(f"{strategy}: {found}" for strategy, found in out.items()))
+        # what is wrong with the call itself is said once
+        same = len(set(map(str, out.values()))) == 1
+        lines = [str(found) if same else f"{strategy}: {found}" for strategy, found in out.items()]
+        raise DistattnError("\n".join(dict.fromkeys(lines)))
     return out
 
 

@@ -53,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if not given.out or Path(given.out).suffix != ".toml":
         raise DistattnError("calibrate: --out FILE.toml is wanted, the description to write.")
+    if not Path(given.out).parent.is_dir():
+        raise DistattnError(f"calibrate: --out: there is no folder {Path(given.out).parent}.")
     for name in ("ranks", "nodes"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise DistattnError(f"calibrate: --{name}: at least 1, not {getattr(given, name)}.")

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from distattn import config as configuration
-from distattn.cluster import describe
-from distattn.config import Config
+from distattn.data.text import find_files
 from distattn.errors import DistattnError
 from distattn.launch import slurm
 from distattn.launch.prepare import prepare
+from distattn.planning import cluster_of
 from distattn.run import Run, plan_of
 
 USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value ...] [--dry-run] [--json]
@@ -54,6 +54,9 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=int)
     for name in ("dry-run", "json"):
         parser.add_argument(f"--{name}", action="store_true")
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(USAGE)
+        return 0
     if not arguments or arguments[0].startswith("-"):
         raise DistattnError(f"launch {where}: a configuration comes first, such as configs/tiny.toml.")
     given, overrides = parser.parse_known_args(arguments)
@@ -61,10 +64,11 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         given.config, [*overrides, *_sizes(where, given.nodes, given.gpus, given.config, overrides)]
     )
     if config.cluster.description:
-        _check_cluster(config)
+        cluster_of(config, config.cluster.description)
     # everything that can be wrong is found before anything is left behind
     plan_of(config, [config.data.max_document])
     if given.dry_run:
+        find_files(config.data.path, config.data.suffix, config.data.exclude)
         folder = Path(config.run.folder).absolute()
         text = slurm.script(config, folder)
         if where == "local":
@@ -81,7 +85,9 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     try:
         run.logs.mkdir()
         job = slurm.submit(config, run)
-    except DistattnError:
+    except slurm.SubmittedError:
+        raise
+    except BaseException:
         shutil.rmtree(run.folder)
         raise
     facts = {"run": str(run.folder), "job": job, "script": str(run.script_file)}
@@ -100,26 +106,19 @@ def _sizes(where: str, nodes: int | None, gpus: int | None, path: str, overrides
         if value is not None and value < 1:
             raise DistattnError(f"launch: --{name}: at least 1, not {value}.")
     per_node = gpus or parallel.devices_per_node or parallel.ranks
+    if nodes is None and where == "slurm" and parallel.ranks % per_node:
+        raise DistattnError(f"launch: {parallel.ranks} ranks do not fill nodes of {per_node}; say --nodes, too.")
     count = nodes or (1 if where == "local" else max(parallel.ranks // per_node, 1))
     return [f"--parallel.ranks={count * per_node}", f"--parallel.devices_per_node={per_node}"]
-
-
-def _check_cluster(config: Config) -> None:
-    cluster = describe.load(config.cluster.description, config.parallel.ranks)
-    per_node = config.parallel.devices_per_node or config.parallel.ranks
-    if cluster.devices != per_node:
-        raise DistattnError(
-            f"the run has {per_node} ranks on a node, {config.cluster.description} {cluster.devices} devices: "
-            f"set parallel.devices_per_node or cluster.description."
-        )
 
 
 def _look_after(command: str, arguments: Sequence[str]) -> int:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("run")
-    parser.add_argument("--json", action="store_true")
     if command == "logs":
         parser.add_argument("--rank", type=int)
+    else:
+        parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     run = Run(Path(given.run))
     if not run.config_file.exists():

@@ -15,7 +15,7 @@ from distattn.data.packing import pack_epoch
 from distattn.data.text import read_corpus
 from distattn.errors import DistattnError
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.planning import Problem, as_json, candidates, first_tokens, read_lengths, table, write_page
+from distattn.planning import Problem, as_json, candidates, cluster_of, first_tokens, read_lengths, table, write_page
 
 USAGE = """usage: distattn plan CONFIG [--section.key value ...] [options]
        distattn plan --docs FILE_OR_LENGTHS --cluster h200-8x8 [--ranks 64] [options]
@@ -113,10 +113,13 @@ def _asked(
         raise DistattnError(
             "plan: say what to time it on: --cluster h200-8x8, or cluster.description in the configuration."
         )
-    ranks = config.parallel.ranks if config else given.ranks
-    if ranks is not None and ranks < 1:
-        raise DistattnError(f"plan: --ranks: at least 1, not {ranks}.")
-    cluster = describe.load(name, ranks)
+    for option in ("ranks", "axis", "head_dim"):
+        if getattr(given, option) is not None and getattr(given, option) < 1:
+            raise DistattnError(f"plan: --{option.replace('_', '-')}: at least 1, not {getattr(given, option)}.")
+    for option in ("html", "perfetto"):
+        if getattr(given, option) and not Path(getattr(given, option)).parent.is_dir():
+            raise DistattnError(f"plan: --{option}: there is no folder {Path(getattr(given, option)).parent}.")
+    cluster = cluster_of(config, name) if config else describe.load(name, given.ranks)
     if given.docs:
         lengths = read_lengths(given.docs)
         lengths = first_tokens(lengths, given.axis) if given.axis else lengths

@@ -6,15 +6,17 @@ Needs neither torch nor a GPU where it runs. What was submitted is in the run fo
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distattn.config import Config
-from distattn.errors import DistattnError
+from distattn.errors import DamagedDataError, DistattnError
 from distattn.kernels.dispatch import ON_CPU
 from distattn.run import Run
 
@@ -30,13 +32,20 @@ _TEMPLATES = Environment(
 _TEMPLATES.filters["quote"] = shlex.quote
 
 
+class SubmittedError(DistattnError):
+    """Something went wrong after Slurm had taken a job: its run folder stays."""
+
+
 def script(config: Config, folder: Path) -> str:
     """The batch script of a run in this folder."""
     per_node = config.parallel.devices_per_node or config.parallel.ranks
     gpus = config.parallel.kernel not in ON_CPU
-    for line in (*config.slurm.setup, *config.slurm.options, str(folder)):
-        if "\n" in line:
+    slurm = config.slurm
+    for line in (*slurm.setup, *slurm.options, slurm.partition, slurm.account, slurm.time, str(folder)):
+        if "\n" in line or "\r" in line:
             raise DistattnError(f"slurm: a line of the batch script cannot hold a line break: {line!r}.")
+    if "\\" in str(folder):
+        raise DistattnError(f"run.folder: sbatch cannot write to a path with a backslash: {folder}.")
     return _TEMPLATES.get_template("job.sbatch.j2").render(
         title=f"{config.parallel.ranks} ranks, {config.parallel.strategy}",
         name=folder.name,
@@ -45,7 +54,7 @@ def script(config: Config, folder: Path) -> str:
         per_node=per_node,
         gpus=per_node if gpus else 0,
         cpus=per_node * (_CPUS_PER_GPU if gpus else 1),
-        slurm=config.slurm,
+        slurm=slurm,
     )
 
 
@@ -55,11 +64,18 @@ def submit(config: Config, run: Run) -> int:
     Raises DistattnError with Slurm's own words where it rejects the job.
     """
     run.script_file.write_text(script(config, run.folder), "utf-8")
-    answer = _slurm("sbatch", "--parsable", str(run.script_file))
-    # "number" or "number;cluster"
-    job = int(answer.split(";")[0])
-    run.job_file.write_text(json.dumps({"job": job}) + "\n", "utf-8")
-    return job
+    # from here to the job's number in the file nothing may come between
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        answer = _slurm("sbatch", "--parsable", str(run.script_file))
+        # "number" or "number;cluster", below whatever a site says first
+        number = re.match(r"(\d+)(;|$)", (answer.splitlines() or [""])[-1])
+        if number is None:
+            raise SubmittedError(f"sbatch took the job and answered {answer!r}: no job number; see squeue --me.")
+        run.job_file.write_text(json.dumps({"job": int(number[1])}) + "\n", "utf-8")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+    return int(number[1])
 
 
 def require() -> None:
@@ -73,8 +89,13 @@ def require() -> None:
 def status(run: Run) -> dict[str, str | int]:
     """The job's number and state: Slurm's word while it knows the job, else what the script left in the run folder."""
     job = _job(run)
-    known = subprocess.run(["squeue", "--noheader", "--jobs", str(job), "--format=%T"], capture_output=True, text=True)
-    state = known.stdout.strip() if known.returncode == 0 else ""
+    try:
+        state = _slurm("squeue", "--noheader", "--jobs", str(job), "--format=%T")
+    except DistattnError as error:
+        # Slurm forgets a job some minutes after its end
+        if "Invalid job id" not in str(error):
+            raise
+        state = ""
     if not state:
         left = run.state_file.read_text("utf-8").split() if run.state_file.exists() else []
         state = (
@@ -98,6 +119,8 @@ def _job(run: Run) -> int:
         raise DistattnError(
             f"{run.folder}: nothing was submitted from here; there is no {run.job_file.name}."
         ) from None
+    except (ValueError, KeyError, TypeError):
+        raise DamagedDataError(f"{run.job_file}: damaged; find the job's number with squeue --me.") from None
 
 
 def _slurm(*command: str) -> str:

@@ -56,6 +56,8 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
         (("slurm", "configs/tiny.toml", "--cluster.description=h200-2x2"), "the run has 4 ranks on a node"),
         (("slurm", "configs/tiny.toml", "--parallel.strategy=rong"), "there is no 'rong'"),
         (("slurm", "configs/tiny.toml", "--slurm.setup=a\nb", "--dry-run"), "cannot hold a line break"),
+        (("slurm", "configs/tiny.toml", "--slurm.time=1\n2", "--dry-run"), "cannot hold a line break"),
+        (("slurm", "configs/tiny.toml", "--run.folder=a\\b", "--dry-run"), "a path with a backslash"),
         (("slurm",), "a configuration comes first"),
         (("moon", "configs/tiny.toml"), "there is no 'moon'"),
         (("status", "configs"), "this is no run folder"),
@@ -65,6 +67,45 @@ def test_a_mistake_is_one_sentence(capsys, arguments, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
     code, out, err = run(capsys, *arguments)
     assert code == 2 and not out and sentence in err and "Traceback" not in err
+
+
+def test_a_run_that_is_not_there_is_not_submitted_dry(capsys):
+    code, _, err = run(capsys, "slurm", "configs/tiny.toml", "--data.path=/nowhere", "--dry-run")
+    assert code == 2 and "/nowhere" in err
+    code, _, err = run(capsys, "slurm", "configs/tiny.toml", "--gpus=3", "--dry-run")
+    assert code == 2 and "4 ranks do not fill nodes of 3; say --nodes, too" in err
+
+
+@pytest.fixture
+def slurm_that(tmp_path, monkeypatch):
+    """Commands of a Slurm that says what a test wants."""
+
+    def answers(**scripts: str) -> Path:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        for name, lines in scripts.items():
+            (folder / name).write_text(f"#!/bin/bash\n{lines}\n")
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        return tmp_path / "run"
+
+    return answers
+
+
+def test_a_banner_above_the_jobs_number_and_a_controller_that_is_away(capsys, slurm_that):
+    folder = slurm_that(sbatch="echo Welcome; echo '42;big'", squeue="echo cannot contact controller >&2; exit 1")
+    code, out, _ = run(capsys, "slurm", str(ROOT / "configs/tiny.toml"), f"--run.folder={folder}", *SHORT)
+    assert code == 0 and "job 42:" in out
+    code, out, err = run(capsys, "status", str(folder))
+    assert code == 2 and "squeue refused: cannot contact controller" in err and not out
+    (folder / "job.json").write_text("{")
+    assert run(capsys, "status", str(folder))[0] == 3
+
+
+def test_an_answer_without_a_number_keeps_the_folder(capsys, slurm_that):
+    folder = slurm_that(sbatch="echo submitted, good luck")
+    code, _, err = run(capsys, "slurm", str(ROOT / "configs/tiny.toml"), f"--run.folder={folder}", *SHORT)
+    assert code == 2 and "no job number; see squeue --me" in err and (folder / "job.sbatch").exists()
 
 
 def test_without_slurm_nothing_is_left(capsys, tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def read_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
     file that is not UTF-8.
     """
     documents, empty = [], 0
-    files = _find_files(path, suffix, exclude)
+    files = find_files(path, suffix, exclude)
     for file in files:
         content = _read(file)
         empty += not content
@@ -73,7 +73,8 @@ def read_tokens(document: Document) -> np.ndarray:
     return np.frombuffer(content, np.uint8).astype(np.int64)
 
 
-def _find_files(path: str, suffix: str, exclude: Sequence[str]) -> list[str]:
+def find_files(path: str, suffix: str, exclude: Sequence[str]) -> list[str]:
+    """The files of a folder, a file or a glob. Raises DistattnError where there are none."""
     literal = path.replace("{stdlib}", sysconfig.get_path("stdlib"))
     if os.path.exists(literal):
         roots, anchor = [literal], literal

@@ -27,6 +27,7 @@ def test_names_give_nodes_and_devices():
     assert found.topology == da.Cluster(512, 8)
     assert describe.load("h200-8x8", ranks=16).topology == da.Cluster(2, 8)
     assert describe.load("h200-8x8", ranks=4).topology == da.Cluster(1, 4)
+    assert describe.load("h200-8x8", ranks=12).name == "h200-2x6"
 
 
 def test_a_file_written_is_read_back(tmp_path):
@@ -66,6 +67,9 @@ def test_more_ranks_than_devices_are_refused():
         ('direction = "forward"', "attention: a direction"),
         ("devices = 8", "devices: "),
         ("[inside]", "cannot be read as TOML"),
+        ("latency_us = 10 ", "inside.latency_us: a positive number is wanted, not -5"),
+        ("tile = [128, 128]", "device.tile: a positive number is wanted, not 0"),
+        ("queries = 1024, keys", "a full grid of queries and keys, or squares, are wanted"),
     ],
 )
 def test_a_wrong_file_is_refused_by_its_key(tmp_path, change, sentence):
@@ -75,10 +79,18 @@ def test_a_wrong_file_is_refused_by_its_key(tmp_path, change, sentence):
         'direction = "forward"': 'direction = "sideways"',
         "devices = 8": "devices = 0",
         "[inside]": "[inside",
+        "latency_us = 10 ": "latency_us = -5 ",
+        "tile = [128, 128]": "tile = [0, 0]",
+        "queries = 1024, keys": "queries = 512, keys",
     }[change]
     text = (resources.files("distattn.cluster") / "descriptions" / "h200.toml").read_text()
     file = tmp_path / "wrong.toml"
-    file.write_text(text.replace(change, wrong, 1))
+    if "queries" in change:
+        text = "\n".join(
+            line for line in text.splitlines() if "direction =" not in line or "1024" in line or "2048" in line
+        )
+        text = text.replace("queries = 2048", "queries = 4096")
+    file.write_text(text.replace(change, wrong))
     with pytest.raises(da.DistattnError, match=re.escape(sentence)):
         describe.load(file)
 

@@ -41,6 +41,23 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, content
         nccl.read(tmp_path / "missing")
 
 
+def test_older_tables_without_a_root_are_read_too(tmp_path):
+    rows = []
+    for line in text("sendrecv", 2).splitlines():
+        words = line.split()
+        if words[0] == "#" and "root" in words:
+            line = line.replace("root", "")
+        elif words[0].isdecimal():
+            line = " ".join([*words[:4], *words[5:]])
+        rows.append(line)
+    (tmp_path / "old").write_text("\n".join(rows))
+    assert nccl.read(tmp_path / "old").link().gbs == pytest.approx(350, rel=0.02)
+    # without its header the columns are not known
+    (tmp_path / "bare").write_text("\n".join(row for row in rows if "algbw" not in row))
+    with pytest.raises(da.DistattnError, match="time and algbw of size 1024 do not agree"):
+        nccl.read(tmp_path / "bare")
+
+
 def test_times_that_do_not_grow_are_no_link():
     flat = nccl.Measured("sendrecv", 2, ((1024, 10.0), (4096, 10.0), (16384, 9.0)))
     with pytest.raises(da.DistattnError, match="larger messages are not slower"):

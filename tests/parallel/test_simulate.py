@@ -26,7 +26,7 @@ def machine(ranks: int, devices: int | None = None, **changes) -> Description:
     )
     devices = devices or ranks
     fast = Link(np.inf, 0.0)
-    table = tuple(Speed(direction, 64, 1024, 1024, 1.0) for direction in describe.DIRECTIONS)
+    table = tuple(Speed(direction, 64, n, n, 1.0) for direction in describe.DIRECTIONS for n in (64, 1024))
     return replace(Description("test", ranks // devices, devices, device, fast, fast, table), **changes)
 
 
@@ -112,14 +112,17 @@ def test_host_time_bounds_a_step():
     assert simulate(plan, machine(4, device=slow)).forward.seconds >= plan.forward.steps
 
 
-@pytest.mark.parametrize("lengths", [[4096], [512] * 8, [128] * 32, [3000, 1000, 96]])
-def test_tiled_cells_are_those_of_the_tiles_a_mask_touches(lengths):
+@pytest.mark.parametrize("tile", [(128, 128), (256, 128), (128, 64), (64, 128)])
+@pytest.mark.parametrize("lengths", [[4096], [512] * 8, [256] * 16, [3000, 1000, 96]])
+def test_tiled_cells_are_those_of_the_tiles_a_mask_touches(lengths, tile):
     mask = da.Mask.documents(lengths)
     plan = da.make_plan(mask, da.Layout.contiguous(lengths, 1), strategy="ring", **SHAPE)
-    cells, _ = tiled_area(task_bands(mask, plan.forward.tasks), (128, 128))
-    # tile by tile, for every document on its own: its tiles begin where it does
-    wanted = sum(128 * 128 * (n := -(-length // 128)) * (n + 1) / 2 for length in lengths)
-    assert cells.sum() == pytest.approx(wanted, rel=0.05)
+    cells, _ = tiled_area(task_bands(mask, plan.forward.tasks), tile)
+    # row of tiles by row of tiles, for every document on its own: its tiles begin where it does
+    tall, wide = tile
+    last_rows = [min(row + tall, length) for length in lengths for row in range(0, length, tall)]
+    wanted = sum(tall * -(-last // wide) * wide for last in last_rows)
+    assert cells.sum() == pytest.approx(wanted, rel=0.07)
 
 
 def test_speeds_lie_between_the_points_of_the_table():
@@ -130,6 +133,9 @@ def test_speeds_lie_between_the_points_of_the_table():
     # fewer keys: the fixed time of a program weighs more
     short = attention_speed(h100, "forward", 128, np.array([256, 64]), np.array([4096, 4096])) / TERA
     assert 558 / 4 < short[0] < 558 and short[1] < short[0]
+    # a table of one length has the H100's loss on short ones
+    b200 = attention_speed(describe.load("b200-1x8"), "forward", 128, squares, squares) / TERA
+    assert b200[0] == pytest.approx(1297 * 558 / 701, rel=0.01) and b200[-1] == pytest.approx(1297, rel=0.01)
     grid = tuple(Speed("forward", 64, q, k, float(q + k)) for q in (128, 512) for k in (128, 512))
     between = attention_speed(machine(1, attention=grid), "forward", 64, np.array([128, 256]), np.array([512, 512]))
     assert between / TERA == pytest.approx([640, 832])
