@@ -162,7 +162,13 @@ def interrupted(config_file: Path, folder: Path, when: str | None, *overrides: s
     """Start a run, press Ctrl-C once a line begins with `when` (None: after a second), and wait for its end."""
     command = [sys.executable, "-m", "distattn.launch.cli", "train", str(config_file), *overrides]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+
+    def listening() -> None:
+        # whoever runs the tests in a shell's background may have Ctrl-C ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=listening, **pipes)
     assert process.stdout is not None
     if when:
         assert any(line.startswith(when) for line in process.stdout)
