@@ -27,23 +27,27 @@ from distattn.cluster.cost import (
 from distattn.cluster.describe import Description
 from distattn.errors import DistattnError
 from distattn.parallel.timeline import Pass, Timeline
-from distattn.parallel.verify import verify
+from distattn.parallel.verify import Proof, verify
 from distattn.plan import ACCUMULATING, Plan, Table, areas_of_tasks, bytes_of_moves, count, task_bands
 
 Numbers = np.ndarray
 
 
-def simulate(plan: Plan, cluster: Description | str | Path) -> Timeline:
+def simulate(plan: Plan, cluster: Description | str | Path, proof: Proof | None = None) -> Timeline:
     """Time one attention call, forward and backward, on a cluster: a description, or what `describe.load` takes.
 
-    Raises PlanError when the plan cannot be proven, DistattnError when the cluster has not as many devices as it has ranks.
+    proof: what `verify` gave for this plan, where it is at hand; otherwise the plan is proven here. Raises PlanError when
+    the plan cannot be proven, DistattnError when the cluster has not as many devices as it has ranks.
     """
     description = cluster if isinstance(cluster, Description) else describe.load(cluster)
     if description.ranks != plan.call.ranks:
         raise DistattnError(
             f"the plan has {plan.call.ranks} ranks, {description.name} {description.nodes} x {description.devices} devices."
         )
-    proof = verify(plan)
+    if proof is None:
+        proof = verify(plan)
+    elif proof.digest != plan.digest:
+        raise DistattnError("the proof is of another plan.")
     passes = [_pass(plan, description, name, getattr(plan, name)) for name in describe.DIRECTIONS]
     return Timeline(plan, description, proof, *passes)
 

@@ -155,6 +155,13 @@ def test_memory_is_the_proofs_and_everything_is_called_simulated():
     assert ends == pytest.approx((timeline.forward.seconds + timeline.backward.seconds) * 1e6)
 
 
+def test_a_proof_at_hand_is_taken_and_another_plans_refused():
+    plan = plan_of("ring", 4)
+    assert simulate(plan, machine(4), da.verify(plan)).as_dict() == simulate(plan, machine(4)).as_dict()
+    with pytest.raises(da.DistattnError, match="the proof is of another plan"):
+        simulate(plan, machine(4), da.verify(plan_of("usp", 4)))
+
+
 def test_a_cluster_of_another_size_is_refused():
     with pytest.raises(da.DistattnError, match="the plan has 4 ranks, h100-1x8 1 x 8 devices"):
         simulate(plan_of("ring", 4), "h100-1x8")
