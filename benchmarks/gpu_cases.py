@@ -23,7 +23,7 @@ import distattn as da
 from distattn.kernels import gluon_attention, triton_attention
 from distattn.kernels.cells import Cells
 from distattn.kernels.score import Demand, Score
-from distattn.kernels.triton_launch import run
+from distattn.kernels.triton_launch import moved, run
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,6 @@ def prepared(tier: ModuleType, case: Case, mask: da.Mask, device: torch.device) 
     if why_not := tier.refusal(demand):
         raise Unsupported(why_not)
     return moved(tier.prepare(Cells.of_mask(mask, *case.heads), demand), device)
-
-
-def moved(work: Any, device: torch.device) -> Any:
-    """Lists moved to where kernels read them."""
-    if isinstance(work, Tensor):
-        return work.to(device)
-    return type(work)(*(moved(part, device) for part in work)) if isinstance(work, tuple) else work
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Case, Inputs], Run]:

@@ -21,13 +21,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from gpu_cases import moved
 from torch import Tensor
 
 import distattn as da
 from distattn.kernels import gluon_attention, gluon_split, reference, triton_attention
 from distattn.kernels.cells import Cells
 from distattn.kernels.score import Demand, Score
+from distattn.kernels.triton_launch import moved
 
 TIERS = {"triton": triton_attention, "gluon": gluon_attention, "gluon_split": gluon_split}
 HEADS, KV_HEADS = 4, 2

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_cases import moved
 from torch import Tensor
 
 import distattn as da
@@ -31,6 +30,7 @@ from distattn.kernels import triton_attention
 from distattn.kernels.cells import Cells
 from distattn.kernels.dispatch import load_kernel, preparing
 from distattn.kernels.score import Demand, Score
+from distattn.kernels.triton_launch import moved
 from distattn.parallel import execute
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.program import Program, lower, on_device

@@ -22,6 +22,7 @@ from distattn.functional import attention
 from distattn.kernels.cells import Cells
 from distattn.kernels.dispatch import choose_kernel, load_kernel
 from distattn.kernels.score import Demand, Score
+from distattn.kernels.triton_launch import moved
 from distattn.layout import Layout
 from distattn.mask import Mask
 from distattn.parallel.make_plan import make_plan
@@ -172,7 +173,7 @@ def _attention(device: torch.device, head_dim: int, queries: int, keys: int) -> 
     cells = Cells.of_mask(mask, heads, heads)._replace(rows=queries, keys=keys)
     work, score = kernel.prepare(cells, demand), Score(head_dim**-0.5)
     if device.type == "cuda":
-        work = _moved(work, device)
+        work = moved(work, device)
     q, do = (torch.randn(queries, heads, head_dim, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(keys, heads, head_dim, device=device, dtype=dtype) for _ in range(2))
     o, lse = kernel.forward(q, k, v, work, score)
@@ -184,13 +185,6 @@ def _attention(device: torch.device, head_dim: int, queries: int, keys: int) -> 
         Speed("forward", head_dim, queries, keys, flops / there / 1e12),
         Speed("backward", head_dim, queries, keys, 2.5 * flops / back / 1e12),
     ]
-
-
-def _moved(work: Any, device: torch.device) -> Any:
-    """A kernel's lists on the device."""
-    if isinstance(work, Tensor):
-        return work.to(device)
-    return type(work)(*(_moved(part, device) for part in work)) if isinstance(work, tuple) else work
 
 
 def _memory() -> int:

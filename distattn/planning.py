@@ -45,7 +45,7 @@ class Problem:
     head_dim: int
     dtype: str
     layout: str = "zigzag"
-    min_chunk: int = 512
+    layout_options: tuple[tuple[str, int], ...] = ()
     backward: str = ""
 
     @staticmethod
@@ -60,15 +60,14 @@ class Problem:
             model.width // model.heads,
             model.dtype,
             parallel.layout,
-            parallel.min_chunk,
+            tuple(parallel.layout_options.items()),
             parallel.backward,
         )
 
     def timeline(self, strategy: str, cluster: Description) -> Timeline:
         """Planned by one strategy, proven and simulated."""
         lengths, mask = list(self.lengths), Mask.documents(list(self.lengths))
-        options = {"min_chunk": self.min_chunk} if self.layout == "document_zigzag" else {}
-        layout = lay_out(self.layout, lengths, self.ranks, mask, **options)
+        layout = lay_out(self.layout, lengths, self.ranks, mask, **dict(self.layout_options))
         plan = make_plan(
             mask,
             layout,

@@ -64,6 +64,13 @@ def lists_of(runs: Runs) -> Lists:
     return Lists(*(torch.from_numpy(column) for column in runs[:6]))
 
 
+def moved(work: Any, device: torch.device) -> Any:
+    """A kernel's lists, as its `prepare` made them, on a device."""
+    if isinstance(work, Tensor):
+        return work.to(device)
+    return type(work)(*(moved(part, device) for part in work)) if isinstance(work, tuple) else work
+
+
 def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
     """Tensors of tokens and heads with their strides."""
     out: dict[str, Any] = {}

@@ -27,7 +27,7 @@ description for distattn plan --cluster FILE.toml. Takes a minute or two.
   --ranks N             ranks on this machine: its GPUs, or 4 on a machine without
   --nodes N             how many such machines there are (default 1)
   --nccl-inside FILE    take the link inside nodes from nccl-tests' output (text table or -J) instead of own probes
-  --nccl-across FILE    the link across nodes; without it, that inside is written and marked by --nodes 1
+  --nccl-across FILE    the link across nodes, wanted where --nodes is more than 1
   --json                the description as JSON on the console, too
 
 Where the binaries of nccl-tests are on the PATH they are run for the link inside; their commands are printed in any case.

@@ -120,6 +120,8 @@ def _asked(
         if getattr(given, option) and not Path(getattr(given, option)).parent.is_dir():
             raise DistattnError(f"plan: --{option}: there is no folder {Path(getattr(given, option)).parent}.")
     cluster = cluster_of(config, name) if config else describe.load(name, given.ranks)
+    if given.axis and not given.docs:
+        raise DistattnError("plan: --axis cuts the documents of --docs; a configuration has --data.axis.")
     if given.docs:
         lengths = read_lengths(given.docs)
         lengths = first_tokens(lengths, given.axis) if given.axis else lengths

@@ -78,6 +78,7 @@ def test_documents_from_a_file_cut_at_an_axis(capsys, tmp_path):
         (("--cluster", "h200-1x4"), "a configuration or --docs is wanted"),
         (("configs/tiny.toml", "--cluster", "h200-1x2"), "4 ranks want more devices than h200-1x2 has"),
         (("configs/tiny.toml", "--cluster", "h200-1x4", "--layout", "zigzag"), "with a configuration --layout is"),
+        (("configs/tiny.toml", "--cluster", "h200-1x4", "--axis", "100"), "a configuration has --data.axis"),
         (("configs/none.toml", "--cluster", "h200-1x4"), "there is no such configuration file"),
     ],
 )
