@@ -53,6 +53,20 @@ def attention_speed(description: Description, direction: str, head_dim: int, que
     return 1.0 / (1.0 / best + (1.0 / speed - 1.0 / best) * short)
 
 
+def overhead_keys(description: Description, direction: str, head_dim: int) -> int:
+    """How many keys' worth of time a row costs besides its keys: what makes short documents slow.
+
+    The median over the squares of the table: speed = best * n / (n + overhead).
+    """
+    lengths = np.array(
+        sorted({min(row.queries, row.keys) for row in description.attention if row.direction == direction})
+    )
+    speed = attention_speed(description, direction, head_dim, lengths, lengths)
+    if len(lengths) == 1:
+        return round(_SHORT)
+    return round(float(np.median((lengths * (speed.max() / speed - 1))[speed < speed.max()])))
+
+
 def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
     """(cells of the tiles that each tightened band touches, keys of its widest row of tiles).
 

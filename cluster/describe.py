@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from distattn.cluster.topology import Cluster
 from distattn.errors import DistattnError
+from distattn.intervals import Ints
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 DIRECTIONS = ("forward", "backward")
@@ -99,9 +100,18 @@ class Description:
     def ranks(self) -> int:
         return self.nodes * self.devices
 
+    @property
+    def node(self) -> Ints:
+        """The node of each rank."""
+        return self.topology.node
+
     def save(self, path: str | Path) -> None:
         """Write it; `load` reads it back."""
         Path(path).write_text(tomli_w.dumps(asdict(self)), "utf-8")
+
+
+# which ranks share a node; a description also knows how fast things are
+Machines = Cluster | Description
 
 
 def shipped() -> list[str]:

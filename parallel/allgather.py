@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.cluster.topology import Cluster
+from distattn.cluster.describe import Machines
 from distattn.intervals import Ints, expand, union
 from distattn.parallel.ownership import owned, pieces, split_by_query_owner
 from distattn.parallel.routes import guests, relay, star
 from distattn.plan import TASK_COLUMNS, Call, Columns, Payload, Table, cells_of_tasks, columns
 
 
-def allgather(call: Call, cluster: Cluster | None = None) -> list[Table]:
+def allgather(call: Call, cluster: Machines | None = None) -> list[Table]:
     """Tasks and moves of one pass: fetch at step 0, pass on at 1; compute at 0 (own keys), 1, and 2 (passed-on keys)."""
     area, rank = split_by_query_owner(call, pieces(call), call.layout.chunks)
     step = np.where(owned(call, rank, area.k0, area.k1), 0, 1)

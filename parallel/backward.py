@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.cluster.topology import Cluster
+from distattn.cluster.describe import Machines
 from distattn.parallel.routes import follow, guests, straight_home
 from distattn.plan import MOVE_COLUMNS, Call, Columns, Payload, Table, concat, take
 
 _TURNED = {Payload.Q: Payload.dQ, Payload.KV: Payload.dKV, Payload.O: Payload.dO}
 
 
-def derive(call: Call, forward: Table, policy: str, cluster: Cluster | None = None) -> Table:
+def derive(call: Call, forward: Table, policy: str, cluster: Machines | None = None) -> Table:
     """The backward table of `forward` under `policy`. Given a cluster, dKV is summed inside a node before it leaves."""
     if policy == "keep":
         return _transposed(forward)

@@ -10,7 +10,7 @@ from math import isqrt
 
 import numpy as np
 
-from distattn.cluster.topology import Cluster
+from distattn.cluster.describe import Machines
 from distattn.errors import DistattnError
 from distattn.intervals import whole_numbers
 from distattn.parallel.ownership import split_by_owners
@@ -18,7 +18,7 @@ from distattn.parallel.routes import chain_of_nodes, guests
 from distattn.plan import TASK_COLUMNS, Call, Payload, Table, columns
 
 
-def double_ring(call: Call, cluster: Cluster | None = None, *, inner: int | None = None) -> list[Table]:
+def double_ring(call: Call, cluster: Machines | None = None, *, inner: int | None = None) -> list[Table]:
     """Tasks and moves of one pass: what is o nodes and i seats away is used in step o * inner + i.
 
     inner: ranks in an inner ring, by default those of a node, or the largest divisor of the ranks not above their root.

@@ -9,13 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.cluster.topology import Cluster
+from distattn.cluster.describe import Machines
 from distattn.errors import DistattnError
 from distattn.intervals import distinct
 from distattn.layout import Layout
 from distattn.mask import Mask
 from distattn.parallel.allgather import allgather
 from distattn.parallel.backward import derive
+from distattn.parallel.cad import cad
+from distattn.parallel.cad_greedy import cad_greedy
 from distattn.parallel.double_ring import double_ring
 from distattn.parallel.relayout import bend
 from distattn.parallel.ring import ring
@@ -29,6 +31,8 @@ class Strategy(NamedTuple):
 
     forward: Callable[..., Sequence[Table]]
     backward: str
+    # takes direction="backward" as well: tasks of the backward pass are assigned by what they cost there
+    by_direction: bool = False
 
 
 STRATEGIES: Mapping[str, Strategy] = {
@@ -37,7 +41,13 @@ STRATEGIES: Mapping[str, Strategy] = {
     "allgather": Strategy(allgather, "refetch-home"),
     "ulysses": Strategy(ulysses, "keep"),
     "usp": Strategy(usp, "refetch-follow"),
+    "cad": Strategy(cad, "refetch-home", by_direction=True),
+    "cad_greedy": Strategy(cad_greedy, "refetch-home"),
 }
+
+
+# parameters of a strategy that are not options
+_OURS = ("call", "cluster", "direction")
 
 
 def make_plan(
@@ -51,7 +61,7 @@ def make_plan(
     v_head_dim: int | None = None,
     dtype: str,
     backward: str | None = None,
-    cluster: Cluster | None = None,
+    cluster: Machines | None = None,
     options: Mapping[str, object] | None = None,
     working_layout: Layout | None = None,
 ) -> Plan:
@@ -59,14 +69,15 @@ def make_plan(
 
     heads and kv_heads are query and key/value heads on one tensor-parallel rank; dtype is that of q, k and v
     ("float16", "bfloat16", "float32", "float64"). backward is one of POLICIES, by default the strategy's own. cluster
-    says which ranks share a node; options are the strategy's own keyword arguments. Of a strategy's candidates the one
-    that moves fewest bytes is taken, forward and backward each (together where the backward keeps what it received).
+    says which ranks share a node, or, where it is a description, also how fast kernels are; options are the strategy's
+    own keyword arguments. Of a strategy's candidates the one that moves fewest bytes is taken, forward and backward each
+    (together where the backward keeps what it received).
     working_layout: where the strategy shall have the tokens, if not where q, k, v and o are: it re-lays them inside the call.
     Raises DistattnError when the call cannot be planned as asked.
     """
     check_names(strategy, backward, options)
-    if not isinstance(cluster, Cluster | None):
-        raise DistattnError(f"cluster is a Cluster(nodes, devices), not {cluster!r}.")
+    if not isinstance(cluster, Machines | None):
+        raise DistattnError(f"cluster is a Cluster(nodes, devices) or a description of one, not {cluster!r}.")
     if cluster is not None and cluster.ranks != layout.ranks:
         raise DistattnError(f"the cluster has {cluster.nodes} x {cluster.devices} ranks, the layout {layout.ranks}.")
     call = Call(mask, layout, heads, kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, dtype)
@@ -75,11 +86,16 @@ def make_plan(
     working = call if working_layout is None else replace(call, layout=working_layout)
     if working.ranks != call.ranks:
         raise DistattnError(f"the working layout has {working.ranks} ranks, the layout {call.ranks}.")
-    candidates = list(chosen.forward(working, cluster, **(options or {})))
-    if working_layout is not None:
-        candidates = [bend(call, working, table) for table in candidates]
-    candidates = [_without_idle_steps(table) for table in candidates]
-    backwards = [derive(call, table, policy, cluster) for table in candidates]
+
+    def tables(**direction: str) -> list[Table]:
+        found = list(chosen.forward(working, cluster, **direction, **(options or {})))
+        if working_layout is not None:
+            found = [bend(call, working, table) for table in found]
+        return [_without_idle_steps(table) for table in found]
+
+    candidates = tables()
+    anew = chosen.by_direction and policy != "keep"
+    backwards = [derive(call, t, policy, cluster) for t in (tables(direction="backward") if anew else candidates)]
     there, back = (np.array([_bytes(call, table) for table in tables]) for tables in (candidates, backwards))
     best = (int(there.argmin()), int(back.argmin())) if policy != "keep" else (int((there + back).argmin()),) * 2
     return Plan(call, candidates[best[0]], backwards[best[1]], policy, strategy)
@@ -91,7 +107,7 @@ def check_names(strategy: str, backward: str | None, options: Mapping[str, objec
         raise DistattnError(f"strategy {strategy!r} does not exist; there are {', '.join(STRATEGIES)}.")
     if backward is not None and backward not in POLICIES:
         raise DistattnError(f"backward policy {backward!r} does not exist; there are {', '.join(POLICIES)}.")
-    known = list(inspect.signature(STRATEGIES[strategy].forward).parameters)[2:]
+    known = [name for name in inspect.signature(STRATEGIES[strategy].forward).parameters if name not in _OURS]
     for name in (options or {}).keys() - known:
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise DistattnError(f"strategy {strategy} has no option {name!r}; {takes}.")

@@ -34,7 +34,7 @@ def pieces(call: Call) -> Rectangles:
 def split_by_query_owner(call: Call, area: Rectangles, chunks: Columns) -> tuple[Rectangles, Ints]:
     """Cut rectangles where the owner of the queries changes. Returns (rectangles, rank that owns their queries)."""
     i, j = crossing(chunks["t0"], chunks["t1"], area.q0, area.q1)
-    parts, kept = _cut(call, area, i, chunks["t0"][j], chunks["t1"][j], area.k0[i], area.k1[i])
+    parts, kept = cut(call, area, i, chunks["t0"][j], chunks["t1"][j], area.k0[i], area.k1[i])
     return parts, chunks["rank"][j][kept]
 
 
@@ -42,7 +42,7 @@ def split_by_key_owner(call: Call, area: Rectangles, chunks: Columns) -> tuple[R
     """Cut rectangles where the owner of the keys changes. Returns (rectangles, input row, rank that owns their keys)."""
     i, j = crossing(chunks["t0"], chunks["t1"], area.k0, area.k1)
     k0, k1 = np.maximum(area.k0[i], chunks["t0"][j]), np.minimum(area.k1[i], chunks["t1"][j])
-    parts, kept = _cut(call, area, i, area.q0[i], area.q1[i], k0, k1)
+    parts, kept = cut(call, area, i, area.q0[i], area.q1[i], k0, k1)
     return parts, i[kept], chunks["rank"][j][kept]
 
 
@@ -82,7 +82,7 @@ def owned(call: Call, rank: Ints, a: Ints, b: Ints) -> np.ndarray:
     return out
 
 
-def _cut(call: Call, area: Rectangles, i: Ints, q0: Ints, q1: Ints, k0: Ints, k1: Ints) -> tuple[Rectangles, Ints]:
+def cut(call: Call, area: Rectangles, i: Ints, q0: Ints, q1: Ints, k0: Ints, k1: Ints) -> tuple[Rectangles, Ints]:
     """Rectangles i cut by [q0, q1) x [k0, k1), tight again; empty ones are left out. Returns (rectangles, rows kept)."""
     tight = tighten(
         clip(clip(call.mask.pieces[area.piece[i]], area.q0[i], area.q1[i], area.k0[i], area.k1[i]), q0, q1, k0, k1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.cluster.topology import Cluster
+from distattn.cluster.describe import Machines
 from distattn.errors import DistattnError
 from distattn.intervals import Ints
 from distattn.parallel.ownership import Rectangles, split_by_owners
@@ -19,7 +19,7 @@ from distattn.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, colu
 _ROTATIONS = ("fewest bytes", "keys", "queries")
 
 
-def ring(call: Call, cluster: Cluster | None = None, *, rotate: str = "fewest bytes") -> list[Table]:
+def ring(call: Call, cluster: Machines | None = None, *, rotate: str = "fewest bytes") -> list[Table]:
     """Tasks and moves of a ring pass: what is d seats away is used in step d. One candidate per kind of rotation."""
     if rotate not in _ROTATIONS:
         raise DistattnError(f"ring rotates one of {', '.join(_ROTATIONS)}, not {rotate!r}.")

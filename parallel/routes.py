@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.intervals import Ints, distinct, elementary, expand, lexical_order
+from distattn.intervals import Ints, crossing, distinct, elementary, expand, lexical_order
 from distattn.plan import MOVE_COLUMNS, Call, Columns, Payload, cells_of_tasks, columns, concat, count, take
 
 
@@ -21,19 +21,18 @@ def guests(call: Call, payload: Payload, tasks: Columns, latest: bool = False) -
     """
     chunks = call.layout.chunks
     cells = cells_of_tasks(call, payload, tasks)
-    limits = distinct(np.concatenate([cells["h0"], cells["h1"]]))
-    i, head = expand(np.searchsorted(limits, cells["h0"]), np.searchsorted(limits, cells["h1"]))
-    # chunks take part as rows of nobody, so that no stretch crosses an owner
-    heads, own = np.arange(max(len(limits) - 1, 0)), len(chunks["t0"])
-    group = np.concatenate([head, np.repeat(heads, own)])
-    low = np.concatenate([cells["t0"][i], np.tile(chunks["t0"], len(heads))])
-    high = np.concatenate([cells["t1"][i], np.tile(chunks["t1"], len(heads))])
-    row, part, head, t0, t1 = elementary(group, low, high)
-    kept = row < len(i)
-    row, part = i[row[kept]], part[kept]
-    owner = chunks["rank"][np.minimum(np.searchsorted(chunks["t1"], t0, "right"), own - 1)]
-    foreign = tasks["rank"][row] != owner[part]
-    row, part = row[foreign], part[foreign]
+    # cut at chunks, so that no stretch crosses an owner
+    i, j = crossing(chunks["t0"], chunks["t1"], cells["t0"], cells["t1"])
+    foreign = np.flatnonzero(tasks["rank"][i] != chunks["rank"][j])
+    i, j = i[foreign], j[foreign]
+    t0, t1 = np.maximum(cells["t0"][i], chunks["t0"][j]), np.minimum(cells["t1"][i], chunks["t1"][j])
+    limits = distinct(np.concatenate([cells["h0"][i], cells["h1"][i]]))
+    each, head = expand(np.searchsorted(limits, cells["h0"][i]), np.searchsorted(limits, cells["h1"][i]))
+    row, part, head, t0, t1 = elementary(head, t0[each], t1[each])
+    row = each[row]
+    owner = np.zeros(len(t0), np.int64)
+    owner[part] = chunks["rank"][j[row]]
+    row = i[row]
     # one row per (stretch, rank): its first or last step
     step = tasks["step"][row]
     order = lexical_order(part, tasks["rank"][row], -step if latest else step)

@@ -6,14 +6,14 @@ every rank that has a query head of its group. More ranks than query heads are r
 
 from __future__ import annotations
 
-from distattn.cluster.topology import Cluster
+from distattn.cluster.describe import Machines
 from distattn.errors import DistattnError
 from distattn.parallel.ownership import pieces, split_heads
 from distattn.parallel.routes import guests, reversed_as, star
 from distattn.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, columns, concat
 
 
-def ulysses(call: Call, cluster: Cluster | None = None) -> list[Table]:
+def ulysses(call: Call, cluster: Machines | None = None) -> list[Table]:
     """Tasks and moves of one Ulysses pass: queries, keys and values out at step 0, compute at 1, outputs home at 2."""
     if call.ranks > call.heads:
         raise DistattnError(

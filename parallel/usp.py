@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.cluster.topology import Cluster
+from distattn.cluster.describe import Machines
 from distattn.errors import DistattnError
 from distattn.intervals import whole_numbers
 from distattn.parallel.ownership import chunks_of_groups, split_by_owners, split_heads
@@ -19,7 +19,7 @@ _INNER = ("ulysses", "ring")
 
 
 def usp(
-    call: Call, cluster: Cluster | None = None, *, ulysses: int | None = None, inner: str = "ulysses"
+    call: Call, cluster: Machines | None = None, *, ulysses: int | None = None, inner: str = "ulysses"
 ) -> list[Table]:
     """Tasks and moves of one pass: collect at step 0, compute what came d groups far at step 1 + d, outputs straight home.
 
@@ -52,6 +52,6 @@ def usp(
     return [Table(tasks, concat(MOVE_COLUMNS, moves))]
 
 
-def _default_share(call: Call, cluster: Cluster | None) -> int:
+def _default_share(call: Call, cluster: Machines | None) -> int:
     most = min(call.kv_heads, call.ranks if cluster is None else cluster.devices)
     return max(u for u in range(1, most + 1) if call.ranks % u == 0)

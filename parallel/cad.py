@@ -1,0 +1,131 @@
+"""Core-attention disaggregation: ranks with too much attention hand some of it to ranks with too little.
+
+Core attention has no weights, so any rank may serve any piece of it (Zhuang et al. 2025, arXiv 2510.18121). Queries, keys
+and values travel to the server, outputs home; all else stays where the tokens are. Unlike that paper's greedy rule
+(`cad_greedy`) every server is bounded, shares are head groups, rows and ranges of keys, and what is counted is what moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from distattn.cluster.describe import Machines
+from distattn.errors import DistattnError
+from distattn.intervals import Ints, whole_numbers
+from distattn.parallel.cutting import Rows, Shares, cut_off, open_up
+from distattn.parallel.giving import give
+from distattn.parallel.ownership import owned, pieces, split_by_key_owner, split_by_query_owner
+from distattn.parallel.routes import guests, star, straight_home
+from distattn.parallel.work import Price, bytes_each
+from distattn.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Columns, Payload, Table, columns, concat, take, task_bands
+
+# beyond this share of an item its first rows, which hold little work for their bytes, have to leave as well
+_CHEAP = 0.75
+_MILLION = 1_000_000
+
+
+def cad(
+    call: Call,
+    cluster: Machines | None = None,
+    *,
+    direction: str = "forward",
+    tolerance: float = 0.02,
+    speeds: Sequence[int] | None = None,
+    block: int = 128,
+) -> list[Table]:
+    """Tasks and moves of one pass: send at step 0, compute (at home at 0, away at 1), outputs home at 2.
+
+    tolerance: no server gets more than (1 + tolerance) of its part of the work, but for the last block of cells.
+    speeds: a whole number for each rank, what it does in the time the others take for theirs; 0 serves nothing.
+    block: rows and keys that kernels take at once; documents are cut at multiples of it.
+    """
+    if not 0 <= tolerance < 1000:
+        raise DistattnError(f"tolerance is a share of the mean, such as 0.02, not {tolerance}.")
+    if int(whole_numbers(block, "block")) < 1:
+        raise DistattnError(f"block is at least 1 token, not {block}.")
+    rate = np.ones(call.ranks, np.int64) if speeds is None else whole_numbers(speeds, "speeds")
+    if rate.shape != (call.ranks,) or (rate < 0).any() or not rate.any():
+        raise DistattnError(f"speeds are {call.ranks} whole numbers, one for each rank, not all 0; not {speeds}.")
+    price = Price.on(cluster, direction, call.head_dim, block)
+    tasks = at_home(call, bytes_each(call, direction))
+    node = np.zeros(call.ranks, np.int64) if cluster is None else cluster.node
+    return [routed(call, _shared_out(call, tasks, price, node, rate, tolerance))]
+
+
+def allowed(work: int, rate: Ints, tolerance: float) -> Ints:
+    """What each rank may have to do: its part of all work, by its rate, and the tolerance."""
+    # Python integers: the product passes int64
+    share = _MILLION + round(tolerance * _MILLION)
+    parts = [-(-work * share * own // (int(rate.sum()) * _MILLION)) for own in rate.tolist()]
+    return np.array(parts, np.int64)
+
+
+def at_home(call: Call, weights: tuple[int, int]) -> Columns:
+    """Every task at the rank of its queries, or of its keys where moving the queries there takes fewer bytes."""
+    area, rank = split_by_query_owner(call, pieces(call), call.layout.chunks)
+    local = owned(call, rank, area.k0, area.k1)
+    tasks = columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
+    if local.all():
+        return tasks
+    part, row, key_owner = split_by_key_owner(call, area, call.layout.chunks)
+    away = (key_owner != rank[row]) & (weights[0] * (part.q1 - part.q0) < weights[1] * (part.k1 - part.k0))
+    split = np.zeros(len(rank), bool)
+    split[row[away]] = True
+    at = np.where(away, key_owner, rank[row])
+    cut = columns(TASK_COLUMNS, step=0, rank=at, **vars(part))
+    return concat(TASK_COLUMNS, [take(tasks, ~split), take(cut, split[row])])
+
+
+def routed(call: Call, tasks: Columns) -> Table:
+    """The table of these tasks: inputs straight from their owners, outputs straight home."""
+    local = owned(call, tasks["rank"], tasks["q0"], tasks["q1"]) & owned(call, tasks["rank"], tasks["k0"], tasks["k1"])
+    tasks = {**tasks, "step": np.where(local, 0, 1)}
+    moves = [
+        star(Payload.Q, guests(call, Payload.Q, tasks), 0),
+        star(Payload.KV, guests(call, Payload.KV, tasks), 0),
+        straight_home(Payload.O, guests(call, Payload.O, tasks, latest=True)),
+    ]
+    return Table(tasks, concat(MOVE_COLUMNS, moves))
+
+
+def _shared_out(call: Call, tasks: Columns, price: Price, node: Ints, rate: Ints, tolerance: float) -> Columns:
+    """The same work, no rank above what it may have."""
+    weights = bytes_each(call, price.direction)
+    cost = price.of_tasks(call, tasks)
+    load = np.zeros(call.ranks, np.int64)
+    np.add.at(load, tasks["rank"], cost)
+    limit = allowed(int(load.sum()), rate, tolerance)
+    excess, room = np.maximum(load - limit, 0), np.maximum(limit - load, 0)
+    if not excess.any():
+        return tasks
+    chosen = _worth_moving(tasks, cost, excess, weights)
+    home, given = tasks["rank"][chosen], take(tasks, chosen)
+    items = Rows(given["piece"], task_bands(call.mask, given), given["h0"], given["h1"])
+    fraction = np.minimum(excess / np.maximum(np.bincount(home, cost[chosen], call.ranks), 1), 1.0)[home]
+    # a typical taker has room for so much
+    typical = max(int((room.astype(float) ** 2).sum() / room.sum()), 1)
+    cut = open_up(items, home, fraction, -(-excess[home] // typical), price, call.group, weights)
+    # what is cut costs more: everybody may have a little more
+    extra = np.append(cut.extra, np.zeros(call.ranks - len(cut.extra), np.int64))
+    limit = allowed(int(load.sum() + extra.sum()), rate, tolerance)
+    excess, room = np.where(excess > 0, np.maximum(load - limit, 0) + extra, 0), np.maximum(limit - load, 0)
+    main = {rank: piece for rank, piece in zip(home[::-1].tolist(), given["piece"][::-1].tolist(), strict=True)}
+    peers = {rank: tasks["rank"][tasks["piece"] == piece] for rank, piece in main.items()}
+    shares = Shares(*give(excess, room, node, peers))
+    rest = np.ones(len(cost), bool)
+    rest[chosen] = False
+    return concat(TASK_COLUMNS, [take(tasks, rest), cut_off(cut, shares, price)])
+
+
+def _worth_moving(tasks: Columns, cost: Ints, excess: Ints, weights: tuple[int, int]) -> Ints:
+    """The tasks that ranks with an excess give from, by rank: those with most work for their bytes."""
+    mine = np.flatnonzero(excess[tasks["rank"]] > 0)
+    rows, keys = tasks["q1"][mine] - tasks["q0"][mine], tasks["k1"][mine] - tasks["k0"][mine]
+    worth = cost[mine] / (weights[0] * rows + weights[1] * keys)
+    order = mine[np.lexsort((-worth, tasks["rank"][mine]))]
+    rank, size = tasks["rank"][order], cost[order]
+    before = np.cumsum(size) - size
+    before -= before[np.searchsorted(rank, rank)]
+    return order[before * _CHEAP < excess[rank]]

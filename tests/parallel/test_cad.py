@@ -1,0 +1,186 @@
+"""Core-attention disaggregation: every server bounded, few bytes, and the same attention."""
+
+import numpy as np
+import pytest
+from cases import all_masks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_close, dense, random_inputs, run_all_ranks
+
+from distattn.cluster import describe
+from distattn.cluster.topology import Cluster
+from distattn.errors import DistattnError
+from distattn.layout import Layout
+from distattn.mask import Mask
+from distattn.parallel.cad import allowed
+from distattn.parallel.make_plan import make_plan
+from distattn.parallel.verify import verify
+from distattn.parallel.work import Price
+from distattn.plan import Plan, count, take
+
+SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
+# each rank its own pack: one long document, many short ones, single tokens
+PACKS = [[160], [1] * 20 + [46], [17, 30, 2], [5, 5, 86]]
+
+
+def pool(packs: list[list[int]]) -> tuple[list[int], Layout]:
+    """The documents of all ranks on one axis, and the layout as the data came."""
+    ends = np.cumsum([0, *(sum(pack) for pack in packs)]).tolist()
+    chunks = [[(a, b)] if a < b else [] for a, b in zip(ends, ends[1:], strict=False)]
+    lengths = [length for pack in packs for length in pack]
+    return lengths, Layout.from_chunks(lengths, chunks)
+
+
+def planned(packs, strategy="cad", inner="causal", shape=SHAPE, cluster=None, **options) -> Plan:
+    lengths, layout = pool(packs)
+    mask = Mask.documents(lengths, inner)
+    return make_plan(mask, layout, strategy=strategy, options=options, cluster=cluster, **shape)
+
+
+def loads(plan: Plan, direction: str, block: int) -> np.ndarray:
+    return Price.on(None, direction, plan.call.head_dim, block).loads(plan.call, getattr(plan, direction).tasks)
+
+
+packs_of_ranks = st.lists(
+    st.lists(st.one_of(st.integers(1, 8), st.integers(1, 400)), min_size=0, max_size=6), min_size=2, max_size=9
+).filter(lambda packs: any(packs))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    packs_of_ranks,
+    st.sampled_from([0.0, 0.02, 0.1, 0.5]),
+    st.sampled_from([4, 16]),
+    st.sampled_from([(8, 2), (6, 6), (4, 1)]),
+    st.sampled_from(["causal", "full", (9, 0), (30, 5)]),
+    st.booleans(),
+)
+def test_no_server_does_more_than_the_tolerance_allows(packs, tolerance, block, heads, inner, nodes):
+    shape = SHAPE | dict(heads=heads[0], kv_heads=heads[1])
+    cluster = Cluster(len(packs) // 2, 2) if nodes and len(packs) % 2 == 0 else None
+    plan = planned(packs, inner=inner, shape=shape, cluster=cluster, tolerance=tolerance, block=block)
+    verify(plan)
+    for direction in ("forward", "backward"):
+        price = Price.on(None, direction, 8, block)
+        work = loads(plan, direction, block)
+        # both ends of each of its shares may split a block of rows, which then costs its overhead twice
+        shares = np.bincount(getattr(plan, direction).tasks["rank"], minlength=len(packs))
+        edge = shares * heads[0] * (price.overhead + block)
+        assert (work <= (1 + tolerance) * work.sum() / len(packs) + edge).all()
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize("inner", ["causal", (7, 0), "full"])
+@pytest.mark.parametrize("policy", ["refetch-home", "keep"])
+def test_outputs_and_gradients_equal_the_oracle(tolerance, inner, policy):
+    lengths, layout = pool(PACKS)
+    mask = Mask.documents(lengths, inner)
+    inputs = random_inputs(mask.n, 8, 2, 8)
+    wanted = dense(mask, inputs)
+    for ranks in (2, 4):
+        packs = PACKS if ranks == 4 else [PACKS[0] + PACKS[1], PACKS[2] + PACKS[3]]
+        for block in (1, 4, 16):
+            options = dict(tolerance=tolerance, block=block)
+            plan = make_plan(mask, pool(packs)[1], strategy="cad", backward=policy, options=options, **SHAPE)
+            assert count(plan.forward.moves)
+            assert_close(run_all_ranks(plan, inputs, "reference"), wanted, 1e-11)
+
+
+@pytest.mark.parametrize("mask", all_masks(8, (61, 7, 129, 63)))
+def test_any_mask_is_shared_out(mask):
+    lengths = (61, 7, 129, 63)
+    chosen, n = all_masks(8, lengths)[mask], sum(lengths)
+    inputs = random_inputs(n, 8, 2, 8)
+    layout = Layout.from_chunks(lengths, [[(0, 200)], [(200, 230)], [], [(230, n)]])
+    plan = make_plan(chosen, layout, strategy="cad", options=dict(tolerance=0.0, block=4), **SHAPE)
+    assert_close(run_all_ranks(plan, inputs, "reference"), dense(chosen, inputs), 1e-11)
+    work = loads(plan, "forward", 4)
+    assert work.max() <= 1.2 * work.mean()
+
+
+def test_an_even_pool_moves_nothing():
+    plan = planned([[64], [64], [64]])
+    assert not count(plan.forward.moves) and not count(plan.backward.moves)
+
+
+def test_a_rank_without_data_serves():
+    plan = planned([[256, 256], []], tolerance=0.0, block=16)
+    work = loads(plan, "forward", 16)
+    assert work.min() > 0.9 * work.mean()
+
+
+def test_documents_are_cut_at_whole_blocks_from_their_ends():
+    plan = planned([[1000], [3, 50, 900], [8] * 20], tolerance=0.02, block=16)
+    tasks = plan.forward.tasks
+    ends = plan.call.layout.ends
+    end = ends[np.searchsorted(ends, tasks["q0"], "right")]
+    start = end - np.diff(ends, prepend=0)[np.searchsorted(ends, tasks["q0"], "right")]
+    assert (((end - tasks["q1"]) % 16 == 0) & ((tasks["q0"] == start) | ((end - tasks["q0"]) % 16 == 0))).all()
+
+
+def test_servers_work_by_their_speed():
+    packs = [[2000], [100] * 20, [100] * 20, [100] * 20]
+    plan = planned(packs, tolerance=0.0, block=16, speeds=[1000, 500, 0, 1500])
+    work = loads(plan, "forward", 16)
+    assert work[2] == 0
+    assert work / work.sum() == pytest.approx(np.array([1000, 500, 0, 1500]) / 3000, abs=0.01)
+    with pytest.raises(DistattnError, match="speeds are 4 whole numbers"):
+        planned(packs, speeds=[1, 2])
+    with pytest.raises(DistattnError, match="not all 0"):
+        planned(packs, speeds=[0] * 4)
+
+
+def test_limits_are_whole_numbers_that_together_hold_all_work():
+    for work in (0, 1, 10**6 + 7, 1 << 60):
+        rate = np.array([3, 5, 0, 11])
+        limit = allowed(work, rate, 0.0)
+        assert limit.dtype == np.int64 and int(limit.sum()) >= work and limit[2] == 0
+
+
+def test_work_goes_to_where_the_keys_are_when_queries_are_few():
+    """A document that runs on into the next rank by a few rows: their queries travel, not the keys."""
+    lengths = [1000, 1000]
+    layout = Layout.from_chunks(lengths, [[(0, 980)], [(980, 2000)]])
+    plan = make_plan(Mask.documents(lengths), layout, strategy="cad", options=dict(tolerance=0.5), **SHAPE)
+    tasks = take(plan.forward.tasks, plan.forward.tasks["q0"] == 980)
+    assert sorted(zip(tasks["rank"].tolist(), tasks["k1"].tolist(), strict=True)) == [(0, 980), (1, 1000)]
+    moved = np.bincount(plan.forward.moves["payload"], minlength=3)
+    assert moved[0] and not moved[1]
+
+
+def test_shares_stay_in_the_node_where_there_is_room():
+    packs = [[1200], [40] * 30, [1200], [40] * 30]
+    plan = planned(packs, cluster=Cluster(2, 2), tolerance=0.05, block=16)
+    assert (plan.forward.moves["src"] // 2 == plan.forward.moves["dst"] // 2).all()
+
+
+def test_costs_come_from_the_clusters_kernels():
+    slow = describe.load("h200-1x4")
+    assert Price.on(slow, "backward", 128, 128).overhead > Price.on(slow, "forward", 128, 128).overhead > 0
+    plan = planned(PACKS, cluster=slow, block=4)
+    verify(plan)
+
+
+@pytest.mark.parametrize(("heads", "least"), [((32, 8), 1.5), ((4, 1), 0.9)])
+def test_fewer_bytes_than_the_greedy_rule_and_better_balance(heads, least):
+    generator = np.random.default_rng(3)
+    packs = [(1 + generator.lognormal(6, 1.8, 200)).astype(int).tolist() for _ in range(12)]
+    packs = [pack[: int(np.searchsorted(np.cumsum(pack), 30000))] for pack in packs]
+    shape = dict(heads=heads[0], kv_heads=heads[1], head_dim=128, dtype="bfloat16")
+    ours, theirs = (planned(packs, strategy, shape=shape) for strategy in ("cad", "cad_greedy"))
+    assert theirs.bytes()["bytes"].sum() > least * ours.bytes()["bytes"].sum()
+    assert loads(ours, "forward", 128).max() <= 1.021 * loads(ours, "forward", 128).mean()
+
+
+def test_the_greedy_rule_brings_every_taker_near_the_mean():
+    packs = [[4000], [100] * 20, [300] * 8, [1000, 1000]]
+    plan = planned(packs, "cad_greedy", tolerance=0.1, block=16)
+    area = plan.area_by_rank()
+    assert area.min() >= 0.9 * area.mean()
+    assert (np.diff(plan.forward.tasks["step"]) >= 0).all()
+
+
+def test_bad_options_are_refused():
+    for options, words in ((dict(tolerance=-1), "tolerance"), (dict(block=0), "block"), (dict(speed=3), "no option")):
+        with pytest.raises(DistattnError, match=words):
+            planned(PACKS, **options)
