@@ -22,7 +22,7 @@ import torch
 
 import distattn as da
 from distattn.kernels.dispatch import preparing
-from distattn.layout import LAYOUTS
+from distattn.layout import LAYOUTS, lay_out
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.program import lower
 from distattn.programs import demand_of
@@ -59,9 +59,8 @@ def main() -> None:
     times = "layout ms  plan ms  verify ms  lower ms"
     say(f"strategy    layout            {times}    tasks    moves  max/mean  moved GB  peak GB fwd/bwd")
     for strategy in STRATEGIES:
-        for name, make in LAYOUTS.items():
-            of_layout = {"mask": mask} if name == "balanced" else {}
-            layout_ms, layout = best(lambda make=make, of=of_layout: make(lengths, arguments.ranks, **of))
+        for name in LAYOUTS:
+            layout_ms, layout = best(lambda name=name: lay_out(name, lengths, arguments.ranks, mask))
             try:
                 plan_ms, plan = best(
                     lambda layout=layout, strategy=strategy: planned(mask, layout, strategy, *arguments.heads)

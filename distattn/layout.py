@@ -18,6 +18,7 @@ from distattn.bands import Q0, Q1, areas, clip
 from distattn.errors import DistattnError
 from distattn.intervals import Ints, crossing, whole_numbers
 from distattn.mask import Mask, document_ends
+from distattn.placement import place
 
 # places where a chunk of `balanced` may end, per chunk; in between the work is taken as even
 _GRID = 32
@@ -146,6 +147,24 @@ class Layout:
         return Layout(lengths, ranks, rank, cuts[:-1], cuts[1:])
 
     @staticmethod
+    def placed(lengths: Sequence[int], ranks: int, *, mask: Mask | None = None, tolerance: float = 0.02) -> Layout:
+        """For loaders that may choose where documents go: few tokens have to move for ranks to have equal work.
+
+        mask: by default causal inside each document. Documents with more than (1 + tolerance) of a rank's work are dealt over
+        about as many ranks as their work asks for; the others stay whole (see `distattn.placement`). No rank has more than
+        1.01 of the mean tokens. Work is as even as that allows; strategy "cad" evens out the rest.
+        """
+        ends, _ = document_ends(lengths), _positive(ranks)
+        n = int(ends[-1])
+        mask = Mask.documents(lengths) if mask is None else mask
+        if mask.n != n or not tolerance >= 0:
+            raise DistattnError(
+                f"placed wants a mask of {n} tokens (not {mask.n}) and a tolerance of at least 0 (not {tolerance})."
+            )
+        work = _rows_area(mask, np.append(0, ends))
+        return Layout(lengths, ranks, *place(np.diff(ends, prepend=0), work, ranks, tolerance))
+
+    @staticmethod
     def from_chunks(lengths: Sequence[int], chunks: Sequence[Sequence[tuple[int, int]]]) -> Layout:
         """`chunks[rank]` lists the intervals (t0, t1) that rank owns, in its local order; an empty list owns nothing."""
         rows = [(rank, t0, t1) for rank, own in enumerate(chunks) for t0, t1 in own]
@@ -230,12 +249,13 @@ LAYOUTS = {
     "document_zigzag": Layout.document_zigzag,
     "block_cyclic": Layout.block_cyclic,
     "balanced": Layout.balanced,
+    "placed": Layout.placed,
 }
 
 
 def lay_out(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **options: Any) -> Layout:
     """The layout of that name for a mask over documents of these lengths."""
-    work = {"mask": mask} if name == "balanced" else {}
+    work = {"mask": mask} if name in ("balanced", "placed") else {}
     return LAYOUTS[name](lengths, ranks, **work, **options)
 
 

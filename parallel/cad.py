@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from distattn.bands import tighten
 from distattn.cluster.describe import Machines
 from distattn.errors import DistattnError
-from distattn.intervals import Ints, whole_numbers
-from distattn.parallel.cutting import Rows, Shares, cut_off, open_up
+from distattn.intervals import Ints, lexical_order, runs, whole_numbers
+from distattn.parallel.cutting import Rows, Shares, cut_off, groups_of, open_up, shape
 from distattn.parallel.giving import give
 from distattn.parallel.ownership import owned, pieces, split_by_key_owner, split_by_query_owner
 from distattn.parallel.routes import guests, star, straight_home
@@ -49,7 +50,7 @@ def cad(
     if rate.shape != (call.ranks,) or (rate < 0).any() or not rate.any():
         raise DistattnError(f"speeds are {call.ranks} whole numbers, one for each rank, not all 0; not {speeds}.")
     price = Price.on(cluster, direction, call.head_dim, block)
-    tasks = at_home(call, bytes_each(call, direction))
+    tasks = at_home(call, price)
     node = np.zeros(call.ranks, np.int64) if cluster is None else cluster.node
     return [routed(call, _shared_out(call, tasks, price, node, rate, tolerance))]
 
@@ -62,20 +63,50 @@ def allowed(work: int, rate: Ints, tolerance: float) -> Ints:
     return np.array(parts, np.int64)
 
 
-def at_home(call: Call, weights: tuple[int, int]) -> Columns:
-    """Every task at the rank of its queries, or of its keys where moving the queries there takes fewer bytes."""
+def at_home(call: Call, price: Price) -> Columns:
+    """Every task at the rank of its queries; where other ways move fewer bytes, at that of its keys, or by groups of heads."""
+    weights = bytes_each(call, price.direction)
     area, rank = split_by_query_owner(call, pieces(call), call.layout.chunks)
-    local = owned(call, rank, area.k0, area.k1)
     tasks = columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
-    if local.all():
+    if owned(call, rank, area.k0, area.k1).all():
         return tasks
     part, row, key_owner = split_by_key_owner(call, area, call.layout.chunks)
     away = (key_owner != rank[row]) & (weights[0] * (part.q1 - part.q0) < weights[1] * (part.k1 - part.k0))
     split = np.zeros(len(rank), bool)
     split[row[away]] = True
-    at = np.where(away, key_owner, rank[row])
-    cut = columns(TASK_COLUMNS, step=0, rank=at, **vars(part))
-    return concat(TASK_COLUMNS, [take(tasks, ~split), take(cut, split[row])])
+    parts = columns(TASK_COLUMNS, step=0, rank=np.where(away, key_owner, rank[row]), **vars(part))
+    tasks = concat(TASK_COLUMNS, [take(tasks, ~split), take(parts, split[row])])
+    return _by_heads(call, tasks, price, weights)
+
+
+def _by_heads(call: Call, tasks: Columns, price: Price, weights: tuple[int, int]) -> Columns:
+    """The same, but pieces of many owners by lanes (see `cutting`), an equal share for each, where that moves fewer bytes."""
+    order = lexical_order(tasks["piece"], tasks["rank"])
+    first = runs(tasks["piece"][order], tasks["rank"][order])
+    piece, owner = tasks["piece"][order][first], tasks["rank"][order][first]
+    seen = np.maximum.reduceat(tasks["k1"][order], first) - np.minimum.reduceat(tasks["k0"][order], first)
+    here = np.add.reduceat((tasks["q1"] - tasks["q0"])[order], first)
+    size = len(call.mask.pieces)
+    owners, keys = np.bincount(piece, minlength=size), np.bincount(piece, np.maximum(seen - here, 0), size)
+    wide = np.flatnonzero(owners > 2)
+    if not len(wide):
+        return tasks
+    items = Rows(wide, tighten(call.mask.pieces[wide]), *call.piece_heads[wide].T)
+    whole = np.ones(len(wide))
+    *_, moved = shape(items, groups_of(items, call.group), whole, owners[wide], price, weights)
+    # every owner has its own part of the rows and keys
+    better = moved * (1 - 1 / owners[wide]) < weights[1] * keys[wide]
+    wide, items = wide[better], items.at(better)
+    if not len(wide):
+        return tasks
+    number = np.arange(len(wide))
+    cut = open_up(items, number, whole[better], owners[wide], price, call.group, weights)
+    mine = np.isin(piece, wide)
+    giver = np.searchsorted(wide, piece[mine])
+    total = np.zeros(len(wide), np.int64)
+    np.add.at(total, cut.giver, price.of(cut.lanes.bands) * (cut.lanes.h1 - cut.lanes.h0))
+    shares = Shares(giver, -(-total[giver] // owners[wide][giver]), owner[mine])
+    return concat(TASK_COLUMNS, [take(tasks, ~np.isin(tasks["piece"], wide)), cut_off(cut, shares, price)])
 
 
 def routed(call: Call, tasks: Columns) -> Table:

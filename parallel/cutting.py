@@ -69,8 +69,8 @@ def open_up(
 
     group: query heads that stay together. weights: bytes of a row, and of a key, of all heads.
     """
-    groups = np.where((items.h0 % group == 0) & (items.h1 % group == 0), (items.h1 - items.h0) // group, 1)
-    taken, parts = _shape(items, groups, fraction, takers, price, weights)
+    groups = groups_of(items, group)
+    taken, parts, _ = shape(items, groups, fraction, takers, price, weights)
     each = (items.h1 - items.h0) // groups
     first = _first_row(items, groups, taken, fraction, price)
     others = items._replace(h0=items.h0 + taken * each)
@@ -93,16 +93,15 @@ def cut_off(cut: Cut, shares: Shares, price: Price) -> Columns:
     return concat(TASK_COLUMNS, [cut.stays, pieces.as_tasks(taker)])
 
 
-def _first_row(items: Rows, groups: Ints, taken: Ints, fraction: np.ndarray, price: Price) -> Ints:
-    """From which row on `taken` of the groups make up that fraction of an item."""
-    wanted = np.ceil(price.of(items.bands) * np.minimum(fraction * groups / taken, 1.0)).astype(np.int64)
-    return price.rows_to(items.bands, wanted)[0]
+def groups_of(items: Rows, group: int) -> Ints:
+    """Into how many parts of `group` heads each item can be cut."""
+    return np.where((items.h0 % group == 0) & (items.h1 % group == 0), (items.h1 - items.h0) // group, 1)
 
 
-def _shape(
+def shape(
     items: Rows, groups: Ints, fraction: np.ndarray, takers: Ints, price: Price, weights: tuple[int, int]
-) -> tuple[Ints, Ints]:
-    """(groups, ranges of keys) to cut each item into: what moves fewest bytes, as estimated."""
+) -> tuple[Ints, Ints, np.ndarray]:
+    """(groups, ranges of keys, bytes): how to cut each item so that fewest bytes move, and how many that will be, estimated."""
     i, taken = expand(np.maximum(np.ceil(fraction * groups).astype(np.int64), 1), groups + 1)
     some = items.at(i)
     rows = some.bands[:, Q1] - _first_row(some, groups[i], taken, fraction[i], price)
@@ -113,9 +112,16 @@ def _shape(
     again = 1 + (takers[i] - 1) / (taken * parts)
     cost = (taken / groups[i]) * (weights[0] * rows * parts + weights[1] * keys * again)
     # the first of the cheapest, item by item
-    order = np.lexsort((np.broadcast_to(parts, cost.shape).ravel(), cost.ravel(), np.tile(i, len(parts))))
-    best = order[np.searchsorted(np.tile(i, len(parts))[order], np.arange(len(items.piece)))]
-    return np.tile(taken, len(parts))[best], np.repeat(parts.ravel(), len(i))[best]
+    item = np.tile(i, len(parts))
+    order = np.lexsort((np.repeat(parts.ravel(), len(i)), cost.ravel(), item))
+    best = order[np.searchsorted(item[order], np.arange(len(items.piece)))]
+    return np.tile(taken, len(parts))[best], np.repeat(parts.ravel(), len(i))[best], cost.ravel()[best]
+
+
+def _first_row(items: Rows, groups: Ints, taken: Ints, fraction: np.ndarray, price: Price) -> Ints:
+    """From which row on `taken` of the groups make up that fraction of an item."""
+    wanted = np.ceil(price.of(items.bands) * np.minimum(fraction * groups / taken, 1.0)).astype(np.int64)
+    return price.rows_to(items.bands, wanted)[0]
 
 
 def _lanes(items: Rows, each: Ints, taken: Ints, parts: Ints, first: Ints, price: Price) -> tuple[Rows, Ints]:

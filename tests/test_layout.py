@@ -156,3 +156,33 @@ def test_balanced_serves_any_number_of_tokens_and_ranks():
     for wrong in ({"chunk": 0}, {"mask": Mask.causal(5)}, {"tolerance": -1.0}):
         with pytest.raises(DistattnError, match="balanced wants"):
             Layout.balanced([64], 4, **wrong)
+
+
+@given(st.lists(st.one_of(st.integers(1, 5), st.integers(1, 3000)), min_size=1, max_size=40), st.integers(1, 9))
+def test_placed_keeps_tokens_within_a_hundredth_of_the_mean(lengths, ranks):
+    layout = Layout.placed(lengths, ranks)
+    assert layout.shard_sizes().max() <= np.ceil(1.01 * sum(lengths) / ranks)
+
+
+def test_placed_deals_long_documents_and_leaves_others_whole():
+    lengths = [20000, *[500] * 200]
+    layout = Layout.placed(lengths, 8)
+    owners = [
+        np.unique(layout.chunks["rank"][(layout.chunks["t0"] < b) & (layout.chunks["t1"] > a)])
+        for a, b in spans(lengths)
+    ]
+    # the long one has 8 x 200 million cells, all of the others 25: every rank has its share of it
+    assert len(owners[0]) == 8
+    assert sum(len(owner) == 1 for owner in owners[1:]) >= 190
+    work = [sum(Mask.documents(lengths).area((a, b)) for a, b in chunk_spans(layout, rank)) for rank in range(8)]
+    assert max(work) < 1.02 * np.mean(work)
+
+
+def spans(lengths):
+    ends = np.cumsum(lengths)
+    return list(zip((ends - lengths).tolist(), ends.tolist(), strict=True))
+
+
+def chunk_spans(layout, rank):
+    mine = layout.chunks["rank"] == rank
+    return list(zip(layout.chunks["t0"][mine].tolist(), layout.chunks["t1"][mine].tolist(), strict=True))

@@ -10,7 +10,7 @@ from oracle import assert_close, dense, random_inputs, run_all_ranks
 from distattn.cluster import describe
 from distattn.cluster.topology import Cluster
 from distattn.errors import DistattnError
-from distattn.layout import Layout
+from distattn.layout import Layout, lay_out
 from distattn.mask import Mask
 from distattn.parallel.cad import allowed
 from distattn.parallel.make_plan import make_plan
@@ -184,3 +184,21 @@ def test_bad_options_are_refused():
     for options, words in ((dict(tolerance=-1), "tolerance"), (dict(block=0), "block"), (dict(speed=3), "no option")):
         with pytest.raises(DistattnError, match=words):
             planned(PACKS, **options)
+
+
+@pytest.mark.parametrize("layout", ["placed", "zigzag", "balanced"])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 1)])
+def test_documents_of_many_owners_are_shared_by_heads_or_keys(layout, heads):
+    lengths = [200, 3, 30, 9, 100]
+    mask = Mask.documents(lengths)
+    shape = SHAPE | dict(heads=heads[0], kv_heads=heads[1])
+    inputs = random_inputs(mask.n, *heads, 8)
+    wanted = dense(mask, inputs)
+    for ranks in (2, 5, 8):
+        laid_out = lay_out(layout, lengths, ranks, mask)
+        for tolerance in (0.0, 0.1):
+            plan = make_plan(mask, laid_out, strategy="cad", options=dict(tolerance=tolerance, block=4), **shape)
+            assert_close(run_all_ranks(plan, inputs, "reference"), wanted, 1e-11)
+            if ranks == 8 and heads == (8, 8):
+                # tasks of single head groups: keys would travel to every owner's rows
+                assert (plan.forward.tasks["h1"] - plan.forward.tasks["h0"] == 1).any()

@@ -1,0 +1,85 @@
+"""Placing documents on ranks before a step, where a loader may choose: so that little has to move later.
+
+Two limits that are never merged into one weight: a rank has at most 1.01 of the mean tokens, and below that as nearly the
+mean work as can be.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distattn.intervals import Ints
+
+_CROWDED = 1.01
+
+
+def place(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tuple[Ints, Ints, Ints]:
+    """Chunks (rank, t0, t1) of documents of these lengths and work, laid end to end.
+
+    Documents with more than (1 + tolerance) of the mean work of a rank come first: each is dealt over about as many ranks as
+    its work asks for, two equal chunks a rank, from the front and from the back (equal work, where it is causal). The
+    others follow whole, most work first, each to the rank with least work that has room for its tokens; where none
+    has room they are cut.
+    """
+    placed = _Placed(lengths, ranks)
+    mean, tokens = float(work.sum()) / ranks, float(lengths.sum()) / ranks
+    order = np.argsort(-work, kind="stable")
+    long = order[work[order] > (1 + tolerance) * mean]
+    short = order[len(long) :]
+    # ranks are filled up with short documents: work for every token beside a long one
+    filler = float(work[short].sum()) / max(int(lengths[short].sum()), 1)
+    for document in long.tolist():
+        own, length = float(work[document]), int(lengths[document])
+        shares = (own - filler * length) / max(mean - filler * tokens, mean / ranks)
+        placed.deal(document, own, int(np.clip(round(shares), 1, min(ranks, max(length // 2, 1)))))
+    for document in short.tolist():
+        placed.drop(document, float(work[document]))
+    return placed.chunks()
+
+
+class _Placed:
+    """Who has what so far: room for tokens and work of each rank."""
+
+    def __init__(self, lengths: Ints, ranks: int):
+        self.lengths, self.start = lengths, np.cumsum(lengths) - lengths
+        self.room = np.full(ranks, int(np.ceil(_CROWDED * int(lengths.sum()) / ranks)))
+        self.load = np.zeros(ranks)
+        self.rows: list[tuple[int, int, int]] = []
+
+    def deal(self, document: int, work: float, shares: int) -> None:
+        """In pairs of chunks to the ranks with least work that have room; to more ranks where they have not."""
+        length = int(self.lengths[document])
+        while shares < len(self.room) and int((self.room >= -(-length // shares)).sum()) < shares:
+            shares += 1
+        fits = self.room >= -(-length // shares)
+        chosen = np.sort(np.argsort(np.where(fits, self.load, np.inf), kind="stable")[:shares])
+        if not fits[chosen].all():
+            self.drop(document, work)
+            return
+        ends = self.start[document] + np.arange(2 * shares + 1) * length // (2 * shares)
+        for rank, t0, t1 in zip([*chosen.tolist(), *chosen[::-1].tolist()], ends, ends[1:], strict=False):
+            self._put(rank, int(t0), int(t1))
+        self.load[chosen] += work / shares
+
+    def drop(self, document: int, work: float) -> None:
+        """Whole to the rank with least work that has room, or else piece by piece to those with most room."""
+        t0, length = int(self.start[document]), int(self.lengths[document])
+        t1 = t0 + length
+        while t0 < t1:
+            fits = self.room >= t1 - t0
+            rank = int(np.where(fits, self.load, np.inf).argmin()) if fits.any() else int(self.room.argmax())
+            size = min(t1 - t0, int(self.room[rank]))
+            self._put(rank, t0, t0 + size)
+            self.load[rank] += work * size / length
+            t0 += size
+
+    def chunks(self) -> tuple[Ints, Ints, Ints]:
+        """(rank, t0, t1), in the order of the axis."""
+        rows = np.array(self.rows, np.int64).reshape(-1, 3)
+        rank, t0, t1 = rows[np.argsort(rows[:, 1])].T
+        return rank, t0, t1
+
+    def _put(self, rank: int, t0: int, t1: int) -> None:
+        if t0 < t1:
+            self.rows.append((rank, t0, t1))
+            self.room[rank] -= t1 - t0
