@@ -77,7 +77,7 @@ class Problem:
             head_dim=self.head_dim,
             dtype=self.dtype,
             backward=self.backward or None,
-            cluster=cluster.topology,
+            cluster=cluster,
         )
         return simulate(plan, cluster)
 
@@ -158,7 +158,7 @@ def write_page(path: Path, found: dict[str, Timeline | str], problem: Problem, c
     parts = []
     for name, one in found.items():
         if isinstance(one, Timeline):
-            shown = explain(one.plan, cluster.topology).html()
+            shown = explain(one.plan, cluster).html()
             parts.append(f"<h2>{html.escape(name)}</h2>\n{one.html()}\n{shown}")
     title = html.escape(str(problem))
     text = _PAGE.format(title=title, table=html.escape(table(found, cluster)), parts="\n".join(parts))

@@ -27,7 +27,7 @@ Plans one attention call with every strategy, proves the plans and times them on
   --cluster NAME          h200-8x8 (nodes x devices), h100, b200 and a100 likewise, laptop-1x4, or a .toml file
   --ranks N               use N devices of it; all by default
   --strategy A,B          {strategies}; all by default
-  --layout NAME           contiguous, zigzag (default), document_zigzag, block_cyclic, balanced
+  --layout NAME           contiguous, zigzag (default), document_zigzag, block_cyclic, balanced, placed
   --heads H:K             query and key/value heads; 32:8 by default
   --head-dim D            128 by default
   --dtype NAME            bfloat16 by default

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.cluster.topology import Cluster
+from distattn.cluster.describe import Machines
 from distattn.parallel.routes import first_of, guests
 from distattn.plan import ACCUMULATING, BACKWARD, FORWARD, MOVE_COLUMNS, Call, Payload, Plan, bytes_of_moves, concat
 
@@ -18,7 +18,7 @@ class Traffic(NamedTuple):
     crossing: int
 
 
-def traffic(plan: Plan, cluster: Cluster) -> Traffic:
+def traffic(plan: Plan, cluster: Machines) -> Traffic:
     """What the plan moves."""
     moves = concat(MOVE_COLUMNS, [plan.forward.moves, plan.backward.moves])
     size = bytes_of_moves(plan.call, moves)
@@ -26,7 +26,7 @@ def traffic(plan: Plan, cluster: Cluster) -> Traffic:
     return Traffic(int(size.sum()), int(size[node[moves["src"]] != node[moves["dst"]]].sum()))
 
 
-def least(plan: Plan, cluster: Cluster) -> Traffic:
+def least(plan: Plan, cluster: Machines) -> Traffic:
     """The least any plan with the same tasks at the same ranks and the same policy can move.
 
     Every rank that uses a token it does not own receives it at least once, and so does every node without its owner;
@@ -48,7 +48,7 @@ def least(plan: Plan, cluster: Cluster) -> Traffic:
     return Traffic(total, crossing)
 
 
-def plain_ring(call: Call, cluster: Cluster) -> Traffic:
+def plain_ring(call: Call, cluster: Machines) -> Traffic:
     """A ring that sends every key and value to every rank with tokens, twice, and every dKV all the way round."""
     tokens = call.layout.shard_sizes()
     members = np.flatnonzero(tokens)

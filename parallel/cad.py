@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from distattn.bands import tighten
-from distattn.cluster.describe import Machines
+from distattn.cluster.cost import attention_speed, flops_of, message_seconds
+from distattn.cluster.describe import Description, Machines
 from distattn.errors import DistattnError
 from distattn.intervals import Ints, lexical_order, runs, whole_numbers
 from distattn.parallel.cutting import Rows, Shares, cut_off, groups_of, open_up, shape
@@ -20,11 +21,26 @@ from distattn.parallel.giving import give
 from distattn.parallel.ownership import owned, pieces, split_by_key_owner, split_by_query_owner
 from distattn.parallel.routes import guests, star, straight_home
 from distattn.parallel.work import Price, bytes_each
-from distattn.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Columns, Payload, Table, columns, concat, take, task_bands
+from distattn.plan import (
+    ACCUMULATING,
+    MOVE_COLUMNS,
+    TASK_COLUMNS,
+    Call,
+    Columns,
+    Payload,
+    Table,
+    bytes_of_moves,
+    columns,
+    concat,
+    take,
+    task_bands,
+)
 
 # beyond this share of an item its first rows, which hold little work for their bytes, have to leave as well
 _CHEAP = 0.75
 _MILLION = 1_000_000
+# attempts to keep every rank within the capacity
+_ROUNDS = 6
 
 
 def cad(
@@ -34,13 +50,16 @@ def cad(
     direction: str = "forward",
     tolerance: float = 0.02,
     speeds: Sequence[int] | None = None,
+    capacity: int | None = None,
     block: int = 128,
 ) -> list[Table]:
     """Tasks and moves of one pass: send at step 0, compute (at home at 0, away at 1), outputs home at 2.
 
     tolerance: no server gets more than (1 + tolerance) of its part of the work, but for the last block of cells.
     speeds: a whole number for each rank, what it does in the time the others take for theirs; 0 serves nothing.
+    capacity: bytes of others' tensors a rank may hold at once in one pass; who is near it gets less.
     block: rows and keys that kernels take at once; documents are cut at multiples of it.
+    Where the cluster is described, work stays at home if moving it takes longer than it saves.
     """
     if not 0 <= tolerance < 1000:
         raise DistattnError(f"tolerance is a share of the mean, such as 0.02, not {tolerance}.")
@@ -52,7 +71,24 @@ def cad(
     price = Price.on(cluster, direction, call.head_dim, block)
     tasks = at_home(call, price)
     node = np.zeros(call.ranks, np.int64) if cluster is None else cluster.node
-    return [routed(call, _shared_out(call, tasks, price, node, rate, tolerance))]
+    scale = np.ones(call.ranks)
+    for _ in range(_ROUNDS):
+        shared = routed(call, _shared_out(call, tasks, price, node, rate, tolerance, scale))
+        held = _held(call, shared)
+        if capacity is None or held.max() <= capacity:
+            break
+        scale *= np.where(held > capacity, 0.9 * capacity / np.maximum(held, 1), 1.0)
+    else:
+        raise DistattnError(
+            f"cad cannot keep every rank within {tolerance} of its part of the work and within {capacity:,} bytes of "
+            f"others' tensors: rank {int(held.argmax())} would hold {int(held.max()):,} in the {direction} pass. Raise "
+            f"capacity or tolerance."
+        )
+    if isinstance(cluster, Description):
+        stay = routed(call, tasks)
+        if expected(call, stay, price, cluster) <= expected(call, shared, price, cluster):
+            return [stay]
+    return [shared]
 
 
 def allowed(work: int, rate: Ints, tolerance: float) -> Ints:
@@ -121,8 +157,10 @@ def routed(call: Call, tasks: Columns) -> Table:
     return Table(tasks, concat(MOVE_COLUMNS, moves))
 
 
-def _shared_out(call: Call, tasks: Columns, price: Price, node: Ints, rate: Ints, tolerance: float) -> Columns:
-    """The same work, no rank above what it may have."""
+def _shared_out(
+    call: Call, tasks: Columns, price: Price, node: Ints, rate: Ints, tolerance: float, scale: np.ndarray
+) -> Columns:
+    """The same work, no rank above what it may have; takers take only this part of what they have room for."""
     weights = bytes_each(call, price.direction)
     cost = price.of_tasks(call, tasks)
     load = np.zeros(call.ranks, np.int64)
@@ -141,13 +179,45 @@ def _shared_out(call: Call, tasks: Columns, price: Price, node: Ints, rate: Ints
     # what is cut costs more: everybody may have a little more
     extra = np.append(cut.extra, np.zeros(call.ranks - len(cut.extra), np.int64))
     limit = allowed(int(load.sum() + extra.sum()), rate, tolerance)
-    excess, room = np.where(excess > 0, np.maximum(load - limit, 0) + extra, 0), np.maximum(limit - load, 0)
+    excess = np.where(excess > 0, np.maximum(load - limit, 0) + extra, 0)
+    room = (np.maximum(limit - load, 0) * scale).astype(np.int64)
     main = {rank: piece for rank, piece in zip(home[::-1].tolist(), given["piece"][::-1].tolist(), strict=True)}
     peers = {rank: tasks["rank"][tasks["piece"] == piece] for rank, piece in main.items()}
     shares = Shares(*give(excess, room, node, peers))
     rest = np.ones(len(cost), bool)
     rest[chosen] = False
     return concat(TASK_COLUMNS, [take(tasks, rest), cut_off(cut, shares, price)])
+
+
+def _held(call: Call, table: Table) -> Ints:
+    """Bytes of others' tensors, and of results for others, that each rank has at most."""
+    size = bytes_of_moves(call, table.moves)
+    arriving = np.bincount(table.moves["dst"], size, call.ranks)
+    made = np.isin(table.moves["payload"], ACCUMULATING)
+    return (arriving + np.bincount(table.moves["src"], size * made, call.ranks)).astype(np.int64)
+
+
+def expected(call: Call, table: Table, price: Price, cluster: Description) -> float:
+    """Seconds until the last output is home, roughly: home tasks run while inputs travel, then the others."""
+    lengths = np.array([1 << 20])
+    speed = float(attention_speed(cluster, price.direction, call.head_dim, lengths, lengths)[0])
+    second = flops_of(price.direction, call.head_dim, call.v_head_dim) * price.block / speed
+    tasks, moves = table.tasks, table.moves
+    cost = price.of_tasks(call, tasks) * second
+    first, later = (np.bincount(tasks["rank"], cost * (tasks["step"] == step), call.ranks) for step in (0, 1))
+    pair, size = moves["src"] * call.ranks + moves["dst"], bytes_of_moves(call, moves).astype(float)
+    returning = moves["step"] > 0
+    there, back = (_arrivals(call, cluster, pair[rows], size[rows]) for rows in (~returning, returning))
+    return float((np.maximum(first, there) + later).max() + back.max())
+
+
+def _arrivals(call: Call, cluster: Description, pair: Ints, size: np.ndarray) -> np.ndarray:
+    """When each rank has what was sent to it together."""
+    pairs, index = np.unique(pair, return_inverse=True)
+    src, dst = np.divmod(pairs, call.ranks)
+    out = np.zeros(call.ranks)
+    np.maximum.at(out, dst, message_seconds(cluster, src, dst, np.bincount(index, size, len(pairs))))
+    return out
 
 
 def _worth_moving(tasks: Columns, cost: Ints, excess: Ints, weights: tuple[int, int]) -> Ints:

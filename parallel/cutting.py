@@ -70,9 +70,8 @@ def open_up(
     group: query heads that stay together. weights: bytes of a row, and of a key, of all heads.
     """
     groups = groups_of(items, group)
-    taken, parts, _ = shape(items, groups, fraction, takers, price, weights)
+    taken, parts, first, _ = shape(items, groups, fraction, takers, price, weights)
     each = (items.h1 - items.h0) // groups
-    first = _first_row(items, groups, taken, fraction, price)
     others = items._replace(h0=items.h0 + taken * each)
     before = items._replace(bands=clip(items.bands, 0, first, 0, items.bands[:, K1]), h1=others.h0)
     lanes, item = _lanes(items, each, taken, parts, first, price)
@@ -100,13 +99,17 @@ def groups_of(items: Rows, group: int) -> Ints:
 
 def shape(
     items: Rows, groups: Ints, fraction: np.ndarray, takers: Ints, price: Price, weights: tuple[int, int]
-) -> tuple[Ints, Ints, np.ndarray]:
-    """(groups, ranges of keys, bytes): how to cut each item so that fewest bytes move, and how many that will be, estimated."""
+) -> tuple[Ints, Ints, Ints, np.ndarray]:
+    """(groups, ranges of keys, first row, bytes): how to cut items so that fewest bytes move, as estimated.
+
+    The rows from `first row` on, of so many groups, make up the fraction.
+    """
     i, taken = expand(np.maximum(np.ceil(fraction * groups).astype(np.int64), 1), groups + 1)
     some = items.at(i)
-    rows = some.bands[:, Q1] - _first_row(some, groups[i], taken, fraction[i], price)
-    cut = tighten(clip(some.bands, some.bands[:, Q1] - rows, some.bands[:, Q1], 0, some.bands[:, K1]))
-    keys = cut[:, K1] - cut[:, K0]
+    wanted = np.ceil(price.of(some.bands) * np.minimum(fraction[i] * groups[i] / taken, 1.0)).astype(np.int64)
+    first, _ = price.rows_to(some.bands, wanted)
+    cut = tighten(clip(some.bands, first, some.bands[:, Q1], 0, some.bands[:, K1]))
+    rows, keys = cut[:, Q1] - cut[:, Q0], cut[:, K1] - cut[:, K0]
     parts = np.arange(1, _MOST_COLUMNS + 1)[:, None]
     # shares meet inside a lane takers - 1 times, and then both want the lane's keys
     again = 1 + (takers[i] - 1) / (taken * parts)
@@ -115,13 +118,8 @@ def shape(
     item = np.tile(i, len(parts))
     order = np.lexsort((np.repeat(parts.ravel(), len(i)), cost.ravel(), item))
     best = order[np.searchsorted(item[order], np.arange(len(items.piece)))]
-    return np.tile(taken, len(parts))[best], np.repeat(parts.ravel(), len(i))[best], cost.ravel()[best]
-
-
-def _first_row(items: Rows, groups: Ints, taken: Ints, fraction: np.ndarray, price: Price) -> Ints:
-    """From which row on `taken` of the groups make up that fraction of an item."""
-    wanted = np.ceil(price.of(items.bands) * np.minimum(fraction * groups / taken, 1.0)).astype(np.int64)
-    return price.rows_to(items.bands, wanted)[0]
+    part, row = np.divmod(best, len(i))
+    return taken[row], part + 1, first[row], cost.ravel()[best]
 
 
 def _lanes(items: Rows, each: Ints, taken: Ints, parts: Ints, first: Ints, price: Price) -> tuple[Rows, Ints]:

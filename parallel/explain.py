@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from distattn.bands import Q0, Q1, row_ends
+from distattn.cluster.describe import Machines
 from distattn.cluster.topology import Cluster
 from distattn.errors import DistattnError
 from distattn.intervals import Ints
+from distattn.parallel import quality
 from distattn.parallel.bounds import least, plain_ring, traffic
 from distattn.parallel.verify import Proof, verify
 from distattn.plan import Columns, Payload, Plan, Table, areas_of_tasks, bytes_of_moves, count, take, task_bands
@@ -33,7 +35,7 @@ class Explanation:
 
     plan: Plan
     proof: Proof
-    cluster: Cluster
+    cluster: Machines
 
     def as_dict(self) -> dict[str, Any]:
         """Every number of the text, in bytes, tokens and cells x query heads."""
@@ -57,6 +59,7 @@ class Explanation:
             "steps": {"forward": self.plan.forward.steps, "backward": self.plan.backward.steps},
             "bytes_by_payload": {p.name: int(moved["bytes"][moved["payload"] == p].sum()) for p in Payload},
             "nodes": self.cluster.nodes,
+            "quality": quality.as_dict(quality.quality(self.plan, self.cluster)),
             "traffic": {name: value._asdict() for name, value in yardsticks.items()},
             "ranks": [
                 {
@@ -93,6 +96,7 @@ class Explanation:
                 or "nothing"
             ),
             *_traffic_lines(facts["traffic"], self.cluster),
+            *(f"  {name}: {half}" for name, half in quality.quality(self.plan, self.cluster).items()),
         ]
         for direction, table in (("forward", self.plan.forward), ("backward", self.plan.backward)):
             lines += ["", _step_table(self.plan, direction, table)]
@@ -124,7 +128,7 @@ class Explanation:
         return out.getvalue()
 
 
-def explain(plan: Plan, cluster: Cluster | None = None) -> Explanation:
+def explain(plan: Plan, cluster: Machines | None = None) -> Explanation:
     """Prove a plan and show it; `cluster` says which ranks share a node, all of them by default.
 
     Raises PlanError when it cannot be proven, DistattnError when the cluster has another number of ranks.
@@ -135,7 +139,7 @@ def explain(plan: Plan, cluster: Cluster | None = None) -> Explanation:
     return Explanation(plan, verify(plan), cluster)
 
 
-def _traffic_lines(facts: dict[str, dict[str, int]], cluster: Cluster) -> list[str]:
+def _traffic_lines(facts: dict[str, dict[str, int]], cluster: Machines) -> list[str]:
     names = {"plan": "this plan", "least": "the least for these tasks", "plain_ring": "a plain ring"}
     lines = []
     for name, label in names.items():

@@ -11,7 +11,7 @@ from distattn.intervals import Ints
 
 
 def give(excess: Ints, room: Ints, node: Ints, peers: Mapping[int, Ints]) -> tuple[Ints, Ints, Ints]:
-    """Shares (giver, cost, taker), sorted by giver: all excess goes where there is room, which there has to be.
+    """Shares (giver, cost, taker), sorted by giver: the excess goes where there is room.
 
     First to ranks that see the same documents (`peers` of a giver), then inside nodes, then anywhere. The largest excess
     chooses first: the smallest room that takes all of it, or else the largest room. Fewer shares move fewer bytes.

@@ -44,7 +44,7 @@ def test_the_command_line_overrides_the_file():
             "[train]\nsteps = 0\n[parallel]\nranks = 0",
             ["train.steps: at least 1, not 0", "parallel.ranks: at least 1, not 0"],
         ),
-        ("[parallel]\nstrategy = 'rign'", ["there are ring, double_ring, allgather, ulysses, usp. Did you mean ring?"]),
+        ("[parallel]\nstrategy = 'rign'", ["usp, cad, cad_greedy. Did you mean ring?"]),
         ("[parallel]\ndevices_per_node = 3", ["parallel.devices_per_node: 3 does not divide 4 ranks."]),
         ("[parallel]\ncapacity = -1", ["parallel.capacity: at least 0, not -1"]),
         ("[parallel]\nlayout = 'spiral'", ["parallel.layout: there is no 'spiral'"]),

@@ -1,5 +1,7 @@
 """Core-attention disaggregation: every server bounded, few bytes, and the same attention."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cases import all_masks
@@ -14,6 +16,7 @@ from distattn.layout import Layout, lay_out
 from distattn.mask import Mask
 from distattn.parallel.cad import allowed
 from distattn.parallel.make_plan import make_plan
+from distattn.parallel.quality import quality
 from distattn.parallel.verify import verify
 from distattn.parallel.work import Price
 from distattn.plan import Plan, count, take
@@ -202,3 +205,33 @@ def test_documents_of_many_owners_are_shared_by_heads_or_keys(layout, heads):
             if ranks == 8 and heads == (8, 8):
                 # tasks of single head groups: keys would travel to every owner's rows
                 assert (plan.forward.tasks["h1"] - plan.forward.tasks["h0"] == 1).any()
+
+
+def test_work_stays_where_moving_it_takes_longer_than_it_saves():
+    packs = [[3000, 96], [200] * 15 + [96]]
+    fast = describe.load("h200-1x2")
+    slow = replace(fast, inside=replace(fast.inside, gbs=1e-3))
+    shape = dict(heads=32, kv_heads=8, head_dim=128, dtype="bfloat16")
+    assert count(planned(packs, shape=shape, cluster=fast).forward.moves)
+    assert not count(planned(packs, shape=shape, cluster=slow).forward.moves)
+
+
+def test_takers_stay_within_their_capacity_or_the_plan_is_refused():
+    packs = [[4000], [50] * 80, [50] * 80, [50] * 80]
+    free = verify(planned(packs, block=16, tolerance=0.3))
+    most = int(free.backward_peak[1:].max())
+    held = verify(planned(packs, block=16, tolerance=0.3, capacity=most * 4))
+    assert max(held.forward_peak.max(), held.backward_peak.max()) <= most * 4
+    with pytest.raises(DistattnError, match="Raise capacity or tolerance"):
+        planned(packs, block=16, tolerance=0.3, capacity=1000)
+
+
+def test_a_plan_reports_its_quality_and_no_plan_moves_less_than_the_bound():
+    generator = np.random.default_rng(0)
+    for _ in range(10):
+        packs = [generator.integers(1, 2000, generator.integers(1, 6)).tolist() for _ in range(4)]
+        for strategy in ("cad", "cad_greedy", "ring", "ulysses"):
+            found = quality(planned(packs, strategy, **({"block": 16} if "cad" in strategy else {})))
+            for half in found.values():
+                assert half.least <= half.moved and half.busiest_sender <= half.moved
+                assert half.cells >= 1 and half.cost >= 1
