@@ -125,3 +125,17 @@ def test_the_cluster_check_runs_over_gloo_with_the_triton_kernel():
     done = run_interpreted(*launcher, "benchmarks/check_cluster.py")
     assert done.returncode == 0 and "2 ranks, gloo" in done.stdout, done.stdout + done.stderr[-1500:]
     assert "wrong" not in done.stdout and "error" not in done.stdout
+
+
+def test_disaggregation_beside_its_rivals(tmp_path):
+    lengths, out = tmp_path / "lengths.json", tmp_path / "rows.jsonl"
+    lengths.write_text(json.dumps([64, 500, 900, 3000, 16000]))
+    benchmark = [sys.executable, ROOT / "benchmarks/disaggregation.py", "--lengths", lengths, "--servers", "4"]
+    for inner in ("causal", "shared_question"):
+        sized = ["--context", "16384", "--batches", "1", "--inner", inner, "--out", out]
+        subprocess.run([*benchmark, *sized], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=200)
+    rows = {(row["inner"], row["contestant"]): row for row in map(json.loads, out.read_text().splitlines())}
+    assert len(rows) == 12
+    ours, greedy, plain = (rows["causal", name] for name in ("cad 0.02", "cad_greedy 0.10", "plain"))
+    assert plain["GB"] == 0 and ours["GB"] < greedy["GB"] and ours["cost"] < 1.05 < plain["cost"]
+    assert ours["forward ms"] < plain["forward ms"]

@@ -1,0 +1,215 @@
+"""Core-attention disaggregation beside what else there is, on packs of real document lengths. Every time is simulated.
+
+    python benchmarks/disaggregation.py --lengths FILE.json [--servers 8 64] [--context 131072] [--scale 1 8] [--grouped]
+        [--heads 32:8 64:16] [--tensor-parallel 8] [--inner causal] [--batches 3] [--hypergraph] [--out FILE.jsonl]
+
+FILE is a JSON list of document lengths. Every server (rank of the pool) gets a pack of --context tokens: documents drawn
+at random, --scale times as long, cut where a pack is full. Contestants: the packs as they came with attention where it is
+("plain"), `cad` and `cad_greedy` on the same packs, `cad` on the same documents where `placed` puts them, per-document
+context parallelism (`document_zigzag` ring) and `balanced` allgather.
+
+--grouped: the packs of all batches are sorted by their work first, so that the ranks of a step have packs as equal as there
+are, for everybody. --tensor-parallel T: heads are divided by T, and nodes have 8 / T ranks of the pool. --inner: causal,
+window (4,096 keys), shared_question or causal_blockwise (each pack such a group). --hypergraph: mtkahypar as well
+(pip install mtkahypar).
+
+cells, cost: max/mean of cells x heads, and of what kernels take for them; the worse of forward and backward, and the worst
+batch. Bytes are those of the move tables, forward and backward; ms is simulated for one attention call on h200 nodes,
+planning is on this machine, best of 3. Means over the batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypergraph import partitioned
+
+import distattn as da
+from distattn.bands import K0, K1, OK, OQ, Q0, Q1
+from distattn.cluster import describe
+from distattn.cluster.describe import Description
+from distattn.layout import lay_out
+from distattn.parallel.quality import quality
+
+# pairs of chunks that a whole-pool strategy may have before its row is left out
+MOST_PAIRS = 3_000_000
+COLUMNS = ("contestant", "cells", "cost", "GB", "GB across", "GB busiest", "plan ms", "forward ms", "backward ms")
+
+
+def main() -> int:
+    """One table for each size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=Path, required=True)
+    parser.add_argument("--servers", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--context", type=int, nargs="+", default=[131072])
+    parser.add_argument("--scale", type=int, nargs="+", default=[1])
+    parser.add_argument("--heads", nargs="+", default=["32:8"])
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument(
+        "--inner", choices=("causal", "window", "shared_question", "causal_blockwise"), default="causal"
+    )
+    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grouped", action="store_true")
+    parser.add_argument("--hypergraph", action="store_true")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    known = np.array(json.loads(given.lengths.read_text()))
+    for servers, context, scale, heads in (
+        (s, c, x, h) for s in given.servers for c in given.context for x in given.scale for h in given.heads
+    ):
+        query, key = (int(part) // given.tensor_parallel for part in heads.split(":"))
+        per_node = min(max(8 // given.tensor_parallel, 1), servers)
+        cluster = describe.load(f"h200-{servers // per_node}x{per_node}")
+        shape = dict(heads=query, kv_heads=key, head_dim=128, dtype="bfloat16", cluster=cluster)
+        say(
+            f"\n{servers} servers x {context:,} tokens, lengths x{scale}, {query}:{key} heads, {given.inner}"
+            f"{', packs grouped by work' * given.grouped}; simulated on {cluster.name}"
+        )
+        say(f"{COLUMNS[0]:24s}" + "".join(f"{name:>12s}" for name in COLUMNS[1:]))
+        batches = list(packs(known * scale, servers, context, given.batches, given.seed, given.grouped))
+        for name, make in contestants(given.inner, given.tolerance, given.hypergraph).items():
+            rows = [row for batch in batches if (row := measured(make, batch, shape, cluster))]
+            if not rows:
+                say(f"{name:24s} left out: more than {MOST_PAIRS:,} pairs of chunks, or not this mask")
+                continue
+            means = {
+                key: float(max(r[key] for r in rows) if key in ("cells", "cost") else np.mean([r[key] for r in rows]))
+                for key in rows[0]
+            }
+            say(f"{name:24s}" + "".join(f"{means[key]:12.3f}" for key in COLUMNS[1:]))
+            if given.out:
+                setting = dict(
+                    servers=servers,
+                    context=context,
+                    scale=scale,
+                    heads=[query, key],
+                    inner=given.inner,
+                    grouped=given.grouped,
+                )
+                with open(given.out, "a", encoding="utf-8") as file:
+                    file.write(
+                        json.dumps({"simulated_on": cluster.name, **setting, "contestant": name, **means}) + "\n"
+                    )
+    return 0
+
+
+def packs(
+    lengths: np.ndarray, servers: int, context: int, batches: int, seed: int, grouped: bool
+) -> Iterator[list[list[int]]]:
+    """Batches of one pack for each server."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(servers * batches):
+        pack: list[int] = []
+        while sum(pack) < context:
+            pack.append(min(int(generator.choice(lengths)), context - sum(pack)))
+        found.append(pack)
+    if grouped:
+        found.sort(key=lambda pack: sum(length * length for length in pack))
+    for first in range(0, len(found), servers):
+        yield found[first : first + servers]
+
+
+def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Callable[..., da.Plan | None]]:
+    """By name: packs and shape to a plan, or None where it is too large or cannot."""
+
+    def as_they_came(strategy: str, **options: Any) -> Callable[..., da.Plan]:
+        def make(batch: list[list[int]], shape: dict[str, Any]) -> da.Plan:
+            mask, lengths = mask_of(batch, inner)
+            layout = da.Layout.contiguous(lengths, len(batch))
+            return da.make_plan(mask, layout, strategy=strategy, options=options or None, **shape)
+
+        return make
+
+    def laid_out(name: str, strategy: str, **options: Any) -> Callable[..., da.Plan | None]:
+        def make(batch: list[list[int]], shape: dict[str, Any]) -> da.Plan | None:
+            mask, lengths = mask_of(batch, inner)
+            if (
+                strategy == "ring"
+                and sum((min(2 * len(batch), length // 512) or 1) ** 2 for length in lengths) > MOST_PAIRS
+            ):
+                return None
+            layout = lay_out(name, lengths, len(batch), mask)
+            return da.make_plan(mask, layout, strategy=strategy, options=options or None, **shape)
+
+        return make
+
+    found: dict[str, Callable[..., da.Plan | None]] = {
+        "plain": as_they_came("allgather"),
+        "cad_greedy 0.10": as_they_came("cad_greedy"),
+        "cad_greedy 0": as_they_came("cad_greedy", tolerance=0.0),
+        f"cad {tolerance}": as_they_came("cad", tolerance=tolerance),
+        f"placed, cad {tolerance}": laid_out("placed", "cad", tolerance=tolerance),
+        "document_zigzag ring": laid_out("document_zigzag", "ring"),
+        "balanced allgather": laid_out("balanced", "allgather"),
+    }
+    if inner != "causal":
+        # it moves causal documents only
+        found = {name: make for name, make in found.items() if "greedy" not in name}
+    if hypergraph:
+        found["mtkahypar 0.02"] = lambda batch, shape: partitioned(*mask_of(batch, inner), len(batch), shape, 0.02)
+    return found
+
+
+def mask_of(batch: list[list[int]], inner: str) -> tuple[da.Mask, list[int]]:
+    """(mask, document lengths) of all packs end to end."""
+    lengths = [length for pack in batch for length in pack]
+    if inner in ("causal", "window"):
+        return da.Mask.documents(lengths, "causal" if inner == "causal" else (4095, 0)), lengths
+    pieces, at = [], 0
+    for pack in batch:
+        own = getattr(da.Mask, inner)(pack).pieces.copy()
+        own[:, [Q0, Q1, K0, K1, OQ, OK]] += at
+        pieces.append(own)
+        at += sum(pack)
+    return da.Mask(np.concatenate(pieces), at), lengths
+
+
+def measured(
+    make: Callable[..., da.Plan | None], batch: list[list[int]], shape: dict[str, Any], cluster: Description
+) -> dict[str, float] | None:
+    """The numbers of one plan."""
+    times, plan = [], None
+    for _ in range(3):
+        began = time.perf_counter()
+        plan = make(batch, shape)
+        times.append(time.perf_counter() - began)
+        if plan is None:
+            return None
+        if times[-1] > 3:
+            break
+    assert plan is not None
+    halves = quality(plan, cluster)
+    timeline = da.simulate(plan, cluster)
+    moved = plan.bytes()
+    out = np.bincount(moved["src"], moved["bytes"], cluster.ranks)
+    return {
+        "cells": max(half.cells for half in halves.values()),
+        "cost": max(half.cost for half in halves.values()),
+        "GB": float(out.sum()) / 1e9,
+        "GB across": sum(half.crossing for half in halves.values()) / 1e9,
+        "GB busiest": float(out.max()) / 1e9,
+        "GB at least": sum(half.least for half in halves.values()) / 1e9,
+        "plan ms": min(times) * 1e3,
+        "forward ms": timeline.forward.seconds * 1e3,
+        "backward ms": timeline.backward.seconds * 1e3,
+    }
+
+
+def say(line: str) -> None:
+    """Benchmarks print; the library does not."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
