@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from distattn.plan import Payload as Payload
     from distattn.plan import Plan as Plan
     from distattn.plan import Table as Table
+    from distattn.pool import Pool as Pool
     from distattn.programs import Prepared as Prepared
     from distattn.programs import prepare as prepare
+    from distattn.serving import serve as serve
 
 _HOME = {
     "Call": "distattn.plan",
@@ -44,6 +46,7 @@ _HOME = {
     "Payload": "distattn.plan",
     "Plan": "distattn.plan",
     "PlanError": "distattn.errors",
+    "Pool": "distattn.pool",
     "Prepared": "distattn.programs",
     "Proof": "distattn.parallel.verify",
     "Table": "distattn.plan",
@@ -55,6 +58,7 @@ _HOME = {
     "make_plan": "distattn.parallel.make_plan",
     "prepare": "distattn.programs",
     "save_attention": "distattn.functional",
+    "serve": "distattn.serving",
     "simulate": "distattn.parallel.simulate",
     "verify": "distattn.parallel.verify",
 }

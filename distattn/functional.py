@@ -170,6 +170,8 @@ def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noq
     lowered = lowered_of(plan)
     _check_inputs(lowered, q, k, v, sink, slopes)
     score = _score(lowered, scale, softcap, slopes)
+    if lowered.watch is not None:
+        lowered.watch.begins("forward", score)
     run = execute.forward(lowered.program, lowered.transport, lowered.kernel, q, k, v, score)
     o, lse_TH, kept, _ = execute.finish(run)
     if sink is not None:
@@ -198,6 +200,8 @@ def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softca
     if dlse is not None:
         delta_TH -= dlse.t()
     score = _score(lowered, scale, softcap, slopes)
+    if lowered.watch is not None:
+        lowered.watch.begins("backward", score)
     inputs = (do.contiguous(), q, k, v, lse_TH, delta_TH, kept, score)
     dq, dk, dv, _ = execute.finish(execute.backward(lowered.program, lowered.transport, lowered.kernel, *inputs))
     if sink is None:

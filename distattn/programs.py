@@ -10,18 +10,19 @@ import itertools
 import threading
 import weakref
 from collections import Counter
-from typing import Any, NamedTuple
+from datetime import timedelta
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
 from distattn.errors import DistattnError, PlanError
 from distattn.kernels.dispatch import Kernel, choose_kernel, load_kernel, preparing
-from distattn.kernels.score import Demand
+from distattn.kernels.score import Demand, Score
 from distattn.parallel import execute
 from distattn.parallel.program import Program, lower, on_device
 from distattn.parallel.transport import Alone, GroupTransport, Transport
-from distattn.parallel.verify import check_capacity
+from distattn.parallel.verify import check_capacity, verify
 from distattn.plan import Call, Plan
 
 
@@ -33,12 +34,23 @@ class Use(NamedTuple):
     device: torch.device
 
 
+class Watch(Protocol):
+    """Told before a program is made ready and before each of its passes; may put something in its kernel's place."""
+
+    def prepares(self) -> None: ...
+
+    def begins(self, direction: str, score: Score) -> None: ...
+
+    def kernel(self, kernel: Kernel) -> Kernel: ...
+
+
 class Lowered:
     """A program with its kernel and transport, known to the operators by its handle."""
 
-    def __init__(self, program: Program, use: Use, transport: Transport):
-        self.program, self.use, self.transport = program, use, transport
-        self.kernel: Kernel = load_kernel(use.kernel)
+    def __init__(self, program: Program, use: Use, transport: Transport, watch: Watch | None = None):
+        self.program, self.use, self.transport, self.watch = program, use, transport, watch
+        kernel: Kernel = load_kernel(use.kernel)
+        self.kernel = kernel if watch is None else watch.kernel(kernel)
         self.handle = next(_HANDLES)
         _BY_HANDLE[self.handle] = self
 
@@ -73,12 +85,15 @@ def prepare(
     kernel: str | None = None,
     device: torch.device | str = "cpu",
     capacity: int | None = None,
+    proven: bool = True,
+    watch: Watch | None = None,
 ) -> Prepared:
     """Make a plan ready to run: a collective call of all its ranks, which compare their plans every time.
 
     group defaults to the default process group; a plan for one rank needs none. kernel: a name of KERNELS, by default
-    that of the device. capacity: bytes of buffers a rank may need at once (see `verify`). Hold the result until the
-    backward has run: under torch.compile nothing else keeps its program.
+    that of the device. capacity: bytes of buffers a rank may need at once (see `verify`). proven=False: without a proof, for
+    callers that prove every so many plans of one kind; a capacity asks for the proof all the same. watch: see `Watch`.
+    Hold the result until the backward has run: under torch.compile nothing else keeps its program.
 
     Raises PlanError when the plan cannot be proven or needs more than the capacity, or when ranks have different plans;
     DistattnError when it does not fit the kernel. Where one rank refuses, all do. A group of another size is refused
@@ -89,32 +104,35 @@ def prepare(
     refusal = program = None
     try:
         use = Use(rank, choose_kernel(kernel, demand_of(plan.call, device)), device)
-        program = lower_once(plan, use)
+        program = lower_once(plan, use, proven)
         if capacity is not None:
-            check_capacity(program.proof, capacity)
+            check_capacity(program.proof or verify(plan), capacity)
     except DistattnError as error:
         refusal = error
     if group is not None:
         _agree(plan, group, device, refusal)
     if refusal is not None or program is None:
         raise refusal or DistattnError("this plan has no program.")
-    transport: Transport = _ALONE if group is None else _transport(group)
+    transport: Transport = _ALONE if group is None else open_transport(group)
     known = _LOWERED.setdefault(plan, {})
-    if (use, transport) not in known:
-        known[use, transport] = Lowered(program, use, transport)
-    lowered = known[use, transport]
+    lowered = known.get((use, transport)) if watch is None else None
+    if lowered is None:
+        lowered = Lowered(program, use, transport, watch)
+        if watch is None:
+            known[use, transport] = lowered
     return Prepared(lowered.handle, execute.kept_elements(program), lowered)
 
 
-def lower_once(plan: Plan, use: Use) -> Program:
-    """The program of a plan for one use, made at first call. May run on any thread."""
+def lower_once(plan: Plan, use: Use, proven: bool = True) -> Program:
+    """The program of a plan for one use, made at first call; proven then, if it shall be. May run on any thread."""
     with _LOCK:
         lock = _LOCKS.setdefault(plan, threading.Lock())
     # of this plan: another's program need not wait for it
     with lock:
         uses = _PROGRAMS.setdefault(plan, {})
         if use not in uses:
-            proof = next((other.proof for other in uses.values()), None)
+            proof = next((other.proof for other in uses.values() if other.proof), None)
+            proof = verify(plan) if proof is None and proven else proof
             make = preparing(use.kernel, demand_of(plan.call, use.device))
             uses[use] = on_device(lower(plan, use.rank, make, proof), use.device)
         return uses[use]
@@ -151,9 +169,10 @@ def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.
     return dist.get_rank(group), group
 
 
-def _transport(group: dist.ProcessGroup) -> GroupTransport:
+def open_transport(group: dist.ProcessGroup, patience: timedelta | None = None) -> GroupTransport:
+    """The communicator of a group's plans, made at first call: a collective call then. patience: how long messages may take."""
     if group not in _TRANSPORTS:
-        _TRANSPORTS[group] = GroupTransport.beside(group)
+        _TRANSPORTS[group] = GroupTransport.beside(group, patience)
     return _TRANSPORTS[group]
 
 

@@ -23,12 +23,13 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 
 from distattn import config as configuration
 from distattn.config import Config
-from distattn.context import IGNORE_INDEX, ContextParallel
+from distattn.context import ContextParallel
 from distattn.data.text import VOCABULARY, read_tokens
 from distattn.errors import DistattnError
 from distattn.kernels.dispatch import ON_CPU
 from distattn.kernels.merge import accumulation_dtype
 from distattn.progress import Progress
+from distattn.rows import IGNORE_INDEX
 from distattn.run import Run, Step
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from distattn.bands import K0, K1, OK, OQ, Q0, Q1
 from distattn.intervals import Ints, distinct, expand, lexical_order, runs, union
 from distattn.kernels.cells import Cells, Written
-from distattn.parallel.verify import Proof, verify
+from distattn.parallel.verify import Proof
 from distattn.parallel.views import OWN, BufferKey, Parts, Place, View, look_up
 from distattn.plan import (
     ACCUMULATING,
@@ -79,7 +79,8 @@ class Program:
 
     # not the plan itself: programs are cached for as long as their plan lives
     call: Call
-    proof: Proof
+    # None: nobody has proven this plan
+    proof: Proof | None
     rank: int
     tokens: int
     forward: list[Step]
@@ -88,8 +89,7 @@ class Program:
 
 
 def lower(plan: Plan, rank: int, prepare: Prepare, proof: Proof | None = None) -> Program:
-    """Lower a plan for one rank; `prepare` is the kernel's. The plan is proven first: PlanError if it cannot be."""
-    proof = proof if proof is not None and proof.digest == plan.digest else verify(plan)
+    """Lower a plan for one rank; `prepare` is the kernel's. `proof` travels with it: to run without one is the caller's risk."""
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
     keep = plan.policy == "keep"

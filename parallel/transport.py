@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -57,19 +57,16 @@ class GroupTransport:
         return group
 
     @staticmethod
-    def beside(group: dist.ProcessGroup) -> GroupTransport:
+    def beside(group: dist.ProcessGroup, patience: timedelta | None = None) -> GroupTransport:
         """On a communicator of its own with the same ranks, so that nothing else queues in it. A collective call.
 
-        On NCCL its stream has high priority: messages start before the kernels they shall hide under.
+        On NCCL its stream has high priority: messages start before the kernels they shall hide under. patience: how long a
+        message may take; the backend's own limit by default.
         """
-        ranks = dist.get_process_group_ranks(group)
         options = None
         if dist.get_backend(group) == "nccl":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        # newer PyTorch sorts ranks unless told not to; older groups are all sorted
-        known = inspect.signature(dist.new_group).parameters
-        keep: dict[str, Any] = {"sort_ranks": False} if "sort_ranks" in known else {}
-        return GroupTransport(dist.new_group(ranks, use_local_synchronization=True, pg_options=options, **keep))
+        return GroupTransport(group_beside(group, patience, pg_options=options))
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
         if collective:
@@ -103,13 +100,34 @@ class GroupTransport:
         return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
 
 
+def group_beside(group: dist.ProcessGroup, patience: timedelta | None = None, **how: Any) -> Any:
+    """Another process group of the same ranks. A collective call of these ranks alone; `how` as in `dist.new_group`."""
+    # PyTorch names such a group by the number of groups its maker is in: where some are in fewer, as ranks that only serve are,
+    # they would wait for each other under different names
+    counts: list[Any] = [None] * dist.get_world_size(group)
+    mine = len(dist.distributed_c10d._world.pg_names)
+    dist.all_gather_object(counts, mine, group=group)
+    for _ in range(max(counts) - mine):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    # newer PyTorch sorts ranks unless told not to; older groups are all sorted
+    if "sort_ranks" in inspect.signature(dist.new_group).parameters:
+        how["sort_ranks"] = False
+    return dist.new_group(dist.get_process_group_ranks(group), patience, use_local_synchronization=True, **how)
+
+
 class _Requests(NamedTuple):
-    requests: Iterable[dist.Work]
+    requests: list[dist.Work]
     alive: tuple[list[Packet], list[Packet]]
 
     def wait(self) -> None:
-        for request in self.requests:
-            request.wait()
+        peers = [packet.peer for packets in self.alive for packet in packets]
+        for number, request in enumerate(self.requests):
+            try:
+                request.wait()
+            except RuntimeError as error:
+                # NCCL gives one request for all messages
+                who = {peers[number]} if len(self.requests) == len(peers) else set(peers)
+                raise _silent(who, error) from None
 
 
 class _Packed(NamedTuple):
@@ -119,10 +137,18 @@ class _Packed(NamedTuple):
     receives: list[Packet]
 
     def wait(self) -> None:
-        self.request.wait()
+        try:
+            self.request.wait()
+        except RuntimeError as error:
+            raise _silent({packet.peer for packet in self.receives}, error) from None
         sizes = [packet.tensor.nbytes for packet in self.receives]
         for packet, part in zip(self.receives, self.incoming.split(sizes), strict=True):
             _as_bytes(packet.tensor).copy_(part)
+
+
+def _silent(peers: set[int], error: RuntimeError) -> DistattnError:
+    who = ", ".join(map(str, sorted(peers)))
+    return DistattnError(f"{'ranks' if len(peers) > 1 else 'rank'} {who} of the group stopped answering: {error}")
 
 
 def _pack(part: Tensor, tensor: Tensor) -> None:

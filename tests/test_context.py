@@ -9,9 +9,9 @@ import distattn as da
 from distattn import programs
 from distattn.adapters import huggingface
 from distattn.config import Config, ModelConfig
-from distattn.context import IGNORE_INDEX
 from distattn.layout import LAYOUTS
 from distattn.parallel.make_plan import STRATEGIES
+from distattn.rows import IGNORE_INDEX
 from distattn.train import build_model, local_loss, sum_gradients
 
 TINY = dict(

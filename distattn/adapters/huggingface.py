@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from distattn.context import ShardedBatch
+from distattn.batches import ShardedBatch
 from distattn.errors import DistattnError
 
 NAME = "distattn"

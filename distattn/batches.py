@@ -1,0 +1,146 @@
+"""Plans of batches: what a trainer's batch needs so that its attention layers find their plan, made ahead on a thread."""
+
+# T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from distattn.cluster.describe import Machines
+from distattn.functional import attention
+from distattn.kernels.dispatch import choose_kernel, load_kernel
+from distattn.layout import Layout
+from distattn.mask import Mask
+from distattn.parallel.make_plan import check_names, make_plan
+from distattn.plan import Plan
+from distattn.programs import Prepared, Use, Watch, demand_of, lower_once, prepare
+
+
+class Shape(NamedTuple):
+    """What one attention layer asks for, beside the batch."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+
+    @staticmethod
+    def of(q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor) -> Shape:
+        return Shape(q_THD.shape[1], k_TKD.shape[1], q_THD.shape[2], v_TKE.shape[2], str(q_THD.dtype)[6:])
+
+
+class Axis(NamedTuple):
+    """A batch to its planner: documents, in whatever form the planner's `axis` takes, and options for this batch alone."""
+
+    documents: Hashable
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+class Planner:
+    """Makes, proves and caches plans of batches over one group, with one strategy.
+
+    axis: documents of a batch to its mask and layout. verify_every: of so many batches one is proven before it runs, the first
+    in any case; 1 proves all.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        axis: Callable[[Any], tuple[Mask, Layout]],
+        *,
+        strategy: str,
+        kernel: str | None = None,
+        backward: str | None = None,
+        cluster: Machines | None = None,
+        options: Mapping[str, object] | None = None,
+        capacity: int | None = None,
+        verify_every: int = 1,
+    ):
+        check_names(strategy, backward, options)
+        if kernel is not None:
+            load_kernel(kernel)
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        self.group, self.kernel, self.capacity, self.verify_every = group, kernel, capacity, verify_every
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+
+        def plan(batch: Axis, shape: Shape) -> Plan:
+            mask, layout = self.axis(batch.documents)
+            how: dict[str, Any] = dict(strategy=strategy, backward=backward, cluster=cluster)
+            return make_plan(mask, layout, options={**(options or {}), **dict(batch.options)}, **how, **shape._asdict())
+
+        # fixed-length batches meet the same axis again and again; packed ones never do
+        self.axis = lru_cache(maxsize=8)(axis)
+        self.plan = lru_cache(maxsize=8)(plan)
+        # what layers have asked for so far: the next batch's programs are made ahead
+        self.needs: set[tuple[Shape, torch.device]] = set()
+        self.worker = ThreadPoolExecutor(1, "distattn-plans")
+        self._batches = 0
+
+    def batch(self, axis: Axis) -> ShardedBatch:
+        """The next batch."""
+        self._batches += 1
+        return ShardedBatch(self, axis, self._batches - 1)
+
+    def watch(self, batch: ShardedBatch, plan: Plan, shape: Shape) -> Watch | None:
+        """Who is told of the batch's passes; nobody."""
+        return None
+
+
+class ShardedBatch:
+    """The axis one batch was laid out on: what attention layers need of it. Travels with the batch, not with the model.
+
+    Plans and programs for the shapes that earlier batches asked for are made on a thread, from the moment it exists.
+    """
+
+    def __init__(self, parent: Planner, axis: Axis, number: int):
+        self.parent, self.axis, self.number = parent, axis, number
+        self.proven = number % parent.verify_every == 0
+        self._prepared: dict[tuple[Shape, torch.device], Prepared] = {}
+        self._plans = {need: parent.worker.submit(self._lowered, *need) for need in parent.needs}
+
+    def attention(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None, **modifiers: Any
+    ) -> Tensor:
+        """`distattn.attention` of this rank's tokens (T, heads, dim), with the plan for these shapes."""
+        ready = self.ready(Shape.of(q_THD, k_TKD, v_TKE), q_THD.device)
+        if ready.lowered.program.tokens:
+            return attention(q_THD, k_TKD, v_TKE, ready, scale=scale, **modifiers)
+        # the padding token of a rank without tokens attends to nothing, but others may need this rank's help
+        o_THE = attention(q_THD[:0], k_TKD[:0], v_TKE[:0], ready, scale=scale, **modifiers)
+        return F.pad(o_THE, (0, 0, 0, 0, 0, len(q_THD)))
+
+    def plan(self, heads: int, kv_heads: int, head_dim: int, v_head_dim: int, dtype: str) -> Plan:
+        """The plan of this batch for one shape of call; layers of the same shape share it."""
+        return self.parent.plan(self.axis, Shape(heads, kv_heads, head_dim, v_head_dim, dtype))
+
+    def ready(self, shape: Shape, device: torch.device) -> Prepared:
+        """The program of this batch for one shape of call. The first time, all ranks of the group have to ask for it."""
+        need, parent = (shape, device), self.parent
+        if need not in self._prepared:
+            parent.needs.add(need)
+            plan = self._plans[need].result() if need in self._plans else self.plan(*shape)
+            how: dict[str, Any] = dict(kernel=parent.kernel, device=device, capacity=parent.capacity)
+            watch = parent.watch(self, plan, shape)
+            if watch is not None:
+                watch.prepares()
+            how |= dict(proven=self.proven, watch=watch)
+            self._prepared[need] = prepare(plan, parent.group, **how)
+        return self._prepared[need]
+
+    def _lowered(self, shape: Shape, device: torch.device) -> Plan:
+        """On the thread: plan, proof and program, so that nothing is left but to agree with the other ranks."""
+        plan = self.plan(*shape)
+        kernel = choose_kernel(self.parent.kernel, demand_of(plan.call, device))
+        lower_once(plan, Use(self.parent.rank, kernel, device), self.proven)
+        return plan

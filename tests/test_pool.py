@@ -1,0 +1,285 @@
+"""A pool of ranks that compute each other's attention trains as one process would."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_on_ranks
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parameters_to_vector
+
+import distattn as da
+from distattn.batches import Shape
+from distattn.config import Config, ModelConfig
+from distattn.rows import IGNORE_INDEX
+from distattn.speeds import quantised
+from distattn.train import build_model, local_loss
+
+# of each rank, for each step, the documents of its micro-batches: unequal numbers of them, and of steps
+PACKS = [
+    [[[150], [40, 9]], [[7, 7, 100]], [[64]]],
+    [[[1] * 20 + [30], [3, 60], [33]], [[128]]],
+    [[[17, 5]], [[90, 3], [12, 12]]],
+    [[[2, 2, 2]], [[200]], [[31], [5]]],
+    [[[25, 60]]],
+    [[[99]], [[1]]],
+    [[[40, 41, 42]], [[10], [10], [10]]],
+    [[[8] * 9]],
+]
+MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, dtype="float64")
+
+
+def documents(rank, step, number):
+    lengths = PACKS[rank][step][number]
+    generator = torch.Generator().manual_seed(1000 * rank + 10 * step + number)
+    return {"input_ids": torch.randint(0, 256, (1, sum(lengths)), generator=generator), "document_lengths": lengths}
+
+
+def loader(rank):
+    for step, micro_batches in enumerate(PACKS[rank]):
+        yield [documents(rank, step, number) for number in range(len(micro_batches))]
+
+
+def model_of(attention="distattn", dtype="float64"):
+    config = Config(model=ModelConfig(**{**MODEL.__dict__, "dtype": dtype}))
+    return build_model(config, attention)
+
+
+def whole_run(ranks, dtype="float64"):
+    """Losses and gradients of every step by plain transformers: one process, one document at a time."""
+    model = model_of("sdpa", dtype)
+    out = []
+    for step in range(max(len(PACKS[rank]) for rank in range(ranks))):
+        batches = [
+            documents(r, step, n) for r in range(ranks) if step < len(PACKS[r]) for n in range(len(PACKS[r][step]))
+        ]
+        parts = [ids for batch in batches for ids in batch["input_ids"][0].split(batch["document_lengths"])]
+        labels = sum(len(ids) - 1 for ids in parts)
+        total = 0.0
+        for ids in parts:
+            logits = model(ids[None]).logits[0]
+            loss = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:], reduction="sum") / labels
+            loss.backward()
+            total += float(loss.detach())
+        out.append((total, parameters_to_vector([p.grad for p in model.parameters()])))
+        model.zero_grad()
+    return out
+
+
+def pooled_run(rank, options, dtype="float64", data=None):
+    model = model_of(dtype=dtype)
+    out = []
+    with da.Pool(**options) as pool:
+        for micro_batches in pool.steps(loader(data if data is not None else rank)):
+            total = torch.zeros((), dtype=torch.float64)
+            for batch in micro_batches:
+                loss = local_loss(model, batch)
+                loss.backward()
+                total += loss.detach()
+            dist.all_reduce(total)
+            gradient = parameters_to_vector([p.grad for p in model.parameters()])
+            dist.all_reduce(gradient)
+            out.append((float(total), gradient))
+            model.zero_grad()
+        return out, pool.speeds.log if pool.speeds else None
+
+
+def assert_same(got, wanted, tolerance):
+    assert len(got) == len(wanted)
+    for (loss, gradient), (wanted_loss, wanted_gradient) in zip(got, wanted, strict=True):
+        assert loss == pytest.approx(wanted_loss, rel=tolerance)
+        assert (gradient - wanted_gradient).abs().max() <= tolerance * wanted_gradient.abs().max()
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("tolerance", [0.0, 0.02, 0.1])
+def test_losses_and_gradients_equal_one_process(ranks, tolerance):
+    options = dict(options=dict(tolerance=tolerance, block=8))
+    results = run_on_ranks(ranks, pooled_run, options)
+    for result, _ in results:
+        assert_same(result, whole_run(ranks), 1e-11)
+
+
+def test_in_single_precision_too():
+    for result, _ in run_on_ranks(4, pooled_run, dict(options=dict(block=8)), "float32"):
+        assert_same(result, whole_run(4, "float32"), 1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["cad_greedy", "allgather"])
+def test_any_strategy_may_share_out_a_pool(strategy):
+    for result, _ in run_on_ranks(2, pooled_run, dict(strategy=strategy)):
+        assert_same(result, whole_run(2), 1e-11)
+
+
+def cp_run(rank, options):
+    return pooled_run(rank, options, data=rank // 2)
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "balanced"])
+def test_context_parallel_ranks_share_one_batch(layout):
+    options = dict(context_parallel=2, layout=layout, options=dict(block=8))
+    for result, _ in run_on_ranks(4, cp_run, options):
+        assert_same(result, whole_run(2), 1e-11)
+
+
+def served_run(rank, servers, wrap, options):
+    """Ranks below the servers train, checkpointed or sharded, and evaluate after every step; the last ones serve."""
+    models = dist.get_world_size() - servers
+    trainers = dist.new_group(list(range(models)))
+    if rank >= models:
+        return tuple(da.serve())
+    model = model_of()
+    if wrap == "checkpoint":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    if wrap == "fsdp":
+        mesh = DeviceMesh.from_group(trainers, "cpu")
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    out, evaluated = [], []
+    with da.Pool(servers=servers, **options) as pool:
+        for micro_batches in pool.steps(loader(rank)):
+            total = torch.zeros((), dtype=torch.float64)
+            for batch in micro_batches:
+                loss = local_loss(model, batch)
+                loss.backward()
+                total += loss.detach()
+            dist.all_reduce(total, group=trainers)
+            if wrap == "fsdp":
+                # FSDP2 averages over the ranks with a model
+                gradient = parameters_to_vector([p.grad.full_tensor() for p in model.parameters()]) * models
+            else:
+                gradient = parameters_to_vector([p.grad for p in model.parameters()])
+                dist.all_reduce(gradient, group=trainers)
+            out.append((float(total), gradient))
+            model.zero_grad()
+        with torch.no_grad():
+            for micro_batches in pool.steps(loader(rank)):
+                total = sum(local_loss(model, batch) for batch in micro_batches)
+                dist.all_reduce(total, group=trainers)
+                evaluated.append(float(total))
+    return out, evaluated
+
+
+@pytest.mark.parametrize("wrap", ["plain", "checkpoint", "fsdp"])
+@pytest.mark.parametrize("servers", [1, 2])
+def test_ranks_without_a_model_serve(servers, wrap):
+    shapes = [Shape(4, 2, 8, 8, "float64")] * 2
+    options = dict(options=dict(block=8, tolerance=0.0), layers=shapes)
+    *results, served = run_on_ranks(2 + servers, served_run, servers, wrap, options)
+    wanted = whole_run(2)
+    for result, evaluated in results[:2]:
+        assert_same(result, wanted, 1e-11)
+        assert evaluated == pytest.approx([loss for loss, _ in wanted], rel=1e-11)
+    # 2 layers; 3, 1 and 1 micro-batches in three steps, trained and evaluated
+    passes = 2 * 5
+    assert served[1] == passes
+    assert served[0] == passes * (3 if wrap == "checkpoint" else 2)
+
+
+def unlike_run(rank):
+    if rank == 2:
+        return tuple(da.serve())
+    return da.Pool(servers=1, patience=5.0 + rank)
+
+
+def lonely_run(rank):
+    if rank == 1:
+        da.serve()
+    pool = da.Pool(servers=1)
+    next(pool.steps(loader(0)))
+    # without a word
+    os._exit(0)
+
+
+def test_a_pool_made_differently_is_refused():
+    with pytest.raises(AssertionError, match=r"rank 1 of the pool has patience = 6.0, rank 0 5.0"):
+        run_on_ranks(3, unlike_run)
+
+
+def test_a_server_whose_trainers_are_gone_says_so():
+    with pytest.raises(AssertionError, match="the pool's (first rank has gone without a word|other ranks are gone)"):
+        run_on_ranks(2, lonely_run)
+
+
+def silent_run(rank):
+    if rank == 2:
+        da.Pool.joined()
+        time.sleep(20)
+        raise AssertionError("the one that hangs")
+    pool = da.Pool(servers=1, patience=3.0)
+    next(pool.steps(loader(rank)))
+
+
+def test_a_rank_that_stops_answering_is_named():
+    with pytest.raises(AssertionError) as failure:
+        run_on_ranks(3, silent_run)
+    assert "a rank of the pool does not answer" in str(failure.value) and "2" in str(failure.value)
+
+
+def test_speeds_are_whole_steps_of_the_mean():
+    assert quantised([None, None]) is None
+    assert quantised([100.0, 100.0, None, 200.0]) == [750, 750, 1000, 1500]
+    assert quantised([1e-9, 1.0, 1.0]) == [250, 1500, 1500]
+
+
+def adaptive_run(rank, adaptive):
+    options = dict(options=dict(block=8, tolerance=0.0))
+    pool_options = dict(adaptive=adaptive, **options)
+    torch.manual_seed(0)
+    return pooled_run(rank, pool_options)
+
+
+def test_measured_speeds_are_applied_two_steps_later_and_a_log_replays_the_run():
+    results = run_on_ranks(4, adaptive_run, True)
+    wanted = whole_run(4)
+    logs = [log for _, log in results]
+    assert all(log == logs[0] for log in logs)
+    # nothing is known of the first two steps
+    assert logs[0][:2] == [None, None] and len(logs[0]) == len(wanted) and all(logs[0][2:])
+    for result, _ in results:
+        assert_same(result, wanted, 1e-11)
+    replayed = run_on_ranks(4, adaptive_run, logs[0])
+    for (result, log), (again, _) in zip(results, replayed, strict=True):
+        assert log == logs[0]
+        for (loss, gradient), (same_loss, same_gradient) in zip(result, again, strict=True):
+            assert loss == same_loss and torch.equal(gradient, same_gradient)
+
+
+def test_without_adapting_a_run_is_bitwise_the_same():
+    first, second = (run_on_ranks(4, adaptive_run, False) for _ in range(2))
+    for (result, _), (again, _) in zip(first, second, strict=True):
+        assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(result, again, strict=True))
+
+
+def test_one_process_is_a_pool_of_its_own():
+    pool = da.Pool(options=dict(block=8))
+    ((batch, empty), *_) = [*pool.steps([[documents(0, 0, 0), documents(0, 0, 1)]])]
+    assert batch["input_ids"].shape == (1, 150) and empty["input_ids"].shape == (1, 49)
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(servers=1), "servers is 0 to 0"),
+        (dict(context_parallel=2), "context_parallel 2 does not divide"),
+        (dict(adaptive=True, strategy="ring"), "does not share out by speed"),
+        (dict(layout="spiral"), "layout 'spiral'"),
+    ],
+)
+def test_pools_that_cannot_be_are_refused(options, sentence):
+    with pytest.raises(da.DistattnError, match=sentence):
+        da.Pool(**options)
+
+
+def test_labels_of_ranks_without_data_do_not_count():
+    pool = da.Pool()
+    (micro_batches,) = pool.steps([documents(0, 0, 0)])
+    assert micro_batches[0]["loss_scale"] == 1 / 149
+    assert (micro_batches[0]["labels"] != IGNORE_INDEX).sum() == 149
+    pool.close()
