@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from distattn.parallel.timeline import Timeline as Timeline
     from distattn.parallel.verify import Proof as Proof
     from distattn.parallel.verify import verify as verify
+    from distattn.pingpong import PingPong as PingPong
     from distattn.plan import Call as Call
     from distattn.plan import Payload as Payload
     from distattn.plan import Plan as Plan
@@ -44,6 +45,7 @@ _HOME = {
     "Layout": "distattn.layout",
     "Mask": "distattn.mask",
     "Payload": "distattn.plan",
+    "PingPong": "distattn.pingpong",
     "Plan": "distattn.plan",
     "PlanError": "distattn.errors",
     "Pool": "distattn.pool",

@@ -8,7 +8,8 @@ The plan enters the operators as a whole number, a handle (see `programs`).
 from __future__ import annotations
 
 import math
-from typing import Any
+import threading
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,41 @@ from distattn.kernels.dispatch import choose_kernel
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.score import Demand, Score
 from distattn.parallel import execute
+from distattn.parallel.transport import Transport
 from distattn.plan import Plan
 from distattn.programs import Lowered, Prepared, lowered_of, prepare
+
+
+class Part(Protocol):
+    """One of several batches that take turns on this rank (see `pingpong`)."""
+
+    def attention(
+        self,
+        lowered: Lowered,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        slopes: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor: ...
+
+
+class _Stage(threading.local):
+    """Which batch this thread works on, where batches take turns."""
+
+    part: Part | None = None
+
+
+STAGE = _Stage()
+# the one whose backward pass runs: a forward that is repeated there may be on a thread of autograd's
+REPEATING: list[Part] = []
+
+
+def part_on_stage() -> Part | None:
+    """The batch whose turn it is, if batches take turns."""
+    return STAGE.part or (REPEATING[-1] if REPEATING else None)
 
 
 def attention(
@@ -83,6 +117,13 @@ def attention(
         raise DistattnError("inside torch.compile, attention takes prepare(plan, group) instead of a plan.")
     else:
         ready = prepare(plan, group, kernel=kernel, device=q_THD.device)
+    part = part_on_stage()
+    if part is not None:
+        # it hands over while messages travel
+        if return_lse:
+            raise DistattnError("return_lse is not possible where batches take turns; leave PingPong out.")
+        o_THE = part.attention(ready.lowered, q_THD, k_TKD, v_TKE, sink, alibi_slopes, scale, float(softcap))
+        return o_THE if gate is None else (o_THE * gate).to(q_THD.dtype)
     o_THE, lse_HT, _ = torch.ops.distattn.forward(
         q_THD, k_TKD, v_TKE, sink, alibi_slopes, ready.handle, ready.kept, scale, float(softcap)
     )
@@ -153,6 +194,69 @@ def _finite(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
+def forward_pass(
+    lowered: Lowered,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    slopes: Tensor | None,
+    scale: float,
+    softcap: float,
+    transport: Transport | None = None,
+) -> execute.Paused[tuple[Tensor, Tensor, Tensor]]:
+    """(o_THE, lse_HT, kept), pausing while messages travel; what the operator does without a pause."""
+    _check_inputs(lowered, q, k, v, sink, slopes)
+    score = _score(lowered, scale, softcap, slopes)
+    if lowered.watch is not None:
+        lowered.watch.begins("forward", score)
+    run = execute.forward(lowered.program, transport or lowered.transport, lowered.kernel, q, k, v, score)
+    o, lse_TH, kept, _ = yield from run
+    if sink is not None:
+        # a key without value: it only widens the softmax
+        wider_TH = torch.logaddexp(lse_TH, sink.to(lse_TH.dtype))
+        o = o * torch.exp(lse_TH - _finite(wider_TH))[..., None]
+        lse_TH = wider_TH
+    return o.to(q.dtype), lse_TH.t().contiguous(), kept
+
+
+def backward_pass(
+    lowered: Lowered,
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    slopes: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    scale: float,
+    softcap: float,
+    transport: Transport | None = None,
+) -> execute.Paused[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(dq, dk, dv, dsink), pausing while messages travel; dsink is empty without a sink."""
+    if dlse is not None and not lowered.kernel.DIFFERENTIABLE_LSE:
+        raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
+    lse_TH = lse.t().contiguous()
+    # the gradient of the log-sum-exp enters where delta does: ds = p * (dp - (delta - dlse))
+    delta_TH = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
+    if dlse is not None:
+        delta_TH -= dlse.t()
+    score = _score(lowered, scale, softcap, slopes)
+    if lowered.watch is not None:
+        lowered.watch.begins("backward", score)
+    inputs = (do.contiguous(), q, k, v, lse_TH, delta_TH, kept, score)
+    run = execute.backward(lowered.program, transport or lowered.transport, lowered.kernel, *inputs)
+    dq, dk, dv, _ = yield from run
+    if sink is None:
+        return dq, dk, dv, q.new_empty(0)
+    # as for a key whose value is zero: dp = 0
+    weight_TH = torch.exp(sink.to(lse_TH.dtype) - _finite(lse_TH))
+    return dq, dk, dv, -(weight_TH * delta_TH).sum(0).to(sink.dtype)
+
+
 torch.library.define(
     "distattn::forward",
     "(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, SymInt plan, SymInt kept_elements, float scale,"
@@ -167,19 +271,7 @@ torch.library.define(
 
 @torch.library.impl("distattn::forward", "CompositeExplicitAutograd")
 def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
-    lowered = lowered_of(plan)
-    _check_inputs(lowered, q, k, v, sink, slopes)
-    score = _score(lowered, scale, softcap, slopes)
-    if lowered.watch is not None:
-        lowered.watch.begins("forward", score)
-    run = execute.forward(lowered.program, lowered.transport, lowered.kernel, q, k, v, score)
-    o, lse_TH, kept, _ = execute.finish(run)
-    if sink is not None:
-        # a key without value: it only widens the softmax
-        wider_TH = torch.logaddexp(lse_TH, sink.to(lse_TH.dtype))
-        o = o * torch.exp(lse_TH - _finite(wider_TH))[..., None]
-        lse_TH = wider_TH
-    return o.to(q.dtype), lse_TH.t().contiguous(), kept
+    return execute.finish(forward_pass(lowered_of(plan), q, k, v, sink, slopes, scale, softcap))
 
 
 @torch.library.register_fake("distattn::forward")
@@ -191,24 +283,8 @@ def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  
 
 @torch.library.impl("distattn::backward", "CompositeExplicitAutograd")
 def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
-    lowered = lowered_of(plan)
-    if dlse is not None and not lowered.kernel.DIFFERENTIABLE_LSE:
-        raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
-    lse_TH = lse.t().contiguous()
-    # the gradient of the log-sum-exp enters where delta does: ds = p * (dp - (delta - dlse))
-    delta_TH = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
-    if dlse is not None:
-        delta_TH -= dlse.t()
-    score = _score(lowered, scale, softcap, slopes)
-    if lowered.watch is not None:
-        lowered.watch.begins("backward", score)
-    inputs = (do.contiguous(), q, k, v, lse_TH, delta_TH, kept, score)
-    dq, dk, dv, _ = execute.finish(execute.backward(lowered.program, lowered.transport, lowered.kernel, *inputs))
-    if sink is None:
-        return dq, dk, dv, q.new_empty(0)
-    # as for a key whose value is zero: dp = 0
-    weight_TH = torch.exp(sink.to(lse_TH.dtype) - _finite(lse_TH))
-    return dq, dk, dv, -(weight_TH * delta_TH).sum(0).to(sink.dtype)
+    inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
+    return execute.finish(backward_pass(lowered_of(plan), *inputs))
 
 
 @torch.library.register_fake("distattn::backward")

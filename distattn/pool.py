@@ -241,6 +241,7 @@ class _Watch:
 
     def __init__(self, pool: Pool, batch: int, plan: Plan, shape: Shape):
         self.pool, self.number, self.shape = pool, batch, shape
+        self.alternates = not pool.servers
         self.work: dict[str, int] = {}
         if pool.speeds is not None:
             for direction, table in (("forward", plan.forward), ("backward", plan.backward)):

@@ -37,6 +37,9 @@ class Use(NamedTuple):
 class Watch(Protocol):
     """Told before a program is made ready and before each of its passes; may put something in its kernel's place."""
 
+    # whether passes of two batches may alternate
+    alternates: bool
+
     def prepares(self) -> None: ...
 
     def begins(self, direction: str, score: Score) -> None: ...

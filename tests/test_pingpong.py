@@ -1,0 +1,168 @@
+"""Two batches that take turns give the gradients of the plain run, and one computes while the other's messages travel."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_on_ranks
+from test_pool import model_of
+from torch import nn
+from torch.nn.utils import parameters_to_vector
+
+import distattn as da
+from distattn.train import local_loss
+
+PACKS = [[[200, 9], [40, 11, 60]], [[30, 30], [5, 5]], [[64], [1, 1, 90]], [[100], [8] * 9]]
+OPTIONS = dict(options=dict(tolerance=0.0, block=8))
+
+
+def batches(rank):
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        {"input_ids": torch.randint(0, 256, (1, sum(pack)), generator=generator), "document_lengths": pack}
+        for pack in PACKS[rank]
+    ]
+
+
+class Block(nn.Module):
+    """A layer with a gate: what comes before attention and what comes after share the norm. `twice` attends two times."""
+
+    def __init__(self, width: int, heads: int, twice: bool = False):
+        super().__init__()
+        self.heads, self.twice = heads, twice
+        self.norm, self.qkv, self.gate = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.out, self.sink = nn.Linear(width, width), nn.Parameter(torch.zeros(heads))
+
+    def forward(self, x, batch):
+        for _ in range(1 + self.twice):
+            normed = self.norm(x)
+            q, k, v = (part[0].unflatten(-1, (self.heads, -1)).contiguous() for part in self.qkv(normed).chunk(3, -1))
+            o = batch.attention(q, k, v, sink=self.sink).flatten(1)[None]
+            x = x + self.out(o * torch.sigmoid(self.gate(normed)))
+        return x
+
+
+class Stack(nn.Module):
+    """A plain list of layers."""
+
+    def __init__(self, twice: bool):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(256, 32), nn.Linear(32, 256)
+        self.layers = nn.ModuleList(Block(32, 4, twice and i == 0) for i in range(3))
+
+    def loss(self, local):
+        x = self.embed(local["input_ids"])
+        for layer in self.layers:
+            x = layer(x, local["context_parallel"])
+        logits, labels = self.head(x)[0], local["labels"][0]
+        return nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") * local["loss_scale"]
+
+
+def made(kind):
+    """(layers, loss function, parameters)"""
+    torch.manual_seed(0)
+    if kind.startswith("plain"):
+        model = Stack("twice" in kind).double()
+        return model.layers, model.loss, list(model.parameters())
+    model = model_of()
+    if "checkpoint" in kind:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    return model.model.layers, lambda local: local_loss(model, local), list(model.parameters())
+
+
+def alternating_run(rank, kind, options):
+    """(losses, gradients) one after the other, then taking turns, with the trace of the latter."""
+    layers, loss, parameters = made(kind)
+    out = []
+    with da.Pool(**options) as pool:
+        for turns in (False, True):
+            (local,) = pool.steps([batches(rank)])
+            ping_pong = da.PingPong(layers)
+            if turns:
+                losses = ping_pong.step([lambda batch=batch: loss(batch) for batch in local])
+            else:
+                losses = [loss(batch) for batch in local]
+                for one in losses:
+                    one.backward()
+            gradient = parameters_to_vector([parameter.grad for parameter in parameters])
+            dist.all_reduce(gradient)
+            out.append(([float(one.detach()) for one in losses], gradient))
+            for parameter in parameters:
+                parameter.grad = None
+    return out, [tuple(span) for span in ping_pong.spans]
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "huggingface checkpointed", "plain", "plain twice"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gradients_equal_the_plain_run(kind, ranks):
+    for ((losses, gradient), (turned, turned_gradient)), _ in run_on_ranks(ranks, alternating_run, kind, OPTIONS):
+        assert turned == pytest.approx(losses, rel=1e-12)
+        assert (gradient - turned_gradient).abs().max() <= 1e-12 * gradient.abs().max()
+
+
+@pytest.mark.parametrize("policy", ["keep", "refetch-home"])
+def test_messages_of_one_travel_while_the_other_runs(policy):
+    for _, spans in run_on_ranks(2, alternating_run, "plain", OPTIONS | {"backward": policy}):
+        moves = [span for span in spans if span[1] == "moves"]
+        runs = [span for span in spans if span[1] == "runs"]
+        # 3 layers, 2 batches, forward and backward: inputs there, outputs home
+        assert len(moves) >= 3 * 2 * 2
+        hidden = [
+            move for move in moves if any(run[0] != move[0] and run[2] < move[3] and move[2] < run[3] for run in runs)
+        ]
+        assert {part for part, *_ in hidden} == {0, 1}
+        # one at a time
+        ordered = sorted(runs, key=lambda run: run[2])
+        assert all(a[3] <= b[2] for a, b in zip(ordered, ordered[1:], strict=False))
+
+
+def order_run(rank):
+    layers, loss, _ = made("plain")
+    with da.Pool(**OPTIONS) as pool:
+        (local,) = pool.steps([batches(rank)])
+        ping_pong = da.PingPong(layers)
+        ping_pong.step([lambda batch=batch: loss(batch) for batch in local])
+        trace = ping_pong.trace(rank)
+    assert any(event["name"] == "moves 1" for event in trace["traceEvents"])
+    return [part for part, what, *_ in ping_pong.spans if what == "runs"]
+
+
+def test_there_is_one_order_of_issue_on_all_ranks():
+    orders = run_on_ranks(4, order_run)
+    assert all(order == orders[0] for order in orders)
+    assert orders[0][:4] == [0, 1, 0, 1]
+
+
+def test_without_gradients_only_forward_runs():
+    layers, loss, parameters = made("plain")
+    pool = da.Pool()
+    (local,) = pool.steps([batches(0)])
+    with torch.no_grad():
+        losses = da.PingPong(layers).step([lambda batch=batch: loss(batch) for batch in local])
+    assert [float(one) for one in losses] == pytest.approx([float(loss(batch).detach()) for batch in local])
+    assert all(parameter.grad is None for parameter in parameters)
+    pool.close()
+
+
+def test_a_failure_in_one_batch_ends_the_others():
+    layers, loss, _ = made("plain")
+    pool = da.Pool()
+    (local,) = pool.steps([batches(0)])
+
+    def failing():
+        raise ValueError("no such batch")
+
+    with pytest.raises(ValueError, match="no such batch"):
+        da.PingPong(layers).step([lambda: loss(local[0]), failing])
+    pool.close()
+
+
+def test_what_cannot_take_turns_is_refused():
+    with pytest.raises(da.DistattnError, match="at least one layer"):
+        da.PingPong([])
+    layers, loss, _ = made("plain")
+    pool = da.Pool()
+    (local,) = pool.steps([batches(0)])
+    with pytest.raises(da.DistattnError, match="before the first layer"):
+        da.PingPong(layers[1:]).step([lambda: loss(local[0])])
+    pool.close()
