@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from distattn.parallel.verify import Proof as Proof
     from distattn.parallel.verify import verify as verify
     from distattn.pingpong import PingPong as PingPong
+    from distattn.pipeline import Pipeline as Pipeline
     from distattn.plan import Call as Call
     from distattn.plan import Payload as Payload
     from distattn.plan import Plan as Plan
@@ -46,6 +47,7 @@ _HOME = {
     "Mask": "distattn.mask",
     "Payload": "distattn.plan",
     "PingPong": "distattn.pingpong",
+    "Pipeline": "distattn.pipeline",
     "Plan": "distattn.plan",
     "PlanError": "distattn.errors",
     "Pool": "distattn.pool",

@@ -140,21 +140,29 @@ class Pool(Planner):
         of the step, and `context_parallel` for the model. Documents are told to the others one step ahead, and plans
         are made meanwhile.
         """
+        for rows, told in self.told(loader):
+            batches = self._batches_of(told)
+            scale = self.loss_scale(told)
+            padded = itertools.islice(itertools.chain(rows, itertools.repeat(None)), len(batches))
+            yield [
+                {**self.part(own), "loss_scale": scale, "context_parallel": batch}
+                for own, batch in zip(padded, batches, strict=True)
+            ]
+
+    def told(self, loader: Iterable[Any]) -> Iterator[tuple[list[Rows], list[Told]]]:
+        """For each step of the loader, this rank's micro-batches and what all ranks tell of theirs, heard a step ahead."""
         given = iter(loader)
         ahead = self._tell(next(given, None))
         while True:
             rows, told = ahead[0], self._heard(ahead[1])
             if all(rank.ended for rank in told):
                 return
-            # plans of this step are begun before the loader is asked for the next one
-            batches = self._batches_of(told)
             ahead = self._tell(next(given, None))
-            scale = 1.0 / max(sum(rank.labels for rank in told[:: self.context_parallel]), 1)
-            padded = itertools.islice(itertools.chain(rows, itertools.repeat(None)), len(batches))
-            yield [
-                {**self._part(own), "loss_scale": scale, "context_parallel": batch}
-                for own, batch in zip(padded, batches, strict=True)
-            ]
+            yield rows, told
+
+    def loss_scale(self, told: list[Told]) -> float:
+        """1 / valid labels of the step."""
+        return 1.0 / max(sum(rank.labels for rank in told[: self.models : self.context_parallel]), 1)
 
     def hear_step(self) -> dict[int, ShardedBatch] | None:
         """For ranks that only serve: the next step's batches by number; none if there was no step, None if the pool closes."""
@@ -228,7 +236,8 @@ class Pool(Planner):
         each = [tuple(own[number] if number < len(own) else () for own in blocks) for number in range(count)]
         return [self.batch(Axis(documents, options)) for documents in each]
 
-    def _part(self, rows: Rows | None) -> dict[str, Any]:
+    def part(self, rows: Rows | None) -> dict[str, Any]:
+        """`input_ids`, `labels` and `position_ids` (1, T) of this rank; a padding token where it has no micro-batch."""
         if rows is None:
             nothing = torch.zeros(1, 1, dtype=torch.int64)
             return {"input_ids": nothing, "labels": nothing + IGNORE_INDEX, "position_ids": nothing}
