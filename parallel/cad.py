@@ -12,14 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from distattn.bands import tighten
-from distattn.cluster.cost import attention_speed, flops_of, message_seconds
 from distattn.cluster.describe import Description, Machines
 from distattn.errors import DistattnError
 from distattn.intervals import Ints, lexical_order, runs, whole_numbers
+from distattn.parallel.backward import derive
 from distattn.parallel.cutting import Rows, Shares, cut_off, groups_of, open_up, shape
 from distattn.parallel.giving import give
 from distattn.parallel.ownership import owned, pieces, split_by_key_owner, split_by_query_owner
 from distattn.parallel.routes import guests, star, straight_home
+from distattn.parallel.simulate import timed
 from distattn.parallel.work import Price, bytes_each
 from distattn.plan import (
     ACCUMULATING,
@@ -85,9 +86,12 @@ def cad(
             f"capacity or tolerance."
         )
     if isinstance(cluster, Description):
-        stay = routed(call, tasks)
-        if expected(call, stay, price, cluster) <= expected(call, shared, price, cluster):
-            return [stay]
+        tables = [routed(call, tasks), shared]
+        # the backward pass moves what the forward pass does, and gradients
+        whole = tables if direction == "forward" else [derive(call, table, "refetch-home", cluster) for table in tables]
+        stay_seconds, seconds = (timed(call, cluster, direction, table).seconds for table in whole)
+        if stay_seconds <= seconds:
+            return tables[:1]
     return [shared]
 
 
@@ -195,29 +199,6 @@ def _held(call: Call, table: Table) -> Ints:
     arriving = np.bincount(table.moves["dst"], size, call.ranks)
     made = np.isin(table.moves["payload"], ACCUMULATING)
     return (arriving + np.bincount(table.moves["src"], size * made, call.ranks)).astype(np.int64)
-
-
-def expected(call: Call, table: Table, price: Price, cluster: Description) -> float:
-    """Seconds until the last output is home, roughly: home tasks run while inputs travel, then the others."""
-    lengths = np.array([1 << 20])
-    speed = float(attention_speed(cluster, price.direction, call.head_dim, lengths, lengths)[0])
-    second = flops_of(price.direction, call.head_dim, call.v_head_dim) * price.block / speed
-    tasks, moves = table.tasks, table.moves
-    cost = price.of_tasks(call, tasks) * second
-    first, later = (np.bincount(tasks["rank"], cost * (tasks["step"] == step), call.ranks) for step in (0, 1))
-    pair, size = moves["src"] * call.ranks + moves["dst"], bytes_of_moves(call, moves).astype(float)
-    returning = moves["step"] > 0
-    there, back = (_arrivals(call, cluster, pair[rows], size[rows]) for rows in (~returning, returning))
-    return float((np.maximum(first, there) + later).max() + back.max())
-
-
-def _arrivals(call: Call, cluster: Description, pair: Ints, size: np.ndarray) -> np.ndarray:
-    """When each rank has what was sent to it together."""
-    pairs, index = np.unique(pair, return_inverse=True)
-    src, dst = np.divmod(pairs, call.ranks)
-    out = np.zeros(call.ranks)
-    np.maximum.at(out, dst, message_seconds(cluster, src, dst, np.bincount(index, size, len(pairs))))
-    return out
 
 
 def _worth_moving(tasks: Columns, cost: Ints, excess: Ints, weights: tuple[int, int]) -> Ints:

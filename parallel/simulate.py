@@ -28,7 +28,7 @@ from distattn.cluster.describe import Description
 from distattn.errors import DistattnError
 from distattn.parallel.timeline import Pass, Timeline
 from distattn.parallel.verify import Proof, verify
-from distattn.plan import ACCUMULATING, Plan, Table, areas_of_tasks, bytes_of_moves, count, task_bands
+from distattn.plan import ACCUMULATING, Call, Plan, Table, areas_of_tasks, bytes_of_moves, count, task_bands
 
 Numbers = np.ndarray
 
@@ -48,13 +48,14 @@ def simulate(plan: Plan, cluster: Description | str | Path, proof: Proof | None 
         proof = verify(plan)
     elif proof.digest != plan.digest:
         raise DistattnError("the proof is of another plan.")
-    passes = [_pass(plan, description, name, getattr(plan, name)) for name in describe.DIRECTIONS]
+    passes = [timed(plan.call, description, name, getattr(plan, name)) for name in describe.DIRECTIONS]
     return Timeline(plan, description, proof, *passes)
 
 
-def _pass(plan: Plan, description: Description, direction: str, table: Table) -> Pass:
-    call, ranks, steps = plan.call, plan.call.ranks, table.steps
-    kernels = _kernels(plan, description, direction, table)
+def timed(call: Call, description: Description, direction: str, table: Table) -> Pass:
+    """One table in time; it need not be proven."""
+    ranks, steps = call.ranks, table.steps
+    kernels = _kernels(call, description, direction, table)
     moves = table.moves
     # messages: the moves of one step between two ranks
     key = (moves["step"] * ranks + moves["src"]) * ranks + moves["dst"]
@@ -99,9 +100,9 @@ def _pass(plan: Plan, description: Description, direction: str, table: Table) ->
     )
 
 
-def _kernels(plan: Plan, description: Description, direction: str, table: Table) -> Numbers:
+def _kernels(call: Call, description: Description, direction: str, table: Table) -> Numbers:
     """Seconds of each step's launch on each rank, (steps, ranks)."""
-    call, tasks = plan.call, table.tasks
+    tasks = table.tasks
     out = np.zeros((table.steps, call.ranks))
     if not count(tasks):
         return out

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parameters_to_vector
 
 import distattn as da
+from distattn import programs
 from distattn.batches import Shape
 from distattn.config import Config, ModelConfig
 from distattn.rows import IGNORE_INDEX
@@ -112,6 +113,47 @@ def test_in_single_precision_too():
 def test_any_strategy_may_share_out_a_pool(strategy):
     for result, _ in run_on_ranks(2, pooled_run, dict(strategy=strategy)):
         assert_same(result, whole_run(2), 1e-11)
+
+
+def windowed_run(rank):
+    """(four ranks' losses and gradients, the same data in a pool of one rank's group)"""
+    options = dict(inner=(11, 0), options=dict(block=8, tolerance=0.0), kernel="reference")
+    together, _ = pooled_run(rank, options)
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    steps = []
+    for step in range(max(map(len, PACKS[:4]))):
+        steps.append(
+            [documents(r, step, n) for r in range(4) if step < len(PACKS[r]) for n in range(len(PACKS[r][step]))]
+        )
+    model, apart = model_of(), []
+    with da.Pool(alone, **options) as pool:
+        for micro_batches in pool.steps(steps):
+            total = 0.0
+            for batch in micro_batches:
+                loss = local_loss(model, batch)
+                loss.backward()
+                total += float(loss.detach())
+            apart.append((total, parameters_to_vector([p.grad for p in model.parameters()])))
+            model.zero_grad()
+    return together, apart
+
+
+def test_windows_inside_documents_are_pooled_too():
+    for together, apart in run_on_ranks(4, windowed_run):
+        assert_same(together, apart, 1e-11)
+
+
+def sampled_run(rank):
+    proven = []
+    verify = programs.verify
+    programs.verify = lambda plan, *rest: proven.append(plan.digest) or verify(plan, *rest)
+    pooled_run(rank, dict(verify_every=3, options=dict(block=8)))
+    return len(set(proven))
+
+
+def test_of_the_plans_of_a_run_the_first_and_every_so_many_are_proven():
+    # 3, 2 and 2 micro-batches in three steps: numbers 0, 3 and 6
+    assert run_on_ranks(4, sampled_run) == [3] * 4
 
 
 def cp_run(rank, options):
