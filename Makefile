@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 TORCH_INDEX ?=
 
-.PHONY: demo test check bench bench-rivals bench-gpu check-cluster lint-kernels triton-3.6 clean
+.PHONY: demo test check bench bench-rivals bench-disaggregation bench-gpu check-cluster lint-kernels triton-3.6 clean
 
 demo: $(VENV)/.train
 	$(BIN)/distattn train configs/tiny.toml $(ARGS)
@@ -26,6 +26,11 @@ bench: $(VENV)/.dev
 # DeepSpeed is optional: .venv/bin/pip install deepspeed
 bench-rivals: $(VENV)/.dev
 	$(BIN)/python benchmarks/rivals.py --out benchmarks/results/rivals.jsonl
+
+# simulated; LENGTHS=FILE.json, a list of document lengths. mtkahypar is optional: .venv/bin/pip install mtkahypar
+bench-disaggregation: $(VENV)/.dev
+	$(BIN)/python benchmarks/disaggregation.py --lengths $(LENGTHS) --servers 8 16 64 --heads 32:8 64:16 --hypergraph $(ARGS)
+	$(BIN)/python benchmarks/pipeline.py --lengths $(LENGTHS)
 
 # with the Python of a machine that has a GPU, torch and Triton
 bench-gpu:

@@ -44,7 +44,7 @@ def main() -> int:
     known = np.array(json.loads(given.lengths.read_text()))
     say("simulated, seconds of one step of attention and everything else; 8 GPUs a rank of the pool")
     say(
-        f"{'stages':>6s}{'ranks':>7s}{'ticks':>7s}{'lost':>6s}{'1F1B':>9s}{'aligned':>9s}{'pooled':>9s}{'1F1B / pooled':>15s}"
+        f"{'stages':>6s}{'ranks':>7s}{'ticks':>7s}{'lost':>6s}{'1F1B':>9s}{'aligned':>9s}{'pooled':>9s}{'ping-pong':>11s}"
     )
     for stages in given.stages:
         # of each replica its micro-batches
