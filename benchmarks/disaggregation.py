@@ -11,7 +11,7 @@ context parallelism (`document_zigzag` ring) and `balanced` allgather.
 --grouped: the packs of all batches are sorted by their work first, so that the ranks of a step have packs as equal as there
 are, for everybody. --tensor-parallel T: heads are divided by T, and nodes have 8 / T ranks of the pool. --inner: causal,
 window (4,096 keys), shared_question or causal_blockwise (each pack such a group). --hypergraph: mtkahypar as well
-(pip install mtkahypar).
+(pip install mtkahypar). --wire: what outputs and gradients travel as.
 
 cells, cost: max/mean of cells x heads, and of what kernels take for them; the worse of forward and backward, and the worst
 batch. Bytes are those of the move tables, forward and backward; ms is simulated for one attention call on h200 nodes,
@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--wire", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument("--grouped", action="store_true")
     parser.add_argument("--hypergraph", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -69,10 +70,10 @@ def main() -> int:
         query, key = (int(part) // given.tensor_parallel for part in heads.split(":"))
         per_node = min(max(8 // given.tensor_parallel, 1), servers)
         cluster = describe.load(f"h200-{servers // per_node}x{per_node}")
-        shape = dict(heads=query, kv_heads=key, head_dim=128, dtype="bfloat16", cluster=cluster)
+        shape = dict(heads=query, kv_heads=key, head_dim=128, dtype="bfloat16", wire=given.wire, cluster=cluster)
         say(
             f"\n{servers} servers x {context:,} tokens, lengths x{scale}, {query}:{key} heads, {given.inner}"
-            f"{', packs grouped by work' * given.grouped}; simulated on {cluster.name}"
+            f"{', packs grouped by work' * given.grouped}, {given.wire} wire; simulated on {cluster.name}"
         )
         say(f"{COLUMNS[0]:24s}" + "".join(f"{name:>12s}" for name in COLUMNS[1:]))
         batches = list(packs(known * scale, servers, context, given.batches, given.seed, given.grouped))
@@ -94,6 +95,7 @@ def main() -> int:
                     heads=[query, key],
                     inner=given.inner,
                     grouped=given.grouped,
+                    wire=given.wire,
                 )
                 with open(given.out, "a", encoding="utf-8") as file:
                     file.write(

@@ -39,7 +39,16 @@ def partitioned(mask: da.Mask, lengths: list[int], ranks: int, shape: dict[str, 
     import mtkahypar
 
     layout = da.Layout.contiguous(lengths, ranks)
-    call = Call(mask, layout, shape["heads"], shape["kv_heads"], shape["head_dim"], shape["head_dim"], shape["dtype"])
+    call = Call(
+        mask,
+        layout,
+        shape["heads"],
+        shape["kv_heads"],
+        shape["head_dim"],
+        shape["head_dim"],
+        shape["dtype"],
+        shape["wire"],
+    )
     bands = mask.pieces
     # blocks of each piece, from its first row and key
     parts = []

@@ -60,6 +60,7 @@ class Planner:
         strategy: str,
         kernel: str | None = None,
         backward: str | None = None,
+        wire: str | None = None,
         cluster: Machines | None = None,
         options: Mapping[str, object] | None = None,
         capacity: int | None = None,
@@ -76,7 +77,7 @@ class Planner:
 
         def plan(batch: Axis, shape: Shape) -> Plan:
             mask, layout = self.axis(batch.documents)
-            how: dict[str, Any] = dict(strategy=strategy, backward=backward, cluster=cluster)
+            how: dict[str, Any] = dict(strategy=strategy, backward=backward, wire=wire, cluster=cluster)
             return make_plan(mask, layout, options={**(options or {}), **dict(batch.options)}, **how, **shape._asdict())
 
         # fixed-length batches meet the same axis again and again; packed ones never do

@@ -22,7 +22,7 @@ class ContextParallel(Planner):
 
     group defaults to the default process group, or one rank without torch.distributed. layout is a name of LAYOUTS with
     its options; inner is what a document attends to in itself (see `Mask.documents`). kernel as in `attention`; backward,
-    cluster and options as in `make_plan`; capacity as in `prepare`; verify_every as in `Planner`. Raises DistattnError for
+    wire, cluster and options as in `make_plan`; capacity as in `prepare`; verify_every as in `Planner`. Raises DistattnError for
     names that do not exist.
     """
 
@@ -36,6 +36,7 @@ class ContextParallel(Planner):
         inner: str | tuple[int, int] = "causal",
         kernel: str | None = None,
         backward: str | None = None,
+        wire: str | None = None,
         cluster: Machines | None = None,
         options: Mapping[str, object] | None = None,
         capacity: int | None = None,
@@ -48,7 +49,7 @@ class ContextParallel(Planner):
             return mask, lay_out(layout, lengths, self.ranks, mask, **of_layout)
 
         how: dict[str, Any] = dict(strategy=strategy, kernel=kernel, backward=backward, cluster=cluster)
-        super().__init__(group, axis, options=options, capacity=capacity, verify_every=verify_every, **how)
+        super().__init__(group, axis, wire=wire, options=options, capacity=capacity, verify_every=verify_every, **how)
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch that every rank holds whole.

@@ -108,6 +108,8 @@ class Call:
     head_dim: int
     v_head_dim: int
     dtype: str
+    # the dtype outputs and gradients travel in; empty: the accumulation dtype
+    wire: str = ""
 
     def __post_init__(self) -> None:
         if self.mask.n != self.layout.n:
@@ -123,6 +125,10 @@ class Call:
             raise DistattnError(f"the mask is for {self.mask.heads} query heads, the call has {self.heads}.")
         if self.dtype not in DTYPE_BYTES:
             raise DistattnError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}.")
+        if self.wire not in ("", self.dtype, self.accumulation_dtype):
+            raise DistattnError(
+                f"outputs and gradients of {self.dtype} travel as {self.dtype} or {self.accumulation_dtype}, not {self.wire!r}."
+            )
 
     @property
     def ranks(self) -> int:
@@ -150,7 +156,7 @@ class Call:
         return self.kv_heads if payload in ON_KEYS else self.heads
 
     def payload_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
-        """The tensors a payload travels as: (width, wire dtype) each; width None is one number per token and head."""
+        """The tensors of a payload in memory: (width, dtype) each; width None is one number per token and head."""
         wide = self.accumulation_dtype
         return {
             Payload.Q: ((self.head_dim, self.dtype),),
@@ -161,9 +167,17 @@ class Call:
             Payload.dKV: ((self.head_dim, wide), (self.v_head_dim, wide)),
         }[payload]
 
-    def cell_bytes(self, payload: Payload) -> int:
-        """Bytes of one (token, head) of a payload."""
-        return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in self.payload_fields(payload))
+    def wire_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
+        """The tensors a payload travels as. Numbers of a whole row (log-sum-exp, delta) stay wide."""
+        fields = self.payload_fields(payload)
+        if payload not in ACCUMULATING or not self.wire:
+            return fields
+        return tuple((width, dtype if width is None else self.wire) for width, dtype in fields)
+
+    def cell_bytes(self, payload: Payload, held: bool = False) -> int:
+        """Bytes of one (token, head) of a payload as it travels, or as it is held in memory."""
+        fields = self.payload_fields(payload) if held else self.wire_fields(payload)
+        return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,13 +268,17 @@ class Plan:
     def _shape(self) -> dict[str, object]:
         call = self.call
         shape = {name: getattr(call, name) for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "dtype")}
-        return shape | {
-            "mask": call.mask.digest,
-            "layout": call.layout.digest,
-            "n": call.mask.n,
-            "ranks": call.ranks,
-            "policy": self.policy,
-        }
+        return (
+            shape
+            | {
+                "mask": call.mask.digest,
+                "layout": call.layout.digest,
+                "n": call.mask.n,
+                "ranks": call.ranks,
+                "policy": self.policy,
+            }
+            | ({"wire": call.wire} if call.wire else {})
+        )
 
     def __repr__(self) -> str:
         tables = ", ".join(
@@ -291,9 +309,9 @@ def cells_of_tasks(call: Call, payload: Payload, tasks: Columns) -> Columns:
     return {"t0": tasks["q0"], "t1": tasks["q1"], "h0": tasks["h0"], "h1": tasks["h1"]}
 
 
-def bytes_of_moves(call: Call, moves: Columns) -> Ints:
-    """Bytes of each move."""
-    per_cell = np.array([call.cell_bytes(payload) for payload in Payload], np.int64)
+def bytes_of_moves(call: Call, moves: Columns, held: bool = False) -> Ints:
+    """Bytes of each move, as it travels, or as it is held in memory where it leaves."""
+    per_cell = np.array([call.cell_bytes(payload, held) for payload in Payload], np.int64)
     return (moves["t1"] - moves["t0"]) * (moves["h1"] - moves["h0"]) * per_cell[moves["payload"]]
 
 
@@ -327,5 +345,5 @@ def _unpack(head: dict, arrays: dict[str, Ints]) -> Plan:
     layout = Layout(lengths.tolist(), head["ranks"], rank[order], t0[order], t1[order])
     shape = {name: head[name] for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "dtype")}
     by_head = (arrays["mask.piece_heads"], head["heads"]) if "mask.piece_heads" in arrays else ()
-    call = Call(Mask(arrays["mask.pieces"], head["n"], *by_head), layout, **shape)
+    call = Call(Mask(arrays["mask.pieces"], head["n"], *by_head), layout, **shape, wire=head.get("wire", ""))
     return Plan(call, table("forward"), table("backward"), head["policy"], head["strategy"])

@@ -88,6 +88,7 @@ class Pool(Planner):
         inner: str | tuple[int, int] = "causal",
         kernel: str | None = None,
         backward: str | None = None,
+        wire: str | None = None,
         cluster: Machines | None = None,
         options: Mapping[str, object] | None = None,
         capacity: int | None = None,
@@ -104,7 +105,7 @@ class Pool(Planner):
             return pooled(documents, context_parallel, self.ranks, layout, of_layout, inner)
 
         how: dict[str, Any] = dict(strategy=strategy, kernel=kernel, backward=backward, cluster=cluster)
-        super().__init__(group, axis, options=options, capacity=capacity, verify_every=verify_every, **how)
+        super().__init__(group, axis, wire=wire, options=options, capacity=capacity, verify_every=verify_every, **how)
         self._check(strategy, backward, servers, context_parallel, adaptive)
         self.context_parallel, self.servers, self._layout = context_parallel, servers, (layout, of_layout, inner)
         self.models, self.layers = self.ranks - servers, tuple(layers)

@@ -157,8 +157,8 @@ def _run_step(step: Step, transport: Transport, buffers: _Buffers, compute: Comp
 
 
 def _outgoing(buffers: _Buffers, payload: Payload, message: Message) -> list[Packet]:
-    fields = buffers.gather(payload, message.view)
-    return [Packet(message.peer, payload, tensor) for tensor in fields]
+    fields = zip(buffers.gather(payload, message.view), buffers.call.wire_fields(payload), strict=True)
+    return [Packet(message.peer, payload, tensor.to(getattr(torch, dtype))) for tensor, (_, dtype) in fields]
 
 
 class _Buffers:
@@ -170,10 +170,10 @@ class _Buffers:
         self.fixed: set[BufferKey] = set()
         self.alive = self.peak = 0
 
-    def new(self, payload: Payload, rows: int, heads: int) -> Fields:
+    def new(self, payload: Payload, rows: int, heads: int, travelled: bool = False) -> Fields:
         """Fresh tensors (rows, heads, width) of a payload; accumulating ones start as "nothing yet"."""
         out = []
-        for width, dtype in self.call.payload_fields(payload):
+        for width, dtype in self.call.wire_fields(payload) if travelled else self.call.payload_fields(payload):
             shape = (rows, heads) if width is None else (rows, heads, width)
             make = torch.zeros if payload in ACCUMULATING else torch.empty
             out.append(make(shape, dtype=getattr(torch, dtype), device=self.like.device))
@@ -212,7 +212,7 @@ class _Buffers:
     def landing(self, payload: Payload, view: View) -> Fields:
         """Where a message is received: straight into its batch, or for partial results into a tensor of its own."""
         if payload in ACCUMULATING:
-            return self._counted(self.new(payload, view.rows, view.heads))
+            return self._counted(self.new(payload, view.rows, view.heads, travelled=True))
         (link,) = view.links
         return tuple(tensor[link.rows] for tensor in self.fields[link.buffer])
 

@@ -61,6 +61,7 @@ def make_plan(
     v_head_dim: int | None = None,
     dtype: str,
     backward: str | None = None,
+    wire: str | None = None,
     cluster: Machines | None = None,
     options: Mapping[str, object] | None = None,
     working_layout: Layout | None = None,
@@ -71,7 +72,8 @@ def make_plan(
     ("float16", "bfloat16", "float32", "float64"). backward is one of POLICIES, by default the strategy's own. cluster
     says which ranks share a node, or, where it is a description, also how fast kernels are; options are the strategy's
     own keyword arguments. Of a strategy's candidates the one that moves fewest bytes is taken, forward and backward each
-    (together where the backward keeps what it received).
+    (together where the backward keeps what it received). wire: the dtype outputs and gradients travel in, q's own or (by
+    default) that of accumulation; where no two partial results meet, q's own loses nothing.
     working_layout: where the strategy shall have the tokens, if not where q, k, v and o are: it re-lays them inside the call.
     Raises DistattnError when the call cannot be planned as asked.
     """
@@ -80,7 +82,9 @@ def make_plan(
         raise DistattnError(f"cluster is a Cluster(nodes, devices) or a description of one, not {cluster!r}.")
     if cluster is not None and cluster.ranks != layout.ranks:
         raise DistattnError(f"the cluster has {cluster.nodes} x {cluster.devices} ranks, the layout {layout.ranks}.")
-    call = Call(mask, layout, heads, kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, dtype)
+    call = Call(
+        mask, layout, heads, kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, dtype, wire or ""
+    )
     chosen = STRATEGIES[strategy]
     policy = backward or chosen.backward
     working = call if working_layout is None else replace(call, layout=working_layout)

@@ -245,7 +245,8 @@ def _check_holding(
 
     last = np.zeros(len(held["step"]), np.int64)
     np.maximum.at(last, h_row[j], u_last[i])
-    return _batches(call, moves, last[first_move:])
+    # what is summed is held in full width until it leaves
+    return _batches(call, moves, last[first_move:], held=mirrored)
 
 
 def _check_accumulating(call: Call, table: Table, payload: Payload, label: str) -> Batches:
@@ -309,14 +310,14 @@ def _covered(low: Ints, high: Ints, a: Ints, b: Ints) -> np.ndarray:
     return length == b - a
 
 
-def _batches(call: Call, moves: Columns, last: Ints) -> Batches:
+def _batches(call: Call, moves: Columns, last: Ints, held: bool) -> Batches:
     """Join arrivals of one (rank, step, head range) of a payload: alive until the last use of any of them."""
     heads = max(call.heads, call.kv_heads) + 1
     key = ((moves["dst"] * _MAX_STEP + moves["step"]) * heads + moves["h0"]) * heads + moves["h1"]
     batch, row = np.unique(key, return_inverse=True)
     end, size = np.zeros(len(batch), np.int64), np.zeros(len(batch), np.int64)
     np.maximum.at(end, row, last)
-    np.add.at(size, row, bytes_of_moves(call, moves))
+    np.add.at(size, row, bytes_of_moves(call, moves, held))
     rank, step = np.divmod(batch // heads**2, _MAX_STEP)
     return Batches(rank, step, end, size)
 

@@ -270,3 +270,24 @@ def test_sixty_four_ranks_in_lock_step(strategy):
     shape = dict(heads=64, kv_heads=8, head_dim=4, dtype="float64", cluster=cluster)
     plan = make_plan(mask, layout, strategy=strategy, **shape)
     assert_close(run_all_ranks(plan, inputs, "cpu"), dense(mask, inputs), 1e-11)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_results_may_travel_in_half_width(strategy, policy):
+    """Bytes and memory are as proven; outputs that come from one task are as good as in full width."""
+    mask, layout = Mask.documents(LENGTHS), Layout.zigzag(LENGTHS, 4)
+    inputs = random_inputs(mask.n, 8, 2, 64)
+    inputs = type(inputs)(*(x.bfloat16().double() for x in inputs))
+    wanted = dense(mask, inputs)
+    shape = dict(heads=8, kv_heads=2, head_dim=64, dtype="bfloat16", backward=policy)
+    wide, narrow = (make_plan(mask, layout, strategy=strategy, wire=wire, **shape) for wire in (None, "bfloat16"))
+    assert wide.bytes()["bytes"].sum() > narrow.bytes()["bytes"].sum()
+    record = Record()
+    got, usual = run_all_ranks(narrow, inputs, "cpu", record), run_all_ranks(wide, inputs, "cpu")
+    assert record.bytes == planned_bytes(narrow)
+    for part in ("o", "dq", "dk", "dv"):
+        exact = getattr(wanted, part)
+        ours, other = ((getattr(x, part).double() - exact).abs().max() for x in (got, usual))
+        # a rounding more for each partial result
+        assert ours <= 2 * other + exact.abs().max() * 2**-8, part
