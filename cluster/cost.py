@@ -64,7 +64,8 @@ def overhead_keys(description: Description, direction: str, head_dim: int) -> in
     speed = attention_speed(description, direction, head_dim, lengths, lengths)
     if len(lengths) == 1:
         return round(_SHORT)
-    return round(float(np.median((lengths * (speed.max() / speed - 1))[speed < speed.max()])))
+    slower = speed < speed.max()
+    return round(float(np.median((lengths * (speed.max() / speed - 1))[slower]))) if slower.any() else 0
 
 
 def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distattn.cluster.describe import Machines
+from distattn.errors import DistattnError
 from distattn.functional import attention
 from distattn.kernels.dispatch import choose_kernel, load_kernel
 from distattn.layout import Layout
@@ -69,6 +71,8 @@ class Planner:
         check_names(strategy, backward, options)
         if kernel is not None:
             load_kernel(kernel)
+        if verify_every < 1:
+            raise DistattnError(f"verify_every is at least 1, not {verify_every}.")
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self.group, self.kernel, self.capacity, self.verify_every = group, kernel, capacity, verify_every
@@ -83,15 +87,25 @@ class Planner:
         # fixed-length batches meet the same axis again and again; packed ones never do
         self.axis = lru_cache(maxsize=8)(axis)
         self.plan = lru_cache(maxsize=8)(plan)
-        # what layers have asked for so far: the next batch's programs are made ahead
-        self.needs: set[tuple[Shape, torch.device]] = set()
+        self._needs: dict[tuple[Shape, torch.device], None] = {}
+        self._lock = threading.Lock()
         self.worker = ThreadPoolExecutor(1, "distattn-plans")
         self._batches = 0
 
     def batch(self, axis: Axis) -> ShardedBatch:
         """The next batch."""
         self._batches += 1
-        return ShardedBatch(self, axis, self._batches - 1)
+        return ShardedBatch(self, axis, self._batches - 1, (self._batches - 1) % self.verify_every == 0)
+
+    def known_needs(self) -> tuple[tuple[Shape, torch.device], ...]:
+        """What layers have asked for so far: the next batch's programs are made ahead. From any thread."""
+        with self._lock:
+            return tuple(self._needs)
+
+    def need(self, shape: Shape, device: torch.device) -> None:
+        """Layers ask for this."""
+        with self._lock:
+            self._needs[shape, device] = None
 
     def watch(self, batch: ShardedBatch, plan: Plan, shape: Shape) -> Watch | None:
         """Who is told of the batch's passes; nobody."""
@@ -104,11 +118,10 @@ class ShardedBatch:
     Plans and programs for the shapes that earlier batches asked for are made on a thread, from the moment it exists.
     """
 
-    def __init__(self, parent: Planner, axis: Axis, number: int):
-        self.parent, self.axis, self.number = parent, axis, number
-        self.proven = number % parent.verify_every == 0
+    def __init__(self, parent: Planner, axis: Axis, number: int, proven: bool):
+        self.parent, self.axis, self.number, self.proven = parent, axis, number, proven
         self._prepared: dict[tuple[Shape, torch.device], Prepared] = {}
-        self._plans = {need: parent.worker.submit(self._lowered, *need) for need in parent.needs}
+        self._plans = {need: parent.worker.submit(self._lowered, *need) for need in parent.known_needs()}
 
     def attention(
         self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None, **modifiers: Any
@@ -129,7 +142,7 @@ class ShardedBatch:
         """The program of this batch for one shape of call. The first time, all ranks of the group have to ask for it."""
         need, parent = (shape, device), self.parent
         if need not in self._prepared:
-            parent.needs.add(need)
+            parent.need(shape, device)
             plan = self._plans[need].result() if need in self._plans else self.plan(*shape)
             how: dict[str, Any] = dict(kernel=parent.kernel, device=device, capacity=parent.capacity)
             watch = parent.watch(self, plan, shape)

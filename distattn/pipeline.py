@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.batches import Axis, Shape, ShardedBatch
+from distattn.batches import Shape, ShardedBatch
 from distattn.errors import DistattnError
+from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.ticks import Tick, ticks
-from distattn.pool import Pool, Told
+from distattn.pool import Documents, Pool, Told
 from distattn.rows import Rows
 from distattn.serving import join
 
@@ -55,7 +56,8 @@ class Pipeline:
         self.pool = Pool(group, **pool)
         if stages < 1 or self.pool.ranks % stages:
             raise DistattnError(f"{stages} stages do not divide the {self.pool.ranks} ranks of the pool.")
-        if self.pool.servers or self.pool.context_parallel > 1 or pool.get("backward") == "keep":
+        keeps = (pool.get("backward") or STRATEGIES[pool.get("strategy", "cad")].backward) == "keep"
+        if self.pool.servers or self.pool.context_parallel > 1 or keeps:
             raise DistattnError("a pipeline's pool has no servers, no context parallelism and no backward policy keep.")
         self.stages, self.replicas = stages, self.pool.ranks // stages
         self.stage, self.replica = divmod(self.pool.rank, self.replicas)
@@ -85,13 +87,42 @@ class Pipeline:
 
     def train(self, loader: Iterable[Any], stage: Stage) -> Iterator[list[Tensor]]:
         """For each step of the loader (micro-batches, as for `Pool.steps`) this rank's losses: on the last stage only."""
-        for rows, told in self.pool.told(loader):
-            step = _Step(self, stage, rows, told)
-            self.ticks = ticks(self.stages, max(len(rank.documents) for rank in told))
-            for tick in self.ticks:
-                step.run(tick)
+        # a replica's ranks have the same micro-batches
+        twins = [rank % self.replicas for rank in range(self.pool.ranks)]
+        for rows, heard in self.pool.told(loader, self._plan, twins):
+            step = _Step(self, stage, rows, self.pool.loss_scale(heard.told[: self.replicas]))
+            self.ticks = [tick for tick, _ in heard.made]
+            for tick, batches in heard.made:
+                step.run(tick, batches)
             step.finish()
             yield step.losses
+
+    def _plan(self, number: int, told: list[Told]) -> list[tuple[Tick, list[ShardedBatch | None]]]:
+        """The ticks of a step, with the batch of each pooled call: None where nobody has any tokens.
+
+        Stages with fewer layers have no tokens in the calls they do not make.
+        """
+        order = ticks(self.stages, max((len(rank.documents) for rank in told), default=0))
+        if not order:
+            return []
+        depths = sorted(set(self.depths))
+        documents: list[Documents | None] = []
+        for tick in order:
+            for depth in depths:
+                found: list[tuple[int, ...]] = []
+                for micro_batch, layers in zip(tick.micro_batches, self.depths, strict=True):
+                    for replica in range(self.replicas):
+                        own = told[replica].documents
+                        there = micro_batch is not None and micro_batch < len(own) and layers >= depth
+                        found.append(own[micro_batch] if there and micro_batch is not None else ())
+                documents.append(tuple(found) if any(found) else None)
+        batches = iter(self.pool.numbered(number, documents, told))
+        out = []
+        for tick in order:
+            made = {depth: next(batches) for depth in depths}
+            # call i is made by the stages with more than i layers
+            out.append((tick, [made[min(d for d in depths if d > call)] for call in range(depths[-1])]))
+        return out
 
     def close(self) -> None:
         """End the pool. Every rank calls it."""
@@ -101,21 +132,20 @@ class Pipeline:
 class _Step:
     """One step on one rank: hidden states that wait for their backward, by micro-batch."""
 
-    def __init__(self, pipeline: Pipeline, stage: Stage, rows: list[Rows], told: list[Told]):
-        self.pipeline, self.stage, self.rows, self.told = pipeline, stage, rows, told
-        self.scale = pipeline.pool.loss_scale(told[: pipeline.replicas])
+    def __init__(self, pipeline: Pipeline, stage: Stage, rows: list[Rows], scale: float):
+        self.pipeline, self.stage, self.rows, self.scale = pipeline, stage, rows, scale
         self.entered: dict[int, Tensor | None] = {}
         self.left: dict[int, Tensor] = {}
         self.losses: list[Tensor] = []
         self.sent: list[Any] = []
 
-    def run(self, tick: Tick) -> None:
+    def run(self, tick: Tick, batches: list[ShardedBatch | None]) -> None:
         """This rank's part of a tick: its micro-batch, if it has one, and calls with nothing while others have more.
 
         Call i is every stage's i-th layer: a backward pass begins with the calls that this stage does not have.
         """
         pipe = self.pipeline
-        pipe.batches, pipe.direction, pipe.made = self._batches(tick), tick.direction, 0
+        pipe.batches, pipe.direction, pipe.made = batches, tick.direction, 0
         number = tick.micro_batches[pipe.stage]
         has = number is not None and number < len(self.rows)
         others = pipe.batches[pipe.calls if has else 0 :]
@@ -177,20 +207,6 @@ class _Step:
         assert pool.group is not None
         return dist.get_global_rank(pool.group, pool.rank + stages * self.pipeline.replicas)
 
-    def _batches(self, tick: Tick) -> list[ShardedBatch | None]:
-        """Of each pooled call: stages with fewer layers have no tokens in it. None where nobody has any."""
-        pipe, made = self.pipeline, dict[int, ShardedBatch | None]()
-        for depth in sorted(set(pipe.depths)):
-            documents = []
-            for number, layers in zip(tick.micro_batches, pipe.depths, strict=True):
-                for replica in range(pipe.replicas):
-                    own = self.told[replica].documents
-                    there = number is not None and number < len(own) and layers >= depth
-                    documents.append(own[number] if there and number is not None else ())
-            made[depth] = pipe.pool.batch(Axis(tuple(documents))) if any(documents) else None
-        # call i is made by the stages with more than i layers
-        return [made[min(depth for depth in made if depth > call)] for call in range(max(made))]
-
 
 class _Pooled:
     """What layers of a stage are given as their batch: attention in whatever tick runs."""
@@ -219,6 +235,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pipeline: Pipeline) -> Tensor:
+        if pipeline.direction == "backward":
+            raise DistattnError(
+                "a pipeline's layers are not repeated: leave activation checkpointing of attention out."
+            )
         handle, kept = _now(pipeline)
         o, lse, _ = torch.ops.distattn.forward(q, k, v, None, None, handle, kept, *pipeline.score)
         ctx.save_for_backward(q, k, v, o, lse)

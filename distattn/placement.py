@@ -56,7 +56,9 @@ class _Placed:
         if not fits[chosen].all():
             self.drop(document, work)
             return
-        ends = self.start[document] + np.arange(2 * shares + 1) * length // (2 * shares)
+        # equal shares first, then halves: no share is longer than there is room for
+        shard = np.diff(np.arange(shares + 1) * length // shares)
+        ends = self.start[document] + np.cumsum(np.concatenate([[0], shard - shard // 2, (shard // 2)[::-1]]))
         for rank, t0, t1 in zip([*chosen.tolist(), *chosen[::-1].tolist()], ends, ends[1:], strict=False):
             self._put(rank, int(t0), int(t1))
         self.load[chosen] += work / shares

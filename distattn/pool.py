@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
@@ -38,6 +38,8 @@ from distattn.serving import Words
 from distattn.speeds import Speeds
 
 _FOREVER = timedelta(days=30)
+# batches of one step are numbered from a multiple of this
+_BATCHES = 1 << 20
 # rows of a kernel's tile, for what passes cost
 _BLOCK = 128
 # the documents of each block of ranks that have one batch together
@@ -47,14 +49,22 @@ Documents = tuple[tuple[int, ...], ...]
 class Told(NamedTuple):
     """What a rank tells the others of a step: the documents of its micro-batches, their labels, and how fast it has been.
 
-    ended: it has no more steps. last: nor will there be others, the pool is closing.
+    ended: it has no more steps. content: a digest of its tokens, where others are to have the same.
     """
 
     documents: list[tuple[int, ...]]
     labels: int
     ended: bool
     speed: float | None = None
-    last: bool = False
+    content: str = ""
+
+
+class Heard(NamedTuple):
+    """A step as all ranks told it: its number (of all steps told so far), what each told, and what was made of it ahead."""
+
+    number: int
+    told: list[Told]
+    made: Any
 
 
 class Pool(Planner):
@@ -64,7 +74,8 @@ class Pool(Planner):
     context_parallel: so many neighbouring ranks get the same batch and split it by `layout`. servers: the last so many ranks
     have no model and run `serve` instead; layers: the shapes of the model's attention layers, which servers then prepare
     for before they are asked. adaptive: attention is shared out by measured speeds, or by a log of them (see `Speeds`).
-    patience: seconds after which a rank that does not answer is named. The others as in `ContextParallel`.
+    patience: seconds after which a rank that does not answer is named. verify_every: of so many steps the plans of one are
+    proven before they run, those of the first in any case. The others as in `ContextParallel`.
     Sum gradients over the ranks with a model: losses are scaled for that.
 
         with Pool(group) as pool:
@@ -93,43 +104,50 @@ class Pool(Planner):
         options: Mapping[str, object] | None = None,
         capacity: int | None = None,
         verify_every: int = 100,
-        host: dist.ProcessGroup | None = None,
     ):
-        """host: a gloo group of the same ranks; one is made by default."""
-        settings = {
-            name: value for name, value in locals().items() if name not in ("self", "group", "host", "__class__")
-        }
-        of_layout = checked_options(layout, layout_options, inner)
+        settings = {name: value for name, value in locals().items() if name not in ("self", "group", "__class__")}
+        self._open(group, settings, None)
+
+    def _open(self, group: dist.ProcessGroup | None, settings: dict[str, Any], host: dist.ProcessGroup | None) -> None:
+        """host: of a rank that only serves, and has been told the settings on it."""
+        for_all = ("strategy", "kernel", "backward", "wire", "cluster", "options", "capacity", "verify_every")
+        layout, inner, context_parallel = settings["layout"], settings["inner"], settings["context_parallel"]
+        of_layout = checked_options(layout, settings["layout_options"], inner)
 
         def axis(documents: Documents) -> tuple[Mask, Layout]:
             return pooled(documents, context_parallel, self.ranks, layout, of_layout, inner)
 
-        how: dict[str, Any] = dict(strategy=strategy, kernel=kernel, backward=backward, cluster=cluster)
-        super().__init__(group, axis, wire=wire, options=options, capacity=capacity, verify_every=verify_every, **how)
-        self._check(strategy, backward, servers, context_parallel, adaptive)
+        super().__init__(group, axis, **{name: settings[name] for name in for_all})
+        self._check(settings)
+        servers, patience = settings["servers"], timedelta(seconds=settings["patience"])
         self.context_parallel, self.servers, self._layout = context_parallel, servers, (layout, of_layout, inner)
-        self.models, self.layers = self.ranks - servers, tuple(layers)
+        self.models, self.layers = self.ranks - servers, tuple(settings["layers"])
+        adaptive = settings["adaptive"]
         self.speeds = Speeds(adaptive, self.ranks) if adaptive else None
         self._teller = ThreadPoolExecutor(1, "distattn-pool")
-        # ranks that only serve wait between steps for as long as it takes
-        self._patience = timedelta(seconds=patience) if self.rank < self.models else _FOREVER
+        self._patience, self._device = patience, torch.device("cpu")
+        # steps told so far, and those whose batches may be used
+        self._steps, self._current = 0, set[int]()
+        self.words: Words | None = None
         if self.group is not None:
             # what ranks tell each other travels beside everything else, on the host
             self._host = host or group_beside(self.group, _FOREVER, backend="gloo")
             if servers and host is None:
                 _compare(settings, self._host)
-            open_transport(self.group, timedelta(seconds=patience))
+            open_transport(self.group, patience)
             if servers:
-                self.words = Words(group_beside(self.group, _FOREVER, backend="gloo"), servers)
+                self.words = Words(group_beside(self.group, _FOREVER, backend="gloo"), servers, patience)
 
     @staticmethod
-    def joined(group: dist.ProcessGroup | None = None) -> Pool:
+    def joined(group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> Pool:
         """The pool of a rank that only serves, as the others have made it."""
         if not (dist.is_available() and dist.is_initialized()):
             raise DistattnError("a server needs torch.distributed; call init_process_group first.")
         host = group_beside(group or cast(dist.ProcessGroup, dist.group.WORLD), _FOREVER, backend="gloo")
-        pool = Pool(group, **_compare(None, host), host=host)
-        pool.needs.update((shape, torch.device("cpu")) for shape in pool.layers)
+        pool = Pool.__new__(Pool)
+        pool._open(group, _compare(None, host), host)
+        for shape in pool.layers:
+            pool.need(shape, device or torch.device("cpu"))
         return pool
 
     def steps(self, loader: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
@@ -139,39 +157,54 @@ class Pool(Planner):
         `document_lengths` as in `ContextParallel.shard`; ranks of one context-parallel block the same. Each comes back as
         there: `input_ids`, `labels` and `position_ids` (1, T), `loss_scale` = 1 / valid labels of all ranks and micro-batches
         of the step, and `context_parallel` for the model. Documents are told to the others one step ahead, and plans
-        are made meanwhile.
+        are made meanwhile. With servers, a step's batches are used before the next step is asked for. Loops may be left, and
+        be inside one another, on all ranks alike.
         """
-        for rows, told in self.told(loader):
-            batches = self._batches_of(told)
-            scale = self.loss_scale(told)
-            padded = itertools.islice(itertools.chain(rows, itertools.repeat(None)), len(batches))
+        for rows, heard in self.told(loader, self._batches_of):
+            scale = self.loss_scale(heard.told)
+            padded = itertools.islice(itertools.chain(rows, itertools.repeat(None)), len(heard.made))
             yield [
                 {**self.part(own), "loss_scale": scale, "context_parallel": batch}
-                for own, batch in zip(padded, batches, strict=True)
+                for own, batch in zip(padded, heard.made, strict=True)
             ]
 
-    def told(self, loader: Iterable[Any]) -> Iterator[tuple[list[Rows], list[Told]]]:
-        """For each step of the loader, this rank's micro-batches and what all ranks tell of theirs, heard a step ahead."""
+    def told(
+        self, loader: Iterable[Any], make: Callable[[int, list[Told]], Any], same: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[Rows], Heard]]:
+        """For each step of the loader, this rank's micro-batches and what all ranks tell of theirs, heard a step ahead.
+
+        make(number, told) is called as soon as it is heard, on a thread. same: of each rank, the rank whose data it has as well.
+        """
+        twins = [rank - rank % self.context_parallel for rank in range(self.models)] if same is None else same
         given = iter(loader)
-        ahead = self._tell(next(given, None))
-        while True:
-            rows, told = ahead[0], self._heard(ahead[1])
-            if all(rank.ended for rank in told):
-                return
-            ahead = self._tell(next(given, None))
-            yield rows, told
+        ahead = self._tell(next(given, None), make, twins)
+        number = -1
+        try:
+            while True:
+                rows, heard = ahead[1], self._heard(ahead[2], twins)
+                number = ahead[0]
+                if all(rank.ended for rank in heard.told):
+                    return
+                ahead = self._tell(next(given, None), make, twins)
+                yield rows, heard
+                self._over(number)
+        finally:
+            self._over(number)
+            self._over(ahead[0])
 
     def loss_scale(self, told: list[Told]) -> float:
         """1 / valid labels of the step."""
         return 1.0 / max(sum(rank.labels for rank in told[: self.models : self.context_parallel]), 1)
 
-    def hear_step(self) -> dict[int, ShardedBatch] | None:
-        """For ranks that only serve: the next step's batches by number; none if there was no step, None if the pool closes."""
+    def hear(self) -> Future[Heard]:
+        """For ranks that only serve: the next step, with its batches."""
         speed = None if self.speeds is None else self.speeds.measured()
-        told = self._exchange(Told([], 0, True, speed))
-        if any(rank.last for rank in told):
-            return None
-        return {batch.number: batch for batch in self._batches_of(told)}
+        self._steps += 1
+        return self._teller.submit(self._exchange, self._steps - 1, Told([], 0, True, speed), self._batches_of)
+
+    def current(self, batch: int) -> bool:
+        """Whether the step of a batch of that number is not over."""
+        return batch // _BATCHES in self._current
 
     def watch(self, batch: ShardedBatch, plan: Plan, shape: Shape) -> Watch | None:
         """Who is told of the batch's passes: servers, and the clock."""
@@ -179,8 +212,7 @@ class Pool(Planner):
 
     def close(self) -> None:
         """Let servers go, and end the pool's threads. Every rank calls it."""
-        if self.servers and self.rank < self.models:
-            self._teller.submit(self._exchange, Told([], 0, True, last=True)).result()
+        if self.words is not None and self.rank < self.models:
             self.words.stop()
         self._teller.shutdown()
         self.worker.shutdown()
@@ -192,55 +224,85 @@ class Pool(Planner):
         if kind is None:
             self.close()
 
-    def _check(
-        self, strategy: str, backward: str | None, servers: int, context_parallel: int, adaptive: object
-    ) -> None:
+    def _check(self, settings: dict[str, Any]) -> None:
+        strategy, servers, context_parallel = (settings[name] for name in ("strategy", "servers", "context_parallel"))
         if not 0 <= servers < self.ranks:
             raise DistattnError(f"servers is 0 to {self.ranks - 1} of the pool's {self.ranks} ranks, not {servers}.")
         if context_parallel < 1 or (self.ranks - servers) % context_parallel:
             raise DistattnError(
                 f"context_parallel {context_parallel} does not divide the {self.ranks - servers} ranks with a model."
             )
-        if servers and (backward or STRATEGIES[strategy].backward) == "keep":
+        if servers and (settings["backward"] or STRATEGIES[strategy].backward) == "keep":
             raise DistattnError('servers keep nothing from pass to pass; use backward "refetch-home".')
-        if adaptive and "speeds" not in inspect.signature(STRATEGIES[strategy].forward).parameters:
+        if settings["adaptive"] and "speeds" not in inspect.signature(STRATEGIES[strategy].forward).parameters:
             raise DistattnError(f'strategy {strategy} does not share out by speed; adaptive needs "cad".')
 
-    def _tell(self, step: Any) -> tuple[list[Rows], Future[list[Told]]]:
+    def _tell(
+        self, step: Any, make: Callable[[int, list[Told]], Any], twins: Sequence[int]
+    ) -> tuple[int, list[Rows], Future[Heard]]:
         given = [] if step is None else [step] if isinstance(step, Mapping) else step
         rows = [Rows.of(batch) for batch in given]
+        if rows:
+            self._device = rows[0].ids_N.device
         speed = None if self.speeds is None else self.speeds.measured()
-        told = Told([own.lengths for own in rows], sum(own.labels for own in rows), step is None, speed)
-        return rows, self._teller.submit(self._exchange, told)
+        # ranks that are to have the same data are compared
+        content = "".join(own.digest() for own in rows) if len(set(twins)) < len(twins) else ""
+        told = Told([own.lengths for own in rows], sum(own.labels for own in rows), step is None, speed, content)
+        number, self._steps = self._steps, self._steps + 1
+        self._current.add(number)
+        if self.words is not None:
+            self.words.tell(number)
+        return number, rows, self._teller.submit(self._exchange, number, told, make)
 
-    def _exchange(self, told: Told) -> list[Told]:
-        if self.group is None:
-            return [told]
-        everyone: list[Any] = [None] * self.ranks
-        # names who is missing, which a gather does not
-        dist.monitored_barrier(self._host, self._patience, wait_all_ranks=True)
-        dist.all_gather_object(everyone, told, group=self._host)
-        return everyone
+    def _over(self, number: int) -> None:
+        if number in self._current:
+            self._current.remove(number)
+            if self.words is not None:
+                self.words.over(number)
 
-    def _heard(self, answer: Future[list[Told]]) -> list[Told]:
+    def _exchange(self, number: int, told: Told, make: Callable[[int, list[Told]], Any]) -> Heard:
+        everyone: list[Any] = [told]
+        if self.group is not None:
+            everyone = [None] * self.ranks
+            # names who is missing, which a gather does not
+            dist.monitored_barrier(self._host, self._patience, wait_all_ranks=True)
+            dist.all_gather_object(everyone, told, group=self._host)
+        return Heard(number, everyone, make(number, everyone))
+
+    def _heard(self, answer: Future[Heard], twins: Sequence[int]) -> Heard:
         try:
-            return answer.result()
+            heard = answer.result()
         except RuntimeError as error:
             raise DistattnError(f"a rank of the pool does not answer: {error}") from None
+        for rank, twin in enumerate(twins):
+            mine, theirs = heard.told[rank], heard.told[twin]
+            if (mine.documents, mine.labels, mine.content) != (theirs.documents, theirs.labels, theirs.content):
+                raise DistattnError(
+                    f"rank {rank} of the pool is to have the same batches as rank {twin}, and has others."
+                )
+        return heard
 
-    def _batches_of(self, told: list[Told]) -> list[ShardedBatch]:
+    def _batches_of(self, number: int, told: list[Told]) -> list[ShardedBatch]:
         count = max((len(rank.documents) for rank in told), default=0)
         if not count:
             return []
-        options = () if self.speeds is None else self.speeds.options([rank.speed for rank in told])
         blocks = [rank.documents for rank in told[: self.models : self.context_parallel]]
-        each = [tuple(own[number] if number < len(own) else () for own in blocks) for number in range(count)]
-        return [self.batch(Axis(documents, options)) for documents in each]
+        each = [tuple(own[index] if index < len(own) else () for own in blocks) for index in range(count)]
+        return self.numbered(number, each, told)
+
+    def numbered(self, number: int, documents: Sequence[Documents | None], told: list[Told]) -> list[Any]:
+        """Batches of a step with these documents; none where there are no documents. Every so many steps are proven."""
+        options = () if self.speeds is None else self.speeds.options([rank.speed for rank in told])
+        proven = number % self.verify_every == 0
+        return [
+            None if own is None else ShardedBatch(self, Axis(own, options), number * _BATCHES + index, proven)
+            for index, own in enumerate(documents)
+        ]
 
     def part(self, rows: Rows | None) -> dict[str, Any]:
         """`input_ids`, `labels` and `position_ids` (1, T) of this rank; a padding token where it has no micro-batch."""
         if rows is None:
-            nothing = torch.zeros(1, 1, dtype=torch.int64)
+            nothing = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
             return {"input_ids": nothing, "labels": nothing + IGNORE_INDEX, "position_ids": nothing}
         own = _laid_out(rows.lengths, self.context_parallel, *self._layout)
         return rows.part(own, self.rank % self.context_parallel)
@@ -261,6 +323,8 @@ class _Watch:
 
     def prepares(self) -> None:
         self._say("prepare", Score(1.0))
+        if self.pool.words is not None:
+            self.pool.words.assemble()
 
     def begins(self, direction: str, score: Score) -> None:
         self._say(direction, score)
@@ -268,8 +332,14 @@ class _Watch:
             self.pool.speeds.passed(self.work[direction])
 
     def _say(self, phase: str, score: Score) -> None:
-        if self.pool.servers and self.pool.rank < self.pool.models:
-            self.pool.words.say(phase, self.number, self.shape, score)
+        pool = self.pool
+        if pool.words is None or pool.rank >= pool.models:
+            return
+        if not pool.current(self.number):
+            raise DistattnError(
+                "this batch is of a step that is over: with servers, use it before asking for the next step."
+            )
+        pool.words.say(phase, self.number, self.shape, score)
 
     def kernel(self, kernel: Kernel) -> Kernel:
         return kernel if self.pool.speeds is None else self.pool.speeds.timed(kernel)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -51,6 +52,11 @@ class Rows(NamedTuple):
     def labels(self) -> int:
         """How many tokens have a target."""
         return int((self.targets_N != IGNORE_INDEX).sum())
+
+    def digest(self) -> str:
+        """Of tokens and targets."""
+        both = torch.stack([self.ids_N, self.targets_N]).cpu().numpy()
+        return hashlib.blake2b(both.tobytes(), digest_size=16).hexdigest()
 
     def part(self, layout: Layout, rank: int) -> dict[str, Tensor]:
         """`input_ids`, `labels` and `position_ids` (1, T) of a rank; one padding token without a label where it has none."""

@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import struct
-import threading
-from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,19 +19,20 @@ from distattn.kernels.score import Score
 from distattn.plan import DTYPE_BYTES
 
 if TYPE_CHECKING:
-    from distattn.pool import Pool
+    from distattn.pool import Heard
 
-_STOP, _PREPARE, _FORWARD, _BACKWARD = range(4)
+_STOP, _TELL, _OVER, _PREPARE, _FORWARD, _BACKWARD = range(6)
 _PHASES = {"prepare": _PREPARE, "forward": _FORWARD, "backward": _BACKWARD}
 _DTYPES = list(DTYPE_BYTES)
 _WORD = "<7q2d"
+_NOTHING = (1, 1, 1, 1, 0, 0.0, 0.0)
 
 
 class Word(NamedTuple):
-    """What the ranks of the pool do next: make a program ready, or a pass of a batch, for some shape; or nothing any more."""
+    """What the ranks of the pool do next. number: of the batch for a pass or a program, of the step when one is told or over."""
 
     phase: int
-    batch: int
+    number: int
     shape: Shape
     scale: float
     softcap: float
@@ -40,10 +41,11 @@ class Word(NamedTuple):
 class Words:
     """From the pool's first rank to its servers, on a group that nothing else uses."""
 
-    def __init__(self, group: dist.ProcessGroup, servers: int):
-        self.group, self.rank = group, dist.get_rank(group)
+    def __init__(self, group: dist.ProcessGroup, servers: int, patience: timedelta):
+        self.group, self.rank, self.patience = group, dist.get_rank(group), patience
         ranks = dist.get_world_size(group)
         self.servers = range(ranks - servers, ranks)
+        self._sent: list[tuple[Any, torch.Tensor]] = []
 
     def say(self, phase: str, batch: int, shape: Shape, score: Score) -> None:
         """A pass ("forward", "backward") begins, or a program is made ready ("prepare"). Only the first rank speaks."""
@@ -52,9 +54,26 @@ class Words:
         numbers = (*shape[:4], _DTYPES.index(shape.dtype))
         self._send(struct.pack(_WORD, _PHASES[phase], batch, *numbers, score.scale, score.softcap))
 
+    def tell(self, step: int) -> None:
+        """All ranks tell each other of a step now."""
+        self._send(struct.pack(_WORD, _TELL, step, *_NOTHING))
+
+    def over(self, step: int) -> None:
+        """The batches of a step will not be used any more."""
+        self._send(struct.pack(_WORD, _OVER, step, *_NOTHING))
+
     def stop(self) -> None:
         """There will be no more."""
-        self._send(struct.pack(_WORD, _STOP, *[0] * 6, 0.0, 0.0))
+        self._send(struct.pack(_WORD, _STOP, 0, *_NOTHING))
+        for work, _ in self._sent:
+            work.wait(self.patience)
+
+    def assemble(self) -> None:
+        """Every rank is here; raises DistattnError naming those that are not within the pool's patience."""
+        try:
+            dist.monitored_barrier(self.group, self.patience, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise DistattnError(f"a rank of the pool does not answer: {error}") from None
 
     def listen(self) -> Word:
         """The next word."""
@@ -63,16 +82,18 @@ class Words:
             dist.recv(data, dist.get_global_rank(self.group, 0), self.group)
         except RuntimeError as error:
             raise DistattnError(f"the pool's first rank has gone without a word: {error}") from None
-        phase, batch, *numbers, scale, softcap = struct.unpack(_WORD, bytes(data.tolist()))
+        phase, number, *numbers, scale, softcap = struct.unpack(_WORD, bytes(data.tolist()))
         return Word(
-            phase, batch, Shape(numbers[0], numbers[1], numbers[2], numbers[3], _DTYPES[numbers[4]]), scale, softcap
+            phase, number, Shape(numbers[0], numbers[1], numbers[2], numbers[3], _DTYPES[numbers[4]]), scale, softcap
         )
 
     def _send(self, word: bytes) -> None:
         if self.rank == 0:
             data = torch.frombuffer(bytearray(word), dtype=torch.uint8)
+            # a server that does not listen shall not hold up the others here
+            self._sent = [(work, data) for work, data in self._sent if not work.is_completed()]
             for server in self.servers:
-                dist.send(data, dist.get_global_rank(self.group, server), self.group)
+                self._sent.append((dist.isend(data, dist.get_global_rank(self.group, server), self.group), data))
 
 
 class Served(NamedTuple):
@@ -90,19 +111,40 @@ def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "
     """
     from distattn.pool import Pool
 
-    with Pool.joined(group) as pool:
-        rounds = _Rounds(pool)
-        counts = {_PREPARE: 0, _FORWARD: 0, _BACKWARD: 0}
+    device = torch.device(device)
+    counts = {_PREPARE: 0, _FORWARD: 0, _BACKWARD: 0}
+    with Pool.joined(group, device) as pool:
+        assert pool.words is not None
+        steps: dict[int, Future[Heard]] = {}
         while (word := pool.words.listen()).phase != _STOP:
-            counts[word.phase] += 1
-            batch = rounds.batch(word.batch)
-            if word.phase == _PREPARE:
-                batch.ready(word.shape, torch.device(device))
+            if word.phase == _TELL:
+                steps[word.number] = pool.hear()
+            elif word.phase == _OVER:
+                steps.pop(word.number, None)
             else:
-                score = word.scale, word.softcap
-                join(batch, word.phase == _FORWARD, word.shape, torch.device(device), score)
-        rounds.join()
+                counts[word.phase] += 1
+                batch = _batch(steps, word.number)
+                if word.phase == _PREPARE:
+                    batch.ready(word.shape, device)
+                else:
+                    join(batch, word.phase == _FORWARD, word.shape, device, (word.scale, word.softcap))
     return Served(counts[_FORWARD], counts[_BACKWARD])
+
+
+def _batch(steps: dict[int, Future[Heard]], number: int) -> ShardedBatch:
+    """The batch of that number, of the steps that are not over."""
+    for heard in steps.values():
+        for batch in _answer(heard).made:
+            if batch.number == number:
+                return batch
+    raise DistattnError(f"batch {number} is of a step that is over, or that nobody has told of.")
+
+
+def _answer(heard: Future[Heard]) -> Heard:
+    try:
+        return heard.result()
+    except RuntimeError as error:
+        raise DistattnError(f"the pool's other ranks are gone: {error}") from None
 
 
 def join(
@@ -128,41 +170,3 @@ def join(
         lse = torch.empty((shape.heads, 0), dtype=accumulation_dtype(dtype), device=device)
         kept = q.new_empty(ready.kept)
         torch.ops.distattn.backward(o, None, q, k, v, None, None, o, lse, kept, ready.handle, *score)
-
-
-class _Rounds:
-    """The batches of the last steps by their number, made as on all other ranks from what these tell; heard on a thread."""
-
-    def __init__(self, pool: Pool):
-        self.pool = pool
-        # a step's last pass is over when the step after the next is told
-        self._steps: deque[dict[int, ShardedBatch]] = deque(maxlen=3)
-        self._news = threading.Condition()
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._listen, name="distattn-rounds", daemon=True)
-        self._thread.start()
-
-    def batch(self, number: int) -> ShardedBatch:
-        """That batch, once it has been told."""
-        with self._news:
-            self._news.wait_for(lambda: self._failure or any(number in step for step in self._steps))
-            for step in self._steps:
-                if number in step:
-                    return step[number]
-            raise DistattnError(f"the pool's other ranks are gone: {self._failure}")
-
-    def join(self) -> None:
-        """Wait until the pool closes."""
-        self._thread.join()
-
-    def _listen(self) -> None:
-        try:
-            while (heard := self.pool.hear_step()) is not None:
-                with self._news:
-                    if heard:
-                        self._steps.append(heard)
-                    self._news.notify_all()
-        except Exception as error:
-            with self._news:
-                self._failure = error
-                self._news.notify_all()

@@ -8,6 +8,7 @@ and values travel to the server, outputs home; all else stays where the tokens a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,8 @@ _CHEAP = 0.75
 _MILLION = 1_000_000
 # attempts to keep every rank within the capacity
 _ROUNDS = 6
+# tolerances that are tried where the one asked for makes messages take longer than they save
+_LOOSER = (0.1, 0.3, 1.0, 3.0)
 
 
 def cad(
@@ -60,39 +63,77 @@ def cad(
     speeds: a whole number for each rank, what it does in the time the others take for theirs; 0 serves nothing.
     capacity: bytes of others' tensors a rank may hold at once in one pass; who is near it gets less.
     block: rows and keys that kernels take at once; documents are cut at multiples of it.
-    Where the cluster is described, work stays at home if moving it takes longer than it saves.
+    Where the cluster is described and ranks are equally fast, work stays at home if moving it takes longer than it saves, or as
+    much of it as makes the pass shortest.
     """
-    if not 0 <= tolerance < 1000:
+    if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1000:
         raise DistattnError(f"tolerance is a share of the mean, such as 0.02, not {tolerance}.")
     if int(whole_numbers(block, "block")) < 1:
         raise DistattnError(f"block is at least 1 token, not {block}.")
     rate = np.ones(call.ranks, np.int64) if speeds is None else whole_numbers(speeds, "speeds")
-    if rate.shape != (call.ranks,) or (rate < 0).any() or not rate.any():
-        raise DistattnError(f"speeds are {call.ranks} whole numbers, one for each rank, not all 0; not {speeds}.")
+    if rate.shape != (call.ranks,) or (rate < 0).any() or (rate > _MILLION).any() or not rate.any():
+        raise DistattnError(
+            f"speeds are {call.ranks} whole numbers up to {_MILLION:,}, one for each rank, not all 0; not {speeds}."
+        )
+    if capacity is not None and int(whole_numbers(capacity, "capacity")) < 0:
+        raise DistattnError(f"capacity is a number of bytes, not {capacity}.")
+    if call.mask.area() // block * (1 if call.mask.heads else call.heads) >= 1 << 61:
+        raise DistattnError(f"this much work cannot be counted in blocks of {block} x {block}; use a larger block.")
     price = Price.on(cluster, direction, call.head_dim, block)
     tasks = at_home(call, price)
     node = np.zeros(call.ranks, np.int64) if cluster is None else cluster.node
-    scale = np.ones(call.ranks)
+    bounds = _Bounds(node, rate, tolerance, capacity)
+    shared = routed(call, _within_capacity(call, tasks, price, bounds))
+    # a table of speeds knows nothing of ranks that are slower than it says
+    if not isinstance(cluster, Description) or (rate != rate[0]).any():
+        return [shared]
+
+    def seconds(table: Table) -> float:
+        # the backward pass moves what the forward pass does, and gradients
+        whole = table if direction == "forward" else derive(call, table, "refetch-home", cluster)
+        return timed(call, cluster, direction, whole).seconds
+
+    best, stay = (seconds(shared), shared), routed(call, tasks)
+    if (alone := seconds(stay)) > best[0]:
+        return [shared]
+    best = alone, stay
+    # moving so much takes longer than it saves: perhaps moving less does not
+    for looser in _LOOSER:
+        if looser > tolerance:
+            table = routed(call, _within_capacity(call, tasks, price, bounds._replace(tolerance=looser)))
+            if (found := seconds(table)) < best[0]:
+                best = found, table
+    return [best[1]]
+
+
+class _Bounds(NamedTuple):
+    """What shares have to keep to: nodes, speeds and capacity of ranks, and the tolerance."""
+
+    node: Ints
+    rate: Ints
+    tolerance: float
+    capacity: int | None
+
+
+def _within_capacity(call: Call, tasks: Columns, price: Price, bounds: _Bounds) -> Columns:
+    """The work shared out so that nobody holds more than the capacity; refused where that breaks the tolerance."""
+    scale, capacity = np.ones(call.ranks), bounds.capacity
+    held, left = np.zeros(call.ranks, np.int64), 0
     for _ in range(_ROUNDS):
-        shared = routed(call, _shared_out(call, tasks, price, node, rate, tolerance, scale))
-        held = _held(call, shared)
-        if capacity is None or held.max() <= capacity:
+        found, left = _shared_out(call, tasks, price, bounds, scale)
+        if capacity is None:
+            return found
+        table = routed(call, found)
+        held = _held(call, table if price.direction == "forward" else derive(call, table, "refetch-home"))
+        if left or held.max() <= capacity:
             break
         scale *= np.where(held > capacity, 0.9 * capacity / np.maximum(held, 1), 1.0)
-    else:
+    if left or held.max() > capacity:
         raise DistattnError(
-            f"cad cannot keep every rank within {tolerance} of its part of the work and within {capacity:,} bytes of "
-            f"others' tensors: rank {int(held.argmax())} would hold {int(held.max()):,} in the {direction} pass. Raise "
-            f"capacity or tolerance."
+            f"cad cannot keep every rank within {bounds.tolerance} of its part of the work and within {capacity:,} bytes of "
+            f"others' tensors in the {price.direction} pass. Raise capacity or tolerance."
         )
-    if isinstance(cluster, Description):
-        tables = [routed(call, tasks), shared]
-        # the backward pass moves what the forward pass does, and gradients
-        whole = tables if direction == "forward" else [derive(call, table, "refetch-home", cluster) for table in tables]
-        stay_seconds, seconds = (timed(call, cluster, direction, table).seconds for table in whole)
-        if stay_seconds <= seconds:
-            return tables[:1]
-    return [shared]
+    return found
 
 
 def allowed(work: int, rate: Ints, tolerance: float) -> Ints:
@@ -161,10 +202,12 @@ def routed(call: Call, tasks: Columns) -> Table:
     return Table(tasks, concat(MOVE_COLUMNS, moves))
 
 
-def _shared_out(
-    call: Call, tasks: Columns, price: Price, node: Ints, rate: Ints, tolerance: float, scale: np.ndarray
-) -> Columns:
-    """The same work, no rank above what it may have; takers take only this part of what they have room for."""
+def _shared_out(call: Call, tasks: Columns, price: Price, bounds: _Bounds, scale: np.ndarray) -> tuple[Columns, int]:
+    """(the same work, no rank above what it may have; what nobody would take).
+
+    Takers take only this part of what they have room for.
+    """
+    node, rate, tolerance, _ = bounds
     weights = bytes_each(call, price.direction)
     cost = price.of_tasks(call, tasks)
     load = np.zeros(call.ranks, np.int64)
@@ -172,13 +215,13 @@ def _shared_out(
     limit = allowed(int(load.sum()), rate, tolerance)
     excess, room = np.maximum(load - limit, 0), np.maximum(limit - load, 0)
     if not excess.any():
-        return tasks
+        return tasks, 0
     chosen = _worth_moving(tasks, cost, excess, weights)
     home, given = tasks["rank"][chosen], take(tasks, chosen)
     items = Rows(given["piece"], task_bands(call.mask, given), given["h0"], given["h1"])
     fraction = np.minimum(excess / np.maximum(np.bincount(home, cost[chosen], call.ranks), 1), 1.0)[home]
     # a typical taker has room for so much
-    typical = max(int((room.astype(float) ** 2).sum() / room.sum()), 1)
+    typical = max(sum(space * space for space in room.tolist()) // int(room.sum()), 1)
     cut = open_up(items, home, fraction, -(-excess[home] // typical), price, call.group, weights)
     # what is cut costs more: everybody may have a little more
     extra = np.append(cut.extra, np.zeros(call.ranks - len(cut.extra), np.int64))
@@ -190,7 +233,8 @@ def _shared_out(
     shares = Shares(*give(excess, room, node, peers))
     rest = np.ones(len(cost), bool)
     rest[chosen] = False
-    return concat(TASK_COLUMNS, [take(tasks, rest), cut_off(cut, shares, price)])
+    left = int(excess.sum() - shares.cost.sum())
+    return concat(TASK_COLUMNS, [take(tasks, rest), cut_off(cut, shares, price)]), left
 
 
 def _held(call: Call, table: Table) -> Ints:

@@ -12,7 +12,8 @@ import numpy as np
 
 from distattn.bands import BK, BQ, HI, K0, LO, OK, OQ, areas, clip
 from distattn.cluster.describe import Machines
-from distattn.intervals import Ints
+from distattn.errors import DistattnError
+from distattn.intervals import Ints, whole_numbers
 from distattn.parallel.cad import routed
 from distattn.parallel.ownership import Rectangles, cut, pieces, split_by_query_owner
 from distattn.parallel.work import bytes_each
@@ -24,8 +25,12 @@ def cad_greedy(call: Call, cluster: Machines | None = None, *, tolerance: float 
 
     tolerance: how far below the mean a taker may stay. block: a half of a pair has a multiple of so many rows.
     """
+    if not isinstance(tolerance, int | float) or not 0 <= tolerance <= 1 or int(whole_numbers(block, "block")) < 1:
+        raise DistattnError(
+            f"cad_greedy wants a tolerance of 0 to 1 and a block of at least 1, not {tolerance}, {block}."
+        )
     area, rank = split_by_query_owner(call, pieces(call), call.layout.chunks)
-    pairs = _Pairs(area, rank, call, max(int(block), 1))
+    pairs = _Pairs(area, rank, call, block)
     mean = pairs.load.sum() / call.ranks
     weights = bytes_each(call, "forward")
     for taker in np.argsort(pairs.load, kind="stable").tolist():
@@ -64,7 +69,9 @@ class _Pairs:
         moved = np.minimum(np.minimum(work, surplus[giver]), mean - self.load[taker])
         size = _estimated(moved / work, last - first, self.context[part] + last, self.length[part], weights)
         best = int(np.argmax(moved / (size * self.heads[part])))
-        item, count = int(some[best]), -(-moved[best] / self.each[part[best]] // self.block) * self.block
+        wanted = moved[best] / self.each[part[best]]
+        # whole blocks, but for the last bit of a taker's need
+        item, count = int(some[best]), np.round(wanted / self.block) * self.block or np.ceil(wanted)
         # the innermost pairs: they see the fewest keys for their work
         begin = last[best] // 1 - count
         if begin <= first[best]:

@@ -12,7 +12,7 @@ from distattn.cluster.describe import Description, Machines
 from distattn.intervals import Ints
 from distattn.parallel.ownership import owned, pieces, split_by_query_owner
 from distattn.parallel.work import Price, bytes_each
-from distattn.plan import TASK_COLUMNS, Call, Plan, Table, areas_of_tasks, bytes_of_moves, columns, take
+from distattn.plan import TASK_COLUMNS, Payload, Plan, Table, areas_of_tasks, bytes_of_moves, columns, take
 
 _BLOCK = 128
 
@@ -72,27 +72,32 @@ def _half(plan: Plan, direction: str, table: Table, cluster: Machines | None) ->
         int(size.sum()),
         int(np.bincount(moves["src"], size, call.ranks).max()),
         int(size[node[moves["src"]] != node[moves["dst"]]].sum()),
-        int(_least(call, direction, cells.max(initial=0.0)).sum()),
+        int(_least(plan, direction, cells.max(initial=0.0)).sum()),
     )
 
 
-def _least(call: Call, direction: str, most: float) -> np.ndarray:
+def _least(plan: Plan, direction: str, most: float) -> np.ndarray:
     """Bytes that have to move for work each rank could do without moving any, if none does more than `most` cells x heads.
 
     What passes `most` has to be computed elsewhere. A server that computes w cells of one group of g heads needs R rows and
     C keys of it with R * C >= w / g, and so at least 2 * sqrt(R * C * bytes of a row * bytes of a key) bytes of this group.
     The root is concave: least moves when few servers get as much as they can, and nobody gets more than `most`, or
-    than a whole group of the largest item.
+    than all that a rank has of one group.
     """
+    call = plan.call
     area, rank = split_by_query_owner(call, pieces(call), call.layout.chunks)
     tasks = columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
     tasks = take(tasks, owned(call, rank, area.k0, area.k1))
     cells = areas_of_tasks(call, tasks).astype(float)
     excess = np.maximum(np.bincount(tasks["rank"], cells, call.ranks) - most, 0)
-    largest = np.zeros(call.ranks)
-    np.maximum.at(largest, tasks["rank"], cells / (tasks["h1"] - tasks["h0"]) * call.group)
+    # of one group; where heads differ, no less than that
+    largest = np.bincount(tasks["rank"], cells / (tasks["h1"] - tasks["h0"]) * call.group, call.ranks)
     portion = np.maximum(np.minimum(largest, most), 1.0)
     row, key = bytes_each(call, direction)
+    if direction == "backward" and plan.policy == "keep":
+        # queries, keys and values are still there
+        row -= call.heads * call.cell_bytes(Payload.Q)
+        key -= call.kv_heads * call.cell_bytes(Payload.KV)
     # bytes of a row and a key of one group
     both = (row / call.kv_heads) * (key / call.kv_heads)
     whole = np.floor(excess / portion)

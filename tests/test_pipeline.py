@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from processes import run_on_ranks
 from torch import nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils.checkpoint import checkpoint
 
 import distattn as da
 from distattn.batches import Shape
@@ -132,10 +133,46 @@ def test_stages_that_pool_their_attention_have_the_gradients_of_one_process(repl
             assert (got - want).abs().max() <= 1e-11 * want.abs().max()
 
 
+def adaptive_run(rank):
+    """The log of speeds of a pipeline of two stages."""
+    model = whole_model()
+    sizes = dict(stages=2, shape=SHAPE, calls=1, width=WIDTH, dtype=torch.float64)
+    pipeline = da.Pipeline(adaptive=True, options=dict(block=8), **sizes)
+
+    def stage(hidden, batch):
+        x = model["embed"](batch["input_ids"]) if hidden is None else hidden
+        x = model["layers"][rank](x, batch["context_parallel"].attention)
+        return x if rank == 0 else x.sum() * batch["loss_scale"]
+
+    for _ in pipeline.train([[rows(0, 0, 0), rows(0, 0, 1)]] * 4, stage):
+        pass
+    pipeline.close()
+    return pipeline.pool.speeds.log
+
+
+def test_a_pipeline_adapts_two_steps_later():
+    logs = run_on_ranks(2, adaptive_run)
+    assert logs[0] == logs[1] and logs[0][:2] == [None, None] and all(logs[0][2:]) and len(logs[0]) == 4
+
+
+def test_repeated_layers_are_refused():
+    model = whole_model()
+    pipeline = da.Pipeline(stages=1, shape=SHAPE, calls=1, width=WIDTH, dtype=torch.float64)
+
+    def stage(hidden, batch):
+        x = model["embed"](batch["input_ids"])
+        return checkpoint(model["layers"][0], x, batch["context_parallel"].attention, use_reentrant=False).sum()
+
+    with pytest.raises(da.DistattnError, match="are not repeated"):
+        next(pipeline.train([rows(0, 0, 0)], stage))
+
+
 def test_pipelines_that_cannot_be_are_refused():
     sizes = dict(shape=SHAPE, calls=1, width=WIDTH, dtype=torch.float64)
     with pytest.raises(da.DistattnError, match="2 stages do not divide the 1 ranks"):
         da.Pipeline(stages=2, **sizes)
+    with pytest.raises(da.DistattnError, match="no backward policy keep"):
+        da.Pipeline(stages=1, strategy="ulysses", **sizes)
     with pytest.raises(da.DistattnError, match="no backward policy keep"):
         da.Pipeline(stages=1, backward="keep", **sizes)
     pipeline = da.Pipeline(stages=1, **sizes)

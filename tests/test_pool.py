@@ -223,6 +223,95 @@ def test_ranks_without_a_model_serve(servers, wrap):
     assert served[0] == passes * (3 if wrap == "checkpoint" else 2)
 
 
+def leaving_run(rank, adaptive):
+    """Leaves a loop, begins again, and evaluates inside the training loop."""
+    trainers = dist.new_group([0, 1])
+    if rank == 2:
+        return tuple(da.serve())
+    model, out = model_of(), []
+    with da.Pool(servers=1, adaptive=adaptive, options=dict(block=8, tolerance=0.0)) as pool:
+        for micro_batches in pool.steps(loader(rank)):
+            local_loss(model, micro_batches[0]).backward()
+            model.zero_grad()
+            break
+        for micro_batches in pool.steps(loader(rank)):
+            with torch.no_grad():
+                for others in pool.steps(loader(rank)):
+                    for batch in others:
+                        local_loss(model, batch)
+            total = torch.zeros((), dtype=torch.float64)
+            for batch in micro_batches:
+                loss = local_loss(model, batch)
+                loss.backward()
+                total += loss.detach()
+            dist.all_reduce(total, group=trainers)
+            gradient = parameters_to_vector([p.grad for p in model.parameters()])
+            dist.all_reduce(gradient, group=trainers)
+            out.append((float(total), gradient))
+            model.zero_grad()
+        return out, pool.speeds.log if pool.speeds else None
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_loops_may_be_left_and_nested_while_others_serve(adaptive):
+    *results, served = run_on_ranks(3, leaving_run, adaptive)
+    for result, log in results:
+        assert_same(result, whole_run(2), 1e-11)
+        assert log == results[0][1]
+    assert served[1] == 2 * (1 + 5)
+
+
+def hoarding_run(rank):
+    if rank == 1:
+        return tuple(da.serve())
+    model = model_of()
+    with da.Pool(servers=1) as pool:
+        steps = list(pool.steps(loader(0)))
+        with pytest.raises(da.DistattnError, match="a step that is over"):
+            local_loss(model, steps[0][0])
+    return None
+
+
+def test_batches_of_a_step_that_is_over_are_refused_with_servers():
+    run_on_ranks(2, hoarding_run)
+
+
+def stalling_run(rank):
+    if rank == 2:
+        from distattn import serving
+
+        serving.join = lambda *rest: time.sleep(15)
+        return tuple(da.serve())
+    model = model_of()
+    pool = da.Pool(servers=1, patience=4.0, options=dict(block=8, tolerance=0.0))
+    for micro_batches in pool.steps(loader(rank)):
+        for batch in micro_batches:
+            local_loss(model, batch).backward()
+    return None
+
+
+def test_a_server_that_stalls_in_a_pass_is_named():
+    began = time.perf_counter()
+    with pytest.raises(AssertionError) as failure:
+        run_on_ranks(3, stalling_run)
+    assert (
+        "2 of the group stopped answering" in str(failure.value)
+        or "[2]" in str(failure.value)
+        or ("a rank of the pool does not answer" in str(failure.value))
+    )
+    assert time.perf_counter() - began < 40
+
+
+def unequal_run(rank):
+    pool = da.Pool(context_parallel=2)
+    next(pool.steps([documents(rank, 0, 0)]))
+
+
+def test_ranks_of_one_block_with_different_batches_are_refused():
+    with pytest.raises(AssertionError, match="rank 1 of the pool is to have the same batches as rank 0"):
+        run_on_ranks(2, unequal_run)
+
+
 def unlike_run(rank):
     if rank == 2:
         return tuple(da.serve())
@@ -312,6 +401,7 @@ def test_one_process_is_a_pool_of_its_own():
         (dict(context_parallel=2), "context_parallel 2 does not divide"),
         (dict(adaptive=True, strategy="ring"), "does not share out by speed"),
         (dict(layout="spiral"), "layout 'spiral'"),
+        (dict(verify_every=0), "verify_every is at least 1"),
     ],
 )
 def test_pools_that_cannot_be_are_refused(options, sentence):

@@ -1,5 +1,6 @@
 """Core-attention disaggregation: every server bounded, few bytes, and the same attention."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_close, dense, random_inputs, run_all_ranks
 
+from distattn.bands import UNBOUNDED
 from distattn.cluster import describe
 from distattn.cluster.topology import Cluster
 from distattn.errors import DistattnError
@@ -17,9 +19,10 @@ from distattn.mask import Mask
 from distattn.parallel.cad import allowed
 from distattn.parallel.make_plan import make_plan
 from distattn.parallel.quality import quality
+from distattn.parallel.simulate import simulate
 from distattn.parallel.verify import verify
 from distattn.parallel.work import Price
-from distattn.plan import Plan, count, take
+from distattn.plan import POLICIES, Plan, count, take
 
 SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
 # each rank its own pack: one long document, many short ones, single tokens
@@ -184,7 +187,15 @@ def test_the_greedy_rule_brings_every_taker_near_the_mean():
 
 
 def test_bad_options_are_refused():
-    for options, words in ((dict(tolerance=-1), "tolerance"), (dict(block=0), "block"), (dict(speed=3), "no option")):
+    for tolerance, block in ((-1, 16), (float("nan"), 16), (0.1, 0)):
+        with pytest.raises(DistattnError, match="cad_greedy wants"):
+            planned(PACKS, "cad_greedy", tolerance=tolerance, block=block)
+    for options, words in (
+        (dict(tolerance=-1), "tolerance"),
+        (dict(tolerance="0.1"), "tolerance"),
+        (dict(block=0), "block"),
+        (dict(speed=3), "no option"),
+    ):
         with pytest.raises(DistattnError, match=words):
             planned(PACKS, **options)
 
@@ -218,20 +229,72 @@ def test_work_stays_where_moving_it_takes_longer_than_it_saves():
 
 def test_takers_stay_within_their_capacity_or_the_plan_is_refused():
     packs = [[4000], [50] * 80, [50] * 80, [50] * 80]
-    free = verify(planned(packs, block=16, tolerance=0.3))
-    most = int(free.backward_peak[1:].max())
-    held = verify(planned(packs, block=16, tolerance=0.3, capacity=most * 4))
-    assert max(held.forward_peak.max(), held.backward_peak.max()) <= most * 4
-    with pytest.raises(DistattnError, match="Raise capacity or tolerance"):
-        planned(packs, block=16, tolerance=0.3, capacity=1000)
+    most = int(verify(planned(packs, block=16, tolerance=0.3)).backward_peak.max())
+    refused = 0
+    for share in (4.0, 1.0, 0.7, 0.4, 0.1, 0.0):
+        try:
+            plan = planned(packs, block=16, tolerance=0.3, capacity=int(share * most))
+        except DistattnError as error:
+            assert "Raise capacity or tolerance" in str(error)
+            refused += 1
+            continue
+        proof = verify(plan)
+        assert refused == 0 and max(proof.forward_peak.max(), proof.backward_peak.max()) <= share * most
+        for direction in ("forward", "backward"):
+            work = loads(plan, direction, 16)
+            assert work.max() <= 1.31 * work.mean()
+    assert 0 < refused < 6
+    with pytest.raises(DistattnError, match="capacity is a number of bytes"):
+        planned(packs, capacity=-1)
 
 
 def test_a_plan_reports_its_quality_and_no_plan_moves_less_than_the_bound():
     generator = np.random.default_rng(0)
     for _ in range(10):
         packs = [generator.integers(1, 2000, generator.integers(1, 6)).tolist() for _ in range(4)]
-        for strategy in ("cad", "cad_greedy", "ring", "ulysses"):
-            found = quality(planned(packs, strategy, **({"block": 16} if "cad" in strategy else {})))
-            for half in found.values():
-                assert half.least <= half.moved and half.busiest_sender <= half.moved
-                assert half.cells >= 1 and half.cost >= 1
+        lengths, layout = pool(packs)
+        strips = [
+            [0, sum(lengths), a, min(a + 100, sum(lengths)), -UNBOUNDED, UNBOUNDED] for a in range(0, sum(lengths), 100)
+        ]
+        for mask in (Mask.documents(lengths), Mask.shared_question(lengths), Mask.from_pieces(strips)):
+            for strategy, policy in itertools.product(("cad", "cad_greedy", "ring", "ulysses"), POLICIES):
+                options = {"block": 16} if "cad" in strategy else {}
+                plan = make_plan(mask, layout, strategy=strategy, backward=policy, options=options, **SHAPE)
+                for half in quality(plan).values():
+                    assert half.least <= half.moved and half.busiest_sender <= half.moved
+                    assert half.cells >= 1 and half.cost >= 1
+
+
+def test_speeds_count_on_a_described_cluster_too():
+    packs = [[20000]] * 4
+    shape = dict(heads=8, kv_heads=2, head_dim=128, dtype="bfloat16")
+    plan = planned(packs, shape=shape, cluster=describe.load("h200-1x4"), speeds=[0, 1000, 1000, 2000], tolerance=0.0)
+    area = plan.area_by_rank()
+    assert area[0] == 0 and area[3] == pytest.approx(2 * area[1], rel=0.02)
+
+
+def test_where_moving_all_takes_too_long_less_is_moved():
+    packs = [[131072], *[[512] * 256] * 7]
+    shape = dict(heads=4, kv_heads=1, head_dim=128, dtype="bfloat16")
+    cluster = describe.load("h200-8x1")
+    seconds = {}
+    for name, known in (("all", cluster.topology), ("best", cluster)):
+        timeline = simulate(planned(packs, shape=shape, cluster=known), cluster)
+        seconds[name] = timeline.forward.seconds + timeline.backward.seconds
+    home = simulate(planned(packs, "allgather", shape=shape, cluster=cluster), cluster)
+    assert seconds["best"] <= min(seconds["all"], home.forward.seconds + home.backward.seconds) * 1.0001
+
+
+def test_a_flat_table_of_speeds_has_no_overhead():
+    cluster = describe.load("h200-1x2")
+    flat = replace(cluster, attention=tuple(replace(row, tflops=500) for row in cluster.attention))
+    assert Price.on(flat, "forward", 128, 128).overhead == 0
+
+
+def test_work_that_cannot_be_counted_is_refused():
+    n = 1 << 30
+    shape = dict(heads=64, kv_heads=8, head_dim=128, dtype="bfloat16")
+    with pytest.raises(DistattnError, match="use a larger block"):
+        make_plan(Mask.causal(n), Layout.contiguous([n], 2), strategy="cad", options=dict(block=1), **shape)
+    plan = make_plan(Mask.causal(n), Layout.contiguous([n], 2), strategy="cad", **shape)
+    assert loads(plan, "forward", 128).max() <= 1.021 * loads(plan, "forward", 128).mean()
