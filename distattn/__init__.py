@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distattn.parallel.explain import Explanation as Explanation
     from distattn.parallel.explain import explain as explain
     from distattn.parallel.make_plan import make_plan as make_plan
+    from distattn.parallel.quality import quality as quality
     from distattn.parallel.simulate import simulate as simulate
     from distattn.parallel.timeline import Timeline as Timeline
     from distattn.parallel.verify import Proof as Proof
@@ -61,6 +62,7 @@ _HOME = {
     "explain": "distattn.parallel.explain",
     "make_plan": "distattn.parallel.make_plan",
     "prepare": "distattn.programs",
+    "quality": "distattn.parallel.quality",
     "save_attention": "distattn.functional",
     "serve": "distattn.serving",
     "simulate": "distattn.parallel.simulate",

@@ -194,10 +194,12 @@ def routed(call: Call, tasks: Columns) -> Table:
     """The table of these tasks: inputs straight from their owners, outputs straight home."""
     local = owned(call, tasks["rank"], tasks["q0"], tasks["q1"]) & owned(call, tasks["rank"], tasks["k0"], tasks["k1"])
     tasks = {**tasks, "step": np.where(local, 0, 1)}
+    # most tasks have all they need at home
+    away = take(tasks, ~local)
     moves = [
-        star(Payload.Q, guests(call, Payload.Q, tasks), 0),
-        star(Payload.KV, guests(call, Payload.KV, tasks), 0),
-        straight_home(Payload.O, guests(call, Payload.O, tasks, latest=True)),
+        star(Payload.Q, guests(call, Payload.Q, away), 0),
+        star(Payload.KV, guests(call, Payload.KV, away), 0),
+        straight_home(Payload.O, guests(call, Payload.O, away, latest=True)),
     ]
     return Table(tasks, concat(MOVE_COLUMNS, moves))
 

@@ -70,21 +70,24 @@ def whole_run(ranks, dtype="float64"):
     return out
 
 
+def trained(model, micro_batches, group=None):
+    """(loss, gradients) of one step over the ranks of the group."""
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in micro_batches:
+        loss = local_loss(model, batch)
+        loss.backward()
+        total += loss.detach()
+    gradient = parameters_to_vector([p.grad for p in model.parameters()])
+    for part in (total, gradient):
+        dist.all_reduce(part, group=group)
+    model.zero_grad()
+    return float(total), gradient
+
+
 def pooled_run(rank, options, dtype="float64", data=None):
     model = model_of(dtype=dtype)
-    out = []
     with da.Pool(**options) as pool:
-        for micro_batches in pool.steps(loader(data if data is not None else rank)):
-            total = torch.zeros((), dtype=torch.float64)
-            for batch in micro_batches:
-                loss = local_loss(model, batch)
-                loss.backward()
-                total += loss.detach()
-            dist.all_reduce(total)
-            gradient = parameters_to_vector([p.grad for p in model.parameters()])
-            dist.all_reduce(gradient)
-            out.append((float(total), gradient))
-            model.zero_grad()
+        out = [trained(model, step) for step in pool.steps(loader(data if data is not None else rank))]
         return out, pool.speeds.log if pool.speeds else None
 
 
@@ -239,16 +242,7 @@ def leaving_run(rank, adaptive):
                 for others in pool.steps(loader(rank)):
                     for batch in others:
                         local_loss(model, batch)
-            total = torch.zeros((), dtype=torch.float64)
-            for batch in micro_batches:
-                loss = local_loss(model, batch)
-                loss.backward()
-                total += loss.detach()
-            dist.all_reduce(total, group=trainers)
-            gradient = parameters_to_vector([p.grad for p in model.parameters()])
-            dist.all_reduce(gradient, group=trainers)
-            out.append((float(total), gradient))
-            model.zero_grad()
+            out.append(trained(model, micro_batches, trainers))
         return out, pool.speeds.log if pool.speeds else None
 
 
