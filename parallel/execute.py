@@ -245,7 +245,8 @@ class _Buffers:
             totals = tuple(tensor[:, link.heads] for tensor in self.fields[link.buffer])
             if link.fresh:
                 for total, part in zip(totals, parts, strict=True):
-                    total[link.rows] = part
+                    # what has travelled may be narrower
+                    total[link.rows] = part.to(total.dtype)
                 continue
             held = tuple(total[link.rows] for total in totals)
             if payload == Payload.O:

@@ -212,7 +212,9 @@ def _count_bytes(rank: int, plan: da.Plan, inputs: Inputs):
 
     lowered = da.prepare(plan).lowered
     record = Record()
-    with mock.patch("distattn.programs._transport", lambda group: RecordingTransport(own, rank, record)):
+    with mock.patch(
+        "distattn.programs.open_transport", lambda group, patience=None: RecordingTransport(own, rank, record)
+    ):
         own = lowered.transport
         _attention_on_rank(rank, plan, inputs, False, 1)
     return dict(record.bytes), [event for _, event in record.events]
