@@ -27,7 +27,7 @@ from distattn.kernels.dispatch import Kernel
 from distattn.kernels.score import Score
 from distattn.layout import Layout, lay_out
 from distattn.mask import Mask
-from distattn.parallel.make_plan import STRATEGIES
+from distattn.parallel.make_plan import STRATEGIES, check_names
 from distattn.parallel.transport import group_beside
 from distattn.parallel.work import Price
 from distattn.plan import Plan, take
@@ -117,7 +117,11 @@ class Pool(Planner):
         def axis(documents: Documents) -> tuple[Mask, Layout]:
             return pooled(documents, context_parallel, self.ranks, layout, of_layout, inner)
 
-        super().__init__(group, axis, **{name: settings[name] for name in for_all})
+        given = {name: settings[name] for name in for_all}
+        check_names(given["strategy"], given["backward"], given["options"])
+        if given["capacity"] is not None and _takes(given["strategy"], "capacity"):
+            given["options"] = {"capacity": given["capacity"], **(given["options"] or {})}
+        super().__init__(group, axis, **given)
         self._check(settings)
         servers, patience = settings["servers"], timedelta(seconds=settings["patience"])
         self.context_parallel, self.servers, self._layout = context_parallel, servers, (layout, of_layout, inner)
@@ -234,7 +238,7 @@ class Pool(Planner):
             )
         if servers and (settings["backward"] or STRATEGIES[strategy].backward) == "keep":
             raise DistattnError('servers keep nothing from pass to pass; use backward "refetch-home".')
-        if settings["adaptive"] and "speeds" not in inspect.signature(STRATEGIES[strategy].forward).parameters:
+        if settings["adaptive"] and not _takes(strategy, "speeds"):
             raise DistattnError(f'strategy {strategy} does not share out by speed; adaptive needs "cad".')
 
     def _tell(
@@ -343,6 +347,10 @@ class _Watch:
 
     def kernel(self, kernel: Kernel) -> Kernel:
         return kernel if self.pool.speeds is None else self.pool.speeds.timed(kernel)
+
+
+def _takes(strategy: str, option: str) -> bool:
+    return option in inspect.signature(STRATEGIES[strategy].forward).parameters
 
 
 def pooled(

@@ -159,6 +159,11 @@ def test_of_the_plans_of_a_run_the_first_and_every_so_many_are_proven():
     assert run_on_ranks(4, sampled_run) == [3] * 4
 
 
+def test_a_capacity_is_the_planners_too():
+    with pytest.raises(AssertionError, match="Raise capacity or tolerance"):
+        run_on_ranks(2, pooled_run, dict(capacity=1000, options=dict(block=8, tolerance=0.0)))
+
+
 def cp_run(rank, options):
     return pooled_run(rank, options, data=rank // 2)
 
