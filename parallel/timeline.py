@@ -172,12 +172,14 @@ class Timeline:
         axis.set_yticks(np.arange(len(ranks)) + 0.45, [str(rank) for rank in ranks], fontsize=7)
         drawn = f"; {len(ranks)} of {self.plan.call.ranks} ranks" if len(ranks) < self.plan.call.ranks else ""
         axis.set_title("forward, then backward" + drawn)
-        axis.legend(
+        # beside the axis: with few ranks it would cover what they do last
+        figure.legend(
             handles=[
                 Patch(color=_KERNELS, label="kernels"),
                 Patch(color=_MESSAGES, label="messages, and waiting for their other ends"),
             ],
-            loc="upper right",
+            loc="outside lower right",
+            ncols=2,
         )
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=110)
