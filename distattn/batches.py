@@ -24,20 +24,27 @@ from distattn.mask import Mask
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.plan import Plan
 from distattn.programs import Prepared, Use, Watch, demand_of, lower_once, prepare
+from distattn.ways import Way, Ways, narrowed
 
 
 class Shape(NamedTuple):
-    """What one attention layer asks for, beside the batch."""
+    """What one attention layer asks for, beside the batch.
+
+    window: of so many tokens each sees the last, itself among them; way: where it is computed otherwise than other layers.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     v_head_dim: int
     dtype: str
+    window: int | None = None
+    way: Way | None = None
 
     @staticmethod
-    def of(q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor) -> Shape:
-        return Shape(q_THD.shape[1], k_TKD.shape[1], q_THD.shape[2], v_TKE.shape[2], str(q_THD.dtype)[6:])
+    def of(q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, window: int | None = None, way: Way | None = None) -> Shape:
+        heads, kv_heads, dtype = q_THD.shape[1], k_TKD.shape[1], str(q_THD.dtype)[6:]
+        return Shape(heads, kv_heads, q_THD.shape[2], v_TKE.shape[2], dtype, window, way)
 
 
 class Axis(NamedTuple):
@@ -48,10 +55,11 @@ class Axis(NamedTuple):
 
 
 class Planner:
-    """Makes, proves and caches plans of batches over one group, with one strategy.
+    """Makes, proves and caches plans of batches over one group.
 
-    axis: documents of a batch to its mask and layout. verify_every: of so many batches one is proven before it runs, the first
-    in any case; 1 proves all.
+    axis: documents of a batch to its mask and layout; inner: what a document of it attends to in itself. ways: of layers, by
+    their number or kind (see `ways`), that are computed otherwise than the others. verify_every: of so many batches one is proven
+    before it runs, the first in any case; 1 proves all.
     """
 
     def __init__(
@@ -60,6 +68,8 @@ class Planner:
         axis: Callable[[Any], tuple[Mask, Layout]],
         *,
         strategy: str,
+        inner: str | tuple[int, int] = "causal",
+        ways: Ways | None = None,
         kernel: str | None = None,
         backward: str | None = None,
         wire: str | None = None,
@@ -76,17 +86,25 @@ class Planner:
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self.group, self.kernel, self.capacity, self.verify_every = group, kernel, capacity, verify_every
+        self.ways = ways or Ways()
         self.rank = 0 if group is None else dist.get_rank(group)
         self.ranks = 1 if group is None else dist.get_world_size(group)
 
         def plan(batch: Axis, shape: Shape) -> Plan:
             mask, layout = self.axis(batch.documents)
-            how: dict[str, Any] = dict(strategy=strategy, backward=backward, wire=wire, cluster=cluster)
-            return make_plan(mask, layout, options={**(options or {}), **dict(batch.options)}, **how, **shape._asdict())
+            if shape.window is not None:
+                mask = Mask.documents(layout.lengths, narrowed(inner, shape.window))
+            how: dict[str, Any] = dict(strategy=strategy, backward=backward)
+            how["options"] = {**(options or {}), **dict(batch.options)}
+            if shape.way is not None:
+                how |= shape.way.settings(mask, layout)
+            of_layer = shape._asdict()
+            del of_layer["window"], of_layer["way"]
+            return make_plan(mask, layout, wire=wire, cluster=cluster, **how, **of_layer)
 
         # fixed-length batches meet the same axis again and again; packed ones never do
         self.axis = lru_cache(maxsize=8)(axis)
-        self.plan = lru_cache(maxsize=8)(plan)
+        self.plan = lru_cache(maxsize=32)(plan)
         self._needs: dict[tuple[Shape, torch.device], None] = {}
         self._lock = threading.Lock()
         self.worker = ThreadPoolExecutor(1, "distattn-plans")
@@ -124,19 +142,31 @@ class ShardedBatch:
         self._plans = {need: parent.worker.submit(self._lowered, *need) for need in parent.known_needs()}
 
     def attention(
-        self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None, **modifiers: Any
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKE: Tensor,
+        scale: float | None = None,
+        *,
+        window: int | None = None,
+        layer: int | None = None,
+        **modifiers: Any,
     ) -> Tensor:
-        """`distattn.attention` of this rank's tokens (T, heads, dim), with the plan for these shapes."""
-        ready = self.ready(Shape.of(q_THD, k_TKD, v_TKE), q_THD.device)
+        """`distattn.attention` of this rank's tokens (T, heads, dim), with the plan for these shapes.
+
+        window: each token sees the last so many of its document, itself among them. layer: the layer's number in the model.
+        """
+        way = self.parent.ways.of(layer, window)
+        ready = self.ready(Shape.of(q_THD, k_TKD, v_TKE, window, way), q_THD.device)
         if ready.lowered.program.tokens:
             return attention(q_THD, k_TKD, v_TKE, ready, scale=scale, **modifiers)
         # the padding token of a rank without tokens attends to nothing, but others may need this rank's help
         o_THE = attention(q_THD[:0], k_TKD[:0], v_TKE[:0], ready, scale=scale, **modifiers)
         return F.pad(o_THE, (0, 0, 0, 0, 0, len(q_THD)))
 
-    def plan(self, heads: int, kv_heads: int, head_dim: int, v_head_dim: int, dtype: str) -> Plan:
-        """The plan of this batch for one shape of call; layers of the same shape share it."""
-        return self.parent.plan(self.axis, Shape(heads, kv_heads, head_dim, v_head_dim, dtype))
+    def plan(self, *shape: Any) -> Plan:
+        """The plan of this batch for one shape of call, given as the fields of `Shape`; layers of the same shape share it."""
+        return self.parent.plan(self.axis, Shape(*shape))
 
     def ready(self, shape: Shape, device: torch.device) -> Prepared:
         """The program of this batch for one shape of call. The first time, all ranks of the group have to ask for it."""

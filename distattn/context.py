@@ -4,24 +4,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from distattn.batches import Axis, Planner
 from distattn.cluster.describe import Machines
+from distattn.errors import DistattnError
 from distattn.layout import Layout, lay_out
 from distattn.mask import Mask
-from distattn.rows import Rows
+from distattn.rows import IGNORE_INDEX, Rows
 from distattn.rows import layout_options as checked_options
+from distattn.ways import Ways
+
+if TYPE_CHECKING:
+    from distattn.reduction import Reduction, Trainer
 
 
 class ContextParallel(Planner):
     """Splits every batch over the ranks of a process group, by one strategy and layout.
 
-    group defaults to the default process group, or one rank without torch.distributed. layout is a name of LAYOUTS with
-    its options; inner is what a document attends to in itself (see `Mask.documents`). kernel as in `attention`; backward,
+    group defaults to the default process group, or one rank without torch.distributed. loss_group: all ranks whose tokens
+    make up the loss, data-parallel replicas included; the group itself by default. layout is a name of LAYOUTS with
+    its options; inner is what a document attends to in itself (see `Mask.documents`). layers: of some layers, by number
+    (0, 1, ...) or kind ("window", "full"), how they are computed otherwise: a mapping with strategy, and maybe backward,
+    options, layout and layout_options; tokens are re-laid inside those layers' calls. kernel as in `attention`; backward,
     wire, cluster and options as in `make_plan`; capacity as in `prepare`; verify_every as in `Planner`. Raises DistattnError for
     names that do not exist.
     """
@@ -31,9 +40,11 @@ class ContextParallel(Planner):
         group: dist.ProcessGroup | None = None,
         *,
         strategy: str,
+        loss_group: dist.ProcessGroup | None = None,
         layout: str = "zigzag",
         layout_options: Mapping[str, int] | None = None,
         inner: str | tuple[int, int] = "causal",
+        layers: Mapping[int | str, Mapping[str, Any]] | None = None,
         kernel: str | None = None,
         backward: str | None = None,
         wire: str | None = None,
@@ -48,26 +59,67 @@ class ContextParallel(Planner):
             mask = Mask.documents(lengths, inner)
             return mask, lay_out(layout, lengths, self.ranks, mask, **of_layout)
 
-        how: dict[str, Any] = dict(strategy=strategy, kernel=kernel, backward=backward, cluster=cluster)
-        super().__init__(group, axis, wire=wire, options=options, capacity=capacity, verify_every=verify_every, **how)
+        how: dict[str, Any] = dict(strategy=strategy, inner=inner, ways=Ways(layers), kernel=kernel, backward=backward)
+        how |= dict(wire=wire, cluster=cluster, options=options, capacity=capacity, verify_every=verify_every)
+        super().__init__(group, axis, **how)
+        self.loss_group = self.group if loss_group is None else loss_group
+        # by which a trainer's losses are to be multiplied, so that its gradients are sums over ranks
+        self._factor = 1.0
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's part of a batch that every rank holds whole.
+        """This rank's part of a batch that every rank of the group holds whole.
 
         batch: `input_ids` (B, S), optional `labels` of the same shape (each token its own label, -100 where none; the
-        ids by default), optional `document_lengths` (whole numbers that add up to B * S; by default every row is one
-        document), optional `attention_mask` without zeros. Rows are laid end to end on one axis. Other keys, and
-        padding, are refused.
+        ids by default). What attends to what is said by one of: nothing, every row is a document; `document_lengths`, whole
+        numbers that add up to B * S; `position_ids` (1 or B, S), which begin anew at 0 with each document, as packing
+        collators make them; `attention_mask` (B, S), whose zeros are padding before or after a row's tokens. Padding is
+        left out. Rows are laid end to end on one axis. Other keys are refused.
 
         Returns `input_ids`, `position_ids` (1, T), `labels` (1, T) shifted so that each token has its successor's
-        label, `loss_scale` = 1 / valid labels on all ranks (multiply the *sum* of this rank's token losses by it, and
-        *sum* gradients over ranks), and `context_parallel`, to be passed on to the model.
+        label, `loss_scale` (multiply the *sum* of this rank's token losses by it: 1 / valid labels of the loss group,
+        times what `loss_scale` found for the trainer; a number, or a tensor where the loss group is larger than the
+        group), and `context_parallel`, to be passed on to the model.
         A rank without tokens gets one padding token without a label, because models refuse empty batches.
         """
-        rows = Rows.of(batch)
-        _, layout = self.axis(rows.lengths)
-        return {
-            **rows.part(layout, self.rank),
-            "loss_scale": 1.0 / max(rows.labels, 1),
-            "context_parallel": self.batch(Axis(rows.lengths)),
-        }
+        return self.shard_step([batch])[0]
+
+    def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """`shard` for all micro-batches of one optimizer step: losses are scaled by the valid labels of all of them.
+
+        With a loss group larger than the group all its ranks call this together, with equally many micro-batches.
+        """
+        rows = [Rows.of(batch) for batch in micro_batches]
+        parts = [own.part(self.axis(own.lengths)[1], self.rank) for own in rows]
+        scale = self._scale(rows, parts)
+        return [
+            {**part, "loss_scale": scale, "context_parallel": self.batch(Axis(own.lengths))}
+            for own, part in zip(rows, parts, strict=True)
+        ]
+
+    def loss_scale(self, trainer: Trainer | None = None) -> float:
+        """The factor by which this trainer's losses are to be multiplied, so that its gradients are sums over ranks.
+
+        With a trainer (see `distattn.adapters`), how it reduces gradients is probed by one synthetic backward pass, and the
+        factor goes into the `loss_scale` of all later batches; all ranks call it. Without, what was found last (1 at first).
+        Raises DistattnError where the trainer leaves ranks out, or weighs them unequally. See `distattn.reduction`.
+        """
+        if trainer is not None:
+            self._factor = self.reduction(trainer).factor
+        return self._factor
+
+    def reduction(self, trainer: Trainer) -> Reduction:
+        """How a trainer reduces gradients over the loss group: what `loss_scale` is taken from."""
+        from distattn.reduction import probe
+
+        return probe(self, trainer)
+
+    def _scale(self, rows: Sequence[Rows], parts: Sequence[Mapping[str, Any]]) -> Any:
+        if self.loss_group is self.group:
+            return self._factor / max(sum(own.labels for own in rows), 1)
+        if not parts:
+            raise DistattnError("a step wants at least one micro-batch.")
+        # each rank's own tokens: replicas of the whole batch are counted once
+        valid = sum((part["labels"] != IGNORE_INDEX).sum() for part in parts)
+        assert isinstance(valid, torch.Tensor)
+        dist.all_reduce(valid, group=self.loss_group)
+        return self._factor / valid.clamp(min=1)

@@ -171,6 +171,11 @@ class Layout:
         rank, t0, t1 = whole_numbers(rows, "chunks").reshape(-1, 3).T
         return Layout(lengths, _positive(len(chunks)), rank, t0, t1)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document."""
+        return tuple(np.diff(self.ends, prepend=0).tolist())
+
     def tokens(self, rank: int) -> Ints:
         """Global coordinates of the tokens of `rank`, in local order."""
         self._check_rank(rank)

@@ -215,18 +215,26 @@ class _Pooled:
         self.pipeline = pipeline
 
     def attention(
-        self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None, **modifiers: Any
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKE: Tensor,
+        scale: float | None = None,
+        *,
+        window: int | None = None,
+        layer: int | None = None,
+        **modifiers: Any,
     ) -> Tensor:
-        """As `ShardedBatch.attention`."""
-        pipe = self.pipeline
+        """As `ShardedBatch.attention`; all layers are of one shape and way, whatever their number."""
+        pipe, shape = self.pipeline, Shape.of(q_THD, k_TKD, v_TKE, window)
         given = q_THD.shape[2] ** -0.5 if scale is None else scale, modifiers.pop("softcap", 0.0)
         if given != pipe.score or any(value is not None for value in modifiers.values()):
             raise DistattnError(
                 f"the pipeline was made for scale and soft cap {pipe.score}, without other modifiers; a layer asks for {given}"
                 f"{''.join(f', {name}' for name, value in modifiers.items() if value is not None)}."
             )
-        if Shape.of(q_THD, k_TKD, v_TKE) != pipe.shape:
-            raise DistattnError(f"the pipeline was made for {pipe.shape}, a layer has {Shape.of(q_THD, k_TKD, v_TKE)}.")
+        if shape != pipe.shape:
+            raise DistattnError(f"the pipeline was made for {pipe.shape}, a layer has {shape}.")
         return _Attention.apply(q_THD, k_TKD, v_TKE, pipe)
 
 

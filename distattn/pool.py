@@ -110,7 +110,7 @@ class Pool(Planner):
 
     def _open(self, group: dist.ProcessGroup | None, settings: dict[str, Any], host: dist.ProcessGroup | None) -> None:
         """host: of a rank that only serves, and has been told the settings on it."""
-        for_all = ("strategy", "kernel", "backward", "wire", "cluster", "options", "capacity", "verify_every")
+        for_all = ("strategy", "inner", "kernel", "backward", "wire", "cluster", "options", "capacity", "verify_every")
         layout, inner, context_parallel = settings["layout"], settings["inner"], settings["context_parallel"]
         of_layout = checked_options(layout, settings["layout_options"], inner)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from distattn.layout import LAYOUTS, Layout
 from distattn.mask import Mask
 
 IGNORE_INDEX = -100
-_KEYS = ("input_ids", "labels", "document_lengths", "attention_mask")
+_KEYS = ("input_ids", "labels", "document_lengths", "position_ids", "attention_mask")
 
 
 class Rows(NamedTuple):
@@ -30,23 +30,18 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(batch: Mapping[str, Any]) -> Rows:
-        """From `input_ids` (B, S), optional `labels`, `document_lengths` and `attention_mask` (see `ContextParallel.shard`)."""
+        """From a mapping as `ContextParallel.shard` takes it."""
         if unknown := batch.keys() - _KEYS:
-            raise DistattnError(
-                f"batch has {', '.join(sorted(unknown))}; shard knows {', '.join(_KEYS)} and makes positions itself."
-            )
-        padding = batch.get("attention_mask")
-        if padding is not None and not bool((padding != 0).all()):
-            raise DistattnError("attention_mask marks padding; leave padding out and give document_lengths instead.")
+            raise DistattnError(f"batch has {', '.join(sorted(unknown))}; shard knows {', '.join(_KEYS)}.")
         ids = batch["input_ids"]
         labels = batch.get("labels", ids)
         if ids.dim() != 2 or labels.shape != ids.shape:
             raise DistattnError(
                 f"input_ids and labels are (batch, tokens) alike, not {tuple(ids.shape)}, {tuple(labels.shape)}."
             )
-        lengths = _lengths(batch, ids)
-        whole = Layout.contiguous(lengths, 1)
-        return Rows(ids.reshape(-1), whole.shift_labels(labels.reshape(-1), ignore_index=IGNORE_INDEX), lengths)
+        kept, lengths = _documents(batch, ids)
+        ids, labels = (ids[kept], labels[kept]) if kept is not None else (ids.reshape(-1), labels.reshape(-1))
+        return Rows(ids, Layout.contiguous(lengths, 1).shift_labels(labels, ignore_index=IGNORE_INDEX), lengths)
 
     @property
     def labels(self) -> int:
@@ -80,11 +75,58 @@ def layout_options(layout: str, options: Mapping[str, Any] | None, inner: str | 
     return given
 
 
-def _lengths(batch: Mapping[str, Any], ids: Tensor) -> tuple[int, ...]:
-    given: Sequence[int] | None = batch.get("document_lengths")
-    if given is None:
-        return (ids.shape[1],) * ids.shape[0]
-    lengths = tuple(whole_numbers(given, "document_lengths").tolist())
+def _documents(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
+    """Which tokens are kept (None: all), and the lengths of documents among them."""
+    padding = batch.get("attention_mask")
+    if padding is not None and bool((padding != 0).all()):
+        padding = None
+    said = [name for name in ("document_lengths", "position_ids") if batch.get(name) is not None]
+    if len(said) > (padding is None):
+        both = " and ".join([*said, *(["an attention_mask with padding"] if padding is not None else [])])
+        raise DistattnError(f"batch has {both}; documents are said by one of them.")
+    if padding is not None:
+        return _unpadded(padding, ids)
+    if said == ["position_ids"]:
+        return None, _restarts(batch["position_ids"], ids)
+    if not said:
+        return None, (ids.shape[1],) * ids.shape[0]
+    lengths = tuple(whole_numbers(batch["document_lengths"], "document_lengths").tolist())
     if sum(lengths) != ids.numel():
         raise DistattnError(f"document_lengths add up to {sum(lengths)} tokens, input_ids has {ids.numel()}.")
+    return None, lengths
+
+
+def _unpadded(mask: Tensor, ids: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    if mask.shape != ids.shape:
+        raise DistattnError(
+            f"attention_mask is (batch, tokens) like input_ids {tuple(ids.shape)}, not {tuple(mask.shape)}."
+        )
+    kept = mask != 0
+    # a row's tokens are one run: it rises at most once, counting the row's begin
+    rises = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
+    if bool((rises > 1).any()):
+        row = int((rises > 1).nonzero()[0])
+        raise DistattnError(f"attention_mask of row {row} has holes; padding goes before or after a row's tokens.")
+    lengths = tuple(length for length in kept.sum(1).tolist() if length)
+    if not lengths:
+        raise DistattnError("attention_mask leaves no token.")
+    return kept, lengths
+
+
+def _restarts(positions: Tensor, ids: Tensor) -> tuple[int, ...]:
+    if positions.dim() != 2 or positions.shape[0] not in (1, ids.shape[0]) or positions.shape[1] != ids.shape[1]:
+        raise DistattnError(
+            f"position_ids are one number a token, {tuple(ids.shape)}, not {tuple(positions.shape)}; positions in several "
+            "dimensions (multimodal RoPE) are not computed."
+        )
+    flat = positions.expand(ids.shape).reshape(-1)
+    begins = (flat == 0).nonzero()[:, 0]
+    ends = torch.cat([begins[1:], begins.new_tensor([len(flat)])])
+    lengths = tuple((ends - begins).tolist())
+    whole = Layout.contiguous(lengths, 1).position_ids(0) if len(begins) and begins[0] == 0 else None
+    if whole is None or not torch.equal(flat.cpu(), torch.from_numpy(whole)):
+        raise DistattnError(
+            "position_ids count 0, 1, 2, ... in every document; give whole batches, which shard splits itself, and "
+            "document_lengths instead of other positions."
+        )
     return lengths

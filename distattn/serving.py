@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _STOP, _TELL, _OVER, _PREPARE, _FORWARD, _BACKWARD = range(6)
 _PHASES = {"prepare": _PREPARE, "forward": _FORWARD, "backward": _BACKWARD}
 _DTYPES = list(DTYPE_BYTES)
-_WORD = "<7q2d"
-_NOTHING = (1, 1, 1, 1, 0, 0.0, 0.0)
+_WORD = "<8q2d"
+_NOTHING = (1, 1, 1, 1, 0, 0, 0.0, 0.0)
 
 
 class Word(NamedTuple):
@@ -51,7 +51,7 @@ class Words:
         """A pass ("forward", "backward") begins, or a program is made ready ("prepare"). Only the first rank speaks."""
         if score.slopes_H is not None:
             raise DistattnError("ALiBi slopes do not reach ranks that only serve; use a pool without servers.")
-        numbers = (*shape[:4], _DTYPES.index(shape.dtype))
+        numbers = (*shape[:4], _DTYPES.index(shape.dtype), shape.window or 0)
         self._send(struct.pack(_WORD, _PHASES[phase], batch, *numbers, score.scale, score.softcap))
 
     def tell(self, step: int) -> None:
@@ -83,9 +83,9 @@ class Words:
         except RuntimeError as error:
             raise DistattnError(f"the pool's first rank has gone without a word: {error}") from None
         phase, number, *numbers, scale, softcap = struct.unpack(_WORD, bytes(data.tolist()))
-        return Word(
-            phase, number, Shape(numbers[0], numbers[1], numbers[2], numbers[3], _DTYPES[numbers[4]]), scale, softcap
-        )
+        heads, kv_heads, head_dim, v_head_dim, dtype, window = numbers
+        shape = Shape(heads, kv_heads, head_dim, v_head_dim, _DTYPES[dtype], window or None)
+        return Word(phase, number, shape, scale, softcap)
 
     def _send(self, word: bytes) -> None:
         if self.rank == 0:

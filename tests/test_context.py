@@ -1,28 +1,17 @@
-"""What trainers touch: sharded batches, the Hugging Face adapter, and equal losses on any number of ranks."""
+"""What trainers touch: sharded batches, and equal losses on any number of ranks."""
 
 import pytest
 import torch
 from processes import run_on_ranks
-from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, MistralConfig
 
 import distattn as da
 from distattn import programs
-from distattn.adapters import huggingface
 from distattn.config import Config, ModelConfig
 from distattn.layout import LAYOUTS
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.rows import IGNORE_INDEX
 from distattn.train import build_model, local_loss, sum_gradients
 
-TINY = dict(
-    vocab_size=256,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
 IDS = torch.tensor([[1, 2, 3]])
 
 
@@ -49,6 +38,38 @@ def test_rows_of_a_batch_are_documents_and_given_labels_count():
     assert local["loss_scale"] == 1 / 3
 
 
+def test_padding_is_left_out_and_packed_positions_say_the_documents():
+    cp = da.ContextParallel(strategy="ring")
+    ids = torch.arange(1, 9).reshape(2, 4)
+    padding = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
+    local = cp.shard({"input_ids": ids, "attention_mask": padding})
+    assert local["input_ids"].tolist() == [[2, 3, 4, 5, 6]]
+    assert local["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert local["labels"].tolist() == [[3, 4, IGNORE_INDEX, 6, IGNORE_INDEX]]
+    positions = torch.tensor([[0, 1, 2, 0], [0, 0, 1, 2]])
+    local = cp.shard({"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones(2, 4)})
+    assert local["position_ids"].tolist() == [[0, 1, 2, 0, 0, 0, 1, 2]]
+    assert local["context_parallel"].plan(1, 1, 8, 8, "float32").call.mask == da.Mask.documents([3, 1, 1, 3])
+
+
+def test_micro_batches_of_a_step_share_a_scale():
+    cp = da.ContextParallel(strategy="ring")
+    first, second = cp.shard_step([batch([4, 2]), batch([3])])
+    assert first["loss_scale"] == second["loss_scale"] == 1 / 6
+
+
+def _replicas(rank: int) -> tuple[float, float]:
+    pairs = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
+    world = torch.distributed.group.WORLD
+    cp = da.ContextParallel(pairs[rank // 2], loss_group=world, strategy="ring")
+    steps = [batch([9]), batch([3, 2])] if rank < 2 else [batch([2]), batch([1, 6])]
+    return [float(part["loss_scale"]) for part in cp.shard_step(steps)]
+
+
+def test_replicas_share_a_scale():
+    assert run_on_ranks(4, _replicas) == [[pytest.approx(1 / 17)] * 2] * 4
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -72,14 +93,31 @@ def test_rows_of_a_batch_are_documents_and_given_labels_count():
         ),
         (
             lambda: da.ContextParallel(strategy="ring").shard(
-                {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0]])}
+                {"input_ids": IDS, "attention_mask": torch.tensor([[1, 0, 1]])}
             ),
-            "attention_mask marks padding",
+            "attention_mask of row 0 has holes",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0]]), "document_lengths": [3]}
+            ),
+            "document_lengths and an attention_mask with padding",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "position_ids": torch.zeros(3, 1, 3)}),
+            "multimodal RoPE",
         ),
         (
             lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "position_ids": IDS}),
-            "batch has position_ids",
+            "position_ids count 0, 1, 2",
         ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "token_type_ids": IDS}),
+            "token_type_ids",
+        ),
+        (lambda: da.ContextParallel(strategy="ring", layers={"windows": {}}), "window or full, not 'windows'"),
+        (lambda: da.ContextParallel(strategy="ring", layers={3: {}}), "layers 3 want a strategy"),
+        (lambda: da.ContextParallel(strategy="ring", layers={3: {"stratgy": 1}}), "layers 3 have no 'stratgy'"),
         (lambda: da.ContextParallel(strategy="ring", kernel="bogus"), "kernel 'bogus'"),
         (lambda: da.ContextParallel(strategy="ring", backward="bogus"), "policy 'bogus'"),
         (lambda: da.ContextParallel(strategy="ring", inner="bogus"), "inner is"),
@@ -140,71 +178,6 @@ def test_loss_and_every_gradient_equal_plain_transformers(strategy, lengths):
             assert abs(got - loss) < 1e-9
             for a, b in zip(got_gradients, gradients, strict=True):
                 assert (a - b).abs().max() < 1e-8
-
-
-def test_the_adapter_refuses_by_name_what_it_would_get_wrong():
-    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
-    sharded = da.ContextParallel(strategy="ring").shard(batch([3]))["context_parallel"]
-    module = torch.nn.Module()
-
-    def call(*arguments, **kwargs):
-        return huggingface.attention_forward(module, q, k, k, *arguments, **kwargs)
-
-    for kwargs, sentence in (
-        (dict(), "needs the sharded batch"),
-        (dict(context_parallel=sharded, dropout=0.1), "dropout 0.1"),
-        (dict(context_parallel=sharded, sliding_window=4), "a sliding window"),
-        (dict(context_parallel=sharded, softcap=30.0), "soft-capping"),
-    ):
-        with pytest.raises(da.DistattnError, match=sentence):
-            call(None, **kwargs)
-    with pytest.raises(da.DistattnError, match="attention mask"):
-        call(torch.zeros(1, 1, 3, 3), context_parallel=sharded)
-    with pytest.raises(da.DistattnError, match="padding mask"):
-        huggingface.no_mask(attention_mask=torch.tensor([[1, 1, 0]]))
-    with pytest.raises(da.DistattnError, match="not causal"):
-        call(None, context_parallel=sharded, is_causal=False)
-    module.is_causal = False
-    with pytest.raises(da.DistattnError, match="not causal"):
-        call(None, context_parallel=sharded)
-
-
-@pytest.mark.parametrize(
-    ("make", "sentence"),
-    [
-        (lambda: LlamaConfig(**TINY, is_causal=False), "a mask other than causal"),
-        (lambda: MistralConfig(**TINY, sliding_window=2), "local attention of 2 tokens"),
-        (
-            lambda: Llama4TextConfig(
-                **TINY, attention_chunk_size=2, num_local_experts=1, layer_types=["chunked_attention"]
-            ),
-            "local",
-        ),
-    ],
-    ids=["bidirectional", "window", "chunks"],
-)
-def test_models_that_want_another_mask_are_refused(make, sentence):
-    huggingface.register()
-    model = AutoModelForCausalLM.from_config(make(), attn_implementation="distattn")
-    local = da.ContextParallel(strategy="ring").shard(batch([5, 3]))
-    arguments = {name: local[name] for name in ("input_ids", "position_ids", "context_parallel")}
-    with pytest.raises(da.DistattnError, match=sentence):
-        model(**arguments, use_cache=False)
-
-
-def test_the_adapter_passes_sinks_and_soft_caps_on():
-    lengths = [4, 3]
-    cp = da.ContextParallel(strategy="ring", kernel="reference")
-    sharded = cp.shard({"input_ids": torch.arange(7)[None], "document_lengths": lengths})["context_parallel"]
-    q, k, v = (torch.randn(1, heads, 7, 8) for heads in (4, 2, 2))
-    sink = torch.randn(4)
-    got, _ = huggingface.attention_forward(
-        torch.nn.Identity(), q, k, v, None, scaling=0.5, softcap=2.0, s_aux=sink, context_parallel=sharded
-    )
-    plan = sharded.plan(4, 2, 8, 8, "float32")
-    parts = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-    wanted = da.attention(*parts, plan, scale=0.5, softcap=2.0, sink=sink, kernel="reference")
-    assert torch.equal(got[0], wanted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -3,15 +3,19 @@
     register()
     model = AutoModelForCausalLM.from_config(config, attn_implementation="distattn")
     batch = cp.shard(batch)
-    model(batch["input_ids"], position_ids=batch["position_ids"], context_parallel=batch["context_parallel"])
+    logits = model(**inputs(batch)).logits
 
-Goes through transformers' public registries of attention and mask functions; nothing is patched.
+Goes through transformers' public registries of attention and mask functions; nothing is patched. For a `Trainer` see
+`distattn.adapters.hf_trainer`.
 """
+
+# T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,17 +25,37 @@ from distattn.batches import ShardedBatch
 from distattn.errors import DistattnError
 
 NAME = "distattn"
-# arguments by which models ask for attention that this adapter does not compute
-_UNSUPPORTED = {
-    "sliding_window": "a sliding window",
-    "position_bias": "a position bias",
-}
+# layers that read other tokens in ways that no plan knows, as configurations name them
+_ATTENTION = ("full_attention", "sliding_attention")
+
+
+class Pattern(NamedTuple):
+    """What a model asked of its mask; layers get it in the mask's place. window: of the last so many tokens, if at all."""
+
+    window: int | None
 
 
 def register() -> None:
     """Make attn_implementation="distattn" known to transformers."""
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, no_mask)
+    AttentionMaskInterface.register(NAME, mask_pattern)
+
+
+def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's keyword arguments for a sharded batch."""
+    return {name: batch[name] for name in ("input_ids", "position_ids", "context_parallel")} | {"use_cache": False}
+
+
+@contextmanager
+def one_process(model: Any) -> Iterator[None]:
+    """Meanwhile a transformers model attends within this process alone, to whole batches: for evaluation and `generate`."""
+    # transformers' sdpa has no soft cap
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
 
 
 def attention_forward(
@@ -39,64 +63,96 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Pattern | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     context_parallel: ShardedBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (1, H, T, D), key (1, K, T, D), value (1, K, T, E) -> (1, T, H, E), as transformers calls it.
 
-    softcap and s_aux (H,), a sink logit per head, as Gemma 2 and gpt-oss pass them.
+    softcap, s_aux (H,), a sink logit per head, and sliding_window as Gemma 2, gpt-oss and Mistral pass them. Raises
+    DistattnError for everything else that layers may ask for.
     """
+    layer = getattr(module, "layer_idx", None)
+    where = "" if layer is None else f"layer {layer}: "
     if context_parallel is None:
         raise DistattnError(
-            'attn_implementation="distattn" needs the sharded batch: '
-            'call the model with context_parallel=batch["context_parallel"].'
+            f'{where}attn_implementation="distattn" needs the sharded batch: call the model with '
+            'context_parallel=batch["context_parallel"]; evaluate whole batches inside huggingface.one_process(model).'
         )
-    if attention_mask is not None:
-        raise DistattnError("an attention mask was passed; give document_lengths to ContextParallel.shard instead.")
+    if attention_mask is not None and not isinstance(attention_mask, Pattern):
+        raise DistattnError(
+            f"{where}an attention mask was passed; give document_lengths to ContextParallel.shard instead."
+        )
+    if attention_mask is not None and attention_mask.window not in (None, sliding_window):
+        raise DistattnError(
+            f"{where}the model masks all but {attention_mask.window} tokens, but the layer does not say so; not computed."
+        )
     if dropout:
         raise DistattnError(
-            f"attention dropout {dropout} is not computed; set attention_dropout = 0 in the model's config."
+            f"{where}attention dropout {dropout} is not computed; set attention_dropout = 0 in its config."
         )
-    for name, what in _UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise DistattnError(
-                f"layer {getattr(module, 'layer_idx', '?')} asks for {what} ({name}), which is not computed yet."
-            )
+    if kwargs.get("position_bias") is not None:
+        raise DistattnError(f"{where}a position bias (position_bias) is not computed.")
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
-        raise DistattnError("the layer is not causal; this adapter serves causal language models.")
+        raise DistattnError(f"{where}it is not causal; this adapter serves causal language models.")
     if query.shape[0] != 1:
         raise DistattnError(f"a sharded batch has one row; this one has {query.shape[0]}. Use ContextParallel.shard.")
+    if key.shape[2] != query.shape[2]:
+        raise DistattnError(
+            f"{where}{key.shape[2]} keys for {query.shape[2]} queries: generation with a key/value cache is not computed; "
+            "generate inside huggingface.one_process(model)."
+        )
     q_THD, k_TKD, v_TKE = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    o_THE = context_parallel.attention(q_THD, k_TKD, v_TKE, scaling, softcap=softcap or 0.0, sink=s_aux)
-    return o_THE[None], None
+    how: dict[str, Any] = dict(window=sliding_window, layer=layer, softcap=softcap or 0.0, sink=s_aux)
+    return context_parallel.attention(q_THD, k_TKD, v_TKE, scaling, **how)[None], None
 
 
-def no_mask(
+def mask_pattern(
     *args: Any,
     attention_mask: Tensor | None = None,
     mask_function: Callable[..., Any] | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
+    config: Any = None,
     **kwargs: Any,
-) -> None:
-    """The plan carries the mask: causal inside each document. Refuses what transformers would add to that.
+) -> Pattern:
+    """The plan carries the mask: causal inside each document, maybe a window of it. Refuses what else a model asks for.
 
     transformers marks windows and chunks by local_size, masks of users and multimodal models by use_vmap or an outer
-    `or_mask`; it wraps its causal function in an `and_mask` where positions restart, as those of packed documents do.
+    `or_mask`; it wraps its causal function in an `and_mask` where positions restart, as those of packed documents do, and
+    for windows.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise DistattnError(
-            "a padding mask was passed; pack documents without padding and give document_lengths instead."
+            "a padding mask was passed to the model; give it to ContextParallel.shard, which leaves padding out."
         )
-    if local_size is not None:
-        raise DistattnError(
-            f"the model asks for local attention of {local_size} tokens (windows, chunks), which is not computed."
-        )
+    if local_size is not None and local_size != getattr(config, "sliding_window", None):
+        raise DistattnError(f"the model asks for attention in chunks of {local_size} tokens, which is not computed.")
     name = getattr(mask_function, "__name__", "causal_mask_function")
     if use_vmap or name not in ("causal_mask_function", "and_mask"):
         raise DistattnError(f"the model asks for a mask other than causal ({name}), which is not computed.")
+    if config is not None:
+        check_config(config)
+    return Pattern(local_size)
+
+
+def check_config(config: Any) -> None:
+    """Raise DistattnError, naming it, where a model has what would be wrong on sharded sequences."""
+    for number, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in _ATTENTION:
+            what = (
+                "mixes tokens outside of attention" if kind in ("linear_attention", "conv", "hybrid") else "is unknown"
+            )
+            raise DistattnError(f"layer {number} is a {kind} layer, which {what}; only attention layers can be split.")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if "mrope_section" in rope:
+        raise DistattnError("the model has multimodal RoPE (mrope_section), whose positions are not sharded.")
+    if getattr(config, "output_router_logits", False):
+        raise DistattnError(
+            "the model's router loss (output_router_logits) would be of one rank's tokens; set it to False in its config."
+        )

@@ -1,0 +1,187 @@
+"""transformers models of every kind of attention, on several ranks, beside themselves in one process; and what is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import run_on_ranks
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
+
+import distattn as da
+from distattn.adapters import huggingface
+from distattn.rows import IGNORE_INDEX
+from distattn.train import sum_gradients
+
+TINY = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    # large enough for caps, sinks and windows to matter
+    initializer_range=0.3,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+BOTH = ["sliding_attention", "full_attention"]
+MODELS = {
+    "llama": LlamaConfig(**TINY),
+    "qwen3": Qwen3Config(**TINY),
+    "qwen3 with windows": Qwen3Config(**TINY, use_sliding_window=True, sliding_window=5, layer_types=BOTH),
+    "mistral": MistralConfig(**TINY, sliding_window=6),
+    "gemma2": Gemma2Config(**TINY, sliding_window=5, query_pre_attn_scalar=8, attn_logit_softcapping=2.0),
+    "gemma3": Gemma3TextConfig(**TINY, sliding_window=5, query_pre_attn_scalar=8, layer_types=BOTH),
+    "gpt-oss": GptOssConfig(**TINY, sliding_window=5, num_local_experts=4, num_experts_per_tok=2, layer_types=BOTH),
+}
+LENGTHS = [17, 1, 22]
+
+
+def build(name: str) -> torch.nn.Module:
+    """In float64 and seeded, sinks of gpt-oss included."""
+    huggingface.register()
+    torch.manual_seed(0)
+    # transformers' grouped experts have no float64
+    experts = {"experts_implementation": "eager"} if name == "gpt-oss" else {}
+    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="distattn", **experts)
+    return model.to(torch.float64)
+
+
+def token_ids() -> torch.Tensor:
+    return torch.randint(0, 64, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
+
+
+def plain(model: torch.nn.Module) -> torch.Tensor:
+    """The loss in one process, transformers' own attention, one document at a time."""
+    with huggingface.one_process(model):
+        losses = [
+            F.cross_entropy(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="sum")
+            for ids in token_ids().split(LENGTHS, 1)
+        ]
+    return sum(losses) / (sum(LENGTHS) - len(LENGTHS))
+
+
+def _split(rank: int, name: str, layers: dict | None):
+    model = build(name)
+    cp = da.ContextParallel(strategy="ring", layout="document_zigzag", kernel="reference", layers=layers)
+    cp.loss_scale()
+    batch = cp.shard({"input_ids": token_ids(), "document_lengths": LENGTHS})
+    logits = model(**huggingface.inputs(batch)).logits[0]
+    loss = F.cross_entropy(logits, batch["labels"][0], ignore_index=IGNORE_INDEX, reduction="sum")
+    loss = loss * batch["loss_scale"]
+    loss.backward()
+    sum_gradients(list(model.parameters()))
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total, [p.grad for p in model.parameters()]
+
+
+HYBRID = {"window": dict(strategy="allgather", layout="contiguous"), "full": dict(strategy="ulysses", backward="keep")}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("ranks", "layers"), [(2, HYBRID), (4, None)], ids=["2, layers differ", "4"])
+def test_loss_and_gradients_are_those_of_one_process(name, ranks, layers):
+    model = build(name)
+    loss = plain(model)
+    loss.backward()
+    # transformers computes norms and, where it has no sdpa, the softmax in fp32
+    for total, gradients in run_on_ranks(ranks, _split, name, layers):
+        assert abs(total - loss) < 1e-6
+        for got, parameter in zip(gradients, model.parameters(), strict=True):
+            if parameter.grad is not None:
+                assert (got - parameter.grad).abs().max() <= 1e-5 * parameter.grad.abs().max() + 1e-9
+
+
+def test_two_models_in_one_process_and_one_of_them_for_evaluation():
+    ours, other = build("gemma3"), build("llama")
+    cp = da.ContextParallel(strategy="ring", kernel="reference")
+    batch = cp.shard({"input_ids": token_ids(), "document_lengths": LENGTHS})
+    for model in (ours, other, ours):
+        got = model(**huggingface.inputs(batch)).logits
+        with huggingface.one_process(model):
+            whole = [model(ids, use_cache=False).logits for ids in token_ids().split(LENGTHS, 1)]
+            assert model.generate(token_ids()[:, :5], max_new_tokens=3, do_sample=False).shape == (1, 8)
+        assert (got - torch.cat(whole, 1)).abs().max() < 1e-5
+    with pytest.raises(da.DistattnError, match="needs the sharded batch"):
+        ours(token_ids())
+
+
+def test_the_adapter_refuses_by_name_what_it_would_get_wrong():
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    sharded = da.ContextParallel(strategy="ring").shard({"input_ids": torch.zeros(1, 3, dtype=torch.int64)})
+    sharded = sharded["context_parallel"]
+    module = torch.nn.Module()
+    module.layer_idx = 7
+
+    def call(mask, q=q, k=k, **kwargs):
+        return huggingface.attention_forward(module, q, k, k, mask, **kwargs)
+
+    for kwargs, sentence in (
+        (dict(mask=None), "layer 7: .* needs the sharded batch"),
+        (dict(mask=None, dropout=0.1), "dropout 0.1"),
+        (dict(mask=None, position_bias=q), "position bias"),
+        (dict(mask=huggingface.Pattern(4)), "masks all but 4 tokens"),
+        (dict(mask=None, softcap=30.0), "soft-capping"),
+        (dict(mask=torch.zeros(1, 1, 3, 3)), "attention mask"),
+        (dict(mask=None, is_causal=False), "not causal"),
+        (dict(mask=None, q=q[:, :, :1]), "3 keys for 1 queries: generation"),
+        (dict(mask=None, q=q.expand(2, -1, -1, -1), k=k.expand(2, -1, -1, -1)), "has one row"),
+    ):
+        how = {} if "needs" in sentence else {"context_parallel": sharded}
+        with pytest.raises(da.DistattnError, match=sentence):
+            call(**kwargs, **how)
+    with pytest.raises(da.DistattnError, match="padding mask"):
+        huggingface.mask_pattern(attention_mask=torch.tensor([[1, 1, 0]]))
+    module.is_causal = False
+    with pytest.raises(da.DistattnError, match="not causal"):
+        call(None, context_parallel=sharded)
+
+
+CHUNKED = dict(attention_chunk_size=2, num_local_experts=1, layer_types=["chunked_attention"] * 2)
+MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: LlamaConfig(**TINY, is_causal=False), "a mask other than causal"),
+        (lambda: Llama4TextConfig(**TINY, **CHUNKED), "layer 0 is a chunked_attention layer"),
+        (lambda: Qwen3NextConfig(**TINY, layer_types=["full_attention", "linear_attention"]), "linear_attention layer"),
+        (lambda: LlamaConfig(**TINY, rope_parameters=MROPE), "multimodal RoPE"),
+        (lambda: GptOssConfig(**TINY, num_local_experts=2, output_router_logits=True), "router loss"),
+        (lambda: LlamaConfig(**TINY, attention_dropout=0.1), "dropout 0.1"),
+    ],
+    ids=["bidirectional", "chunks", "linear attention", "mrope", "router loss", "dropout"],
+)
+def test_models_that_would_be_wrong_are_refused(make, sentence):
+    huggingface.register()
+    model = AutoModelForCausalLM.from_config(make(), attn_implementation="distattn")
+    batch = da.ContextParallel(strategy="ring").shard({"input_ids": torch.arange(8)[None]})
+    with pytest.raises(da.DistattnError, match=sentence):
+        model.train()(**huggingface.inputs(batch))
+
+
+def test_sinks_soft_caps_and_windows_reach_the_call():
+    cp = da.ContextParallel(strategy="ring", kernel="reference")
+    sharded = cp.shard({"input_ids": torch.arange(7)[None], "document_lengths": [4, 3]})["context_parallel"]
+    q, k, v = (torch.randn(1, heads, 7, 8) for heads in (4, 2, 2))
+    sink = torch.randn(4)
+    how = dict(scaling=0.5, softcap=2.0, s_aux=sink, sliding_window=2, context_parallel=sharded)
+    got, _ = huggingface.attention_forward(torch.nn.Identity(), q, k, v, huggingface.Pattern(2), **how)
+    plan = sharded.plan(4, 2, 8, 8, "float32", 2)
+    assert plan.call.mask == da.Mask.documents([4, 3], (1, 0))
+    parts = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    wanted = da.attention(*parts, plan, scale=0.5, softcap=2.0, sink=sink, kernel="reference")
+    assert torch.equal(got[0], wanted)
