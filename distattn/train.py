@@ -1,10 +1,8 @@
-"""The training loop: a small Llama on packed text, every step's tokens split over the ranks.
+"""The training loop: a small Llama on packed text, every step's tokens and all parameters split over the ranks.
 
 `main` is one rank of a run, started by `distattn.launch`. The run folder holds the resolved
 configuration and the list of documents of every pack; nothing else is shared but the process group.
 """
-
-# T tokens on this rank
 
 from __future__ import annotations
 
@@ -18,18 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.utils import clip_grad_norm_
 
 from distattn import config as configuration
+from distattn.adapters import pytorch
 from distattn.config import Config
-from distattn.context import ContextParallel
 from distattn.data.text import VOCABULARY, read_tokens
 from distattn.errors import DistattnError
 from distattn.kernels.dispatch import ON_CPU
-from distattn.kernels.merge import accumulation_dtype
 from distattn.progress import Progress
-from distattn.rows import IGNORE_INDEX
 from distattn.run import Run, Step
 
 
@@ -57,7 +53,9 @@ def main(folder: str, json_lines: bool) -> int:
 def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> None:
     """All steps of a run on this rank; rank 0 writes metrics and shows progress."""
     parallel = config.parallel
-    cp = ContextParallel(
+    mesh = init_device_mesh(device.type, (parallel.ranks,), mesh_dim_names=("cp",))
+    cp = pytorch.context_parallel(
+        mesh,
         strategy=parallel.strategy,
         layout=parallel.layout,
         layout_options=parallel.layout_options,
@@ -67,20 +65,21 @@ def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> N
         capacity=parallel.capacity or None,
     )
     model = build_model(config, "distattn").to(device)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
     if cp.rank == 0:
         model.config.save_pretrained(run.folder)
+    pytorch.shard_parameters(model, mesh)
+    parameters = list(model.parameters())
+    factor = cp.loss_scale(pytorch.Loop(model))
+    optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
     with Progress(run, config.train.steps, json_lines, visible=cp.rank == 0) as progress:
         for number, batch in zip(range(config.train.steps), batches(run), strict=False):
             began = time.perf_counter()
             local = cp.shard({**batch, "input_ids": batch["input_ids"].to(device)})
-            loss = local_loss(model, local)
+            loss = pytorch.local_loss(model, local)
             loss.backward()
-            losses = loss.detach().clone()
+            losses = loss.detach() / factor
             dist.all_reduce(losses)
-            sum_gradients(parameters)
-            norm = clip_grad_norm_(parameters, config.train.clip)
+            norm = pytorch.whole(clip_grad_norm_(parameters, config.train.clip))
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
@@ -121,25 +120,3 @@ def batches(run: Run) -> Iterator[dict[str, Any]]:
         tokens = [read_tokens(document) for document in pack]
         ids = torch.from_numpy(np.concatenate(tokens))[None]
         yield {"input_ids": ids, "document_lengths": [len(document) for document in tokens]}
-
-
-def local_loss(model: torch.nn.Module, local: dict[str, Any]) -> torch.Tensor:
-    """This rank's share of the loss: its token losses summed, over the valid tokens of all ranks."""
-    output = model(
-        local["input_ids"],
-        position_ids=local["position_ids"],
-        context_parallel=local["context_parallel"],
-        use_cache=False,
-    )
-    logits_TV = output.logits[0].to(accumulation_dtype(output.logits.dtype))
-    return (
-        F.cross_entropy(logits_TV, local["labels"][0], ignore_index=IGNORE_INDEX, reduction="sum") * local["loss_scale"]
-    )
-
-
-def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Sum every gradient over the ranks, in one message."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = parameters_to_vector(gradients)
-    dist.all_reduce(flat)
-    vector_to_parameters(flat, gradients)

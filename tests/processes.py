@@ -38,6 +38,13 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[
     return [value for _, value in outcomes]
 
 
+def sum_gradients(model: torch.nn.Module) -> None:
+    """Over the ranks of the default group, as the simplest of trainers does."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+
+
 def _rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     # first of all: a forked child must not use the parent's thread pool
     torch.set_num_threads(1)

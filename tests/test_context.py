@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from processes import run_on_ranks
+from processes import run_on_ranks, sum_gradients
 
 import distattn as da
 from distattn import programs
+from distattn.adapters.pytorch import local_loss
 from distattn.config import Config, ModelConfig
 from distattn.layout import LAYOUTS
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.rows import IGNORE_INDEX
-from distattn.train import build_model, local_loss, sum_gradients
+from distattn.train import build_model
 
 IDS = torch.tensor([[1, 2, 3]])
 
@@ -149,7 +150,7 @@ def _gradients(rank: int, strategy: str, layout: str, lengths: list[int]):
     loss = local_loss(model, local)
     loss.backward()
     parameters = list(model.parameters())
-    sum_gradients(parameters)
+    sum_gradients(model)
     total = loss.detach().clone()
     torch.distributed.all_reduce(total)
     return total, [parameter.grad for parameter in parameters]

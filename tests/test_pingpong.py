@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 import distattn as da
-from distattn.train import local_loss
+from distattn.adapters.pytorch import local_loss
 
 PACKS = [[[200, 9], [40, 11, 60]], [[30, 30], [5, 5]], [[64], [1, 1, 90]], [[100], [8] * 9]]
 OPTIONS = dict(options=dict(tolerance=0.0, block=8))

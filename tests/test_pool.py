@@ -13,11 +13,12 @@ from torch.nn.utils import parameters_to_vector
 
 import distattn as da
 from distattn import programs
+from distattn.adapters.pytorch import local_loss
 from distattn.batches import Shape
 from distattn.config import Config, ModelConfig
 from distattn.rows import IGNORE_INDEX
 from distattn.speeds import quantised
-from distattn.train import build_model, local_loss
+from distattn.train import build_model
 
 # of each rank, for each step, the documents of its micro-batches: unequal numbers of them, and of steps
 PACKS = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import run_on_ranks
+from processes import run_on_ranks, sum_gradients
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -18,8 +18,7 @@ from transformers import (
 
 import distattn as da
 from distattn.adapters import huggingface
-from distattn.rows import IGNORE_INDEX
-from distattn.train import sum_gradients
+from distattn.adapters.pytorch import local_loss
 
 TINY = dict(
     vocab_size=64,
@@ -75,13 +74,10 @@ def plain(model: torch.nn.Module) -> torch.Tensor:
 def _split(rank: int, name: str, layers: dict | None):
     model = build(name)
     cp = da.ContextParallel(strategy="ring", layout="document_zigzag", kernel="reference", layers=layers)
-    cp.loss_scale()
     batch = cp.shard({"input_ids": token_ids(), "document_lengths": LENGTHS})
-    logits = model(**huggingface.inputs(batch)).logits[0]
-    loss = F.cross_entropy(logits, batch["labels"][0], ignore_index=IGNORE_INDEX, reduction="sum")
-    loss = loss * batch["loss_scale"]
+    loss = local_loss(model, batch)
     loss.backward()
-    sum_gradients(list(model.parameters()))
+    sum_gradients(model)
     total = loss.detach().clone()
     torch.distributed.all_reduce(total)
     return total, [p.grad for p in model.parameters()]

@@ -1,0 +1,169 @@
+"""How a trainer reduces gradients: measured by one synthetic backward pass, so that nobody has to know.
+
+Trainers differ in it, and one trainer in its stages: some sum over ranks, some take the mean over all or only over replicas,
+some divide by the number of micro-batches. What it does to each rank's gradient is read off one weight matrix, that of the
+output layer: rank r's loss is column r of its logits, so row r of the gradient is rank r's alone, times what the trainer
+did to it; what it was is known from the layer's input.
+"""
+
+# N tokens on the axis, T tokens on this rank, V rows of the output layer's weight on this rank, E its columns, R ranks
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.errors import DistattnError
+
+if TYPE_CHECKING:
+    from distattn.context import ContextParallel
+
+# of a rank's weight: bf16 gradients are sums of a few terms
+_TOLERANCE = 0.02
+
+
+class Trainer(Protocol):
+    """What the probe asks of a trainer; `distattn.adapters` has one for each."""
+
+    def output_layer(self) -> torch.nn.Module:
+        """The linear layer that makes logits."""
+
+    def rows(self) -> int:
+        """V, of the output layer's weight on this rank."""
+
+    def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
+        """Forward and backward of a sharded batch as in a step of one micro-batch, gradients reduced; no step is taken.
+
+        loss_of: logits (..., V) to the loss that the user would give.
+        """
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """The whole reduced gradient (V, E) of a parameter; all ranks call it."""
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Afterwards parameters, gradients and optimizer are as before."""
+
+
+class Reduction(NamedTuple):
+    """What a trainer does to the gradient of each rank of the loss group before it is used: multiplies by this, and sums."""
+
+    weights: tuple[float, ...]
+
+    @property
+    def factor(self) -> float:
+        """By what losses are to be multiplied so that gradients are sums. Raises DistattnError where no number does."""
+        mean = sum(self.weights) / len(self.weights)
+        left_out = [rank for rank, weight in enumerate(self.weights) if abs(weight) < _TOLERANCE * abs(mean)]
+        if left_out or mean <= 0:
+            who = ", ".join(map(str, left_out)) or "all"
+            raise DistattnError(
+                f"the trainer's gradients leave out ranks {who} of the loss group (weights {_said(self.weights)}): it has to "
+                "reduce over all data- and context-parallel ranks; give it a group or mesh of both."
+            )
+        if max(abs(weight - mean) for weight in self.weights) > _TOLERANCE * mean:
+            raise DistattnError(
+                f"the trainer weighs ranks unequally, {_said(self.weights)}; no loss scale makes that right."
+            )
+        # what trainers divide and multiply by are whole numbers; measuring has rounding errors
+        for exact in (round(1 / mean), 1 / max(round(mean), 1)):
+            if abs(exact * mean - 1) < _TOLERANCE:
+                return float(exact)
+        return 1 / mean
+
+
+def probe(cp: ContextParallel, trainer: Trainer) -> Reduction:
+    """One synthetic backward pass; all ranks of the loss group call it. See the top of the file."""
+    group = cp.loss_group
+    ranks = 1 if group is None else dist.get_world_size(group)
+    me = 0 if group is None else dist.get_rank(group)
+    layer, rows = trainer.output_layer(), trainer.rows()
+    if rows <= ranks:
+        raise DistattnError(f"the output layer has {rows} rows; to tell {ranks} ranks apart more are needed.")
+    batch = _batch(cp, ranks, rows)
+    seen: dict[str, Tensor] = {}
+    hook = layer.register_forward_hook(lambda _, given, out: _record(seen, given, out))
+
+    def loss_of(logits: Tensor) -> Tensor:
+        loss = logits[..., me].float().sum()
+        # a trainer may scale the loss before it goes backward
+        loss.register_hook(lambda gradient: seen.update(scale=gradient))
+        return loss
+
+    with _same_random_numbers(), trainer.untouched():
+        try:
+            trainer.backward(batch, loss_of)
+        finally:
+            hook.remove()
+        if seen.keys() != {"input", "gradient", "scale"}:
+            raise DistattnError(
+                "no gradient reached the output layer; the trainer's loss does not come from its logits."
+            )
+        x_TE, dy_T = seen["input"].flatten(0, -2).double(), seen["gradient"].flatten(0, -2)[:, me].double()
+        own_E = dy_T @ x_TE / seen["scale"].double()
+        got_RE = trainer.gradient(layer.weight)[:ranks].double()  # type: ignore[arg-type]
+    own_RE = _gathered(own_E, group, ranks)
+    # what this rank has got of every rank's gradient
+    weights = (got_RE * own_RE).sum(1) / (own_RE * own_RE).sum(1)
+    strange = (got_RE - weights[:, None] * own_RE).norm(dim=1) > _TOLERANCE * got_RE.norm(dim=1) + 1e-12
+    weights[strange] = torch.nan
+    everyone_RR = _gathered(weights, group, ranks)
+    for rank, row in enumerate(everyone_RR.tolist()):
+        if any(weight != weight for weight in row):
+            raise DistattnError(
+                f"gradients on rank {rank} of the loss group are no weighted sum of the ranks' own; does something else "
+                "change them (clipping, an overflow, a loss that is not linear in what was given)?"
+            )
+    uneven = (everyone_RR - everyone_RR[:1]).abs().max() > _TOLERANCE * everyone_RR.abs().max()
+    if uneven:
+        told = "; ".join(f"rank {rank} {_said(row)}" for rank, row in enumerate(everyone_RR.tolist()))
+        raise DistattnError(
+            f"ranks of the loss group end up with different gradients, of each rank's they have: {told}. The trainer has to "
+            "reduce over all data- and context-parallel ranks; give it a group or mesh of both."
+        )
+    return Reduction(tuple(everyone_RR.mean(0).tolist()))
+
+
+def _batch(cp: ContextParallel, ranks: int, rows: int) -> dict[str, Any]:
+    """Two tokens a rank. Where output and input share weights, the input's gradient stays off the rows that are read."""
+    device = next((device for _, device in cp.known_needs()), None)
+    ids_N = ranks + torch.arange(2 * cp.ranks) % (rows - ranks)
+    if device is None and torch.cuda.is_available() and cp.group is not None and dist.get_backend(cp.group) == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    batch = cp.shard({"input_ids": ids_N[None].to(device or "cpu")})
+    # nor does the padding token of a rank without tokens
+    return {**batch, "input_ids": batch["input_ids"].clamp(min=ranks)}
+
+
+def _record(seen: dict[str, Tensor], given: tuple[Any, ...], out: Any) -> None:
+    y = out[0] if isinstance(out, tuple) else out
+    if y.requires_grad:
+        seen["input"] = given[0].detach()
+        y.register_hook(lambda gradient: seen.update(gradient=gradient.detach()))
+
+
+def _gathered(mine: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:
+    if group is None:
+        return mine[None]
+    everyone = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(everyone, mine.contiguous(), group=group)
+    return torch.stack(everyone)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    python, host = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(host)
+
+
+def _said(weights: Any) -> str:
+    return ", ".join(f"{weight:.4g}" for weight in weights)
