@@ -1,0 +1,161 @@
+"""DeepSpeed 0.19: ZeRO stages 0 to 3 over all data- and context-parallel ranks.
+
+    cp = da.ContextParallel(group, loss_group=everyone, strategy="ring")
+    engine, *_ = deepspeed.initialize(model=model, config=config, mpu=SequenceGroups(cp), ...)
+    cp.loss_scale(Engine(engine))
+    engine.backward(local_loss(engine, cp.shard(batch)))
+    engine.step()
+
+By what DeepSpeed divides gradients depends on the ZeRO stage, the number of sequence-parallel ranks and of micro-batches;
+`loss_scale` measures it. Give `mpu` and not `mesh_param` (or data_parallel_size and sequence_parallel_size in the
+configuration): with those DeepSpeed 0.19 does not reduce over sequence-parallel ranks in stages 0 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from distattn.adapters.pytorch import forward, gradients_aside, output_layer_of, whole
+from distattn.context import ContextParallel
+from distattn.errors import DistattnError
+
+
+class SequenceGroups:
+    """The `mpu` of `deepspeed.initialize`: which ranks split a sequence, and over which ZeRO shards and reduces.
+
+    cp: its group splits sequences, its loss group is all ranks.
+    """
+
+    def __init__(self, cp: ContextParallel):
+        if cp.group is None or cp.loss_group is None:
+            raise DistattnError("DeepSpeed needs torch.distributed; call deepspeed.init_distributed first.")
+        if dist.get_world_size(cp.loss_group) != dist.get_world_size():
+            raise DistattnError(
+                f"DeepSpeed trains on all {dist.get_world_size()} ranks, the loss group has "
+                f"{dist.get_world_size(cp.loss_group)}; give ContextParallel loss_group=torch.distributed.group.WORLD."
+            )
+        self._split, self._all = cp.group, cp.loss_group
+        self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+    def initialize_sequence_parallel(self, size: int) -> None:
+        """DeepSpeed asks only whether this exists. The groups are those of the `ContextParallel`."""
+        if size != self.get_sequence_parallel_world_size():
+            raise DistattnError(
+                f"sequences are split over {self.get_sequence_parallel_world_size()} ranks, not {size}."
+            )
+
+    def get_sequence_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that split a sequence."""
+        return self._split
+
+    def get_sequence_parallel_world_size(self) -> int:
+        """How many they are."""
+        return dist.get_world_size(self._split)
+
+    def get_sequence_parallel_rank(self) -> int:
+        """This one among them."""
+        return dist.get_rank(self._split)
+
+    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
+        """All ranks that share the parameters."""
+        return self._all
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        """How many they are."""
+        return dist.get_world_size(self._all)
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        """This one among them."""
+        return dist.get_rank(self._all)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """This rank alone: there is no tensor parallelism."""
+        return self._alone
+
+    def get_model_parallel_rank(self) -> int:
+        """There is no tensor parallelism."""
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        """There is no tensor parallelism."""
+        return 1
+
+
+class Engine:
+    """A DeepSpeed engine, to `ContextParallel.loss_scale`. Between two steps, not in the middle of accumulation.
+
+    output_layer: the linear layer that makes logits, by default what transformers names so.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        forward: Callable[[Mapping[str, Any]], Tensor] | None = None,
+        output_layer: torch.nn.Module | None = None,
+    ):
+        if isinstance(engine, PipelineEngine):
+            raise DistattnError(
+                "DeepSpeed's PipelineModule passes only tensors from stage to stage, and no sharded batch; use ZeRO, or "
+                "Megatron-core's pipeline (distattn.adapters.megatron)."
+            )
+        if engine.has_moe_layers:
+            raise DistattnError("DeepSpeed's expert parallelism reduces experts over groups of its own; not supported.")
+        self.engine, self._output_layer = engine, output_layer
+        self._forward = forward or (lambda batch: _forward(engine, batch))
+
+    def output_layer(self) -> torch.nn.Module:
+        """As given, or as a transformers model says."""
+        return self._output_layer or output_layer_of(self.engine.module)
+
+    def rows(self) -> int:
+        """Of the whole vocabulary, also where the weight is partitioned."""
+        weight: Any = self.output_layer().weight
+        return getattr(weight, "ds_shape", weight.shape)[0]
+
+    def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
+        """As for the last micro-batch of a step."""
+        self.engine.backward(loss_of(self._forward(batch)))
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """Of a parameter, without the scale of fp16 losses."""
+        return whole(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Gradients and what the optimizer holds of them are as before; raises DistattnError in the middle of a step."""
+        engine, optimizer = self.engine, self.engine.optimizer
+        steps = engine.gradient_accumulation_steps()
+        if engine.micro_steps % steps:
+            raise DistattnError(
+                f"{engine.micro_steps % steps} of a step's {steps} micro-batches are done; probe between steps."
+            )
+        boundary = engine._is_gradient_accumulation_boundary
+        averaged = dict(getattr(optimizer, "averaged_gradients", {}))
+        micro_step = getattr(optimizer, "micro_step_id", None)
+        if steps > 1:
+            engine.set_gradient_accumulation_boundary(True)
+        with gradients_aside(engine.module):
+            try:
+                yield
+            finally:
+                optimizer.zero_grad()
+                engine.zero_grad()
+                # ZeRO adds to these until it takes a step
+                if micro_step is not None:
+                    optimizer.averaged_gradients.clear()
+                    optimizer.averaged_gradients.update(averaged)
+                    optimizer.micro_step_id = micro_step
+                if steps > 1:
+                    engine.set_gradient_accumulation_boundary(boundary)
+
+
+_forward = forward

@@ -1,0 +1,172 @@
+"""DeepSpeed's ZeRO stages, as one process; and what its own ways get wrong."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+import small  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state  # noqa: E402
+from processes import run_on_ranks  # noqa: E402
+
+import distattn as da  # noqa: E402
+from distattn.adapters.deepspeed import Engine, SequenceGroups  # noqa: E402
+from distattn.adapters.pytorch import local_loss  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def _start(rank: int) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    # else it compiles a C++ extension for shared memory
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+
+
+def groups(rank: int, degree: int) -> dist.ProcessGroup:
+    ranks = range(dist.get_world_size())
+    return [dist.new_group(ranks[first : first + degree]) for first in ranks[::degree]][rank // degree]
+
+
+def engine_of(cp, stage: int, micro_batches: int, dtype=torch.float32, **config):
+    model = small.build(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        **config,
+    }
+    given = dict(model=model, model_parameters=model.parameters(), optimizer=optimizer, config=settings)
+    return deepspeed.initialize(**given, mpu=SequenceGroups(cp))[0]
+
+
+def take_step(cp, engine, rank: int, degree: int, micro_batches: int) -> list[torch.Tensor]:
+    """The gradients before the step."""
+    for batch in cp.shard_step(small.step(rank // degree, micro_batches)):
+        engine.backward(local_loss(engine, batch))
+        if engine.is_gradient_accumulation_boundary():
+            gradients = [safe_get_full_grad(parameter).clone() for parameter in engine.module.parameters()]
+        engine.step()
+    return gradients
+
+
+def _gradients(rank: int, stage: int, degree: int):
+    _start(rank)
+    found = []
+    for micro_batches in (1, 2):
+        cp = da.ContextParallel(
+            groups(rank, degree), loss_group=dist.group.WORLD, strategy="ring", layout="document_zigzag"
+        )
+        engine = engine_of(cp, stage, micro_batches)
+        cp.loss_scale(Engine(engine))
+        found.append((cp.loss_scale(), take_step(cp, engine, rank, degree, micro_batches)))
+    return found
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_those_of_one_process_in_every_stage(stage, degree):
+    every = run_on_ranks(4, _gradients, stage, degree)
+    for number, micro_batches in enumerate((1, 2)):
+        batches = [batch for replica in range(4 // degree) for batch in small.step(replica, micro_batches)]
+        _, wanted = small.in_one_process(small.build(torch.float32), batches)
+        for factor, gradients in (found[number] for found in every):
+            assert abs(small.norm_ratio(gradients, wanted) - 1) < 1e-4, factor
+
+
+VARIANTS = {
+    "fp32, clipped": dict(gradient_clipping=0.01),
+    "bf16": dict(bf16={"enabled": True}),
+    "bf16, sums in fp32": dict(bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}),
+    "offload": dict(offload=True),
+}
+
+
+def _variant(rank: int, variant: str, stage: int, probes: bool):
+    """Parameters and optimizer state after three steps, maybe with a probe between any two."""
+    _start(rank)
+    config = dict(VARIANTS[variant])
+    if config.pop("offload", False):
+        config["zero_optimization"] = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    cp = da.ContextParallel(dist.group.WORLD, strategy="ring", layout="document_zigzag")
+    dtype = torch.bfloat16 if "bf16" in config else torch.float32
+    engine = engine_of(cp, stage, 2, dtype, **config)
+    factor = cp.loss_scale(Engine(engine))
+    for _ in range(3):
+        if probes:
+            before = torch.get_rng_state()
+            assert cp.loss_scale(Engine(engine)) == factor
+            assert torch.equal(torch.get_rng_state(), before)
+            assert all(parameter.grad is None for parameter in engine.module.parameters())
+        gradients = take_step(cp, engine, rank, 2, 2)
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+        state = [parameter.detach().clone() for parameter in engine.module.parameters()]
+    if stage:
+        state += [safe_get_full_fp32_param(parameter) for parameter in engine.module.parameters()]
+        state += [safe_get_full_optimizer_state(p, "momentum_buffer") for p in engine.module.parameters()]
+    return factor, gradients, state
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_probes_between_steps_change_not_a_bit(variant, stage):
+    if variant == "offload" and stage == 0 or variant == "bf16, sums in fp32" and stage in (0, 3):
+        pytest.skip("DeepSpeed has no such thing")
+    probed, plain = (run_on_ranks(2, _variant, variant, stage, probes)[0] for probes in (True, False))
+    assert probed[0] == plain[0]
+    for got, wanted in zip(probed[2], plain[2], strict=True):
+        assert torch.equal(got, wanted)
+
+
+def _by_mesh(rank: int) -> str:
+    _start(rank)
+    cp = da.ContextParallel(groups(rank, 2), loss_group=dist.group.WORLD, strategy="ring")
+    model = small.build(torch.float32)
+    settings = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
+    given = dict(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=settings)
+    engine = deepspeed.initialize(**given, mesh_param=(2, 2))[0]
+    with pytest.raises(da.DistattnError) as refusal:
+        cp.loss_scale(Engine(engine))
+    return str(refusal.value)
+
+
+def test_deepspeeds_mesh_does_not_reduce_over_the_sequence_and_is_refused():
+    for refusal in run_on_ranks(4, _by_mesh):
+        assert "ranks of the loss group end up with different gradients" in refusal
+
+
+def _refusals(rank: int) -> list[str]:
+    _start(rank)
+    cp = da.ContextParallel(groups(rank, 2), strategy="ring")
+    said = []
+    for ask in (
+        lambda: SequenceGroups(cp),
+        lambda: SequenceGroups(da.ContextParallel(dist.group.WORLD, strategy="ring")).initialize_sequence_parallel(2),
+        lambda: Engine(object.__new__(deepspeed.PipelineEngine)),
+        lambda: Engine(type("Experts", (), {"has_moe_layers": True})()),
+    ):
+        with pytest.raises(da.DistattnError) as refusal:
+            ask()
+        said.append(str(refusal.value))
+    cp = da.ContextParallel(dist.group.WORLD, strategy="ring")
+    engine = engine_of(cp, 1, 2)
+    batch = cp.shard(small.micro_batch([20]))
+    engine.backward(local_loss(engine, batch))
+    engine.step()
+    with pytest.raises(da.DistattnError) as refusal:
+        cp.loss_scale(Engine(engine))
+    return [*said, str(refusal.value)]
+
+
+def test_what_deepspeed_cannot_do_is_refused_by_name():
+    wanted = ["has 2; give", "split over 4 ranks, not 2", "PipelineModule", "expert parallelism", "1 of a step's 2"]
+    for said in run_on_ranks(4, _refusals):
+        assert all(sentence in refusal for sentence, refusal in zip(wanted, said, strict=True)), said
