@@ -24,6 +24,7 @@ from distattn.mask import Mask
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.plan import Plan
 from distattn.programs import Prepared, Use, Watch, demand_of, lower_once, prepare
+from distattn.rows import padded
 from distattn.ways import Way, Ways, narrowed
 
 
@@ -59,7 +60,7 @@ class Planner:
 
     axis: documents of a batch to its mask and layout; inner: what a document of it attends to in itself. ways: of layers, by
     their number or kind (see `ways`), that are computed otherwise than the others. verify_every: of so many batches one is proven
-    before it runs, the first in any case; 1 proves all.
+    before it runs, the first in any case; 1 proves all. pad_to: a rank's tokens are padded to a multiple of it.
     """
 
     def __init__(
@@ -77,16 +78,19 @@ class Planner:
         options: Mapping[str, object] | None = None,
         capacity: int | None = None,
         verify_every: int = 1,
+        pad_to: int = 1,
     ):
         check_names(strategy, backward, options)
         if kernel is not None:
             load_kernel(kernel)
         if verify_every < 1:
             raise DistattnError(f"verify_every is at least 1, not {verify_every}.")
+        if pad_to < 1:
+            raise DistattnError(f"pad_to is at least 1, not {pad_to}.")
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self.group, self.kernel, self.capacity, self.verify_every = group, kernel, capacity, verify_every
-        self.ways = ways or Ways()
+        self.ways, self.pad_to = ways or Ways(), pad_to
         self.rank = 0 if group is None else dist.get_rank(group)
         self.ranks = 1 if group is None else dist.get_world_size(group)
 
@@ -158,11 +162,13 @@ class ShardedBatch:
         """
         way = self.parent.ways.of(layer, window)
         ready = self.ready(Shape.of(q_THD, k_TKD, v_TKE, window, way), q_THD.device)
-        if ready.lowered.program.tokens:
+        tokens = ready.lowered.program.tokens
+        padding = padded(tokens, self.parent.pad_to) - tokens
+        if not padding or len(q_THD) != tokens + padding:
             return attention(q_THD, k_TKD, v_TKE, ready, scale=scale, **modifiers)
-        # the padding token of a rank without tokens attends to nothing, but others may need this rank's help
-        o_THE = attention(q_THD[:0], k_TKD[:0], v_TKE[:0], ready, scale=scale, **modifiers)
-        return F.pad(o_THE, (0, 0, 0, 0, 0, len(q_THD)))
+        # padding attends to nothing, but others may need the help of a rank that has nothing else
+        o_THE = attention(q_THD[:tokens], k_TKD[:tokens], v_TKE[:tokens], ready, scale=scale, **modifiers)
+        return F.pad(o_THE, (0, 0, 0, 0, 0, padding))
 
     def plan(self, *shape: Any) -> Plan:
         """The plan of this batch for one shape of call, given as the fields of `Shape`; layers of the same shape share it."""

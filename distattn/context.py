@@ -31,8 +31,8 @@ class ContextParallel(Planner):
     its options; inner is what a document attends to in itself (see `Mask.documents`). layers: of some layers, by number
     (0, 1, ...) or kind ("window", "full"), how they are computed otherwise: a mapping with strategy, and maybe backward,
     options, layout and layout_options; tokens are re-laid inside those layers' calls. kernel as in `attention`; backward,
-    wire, cluster and options as in `make_plan`; capacity as in `prepare`; verify_every as in `Planner`. Raises DistattnError for
-    names that do not exist.
+    wire, cluster and options as in `make_plan`; capacity as in `prepare`; verify_every and pad_to as in `Planner`. Raises
+    DistattnError for names that do not exist.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class ContextParallel(Planner):
         options: Mapping[str, object] | None = None,
         capacity: int | None = None,
         verify_every: int = 1,
+        pad_to: int = 1,
     ):
         of_layout = checked_options(layout, layout_options, inner)
 
@@ -60,7 +61,9 @@ class ContextParallel(Planner):
             return mask, lay_out(layout, lengths, self.ranks, mask, **of_layout)
 
         how: dict[str, Any] = dict(strategy=strategy, inner=inner, ways=Ways(layers), kernel=kernel, backward=backward)
-        how |= dict(wire=wire, cluster=cluster, options=options, capacity=capacity, verify_every=verify_every)
+        how |= dict(
+            wire=wire, cluster=cluster, options=options, capacity=capacity, verify_every=verify_every, pad_to=pad_to
+        )
         super().__init__(group, axis, **how)
         self.loss_group = self.group if loss_group is None else loss_group
         # by which a trainer's losses are to be multiplied, so that its gradients are sums over ranks
@@ -79,7 +82,7 @@ class ContextParallel(Planner):
         label, `loss_scale` (multiply the *sum* of this rank's token losses by it: 1 / valid labels of the loss group,
         times what `loss_scale` found for the trainer; a number, or a tensor where the loss group is larger than the
         group), and `context_parallel`, to be passed on to the model.
-        A rank without tokens gets one padding token without a label, because models refuse empty batches.
+        A rank without tokens gets padding without a label, because models refuse empty batches; `pad_to` pads all ranks.
         """
         return self.shard_step([batch])[0]
 
@@ -89,7 +92,7 @@ class ContextParallel(Planner):
         With a loss group larger than the group all its ranks call this together, with equally many micro-batches.
         """
         rows = [Rows.of(batch) for batch in micro_batches]
-        parts = [own.part(self.axis(own.lengths)[1], self.rank) for own in rows]
+        parts = [own.part(self.axis(own.lengths)[1], self.rank, self.pad_to) for own in rows]
         scale = self._scale(rows, parts)
         return [
             {**part, "loss_scale": scale, "context_parallel": self.batch(Axis(own.lengths))}
@@ -104,11 +107,12 @@ class ContextParallel(Planner):
         Raises DistattnError where the trainer leaves ranks out, or weighs them unequally. See `distattn.reduction`.
         """
         if trainer is not None:
-            self._factor = self.reduction(trainer).factor
+            found = self.reduction(trainer)
+            self._factor = 1.0 if found is None else found.factor
         return self._factor
 
-    def reduction(self, trainer: Trainer) -> Reduction:
-        """How a trainer reduces gradients over the loss group: what `loss_scale` is taken from."""
+    def reduction(self, trainer: Trainer) -> Reduction | None:
+        """How a trainer reduces gradients over the loss group: what `loss_scale` is taken from. None on ranks without logits."""
         from distattn.reduction import probe
 
         return probe(self, trainer)

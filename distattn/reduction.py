@@ -32,11 +32,11 @@ _TOLERANCE = 0.02
 class Trainer(Protocol):
     """What the probe asks of a trainer; `distattn.adapters` has one for each."""
 
-    def output_layer(self) -> torch.nn.Module:
-        """The linear layer that makes logits."""
+    def output_layer(self) -> torch.nn.Module | None:
+        """The linear layer that makes logits; None on ranks without one, which take part all the same."""
 
     def rows(self) -> int:
-        """V, of the output layer's weight on this rank."""
+        """V, of the output layer's weight on its ranks."""
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
         """Forward and backward of a sharded batch as in a step of one micro-batch, gradients reduced; no step is taken.
@@ -44,8 +44,11 @@ class Trainer(Protocol):
         loss_of: logits (..., V) to the loss that the user would give.
         """
 
-    def gradient(self, weight: Tensor) -> Tensor:
-        """The whole reduced gradient (V, E) of a parameter; all ranks call it."""
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the output layer multiplies (..., E), if it is not just what it is given (x)."""
+
+    def gradient(self) -> Tensor:
+        """The whole reduced gradient (V, E) of the output layer's weight; all ranks that have one call it."""
 
     def untouched(self) -> AbstractContextManager[None]:
         """Afterwards parameters, gradients and optimizer are as before."""
@@ -78,8 +81,11 @@ class Reduction(NamedTuple):
         return 1 / mean
 
 
-def probe(cp: ContextParallel, trainer: Trainer) -> Reduction:
-    """One synthetic backward pass; all ranks of the loss group call it. See the top of the file."""
+def probe(cp: ContextParallel, trainer: Trainer) -> Reduction | None:
+    """One synthetic backward pass; all ranks of the loss group call it. None where the trainer has no output layer.
+
+    See the top of the file.
+    """
     group = cp.loss_group
     ranks = 1 if group is None else dist.get_world_size(group)
     me = 0 if group is None else dist.get_rank(group)
@@ -88,7 +94,7 @@ def probe(cp: ContextParallel, trainer: Trainer) -> Reduction:
         raise DistattnError(f"the output layer has {rows} rows; to tell {ranks} ranks apart more are needed.")
     batch = _batch(cp, ranks, rows)
     seen: dict[str, Tensor] = {}
-    hook = layer.register_forward_hook(lambda _, given, out: _record(seen, given, out))
+    hook = None if layer is None else layer.register_forward_hook(lambda _, given, out: _record(seen, given, out))
 
     def loss_of(logits: Tensor) -> Tensor:
         loss = logits[..., me].float().sum()
@@ -100,14 +106,18 @@ def probe(cp: ContextParallel, trainer: Trainer) -> Reduction:
         try:
             trainer.backward(batch, loss_of)
         finally:
-            hook.remove()
+            if hook is not None:
+                hook.remove()
+        if layer is None:
+            return None
         if seen.keys() != {"input", "gradient", "scale"}:
             raise DistattnError(
                 "no gradient reached the output layer; the trainer's loss does not come from its logits."
             )
-        x_TE, dy_T = seen["input"].flatten(0, -2).double(), seen["gradient"].flatten(0, -2)[:, me].double()
+        x_TE = trainer.inputs(seen["input"]).flatten(0, -2).double()
+        dy_T = seen["gradient"].flatten(0, -2)[:, me].double()
         own_E = dy_T @ x_TE / seen["scale"].double()
-        got_RE = trainer.gradient(layer.weight)[:ranks].double()  # type: ignore[arg-type]
+        got_RE = trainer.gradient()[:ranks].double()
     own_RE = _gathered(own_E, group, ranks)
     # what this rank has got of every rank's gradient
     weights = (got_RE * own_RE).sum(1) / (own_RE * own_RE).sum(1)
@@ -143,7 +153,8 @@ def _batch(cp: ContextParallel, ranks: int, rows: int) -> dict[str, Any]:
 
 def _record(seen: dict[str, Tensor], given: tuple[Any, ...], out: Any) -> None:
     y = out[0] if isinstance(out, tuple) else out
-    if y.requires_grad:
+    # the first micro-batch is the one that counts
+    if y.requires_grad and "input" not in seen:
         seen["input"] = given[0].detach()
         y.register_hook(lambda gradient: seen.update(gradient=gradient.detach()))
 

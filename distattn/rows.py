@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distattn.errors import DistattnError
@@ -53,14 +54,20 @@ class Rows(NamedTuple):
         both = torch.stack([self.ids_N, self.targets_N]).cpu().numpy()
         return hashlib.blake2b(both.tobytes(), digest_size=16).hexdigest()
 
-    def part(self, layout: Layout, rank: int) -> dict[str, Tensor]:
-        """`input_ids`, `labels` and `position_ids` (1, T) of a rank; one padding token without a label where it has none."""
+    def part(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
+        """`input_ids`, `labels` and `position_ids` (1, T) of a rank; padded to a multiple, and where it has no tokens."""
         positions = torch.from_numpy(layout.position_ids(rank)).to(self.ids_N.device)
+        padding = padded(len(positions), pad_to) - len(positions)
         ids, targets = layout.shard(self.ids_N, rank), layout.shard(self.targets_N, rank)
-        if not len(positions):
-            ids, positions = ids.new_zeros(1), positions.new_zeros(1)
-            targets = targets.new_full((1,), IGNORE_INDEX)
+        if padding:
+            ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
+            targets = F.pad(targets, (0, padding), value=IGNORE_INDEX)
         return {"input_ids": ids[None], "labels": targets[None], "position_ids": positions[None]}
+
+
+def padded(tokens: int, pad_to: int) -> int:
+    """So many tokens with padding: at least one, because models refuse empty batches."""
+    return max(-(-tokens // pad_to), 1) * pad_to
 
 
 def layout_options(layout: str, options: Mapping[str, Any] | None, inner: str | tuple[int, int]) -> dict[str, Any]:

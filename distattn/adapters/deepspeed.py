@@ -125,8 +125,13 @@ class Engine:
         """As for the last micro-batch of a step."""
         self.engine.backward(loss_of(self._forward(batch)))
 
-    def gradient(self, weight: Tensor) -> Tensor:
-        """Of a parameter, without the scale of fp16 losses."""
+    def inputs(self, x: Tensor) -> Tensor:
+        """Just what it is given."""
+        return x
+
+    def gradient(self) -> Tensor:
+        """Of the output layer's weight, without the scale of fp16 losses."""
+        weight = self.output_layer().weight
         return whole(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
 
     @contextmanager

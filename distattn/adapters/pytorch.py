@@ -97,8 +97,13 @@ class Loop:
         if self._reduce is not None:
             self._reduce()
 
-    def gradient(self, weight: Tensor) -> Tensor:
-        """Of a parameter, sharded or not."""
+    def inputs(self, x: Tensor) -> Tensor:
+        """Just what it is given."""
+        return x
+
+    def gradient(self) -> Tensor:
+        """Of the output layer's weight, sharded or not."""
+        weight: Any = self.output_layer().weight
         return whole(weight.grad)
 
     @contextmanager

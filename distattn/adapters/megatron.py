@@ -1,0 +1,360 @@
+"""Megatron-core 0.16: core attention in tensor x context x pipeline x data parallel training.
+
+    spec = use(get_gpt_layer_local_spec(normalization="RMSNorm"), strategy="ring")
+    model = GPTModel(config, spec, ...)
+
+That alone computes whatever batches Megatron's own loaders shard: sbhd rows in its zigzag order, thd packs in their
+per-document zigzag, per-batch groups. With sharded batches of ours any layout and any document lengths do:
+
+    with_layouts(model)                        # rotary embeddings by the batch's positions
+    forward_backward(forward_step_func=partial(forward_step, config=config), data_iterator=iter(batches), ...)
+"""
+
+# T tokens on this rank, B rows, H query heads, K key/value heads, D head dim, E value head dim, V vocabulary on this rank
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from distattn.adapters.megatron_batches import OwnBatches
+from distattn.adapters.pytorch import gradients_aside
+from distattn.errors import DistattnError
+from distattn.rows import IGNORE_INDEX
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+def use(spec: Any, **settings: Any) -> Any:
+    """Put distattn's core attention into a layer spec, or every layer of a block's; returns it.
+
+    settings: as `ContextParallel` takes them, for batches that Megatron's loaders shard; strategy="ring" by default.
+    """
+    core = ModuleSpec(CoreAttention, params={"own": OwnBatches({"strategy": "ring", **settings})})
+    for number, layer in enumerate(getattr(spec, "layer_specs", [spec])):
+        attention: Any = getattr(layer.submodules.self_attention, "submodules", None)
+        if getattr(attention, "core_attention", None) is None:
+            what = getattr(layer.submodules.self_attention, "module", layer.submodules.self_attention)
+            raise DistattnError(
+                f"layer {number} of the spec has no core attention but {getattr(what, '__name__', what)}."
+            )
+        attention.core_attention = core
+    return spec
+
+
+class CoreAttention(MegatronModule):
+    """Megatron's core attention by plan. q (T, B, H, D), k, v alike -> (T, B, H * E); thd: (T, H, D) -> (T, H * E)."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        pg_collection: Any = None,
+        own: OwnBatches | None = None,
+    ):
+        super().__init__(config=config)
+        self.layer = layer_number - 1
+        self.attn_mask_type, self.scale = attn_mask_type, softmax_scale
+        self.own = own or OwnBatches({"strategy": "ring"})
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
+        self.group, self.tp_group = groups.cp, groups.tp
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        for what, asked in {
+            f"{attention_type} attention": attention_type != "self",
+            f"attention dropout {dropout} (set attention_dropout=0)": dropout > 0,
+            "the largest logit of each head (qk_clip, log_max_attention_logit)": config.qk_clip
+            or getattr(config, "log_max_attention_logit", False),
+        }.items():
+            if asked:
+                self._refuse(what)
+        self.window = self._window()
+        self.softmax_offset: Tensor | None = None
+        heads = config.num_attention_heads // self.tp_group.size()
+        if config.softmax_type == "off-by-one":
+            self.register_buffer("softmax_offset", torch.zeros(heads), persistent=False)
+        elif config.softmax_type == "learnable":
+            # named as in Transformer Engine, so that checkpoints fit
+            device = None if config.use_cpu_initialization else torch.cuda.current_device()
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, device=device, dtype=config.params_dtype))
+            tensor_parallel.set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """As Megatron's attention calls it."""
+        if attention_mask is not None:
+            self._refuse("an attention mask (pass None: documents are causal)")
+        if attention_bias is not None:
+            self._refuse("an attention bias")
+        if (attn_mask_type or self.attn_mask_type) not in _CAUSAL:
+            self._refuse(f"the mask {attn_mask_type or self.attn_mask_type}")
+        if query.shape[0] != key.shape[0]:
+            self._refuse(f"{key.shape[0]} keys for {query.shape[0]} queries, generation with a key/value cache,")
+        packed = query.dim() == 3
+        if packed:
+            query, key, value = (x[:, None] for x in (query, key, value))
+        if isinstance(packed_seq_params, Packed):
+            batch = packed_seq_params.batch["context_parallel"]
+        else:
+            batch = self.own.batch(query.shape[:2], packed_seq_params, self.group)
+        tokens, rows = query.shape[:2]
+        # rows end to end
+        flat = (x.transpose(0, 1).reshape(tokens * rows, *x.shape[2:]).contiguous() for x in (query, key, value))
+        how = dict(window=self.window, layer=self.layer, sink=self.softmax_offset)
+        o_THE = batch.attention(*flat, self.scale, **how)
+        if packed:
+            return o_THE.flatten(1)
+        return o_THE.reshape(rows, tokens, -1).transpose(0, 1).contiguous()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """The sinks, where they are learned."""
+        if not isinstance(self.softmax_offset, torch.nn.Parameter):
+            return {}
+        given = {"softmax_offset": self.softmax_offset}
+        return make_sharded_tensors_for_checkpoint(given, prefix, {"softmax_offset": 0}, sharded_offsets)
+
+    def _window(self) -> int | None:
+        config = self.config
+        if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer + 1):
+            return None
+        left, right = config.window_size
+        if right > 0:
+            self._refuse(f"a window that sees {right} tokens ahead")
+        return None if left < 0 else left + 1
+
+    def _refuse(self, what: str) -> None:
+        raise DistattnError(f"layer {self.layer} asks for {what}, which is not computed.")
+
+
+@dataclass
+class Packed(PackedSeqParams):
+    """A sharded batch on its way through a model, where Megatron carries what it knows of packs."""
+
+    batch: Any = None
+
+    @staticmethod
+    def of(batch: Mapping[str, Any]) -> Packed:
+        """sbhd: one row, whose documents only the batch knows."""
+        return Packed(qkv_format="sbhd", batch=batch)
+
+
+class Rotary(torch.nn.Module):
+    """A model's rotary embedding, at the positions of a sharded batch; as it was for Megatron's own batches."""
+
+    def __init__(self, base: torch.nn.Module):
+        super().__init__()
+        self.base = base
+
+    def get_rotary_seq_len(self, *given: Any, **named: Any) -> int:
+        """A number as Megatron wants it, which remembers the batch's positions."""
+        packed = next((x for x in (*given, *named.values()) if isinstance(x, Packed)), None)
+        if packed is None:
+            return self.base.get_rotary_seq_len(*given, **named)  # type: ignore[operator,no-any-return]
+        return _Positions.of(packed.batch["position_ids"][0])
+
+    def forward(self, max_seq_len: int, *given: Any, **named: Any) -> Any:
+        """(T, 1, 1, D) of this rank's tokens."""
+        if not isinstance(max_seq_len, _Positions):
+            return self.base(max_seq_len, *given, **named)
+        # packed: all positions, not those of Megatron's zigzag
+        found = self.base(int(max_seq_len), packed_seq=True)
+        if isinstance(found, tuple):
+            return (found[0][max_seq_len.of_tokens], *found[1:])
+        return found[max_seq_len.of_tokens]
+
+
+class _Positions(int):
+    of_tokens: Tensor
+
+    @staticmethod
+    def of(positions_T: Tensor) -> _Positions:
+        longest = _Positions(int(positions_T.max()) + 1)
+        longest.of_tokens = positions_T
+        return longest
+
+
+def with_layouts(model: Any) -> Any:
+    """Let a GPTModel take sharded batches in any layout; returns it. Raises DistattnError where positions would be wrong."""
+    config = model.config
+    for what, asked in {
+        "multi-latent attention has rotary embeddings of its own": config.multi_latent_attention,
+        "multimodal RoPE is not sharded": model.position_embedding_type == "mrope",
+        "experts are untested with uneven shards": config.num_moe_experts is not None,
+        "multi-token prediction rolls labels over the rank's tokens": bool(getattr(config, "mtp_num_layers", None)),
+    }.items():
+        if asked:
+            raise DistattnError(f"{what}: leave out with_layouts, and use batches that Megatron's own loaders shard.")
+    if hasattr(model, "rotary_pos_emb"):
+        model.rotary_pos_emb = Rotary(model.rotary_pos_emb)
+    return model
+
+
+def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) -> tuple[Tensor, Callable[..., Any]]:
+    """Megatron's `forward_step_func` for sharded batches (bind config): losses, summed over tokens / valid tokens."""
+    batch = next(batches)
+    check_shard(batch, config)
+    # the loss of tokens without a label is left out below; Megatron knows no label that is none
+    labels = batch["labels"].clamp(min=0)
+    packed = Packed.of(batch)
+    losses = model(batch["input_ids"], batch["position_ids"], None, labels=labels, packed_seq_params=packed)
+    return losses, partial(loss_of, batch, config)
+
+
+def loss_of(batch: Mapping[str, Any], config: Any, losses: Tensor) -> tuple[Any, ...]:
+    """What Megatron's schedules take: (sum, tokens, report) with calculate_per_token_loss, else (share, report)."""
+    valid = (batch["labels"] != IGNORE_INDEX).flatten()
+    total = losses.float().flatten()[valid].sum() if losses.dtype != torch.float64 else losses.flatten()[valid].sum()
+    report = {"loss_sum": total.detach().clone(), "tokens": valid.sum()}
+    if config.calculate_per_token_loss:
+        return total, valid.sum().int(), report
+    return total * batch["loss_scale"], report
+
+
+def check_shard(batch: Mapping[str, Any], config: Any) -> None:
+    """Raise DistattnError where a shard does not fit how the model is run."""
+    tokens, parts = batch["input_ids"].shape[1], config.tensor_model_parallel_size
+    if config.sequence_parallel and tokens % parts:
+        raise DistattnError(
+            f"sequence_parallel splits a rank's tokens {parts} ways, and it has {tokens}: give ContextParallel pad_to={parts}."
+        )
+    if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
+        raise DistattnError(
+            'ranks have unequally many tokens: set variable_seq_lengths=True (and moe_token_dispatcher_type="alltoall", which '
+            "Megatron wants with it) in the TransformerConfig."
+        )
+
+
+class Chunks:
+    """Megatron's model chunks in its DistributedDataParallel, to `ContextParallel.loss_scale`.
+
+    micro_batches: of a step; without calculate_per_token_loss Megatron divides by it.
+    """
+
+    def __init__(self, chunks: list[Any], micro_batches: int = 1):
+        self.chunks, self.micro_batches = chunks, micro_batches
+        self.config = get_model_config(chunks[0])
+        self._last = unwrapped(chunks[-1])
+
+    def output_layer(self) -> torch.nn.Module | None:
+        """On the last stage of a pipeline."""
+        return self._last.output_layer if self._last.post_process else None
+
+    def rows(self) -> int:
+        """Of the vocabulary on a tensor-parallel rank."""
+        return self._last.vocab_size // self.config.tensor_model_parallel_size
+
+    def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
+        """A step of Megatron's schedule: the batch, and then nothing."""
+        number = iter(range(self.micro_batches * len(self.chunks)))
+
+        def loss(first: bool, logits: Tensor) -> tuple[Any, ...]:
+            total = loss_of(logits) if first else 0.0 * logits.sum()
+            tokens = torch.tensor(int(first), dtype=torch.int, device=logits.device)
+            return (total, tokens, {}) if self.config.calculate_per_token_loss else (total, {})
+
+        def step(batches: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+            packed = Packed.of(batch)
+            logits = model(batch["input_ids"], batch["position_ids"], None, packed_seq_params=packed)
+            return logits, partial(loss, next(number) == 0)
+
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(()) for _ in self.chunks] if len(self.chunks) > 1 else iter(()),
+            model=self.chunks,
+            num_microbatches=self.micro_batches,
+            seq_length=batch["input_ids"].shape[1] * self.config.context_parallel_size,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """With sequence parallelism a rank gives a part, and the layer gathers the others'."""
+        if not self.config.sequence_parallel:
+            return x
+        return tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+
+    def gradient(self) -> Tensor:
+        """Of the output layer's weight, without the scale of losses; a distributed optimizer's parts are gathered."""
+        weight = self._last.output_layer.weight
+        if weight is None:
+            weight = self._last.shared_embedding_or_output_weight()
+        scale = 1.0 if self.config.grad_scale_func is None else float(self.config.grad_scale_func(torch.ones(1)))
+        if self.config.calculate_per_token_loss:
+            # each rank of the probe counts one token
+            scale /= parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        return self._whole(weight) / scale
+
+    def _whole(self, weight: Any) -> Tensor:
+        for buffer in getattr(self.chunks[-1], "buffers", None) or ():
+            if not isinstance(self.chunks[-1].buffers, list) or weight not in buffer.param_index_map:
+                continue
+            if not buffer.ddp_config.use_distributed_optimizer:
+                break
+            start, end, number = buffer.param_index_map[weight]
+            bucket = buffer.buckets[number]
+            parts = bucket.grad_data.view(buffer.data_parallel_world_size, -1)
+            everyone = [torch.empty_like(parts[0]) for _ in parts]
+            mine = parts[dist.get_rank(buffer.data_parallel_group)].contiguous()
+            dist.all_gather(everyone, mine, group=buffer.data_parallel_group)
+            return torch.cat(everyone)[start - bucket.offset : end - bucket.offset].view(weight.shape)
+        found = getattr(weight, "main_grad", None)
+        found = weight.grad if found is None else found
+        if found is None:
+            raise DistattnError("the output layer has no gradient after backward; is it frozen?")
+        return found
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Gradient buffers are put aside, and put back."""
+        distributed = [chunk for chunk in self.chunks if hasattr(chunk, "zero_grad_buffer")]
+        buffers = [buffer for chunk in distributed for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        before = [buffer.grad_data.clone() for buffer in buffers]
+        numbers = tensor_parallel.get_cuda_rng_tracker().get_states()
+        for chunk in distributed:
+            chunk.zero_grad_buffer()
+        with gradients_aside(torch.nn.ModuleList(self.chunks)):
+            try:
+                yield
+            finally:
+                for chunk in distributed:
+                    chunk.zero_grad_buffer()
+                for buffer, gradients in zip(buffers, before, strict=True):
+                    buffer.grad_data.copy_(gradients)
+                tensor_parallel.get_cuda_rng_tracker().set_states(numbers)
+
+
+def unwrapped(chunk: Any) -> Any:
+    """The GPTModel inside wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
