@@ -91,7 +91,6 @@ class CoreAttention(MegatronModule):
             if asked:
                 self._refuse(what)
         self.window = self._window()
-        self.softmax_offset: Tensor | None = None
         heads = config.num_attention_heads // self.tp_group.size()
         if config.softmax_type == "off-by-one":
             self.register_buffer("softmax_offset", torch.zeros(heads), persistent=False)
@@ -100,6 +99,8 @@ class CoreAttention(MegatronModule):
             device = None if config.use_cpu_initialization else torch.cuda.current_device()
             self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, device=device, dtype=config.params_dtype))
             tensor_parallel.set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
+        else:
+            self.register_buffer("softmax_offset", None)
 
     def forward(
         self,
@@ -275,9 +276,10 @@ class Chunks:
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
         """A step of Megatron's schedule: the batch, and then nothing."""
-        number = iter(range(self.micro_batches * len(self.chunks)))
+        number = iter(range(self.micro_batches))
 
-        def loss(first: bool, logits: Tensor) -> tuple[Any, ...]:
+        def loss(logits: Tensor) -> tuple[Any, ...]:
+            first = next(number) == 0
             total = loss_of(logits) if first else 0.0 * logits.sum()
             tokens = torch.tensor(int(first), dtype=torch.int, device=logits.device)
             return (total, tokens, {}) if self.config.calculate_per_token_loss else (total, {})
@@ -285,7 +287,7 @@ class Chunks:
         def step(batches: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             packed = Packed.of(batch)
             logits = model(batch["input_ids"], batch["position_ids"], None, packed_seq_params=packed)
-            return logits, partial(loss, next(number) == 0)
+            return logits, loss
 
         get_forward_backward_func()(
             forward_step_func=step,

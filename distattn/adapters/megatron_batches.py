@@ -12,6 +12,7 @@ from distattn.batches import Axis, Planner, ShardedBatch
 from distattn.errors import DistattnError
 from distattn.layout import Layout
 from distattn.mask import Mask
+from distattn.parallel.make_plan import check_names
 from distattn.ways import Ways
 
 
@@ -25,6 +26,7 @@ class OwnBatches:
             raise DistattnError(
                 f"Megatron's loaders decide on {sorted(refused)[0]}; give it to ContextParallel, and with_layouts."
             )
+        check_names(settings["strategy"], settings.get("backward"), settings.get("options"))
         self._settings = settings
         self._planners: dict[dist.ProcessGroup, Planner] = {}
         self._rows: dict[tuple[int, int, dist.ProcessGroup], ShardedBatch] = {}

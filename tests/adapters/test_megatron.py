@@ -18,7 +18,9 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from processes import run_on_ranks  # noqa: E402
 
@@ -153,3 +155,221 @@ def test_gradients_are_those_of_megatrons_own_attention(cp, distributed_optimize
         assert factor == (1 if per_token else 4 // cp * micro_batches)
         assert abs(got_loss - loss) < 1e-5
         assert abs(small.norm_ratio(gradients, wanted) - 1) < 1e-4
+
+
+def zigzag(tokens: torch.Tensor, lengths: list[int], rank: int, ranks: int) -> torch.Tensor:
+    """What Megatron's loaders give a rank of rows (B, S), each row or document of it dealt out by itself."""
+    parts = []
+    for document in tokens.split(lengths, 1):
+        chunks = document.chunk(2 * ranks, 1)
+        parts += [chunks[rank], chunks[2 * ranks - 1 - rank]] if ranks > 1 else [document]
+    return torch.cat(parts, 1)
+
+
+def _own_batches(rank: int, cp: int, kind: str, changes: dict, spec_kind: str = "ours"):
+    """Summed loss and gradients of a batch as Megatron's own loaders shard it; summed over ranks by hand."""
+    start(cp=cp)
+    config = config_of(cp=cp, **changes)
+    stock = get_gpt_layer_local_spec(normalization="RMSNorm")
+    model = build(config, stock if spec_kind == "stock" else None)
+    for name, parameter in model.named_parameters():
+        if "softmax_offset" in name:
+            torch.nn.init.uniform_(parameter, generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, 64, (1 if kind == "thd" else 2, 48), generator=torch.Generator().manual_seed(1))
+    lengths = [8, 32, 8] if kind == "thd" else [48]
+    packed = None
+    if kind == "thd":
+        ends = torch.tensor([0, 8, 40, 48], dtype=torch.int32)
+        packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=32, max_seqlen_kv=32)
+    if kind == "own group":
+        packed = PackedSeqParams("sbhd", local_cp_size=cp, cp_group=parallel_state.get_context_parallel_group())
+        packed.max_seqlen_q = packed.max_seqlen_kv = 48
+    mask = None
+    if spec_kind == "stock":
+        mask = torch.ones(1, 1, 48, 48, dtype=torch.bool).triu(1)
+        if changes.get("window_size"):
+            mask |= torch.ones(48, 48, dtype=torch.bool).tril(-changes["window_size"][0] - 1)
+    mine = partial(zigzag, lengths=lengths, rank=parallel_state.get_context_parallel_rank(), ranks=cp)
+    losses = model(mine(ids), None, mask, labels=mine(ids.roll(-1, 1)), packed_seq_params=packed)
+    losses.sum().backward()
+    total = losses.detach().sum()
+    dist.all_reduce(total)
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad)
+    return total, [parameter.grad for parameter in model.parameters()]
+
+
+def same(got, wanted) -> None:
+    for loss, gradients in got:
+        assert abs(loss / wanted[0] - 1) < 1e-5
+        assert abs(small.norm_ratio(gradients, wanted[1]) - 1) < 1e-4
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+@pytest.mark.parametrize("kind", ["sbhd", "own group", "window"])
+def test_rows_in_megatrons_own_order_are_those_of_its_own_attention(kind, cp):
+    changes = {"window_size": (6, 0)} if kind == "window" else {}
+    (wanted,) = run_on_ranks(1, _own_batches, 1, "sbhd", changes, "stock")
+    same(run_on_ranks(cp, _own_batches, cp, kind, changes), wanted)
+
+
+@pytest.mark.parametrize("changes", [{}, {"softmax_type": "off-by-one"}, {"softmax_type": "learnable"}], ids=str)
+@pytest.mark.parametrize("cp", [2, 4])
+def test_packs_and_sinks_do_not_depend_on_the_number_of_ranks(cp, changes):
+    for kind in ("thd", "sbhd"):
+        (wanted,) = run_on_ranks(1, _own_batches, 1, kind, changes)
+        same(run_on_ranks(cp, _own_batches, cp, kind, changes), wanted)
+
+
+def test_a_pack_is_its_documents_one_by_one():
+    (packed,) = run_on_ranks(1, _own_batches, 1, "thd", {})
+    (alone,) = run_on_ranks(1, _one_by_one)
+    same([packed], alone)
+
+
+def _one_by_one(rank: int):
+    start()
+    model = build(config_of(), get_gpt_layer_local_spec(normalization="RMSNorm"))
+    ids = torch.randint(0, 64, (1, 48), generator=torch.Generator().manual_seed(1))
+    total = torch.zeros(())
+    for own, labels in zip(ids.split([8, 32, 8], 1), ids.roll(-1, 1).split([8, 32, 8], 1), strict=True):
+        mask = torch.ones(1, 1, own.shape[1], own.shape[1], dtype=torch.bool).triu(1)
+        total = total + model(own, None, mask, labels=labels).sum()
+    total.backward()
+    return total.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+class SequenceNorm(torch.nn.Module):
+    """Of the norms that megatron-core has without Apex and Transformer Engine none is for sequence parallelism."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(hidden_size)), eps
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def sequence_parallel_spec():
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = SequenceNorm
+    block = TransformerBlockSubmodules(layer_specs=[layer, layer], layer_norm=SequenceNorm)
+    return megatron.use(block, kernel="reference")
+
+
+def _parallel(rank: int, tp: int, pp: int, cp: int, changes: dict):
+    """Loss of a step that is run with tensor and pipeline parallelism, and of one that only evaluates."""
+    start(tp, pp, cp)
+
+    def seeded(weight):
+        # whatever stage or tensor-parallel rank a layer is on
+        torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(weight.numel()))
+
+    config = config_of(
+        tp, pp, cp, calculate_per_token_loss=True, init_method=seeded, output_layer_init_method=seeded, **changes
+    )
+    model = megatron.with_layouts(build(config, sequence_parallel_spec() if config.sequence_parallel else None))
+    chunk = wrapped(config, model, distributed_optimizer=False)
+    ours = context_parallel(pad_to=tp)
+    factor = ours.loss_scale(megatron.Chunks([chunk]))
+    parts = ours.shard_step(small.step(0, 2))
+    losses = []
+    for forward_only in (True, False):
+        reports = schedule(chunk, config, parts, forward_only)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for report in reports:
+            sums += torch.stack([report["loss_sum"].double(), report["tokens"].double()])
+        dist.all_reduce(sums)
+        losses.append(float(sums[0] / sums[1]))
+    norm = sum(
+        float(p.main_grad.double().square().sum())
+        for p in model.parameters()
+        if getattr(p, "tensor_model_parallel", False) or not rank % tp
+    )
+    squares = torch.tensor(norm, dtype=torch.float64)
+    dist.all_reduce(squares)
+    return factor, losses, float(squares / cp)
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "cp", "changes"),
+    [(2, 1, 2, {}), (2, 1, 2, {"sequence_parallel": True}), (1, 2, 2, {}), (2, 1, 1, {}), (1, 1, 4, {})],
+    ids=["tp2 cp2", "tp2 cp2 sequence parallel", "pp2 cp2", "tp2", "cp4"],
+)
+def test_tensor_and_pipeline_parallelism_change_nothing(tp, pp, cp, changes):
+    ((_, wanted, squares),) = run_on_ranks(1, _parallel, 1, 1, 1, {})
+    for factor, losses, got in run_on_ranks(tp * pp * cp, _parallel, tp, pp, cp, changes):
+        assert factor == 1
+        assert losses == pytest.approx(wanted, rel=1e-5)
+        assert got == pytest.approx(squares, rel=2e-4)
+
+
+def _untouched(rank: int, distributed_optimizer: bool) -> bool:
+    start(cp=2)
+    config = config_of(cp=2)
+    model = megatron.with_layouts(build(config))
+    chunk = wrapped(config, model, distributed_optimizer)
+    ours = context_parallel()
+    schedule(chunk, config, ours.shard_step(small.step(0, 2)))
+    # in the middle of a step, gradients reduced but not used
+    before = [tensor.clone() for tensor in (*model.parameters(), *(buffer.grad_data for buffer in chunk.buffers))]
+    numbers = torch.get_rng_state()
+    ours.loss_scale(megatron.Chunks([chunk], 2))
+    after = [*model.parameters(), *(buffer.grad_data for buffer in chunk.buffers)]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    return torch.equal(torch.get_rng_state(), numbers)
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_the_probe_leaves_everything_bit_identical(distributed_optimizer):
+    assert run_on_ranks(2, _untouched, distributed_optimizer) == [True, True]
+
+
+def _refused(rank: int) -> list[str]:
+    start(cp=2)
+    config = config_of(cp=2)
+    said = []
+
+    def ask(sentence, call):
+        with pytest.raises(da.DistattnError, match=sentence):
+            call()
+        said.append(sentence)
+
+    ask("attention dropout 0.1", lambda: build(config_of(cp=2, attention_dropout=0.1)))
+    ask("qk_clip", lambda: build(config_of(cp=2, qk_clip=True)))
+    ask("sees 3 tokens ahead", lambda: build(config_of(cp=2, window_size=(4, 3))))
+    ask(
+        "multimodal RoPE",
+        lambda: megatron.with_layouts(build(config_of(cp=2, mrope_section=[1, 1, 2]), position_embedding_type="mrope")),
+    )
+    ask("decide on layout", lambda: megatron.use(get_gpt_layer_local_spec(), layout="zigzag"))
+    ask("strategy 'star'", lambda: megatron.use(get_gpt_layer_local_spec(), strategy="star"))
+    model = build(config)
+    core = model.decoder.layers[0].self_attention.core_attention
+    q, k = torch.zeros(6, 1, 4, 8), torch.zeros(6, 1, 2, 8)
+    ask("multiple of 4", lambda: core(q[:5], k[:5], k[:5], None))
+    ask("an attention mask", lambda: core(q, k, k, torch.ones(1)))
+    ask("an attention bias", lambda: core(q, k, k, None, attention_bias=q))
+    ask("6 keys for 1 queries", lambda: core(q[:1], k, k, None))
+    ask("without a cp_group", lambda: core(q, k, k, None, packed_seq_params=PackedSeqParams("sbhd", local_cp_size=1)))
+    ask("no core attention but IdentityOp", lambda: megatron.use(_without_attention()))
+    uneven = {"input_ids": torch.zeros(1, 5), "labels": torch.zeros(1, 5)}
+    config.tensor_model_parallel_size, config.sequence_parallel = 2, True
+    ask("pad_to=2", lambda: megatron.check_shard(uneven, config))
+    config.sequence_parallel, config.pipeline_model_parallel_size, config.variable_seq_lengths = False, 2, False
+    ask("variable_seq_lengths=True", lambda: megatron.check_shard(uneven, config))
+    return said
+
+
+def _without_attention():
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    spec = get_gpt_layer_local_spec()
+    spec.submodules.self_attention = IdentityOp
+    return spec
+
+
+def test_what_would_be_wrong_is_refused_by_name():
+    for said in run_on_ranks(2, _refused):
+        assert len(said) == 14
