@@ -92,13 +92,15 @@ class SequenceGroups:
 class Engine:
     """A DeepSpeed engine, to `ContextParallel.loss_scale`. Between two steps, not in the middle of accumulation.
 
-    output_layer: the linear layer that makes logits, by default what transformers names so.
+    output_layer: the linear layer that makes logits, by default what transformers names so. scale_wrt_gas: as you give it to
+    `engine.backward`.
     """
 
     def __init__(
         self,
         engine: Any,
         *,
+        scale_wrt_gas: bool = True,
         forward: Callable[[Mapping[str, Any]], Tensor] | None = None,
         output_layer: torch.nn.Module | None = None,
     ):
@@ -109,7 +111,7 @@ class Engine:
             )
         if engine.has_moe_layers:
             raise DistattnError("DeepSpeed's expert parallelism reduces experts over groups of its own; not supported.")
-        self.engine, self._output_layer = engine, output_layer
+        self.engine, self._output_layer, self._scale_wrt_gas = engine, output_layer, scale_wrt_gas
         self._forward = forward or (lambda batch: _forward(engine, batch))
 
     def output_layer(self) -> torch.nn.Module:
@@ -123,7 +125,7 @@ class Engine:
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
         """As for the last micro-batch of a step."""
-        self.engine.backward(loss_of(self._forward(batch)))
+        self.engine.backward(loss_of(self._forward(batch)), scale_wrt_gas=self._scale_wrt_gas)
 
     def inputs(self, x: Tensor) -> Tensor:
         """Just what it is given."""

@@ -1,0 +1,136 @@
+"""Hugging Face `Trainer`, with accelerate underneath: DDP, FSDP2 or DeepSpeed as its arguments say.
+
+    cp = da.ContextParallel(group, loss_group=torch.distributed.group.WORLD, strategy="ring")
+    trainer = ContextParallelTrainer(model=model, args=args, train_dataset=..., data_collator=..., context_parallel=cp)
+    trainer.train()
+
+Ranks that split a sequence get the same batches; micro-batches are what the collator makes, in the form `ContextParallel.shard`
+takes. Evaluation runs on whole sequences, each process with batches of its own. Leave `ParallelismConfig` out: its cp and sp
+are accelerate's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import is_deepspeed_available
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from transformers import Trainer
+
+from distattn.adapters.huggingface import one_process
+from distattn.adapters.pytorch import Loop, local_loss, output_layer_of
+from distattn.context import ContextParallel
+from distattn.errors import DistattnError
+
+
+class ContextParallelTrainer(Trainer):
+    """A `Trainer` whose training batches are split by a `ContextParallel`. The model has attn_implementation="distattn".
+
+    The loss is the sum over tokens / valid tokens of all ranks and micro-batches of a step.
+    """
+
+    def __init__(self, *given: Any, context_parallel: ContextParallel, **named: Any):
+        super().__init__(*given, **named)
+        self.context_parallel = context_parallel
+        # transformers' documented way to say that compute_loss has seen to it
+        self.loss_is_scaled_for_ga = True
+        self._probed: Any = None
+        args = self.args
+        for what, asked in {
+            "label_smoothing_factor": args.label_smoothing_factor > 0,
+            "compute_loss_func": self.compute_loss_func is not None,
+            "several GPUs in one process (start one process each, with torchrun)": args.n_gpu > 1,
+            "accelerate's ParallelismConfig": getattr(self.accelerator, "parallelism_config", None) is not None,
+            f"train_sampling_strategy {args.train_sampling_strategy!r}": args.train_sampling_strategy
+            not in ("random", "sequential"),
+        }.items():
+            if asked:
+                raise DistattnError(f"{what} is not supported together with context parallelism; leave it out.")
+        if context_parallel.loss_group is not None:
+            ranks = dist.get_world_size(context_parallel.loss_group)
+            if ranks != args.world_size:
+                raise DistattnError(
+                    f"the Trainer runs on {args.world_size} ranks, the loss group has {ranks}; give ContextParallel "
+                    "loss_group=torch.distributed.group.WORLD."
+                )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The training set, shared out over replicas: ranks that split a sequence get the same batches, in the same order."""
+        if self.train_dataset is None:
+            raise DistattnError("training needs a train_dataset.")
+        args: Any = self.args
+        dataset: Any = self.train_dataset
+        seed = args.seed if args.data_seed is None else args.data_seed
+        how: dict[str, Any] = dict(batch_size=self._train_batch_size, collate_fn=self.data_collator)
+        how |= dict(num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory)
+        if not isinstance(dataset, IterableDataset):
+            how["drop_last"] = args.dataloader_drop_last
+            how["sampler"] = SequentialSampler(dataset)
+            if args.train_sampling_strategy == "random":
+                how["sampler"] = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
+        replicas, replica = self._replicas()
+        return prepare_data_loader(
+            DataLoader(dataset, **how),
+            args.device,
+            num_processes=replicas,
+            process_index=replica,
+            put_on_device=True,
+            use_seedable_sampler=True,
+            data_seed=seed,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, split; their losses are scaled by the labels of all of them."""
+        whole, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._probed is not self.model_wrapped:
+            self._probed = self.model_wrapped
+            self.context_parallel.loss_scale(self._reducer())
+        return (self.context_parallel.shard_step(whole) if whole else whole), None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Of a split batch, this rank's share; of a whole one (evaluation), transformers' own."""
+        if "context_parallel" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs:
+            raise DistattnError("a split batch has no whole outputs to return; evaluate on whole sequences.")
+        return local_loss(model, inputs)
+
+    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
+        """On whole sequences, without context parallelism."""
+        with one_process(self.model):
+            return super().evaluation_loop(*given, **named)
+
+    def _replicas(self) -> tuple[int, int]:
+        """How many groups split sequences, and which of them this rank is in."""
+        cp = self.context_parallel
+        return self.args.world_size // cp.ranks, replica_of(cp)
+
+    def _reducer(self) -> Any:
+        if self.is_deepspeed_enabled and is_deepspeed_available():
+            from distattn.adapters.deepspeed import Engine
+
+            return Engine(self.model_wrapped, scale_wrt_gas=False)
+        model: Any = self.model
+        return Loop(self.model_wrapped, output_layer=output_layer_of(model))
+
+
+def replica_of(cp: ContextParallel) -> int:
+    """The number of this rank's group among all that split sequences. All ranks of the loss group call it."""
+    if cp.group is None or cp.loss_group is None or cp.group is cp.loss_group:
+        return 0
+    # groups may be any ranks; they are numbered by their first
+    first = torch.tensor([dist.get_process_group_ranks(cp.group)[0]])
+    if dist.get_backend(cp.loss_group) == "nccl":
+        first = first.cuda()
+    everyone = [torch.empty_like(first) for _ in range(dist.get_world_size(cp.loss_group))]
+    dist.all_gather(everyone, first, group=cp.loss_group)
+    firsts = sorted({int(one) for one in everyone})
+    return firsts.index(int(first))

@@ -1,0 +1,127 @@
+"""transformers' Trainer on several ranks: the curve of one process, evaluation, and what is refused."""
+
+import os
+
+import pytest
+
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+import small  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from processes import run_on_ranks  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
+
+import distattn as da  # noqa: E402
+from distattn.adapters.hf_trainer import ContextParallelTrainer  # noqa: E402
+from distattn.rows import IGNORE_INDEX  # noqa: E402
+
+STEPS = 6
+
+
+class Rows(torch.utils.data.Dataset):
+    """48 sequences of uneven lengths."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(1, small.VOCABULARY, (5 + index % 11,), generator=generator)
+
+
+def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE_INDEX)}
+
+
+def arguments(folder, micro_batches: int, replicas: int, **changes) -> TrainingArguments:
+    settings = dict(
+        per_device_train_batch_size=4 // micro_batches // replicas,
+        gradient_accumulation_steps=micro_batches,
+        max_steps=STEPS,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=5,
+    )
+    return TrainingArguments(output_dir=str(folder), **{**settings, **changes})
+
+
+def _train(rank: int, folder, degree: int, micro_batches: int, changes: dict, dtype=torch.float64):
+    ranks = dist.get_world_size()
+    # accelerate reads who it is from the environment, as torchrun sets it
+    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")} | {"WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    if changes.get("deepspeed"):
+        import deepspeed
+
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    groups = [dist.new_group(range(first, first + degree)) for first in range(0, ranks, degree)]
+    everyone = dist.group.WORLD if degree < ranks else None
+    cp = da.ContextParallel(groups[rank // degree] if everyone else None, loss_group=everyone, strategy="ring")
+    trainer = ContextParallelTrainer(
+        model=small.build(dtype),
+        args=arguments(folder, micro_batches, ranks // degree, **changes),
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        data_collator=padded,
+        context_parallel=cp,
+    )
+    trainer.train()
+    curve = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+    return curve, norms, trainer.evaluate()["eval_loss"]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    (found,) = run_on_ranks(1, _train, tmp_path_factory.mktemp("one"), 1, 1, {})
+    assert len(found[0]) == STEPS and found[0][-1] < found[0][0]
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "degree", "micro_batches"), [(2, 2, 1), (2, 2, 2), (4, 2, 2), (4, 4, 1)])
+def test_the_curve_is_that_of_one_process(tmp_path, one_process, ranks, degree, micro_batches):
+    curve, norms, evaluated = one_process
+    for got, got_norms, got_evaluated in run_on_ranks(ranks, _train, tmp_path, degree, micro_batches, {}):
+        # logs are rounded, and transformers computes norms in fp32
+        assert got == pytest.approx(curve, rel=1e-4)
+        assert got_norms == pytest.approx(norms, rel=1e-4)
+        assert got_evaluated == pytest.approx(evaluated, rel=1e-2)
+
+
+def test_deepspeed_under_the_trainer_has_the_same_curve(tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    settings = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+    }
+    (one,) = run_on_ranks(1, _train, tmp_path, 1, 1, {}, torch.float32)
+    for curve, _, _ in run_on_ranks(2, _train, tmp_path, 2, 2, {"deepspeed": settings}, torch.float32):
+        assert curve == pytest.approx(one[0], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(label_smoothing_factor=0.1), "label_smoothing_factor is not supported"),
+        (dict(train_sampling_strategy="group_by_length"), "'group_by_length' is not supported"),
+    ],
+)
+def test_what_the_trainer_cannot_split_is_refused(tmp_path, changes, sentence):
+    cp = da.ContextParallel(strategy="ring")
+    with pytest.raises(da.DistattnError, match=sentence):
+        ContextParallelTrainer(model=small.build(), args=arguments(tmp_path, 1, 1, **changes), context_parallel=cp)
+    trainer = ContextParallelTrainer(model=small.build(), args=arguments(tmp_path, 1, 1), context_parallel=cp)
+    with pytest.raises(da.DistattnError, match="needs a train_dataset"):
+        trainer.get_train_dataloader()
