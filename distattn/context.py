@@ -126,4 +126,4 @@ class ContextParallel(Planner):
         valid = sum((part["labels"] != IGNORE_INDEX).sum() for part in parts)
         assert isinstance(valid, torch.Tensor)
         dist.all_reduce(valid, group=self.loss_group)
-        return self._factor / valid.clamp(min=1)
+        return self._factor / valid.clamp(min=1).double()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
+import os
+import runpy
+import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -36,6 +41,47 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[
     failures = [f"rank {rank}: {value}" for rank, (state, value) in enumerate(outcomes) if state != "done"]
     assert not hung and not failures, f"hung ranks: {hung}\n" + "\n".join(failures)
     return [value for _, value in outcomes]
+
+
+def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str | None = None) -> list[str]:
+    """What a script prints on its ranks, started as torchrun would; before: a module to be imported first."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        given = [(rank, ranks, port, Path(folder), script, arguments, before) for rank in range(ranks)]
+        processes = [context.Process(target=_script, args=one) for one in given]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(_SECONDS)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        said = [Path(folder, f"{rank}.txt").read_text() for rank in range(ranks)]
+    assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(said)
+    return said
+
+
+def _script(
+    rank: int, ranks: int, port: int, folder: Path, script: Path, arguments: tuple[str, ...], before: str | None
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    output = os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w", buffering=1) for _ in range(2))
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    if before is not None:
+        importlib.import_module(before)
+    runpy.run_path(str(script), run_name="__main__")
+    # nobody leaves while others still talk
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def sum_gradients(model: torch.nn.Module) -> None:

@@ -1,0 +1,58 @@
+"""Every example trains, with the same losses on any number of ranks."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import run_script_on_ranks
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def losses(ranks: int, example: str, *arguments: str) -> list[float]:
+    before = "megatron_on_cpu" if example == "megatron_gpt" else None
+    said = run_script_on_ranks(ranks, EXAMPLES / f"{example}.py", *arguments, before=before)
+    return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)$", said[0], re.M)]
+
+
+RUNS = {
+    # (example, its arguments for one process, [(ranks, further arguments)], tolerance)
+    "fsdp2 in float64": ("fsdp2", ["--dtype", "float64"], [(2, []), (4, []), (4, ["--replicas", "2"])], 1e-9),
+    "hf_trainer": ("hf_trainer", [], [(2, []), (4, [])], 1e-4),
+    # transformers logs losses in fp32
+    "hf_trainer in float64": ("hf_trainer", ["--dtype", "float64"], [(2, [])], 3e-7),
+    "deepspeed_zero": ("deepspeed_zero", ["--stage", "1"], [(2, ["--stage", "3"]), (4, ["--stage", "2"])], 1e-4),
+    "megatron_gpt": ("megatron_gpt", [], [(2, []), (4, []), (4, ["--tp", "2"]), (4, ["--pp", "2"])], 1e-4),
+}
+NEEDS = {"deepspeed_zero": "deepspeed", "megatron_gpt": "megatron.core", "hf_trainer": "accelerate"}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_losses_are_those_of_one_process_over_20_steps(run):
+    example, arguments, others, tolerance = RUNS[run]
+    if example in NEEDS:
+        pytest.importorskip(NEEDS[example], reason=f"{NEEDS[example]} is not installed")
+    wanted = losses(1, example, *arguments)
+    assert len(wanted) == 20 and wanted[-1] < wanted[0] - 1
+    for ranks, further in others:
+        got = losses(ranks, example, *arguments, *further)
+        assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, (ranks, further)
+
+
+def test_examples_are_short_and_start_with_torchrun():
+    for file in EXAMPLES.glob("*.py"):
+        assert len(file.read_text().splitlines()) <= 60, file
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "fsdp2.py"), "--steps", "2"],
+        cwd=EXAMPLES.parent,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^step 2 loss \d", done.stdout, re.M)
