@@ -17,6 +17,8 @@ commands:
       measure this machine for plan --cluster FILE.toml; distattn calibrate --help
   launch {local,slurm} CONFIG, launch {status,logs,cancel} RUN
       start a run on this machine or on Slurm, and look after it; distattn launch --help
+  doctor [SCRIPT.py | MODEL] [--ranks N]
+      check this machine, and whether a model computes on several ranks what it does on one; distattn doctor --help
   plan CONFIG | --docs LENGTHS --cluster h200-8x8
       plan one attention call with every strategy and time it on a described cluster (simulated)
 
@@ -57,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from distattn.launch import calibrate
 
             return calibrate.main(rest)
-        known = "train, plan, calibrate and launch"
+        if command == "doctor":
+            from distattn.launch import doctor
+
+            return doctor.main(rest)
+        known = "train, plan, calibrate, doctor and launch"
         raise DistattnError(f"there is no command {command!r}; there are {known}. See distattn --help.")
     except DistattnError as error:
         for line in str(error).splitlines():
