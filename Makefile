@@ -5,8 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 TORCH_INDEX ?=
+# DeepSpeed compiles nothing when it is installed
+export DS_BUILD_OPS := 0
 
-.PHONY: demo test check bench bench-rivals bench-disaggregation bench-gpu check-cluster lint-kernels triton-3.6 clean
+.PHONY: demo test check bench bench-rivals bench-adapters bench-disaggregation bench-gpu check-cluster lint-kernels triton-3.6 clean
 
 demo: $(VENV)/.train
 	$(BIN)/distattn train configs/tiny.toml $(ARGS)
@@ -23,9 +25,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/host_time.py
 
-# DeepSpeed is optional: .venv/bin/pip install deepspeed
 bench-rivals: $(VENV)/.dev
 	$(BIN)/python benchmarks/rivals.py --out benchmarks/results/rivals.jsonl
+
+bench-adapters: $(VENV)/.dev
+	$(BIN)/python benchmarks/adapter_overhead.py --out benchmarks/results/adapters.jsonl
 
 # simulated; LENGTHS=FILE.json, a list of document lengths. mtkahypar is optional: .venv/bin/pip install mtkahypar
 bench-disaggregation: $(VENV)/.dev

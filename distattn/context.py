@@ -73,10 +73,11 @@ class ContextParallel(Planner):
         """This rank's part of a batch that every rank of the group holds whole.
 
         batch: `input_ids` (B, S), optional `labels` of the same shape (each token its own label, -100 where none; the
-        ids by default). What attends to what is said by one of: nothing, every row is a document; `document_lengths`, whole
-        numbers that add up to B * S; `position_ids` (1 or B, S), which begin anew at 0 with each document, as packing
-        collators make them; `attention_mask` (B, S), whose zeros are padding before or after a row's tokens. Padding is
-        left out. Rows are laid end to end on one axis. Other keys are refused.
+        ids by default) or `shift_labels` (each token its successor's already, as is). What attends to what is said by one
+        of: nothing, every row is a document; `document_lengths`, whole numbers that add up to B * S; `position_ids` (1 or B,
+        S), which begin anew at 0 with each document, as packing collators make them; `attention_mask` (B, S), whose zeros are
+        padding before or after a row's tokens. Padding is left out. Rows are laid end to end on one axis. Other keys are
+        refused.
 
         Returns `input_ids`, `position_ids` (1, T), `labels` (1, T) shifted so that each token has its successor's
         label, `loss_scale` (multiply the *sum* of this rank's token losses by it: 1 / valid labels of the loss group,

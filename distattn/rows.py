@@ -19,7 +19,7 @@ from distattn.layout import LAYOUTS, Layout
 from distattn.mask import Mask
 
 IGNORE_INDEX = -100
-_KEYS = ("input_ids", "labels", "document_lengths", "position_ids", "attention_mask")
+_KEYS = ("input_ids", "labels", "shift_labels", "document_lengths", "position_ids", "attention_mask")
 
 
 class Rows(NamedTuple):
@@ -34,15 +34,17 @@ class Rows(NamedTuple):
         """From a mapping as `ContextParallel.shard` takes it."""
         if unknown := batch.keys() - _KEYS:
             raise DistattnError(f"batch has {', '.join(sorted(unknown))}; shard knows {', '.join(_KEYS)}.")
-        ids = batch["input_ids"]
-        labels = batch.get("labels", ids)
+        ids, shifted = batch["input_ids"], batch.get("shift_labels")
+        labels = batch.get("labels", ids) if shifted is None else shifted
         if ids.dim() != 2 or labels.shape != ids.shape:
             raise DistattnError(
                 f"input_ids and labels are (batch, tokens) alike, not {tuple(ids.shape)}, {tuple(labels.shape)}."
             )
         kept, lengths = _documents(batch, ids)
         ids, labels = (ids[kept], labels[kept]) if kept is not None else (ids.reshape(-1), labels.reshape(-1))
-        return Rows(ids, Layout.contiguous(lengths, 1).shift_labels(labels, ignore_index=IGNORE_INDEX), lengths)
+        if shifted is None:
+            labels = Layout.contiguous(lengths, 1).shift_labels(labels, ignore_index=IGNORE_INDEX)
+        return Rows(ids, labels, lengths)
 
     @property
     def labels(self) -> int:

@@ -39,6 +39,13 @@ def test_rows_of_a_batch_are_documents_and_given_labels_count():
     assert local["loss_scale"] == 1 / 3
 
 
+def test_labels_that_are_shifted_already_stay_as_they_are():
+    cp = da.ContextParallel(strategy="ring")
+    ids, shifted = torch.tensor([[5, 6, 7]]), torch.tensor([[6, -100, 9]])
+    local = cp.shard({"input_ids": ids, "shift_labels": shifted})
+    assert torch.equal(local["labels"], shifted) and local["loss_scale"] == 0.5
+
+
 def test_padding_is_left_out_and_packed_positions_say_the_documents():
     cp = da.ContextParallel(strategy="ring")
     ids = torch.arange(1, 9).reshape(2, 4)

@@ -107,7 +107,8 @@ def attention_forward(
             f"{where}{key.shape[2]} keys for {query.shape[2]} queries: generation with a key/value cache is not computed; "
             "generate inside huggingface.one_process(model)."
         )
-    q_THD, k_TKD, v_TKE = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    # squeezing costs nothing backward, taking row 0 a copy
+    q_THD, k_TKD, v_TKE = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
     how: dict[str, Any] = dict(window=sliding_window, layer=layer, softcap=softcap or 0.0, sink=s_aux)
     return context_parallel.attention(q_THD, k_TKD, v_TKE, scaling, **how)[None], None
 

@@ -1,0 +1,203 @@
+"""What adapters cost beside kernels and transfers: microseconds a layer, and the share of a step of the tiny model.
+
+    python benchmarks/adapter_overhead.py
+
+One process, so nothing is transferred, and a kernel that returns at once. Each layer call is forward and backward; the
+operators alone, on tensors that are laid out as they want them, are what an adapter's calls are compared with. Short: 64
+tokens, where only host time counts; long: a rank's 2,048 tokens of configs/tiny.toml, where copies count too. The aims are
+200 microseconds a layer and 2 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from harness import Cell, compare, table, write
+from host_time import InstantKernel
+
+import distattn as da
+from distattn import config as configuration
+from distattn.adapters import huggingface
+from distattn.adapters.pytorch import local_loss
+from distattn.train import build_model
+
+ROOT = Path(__file__).parents[1]
+AIM_LAYER, AIM_STEP = 200, 0.02
+# calls of one timing, so that the clock does not count
+CALLS = 50
+
+
+class Instant(da.ContextParallel):
+    """Whose kernel returns at once."""
+
+    def watch(self, batch: Any, plan: Any, shape: Any) -> Any:
+        return InstantWatch()
+
+
+class InstantWatch:
+    """See `distattn.programs.Watch`."""
+
+    alternates = False
+
+    def prepares(self) -> None: ...
+
+    def begins(self, direction: str, score: Any) -> None: ...
+
+    def kernel(self, kernel: Any) -> Any:
+        return InstantKernel
+
+
+def main() -> None:
+    """Print the table; --out appends the rows to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repeats", type=int, default=31)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        config = configuration.load(str(ROOT / "configs/tiny.toml"))
+        cells: list[Cell] = []
+        layers = {}
+        for name, tokens in {"short": 64, "long": config.data.axis // 4}.items():
+            cells += of_layer(
+                f"{name}: a layer of {tokens} tokens, forward and backward", tokens, config, given.repeats
+            )
+            medians = {cell.contestant: cell.median or 0.0 for cell in cells[-3:]}
+            layers[name] = medians["transformers"] - medians["operators"]
+        step, shard = of_step(config)
+        share = (layers["long"] * config.model.layers + shard) / step
+        sys.stdout.write(table(cells) + "\n\n")
+        sys.stdout.write(f"transformers beyond the operators: {layers['short'] * 1e6:.0f} us a short layer, ")
+        sys.stdout.write(f"{layers['long'] * 1e6:.0f} us a long one (aim {AIM_LAYER})\n")
+        sys.stdout.write(f"a step of the tiny model on {config.data.axis // 4} tokens: {step * 1e3:.0f} ms; sharding ")
+        sys.stdout.write(
+            f"{shard * 1e6:.0f} us; {config.model.layers} layers and sharding: {share:.2%} (aim {AIM_STEP:.0%})\n"
+        )
+        if given.out:
+            write(given.out, cells, step_seconds=step, shard_seconds=shard, share_of_step=share)
+        dist.destroy_process_group()
+
+
+def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
+    """Adapters beside the operators, on the same numbers."""
+    shape = config.model
+    heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.width // shape.heads
+    cp = Instant(dist.group.WORLD, strategy="ring", kernel="cpu")
+    batch = cp.shard({"input_ids": torch.zeros(1, tokens, dtype=torch.int64)})["context_parallel"]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(tokens, number, dim, generator=generator) for number in (heads, kv_heads, kv_heads))
+
+    def operators():  # noqa: ANN202
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        ready = batch.ready(batch_shape(*inputs), torch.device("cpu"))
+
+        def call() -> torch.Tensor:
+            o, _, _ = torch.ops.distattn.forward(*inputs, None, None, ready.handle, ready.kept, dim**-0.5, 0.0)
+            torch.autograd.grad(o, inputs, o.detach())
+            return o
+
+        return repeated(call)
+
+    def transformers():  # noqa: ANN202
+        # as models have them: (1, heads, tokens, dim), a view of (1, tokens, heads, dim)
+        inputs = [x.clone()[None].requires_grad_() for x in (q, k, v)]
+        module = torch.nn.Module()
+        module.layer_idx = 0
+        mask = huggingface.Pattern(None)
+
+        def call() -> torch.Tensor:
+            given = (x.transpose(1, 2) for x in inputs)
+            o, _ = huggingface.attention_forward(module, *given, mask, scaling=dim**-0.5, context_parallel=batch)
+            torch.autograd.grad(o, inputs, o.detach())
+            return o[0]
+
+        return repeated(call)
+
+    def megatron():  # noqa: ANN202
+        core = megatron_core(shape, batch)
+        inputs = [x.clone()[:, None].requires_grad_() for x in (q, k, v)]
+
+        def call() -> torch.Tensor:
+            o = core(*inputs, None)
+            torch.autograd.grad(o, inputs, o.detach())
+            return o.view(tokens, heads, dim)
+
+        return repeated(call)
+
+    contestants = {"operators": operators, "transformers": transformers}
+    if importlib.util.find_spec("megatron") is not None:
+        contestants["megatron-core"] = megatron
+    # that adapters compute the right thing is for the tests
+    check = lambda o: "" if o.shape == q.shape else "another result"  # noqa: E731
+    return compare(case, contestants, check, repeats=repeats, warmup=3)
+
+
+def batch_shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    """Of one layer's call."""
+    from distattn.batches import Shape
+
+    return Shape.of(q, k, v)
+
+
+def repeated(call: Any) -> Any:
+    """So many calls at once; the result of the last."""
+
+    def calls() -> Any:
+        for _ in range(CALLS):
+            result = call()
+        return result.detach()
+
+    calls.calls = CALLS
+    return calls
+
+
+def megatron_core(shape: Any, batch: Any) -> Any:
+    """Megatron's core attention of ours."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from distattn.adapters.megatron import CoreAttention
+    from distattn.adapters.megatron_batches import OwnBatches
+
+    sizes = dict(
+        num_layers=1, hidden_size=shape.width, num_attention_heads=shape.heads, num_query_groups=shape.kv_heads
+    )
+    config = TransformerConfig(**sizes, attention_dropout=0.0)
+    groups = ProcessGroupCollection(cp=dist.group.WORLD, tp=dist.group.WORLD)
+    own = OwnBatches({"strategy": "ring", "kernel": "cpu"})
+    own.batch = lambda *given: batch
+    return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups, own=own)
+
+
+def of_step(config: Any) -> tuple[float, float]:
+    """(seconds of a step of the tiny model, of sharding its batch), medians. Loss and backward, without the optimizer."""
+    model = build_model(config, huggingface.NAME)
+    cp = da.ContextParallel(dist.group.WORLD, strategy="ring", kernel="cpu")
+    whole = {"input_ids": torch.zeros(1, config.data.axis // 4, dtype=torch.int64)}
+    steps, shards = [], []
+    for _ in range(7):
+        began = time.perf_counter()
+        batch = cp.shard(whole)
+        sharded = time.perf_counter()
+        local_loss(model, batch).backward()
+        steps.append(time.perf_counter() - began)
+        shards.append(sharded - began)
+    # the first ones plan and warm up
+    return statistics.median(steps[2:]), statistics.median(shards[2:])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
