@@ -82,6 +82,7 @@ def test_records_and_tables_hold_every_cell(cells, tmp_path):
     [
         ("planning.py", ["--tokens", "20000", "--documents", "20", "--ranks", "4"], ["balanced", "double_ring", "usp"]),
         ("host_time.py", ["--tokens", "256", "--ranks", "4"], ["us_per_step", "double_ring"]),
+        ("adapter_overhead.py", ["--repeats", "2"], ["transformers beyond the operators", "aim 2%"]),
         ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),
     ],
 )

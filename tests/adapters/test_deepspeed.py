@@ -82,6 +82,49 @@ def test_gradients_are_those_of_one_process_in_every_stage(stage, degree):
             assert abs(small.norm_ratio(gradients, wanted) - 1) < 1e-4, factor
 
 
+def _stepped(rank: int, stage: int, config: dict):
+    """(Gradient norm as DeepSpeed says, parameters) after a clipped step; offloaded where it can be."""
+    _start(rank)
+    cp = da.ContextParallel(groups(rank, 2), loss_group=dist.group.WORLD, strategy="ring", layout="document_zigzag")
+    dtype = torch.bfloat16 if "bf16" in config else torch.float32
+    engine = engine_of(cp, stage, 2, dtype, gradient_clipping=0.5, **config)
+    cp.loss_scale(Engine(engine))
+    take_step(cp, engine, rank, 2, 2)
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+        parameters = [parameter.detach().float().clone() for parameter in engine.module.parameters()]
+    return engine.get_global_grad_norm(), parameters
+
+
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "config"),
+    [
+        (0, {}),
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (2, OFFLOAD),
+        (1, {"bf16": {"enabled": True}}),
+        (3, {"bf16": {"enabled": True}}),
+    ],
+    ids=["0", "1", "2", "3", "offload", "bf16 1", "bf16 3"],
+)
+def test_a_clipped_step_is_that_of_one_process(stage, config):
+    model = small.build(torch.float32)
+    _, gradients = small.in_one_process(model, [batch for replica in range(2) for batch in small.step(replica, 2)])
+    norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+    assert norm > 0.5
+    coarse = "bf16" in config
+    for got_norm, parameters in run_on_ranks(4, _stepped, stage, config):
+        if got_norm is not None:
+            assert float(got_norm) == pytest.approx(norm, rel=2e-2 if coarse else 1e-4)
+        for got, parameter, gradient in zip(parameters, model.parameters(), gradients, strict=True):
+            wanted = parameter.detach() - 0.1 * 0.5 / norm * gradient
+            assert (got - wanted).abs().max() < (5e-3 if coarse else 1e-5)
+
+
 VARIANTS = {
     "fp32, clipped": dict(gradient_clipping=0.01),
     "bf16": dict(bf16={"enabled": True}),

@@ -97,6 +97,14 @@ def test_the_curve_is_that_of_one_process(tmp_path, one_process, ranks, degree, 
         assert got_evaluated == pytest.approx(evaluated, rel=1e-2)
 
 
+def test_fsdp2_under_the_trainer_has_the_same_curve(tmp_path, one_process):
+    wrap = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True}
+    changes = {"fsdp": "full_shard auto_wrap", "fsdp_config": wrap}
+    for curve, norms, _ in run_on_ranks(2, _train, tmp_path, 2, 2, changes):
+        assert curve == pytest.approx(one_process[0], rel=1e-4)
+        assert norms == pytest.approx(one_process[1], rel=1e-4)
+
+
 def test_deepspeed_under_the_trainer_has_the_same_curve(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     settings = {

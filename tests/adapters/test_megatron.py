@@ -18,6 +18,7 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
@@ -199,6 +200,28 @@ def _own_batches(rank: int, cp: int, kind: str, changes: dict, spec_kind: str = 
     return total, [parameter.grad for parameter in model.parameters()]
 
 
+def _alone(rank: int):
+    """Ranks of a context-parallel group, each with a batch of its own for once."""
+    start(cp=2)
+    alone = [dist.new_group([other]) for other in range(2)][rank]
+    packed = PackedSeqParams("sbhd", max_seqlen_q=20, max_seqlen_kv=20, local_cp_size=1, cp_group=alone)
+    ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(1))
+    return build(config_of(cp=2))(ids, None, None, packed_seq_params=packed).detach()
+
+
+def _whole(rank: int):
+    start()
+    ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).triu(1)
+    return build(config_of(), get_gpt_layer_local_spec(normalization="RMSNorm"))(ids, None, mask).detach()
+
+
+def test_a_batch_may_have_a_group_of_its_own():
+    (wanted,) = run_on_ranks(1, _whole)
+    for got in run_on_ranks(2, _alone):
+        assert (got - wanted).abs().max() < 1e-5
+
+
 def same(got, wanted) -> None:
     for loss, gradients in got:
         assert abs(loss / wanted[0] - 1) < 1e-5
@@ -311,13 +334,25 @@ def _untouched(rank: int, distributed_optimizer: bool) -> bool:
     model = megatron.with_layouts(build(config))
     chunk = wrapped(config, model, distributed_optimizer)
     ours = context_parallel()
+    settings = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=distributed_optimizer)
+    optimizer = get_megatron_optimizer(settings, [chunk], use_gloo_process_groups=False)
+    for _ in range(2):
+        chunk.zero_grad_buffer()
+        schedule(chunk, config, ours.shard_step(small.step(0, 2)))
+        optimizer.step()
+    chunk.zero_grad_buffer()
     schedule(chunk, config, ours.shard_step(small.step(0, 2)))
-    # in the middle of a step, gradients reduced but not used
-    before = [tensor.clone() for tensor in (*model.parameters(), *(buffer.grad_data for buffer in chunk.buffers))]
-    numbers = torch.get_rng_state()
+
+    def state() -> list[torch.Tensor]:
+        # gradients are reduced, but not used yet
+        moments = [x for one in optimizer.chained_optimizers for s in one.optimizer.state.values() for x in s.values()]
+        buffers = [buffer.grad_data for buffer in chunk.buffers]
+        return [x.detach().clone() for x in (*model.parameters(), *buffers, *moments) if isinstance(x, torch.Tensor)]
+
+    before, numbers = state(), torch.get_rng_state()
     ours.loss_scale(megatron.Chunks([chunk], 2))
-    after = [*model.parameters(), *(buffer.grad_data for buffer in chunk.buffers)]
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert len(before) > 2 * len(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(state(), before, strict=True))
     return torch.equal(torch.get_rng_state(), numbers)
 
 
