@@ -23,10 +23,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from distattn.adapters.pytorch import whole
 from distattn.batches import ShardedBatch
 from distattn.errors import DistattnError
 from distattn.rows import IGNORE_INDEX, Rows
-from distattn.subject import Subject
+from distattn.subject import Subject, unwrapped
 
 
 class Truth(NamedTuple):
@@ -81,9 +82,11 @@ def examine(subject: Subject) -> dict[str, Any]:
         cp = subject.context_parallel()
         model = subject.model()
         batch = subject.batch(model)
-        found["weights"] = _digest([p.detach() for p in model.parameters()])
+        inner = unwrapped(model)
+        found["state"] = {name: whole(value.detach()).cpu().clone() for name, value in inner.state_dict().items()}
+        found["weights"] = _digest(list(found["state"].values()))
+        subject.prepare(cp, model)
         found["batch"] = _digest([batch[name] for name in sorted(batch) if isinstance(batch[name], Tensor)])
-        found["state"] = {name: value.detach().cpu() for name, value in model.state_dict().items()}
         part = subject.shard(cp, batch)
         found |= {name: part[name].cpu() for name in ("input_ids", "labels", "position_ids") if name in part}
         sharded = part.get("context_parallel")
@@ -91,11 +94,12 @@ def examine(subject: Subject) -> dict[str, Any]:
         found["tokens"] = torch.from_numpy(cp.axis(lengths)[1].tokens(cp.rank).copy())
         with torch.no_grad():
             before = subject.forward(model, part)
-        with recorded(model) as found["outputs"]:
+        with recorded(inner) as found["outputs"]:
             logits = subject.forward(model, part)
         found["random"] = float((logits - before).detach().abs().max())
         loss = subject.loss(logits, part)
-        found |= {"logits": logits[0].detach().cpu(), "loss": loss.detach().double().cpu()}
+        share = loss.detach().double().cpu() / cp.loss_scale()
+        found |= {"logits": logits[0].detach().cpu(), "loss": share}
         subject.backward(model, loss)
         found["gradients"] = {name: gradient.cpu() for name, gradient in subject.gradients(model).items()}
     except DistattnError as refusal:

@@ -29,9 +29,11 @@ _MOST_PARAMETERS = 300_000_000
 SCRIPT = """A script for the doctor is a Python file with these functions; all but the first have defaults, written for models of
 transformers with attn_implementation="distattn":
 
-  model() -> torch.nn.Module                  with the same weights on every rank
+  model() -> torch.nn.Module                  with the same weights on every rank; on ranks (where torch.distributed is
+                                              initialized) it may be wrapped: fully_shard, DDP, a DeepSpeed engine
   batch() -> dict                             as ContextParallel.shard takes it, the same on every rank
   context_parallel() -> ContextParallel       over the default process group
+  prepare(cp, model)                          cp.loss_scale(trainer), say; nothing by default
   shard(cp, batch) -> dict                    this rank's part
   forward(model, part) -> logits (1, T, V)
   loss(logits, part) -> Tensor                this rank's share: shares add up to the loss
@@ -72,7 +74,7 @@ class Subject:
         """What every rank holds."""
         if hasattr(self._script, "batch"):
             return self._script.batch()  # type: ignore[union-attr]
-        vocabulary = pytorch.output_layer_of(model).weight.shape[0]  # type: ignore[union-attr,index]
+        vocabulary = pytorch.output_layer_of(unwrapped(model)).weight.shape[0]  # type: ignore[union-attr,index]
         ids = torch.randint(0, int(vocabulary), (1, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0))  # type: ignore[call-overload]
         labels = ids.clone()
         labels[:, :20] = IGNORE_INDEX
@@ -81,6 +83,10 @@ class Subject:
     def context_parallel(self) -> ContextParallel:
         """Of this rank."""
         return self._or("context_parallel", lambda: ContextParallel(strategy="ring", kernel=kernel_here()))()
+
+    def prepare(self, cp: ContextParallel, model: torch.nn.Module) -> None:
+        """Before the first batch."""
+        self._or("prepare", lambda cp, model: None)(cp, model)
 
     def shard(self, cp: ContextParallel, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part."""
@@ -136,7 +142,15 @@ def _backward(model: torch.nn.Module, loss: Tensor) -> None:
 
 
 def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: pytorch.whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    named = unwrapped(model).named_parameters()
+    return {name: pytorch.whole(p.grad).clone() for name, p in named if p.grad is not None}
+
+
+def unwrapped(model: Any) -> torch.nn.Module:
+    """The module inside DDP or an engine."""
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module
+    return model
 
 
 def _reference(model: Any, ids: Tensor) -> Tensor:

@@ -97,7 +97,13 @@ def compare(subject: Subject, found: Sequence[dict[str, Any]]) -> Diagnosis:
 
     model = subject.model()
     if "state" in found[0]:
-        model.load_state_dict(found[0]["state"])
+        try:
+            model.load_state_dict(found[0]["state"])
+        except RuntimeError as error:
+            raise DistattnError(
+                f"doctor: the ranks' weights do not fit model() in one process ({str(error).splitlines()[0]}); there it has to "
+                "return the plain module, and parameters that are partitioned (ZeRO stage 3) cannot be compared."
+            ) from None
 
     def imagine(positions_N: torch.Tensor, imagined: Imagined) -> torch.Tensor:
         ids = truth.rows.ids_N[None]

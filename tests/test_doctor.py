@@ -242,8 +242,28 @@ def loss(logits, part):
     dist.all_reduce(whole)
     return share + (whole - share).detach()
 """,
-    "gradients that are reduced when asked for": """
+    "sharded parameters": """
 from torch.distributed.device_mesh import init_device_mesh
+def model():
+    found = build()
+    if dist.is_initialized():
+        pytorch.shard_parameters(found, init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",)))
+    return found
+def prepare(cp, model):
+    cp.loss_scale(pytorch.Loop(model))
+def backward(model, loss):
+    loss.backward()
+""",
+    "DDP": """
+def model():
+    found = build()
+    return torch.nn.parallel.DistributedDataParallel(found) if dist.is_initialized() else found
+def prepare(cp, model):
+    assert cp.loss_scale(pytorch.Loop(model)) == dist.get_world_size()
+def backward(model, loss):
+    loss.backward()
+""",
+    "gradients that are reduced when asked for": """
 def backward(model, loss):
     loss.backward()
 def context_parallel():

@@ -181,3 +181,17 @@ def test_sinks_soft_caps_and_windows_reach_the_call():
     parts = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
     wanted = da.attention(*parts, plan, scale=0.5, softcap=2.0, sink=sink, kernel="reference")
     assert torch.equal(got[0], wanted)
+
+
+def _checkpointed(rank: int, checkpointed: bool):
+    model = build("gemma3").train()
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    cp = da.ContextParallel(strategy="ring", kernel="reference", layers=HYBRID)
+    local_loss(model, cp.shard({"input_ids": token_ids(), "document_lengths": LENGTHS})).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def test_activation_checkpointing_changes_nothing():
+    for got, wanted in zip(run_on_ranks(2, _checkpointed, True), run_on_ranks(2, _checkpointed, False), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
