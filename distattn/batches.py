@@ -138,11 +138,15 @@ class ShardedBatch:
     """The axis one batch was laid out on: what attention layers need of it. Travels with the batch, not with the model.
 
     Plans and programs for the shapes that earlier batches asked for are made on a thread, from the moment it exists.
+    positions: of this rank's tokens (1, T), where models are to be held to them.
     """
+
+    positions: Tensor | None = None
 
     def __init__(self, parent: Planner, axis: Axis, number: int, proven: bool):
         self.parent, self.axis, self.number, self.proven = parent, axis, number, proven
         self._prepared: dict[tuple[Shape, torch.device], Prepared] = {}
+        self._checked: Tensor | None = None
         self._plans = {need: parent.worker.submit(self._lowered, *need) for need in parent.known_needs()}
 
     def attention(
@@ -169,6 +173,18 @@ class ShardedBatch:
         # padding attends to nothing, but others may need the help of a rank that has nothing else
         o_THE = attention(q_THD[:tokens], k_TKD[:tokens], v_TKE[:tokens], ready, scale=scale, **modifiers)
         return F.pad(o_THE, (0, 0, 0, 0, 0, padding))
+
+    def check_positions(self, given: Tensor) -> None:
+        """Refuse positions (1, T) that a model has made itself: rotary embeddings would be those of other tokens."""
+        known = self.positions
+        if known is None or given is known or given is self._checked:
+            return
+        if given.shape != known.shape or not torch.equal(given.to(known.device), known):
+            raise DistattnError(
+                "the model counts positions itself, and would give this rank's tokens those of others: call it with "
+                'position_ids=batch["position_ids"].'
+            )
+        self._checked = given
 
     def plan(self, *shape: Any) -> Plan:
         """The plan of this batch for one shape of call, given as the fields of `Shape`; layers of the same shape share it."""

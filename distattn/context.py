@@ -93,12 +93,13 @@ class ContextParallel(Planner):
         With a loss group larger than the group all its ranks call this together, with equally many micro-batches.
         """
         rows = [Rows.of(batch) for batch in micro_batches]
-        parts = [own.part(self.axis(own.lengths)[1], self.rank, self.pad_to) for own in rows]
+        parts: list[dict[str, Any]] = [own.part(self.axis(own.lengths)[1], self.rank, self.pad_to) for own in rows]
         scale = self._scale(rows, parts)
-        return [
-            {**part, "loss_scale": scale, "context_parallel": self.batch(Axis(own.lengths))}
-            for own, part in zip(rows, parts, strict=True)
-        ]
+        batches = [self.batch(Axis(own.lengths)) for own in rows]
+        for batch, part in zip(batches, parts, strict=True):
+            batch.positions = part["position_ids"]
+            part |= {"loss_scale": scale, "context_parallel": batch}
+        return parts
 
     def loss_scale(self, trainer: Trainer | None = None) -> float:
         """The factor by which this trainer's losses are to be multiplied, so that its gradients are sums over ranks.
@@ -126,5 +127,11 @@ class ContextParallel(Planner):
         # each rank's own tokens: replicas of the whole batch are counted once
         valid = sum((part["labels"] != IGNORE_INDEX).sum() for part in parts)
         assert isinstance(valid, torch.Tensor)
-        dist.all_reduce(valid, group=self.loss_group)
-        return self._factor / valid.clamp(min=1).double()
+        told = spoken(valid, self.loss_group)
+        dist.all_reduce(told, group=self.loss_group)
+        return self._factor / told.to(valid.device).clamp(min=1).double()
+
+
+def spoken(number: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The number on a device that the group's backend can send from: NCCL sends from GPUs only."""
+    return number.cuda() if dist.get_backend(group) == "nccl" else number

@@ -22,6 +22,9 @@ class Imagined:
     def __init__(self, allowed_NN: Tensor, forgotten: Collection[str] = ()):
         self.allowed_NN, self.forgotten = allowed_NN, forgotten
 
+    def check_positions(self, given: Tensor) -> None:
+        """They may be wrong on purpose."""
+
     def attention(
         self, q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, scale: float | None = None, **asked: Any
     ) -> Tensor:

@@ -214,6 +214,9 @@ class _Pooled:
     def __init__(self, pipeline: Pipeline):
         self.pipeline = pipeline
 
+    def check_positions(self, given: Tensor) -> None:
+        """Those of the micro-batch are the caller's."""
+
     def attention(
         self,
         q_THD: Tensor,

@@ -92,7 +92,7 @@ def probe(cp: ContextParallel, trainer: Trainer) -> Reduction | None:
     layer, rows = trainer.output_layer(), trainer.rows()
     if rows <= ranks:
         raise DistattnError(f"the output layer has {rows} rows; to tell {ranks} ranks apart more are needed.")
-    batch = _batch(cp, ranks, rows)
+    batch = _batch(cp, ranks, rows, layer)
     seen: dict[str, Tensor] = {}
     hook = None if layer is None else layer.register_forward_hook(lambda _, given, out: _record(seen, given, out))
 
@@ -140,13 +140,12 @@ def probe(cp: ContextParallel, trainer: Trainer) -> Reduction | None:
     return Reduction(tuple(everyone_RR.mean(0).tolist()))
 
 
-def _batch(cp: ContextParallel, ranks: int, rows: int) -> dict[str, Any]:
+def _batch(cp: ContextParallel, ranks: int, rows: int, layer: torch.nn.Module | None) -> dict[str, Any]:
     """Two tokens a rank. Where output and input share weights, the input's gradient stays off the rows that are read."""
-    device = next((device for _, device in cp.known_needs()), None)
+    weight = getattr(layer, "weight", None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if weight is None else weight.device
     ids_N = ranks + torch.arange(2 * cp.ranks) % (rows - ranks)
-    if device is None and torch.cuda.is_available() and cp.group is not None and dist.get_backend(cp.group) == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
-    batch = cp.shard({"input_ids": ids_N[None].to(device or "cpu")})
+    batch = cp.shard({"input_ids": ids_N[None].to(device)})
     # nor does the padding token of a rank without tokens
     return {**batch, "input_ids": batch["input_ids"].clamp(min=ranks)}
 

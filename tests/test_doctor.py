@@ -65,6 +65,8 @@ def sum_gradients(model):
 """
 MISTAKES = {
     "positions not sharded": """
+def model():
+    return build(attention=careless("no positions", {"position_ids": None}))
 def forward(model, part):
     local = torch.arange(part["input_ids"].shape[1])[None]
     return pytorch.forward(model, {**part, "position_ids": local})

@@ -23,7 +23,7 @@ from transformers import Trainer
 
 from distattn.adapters.huggingface import one_process
 from distattn.adapters.pytorch import Loop, local_loss, output_layer_of
-from distattn.context import ContextParallel
+from distattn.context import ContextParallel, spoken
 from distattn.errors import DistattnError
 
 
@@ -127,9 +127,7 @@ def replica_of(cp: ContextParallel) -> int:
     if cp.group is None or cp.loss_group is None or cp.group is cp.loss_group:
         return 0
     # groups may be any ranks; they are numbered by their first
-    first = torch.tensor([dist.get_process_group_ranks(cp.group)[0]])
-    if dist.get_backend(cp.loss_group) == "nccl":
-        first = first.cuda()
+    first = spoken(torch.tensor([dist.get_process_group_ranks(cp.group)[0]]), cp.loss_group)
     everyone = [torch.empty_like(first) for _ in range(dist.get_world_size(cp.loss_group))]
     dist.all_gather(everyone, first, group=cp.loss_group)
     firsts = sorted({int(one) for one in everyone})

@@ -69,6 +69,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
     context_parallel: ShardedBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -84,6 +85,8 @@ def attention_forward(
             f'{where}attn_implementation="distattn" needs the sharded batch: call the model with '
             'context_parallel=batch["context_parallel"]; evaluate whole batches inside huggingface.one_process(model).'
         )
+    if position_ids is not None:
+        context_parallel.check_positions(position_ids)
     if attention_mask is not None and not isinstance(attention_mask, Pattern):
         raise DistattnError(
             f"{where}an attention mask was passed; give document_lengths to ContextParallel.shard instead."

@@ -145,6 +145,16 @@ def test_the_adapter_refuses_by_name_what_it_would_get_wrong():
         call(None, context_parallel=sharded)
 
 
+def test_positions_that_a_model_makes_itself_are_refused():
+    model = build("llama")
+    batch = da.ContextParallel(strategy="ring").shard({"input_ids": token_ids(), "document_lengths": LENGTHS})
+    given = huggingface.inputs(batch)
+    model(**{**given, "position_ids": batch["position_ids"].clone()})
+    for wrong in (None, torch.arange(sum(LENGTHS))[None]):
+        with pytest.raises(da.DistattnError, match="counts positions itself"):
+            model(**{**given, "position_ids": wrong})
+
+
 CHUNKED = dict(attention_chunk_size=2, num_local_experts=1, layer_types=["chunked_attention"] * 2)
 MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
 
