@@ -147,6 +147,8 @@ class ShardedBatch:
         self.parent, self.axis, self.number, self.proven = parent, axis, number, proven
         self._prepared: dict[tuple[Shape, torch.device], Prepared] = {}
         self._checked: Tensor | None = None
+        # whether any layer has asked for attention
+        self.asked = False
         self._plans = {need: parent.worker.submit(self._lowered, *need) for need in parent.known_needs()}
 
     def attention(
@@ -164,6 +166,7 @@ class ShardedBatch:
 
         window: each token sees the last so many of its document, itself among them. layer: the layer's number in the model.
         """
+        self.asked = True
         way = self.parent.ways.of(layer, window)
         ready = self.ready(Shape.of(q_THD, k_TKD, v_TKE, window, way), q_THD.device)
         tokens = ready.lowered.program.tokens

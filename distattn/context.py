@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from distattn.reduction import Reduction, Trainer
 
 
+# of so many steps the ranks compare the tokens of one, the first in any case
+_COMPARED = 100
+
+
 class ContextParallel(Planner):
     """Splits every batch over the ranks of a process group, by one strategy and layout.
 
@@ -68,6 +72,7 @@ class ContextParallel(Planner):
         self.loss_group = self.group if loss_group is None else loss_group
         # by which a trainer's losses are to be multiplied, so that its gradients are sums over ranks
         self._factor = 1.0
+        self._steps = 0
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch that every rank of the group holds whole.
@@ -90,9 +95,12 @@ class ContextParallel(Planner):
     def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """`shard` for all micro-batches of one optimizer step: losses are scaled by the valid labels of all of them.
 
-        With a loss group larger than the group all its ranks call this together, with equally many micro-batches.
+        All ranks of the loss group call this together. Ranks of the group compare the tokens of every hundredth step.
         """
         rows = [Rows.of(batch) for batch in micro_batches]
+        if self._steps % _COMPARED == 0:
+            self._compare(rows)
+        self._steps += 1
         parts: list[dict[str, Any]] = [own.part(self.axis(own.lengths)[1], self.rank, self.pad_to) for own in rows]
         scale = self._scale(rows, parts)
         batches = [self.batch(Axis(own.lengths)) for own in rows]
@@ -118,6 +126,21 @@ class ContextParallel(Planner):
         from distattn.reduction import probe
 
         return probe(self, trainer)
+
+    def _compare(self, rows: Sequence[Rows]) -> None:
+        """Ranks that split a sequence have to hold the same tokens and targets."""
+        if self.group is None or self.ranks == 1:
+            return
+        mine = torch.tensor([int(own.digest()[:15], 16) for own in rows]).sum().reshape(1)
+        told = spoken(mine, self.group)
+        everyone = [torch.empty_like(told) for _ in range(self.ranks)]
+        dist.all_gather(everyone, told, group=self.group)
+        odd = [rank for rank, other in enumerate(everyone) if int(other) != int(everyone[0])]
+        if odd:
+            raise DistattnError(
+                f"rank {odd[0]} of the group holds another batch than rank 0; ranks that split a sequence get the same "
+                "batches, so give each group one share of the data."
+            )
 
     def _scale(self, rows: Sequence[Rows], parts: Sequence[Mapping[str, Any]]) -> Any:
         if self.loss_group is self.group:

@@ -47,6 +47,8 @@ def diagnose(truth: Truth, ranks: Sequence[dict[str, Any]], imagine: Imagine | N
     if early:
         return Diagnosis(measured, None, early)
     tokens = [rank["tokens"] for rank in ranks]
+    if strange := next(_not_finite(truth, ranks), None):
+        return Diagnosis(measured, strange[0], [strange[1]])
     logits_NV = gathered([rank["logits"] for rank in ranks], tokens)
     near = _TOLERANCE.get(logits_NV.dtype, _COARSE)
     measured["logits"] = difference(logits_NV, truth.logits_NV)
@@ -60,6 +62,24 @@ def diagnose(truth: Truth, ranks: Sequence[dict[str, Any]], imagine: Imagine | N
     if not (shares or whole):
         return Diagnosis(measured, None, [_of_loss(truth, ranks, losses, near)])
     return Diagnosis(measured, None, list(_of_gradients(truth, ranks, near, measured)))
+
+
+def _not_finite(truth: Truth, ranks: Sequence[dict[str, Any]]) -> Iterator[tuple[str | None, Finding]]:
+    """What is infinite or not a number on ranks, and is finite in one process."""
+    remedy = (
+        "look at the first module or parameter named; an overflow, a division by zero, or memory that was not filled"
+    )
+    for rank, found in enumerate(ranks):
+        for name, output in found["outputs"].items():
+            there = torch.isfinite(truth.outputs[name]).all() if name in truth.outputs else True
+            if there and not torch.isfinite(output[: len(found["tokens"])]).all():
+                yield name, Finding("not finite", f"{name} is not finite on rank {rank}", remedy)
+        for what, value in {"logits": found["logits"][: len(found["tokens"])], "loss": found["loss"]}.items():
+            if not torch.isfinite(value).all():
+                yield None, Finding("not finite", f"the {what} of rank {rank} is not finite", remedy)
+        for name, gradient in found["gradients"].items():
+            if not torch.isfinite(gradient).all() and torch.isfinite(truth.gradients.get(name, torch.zeros(1))).all():
+                yield None, Finding("not finite", f"the gradient of {name} is not finite on rank {rank}", remedy)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -76,24 +96,27 @@ def gathered(parts: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
 
 
 def _before_running(truth: Truth, ranks: Sequence[dict[str, Any]]) -> Iterator[Finding]:
-    for rank, found in enumerate(ranks):
-        if "refusal" in found:
-            yield Finding("refused", f"rank {rank}: {found['refusal']}", "do what the sentence says")
-            return
-    for rank, found in enumerate(ranks):
-        if "failure" in found:
-            yield Finding(
-                "failed", f"rank {rank}: {found['failure']}", "mend the error; it comes from the code it names"
-            )
-            return
     for what, cause, remedy in (
         ("batch", "batches differ", "give all ranks of the group the same batch; shard takes this rank's part of it"),
         ("weights", "weights differ", "seed before the model is made, or broadcast its weights from one rank"),
     ):
-        odd = [rank for rank, found in enumerate(ranks) if found[what] != ranks[0][what]]
+        odd = [rank for rank, found in enumerate(ranks) if found.get(what) != ranks[0].get(what)]
+        if any(what not in found for found in ranks):
+            continue
         if odd:
             yield Finding(cause, f"rank {odd[0]} has another {what} than rank 0", remedy)
             return
+    stopped = [rank for rank, found in enumerate(ranks) if {"refusal", "failure"} & found.keys()]
+    if stopped:
+        # the others lose their connection to it
+        rank = min(stopped, key=lambda rank: (_lost(ranks[rank]), ranks[rank]["at"]))
+        if "refusal" in ranks[rank]:
+            yield Finding("refused", f"rank {rank}: {ranks[rank]['refusal'].rstrip('.')}", "do what the sentence says")
+        else:
+            yield Finding(
+                "failed", f"rank {rank}: {ranks[rank]['failure'].rstrip('.')}", "mend the error where it says"
+            )
+        return
     n, given = len(truth.rows.ids_N), sum(len(found["tokens"]) for found in ranks)
     if given != n:
         remedy = "give attention_mask to ContextParallel.shard, which leaves padding out"
@@ -116,6 +139,14 @@ def _before_running(truth: Truth, ranks: Sequence[dict[str, Any]]) -> Iterator[F
                 "random numbers", seen, "set dropout to 0, or call model.eval(), in the script for the doctor"
             )
             return
+
+
+def _lost(found: dict[str, Any]) -> bool:
+    """Whether a rank ended because another one did."""
+    words = found.get("refusal", "") + found.get("failure", "")
+    return any(
+        word in words for word in ("stopped answering", "Connection", "gloo", "NCCL", "timed out", "Broken pipe")
+    )
 
 
 def _first(truth: Truth, ranks: Sequence[dict[str, Any]], near: float) -> str | None:

@@ -11,8 +11,7 @@ import hashlib
 import os
 import sys
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,8 +25,8 @@ from torch import Tensor
 from distattn.adapters.pytorch import whole
 from distattn.batches import ShardedBatch
 from distattn.errors import DistattnError
-from distattn.rows import IGNORE_INDEX, Rows
-from distattn.subject import Subject, unwrapped
+from distattn.rows import IGNORE_INDEX, KEYS, Rows
+from distattn.subject import Subject, said, unwrapped
 
 
 class Truth(NamedTuple):
@@ -48,25 +47,35 @@ class Truth(NamedTuple):
 def truth_of(subject: Subject, model: torch.nn.Module) -> Truth:
     """Of a model whose weights are those of the ranks."""
     batch = subject.batch(model)
-    rows = Rows.of(batch)
+    rows = rows_of(batch)
     labels = batch.get("labels", batch["input_ids"])
     kept = batch.get("attention_mask", torch.ones_like(labels)) != 0
     device = next(model.parameters()).device
     model.zero_grad()
     logits, outputs = [], []
-    for ids in rows.ids_N.to(device).split(list(rows.lengths)):
-        with recorded(model) as seen:
-            logits.append(subject.reference(model, ids[None])[0])
-        outputs.append(seen)
-    logits_NV = torch.cat(logits)
-    loss = cross_entropy(logits_NV, rows.targets_N.to(device)).sum() / max(rows.labels, 1)
-    loss.backward()
+    # its backward pass may repeat the attention
+    with subject.one_process(model):
+        for ids in rows.ids_N.to(device).split(list(rows.lengths)):
+            with recorded(model) as seen:
+                logits.append(subject.reference(model, ids[None])[0])
+            outputs.append(seen)
+        logits_NV = torch.cat(logits)
+        loss = cross_entropy(logits_NV, rows.targets_N.to(device)).sum() / max(rows.labels, 1)
+        loss.backward()
     gradients = {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
     common = [name for name in outputs[0] if all(name in one for one in outputs)]
     joined = {name: torch.cat([one[name] for one in outputs]) for name in common}
     positions_N = torch.cat([torch.arange(length) for length in rows.lengths])
     model.zero_grad()
     return Truth(rows, labels[kept], positions_N, logits_NV.detach().cpu(), joined, loss.detach().cpu(), gradients)
+
+
+def rows_of(batch: Mapping[str, Any]) -> Rows:
+    """What `ContextParallel.shard` would read of it; a script may have keys of its own."""
+    rows = Rows.of({name: value for name, value in batch.items() if name in KEYS})
+    if not rows.labels:
+        raise DistattnError("the batch has no token with a label: there is no loss to compare.")
+    return rows
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -90,7 +99,7 @@ def examine(subject: Subject) -> dict[str, Any]:
         part = subject.shard(cp, batch)
         found |= {name: part[name].cpu() for name in ("input_ids", "labels", "position_ids") if name in part}
         sharded = part.get("context_parallel")
-        lengths = sharded.axis.documents if isinstance(sharded, ShardedBatch) else Rows.of(batch).lengths
+        lengths = sharded.axis.documents if isinstance(sharded, ShardedBatch) else rows_of(batch).lengths
         found["tokens"] = torch.from_numpy(cp.axis(lengths)[1].tokens(cp.rank).copy())
         with torch.no_grad():
             before = subject.forward(model, part)
@@ -105,8 +114,7 @@ def examine(subject: Subject) -> dict[str, Any]:
     except DistattnError as refusal:
         found["refusal"] = str(refusal)
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        found["failure"] = f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
+        found["failure"] = said(error)
     found["at"] = time.time()
     return found
 

@@ -3,7 +3,8 @@
 Trainers differ in it, and one trainer in its stages: some sum over ranks, some take the mean over all or only over replicas,
 some divide by the number of micro-batches. What it does to each rank's gradient is read off one weight matrix, that of the
 output layer: rank r's loss is column r of its logits, so row r of the gradient is rank r's alone, times what the trainer
-did to it; what it was is known from the layer's input.
+did to it; what it was is known from the layer's input. Where that layer is frozen (LoRA) another linear layer is read, whose
+gradient is a sum over ranks that is solved for the weights.
 """
 
 # N tokens on the axis, T tokens on this rank, V rows of the output layer's weight on this rank, E its columns, R ranks
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
 
 # of a rank's weight: bf16 gradients are sums of a few terms
 _TOLERANCE = 0.02
+# of a gradient so many rows are read, at least
+_ROWS = 16
 
 
 class Trainer(Protocol):
     """What the probe asks of a trainer; `distattn.adapters` has one for each."""
 
-    def output_layer(self) -> torch.nn.Module | None:
-        """The linear layer that makes logits; None on ranks without one, which take part all the same."""
+    def layer(self) -> torch.nn.Module | None:
+        """The linear layer that makes logits, or another one that is trained. None on ranks without, which take part."""
 
     def rows(self) -> int:
         """V, of the output layer's weight on its ranks."""
@@ -45,10 +48,10 @@ class Trainer(Protocol):
         """
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What the output layer multiplies (..., E), if it is not just what it is given (x)."""
+        """What the layer multiplies (..., E), if it is not just what it is given (x)."""
 
     def gradient(self) -> Tensor:
-        """The whole reduced gradient (V, E) of the output layer's weight; all ranks that have one call it."""
+        """The whole reduced gradient (rows, E) of the layer's weight; all ranks that have one call it."""
 
     def untouched(self) -> AbstractContextManager[None]:
         """Afterwards parameters, gradients and optimizer are as before."""
@@ -89,7 +92,7 @@ def probe(cp: ContextParallel, trainer: Trainer) -> Reduction | None:
     group = cp.loss_group
     ranks = 1 if group is None else dist.get_world_size(group)
     me = 0 if group is None else dist.get_rank(group)
-    layer, rows = trainer.output_layer(), trainer.rows()
+    layer, rows = trainer.layer(), trainer.rows()
     if rows <= ranks:
         raise DistattnError(f"the output layer has {rows} rows; to tell {ranks} ranks apart more are needed.")
     batch = _batch(cp, ranks, rows, layer)
@@ -115,20 +118,31 @@ def probe(cp: ContextParallel, trainer: Trainer) -> Reduction | None:
                 "no gradient reached the output layer; the trainer's loss does not come from its logits."
             )
         x_TE = trainer.inputs(seen["input"]).flatten(0, -2).double()
-        dy_T = seen["gradient"].flatten(0, -2)[:, me].double()
-        own_E = dy_T @ x_TE / seen["scale"].double()
-        got_RE = trainer.gradient()[:ranks].double()
-    own_RE = _gathered(own_E, group, ranks)
-    # what this rank has got of every rank's gradient
-    weights = (got_RE * own_RE).sum(1) / (own_RE * own_RE).sum(1)
-    strange = (got_RE - weights[:, None] * own_RE).norm(dim=1) > _TOLERANCE * got_RE.norm(dim=1) + 1e-12
-    weights[strange] = torch.nan
+        read = max(ranks, _ROWS)
+        dy_TV = seen["gradient"].flatten(0, -2)[:, :read].double()
+        own = dy_TV.t() @ x_TE / seen["scale"].double()
+        got = trainer.gradient()[:read].double()
+    everyone = _gathered(own, group, ranks)
+    # the input may share the output layer's weight: what it adds is elsewhere
+    rows_read = (everyone != 0).any(2).any(0)
+    everyone, got = everyone[:, rows_read].flatten(1), got[rows_read].flatten()
+    # what this rank has got of every rank's gradient: got is the sum of weight x gradient
+    products = (everyone @ everyone.t()).cpu()
+    singular = torch.linalg.svdvals(products)
+    if not singular[-1] > 1e-9 * singular[0]:
+        raise DistattnError(
+            "ranks' gradients of the layer that is read are too much alike; give output_layer=, unfrozen."
+        )
+    weights = torch.linalg.solve(products, (everyone @ got).cpu()).to(got.device)
+    if not float((got - weights @ everyone).norm()) <= _TOLERANCE * float(got.norm()):
+        weights[:] = torch.nan
     everyone_RR = _gathered(weights, group, ranks)
     for rank, row in enumerate(everyone_RR.tolist()):
         if any(weight != weight for weight in row):
             raise DistattnError(
-                f"gradients on rank {rank} of the loss group are no weighted sum of the ranks' own; does something else "
-                "change them (clipping, an overflow, a loss that is not linear in what was given)?"
+                f"gradients on rank {rank} of the loss group are no weighted sum of the ranks' own: ranks outside of it add "
+                "theirs (give ContextParallel loss_group= all ranks with data), or something changes them (clipping, an "
+                "overflow, gradients of an earlier micro-batch)."
             )
     uneven = (everyone_RR - everyone_RR[:1]).abs().max() > _TOLERANCE * everyone_RR.abs().max()
     if uneven:
@@ -144,7 +158,9 @@ def _batch(cp: ContextParallel, ranks: int, rows: int, layer: torch.nn.Module | 
     """Two tokens a rank. Where output and input share weights, the input's gradient stays off the rows that are read."""
     weight = getattr(layer, "weight", None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if weight is None else weight.device
-    ids_N = ranks + torch.arange(2 * cp.ranks) % (rows - ranks)
+    # another loss group's tokens differ: what it adds is not taken for ours
+    first = 0 if cp.loss_group is None else dist.get_process_group_ranks(cp.loss_group)[0]
+    ids_N = ranks + (torch.arange(2 * cp.ranks) + 3 * first) % (rows - ranks)
     batch = cp.shard({"input_ids": ids_N[None].to(device)})
     # nor does the padding token of a rank without tokens
     return {**batch, "input_ids": batch["input_ids"].clamp(min=ranks)}
@@ -169,10 +185,12 @@ def _gathered(mine: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tens
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
     python, host = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(host)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(host)
 
 
 def _said(weights: Any) -> str:

@@ -19,7 +19,7 @@ from distattn.layout import LAYOUTS, Layout
 from distattn.mask import Mask
 
 IGNORE_INDEX = -100
-_KEYS = ("input_ids", "labels", "shift_labels", "document_lengths", "position_ids", "attention_mask")
+KEYS = ("input_ids", "labels", "shift_labels", "document_lengths", "position_ids", "attention_mask")
 
 
 class Rows(NamedTuple):
@@ -32,10 +32,16 @@ class Rows(NamedTuple):
     @staticmethod
     def of(batch: Mapping[str, Any]) -> Rows:
         """From a mapping as `ContextParallel.shard` takes it."""
-        if unknown := batch.keys() - _KEYS:
-            raise DistattnError(f"batch has {', '.join(sorted(unknown))}; shard knows {', '.join(_KEYS)}.")
-        ids, shifted = batch["input_ids"], batch.get("shift_labels")
-        labels = batch.get("labels", ids) if shifted is None else shifted
+        if unknown := batch.keys() - KEYS:
+            raise DistattnError(f"batch has {', '.join(sorted(unknown))}; shard knows {', '.join(KEYS)}.")
+        given = {name: value for name, value in batch.items() if value is not None}
+        if {"labels", "shift_labels"} <= given.keys():
+            raise DistattnError("batch has labels and shift_labels; give one of them.")
+        for name in ("input_ids", "labels", "shift_labels", "position_ids", "attention_mask"):
+            if not isinstance(given.get(name, batch["input_ids"]), Tensor):
+                raise DistattnError(f"{name} is a {type(batch[name]).__name__}; a tensor is wanted.")
+        ids, shifted = batch["input_ids"], given.get("shift_labels")
+        labels = given.get("labels", ids) if shifted is None else shifted
         if ids.dim() != 2 or labels.shape != ids.shape:
             raise DistattnError(
                 f"input_ids and labels are (batch, tokens) alike, not {tuple(ids.shape)}, {tuple(labels.shape)}."
@@ -87,14 +93,15 @@ def layout_options(layout: str, options: Mapping[str, Any] | None, inner: str | 
 def _documents(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
     """Which tokens are kept (None: all), and the lengths of documents among them."""
     padding = batch.get("attention_mask")
-    if padding is not None and bool((padding != 0).all()):
-        padding = None
+    if padding is not None:
+        _check_padding(padding, ids)
+        padding = None if bool(padding.all()) else padding
     said = [name for name in ("document_lengths", "position_ids") if batch.get(name) is not None]
     if len(said) > (padding is None):
         both = " and ".join([*said, *(["an attention_mask with padding"] if padding is not None else [])])
         raise DistattnError(f"batch has {both}; documents are said by one of them.")
     if padding is not None:
-        return _unpadded(padding, ids)
+        return _unpadded(padding)
     if said == ["position_ids"]:
         return None, _restarts(batch["position_ids"], ids)
     if not said:
@@ -105,12 +112,19 @@ def _documents(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor | None, tu
     return None, lengths
 
 
-def _unpadded(mask: Tensor, ids: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _check_padding(mask: Tensor, ids: Tensor) -> None:
     if mask.shape != ids.shape:
         raise DistattnError(
             f"attention_mask is (batch, tokens) like input_ids {tuple(ids.shape)}, not {tuple(mask.shape)}."
         )
-    kept = mask != 0
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise DistattnError(
+            "attention_mask has other values than 0 (padding) and 1; documents are said by document_lengths or position_ids."
+        )
+
+
+def _unpadded(mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    kept = mask == 1
     # a row's tokens are one run: it rises at most once, counting the row's begin
     rises = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
     if bool((rises > 1).any()):

@@ -7,7 +7,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,6 +122,11 @@ class Subject:
         """Logits (1, S, V) of one document, in one process."""
         return self._or("reference", _reference)(model, ids)
 
+    def one_process(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """Inside which `reference` runs, and its backward pass."""
+        ours = hasattr(model, "set_attn_implementation") and not hasattr(self._script, "reference")
+        return huggingface.one_process(model) if ours else nullcontext()
+
     def _or(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         return getattr(self._script, name, default)
 
@@ -158,8 +165,7 @@ def _reference(model: Any, ids: Tensor) -> Tensor:
         raise DistattnError(
             f"{type(model).__name__} is not of transformers: the script has to define reference(model, ids)."
         )
-    with huggingface.one_process(model):
-        return model(ids, use_cache=False).logits
+    return model(ids, use_cache=False).logits
 
 
 def _load(path: Path) -> ModuleType:
@@ -170,17 +176,33 @@ def _load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # what it imports lies beside it
     sys.path.insert(0, str(path.resolve().parent))
-    spec.loader.exec_module(module)
-    for name, function in vars(Subject).items():
-        wanted = [p for p in inspect.signature(function).parameters if p != "self"] if callable(function) else []
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise DistattnError(f"{path} cannot be imported: {said(error)}") from None
+    for name, ours in vars(Subject).items():
         theirs = getattr(module, name, None)
-        if not name.startswith("_") and theirs is not None and name not in ("batch", "model"):
-            given = [p for p in inspect.signature(theirs).parameters.values() if p.default is p.empty]
-            if len(given) != len(wanted):
-                raise DistattnError(
-                    f"{path}: {name} takes {', '.join(wanted) or 'nothing'}; see distattn doctor --help."
-                )
+        if name.startswith("_") or theirs is None or not inspect.isfunction(ours):
+            continue
+        wanted = [p for p in inspect.signature(ours).parameters if p != "self"]
+        if name in ("model", "batch"):
+            wanted = []
+        try:
+            inspect.signature(theirs).bind(*wanted)
+        except TypeError:
+            how = f"takes {', '.join(wanted) or 'nothing'}"
+            raise DistattnError(f"{path}: {name} is a function that {how}; see distattn doctor --help.") from None
     return module
+
+
+def said(error: BaseException) -> str:
+    """An error in one line: what, and where in whose file."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}, line {frame.lineno}"
+    if isinstance(error, SyntaxError):
+        where = f"{Path(error.filename or '').name}, line {error.lineno}"
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0]} ({where})"
 
 
 def _config(path: Path) -> Any:

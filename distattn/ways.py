@@ -27,6 +27,8 @@ class Way(NamedTuple):
     @staticmethod
     def of(name: object, given: Mapping[str, Any]) -> Way:
         """From a mapping of these fields. Raises DistattnError for what does not exist."""
+        if not isinstance(given, Mapping):
+            raise DistattnError(f'layers {name!r} want a mapping, {{"strategy": ...}}, not {given!r}.')
         if unknown := given.keys() - set(Way._fields):
             known = ", ".join(Way._fields)
             raise DistattnError(f"layers {name!r} have no {sorted(unknown)[0]!r}; a way is said by {known}.")
@@ -35,7 +37,9 @@ class Way(NamedTuple):
         check_names(given["strategy"], given.get("backward"), given.get("options"))
         if given.get("layout") is not None:
             layout_options(given["layout"], given.get("layout_options"), "causal")
-        as_items = {key: tuple(sorted(given[key].items())) for key in ("options", "layout_options") if given.get(key)}
+        elif given.get("layout_options"):
+            raise DistattnError(f"layers {name!r} have layout_options without a layout; give both.")
+        as_items = {key: tuple(sorted((given.get(key) or {}).items())) for key in ("options", "layout_options")}
         return Way(**{**given, **as_items})
 
     def settings(self, mask: Mask, layout: Layout) -> dict[str, Any]:
@@ -52,7 +56,7 @@ class Ways:
 
     def __init__(self, given: Mapping[int | str, Mapping[str, Any]] | None = None):
         for name in given or {}:
-            if not (name in KINDS or (isinstance(name, int) and name >= 0)):
+            if not (name in KINDS or (type(name) is int and name >= 0)):
                 raise DistattnError(f"layers are named by number or as {' or '.join(KINDS)}, not {name!r}.")
         self._ways = {name: Way.of(name, way) for name, way in (given or {}).items()}
 

@@ -94,8 +94,16 @@ def compare(subject: Subject, found: Sequence[dict[str, Any]]) -> Diagnosis:
 
     from distattn.diagnosis import diagnose
     from distattn.evidence import truth_of
+    from distattn.subject import said
 
-    model = subject.model()
+    try:
+        model = subject.model()
+    except DistattnError:
+        raise
+    except Exception as error:
+        raise DistattnError(
+            f"doctor: model() fails in one process, without torch.distributed: {said(error)}. There it returns a plain module."
+        ) from None
     if "state" in found[0]:
         try:
             model.load_state_dict(found[0]["state"])
@@ -111,7 +119,12 @@ def compare(subject: Subject, found: Sequence[dict[str, Any]]) -> Diagnosis:
         with torch.no_grad():
             return subject.plain_forward(model, given)[0].cpu()
 
-    truth = truth_of(subject, model)
+    try:
+        truth = truth_of(subject, model)
+    except DistattnError:
+        raise
+    except Exception as error:
+        raise DistattnError(f"doctor: the model cannot be run in one process: {said(error)}.") from None
     return diagnose(truth, found, imagine if hasattr(model, "set_attn_implementation") else None)
 
 

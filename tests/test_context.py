@@ -66,6 +66,27 @@ def test_micro_batches_of_a_step_share_a_scale():
     assert first["loss_scale"] == second["loss_scale"] == 1 / 6
 
 
+def _other_tokens(rank: int) -> str:
+    cp = da.ContextParallel(strategy="ring")
+    with pytest.raises(da.DistattnError) as refusal:
+        cp.shard(batch([9], seed=rank))
+    return str(refusal.value)
+
+
+def test_ranks_that_hold_other_tokens_are_refused():
+    for refusal in run_on_ranks(2, _other_tokens):
+        assert "rank 1 of the group holds another batch than rank 0" in refusal
+
+
+def test_ways_without_options_may_say_so():
+    cp = da.ContextParallel(
+        strategy="ring", layers={"window": {"strategy": "allgather", "options": {}, "layout": None}}
+    )
+    sharded = cp.shard(batch([6]))["context_parallel"]
+    sharded.attention(*(torch.randn(6, 2, 8) for _ in range(3)), window=2)
+    assert sharded.asked
+
+
 def _replicas(rank: int) -> tuple[float, float]:
     pairs = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
     world = torch.distributed.group.WORLD
@@ -122,6 +143,29 @@ def test_replicas_share_a_scale():
         (
             lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "token_type_ids": IDS}),
             "token_type_ids",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": IDS, "attention_mask": torch.tensor([[1, 2, 2]])}
+            ),
+            "other values than 0",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "attention_mask": torch.ones(3, 9)}),
+            "attention_mask is .batch, tokens. like input_ids",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "labels": IDS, "shift_labels": IDS}),
+            "labels and shift_labels",
+        ),
+        (lambda: da.ContextParallel(strategy="ring").shard({"input_ids": [[1, 2]]}), "input_ids is a list; a tensor"),
+        (lambda: da.ContextParallel(strategy="ring", layers={"full": "ring"}), "layers 'full' want a mapping"),
+        (lambda: da.ContextParallel(strategy="ring", layers={True: {"strategy": "ring"}}), "not True"),
+        (
+            lambda: da.ContextParallel(
+                strategy="ring", layers={0: {"strategy": "ring", "layout_options": {"block": 4}}}
+            ),
+            "layout_options without a layout",
         ),
         (lambda: da.ContextParallel(strategy="ring", layers={"windows": {}}), "window or full, not 'windows'"),
         (lambda: da.ContextParallel(strategy="ring", layers={3: {}}), "layers 3 want a strategy"),

@@ -194,6 +194,12 @@ def model():
 def loss(logits, part):
     return logits.no_such_thing()
 """,
+    "not finite": """
+def backward(model, loss):
+    loss.backward()
+    sum_gradients(model)
+    model.model.layers[1].mlp.up_proj.weight.grad[0, 0] = float("nan")
+""",
     "unknown": """
 def forward(model, part):
     return pytorch.forward(model, part) * (1.5 + torch.arange(64) / 64)
@@ -226,7 +232,31 @@ def test_a_planted_mistake_is_named(tmp_path, cause):
         assert found.first_difference == FIRST[cause]
 
 
+def test_the_rank_that_failed_first_is_blamed(tmp_path):
+    body = """
+def forward(model, part):
+    if dist.is_initialized() and dist.get_rank() == 1:
+        raise RuntimeError("the real cause")
+    return pytorch.forward(model, part)
+"""
+    (finding,) = diagnosis(tmp_path, body).findings
+    assert finding.cause == "failed" and "rank 1: RuntimeError: the real cause (subject.py, line" in finding.seen
+
+
 HEALTHY = {
+    "checkpointed layers": """
+def model():
+    found = build()
+    found.gradient_checkpointing_enable()
+    return found.train()
+""",
+    "keys of its own": """
+def batch():
+    ids = torch.randint(1, 64, (1, 97), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "document_lengths": LENGTHS, "weights": torch.ones(97)}
+def shard(cp, batch):
+    return cp.shard({name: batch[name] for name in ("input_ids", "document_lengths")})
+""",
     "llama": "",
     "gpt-oss": """
 def model():
@@ -335,12 +365,26 @@ def test_a_script_without_a_model_or_with_strange_functions_is_refused(tmp_path)
     with pytest.raises(DistattnError, match="has no function model"):
         Subject(str(script))
     script.write_text("def model(): pass\ndef loss(logits): pass")
-    with pytest.raises(DistattnError, match="loss takes logits, part"):
+    with pytest.raises(DistattnError, match="loss is a function that takes logits, part"):
         Subject(str(script))
     script.write_text("import torch\ndef model(): return torch.nn.Linear(2, 2)")
     subject = Subject(str(script))
     with pytest.raises(DistattnError, match="has to define reference"):
         subject.reference(subject.model(), torch.zeros(1, 2))
+    for text, sentence in (
+        ("def model(:", "cannot be imported: SyntaxError: .* .subject.py, line 1."),
+        ("import no_such_module", "cannot be imported: ModuleNotFoundError"),
+        ("def model(): pass\nloss = 3.0", "loss is a function that takes logits, part"),
+        ("def model(): pass\nbatch = {}", "batch is a function that takes nothing"),
+    ):
+        script.write_text(text)
+        with pytest.raises(DistattnError, match=sentence):
+            Subject(str(script))
+    script.write_text("def model(): pass\ndef forward(model, part, **more): pass")
+    Subject(str(script))
+    script.write_text("def model(): raise ValueError('no weights')")
+    with pytest.raises(DistattnError, match="model.. fails in one process.*ValueError: no weights"):
+        doctor.compare(Subject(str(script)), [{}])
 
 
 def test_the_machine_is_looked_at(monkeypatch):

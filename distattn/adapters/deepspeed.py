@@ -23,7 +23,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from distattn.adapters.pytorch import forward, gradients_aside, output_layer_of, whole
+from distattn.adapters.pytorch import forward, gradients_aside, output_layer_of, trained_layer, whole
 from distattn.context import ContextParallel
 from distattn.errors import DistattnError
 
@@ -114,13 +114,13 @@ class Engine:
         self.engine, self._output_layer, self._scale_wrt_gas = engine, output_layer, scale_wrt_gas
         self._forward = forward or (lambda batch: _forward(engine, batch))
 
-    def output_layer(self) -> torch.nn.Module:
-        """As given, or as a transformers model says."""
-        return self._output_layer or output_layer_of(self.engine.module)
+    def layer(self) -> torch.nn.Module:
+        """The output layer, or another one where that is frozen."""
+        return trained_layer(self.engine.module, self._output())
 
     def rows(self) -> int:
         """Of the whole vocabulary, also where the weight is partitioned."""
-        weight: Any = self.output_layer().weight
+        weight: Any = self._output().weight
         return getattr(weight, "ds_shape", weight.shape)[0]
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
@@ -133,7 +133,7 @@ class Engine:
 
     def gradient(self) -> Tensor:
         """Of the output layer's weight, without the scale of fp16 losses."""
-        weight = self.output_layer().weight
+        weight: Any = self.layer().weight
         return whole(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
 
     @contextmanager
@@ -163,6 +163,9 @@ class Engine:
                     optimizer.micro_step_id = micro_step
                 if steps > 1:
                     engine.set_gradient_accumulation_boundary(boundary)
+
+    def _output(self) -> torch.nn.Module:
+        return self._output_layer or output_layer_of(self.engine.module)
 
 
 _forward = forward

@@ -4,9 +4,9 @@
     trainer = ContextParallelTrainer(model=model, args=args, train_dataset=..., data_collator=..., context_parallel=cp)
     trainer.train()
 
-Ranks that split a sequence get the same batches; micro-batches are what the collator makes, in the form `ContextParallel.shard`
-takes. Evaluation runs on whole sequences, each process with batches of its own. Leave `ParallelismConfig` out: its cp and sp
-are accelerate's own.
+Ranks that split a sequence get the same batches; micro-batches are what the collator makes, in the form
+`ContextParallel.shard` takes; columns of the dataset reach it as they are. Evaluation runs on whole sequences, each process with
+batches of its own. Leave `ParallelismConfig` out: its cp and sp are accelerate's own.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ class ContextParallelTrainer(Trainer):
         # transformers' documented way to say that compute_loss has seen to it
         self.loss_is_scaled_for_ga = True
         self._probed: Any = None
-        args = self.args
+        args: Any = self.args
         for what, asked in {
             "label_smoothing_factor": args.label_smoothing_factor > 0,
             "compute_loss_func": self.compute_loss_func is not None,
             "several GPUs in one process (start one process each, with torchrun)": args.n_gpu > 1,
             "accelerate's ParallelismConfig": getattr(self.accelerator, "parallelism_config", None) is not None,
+            "accelerator_config's split_batches and dispatch_batches": args.accelerator_config.split_batches
+            or args.accelerator_config.dispatch_batches,
             f"train_sampling_strategy {args.train_sampling_strategy!r}": args.train_sampling_strategy
             not in ("random", "sequential"),
         }.items():
@@ -67,6 +69,9 @@ class ContextParallelTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         how: dict[str, Any] = dict(batch_size=self._train_batch_size, collate_fn=self.data_collator)
         how |= dict(num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory)
+        how |= dict(
+            persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor
+        )
         if not isinstance(dataset, IterableDataset):
             how["drop_last"] = args.dataloader_drop_last
             how["sampler"] = SequentialSampler(dataset)
@@ -79,6 +84,9 @@ class ContextParallelTrainer(Trainer):
             num_processes=replicas,
             process_index=replica,
             put_on_device=True,
+            # a dispatcher would give every rank other batches, whatever the replicas
+            dispatch_batches=False,
+            even_batches=args.accelerator_config.even_batches,
             use_seedable_sampler=True,
             data_seed=seed,
         )
@@ -91,7 +99,9 @@ class ContextParallelTrainer(Trainer):
         if self._probed is not self.model_wrapped:
             self._probed = self.model_wrapped
             self.context_parallel.loss_scale(self._reducer())
-        return (self.context_parallel.shard_step(whole) if whole else whole), None
+        parts = self.context_parallel.shard_step(whole) if whole else []
+        # a number: the Trainer would cast a tensor to DeepSpeed's bf16
+        return [{**part, "loss_scale": float(part["loss_scale"])} for part in parts], None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

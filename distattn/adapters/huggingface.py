@@ -27,6 +27,7 @@ from distattn.errors import DistattnError
 NAME = "distattn"
 # layers that read other tokens in ways that no plan knows, as configurations name them
 _ATTENTION = ("full_attention", "sliding_attention")
+_BY_LENGTH = ("dynamic", "longrope")
 
 
 class Pattern(NamedTuple):
@@ -48,7 +49,10 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def one_process(model: Any) -> Iterator[None]:
-    """Meanwhile a transformers model attends within this process alone, to whole batches: for evaluation and `generate`."""
+    """Meanwhile a transformers model attends within this process alone, to whole batches: for evaluation and `generate`.
+
+    With activation checkpointing backward passes belong inside, too: they repeat the attention.
+    """
     # transformers' sdpa has no soft cap
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
@@ -83,7 +87,8 @@ def attention_forward(
     if context_parallel is None:
         raise DistattnError(
             f'{where}attn_implementation="distattn" needs the sharded batch: call the model with '
-            'context_parallel=batch["context_parallel"]; evaluate whole batches inside huggingface.one_process(model).'
+            'context_parallel=batch["context_parallel"]; evaluate whole batches inside huggingface.one_process(model). Models '
+            "that do not pass it on to their attention layers cannot be split."
         )
     if position_ids is not None:
         context_parallel.check_positions(position_ids)
@@ -154,8 +159,15 @@ def check_config(config: Any) -> None:
             )
             raise DistattnError(f"layer {number} is a {kind} layer, which {what}; only attention layers can be split.")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if "mrope_section" in rope:
-        raise DistattnError("the model has multimodal RoPE (mrope_section), whose positions are not sharded.")
+    for given in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
+        if "mrope_section" in given:
+            raise DistattnError("the model has multimodal RoPE (mrope_section), whose positions are not sharded.")
+        kind = given.get("rope_type", given.get("type"))
+        if kind in _BY_LENGTH:
+            raise DistattnError(
+                f"the model has {kind} RoPE, whose frequencies depend on the longest position at hand: they would differ from "
+                "rank to rank and pack to pack. Use linear, yarn or llama3 scaling."
+            )
     if getattr(config, "output_router_logits", False):
         raise DistattnError(
             "the model's router loss (output_router_logits) would be of one rank's tokens; set it to False in its config."

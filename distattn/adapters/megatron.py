@@ -38,6 +38,8 @@ from distattn.adapters.pytorch import gradients_aside
 from distattn.errors import DistattnError
 from distattn.rows import IGNORE_INDEX
 
+# what is replaced: other core attentions are other functions (sparse, linear)
+_STOCK = ("DotProductAttention", "TEDotProductAttention", "CoreAttention")
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
@@ -56,6 +58,11 @@ def use(spec: Any, **settings: Any) -> Any:
             )
         attention.core_attention = core
     return spec
+
+
+def _name_of(spec: Any) -> str:
+    what = getattr(spec, "module", spec)
+    return getattr(what, "__name__", type(what).__name__)
 
 
 class CoreAttention(MegatronModule):
@@ -224,6 +231,7 @@ def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) 
     """Megatron's `forward_step_func` for sharded batches (bind config): losses, summed over tokens / valid tokens."""
     batch = next(batches)
     check_shard(batch, config)
+    check_rotary(model)
     # the loss of tokens without a label is left out below; Megatron knows no label that is none
     labels = batch["labels"].clamp(min=0)
     packed = Packed.of(batch)
@@ -255,6 +263,15 @@ def check_shard(batch: Mapping[str, Any], config: Any) -> None:
         )
 
 
+def check_rotary(model: Any) -> None:
+    """Raise DistattnError where rotary embeddings do not know of batches of ours."""
+    rotary = getattr(unwrapped(model), "rotary_pos_emb", None)
+    if rotary is not None and not isinstance(rotary, Rotary):
+        raise DistattnError(
+            "the model's rotary embeddings know Megatron's own order only; call megatron.with_layouts(model)."
+        )
+
+
 class Chunks:
     """Megatron's model chunks in its DistributedDataParallel, to `ContextParallel.loss_scale`.
 
@@ -265,9 +282,11 @@ class Chunks:
         self.chunks, self.micro_batches = chunks, micro_batches
         self.config = get_model_config(chunks[0])
         self._last = unwrapped(chunks[-1])
+        for chunk in chunks:
+            check_rotary(chunk)
 
-    def output_layer(self) -> torch.nn.Module | None:
-        """On the last stage of a pipeline."""
+    def layer(self) -> torch.nn.Module | None:
+        """The output layer, on the last stage of a pipeline."""
         return self._last.output_layer if self._last.post_process else None
 
     def rows(self) -> int:

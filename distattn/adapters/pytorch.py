@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distattn.context import ContextParallel
@@ -45,7 +45,13 @@ def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh:
 def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Logits (1, T, V) of a transformers model, or one that is called alike, for a sharded batch."""
     given = {name: batch[name] for name in ("input_ids", "position_ids", "context_parallel")}
-    return model(**given, use_cache=False).logits
+    logits = model(**given, use_cache=False).logits
+    if not getattr(batch["context_parallel"], "asked", True):
+        raise DistattnError(
+            f"{type(getattr(model, 'module', model)).__name__} did not ask for attention: each rank has read its own tokens "
+            'only. Models of transformers want attn_implementation="distattn", and attention layers.'
+        )
+    return logits
 
 
 def local_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -67,7 +73,8 @@ class Loop:
     """A loop of your own, to `ContextParallel.loss_scale`.
 
     forward: batch to logits, by default as a transformers model is called. reduce: what you do to gradients after backward,
-    nothing by default. output_layer: the linear layer that makes logits, by default what transformers names so.
+    nothing by default. output_layer: the linear layer that makes logits, by default what transformers names so. Between
+    steps, with FSDP2's gradient synchronization on.
     """
 
     def __init__(
@@ -82,13 +89,13 @@ class Loop:
         self._forward = forward or (lambda batch: _forward(model, batch))
         self._output_layer = output_layer
 
-    def output_layer(self) -> torch.nn.Module:
-        """As given, or as a transformers model says."""
-        return self._output_layer or output_layer_of(getattr(self.model, "module", self.model))
+    def layer(self) -> torch.nn.Module:
+        """The output layer, or another one where that is frozen."""
+        return trained_layer(self.model, self._output())
 
     def rows(self) -> int:
         """Of the whole vocabulary: a DTensor's shape is global."""
-        weight: Any = self.output_layer().weight
+        weight: Any = self._output().weight
         return weight.shape[0]
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
@@ -103,14 +110,20 @@ class Loop:
 
     def gradient(self) -> Tensor:
         """Of the output layer's weight, sharded or not."""
-        weight: Any = self.output_layer().weight
+        weight: Any = self.layer().weight
         return whole(weight.grad)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Gradients are put aside meanwhile."""
+        """Gradients are put aside meanwhile. Raises DistattnError where FSDP2 holds some that nobody can put aside."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                _check_synchronized(module)
         with gradients_aside(self.model):
             yield
+
+    def _output(self) -> torch.nn.Module:
+        return self._output_layer or output_layer_of(getattr(self.model, "module", self.model))
 
 
 _forward = forward
@@ -123,6 +136,37 @@ def output_layer_of(model: torch.nn.Module) -> torch.nn.Module:
     if layer is None:
         raise DistattnError(f"{type(model).__name__} does not say which layer makes its logits; give output_layer=.")
     return layer
+
+
+def trained_layer(model: torch.nn.Module, output_layer: Any) -> torch.nn.Module:
+    """The output layer if it is trained, else the last linear layer that is (LoRA)."""
+    trained = [
+        module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.weight.requires_grad
+    ]
+    if output_layer.weight.requires_grad:
+        return output_layer
+    if not trained:
+        raise DistattnError(
+            "the model has no linear layer that is trained: how gradients are reduced cannot be measured."
+        )
+    return trained[-1]
+
+
+def _check_synchronized(module: Any) -> None:
+    # FSDP2 tells nobody of this but itself
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for group in groups:
+        if group is None:
+            continue
+        whole_ones = [getattr(one, "_unsharded_param", None) for one in group.fsdp_params]
+        held = any(one.unsharded_accumulated_grad is not None for one in group.fsdp_params)
+        held |= any(one is not None and one.grad is not None for one in whole_ones)
+        if held or not group.reduce_grads:
+            raise DistattnError(
+                "gradients are being accumulated (set_requires_gradient_sync(False)); call loss_scale between steps, with "
+                "synchronization on."
+            )
 
 
 def whole(gradient: Tensor | None) -> Tensor:

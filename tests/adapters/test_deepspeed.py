@@ -161,7 +161,7 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_probes_between_steps_change_not_a_bit(variant, stage):
-    if variant == "offload" and stage == 0 or variant == "bf16, sums in fp32" and stage in (0, 3):
+    if variant == "offload" and stage == 0 or variant == "bf16, sums in fp32" and stage == 0:
         pytest.skip("DeepSpeed has no such thing")
     probed, plain = (run_on_ranks(2, _variant, variant, stage, probes)[0] for probes in (True, False))
     assert probed[0] == plain[0]

@@ -30,6 +30,13 @@ class Rows(torch.utils.data.Dataset):
         return torch.randint(1, small.VOCABULARY, (5 + index % 11,), generator=generator)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """The same, one after the other."""
+
+    def __iter__(self):
+        return map(Rows().__getitem__, range(48))
+
+
 def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
@@ -53,7 +60,7 @@ def arguments(folder, micro_batches: int, replicas: int, **changes) -> TrainingA
     return TrainingArguments(output_dir=str(folder), **{**settings, **changes})
 
 
-def _train(rank: int, folder, degree: int, micro_batches: int, changes: dict, dtype=torch.float64):
+def _train(rank: int, folder, degree: int, micro_batches: int, changes: dict, dtype=torch.float64, data=Rows):
     ranks = dist.get_world_size()
     # accelerate reads who it is from the environment, as torchrun sets it
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")} | {"WORLD_SIZE": str(ranks)}
@@ -69,7 +76,7 @@ def _train(rank: int, folder, degree: int, micro_batches: int, changes: dict, dt
     trainer = ContextParallelTrainer(
         model=small.build(dtype),
         args=arguments(folder, micro_batches, ranks // degree, **changes),
-        train_dataset=Rows(),
+        train_dataset=data(),
         eval_dataset=Rows(),
         data_collator=padded,
         context_parallel=cp,
@@ -94,7 +101,15 @@ def test_the_curve_is_that_of_one_process(tmp_path, one_process, ranks, degree, 
         # logs are rounded, and transformers computes norms in fp32
         assert got == pytest.approx(curve, rel=1e-4)
         assert got_norms == pytest.approx(norms, rel=1e-4)
+        # a mean over batches, whose rows are others on several ranks
         assert got_evaluated == pytest.approx(evaluated, rel=1e-2)
+
+
+def test_a_stream_is_shared_out_over_replicas(tmp_path):
+    (one,) = run_on_ranks(1, _train, tmp_path, 1, 1, {}, torch.float64, Stream)
+    for ranks in (2, 4):
+        for curve, _, _ in run_on_ranks(ranks, _train, tmp_path, 2, 1, {}, torch.float64, Stream):
+            assert curve == pytest.approx(one[0], rel=1e-4)
 
 
 def test_fsdp2_under_the_trainer_has_the_same_curve(tmp_path, one_process):
@@ -123,6 +138,7 @@ def test_deepspeed_under_the_trainer_has_the_same_curve(tmp_path):
     ("changes", "sentence"),
     [
         (dict(label_smoothing_factor=0.1), "label_smoothing_factor is not supported"),
+        (dict(accelerator_config={"split_batches": True}), "split_batches and dispatch_batches is not supported"),
         (dict(train_sampling_strategy="group_by_length"), "'group_by_length' is not supported"),
     ],
 )

@@ -11,6 +11,7 @@ from transformers import (
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     Qwen3Config,
     Qwen3NextConfig,
@@ -156,6 +157,7 @@ def test_positions_that_a_model_makes_itself_are_refused():
 
 
 CHUNKED = dict(attention_chunk_size=2, num_local_experts=1, layer_types=["chunked_attention"] * 2)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
 MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
 
 
@@ -166,10 +168,11 @@ MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
         (lambda: Llama4TextConfig(**TINY, **CHUNKED), "layer 0 is a chunked_attention layer"),
         (lambda: Qwen3NextConfig(**TINY, layer_types=["full_attention", "linear_attention"]), "linear_attention layer"),
         (lambda: LlamaConfig(**TINY, rope_parameters=MROPE), "multimodal RoPE"),
+        (lambda: LlamaConfig(**TINY, rope_parameters=DYNAMIC), "dynamic RoPE"),
         (lambda: GptOssConfig(**TINY, num_local_experts=2, output_router_logits=True), "router loss"),
         (lambda: LlamaConfig(**TINY, attention_dropout=0.1), "dropout 0.1"),
     ],
-    ids=["bidirectional", "chunks", "linear attention", "mrope", "router loss", "dropout"],
+    ids=["bidirectional", "chunks", "linear attention", "mrope", "dynamic rope", "router loss", "dropout"],
 )
 def test_models_that_would_be_wrong_are_refused(make, sentence):
     huggingface.register()
@@ -177,6 +180,15 @@ def test_models_that_would_be_wrong_are_refused(make, sentence):
     batch = da.ContextParallel(strategy="ring").shard({"input_ids": torch.arange(8)[None]})
     with pytest.raises(da.DistattnError, match=sentence):
         model.train()(**huggingface.inputs(batch))
+
+
+def test_a_model_without_attention_is_refused():
+    huggingface.register()
+    shape = dict(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_config(MambaConfig(**shape))
+    batch = da.ContextParallel(strategy="ring").shard({"input_ids": torch.arange(8)[None]})
+    with pytest.raises(da.DistattnError, match="MambaForCausalLM did not ask for attention"):
+        local_loss(model, batch)
 
 
 def test_sinks_soft_caps_and_windows_reach_the_call():

@@ -18,6 +18,7 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
@@ -380,6 +381,8 @@ def _refused(rank: int) -> list[str]:
     )
     ask("decide on layout", lambda: megatron.use(get_gpt_layer_local_spec(), layout="zigzag"))
     ask("strategy 'star'", lambda: megatron.use(get_gpt_layer_local_spec(), strategy="star"))
+    ask("know Megatron's own order only", lambda: megatron.Chunks([build(config)]))
+    ask("MambaStack, not a core attention", lambda: megatron.use(mamba_stack_spec))
     model = build(config)
     core = model.decoder.layers[0].self_attention.core_attention
     q, k = torch.zeros(6, 1, 4, 8), torch.zeros(6, 1, 2, 8)
@@ -388,13 +391,35 @@ def _refused(rank: int) -> list[str]:
     ask("an attention bias", lambda: core(q, k, k, None, attention_bias=q))
     ask("6 keys for 1 queries", lambda: core(q[:1], k, k, None))
     ask("without a cp_group", lambda: core(q, k, k, None, packed_seq_params=PackedSeqParams("sbhd", local_cp_size=1)))
-    ask("no core attention but IdentityOp", lambda: megatron.use(_without_attention()))
+    ask("IdentityOp, not a core attention", lambda: megatron.use(_without_attention()))
     uneven = {"input_ids": torch.zeros(1, 5), "labels": torch.zeros(1, 5)}
     config.tensor_model_parallel_size, config.sequence_parallel = 2, True
     ask("pad_to=2", lambda: megatron.check_shard(uneven, config))
     config.sequence_parallel, config.pipeline_model_parallel_size, config.variable_seq_lengths = False, 2, False
     ask("variable_seq_lengths=True", lambda: megatron.check_shard(uneven, config))
     return said
+
+
+def _direct(rank: int, kind: str):
+    """What the sinks of one layer come to, and the definition: a key without value in every softmax."""
+    start()
+    config = config_of(softmax_type=kind)
+    core = build(config).decoder.layers[0].self_attention.core_attention
+    q, k, v = (torch.randn(7, 1, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    sink = torch.zeros(4)
+    if kind == "learnable":
+        sink = torch.nn.init.uniform_(core.softmax_offset, generator=torch.Generator().manual_seed(3)).detach()
+    scores = torch.einsum("qhd,khd->hqk", q[:, 0], k[:, 0].repeat_interleave(2, 1)) * 8**-0.5
+    scores = scores.masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), -torch.inf)
+    weights = torch.cat([scores, sink[:, None, None].expand(-1, 7, 1)], -1).softmax(-1)[..., :7]
+    wanted = torch.einsum("hqk,khd->qhd", weights, v[:, 0].repeat_interleave(2, 1))
+    return core(q, k, v, None).view(7, 4, 8).detach(), wanted
+
+
+@pytest.mark.parametrize("kind", ["off-by-one", "learnable"])
+def test_sinks_are_what_they_are_defined_to_be(kind):
+    ((got, wanted),) = run_on_ranks(1, _direct, kind)
+    assert (got - wanted).abs().max() < 1e-5
 
 
 def _without_attention():
@@ -407,4 +432,4 @@ def _without_attention():
 
 def test_what_would_be_wrong_is_refused_by_name():
     for said in run_on_ranks(2, _refused):
-        assert len(said) == 14
+        assert len(said) == 16

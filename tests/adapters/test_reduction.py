@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from distattn.adapters import pytorch
+from distattn.context import ContextParallel
 from distattn.errors import DistattnError
 from distattn.rows import IGNORE_INDEX
 
@@ -84,7 +85,7 @@ def _refused(rank: int, kind: str) -> str:
     mesh = init_device_mesh(
         "cpu", (1 if kind == "unequal" else 2, 2 if kind != "unequal" else 4), mesh_dim_names=("dp", "cp")
     )
-    model, loop = trainer("sum" if kind in ("unequal", "clipped") else kind, mesh)
+    model, loop = trainer("sum" if kind in ("unequal", "clipped", "only the group's") else kind, mesh)
     if kind == "unequal":
         wrong = loop._reduce
 
@@ -97,9 +98,10 @@ def _refused(rank: int, kind: str) -> str:
     if kind == "clipped":
         right = loop._reduce
         loop._reduce = lambda: (right(), [p.grad.clamp_(-0.1, 0.1) for p in model.parameters()])
-    if kind == "frozen":
-        model.lm_head.weight.requires_grad_(False)
     cp = pytorch.context_parallel(mesh, strategy="ring", kernel="reference")
+    if kind == "only the group's":
+        # gradients are summed over both replicas, but the loss is said to be of one
+        cp = ContextParallel(mesh["cp"].get_group(), strategy="ring", kernel="reference")
     with pytest.raises(DistattnError) as refusal:
         cp.loss_scale(loop)
     assert cp.loss_scale() == 1.0
@@ -113,12 +115,52 @@ def _refused(rank: int, kind: str) -> str:
         ("none", "different gradients"),
         ("unequal", "weighs ranks unequally, 1, 2, 1, 1"),
         ("clipped", "no weighted sum"),
-        ("frozen", "no gradient"),
+        ("only the group's", "ranks outside of it add theirs"),
     ],
 )
 def test_what_no_factor_can_mend_is_refused_on_all_ranks(kind, sentence):
     for refusal in run_on_ranks(4, _refused, kind):
         assert sentence in refusal
+
+
+def _frozen(rank: int, kind: str) -> float:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    model = small.build()
+    model.requires_grad_(False)
+    # as LoRA does: adapters only
+    model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+        loop = pytorch.Loop(model)
+    else:
+        weight = model.model.layers[1].mlp.down_proj.weight
+        loop = pytorch.Loop(model, reduce=lambda: dist.all_reduce(weight.grad))
+    return pytorch.context_parallel(mesh, strategy="ring", kernel="reference").loss_scale(loop)
+
+
+@pytest.mark.parametrize("kind", ["sum", "ddp"])
+def test_where_the_output_layer_is_frozen_another_one_is_read(kind):
+    assert run_on_ranks(4, _frozen, kind) == [FACTORS[kind]] * 4
+
+
+def _accumulating(rank: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+    model, loop = trainer("fsdp", mesh)
+    cp = pytorch.context_parallel(mesh, strategy="ring", kernel="reference")
+    said = []
+    for synchronized in (False, True):
+        model.set_requires_gradient_sync(False)
+        pytorch.local_loss(model, cp.shard(small.micro_batch([9, 30]))).backward()
+        model.set_requires_gradient_sync(synchronized)
+        with pytest.raises(DistattnError) as refusal:
+            cp.loss_scale(loop)
+        said.append(str(refusal.value))
+    return said
+
+
+def test_a_probe_amid_accumulated_gradients_of_fsdp2_is_refused():
+    for said in run_on_ranks(2, _accumulating):
+        assert all("between steps" in refusal for refusal in said) and len(said) == 2
 
 
 def _state(model) -> list[torch.Tensor]:
@@ -161,8 +203,6 @@ def test_the_probe_leaves_everything_bit_identical(kind):
 
 
 def test_one_rank_needs_no_factor():
-    from distattn.context import ContextParallel
-
     cp = ContextParallel(strategy="ring", kernel="reference")
     model = small.build()
     assert cp.loss_scale(pytorch.Loop(model)) == 1.0
