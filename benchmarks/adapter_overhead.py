@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import statistics
 import sys
@@ -29,6 +30,7 @@ import distattn as da
 from distattn import config as configuration
 from distattn.adapters import huggingface
 from distattn.adapters.pytorch import local_loss
+from distattn.batches import Shape
 from distattn.train import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -75,17 +77,23 @@ def main() -> None:
             )
             medians = {cell.contestant: cell.median or 0.0 for cell in cells[-3:]}
             layers[name] = medians["transformers"] - medians["operators"]
-        step, shard = of_step(config)
-        share = (layers["long"] * config.model.layers + shard) / step
         sys.stdout.write(table(cells) + "\n\n")
         sys.stdout.write(f"transformers beyond the operators: {layers['short'] * 1e6:.0f} us a short layer, ")
         sys.stdout.write(f"{layers['long'] * 1e6:.0f} us a long one (aim {AIM_LAYER})\n")
-        sys.stdout.write(f"a step of the tiny model on {config.data.axis // 4} tokens: {step * 1e3:.0f} ms; sharding ")
-        sys.stdout.write(
-            f"{shard * 1e6:.0f} us; {config.model.layers} layers and sharding: {share:.2%} (aim {AIM_STEP:.0%})\n"
-        )
+        sys.stdout.write(f"a step of the tiny model on {config.data.axis // 4} tokens, other documents every time:\n")
+        steps = {}
+        for name, ahead in {"sharded when needed": False, "sharded a step ahead": True}.items():
+            step, shard, planned = of_step(config, ahead)
+            share = (layers["long"] * config.model.layers + shard + planned) / step
+            steps[name] = dict(step=step, shard=shard, planned=planned, share=share)
+            sys.stdout.write(
+                f"  {name}: {step * 1e3:.0f} ms; sharding {shard * 1e3:.1f} ms, waiting for plan and proof "
+            )
+            sys.stdout.write(
+                f"{planned * 1e3:.1f} ms; with {config.model.layers} layers {share:.2%} (aim {AIM_STEP:.0%})\n"
+            )
         if given.out:
-            write(given.out, cells, step_seconds=step, shard_seconds=shard, share_of_step=share)
+            write(given.out, cells, layer_seconds=layers, steps=steps)
         dist.destroy_process_group()
 
 
@@ -100,7 +108,7 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
 
     def operators():  # noqa: ANN202
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        ready = batch.ready(batch_shape(*inputs), torch.device("cpu"))
+        ready = batch.ready(Shape.of(*inputs), torch.device("cpu"))
 
         def call() -> torch.Tensor:
             o, _, _ = torch.ops.distattn.forward(*inputs, None, None, ready.handle, ready.kept, dim**-0.5, 0.0)
@@ -143,13 +151,6 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
     return compare(case, contestants, check, repeats=repeats, warmup=3)
 
 
-def batch_shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-    """Of one layer's call."""
-    from distattn.batches import Shape
-
-    return Shape.of(q, k, v)
-
-
 def repeated(call: Any) -> Any:
     """So many calls at once; the result of the last."""
 
@@ -181,21 +182,37 @@ def megatron_core(shape: Any, batch: Any) -> Any:
     return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups, own=own)
 
 
-def of_step(config: Any) -> tuple[float, float]:
-    """(seconds of a step of the tiny model, of sharding its batch), medians. Loss and backward, without the optimizer."""
+def of_step(config: Any, ahead: bool) -> tuple[float, float, float]:
+    """Seconds of a step of the tiny model, of sharding its batch, and of waiting for its plan and program: medians.
+
+    Loss and backward, without the optimizer; every step has other documents. ahead: the next batch is sharded before a step.
+    """
     model = build_model(config, huggingface.NAME)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring", kernel="cpu")
-    whole = {"input_ids": torch.zeros(1, config.data.axis // 4, dtype=torch.int64)}
-    steps, shards = [], []
-    for _ in range(7):
+    shape, tokens = config.model, config.data.axis // 4
+    asked = Shape(shape.heads, shape.kv_heads, *(shape.width // shape.heads,) * 2, "float32")
+    rows = []
+    batches = (documents(tokens, number) for number in itertools.count())
+    following = cp.shard(next(batches))
+    for _ in range(12):
         began = time.perf_counter()
-        batch = cp.shard(whole)
+        given = cp.shard(next(batches))
+        batch, following = (following, given) if ahead else (given, None)
         sharded = time.perf_counter()
+        batch["context_parallel"].ready(asked, torch.device("cpu"))
+        ready = time.perf_counter()
         local_loss(model, batch).backward()
-        steps.append(time.perf_counter() - began)
-        shards.append(sharded - began)
-    # the first ones plan and warm up
-    return statistics.median(steps[2:]), statistics.median(shards[2:])
+        rows.append((time.perf_counter() - began, sharded - began, ready - sharded))
+    # the first ones warm up
+    step, shard, planned = (statistics.median(column) for column in zip(*rows[3:], strict=True))
+    return step, shard, planned
+
+
+def documents(tokens: int, seed: int) -> dict[str, Any]:
+    """A pack of five documents of random lengths."""
+    cuts = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(seed))[:4].sort().values + 1
+    lengths = torch.diff(cuts, prepend=torch.zeros(1), append=torch.tensor([float(tokens)])).int().tolist()
+    return {"input_ids": torch.zeros(1, tokens, dtype=torch.int64), "document_lengths": lengths}
 
 
 if __name__ == "__main__":

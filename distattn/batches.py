@@ -177,6 +177,11 @@ class ShardedBatch:
         o_THE = attention(q_THD[:tokens], k_TKD[:tokens], v_TKE[:tokens], ready, scale=scale, **modifiers)
         return F.pad(o_THE, (0, 0, 0, 0, 0, padding))
 
+    @property
+    def tokens(self) -> int:
+        """N, of all ranks."""
+        return self.parent.axis(self.axis.documents)[1].n
+
     def check_positions(self, given: Tensor) -> None:
         """Refuse positions (1, T) that a model has made itself: rotary embeddings would be those of other tokens."""
         known = self.positions

@@ -6,6 +6,7 @@ configuration and the list of documents of every pack; nothing else is shared bu
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -72,9 +73,14 @@ def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> N
     factor = cp.loss_scale(pytorch.Loop(model))
     optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
     with Progress(run, config.train.steps, json_lines, visible=cp.rank == 0) as progress:
-        for number, batch in zip(range(config.train.steps), batches(run), strict=False):
+        # a step ahead: its plan is made meanwhile
+        given = ({**batch, "input_ids": batch["input_ids"].to(device)} for batch in batches(run))
+        sharded = map(cp.shard, itertools.islice(given, config.train.steps))
+        following = next(sharded, None)
+        for number in range(config.train.steps):
             began = time.perf_counter()
-            local = cp.shard({**batch, "input_ids": batch["input_ids"].to(device)})
+            local, following = following, next(sharded, None)
+            assert local is not None
             loss = pytorch.local_loss(model, local)
             loss.backward()
             losses = loss.detach() / factor
@@ -83,7 +89,7 @@ def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> N
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
-            progress.step(Step(number + 1, float(losses), float(norm), batch["input_ids"].numel(), seconds))
+            progress.step(Step(number + 1, float(losses), float(norm), local["context_parallel"].tokens, seconds))
 
 
 def build_model(config: Config, attention: str) -> Any:

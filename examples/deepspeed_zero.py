@@ -5,11 +5,11 @@ import os
 
 import torch
 import torch.distributed as dist
-from packs import llama, steps
+from packs import DEVICE, llama, steps
 
 import distattn as da
 
-if not torch.cuda.is_available():
+if DEVICE.type == "cpu":
     os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 
@@ -26,7 +26,7 @@ def main() -> None:
 
     # on CPUs DeepSpeed would compile an extension for shared memory
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", verbose=False)
+    deepspeed.init_distributed("gloo" if DEVICE.type == "cpu" else "nccl", verbose=False)
     cp = da.ContextParallel(strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 64})
     model = llama(torch.bfloat16 if given.bf16 else torch.float32)
     config = {
@@ -45,7 +45,7 @@ def main() -> None:
     factor = cp.loss_scale(Engine(engine))
 
     for number, packs in enumerate(steps(given.steps)):
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=DEVICE)
         for batch in cp.shard_step(packs):
             loss = local_loss(engine, batch)
             engine.backward(loss)

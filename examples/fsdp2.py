@@ -4,7 +4,7 @@ import argparse
 
 import torch
 import torch.distributed as dist
-from packs import llama, steps
+from packs import DEVICE, llama, steps
 from torch.distributed.device_mesh import init_device_mesh
 
 from distattn.adapters import pytorch
@@ -19,7 +19,7 @@ def main() -> None:
 
     dist.init_process_group()
     degree = dist.get_world_size() // given.replicas
-    mesh = init_device_mesh("cpu", (given.replicas, degree), mesh_dim_names=("dp", "cp"))
+    mesh = init_device_mesh(DEVICE.type, (given.replicas, degree), mesh_dim_names=("dp", "cp"))
     cp = pytorch.context_parallel(mesh, strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 64})
     model = llama(getattr(torch, given.dtype))
     pytorch.shard_parameters(model, mesh)
@@ -30,7 +30,7 @@ def main() -> None:
     for number, packs in enumerate(steps(given.steps)):
         # each replica has its own share of the step's packs
         mine = packs[mesh["dp"].get_local_rank() :: given.replicas]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=DEVICE)
         for batch in cp.shard_step(mine):
             loss = pytorch.local_loss(model, batch)
             loss.backward()

@@ -1,4 +1,4 @@
-"""Megatron-core: torchrun --nproc-per-node 4 examples/megatron_gpt.py --tp 2 [--pp 2]; the remaining ranks split sequences."""
+"""Megatron-core: torchrun --nproc-per-node 4 examples/megatron_gpt.py --tp 2. On GPUs; tests bring a shim for CPUs."""
 
 import argparse
 from functools import partial
@@ -11,8 +11,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer.transformer_config import TransformerConfig
-from packs import VOCABULARY, steps
+from packs import DEVICE, VOCABULARY, steps
 
 import distattn as da
 from distattn.adapters import megatron
@@ -25,23 +26,23 @@ dist.init_process_group()
 degree = dist.get_world_size() // (given.tp * given.pp)
 sizes = dict(tensor_model_parallel_size=given.tp, pipeline_model_parallel_size=given.pp, context_parallel_size=degree)
 parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
+random.model_parallel_cuda_manual_seed(0)
 
-
-def seeded(weight: torch.Tensor) -> None:
-    """The same weights however the model is cut."""
-    torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(weight.numel()))
-
-
+# the same weights however the model is cut
+names = ("init_method", "output_layer_init_method")
+start = {
+    n: lambda w: torch.nn.init.normal_(w, std=0.1, generator=torch.Generator().manual_seed(w.numel())) for n in names
+}
 shape = dict(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128)
-plain = dict(attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True, gradient_accumulation_fusion=False)
+plain = dict(attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True, bias_dropout_fusion=False)
 # stages tell each other how many tokens come; losses are summed over tokens / all valid tokens
 training = dict(variable_seq_lengths=True, moe_token_dispatcher_type="alltoall", calculate_per_token_loss=True)
-training |= dict(pipeline_dtype=torch.float32, finalize_model_grads_func=finalize_model_grads)
-training |= dict(init_method=seeded, output_layer_init_method=seeded, normalization="RMSNorm")
-config = TransformerConfig(**shape, **sizes, **plain, bias_dropout_fusion=False, **training)
+training |= dict(pipeline_dtype=torch.float32, finalize_model_grads_func=finalize_model_grads, normalization="RMSNorm")
+config = TransformerConfig(**shape, **sizes, **plain, gradient_accumulation_fusion=False, **training, **start)
 ends = dict(pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage())
 spec = megatron.use(get_gpt_layer_local_spec(normalization="RMSNorm"))
-model = megatron.with_layouts(GPTModel(config, spec, VOCABULARY, 1024, position_embedding_type="rope", **ends))
+model = GPTModel(config, spec, VOCABULARY, 1024, position_embedding_type="rope", **ends)
+model = megatron.with_layouts(model).to(DEVICE)
 chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
 adam = OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=True)
 optimizer = get_megatron_optimizer(adam, [chunk], use_gloo_process_groups=False)
@@ -49,12 +50,11 @@ cp = da.ContextParallel(parallel_state.get_context_parallel_group(), strategy="r
 step = partial(megatron.forward_step, config=config)
 for number, packs in enumerate(steps(given.steps)):
     chunk.zero_grad_buffer()
-    batches = dict(
-        data_iterator=iter(cp.shard_step(packs)), num_microbatches=len(packs), seq_length=1, micro_batch_size=1
-    )
-    reports = get_forward_backward_func()(forward_step_func=step, model=[chunk], forward_only=False, **batches)
+    batches = dict(data_iterator=iter(cp.shard_step(packs)), num_microbatches=len(packs), seq_length=1)
+    how = dict(forward_step_func=step, model=[chunk], micro_batch_size=1, forward_only=False)
+    reports = get_forward_backward_func()(**how, **batches)
     optimizer.step()
-    sums = torch.tensor([[report["loss_sum"], report["tokens"]] for report in reports] or [[0, 0]]).double().sum(0)
+    sums = torch.tensor([[one["loss_sum"], one["tokens"]] for one in reports] or [[0, 0]]).double().sum(0).to(DEVICE)
     dist.all_reduce(sums)
     if dist.get_rank() == 0:
         print(f"step {number + 1} loss {sums[0] / sums[1]:.12f}", flush=True)  # noqa: T201

@@ -1,5 +1,6 @@
 """What the examples train on: the demo's text in packs of uneven documents, and a Llama small enough for a laptop."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,11 @@ from distattn.adapters import huggingface
 from distattn.data.packing import pack_epoch
 from distattn.data.text import VOCABULARY, read_corpus, read_tokens
 
+DEVICE = torch.device("cpu")
+if torch.cuda.is_available():
+    DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(DEVICE)
+
 
 def packs(axis: int = 1024) -> Iterator[dict[str, Any]]:
     """Batches as `ContextParallel.shard` takes them, the same on all ranks: token ids (1, N) and document lengths."""
@@ -19,7 +25,7 @@ def packs(axis: int = 1024) -> Iterator[dict[str, Any]]:
     for pack in pack_epoch(lengths, axis, seed=1, epoch=0):
         tokens = [read_tokens(corpus.documents[number]) for number in pack]
         ids = torch.from_numpy(np.concatenate(tokens))[None]
-        yield {"input_ids": ids, "document_lengths": [len(document) for document in tokens]}
+        yield {"input_ids": ids.to(DEVICE), "document_lengths": [len(document) for document in tokens]}
 
 
 def steps(count: int, micro_batches: int = 2) -> Iterator[list[dict[str, Any]]]:
@@ -37,4 +43,4 @@ def llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     )
     config = LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.1, bos_token_id=None, eos_token_id=None, **shape)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="distattn").to(dtype)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="distattn").to(DEVICE, dtype)

@@ -49,12 +49,13 @@ def use(spec: Any, **settings: Any) -> Any:
     settings: as `ContextParallel` takes them, for batches that Megatron's loaders shard; strategy="ring" by default.
     """
     core = ModuleSpec(CoreAttention, params={"own": OwnBatches({"strategy": "ring", **settings})})
-    for number, layer in enumerate(getattr(spec, "layer_specs", [spec])):
-        attention: Any = getattr(layer.submodules.self_attention, "submodules", None)
-        if getattr(attention, "core_attention", None) is None:
-            what = getattr(layer.submodules.self_attention, "module", layer.submodules.self_attention)
+    for number, layer in enumerate(getattr(spec, "layer_specs", None) or [spec]):
+        self_attention: Any = getattr(layer.submodules, "self_attention", layer)
+        attention: Any = getattr(self_attention, "submodules", None)
+        name = _name_of(getattr(attention, "core_attention", None) or self_attention)
+        if name not in _STOCK:
             raise DistattnError(
-                f"layer {number} of the spec has no core attention but {getattr(what, '__name__', what)}."
+                f"layer {number} of the spec has {name}, not a core attention that can be split ({', '.join(_STOCK)})."
             )
         attention.core_attention = core
     return spec
