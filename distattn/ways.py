@@ -59,6 +59,8 @@ class Ways:
             if not (name in KINDS or (type(name) is int and name >= 0)):
                 raise DistattnError(f"layers are named by number or as {' or '.join(KINDS)}, not {name!r}.")
         self._ways = {name: Way.of(name, way) for name, way in (given or {}).items()}
+        # numbers that no layer has had yet
+        self.unasked = {name for name in self._ways if isinstance(name, int)}
 
     def of(self, layer: int | None, window: int | None) -> Way | None:
         """Of a layer with that number and window; None where it is computed like the others."""
@@ -66,6 +68,7 @@ class Ways:
             return None
         if layer is None and any(isinstance(name, int) for name in self._ways):
             raise DistattnError("some layers are named by number, but this one does not tell its own (layer=).")
+        self.unasked.discard(layer)  # type: ignore[arg-type]
         kind = "full" if window is None else "window"
         return self._ways.get(layer if layer in self._ways else kind)  # type: ignore[arg-type]
 

@@ -35,6 +35,22 @@ class Pattern(NamedTuple):
 
     window: int | None
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _works_on_masks()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("shape", "dim", "size", "dtype", "ndim", "device"):
+            raise _works_on_masks()
+        raise AttributeError(name)
+
+
+def _works_on_masks() -> DistattnError:
+    return DistattnError(
+        "the model's layers work on their mask themselves, and there is none: the plan carries it. Models that only hand it to "
+        "their attention function can be split."
+    )
+
 
 def register() -> None:
     """Make attn_implementation="distattn" known to transformers."""

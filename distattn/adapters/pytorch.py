@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from distattn.batches import ShardedBatch
 from distattn.context import ContextParallel
 from distattn.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
@@ -46,7 +47,10 @@ def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Logits (1, T, V) of a transformers model, or one that is called alike, for a sharded batch."""
     given = {name: batch[name] for name in ("input_ids", "position_ids", "context_parallel")}
     logits = model(**given, use_cache=False).logits
-    if not getattr(batch["context_parallel"], "asked", True):
+    sharded = batch["context_parallel"]
+    if isinstance(sharded, ShardedBatch) and (unasked := sharded.parent.ways.unasked):
+        raise DistattnError(f"layers= names layer {min(unasked)}, but the model has no attention layer of that number.")
+    if not getattr(sharded, "asked", True):
         raise DistattnError(
             f"{type(getattr(model, 'module', model)).__name__} did not ask for attention: each rank has read its own tokens "
             'only. Models of transformers want attn_implementation="distattn", and attention layers.'

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from processes import run_on_ranks, sum_gradients
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
@@ -189,6 +190,23 @@ def test_a_model_without_attention_is_refused():
     batch = da.ContextParallel(strategy="ring").shard({"input_ids": torch.arange(8)[None]})
     with pytest.raises(da.DistattnError, match="MambaForCausalLM did not ask for attention"):
         local_loss(model, batch)
+
+
+def test_a_model_that_works_on_its_mask_is_refused():
+    huggingface.register()
+    shape = dict(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+    model = AutoModelForCausalLM.from_config(BloomConfig(**shape), attn_implementation="distattn")
+    batch = da.ContextParallel(strategy="ring").shard({"input_ids": torch.arange(8)[None]})
+    with pytest.raises(da.DistattnError, match="work on their mask themselves"):
+        model(batch["input_ids"], use_cache=False)
+
+
+def test_layers_that_do_not_exist_are_refused():
+    model = build("llama")
+    cp = da.ContextParallel(strategy="ring", layers={1: {"strategy": "allgather"}, 7: {"strategy": "ulysses"}})
+    with pytest.raises(da.DistattnError, match="no attention layer of that number") as refusal:
+        local_loss(model, cp.shard({"input_ids": token_ids()}))
+    assert "layer 7" in str(refusal.value)
 
 
 def test_sinks_soft_caps_and_windows_reach_the_call():
