@@ -108,7 +108,7 @@ class Planner:
 
         # fixed-length batches meet the same axis again and again; packed ones never do
         self.axis = lru_cache(maxsize=8)(axis)
-        self.plan = lru_cache(maxsize=32)(plan)
+        self.plan = lru_cache(maxsize=8)(plan)
         self._needs: dict[tuple[Shape, torch.device], None] = {}
         self._lock = threading.Lock()
         self.worker = ThreadPoolExecutor(1, "distattn-plans")
