@@ -239,7 +239,10 @@ def forward(model, part):
         raise RuntimeError("the real cause")
     return pytorch.forward(model, part)
 """
-    (finding,) = diagnosis(tmp_path, body).findings
+    script = tmp_path / "subject.py"
+    script.write_text(SCRIPT + body)
+    # ranks that end, as they do for the command: the other one loses its connection
+    (finding,) = doctor.examine(str(script), 2).findings
     assert finding.cause == "failed" and "rank 1: RuntimeError: the real cause (subject.py, line" in finding.seen
 
 
