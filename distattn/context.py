@@ -131,11 +131,8 @@ class ContextParallel(Planner):
         """Ranks that split a sequence have to hold the same tokens and targets."""
         if self.group is None or self.ranks == 1:
             return
-        mine = torch.tensor([int(own.digest()[:15], 16) for own in rows]).sum().reshape(1)
-        told = spoken(mine, self.group)
-        everyone = [torch.empty_like(told) for _ in range(self.ranks)]
-        dist.all_gather(everyone, told, group=self.group)
-        odd = [rank for rank, other in enumerate(everyone) if int(other) != int(everyone[0])]
+        everyone = gathered(sum(int(own.digest(), 16) for own in rows) % (1 << 63), self.group)
+        odd = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
         if odd:
             raise DistattnError(
                 f"rank {odd[0]} of the group holds another batch than rank 0; ranks that split a sequence get the same "
@@ -150,11 +147,19 @@ class ContextParallel(Planner):
         # each rank's own tokens: replicas of the whole batch are counted once
         valid = sum((part["labels"] != IGNORE_INDEX).sum() for part in parts)
         assert isinstance(valid, torch.Tensor)
-        told = spoken(valid, self.loss_group)
+        told = sendable(valid, self.loss_group)
         dist.all_reduce(told, group=self.loss_group)
         return self._factor / told.to(valid.device).clamp(min=1).double()
 
 
-def spoken(number: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+def sendable(number: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """The number on a device that the group's backend can send from: NCCL sends from GPUs only."""
     return number.cuda() if dist.get_backend(group) == "nccl" else number
+
+
+def gathered(number: int, group: dist.ProcessGroup | None) -> list[int]:
+    """Of every rank of a group, which all call it."""
+    mine = sendable(torch.tensor([number]), group)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    return torch.cat(everyone).tolist()

@@ -22,11 +22,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from distattn.adapters.pytorch import whole
+from distattn.adapters.pytorch import unwrapped, whole
 from distattn.batches import ShardedBatch
 from distattn.errors import DistattnError
 from distattn.rows import IGNORE_INDEX, KEYS, Rows
-from distattn.subject import Subject, said, unwrapped
+from distattn.subject import Subject, said
 
 
 class Truth(NamedTuple):

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from distattn.adapters import huggingface, pytorch
@@ -76,7 +75,7 @@ class Subject:
         """What every rank holds."""
         if hasattr(self._script, "batch"):
             return self._script.batch()  # type: ignore[union-attr]
-        vocabulary = pytorch.output_layer_of(unwrapped(model)).weight.shape[0]  # type: ignore[union-attr,index]
+        vocabulary = pytorch.output_layer_of(pytorch.unwrapped(model)).weight.shape[0]  # type: ignore[union-attr,index]
         ids = torch.randint(0, int(vocabulary), (1, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0))  # type: ignore[call-overload]
         labels = ids.clone()
         labels[:, :20] = IGNORE_INDEX
@@ -108,7 +107,7 @@ class Subject:
 
     def loss(self, logits: Tensor, part: Mapping[str, Any]) -> Tensor:
         """This rank's share."""
-        return self._or("loss", _loss)(logits, part)
+        return self._or("loss", pytorch.loss_of)(logits, part)
 
     def backward(self, model: torch.nn.Module, loss: Tensor) -> None:
         """And reduce."""
@@ -136,11 +135,6 @@ def kernel_here() -> str | None:
     return None if torch.cuda.is_available() else "reference"
 
 
-def _loss(logits: Tensor, part: Mapping[str, Any]) -> Tensor:
-    given = logits.flatten(0, 1), part["labels"].flatten()
-    return F.cross_entropy(*given, ignore_index=IGNORE_INDEX, reduction="sum") * part["loss_scale"]
-
-
 def _backward(model: torch.nn.Module, loss: Tensor) -> None:
     loss.backward()
     for parameter in model.parameters():
@@ -149,15 +143,8 @@ def _backward(model: torch.nn.Module, loss: Tensor) -> None:
 
 
 def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    named = unwrapped(model).named_parameters()
+    named = pytorch.unwrapped(model).named_parameters()
     return {name: pytorch.whole(p.grad).clone() for name, p in named if p.grad is not None}
-
-
-def unwrapped(model: Any) -> torch.nn.Module:
-    """The module inside DDP or an engine."""
-    while isinstance(getattr(model, "module", None), torch.nn.Module):
-        model = model.module
-    return model
 
 
 def _reference(model: Any, ids: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class Engine:
         return x
 
     def gradient(self) -> Tensor:
-        """Of the output layer's weight, without the scale of fp16 losses."""
+        """Of the layer's weight, without the scale of fp16 losses."""
         weight: Any = self.layer().weight
         return whole(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
 

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import is_deepspeed_available
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from transformers import Trainer
 
 from distattn.adapters.huggingface import one_process
 from distattn.adapters.pytorch import Loop, local_loss, output_layer_of
-from distattn.context import ContextParallel, spoken
+from distattn.context import ContextParallel, gathered
 from distattn.errors import DistattnError
 
 
@@ -124,7 +123,7 @@ class ContextParallelTrainer(Trainer):
         return self.args.world_size // cp.ranks, replica_of(cp)
 
     def _reducer(self) -> Any:
-        if self.is_deepspeed_enabled and is_deepspeed_available():
+        if self.is_deepspeed_enabled:
             from distattn.adapters.deepspeed import Engine
 
             return Engine(self.model_wrapped, scale_wrt_gas=False)
@@ -137,8 +136,5 @@ def replica_of(cp: ContextParallel) -> int:
     if cp.group is None or cp.loss_group is None or cp.group is cp.loss_group:
         return 0
     # groups may be any ranks; they are numbered by their first
-    first = spoken(torch.tensor([dist.get_process_group_ranks(cp.group)[0]]), cp.loss_group)
-    everyone = [torch.empty_like(first) for _ in range(dist.get_world_size(cp.loss_group))]
-    dist.all_gather(everyone, first, group=cp.loss_group)
-    firsts = sorted({int(one) for one in everyone})
-    return firsts.index(int(first))
+    first = dist.get_process_group_ranks(cp.group)[0]
+    return sorted(set(gathered(first, cp.loss_group))).index(first)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from distattn.adapters.pytorch import inputs as inputs
 from distattn.batches import ShardedBatch
 from distattn.errors import DistattnError
 
@@ -56,11 +57,6 @@ def register() -> None:
     """Make attn_implementation="distattn" known to transformers."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_pattern)
-
-
-def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's keyword arguments for a sharded batch."""
-    return {name: batch[name] for name in ("input_ids", "position_ids", "context_parallel")} | {"use_cache": False}
 
 
 @contextmanager

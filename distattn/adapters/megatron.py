@@ -34,8 +34,9 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from distattn.adapters.megatron_batches import OwnBatches
-from distattn.adapters.pytorch import gradients_aside
+from distattn.adapters.pytorch import gradients_aside, unwrapped, whole
 from distattn.errors import DistattnError
+from distattn.kernels.merge import accumulation_dtype
 from distattn.rows import IGNORE_INDEX
 
 # what is replaced: other core attentions are other functions (sparse, linear)
@@ -243,7 +244,7 @@ def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) 
 def loss_of(batch: Mapping[str, Any], config: Any, losses: Tensor) -> tuple[Any, ...]:
     """What Megatron's schedules take: (sum, tokens, report) with calculate_per_token_loss, else (share, report)."""
     valid = (batch["labels"] != IGNORE_INDEX).flatten()
-    total = losses.float().flatten()[valid].sum() if losses.dtype != torch.float64 else losses.flatten()[valid].sum()
+    total = losses.to(accumulation_dtype(losses.dtype)).flatten()[valid].sum()
     report = {"loss_sum": total.detach().clone(), "tokens": valid.sum()}
     if config.calculate_per_token_loss:
         return total, valid.sum().int(), report
@@ -350,10 +351,7 @@ class Chunks:
             dist.all_gather(everyone, mine, group=buffer.data_parallel_group)
             return torch.cat(everyone)[start - bucket.offset : end - bucket.offset].view(weight.shape)
         found = getattr(weight, "main_grad", None)
-        found = weight.grad if found is None else found
-        if found is None:
-            raise DistattnError("the output layer has no gradient after backward; is it frozen?")
-        return found
+        return whole(weight.grad if found is None else found)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -373,10 +371,3 @@ class Chunks:
                 for buffer, gradients in zip(buffers, before, strict=True):
                     buffer.grad_data.copy_(gradients)
                 tensor_parallel.get_cuda_rng_tracker().set_states(numbers)
-
-
-def unwrapped(chunk: Any) -> Any:
-    """The GPTModel inside wrappers."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk

@@ -43,16 +43,20 @@ def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh if mesh.ndim == 1 else mesh._flatten("_".join(mesh.mesh_dim_names or ()))
 
 
+def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformers model's keyword arguments for a sharded batch."""
+    return {name: batch[name] for name in ("input_ids", "position_ids", "context_parallel")} | {"use_cache": False}
+
+
 def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Logits (1, T, V) of a transformers model, or one that is called alike, for a sharded batch."""
-    given = {name: batch[name] for name in ("input_ids", "position_ids", "context_parallel")}
-    logits = model(**given, use_cache=False).logits
+    logits = model(**inputs(batch)).logits
     sharded = batch["context_parallel"]
     if isinstance(sharded, ShardedBatch) and (unasked := sharded.parent.ways.unasked):
         raise DistattnError(f"layers= names layer {min(unasked)}, but the model has no attention layer of that number.")
     if not getattr(sharded, "asked", True):
         raise DistattnError(
-            f"{type(getattr(model, 'module', model)).__name__} did not ask for attention: each rank has read its own tokens "
+            f"{type(unwrapped(model)).__name__} did not ask for attention: each rank has read its own tokens "
             'only. Models of transformers want attn_implementation="distattn", and attention layers.'
         )
     return logits
@@ -60,7 +64,12 @@ def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def local_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """This rank's share of the loss: its token losses summed, times the batch's loss scale."""
-    logits_TV = forward(model, batch).flatten(0, -2)
+    return loss_of(forward(model, batch), batch)
+
+
+def loss_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """The same of logits (1, T, V)."""
+    logits_TV = logits.flatten(0, -2)
     given = logits_TV.to(accumulation_dtype(logits_TV.dtype)), batch["labels"].flatten()
     return F.cross_entropy(*given, ignore_index=IGNORE_INDEX, reduction="sum") * batch["loss_scale"]
 
@@ -113,7 +122,7 @@ class Loop:
         return x
 
     def gradient(self) -> Tensor:
-        """Of the output layer's weight, sharded or not."""
+        """Of the layer's weight, sharded or not."""
         weight: Any = self.layer().weight
         return whole(weight.grad)
 
@@ -127,10 +136,17 @@ class Loop:
             yield
 
     def _output(self) -> torch.nn.Module:
-        return self._output_layer or output_layer_of(getattr(self.model, "module", self.model))
+        return self._output_layer or output_layer_of(unwrapped(self.model))
 
 
 _forward = forward
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside DDP, a DeepSpeed engine or Megatron's wrappers."""
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module
+    return model
 
 
 def output_layer_of(model: torch.nn.Module) -> torch.nn.Module:
@@ -176,7 +192,9 @@ def _check_synchronized(module: Any) -> None:
 def whole(gradient: Tensor | None) -> Tensor:
     """A gradient as a plain tensor; all ranks call it."""
     if gradient is None:
-        raise DistattnError("the output layer has no gradient after backward; is it frozen, or was it set to None?")
+        raise DistattnError(
+            "the layer that is read has no gradient after backward: leave gradients until they are reduced."
+        )
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
