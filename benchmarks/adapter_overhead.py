@@ -27,11 +27,11 @@ from harness import Cell, compare, table, write
 from host_time import InstantKernel
 
 import distattn as da
-from distattn import config as configuration
 from distattn.adapters import huggingface
 from distattn.adapters.pytorch import local_loss
-from distattn.batches import Shape
-from distattn.train import build_model
+from distattn.batch.planner import Shape
+from distattn.training import config as configuration
+from distattn.training.loop import build_model
 
 ROOT = Path(__file__).parents[1]
 AIM_LAYER, AIM_STEP = 200, 0.02
@@ -47,7 +47,7 @@ class Instant(da.ContextParallel):
 
 
 class InstantWatch:
-    """See `distattn.programs.Watch`."""
+    """See `distattn.ops.executable.Watch`."""
 
     alternates = False
 

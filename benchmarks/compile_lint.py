@@ -27,11 +27,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from distattn.kernels import gluon_attention, triton_attention
-from distattn.kernels.cells import Cells
-from distattn.kernels.score import Demand, Score
-from distattn.kernels.triton_launch import Launch
-from distattn.mask import Mask
+from distattn.ir.mask import Mask
+from distattn.kernels.gluon import attention as gluon_attention
+from distattn.kernels.launch_mask import Cells
+from distattn.kernels.spec import Demand, Score
+from distattn.kernels.triton import attention as triton_attention
+from distattn.kernels.triton.launch import Launch
 
 ARCHITECTURES = (80, 90, 100)
 DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))

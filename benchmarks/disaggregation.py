@@ -32,11 +32,11 @@ import numpy as np
 from hypergraph import partitioned
 
 import distattn as da
-from distattn.bands import K0, K1, OK, OQ, Q0, Q1
-from distattn.cluster import describe
-from distattn.cluster.describe import Description
-from distattn.layout import lay_out
-from distattn.parallel.quality import quality
+from distattn.cluster import spec as describe
+from distattn.cluster.spec import Description
+from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1
+from distattn.ir.layout import lay_out
+from distattn.parallel.analysis.quality import quality
 
 # pairs of chunks that a whole-pool strategy may have before its row is left out
 MOST_PAIRS = 3_000_000

@@ -26,7 +26,7 @@ from gpu_cases import Case, Inputs, Run, contestants, inputs_of
 from harness import Cell, compare, table, write
 from torch import Tensor
 
-from distattn.bands import row_ends
+from distattn.ir.bands import row_ends
 
 # rows, and keys, that are compared with fp64, and rows at a time
 CHECKED = 24

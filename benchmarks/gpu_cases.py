@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distattn as da
-from distattn.kernels import gluon_attention, triton_attention
-from distattn.kernels.cells import Cells
-from distattn.kernels.score import Demand, Score
-from distattn.kernels.triton_launch import moved, run
+from distattn.kernels.gluon import attention as gluon_attention
+from distattn.kernels.launch_mask import Cells
+from distattn.kernels.spec import Demand, Score
+from distattn.kernels.triton import attention as triton_attention
+from distattn.kernels.triton.launch import moved, run
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,13 @@ import torch
 from torch import Tensor
 
 import distattn as da
-from distattn.kernels import gluon_attention, gluon_split, reference, triton_attention
-from distattn.kernels.cells import Cells
-from distattn.kernels.score import Demand, Score
-from distattn.kernels.triton_launch import moved
+from distattn.kernels import reference
+from distattn.kernels.gluon import attention as gluon_attention
+from distattn.kernels.gluon import split as gluon_split
+from distattn.kernels.launch_mask import Cells
+from distattn.kernels.spec import Demand, Score
+from distattn.kernels.triton import attention as triton_attention
+from distattn.kernels.triton.launch import moved
 
 TIERS = {"triton": triton_attention, "gluon": gluon_attention, "gluon_split": gluon_split}
 HEADS, KV_HEADS = 4, 2

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 
 import distattn as da
-from distattn.kernels import triton_attention
-from distattn.kernels.cells import Cells
-from distattn.kernels.dispatch import load_kernel, preparing
-from distattn.kernels.score import Demand, Score
-from distattn.kernels.triton_launch import moved
-from distattn.parallel import execute
+from distattn.kernels.launch_mask import Cells
+from distattn.kernels.registry import load_kernel, preparing
+from distattn.kernels.spec import Demand, Score
+from distattn.kernels.triton import attention as triton_attention
+from distattn.kernels.triton.launch import moved
+from distattn.ops.executable import demand_of
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.program import Program, lower, on_device
-from distattn.parallel.transport import Packet
-from distattn.programs import demand_of
+from distattn.parallel.runtime import execute
+from distattn.parallel.runtime.program import Program, lower, on_device
+from distattn.parallel.runtime.transport import Packet
 
 BUDGET = 150
 # our kernels in a trace; what else runs there copies or merges

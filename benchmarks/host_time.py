@@ -17,11 +17,11 @@ from harness import Cell, compare, table
 from torch import Tensor
 
 import distattn as da
-from distattn.kernels.score import Score
-from distattn.parallel import execute
+from distattn.kernels.spec import Score
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.program import Program, lower
-from distattn.parallel.transport import Packet
+from distattn.parallel.runtime import execute
+from distattn.parallel.runtime.program import Program, lower
+from distattn.parallel.runtime.transport import Packet
 
 BUDGET = 150
 HEADS, KV_HEADS, DIM = 8, 2, 64

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 import distattn as da
-from distattn.bands import areas, clip, tighten
-from distattn.parallel.backward import derive
-from distattn.parallel.cad import routed
-from distattn.parallel.work import bytes_each
-from distattn.plan import TASK_COLUMNS, Call, Plan, columns, tight_tasks
+from distattn.ir.bands import areas, clip, tighten
+from distattn.ir.plan import TASK_COLUMNS, Call, Plan, columns, tight_tasks
+from distattn.parallel.strategies.cad import routed
+from distattn.parallel.tables.backward import derive
+from distattn.parallel.tables.cost import bytes_each
 
 BLOCK = 2048
 # vertex and net weights are 32-bit, and so are their sums

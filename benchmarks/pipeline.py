@@ -23,8 +23,8 @@ import numpy as np
 from disaggregation import packs, say
 
 import distattn as da
-from distattn.cluster import describe
-from distattn.parallel.ticks import one_forward_one_backward, ticks
+from distattn.cluster import spec as describe
+from distattn.driver.pipeline_ticks import one_forward_one_backward, ticks
 
 LAYERS, WIDTH, FEED, TENSOR = 32, 4096, 14336, 8
 SHAPE = dict(heads=32 // TENSOR, kv_heads=8 // TENSOR, head_dim=128, dtype="bfloat16")

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 import distattn as da
-from distattn.kernels.dispatch import preparing
-from distattn.layout import LAYOUTS, lay_out
+from distattn.ir.layout import LAYOUTS, lay_out
+from distattn.kernels.registry import preparing
+from distattn.ops.executable import demand_of
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.program import lower
-from distattn.programs import demand_of
+from distattn.parallel.runtime.program import lower
 
 REPEATS = 3
 CPU = torch.device("cpu")

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from harness import compare
 
 import distattn as da
-from distattn.cluster import describe
-from distattn.launch.calibrate import measured
+from distattn.cluster import spec as describe
+from distattn.launch.calibrate_command import measured
 from distattn.parallel.make_plan import STRATEGIES
 
 TOKENS = 8192

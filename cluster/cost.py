@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.bands import Q0, Q1, areas, row_ends
-from distattn.cluster.describe import Description
-from distattn.intervals import Ints
+from distattn.cluster.spec import Description
+from distattn.ir.bands import Q0, Q1, areas, row_ends
+from distattn.ir.intervals import Ints
 
 Numbers = np.ndarray
 # floating-point operations of one cell and one unit of (query dim + value dim): two products forward, five backward

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distattn.errors import DistattnError
-from distattn.intervals import Ints, whole_numbers
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import Ints, whole_numbers
 
 
 @dataclass(frozen=True)

@@ -8,65 +8,65 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distattn.cluster.topology import Cluster as Cluster
-    from distattn.context import ContextParallel as ContextParallel
-    from distattn.errors import DamagedDataError as DamagedDataError
-    from distattn.errors import DistattnError as DistattnError
-    from distattn.errors import PlanError as PlanError
-    from distattn.exporters import block_mask as block_mask
-    from distattn.exporters import cu_seqlens as cu_seqlens
-    from distattn.functional import attention as attention
-    from distattn.functional import save_attention as save_attention
-    from distattn.layout import Layout as Layout
-    from distattn.mask import Mask as Mask
-    from distattn.parallel.explain import Explanation as Explanation
-    from distattn.parallel.explain import explain as explain
+    from distattn.driver.context_parallel import ContextParallel as ContextParallel
+    from distattn.driver.overlap import PingPong as PingPong
+    from distattn.driver.pipeline import Pipeline as Pipeline
+    from distattn.driver.pool import Pool as Pool
+    from distattn.driver.servers import serve as serve
+    from distattn.ir.errors import DamagedDataError as DamagedDataError
+    from distattn.ir.errors import DistattnError as DistattnError
+    from distattn.ir.errors import PlanError as PlanError
+    from distattn.ir.export import block_mask as block_mask
+    from distattn.ir.export import cu_seqlens as cu_seqlens
+    from distattn.ir.layout import Layout as Layout
+    from distattn.ir.mask import Mask as Mask
+    from distattn.ir.plan import Call as Call
+    from distattn.ir.plan import Payload as Payload
+    from distattn.ir.plan import Plan as Plan
+    from distattn.ir.plan import Table as Table
+    from distattn.ops.attention import attention as attention
+    from distattn.ops.attention import save_attention as save_attention
+    from distattn.ops.executable import Prepared as Prepared
+    from distattn.ops.executable import prepare as prepare
+    from distattn.parallel.analysis.explain import Explanation as Explanation
+    from distattn.parallel.analysis.explain import explain as explain
+    from distattn.parallel.analysis.quality import quality as quality
+    from distattn.parallel.analysis.simulate import simulate as simulate
+    from distattn.parallel.analysis.timeline import Timeline as Timeline
+    from distattn.parallel.analysis.verify import Proof as Proof
+    from distattn.parallel.analysis.verify import verify as verify
     from distattn.parallel.make_plan import make_plan as make_plan
-    from distattn.parallel.quality import quality as quality
-    from distattn.parallel.simulate import simulate as simulate
-    from distattn.parallel.timeline import Timeline as Timeline
-    from distattn.parallel.verify import Proof as Proof
-    from distattn.parallel.verify import verify as verify
-    from distattn.pingpong import PingPong as PingPong
-    from distattn.pipeline import Pipeline as Pipeline
-    from distattn.plan import Call as Call
-    from distattn.plan import Payload as Payload
-    from distattn.plan import Plan as Plan
-    from distattn.plan import Table as Table
-    from distattn.pool import Pool as Pool
-    from distattn.programs import Prepared as Prepared
-    from distattn.programs import prepare as prepare
-    from distattn.serving import serve as serve
 
 _HOME = {
-    "Call": "distattn.plan",
+    "Call": "distattn.ir.plan",
     "Cluster": "distattn.cluster.topology",
-    "ContextParallel": "distattn.context",
-    "DamagedDataError": "distattn.errors",
-    "DistattnError": "distattn.errors",
-    "Explanation": "distattn.parallel.explain",
-    "Layout": "distattn.layout",
-    "Mask": "distattn.mask",
-    "Payload": "distattn.plan",
-    "PingPong": "distattn.pingpong",
-    "Pipeline": "distattn.pipeline",
-    "Plan": "distattn.plan",
-    "PlanError": "distattn.errors",
-    "Pool": "distattn.pool",
-    "Prepared": "distattn.programs",
-    "Proof": "distattn.parallel.verify",
-    "Table": "distattn.plan",
-    "Timeline": "distattn.parallel.timeline",
-    "attention": "distattn.functional",
-    "block_mask": "distattn.exporters",
-    "cu_seqlens": "distattn.exporters",
-    "explain": "distattn.parallel.explain",
+    "ContextParallel": "distattn.driver.context_parallel",
+    "DamagedDataError": "distattn.ir.errors",
+    "DistattnError": "distattn.ir.errors",
+    "Explanation": "distattn.parallel.analysis.explain",
+    "Layout": "distattn.ir.layout",
+    "Mask": "distattn.ir.mask",
+    "Payload": "distattn.ir.plan",
+    "PingPong": "distattn.driver.overlap",
+    "Pipeline": "distattn.driver.pipeline",
+    "Plan": "distattn.ir.plan",
+    "PlanError": "distattn.ir.errors",
+    "Pool": "distattn.driver.pool",
+    "Prepared": "distattn.ops.executable",
+    "Proof": "distattn.parallel.analysis.verify",
+    "Table": "distattn.ir.plan",
+    "Timeline": "distattn.parallel.analysis.timeline",
+    "attention": "distattn.ops.attention",
+    "block_mask": "distattn.ir.export",
+    "cu_seqlens": "distattn.ir.export",
+    "explain": "distattn.parallel.analysis.explain",
     "make_plan": "distattn.parallel.make_plan",
-    "prepare": "distattn.programs",
-    "quality": "distattn.parallel.quality",
-    "save_attention": "distattn.functional",
-    "serve": "distattn.serving",
-    "simulate": "distattn.parallel.simulate",
-    "verify": "distattn.parallel.verify",
+    "prepare": "distattn.ops.executable",
+    "quality": "distattn.parallel.analysis.quality",
+    "save_attention": "distattn.ops.attention",
+    "serve": "distattn.driver.servers",
+    "simulate": "distattn.parallel.analysis.simulate",
+    "verify": "distattn.parallel.analysis.verify",
 }
 __all__ = sorted(_HOME)
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distattn.bands import BK, BQ, K0, K1, Q0, Q1, areas, clip, row_ends, tighten
-from distattn.intervals import Ints
-from distattn.kernels.cells import Cells, Written, even_groups
+from distattn.ir.bands import BK, BQ, K0, K1, Q0, Q1, areas, clip, row_ends, tighten
+from distattn.ir.intervals import Ints
+from distattn.kernels.launch_mask import Cells, Written, even_groups
 from distattn.kernels.merge import accumulation_dtype, merge_
-from distattn.kernels.score import Demand, Score
+from distattn.kernels.spec import Demand, Score
 
 # the operator takes o, not delta; a row with dO = 0 and delta != 0 cannot be told to it
 DIFFERENTIABLE_LSE = False

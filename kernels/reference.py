@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.bands import K0, K1, Q0, Q1, row_ends
-from distattn.kernels.cells import Cells
+from distattn.ir.bands import K0, K1, Q0, Q1, row_ends
+from distattn.kernels.launch_mask import Cells
 from distattn.kernels.merge import accumulation_dtype
-from distattn.kernels.score import Demand, Score
+from distattn.kernels.spec import Demand, Score
 
 DIFFERENTIABLE_LSE = True
 ACCUMULATES = False

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from distattn.errors import DistattnError
+from distattn.ir.errors import DistattnError
 
 _USAGE = """usage: distattn COMMAND ...
 
@@ -48,19 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "train":
             return _train(rest)
         if command == "plan":
-            from distattn.launch import plan
+            from distattn.launch import plan_command as plan
 
             return plan.main(rest)
         if command == "launch":
-            from distattn.launch import launch
+            from distattn.launch import launch_command as launch
 
             return launch.main(rest)
         if command == "calibrate":
-            from distattn.launch import calibrate
+            from distattn.launch import calibrate_command as calibrate
 
             return calibrate.main(rest)
         if command == "doctor":
-            from distattn.launch import doctor
+            from distattn.launch import doctor_command as doctor
 
             return doctor.main(rest)
         known = "train, plan, calibrate, doctor and launch"
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from distattn import config as configuration
+    from distattn.training import config as configuration
 
     json_lines = "--json" in arguments
     arguments = [argument for argument in arguments if argument != "--json"]
@@ -84,7 +84,7 @@ def _train(arguments: list[str]) -> int:
             "usage: distattn train CONFIG [--json] [--section.key value ...]\n\n" + configuration.help_text()
         )
         return 0 if arguments else 2
-    from distattn.launch.here import run_here
+    from distattn.launch.run_locally import run_here
 
     return run_here(configuration.load(arguments[0], arguments[1:]), json_lines)
 

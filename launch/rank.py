@@ -29,6 +29,6 @@ if __name__ == "__main__":
     if (logs := Path(sys.argv[1], "logs")).is_dir():
         keep_log(logs)
 
-    from distattn.train import main
+    from distattn.training.loop import main
 
     sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from distattn.config import Config
-from distattn.errors import DamagedDataError, DistattnError
-from distattn.kernels.dispatch import ON_CPU
-from distattn.run import Run
+from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.kernels.registry import ON_CPU
+from distattn.training.config import Config
+from distattn.training.run_folder import Run
 
 # data loading, planning ahead and NCCL's own threads
 _CPUS_PER_GPU = 4

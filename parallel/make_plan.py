@@ -9,21 +9,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.cluster.describe import Machines
-from distattn.errors import DistattnError
-from distattn.intervals import distinct
-from distattn.layout import Layout
-from distattn.mask import Mask
-from distattn.parallel.allgather import allgather
-from distattn.parallel.backward import derive
-from distattn.parallel.cad import cad
-from distattn.parallel.cad_greedy import cad_greedy
-from distattn.parallel.double_ring import double_ring
-from distattn.parallel.relayout import bend
-from distattn.parallel.ring import ring
-from distattn.parallel.ulysses import ulysses
-from distattn.parallel.usp import usp
-from distattn.plan import POLICIES, Call, Plan, Table, bytes_of_moves
+from distattn.cluster.spec import Machines
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import distinct
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import POLICIES, Call, Plan, Table, bytes_of_moves
+from distattn.parallel.strategies.allgather import allgather
+from distattn.parallel.strategies.cad import cad
+from distattn.parallel.strategies.cad_greedy import cad_greedy
+from distattn.parallel.strategies.double_ring import double_ring
+from distattn.parallel.strategies.ring import ring
+from distattn.parallel.strategies.ulysses import ulysses
+from distattn.parallel.strategies.usp import usp
+from distattn.parallel.tables.backward import derive
+from distattn.parallel.tables.relayout import bend
 
 
 class Strategy(NamedTuple):

@@ -24,8 +24,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from distattn.adapters.pytorch import forward, gradients_aside, output_layer_of, trained_layer, whole
-from distattn.context import ContextParallel
-from distattn.errors import DistattnError
+from distattn.driver.context_parallel import ContextParallel
+from distattn.ir.errors import DistattnError
 
 
 class SequenceGroups:

@@ -22,8 +22,8 @@ from transformers import Trainer
 
 from distattn.adapters.huggingface import one_process
 from distattn.adapters.pytorch import Loop, local_loss, output_layer_of
-from distattn.context import ContextParallel, gathered
-from distattn.errors import DistattnError
+from distattn.driver.context_parallel import ContextParallel, gathered
+from distattn.ir.errors import DistattnError
 
 
 class ContextParallelTrainer(Trainer):

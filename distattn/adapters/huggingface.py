@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from distattn.adapters.pytorch import inputs as inputs
-from distattn.batches import ShardedBatch
-from distattn.errors import DistattnError
+from distattn.batch.planner import ShardedBatch
+from distattn.ir.errors import DistattnError
 
 NAME = "distattn"
 # layers that read other tokens in ways that no plan knows, as configurations name them

@@ -35,9 +35,9 @@ from torch import Tensor
 
 from distattn.adapters.megatron_batches import OwnBatches
 from distattn.adapters.pytorch import gradients_aside, unwrapped, whole
-from distattn.errors import DistattnError
+from distattn.batch.packed_batch import IGNORE_INDEX
+from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
-from distattn.rows import IGNORE_INDEX
 
 # what is replaced: other core attentions are other functions (sparse, linear)
 _STOCK = ("DotProductAttention", "TEDotProductAttention", "CoreAttention")

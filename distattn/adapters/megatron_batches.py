@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distattn.batches import Axis, Planner, ShardedBatch
-from distattn.errors import DistattnError
-from distattn.layout import Layout
-from distattn.mask import Mask
+from distattn.batch.layer_overrides import Ways
+from distattn.batch.planner import Axis, Planner, ShardedBatch
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
 from distattn.parallel.make_plan import check_names
-from distattn.ways import Ways
 
 
 class OwnBatches:

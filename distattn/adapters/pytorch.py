@@ -23,11 +23,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distattn.batches import ShardedBatch
-from distattn.context import ContextParallel
-from distattn.errors import DistattnError
+from distattn.batch.packed_batch import IGNORE_INDEX
+from distattn.batch.planner import ShardedBatch
+from distattn.driver.context_parallel import ContextParallel
+from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
-from distattn.rows import IGNORE_INDEX
 
 
 def context_parallel(mesh: DeviceMesh, dim: str = "cp", **settings: Any) -> ContextParallel:

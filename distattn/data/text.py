@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.errors import DamagedDataError, DistattnError
+from distattn.ir.errors import DamagedDataError, DistattnError
 
 VOCABULARY = 256
 

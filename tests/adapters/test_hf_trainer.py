@@ -14,7 +14,7 @@ from transformers import TrainingArguments  # noqa: E402
 
 import distattn as da  # noqa: E402
 from distattn.adapters.hf_trainer import ContextParallelTrainer  # noqa: E402
-from distattn.rows import IGNORE_INDEX  # noqa: E402
+from distattn.batch.packed_batch import IGNORE_INDEX  # noqa: E402
 
 STEPS = 6
 

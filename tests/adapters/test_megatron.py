@@ -28,7 +28,7 @@ from processes import run_on_ranks  # noqa: E402
 
 import distattn as da  # noqa: E402
 from distattn.adapters import megatron  # noqa: E402
-from distattn.rows import IGNORE_INDEX  # noqa: E402
+from distattn.batch.packed_batch import IGNORE_INDEX  # noqa: E402
 
 
 def start(tp: int = 1, pp: int = 1, cp: int = 1) -> None:

@@ -15,13 +15,17 @@ pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is no
 from gluon_emulator import emulate
 from test_triton import TOLERANCE, score_of, thirds, wanted_of
 
-from distattn.errors import DistattnError
-from distattn.kernels import gluon_attention, gluon_backward, gluon_forward, gluon_split, triton_launch
-from distattn.kernels.cells import Cells
-from distattn.kernels.dispatch import choose_kernel
-from distattn.kernels.score import Demand, Score
-from distattn.layout import Layout
-from distattn.mask import Mask
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.kernels.gluon import attention as gluon_attention
+from distattn.kernels.gluon import backward as gluon_backward
+from distattn.kernels.gluon import forward as gluon_forward
+from distattn.kernels.gluon import split as gluon_split
+from distattn.kernels.launch_mask import Cells
+from distattn.kernels.registry import choose_kernel
+from distattn.kernels.spec import Demand, Score
+from distattn.kernels.triton import launch as triton_launch
 from distattn.parallel.make_plan import make_plan
 
 CPU = torch.device("cpu")

@@ -6,13 +6,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import Inputs, Result, assert_close, dense, random_inputs
 
-from distattn.errors import DistattnError
+from distattn.ir.errors import DistattnError
+from distattn.ir.mask import Mask
 from distattn.kernels import cpu, reference
-from distattn.kernels.cells import Cells
-from distattn.kernels.dispatch import choose_kernel, load_kernel
+from distattn.kernels.launch_mask import Cells
 from distattn.kernels.merge import merge_
-from distattn.kernels.score import Demand, Score
-from distattn.mask import Mask
+from distattn.kernels.registry import choose_kernel, load_kernel
+from distattn.kernels.spec import Demand, Score
 
 CPU = torch.device("cpu")
 DEMAND = Demand(torch.float64, 8, 8, CPU)

@@ -12,16 +12,18 @@ from pairs import all_pairs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from distattn.errors import DistattnError
-from distattn.kernels import reference, triton_attention, triton_tf32
-from distattn.kernels.cells import Cells
-from distattn.kernels.dispatch import choose_kernel
-from distattn.kernels.runs import Runs, tile_runs, transposed_runs
-from distattn.kernels.score import Demand, Score
-from distattn.kernels.triton_attention import Tiles
-from distattn.kernels.triton_launch import Tile, run
-from distattn.layout import Layout
-from distattn.mask import Mask
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.kernels import reference
+from distattn.kernels.launch_mask import Cells
+from distattn.kernels.registry import choose_kernel
+from distattn.kernels.spec import Demand, Score
+from distattn.kernels.tile_runs import Runs, tile_runs, transposed_runs
+from distattn.kernels.triton import attention as triton_attention
+from distattn.kernels.triton import tf32 as triton_tf32
+from distattn.kernels.triton.attention import Tiles
+from distattn.kernels.triton.launch import Tile, run
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -240,7 +242,7 @@ def test_a_ring_step_writes_and_merges_in_the_kernel(monkeypatch):
     def refuse(*fields):
         raise AssertionError("a second kernel merges")
 
-    monkeypatch.setattr("distattn.parallel.execute.merge_", refuse)
+    monkeypatch.setattr("distattn.parallel.runtime.execute.merge_", refuse)
     inputs = random_inputs(128, 2, 1, 32)
     shape = dict(heads=2, kv_heads=1, head_dim=32, dtype="float32")
     plan = make_plan(Mask.causal(128), Layout.contiguous([128], 4), strategy="ring", **shape)

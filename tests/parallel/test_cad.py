@@ -10,19 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_close, dense, random_inputs, run_all_ranks
 
-from distattn.bands import UNBOUNDED
-from distattn.cluster import describe
+from distattn.cluster import spec as describe
 from distattn.cluster.topology import Cluster
-from distattn.errors import DistattnError
-from distattn.layout import Layout, lay_out
-from distattn.mask import Mask
-from distattn.parallel.cad import allowed
+from distattn.ir.bands import UNBOUNDED
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout, lay_out
+from distattn.ir.mask import Mask
+from distattn.ir.plan import POLICIES, Plan, count, take
+from distattn.parallel.analysis.quality import quality
+from distattn.parallel.analysis.simulate import simulate
+from distattn.parallel.analysis.verify import verify
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.quality import quality
-from distattn.parallel.simulate import simulate
-from distattn.parallel.verify import verify
-from distattn.parallel.work import Price
-from distattn.plan import POLICIES, Plan, count, take
+from distattn.parallel.strategies.cad import allowed
+from distattn.parallel.tables.cost import Price
 
 SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
 # each rank its own pack: one long document, many short ones, single tokens

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from distattn.parallel import disjoint
+from distattn.parallel.analysis import disjoint
 
 
 def random_cuts(rng, count: int, size: int) -> np.ndarray:

@@ -8,13 +8,13 @@ import pytest
 from cases import LENGTHS, layouts, masks
 
 from distattn.cluster.topology import Cluster
-from distattn.errors import DistattnError
-from distattn.layout import Layout
-from distattn.mask import Mask
-from distattn.parallel.bounds import plain_ring, traffic
-from distattn.parallel.explain import explain
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import Payload
+from distattn.parallel.analysis.explain import explain
+from distattn.parallel.analysis.lower_bounds import plain_ring, traffic
 from distattn.parallel.make_plan import STRATEGIES, make_plan
-from distattn.plan import Payload
 
 
 def plan_for(strategy, mask="documents", ranks=4):

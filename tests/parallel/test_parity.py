@@ -11,12 +11,12 @@ from oracle import Record, assert_close, dense, planned_bytes, random_inputs, re
 from pairs import all_pairs
 
 from distattn.cluster.topology import Cluster
-from distattn.layout import Layout
-from distattn.mask import Mask
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import POLICIES, Payload
+from distattn.parallel.analysis.verify import verify
 from distattn.parallel.make_plan import STRATEGIES, make_plan
-from distattn.parallel.program import lower
-from distattn.parallel.verify import verify
-from distattn.plan import POLICIES, Payload
+from distattn.parallel.runtime.program import lower
 
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5}
 LONG = (1, 7, 129, 1000)

@@ -5,13 +5,13 @@ from cases import LENGTHS, layouts, masks
 from oracle import Record, assert_close, dense, planned_bytes, random_inputs, run_all_ranks
 
 from distattn.cluster.topology import Cluster
-from distattn.errors import DistattnError
-from distattn.layout import Layout
-from distattn.mask import Mask
-from distattn.parallel.bounds import least, traffic
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import POLICIES
+from distattn.parallel.analysis.lower_bounds import least, traffic
+from distattn.parallel.analysis.verify import verify
 from distattn.parallel.make_plan import STRATEGIES, make_plan
-from distattn.parallel.verify import verify
-from distattn.plan import POLICIES
 
 SHAPE = dict(heads=8, kv_heads=2, head_dim=4, dtype="float64", cluster=Cluster(2, 2))
 CHANGES = [("contiguous", "zigzag"), ("zigzag", "from_chunks"), ("from_chunks", "document_zigzag")]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import distattn as da
-from distattn.cluster import describe
+from distattn.cluster import spec as describe
 from distattn.cluster.cost import attention_speed, flops_of, message_seconds, tiled_area
-from distattn.cluster.describe import Description, Link, Speed
-from distattn.parallel.simulate import simulate
-from distattn.plan import task_bands
+from distattn.cluster.spec import Description, Link, Speed
+from distattn.ir.plan import task_bands
+from distattn.parallel.analysis.simulate import simulate
 
 SHAPE = dict(heads=8, kv_heads=4, head_dim=64, dtype="bfloat16")
 GIGA = 1e9

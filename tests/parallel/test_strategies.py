@@ -6,12 +6,12 @@ from cases import LENGTHS, layouts, masks
 from oracle import Record, random_inputs, run_all_ranks
 
 from distattn.cluster.topology import Cluster
-from distattn.errors import DistattnError
-from distattn.layout import Layout
-from distattn.mask import Mask
-from distattn.parallel.bounds import least, traffic
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import POLICIES, Payload, Plan, bytes_of_moves, take
+from distattn.parallel.analysis.lower_bounds import least, traffic
 from distattn.parallel.make_plan import STRATEGIES, make_plan
-from distattn.plan import POLICIES, Payload, Plan, bytes_of_moves, take
 
 SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
 

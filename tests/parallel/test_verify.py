@@ -10,11 +10,11 @@ from cases import small_plans
 from oracle import Record, assert_close, dense, planned_bytes, random_inputs, run_all_ranks
 from random_plans import random_plan
 
-from distattn.errors import PlanError
-from distattn.layout import Layout
-from distattn.mask import Mask
-from distattn.parallel.verify import verify
-from distattn.plan import POLICIES, Call, Payload, Plan, Table
+from distattn.ir.errors import PlanError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import POLICIES, Call, Payload, Plan, Table
+from distattn.parallel.analysis.verify import verify
 
 Q, KV, O, dO, dQ, dKV = (int(payload) for payload in Payload)
 MUTATIONS = 10000

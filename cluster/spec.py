@@ -1,0 +1,206 @@
+"""A cluster in numbers: nodes, devices, links and kernel speeds, read from a TOML file.
+
+`load("h200-8x8")` is 8 nodes of 8 devices of the shipped description `h200`; `load("mine.toml")` or `load("mine.toml", 4, 8)`
+reads a file, as `distattn calibrate` writes it. Every number of a shipped file has its source beside it.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from distattn.cluster.topology import Cluster
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import Ints
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+DIRECTIONS = ("forward", "backward")
+_NAME = re.compile(r"(?P<kind>[a-z0-9_]+)-(?P<nodes>[1-9]\d*)x(?P<devices>[1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device, by what was measured or published of it."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    memory_gb: float
+    # dense bf16, by the maker
+    peak_tflops: float
+    # large matrix product, reached
+    product_tflops: float
+    # bytes read and written again per second, in 10^9
+    copy_gbs: float
+    # programs that run at once: a launch of fewer leaves the others idle
+    units: int
+    # sides of the kernels' tiles (query rows, keys): work is done by whole ones
+    tile: tuple[int, int]
+    # from one kernel's end to the next one's begin; more for every task of a launch
+    launch_us: float
+    task_us: float
+    # what the host needs to issue one step
+    host_us: float
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins devices of a node, or nodes: bytes per second in one direction, and the time of an empty message.
+
+    Of each device, or, if `shared`, of a whole node.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    gbs: float
+    latency_us: float
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Core attention reached by a kernel on a full mask of queries x keys: 4 x cells x heads x dim forward, 10 backward."""
+
+    __pydantic_config__ = _STRICT
+
+    direction: str
+    head_dim: int
+    queries: int
+    keys: int
+    tflops: float
+
+
+@dataclass(frozen=True)
+class Description:
+    """A cluster in numbers. `nodes` are there, of `devices` each."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    nodes: int
+    devices: int
+    device: Device
+    inside: Link
+    across: Link
+    attention: tuple[Speed, ...]
+
+    @property
+    def topology(self) -> Cluster:
+        """Which ranks share a node."""
+        return Cluster(self.nodes, self.devices)
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.devices
+
+    @property
+    def node(self) -> Ints:
+        """The node of each rank."""
+        return self.topology.node
+
+    def save(self, path: str | Path) -> None:
+        """Write it; `load` reads it back."""
+        Path(path).write_text(tomli_w.dumps(asdict(self)), "utf-8")
+
+
+# which ranks share a node; a description also knows how fast things are
+Machines = Cluster | Description
+
+
+def shipped() -> list[str]:
+    """Names of the descriptions that come with distattn."""
+    folder = resources.files("distattn.cluster") / "descriptions"
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+
+
+def load(name: str | Path, ranks: int | None = None) -> Description:
+    """A description by name (`h200-8x8`: nodes x devices) or file. Raises DistattnError in one sentence.
+
+    ranks: use so many devices only, whole nodes of them.
+    """
+    matched = _NAME.fullmatch(str(name))
+    if matched and matched["kind"] in shipped():
+        text = (resources.files("distattn.cluster") / "descriptions" / f"{matched['kind']}.toml").read_text("utf-8")
+        found = _parsed(matched["kind"], text)
+        found = _sized(found, str(name), int(matched["nodes"]), int(matched["devices"]))
+    elif Path(name).suffix == ".toml":
+        try:
+            found = _parsed(str(name), Path(name).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DistattnError(f"{name}: the cluster description cannot be read: {error}.") from None
+    else:
+        known = ", ".join(f"{kind}-NODESxDEVICES" for kind in shipped())
+        raise DistattnError(f"there is no cluster {str(name)!r}; there are {known}, or the path of a .toml file.")
+    return found if ranks is None else part(found, ranks)
+
+
+def part(description: Description, ranks: int) -> Description:
+    """The same cluster with only so many devices in use, filling its nodes evenly."""
+    if ranks > description.ranks:
+        raise DistattnError(
+            f"{ranks} ranks want more devices than {description.name} has: "
+            f"{description.nodes} nodes x {description.devices}."
+        )
+    nodes = -(-ranks // description.devices)
+    if ranks % nodes:
+        raise DistattnError(f"{ranks} ranks do not fill {nodes} nodes of {description.devices} devices evenly.")
+    whole = (nodes, ranks // nodes) == (description.nodes, description.devices)
+    kind = description.name.rpartition("-")[0] if _NAME.fullmatch(description.name) else description.name
+    name = description.name if whole else f"{kind}-{nodes}x{ranks // nodes}"
+    return _sized(description, name, nodes, ranks // nodes)
+
+
+def _sized(description: Description, name: str, nodes: int, devices: int) -> Description:
+    if nodes > description.nodes or devices > description.devices:
+        raise DistattnError(
+            f"cluster {name!r}: {description.name} has at most {description.nodes} nodes of {description.devices} devices."
+        )
+    return Description(
+        name, nodes, devices, description.device, description.inside, description.across, description.attention
+    )
+
+
+def _parsed(source: str, text: str) -> Description:
+    try:
+        content: dict[str, Any] = tomllib.loads(text)
+        found = TypeAdapter(Description).validate_python(content)
+    except tomllib.TOMLDecodeError as error:
+        raise DistattnError(f"{source}: cannot be read as TOML: {error}.") from None
+    except ValidationError as error:
+        one = error.errors()[0]
+        key = ".".join(str(part) for part in one["loc"])
+        raise DistattnError(f"{source}: {key}: {one['msg'].lower().rstrip('.')}.") from None
+    problem = _problem(found)
+    if problem:
+        raise DistattnError(f"{source}: {problem}")
+    return found
+
+
+def _problem(found: Description) -> str | None:
+    numbers = {f"device.{key}": value for key, value in asdict(found.device).items() if isinstance(value, int | float)}
+    numbers |= {f"{name}.gbs": getattr(found, name).gbs for name in ("inside", "across")}
+    numbers |= {f"{name}.latency_us": getattr(found, name).latency_us for name in ("inside", "across")}
+    numbers |= {"nodes": found.nodes, "devices": found.devices, "device.tile": min(found.device.tile)}
+    zeros = ("device.launch_us", "device.task_us", "device.host_us", "inside.latency_us", "across.latency_us")
+    for key, value in numbers.items():
+        if value < 0 or (value == 0 and key not in zeros):
+            return f"{key}: a positive number is wanted, not {value}."
+    for row in found.attention:
+        if row.direction not in DIRECTIONS or min(row.tflops, row.head_dim, row.queries, row.keys) <= 0:
+            return f"attention: a direction (forward, backward) and positive numbers are wanted, not {row}."
+    for kind in {(row.direction, row.head_dim) for row in found.attention}:
+        points = {(row.queries, row.keys) for row in found.attention if (row.direction, row.head_dim) == kind}
+        grid = len({q for q, _ in points}) * len({k for _, k in points})
+        if len(points) != grid and not any(q == k for q, k in points):
+            return f"attention: {kind[0]}, head dim {kind[1]}: a full grid of queries and keys, or squares, are wanted."
+    missing = [name for name in DIRECTIONS if not any(row.direction == name for row in found.attention)]
+    if missing:
+        return f"attention: there is no row of direction {missing[0]}."
+    return None

@@ -1,0 +1,155 @@
+"""Batches as data loaders give them, and the part of one that a rank gets."""
+
+# N tokens on the axis, T tokens on this rank
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import whole_numbers
+from distattn.ir.layout import LAYOUTS, Layout
+from distattn.ir.mask import Mask
+
+IGNORE_INDEX = -100
+KEYS = ("input_ids", "labels", "shift_labels", "document_lengths", "position_ids", "attention_mask")
+
+
+class Rows(NamedTuple):
+    """A batch with its rows laid end to end: token ids and targets (each token's successor, -100 where none), (N,)."""
+
+    ids_N: Tensor
+    targets_N: Tensor
+    lengths: tuple[int, ...]
+
+    @staticmethod
+    def of(batch: Mapping[str, Any]) -> Rows:
+        """From a mapping as `ContextParallel.shard` takes it."""
+        if unknown := batch.keys() - KEYS:
+            raise DistattnError(f"batch has {', '.join(sorted(unknown))}; shard knows {', '.join(KEYS)}.")
+        given = {name: value for name, value in batch.items() if value is not None}
+        if {"labels", "shift_labels"} <= given.keys():
+            raise DistattnError("batch has labels and shift_labels; give one of them.")
+        for name in ("input_ids", "labels", "shift_labels", "position_ids", "attention_mask"):
+            if not isinstance(given.get(name, batch["input_ids"]), Tensor):
+                raise DistattnError(f"{name} is a {type(batch[name]).__name__}; a tensor is wanted.")
+        ids, shifted = batch["input_ids"], given.get("shift_labels")
+        labels = given.get("labels", ids) if shifted is None else shifted
+        if ids.dim() != 2 or labels.shape != ids.shape:
+            raise DistattnError(
+                f"input_ids and labels are (batch, tokens) alike, not {tuple(ids.shape)}, {tuple(labels.shape)}."
+            )
+        kept, lengths = _documents(batch, ids)
+        ids, labels = (ids[kept], labels[kept]) if kept is not None else (ids.reshape(-1), labels.reshape(-1))
+        if shifted is None:
+            labels = Layout.contiguous(lengths, 1).shift_labels(labels, ignore_index=IGNORE_INDEX)
+        return Rows(ids, labels, lengths)
+
+    @property
+    def labels(self) -> int:
+        """How many tokens have a target."""
+        return int((self.targets_N != IGNORE_INDEX).sum())
+
+    def digest(self) -> str:
+        """Of tokens and targets."""
+        both = torch.stack([self.ids_N, self.targets_N]).cpu().numpy()
+        return hashlib.blake2b(both.tobytes(), digest_size=16).hexdigest()
+
+    def part(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
+        """`input_ids`, `labels` and `position_ids` (1, T) of a rank; padded to a multiple, and where it has no tokens."""
+        positions = torch.from_numpy(layout.position_ids(rank)).to(self.ids_N.device)
+        padding = padded(len(positions), pad_to) - len(positions)
+        ids, targets = layout.shard(self.ids_N, rank), layout.shard(self.targets_N, rank)
+        if padding:
+            ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
+            targets = F.pad(targets, (0, padding), value=IGNORE_INDEX)
+        return {"input_ids": ids[None], "labels": targets[None], "position_ids": positions[None]}
+
+
+def padded(tokens: int, pad_to: int) -> int:
+    """So many tokens with padding: at least one, because models refuse empty batches."""
+    return max(-(-tokens // pad_to), 1) * pad_to
+
+
+def layout_options(layout: str, options: Mapping[str, Any] | None, inner: str | tuple[int, int]) -> dict[str, Any]:
+    """The options of a layout, checked; refuses layouts, options and inner masks that do not exist."""
+    if layout not in LAYOUTS:
+        raise DistattnError(f"layout {layout!r} does not exist; there are {', '.join(LAYOUTS)}.")
+    given = dict(options or {})
+    for name in given.keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
+        raise DistattnError(f"layout {layout} has no option {name!r}.")
+    # refuses what no document can be: better now than at the first batch
+    Mask.documents([1], inner)
+    return given
+
+
+def _documents(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
+    """Which tokens are kept (None: all), and the lengths of documents among them."""
+    padding = batch.get("attention_mask")
+    if padding is not None:
+        _check_padding(padding, ids)
+        padding = None if bool(padding.all()) else padding
+    said = [name for name in ("document_lengths", "position_ids") if batch.get(name) is not None]
+    if len(said) > (padding is None):
+        both = " and ".join([*said, *(["an attention_mask with padding"] if padding is not None else [])])
+        raise DistattnError(f"batch has {both}; documents are said by one of them.")
+    if padding is not None:
+        return _unpadded(padding)
+    if said == ["position_ids"]:
+        return None, _restarts(batch["position_ids"], ids)
+    if not said:
+        return None, (ids.shape[1],) * ids.shape[0]
+    lengths = tuple(whole_numbers(batch["document_lengths"], "document_lengths").tolist())
+    if sum(lengths) != ids.numel():
+        raise DistattnError(f"document_lengths add up to {sum(lengths)} tokens, input_ids has {ids.numel()}.")
+    return None, lengths
+
+
+def _check_padding(mask: Tensor, ids: Tensor) -> None:
+    if mask.shape != ids.shape:
+        raise DistattnError(
+            f"attention_mask is (batch, tokens) like input_ids {tuple(ids.shape)}, not {tuple(mask.shape)}."
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise DistattnError(
+            "attention_mask has other values than 0 (padding) and 1; documents are said by document_lengths or position_ids."
+        )
+
+
+def _unpadded(mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    kept = mask == 1
+    # a row's tokens are one run: it rises at most once, counting the row's begin
+    rises = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
+    if bool((rises > 1).any()):
+        row = int((rises > 1).nonzero()[0])
+        raise DistattnError(f"attention_mask of row {row} has holes; padding goes before or after a row's tokens.")
+    lengths = tuple(length for length in kept.sum(1).tolist() if length)
+    if not lengths:
+        raise DistattnError("attention_mask leaves no token.")
+    return kept, lengths
+
+
+def _restarts(positions: Tensor, ids: Tensor) -> tuple[int, ...]:
+    if positions.dim() != 2 or positions.shape[0] not in (1, ids.shape[0]) or positions.shape[1] != ids.shape[1]:
+        raise DistattnError(
+            f"position_ids are one number a token, {tuple(ids.shape)}, not {tuple(positions.shape)}; positions in several "
+            "dimensions (multimodal RoPE) are not computed."
+        )
+    flat = positions.expand(ids.shape).reshape(-1)
+    begins = (flat == 0).nonzero()[:, 0]
+    ends = torch.cat([begins[1:], begins.new_tensor([len(flat)])])
+    lengths = tuple((ends - begins).tolist())
+    whole = Layout.contiguous(lengths, 1).position_ids(0) if len(begins) and begins[0] == 0 else None
+    if whole is None or not torch.equal(flat.cpu(), torch.from_numpy(whole)):
+        raise DistattnError(
+            "position_ids count 0, 1, 2, ... in every document; give whole batches, which shard splits itself, and "
+            "document_lengths instead of other positions."
+        )
+    return lengths

@@ -1,0 +1,77 @@
+"""Attention as it would be with a mistake in it, which `distattn doctor` runs to see whether that explains what it found."""
+
+# N tokens on the axis, H query heads, K key/value heads, D head dim, E value head dim
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distattn.batch.packed_batch import Rows
+
+# what a layer may ask of its attention beside q, k and v
+ASKED = ("window", "softcap", "sink", "scale")
+
+
+class Imagined:
+    """Stands in for a sharded batch in one process: dense attention over allowed_NN, with some of ASKED forgotten."""
+
+    def __init__(self, allowed_NN: Tensor, forgotten: Collection[str] = ()):
+        self.allowed_NN, self.forgotten = allowed_NN, forgotten
+
+    def check_positions(self, given: Tensor) -> None:
+        """They may be wrong on purpose."""
+
+    def attention(
+        self, q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, scale: float | None = None, **asked: Any
+    ) -> Tensor:
+        """As `ShardedBatch.attention`."""
+        how = {"scale": scale, **asked}
+        window, softcap, sink, scale = (None if name in self.forgotten else how.get(name) for name in ASKED)
+        group = q_NHD.shape[1] // k_NKD.shape[1]
+        k_NHD, v_NHE = (x.repeat_interleave(group, 1) for x in (k_NKD, v_NKE))
+        scores = torch.einsum("qhd,khd->hqk", q_NHD, k_NHD) * (q_NHD.shape[-1] ** -0.5 if scale is None else scale)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        allowed_NN = self.allowed_NN
+        if window is not None:
+            allowed_NN = allowed_NN & torch.ones_like(allowed_NN).triu(1 - window)
+        scores = scores.masked_fill(~allowed_NN, -torch.inf)
+        if sink is not None:
+            scores = torch.cat([scores, sink.to(scores.dtype)[:, None, None].expand(-1, len(q_NHD), 1)], -1)
+        weights = scores.softmax(-1).nan_to_num(0.0)[..., : len(q_NHD)]
+        return torch.einsum("hqk,khe->qhe", weights, v_NHE)
+
+
+def causal(rows: Rows) -> Tensor:
+    """(N, N): the right mask."""
+    return one_document(rows) & same_document(rows)
+
+
+def same_document(rows: Rows) -> Tensor:
+    """(N, N): in full inside each document."""
+    document = torch.repeat_interleave(torch.arange(len(rows.lengths)), torch.tensor(rows.lengths))
+    return document[:, None] == document[None]
+
+
+def one_document(rows: Rows) -> Tensor:
+    """(N, N): causal, as if all were one document."""
+    return torch.ones(len(rows.ids_N), len(rows.ids_N), dtype=torch.bool).tril()
+
+
+def each_rank_alone(tokens: list[Tensor], rows: Rows, positions_N: Tensor | None = None) -> Tensor:
+    """(N, N): each rank causal over its own tokens, in their local order. tokens: global coordinates of each rank's.
+
+    With positions, a document ends wherever they do not go on by one, as transformers takes it.
+    """
+    allowed_NN = torch.zeros(len(rows.ids_N), len(rows.ids_N), dtype=torch.bool)
+    for own in tokens:
+        mine = torch.ones(len(own), len(own), dtype=torch.bool).tril()
+        if positions_N is not None and len(own):
+            document = (positions_N[own].diff(prepend=positions_N[own][:1] - 1) != 1).cumsum(0)
+            mine &= document[:, None] == document[None]
+        allowed_NN[own[:, None], own[None]] = mine
+    return allowed_NN

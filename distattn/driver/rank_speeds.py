@@ -1,0 +1,114 @@
+"""How fast servers are, measured while they serve: attention is shared out by it, two steps later."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+
+from distattn.kernels.registry import Kernel
+
+# speeds are whole multiples of this share of the mean: small changes shall not change plans
+_STEP = 0.05
+_SCALE = 1000
+# nobody is taken for slower, or faster, than this
+_LEAST, _MOST = 0.25, 4.0
+
+
+class Speeds:
+    """Measured or replayed speeds of all ranks. `log` has those of every step, in whole thousandths of the mean, or None where
+    none was known yet: given back as `adaptive`, a run is replayed.
+
+    Measured is the time this rank's kernels take for what its plans say they cost; a rank without any says nothing and counts as
+    the mean.
+    """
+
+    def __init__(self, adaptive: bool | Sequence[Sequence[int] | None], ranks: int):
+        self.replayed = None if isinstance(adaptive, bool) else list(adaptive)
+        self.ranks = ranks
+        self.log: list[Sequence[int] | None] = []
+        self._work = 0
+        self._seconds = 0.0
+        self._pending: list[tuple[Any, Any]] = []
+
+    def options(self, told: Sequence[float | None]) -> tuple[tuple[str, Any], ...]:
+        """What a strategy shall know of this step, from what every rank told."""
+        number = len(self.log)
+        if self.replayed is None:
+            self.log.append(quantised(told))
+        else:
+            self.log.append(self.replayed[number] if number < len(self.replayed) else None)
+        last = self.log[-1]
+        return () if last is None else (("speeds", tuple(last)),)
+
+    def measured(self) -> float | None:
+        """Cost per second of what this rank's kernels did since the last call."""
+        for begin, end in self._pending:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1e3
+        work, seconds = self._work, self._seconds
+        self._pending, self._work, self._seconds = [], 0, 0.0
+        return work / seconds if work and seconds else None
+
+    def passed(self, work: int) -> None:
+        """One more pass of this rank, with tasks of this cost."""
+        self._work += work
+
+    def timed(self, kernel: Kernel) -> Kernel:
+        """The same kernel, its time counted."""
+        return cast(Kernel, _Timed(kernel, self))
+
+    def clock(self, device: torch.device) -> _Clock:
+        """Counts the time until its `stop`; on a GPU that of its stream, without waiting for it."""
+        return _Clock(self, device)
+
+
+class _Clock:
+    def __init__(self, speeds: Speeds, device: torch.device):
+        self.speeds, self.event = speeds, None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+        self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        if self.event is None:
+            self.speeds._seconds += time.perf_counter() - self.began
+        else:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self.speeds._pending.append((self.event, end))
+
+
+class _Timed:
+    """A kernel that counts its time; everything else is the kernel's own."""
+
+    def __init__(self, kernel: Kernel, speeds: Speeds):
+        self._kernel, self._speeds = kernel, speeds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+    def forward(self, q: Any, *rest: Any, **into: Any) -> Any:
+        clock = self._speeds.clock(q.device)
+        out = self._kernel.forward(q, *rest, **into)
+        clock.stop()
+        return out
+
+    def backward(self, do: Any, *rest: Any, **into: Any) -> Any:
+        clock = self._speeds.clock(do.device)
+        out = self._kernel.backward(do, *rest, **into)
+        clock.stop()
+        return out
+
+
+def quantised(told: Sequence[float | None]) -> list[int] | None:
+    """Speeds of all ranks in thousandths of their mean, whole steps; None if nobody knows any."""
+    known = [speed for speed in told if speed]
+    if not known:
+        return None
+    mean = sum(known) / len(known)
+    shares = [min(max((speed or mean) / mean, _LEAST), _MOST) for speed in told]
+    return [round(round(share / _STEP) * _STEP * _SCALE) for share in shares]

@@ -1,0 +1,307 @@
+"""The layout: which rank owns which tokens of the axis, in which local order.
+
+A layout is a list of *chunks* (rank, t0, t1): unbroken intervals that tile the axis. A rank's local tensor holds its
+chunks one after another. The layout also knows where documents start, because positions and labels depend on it; what
+attends to what is the mask's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from distattn.ir.bands import Q0, Q1, areas, clip
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import Ints, crossing, whole_numbers
+from distattn.ir.load_balance import balance, place
+from distattn.ir.mask import Mask, document_ends
+
+# places where a chunk of `balanced` may end, per chunk; in between the work is taken as even
+_GRID = 32
+_WORK_WEIGHTS = (1, 2, 4, 8, 16)
+# good enough, and how many more tokens than the mean a rank may get for the sake of its work
+_EVEN, _CROWDED = 1.01, 1.25
+
+
+class Layout:
+    """Who owns the tokens of documents of the given `lengths`. Immutable; compare by `digest`.
+
+    `chunks` is a dict of equal-length int64 columns `rank`, `t0`, `t1`, `row` (where the chunk starts in the rank's
+    local tensor), sorted by `t0`. `n` tokens on the axis, `ranks` ranks; a rank may own none.
+    """
+
+    def __init__(self, lengths: Sequence[int], ranks: int, rank: Ints, t0: Ints, t1: Ints):
+        """The chunks of a rank are given in its local order; touching ones are joined."""
+        self.ends = document_ends(lengths)
+        self.n, self.ranks = int(self.ends[-1]), ranks
+        rank, t0, t1 = (np.asarray(column, np.int64) for column in (rank, t0, t1))
+        _check_chunks(self.n, ranks, rank, t0, t1)
+        by_rank = np.argsort(rank, kind="stable")
+        rank, t0, t1 = rank[by_rank], t0[by_rank], t1[by_rank]
+        fresh = np.ones(len(t0), bool)
+        fresh[1:] = (rank[1:] != rank[:-1]) | (t0[1:] != t1[:-1])
+        last = np.append(np.flatnonzero(fresh)[1:], len(t0)) - 1
+        rank, t0, t1 = rank[fresh], t0[fresh], t1[last]
+        before = np.cumsum(t1 - t0) - (t1 - t0)
+        row = before - before[np.searchsorted(rank, rank)]
+        order = np.argsort(t0)
+        self.chunks = {"rank": rank[order], "t0": t0[order], "t1": t1[order], "row": row[order]}
+        for column in (self.ends, *self.chunks.values()):
+            column.setflags(write=False)
+
+    @staticmethod
+    def contiguous(lengths: Sequence[int], ranks: int) -> Layout:
+        """Rank r owns the r-th of `ranks` equal intervals. Shards differ by at most one token."""
+        cuts = _cuts(int(document_ends(lengths)[-1]), _positive(ranks))
+        return Layout(lengths, ranks, *_nonempty(np.arange(ranks), cuts[:-1], cuts[1:]))
+
+    @staticmethod
+    def zigzag(lengths: Sequence[int], ranks: int) -> Layout:
+        """Rank r owns chunks r and 2R-1-r of 2R: equal work under one causal mask. Shards differ by at most one token."""
+        shard = np.diff(_cuts(int(document_ends(lengths)[-1]), _positive(ranks)))
+        sizes = np.concatenate([shard - shard // 2, (shard // 2)[::-1]])
+        t1 = np.cumsum(sizes)
+        rank = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])
+        return Layout(lengths, ranks, *_nonempty(rank, t1 - sizes, t1))
+
+    @staticmethod
+    def document_zigzag(lengths: Sequence[int], ranks: int, *, min_chunk: int = 512) -> Layout:
+        """Every document is cut into up to 2R chunks of at least `min_chunk` tokens, dealt in zigzag order.
+
+        Each document starts at the rank with fewest tokens so far (ties lowest), so that many short documents balance.
+        """
+        ends, _ = document_ends(lengths), _positive(ranks)
+        if min_chunk < 1:
+            raise DistattnError(f"min_chunk is at least 1 token, not {min_chunk}.")
+        order = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])
+        tokens = np.zeros(ranks, np.int64)
+        rank, t0, t1 = [], [], []
+        for end, length in zip(ends, np.diff(ends, prepend=0), strict=True):
+            count = max(1, min(2 * ranks, int(length) // min_chunk))
+            cuts = end - length + _cuts(int(length), count)
+            dealt = (int(tokens.argmin()) + order[:count]) % ranks
+            np.add.at(tokens, dealt, np.diff(cuts))
+            rank.append(dealt)
+            t0.append(cuts[:-1])
+            t1.append(cuts[1:])
+        return Layout(lengths, ranks, np.concatenate(rank), np.concatenate(t0), np.concatenate(t1))
+
+    @staticmethod
+    def block_cyclic(lengths: Sequence[int], ranks: int, *, block: int = 512) -> Layout:
+        """Blocks of `block` tokens are dealt round and round: block i to rank i modulo R (striped attention is block=1)."""
+        n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
+        if int(whole_numbers(block, "block")) < 1:
+            raise DistattnError(f"a block has at least 1 token, not {block}.")
+        t0 = np.arange(0, n, block)
+        return Layout(lengths, ranks, np.arange(len(t0)) % ranks, t0, np.minimum(t0 + block, n))
+
+    @staticmethod
+    def balanced(
+        lengths: Sequence[int],
+        ranks: int,
+        *,
+        mask: Mask | None = None,
+        chunk: int | None = None,
+        tolerance: float = 0.002,
+    ) -> Layout:
+        """Every rank has equally much of `mask` to do, and about equally many tokens.
+
+        mask: by default causal inside each document. chunk: tokens on average, by default what gives every rank 8 chunks,
+        or 4 beyond 256 ranks: planning takes as long as there are pairs of chunks.
+        tolerance: stop when the busiest rank is within this share of the mean. The axis is cut so that every chunk has
+        the same sum of its share of the tokens and its share of the work: long rows are cut short, and ranks of equally
+        many chunks and equal work have equal numbers of tokens. Chunks are dealt heaviest first, then exchanged.
+        """
+        n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
+        each = 8 if ranks <= 256 else 4
+        chunk = max(1, -(-n // (each * ranks))) if chunk is None else int(whole_numbers(chunk, "chunk"))
+        mask = Mask.documents(lengths) if mask is None else mask
+        if chunk < 1 or mask.n != n or not tolerance >= 0:
+            raise DistattnError(
+                f"balanced wants chunks of at least 1 token (not {chunk}), a mask of {n} tokens (not {mask.n}) and a "
+                f"tolerance of at least 0 (not {tolerance})."
+            )
+        parts = -(-n // chunk)
+        grid = _cuts(n, min(n, _GRID * parts))
+        effort = np.append(0, np.cumsum(_rows_area(mask, grid)))
+        best: tuple[float, Ints, Ints] | None = None
+        # where chunks of equal sums will not balance, work counts for more and tokens for less, within limits
+        for weight in _WORK_WEIGHTS:
+            share = weight * effort / max(effort[-1], 1) + grid / n
+            cuts = np.unique(np.interp(np.linspace(0, share[-1], parts + 1), share, grid).round().astype(np.int64))
+            work = _rows_area(mask, cuts)
+            rank = balance(work, ranks, tolerance)
+            load = np.bincount(rank, work, ranks)
+            uneven = float(load.max() / max(load.mean(), 1))
+            crowded = np.bincount(rank, np.diff(cuts), ranks).max() > _CROWDED * n / ranks
+            if best is None or (uneven < best[0] and not crowded):
+                best = uneven, rank, cuts
+            if uneven <= _EVEN:
+                break
+        assert best is not None
+        _, rank, cuts = best
+        return Layout(lengths, ranks, rank, cuts[:-1], cuts[1:])
+
+    @staticmethod
+    def placed(lengths: Sequence[int], ranks: int, *, mask: Mask | None = None, tolerance: float = 0.02) -> Layout:
+        """For loaders that may choose where documents go: few tokens have to move for ranks to have equal work.
+
+        mask: by default causal inside each document. Documents with more than (1 + tolerance) of a rank's work are dealt over
+        about as many ranks as their work asks for; the others stay whole (see `distattn.ir.load_balance`). No rank has more than
+        1.01 of the mean tokens. Work is as even as that allows; strategy "cad" evens out the rest.
+        """
+        ends, _ = document_ends(lengths), _positive(ranks)
+        n = int(ends[-1])
+        mask = Mask.documents(lengths) if mask is None else mask
+        if mask.n != n or not tolerance >= 0:
+            raise DistattnError(
+                f"placed wants a mask of {n} tokens (not {mask.n}) and a tolerance of at least 0 (not {tolerance})."
+            )
+        work = _rows_area(mask, np.append(0, ends))
+        return Layout(lengths, ranks, *place(np.diff(ends, prepend=0), work, ranks, tolerance))
+
+    @staticmethod
+    def from_chunks(lengths: Sequence[int], chunks: Sequence[Sequence[tuple[int, int]]]) -> Layout:
+        """`chunks[rank]` lists the intervals (t0, t1) that rank owns, in its local order; an empty list owns nothing."""
+        rows = [(rank, t0, t1) for rank, own in enumerate(chunks) for t0, t1 in own]
+        rank, t0, t1 = whole_numbers(rows, "chunks").reshape(-1, 3).T
+        return Layout(lengths, _positive(len(chunks)), rank, t0, t1)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document."""
+        return tuple(np.diff(self.ends, prepend=0).tolist())
+
+    def tokens(self, rank: int) -> Ints:
+        """Global coordinates of the tokens of `rank`, in local order."""
+        self._check_rank(rank)
+        mine = np.flatnonzero(self.chunks["rank"] == rank)
+        mine = mine[np.argsort(self.chunks["row"][mine])]
+        spans = [np.arange(self.chunks["t0"][i], self.chunks["t1"][i]) for i in mine]
+        return np.concatenate(spans) if spans else np.zeros(0, np.int64)
+
+    def shard_sizes(self) -> Ints:
+        """Tokens of each rank."""
+        size = self.chunks["t1"] - self.chunks["t0"]
+        return np.bincount(self.chunks["rank"], size, self.ranks).astype(np.int64)
+
+    def shard(self, x: Any, rank: int, dim: int = 0) -> Any:
+        """The part of `x` (numpy or torch, n tokens along `dim`) that `rank` owns, in local order."""
+        if x.shape[dim] != self.n:
+            raise DistattnError(f"dim {dim} has {x.shape[dim]} entries, but this layout is of {self.n} tokens.")
+        return x[_at(x, dim, self.tokens(rank))]
+
+    def unshard(self, shards: Sequence[Any], dim: int = 0) -> Any:
+        """The inverse of `shard`: the whole of x from every rank's part."""
+        sizes = [shard.shape[dim] for shard in shards]
+        if sizes != self.shard_sizes().tolist():
+            raise DistattnError(f"shards have {sizes} tokens, but this layout gives {self.shard_sizes().tolist()}.")
+        shape = list(shards[0].shape)
+        shape[dim] = self.n
+        whole = np.empty(shape, shards[0].dtype) if isinstance(shards[0], np.ndarray) else shards[0].new_empty(shape)
+        for rank, part in enumerate(shards):
+            whole[_at(whole, dim, self.tokens(rank))] = part
+        return whole
+
+    def position_ids(self, rank: int) -> Ints:
+        """Position of each local token inside its document."""
+        tokens = self.tokens(rank)
+        starts = np.append(0, self.ends)
+        return tokens - starts[np.searchsorted(self.ends, tokens, "right")]
+
+    def shift_labels(self, labels: Any, dim: int = -1, ignore_index: int = -100) -> Any:
+        """Targets for the whole axis: each token's successor, `ignore_index` at the last token of each document.
+
+        Shift before sharding: the target of a shard's last token lives on another rank.
+        """
+        if labels.shape[dim] != self.n:
+            raise DistattnError(f"dim {dim} has {labels.shape[dim]} entries, but this layout is of {self.n} tokens.")
+        out = labels.copy() if isinstance(labels, np.ndarray) else labels.clone()
+        out[_at(out, dim, slice(0, self.n - 1))] = labels[_at(labels, dim, slice(1, self.n))]
+        out[_at(out, dim, self.ends - 1)] = ignore_index
+        return out
+
+    @property
+    def digest(self) -> str:
+        """128-bit hash of the documents and of who owns what, in which order."""
+        parts = [np.int64(self.ranks), self.ends, *(self.chunks[name] for name in ("rank", "t0", "t1", "row"))]
+        return hashlib.blake2b(b"".join(part.astype("<i8").tobytes() for part in parts), digest_size=16).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return (
+            f"Layout({self.n} tokens, {len(self.ends)} documents, {self.ranks} ranks, {len(self.chunks['t0'])} chunks)"
+        )
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank < self.ranks:
+            raise DistattnError(f"rank {rank} is outside this layout of {self.ranks} ranks.")
+
+
+# layouts a configuration may name
+LAYOUTS = {
+    "contiguous": Layout.contiguous,
+    "zigzag": Layout.zigzag,
+    "document_zigzag": Layout.document_zigzag,
+    "block_cyclic": Layout.block_cyclic,
+    "balanced": Layout.balanced,
+    "placed": Layout.placed,
+}
+
+
+def lay_out(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **options: Any) -> Layout:
+    """The layout of that name for a mask over documents of these lengths."""
+    work = {"mask": mask} if name in ("balanced", "placed") else {}
+    return LAYOUTS[name](lengths, ranks, **work, **options)
+
+
+def _positive(ranks: int) -> int:
+    if int(whole_numbers(ranks, "ranks")) < 1:
+        raise DistattnError(f"a layout needs at least 1 rank, not {ranks}.")
+    return ranks
+
+
+def _cuts(n: int, parts: int) -> Ints:
+    return np.arange(parts + 1) * n // parts
+
+
+def _rows_area(mask: Mask, cuts: Ints) -> np.ndarray:
+    """Allowed cells (x heads, where the mask differs by head) of the rows [cuts_i, cuts_i+1)."""
+    i, j = crossing(cuts[:-1], cuts[1:], mask.pieces[:, Q0], mask.pieces[:, Q1])
+    heads = 1 if mask.piece_heads is None else np.diff(mask.piece_heads, axis=1)[i, 0]
+    work = areas(clip(mask.pieces[i], cuts[j], cuts[j + 1], 0, mask.n)).astype(np.float64) * heads
+    return np.bincount(j, work, len(cuts) - 1)
+
+
+def _nonempty(rank: Ints, t0: Ints, t1: Ints) -> tuple[Ints, Ints, Ints]:
+    some = t0 < t1
+    return rank[some], t0[some], t1[some]
+
+
+def _at(x: Any, dim: int, index: Any) -> tuple[Any, ...]:
+    return (slice(None),) * (dim % x.ndim) + (index,)
+
+
+def _check_chunks(n: int, ranks: int, rank: Ints, t0: Ints, t1: Ints) -> None:
+    outside = (rank < 0) | (rank >= ranks) | (t0 < 0) | (t1 > n) | (t0 >= t1)
+    if outside.any():
+        i = int(np.flatnonzero(outside)[0])
+        raise DistattnError(
+            f"chunk [{t0[i]}, {t1[i]}) of rank {rank[i]} is empty or outside the {n} tokens and {ranks} ranks."
+        )
+    order = np.argsort(t0, kind="stable")
+    begin, end = np.append(t0[order], n), np.append(0, t1[order])
+    broken = np.flatnonzero(begin != end)
+    if len(broken):
+        i = int(broken[0])
+        what = "owned by nobody" if begin[i] > end[i] else "owned twice"
+        low, high = sorted((int(begin[i]), int(end[i])))
+        raise DistattnError(f"tokens [{low}, {high}) are {what}; the chunks of a layout tile the axis.")

@@ -1,0 +1,123 @@
+"""Load balance of layouts: dealing chunks to ranks, and placing whole documents before a step where a loader may choose.
+
+Placing keeps two limits that are never merged into one weight: a rank has at most 1.01 of the mean tokens, and below that as
+nearly the mean work as can be.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distattn.ir.intervals import Ints
+
+# a rank's tokens, in multiples of the mean, that placing whole documents may reach
+_MAX_TOKEN_SHARE = 1.01
+
+
+def balance(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
+    """A rank for each item: equally many items a rank (to one), total weights as even as exchanges can make them.
+
+    Rounds of one item a rank, heaviest items first and each to the rank with least so far; then the busiest rank
+    exchanges the item that helps most with another's, until it is within `tolerance` of the mean or nothing helps.
+    """
+    items = len(weights)
+    rank = np.empty(items, np.int64)
+    load = np.zeros(ranks)
+    heaviest = np.argsort(-weights, kind="stable")
+    for first in range(0, items, ranks):
+        chosen = heaviest[first : first + ranks]
+        emptiest = np.argsort(load, kind="stable")[: len(chosen)]
+        rank[chosen] = emptiest
+        load[emptiest] += weights[chosen]
+    # each exchange lowers the sum of squares; the bound only guards against rounding
+    for _ in range(4 * items):
+        busy = int(load.argmax())
+        if load[busy] <= load.mean() * (1 + tolerance):
+            break
+        mine = np.flatnonzero(rank == busy)
+        # exchanging i and j moves `moved` from the busiest rank to j's: the higher of the two loads afterwards
+        moved = weights[mine][:, None] - weights[None]
+        after = np.maximum(load[busy] - moved, load[rank][None] + moved)
+        after[:, mine] = np.inf
+        i, j = np.unravel_index(int(after.argmin()), after.shape)
+        if after[i, j] >= load[busy] * (1 - 1e-12):
+            break
+        other = int(rank[j])
+        load[busy] -= moved[i, j]
+        load[other] += moved[i, j]
+        rank[mine[i]], rank[j] = other, busy
+    return rank
+
+
+def place(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tuple[Ints, Ints, Ints]:
+    """Chunks (rank, t0, t1) of documents of these lengths and work, laid end to end.
+
+    Documents with more than (1 + tolerance) of the mean work of a rank come first: each is dealt over about as many ranks as
+    its work asks for, two equal chunks a rank, from the front and from the back (equal work, where it is causal). The
+    others follow whole, most work first, each to the rank with least work that has room for its tokens; where none
+    has room they are cut.
+    """
+    placed = _Placed(lengths, ranks)
+    mean, tokens = float(work.sum()) / ranks, float(lengths.sum()) / ranks
+    order = np.argsort(-work, kind="stable")
+    long = order[work[order] > (1 + tolerance) * mean]
+    short = order[len(long) :]
+    # ranks are filled up with short documents: work for every token beside a long one
+    filler = float(work[short].sum()) / max(int(lengths[short].sum()), 1)
+    for document in long.tolist():
+        own, length = float(work[document]), int(lengths[document])
+        shares = (own - filler * length) / max(mean - filler * tokens, mean / ranks)
+        placed.deal(document, own, int(np.clip(round(shares), 1, min(ranks, max(length // 2, 1)))))
+    for document in short.tolist():
+        placed.drop(document, float(work[document]))
+    return placed.chunks()
+
+
+class _Placed:
+    """Who has what so far: room for tokens and work of each rank."""
+
+    def __init__(self, lengths: Ints, ranks: int):
+        self.lengths, self.start = lengths, np.cumsum(lengths) - lengths
+        self.room = np.full(ranks, int(np.ceil(_MAX_TOKEN_SHARE * int(lengths.sum()) / ranks)))
+        self.load = np.zeros(ranks)
+        self.rows: list[tuple[int, int, int]] = []
+
+    def deal(self, document: int, work: float, shares: int) -> None:
+        """In pairs of chunks to the ranks with least work that have room; to more ranks where they have not."""
+        length = int(self.lengths[document])
+        while shares < len(self.room) and int((self.room >= -(-length // shares)).sum()) < shares:
+            shares += 1
+        fits = self.room >= -(-length // shares)
+        chosen = np.sort(np.argsort(np.where(fits, self.load, np.inf), kind="stable")[:shares])
+        if not fits[chosen].all():
+            self.drop(document, work)
+            return
+        # equal shares first, then halves: no share is longer than there is room for
+        shard = np.diff(np.arange(shares + 1) * length // shares)
+        ends = self.start[document] + np.cumsum(np.concatenate([[0], shard - shard // 2, (shard // 2)[::-1]]))
+        for rank, t0, t1 in zip([*chosen.tolist(), *chosen[::-1].tolist()], ends, ends[1:], strict=False):
+            self._put(rank, int(t0), int(t1))
+        self.load[chosen] += work / shares
+
+    def drop(self, document: int, work: float) -> None:
+        """Whole to the rank with least work that has room, or else piece by piece to those with most room."""
+        t0, length = int(self.start[document]), int(self.lengths[document])
+        t1 = t0 + length
+        while t0 < t1:
+            fits = self.room >= t1 - t0
+            rank = int(np.where(fits, self.load, np.inf).argmin()) if fits.any() else int(self.room.argmax())
+            size = min(t1 - t0, int(self.room[rank]))
+            self._put(rank, t0, t0 + size)
+            self.load[rank] += work * size / length
+            t0 += size
+
+    def chunks(self) -> tuple[Ints, Ints, Ints]:
+        """(rank, t0, t1), in the order of the axis."""
+        rows = np.array(self.rows, np.int64).reshape(-1, 3)
+        rank, t0, t1 = rows[np.argsort(rows[:, 1])].T
+        return rank, t0, t1
+
+    def _put(self, rank: int, t0: int, t1: int) -> None:
+        if t0 < t1:
+            self.rows.append((rank, t0, t1))
+            self.room[rank] -= t1 - t0

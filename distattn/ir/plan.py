@@ -1,0 +1,349 @@
+"""The plan: who computes what and what moves, as two tables of plain integers.
+
+A *task* (step, rank, piece, q0, q1, k0, k1, h0, h1) is core attention of one rectangle of one mask piece for query
+heads [h0, h1), computed at `rank`. A *move* (step, src, dst, payload, t0, t1, h0, h1) carries an interval of tokens and
+heads of one payload. All rows of step s run concurrently and read the state at the end of step s-1. What a plan must
+satisfy is checked by `distattn.parallel.analysis.verify`; this file only holds the words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip
+from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.intervals import Ints, lexical_order, whole_numbers
+from distattn.ir.layout import Layout
+from distattn.ir.mask import MAX_HEADS, Mask
+
+Columns = dict[str, Ints]
+TASK_COLUMNS = ("step", "rank", "piece", "q0", "q1", "k0", "k1", "h0", "h1")
+MOVE_COLUMNS = ("step", "src", "dst", "payload", "t0", "t1", "h0", "h1")
+POLICIES = ("keep", "refetch-home", "refetch-follow")
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_FORMAT = 1
+
+
+class Payload(IntEnum):
+    """What a move carries. dO travels with the final log-sum-exp and delta = rowsum(dO * O); O with its log-sum-exp."""
+
+    Q = 0
+    KV = 1
+    O = 2  # noqa: E741
+    dO = 3
+    dQ = 4
+    dKV = 5
+
+
+# a holding payload is copied; an accumulating one is emptied into its destination
+HOLDING = (Payload.Q, Payload.KV, Payload.dO)
+ACCUMULATING = (Payload.O, Payload.dQ, Payload.dKV)
+FORWARD = (Payload.Q, Payload.KV, Payload.O)
+BACKWARD = (Payload.Q, Payload.KV, Payload.dO, Payload.dQ, Payload.dKV)
+ON_KEYS = (Payload.KV, Payload.dKV)
+
+
+def columns(names: Sequence[str], **values: Ints | int) -> Columns:
+    """Equal-length int64 columns; whole numbers are repeated."""
+    length = max((len(v) for v in values.values() if isinstance(v, np.ndarray)), default=0)
+    return {name: np.broadcast_to(np.asarray(values[name], np.int64), (length,)) for name in names}
+
+
+def concat(names: Sequence[str], parts: Iterable[Columns]) -> Columns:
+    """Rows of all parts, one after another."""
+    rows = list(parts)
+    return {name: np.concatenate([np.zeros(0, np.int64), *(part[name] for part in rows)]) for name in names}
+
+
+def take(rows: Columns, index: np.ndarray) -> Columns:
+    """The rows picked by a boolean or integer index."""
+    return {name: column[index] for name, column in rows.items()}
+
+
+def count(rows: Columns) -> int:
+    """Number of rows."""
+    return len(rows["step"])
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Tasks and moves of one direction, sorted by all columns in declared order; int64 columns by name."""
+
+    tasks: Columns
+    moves: Columns
+
+    def __post_init__(self) -> None:
+        for name, names in (("tasks", TASK_COLUMNS), ("moves", MOVE_COLUMNS)):
+            object.__setattr__(self, name, _canonical(names, getattr(self, name)))
+
+    @staticmethod
+    def from_rows(tasks: Sequence[Sequence[int]], moves: Sequence[Sequence[int]] = ()) -> Table:
+        """A table written by hand: rows in the order of `TASK_COLUMNS` and `MOVE_COLUMNS`."""
+        task_rows = np.array(tasks, np.int64).reshape(-1, len(TASK_COLUMNS)).T
+        move_rows = np.array(moves, np.int64).reshape(-1, len(MOVE_COLUMNS)).T
+        return Table(dict(zip(TASK_COLUMNS, task_rows, strict=True)), dict(zip(MOVE_COLUMNS, move_rows, strict=True)))
+
+    @cached_property
+    def steps(self) -> int:
+        """Number of steps."""
+        return 1 + int(max((rows["step"].max() for rows in (self.tasks, self.moves) if count(rows)), default=-1))
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What one attention call asks for: mask and layout of the axis, numbers of heads, head dims and dtype."""
+
+    mask: Mask
+    layout: Layout
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+    # the dtype outputs and gradients travel in; empty: the accumulation dtype
+    wire: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mask.n != self.layout.n:
+            raise DistattnError(
+                f"the mask covers {self.mask.n} tokens, the layout {self.layout.n}; they share one axis."
+            )
+        for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
+            if not 1 <= int(whole_numbers(getattr(self, name), name)) <= MAX_HEADS:
+                raise DistattnError(f"{name} is 1 to {MAX_HEADS}, not {getattr(self, name)}.")
+        if self.heads % self.kv_heads:
+            raise DistattnError(f"{self.heads} query heads do not divide among {self.kv_heads} key/value heads.")
+        if self.mask.heads not in (None, self.heads):
+            raise DistattnError(f"the mask is for {self.mask.heads} query heads, the call has {self.heads}.")
+        if self.dtype not in DTYPE_BYTES:
+            raise DistattnError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}.")
+        if self.wire not in ("", self.dtype, self.accumulation_dtype):
+            raise DistattnError(
+                f"outputs and gradients of {self.dtype} travel as {self.dtype} or {self.accumulation_dtype}, not {self.wire!r}."
+            )
+
+    @property
+    def ranks(self) -> int:
+        return self.layout.ranks
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.kv_heads
+
+    @cached_property
+    def piece_heads(self) -> Ints:
+        """The query heads [h0, h1) of each piece of the mask, (P, 2)."""
+        if self.mask.piece_heads is not None:
+            return self.mask.piece_heads
+        return np.tile(np.array([0, self.heads], np.int64), (len(self.mask.pieces), 1))
+
+    @property
+    def accumulation_dtype(self) -> str:
+        """float32, or float64 for float64 inputs."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    def payload_heads(self, payload: Payload) -> int:
+        """How many heads a payload has: key/value heads for KV and dKV, query heads for the others."""
+        return self.kv_heads if payload in ON_KEYS else self.heads
+
+    def payload_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
+        """The tensors of a payload in memory: (width, dtype) each; width None is one number per token and head."""
+        wide = self.accumulation_dtype
+        return {
+            Payload.Q: ((self.head_dim, self.dtype),),
+            Payload.KV: ((self.head_dim, self.dtype), (self.v_head_dim, self.dtype)),
+            Payload.O: ((self.v_head_dim, wide), (None, wide)),
+            Payload.dO: ((self.v_head_dim, self.dtype), (None, wide), (None, wide)),
+            Payload.dQ: ((self.head_dim, wide),),
+            Payload.dKV: ((self.head_dim, wide), (self.v_head_dim, wide)),
+        }[payload]
+
+    def wire_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
+        """The tensors a payload travels as. Numbers of a whole row (log-sum-exp, delta) stay wide."""
+        fields = self.payload_fields(payload)
+        if payload not in ACCUMULATING or not self.wire:
+            return fields
+        return tuple((width, dtype if width is None else self.wire) for width, dtype in fields)
+
+    def cell_bytes(self, payload: Payload, held: bool = False) -> int:
+        """Bytes of one (token, head) of a payload as it travels, or as it is held in memory."""
+        fields = self.payload_fields(payload) if held else self.wire_fields(payload)
+        return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in fields)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One attention call, planned: the call, a forward table and a backward table. Compare by `digest`.
+
+    `policy` says whether the backward finds queries, keys and values where the forward left them ("keep") or has them
+    sent again. `strategy` is a label; nothing depends on it.
+    """
+
+    call: Call
+    forward: Table
+    backward: Table
+    policy: str
+    strategy: str = field(default="hand-written")
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise DistattnError(f"backward policy {self.policy!r} is not one of {', '.join(POLICIES)}.")
+
+    def area_by_rank(self) -> Ints:
+        """Cells x query heads each rank computes in the forward pass."""
+        work = areas_of_tasks(self.call, self.forward.tasks)
+        out = np.zeros(self.call.ranks, work.dtype)
+        np.add.at(out, self.forward.tasks["rank"], work)
+        return out
+
+    def bytes(self) -> Columns:
+        """Bytes moved, forward and backward together: columns `src`, `dst`, `payload`, `bytes`, one row per triple."""
+        moves = concat(MOVE_COLUMNS, [self.forward.moves, self.backward.moves])
+        size = bytes_of_moves(self.call, moves)
+        key = (moves["src"] * self.call.ranks + moves["dst"]) * len(Payload) + moves["payload"]
+        triples, row = np.unique(key, return_inverse=True)
+        total = np.zeros(len(triples), np.int64)
+        np.add.at(total, row, size)
+        pair, payload = np.divmod(triples, len(Payload))
+        return {"src": pair // self.call.ranks, "dst": pair % self.call.ranks, "payload": payload, "bytes": total}
+
+    @cached_property
+    def digest(self) -> str:
+        """128-bit hash of what the plan does: tables, mask, layout, shapes, dtype and policy."""
+        hasher = hashlib.blake2b(json.dumps(self._shape(), sort_keys=True).encode(), digest_size=16)
+        for table in (self.forward, self.backward):
+            for rows, names in ((table.tasks, TASK_COLUMNS), (table.moves, MOVE_COLUMNS)):
+                hasher.update(np.int64(count(rows)).tobytes())
+                for name in names:
+                    hasher.update(np.ascontiguousarray(rows[name], "<i8").tobytes())
+        return hasher.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to one file; equal plans give equal bytes."""
+        call = self.call
+        arrays = {f"layout.{name}": column for name, column in call.layout.chunks.items()}
+        arrays |= {"mask.pieces": call.mask.pieces, "layout.ends": call.layout.ends}
+        if call.mask.piece_heads is not None:
+            arrays["mask.piece_heads"] = call.mask.piece_heads
+        for direction, table in (("forward", self.forward), ("backward", self.backward)):
+            for kind, rows in (("tasks", table.tasks), ("moves", table.moves)):
+                arrays |= {f"{direction}.{kind}.{name}": column for name, column in rows.items()}
+        head = {"format": _FORMAT, "strategy": self.strategy, "digest": self.digest} | self._shape()
+        header = np.frombuffer(json.dumps(head, sort_keys=True).encode(), np.uint8)
+        with open(path, "wb") as file:
+            np.savez(file, allow_pickle=False, header=header, **{k: v.astype("<i8") for k, v in arrays.items()})
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan written by `save`. Raises DamagedDataError when the file is not what was written."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = dict(archive)
+            head = json.loads(arrays["header"].tobytes())
+            if head["format"] != _FORMAT:
+                raise DamagedDataError(f"{path}: plan format {head['format']}; this version reads format {_FORMAT}.")
+            plan = _unpack(head, arrays)
+        except FileNotFoundError:
+            raise DistattnError(f"{path}: there is no such plan file.") from None
+        except DamagedDataError:
+            raise
+        except (PermissionError, IsADirectoryError) as error:
+            raise DistattnError(f"{path}: cannot be read: {error.strerror}.") from None
+        # whatever the zip reader makes of flipped bits: unknown compression, encryption, impossible sizes
+        except Exception as error:
+            raise DamagedDataError(f"{path}: not a plan, or damaged ({error}).") from None
+        if plan.digest != head["digest"]:
+            raise DamagedDataError(f"{path}: damaged, its content has digest {plan.digest}, not {head['digest']}.")
+        return plan
+
+    def _shape(self) -> dict[str, object]:
+        call = self.call
+        shape = {name: getattr(call, name) for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "dtype")}
+        return (
+            shape
+            | {
+                "mask": call.mask.digest,
+                "layout": call.layout.digest,
+                "n": call.mask.n,
+                "ranks": call.ranks,
+                "policy": self.policy,
+            }
+            | ({"wire": call.wire} if call.wire else {})
+        )
+
+    def __repr__(self) -> str:
+        tables = ", ".join(
+            f"{name}: {count(table.tasks)} tasks, {count(table.moves)} moves, {table.steps} steps"
+            for name, table in (("forward", self.forward), ("backward", self.backward))
+        )
+        return f"Plan({self.strategy}, {self.call.ranks} ranks, {self.call.mask.n} tokens; {tables}; backward {self.policy})"
+
+
+def task_bands(mask: Mask, tasks: Columns) -> Ints:
+    """The mask pieces of tasks cut to the tasks' rectangles, (M, 10)."""
+    return clip(mask.pieces[tasks["piece"]], tasks["q0"], tasks["q1"], tasks["k0"], tasks["k1"])
+
+
+def areas_of_tasks(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
+    """Cells x query heads of each task (its `bands`, if known); as Python integers where all together pass int64."""
+    heads = call.heads if call.mask.heads is None else 1
+    exact = np.int64 if call.mask.area() * heads < 1 << 62 else object
+    bands = task_bands(call.mask, tasks) if bands is None else bands
+    return areas(bands).astype(exact) * (tasks["h1"] - tasks["h0"])
+
+
+def cells_of_tasks(call: Call, payload: Payload, tasks: Columns) -> Columns:
+    """The tokens [t0, t1) and heads [h0, h1) of a payload that each task reads or adds to."""
+    if payload in ON_KEYS:
+        heads = {"h0": tasks["h0"] // call.group, "h1": -(-tasks["h1"] // call.group)}
+        return {"t0": tasks["k0"], "t1": tasks["k1"], **heads}
+    return {"t0": tasks["q0"], "t1": tasks["q1"], "h0": tasks["h0"], "h1": tasks["h1"]}
+
+
+def bytes_of_moves(call: Call, moves: Columns, held: bool = False) -> Ints:
+    """Bytes of each move, as it travels, or as it is held in memory where it leaves."""
+    per_cell = np.array([call.cell_bytes(payload, held) for payload in Payload], np.int64)
+    return (moves["t1"] - moves["t0"]) * (moves["h1"] - moves["h0"]) * per_cell[moves["payload"]]
+
+
+def tight_tasks(bands: Ints) -> np.ndarray:
+    """Which of these tightened bands hold a cell at all."""
+    return (bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1])
+
+
+def _canonical(names: Sequence[str], rows: Mapping[str, Ints]) -> Columns:
+    if set(rows) != set(names):
+        raise DistattnError(f"a table needs exactly the columns {', '.join(names)}; got {', '.join(rows)}.")
+    if len({len(column) for column in rows.values()}) != 1:
+        raise DistattnError(f"columns of different lengths: { ({name: len(rows[name]) for name in names}) }.")
+    order = lexical_order(*(np.asarray(rows[name], np.int64) for name in names))
+    out = {name: np.asarray(rows[name], np.int64)[order] for name in names}
+    for column in out.values():
+        column.setflags(write=False)
+    return out
+
+
+def _unpack(head: dict, arrays: dict[str, Ints]) -> Plan:
+    def table(direction: str) -> Table:
+        return Table(
+            {name: arrays[f"{direction}.tasks.{name}"] for name in TASK_COLUMNS},
+            {name: arrays[f"{direction}.moves.{name}"] for name in MOVE_COLUMNS},
+        )
+
+    lengths = np.diff(arrays["layout.ends"], prepend=0)
+    rank, t0, t1, row = (arrays[f"layout.{name}"] for name in ("rank", "t0", "t1", "row"))
+    order = np.lexsort((row, rank))
+    layout = Layout(lengths.tolist(), head["ranks"], rank[order], t0[order], t1[order])
+    shape = {name: head[name] for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "dtype")}
+    by_head = (arrays["mask.piece_heads"], head["heads"]) if "mask.piece_heads" in arrays else ()
+    call = Call(Mask(arrays["mask.pieces"], head["n"], *by_head), layout, **shape, wire=head.get("wire", ""))
+    return Plan(call, table("forward"), table("backward"), head["policy"], head["strategy"])

@@ -1,0 +1,321 @@
+"""`attention`: core attention of a planned call, as a pair of torch library operators.
+
+The plan enters the operators as a whole number, a handle (see `programs`).
+"""
+
+# T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
+
+from distattn.ir.errors import DistattnError
+from distattn.ir.plan import Plan
+from distattn.kernels.merge import accumulation_dtype
+from distattn.kernels.registry import choose_kernel
+from distattn.kernels.spec import Demand, Score
+from distattn.ops.executable import Lowered, Prepared, lowered_of, prepare
+from distattn.parallel.runtime import execute
+from distattn.parallel.runtime.transport import Transport
+
+
+class Part(Protocol):
+    """One of several batches that take turns on this rank (see `pingpong`)."""
+
+    def attention(
+        self,
+        lowered: Lowered,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        slopes: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Tensor: ...
+
+
+class _Stage(threading.local):
+    """Which batch this thread works on, where batches take turns."""
+
+    part: Part | None = None
+
+
+STAGE = _Stage()
+# the one whose backward pass runs: a forward that is repeated there may be on a thread of autograd's
+REPEATING: list[Part] = []
+
+
+def part_on_stage() -> Part | None:
+    """The batch whose turn it is, if batches take turns."""
+    return STAGE.part or (REPEATING[-1] if REPEATING else None)
+
+
+def attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKE: Tensor,
+    plan: Plan | Prepared,
+    group: dist.ProcessGroup | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    dropout: float = 0.0,
+    kernel: str | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Core attention of this rank's tokens, differentiable; a collective call of all ranks of the plan.
+
+    q_THD (T, H, D), k_TKD (T, K, D), v_TKE (T, K, E) hold this rank's T tokens in the layout's local order, contiguous;
+    the result o_THE (T, H, E) has q's dtype. scale defaults to D ** -0.5.
+
+    softcap: scores s become softcap * tanh(s / softcap). alibi_slopes (H,): slope * distance in tokens is subtracted
+    (after the cap); no gradient. sink (H,): a logit per head that takes part in the softmax and has no value; its
+    gradient is this rank's share, to be summed over ranks like any parameter's. gate (T, H) or (T, H, E): multiplies the
+    output. dropout is refused. With return_lse also lse_HT, natural log (with the sink), fp32 (fp64 for fp64), -inf
+    where a row has no allowed key; gradients through it need kernel="reference".
+
+    plan: a Plan, which ranks then compare at every call, or what `prepare` made of one: once a batch, and the only way
+    inside torch.compile. group defaults to the default
+    process group; a plan for one rank needs none. Raises PlanError when the plan cannot be proven or ranks have different
+    ones, DistattnError when the tensors do not fit it.
+    """
+    for name, given in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
+        if given.dim() != 3:
+            raise DistattnError(f"{name} has {given.dim()} dims; three are wanted: (tokens, heads, dim).")
+    if isinstance(scale, Tensor):
+        raise DistattnError("scale is a number; a tensor's gradient would be lost.")
+    scale = 1.0 / math.sqrt(q_THD.shape[-1] or 1) if scale is None else float(scale)
+    if not 0 < scale < math.inf:
+        raise DistattnError(f"scale is a positive number, not {scale}.")
+    if not 0 <= softcap < math.inf:
+        raise DistattnError(f"softcap is a positive number, or 0 for none, not {softcap}.")
+    if dropout:
+        raise DistattnError(f"dropout {dropout} is not computed: the ranks would have to share random bits; use 0.")
+    for name, tensor in (("k", k_TKD), ("v", v_TKE), ("sink", sink), ("alibi_slopes", alibi_slopes), ("gate", gate)):
+        if tensor is not None and tensor.device != q_THD.device:
+            raise DistattnError(f"{name} is on {tensor.device}, q on {q_THD.device}; they share one device.")
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise DistattnError("alibi_slopes want a gradient, which is not computed; pass alibi_slopes.detach().")
+    if gate is not None:
+        gate = _broadcast_gate(gate, (*q_THD.shape[:2], v_TKE.shape[2]))
+    if isinstance(plan, Prepared):
+        if group is not None or kernel is not None:
+            raise DistattnError("a prepared plan knows its group and kernel; give them to prepare instead.")
+        ready = plan
+    elif torch.compiler.is_compiling():
+        raise DistattnError("inside torch.compile, attention takes prepare(plan, group) instead of a plan.")
+    else:
+        ready = prepare(plan, group, kernel=kernel, device=q_THD.device)
+    part = part_on_stage()
+    if part is not None:
+        # it hands over while messages travel
+        if return_lse:
+            raise DistattnError("return_lse is not possible where batches take turns; leave PingPong out.")
+        o_THE = part.attention(ready.lowered, q_THD, k_TKD, v_TKE, sink, alibi_slopes, scale, float(softcap))
+        return o_THE if gate is None else (o_THE * gate).to(q_THD.dtype)
+    o_THE, lse_HT, _ = torch.ops.distattn.forward(
+        q_THD, k_TKD, v_TKE, sink, alibi_slopes, ready.handle, ready.kept, scale, float(softcap)
+    )
+    if gate is not None:
+        o_THE = (o_THE * gate).to(q_THD.dtype)
+    return (o_THE, lse_HT) if return_lse else o_THE
+
+
+def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """A policy for selective activation checkpointing: attention's outputs are saved, all else is recomputed.
+
+    Recomputation then neither communicates nor repeats the attention:
+    checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))
+    """
+    if op == torch.ops.distattn.forward.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _broadcast_gate(gate: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(gate.shape) not in (shape, shape[:2]):
+        raise DistattnError(f"gate has shape {tuple(gate.shape)}; wanted is {shape[:2]} or {shape}.")
+    if not gate.dtype.is_floating_point:
+        raise DistattnError(f"gate is {str(gate.dtype)[6:]}; floating point is needed.")
+    return gate if gate.dim() == 3 else gate[..., None]
+
+
+def _check_inputs(
+    lowered: Lowered, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, slopes: Tensor | None
+) -> None:
+    program, use = lowered.program, lowered.use
+    call, tokens = program.call, program.tokens
+    wanted = {
+        "q": (q, (tokens, call.heads, call.head_dim)),
+        "k": (k, (tokens, call.kv_heads, call.head_dim)),
+        "v": (v, (tokens, call.kv_heads, call.v_head_dim)),
+        "sink": (sink, (call.heads,)),
+        "alibi_slopes": (slopes, (call.heads,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            axes = "(tokens, heads, dim)" if len(shape) == 3 else "(heads,)"
+            raise DistattnError(
+                f"{name} has shape {tuple(tensor.shape)}; the plan wants {shape} {axes} on rank {program.rank}."
+            )
+        if name in "qkv" and str(tensor.dtype) != f"torch.{call.dtype}":
+            raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan was made for {call.dtype}.")
+        if not tensor.dtype.is_floating_point:
+            raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}; floating point is needed.")
+        if tensor.device.type != use.device.type:
+            raise DistattnError(f"{name} is on {tensor.device}, the plan was prepared for {use.device}.")
+        if not tensor.is_contiguous():
+            raise DistattnError(f"{name} is not contiguous; pass {name}.contiguous().")
+
+
+def _score(lowered: Lowered, scale: float, softcap: float, slopes: Tensor | None) -> Score:
+    if softcap or slopes is not None:
+        call = lowered.program.call
+        demand = Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, lowered.use.device)
+        choose_kernel(lowered.use.kernel, demand._replace(softcap=softcap > 0, alibi=slopes is not None))
+    return Score(scale, softcap, slopes)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    # -inf - -inf is not a number: an absent sink and a row without keys
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def forward_pass(
+    lowered: Lowered,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    slopes: Tensor | None,
+    scale: float,
+    softcap: float,
+    transport: Transport | None = None,
+) -> execute.Paused[tuple[Tensor, Tensor, Tensor]]:
+    """(o_THE, lse_HT, kept), pausing while messages travel; what the operator does without a pause."""
+    _check_inputs(lowered, q, k, v, sink, slopes)
+    score = _score(lowered, scale, softcap, slopes)
+    if lowered.watch is not None:
+        lowered.watch.begins("forward", score)
+    run = execute.forward(lowered.program, transport or lowered.transport, lowered.kernel, q, k, v, score)
+    o, lse_TH, kept, _ = yield from run
+    if sink is not None:
+        # a key without value: it only widens the softmax
+        wider_TH = torch.logaddexp(lse_TH, sink.to(lse_TH.dtype))
+        o = o * torch.exp(lse_TH - _finite(wider_TH))[..., None]
+        lse_TH = wider_TH
+    return o.to(q.dtype), lse_TH.t().contiguous(), kept
+
+
+def backward_pass(
+    lowered: Lowered,
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    slopes: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    scale: float,
+    softcap: float,
+    transport: Transport | None = None,
+) -> execute.Paused[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(dq, dk, dv, dsink), pausing while messages travel; dsink is empty without a sink."""
+    if dlse is not None and not lowered.kernel.DIFFERENTIABLE_LSE:
+        raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
+    lse_TH = lse.t().contiguous()
+    # the gradient of the log-sum-exp enters where delta does: ds = p * (dp - (delta - dlse))
+    delta_TH = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
+    if dlse is not None:
+        delta_TH -= dlse.t()
+    score = _score(lowered, scale, softcap, slopes)
+    if lowered.watch is not None:
+        lowered.watch.begins("backward", score)
+    inputs = (do.contiguous(), q, k, v, lse_TH, delta_TH, kept, score)
+    run = execute.backward(lowered.program, transport or lowered.transport, lowered.kernel, *inputs)
+    dq, dk, dv, _ = yield from run
+    if sink is None:
+        return dq, dk, dv, q.new_empty(0)
+    # as for a key whose value is zero: dp = 0
+    weight_TH = torch.exp(sink.to(lse_TH.dtype) - _finite(lse_TH))
+    return dq, dk, dv, -(weight_TH * delta_TH).sum(0).to(sink.dtype)
+
+
+torch.library.define(
+    "distattn::forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, SymInt plan, SymInt kept_elements, float scale,"
+    " float softcap) -> (Tensor o, Tensor lse, Tensor kept)",
+)
+torch.library.define(
+    "distattn::backward",
+    "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? slopes, Tensor o, Tensor lse,"
+    " Tensor kept, SymInt plan, float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)",
+)
+
+
+@torch.library.impl("distattn::forward", "CompositeExplicitAutograd")
+def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
+    return execute.finish(forward_pass(lowered_of(plan), q, k, v, sink, slopes, scale, softcap))
+
+
+@torch.library.register_fake("distattn::forward")
+def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
+    o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=accumulation_dtype(q.dtype))
+    return o, lse, q.new_empty(kept_elements)
+
+
+@torch.library.impl("distattn::backward", "CompositeExplicitAutograd")
+def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
+    inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
+    return execute.finish(backward_pass(lowered_of(plan), *inputs))
+
+
+@torch.library.register_fake("distattn::backward")
+def _backward_fake(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
+    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return *grads, q.new_empty(0) if sink is None else sink.new_empty(sink.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, sink, slopes, plan, _, scale, softcap = inputs
+    o, lse, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, sink, slopes, o, lse, kept)
+    ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
+    # the program outlives its plan until the backward has run; under torch.compile the caller holds it
+    ctx.lowered = lowered_of(plan) if type(plan) is int else None
+
+
+def _differentiate(ctx, do, dlse, dkept):
+    q, k, v, sink, slopes, o, lse, kept = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    dq, dk, dv, dsink = torch.ops.distattn.backward(
+        do, dlse, q, k, v, sink, slopes, o, lse, kept, ctx.plan, ctx.scale, ctx.softcap
+    )
+    return dq, dk, dv, None if sink is None else dsink, None, None, None, None, None
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise DistattnError("attention has no second derivative: a gradient of its gradients was asked for.")
+
+
+torch.library.register_autograd("distattn::backward", _refuse_second_derivative)
+torch.library.register_autograd("distattn::forward", _differentiate, setup_context=_save)

@@ -1,0 +1,208 @@
+"""Candidates side by side: one attention call planned by several strategies and timed on a described cluster."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distattn.cluster import spec as describe
+from distattn.cluster.spec import Description
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import lay_out
+from distattn.ir.mask import Mask
+from distattn.parallel.analysis.explain import explain
+from distattn.parallel.analysis.simulate import simulate
+from distattn.parallel.analysis.timeline import Timeline
+from distattn.parallel.make_plan import make_plan
+from distattn.training.config import Config
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>distattn plan</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; line-height: 1.35; }}
+img {{ max-width: 100%; height: auto; }}
+</style></head><body>
+<h1>{title}</h1>
+<p>Every time on this page is simulated, from the numbers in the description of the cluster.</p>
+<pre>{table}</pre>
+{parts}
+</body></html>
+"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention call, without a strategy: documents of these lengths, shapes, layout."""
+
+    lengths: tuple[int, ...]
+    ranks: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    layout: str = "zigzag"
+    layout_options: tuple[tuple[str, int], ...] = ()
+    backward: str = ""
+
+    @staticmethod
+    def of_config(config: Config, lengths: Sequence[int]) -> Problem:
+        """What a run asks for, on documents of these lengths."""
+        model, parallel = config.model, config.parallel
+        return Problem(
+            tuple(lengths),
+            parallel.ranks,
+            model.heads,
+            model.kv_heads,
+            model.width // model.heads,
+            model.dtype,
+            parallel.layout,
+            tuple(parallel.layout_options.items()),
+            parallel.backward,
+        )
+
+    def timeline(self, strategy: str, cluster: Description) -> Timeline:
+        """Planned by one strategy, proven and simulated."""
+        lengths, mask = list(self.lengths), Mask.documents(list(self.lengths))
+        layout = lay_out(self.layout, lengths, self.ranks, mask, **dict(self.layout_options))
+        plan = make_plan(
+            mask,
+            layout,
+            strategy=strategy,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            backward=self.backward or None,
+            cluster=cluster,
+        )
+        return simulate(plan, cluster)
+
+    def __str__(self) -> str:
+        return (
+            f"{sum(self.lengths):,} tokens in {len(self.lengths):,} documents on {self.ranks} ranks, "
+            f"{self.heads} query and {self.kv_heads} key/value heads of {self.head_dim}, {self.dtype}, {self.layout} layout"
+        )
+
+
+def cluster_of(config: Config, name: str) -> Description:
+    """The described cluster, as far as a run uses it. Refuses one whose nodes are not the run's."""
+    cluster = describe.load(name, config.parallel.ranks)
+    per_node = config.parallel.devices_per_node or config.parallel.ranks
+    if cluster.devices != per_node:
+        raise DistattnError(
+            f"the run has {per_node} ranks on a node, {cluster.name} has {cluster.devices}: set "
+            f"parallel.devices_per_node={cluster.devices} or another cluster."
+        )
+    return cluster
+
+
+def candidates(
+    problem: Problem, strategies: Sequence[str], cluster: Description, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Timeline | str]:
+    """By strategy: its timeline, or the sentence with which it refuses. Raises when all of them refuse."""
+    out: dict[str, Timeline | str] = {}
+    for strategy in strategies:
+        say(f"{strategy} ...")
+        try:
+            out[strategy] = problem.timeline(strategy, cluster)
+        except DistattnError as error:
+            out[strategy] = str(error)
+    if all(isinstance(found, str) for found in out.values()):
+        # what is wrong with the call itself is said once
+        same = len(set(map(str, out.values()))) == 1
+        lines = [str(found) if same else f"{strategy}: {found}" for strategy, found in out.items()]
+        raise DistattnError("\n".join(dict.fromkeys(lines)))
+    return out
+
+
+def table(found: dict[str, Timeline | str], cluster: Description) -> str:
+    """One line for each candidate, the fastest marked; everything simulated."""
+    times = {name: _seconds(one) for name, one in found.items() if isinstance(one, Timeline)}
+    fastest = min(times, key=lambda name: times[name])
+    lines = [
+        f"simulated on {cluster.name}; per attention call, TFLOP/s per device",
+        f"{'strategy':14s}{'forward':>12s}{'backward':>12s}{'TFLOP/s':>12s}{'across nodes':>14s}"
+        f"{'waiting':>12s}{'balance':>9s}{'buffers':>10s}",
+    ]
+    for name, one in found.items():
+        if isinstance(one, str):
+            lines.append(f"{name:14s}refused: {one}")
+            continue
+        facts = one.as_dict()
+        there, back = facts["forward"], facts["backward"]
+        lines.append(
+            f"{name:14s}{there['seconds'] * 1e3:9.2f} ms{back['seconds'] * 1e3:9.2f} ms"
+            f"{there['tflops']:6.0f}{back['tflops']:6.0f}"
+            f"{(there['bytes_across'] + back['bytes_across']) / 1e9:11.2f} GB"
+            f"{(there['exposed_seconds'] + back['exposed_seconds']) * 1e3:9.2f} ms"
+            f"{facts['balance']:9.2f}{facts['peak_bytes'] / 1e9:7.2f} GB{'   <- fastest' * (name == fastest)}"
+        )
+    return "\n".join(lines)
+
+
+def as_json(found: dict[str, Timeline | str], problem: Problem) -> str:
+    """The same as one JSON object."""
+    rows = [
+        {"strategy": name, "refused": one} if isinstance(one, str) else one.as_dict() for name, one in found.items()
+    ]
+    shape = {"tokens": sum(problem.lengths), "documents": len(problem.lengths), "ranks": problem.ranks}
+    return json.dumps(shape | {"candidates": rows})
+
+
+def write_page(path: Path, found: dict[str, Timeline | str], problem: Problem, cluster: Description) -> None:
+    """One HTML file with the table, and of each candidate the timeline and the coloured score matrix."""
+    parts = []
+    for name, one in found.items():
+        if isinstance(one, Timeline):
+            shown = explain(one.plan, cluster).html()
+            parts.append(f"<h2>{html.escape(name)}</h2>\n{one.html()}\n{shown}")
+    title = html.escape(str(problem))
+    text = _PAGE.format(title=title, table=html.escape(table(found, cluster)), parts="\n".join(parts))
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise DistattnError(f"--html: {path} cannot be written: {error.strerror}.") from None
+
+
+def read_lengths(given: str) -> list[int]:
+    """Document lengths from words such as 4096,1024x8 or a file of them (JSON list, or numbers between spaces)."""
+    text = given
+    if Path(given).is_file():
+        try:
+            text = Path(given).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DistattnError(f"--docs: {given} cannot be read: {error}.") from None
+    out: list[int] = []
+    for word in text.replace("[", " ").replace("]", " ").replace(",", " ").split():
+        length, _, times = word.partition("x")
+        if not length.isdecimal() or not (times or "1").isdecimal():
+            where = f"in {given}" if text is not given else "and there is no such file"
+            raise DistattnError(
+                f"--docs: {word[:40]!r} is no document length {where}; write 4096,1024x8 or a file's name."
+            )
+        out += [int(length)] * int(times or 1)
+    if not out or min(out) < 1:
+        raise DistattnError("--docs: at least one document, and each of at least one token, is wanted.")
+    return out
+
+
+def first_tokens(lengths: Sequence[int], axis: int) -> list[int]:
+    """The first documents that fill an axis of so many tokens; the last one is cut."""
+    out: list[int] = []
+    left = axis
+    for length in lengths:
+        if not left:
+            break
+        out.append(min(length, left))
+        left -= out[-1]
+    if left:
+        raise DistattnError(f"--axis: {axis:,} tokens are wanted, all documents together have {axis - left:,}.")
+    return out
+
+
+def _seconds(one: Timeline) -> float:
+    return one.forward.seconds + one.backward.seconds

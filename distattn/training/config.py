@@ -1,0 +1,302 @@
+"""One run, one TOML file: frozen dataclasses, checked all at once, overridable as `--section.key value`."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import tomli_w
+import tyro
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from distattn.cluster.topology import Cluster
+from distattn.ir.errors import DistattnError
+from distattn.ir.layout import LAYOUTS
+from distattn.ir.plan import POLICIES
+from distattn.kernels.registry import KERNELS
+from distattn.parallel.make_plan import STRATEGIES
+
+DTYPES = ("float32", "float64", "bfloat16")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    folder: str = "runs/run"
+    """Where results go; a number is added if the folder exists, nothing is overwritten."""
+    seed: int = 1
+    """Seed of the initial weights and of the order of documents."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "{stdlib}"
+    """A folder, a file or a glob of UTF-8 text files; {stdlib} is the Python standard library's source folder."""
+    suffix: str = ""
+    """Only files that end so; empty for all."""
+    exclude: tuple[str, ...] = ()
+    """Names of folders and files to leave out; * and ? are wildcards."""
+    axis: int = 8192
+    """Tokens (bytes) of one step, at most: documents are packed first-fit."""
+    max_document: int = 3000
+    """Longer files are cut into documents of this many bytes."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    layers: int = 4
+    width: int = 128
+    heads: int = 8
+    kv_heads: int = 4
+    mlp: int = 384
+    """Width of the gated feed-forward layer."""
+    dtype: str = "float32"
+    """float32, float64 or bfloat16."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    ranks: int = 4
+    """Processes; they share each step's tokens."""
+    strategy: str = "ring"
+    """How attention is split: a name of distattn's strategies."""
+    layout: str = "zigzag"
+    """Which rank owns which tokens: a name of distattn's layouts."""
+    min_chunk: int = 512
+    """document_zigzag cuts documents into chunks of at least this many tokens."""
+    kernel: str = "cpu"
+    """What computes core attention on one device: cpu, reference, and on GPUs triton, triton_tf32 or gluon."""
+    backward: str = ""
+    """keep, refetch-home or refetch-follow; empty for the strategy's own."""
+    devices_per_node: int = 0
+    """Ranks that share a node, so that strategies can spare the links between nodes; 0 for all of them."""
+    capacity: int = 0
+    """Bytes of attention buffers a rank may need at once; a batch that needs more is refused. 0 for no limit."""
+
+    @property
+    def layout_options(self) -> dict[str, int]:
+        """What the layout takes beside lengths and ranks."""
+        return {"min_chunk": self.min_chunk} if self.layout == "document_zigzag" else {}
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """Which ranks share a node, where that is given."""
+        return Cluster(self.ranks // self.devices_per_node, self.devices_per_node) if self.devices_per_node else None
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    description: str = ""
+    """What the run is timed on by `distattn plan`: a name such as h200-8x8 (nodes x devices) or a TOML file."""
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """How `distattn launch slurm` submits; empty leaves a line out."""
+
+    partition: str = ""
+    account: str = ""
+    time: str = ""
+    """Limit of the job, as sbatch takes it: 12:00:00, or 2-00:00:00."""
+    options: tuple[str, ...] = ()
+    """More lines for sbatch, such as --exclusive or --qos=long; on the command line --slurm.options=--exclusive."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the job begins, such as `module load cuda` or `source venv/bin/activate`."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 60
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+@dataclass(frozen=True)
+class ProofConfig:
+    steps: int = 5
+    """First steps repeated in plain transformers, one process, one document at a time; 0 leaves the proof out."""
+    tolerance: float = 1e-4
+    """Largest relative difference of loss and gradient norm."""
+
+
+@dataclass(frozen=True)
+class Config:
+    __pydantic_config__ = _STRICT
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    proof: ProofConfig = field(default_factory=ProofConfig)
+
+
+for _section in (
+    RunConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ClusterConfig,
+    SlurmConfig,
+    TrainConfig,
+    ProofConfig,
+):
+    setattr(_section, "__pydantic_config__", _STRICT)  # noqa: B010
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a file with command-line overrides. Raises DistattnError naming every bad key at once."""
+    try:
+        content = tomllib.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise DistattnError(f"{path}: there is no such configuration file; try configs/tiny.toml.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise DistattnError(f"{path}: cannot be read as TOML: {error}.") from None
+    config = _validated(str(path), content)
+    if overrides:
+        _check_overrides(config, overrides)
+        changed = tyro.cli(Config, default=config, args=list(overrides))
+        config = _validated("command line", asdict(changed))
+    return config
+
+
+def help_text() -> str:
+    """Every key with its default, as tyro prints it."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        tyro.cli(Config, args=["--help"], prog="distattn train CONFIG")
+    return out.getvalue()
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved configuration; `load` reads it back."""
+    path.write_text(tomli_w.dumps(asdict(config)), "utf-8")
+
+
+def _validated(source: str, content: dict[str, Any]) -> Config:
+    """The configuration a nested dict describes. All mistakes at once, each line beginning with its source."""
+    try:
+        # through JSON: strict about types, yet a TOML array is a tuple; a TOML date becomes a table, which fits nowhere
+        text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
+        config = TypeAdapter(Config).validate_json(text, strict=True)
+        problems = _problems(config)
+    except ValidationError as error:
+        problems = [_sentence(one) for one in error.errors()]
+    if problems:
+        raise DistattnError("\n".join(f"{source}: {problem}" for problem in problems))
+    return config
+
+
+def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse what tyro would refuse, in a sentence: unknown keys, stray words, values that do not fit."""
+    starts = [i for i, word in enumerate(overrides) if word.startswith("--")]
+    if not starts or starts[0] != 0:
+        raise DistattnError(f"command line: {overrides[0]!r} is not a key; write --section.key value.")
+    known = {key for key in _keys(Config) if "." in key}
+    for begin, end in pairwise([*starts, len(overrides)]):
+        key = overrides[begin].removeprefix("--").split("=", 1)[0].replace("-", "_")
+        if key == "help":
+            continue
+        if key not in known:
+            raise DistattnError(f"command line: {_unknown(key)}")
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                tyro.cli(Config, default=config, args=list(overrides[begin:end]))
+            except SystemExit:
+                section, name = key.split(".")
+                wanted = get_type_hints(type(getattr(config, section)))[name]
+                given = " ".join(overrides[begin + 1 : end]) or "nothing"
+                raise DistattnError(
+                    f"command line: {key}: {given!r} is not {getattr(wanted, '__name__', wanted)}."
+                ) from None
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, _keys(Config), 1, 0.6)
+    return f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else f" There are {', '.join(_keys(Config))}.")
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return _unknown(key)
+    return f"{key}: {error['msg'].lower().rstrip('.')}, not {error['input']!r}."
+
+
+def _keys(config: Any, prefix: str = "") -> list[str]:
+    """Sections and keys, dotted."""
+    keys = []
+    for one in fields(config):
+        keys.append(prefix + one.name)
+        if is_dataclass(factory := one.default_factory):
+            keys += _keys(factory, f"{prefix}{one.name}.")
+    return keys
+
+
+def _problems(config: Config) -> list[str]:
+    """What cannot be, one sentence per key."""
+    model, data, parallel, train = config.model, config.data, config.parallel, config.train
+    problems: list[str] = []
+
+    def at_least(section: str, low: float, **values: float) -> None:
+        problems.extend(
+            f"{section}.{key}: at least {low}, not {value}." for key, value in values.items() if value < low
+        )
+
+    def one_of(key: str, value: str, known: Sequence[str]) -> None:
+        if value not in known:
+            near = difflib.get_close_matches(value, known, 1, 0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            problems.append(f"{key}: there is no {value!r}; there are {', '.join(known)}.{hint}")
+
+    at_least("data", 2, axis=data.axis)
+    at_least("data", 1, max_document=data.max_document)
+    at_least(
+        "model", 1, layers=model.layers, width=model.width, heads=model.heads, kv_heads=model.kv_heads, mlp=model.mlp
+    )
+    at_least("parallel", 1, ranks=parallel.ranks, min_chunk=parallel.min_chunk)
+    at_least("train", 1, steps=train.steps)
+    at_least("train", 0, learning_rate=train.learning_rate, weight_decay=train.weight_decay)
+    at_least("proof", 0, steps=config.proof.steps, tolerance=config.proof.tolerance)
+    if not 0 <= config.run.seed < 1 << 63:
+        problems.append(f"run.seed: 0 to 2^63 - 1, not {config.run.seed}.")
+    if not Path(config.run.folder).name or "\0" in config.run.folder:
+        problems.append(f"run.folder: {config.run.folder!r} names no folder.")
+    if train.clip <= 0:
+        problems.append(f"train.clip: above 0, not {train.clip}.")
+    if data.max_document > data.axis:
+        problems.append(
+            f"data.max_document: {data.max_document} tokens do not fit on an axis of {data.axis}; at most data.axis."
+        )
+    if min(model.width, model.heads, model.kv_heads) >= 1:
+        if model.width % model.heads or model.width // model.heads % 2:
+            problems.append(f"model.heads: width {model.width} does not give {model.heads} heads of an even size.")
+        if model.heads % model.kv_heads:
+            problems.append(
+                f"model.kv_heads: {model.heads} query heads do not divide among {model.kv_heads} key/value heads."
+            )
+    for name in ("devices_per_node", "capacity"):
+        if getattr(parallel, name) < 0:
+            problems.append(f"parallel.{name}: at least 0, not {getattr(parallel, name)}.")
+    if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
+        problems.append(
+            f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
+        )
+    one_of("model.dtype", model.dtype, DTYPES)
+    one_of("parallel.strategy", parallel.strategy, list(STRATEGIES))
+    one_of("parallel.layout", parallel.layout, list(LAYOUTS))
+    one_of("parallel.kernel", parallel.kernel, list(KERNELS))
+    one_of("parallel.backward", parallel.backward or POLICIES[0], POLICIES)
+    return problems

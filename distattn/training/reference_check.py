@@ -1,0 +1,56 @@
+"""The demo's proof: run the replay in plain transformers, compare, and say by how much they differ."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distattn.ir.errors import DistattnError
+from distattn.training.config import Config
+from distattn.training.run_folder import Run, read_lines
+
+_COMPARED = ("loss", "grad_norm")
+_REPLAY = Path(__file__).with_name("replay.py")
+
+
+def prove(run: Run, config: Config) -> dict[str, Any]:
+    """Replay the first steps and compare; the verdict is also written to proof.json.
+
+    Raises DistattnError when the replay itself cannot run.
+    """
+    # -P: the script's own folder must not shadow anybody's packages
+    command = [sys.executable, "-P", str(_REPLAY), str(run.folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise DistattnError(f"the replay in plain transformers failed ({last}); run it by hand: {' '.join(command)}")
+    verdict = compare(run, config)
+    run.proof_file.write_text(json.dumps(verdict, indent=1))
+    return verdict
+
+
+def compare(run: Run, config: Config) -> dict[str, Any]:
+    """The largest relative differences |ours - plain| / |plain| of loss and gradient norm; NaN is a failure."""
+    wanted = min(config.proof.steps, config.train.steps)
+    ours, plain = run.metrics()[:wanted], read_lines(run.replay_file)
+    if [step.step for step in ours] != [row["step"] for row in plain] or len(plain) != wanted:
+        raise DistattnError(f"the proof compares {wanted} steps; the run has {len(ours)}, the replay {len(plain)}.")
+    steps = [
+        {"step": step.step}
+        | {name: getattr(step, name) for name in _COMPARED}
+        | {f"plain_{name}": row[name] for name in _COMPARED}
+        for step, row in zip(ours, plain, strict=True)
+    ]
+    verdict: dict[str, Any] = {}
+    for name in _COMPARED:
+        a, b = (np.array([row[key] for row in steps]) for key in (name, f"plain_{name}"))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # equal zeros differ by nothing; numpy's max keeps a NaN, Python's may lose it
+            verdict[name] = float(np.where(a == b, 0.0, np.abs(a - b) / np.abs(b)).max())
+    passed = all(verdict[name] < config.proof.tolerance for name in _COMPARED)
+    return verdict | {"tolerance": config.proof.tolerance, "passed": passed, "steps": steps}

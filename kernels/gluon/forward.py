@@ -1,0 +1,248 @@
+"""Forward kernel in Gluon for Hopper: one program owns 128 query rows of one head, in three groups of warps.
+
+One group of warps fetches tiles of keys and values ahead by the tensor-memory accelerator; two warpgroups of 64 rows each
+multiply and take the softmax. The product with the values of one tile runs while the softmax of the next is computed
+(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). Run lists, log-sum-exp and epilogues are those of the plain Triton
+kernel (triton_forward); results are deterministic.
+
+Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it.
+"""
+
+# rows of a warpgroup HM = BM / 2, BN keys; head dim D, value head dim E
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from distattn.kernels.gluon.tiles import copy_in, product_layout
+from distattn.kernels.triton.tiles import LN2, LOG2E, capped, load_run, merge_shares, row_keys, sink_shares
+
+
+@gluon.jit
+def _fetch(
+    q_, k_, v_, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
+    row, q_col, k_col, v_col, first, last, run_,
+    HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warps that fetch: queries once, then every tile of keys and values as soon as its buffer is free."""
+    for half in gl.static_range(2):
+        mbarrier.expect(q_full.index(half), HM * D * 2)
+        copy_in(q_, [row + half * HM, q_col], q_full.index(half), q_s.index(half))
+    t = 0
+    for i in range(first, last):
+        begin = gl.load(run_ + i * 6)
+        end = gl.load(run_ + i * 6 + 3)
+        for n in range(begin, end, BN):
+            at = t % STAGES
+            odd = (t // STAGES) & 1
+            mbarrier.wait(k_free.index(at), odd ^ 1)
+            mbarrier.expect(k_full.index(at), BN * D * 2)
+            copy_in(k_, [n, k_col], k_full.index(at), k_s.index(at))
+            mbarrier.wait(v_free.index(at), odd ^ 1)
+            mbarrier.expect(v_full.index(at), BN * E * 2)
+            copy_in(v_, [n, v_col], v_full.index(at), v_s.index(at))
+            t += 1
+
+
+@gluon.jit
+def _softmax(
+    x, m, n, masked, low, high, row_shift, scale, cap, slope,
+    BN: gl.constexpr, LAYOUT: gl.constexpr, CAP: gl.constexpr, ALIBI: gl.constexpr,
+):  # fmt: skip
+    """(weights, shrinkage of what was summed before, new maximum in base 2) of products x with keys [n, n + BN)."""
+    key = n + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
+    to_base2 = scale * LOG2E
+    if CAP:
+        x, _ = capped(x * scale, cap)
+        to_base2 = LOG2E
+    if ALIBI:
+        if not CAP:
+            x = x * scale
+            to_base2 = LOG2E
+        x = x - slope * gl.abs(key[None, :] - row_shift[:, None]).to(gl.float32)
+    if masked:
+        x = gl.where((key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]), x, -float("inf"))
+    top = gl.maximum(m, gl.max(x, 1) * to_base2)
+    # a row that has seen no key yet: -inf - -inf is not a number
+    safe = gl.where(top == -float("inf"), 0.0, top)
+    return gl.exp2(x * to_base2 - safe[:, None]), gl.exp2(m - safe), top
+
+
+@gluon.jit
+def _multiply(
+    q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
+    o_, lse_, out_, sink_, gate_, run_, band_, row_band_,
+    start, head, rows, first, last,
+    o_row, o_head, lse_row, lse_head, out_row, out_head, gate_row, gate_head, scale, cap, slope,
+    HALF: gl.constexpr, HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr, FINAL: gl.constexpr, SINK: gl.constexpr,
+    GATE: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: rows [HALF * HM, (HALF + 1) * HM) of the tile. A step multiplies by keys t and by values t - 1."""
+    S: gl.constexpr = product_layout(BN)
+    O: gl.constexpr = product_layout(E)
+    ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, O)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    i_row = gl.arange(0, HM, ROWS)
+    row = start + HALF * HM
+    m = gl.full([HM], -float("inf"), gl.float32, ROWS)
+    l = gl.zeros([HM], gl.float32, ROWS)
+    acc = gl.zeros([HM, E], gl.float32, O)
+    nothing = gl.zeros([HM, BN], gl.float32, S)
+    q = q_s.index(HALF)
+    mbarrier.wait(q_full.index(HALF), 0)
+    if first < last:
+        # the first tile of keys: there are no values to multiply by yet
+        begin, full, rest, end, band, rows_at = load_run(run_, first)
+        rows_at = gl.where(rows_at < 0, rows_at, rows_at + HALF * HM)
+        low, high, distance = row_keys(band_, row_band_, band, rows_at, row, i_row)
+        mbarrier.wait(k_full.index(0), 0)
+        x = warpgroup_mma(q, k_s.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        x = warpgroup_mma_wait(0, deps=(x,))
+        mbarrier.arrive(k_free.index(0), count=1)
+        masked = (begin < full) | (begin >= rest)
+        p, _, m = _softmax(
+            x, m, begin, masked, low, high, row + i_row - distance, scale, cap, slope, BN, S, CAP, ALIBI
+        )  # fmt: skip
+        l = gl.sum(p, 1)
+        weights = gl.convert_layout(p.to(q.dtype), WEIGHTS)
+        t = 1
+        for i in range(first, last):
+            begin, full, rest, end, band, rows_at = load_run(run_, i)
+            rows_at = gl.where(rows_at < 0, rows_at, rows_at + HALF * HM)
+            low, high, distance = row_keys(band_, row_band_, band, rows_at, row, i_row)
+            row_shift = row + i_row - distance
+            begin = gl.where(i == first, begin + BN, begin)
+            for n in range(begin, end, BN):
+                at = t % STAGES
+                last_at = (t - 1) % STAGES
+                mbarrier.wait(k_full.index(at), (t // STAGES) & 1)
+                x_later = warpgroup_mma(q, k_s.index(at).permute((1, 0)), nothing, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(last_at), ((t - 1) // STAGES) & 1)
+                acc_later = warpgroup_mma(weights, v_s.index(last_at), acc, is_async=True)
+                x = warpgroup_mma_wait(1, deps=(x_later,))
+                mbarrier.arrive(k_free.index(at), count=1)
+                masked = (n < full) | (n >= rest)
+                p, shrink, m = _softmax(
+                    x, m, n, masked, low, high, row_shift, scale, cap, slope, BN, S, CAP, ALIBI
+                )  # fmt: skip
+                l = l * shrink + gl.sum(p, 1)
+                acc = warpgroup_mma_wait(0, deps=(acc_later,))
+                mbarrier.arrive(v_free.index(last_at), count=1)
+                acc = acc * gl.convert_layout(shrink, OUT_ROWS)[:, None]
+                weights = gl.convert_layout(p.to(q.dtype), WEIGHTS)
+                t += 1
+        last_at = (t - 1) % STAGES
+        mbarrier.wait(v_full.index(last_at), ((t - 1) // STAGES) & 1)
+        acc_later = warpgroup_mma(weights, v_s.index(last_at), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc_later,))
+
+    some = l > 0
+    inverse = gl.where(some, 1.0 / gl.where(some, l, 1.0), 0.0)
+    lse = gl.where(some, (m + gl.log2(gl.where(some, l, 1.0))) * LN2, -float("inf"))
+    r = row + i_row
+    # strides of heads times heads may pass 32 bits
+    far_head = gl.cast(head, gl.int64)
+    lse_at = lse_ + r.to(gl.int64) * lse_row + far_head * lse_head
+    o = acc
+    r_out = row + gl.arange(0, HM, OUT_ROWS)
+    far = r_out.to(gl.int64)
+    column = gl.arange(0, E, gl.SliceLayout(0, O))
+    inside = (r_out < rows)[:, None]
+    at = far[:, None] * o_row + far_head * o_head + column[None, :]
+    if MERGE:
+        old, fresh, lse = merge_shares(gl.load(lse_at, mask=r < rows, other=-float("inf")), lse)
+        inverse = inverse * fresh
+        o = o * gl.convert_layout(inverse, OUT_ROWS)[:, None]
+        o += gl.load(o_ + at, mask=inside, other=0.0) * gl.convert_layout(old, OUT_ROWS)[:, None]
+    else:
+        o = o * gl.convert_layout(inverse, OUT_ROWS)[:, None]
+    if FINAL:
+        if SINK:
+            share, lse = sink_shares(lse, gl.load(sink_ + head).to(gl.float32))
+            o = o * gl.convert_layout(share, OUT_ROWS)[:, None]
+        if GATE > 0:
+            # the backward needs what the gate multiplied
+            gl.store(o_ + at, o, mask=inside)
+        if GATE == 1:
+            gate = gl.load(gate_ + far * gate_row + far_head * gate_head, mask=r_out < rows, other=0.0)
+            o = o * gate.to(gl.float32)[:, None]
+        if GATE == 2:
+            gate_at = gate_ + far[:, None] * gate_row + far_head * gate_head + column[None, :]
+            o = o * gl.load(gate_at, mask=inside, other=0.0).to(gl.float32)
+        out_at = out_ + far[:, None] * out_row + far_head * out_head + column[None, :]
+        gl.store(out_at, o.to(out_.dtype.element_ty), mask=inside)
+    else:
+        gl.store(o_ + at, o, mask=inside)
+    gl.store(lse_at, lse, mask=r < rows)
+
+
+@gluon.jit(do_not_specialize=["rows", "heads", "tiles", "shift"], do_not_specialize_on_alignment=["lse_"])
+def forward_kernel(
+    q_, k_, v_, o_, lse_, out_, sink_, gate_, slopes_,
+    first_, run_, band_, row_band_, group_, order_,
+    rows, heads, tiles, shift,
+    q_head, k_head, v_head, o_row, o_head, lse_row, lse_head, out_row, out_head, gate_row, gate_head, scale, cap,
+    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr, FINAL: gl.constexpr, SINK: gl.constexpr,
+    GATE: gl.constexpr,
+):  # fmt: skip
+    """o (rows, heads, E) and natural lse (rows, heads) of the runs, like the plain Triton kernel of that name."""
+    HM: gl.constexpr = BM // 2
+    # heads of one tile are neighbours: they share keys and values in the cache
+    pid = gl.program_id(0)
+    head = pid % heads
+    tile = gl.load(order_ + pid // heads)
+    kv_head = (head + shift) // GROUP
+    at = first_ + gl.load(group_ + head) * tiles + tile
+    first = gl.load(at)
+    last = gl.load(at + 1)
+    slope = 0.0
+    if ALIBI:
+        slope = gl.load(slopes_ + head).to(gl.float32)
+    q_s = gl.allocate_shared_memory(q_.dtype, [2, HM, D], q_.layout)
+    k_s = gl.allocate_shared_memory(k_.dtype, [STAGES, BN, D], k_.layout)
+    v_s = gl.allocate_shared_memory(v_.dtype, [STAGES, BN, E], v_.layout)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for half in gl.static_range(2):
+        mbarrier.init(q_full.index(half), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_free.index(stage), count=2)
+    fence_async_shared()
+    start = tile * BM
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
+                o_, lse_, out_, sink_, gate_, run_, band_, row_band_, start, head, rows, first, last,
+                o_row, o_head, lse_row, lse_head, out_row, out_head, gate_row, gate_head, scale, cap, slope,
+                0, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE, FINAL, SINK, GATE,
+            )),
+            (_multiply, (
+                q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
+                o_, lse_, out_, sink_, gate_, run_, band_, row_band_, start, head, rows, first, last,
+                o_row, o_head, lse_row, lse_head, out_row, out_head, gate_row, gate_head, scale, cap, slope,
+                1, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE, FINAL, SINK, GATE,
+            )),
+            (_fetch, (
+                q_, k_, v_, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
+                start, head * q_head, kv_head * k_head, kv_head * v_head, first, last, run_, HM, BN, D, E, STAGES,
+            )),
+        ],
+        [4, 4],
+        [240, 24],
+    )  # fmt: skip

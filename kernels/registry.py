@@ -1,0 +1,100 @@
+"""Which kernel computes core attention. Explicit: a kernel that cannot serve a call refuses, nothing falls back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from distattn.ir.errors import DistattnError
+from distattn.kernels.launch_mask import Cells
+from distattn.kernels.spec import Demand, Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# names are known without importing torch
+KERNELS = {
+    "reference": "distattn.kernels.reference",
+    "cpu": "distattn.kernels.cpu",
+    "triton": "distattn.kernels.triton.attention",
+    "triton_tf32": "distattn.kernels.triton.tf32",
+    "gluon": "distattn.kernels.gluon.attention",
+    "gluon_split": "distattn.kernels.gluon.split",
+}
+# these compute on processors, all others on GPUs
+ON_CPU = ("reference", "cpu")
+# what stands in for a kernel whose sums have no fixed order, where torch.use_deterministic_algorithms asks for one
+_DETERMINISTIC = {"gluon": "gluon_split"}
+_DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
+
+
+class Kernel(Protocol):
+    """What a kernel module provides.
+
+    DIFFERENTIABLE_LSE says whether `backward` is right for any delta, so that gradients may flow through the log-sum-exp.
+    ACCUMULATES says whether `forward` and `backward` also take `into`: tensors that results are merged into or added to.
+    `prepare` turns cells into the kernel's own form once per plan; `forward` and `backward` take that form.
+    """
+
+    DIFFERENTIABLE_LSE: bool
+    ACCUMULATES: bool
+
+    def refusal(self, demand: Demand) -> str | None: ...
+
+    def prepare(self, cells: Cells, demand: Demand) -> Any: ...
+
+    def forward(
+        self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, work: Any, score: Score, /, **into: Any
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        do_THE: Tensor,
+        q_THD: Tensor,
+        k_SKD: Tensor,
+        v_SKE: Tensor,
+        lse_TH: Tensor,
+        delta_TH: Tensor,
+        work: Any,
+        score: Score,
+        /,
+        **into: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def load_kernel(name: str) -> Kernel:
+    """The kernel of that name."""
+    if name not in KERNELS:
+        raise DistattnError(f"kernel {name!r} does not exist; there are {', '.join(KERNELS)}.")
+    try:
+        return cast(Kernel, import_module(KERNELS[name]))
+    except ModuleNotFoundError as error:
+        raise DistattnError(f'kernel "{name}" needs {error.name}, which is not installed here.') from None
+
+
+def preparing(name: str, demand: Demand) -> Callable[[Cells], Any]:
+    """What makes a kernel's own form of cells for such calls."""
+    kernel = load_kernel(name)
+    return lambda cells: kernel.prepare(cells, demand)
+
+
+def choose_kernel(name: str | None, demand: Demand) -> str:
+    """The kernel's name: `name` if it can serve the call, or the device's ("cpu", "triton").
+
+    "gluon" becomes "gluon_split" under torch.use_deterministic_algorithms. Raises DistattnError.
+    """
+    if name is None:
+        if demand.device.type not in _DEFAULTS:
+            raise DistattnError(
+                f'there is no default kernel for {demand.device.type} tensors; pass kernel="reference".'
+            )
+        name = _DEFAULTS[demand.device.type]
+    import torch
+
+    if name in _DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+        name = _DETERMINISTIC[name]
+    why_not = load_kernel(name).refusal(demand)
+    if why_not:
+        raise DistattnError(f'kernel "{name}" cannot serve this call: {why_not}. Use kernel="reference".')
+    return name

@@ -1,0 +1,146 @@
+"""Which tiles a Triton program visits: runs of key tiles for every tile of query rows, as small lists of whole numbers.
+
+A *run* is a stretch of keys that some rows of one query tile need: tiles at its ends that hold some allowed cells, and
+tiles in the middle that hold nothing else, so that their mask is never looked at. The length of the lists goes with the
+bands that meet a query tile, not with its key tiles. A band turned over (queries for keys) is a band, so the same lists
+serve kernels that own a tile of keys and walk over queries.
+
+Other kinds of pieces (block lists, neighbourhood tiles) fit in as runs of one tile.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from distattn.ir.bands import BK, BQ, HI, K0, K1, LO, OK, OQ, Q0, Q1, row_ends, tighten
+from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import Ints, distinct, expand, lexical_order
+from distattn.kernels.launch_mask import Cells
+
+# columns of a run: keys [BEGIN, FULL) and [REST, END) need the mask, [FULL, REST) does not; the band of its rows, and
+# where row_band says otherwise, row by row (-1: one band for all)
+RUN = ("begin", "full", "rest", "end", "band", "rows")
+# columns of a band: row r in [q0, q1) allows keys from max(k0, low + bk * ((r - oq) // bq)) up to min(k1, high + same)
+BAND = ("q0", "q1", "k0", "k1", "low", "high", "bq", "bk", "oq", "shift")
+# runs begin at multiples of this, so that numbers of rows and keys are loaded several at a time
+ALIGNED = 16
+_FAR = 1 << 30
+
+
+class Runs(NamedTuple):
+    """Runs of all query tiles, int32. Those of tile t in head group g are [first[g * tiles + t], first[g * tiles + t + 1])."""
+
+    # (groups * tiles + 1,)
+    first: Ints
+    # (runs, 6)
+    run: Ints
+    # (bands, 10)
+    band: Ints
+    # bands of rows, `block` of them for every run that wants it
+    row_band: Ints
+    # head group of each head
+    group: Ints
+    # tiles, those with most key tiles first
+    order: Ints
+    # the numbers of keys in tiles that are visited, all heads together
+    visited: int
+
+    @property
+    def tiles(self) -> int:
+        """Number of query tiles."""
+        return len(self.order)
+
+
+def tile_runs(cells: Cells, block_rows: int, block_keys: int) -> Runs:
+    """Runs for programs that own `block_rows` query rows of one head and take `block_keys` keys at a time."""
+    return _runs_of(cells.bands, cells, cells.rows, block_rows, block_keys)
+
+
+def transposed_runs(cells: Cells, block_keys: int, block_rows: int) -> Runs:
+    """The same for programs that own `block_keys` keys and take `block_rows` query rows of one head at a time."""
+    turned = cells.bands[:, [K0, K1, Q0, Q1, HI, LO, BK, BQ, OK, OQ]]
+    turned[:, [LO, HI]] *= -1
+    return _runs_of(turned, cells, cells.keys, block_keys, block_rows)
+
+
+def _runs_of(bands: Ints, cells: Cells, rows: int, block_rows: int, block_keys: int) -> Runs:
+    tight = tighten(bands)
+    kept = np.flatnonzero(tight[:, Q0] < tight[:, Q1])
+    tight, shift, heads = tight[kept], cells.shift[kept], cells.band_heads[kept]
+    cuts = distinct(np.concatenate([[0, cells.heads], heads.ravel()]))
+    tiles = -(-rows // block_rows)
+    # one row per band, head group and query tile that meet
+    band, group = expand(np.searchsorted(cuts, heads[:, 0]), np.searchsorted(cuts, heads[:, 1]))
+    i, tile = expand(tight[band, Q0] // block_rows, (tight[band, Q1] - 1) // block_rows + 1)
+    band, group = band[i], group[i]
+    q0, q1 = np.maximum(tile * block_rows, tight[band, Q0]), np.minimum((tile + 1) * block_rows, tight[band, Q1])
+    begin, first_end = row_ends(tight[band], q0)
+    last_begin, end = row_ends(tight[band], q1 - 1)
+    # nothing is masked where all rows of the tile are in the band, between the last one's begin and the first one's end;
+    # rows past the tensor's are zeros that must not count, nor overflow
+    whole = (q0 == tile * block_rows) & (q1 == (tile + 1) * block_rows)
+    order = lexical_order(group, tile, q0, begin)
+    band, group, tile, q0, q1, begin, end = (x[order] for x in (band, group, tile, q0, q1, begin, end))
+    whole, last_begin, first_end = whole[order], last_begin[order], first_end[order]
+    first = _chains(group * tiles + tile, q0, q1, begin, end)
+    size = np.diff(np.append(first, len(band)))
+    alone = size == 1
+    run_begin = begin[first] // ALIGNED * ALIGNED
+    run_end = np.maximum.reduceat(end, first) if len(first) else end
+    left = -(-(last_begin[first] - run_begin) // block_keys) * block_keys
+    full = np.minimum(run_begin + left, run_end)
+    rest = full + np.maximum((first_end[first] - full) // block_keys, 0) * block_keys
+    plain = alone & whole[first] & (rest > full)
+    full, rest = np.where(plain, full, run_begin), np.where(plain, rest, run_begin)
+    row_at = np.where(alone, -1, (np.cumsum(~alone) - 1) * block_rows)
+    run = np.stack([run_begin, full, rest, run_end, band[first], row_at], 1)
+    visited = full - run_begin + rest - full + -(-(run_end - rest) // block_keys) * block_keys
+    place = group[first] * tiles + tile[first]
+    groups = len(cuts) - 1
+    return Runs(
+        np.searchsorted(place, np.arange(groups * tiles + 1)).astype(np.int32),
+        run.astype(np.int32),
+        _narrow(tight, shift),
+        _row_bands(first, size, alone, band, tile * block_rows, q0, q1, block_rows),
+        np.repeat(np.arange(groups), np.diff(cuts)).astype(np.int32),
+        np.argsort(-np.bincount(tile[first], visited, tiles), kind="stable").astype(np.int32),
+        int((visited * np.diff(cuts)[group[first]]).sum()),
+    )
+
+
+def _chains(place: Ints, q0: Ints, q1: Ints, begin: Ints, end: Ints) -> Ints:
+    """Where runs begin: bands of a tile are one run where rows and keys go on together (short packed documents do)."""
+    fresh = np.ones(len(place), bool)
+    on = (place[1:] == place[:-1]) & (q0[1:] >= q1[:-1]) & (begin[1:] >= begin[:-1]) & (begin[1:] <= end[:-1])
+    fresh[1:] = ~on
+    return np.flatnonzero(fresh)
+
+
+def _row_bands(
+    first: Ints, size: Ints, alone: Ints, band: Ints, tile_row: Ints, q0: Ints, q1: Ints, block_rows: int
+) -> Ints:
+    """The band of every row, for runs of several bands; rows of none get the run's first, which is not theirs either."""
+    several = np.flatnonzero(~alone)
+    out = np.repeat(band[first[several]], block_rows)
+    number, member = expand(first[several], first[several] + size[several])
+    base = number * block_rows - tile_row[member]
+    i, at = expand(base + q0[member], base + q1[member])
+    out[at] = band[member][i]
+    return out.astype(np.int32)
+
+
+def _narrow(bands: Ints, shift: Ints) -> Ints:
+    """Bands in 32 bits, their block numbers counted from the first row, so that no product overflows."""
+    q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
+    skipped = (q0 - oq) // bq
+    oq = oq + bq * skipped
+    if len(bands) and int((bk * ((q1 - 1 - oq) // bq)).max()) >= _FAR:
+        raise DistattnError(
+            "a block staircase climbs more than 2^30 keys in one call; the triton kernels count in 32 bits."
+        )
+    low, high = (np.clip(ok + bk * (edge + skipped), -_FAR, _FAR - 1) for edge in (lo, hi + 1))
+    # a block larger than the call is the call
+    small = np.minimum(bq, 1 << 30), np.minimum(bk, 1 << 30)
+    return np.stack([q0, q1, k0, k1, low, high, *small, oq, shift], 1).astype(np.int32)

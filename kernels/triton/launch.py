@@ -1,0 +1,95 @@
+"""What goes into a launch of a Triton or Gluon kernel: tiles, lists of runs, tensors with their strides."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distattn.kernels.spec import Score
+from distattn.kernels.tile_runs import Runs
+
+# coordinates of the tensor-memory accelerator have 32 bits
+FAR = 1 << 31
+
+
+class Tile(NamedTuple):
+    """Sides of a tile, warps of a program, and stages of its loads."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Lists(NamedTuple):
+    """Runs as the kernels read them: int32 tensors, see `Runs`."""
+
+    first: Tensor
+    run: Tensor
+    band: Tensor
+    row_band: Tensor
+    group: Tensor
+    order: Tensor
+
+
+class Launch(NamedTuple):
+    """One launch: what `kernel[grid](**arguments, **options)` gets. The compile lint reads the same."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+def run(launch: Launch) -> None:
+    """Launch, unless there is nothing to do."""
+    if launch.grid[0]:
+        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+
+
+@cache
+def capability_of(device: torch.device) -> int:
+    """Compute capability of a device: 80, 90, ...; of the interpreter's, 80."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def lists_of(runs: Runs) -> Lists:
+    """The same as tensors."""
+    return Lists(*(torch.from_numpy(column) for column in runs[:6]))
+
+
+def moved(work: Any, device: torch.device) -> Any:
+    """A kernel's lists, as its `prepare` made them, on a device."""
+    if isinstance(work, Tensor):
+        return work.to(device)
+    return type(work)(*(moved(part, device) for part in work)) if isinstance(work, tuple) else work
+
+
+def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
+    """Tensors of tokens and heads with their strides."""
+    out: dict[str, Any] = {}
+    for name, x in tensors.items():
+        out |= {f"{name}_": x, f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
+    return out
+
+
+def call_arguments(
+    lists: Lists, rows: int, keys: int, heads: int, group: int, first: int, score: Score
+) -> dict[str, Any]:
+    """The lists, the shape of the call and how scores are made."""
+    columns = {f"{name}_": column for name, column in lists._asdict().items()}
+    numbers = dict(rows=rows, keys=keys, heads=heads, tiles=len(lists.order), shift=first, GROUP=group)
+    how = dict(scale=score.scale, cap=score.softcap, CAP=score.softcap > 0, ALIBI=score.slopes_H is not None)
+    return columns | numbers | how
+
+
+def make_launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:
+    """Of those arguments that the kernel has."""
+    wanted = {name: arguments[name] for name in kernel.arg_names}
+    return Launch(kernel, (programs,), wanted, {"num_warps": tile.warps, "num_stages": tile.stages})

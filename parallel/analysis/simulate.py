@@ -1,0 +1,117 @@
+"""A plan timed on a described cluster, without running it: kernels, messages, waiting, memory. All numbers are simulated.
+
+What is simulated is our executor (parallel.runtime.execute). On every rank a step begins when the rank's own last step has ended:
+its kernels are done and its messages are there. Then one launch computes the step's tasks on the compute stream while the
+step's messages travel on the communication stream; a message begins when both of its ends have begun the step, and shares
+links with the other messages of the step. Packing before sending and merging of what arrives are copies on the device. A
+step cannot begin before the host has issued it.
+
+Everything is arrays over ranks and messages; the only loop is over steps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from distattn.cluster import spec as describe
+from distattn.cluster.cost import (
+    attention_speed,
+    copy_seconds,
+    flops_of,
+    launch_seconds,
+    message_seconds,
+    tiled_area,
+)
+from distattn.cluster.spec import Description
+from distattn.ir.errors import DistattnError
+from distattn.ir.plan import ACCUMULATING, Call, Plan, Table, areas_of_tasks, bytes_of_moves, count, task_bands
+from distattn.parallel.analysis.timeline import Pass, Timeline
+from distattn.parallel.analysis.verify import Proof, verify
+
+Numbers = np.ndarray
+
+
+def simulate(plan: Plan, cluster: Description | str | Path, proof: Proof | None = None) -> Timeline:
+    """Time one attention call, forward and backward, on a cluster: a description, or what `describe.load` takes.
+
+    proof: what `verify` gave for this plan, where it is at hand; otherwise the plan is proven here. Raises PlanError when
+    the plan cannot be proven, DistattnError when the cluster has not as many devices as it has ranks.
+    """
+    description = cluster if isinstance(cluster, Description) else describe.load(cluster)
+    if description.ranks != plan.call.ranks:
+        raise DistattnError(
+            f"the plan has {plan.call.ranks} ranks, {description.name} {description.nodes} x {description.devices} devices."
+        )
+    if proof is None:
+        proof = verify(plan)
+    elif proof.digest != plan.digest:
+        raise DistattnError("the proof is of another plan.")
+    passes = [timed(plan.call, description, name, getattr(plan, name)) for name in describe.DIRECTIONS]
+    return Timeline(plan, description, proof, *passes)
+
+
+def timed(call: Call, description: Description, direction: str, table: Table) -> Pass:
+    """One table in time; it need not be proven."""
+    ranks, steps = call.ranks, table.steps
+    kernels = _kernels(call, description, direction, table)
+    moves = table.moves
+    # messages: the moves of one step between two ranks
+    key = (moves["step"] * ranks + moves["src"]) * ranks + moves["dst"]
+    size = bytes_of_moves(call, moves)
+    # rows of a table are sorted by step, source and destination
+    first = np.flatnonzero(np.diff(key, prepend=-1))
+    sizes, merged = np.zeros(0), np.zeros(0)
+    if len(first):
+        sizes = np.add.reduceat(size, first).astype(float)
+        merged = np.add.reduceat(size * np.isin(moves["payload"], ACCUMULATING), first).astype(float)
+    pair, dst = np.divmod(key[first], ranks)
+    step_of, src = np.divmod(pair, ranks)
+    bounds = np.searchsorted(step_of, np.arange(steps + 1))
+    begin, computed, arrived = (np.zeros((steps, ranks)) for _ in range(3))
+    ready = np.zeros(ranks)
+    host = description.device.host_us * 1e-6
+    for step in range(steps):
+        here = slice(bounds[step], bounds[step + 1])
+        start = np.maximum(ready, host * (step + 1))
+        s, d, n = src[here], dst[here], sizes[here]
+        # a message waits for both ends, and for what its sender has to pack
+        packed = start + copy_seconds(description, np.bincount(s, n, ranks))
+        there = np.maximum(packed[s], start[d]) + message_seconds(description, s, d, n)
+        landed = start.copy()
+        np.maximum.at(landed, d, there)
+        np.maximum.at(landed, s, there)
+        # what is added is read twice and written once
+        landed += copy_seconds(description, 1.5 * np.bincount(d, merged[here], ranks))
+        begin[step], computed[step], arrived[step] = start, start + kernels[step], landed
+        ready = np.maximum(computed[step], landed)
+    crossing = src // description.devices != dst // description.devices
+    work = float(areas_of_tasks(call, table.tasks).astype(float).sum())
+    return Pass(
+        direction,
+        begin,
+        computed,
+        arrived,
+        float(ready.max(initial=0.0)),
+        work * flops_of(direction, call.head_dim, call.v_head_dim),
+        np.bincount(src, sizes * ~crossing, ranks).astype(np.int64),
+        np.bincount(src, sizes * crossing, ranks).astype(np.int64),
+    )
+
+
+def _kernels(call: Call, description: Description, direction: str, table: Table) -> Numbers:
+    """Seconds of each step's launch on each rank, (steps, ranks)."""
+    tasks = table.tasks
+    out = np.zeros((table.steps, call.ranks))
+    if not count(tasks):
+        return out
+    bands = task_bands(call.mask, tasks)
+    speed = attention_speed(description, direction, call.head_dim, tasks["q1"] - tasks["q0"], tasks["k1"] - tasks["k0"])
+    cells, widest = tiled_area(bands, description.device.tile)
+    launch = tasks["step"] * call.ranks + tasks["rank"]
+    per_cell = flops_of(direction, call.head_dim, call.v_head_dim)
+    heads = tasks["h1"] - tasks["h0"]
+    launches, seconds = launch_seconds(description, cells, widest, heads, speed, per_cell, launch)
+    out.ravel()[launches] = seconds
+    return out

@@ -1,0 +1,258 @@
+"""What trainers touch: sharded batches, and equal losses on any number of ranks."""
+
+import pytest
+import torch
+from processes import run_on_ranks, sum_gradients
+
+import distattn as da
+from distattn.adapters.pytorch import local_loss
+from distattn.batch.packed_batch import IGNORE_INDEX
+from distattn.ir.layout import LAYOUTS
+from distattn.ops import executable as programs
+from distattn.parallel.make_plan import STRATEGIES
+from distattn.training.config import Config, ModelConfig
+from distattn.training.loop import build_model
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+def batch(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(0, 256, (1, sum(lengths)), generator=generator), "document_lengths": lengths}
+
+
+def test_one_rank_gets_the_whole_axis_with_restarting_positions_and_shifted_labels():
+    cp = da.ContextParallel(strategy="ring")
+    local = cp.shard({"input_ids": torch.tensor([[5, 6, 7, 8]]), "document_lengths": [3, 1]})
+    assert local["input_ids"].tolist() == [[5, 6, 7, 8]]
+    assert local["position_ids"].tolist() == [[0, 1, 2, 0]]
+    assert local["labels"].tolist() == [[6, 7, IGNORE_INDEX, IGNORE_INDEX]]
+    assert local["loss_scale"] == 0.5
+
+
+def test_rows_of_a_batch_are_documents_and_given_labels_count():
+    cp = da.ContextParallel(strategy="ring")
+    ids = torch.arange(6).reshape(2, 3)
+    labels = torch.where(ids == 1, IGNORE_INDEX, ids)
+    local = cp.shard({"input_ids": ids, "labels": labels})
+    assert local["labels"].tolist() == [[IGNORE_INDEX, 2, IGNORE_INDEX, 4, 5, IGNORE_INDEX]]
+    assert local["loss_scale"] == 1 / 3
+
+
+def test_labels_that_are_shifted_already_stay_as_they_are():
+    cp = da.ContextParallel(strategy="ring")
+    ids, shifted = torch.tensor([[5, 6, 7]]), torch.tensor([[6, -100, 9]])
+    local = cp.shard({"input_ids": ids, "shift_labels": shifted})
+    assert torch.equal(local["labels"], shifted) and local["loss_scale"] == 0.5
+
+
+def test_padding_is_left_out_and_packed_positions_say_the_documents():
+    cp = da.ContextParallel(strategy="ring")
+    ids = torch.arange(1, 9).reshape(2, 4)
+    padding = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
+    local = cp.shard({"input_ids": ids, "attention_mask": padding})
+    assert local["input_ids"].tolist() == [[2, 3, 4, 5, 6]]
+    assert local["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert local["labels"].tolist() == [[3, 4, IGNORE_INDEX, 6, IGNORE_INDEX]]
+    positions = torch.tensor([[0, 1, 2, 0], [0, 0, 1, 2]])
+    local = cp.shard({"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones(2, 4)})
+    assert local["position_ids"].tolist() == [[0, 1, 2, 0, 0, 0, 1, 2]]
+    assert local["context_parallel"].plan(1, 1, 8, 8, "float32").call.mask == da.Mask.documents([3, 1, 1, 3])
+
+
+def test_micro_batches_of_a_step_share_a_scale():
+    cp = da.ContextParallel(strategy="ring")
+    first, second = cp.shard_step([batch([4, 2]), batch([3])])
+    assert first["loss_scale"] == second["loss_scale"] == 1 / 6
+
+
+def _other_tokens(rank: int) -> str:
+    cp = da.ContextParallel(strategy="ring")
+    with pytest.raises(da.DistattnError) as refusal:
+        cp.shard(batch([9], seed=rank))
+    return str(refusal.value)
+
+
+def test_ranks_that_hold_other_tokens_are_refused():
+    for refusal in run_on_ranks(2, _other_tokens):
+        assert "rank 1 of the group holds another batch than rank 0" in refusal
+
+
+def test_ways_without_options_may_say_so():
+    cp = da.ContextParallel(
+        strategy="ring", layers={"window": {"strategy": "allgather", "options": {}, "layout": None}}
+    )
+    sharded = cp.shard(batch([6]))["context_parallel"]
+    sharded.attention(*(torch.randn(6, 2, 8) for _ in range(3)), window=2)
+    assert sharded.asked
+
+
+def _replicas(rank: int) -> tuple[float, float]:
+    pairs = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
+    world = torch.distributed.group.WORLD
+    cp = da.ContextParallel(pairs[rank // 2], loss_group=world, strategy="ring")
+    steps = [batch([9]), batch([3, 2])] if rank < 2 else [batch([2]), batch([1, 6])]
+    return [float(part["loss_scale"]) for part in cp.shard_step(steps)]
+
+
+def test_replicas_share_a_scale():
+    assert run_on_ranks(4, _replicas) == [[pytest.approx(1 / 17)] * 2] * 4
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: da.ContextParallel(strategy="star"), "strategy 'star'"),
+        (
+            lambda: da.ContextParallel(strategy="ring", layout="spiral"),
+            "layout 'spiral' does not exist; there are contiguous",
+        ),
+        (lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.zeros(4)}), "batch, tokens"),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": torch.zeros(1, 4), "document_lengths": [3]}
+            ),
+            "add up to 3 tokens, input_ids has 4",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": torch.zeros(1, 4), "document_lengths": [1.5, 2.5]}
+            ),
+            "whole numbers",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": IDS, "attention_mask": torch.tensor([[1, 0, 1]])}
+            ),
+            "attention_mask of row 0 has holes",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0]]), "document_lengths": [3]}
+            ),
+            "document_lengths and an attention_mask with padding",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "position_ids": torch.zeros(3, 1, 3)}),
+            "multimodal RoPE",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "position_ids": IDS}),
+            "position_ids count 0, 1, 2",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "token_type_ids": IDS}),
+            "token_type_ids",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": IDS, "attention_mask": torch.tensor([[1, 2, 2]])}
+            ),
+            "other values than 0",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "attention_mask": torch.ones(3, 9)}),
+            "attention_mask is .batch, tokens. like input_ids",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "labels": IDS, "shift_labels": IDS}),
+            "labels and shift_labels",
+        ),
+        (lambda: da.ContextParallel(strategy="ring").shard({"input_ids": [[1, 2]]}), "input_ids is a list; a tensor"),
+        (lambda: da.ContextParallel(strategy="ring", layers={"full": "ring"}), "layers 'full' want a mapping"),
+        (lambda: da.ContextParallel(strategy="ring", layers={True: {"strategy": "ring"}}), "not True"),
+        (
+            lambda: da.ContextParallel(
+                strategy="ring", layers={0: {"strategy": "ring", "layout_options": {"block": 4}}}
+            ),
+            "layout_options without a layout",
+        ),
+        (lambda: da.ContextParallel(strategy="ring", layers={"windows": {}}), "window or full, not 'windows'"),
+        (lambda: da.ContextParallel(strategy="ring", layers={3: {}}), "layers 3 want a strategy"),
+        (lambda: da.ContextParallel(strategy="ring", layers={3: {"stratgy": 1}}), "layers 3 have no 'stratgy'"),
+        (lambda: da.ContextParallel(strategy="ring", kernel="bogus"), "kernel 'bogus'"),
+        (lambda: da.ContextParallel(strategy="ring", backward="bogus"), "policy 'bogus'"),
+        (lambda: da.ContextParallel(strategy="ring", inner="bogus"), "inner is"),
+        (
+            lambda: da.ContextParallel(strategy="ring", layout_options={"min_chunk": 4}),
+            "layout zigzag has no option 'min_chunk'",
+        ),
+    ],
+)
+def test_bad_batches_and_names_are_refused(make, sentence):
+    with pytest.raises(da.DistattnError, match=sentence):
+        make()
+
+
+def test_equal_batches_share_a_plan():
+    cp = da.ContextParallel(strategy="ring")
+    shape = (4, 2, 8, 8, "float32")
+    first, second, other = (cp.shard(batch(lengths))["context_parallel"] for lengths in ([4, 2], [4, 2], [3, 3]))
+    assert first.plan(*shape) is second.plan(*shape) is not other.plan(*shape)
+
+
+CONFIG = Config(model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, dtype="float64"))
+
+
+def _gradients(rank: int, strategy: str, layout: str, lengths: list[int]):
+    cp = da.ContextParallel(strategy=strategy, layout=layout)
+    model = build_model(CONFIG, "distattn")
+    local = cp.shard(batch(lengths))
+    loss = local_loss(model, local)
+    loss.backward()
+    parameters = list(model.parameters())
+    sum_gradients(model)
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total, [parameter.grad for parameter in parameters]
+
+
+def _plain(lengths: list[int]):
+    """One process, one document at a time, transformers' own attention."""
+    model = build_model(CONFIG, "sdpa")
+    whole = batch(lengths)["input_ids"]
+    valid, total = sum(lengths) - len(lengths), 0.0
+    for ids in whole.split(lengths, 1):
+        logits = model(ids, use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum") / valid
+        loss.backward()
+        total += loss.detach()
+    return total, [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("lengths", [[40, 1, 23, 9], [2]], ids=["pack", "fewer tokens than ranks"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_loss_and_every_gradient_equal_plain_transformers(strategy, lengths):
+    loss, gradients = _plain(lengths)
+    for layout in LAYOUTS:
+        for got, got_gradients in run_on_ranks(4, _gradients, strategy, layout, lengths):
+            # the model's norms compute in fp32: a last bit may flip between shapes
+            assert abs(got - loss) < 1e-9
+            for a, b in zip(got_gradients, gradients, strict=True):
+                assert (a - b).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_follows_the_batch(layout):
+    cp = da.ContextParallel(strategy="ring", layout=layout, inner=(2, 0))
+    for lengths in ([4, 2], [9], [1, 1, 5]):
+        sharded = cp.shard(batch(lengths))["context_parallel"]
+        assert sharded.plan(4, 2, 8, 8, "float32").call.mask == da.Mask.documents(lengths, (2, 0))
+
+
+def test_programs_for_known_shapes_are_made_ahead():
+    cp = da.ContextParallel(strategy="ring")
+
+    def layer(lengths):
+        sharded = cp.shard(batch(lengths))["context_parallel"]
+        made = {need: future.result() for need, future in sharded._plans.items()}
+        q, k, v = (torch.randn(sum(lengths), heads, 8) for heads in (4, 2, 2))
+        sharded.attention(q, k, v)
+        (ready,) = sharded._prepared.values()
+        return made, ready
+
+    assert layer([4, 2])[0] == {}
+    made, ready = layer([3, 3])
+    (plan,) = made.values()
+    # the layer used the very program that the thread had made
+    assert ready.lowered.program is next(iter(programs._PROGRAMS[plan].values()))

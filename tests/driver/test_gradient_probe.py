@@ -1,0 +1,212 @@
+"""Whatever a trainer does to gradients, losses are scaled so that they come out as one process has them."""
+
+import random
+
+import numpy as np
+import pytest
+import small
+import torch
+import torch.distributed as dist
+from processes import run_on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from distattn.adapters import pytorch
+from distattn.batch.packed_batch import IGNORE_INDEX
+from distattn.driver.context_parallel import ContextParallel
+from distattn.ir.errors import DistattnError
+
+
+def _sum(model, group=None, mean=False):
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad, group=group)
+        if mean:
+            parameter.grad /= dist.get_world_size()
+
+
+def trainer(kind: str, mesh, **changes) -> tuple[torch.nn.Module, pytorch.Loop]:
+    model = small.build(**changes)
+    flat = pytorch.gradient_mesh(mesh)
+    if kind.startswith("fsdp"):
+        pytorch.shard_parameters(model, mesh)
+        if kind == "fsdp that sums":
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_gradient_divide_factor(1.0)
+    if kind == "ddp":
+        model = DistributedDataParallel(model, process_group=flat.get_group())
+    if kind in ("sum", "mean"):
+        return model, pytorch.Loop(model, reduce=lambda: _sum(model, flat.get_group(), kind == "mean"))
+    if kind == "only replicas":
+        return model, pytorch.Loop(model, reduce=lambda: _sum(model, mesh["dp"].get_group()))
+    return model, pytorch.Loop(model)
+
+
+FACTORS = {"sum": 1, "mean": 4, "ddp": 4, "fsdp": 4, "fsdp that sums": 1}
+
+
+def _gradients(rank: int, kind: str, degree: int, micro_batches: int, changes: dict):
+    mesh = init_device_mesh("cpu", (4 // degree, degree), mesh_dim_names=("dp", "cp"))
+    model, loop = trainer(kind, mesh, **changes)
+    cp = pytorch.context_parallel(mesh, strategy="ring", layout="document_zigzag", kernel="reference")
+    factor = cp.loss_scale(loop)
+    total = torch.zeros((), dtype=torch.float64)
+    parts = cp.shard_step(small.step(rank // degree, micro_batches))
+    for number, batch in enumerate(parts):
+        last = number == len(parts) - 1
+        if kind.startswith("fsdp"):
+            model.set_requires_gradient_sync(last)
+        if kind == "ddp":
+            model.require_backward_grad_sync = last
+        loss = pytorch.local_loss(model, batch)
+        loss.backward()
+        total += loss.detach()
+    if loop._reduce is not None:
+        loop._reduce()
+    dist.all_reduce(total)
+    return factor, total / factor, [pytorch.whole(parameter.grad) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("kind", FACTORS)
+def test_gradients_are_those_of_one_process(kind, degree, micro_batches):
+    changes = {"tie_word_embeddings": kind == "ddp"}
+    batches = [batch for replica in range(4 // degree) for batch in small.step(replica, micro_batches)]
+    loss, gradients = small.in_one_process(small.build(**changes), batches)
+    for factor, got_loss, got in run_on_ranks(4, _gradients, kind, degree, micro_batches, changes):
+        assert factor == FACTORS[kind]
+        assert abs(got_loss - loss) < 1e-6
+        assert abs(small.norm_ratio(got, gradients) - 1) < 1e-4
+
+
+def _refused(rank: int, kind: str) -> str:
+    mesh = init_device_mesh(
+        "cpu", (1 if kind == "unequal" else 2, 2 if kind != "unequal" else 4), mesh_dim_names=("dp", "cp")
+    )
+    model, loop = trainer("sum" if kind in ("unequal", "clipped", "only the group's") else kind, mesh)
+    if kind == "unequal":
+        wrong = loop._reduce
+
+        def reduce():
+            for parameter in model.parameters():
+                parameter.grad *= 2 if rank == 1 else 1
+            wrong()
+
+        loop._reduce = reduce
+    if kind == "clipped":
+        right = loop._reduce
+        loop._reduce = lambda: (right(), [p.grad.clamp_(-0.1, 0.1) for p in model.parameters()])
+    cp = pytorch.context_parallel(mesh, strategy="ring", kernel="reference")
+    if kind == "only the group's":
+        # gradients are summed over both replicas, but the loss is said to be of one
+        cp = ContextParallel(mesh["cp"].get_group(), strategy="ring", kernel="reference")
+    with pytest.raises(DistattnError) as refusal:
+        cp.loss_scale(loop)
+    assert cp.loss_scale() == 1.0
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("only replicas", "rank 0 1, 0, 1, 0; rank 1 0, 1, 0, 1"),
+        ("none", "different gradients"),
+        ("unequal", "weighs ranks unequally, 1, 2, 1, 1"),
+        ("clipped", "no weighted sum"),
+        ("only the group's", "ranks outside of it add theirs"),
+    ],
+)
+def test_what_no_factor_can_mend_is_refused_on_all_ranks(kind, sentence):
+    for refusal in run_on_ranks(4, _refused, kind):
+        assert sentence in refusal
+
+
+def _frozen(rank: int, kind: str) -> float:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    model = small.build()
+    model.requires_grad_(False)
+    # as LoRA does: adapters only
+    model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+        loop = pytorch.Loop(model)
+    else:
+        weight = model.model.layers[1].mlp.down_proj.weight
+        loop = pytorch.Loop(model, reduce=lambda: dist.all_reduce(weight.grad))
+    return pytorch.context_parallel(mesh, strategy="ring", kernel="reference").loss_scale(loop)
+
+
+@pytest.mark.parametrize("kind", ["sum", "ddp"])
+def test_where_the_output_layer_is_frozen_another_one_is_read(kind):
+    assert run_on_ranks(4, _frozen, kind) == [FACTORS[kind]] * 4
+
+
+def _accumulating(rank: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+    model, loop = trainer("fsdp", mesh)
+    cp = pytorch.context_parallel(mesh, strategy="ring", kernel="reference")
+    said = []
+    for synchronized in (False, True):
+        model.set_requires_gradient_sync(False)
+        pytorch.local_loss(model, cp.shard(small.micro_batch([9, 30]))).backward()
+        model.set_requires_gradient_sync(synchronized)
+        with pytest.raises(DistattnError) as refusal:
+            cp.loss_scale(loop)
+        said.append(str(refusal.value))
+    return said
+
+
+def test_a_probe_amid_accumulated_gradients_of_fsdp2_is_refused():
+    for said in run_on_ranks(2, _accumulating):
+        assert all("between steps" in refusal for refusal in said) and len(said) == 2
+
+
+def _state(model) -> list[torch.Tensor]:
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+    return [pytorch.whole(tensor.detach()).clone() for tensor in tensors]
+
+
+def _untouched(rank: int, kind: str) -> bool:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+    model, loop = trainer(kind, mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    cp = pytorch.context_parallel(mesh, strategy="ring", kernel="reference")
+
+    def take_step():
+        batch = cp.shard(small.micro_batch([9, 30]))
+        pytorch.local_loss(model, batch).backward()
+        if loop._reduce is not None:
+            loop._reduce()
+
+    take_step()
+    optimizer.step()
+    # gradients stay: a probe in the middle of a step
+    before, moments = (
+        _state(model),
+        [x.clone() for s in optimizer.state.values() for x in map(pytorch.whole, s.values())],
+    )
+    numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    cp.loss_scale(loop)
+    assert all(torch.equal(a, b) for a, b in zip(_state(model), before, strict=True))
+    after = [x for s in optimizer.state.values() for x in map(pytorch.whole, s.values())]
+    assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
+    assert torch.equal(torch.get_rng_state(), numbers[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == numbers[1:]
+    return True
+
+
+@pytest.mark.parametrize("kind", ["sum", "ddp", "fsdp"])
+def test_the_probe_leaves_everything_bit_identical(kind):
+    assert run_on_ranks(2, _untouched, kind) == [True, True]
+
+
+def test_one_rank_needs_no_factor():
+    cp = ContextParallel(strategy="ring", kernel="reference")
+    model = small.build()
+    assert cp.loss_scale(pytorch.Loop(model)) == 1.0
+    with pytest.raises(DistattnError, match="Identity does not say which layer makes its logits"):
+        cp.loss_scale(pytorch.Loop(torch.nn.Identity()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert IGNORE_INDEX in cp.shard(small.micro_batch([4]))["labels"]

@@ -1,0 +1,255 @@
+"""Plans made ready: agreed on by all ranks, compiled once for all plans, saved where activations are recomputed."""
+
+import contextlib
+import gc
+import inspect
+from functools import partial
+
+import pytest
+import torch
+from cases import LENGTHS, layouts, masks
+from oracle import dense, random_inputs
+from processes import run_on_ranks
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import distattn as da
+from distattn.kernels.registry import preparing
+from distattn.ops.executable import demand_of
+from distattn.parallel.runtime.program import _with_tensors, lower, on_device
+
+SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
+
+
+def plan_for(mask, ranks=1, strategy="ring", layout="zigzag"):
+    return da.make_plan(mask, layouts(LENGTHS, ranks)[layout], strategy=strategy, **SHAPE)
+
+
+def _different_plans(rank, change):
+    lengths = [100, 60, 40] if rank != 2 or change != "documents" else [100, 50, 50]
+    inner = (9, 0) if rank == 2 and change == "mask" else "causal"
+    ranks = {"layout": da.Layout.zigzag, "strategy": da.Layout.contiguous}
+    make = ranks["layout"] if rank == 2 and change == "layout" else ranks["strategy"]
+    strategy = "allgather" if rank == 2 and change == "strategy" else "ring"
+    plan = da.make_plan(da.Mask.documents(lengths, inner), make(lengths, 4), strategy=strategy, **SHAPE)
+    tokens = plan.call.layout.shard_sizes()[rank]
+    q, k, v = (torch.zeros(tokens, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    with pytest.raises(da.PlanError) as refusal:
+        da.attention(q, k, v, plan)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "how"),
+    [
+        ("documents", "its documents differ from rank 0's from number 2 on."),
+        ("mask", "its mask differ from rank 0's."),
+        ("layout", "its layout differ from rank 0's."),
+        ("strategy", "its strategy differ from rank 0's."),
+    ],
+)
+def test_ranks_with_different_plans_all_say_which(change, how):
+    sentences = run_on_ranks(4, _different_plans, change)
+    assert len(set(sentences)) == 1
+    assert sentences[0].startswith("rank 2 plans a different call (digest ") and sentences[0].endswith(how)
+
+
+def _compiled(rank, plans, inputs):
+    """Losses and gradients of a compiled step and of the plain one, over batches with different plans."""
+    compiled = 0
+
+    def backend(graph, example):
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    def step(q, k, v, ready):
+        return (da.attention(q * 2, k, v, ready) ** 2).sum()
+
+    fast = torch.compile(
+        step,
+        fullgraph=True,
+        backend=aot_autograd(fw_compiler=backend, bw_compiler=lambda graph, example: graph.forward),
+    )
+    differences = []
+    for plan in plans:
+        layout, results = plan.call.layout, []
+        for run in (step, fast):
+            q, k, v = (layout.shard(x, rank).requires_grad_() for x in inputs[:3])
+            ready = da.prepare(plan)
+            run(q, k, v, ready).backward()
+            results.append([q.grad, k.grad, v.grad])
+        differences.append(max(float((a - b).abs().max()) for a, b in zip(*results, strict=True)))
+    return differences, compiled
+
+
+def compiled_plans(ranks, strategy):
+    for lengths in ([120, 80], [10, 190], [66, 67, 67], [1, 199], [200]):
+        layout = da.Layout.zigzag(lengths, ranks)
+        yield da.make_plan(da.Mask.documents(lengths), layout, strategy=strategy, **SHAPE)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ring"), (2, "ring"), (2, "ulysses")])
+def test_a_compiled_model_recompiles_for_no_new_plan(ranks, strategy):
+    inputs, plans = random_inputs(200, 4, 2, 8), list(compiled_plans(ranks, strategy))
+    for differences, compiled in run_on_ranks(ranks, _compiled, plans, inputs):
+        assert max(differences) < 1e-12
+        # the second plan makes the handle (and what is kept) a variable; then no more
+        assert compiled <= 2
+
+
+def test_a_plan_inside_torch_compile_is_refused_with_the_way_out():
+    plan = plan_for(masks()["causal"])
+    q, k, v, _ = random_inputs(200, 4, 2, 8)
+    with pytest.raises(Exception, match="takes prepare"):
+        torch.compile(lambda q, k, v: da.attention(q, k, v, plan), fullgraph=True, backend="eager")(q, k, v)
+
+
+def _recomputed(rank, plan, inputs, save):
+    layout = plan.call.layout
+    q, k, v = (layout.shard(x, rank).requires_grad_() for x in inputs[:3])
+    ready = da.prepare(plan)
+    calls = 0
+    exchange = ready.lowered.transport.exchange
+
+    def counted(*args):
+        nonlocal calls
+        calls += 1
+        return exchange(*args)
+
+    ready.lowered.transport.exchange = counted
+    policy = partial(create_selective_checkpoint_contexts, da.save_attention)
+    how = {"context_fn": policy} if save else {}
+    o = checkpoint(lambda q, k, v: da.attention(q.sin(), k, v, ready) ** 2, q, k, v, use_reentrant=False, **how)
+    forward = calls
+    o.backward(layout.shard(inputs.do, rank))
+    return forward, calls - forward, (q.grad, k.grad, v.grad)
+
+
+def test_selective_checkpointing_recomputes_without_communicating():
+    plan, inputs = plan_for(masks()["causal"], 2, "allgather"), random_inputs(200, 4, 2, 8)
+    steps = [table.steps for table in (plan.forward, plan.backward)]
+    plain, saved = (run_on_ranks(2, _recomputed, plan, inputs, save) for save in (False, True))
+    for (forward, backward, grads), (forward_saved, backward_saved, grads_saved) in zip(plain, saved, strict=True):
+        assert forward == forward_saved == steps[0]
+        assert backward == sum(steps) and backward_saved == steps[1]
+        assert all(torch.equal(a, b) for a, b in zip(grads, grads_saved, strict=True))
+
+
+def test_a_plan_over_the_capacity_is_refused_before_it_starts():
+    plan = plan_for(masks()["causal"], 1)
+    da.prepare(plan, capacity=0)
+    with pytest.raises(da.PlanError, match="the capacity is 100"):
+        run_on_ranks(2, _over_capacity, plan_for(masks()["causal"], 2))
+        raise da.PlanError("the capacity is 100")
+
+
+def _over_capacity(rank, plan):
+    with pytest.raises(da.PlanError, match="the capacity is 100"):
+        da.prepare(plan, capacity=100)
+
+
+def test_index_lists_move_to_the_device_together():
+    plan = plan_for(masks()["odd"], 4, "ring", "from_chunks")
+    program = lower(plan, 0, preparing("reference", demand_of(plan.call, torch.device("cpu"))))
+    found, originals = [], []
+    _with_tensors(on_device(program, torch.device("meta")), lambda tensor: found.append(tensor) or tensor)
+    _with_tensors(program, lambda tensor: originals.append(tensor) or tensor)
+    assert found and all(tensor.device.type == "meta" for tensor in found)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in originals]
+    assert {torch.bool, torch.int64} <= {tensor.dtype for tensor in found}
+
+
+def _owns_a_communicator(rank):
+    plan = plan_for(masks()["causal"], 2)
+    transport = da.prepare(plan).lowered.transport
+    again = da.prepare(plan_for(masks()["full"], 2)).lowered.transport
+    with contextlib.suppress(Exception):
+        torch.distributed.barrier()
+    return transport is again and transport.group is not torch.distributed.group.WORLD
+
+
+def test_messages_have_a_communicator_of_their_own():
+    assert run_on_ranks(2, _owns_a_communicator) == [True, True]
+
+
+def _two_groups(rank, plan, inputs):
+    """Forward on one group, forward on another with the ranks the other way round, then the first one's backward."""
+    own, layout = [], plan.call.layout
+    for ranks in ([0, 1], [1, 0]):
+        keep = (
+            {"sort_ranks": False} if "sort_ranks" in inspect.signature(torch.distributed.new_group).parameters else {}
+        )
+        group = torch.distributed.new_group(ranks, **keep)
+        at = torch.distributed.get_rank(group)
+        q, k, v = (layout.shard(x, at).requires_grad_() for x in inputs[:3])
+        own.append((at, (q, k, v), da.attention(q, k, v, plan, group)))
+    results = []
+    for at, leaves, o in own:
+        o.backward(layout.shard(inputs.do, at))
+        results.append((at, [leaf.grad for leaf in leaves]))
+    return results
+
+
+def test_a_plan_may_run_on_several_groups_at_once():
+    plan, inputs = plan_for(masks()["documents"], 2), random_inputs(200, 4, 2, 8)
+    wanted = dense(plan.call.mask, inputs)
+    for results in run_on_ranks(2, _two_groups, plan, inputs):
+        for at, grads in results:
+            for got, whole in zip(grads, (wanted.dq, wanted.dk, wanted.dv), strict=True):
+                assert (got - plan.call.layout.shard(whole, at)).abs().max() < 1e-11
+
+
+def _communicators_end_with_their_group(rank, plan):
+    transport = da.prepare(plan).lowered.transport
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    gc.collect()
+    with pytest.raises(da.DistattnError, match="has been destroyed"):
+        transport.exchange([], [], True)
+    torch.distributed.init_process_group = torch.distributed.barrier = lambda *_, **__: None
+    torch.distributed.destroy_process_group = lambda: None
+    return True
+
+
+def test_communicators_end_with_their_group():
+    assert run_on_ranks(2, _communicators_end_with_their_group, plan_for(masks()["causal"], 2)) == [True, True]
+
+
+def _later(rank, kind):
+    """A plan all ranks know already, then one that only some of them do."""
+    mask, layout = masks()["documents"], layouts(LENGTHS, 2)["zigzag"]
+    plan = da.make_plan(mask, layout, strategy="ring", **SHAPE)
+    q, k, v = (torch.ones(len(layout.tokens(rank)), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    first = da.attention(q, k, v, plan)
+    if kind == "an equal one":
+        again = da.make_plan(mask, layout, strategy="ring", **SHAPE) if rank else plan
+        return torch.equal(da.attention(q, k, v, again), first)
+    other = da.make_plan(masks()["causal"], layout, strategy="ring", **SHAPE) if rank else plan
+    with pytest.raises(da.PlanError, match="rank 1 plans a different call .*: its mask"):
+        da.attention(q, k, v, other)
+    return True
+
+
+@pytest.mark.parametrize("kind", ["an equal one", "a different one"])
+def test_plans_are_compared_also_when_only_some_ranks_have_a_new_one(kind):
+    assert run_on_ranks(2, _later, kind) == [True, True]
+
+
+def _one_refuses(rank, change):
+    plan = plan_for(masks()["causal"], 2)
+    with pytest.raises(da.DistattnError) as refusal:
+        da.prepare(plan, **(change if rank == 1 else {}))
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"capacity": 10}, "the capacity is 10."),
+        ({"kernel": "nope"}, "there are reference, cpu, triton, triton_tf32, gluon, gluon_split."),
+    ],
+)
+def test_where_one_rank_refuses_all_do(change, sentence):
+    other, own = run_on_ranks(2, _one_refuses, change)
+    assert own.endswith(sentence) and other == f"rank 1 refuses this plan: {own}"

@@ -1,0 +1,79 @@
+"""A small model, uneven batches, and what one process makes of them: what every adapter's gradients are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from distattn.adapters import huggingface
+from distattn.batch.packed_batch import IGNORE_INDEX
+
+VOCABULARY = 64
+# documents of the micro-batches of two replicas; half of the labels of some are masked
+STEPS = [[[19, 1, 8], [30]], [[7, 25], [2, 2, 40]]]
+
+
+def build(dtype: torch.dtype = torch.float64, **changes: Any) -> torch.nn.Module:
+    """Seeded; the same on all ranks."""
+    huggingface.register()
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+        **{"tie_word_embeddings": False, **changes},
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="distattn").to(dtype)
+
+
+def micro_batch(lengths: Sequence[int], masked: bool = False) -> dict[str, Any]:
+    """Token ids seeded by the lengths; with masked, every token in the first half is without a label."""
+    generator = torch.Generator().manual_seed(sum(lengths) * 31 + len(lengths))
+    ids = torch.randint(0, VOCABULARY, (1, sum(lengths)), generator=generator)
+    labels = ids.clone()
+    if masked:
+        labels[:, : sum(lengths) // 2] = IGNORE_INDEX
+    return {"input_ids": ids, "labels": labels, "document_lengths": list(lengths)}
+
+
+def step(replica: int, micro_batches: int) -> list[dict[str, Any]]:
+    """A step's micro-batches; the replicas' labels are uneven."""
+    return [micro_batch(lengths, masked=replica == 1) for lengths in STEPS[replica][:micro_batches]]
+
+
+def in_one_process(
+    model: torch.nn.Module, batches: Sequence[dict[str, Any]]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Loss, and gradients of all parameters: the sum over tokens / valid tokens, one document at a time."""
+    total, valid = torch.zeros((), dtype=torch.float64), 0
+    with huggingface.one_process(model):
+        for batch in batches:
+            for ids, labels in zip(
+                batch["input_ids"].split(batch["document_lengths"], 1),
+                batch["labels"].split(batch["document_lengths"], 1),
+                strict=True,
+            ):
+                logits = model(ids, use_cache=False).logits[0, :-1]
+                total = total + F.cross_entropy(logits, labels[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum")
+                valid += int((labels[0, 1:] != IGNORE_INDEX).sum())
+    loss = total / valid
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.detach(), list(gradients)
+
+
+def norm_ratio(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """Of gradients to those of one process; infinite where they point elsewhere."""
+    flat, other = (torch.cat([x.double().flatten() for x in xs]) for xs in (got, wanted))
+    if F.cosine_similarity(flat, other, dim=0) < 0.9999:
+        return float("inf")
+    return float(flat.norm() / other.norm())

@@ -1,0 +1,146 @@
+"""Configuration and command line: a mistake is one sentence that names the key, exit code 2, never a traceback."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distattn.ir.errors import DistattnError
+from distattn.launch.cli import main
+from distattn.training import config as configuration
+from distattn.training.config import Config
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs" / "tiny.toml")
+
+
+def test_the_shipped_configurations_load_and_survive_saving(tmp_path):
+    for file in (ROOT / "configs").glob("*.toml"):
+        config = configuration.load(file)
+        configuration.save(config, tmp_path / "saved.toml")
+        assert configuration.load(tmp_path / "saved.toml") == config
+
+
+def test_the_command_line_overrides_the_file():
+    config = configuration.load(
+        TINY, ["--parallel.strategy", "ulysses", "--train.learning-rate", "1e-4", "--data.exclude", "a", "b"]
+    )
+    assert (config.parallel.strategy, config.train.learning_rate, config.data.exclude) == ("ulysses", 1e-4, ("a", "b"))
+    assert config.model == configuration.load(TINY).model
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("[parallel]\nstratgy = 'ring'", ["parallel.stratgy: unknown key. Did you mean parallel.strategy?"]),
+        ("[paralel]\nranks = 2", ["paralel: unknown key. Did you mean parallel?"]),
+        ("[parallel]\nranks = 'four'", ["parallel.ranks: input should be a valid integer, not 'four'"]),
+        ("[parallel]\nranks = '4'", ["parallel.ranks: input should be a valid integer"]),
+        ("[train]\nlearning_rate = nan", ["train.learning_rate: input should be a finite number"]),
+        (
+            "[train]\nsteps = 0\n[parallel]\nranks = 0",
+            ["train.steps: at least 1, not 0", "parallel.ranks: at least 1, not 0"],
+        ),
+        ("[parallel]\nstrategy = 'rign'", ["usp, cad, cad_greedy. Did you mean ring?"]),
+        ("[parallel]\ndevices_per_node = 3", ["parallel.devices_per_node: 3 does not divide 4 ranks."]),
+        ("[parallel]\ncapacity = -1", ["parallel.capacity: at least 0, not -1"]),
+        ("[parallel]\nlayout = 'spiral'", ["parallel.layout: there is no 'spiral'"]),
+        ("[parallel]\nbackward = 'later'", ["parallel.backward: there is no 'later'"]),
+        ("[model]\ndtype = 'int8'", ["model.dtype: there is no 'int8'"]),
+        ("[model]\nheads = 3", ["model.heads: width 128 does not give 3 heads", "3 query heads do not divide among 4"]),
+        ("[data]\naxis = 100", ["data.max_document: 3000 tokens do not fit on an axis of 100"]),
+        ("parallel = 3", ["parallel: "]),
+        ("[run]\nfolder = 2020-01-01", ["run.folder: input should be a valid string"]),
+        ("[run]\nseed = -1", ["run.seed: 0 to 2^63 - 1, not -1"]),
+        ("[run]\nfolder = '/'", ["run.folder: '/' names no folder"]),
+        ('[run]\nfolder = "a\\u0000b"', ["names no folder"]),
+        (
+            "[parallel]\nkernel = 'flash'",
+            ["parallel.kernel: there is no 'flash'; there are reference, cpu, triton"],
+        ),
+        ("[parallel", ["cannot be read as TOML"]),
+    ],
+)
+def test_every_mistake_is_named_at_once(text, sentences, tmp_path):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(DistattnError) as refusal:
+        configuration.load(file)
+    for sentence in sentences:
+        assert sentence in str(refusal.value)
+    assert all(line.startswith(str(file)) for line in str(refusal.value).splitlines())
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "distattn.launch.cli", *arguments]
+    return subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        ((), 2, ""),
+        (("fly",), 2, "there is no command 'fly'"),
+        (("train",), 2, ""),
+        (("train", "nowhere.toml"), 2, "nowhere.toml: there is no such configuration file"),
+        (
+            ("train", TINY, "--parallel.stratgy", "ring"),
+            2,
+            "parallel.stratgy: unknown key. Did you mean parallel.strategy?",
+        ),
+        (("train", TINY, "--parallel.ranks", "many"), 2, "command line: parallel.ranks: 'many' is not int."),
+        (("train", TINY, "--parallel.ranks"), 2, "command line: parallel.ranks: 'nothing' is not int."),
+        (("train", TINY, "ring"), 2, "command line: 'ring' is not a key"),
+        (
+            ("train", TINY, "--train.learning-rate", "inf"),
+            2,
+            "command line: train.learning_rate: input should be a finite number",
+        ),
+        (
+            ("train", TINY, "--parallel.strategy", "ulysses", "--parallel.ranks", "16"),
+            2,
+            "ulysses splits 8 query heads over 16 ranks",
+        ),
+        (("train", TINY, "--data.path", "{folder}/nowhere"), 2, "data.path: there is no file or folder"),
+        (("train", TINY, "--data.path", "{folder}/empty"), 2, "holds no files"),
+        (
+            ("train", TINY, "--data.path", "{folder}/latin", "--data.suffix", ""),
+            3,
+            "latin/a.txt: not UTF-8 text (byte 2)",
+        ),
+        (("train", TINY, "--run.folder", "/dev/null/x"), 2, "run.folder: /dev/null/x cannot be written"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_nothing_started(arguments, code, sentence, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin" / "a.txt").write_bytes("grün".encode("latin1"))
+    arguments = [argument.replace("{folder}", str(tmp_path)) for argument in arguments]
+    if arguments[:1] == ["train"] and len(arguments) > 2 and "--run.folder" not in arguments:
+        arguments += ["--run.folder", str(tmp_path / "run")]
+    done = run(*arguments)
+    assert done.returncode == code
+    shown = done.stdout + done.stderr
+    assert sentence in shown and "Traceback" not in shown
+    # one sentence, nothing else
+    assert not done.stderr or (done.stderr.startswith("distattn: ") and done.stderr.count("\n") == 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_lists_commands_and_keys_without_importing_torch(capsys):
+    assert main(["--help"]) == 0 and "train CONFIG" in capsys.readouterr().out
+    code = (
+        "import sys; from distattn.launch.cli import main; main(['train', '--help']); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for section in dataclasses.fields(Config):
+        for key in dataclasses.fields(section.default_factory):
+            assert f"--{section.name}.{key.name}".replace("_", "-") in done.stdout.replace("_", "-")

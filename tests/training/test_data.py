@@ -1,0 +1,152 @@
+"""Text in, packs out: every byte exactly once, in an order the seed alone decides."""
+
+import contextlib
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distattn.data.packing import pack_epoch
+from distattn.data.text import Document, read_corpus, read_tokens
+from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.training.config import Config, DataConfig, RunConfig
+from distattn.training.run_folder import Run
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(50, 120), st.integers(0, 5))
+def test_packs_hold_every_document_once_and_fit(lengths, axis, seed):
+    packs = pack_epoch(lengths, axis, seed, epoch=0)
+    assert sorted(document for pack in packs for document in pack) == list(range(len(lengths)))
+    sizes = [sum(lengths[document] for document in pack) for pack in packs]
+    assert max(sizes) <= axis
+    # first fit: no document of a later pack would have fitted what an earlier one had free at its end
+    for earlier, size in enumerate(sizes):
+        assert all(lengths[document] > axis - size for pack in packs[earlier + 1 :] for document in pack[:1])
+    assert packs == pack_epoch(lengths, axis, seed, epoch=0)
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    lengths = list(range(1, 40))
+    assert len({str(pack_epoch(lengths, 60, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_an_epoch_tiles_every_file(tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = {}
+    for i in range(30):
+        file = tmp_path / "text" / f"{i % 4}" / f"{i}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # two bytes a character: documents are cut in bytes
+        file.write_text("é" * int(rng.integers(0, 400)))
+        sizes[str(file)] = file.stat().st_size
+    config = Config(
+        run=RunConfig(folder=str(tmp_path / "run")),
+        data=DataConfig(path=str(tmp_path / "text"), axis=300, max_document=170),
+    )
+    corpus = read_corpus(config.data.path, max_document=config.data.max_document)
+    assert corpus.files == 30 and corpus.empty_files == sum(not size for size in sizes.values())
+    run = Run.create(config, corpus)
+    rows = [json.loads(line) for line in run.documents_file.read_text().splitlines()]
+    per_epoch = len(corpus.documents)
+    assert len(rows) % per_epoch == 0
+    for epoch in range(len(rows) // per_epoch):
+        spans = defaultdict(list)
+        for row in rows[epoch * per_epoch : (epoch + 1) * per_epoch]:
+            spans[row["file"]].append((row["start"], row["end"]))
+        for file, size in sizes.items():
+            ends = [0, *(end for _, end in sorted(spans[file]))]
+            assert [start for start, _ in sorted(spans[file])] == ends[:-1] and ends[-1] == size
+    tokens = np.concatenate(
+        [read_tokens(document) for document in corpus.documents if document.file == rows[0]["file"]]
+    )
+    assert bytes(tokens.astype(np.uint8)) == Path(rows[0]["file"]).read_bytes()
+
+
+def test_a_glob_a_file_a_suffix_and_exclusions(tmp_path):
+    for name in ("a/x.py", "a/test/y.py", "a/z.txt", "b/w.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def found(path, **options):
+        corpus = read_corpus(str(tmp_path / path), max_document=100, **options)
+        return [str(Path(document.file).relative_to(tmp_path)) for document in corpus.documents]
+
+    assert found("") == ["a/test/y.py", "a/x.py", "a/z.txt", "b/w.py"]
+    assert found("", suffix=".py", exclude=["test"]) == ["a/x.py", "b/w.py"]
+    assert found("**/*.py", exclude=["te*"]) == ["a/x.py", "b/w.py"]
+    assert found("*/*.py") == ["a/x.py", "b/w.py"]
+    assert found("b/w.py") == ["b/w.py"]
+
+
+def test_exclusions_do_not_depend_on_what_else_is_there(tmp_path):
+    (tmp_path / "test" / "a" / "test").mkdir(parents=True)
+    (tmp_path / "test" / "a" / "test" / "y.py").write_text("y")
+    for _ in range(2):
+        corpus = None
+        with contextlib.suppress(DistattnError):
+            corpus = read_corpus(str(tmp_path / "test" / "a" / "**" / "*.py"), exclude=["test"], max_document=9)
+        # only what the wildcards matched is judged, not the folders above them
+        assert corpus is None or [Path(document.file).name for document in corpus.documents] == ["ok.py"]
+        (tmp_path / "test" / "a" / "ok.py").write_text("x")
+
+
+def test_a_name_with_brackets_is_itself(tmp_path):
+    for name in ("a[1]", "a1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(name)
+    (document,) = read_corpus(str(tmp_path / "a[1]"), max_document=9).documents
+    assert Path(document.file).parent.name == "a[1]"
+
+
+def test_links_are_followed_once_and_broken_ones_refused(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "x.txt").write_text("x")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to("../real")
+    (tmp_path / "data" / "loop").symlink_to("../data")
+    corpus = read_corpus(str(tmp_path / "data"), max_document=9)
+    assert [Path(document.file).name for document in corpus.documents] == ["x.txt"]
+    (tmp_path / "data" / "broken.txt").symlink_to("nowhere")
+    with pytest.raises(DistattnError, match="broken.txt cannot be read"):
+        read_corpus(str(tmp_path / "data"), max_document=9)
+
+
+def test_a_pipe_is_refused_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DistattnError, match="pipe.txt is no regular file"):
+        read_corpus(str(tmp_path), max_document=9)
+
+
+def test_the_demo_reads_the_standard_library_without_its_tests():
+    corpus = read_corpus(
+        "{stdlib}", suffix=".py", exclude=["test", "tests", "idle_test", "site-packages"], max_document=3000
+    )
+    names = {document.file for document in corpus.documents}
+    assert any(name.endswith("json/decoder.py") for name in names) and not any("/test/" in name for name in names)
+    assert sum(document.end - document.start for document in corpus.documents) > 8e6
+
+
+def test_missing_empty_and_broken_text_is_refused_by_name(tmp_path):
+    with pytest.raises(DistattnError, match="there is no file or folder"):
+        read_corpus(str(tmp_path / "nowhere"), max_document=10)
+    with pytest.raises(DistattnError, match="holds no files"):
+        read_corpus(str(tmp_path), max_document=10)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DistattnError, match="holds no text"):
+        read_corpus(str(tmp_path), max_document=10)
+    (tmp_path / "latin.txt").write_bytes("grün".encode("latin1"))
+    with pytest.raises(DamagedDataError, match=r"latin.txt: not UTF-8 text \(byte 2\)"):
+        read_corpus(str(tmp_path), max_document=10)
+
+
+def test_a_file_that_shrank_is_noticed(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(DamagedDataError, match="shorter than when the run began"):
+        read_tokens(Document(str(tmp_path / "a.txt"), 0, 9))
+    with pytest.raises(DamagedDataError, match="could be read when the run began"):
+        read_tokens(Document(str(tmp_path / "gone.txt"), 0, 9))

@@ -1,0 +1,269 @@
+"""Training end to end: the same curve on any number of ranks and strategy, and the command that shows it."""
+
+import dataclasses
+import html.parser
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_on_ranks
+
+from distattn.data.text import read_corpus
+from distattn.driver.context_parallel import ContextParallel
+from distattn.ir.errors import DistattnError
+from distattn.parallel.make_plan import STRATEGIES
+from distattn.training import config as configuration
+from distattn.training.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ProofConfig,
+    RunConfig,
+    TrainConfig,
+)
+from distattn.training.loop import batches, train
+from distattn.training.reference_check import compare
+from distattn.training.run_folder import Run, Step
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """A folder of real text that does not change with the code: the licence, a paragraph a file."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number, paragraph in enumerate((ROOT / "LICENSE").read_text().split("\n\n")):
+        (folder / f"{number:03d}.py").write_text(paragraph)
+    return folder
+
+
+def small(texts: Path, folder: Path, dtype: str) -> Config:
+    return Config(
+        run=RunConfig(folder=str(folder), seed=3),
+        data=DataConfig(path=str(texts), axis=256, max_document=100),
+        model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, dtype=dtype),
+        train=TrainConfig(steps=STEPS),
+        proof=ProofConfig(steps=0),
+    )
+
+
+def _train(rank: int, folder: Path, config: Config) -> None:
+    train(Run(folder), config, True, torch.device("cpu"))
+
+
+def curve(texts: Path, folder: Path, dtype: str, ranks: int, strategy: str) -> list[float]:
+    config = small(texts, folder, dtype)
+    config = dataclasses.replace(
+        config, parallel=ParallelConfig(ranks=ranks, strategy=strategy, layout="document_zigzag", min_chunk=16)
+    )
+    run = Run.create(config, read_corpus(config.data.path, max_document=config.data.max_document))
+    run_on_ranks(ranks, _train, run.folder, config)
+    return [step.loss for step in run.metrics()]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(texts, tmp_path, dtype, tolerance):
+    wanted = curve(texts, tmp_path / "one", dtype, 1, "ring")
+    assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5
+    for strategy in STRATEGIES:
+        for ranks in (1, 2, 4):
+            got = curve(texts, tmp_path / f"{strategy}-{ranks}", dtype, ranks, strategy)
+            assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, (strategy, ranks)
+
+
+def distattn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "distattn.launch.cli", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=250
+    )
+
+
+@pytest.fixture(scope="module")
+def config_file(texts, tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "small.toml"
+    config = dataclasses.replace(
+        small(texts, Path("out"), "float32"), parallel=ParallelConfig(ranks=2), proof=ProofConfig(steps=3)
+    )
+    configuration.save(dataclasses.replace(config, train=TrainConfig(steps=6)), file)
+    return file
+
+
+def test_one_command_trains_proves_and_leaves_a_run_folder(config_file, tmp_path):
+    done = distattn("train", str(config_file), "--parallel.strategy", "allgather", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step 6/6  loss" in done.stdout and "tokens/s" in done.stdout and "s left" in done.stdout
+    assert "largest relative difference to plain transformers" in done.stdout
+    assert "\r" not in done.stdout and "\x1b" not in done.stdout
+    run = Run(tmp_path / "out")
+    assert configuration.load(run.config_file).parallel.strategy == "allgather"
+    assert [step.step for step in run.metrics()] == [1, 2, 3, 4, 5, 6]
+    assert list((run.folder / "tensorboard").glob("events*"))
+    assert "allgather on 2 ranks" in run.explanation_file.read_text()
+    proof = json.loads(run.proof_file.read_text())
+    assert proof["passed"] and len(proof["steps"]) == 3 and proof["loss"] < 1e-4 > proof["grad_norm"]
+    page = run.report_file.read_text()
+    html.parser.HTMLParser().feed(page)
+    assert "<svg" in page and "data:image/png;base64," in page
+    # self-contained: nothing is fetched from anywhere
+    assert 'src="http' not in page and "<link" not in page and "<script" not in page
+
+
+def test_json_is_all_that_is_printed_and_an_existing_folder_is_never_touched(config_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    done = distattn(
+        "train",
+        str(config_file),
+        "--json",
+        "--proof.steps",
+        "0",
+        "--train.steps",
+        "2",
+        "--parallel.ranks",
+        "1",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row.get("step") for row in rows] == [1, 2, None]
+    assert rows[-1]["proof"] is None and Path(rows[-1]["run"]).name == "out-2"
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_a_terminal_gets_a_progress_bar(config_file, tmp_path):
+    ours, theirs = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "distattn.launch.cli",
+        "train",
+        str(config_file),
+        "--proof.steps",
+        "0",
+        "--parallel.ranks",
+        "1",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "120"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    except OSError:
+        # the terminal closes when the last process that has it ends
+        pass
+    assert process.wait(250) == 0
+    assert b"6/6" in shown and b"tokens/s" in shown and b"\x1b[" in shown
+
+
+def interrupted(config_file: Path, folder: Path, when: str | None, *overrides: str) -> subprocess.CompletedProcess:
+    """Start a run, press Ctrl-C once a line begins with `when` (None: after a second), and wait for its end."""
+    command = [sys.executable, "-m", "distattn.launch.cli", "train", str(config_file), *overrides]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def listening() -> None:
+        # whoever runs the tests in a shell's background may have Ctrl-C ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=listening, **pipes)
+    assert process.stdout is not None
+    if when:
+        assert any(line.startswith(when) for line in process.stdout)
+    # processes start and import for a while
+    time.sleep(1)
+    # as a terminal does: to every process of the group
+    os.killpg(process.pid, signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
+
+
+@pytest.mark.parametrize(
+    ("when", "overrides"),
+    [
+        ("run folder", ()),
+        ("step 1/", ("--train.steps", "100000")),
+        ("the first", ("--train.steps", "40", "--proof.steps", "40", "--parallel.ranks", "1")),
+    ],
+    ids=["while ranks start", "while training", "during the proof"],
+)
+def test_ctrl_c_ends_everything_with_one_sentence(config_file, tmp_path, when, overrides):
+    done = interrupted(config_file, tmp_path, when, *overrides)
+    assert done.returncode == 130
+    assert done.stderr.startswith("distattn: stopped") and done.stderr.count("\n") == 1, done.stderr
+    assert (tmp_path / "out" / "documents.jsonl").exists()
+
+
+def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path):
+    command = [sys.executable, "-m", "distattn.launch.cli", "train", str(config_file), "--train.steps", "100000"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+    assert process.stdout is not None and any(line.startswith("step 1/") for line in process.stdout)
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "launch.rank"], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "was killed by SIGKILL; the other ranks were stopped" in errors
+
+
+def test_a_host_name_that_does_not_resolve_is_no_obstacle(config_file, tmp_path):
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        pytest.skip("unshare --uts is not permitted here")
+    run = f"{sys.executable} -m distattn.launch.cli train {config_file} --train.steps 1 --proof.steps 0"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = ["unshare", "--uts", "sh", "-c", f"hostname nowhere.invalid && {run}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_plan_in_the_run_folder_is_the_one_that_trains(texts, tmp_path):
+    config = dataclasses.replace(small(texts, tmp_path / "run", "float32"), parallel=ParallelConfig(ranks=1))
+    run = Run.create(config, read_corpus(config.data.path, max_document=config.data.max_document))
+    parallel, first = config.parallel, next(batches(run))
+    cp = ContextParallel(strategy=parallel.strategy, layout=parallel.layout, layout_options=parallel.layout_options)
+    model = config.model
+    shape = model.heads, model.kv_heads, model.width // model.heads, model.width // model.heads, model.dtype
+    assert cp.shard(first)["context_parallel"].plan(*shape).digest == run.first_plan(config).digest
+
+
+def compared(tmp_path: Path, ours: list[float], plain: list[float]) -> dict:
+    run = Run(tmp_path)
+    for number, loss in enumerate(ours, 1):
+        run.append(run.metrics_file, dataclasses.asdict(Step(number, loss, 1.0, 10, 0.1)))
+    for number, loss in enumerate(plain, 1):
+        run.append(run.replay_file, {"step": number, "loss": loss, "grad_norm": 1.0})
+    return compare(run, Config(proof=ProofConfig(steps=3)))
+
+
+def test_the_comparison_is_relative_and_never_passes_what_is_not_a_number(tmp_path):
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+    verdict = compared(tmp_path / "a", [4.0, 2.0, 1.0], [4.0, 2.0, 1.00005])
+    assert verdict["passed"] and verdict["loss"] == pytest.approx(5e-5, rel=1e-3)
+    assert not compared(tmp_path / "b", [4.0, float("nan"), 1.0], [4.0, 2.0, 1.0])["passed"]
+    assert not compared(tmp_path / "c", [4.0, 2.0, 1.0], [4.0, 2.0, 0.0])["passed"]
+    with pytest.raises(DistattnError, match="compares 3 steps; the run has 2, the replay 3"):
+        compared(tmp_path / "d", [4.0, 2.0], [4.0, 2.0, 1.0])
+
+
+def test_the_proof_fails_when_training_differs(config_file, tmp_path):
+    done = distattn("train", str(config_file), "--proof.tolerance", "0", "--parallel.ranks", "1", cwd=tmp_path)
+    assert done.returncode == 1 and "differs from plain transformers" in done.stderr
+
+
+def test_the_replay_knows_nothing_of_distattn():
+    source = (ROOT / "distattn" / "replay.py").read_text()
+    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
+    assert imports and not any("distattn" in line for line in imports)
