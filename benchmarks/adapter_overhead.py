@@ -170,14 +170,14 @@ def megatron_core(shape: Any, batch: Any) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from distattn.adapters.megatron import CoreAttention
-    from distattn.adapters.megatron_batches import OwnBatches
+    from distattn.adapters.megatron_batches import MegatronBatches
 
     sizes = dict(
         num_layers=1, hidden_size=shape.width, num_attention_heads=shape.heads, num_query_groups=shape.kv_heads
     )
     config = TransformerConfig(**sizes, attention_dropout=0.0)
     groups = ProcessGroupCollection(cp=dist.group.WORLD, tp=dist.group.WORLD)
-    own = OwnBatches({"strategy": "ring", "kernel": "cpu"})
+    own = MegatronBatches({"strategy": "ring", "kernel": "cpu"})
     own.batch = lambda *given: batch
     return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups, own=own)
 

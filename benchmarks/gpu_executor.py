@@ -31,7 +31,7 @@ from distattn.kernels.registry import load_kernel, preparing
 from distattn.kernels.spec import Demand, Score
 from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton.launch import moved
-from distattn.ops.executable import demand_of
+from distattn.ops.executable import kernel_requirements
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.program import Program, lower, on_device
@@ -165,7 +165,7 @@ class Layer:
         device = x["q"].device
         self.layout, self.streams, self.dtype = plan.call.layout, streams, x["q"].dtype
         self.ranks = range(plan.call.ranks)
-        make = preparing(kernel, demand_of(plan.call, device))
+        make = preparing(kernel, kernel_requirements(plan.call, device))
         proof = da.verify(plan)
         self.programs: list[Program] = [on_device(lower(plan, rank, make, proof), device) for rank in self.ranks]
         self.kernel = load_kernel(kernel)
@@ -275,7 +275,7 @@ def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
         head_dim=dim,
         dtype=str(x["q"].dtype)[6:],
     )
-    work = preparing("triton", demand_of(plan.call, device))(Cells.of_mask(mask, HEADS, KV_HEADS))
+    work = preparing("triton", kernel_requirements(plan.call, device))(Cells.of_mask(mask, HEADS, KV_HEADS))
     work, score = moved(work, device), Score(dim**-0.5)
     o, lse = triton_attention.forward(x["q"], x["k"], x["v"], work, score)
     delta = (x["do"].float() * o.to(x["q"].dtype).float()).sum(-1)

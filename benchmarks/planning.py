@@ -23,7 +23,7 @@ import torch
 import distattn as da
 from distattn.ir.layout import LAYOUTS, lay_out
 from distattn.kernels.registry import preparing
-from distattn.ops.executable import demand_of
+from distattn.ops.executable import kernel_requirements
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime.program import lower
 
@@ -70,7 +70,9 @@ def main() -> None:
                 continue
             verify_ms, proof = best(lambda plan=plan: da.verify(plan))
             lower_ms, _ = best(
-                lambda plan=plan, proof=proof: lower(plan, 0, preparing("cpu", demand_of(plan.call, CPU)), proof)
+                lambda plan=plan, proof=proof: lower(
+                    plan, 0, preparing("cpu", kernel_requirements(plan.call, CPU)), proof
+                )
             )
             area, tables = plan.area_by_rank(), plan.forward
             sizes = f"{len(tables.tasks['step']):8,d} {len(tables.moves['step']):8,d} {area.max() / area.mean():9.2f}"

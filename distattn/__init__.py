@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distattn.cluster.topology import Cluster as Cluster
     from distattn.driver.context_parallel import ContextParallel as ContextParallel
-    from distattn.driver.overlap import PingPong as PingPong
-    from distattn.driver.pipeline import Pipeline as Pipeline
-    from distattn.driver.pool import Pool as Pool
+    from distattn.driver.overlap import OverlapSchedule as OverlapSchedule
+    from distattn.driver.pipeline import PipelineSchedule as PipelineSchedule
+    from distattn.driver.pipeline import StageSpec as StageSpec
     from distattn.driver.servers import serve as serve
     from distattn.ir.errors import DamagedDataError as DamagedDataError
     from distattn.ir.errors import DistattnError as DistattnError
+    from distattn.ir.errors import LostRankError as LostRankError
     from distattn.ir.errors import PlanError as PlanError
     from distattn.ir.export import block_mask as block_mask
     from distattn.ir.export import cu_seqlens as cu_seqlens
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from distattn.ir.plan import Table as Table
     from distattn.ops.attention import attention as attention
     from distattn.ops.attention import save_attention as save_attention
-    from distattn.ops.executable import Prepared as Prepared
+    from distattn.ops.executable import Executable as Executable
     from distattn.ops.executable import prepare as prepare
     from distattn.parallel.analysis.explain import Explanation as Explanation
     from distattn.parallel.analysis.explain import explain as explain
@@ -47,12 +48,13 @@ _HOME = {
     "Layout": "distattn.ir.layout",
     "Mask": "distattn.ir.mask",
     "Payload": "distattn.ir.plan",
-    "PingPong": "distattn.driver.overlap",
-    "Pipeline": "distattn.driver.pipeline",
+    "OverlapSchedule": "distattn.driver.overlap",
+    "PipelineSchedule": "distattn.driver.pipeline",
     "Plan": "distattn.ir.plan",
+    "LostRankError": "distattn.ir.errors",
     "PlanError": "distattn.ir.errors",
-    "Pool": "distattn.driver.pool",
-    "Prepared": "distattn.ops.executable",
+    "StageSpec": "distattn.driver.pipeline",
+    "Executable": "distattn.ops.executable",
     "Proof": "distattn.parallel.analysis.verify",
     "Table": "distattn.ir.plan",
     "Timeline": "distattn.parallel.analysis.timeline",

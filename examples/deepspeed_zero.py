@@ -13,7 +13,7 @@ if DEVICE.type == "cpu":
     os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 
-from distattn.adapters.deepspeed import Engine, SequenceGroups
+from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups
 from distattn.adapters.pytorch import local_loss
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         model=model, model_parameters=model.parameters(), config=config, mpu=SequenceGroups(cp)
     )
     # by what DeepSpeed divides gradients depends on the stage; it is measured, once
-    factor = cp.loss_scale(Engine(engine))
+    factor = cp.loss_scale(ProbeTarget(engine))
 
     for number, packs in enumerate(steps(given.steps)):
         total = torch.zeros((), dtype=torch.float64, device=DEVICE)

@@ -24,7 +24,7 @@ def main() -> None:
     model = llama(getattr(torch, given.dtype))
     pytorch.shard_parameters(model, mesh)
     # how gradients are reduced is measured, once
-    factor = cp.loss_scale(pytorch.Loop(model))
+    factor = cp.loss_scale(pytorch.ProbeTarget(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
     for number, packs in enumerate(steps(given.steps)):

@@ -34,6 +34,10 @@ class Strategy(NamedTuple):
     # takes direction="backward" as well: tasks of the backward pass are assigned by what they cost there
     by_direction: bool = False
 
+    def takes(self, option: str) -> bool:
+        """Whether the strategy has an option of that name."""
+        return option in inspect.signature(self.forward).parameters
+
 
 STRATEGIES: Mapping[str, Strategy] = {
     "ring": Strategy(ring, "refetch-follow"),

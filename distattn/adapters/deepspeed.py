@@ -2,7 +2,7 @@
 
     cp = da.ContextParallel(group, loss_group=everyone, strategy="ring")
     engine, *_ = deepspeed.initialize(model=model, config=config, mpu=SequenceGroups(cp), ...)
-    cp.loss_scale(Engine(engine))
+    cp.loss_scale(ProbeTarget(engine))
     engine.backward(local_loss(engine, cp.shard(batch)))
     engine.step()
 
@@ -23,7 +23,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from distattn.adapters.pytorch import forward, gradients_aside, output_layer_of, trained_layer, whole
+from distattn.adapters.pytorch import forward, full_tensor, gradients_aside, output_layer_of, trained_layer
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 
@@ -31,7 +31,7 @@ from distattn.ir.errors import DistattnError
 class SequenceGroups:
     """The `mpu` of `deepspeed.initialize`: which ranks split a sequence, and over which ZeRO shards and reduces.
 
-    cp: its group splits sequences, its loss group is all ranks.
+    cp: ranks that hold the same batch split its sequences; its loss group is all ranks.
     """
 
     def __init__(self, cp: ContextParallel):
@@ -42,7 +42,10 @@ class SequenceGroups:
                 f"DeepSpeed trains on all {dist.get_world_size()} ranks, the loss group has "
                 f"{dist.get_world_size(cp.loss_group)}; give ContextParallel loss_group=torch.distributed.group.WORLD."
             )
-        self._split, self._all = cp.group, cp.loss_group
+        if cp.config.servers:
+            raise DistattnError("DeepSpeed trains on all ranks, so none can only serve; leave servers out.")
+        self._split: Any = cp.batch_group()
+        self._all: Any = cp.loss_group
         self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
     def initialize_sequence_parallel(self, size: int) -> None:
@@ -54,26 +57,26 @@ class SequenceGroups:
 
     def get_sequence_parallel_group(self) -> dist.ProcessGroup:
         """Ranks that split a sequence."""
-        return self._split
+        return self._split  # type: ignore[no-any-return]
 
     def get_sequence_parallel_world_size(self) -> int:
-        """How many they are."""
+        """The number of ranks that split a sequence."""
         return dist.get_world_size(self._split)
 
     def get_sequence_parallel_rank(self) -> int:
-        """This one among them."""
+        """This rank among those that split a sequence."""
         return dist.get_rank(self._split)
 
     def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
         """All ranks that share the parameters."""
-        return self._all
+        return self._all  # type: ignore[no-any-return]
 
     def get_sequence_data_parallel_world_size(self) -> int:
-        """How many they are."""
+        """The number of ranks that share the parameters."""
         return dist.get_world_size(self._all)
 
     def get_sequence_data_parallel_rank(self) -> int:
-        """This one among them."""
+        """This rank among all."""
         return dist.get_rank(self._all)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
@@ -89,8 +92,8 @@ class SequenceGroups:
         return 1
 
 
-class Engine:
-    """A DeepSpeed engine, to `ContextParallel.loss_scale`. Between two steps, not in the middle of accumulation.
+class ProbeTarget:
+    """A DeepSpeed engine, for `ContextParallel.loss_scale` to probe between two steps, not in the middle of accumulation.
 
     output_layer: the linear layer that makes logits, by default what transformers names so. scale_wrt_gas: as you give it to
     `engine.backward`.
@@ -118,8 +121,8 @@ class Engine:
         """The output layer, or another one where that is frozen."""
         return trained_layer(self.engine.module, self._output())
 
-    def rows(self) -> int:
-        """Of the whole vocabulary, also where the weight is partitioned."""
+    def vocab_rows(self) -> int:
+        """Rows of the whole vocabulary, also where the weight is partitioned."""
         weight: Any = self._output().weight
         return getattr(weight, "ds_shape", weight.shape)[0]
 
@@ -128,16 +131,16 @@ class Engine:
         self.engine.backward(loss_of(self._forward(batch)), scale_wrt_gas=self._scale_wrt_gas)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Just what it is given."""
+        """The layer multiplies what it is given."""
         return x
 
     def gradient(self) -> Tensor:
         """Of the layer's weight, without the scale of fp16 losses."""
         weight: Any = self.layer().weight
-        return whole(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
+        return full_tensor(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
+    def preserve_state(self) -> Iterator[None]:
         """Gradients and what the optimizer holds of them are as before; raises DistattnError in the middle of a step."""
         engine, optimizer = self.engine, self.engine.optimizer
         steps = engine.gradient_accumulation_steps()

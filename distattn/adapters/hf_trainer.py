@@ -20,9 +20,9 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from transformers import Trainer
 
-from distattn.adapters.huggingface import one_process
-from distattn.adapters.pytorch import Loop, local_loss, output_layer_of
-from distattn.driver.context_parallel import ContextParallel, gathered
+from distattn.adapters.huggingface import single_process_attention
+from distattn.adapters.pytorch import ProbeTarget, local_loss, output_layer_of
+from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 
 
@@ -43,6 +43,7 @@ class ContextParallelTrainer(Trainer):
             "label_smoothing_factor": args.label_smoothing_factor > 0,
             "compute_loss_func": self.compute_loss_func is not None,
             "several GPUs in one process (start one process each, with torchrun)": args.n_gpu > 1,
+            "ranks that only serve (the Trainer trains on all ranks)": context_parallel.config.servers > 0,
             "accelerate's ParallelismConfig": getattr(self.accelerator, "parallelism_config", None) is not None,
             "accelerator_config's split_batches and dispatch_batches": args.accelerator_config.split_batches
             or args.accelerator_config.dispatch_batches,
@@ -76,12 +77,12 @@ class ContextParallelTrainer(Trainer):
             how["sampler"] = SequentialSampler(dataset)
             if args.train_sampling_strategy == "random":
                 how["sampler"] = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
-        replicas, replica = self._replicas()
+        cp = self.context_parallel
         return prepare_data_loader(
             DataLoader(dataset, **how),
             args.device,
-            num_processes=replicas,
-            process_index=replica,
+            num_processes=cp.data_parallel_size,
+            process_index=cp.data_parallel_rank,
             put_on_device=True,
             # a dispatcher would give every rank other batches, whatever the replicas
             dispatch_batches=False,
@@ -97,10 +98,14 @@ class ContextParallelTrainer(Trainer):
         whole, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._probed is not self.model_wrapped:
             self._probed = self.model_wrapped
-            self.context_parallel.loss_scale(self._reducer())
+            self.context_parallel.loss_scale(self._probe_target())
         parts = self.context_parallel.shard_step(whole) if whole else []
-        # a number: the Trainer would cast a tensor to DeepSpeed's bf16
-        return [{**part, "loss_scale": float(part["loss_scale"])} for part in parts], None
+        if len(parts) != len(whole):
+            raise DistattnError(
+                f"this rank has {len(whole)} micro-batches in a step, another has {len(parts)}: set "
+                "dataloader_drop_last=True, or give all ranks equally many batches."
+            )
+        return parts, None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -114,27 +119,13 @@ class ContextParallelTrainer(Trainer):
 
     def evaluation_loop(self, *given: Any, **named: Any) -> Any:
         """On whole sequences, without context parallelism."""
-        with one_process(self.model):
+        with single_process_attention(self.model):
             return super().evaluation_loop(*given, **named)
 
-    def _replicas(self) -> tuple[int, int]:
-        """How many groups split sequences, and which of them this rank is in."""
-        cp = self.context_parallel
-        return self.args.world_size // cp.ranks, replica_of(cp)
-
-    def _reducer(self) -> Any:
+    def _probe_target(self) -> Any:
         if self.is_deepspeed_enabled:
-            from distattn.adapters.deepspeed import Engine
+            from distattn.adapters import deepspeed
 
-            return Engine(self.model_wrapped, scale_wrt_gas=False)
+            return deepspeed.ProbeTarget(self.model_wrapped, scale_wrt_gas=False)
         model: Any = self.model
-        return Loop(self.model_wrapped, output_layer=output_layer_of(model))
-
-
-def replica_of(cp: ContextParallel) -> int:
-    """The number of this rank's group among all that split sequences. All ranks of the loss group call it."""
-    if cp.group is None or cp.loss_group is None or cp.group is cp.loss_group:
-        return 0
-    # groups may be any ranks; they are numbered by their first
-    first = dist.get_process_group_ranks(cp.group)[0]
-    return sorted(set(gathered(first, cp.loss_group))).index(first)
+        return ProbeTarget(self.model_wrapped, output_layer=output_layer_of(model))

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from distattn.adapters.pytorch import inputs as inputs
-from distattn.batch.planner import ShardedBatch
+from distattn.batch.planner import LocalBatch
 from distattn.ir.errors import DistattnError
 
 NAME = "distattn"
@@ -60,7 +60,7 @@ def register() -> None:
 
 
 @contextmanager
-def one_process(model: Any) -> Iterator[None]:
+def single_process_attention(model: Any) -> Iterator[None]:
     """Meanwhile a transformers model attends within this process alone, to whole batches: for evaluation and `generate`.
 
     With activation checkpointing backward passes belong inside, too: they repeat the attention.
@@ -86,7 +86,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
     position_ids: Tensor | None = None,
-    context_parallel: ShardedBatch | None = None,
+    context_parallel: LocalBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (1, H, T, D), key (1, K, T, D), value (1, K, T, E) -> (1, T, H, E), as transformers calls it.
@@ -99,8 +99,9 @@ def attention_forward(
     if context_parallel is None:
         raise DistattnError(
             f'{where}attn_implementation="distattn" needs the sharded batch: call the model with '
-            'context_parallel=batch["context_parallel"]; evaluate whole batches inside huggingface.one_process(model). Models '
-            "that do not pass it on to their attention layers cannot be split."
+            'context_parallel=batch["context_parallel"]; evaluate whole batches inside '
+            "huggingface.single_process_attention(model). Models that do not pass it on to their attention layers cannot be "
+            "split."
         )
     if position_ids is not None:
         context_parallel.check_positions(position_ids)
@@ -125,7 +126,7 @@ def attention_forward(
     if key.shape[2] != query.shape[2]:
         raise DistattnError(
             f"{where}{key.shape[2]} keys for {query.shape[2]} queries: generation with a key/value cache is not computed; "
-            "generate inside huggingface.one_process(model)."
+            "generate inside huggingface.single_process_attention(model)."
         )
     # squeezing costs nothing backward, taking row 0 a copy
     q_THD, k_TKD, v_TKE = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))

@@ -1,12 +1,12 @@
 """Megatron-core 0.16: core attention in tensor x context x pipeline x data parallel training.
 
-    spec = use(get_gpt_layer_local_spec(normalization="RMSNorm"), strategy="ring")
+    spec = replace_core_attention(get_gpt_layer_local_spec(normalization="RMSNorm"), strategy="ring")
     model = GPTModel(config, spec, ...)
 
 That alone computes whatever batches Megatron's own loaders shard: sbhd rows in its zigzag order, thd packs in their
 per-document zigzag, per-batch groups. With sharded batches of ours any layout and any document lengths do:
 
-    with_layouts(model)                        # rotary embeddings by the batch's positions
+    use_batch_positions(model)                        # rotary embeddings by the batch's positions
     forward_backward(forward_step_func=partial(forward_step, config=config), data_iterator=iter(batches), ...)
 """
 
@@ -33,8 +33,8 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from distattn.adapters.megatron_batches import OwnBatches
-from distattn.adapters.pytorch import gradients_aside, unwrapped, whole
+from distattn.adapters.megatron_batches import MegatronBatches
+from distattn.adapters.pytorch import full_tensor, gradients_aside, unwrapped
 from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
@@ -44,12 +44,12 @@ _STOCK = ("DotProductAttention", "TEDotProductAttention", "CoreAttention")
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
-def use(spec: Any, **settings: Any) -> Any:
+def replace_core_attention(spec: Any, **settings: Any) -> Any:
     """Put distattn's core attention into a layer spec, or every layer of a block's; returns it.
 
-    settings: as `ContextParallel` takes them, for batches that Megatron's loaders shard; strategy="ring" by default.
+    settings: fields of `PlannerConfig`, for batches that Megatron's loaders shard; strategy="ring" by default.
     """
-    core = ModuleSpec(CoreAttention, params={"own": OwnBatches({"strategy": "ring", **settings})})
+    core = ModuleSpec(CoreAttention, params={"own": MegatronBatches({"strategy": "ring", **settings})})
     for number, layer in enumerate(getattr(spec, "layer_specs", None) or [spec]):
         self_attention: Any = getattr(layer.submodules, "self_attention", layer)
         attention: Any = getattr(self_attention, "submodules", None)
@@ -82,12 +82,12 @@ class CoreAttention(MegatronModule):
         k_channels: int | None = None,
         v_channels: int | None = None,
         pg_collection: Any = None,
-        own: OwnBatches | None = None,
+        own: MegatronBatches | None = None,
     ):
         super().__init__(config=config)
         self.layer = layer_number - 1
         self.attn_mask_type, self.scale = attn_mask_type, softmax_scale
-        self.own = own or OwnBatches({"strategy": "ring"})
+        self.own = own or MegatronBatches({"strategy": "ring"})
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         self.group, self.tp_group = groups.cp, groups.tp
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -213,7 +213,7 @@ class _Positions(int):
         return longest
 
 
-def with_layouts(model: Any) -> Any:
+def use_batch_positions(model: Any) -> Any:
     """Let a GPTModel take sharded batches in any layout; returns it. Raises DistattnError where positions would be wrong."""
     config = model.config
     for what, asked in {
@@ -223,7 +223,9 @@ def with_layouts(model: Any) -> Any:
         "multi-token prediction rolls labels over the rank's tokens": bool(getattr(config, "mtp_num_layers", None)),
     }.items():
         if asked:
-            raise DistattnError(f"{what}: leave out with_layouts, and use batches that Megatron's own loaders shard.")
+            raise DistattnError(
+                f"{what}: leave out use_batch_positions, and use batches that Megatron's own loaders shard."
+            )
     if hasattr(model, "rotary_pos_emb"):
         model.rotary_pos_emb = Rotary(model.rotary_pos_emb)
     return model
@@ -270,12 +272,12 @@ def check_rotary(model: Any) -> None:
     rotary = getattr(unwrapped(model), "rotary_pos_emb", None)
     if rotary is not None and not isinstance(rotary, Rotary):
         raise DistattnError(
-            "the model's rotary embeddings know Megatron's own order only; call megatron.with_layouts(model)."
+            "the model's rotary embeddings know Megatron's own order only; call megatron.use_batch_positions(model)."
         )
 
 
-class Chunks:
-    """Megatron's model chunks in its DistributedDataParallel, to `ContextParallel.loss_scale`.
+class ProbeTarget:
+    """Megatron's model chunks in its DistributedDataParallel, for `ContextParallel.loss_scale` to probe.
 
     micro_batches: of a step; without calculate_per_token_loss Megatron divides by it.
     """
@@ -291,7 +293,7 @@ class Chunks:
         """The output layer, on the last stage of a pipeline."""
         return self._last.output_layer if self._last.post_process else None
 
-    def rows(self) -> int:
+    def vocab_rows(self) -> int:
         """Of the vocabulary on a tensor-parallel rank."""
         return self._last.vocab_size // self.config.tensor_model_parallel_size
 
@@ -335,9 +337,9 @@ class Chunks:
         if self.config.calculate_per_token_loss:
             # each rank of the probe counts one token
             scale /= parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        return self._whole(weight) / scale
+        return self._gathered_gradient(weight) / scale
 
-    def _whole(self, weight: Any) -> Tensor:
+    def _gathered_gradient(self, weight: Any) -> Tensor:
         for buffer in getattr(self.chunks[-1], "buffers", None) or ():
             if not isinstance(self.chunks[-1].buffers, list) or weight not in buffer.param_index_map:
                 continue
@@ -351,10 +353,10 @@ class Chunks:
             dist.all_gather(everyone, mine, group=buffer.data_parallel_group)
             return torch.cat(everyone)[start - bucket.offset : end - bucket.offset].view(weight.shape)
         found = getattr(weight, "main_grad", None)
-        return whole(weight.grad if found is None else found)
+        return full_tensor(weight.grad if found is None else found)
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
+    def preserve_state(self) -> Iterator[None]:
         """Gradient buffers are put aside, and put back."""
         distributed = [chunk for chunk in self.chunks if hasattr(chunk, "zero_grad_buffer")]
         buffers = [buffer for chunk in distributed for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]

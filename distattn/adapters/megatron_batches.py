@@ -4,42 +4,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
-from distattn.batch.layer_overrides import Ways
-from distattn.batch.planner import Axis, Planner, ShardedBatch
+from distattn.batch.collectives import HostGroup, shared_name, timeout_of
+from distattn.batch.health import HealthMonitor
+from distattn.batch.planner import AttentionShape, BatchKey, LocalBatch, Planned, Planner, PlannerConfig
+from distattn.driver.communicators import SINGLE_RANK, MonitoredTransport
+from distattn.driver.step_exchange import agree_on_plan
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.parallel.make_plan import check_names
+from distattn.ir.plan import Plan
+from distattn.ops.executable import EXECUTABLES
+from distattn.parallel.runtime.transport import Transport
 
 
-class OwnBatches:
-    """Finds the plan of what a layer is given; one for all layers of a spec. settings: as `ContextParallel` takes them."""
+class MegatronBatches:
+    """Finds the plan of what a layer is given; one for all layers of a spec. settings: fields of `PlannerConfig`.
+
+    Megatron's loaders tell nobody of a batch before its first layer, so the ranks compare their plans there, once a batch.
+    """
 
     def __init__(self, settings: dict[str, Any]):
-        settings = dict(settings)
-        self._ways = Ways(settings.pop("layers", None))
-        if refused := settings.keys() & {"layout", "layout_options", "inner", "loss_group"}:
+        if refused := settings.keys() & {"layout", "layout_options", "document_mask", "loss_group", "data"}:
             raise DistattnError(
-                f"Megatron's loaders decide on {sorted(refused)[0]}; give it to ContextParallel, and with_layouts."
+                f"Megatron's loaders decide on {sorted(refused)[0]}; give it to ContextParallel, and use_batch_positions."
             )
-        check_names(settings["strategy"], settings.get("backward"), settings.get("options"))
-        self._settings = settings
-        self._planners: dict[dist.ProcessGroup, Planner] = {}
-        self._rows: dict[tuple[int, int, dist.ProcessGroup], ShardedBatch] = {}
-        self._pack: tuple[Any, ShardedBatch] | None = None
+        self._config: PlannerConfig = PlannerConfig.of(settings)
+        self._planners: dict[dist.ProcessGroup, _GroupPlanner] = {}
+        self._rows: dict[tuple[int, int, dist.ProcessGroup], LocalBatch] = {}
+        self._pack: tuple[Any, LocalBatch] | None = None
 
-    def batch(self, shape: tuple[int, ...], packed: Any, group: dist.ProcessGroup) -> ShardedBatch:
-        """Of (T, B) tokens; packed: Megatron's PackedSeqParams, if they are a pack."""
+    def batch(self, shape: tuple[int, ...], packed: Any, group: dist.ProcessGroup) -> LocalBatch:
+        """The batch of (T, B) tokens; packed: Megatron's PackedSeqParams, if they are a pack."""
         tokens, rows = shape
-        group, known = self._group_of(packed, group), (tokens, rows, group)
+        group = self._group_of(packed, group)
+        known = tokens, rows, group
         ranks = dist.get_world_size(group)
         if packed is None or packed.qkv_format != "thd":
             if known not in self._rows:
-                self._rows[known] = self._planner(group).batch(Axis((tokens * ranks,) * rows))
+                self._rows[known] = self._planner(group).batch((tokens * ranks,) * rows)
             return self._rows[known]
         # layers of one micro-batch come one after the other; a list of its lengths waits for the device, once
         if self._pack is None or self._pack[0] is not packed:
@@ -48,7 +55,7 @@ class OwnBatches:
             lengths = tuple(b - a for a, b in zip(edges, edges[1:], strict=False) if b > a)
             if sum(lengths) != tokens * ranks:
                 raise DistattnError(f"a pack of {sum(lengths)} tokens over {ranks} ranks, but this one has {tokens}.")
-            self._pack = packed, self._planner(group).batch(Axis(lengths))
+            self._pack = packed, self._planner(group).batch(lengths)
         return self._pack[1]
 
     def _group_of(self, packed: Any, group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -59,13 +66,42 @@ class OwnBatches:
             raise DistattnError(f"the batch is split over {size} ranks (local_cp_size) without a cp_group of as many.")
         return packed.cp_group
 
-    def _planner(self, group: dist.ProcessGroup) -> Planner:
+    def _planner(self, group: dist.ProcessGroup) -> _GroupPlanner:
         if group not in self._planners:
-            ranks = dist.get_world_size(group)
-            self._planners[group] = Planner(
-                group, lambda lengths: _zigzags(lengths, ranks), ways=self._ways, **self._settings
-            )
+            self._planners[group] = _GroupPlanner(self._config, group)
         return self._planners[group]
+
+
+class _GroupPlanner:
+    """Plans batches over the ranks of one of Megatron's groups, which all come to the same layers in the same order."""
+
+    def __init__(self, config: PlannerConfig, group: dist.ProcessGroup):
+        self._group, self.rank = group, dist.get_rank(group)
+        self.planner = Planner(config, self, lambda lengths: _zigzags(lengths, dist.get_world_size(group)))
+        self._batches = 0
+        members = dist.get_process_group_ranks(group)
+        self._host = self._monitor = None
+        if len(members) > 1:
+            name, timeout = shared_name(group), timeout_of(group)
+            self._monitor = HealthMonitor(name, dist.get_rank(), members, timeout)
+            self._host = HostGroup(name, members, self._monitor)
+            transport = EXECUTABLES.transport(group, self._monitor.wait_timeout)
+            self.transport: Transport = MonitoredTransport(transport, self._monitor, members)
+        else:
+            self.transport = SINGLE_RANK
+
+    def batch(self, lengths: tuple[int, ...]) -> LocalBatch:
+        """The next batch, of documents of these lengths."""
+        number = self._batches
+        self._batches += 1
+        return LocalBatch(self.planner, BatchKey(lengths), number, number % self.planner.config.verify_every == 0)
+
+    def agree(self, batch: LocalBatch, shape: AttentionShape, make: Callable[[], Planned]) -> Planned:
+        """See `planner.Ranks`."""
+        return agree_on_plan(self._host, make)
+
+    def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> None:
+        """See `planner.Ranks`: nobody is told of passes."""
 
 
 def _zigzags(lengths: tuple[int, ...], ranks: int) -> tuple[Mask, Layout]:

@@ -2,10 +2,11 @@
 
 mesh = init_device_mesh("cuda", (replicas, degree), mesh_dim_names=("dp", "cp"))
 cp = context_parallel(mesh, strategy="ring")
-fully_shard(model, mesh=gradient_mesh(mesh))
-cp.loss_scale(Loop(model))
-batch = cp.shard(batch)
-loss = token_losses(forward(model, batch), batch).sum() * batch["loss_scale"]
+shard_parameters(model, mesh)
+cp.loss_scale(ProbeTarget(model))
+for micro_batches in cp.steps(loader):
+    for batch in micro_batches:
+        local_loss(model, batch).backward()
 """
 
 # T tokens on this rank, V vocabulary
@@ -24,18 +25,31 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distattn.batch.packed_batch import IGNORE_INDEX
-from distattn.batch.planner import ShardedBatch
+from distattn.batch.planner import LocalBatch
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 
 
 def context_parallel(mesh: DeviceMesh, dim: str = "cp", **settings: Any) -> ContextParallel:
-    """A `ContextParallel` over one dim of a mesh of data- and context-parallel ranks; the loss is over all of the mesh."""
+    """A `ContextParallel` over a mesh of data- and context-parallel ranks; the loss is over all of the mesh.
+
+    settings: as `ContextParallel` takes them. With replicated data the ranks along `dim` split a batch. With
+    data="per_rank" attention is shared over the whole mesh; the ranks along `dim`, its last one, hold the same batch, or each
+    rank has its own where there is no such dim.
+    """
     names = mesh.mesh_dim_names or ()
+    everyone = gradient_mesh(mesh).get_group()
+    if settings.get("data") == "per_rank" and "context_parallel_size" not in settings:
+        if dim in names and names[-1] != dim:
+            raise DistattnError(f"neighbouring ranks hold the same batch: {dim!r} has to be the mesh's last dim.")
+        size = mesh[dim].size() if dim in names else 1
+        return ContextParallel(everyone, context_parallel_size=size, **settings)
+    if settings.get("data") == "per_rank":
+        return ContextParallel(everyone, **settings)
     if dim not in names:
         raise DistattnError(f"the mesh has dims {', '.join(names) or 'without names'}, none called {dim!r}.")
-    return ContextParallel(mesh[dim].get_group(), loss_group=gradient_mesh(mesh).get_group(), **settings)
+    return ContextParallel(mesh[dim].get_group(), loss_group=everyone, **settings)
 
 
 def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -51,10 +65,10 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Logits (1, T, V) of a transformers model, or one that is called alike, for a sharded batch."""
     logits = model(**inputs(batch)).logits
-    sharded = batch["context_parallel"]
-    if isinstance(sharded, ShardedBatch) and (unasked := sharded.parent.ways.unasked):
-        raise DistattnError(f"layers= names layer {min(unasked)}, but the model has no attention layer of that number.")
-    if not getattr(sharded, "asked", True):
+    local = batch["context_parallel"]
+    if isinstance(local, LocalBatch) and (unused := local.planner.overrides.unused):
+        raise DistattnError(f"layers= names layer {min(unused)}, but the model has no attention layer of that number.")
+    if not getattr(local, "used", True):
         raise DistattnError(
             f"{type(unwrapped(model)).__name__} did not ask for attention: each rank has read its own tokens "
             'only. Models of transformers want attn_implementation="distattn", and attention layers.'
@@ -82,8 +96,8 @@ def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=flat)
 
 
-class Loop:
-    """A loop of your own, to `ContextParallel.loss_scale`.
+class ProbeTarget:
+    """A training loop of your own, for `ContextParallel.loss_scale` to probe.
 
     forward: batch to logits, by default as a transformers model is called. reduce: what you do to gradients after backward,
     nothing by default. output_layer: the linear layer that makes logits, by default what transformers names so. Between
@@ -106,28 +120,28 @@ class Loop:
         """The output layer, or another one where that is frozen."""
         return trained_layer(self.model, self._output())
 
-    def rows(self) -> int:
-        """Of the whole vocabulary: a DTensor's shape is global."""
+    def vocab_rows(self) -> int:
+        """Rows of the whole vocabulary: a DTensor's shape is global."""
         weight: Any = self._output().weight
         return weight.shape[0]
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
-        """As a loop does."""
+        """Forward, backward and reduction as in the loop."""
         loss_of(self._forward(batch)).backward()
         if self._reduce is not None:
             self._reduce()
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Just what it is given."""
+        """The layer multiplies what it is given."""
         return x
 
     def gradient(self) -> Tensor:
         """Of the layer's weight, sharded or not."""
         weight: Any = self.layer().weight
-        return whole(weight.grad)
+        return full_tensor(weight.grad)
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
+    def preserve_state(self) -> Iterator[None]:
         """Gradients are put aside meanwhile. Raises DistattnError where FSDP2 holds some that nobody can put aside."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -189,7 +203,7 @@ def _check_synchronized(module: Any) -> None:
             )
 
 
-def whole(gradient: Tensor | None) -> Tensor:
+def full_tensor(gradient: Tensor | None) -> Tensor:
     """A gradient as a plain tensor; all ranks call it."""
     if gradient is None:
         raise DistattnError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,18 +22,20 @@ IGNORE_INDEX = -100
 KEYS = ("input_ids", "labels", "shift_labels", "document_lengths", "position_ids", "attention_mask")
 
 
-class Rows(NamedTuple):
-    """A batch with its rows laid end to end: token ids and targets (each token's successor, -100 where none), (N,)."""
+class PackedBatch(NamedTuple):
+    """A batch with its rows laid end to end: token ids and labels (each token's successor, -100 where none), (N,).
+
+    lengths: tokens of each document, in order; they add up to N.
+    """
 
     ids_N: Tensor
-    targets_N: Tensor
+    labels_N: Tensor
     lengths: tuple[int, ...]
 
     @staticmethod
-    def of(batch: Mapping[str, Any]) -> Rows:
-        """From a mapping as `ContextParallel.shard` takes it."""
-        if unknown := batch.keys() - KEYS:
-            raise DistattnError(f"batch has {', '.join(sorted(unknown))}; shard knows {', '.join(KEYS)}.")
+    def of(batch: Mapping[str, Any]) -> PackedBatch:
+        """From a mapping as `ContextParallel.shard` takes it. Raises DistattnError for what it cannot be."""
+        _check_keys(batch)
         given = {name: value for name, value in batch.items() if value is not None}
         if {"labels", "shift_labels"} <= given.keys():
             raise DistattnError("batch has labels and shift_labels; give one of them.")
@@ -48,45 +50,71 @@ class Rows(NamedTuple):
             )
         kept, lengths = _documents(batch, ids)
         ids, labels = (ids[kept], labels[kept]) if kept is not None else (ids.reshape(-1), labels.reshape(-1))
-        if shifted is None:
-            labels = Layout.contiguous(lengths, 1).shift_labels(labels, ignore_index=IGNORE_INDEX)
-        return Rows(ids, labels, lengths)
+        return PackedBatch(ids, labels if shifted is not None else _shifted(labels, lengths), lengths)
 
     @property
-    def labels(self) -> int:
-        """How many tokens have a target."""
-        return int((self.targets_N != IGNORE_INDEX).sum())
+    def valid_labels(self) -> int:
+        """How many tokens have a label."""
+        return int((self.labels_N != IGNORE_INDEX).sum())
 
-    def digest(self) -> str:
-        """Of tokens and targets."""
-        both = torch.stack([self.ids_N, self.targets_N]).cpu().numpy()
-        return hashlib.blake2b(both.tobytes(), digest_size=16).hexdigest()
-
-    def part(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
+    def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
         """`input_ids`, `labels` and `position_ids` (1, T) of a rank; padded to a multiple, and where it has no tokens."""
-        positions = torch.from_numpy(layout.position_ids(rank)).to(self.ids_N.device)
-        padding = padded(len(positions), pad_to) - len(positions)
-        ids, targets = layout.shard(self.ids_N, rank), layout.shard(self.targets_N, rank)
+        tokens = layout.tokens(rank)
+        device = self.ids_N.device
+        index = torch.from_numpy(tokens).to(device)
+        positions = torch.from_numpy(layout.positions_of(tokens)).to(device)
+        padding = padded(len(tokens), pad_to) - len(tokens)
+        ids, labels = self.ids_N[index], self.labels_N[index]
         if padding:
             ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
-            targets = F.pad(targets, (0, padding), value=IGNORE_INDEX)
-        return {"input_ids": ids[None], "labels": targets[None], "position_ids": positions[None]}
+            labels = F.pad(labels, (0, padding), value=IGNORE_INDEX)
+        return {"input_ids": ids[None], "labels": labels[None], "position_ids": positions[None]}
+
+
+def tokens_digest(micro_batches: Sequence[PackedBatch]) -> str:
+    """128-bit hash of the token ids and labels of a step's micro-batches, in their order."""
+    found = hashlib.blake2b(digest_size=16)
+    for batch in micro_batches:
+        for tensor in (batch.ids_N, batch.labels_N):
+            found.update(len(tensor).to_bytes(8, "little"))
+            found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _check_keys(batch: Any) -> None:
+    if not isinstance(batch, Mapping):
+        raise DistattnError(f"a batch is a mapping with input_ids, not a {type(batch).__name__}.")
+    if unknown := batch.keys() - KEYS:
+        raise DistattnError(f"batch has {', '.join(sorted(map(str, unknown)))}; shard knows {', '.join(KEYS)}.")
+    if batch.get("input_ids") is None:
+        raise DistattnError("batch has no input_ids; give token ids (batch, tokens).")
+
+
+def _shifted(labels_N: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Each token's successor, none at the last token of each document."""
+    out = torch.full_like(labels_N, IGNORE_INDEX)
+    out[:-1] = labels_N[1:]
+    ends = torch.tensor(lengths, device=labels_N.device).cumsum(0)
+    out[ends - 1] = IGNORE_INDEX
+    return out
 
 
 def padded(tokens: int, pad_to: int) -> int:
-    """So many tokens with padding: at least one, because models refuse empty batches."""
+    """A number of tokens rounded up to a multiple: at least one multiple, because models refuse empty batches."""
     return max(-(-tokens // pad_to), 1) * pad_to
 
 
-def layout_options(layout: str, options: Mapping[str, Any] | None, inner: str | tuple[int, int]) -> dict[str, Any]:
-    """The options of a layout, checked; refuses layouts, options and inner masks that do not exist."""
+def checked_layout_options(
+    layout: str, options: Mapping[str, Any] | None, document_mask: str | tuple[int, int]
+) -> dict[str, Any]:
+    """The options of a layout. Raises DistattnError for layouts, options and document masks that do not exist."""
     if layout not in LAYOUTS:
         raise DistattnError(f"layout {layout!r} does not exist; there are {', '.join(LAYOUTS)}.")
     given = dict(options or {})
     for name in given.keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
         raise DistattnError(f"layout {layout} has no option {name!r}.")
     # refuses what no document can be: better now than at the first batch
-    Mask.documents([1], inner)
+    Mask.documents([1], document_mask)
     return given
 
 

@@ -1,37 +1,91 @@
-"""Plans of batches: what a trainer's batch needs so that its attention layers find their plan, made ahead on a thread."""
+"""Plans of batches: what a batch needs so that its attention layers find their executable, made ahead on a thread."""
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from distattn.batch.layer_overrides import Way, Ways, narrowed
-from distattn.batch.packed_batch import padded
+from distattn.batch.layer_overrides import LayerOverride, LayerOverrides, apply_window
+from distattn.batch.packed_batch import checked_layout_options, padded
 from distattn.cluster.spec import Machines
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import Plan
-from distattn.kernels.registry import choose_kernel, load_kernel
+from distattn.kernels.registry import load_kernel
 from distattn.ops.attention import attention
-from distattn.ops.executable import Prepared, Use, Watch, demand_of, lower_once, prepare
+from distattn.ops.executable import (
+    EXECUTABLES,
+    Executable,
+    ExecutionKey,
+    PassObserver,
+    checked_program,
+)
 from distattn.parallel.make_plan import check_names, make_plan
+from distattn.parallel.runtime.transport import Transport
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class PlannerConfig:
+    """How attention of batches is planned.
+
+    strategy, backward, comm_dtype, cluster and options are as in `make_plan`; layout is a name of LAYOUTS with its options;
+    document_mask is what a document attends to in itself (see `Mask.documents`). layers: of some layers, by number (0, 1,
+    ...) or kind ("window", "full"), how they are planned otherwise: a mapping with strategy, and maybe backward, options,
+    layout and layout_options; tokens are re-laid inside those layers' calls. kernel as in `attention`; max_buffer_bytes
+    as in `prepare`. verify_every: of so many steps the plans of one are proven before they run, the first in any case.
+    pad_to: each rank's tokens are padded to a multiple of it. Raises DistattnError for names that do not exist.
+    """
+
+    strategy: str
+    layout: str = "zigzag"
+    layout_options: Mapping[str, Any] | None = None
+    document_mask: str | tuple[int, int] = "causal"
+    layers: Mapping[int | str, Mapping[str, Any]] | None = None
+    kernel: str | None = None
+    backward: str | None = None
+    comm_dtype: str | None = None
+    cluster: Machines | None = None
+    options: Mapping[str, object] | None = None
+    max_buffer_bytes: int | None = None
+    verify_every: int = 1
+    pad_to: int = 1
+
+    def __post_init__(self) -> None:
+        check_names(self.strategy, self.backward, self.options)
+        checked_layout_options(self.layout, self.layout_options, self.document_mask)
+        if self.kernel is not None:
+            load_kernel(self.kernel)
+        for name in ("verify_every", "pad_to"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise DistattnError(f"{name} is a whole number of at least 1, not {value!r}.")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Any:
+        """From keyword arguments. Raises DistattnError for one that does not exist."""
+        known = [one.name for one in fields(cls)]
+        if unknown := settings.keys() - known:
+            raise DistattnError(f"there is no setting {sorted(unknown)[0]!r}; there are {', '.join(known)}.")
+        if "strategy" not in settings:
+            raise DistattnError('a strategy is needed, such as strategy="ring".')
+        return cls(**settings)
+
+
+class AttentionShape(NamedTuple):
     """What one attention layer asks for, beside the batch.
 
-    window: of so many tokens each sees the last, itself among them; way: where it is computed otherwise than other layers.
+    window: each token sees the last so many, itself among them; override: how this layer is planned otherwise than others.
     """
 
     heads: int
@@ -40,116 +94,113 @@ class Shape(NamedTuple):
     v_head_dim: int
     dtype: str
     window: int | None = None
-    way: Way | None = None
+    override: LayerOverride | None = None
 
     @staticmethod
-    def of(q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, window: int | None = None, way: Way | None = None) -> Shape:
+    def of(
+        q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, window: int | None = None, override: LayerOverride | None = None
+    ) -> AttentionShape:
         heads, kv_heads, dtype = q_THD.shape[1], k_TKD.shape[1], str(q_THD.dtype)[6:]
-        return Shape(heads, kv_heads, q_THD.shape[2], v_TKE.shape[2], dtype, window, way)
+        return AttentionShape(heads, kv_heads, q_THD.shape[2], v_TKE.shape[2], dtype, window, override)
 
 
-class Axis(NamedTuple):
-    """A batch to its planner: documents, in whatever form the planner's `axis` takes, and options for this batch alone."""
+class BatchKey(NamedTuple):
+    """A batch to its planner: documents, in whatever form the planner's `lay_out` takes, and options of this batch alone."""
 
     documents: Hashable
     options: tuple[tuple[str, Any], ...] = ()
 
 
-class Planner:
-    """Makes, proves and caches plans of batches over one group.
+class Planned(NamedTuple):
+    """A plan, and what this rank's program of it is known by."""
 
-    axis: documents of a batch to its mask and layout; inner: what a document of it attends to in itself. ways: of layers, by
-    their number or kind (see `ways`), that are computed otherwise than the others. verify_every: of so many batches one is proven
-    before it runs, the first in any case; 1 proves all. pad_to: a rank's tokens are padded to a multiple of it.
+    plan: Plan
+    key: ExecutionKey
+
+
+class Ranks(Protocol):
+    """The ranks that share attention, as a planner needs them: how they agree on a plan, and how its messages travel."""
+
+    rank: int
+
+    @property
+    def transport(self) -> Transport: ...
+
+    def agree(self, batch: LocalBatch, shape: AttentionShape, make: Callable[[], Planned]) -> Planned:
+        """Plan a batch for a shape that is new to the run, by `make`, and compare the plan with the other ranks'.
+
+        A collective call. Where one rank's plan differs or is refused, all raise DistattnError.
+        """
+
+    def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> PassObserver | None:
+        """Who is told of the passes of a batch, if anybody."""
+
+
+class Planner:
+    """Makes and caches the plans of batches over some ranks.
+
+    lay_out: documents of a batch to its mask and layout. Equal documents, as batches of fixed length have, are planned once.
     """
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup | None,
-        axis: Callable[[Any], tuple[Mask, Layout]],
-        *,
-        strategy: str,
-        inner: str | tuple[int, int] = "causal",
-        ways: Ways | None = None,
-        kernel: str | None = None,
-        backward: str | None = None,
-        wire: str | None = None,
-        cluster: Machines | None = None,
-        options: Mapping[str, object] | None = None,
-        capacity: int | None = None,
-        verify_every: int = 1,
-        pad_to: int = 1,
-    ):
-        check_names(strategy, backward, options)
-        if kernel is not None:
-            load_kernel(kernel)
-        if verify_every < 1:
-            raise DistattnError(f"verify_every is at least 1, not {verify_every}.")
-        if pad_to < 1:
-            raise DistattnError(f"pad_to is at least 1, not {pad_to}.")
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
-        self.group, self.kernel, self.capacity, self.verify_every = group, kernel, capacity, verify_every
-        self.ways, self.pad_to = ways or Ways(), pad_to
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.ranks = 1 if group is None else dist.get_world_size(group)
-
-        def plan(batch: Axis, shape: Shape) -> Plan:
-            mask, layout = self.axis(batch.documents)
-            if shape.window is not None:
-                mask = Mask.documents(layout.lengths, narrowed(inner, shape.window))
-            how: dict[str, Any] = dict(strategy=strategy, backward=backward)
-            how["options"] = {**(options or {}), **dict(batch.options)}
-            if shape.way is not None:
-                how |= shape.way.settings(mask, layout)
-            of_layer = shape._asdict()
-            del of_layer["window"], of_layer["way"]
-            return make_plan(mask, layout, wire=wire, cluster=cluster, **how, **of_layer)
-
-        # fixed-length batches meet the same axis again and again; packed ones never do
-        self.axis = lru_cache(maxsize=8)(axis)
-        self.plan = lru_cache(maxsize=8)(plan)
-        self._needs: dict[tuple[Shape, torch.device], None] = {}
+    def __init__(self, config: PlannerConfig, ranks: Ranks, lay_out: Callable[[Any], tuple[Mask, Layout]]):
+        self.config, self.ranks = config, ranks
+        self.overrides = LayerOverrides(config.layers)
+        # fixed-length batches have the same documents again and again; packed ones never do
+        self.lay_out = lru_cache(maxsize=8)(lay_out)
+        self.plan = lru_cache(maxsize=8)(self._plan)
+        self._shapes: dict[tuple[AttentionShape, torch.device], None] = {}
         self._lock = threading.Lock()
-        self.worker = ThreadPoolExecutor(1, "distattn-plans")
-        self._batches = 0
 
-    def batch(self, axis: Axis) -> ShardedBatch:
-        """The next batch."""
-        self._batches += 1
-        return ShardedBatch(self, axis, self._batches - 1, (self._batches - 1) % self.verify_every == 0)
-
-    def known_needs(self) -> tuple[tuple[Shape, torch.device], ...]:
-        """What layers have asked for so far: the next batch's programs are made ahead. From any thread."""
+    def register_shape(self, shape: AttentionShape, device: torch.device) -> None:
+        """Later batches are planned for this shape ahead of time."""
         with self._lock:
-            return tuple(self._needs)
+            self._shapes[shape, device] = None
 
-    def need(self, shape: Shape, device: torch.device) -> None:
-        """Layers ask for this."""
+    def registered_shapes(self) -> tuple[tuple[AttentionShape, torch.device], ...]:
+        """The shapes layers have asked for so far. May be called on any thread."""
         with self._lock:
-            self._needs[shape, device] = None
+            return tuple(self._shapes)
 
-    def watch(self, batch: ShardedBatch, plan: Plan, shape: Shape) -> Watch | None:
-        """Who is told of the batch's passes; nobody."""
-        return None
+    def planned(self, batch: BatchKey, shape: AttentionShape, device: torch.device, proven: bool) -> Planned:
+        """Plan, prove and lower: the plan of a batch, with this rank's program made. May be called on any thread."""
+        config, plan = self.config, self.plan(batch, shape)
+        key, _ = checked_program(plan, self.ranks.rank, config.kernel, device, config.max_buffer_bytes, proven)
+        return Planned(plan, key)
+
+    def close(self) -> None:
+        """Forget all plans."""
+        self.plan.cache_clear()
+        self.lay_out.cache_clear()
+
+    def _plan(self, batch: BatchKey, shape: AttentionShape) -> Plan:
+        config = self.config
+        mask, layout = self.lay_out(batch.documents)
+        if shape.window is not None:
+            mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))
+        how: dict[str, Any] = dict(strategy=config.strategy, backward=config.backward)
+        how["options"] = {**(config.options or {}), **dict(batch.options)}
+        if shape.override is not None:
+            how |= shape.override.settings(mask, layout)
+        of_layer = shape._asdict()
+        del of_layer["window"], of_layer["override"]
+        return make_plan(mask, layout, wire=config.comm_dtype, cluster=config.cluster, **how, **of_layer)
 
 
-class ShardedBatch:
-    """The axis one batch was laid out on: what attention layers need of it. Travels with the batch, not with the model.
+class LocalBatch:
+    """The packed axis that one batch was laid out on: what attention layers need of it. It travels with the batch.
 
-    Plans and programs for the shapes that earlier batches asked for are made on a thread, from the moment it exists.
-    positions: of this rank's tokens (1, T), where models are to be held to them.
+    positions: of this rank's tokens (1, T), where models are to be held to them. used: whether a layer has asked for
+    attention. number: of the batch, in the run. proven: whether its plans are proven before they run.
     """
 
     positions: Tensor | None = None
 
-    def __init__(self, parent: Planner, axis: Axis, number: int, proven: bool):
-        self.parent, self.axis, self.number, self.proven = parent, axis, number, proven
-        self._prepared: dict[tuple[Shape, torch.device], Prepared] = {}
+    def __init__(self, planner: Planner, key: BatchKey, number: int, proven: bool):
+        self.planner, self.key, self.number, self.proven = planner, key, number, proven
+        self.used = False
+        self._executables: dict[tuple[AttentionShape, torch.device], Executable] = {}
+        self._ahead: dict[tuple[AttentionShape, torch.device], Future[Planned]] = {}
         self._checked: Tensor | None = None
-        # whether any layer has asked for attention
-        self.asked = False
-        self._plans = {need: parent.worker.submit(self._lowered, *need) for need in parent.known_needs()}
 
     def attention(
         self,
@@ -162,25 +213,25 @@ class ShardedBatch:
         layer: int | None = None,
         **modifiers: Any,
     ) -> Tensor:
-        """`distattn.attention` of this rank's tokens (T, heads, dim), with the plan for these shapes.
+        """`distattn.attention` of this rank's tokens (T, heads, dim), by the plan for these shapes.
 
         window: each token sees the last so many of its document, itself among them. layer: the layer's number in the model.
         """
-        self.asked = True
-        way = self.parent.ways.of(layer, window)
-        ready = self.ready(Shape.of(q_THD, k_TKD, v_TKE, window, way), q_THD.device)
-        tokens = ready.lowered.program.tokens
-        padding = padded(tokens, self.parent.pad_to) - tokens
+        self.used = True
+        override = self.planner.overrides.of(layer, window)
+        executable = self.executable(AttentionShape.of(q_THD, k_TKD, v_TKE, window, override), q_THD.device)
+        tokens = executable.program.tokens
+        padding = padded(tokens, self.planner.config.pad_to) - tokens
         if not padding or len(q_THD) != tokens + padding:
-            return attention(q_THD, k_TKD, v_TKE, ready, scale=scale, **modifiers)
+            return attention(q_THD, k_TKD, v_TKE, executable, scale=scale, **modifiers)
         # padding attends to nothing, but others may need the help of a rank that has nothing else
-        o_THE = attention(q_THD[:tokens], k_TKD[:tokens], v_TKE[:tokens], ready, scale=scale, **modifiers)
+        o_THE = attention(q_THD[:tokens], k_TKD[:tokens], v_TKE[:tokens], executable, scale=scale, **modifiers)
         return F.pad(o_THE, (0, 0, 0, 0, 0, padding))
 
     @property
     def tokens(self) -> int:
-        """N, of all ranks."""
-        return self.parent.axis(self.axis.documents)[1].n
+        """N, of all ranks together."""
+        return self.planner.lay_out(self.key.documents)[1].n
 
     def check_positions(self, given: Tensor) -> None:
         """Refuse positions (1, T) that a model has made itself: rotary embeddings would be those of other tokens."""
@@ -195,26 +246,32 @@ class ShardedBatch:
         self._checked = given
 
     def plan(self, *shape: Any) -> Plan:
-        """The plan of this batch for one shape of call, given as the fields of `Shape`; layers of the same shape share it."""
-        return self.parent.plan(self.axis, Shape(*shape))
+        """The plan of this batch for one shape, given as the fields of `AttentionShape`; layers of equal shape share it."""
+        return self.planner.plan(self.key, AttentionShape(*shape))
 
-    def ready(self, shape: Shape, device: torch.device) -> Prepared:
-        """The program of this batch for one shape of call. The first time, all ranks of the group have to ask for it."""
-        need, parent = (shape, device), self.parent
-        if need not in self._prepared:
-            parent.need(shape, device)
-            plan = self._plans[need].result() if need in self._plans else self.plan(*shape)
-            how: dict[str, Any] = dict(kernel=parent.kernel, device=device, capacity=parent.capacity)
-            watch = parent.watch(self, plan, shape)
-            if watch is not None:
-                watch.prepares()
-            how |= dict(proven=self.proven, watch=watch)
-            self._prepared[need] = prepare(plan, parent.group, **how)
-        return self._prepared[need]
+    def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
+        """The executable of this batch for one shape.
 
-    def _lowered(self, shape: Shape, device: torch.device) -> Plan:
-        """On the thread: plan, proof and program, so that nothing is left but to agree with the other ranks."""
-        plan = self.plan(*shape)
-        kernel = choose_kernel(self.parent.kernel, demand_of(plan.call, device))
-        lower_once(plan, Use(self.parent.rank, kernel, device), self.proven)
-        return plan
+        A shape that an earlier batch had was planned and agreed on ahead. One that is new to the run is planned now, and all
+        ranks that share attention compare their plans, once.
+        """
+        known = shape, device
+        if known not in self._executables:
+            ahead = self._ahead.pop(known, None)
+            plan, key = self._planned_now(shape, device) if ahead is None else ahead.result()
+            ranks = self.planner.ranks
+            program = EXECUTABLES.program(plan, key, self.proven)
+            observer = ranks.observer(self, plan, shape)
+            self._executables[known] = Executable(program, key, ranks.transport, observer)
+        return self._executables[known]
+
+    def plan_ahead(self, shapes: Sequence[tuple[AttentionShape, torch.device]]) -> list[Future[Planned]]:
+        """Expect to be asked for these shapes: futures for the planning thread to fulfil."""
+        self._ahead = {known: Future() for known in shapes}
+        return list(self._ahead.values())
+
+    def _planned_now(self, shape: AttentionShape, device: torch.device) -> Planned:
+        planner = self.planner
+        found = planner.ranks.agree(self, shape, lambda: planner.planned(self.key, shape, device, self.proven))
+        planner.register_shape(shape, device)
+        return found

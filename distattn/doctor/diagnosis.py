@@ -227,7 +227,7 @@ def _of_loss(truth: Truth, ranks: Sequence[dict[str, Any]], losses: Tensor, near
         right = total.sum() / count.sum()
         # what ranks' losses add up to, if each has a share of it
         ways = {
-            "": [total / count.sum(), right.expand_as(total), total / max(truth.rows.labels, 1)],
+            "": [total / count.sum(), right.expand_as(total), total / max(truth.rows.valid_labels, 1)],
             "each rank divides by its own tokens": [means, means / len(ranks), means.mean().expand_as(means)],
             "sums are not divided by the number of tokens": [total],
         }
@@ -242,7 +242,7 @@ def _of_loss(truth: Truth, ranks: Sequence[dict[str, Any]], losses: Tensor, near
 
 
 def _right(truth: Truth, own: Tensor) -> Tensor:
-    return truth.rows.targets_N[own]
+    return truth.rows.labels_N[own]
 
 
 def _shifted_late(truth: Truth, own: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def _over_ends(truth: Truth, own: Tensor) -> Tensor:
 
 
 def _unmasked(truth: Truth, own: Tensor) -> Tensor:
-    ids, targets = truth.rows.ids_N, truth.rows.targets_N
+    ids, targets = truth.rows.ids_N, truth.rows.labels_N
     ends = torch.tensor(truth.rows.lengths).cumsum(0) - 1
     shifted = torch.cat([ids[1:], ids[:1]])
     shifted[ends] = IGNORE_INDEX

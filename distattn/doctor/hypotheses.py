@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distattn.batch.packed_batch import Rows
+from distattn.batch.packed_batch import PackedBatch
 
 # what a layer may ask of its attention beside q, k and v
 ASKED = ("window", "softcap", "sink", "scale")
@@ -28,7 +28,7 @@ class Imagined:
     def attention(
         self, q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, scale: float | None = None, **asked: Any
     ) -> Tensor:
-        """As `ShardedBatch.attention`."""
+        """As `LocalBatch.attention`."""
         how = {"scale": scale, **asked}
         window, softcap, sink, scale = (None if name in self.forgotten else how.get(name) for name in ASKED)
         group = q_NHD.shape[1] // k_NKD.shape[1]
@@ -46,23 +46,23 @@ class Imagined:
         return torch.einsum("hqk,khe->qhe", weights, v_NHE)
 
 
-def causal(rows: Rows) -> Tensor:
+def causal(rows: PackedBatch) -> Tensor:
     """(N, N): the right mask."""
     return one_document(rows) & same_document(rows)
 
 
-def same_document(rows: Rows) -> Tensor:
+def same_document(rows: PackedBatch) -> Tensor:
     """(N, N): in full inside each document."""
     document = torch.repeat_interleave(torch.arange(len(rows.lengths)), torch.tensor(rows.lengths))
     return document[:, None] == document[None]
 
 
-def one_document(rows: Rows) -> Tensor:
+def one_document(rows: PackedBatch) -> Tensor:
     """(N, N): causal, as if all were one document."""
     return torch.ones(len(rows.ids_N), len(rows.ids_N), dtype=torch.bool).tril()
 
 
-def each_rank_alone(tokens: list[Tensor], rows: Rows, positions_N: Tensor | None = None) -> Tensor:
+def each_rank_alone(tokens: list[Tensor], rows: PackedBatch, positions_N: Tensor | None = None) -> Tensor:
     """(N, N): each rank causal over its own tokens, in their local order. tokens: global coordinates of each rank's.
 
     With positions, a document ends wherever they do not go on by one, as transformers takes it.

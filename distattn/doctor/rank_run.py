@@ -22,9 +22,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from distattn.adapters.pytorch import unwrapped, whole
-from distattn.batch.packed_batch import IGNORE_INDEX, KEYS, Rows
-from distattn.batch.planner import ShardedBatch
+from distattn.adapters.pytorch import full_tensor, unwrapped
+from distattn.batch.packed_batch import IGNORE_INDEX, KEYS, PackedBatch
+from distattn.batch.planner import LocalBatch
 from distattn.doctor.target import Subject, said
 from distattn.ir.errors import DistattnError
 
@@ -35,7 +35,7 @@ class Truth(NamedTuple):
     labels_N: each token's own, not shifted.
     """
 
-    rows: Rows
+    rows: PackedBatch
     labels_N: Tensor
     positions_N: Tensor
     logits_NV: Tensor
@@ -60,7 +60,7 @@ def truth_of(subject: Subject, model: torch.nn.Module) -> Truth:
                 logits.append(subject.reference(model, ids[None])[0])
             outputs.append(seen)
         logits_NV = torch.cat(logits)
-        loss = cross_entropy(logits_NV, rows.targets_N.to(device)).sum() / max(rows.labels, 1)
+        loss = cross_entropy(logits_NV, rows.labels_N.to(device)).sum() / max(rows.valid_labels, 1)
         loss.backward()
     gradients = {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
     common = [name for name in outputs[0] if all(name in one for one in outputs)]
@@ -70,10 +70,10 @@ def truth_of(subject: Subject, model: torch.nn.Module) -> Truth:
     return Truth(rows, labels[kept], positions_N, logits_NV.detach().cpu(), joined, loss.detach().cpu(), gradients)
 
 
-def rows_of(batch: Mapping[str, Any]) -> Rows:
+def rows_of(batch: Mapping[str, Any]) -> PackedBatch:
     """What `ContextParallel.shard` would read of it; a script may have keys of its own."""
-    rows = Rows.of({name: value for name, value in batch.items() if name in KEYS})
-    if not rows.labels:
+    rows = PackedBatch.of({name: value for name, value in batch.items() if name in KEYS})
+    if not rows.valid_labels:
         raise DistattnError("the batch has no token with a label: there is no loss to compare.")
     return rows
 
@@ -92,15 +92,15 @@ def examine(subject: Subject) -> dict[str, Any]:
         model = subject.model()
         batch = subject.batch(model)
         inner = unwrapped(model)
-        found["state"] = {name: whole(value.detach()).cpu().clone() for name, value in inner.state_dict().items()}
+        found["state"] = {name: full_tensor(value.detach()).cpu().clone() for name, value in inner.state_dict().items()}
         found["weights"] = _digest(list(found["state"].values()))
         subject.prepare(cp, model)
         found["batch"] = _digest([batch[name] for name in sorted(batch) if isinstance(batch[name], Tensor)])
         part = subject.shard(cp, batch)
         found |= {name: part[name].cpu() for name in ("input_ids", "labels", "position_ids") if name in part}
         sharded = part.get("context_parallel")
-        lengths = sharded.axis.documents if isinstance(sharded, ShardedBatch) else rows_of(batch).lengths
-        found["tokens"] = torch.from_numpy(cp.axis(lengths)[1].tokens(cp.rank).copy())
+        documents = sharded.key.documents if isinstance(sharded, LocalBatch) else (rows_of(batch).lengths,)
+        found["tokens"] = torch.from_numpy(cp.planner.lay_out(documents)[1].tokens(cp.rank).copy())
         with torch.no_grad():
             before = subject.forward(model, part)
         with recorded(inner) as found["outputs"]:

@@ -124,7 +124,7 @@ class Subject:
     def one_process(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """Inside which `reference` runs, and its backward pass."""
         ours = hasattr(model, "set_attn_implementation") and not hasattr(self._script, "reference")
-        return huggingface.one_process(model) if ours else nullcontext()
+        return huggingface.single_process_attention(model) if ours else nullcontext()
 
     def _or(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         return getattr(self._script, name, default)
@@ -144,7 +144,7 @@ def _backward(model: torch.nn.Module, loss: Tensor) -> None:
 
 def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     named = pytorch.unwrapped(model).named_parameters()
-    return {name: pytorch.whole(p.grad).clone() for name, p in named if p.grad is not None}
+    return {name: pytorch.full_tensor(p.grad).clone() for name, p in named if p.grad is not None}
 
 
 def _reference(model: Any, ids: Tensor) -> Tensor:

@@ -1,81 +1,118 @@
-"""`ContextParallel`: what a trainer uses. It shards batches, makes and caches their plans, and knows the loss scale."""
+"""`ContextParallel`: the one driver. It turns loader batches into local batches, plans their attention, and scales losses.
+
+A packed batch becomes a plan of the batch (mask, layout), and that this rank's local batch. Data are either replicated (all
+ranks of the group hold the same batch and split it) or per rank (each rank, or block of ranks, has documents of its own, and
+attention is shared over all of them); everything else is said alike in both.
+"""
 
 # T tokens on this rank
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from distattn.batch.layer_overrides import Ways
-from distattn.batch.packed_batch import IGNORE_INDEX, Rows
-from distattn.batch.packed_batch import layout_options as checked_options
-from distattn.batch.planner import Axis, Planner
-from distattn.cluster.spec import Machines
+from distattn.batch.collectives import shared_name, timeout_of
+from distattn.batch.packed_batch import IGNORE_INDEX, PackedBatch, padded
+from distattn.batch.planner import AttentionShape, BatchKey, LocalBatch, Planned, Planner
+from distattn.batch.pooled_layout import BlockLayouts, Documents
+from distattn.driver.communicators import SINGLE_RANK, Communicators
+from distattn.driver.control_channel import ANNOUNCE_STEP, NEW_SHAPE, RELEASE_STEP, ControlMessage
+from distattn.driver.driver_config import DriverConfig
+from distattn.driver.gradient_probe import GradientProbeTarget, Reduction, probe
+from distattn.driver.pass_observer import BatchObserver
+from distattn.driver.rank_speeds import RankSpeeds
+from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_plan
 from distattn.ir.errors import DistattnError
-from distattn.ir.layout import Layout, lay_out
-from distattn.ir.mask import Mask
+from distattn.ir.plan import Plan
 
-if TYPE_CHECKING:
-    from distattn.driver.gradient_probe import Reduction, Trainer
-
-
-# of so many steps the ranks compare the tokens of one, the first in any case
-_COMPARED = 100
+# batches of one step are numbered from a multiple of this
+_BATCHES_PER_STEP = 1 << 20
+# steps of shard_step whose batches may still be used where ranks serve: one that runs, one that is sharded ahead
+_LIVE_STEPS = 2
 
 
-class ContextParallel(Planner):
-    """Splits every batch over the ranks of a process group, by one strategy and layout.
+class ContextParallel:
+    """Splits attention over the ranks of a process group, batch by batch.
 
     group defaults to the default process group, or one rank without torch.distributed. loss_group: all ranks whose tokens
-    make up the loss, data-parallel replicas included; the group itself by default. layout is a name of LAYOUTS with
-    its options; inner is what a document attends to in itself (see `Mask.documents`). layers: of some layers, by number
-    (0, 1, ...) or kind ("window", "full"), how they are computed otherwise: a mapping with strategy, and maybe backward,
-    options, layout and layout_options; tokens are re-laid inside those layers' calls. kernel as in `attention`; backward,
-    wire, cluster and options as in `make_plan`; capacity as in `prepare`; verify_every and pad_to as in `Planner`. Raises
-    DistattnError for names that do not exist.
+    make up the loss, data-parallel replicas included; by default the ranks of the group that have a model. settings: the
+    fields of `DriverConfig`; strategy is needed. A collective call of the loss group. Raises DistattnError for settings that
+    do not exist, or differ from rank to rank.
+
+        with ContextParallel(group, strategy="ring") as cp:
+            for micro_batches in cp.steps(loader):
+                for batch in micro_batches:
+                    local_loss(model, batch).backward()
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup | None = None,
         *,
-        strategy: str,
         loss_group: dist.ProcessGroup | None = None,
-        layout: str = "zigzag",
-        layout_options: Mapping[str, int] | None = None,
-        inner: str | tuple[int, int] = "causal",
-        layers: Mapping[int | str, Mapping[str, Any]] | None = None,
-        kernel: str | None = None,
-        backward: str | None = None,
-        wire: str | None = None,
-        cluster: Machines | None = None,
-        options: Mapping[str, object] | None = None,
-        capacity: int | None = None,
-        verify_every: int = 1,
-        pad_to: int = 1,
+        **settings: Any,
     ):
-        of_layout = checked_options(layout, layout_options, inner)
+        self._open(group, loss_group, DriverConfig.of(settings))
 
-        def axis(lengths: tuple[int, ...]) -> tuple[Mask, Layout]:
-            mask = Mask.documents(lengths, inner)
-            return mask, lay_out(layout, lengths, self.ranks, mask, **of_layout)
-
-        how: dict[str, Any] = dict(strategy=strategy, inner=inner, ways=Ways(layers), kernel=kernel, backward=backward)
-        how |= dict(
-            wire=wire, cluster=cluster, options=options, capacity=capacity, verify_every=verify_every, pad_to=pad_to
+    def _open(
+        self, group: dist.ProcessGroup | None, loss_group: dist.ProcessGroup | None, config: DriverConfig | None
+    ) -> None:
+        """config: None on ranks that only serve, which take the first rank's."""
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+        if config is not None:
+            config.block_ranks(self.ranks)
+        exchange = group if loss_group is None else loss_group
+        everyone, name = _compare_settings(config, group, exchange)
+        self.config: DriverConfig = next(one.config for one in everyone if one.config is not None)
+        self.block_ranks = self.config.block_ranks(self.ranks)
+        self.models = self.ranks - self.config.servers
+        members = [0] if exchange is None else dist.get_process_group_ranks(exchange)
+        self._communicators: Communicators | None = None
+        if group is not None and exchange is not None and len(members) > 1:
+            seconds = self.config.timeout
+            timeout = timeout_of(group) if seconds is None else timedelta(seconds=seconds)
+            self._communicators = Communicators(name, members, group, self.config.servers, timeout)
+        # the first rank of each rank's block, as the exchange numbers ranks: whose batches are its own as well
+        self._blocks = [
+            members.index(one.group[at - at % one.block_ranks]) if at < one.models else number
+            for number, one in enumerate(everyone)
+            for at in [one.group.index(members[number])]
+        ]
+        sharing = [members.index(rank) for rank in everyone[self._number(members)].group]
+        host = None if self._communicators is None else self._communicators.exchange
+        self._exchange = StepExchange(host, self._blocks, sharing, members)
+        self._sharing, self._members = sharing, members
+        self._is_model = [one.group.index(members[number]) < one.models for number, one in enumerate(everyone)]
+        self.loss_group = self._loss_group(loss_group)
+        layouts = self.config
+        self._layouts = BlockLayouts(
+            self.ranks, self.block_ranks, layouts.layout, layouts.layout_options or {}, layouts.document_mask
         )
-        super().__init__(group, axis, **how)
-        self.loss_group = self.group if loss_group is None else loss_group
+        self.planner = Planner(self.config.with_buffer_limit(), self, self._layouts.of_batch)
+        self.speeds = RankSpeeds(self.config.adaptive, self.ranks) if self.config.adaptive else None
         # by which a trainer's losses are to be multiplied, so that its gradients are sums over ranks
         self._factor = 1.0
-        self._steps = 0
+        self._device = torch.device("cpu")
+        # steps whose batches may be used; those of shard_step, oldest first
+        self._live: set[int] = set()
+        self._sharded: deque[int] = deque()
+        self._closed = False
+
+    # ---- what a trainer calls
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's part of a batch that every rank of the group holds whole.
+        """This rank's part of a batch: `shard_step` of one micro-batch.
 
         batch: `input_ids` (B, S), optional `labels` of the same shape (each token its own label, -100 where none; the
         ids by default) or `shift_labels` (each token its successor's already, as is). What attends to what is said by one
@@ -85,81 +122,329 @@ class ContextParallel(Planner):
         refused.
 
         Returns `input_ids`, `position_ids` (1, T), `labels` (1, T) shifted so that each token has its successor's
-        label, `loss_scale` (multiply the *sum* of this rank's token losses by it: 1 / valid labels of the loss group,
-        times what `loss_scale` found for the trainer; a number, or a tensor where the loss group is larger than the
-        group), and `context_parallel`, to be passed on to the model.
-        A rank without tokens gets padding without a label, because models refuse empty batches; `pad_to` pads all ranks.
+        label, `loss_scale` (a number: multiply the *sum* of this rank's token losses by it: 1 / valid labels of the step over
+        the loss group, times what `loss_scale` found for the trainer), and `context_parallel`, the `LocalBatch` to be
+        passed on to the model. A rank without tokens gets padding without a label, because models refuse empty batches;
+        `pad_to` pads all ranks.
         """
         return self.shard_step([batch])[0]
 
     def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """`shard` for all micro-batches of one optimizer step: losses are scaled by the valid labels of all of them.
 
-        All ranks of the loss group call this together. Ranks of the group compare the tokens of every hundredth step.
+        All ranks of the loss group call this together. Ranks that hold the same batch are compared. With data of their own
+        ranks may have unequally many micro-batches: all get as many as the rank with most, the others' being padding. With
+        servers, a step's batches are used before the next but one is sharded.
         """
-        rows = [Rows.of(batch) for batch in micro_batches]
-        if self._steps % _COMPARED == 0:
-            self._compare(rows)
-        self._steps += 1
-        parts: list[dict[str, Any]] = [own.part(self.axis(own.lengths)[1], self.rank, self.pad_to) for own in rows]
-        scale = self._scale(rows, parts)
-        batches = [self.batch(Axis(own.lengths)) for own in rows]
-        for batch, part in zip(batches, parts, strict=True):
-            batch.positions = part["position_ids"]
-            part |= {"loss_scale": scale, "context_parallel": batch}
-        return parts
+        if isinstance(micro_batches, Mapping):
+            raise DistattnError(
+                "shard_step takes a list of batches, the micro-batches of a step; shard takes one batch."
+            )
+        packed = [PackedBatch.of(batch) for batch in micro_batches]
+        if not packed and self.config.data == "replicated":
+            raise DistattnError("a step has at least one micro-batch.")
+        number, future = self._announce(packed, self._batches_of_step, None)
+        self._sharded.append(number)
+        while len(self._sharded) > _LIVE_STEPS:
+            self._release(self._sharded.popleft())
+        return self._local_batches(packed, future.result())
 
-    def loss_scale(self, trainer: Trainer | None = None) -> float:
+    def steps(self, loader: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
+        """For each step of a loader its micro-batches, sharded a step ahead; as many steps as the longest loader.
+
+        loader yields a batch as `shard` takes it, or a list of them (micro-batches). While a step runs, the next one is told
+        to the other ranks, and its plans are made and compared. Loops may be left, and be inside one another, on all ranks
+        alike. With servers, a step's batches are used before the next step is asked for.
+        """
+        for packed, step in self.gathered_steps(loader, self._batches_of_step):
+            yield self._local_batches(packed, step)
+
+    def loss_scale(self, target: GradientProbeTarget | None = None) -> float:
         """The factor by which this trainer's losses are to be multiplied, so that its gradients are sums over ranks.
 
-        With a trainer (see `distattn.adapters`), how it reduces gradients is probed by one synthetic backward pass, and the
-        factor goes into the `loss_scale` of all later batches; all ranks call it. Without, what was found last (1 at first).
-        Raises DistattnError where the trainer leaves ranks out, or weighs them unequally. See `distattn.driver.gradient_probe`.
+        With a target (each adapter has one for its trainer), how it reduces gradients is probed by one synthetic backward
+        pass, and the factor goes into the `loss_scale` of all later batches; all ranks call it. Without, what was found
+        last (1 at first). Raises DistattnError where the trainer leaves ranks out, or weighs them unequally. See
+        `gradient_probe`.
         """
-        if trainer is not None:
-            found = self.reduction(trainer)
+        if target is not None:
+            found = self.reduction(target)
             self._factor = 1.0 if found is None else found.factor
         return self._factor
 
-    def reduction(self, trainer: Trainer) -> Reduction | None:
-        """How a trainer reduces gradients over the loss group: what `loss_scale` is taken from. None on ranks without logits."""
-        from distattn.driver.gradient_probe import probe
+    def reduction(self, target: GradientProbeTarget) -> Reduction | None:
+        """How a trainer reduces gradients over the loss group; None on ranks without an output layer. See `loss_scale`."""
+        return probe(target, self._probe_batch, self.loss_group)
 
-        return probe(self, trainer)
+    def mean_loss(self, losses: Sequence[torch.Tensor]) -> float:
+        """The loss per token of a step, for people: this rank's losses of all its micro-batches, summed over the loss group.
 
-    def _compare(self, rows: Sequence[Rows]) -> None:
-        """Ranks that split a sequence have to hold the same tokens and targets."""
-        if self.group is None or self.ranks == 1:
+        losses: as they go backward, with the factor of `loss_scale`, which is taken out again. A collective call.
+        """
+        total = torch.stack([loss.detach().double() for loss in losses]).sum() / self._factor
+        if self.loss_group is not None:
+            total = _sendable(total, self.loss_group)
+            dist.all_reduce(total, group=self.loss_group)
+        return float(total)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Into how many shares the loss group's data are split: blocks of ranks that hold the same batch."""
+        return len(self._first_of_blocks())
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """The number of this rank's share of the data."""
+        return self._first_of_blocks().index(self._blocks[self._number(self._members)])
+
+    def batch_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same batch as this one. A collective call where that is not the whole group."""
+        if self.group is None or self.block_ranks == self.ranks:
+            return self.group
+        first = self.rank - self.rank % self.block_ranks
+        ranks = dist.get_process_group_ranks(self.group)[first : first + self.block_ranks]
+        return dist.new_group(ranks, use_local_synchronization=True)
+
+    def close(self) -> None:
+        """End threads and communicators, and let servers go. All ranks call it; a second call does nothing."""
+        self._close(gracefully=True)
+
+    def __enter__(self) -> ContextParallel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
+        if error is not None and self._communicators is not None:
+            self._communicators.monitor.report(f"{type(error).__name__}: {error}")
+        self._close(gracefully=error is None)
+
+    # ---- what schedules and servers call
+
+    def gathered_steps(
+        self,
+        loader: Iterable[Any],
+        make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
+        same_batch: Sequence[int] | None = None,
+    ) -> Iterator[tuple[list[PackedBatch], GatheredStep]]:
+        """For each step of a loader this rank's packed micro-batches, and the step as all ranks told it, a step ahead.
+
+        make: what is to be made of a gathered step, and the batches in it. same_batch: of each rank of the group, the rank
+        whose data it has as well.
+        """
+        given = iter(loader)
+        packed = _packed(next(given, None))
+        number, future = self._announce(packed, make, same_batch)
+        running = None
+        try:
+            while True:
+                step, this = future.result(), packed
+                running = number
+                ended = all(info.ended for info, has in zip(step.infos, self._is_model, strict=True) if has)
+                if ended:
+                    return
+                packed = _packed(next(given, None))
+                number, future = self._announce(packed, make, same_batch)
+                yield this or [], step
+                self._release(running)
+        finally:
+            if running is not None:
+                self._release(running)
+            self._release(number)
+
+    def serve_step(self) -> Future[GatheredStep]:
+        """For ranks that only serve: the next step, with its batches."""
+        return self._exchange.announce(None, self._batches_of_step, self.planner, self._measured_speed())
+
+    def batches(self, step: GatheredStep, documents: Sequence[Documents | None]) -> list[LocalBatch | None]:
+        """Batches of a step with these documents; None where there are none."""
+        if not documents:
+            return []
+        options = () if self.speeds is None else self.speeds.options([step.infos[at].speed for at in self._sharing])
+        proven = step.number % self.config.verify_every == 0
+        return [
+            None
+            if own is None
+            else LocalBatch(self.planner, BatchKey(own, options), step.number * _BATCHES_PER_STEP + index, proven)
+            for index, own in enumerate(documents)
+        ]
+
+    def loss_scale_of(self, step: GatheredStep, first_of_blocks: Sequence[int] | None = None) -> float:
+        """1 / valid labels of the step, each block of ranks with the same batch counted once, times the trainer's factor."""
+        counted = self._first_of_blocks() if first_of_blocks is None else first_of_blocks
+        return self._factor / max(sum(step.infos[rank].valid_labels for rank in counted), 1)
+
+    def local_shard(self, packed: PackedBatch | None) -> dict[str, Any]:
+        """`input_ids`, `labels` and `position_ids` (1, T) of this rank; padding where it has no micro-batch."""
+        if packed is None:
+            tokens = padded(0, self.config.pad_to)
+            nothing = torch.zeros(1, tokens, dtype=torch.int64, device=self._device)
+            return {"input_ids": nothing, "labels": nothing + IGNORE_INDEX, "position_ids": nothing}
+        layout = self._layouts.of_block(packed.lengths)
+        return dict(packed.local_shard(layout, self.rank % self.block_ranks, self.config.pad_to))
+
+    # ---- what the planner and executables call
+
+    @property
+    def transport(self) -> Any:
+        """How attention's messages travel."""
+        return SINGLE_RANK if self._communicators is None else self._communicators.transport
+
+    def agree(self, batch: LocalBatch, shape: AttentionShape, make: Callable[[], Planned]) -> Planned:
+        """See `planner.Ranks`."""
+        self._check_live(batch)
+        if self._communicators is None:
+            return agree_on_plan(None, make)
+        if self._communicators.control is not None and self.rank < self.models:
+            self._communicators.control.send(ControlMessage(NEW_SHAPE, batch.number, shape))
+        return agree_on_plan(self._communicators.agreement, make)
+
+    def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> BatchObserver | None:
+        """See `planner.Ranks`: servers are told of passes, and the clock of speeds counts them."""
+        control = None if self._communicators is None else self._communicators.control
+        if control is None and self.speeds is None:
+            return None
+        sends = control if self.rank < self.models else None
+        return BatchObserver(batch.number, shape, plan, self.rank, sends, self.speeds, lambda: self._check_live(batch))
+
+    # ---- inside
+
+    def _close(self, gracefully: bool) -> None:
+        if self._closed:
             return
-        everyone = gathered(sum(int(own.digest(), 16) for own in rows) % (1 << 63), self.group)
-        odd = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
-        if odd:
+        self._closed = True
+        if self._communicators is not None:
+            self._communicators.close(gracefully)
+        self._exchange.close()
+        self.planner.close()
+
+    def _announce(
+        self,
+        packed: list[PackedBatch] | None,
+        make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
+        same_batch: Sequence[int] | None,
+    ) -> tuple[int, Future[GatheredStep]]:
+        if self._closed:
+            raise DistattnError("this ContextParallel has been closed.")
+        if packed:
+            self._device = packed[0].ids_N.device
+        number = self._exchange.steps
+        self._live.add(number)
+        if self._communicators is not None and self._communicators.control is not None:
+            self._communicators.control.send(ControlMessage(ANNOUNCE_STEP, number))
+        speed = self._measured_speed()
+        return number, self._exchange.announce(packed, make, self.planner, speed, same_batch)
+
+    def _release(self, number: int) -> None:
+        """The batches of a step will not be used any more."""
+        if number in self._live:
+            self._live.remove(number)
+            if self._communicators is not None and self._communicators.control is not None and not self._closed:
+                self._communicators.control.send(ControlMessage(RELEASE_STEP, number))
+
+    def _batches_of_step(self, step: GatheredStep) -> tuple[Any, list[LocalBatch]]:
+        """One batch for each micro-batch of the rank with most; ranks that share attention each bring theirs."""
+        own = [step.infos[at].documents for at in self._sharing[: self.models : self.block_ranks]]
+        count = max((len(documents) for documents in own), default=0)
+        each: list[Documents | None] = [
+            tuple(documents[index] if index < len(documents) else () for documents in own) for index in range(count)
+        ]
+        made = [batch for batch in self.batches(step, each) if batch is not None]
+        return made, made
+
+    def _local_batches(self, packed: Sequence[PackedBatch], step: GatheredStep) -> list[dict[str, Any]]:
+        scale, out = self.loss_scale_of(step), []
+        for index, batch in enumerate(step.made):
+            part = self.local_shard(packed[index] if index < len(packed) else None)
+            batch.positions = part["position_ids"]
+            out.append({**part, "loss_scale": scale, "context_parallel": batch})
+        return out
+
+    def _probe_batch(self, ranks: int, rows: int, device: torch.device) -> dict[str, Any]:
+        """A batch of two tokens a rank for the probe; its token ids are none of 0 to ranks - 1."""
+        # another block's tokens differ: what its gradients add is not taken for ours
+        first = self._members[self._blocks[self._number(self._members)]]
+        ids_N = ranks + (torch.arange(2 * self.block_ranks) + 3 * first) % (rows - ranks)
+        batch = self.shard({"input_ids": ids_N[None].to(device)})
+        # nor is the padding token of a rank without tokens
+        return {**batch, "input_ids": batch["input_ids"].clamp(min=ranks)}
+
+    def _check_live(self, batch: LocalBatch) -> None:
+        if self.config.servers and self.rank < self.models and batch.number // _BATCHES_PER_STEP not in self._live:
             raise DistattnError(
-                f"rank {odd[0]} of the group holds another batch than rank 0; ranks that split a sequence get the same "
-                "batches, so give each group one share of the data."
+                "this batch is of a step that is over: with servers, use it before asking for the next step."
             )
 
-    def _scale(self, rows: Sequence[Rows], parts: Sequence[Mapping[str, Any]]) -> Any:
-        if self.loss_group is self.group:
-            return self._factor / max(sum(own.labels for own in rows), 1)
-        if not parts:
-            raise DistattnError("a step wants at least one micro-batch.")
-        # each rank's own tokens: replicas of the whole batch are counted once
-        valid = sum((part["labels"] != IGNORE_INDEX).sum() for part in parts)
-        assert isinstance(valid, torch.Tensor)
-        told = sendable(valid, self.loss_group)
-        dist.all_reduce(told, group=self.loss_group)
-        return self._factor / told.to(valid.device).clamp(min=1).double()
+    def _measured_speed(self) -> float | None:
+        return None if self.speeds is None else self.speeds.measured()
+
+    def _first_of_blocks(self) -> list[int]:
+        """The first rank of each block, as the exchange numbers ranks."""
+        return sorted({first for first, has_model in zip(self._blocks, self._is_model, strict=True) if has_model})
+
+    def _loss_group(self, given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        if given is not None or not self.config.servers or self.group is None or self.rank >= self.models:
+            return self.group if given is None else given
+        ranks = dist.get_process_group_ranks(self.group)[: self.models]
+        return dist.new_group(ranks, use_local_synchronization=True)
+
+    @staticmethod
+    def _number(members: Sequence[int]) -> int:
+        return members.index(dist.get_rank()) if len(members) > 1 else 0
 
 
-def sendable(number: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+class _Told(NamedTuple):
+    """What a rank tells the others when its driver is made: settings (None: it serves), and who it shares attention with."""
+
+    config: DriverConfig | None
+    group: list[int]
+    block_ranks: int
+    models: int
+
+
+def _compare_settings(
+    config: DriverConfig | None, group: dist.ProcessGroup | None, exchange: dist.ProcessGroup | None
+) -> tuple[list[_Told], str]:
+    """What every rank of the exchange told, and a name for what they make together. Refuses settings that differ."""
+    ranks = [0] if group is None else dist.get_process_group_ranks(group)
+    mine = _Told(config, ranks, 0, 0) if config is None else _told(config, ranks)
+    if exchange is None:
+        return [mine], ""
+    name = shared_name(exchange)
+    everyone: list[Any] = [None] * dist.get_world_size(exchange)
+    dist.all_gather_object(everyone, mine, group=exchange)
+    first = everyone[0].config
+    if first is None:
+        raise DistattnError("the group's first rank has to have a model; servers are its last ranks.")
+    members = dist.get_process_group_ranks(exchange)
+    for rank, told in zip(members, everyone, strict=True):
+        if told.config is not None and told.config != first:
+            field = next(name for name in first.__dict__ if getattr(told.config, name) != getattr(first, name))
+            theirs, ours = getattr(told.config, field), getattr(first, field)
+            raise DistattnError(f"rank {rank} has {field} = {theirs!r}, rank {members[0]} {ours!r}.")
+        if missing := set(told.group) - set(members):
+            raise DistattnError(
+                f"the loss group lacks rank {min(missing)} of a group that shares attention; it is all ranks of these groups."
+            )
+    serving = sum(told.config is None for told in everyone)
+    if serving != first.servers:
+        raise DistattnError(f"{serving} ranks serve, ContextParallel was made with servers={first.servers}.")
+    if first.servers and len(members) != len(everyone[0].group):
+        raise DistattnError("servers belong to one group that shares attention; leave loss_group out.")
+    return [
+        told if told.config is not None else _told(first, told.group)._replace(config=None) for told in everyone
+    ], name
+
+
+def _told(config: DriverConfig, ranks: list[int]) -> _Told:
+    return _Told(config, ranks, config.block_ranks(len(ranks)), len(ranks) - config.servers)
+
+
+def _packed(step: Any) -> list[PackedBatch] | None:
+    """A loader's step; None where it has no more."""
+    if step is None:
+        return None
+    return [PackedBatch.of(batch) for batch in ([step] if isinstance(step, Mapping) else step)]
+
+
+def _sendable(number: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The number on a device that the group's backend can send from: NCCL sends from GPUs only."""
     return number.cuda() if dist.get_backend(group) == "nccl" else number
-
-
-def gathered(number: int, group: dist.ProcessGroup | None) -> list[int]:
-    """Of every rank of a group, which all call it."""
-    mine = sendable(torch.tensor([number]), group)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    return torch.cat(everyone).tolist()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,22 +23,19 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError
 
-if TYPE_CHECKING:
-    from distattn.driver.context_parallel import ContextParallel
-
 # of a rank's weight: bf16 gradients are sums of a few terms
 _TOLERANCE = 0.02
 # of a gradient so many rows are read, at least
 _ROWS = 16
 
 
-class Trainer(Protocol):
-    """What the probe asks of a trainer; `distattn.adapters` has one for each."""
+class GradientProbeTarget(Protocol):
+    """What the probe asks of a trainer; `distattn.adapters` has one target for each."""
 
     def layer(self) -> torch.nn.Module | None:
         """The linear layer that makes logits, or another one that is trained. None on ranks without, which take part."""
 
-    def rows(self) -> int:
+    def vocab_rows(self) -> int:
         """V, of the output layer's weight on its ranks."""
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
@@ -53,8 +50,8 @@ class Trainer(Protocol):
     def gradient(self) -> Tensor:
         """The whole reduced gradient (rows, E) of the layer's weight; all ranks that have one call it."""
 
-    def untouched(self) -> AbstractContextManager[None]:
-        """Afterwards parameters, gradients and optimizer are as before."""
+    def preserve_state(self) -> AbstractContextManager[None]:
+        """When it is left, parameters, gradients and optimizer are as before."""
 
 
 class Reduction(NamedTuple):
@@ -70,12 +67,12 @@ class Reduction(NamedTuple):
         if left_out or mean <= 0:
             who = ", ".join(map(str, left_out)) or "all"
             raise DistattnError(
-                f"the trainer's gradients leave out ranks {who} of the loss group (weights {_said(self.weights)}): it has to "
+                f"the trainer's gradients leave out ranks {who} of the loss group (weights {_listed(self.weights)}): it has to "
                 "reduce over all data- and context-parallel ranks; give it a group or mesh of both."
             )
         if max(abs(weight - mean) for weight in self.weights) > _TOLERANCE * mean:
             raise DistattnError(
-                f"the trainer weighs ranks unequally, {_said(self.weights)}; no loss scale makes that right."
+                f"the trainer weighs ranks unequally, {_listed(self.weights)}; no loss scale makes that right."
             )
         # what trainers divide and multiply by are whole numbers; measuring has rounding errors
         for exact in (round(1 / mean), 1 / max(round(mean), 1)):
@@ -84,18 +81,38 @@ class Reduction(NamedTuple):
         return 1 / mean
 
 
-def probe(cp: ContextParallel, trainer: Trainer) -> Reduction | None:
+def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.ProcessGroup | None) -> Reduction | None:
     """One synthetic backward pass; all ranks of the loss group call it. None where the trainer has no output layer.
 
-    See the top of the file.
+    make_batch: see `MakeBatch`. See the top of the file for how weights are read off the gradient.
     """
-    group = cp.loss_group
     ranks = 1 if group is None else dist.get_world_size(group)
-    me = 0 if group is None else dist.get_rank(group)
-    layer, rows = trainer.layer(), trainer.rows()
+    layer, rows = target.layer(), target.vocab_rows()
     if rows <= ranks:
         raise DistattnError(f"the output layer has {rows} rows; to tell {ranks} ranks apart more are needed.")
-    batch = _batch(cp, ranks, rows, layer)
+    weight = getattr(layer, "weight", None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if weight is None else weight.device
+    batch = make_batch(ranks, rows, device)
+    observed = _observe_backward(target, layer, batch, ranks, 0 if group is None else dist.get_rank(group))
+    if observed is None:
+        return None
+    weights = _solve_weights(*observed, group, ranks)
+    return Reduction(_agreed_weights(weights, group, ranks))
+
+
+class MakeBatch(Protocol):
+    """(ranks, vocabulary rows, device) to a local batch whose token ids are none of 0 to ranks - 1.
+
+    So where output and input share weights, the input's gradient stays off the rows that are read.
+    """
+
+    def __call__(self, ranks: int, rows: int, device: torch.device) -> Mapping[str, Any]: ...
+
+
+def _observe_backward(
+    target: GradientProbeTarget, layer: torch.nn.Module | None, batch: Mapping[str, Any], ranks: int, me: int
+) -> tuple[Tensor, Tensor] | None:
+    """Run the backward pass: this rank's own gradient of the rows that are read, and the reduced one, both (rows, E) fp64."""
     seen: dict[str, Tensor] = {}
     hook = None if layer is None else layer.register_forward_hook(lambda _, given, out: _record(seen, given, out))
 
@@ -105,9 +122,9 @@ def probe(cp: ContextParallel, trainer: Trainer) -> Reduction | None:
         loss.register_hook(lambda gradient: seen.update(scale=gradient))
         return loss
 
-    with _same_random_numbers(), trainer.untouched():
+    with _same_random_numbers(), target.preserve_state():
         try:
-            trainer.backward(batch, loss_of)
+            target.backward(batch, loss_of)
         finally:
             if hook is not None:
                 hook.remove()
@@ -117,25 +134,34 @@ def probe(cp: ContextParallel, trainer: Trainer) -> Reduction | None:
             raise DistattnError(
                 "no gradient reached the output layer; the trainer's loss does not come from its logits."
             )
-        x_TE = trainer.inputs(seen["input"]).flatten(0, -2).double()
+        x_TE = target.inputs(seen["input"]).flatten(0, -2).double()
         read = max(ranks, _ROWS)
         dy_TV = seen["gradient"].flatten(0, -2)[:, :read].double()
         own = dy_TV.t() @ x_TE / seen["scale"].double()
-        got = trainer.gradient()[:read].double()
+        return own, target.gradient()[:read].double()
+
+
+def _solve_weights(own: Tensor, reduced: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:
+    """By what each rank's gradient is multiplied in this rank's reduced gradient (ranks,); NaN where it is no such sum."""
     everyone = _gathered(own, group, ranks)
     # the input may share the output layer's weight: what it adds is elsewhere
     rows_read = (everyone != 0).any(2).any(0)
-    everyone, got = everyone[:, rows_read].flatten(1), got[rows_read].flatten()
-    # what this rank has got of every rank's gradient: got is the sum of weight x gradient
+    everyone, reduced = everyone[:, rows_read].flatten(1), reduced[rows_read].flatten()
+    # least squares: the reduced gradient is the sum of weight x gradient
     products = (everyone @ everyone.t()).cpu()
     singular = torch.linalg.svdvals(products)
     if not singular[-1] > 1e-9 * singular[0]:
         raise DistattnError(
             "ranks' gradients of the layer that is read are too much alike; give output_layer=, unfrozen."
         )
-    weights = torch.linalg.solve(products, (everyone @ got).cpu()).to(got.device)
-    if not float((got - weights @ everyone).norm()) <= _TOLERANCE * float(got.norm()):
+    weights = torch.linalg.solve(products, (everyone @ reduced).cpu()).to(reduced.device)
+    if not float((reduced - weights @ everyone).norm()) <= _TOLERANCE * float(reduced.norm()):
         weights[:] = torch.nan
+    return weights
+
+
+def _agreed_weights(weights: Tensor, group: dist.ProcessGroup | None, ranks: int) -> tuple[float, ...]:
+    """The weights that all ranks have found. Raises DistattnError where a rank has none, or others."""
     everyone_RR = _gathered(weights, group, ranks)
     for rank, row in enumerate(everyone_RR.tolist()):
         if any(weight != weight for weight in row):
@@ -146,24 +172,12 @@ def probe(cp: ContextParallel, trainer: Trainer) -> Reduction | None:
             )
     uneven = (everyone_RR - everyone_RR[:1]).abs().max() > _TOLERANCE * everyone_RR.abs().max()
     if uneven:
-        told = "; ".join(f"rank {rank} {_said(row)}" for rank, row in enumerate(everyone_RR.tolist()))
+        each = "; ".join(f"rank {rank} {_listed(row)}" for rank, row in enumerate(everyone_RR.tolist()))
         raise DistattnError(
-            f"ranks of the loss group end up with different gradients, of each rank's they have: {told}. The trainer has to "
+            f"ranks of the loss group end up with different gradients, of each rank's they have: {each}. The trainer has to "
             "reduce over all data- and context-parallel ranks; give it a group or mesh of both."
         )
-    return Reduction(tuple(everyone_RR.mean(0).tolist()))
-
-
-def _batch(cp: ContextParallel, ranks: int, rows: int, layer: torch.nn.Module | None) -> dict[str, Any]:
-    """Two tokens a rank. Where output and input share weights, the input's gradient stays off the rows that are read."""
-    weight = getattr(layer, "weight", None)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if weight is None else weight.device
-    # another loss group's tokens differ: what it adds is not taken for ours
-    first = 0 if cp.loss_group is None else dist.get_process_group_ranks(cp.loss_group)[0]
-    ids_N = ranks + (torch.arange(2 * cp.ranks) + 3 * first) % (rows - ranks)
-    batch = cp.shard({"input_ids": ids_N[None].to(device)})
-    # nor does the padding token of a rank without tokens
-    return {**batch, "input_ids": batch["input_ids"].clamp(min=ranks)}
+    return tuple(everyone_RR.mean(0).tolist())
 
 
 def _record(seen: dict[str, Tensor], given: tuple[Any, ...], out: Any) -> None:
@@ -193,5 +207,5 @@ def _same_random_numbers() -> Iterator[None]:
         np.random.set_state(host)
 
 
-def _said(weights: Any) -> str:
+def _listed(weights: Any) -> str:
     return ", ".join(f"{weight:.4g}" for weight in weights)

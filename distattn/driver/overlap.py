@@ -1,4 +1,4 @@
-"""Ping-pong: batches take turns on a rank, so that what one sends travels while another computes.
+"""Overlap: micro-batches take turns on a rank, so that messages of one travel while another computes (ping-pong execution).
 
 As in Zhuang et al. 2025 (arXiv 2510.18121, section 4.2). Forward, every batch runs on a thread of its own and hands over
 whenever its messages have left. Its graph is cut at layers and at attention, so that backward can be driven piece by piece in
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from distattn.ir.errors import DistattnError
-from distattn.ops.attention import REPEATING, STAGE, backward_pass, forward_pass, part_on_stage
-from distattn.ops.executable import Lowered
+from distattn.ops.attention import INTERLEAVED, RECOMPUTING, backward_pass, forward_pass, interleaved_batch
+from distattn.ops.executable import Executable
 from distattn.parallel.runtime.execute import Paused
 from distattn.parallel.runtime.transport import Packet, Transport, Work
 
 
-class PingPong:
+class OverlapSchedule:
     """Trains on batches that take turns.
 
     layers: the modules of `model` that hidden states pass one after another as their first argument, such as
@@ -33,7 +33,7 @@ class PingPong:
     def __init__(self, layers: Sequence[nn.Module]):
         self.layers = list(layers)
         if not self.layers:
-            raise DistattnError("ping-pong needs at least one layer.")
+            raise DistattnError("an overlap schedule needs at least one layer.")
         self.spans: list[Span] = []
 
     def step(self, losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
@@ -43,13 +43,13 @@ class PingPong:
         """
         self.spans = []
         turns = _Turns(len(losses), self.spans)
-        parts = [_Part(number, turns, self.spans) for number in range(len(losses))]
+        micro_batches = [_MicroBatch(number, turns, self.spans) for number in range(len(losses))]
         hooks = [layer.register_forward_pre_hook(_enter, with_kwargs=True) for layer in self.layers]
         hooks.append(self.layers[-1].register_forward_hook(_leave))
         try:
-            found = _forward_together(parts, losses)
+            found = _forward_together(micro_batches, losses)
             if torch.is_grad_enabled():
-                _backward_together(parts, found, self.spans)
+                _backward_together(micro_batches, found, self.spans)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -60,10 +60,10 @@ class PingPong:
         first = min((span.begin for span in self.spans), default=0.0)
         events: list[dict[str, Any]] = [
             {
-                "name": f"{span.what} {span.part}",
+                "name": f"{span.what} {span.micro_batch}",
                 "ph": "X",
                 "pid": rank,
-                "tid": 2 * span.part + (span.what == "moves"),
+                "tid": 2 * span.micro_batch + (span.what == "moves"),
                 "ts": (span.begin - first) * 1e6,
                 "dur": (span.end - span.begin) * 1e6,
             }
@@ -74,18 +74,18 @@ class PingPong:
 
 
 class Span(NamedTuple):
-    """What batch `part` did from `begin` to `end` (seconds): "runs", or has "moves" under way."""
+    """What batch `micro_batch` did from `begin` to `end` (seconds): "runs", or has "moves" under way."""
 
-    part: int
+    micro_batch: int
     what: str
     begin: float
     end: float
 
 
 class _Call(NamedTuple):
-    """One attention call of a part: its inputs, and its output as a leaf of the graph that follows."""
+    """One attention call of a micro_batch: its inputs, and its output as a leaf of the graph that follows."""
 
-    lowered: Lowered
+    executable: Executable
     inputs: tuple[Tensor, Tensor, Tensor]
     sink: Tensor | None
     slopes: Tensor | None
@@ -95,7 +95,7 @@ class _Call(NamedTuple):
     kept: Tensor
 
 
-class _Part:
+class _MicroBatch:
     """One batch. cuts: (end of the graph before a layer, the leaf the layer begins with); calls: those of each layer."""
 
     def __init__(self, number: int, turns: _Turns, spans: list[Span]):
@@ -103,12 +103,12 @@ class _Part:
         self.cuts: list[tuple[Tensor, Tensor]] = []
         self.calls: list[list[_Call]] = []
         # layers whose forward is repeated in the backward pass (activation checkpointing): their calls, in order
-        self.again: list[_Call] | None = None
+        self.recomputed: list[_Call] | None = None
 
     def cut(self, hidden: Tensor) -> Tensor:
         """Where a layer begins, or the last one has ended."""
-        if self.again is not None or not torch.is_grad_enabled():
-            return hidden.detach().requires_grad_() if self.again is not None else hidden
+        if self.recomputed is not None or not torch.is_grad_enabled():
+            return hidden.detach().requires_grad_() if self.recomputed is not None else hidden
         leaf = hidden.detach().requires_grad_()
         self.cuts.append((hidden, leaf))
         self.calls.append([])
@@ -116,7 +116,7 @@ class _Part:
 
     def attention(
         self,
-        lowered: Lowered,
+        executable: Executable,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -125,28 +125,35 @@ class _Part:
         scale: float,
         softcap: float,
     ) -> Tensor:
-        """Called by `distattn.attention` on this part's thread."""
-        if self.again is not None:
-            return self.again.pop(0).o.detach().requires_grad_()
-        if lowered.watch is not None and not lowered.watch.alternates:
-            raise DistattnError("ranks that only serve do not take turns; use PingPong in a pool without servers.")
+        """Called by `distattn.attention` on this micro_batch's thread."""
+        if self.recomputed is not None:
+            if not self.recomputed:
+                raise DistattnError(
+                    "a layer was recomputed that had not been recorded: reentrant activation checkpointing does not take "
+                    "turns; use checkpoint(..., use_reentrant=False)."
+                )
+            return self.recomputed.pop(0).o.detach().requires_grad_()
+        if executable.observer is not None and not executable.observer.allows_interleaving:
+            raise DistattnError("ranks that only serve do not take turns; use OverlapSchedule without servers.")
         with torch.no_grad():
-            run = forward_pass(lowered, q, k, v, sink, slopes, scale, softcap, self.traced(lowered.transport))
+            run = forward_pass(executable, q, k, v, sink, slopes, scale, softcap, self.traced(executable.transport))
             o, lse, kept = self.turns.run(self.number, run)
         if torch.is_grad_enabled():
             o.requires_grad_()
             if not self.calls:
                 raise DistattnError(
-                    "attention was called before the first layer; give PingPong every layer that attends."
+                    "attention was called before the first layer; give OverlapSchedule every layer that attends."
                 )
-            self.calls[-1].append(_Call(lowered, (q, k, v), sink, slopes, (scale, softcap), o, lse, kept))
+            self.calls[-1].append(_Call(executable, (q, k, v), sink, slopes, (scale, softcap), o, lse, kept))
         return o
 
     def backward(self, loss: Tensor) -> Generator[None, None, None]:
         """The whole backward pass, pausing while messages travel."""
         loss.backward()
         if self.calls.pop():
-            raise DistattnError("attention was called after the last layer; give PingPong every layer that attends.")
+            raise DistattnError(
+                "attention was called after the last layer; give OverlapSchedule every layer that attends."
+            )
         end, leaf = self.cuts.pop()
         while self.calls:
             calls = self.calls.pop()
@@ -154,8 +161,9 @@ class _Part:
             for call in reversed(calls):
                 do = torch.zeros_like(call.o) if call.o.grad is None else call.o.grad
                 given = (do, None, *call.inputs, call.sink, call.slopes, call.o, call.lse, call.kept, *call.score)
-                with torch.no_grad():
-                    grads = yield from backward_pass(call.lowered, *given, self.traced(call.lowered.transport))
+                grads = yield from _without_gradients(
+                    backward_pass(call.executable, *given, self.traced(call.executable.transport))
+                )
                 wanted = [*call.inputs, *([] if call.sink is None else [call.sink])]
                 pairs = [(x, grad) for x, grad in zip(wanted, grads, strict=False) if x.requires_grad]
                 self._into([x for x, _ in pairs], [grad for _, grad in pairs], calls)
@@ -164,106 +172,121 @@ class _Part:
             torch.autograd.backward(end, leaf.grad)
 
     def _into(self, ends: list[Tensor], grads: list[Tensor | None], calls: list[_Call]) -> None:
-        self.again = list(calls)
-        REPEATING.append(self)
+        self.recomputed = list(calls)
+        RECOMPUTING.append(self)
         try:
             # what comes before attention and what comes after it may share a norm: both go through it
             torch.autograd.backward(ends, grads, retain_graph=True)
         finally:
-            REPEATING.pop()
-            self.again = None
+            RECOMPUTING.pop()
+            self.recomputed = None
 
     def traced(self, transport: Transport) -> Transport:
         return _Traced(transport, self.number, self.spans)
 
 
 def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    part = part_on_stage()
-    if not isinstance(part, _Part):
+    micro_batch = interleaved_batch()
+    if not isinstance(micro_batch, _MicroBatch):
         return args, kwargs
     others = [*args[1:], *kwargs.values()] if args else [x for name, x in kwargs.items() if name != "hidden_states"]
     if any(isinstance(x, Tensor) and x.requires_grad for x in others):
         raise DistattnError(
-            "a layer takes tensors with gradients besides its hidden states; ping-pong cannot cut there."
+            "a layer takes tensors with gradients besides its hidden states; OverlapSchedule cannot cut there."
         )
     if args:
-        return (part.cut(args[0]), *args[1:]), kwargs
+        return (micro_batch.cut(args[0]), *args[1:]), kwargs
     if "hidden_states" not in kwargs:
-        raise DistattnError("ping-pong layers take hidden states first, or as hidden_states=.")
-    return args, kwargs | {"hidden_states": part.cut(kwargs["hidden_states"])}
+        raise DistattnError("layers of an OverlapSchedule take hidden states first, or as hidden_states=.")
+    return args, kwargs | {"hidden_states": micro_batch.cut(kwargs["hidden_states"])}
 
 
 def _leave(layer: nn.Module, args: Any, output: Any) -> Any:
-    part = part_on_stage()
-    if not isinstance(part, _Part) or part.again is not None:
+    micro_batch = interleaved_batch()
+    if not isinstance(micro_batch, _MicroBatch) or micro_batch.recomputed is not None:
         return output
     if isinstance(output, Tensor):
-        return part.cut(output)
-    return (part.cut(output[0]), *output[1:])
+        return micro_batch.cut(output)
+    return (micro_batch.cut(output[0]), *output[1:])
 
 
 class _Turns:
     """Who may run: one at a time, in turn."""
 
-    def __init__(self, parts: int, spans: list[Span]):
+    def __init__(self, micro_batches: int, spans: list[Span]):
         self.changed, self.spans = threading.Condition(), spans
-        self.waiting = list(range(parts))
+        self.waiting = list(range(micro_batches))
         self.failure: BaseException | None = None
         self.began = 0.0
 
-    def begin(self, part: int) -> None:
+    def begin(self, micro_batch: int) -> None:
         with self.changed:
-            self.changed.wait_for(lambda: self.failure or self.waiting[0] == part)
+            self.changed.wait_for(lambda: self.failure or self.waiting[0] == micro_batch)
             if self.failure:
                 raise _Cancelled
             self.began = time.perf_counter()
 
-    def hand_over(self, part: int) -> None:
+    def hand_over(self, micro_batch: int) -> None:
         """To the next one, and wait for one's turn."""
         with self.changed:
-            self._ran(part)
+            self._ran(micro_batch)
             self.waiting.append(self.waiting.pop(0))
             self.changed.notify_all()
-        self.begin(part)
+        self.begin(micro_batch)
 
-    def end(self, part: int, failure: BaseException | None) -> None:
+    def end(self, micro_batch: int, failure: BaseException | None) -> None:
         with self.changed:
-            if self.waiting[0] == part:
-                self._ran(part)
-            self.waiting.remove(part)
+            if self.waiting[0] == micro_batch:
+                self._ran(micro_batch)
+            self.waiting.remove(micro_batch)
             self.failure = self.failure or failure
             self.changed.notify_all()
 
-    def run(self, part: int, paused: Paused[Any]) -> Any:
+    def run(self, micro_batch: int, paused: Paused[Any]) -> Any:
         """To its end, handing over at every pause."""
         while True:
             try:
                 next(paused)
             except StopIteration as stop:
                 return stop.value
-            self.hand_over(part)
+            self.hand_over(micro_batch)
 
-    def _ran(self, part: int) -> None:
-        self.spans.append(Span(part, "runs", self.began, time.perf_counter()))
+    def _ran(self, micro_batch: int) -> None:
+        self.spans.append(Span(micro_batch, "runs", self.began, time.perf_counter()))
+
+
+def _without_gradients(run: Paused[Any]) -> Paused[Any]:
+    """The same run, without recording gradients while it computes, and only then.
+
+    The mode belongs to the thread, not to the generator: a context manager that is open across a pause would leave it to
+    whoever runs meanwhile.
+    """
+    while True:
+        with torch.no_grad():
+            try:
+                next(run)
+            except StopIteration as stop:
+                return stop.value
+        yield
 
 
 class _Cancelled(Exception):
-    """Another part has failed."""
+    """Another micro_batch has failed."""
 
 
-def _forward_together(parts: list[_Part], losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-    found: list[Any] = [None] * len(parts)
+def _forward_together(micro_batches: list[_MicroBatch], losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    found: list[Any] = [None] * len(micro_batches)
     modes = (
         torch.is_grad_enabled(),
         [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")],
     )
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
-    def work(part: _Part, loss: Callable[[], Tensor]) -> None:
+    def work(micro_batch: _MicroBatch, loss: Callable[[], Tensor]) -> None:
         failure: BaseException | None = None
         try:
-            part.turns.begin(part.number)
-            STAGE.part = part
+            micro_batch.turns.begin(micro_batch.number)
+            INTERLEAVED.batch = micro_batch
             with ExitStack() as stack:
                 if device is not None:
                     torch.cuda.set_device(device)
@@ -271,23 +294,28 @@ def _forward_together(parts: list[_Part], losses: Sequence[Callable[[], Tensor]]
                 stack.enter_context(torch.set_grad_enabled(modes[0]))
                 for kind, enabled, dtype in modes[1]:
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-                found[part.number] = loss()
+                found[micro_batch.number] = loss()
         except BaseException as error:
             failure = None if isinstance(error, _Cancelled) else error
-        part.turns.end(part.number, failure)
+        micro_batch.turns.end(micro_batch.number, failure)
 
-    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(parts, losses, strict=True)]
+    threads = [
+        threading.Thread(target=work, args=pair, daemon=True) for pair in zip(micro_batches, losses, strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if parts and parts[0].turns.failure is not None:
-        raise parts[0].turns.failure
+    if micro_batches and micro_batches[0].turns.failure is not None:
+        raise micro_batches[0].turns.failure
     return found
 
 
-def _backward_together(parts: list[_Part], losses: list[Tensor], spans: list[Span]) -> None:
-    waiting = [(part.number, part.backward(loss)) for part, loss in zip(parts, losses, strict=True)]
+def _backward_together(micro_batches: list[_MicroBatch], losses: list[Tensor], spans: list[Span]) -> None:
+    waiting = [
+        (micro_batch.number, micro_batch.backward(loss))
+        for micro_batch, loss in zip(micro_batches, losses, strict=True)
+    ]
     while waiting:
         number, run = waiting.pop(0)
         began = time.perf_counter()
@@ -302,8 +330,8 @@ def _backward_together(parts: list[_Part], losses: list[Tensor], spans: list[Spa
 class _Traced:
     """A transport whose messages are noted: from when they leave until they are known to be there."""
 
-    def __init__(self, transport: Transport, part: int, spans: list[Span]):
-        self.transport, self.part, self.spans = transport, part, spans
+    def __init__(self, transport: Transport, micro_batch: int, spans: list[Span]):
+        self.transport, self.micro_batch, self.spans = transport, micro_batch, spans
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
         began = time.perf_counter()
@@ -318,4 +346,4 @@ class _Noted(NamedTuple):
 
     def wait(self) -> None:
         self.work.wait()
-        self.traced.spans.append(Span(self.traced.part, "moves", self.began, time.perf_counter()))
+        self.traced.spans.append(Span(self.traced.micro_batch, "moves", self.began, time.perf_counter()))

@@ -1,110 +1,124 @@
-"""Pipeline stages whose attention is one pool: stages go forward and backward together, and those in a bubble serve.
+"""Pipeline stages whose attention is shared: stages go forward and backward together, and those in a bubble help others.
 
-Ranks are numbered stage by stage: rank = stage * replicas + replica. A replica's ranks are given the same micro-batches.
+A schedule over `ContextParallel` with data="per_rank". Ranks are numbered stage by stage: rank = stage * replicas + replica;
+all ranks of a replica are given the same micro-batches.
 """
 
-# T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim, W width of the hidden states
+# T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim, W hidden size
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.batch.packed_batch import Rows
-from distattn.batch.planner import Shape, ShardedBatch
+from distattn.batch.packed_batch import PackedBatch
+from distattn.batch.planner import AttentionShape, LocalBatch
+from distattn.batch.pooled_layout import Documents
+from distattn.driver.context_parallel import ContextParallel
+from distattn.driver.control_channel import BACKWARD, FORWARD, ControlMessage
 from distattn.driver.pipeline_ticks import Tick, ticks
-from distattn.driver.pool import Documents, Pool, Told
-from distattn.driver.servers import join
+from distattn.driver.servers import participate
+from distattn.driver.step_exchange import GatheredStep
 from distattn.ir.errors import DistattnError
+from distattn.ops.attention import attention
+from distattn.ops.executable import EXECUTABLES, Executable
 from distattn.parallel.make_plan import STRATEGIES
 
-Stage = Callable[[Tensor | None, dict[str, Any]], Tensor]
+StageFunction = Callable[[Tensor | None, dict[str, Any]], Tensor]
 
 
-class Pipeline:
-    """Trains `stages` pipeline stages with pooled attention.
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """What a schedule needs to know of this rank's stage.
 
-    shape: of every attention layer. calls: attention layers of this rank's stage. width, dtype: of the hidden states (1, T, W)
-    that stages pass on. scale, softcap: of the scores, as in `attention`. pool: options of `Pool`. Sum gradients over the
-    replicas of a stage: losses are scaled for that.
+    shape: of every attention layer; attention_layers: how many this stage has. hidden_size and dtype: of the hidden states
+    (1, T, W) that stages pass on. scale (head_dim ** -0.5 by default) and softcap: of the scores, as in `attention`.
+    """
 
-        for losses in pipeline.train(loader, stage):
+    shape: AttentionShape
+    attention_layers: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device | str = "cpu"
+    scale: float | None = None
+    softcap: float = 0.0
+
+
+class PipelineSchedule:
+    """Trains pipeline stages with shared attention.
+
+        schedule = PipelineSchedule(cp, stages=4, spec=StageSpec(...))
+        for losses in schedule.train(loader, stage):
             ...
 
     stage(hidden, batch) -> hidden runs this rank's layers: `hidden` is None on the first stage, and the last one returns the
-    loss. batch has what `Pool.steps` gives; its `context_parallel.attention` is pooled.
+    loss. batch is what `ContextParallel.steps` gives. Sum gradients over the replicas of a stage, or give
+    `ContextParallel.loss_scale` what you do instead. Raises DistattnError for a driver that pipelines cannot use.
     """
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup | None = None,
-        *,
-        stages: int,
-        shape: Shape,
-        calls: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        scale: float | None = None,
-        softcap: float = 0.0,
-        **pool: Any,
-    ):
-        self.pool = Pool(group, **pool)
-        if stages < 1 or self.pool.ranks % stages:
-            raise DistattnError(f"{stages} stages do not divide the {self.pool.ranks} ranks of the pool.")
-        keeps = (pool.get("backward") or STRATEGIES[pool.get("strategy", "cad")].backward) == "keep"
-        if self.pool.servers or self.pool.context_parallel > 1 or keeps:
-            raise DistattnError("a pipeline's pool has no servers, no context parallelism and no backward policy keep.")
-        self.stages, self.replicas = stages, self.pool.ranks // stages
-        self.stage, self.replica = divmod(self.pool.rank, self.replicas)
-        self.shape, self.calls, self.width, self.dtype = shape, calls, width, dtype
-        self.device = torch.device(device)
-        self.score = (shape.head_dim**-0.5 if scale is None else float(scale), float(softcap))
-        depths: list[Any] = [calls]
-        if self.pool.group is not None:
-            depths = [None] * self.pool.ranks
-            dist.all_gather_object(depths, calls, group=self.pool.group)
-        self.depths = [int(found) for found in depths[:: self.replicas]]
+    def __init__(self, cp: ContextParallel, *, stages: int, spec: StageSpec):
+        config = cp.config
+        if stages < 1 or cp.ranks % stages:
+            raise DistattnError(f"{stages} stages do not divide the {cp.ranks} ranks that share attention.")
+        keeps = (config.backward or STRATEGIES[config.strategy].backward) == "keep"
+        if config.servers or config.data != "per_rank" or cp.block_ranks > 1 or keeps or cp.loss_group is not cp.group:
+            raise DistattnError(
+                'a pipeline needs data="per_rank" without context_parallel_size, servers, a loss group and backward "keep".'
+            )
+        self.cp, self.stages, self.spec = cp, stages, spec
+        self.replicas = cp.ranks // stages
+        self.stage, self.replica = divmod(cp.rank, self.replicas)
+        self.device = torch.device(spec.device)
+        scale = spec.shape.head_dim**-0.5 if spec.scale is None else float(spec.scale)
+        self.score = scale, float(spec.softcap)
+        depths: list[Any] = [spec.attention_layers]
+        if cp.group is not None:
+            depths = [None] * cp.ranks
+            dist.all_gather_object(depths, spec.attention_layers, group=cp.group)
+        # attention layers of each stage
+        self.depths = [int(depth) for depth in depths[:: self.replicas]]
         self.ticks: list[Tick] = []
-        # of the tick that runs (a backward pass belongs to it, not to that of its forward pass): its direction, the batch of each
-        # pooled call, and how many calls this rank's micro-batch has made
-        self.direction, self.made = "forward", 0
-        self.batches: list[ShardedBatch | None] = []
+        # of the tick that runs (a backward pass belongs to it, not to that of its forward pass): its direction, the batch of
+        # each shared call, and how many calls this rank's micro-batch has made
+        self.direction, self.made = FORWARD, 0
+        self.batches: list[LocalBatch | None] = []
 
-    def now(self) -> ShardedBatch:
+    def next_batch(self) -> LocalBatch:
         """The batch of the call that this rank's micro-batch makes next."""
-        call = self.made if self.direction == "forward" else self.calls - 1 - self.made
-        if not 0 <= call < self.calls:
-            raise DistattnError(f"a {self.direction} pass of stage {self.stage} attends more than {self.calls} times.")
+        layers = self.spec.attention_layers
+        call = self.made if self.direction == FORWARD else layers - 1 - self.made
+        if not 0 <= call < layers:
+            raise DistattnError(f"a {self.direction} pass of stage {self.stage} attends more than {layers} times.")
         self.made += 1
         batch = self.batches[call]
         assert batch is not None
         return batch
 
-    def train(self, loader: Iterable[Any], stage: Stage) -> Iterator[list[Tensor]]:
-        """For each step of the loader (micro-batches, as for `Pool.steps`) this rank's losses: on the last stage only."""
-        # a replica's ranks have the same micro-batches
-        twins = [rank % self.replicas for rank in range(self.pool.ranks)]
-        for rows, heard in self.pool.told(loader, self._plan, twins):
-            step = _Step(self, stage, rows, self.pool.loss_scale(heard.told[: self.replicas]))
-            self.ticks = [tick for tick, _ in heard.made]
-            for tick, batches in heard.made:
-                step.run(tick, batches)
+    def train(self, loader: Iterable[Any], stage: StageFunction) -> Iterator[list[Tensor]]:
+        """For each step of the loader (micro-batches, as for `ContextParallel.steps`) this rank's losses: on the last stage."""
+        first_of_replicas = list(range(self.replicas))
+        same_batch = [rank % self.replicas for rank in range(self.cp.ranks)]
+        for packed, gathered in self.cp.gathered_steps(loader, self._plan, same_batch):
+            step = _PipelineStep(self, stage, packed, self.cp.loss_scale_of(gathered, first_of_replicas))
+            self.ticks = [tick.tick for tick in gathered.made]
+            for tick in gathered.made:
+                step.run(tick)
             step.finish()
             yield step.losses
 
-    def _plan(self, number: int, told: list[Told]) -> list[tuple[Tick, list[ShardedBatch | None]]]:
-        """The ticks of a step, with the batch of each pooled call: None where nobody has any tokens.
+    def _plan(self, step: GatheredStep) -> tuple[list[_PlannedTick], list[LocalBatch]]:
+        """The ticks of a step, and all their batches.
 
         Stages with fewer layers have no tokens in the calls they do not make.
         """
-        order = ticks(self.stages, max((len(rank.documents) for rank in told), default=0))
+        order = ticks(self.stages, max((len(info.documents) for info in step.infos), default=0))
         if not order:
-            return []
+            return [], []
         depths = sorted(set(self.depths))
         documents: list[Documents | None] = []
         for tick in order:
@@ -112,54 +126,60 @@ class Pipeline:
                 found: list[tuple[int, ...]] = []
                 for micro_batch, layers in zip(tick.micro_batches, self.depths, strict=True):
                     for replica in range(self.replicas):
-                        own = told[replica].documents
+                        own = step.infos[replica].documents
                         there = micro_batch is not None and micro_batch < len(own) and layers >= depth
                         found.append(own[micro_batch] if there and micro_batch is not None else ())
                 documents.append(tuple(found) if any(found) else None)
-        batches = iter(self.pool.numbered(number, documents, told))
+        made = self.cp.batches(step, documents)
+        batches = iter(made)
         out = []
         for tick in order:
-            made = {depth: next(batches) for depth in depths}
+            by_depth = {depth: next(batches) for depth in depths}
             # call i is made by the stages with more than i layers
-            out.append((tick, [made[min(d for d in depths if d > call)] for call in range(depths[-1])]))
-        return out
-
-    def close(self) -> None:
-        """End the pool. Every rank calls it."""
-        self.pool.close()
+            calls = [by_depth[min(d for d in depths if d > call)] for call in range(depths[-1])]
+            out.append(_PlannedTick(tick, calls))
+        return out, [batch for batch in made if batch is not None]
 
 
-class _Step:
+class _PlannedTick(NamedTuple):
+    """A tick, and the batch of each shared call: None where nobody has any tokens."""
+
+    tick: Tick
+    batches: list[LocalBatch | None]
+
+
+class _PipelineStep:
     """One step on one rank: hidden states that wait for their backward, by micro-batch."""
 
-    def __init__(self, pipeline: Pipeline, stage: Stage, rows: list[Rows], scale: float):
-        self.pipeline, self.stage, self.rows, self.scale = pipeline, stage, rows, scale
+    def __init__(self, pipeline: PipelineSchedule, stage: StageFunction, packed: list[PackedBatch], scale: float):
+        self.pipeline, self.stage, self.packed, self.scale = pipeline, stage, packed, scale
         self.entered: dict[int, Tensor | None] = {}
         self.left: dict[int, Tensor] = {}
         self.losses: list[Tensor] = []
         self.sent: list[Any] = []
 
-    def run(self, tick: Tick, batches: list[ShardedBatch | None]) -> None:
+    def run(self, planned: _PlannedTick) -> None:
         """This rank's part of a tick: its micro-batch, if it has one, and calls with nothing while others have more.
 
         Call i is every stage's i-th layer: a backward pass begins with the calls that this stage does not have.
         """
-        pipe = self.pipeline
-        pipe.batches, pipe.direction, pipe.made = batches, tick.direction, 0
+        pipe, tick = self.pipeline, planned.tick
+        layers = pipe.spec.attention_layers
+        pipe.batches, pipe.direction, pipe.made = planned.batches, tick.direction, 0
         number = tick.micro_batches[pipe.stage]
-        has = number is not None and number < len(self.rows)
-        others = pipe.batches[pipe.calls if has else 0 :]
-        if tick.direction == "backward":
-            self._serve(reversed(others), tick.direction)
+        has = number is not None and number < len(self.packed)
+        others = pipe.batches[layers if has else 0 :]
+        if tick.direction == BACKWARD:
+            self._participate(reversed(others), tick.direction)
         if has:
             assert number is not None
-            (self._forward if tick.direction == "forward" else self._backward)(number)
-            if pipe.made != pipe.calls:
+            (self._forward if tick.direction == FORWARD else self._backward)(number)
+            if pipe.made != layers:
                 raise DistattnError(
-                    f"stage {pipe.stage} made {pipe.made} attention calls in a {tick.direction} pass, not {pipe.calls}."
+                    f"stage {pipe.stage} made {pipe.made} attention calls in a {tick.direction} pass, not {layers}."
                 )
-        if tick.direction == "forward":
-            self._serve(others, tick.direction)
+        if tick.direction == FORWARD:
+            self._participate(others, tick.direction)
 
     def finish(self) -> None:
         """Wait for what was sent."""
@@ -168,10 +188,11 @@ class _Step:
 
     def _forward(self, number: int) -> None:
         pipe = self.pipeline
-        local = pipe.pool.part(self.rows[number]) | {"loss_scale": self.scale, "context_parallel": _Pooled(pipe)}
+        local = pipe.cp.local_shard(self.packed[number])
+        local |= {"loss_scale": self.scale, "context_parallel": _TickBatch(pipe)}
         hidden = None
         if pipe.stage:
-            hidden = self._received((1, local["input_ids"].shape[1], pipe.width), -1).requires_grad_()
+            hidden = self._received((1, local["input_ids"].shape[1], pipe.spec.hidden_size), -1).requires_grad_()
         out = self.stage(hidden, local)
         self.entered[number], self.left[number] = hidden, out
         if pipe.stage + 1 < pipe.stages:
@@ -186,36 +207,36 @@ class _Step:
         if hidden is not None and hidden.grad is not None:
             self._send(hidden.grad, -1)
 
-    def _serve(self, batches: Iterable[ShardedBatch | None], direction: str) -> None:
+    def _participate(self, batches: Iterable[LocalBatch | None], direction: str) -> None:
         pipe = self.pipeline
         for batch in batches:
             if batch is not None:
-                join(batch, direction == "forward", pipe.shape, pipe.device, pipe.score)
+                participate(batch, ControlMessage(direction, batch.number, pipe.spec.shape, *pipe.score), pipe.device)
 
     def _send(self, x: Tensor, stages: int) -> None:
         x = x.contiguous()
         # lives until it is sent
-        self.sent.append((dist.isend(x, self._peer(stages), self.pipeline.pool.group), x))
+        self.sent.append((dist.isend(x, self._peer(stages), self.pipeline.cp.group), x))
 
     def _received(self, shape: tuple[int, ...], stages: int) -> Tensor:
-        x = torch.empty(shape, dtype=self.pipeline.dtype, device=self.pipeline.device)
-        dist.recv(x, self._peer(stages), self.pipeline.pool.group)
+        x = torch.empty(shape, dtype=self.pipeline.spec.dtype, device=self.pipeline.device)
+        dist.recv(x, self._peer(stages), self.pipeline.cp.group)
         return x
 
     def _peer(self, stages: int) -> int:
-        pool = self.pipeline.pool
-        assert pool.group is not None
-        return dist.get_global_rank(pool.group, pool.rank + stages * self.pipeline.replicas)
+        cp = self.pipeline.cp
+        assert cp.group is not None
+        return dist.get_global_rank(cp.group, cp.rank + stages * self.pipeline.replicas)
 
 
-class _Pooled:
+class _TickBatch:
     """What layers of a stage are given as their batch: attention in whatever tick runs."""
 
-    def __init__(self, pipeline: Pipeline):
+    def __init__(self, pipeline: PipelineSchedule):
         self.pipeline = pipeline
 
     def check_positions(self, given: Tensor) -> None:
-        """Those of the micro-batch are the caller's."""
+        """Positions of the micro-batch are the caller's."""
 
     def attention(
         self,
@@ -228,44 +249,33 @@ class _Pooled:
         layer: int | None = None,
         **modifiers: Any,
     ) -> Tensor:
-        """As `ShardedBatch.attention`; all layers are of one shape and way, whatever their number."""
-        pipe, shape = self.pipeline, Shape.of(q_THD, k_TKD, v_TKE, window)
-        given = q_THD.shape[2] ** -0.5 if scale is None else scale, modifiers.pop("softcap", 0.0)
-        if given != pipe.score or any(value is not None for value in modifiers.values()):
+        """As `LocalBatch.attention`; all layers are of one shape, whatever their number."""
+        pipe, shape = self.pipeline, AttentionShape.of(q_THD, k_TKD, v_TKE, window)
+        if pipe.direction == BACKWARD:
             raise DistattnError(
-                f"the pipeline was made for scale and soft cap {pipe.score}, without other modifiers; a layer asks for {given}"
+                "a pipeline's layers are not recomputed: leave activation checkpointing of attention out."
+            )
+        asked = q_THD.shape[2] ** -0.5 if scale is None else scale, modifiers.pop("softcap", 0.0)
+        if asked != pipe.score or any(value is not None for value in modifiers.values()):
+            raise DistattnError(
+                f"the pipeline was made for scale and soft cap {pipe.score}, without other modifiers; a layer asks for {asked}"
                 f"{''.join(f', {name}' for name, value in modifiers.items() if value is not None)}."
             )
-        if shape != pipe.shape:
-            raise DistattnError(f"the pipeline was made for {pipe.shape}, a layer has {shape}.")
-        return _Attention.apply(q_THD, k_TKD, v_TKE, pipe)
+        if shape != pipe.spec.shape:
+            raise DistattnError(f"the pipeline was made for {pipe.spec.shape}, a layer has {shape}.")
+        executable = _TickExecutable(pipe)
+        return attention(q_THD, k_TKD, v_TKE, executable, scale=asked[0], softcap=asked[1])
 
 
-class _Attention(torch.autograd.Function):
-    """Forward in the pool of one tick, backward in that of another."""
+class _TickExecutable(Executable):
+    """Stands for the executable of the next call: forward in one tick, backward in another."""
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pipeline: Pipeline) -> Tensor:
-        if pipeline.direction == "backward":
-            raise DistattnError(
-                "a pipeline's layers are not repeated: leave activation checkpointing of attention out."
-            )
-        handle, kept = _now(pipeline)
-        o, lse, _ = torch.ops.distattn.forward(q, k, v, None, None, handle, kept, *pipeline.score)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.pipeline = pipeline
-        return o
+    def __init__(self, pipeline: PipelineSchedule):
+        # nothing is kept from the forward pass, whose executable is not the backward's
+        self.kept_elements, self._pipeline = 0, pipeline
+        self.handle = EXECUTABLES.add(self)
 
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        handle, _ = _now(ctx.pipeline)
-        given = do.contiguous(), None, q, k, v, None, None, o, lse, q.new_empty(0), handle, *ctx.pipeline.score
-        dq, dk, dv, _ = torch.ops.distattn.backward(*given)
-        return dq, dk, dv, None
-
-
-def _now(pipeline: Pipeline) -> tuple[int, int]:
-    """(handle, numbers kept) of the next call in the tick that runs."""
-    ready = pipeline.now().ready(pipeline.shape, pipeline.device)
-    return ready.handle, ready.kept
+    def for_direction(self, direction: str) -> Executable:
+        """The executable of the tick that runs."""
+        pipe = self._pipeline
+        return pipe.next_batch().executable(pipe.spec.shape, pipe.device)

@@ -1,4 +1,4 @@
-"""How fast servers are, measured while they serve: attention is shared out by it, two steps later."""
+"""How fast ranks are, measured while they compute: attention is shared out by it, two steps later."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from distattn.kernels.registry import Kernel
 
 # speeds are whole multiples of this share of the mean: small changes shall not change plans
-_STEP = 0.05
+_RESOLUTION = 0.05
 _SCALE = 1000
 # nobody is taken for slower, or faster, than this
-_LEAST, _MOST = 0.25, 4.0
+_SLOWEST, _FASTEST = 0.25, 4.0
 
 
-class Speeds:
+class RankSpeeds:
     """Measured or replayed speeds of all ranks. `log` has those of every step, in whole thousandths of the mean, or None where
     none was known yet: given back as `adaptive`, a run is replayed.
 
@@ -52,8 +52,8 @@ class Speeds:
         self._pending, self._work, self._seconds = [], 0, 0.0
         return work / seconds if work and seconds else None
 
-    def passed(self, work: int) -> None:
-        """One more pass of this rank, with tasks of this cost."""
+    def count_pass(self, work: int) -> None:
+        """This rank begins one more pass, with tasks of this cost."""
         self._work += work
 
     def timed(self, kernel: Kernel) -> Kernel:
@@ -66,7 +66,7 @@ class Speeds:
 
 
 class _Clock:
-    def __init__(self, speeds: Speeds, device: torch.device):
+    def __init__(self, speeds: RankSpeeds, device: torch.device):
         self.speeds, self.event = speeds, None
         if device.type == "cuda":
             self.event = torch.cuda.Event(enable_timing=True)
@@ -85,7 +85,7 @@ class _Clock:
 class _Timed:
     """A kernel that counts its time; everything else is the kernel's own."""
 
-    def __init__(self, kernel: Kernel, speeds: Speeds):
+    def __init__(self, kernel: Kernel, speeds: RankSpeeds):
         self._kernel, self._speeds = kernel, speeds
 
     def __getattr__(self, name: str) -> Any:
@@ -110,5 +110,5 @@ def quantised(told: Sequence[float | None]) -> list[int] | None:
     if not known:
         return None
     mean = sum(known) / len(known)
-    shares = [min(max((speed or mean) / mean, _LEAST), _MOST) for speed in told]
-    return [round(round(share / _STEP) * _STEP * _SCALE) for share in shares]
+    shares = [min(max((speed or mean) / mean, _SLOWEST), _FASTEST) for speed in told]
+    return [round(round(share / _RESOLUTION) * _RESOLUTION * _SCALE) for share in shares]

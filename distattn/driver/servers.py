@@ -1,4 +1,4 @@
-"""Ranks that only compute attention: `serve`, and the words by which ranks with a model tell them what comes next."""
+"""Ranks that only compute attention: `serve`."""
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
 
@@ -10,82 +10,96 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from distattn.batch.planner import Shape, ShardedBatch
-from distattn.driver.control_channel import BACKWARD, FORWARD, OVER, PREPARE, STOP, TELL
-from distattn.driver.pool import Heard, Pool
+from distattn.batch.planner import AttentionShape, LocalBatch
+from distattn.driver.context_parallel import ContextParallel
+from distattn.driver.control_channel import (
+    ANNOUNCE_STEP,
+    BACKWARD,
+    CLOSE,
+    FORWARD,
+    NEW_SHAPE,
+    RELEASE_STEP,
+    ControlMessage,
+)
+from distattn.driver.step_exchange import GatheredStep
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 
 
-class Served(NamedTuple):
-    """What a server did: passes it joined, forward and backward."""
+class ServerStats(NamedTuple):
+    """How many passes a server took part in."""
 
     forward: int
     backward: int
 
 
-def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> Served:
-    """Compute attention for the other ranks of a pool until they close it. For its last ranks, without a model.
+def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> ServerStats:
+    """Compute attention for the other ranks of a group until they close their driver. For its last ranks, without a model.
 
-    The pool's other ranks make `Pool(group, servers=...)`; everything else this rank is told. Raises DistattnError when they are
-    gone without a word, and what their plans raise.
+    The group's other ranks make `ContextParallel(group, servers=...)`; everything else this rank is told. Raises LostRankError
+    when one of them stops answering, and what their plans raise.
     """
     device = torch.device(device)
-    counts = {PREPARE: 0, FORWARD: 0, BACKWARD: 0}
-    with Pool.joined(group, device) as pool:
-        assert pool.words is not None
-        steps: dict[int, Future[Heard]] = {}
-        while (word := pool.words.listen()).phase != STOP:
-            if word.phase == TELL:
-                steps[word.number] = pool.hear()
-            elif word.phase == OVER:
-                steps.pop(word.number, None)
+    if not (dist.is_available() and dist.is_initialized()):
+        raise DistattnError("a server needs torch.distributed; call init_process_group first.")
+    counts = {FORWARD: 0, BACKWARD: 0}
+    steps: dict[int, Future[GatheredStep]] = {}
+    with _joined(group) as cp:
+        communicators = cp._communicators
+        assert communicators is not None and communicators.control is not None
+        while (message := communicators.control.receive()).kind != CLOSE:
+            if message.kind == ANNOUNCE_STEP:
+                steps[message.number] = cp.serve_step()
+            elif message.kind == RELEASE_STEP:
+                steps.pop(message.number, None)
             else:
-                counts[word.phase] += 1
-                batch = _batch(steps, word.number)
-                if word.phase == PREPARE:
-                    batch.ready(word.shape, device)
+                assert message.shape is not None
+                batch = _batch(steps, message.number)
+                if message.kind == NEW_SHAPE:
+                    batch.executable(message.shape, device)
                 else:
-                    join(batch, word.phase == FORWARD, word.shape, device, (word.scale, word.softcap))
-    return Served(counts[FORWARD], counts[BACKWARD])
+                    counts[message.kind] += 1
+                    participate(batch, message, device)
+    return ServerStats(counts[FORWARD], counts[BACKWARD])
 
 
-def _batch(steps: dict[int, Future[Heard]], number: int) -> ShardedBatch:
-    """The batch of that number, of the steps that are not over."""
-    for heard in steps.values():
-        for batch in _answer(heard).made:
-            if batch.number == number:
-                return batch
-    raise DistattnError(f"batch {number} is of a step that is over, or that nobody has told of.")
-
-
-def _answer(heard: Future[Heard]) -> Heard:
-    try:
-        return heard.result()
-    except RuntimeError as error:
-        raise DistattnError(f"the pool's other ranks are gone: {error}") from None
-
-
-def join(
-    batch: ShardedBatch, forward: bool, shape: Shape, device: torch.device, score: tuple[float, float] = (1.0, 0.0)
-) -> None:
-    """Take part in one pass of a batch without tokens of one's own. score: scale and soft cap of the others' scores."""
-    ready = batch.ready(shape, device)
-    dtype = getattr(torch, shape.dtype)
-
-    def nothing(heads: int, *width: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty((0, heads, *width), dtype=dtype, device=device)
-
+def participate(batch: LocalBatch, message: ControlMessage, device: torch.device) -> None:
+    """Take part in one forward or backward pass of a batch without tokens of one's own."""
+    shape = message.shape
+    assert shape is not None
+    executable = batch.executable(shape, device)
+    score = message.scale, message.softcap
     q, k, v = (
-        nothing(shape.heads, shape.head_dim),
-        nothing(shape.kv_heads, shape.head_dim),
-        nothing(shape.kv_heads, shape.v_head_dim),
+        _empty(shape, shape.heads, shape.head_dim, device),
+        _empty(shape, shape.kv_heads, shape.head_dim, device),
+        _empty(shape, shape.kv_heads, shape.v_head_dim, device),
     )
     with torch.no_grad():
-        if forward:
-            torch.ops.distattn.forward(q, k, v, None, None, ready.handle, ready.kept, *score)
+        if message.kind == FORWARD:
+            torch.ops.distattn.forward(q, k, v, None, None, executable.handle, executable.kept_elements, *score)
             return
-        o = nothing(shape.heads, shape.v_head_dim)
-        lse = torch.empty((shape.heads, 0), dtype=accumulation_dtype(dtype), device=device)
-        kept = q.new_empty(ready.kept)
-        torch.ops.distattn.backward(o, None, q, k, v, None, None, o, lse, kept, ready.handle, *score)
+        o = _empty(shape, shape.heads, shape.v_head_dim, device)
+        lse = torch.empty((0, shape.heads), dtype=accumulation_dtype(q.dtype), device=device)
+        kept = q.new_empty(executable.kept_elements)
+        torch.ops.distattn.backward(o, None, q, k, v, None, None, o, lse, kept, executable.handle, *score)
+
+
+def _joined(group: dist.ProcessGroup | None) -> ContextParallel:
+    """The driver of a rank that only serves, as the others have made it."""
+    cp = ContextParallel.__new__(ContextParallel)
+    cp._open(group, None, None)
+    return cp
+
+
+def _empty(shape: AttentionShape, heads: int, width: int, device: torch.device) -> torch.Tensor:
+    return torch.empty((0, heads, width), dtype=getattr(torch, shape.dtype), device=device)
+
+
+def _batch(steps: dict[int, Future[GatheredStep]], number: int) -> LocalBatch:
+    """The batch of that number, of the steps that are not over."""
+    for step in steps.values():
+        for batch in step.result().made:
+            if batch.number == number:
+                found: LocalBatch = batch
+                return found
+    raise DistattnError(f"batch {number} is of a step that is over, or that nobody has told of.")

@@ -7,6 +7,10 @@ class DistattnError(ValueError):
     exit_code = 2
 
 
+class LostRankError(DistattnError):
+    """Another rank stopped answering; the message names it."""
+
+
 class PlanError(DistattnError):
     """A plan that is not proven: the message names the first offending row."""
 

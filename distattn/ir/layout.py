@@ -208,7 +208,10 @@ class Layout:
 
     def position_ids(self, rank: int) -> Ints:
         """Position of each local token inside its document."""
-        tokens = self.tokens(rank)
+        return self.positions_of(self.tokens(rank))
+
+    def positions_of(self, tokens: Ints) -> Ints:
+        """Position of each of these tokens, given by global coordinates, inside its document."""
         starts = np.append(0, self.ends)
         return tokens - starts[np.searchsorted(self.ends, tokens, "right")]
 

@@ -1,6 +1,6 @@
-"""`attention`: core attention of a planned call, as a pair of torch library operators.
+"""`attention`: core attention of a planned call, as a pair of torch library operators with one autograd formula.
 
-The plan enters the operators as a whole number, a handle (see `programs`).
+The plan enters the operators as a whole number, the handle of its executable (see `executable`).
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -20,18 +20,18 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import choose_kernel
-from distattn.kernels.spec import Demand, Score
-from distattn.ops.executable import Lowered, Prepared, lowered_of, prepare
+from distattn.kernels.spec import Score
+from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements, prepare
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.transport import Transport
 
 
-class Part(Protocol):
-    """One of several batches that take turns on this rank (see `pingpong`)."""
+class InterleavedBatch(Protocol):
+    """A micro-batch that takes turns with others on this rank (see `driver.overlap`): it runs its own attention calls."""
 
     def attention(
         self,
-        lowered: Lowered,
+        executable: Executable,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -42,27 +42,27 @@ class Part(Protocol):
     ) -> Tensor: ...
 
 
-class _Stage(threading.local):
-    """Which batch this thread works on, where batches take turns."""
+class _PerThread(threading.local):
+    """Which micro-batch this thread works on, where several take turns."""
 
-    part: Part | None = None
-
-
-STAGE = _Stage()
-# the one whose backward pass runs: a forward that is repeated there may be on a thread of autograd's
-REPEATING: list[Part] = []
+    batch: InterleavedBatch | None = None
 
 
-def part_on_stage() -> Part | None:
-    """The batch whose turn it is, if batches take turns."""
-    return STAGE.part or (REPEATING[-1] if REPEATING else None)
+INTERLEAVED = _PerThread()
+# the micro-batch whose backward pass runs: a forward that is recomputed there may be on a thread of autograd's
+RECOMPUTING: list[InterleavedBatch] = []
+
+
+def interleaved_batch() -> InterleavedBatch | None:
+    """The micro-batch whose turn it is, where several take turns."""
+    return INTERLEAVED.batch or (RECOMPUTING[-1] if RECOMPUTING else None)
 
 
 def attention(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKE: Tensor,
-    plan: Plan | Prepared,
+    plan: Plan | Executable,
     group: dist.ProcessGroup | None = None,
     *,
     scale: float | None = None,
@@ -109,27 +109,27 @@ def attention(
         raise DistattnError("alibi_slopes want a gradient, which is not computed; pass alibi_slopes.detach().")
     if gate is not None:
         gate = _broadcast_gate(gate, (*q_THD.shape[:2], v_TKE.shape[2]))
-    if isinstance(plan, Prepared):
+    if isinstance(plan, Executable):
         if group is not None or kernel is not None:
-            raise DistattnError("a prepared plan knows its group and kernel; give them to prepare instead.")
+            raise DistattnError("an executable knows its group and kernel; give them to prepare instead.")
         ready = plan
     elif torch.compiler.is_compiling():
         raise DistattnError("inside torch.compile, attention takes prepare(plan, group) instead of a plan.")
     else:
         ready = prepare(plan, group, kernel=kernel, device=q_THD.device)
-    part = part_on_stage()
-    if part is not None:
-        # it hands over while messages travel
+    interleaved = interleaved_batch()
+    if interleaved is not None:
+        # it lets the others run while its messages travel
         if return_lse:
-            raise DistattnError("return_lse is not possible where batches take turns; leave PingPong out.")
-        o_THE = part.attention(ready.lowered, q_THD, k_TKD, v_TKE, sink, alibi_slopes, scale, float(softcap))
+            raise DistattnError("return_lse is not possible where micro-batches take turns; leave OverlapSchedule out.")
+        o_THE = interleaved.attention(ready, q_THD, k_TKD, v_TKE, sink, alibi_slopes, scale, float(softcap))
         return o_THE if gate is None else (o_THE * gate).to(q_THD.dtype)
-    o_THE, lse_HT, _ = torch.ops.distattn.forward(
-        q_THD, k_TKD, v_TKE, sink, alibi_slopes, ready.handle, ready.kept, scale, float(softcap)
+    o_THE, lse_TH, _ = torch.ops.distattn.forward(
+        q_THD, k_TKD, v_TKE, sink, alibi_slopes, ready.handle, ready.kept_elements, scale, float(softcap)
     )
     if gate is not None:
         o_THE = (o_THE * gate).to(q_THD.dtype)
-    return (o_THE, lse_HT) if return_lse else o_THE
+    return (o_THE, lse_TH.t()) if return_lse else o_THE
 
 
 def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -152,9 +152,9 @@ def _broadcast_gate(gate: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _check_inputs(
-    lowered: Lowered, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, slopes: Tensor | None
+    executable: Executable, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, slopes: Tensor | None
 ) -> None:
-    program, use = lowered.program, lowered.use
+    program, key = executable.program, executable.key
     call, tokens = program.call, program.tokens
     wanted = {
         "q": (q, (tokens, call.heads, call.head_dim)),
@@ -175,17 +175,16 @@ def _check_inputs(
             raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan was made for {call.dtype}.")
         if not tensor.dtype.is_floating_point:
             raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}; floating point is needed.")
-        if tensor.device.type != use.device.type:
-            raise DistattnError(f"{name} is on {tensor.device}, the plan was prepared for {use.device}.")
+        if tensor.device.type != key.device.type:
+            raise DistattnError(f"{name} is on {tensor.device}, the plan was prepared for {key.device}.")
         if not tensor.is_contiguous():
             raise DistattnError(f"{name} is not contiguous; pass {name}.contiguous().")
 
 
-def _score(lowered: Lowered, scale: float, softcap: float, slopes: Tensor | None) -> Score:
+def _score(executable: Executable, scale: float, softcap: float, slopes: Tensor | None) -> Score:
     if softcap or slopes is not None:
-        call = lowered.program.call
-        demand = Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, lowered.use.device)
-        choose_kernel(lowered.use.kernel, demand._replace(softcap=softcap > 0, alibi=slopes is not None))
+        needed = kernel_requirements(executable.program.call, executable.key.device)
+        choose_kernel(executable.key.kernel, needed._replace(softcap=softcap > 0, alibi=slopes is not None))
     return Score(scale, softcap, slopes)
 
 
@@ -195,7 +194,7 @@ def _finite(lse: Tensor) -> Tensor:
 
 
 def forward_pass(
-    lowered: Lowered,
+    executable: Executable,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -205,50 +204,49 @@ def forward_pass(
     softcap: float,
     transport: Transport | None = None,
 ) -> execute.Paused[tuple[Tensor, Tensor, Tensor]]:
-    """(o_THE, lse_HT, kept), pausing while messages travel; what the operator does without a pause."""
-    _check_inputs(lowered, q, k, v, sink, slopes)
-    score = _score(lowered, scale, softcap, slopes)
-    if lowered.watch is not None:
-        lowered.watch.begins("forward", score)
-    run = execute.forward(lowered.program, transport or lowered.transport, lowered.kernel, q, k, v, score)
+    """(o_THE, lse_TH, kept), pausing while messages travel; what the operator does without a pause."""
+    _check_inputs(executable, q, k, v, sink, slopes)
+    score = _score(executable, scale, softcap, slopes)
+    if executable.observer is not None:
+        executable.observer.on_pass_begin("forward", score)
+    run = execute.forward(executable.program, transport or executable.transport, executable.kernel, q, k, v, score)
     o, lse_TH, kept, _ = yield from run
     if sink is not None:
         # a key without value: it only widens the softmax
         wider_TH = torch.logaddexp(lse_TH, sink.to(lse_TH.dtype))
         o = o * torch.exp(lse_TH - _finite(wider_TH))[..., None]
         lse_TH = wider_TH
-    return o.to(q.dtype), lse_TH.t().contiguous(), kept
+    return o.to(q.dtype), lse_TH, kept
 
 
 def backward_pass(
-    lowered: Lowered,
+    executable: Executable,
     do: Tensor,
-    dlse: Tensor | None,
+    dlse_TH: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     sink: Tensor | None,
     slopes: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    lse_TH: Tensor,
     kept: Tensor,
     scale: float,
     softcap: float,
     transport: Transport | None = None,
 ) -> execute.Paused[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """(dq, dk, dv, dsink), pausing while messages travel; dsink is empty without a sink."""
-    if dlse is not None and not lowered.kernel.DIFFERENTIABLE_LSE:
+    if dlse_TH is not None and not executable.kernel.DIFFERENTIABLE_LSE:
         raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
-    lse_TH = lse.t().contiguous()
     # the gradient of the log-sum-exp enters where delta does: ds = p * (dp - (delta - dlse))
-    delta_TH = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
-    if dlse is not None:
-        delta_TH -= dlse.t()
-    score = _score(lowered, scale, softcap, slopes)
-    if lowered.watch is not None:
-        lowered.watch.begins("backward", score)
+    delta_TH = (do.to(lse_TH.dtype) * o.to(lse_TH.dtype)).sum(-1)
+    if dlse_TH is not None:
+        delta_TH -= dlse_TH
+    score = _score(executable, scale, softcap, slopes)
+    if executable.observer is not None:
+        executable.observer.on_pass_begin("backward", score)
     inputs = (do.contiguous(), q, k, v, lse_TH, delta_TH, kept, score)
-    run = execute.backward(lowered.program, transport or lowered.transport, lowered.kernel, *inputs)
+    run = execute.backward(executable.program, transport or executable.transport, executable.kernel, *inputs)
     dq, dk, dv, _ = yield from run
     if sink is None:
         return dq, dk, dv, q.new_empty(0)
@@ -271,20 +269,22 @@ torch.library.define(
 
 @torch.library.impl("distattn::forward", "CompositeExplicitAutograd")
 def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
-    return execute.finish(forward_pass(lowered_of(plan), q, k, v, sink, slopes, scale, softcap))
+    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    return execute.finish(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
 
 
 @torch.library.register_fake("distattn::forward")
 def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
     o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=accumulation_dtype(q.dtype))
+    lse = q.new_empty((q.shape[0], q.shape[1]), dtype=accumulation_dtype(q.dtype))
     return o, lse, q.new_empty(kept_elements)
 
 
 @torch.library.impl("distattn::backward", "CompositeExplicitAutograd")
 def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
     inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
-    return execute.finish(backward_pass(lowered_of(plan), *inputs))
+    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    return execute.finish(backward_pass(executable, *inputs))
 
 
 @torch.library.register_fake("distattn::backward")
@@ -300,8 +300,8 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, sink, slopes, o, lse, kept)
     ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
-    # the program outlives its plan until the backward has run; under torch.compile the caller holds it
-    ctx.lowered = lowered_of(plan) if type(plan) is int else None
+    # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
+    ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
 
 
 def _differentiate(ctx, do, dlse, dkept):

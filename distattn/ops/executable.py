@@ -1,7 +1,7 @@
-"""Plans made ready to run: proven, lowered for this rank, agreed upon by all ranks, and known to operators by a handle.
+"""Executables: plans made ready to run on this rank, known to the operators by a whole number, their handle.
 
-Lowering can happen on a thread ahead of time (`lower_once`); agreeing and opening a communicator are collective and
-happen in `prepare`, on the caller's thread.
+Lowering a plan to this rank's program needs nobody else and may happen on a thread ahead of time (`EXECUTABLES.program`).
+Agreeing with the other ranks and opening a communicator are collective and happen in `prepare`, on the caller's thread.
 """
 
 from __future__ import annotations
@@ -26,59 +26,110 @@ from distattn.parallel.runtime.program import Program, lower, on_device
 from distattn.parallel.runtime.transport import Alone, GroupTransport, Transport
 
 
-class Use(NamedTuple):
-    """Where a plan runs: rank, kernel and device."""
+class ExecutionKey(NamedTuple):
+    """Where a plan runs: rank of the plan, name of the kernel, device."""
 
     rank: int
     kernel: str
     device: torch.device
 
 
-class Watch(Protocol):
-    """Told before a program is made ready and before each of its passes; may put something in its kernel's place."""
+class PassObserver(Protocol):
+    """Is called before each forward or backward pass of an executable, and may wrap its kernel."""
 
-    # whether passes of two batches may alternate
-    alternates: bool
+    # whether passes of two micro-batches may interleave on this rank
+    allows_interleaving: bool
 
-    def prepares(self) -> None: ...
+    def on_pass_begin(self, direction: str, score: Score) -> None: ...
 
-    def begins(self, direction: str, score: Score) -> None: ...
-
-    def kernel(self, kernel: Kernel) -> Kernel: ...
+    def wrap_kernel(self, kernel: Kernel) -> Kernel: ...
 
 
-class Lowered:
-    """A program with its kernel and transport, known to the operators by its handle."""
+class Executable:
+    """A plan ready to run on this rank: its program, kernel and transport.
 
-    def __init__(self, program: Program, use: Use, transport: Transport, watch: Watch | None = None):
-        self.program, self.use, self.transport, self.watch = program, use, transport, watch
-        kernel: Kernel = load_kernel(use.kernel)
-        self.kernel = kernel if watch is None else watch.kernel(kernel)
-        self.handle = next(_HANDLES)
-        _BY_HANDLE[self.handle] = self
+    `handle` and `kept_elements` (numbers that the forward keeps for the backward) are plain whole numbers, so that under
+    torch.compile another batch's executable recompiles nothing. Hold it until the backward has run.
+    """
 
+    def __init__(self, program: Program, key: ExecutionKey, transport: Transport, observer: PassObserver | None = None):
+        self.program, self.key, self.transport, self.observer = program, key, transport, observer
+        kernel: Kernel = load_kernel(key.kernel)
+        self.kernel = kernel if observer is None else observer.wrap_kernel(kernel)
+        self.kept_elements = execute.kept_elements(program)
+        self.handle = EXECUTABLES.add(self)
 
-class Prepared(NamedTuple):
-    """A plan ready to run on this rank. `handle` and `kept` are plain numbers: another batch's plan recompiles nothing."""
-
-    handle: int
-    # numbers that the forward keeps for the backward
-    kept: int
-    # keeps the program alive
-    lowered: Lowered
+    def for_direction(self, direction: str) -> Executable:
+        """What runs a "forward" or "backward" pass: itself. A pipeline schedule has another one in every tick."""
+        return self
 
 
-# torch.compile specialises on 0 and 1
-_HANDLES = itertools.count(2)
-_BY_HANDLE: weakref.WeakValueDictionary[int, Lowered] = weakref.WeakValueDictionary()
-# programs live as long as their plan
-_PROGRAMS: weakref.WeakKeyDictionary[Plan, dict[Use, Program]] = weakref.WeakKeyDictionary()
-_LOWERED: weakref.WeakKeyDictionary[Plan, dict[tuple[Use, Transport], Lowered]] = weakref.WeakKeyDictionary()
-_LOCKS: weakref.WeakKeyDictionary[Plan, threading.Lock] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
-_ALONE = Alone()
-# the communicator of each group
-_TRANSPORTS: weakref.WeakKeyDictionary[Any, GroupTransport] = weakref.WeakKeyDictionary()
+class HasExecutable(Protocol):
+    """What a handle stands for: an executable, or what names the one of the next pass."""
+
+    def for_direction(self, direction: str) -> Executable: ...
+
+
+class ExecutableCache:
+    """Everything that is made once and used again: programs of plans, communicators of groups, executables by handle.
+
+    Programs live as long as their plan, communicators as long as their group, handles as long as their executable.
+    """
+
+    def __init__(self) -> None:
+        # torch.compile specialises on 0 and 1
+        self._handles = itertools.count(2)
+        self._by_handle: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._programs: weakref.WeakKeyDictionary[Plan, dict[ExecutionKey, Program]] = weakref.WeakKeyDictionary()
+        self._plan_locks: weakref.WeakKeyDictionary[Plan, threading.Lock] = weakref.WeakKeyDictionary()
+        self._transports: weakref.WeakKeyDictionary[Any, dict[timedelta | None, GroupTransport]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._lock = threading.Lock()
+
+    def add(self, executable: HasExecutable) -> int:
+        """A new handle for an executable; the cache does not keep it alive."""
+        handle = next(self._handles)
+        self._by_handle[handle] = executable
+        return handle
+
+    def by_handle(self, handle: int) -> HasExecutable:
+        """What a handle stands for. Raises DistattnError where its executable has been dropped."""
+        found = self._by_handle.get(handle)
+        if found is None:
+            raise DistattnError(
+                f"handle {handle} belongs to no executable that is still alive; hold what prepare returned until the "
+                "backward has run."
+            )
+        return found  # type: ignore[no-any-return]
+
+    def program(self, plan: Plan, key: ExecutionKey, proven: bool = True) -> Program:
+        """The program of a plan, made at the first call and proven then if `proven`. May be called on any thread."""
+        with self._lock:
+            lock = self._plan_locks.setdefault(plan, threading.Lock())
+        # one lock a plan: another plan's program need not wait for this one
+        with lock:
+            known = self._programs.setdefault(plan, {})
+            if key not in known:
+                proof = next((other.proof for other in known.values() if other.proof), None)
+                proof = verify(plan) if proof is None and proven else proof
+                make = preparing(key.kernel, kernel_requirements(plan.call, key.device))
+                known[key] = on_device(lower(plan, key.rank, make, proof), key.device)
+            return known[key]
+
+    def transport(self, group: dist.ProcessGroup, timeout: timedelta | None = None) -> GroupTransport:
+        """The communicator of a group's plans, made at the first call, which is collective.
+
+        timeout: how long a message may take; by default the backend's own limit.
+        """
+        known = self._transports.setdefault(group, {})
+        if timeout not in known:
+            known[timeout] = GroupTransport.beside(group, timeout)
+        return known[timeout]
+
+
+EXECUTABLES = ExecutableCache()
+_SINGLE_RANK = Alone()
 
 
 def prepare(
@@ -87,72 +138,83 @@ def prepare(
     *,
     kernel: str | None = None,
     device: torch.device | str = "cpu",
-    capacity: int | None = None,
+    max_buffer_bytes: int | None = None,
     proven: bool = True,
-    watch: Watch | None = None,
-) -> Prepared:
+) -> Executable:
     """Make a plan ready to run: a collective call of all its ranks, which compare their plans every time.
 
     group defaults to the default process group; a plan for one rank needs none. kernel: a name of KERNELS, by default
-    that of the device. capacity: bytes of buffers a rank may need at once (see `verify`). proven=False: without a proof, for
-    callers that prove every so many plans of one kind; a capacity asks for the proof all the same. watch: see `Watch`.
+    that of the device. max_buffer_bytes: bytes of buffers a rank may need at once (see `verify`). proven=False: without a
+    proof, for callers that prove every so many plans of one kind; max_buffer_bytes asks for the proof all the same.
     Hold the result until the backward has run: under torch.compile nothing else keeps its program.
 
-    Raises PlanError when the plan cannot be proven or needs more than the capacity, or when ranks have different plans;
+    Raises PlanError when the plan cannot be proven or needs more than max_buffer_bytes, or when ranks have different plans;
     DistattnError when it does not fit the kernel. Where one rank refuses, all do. A group of another size is refused
     without asking the others.
     """
     rank, group = _membership(plan, group)
     device = torch.device(device)
-    refusal = program = None
+    refusal = program = key = None
     try:
-        use = Use(rank, choose_kernel(kernel, demand_of(plan.call, device)), device)
-        program = lower_once(plan, use, proven)
-        if capacity is not None:
-            check_capacity(program.proof or verify(plan), capacity)
+        key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)
     except DistattnError as error:
         refusal = error
     if group is not None:
         _agree(plan, group, device, refusal)
-    if refusal is not None or program is None:
+    if refusal is not None or program is None or key is None:
         raise refusal or DistattnError("this plan has no program.")
-    transport: Transport = _ALONE if group is None else open_transport(group)
-    known = _LOWERED.setdefault(plan, {})
-    lowered = known.get((use, transport)) if watch is None else None
-    if lowered is None:
-        lowered = Lowered(program, use, transport, watch)
-        if watch is None:
-            known[use, transport] = lowered
-    return Prepared(lowered.handle, execute.kept_elements(program), lowered)
+    return Executable(program, key, _SINGLE_RANK if group is None else EXECUTABLES.transport(group))
 
 
-def lower_once(plan: Plan, use: Use, proven: bool = True) -> Program:
-    """The program of a plan for one use, made at first call; proven then, if it shall be. May run on any thread."""
-    with _LOCK:
-        lock = _LOCKS.setdefault(plan, threading.Lock())
-    # of this plan: another's program need not wait for it
-    with lock:
-        uses = _PROGRAMS.setdefault(plan, {})
-        if use not in uses:
-            proof = next((other.proof for other in uses.values() if other.proof), None)
-            proof = verify(plan) if proof is None and proven else proof
-            make = preparing(use.kernel, demand_of(plan.call, use.device))
-            uses[use] = on_device(lower(plan, use.rank, make, proof), use.device)
-        return uses[use]
+def checked_program(
+    plan: Plan, rank: int, kernel: str | None, device: torch.device, max_buffer_bytes: int | None, proven: bool
+) -> tuple[ExecutionKey, Program]:
+    """This rank's program of a plan, with what it is known by. Raises what `prepare` raises; asks no other rank."""
+    key = ExecutionKey(rank, choose_kernel(kernel, kernel_requirements(plan.call, device)), device)
+    program = EXECUTABLES.program(plan, key, proven)
+    if max_buffer_bytes is not None:
+        check_capacity(program.proof or verify(plan), max_buffer_bytes)
+    return key, program
 
 
-def demand_of(call: Call, device: torch.device) -> Demand:
+def kernel_requirements(call: Call, device: torch.device) -> Demand:
     """What a call asks of a kernel, as far as its plan knows."""
     return Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
 
 
-def lowered_of(handle: int) -> Lowered:
-    """What a handle stands for."""
-    if handle not in _BY_HANDLE:
-        raise DistattnError(
-            f"handle {handle} belongs to no plan that is still alive; hold what prepare returned until the backward has run."
-        )
-    return _BY_HANDLE[handle]
+def plan_difference(digests: list[str], summaries: list[dict[str, Any]]) -> str:
+    """The sentence that names the ranks whose plan differs from the others', and in what. Both lists are by rank."""
+    # the majority is right; among equals rank 0's
+    counts = Counter(digests)
+    usual = max(counts, key=lambda digest: (counts[digest], digest == digests[0]))
+    odd = [rank for rank, digest in enumerate(digests) if digest != usual]
+    like = digests.index(usual)
+    ours, theirs = summaries[odd[0]], summaries[like]
+    what = next((name for name in theirs if name != "refusal" and ours[name] != theirs[name]), "tables")
+    how = f"its {what} differ"
+    if what == "documents":
+        pairs = itertools.zip_longest(ours[what], theirs[what])
+        first = next(i for i, (a, b) in enumerate(pairs) if a != b)
+        how += f" from rank {like}'s from number {first + 1} on"
+    else:
+        how += f" from rank {like}'s"
+    ranks = ("rank " if len(odd) == 1 else "ranks ") + ", ".join(map(str, odd))
+    verb = "plans" if len(odd) == 1 else "plan"
+    return f"{ranks} {verb} a different call (digest {digests[odd[0]][:8]}, others {usual[:8]}): {how}."
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """What a call is, in words that can be compared from rank to rank."""
+    call = plan.call
+    starts = [0, *call.layout.ends.tolist()]
+    return {
+        "documents": [b - a for a, b in itertools.pairwise(starts)],
+        "mask": call.mask.digest,
+        "layout": call.layout.digest,
+        "heads and dims": (call.heads, call.kv_heads, call.head_dim, call.v_head_dim),
+        "dtype": call.dtype,
+        "strategy": (plan.strategy, plan.policy),
+    }
 
 
 def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.ProcessGroup | None]:
@@ -172,65 +234,30 @@ def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.
     return dist.get_rank(group), group
 
 
-def open_transport(group: dist.ProcessGroup, patience: timedelta | None = None) -> GroupTransport:
-    """The communicator of a group's plans, made at first call: a collective call then. patience: how long messages may take."""
-    if group not in _TRANSPORTS:
-        _TRANSPORTS[group] = GroupTransport.beside(group, patience)
-    return _TRANSPORTS[group]
-
-
 def _agree(plan: Plan, group: dist.ProcessGroup, device: torch.device, refusal: DistattnError | None) -> None:
     """All ranks compare their plans' digests and tell of a refusal; where anything is amiss every rank raises.
 
-    Always, not only where this rank has not seen the plan: what is new to one rank may be old to another.
+    They do so every time, not only where this rank has not seen the plan: what is new to one rank may be old to another.
     """
     words = [int(plan.digest[i : i + 8], 16) for i in range(0, 32, 8)]
     mine = torch.tensor([*words, refusal is not None], device=device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
-    told = torch.stack(everyone).tolist()
-    digests = ["".join(f"{word:08x}" for word in row[:-1]) for row in told]
-    if len(set(digests)) == 1 and not any(row[-1] for row in told):
+    gathered = torch.stack(everyone).tolist()
+    digests = ["".join(f"{word:08x}" for word in row[:-1]) for row in gathered]
+    if len(set(digests)) == 1 and not any(row[-1] for row in gathered):
         return
-    calls: list[Any] = [None] * len(digests)
-    dist.all_gather_object(calls, _summary(plan) | {"refusal": str(refusal or "")}, group=group)
+    summaries: list[Any] = [None] * len(digests)
+    dist.all_gather_object(summaries, plan_summary(plan) | {"refusal": str(refusal or "")}, group=group)
+    raise_disagreement(digests, summaries, refusal)
+
+
+def raise_disagreement(digests: list[str], summaries: list[dict[str, Any]], refusal: DistattnError | None) -> None:
+    """Raise this rank's refusal, or the first other rank's, or name the difference between the ranks' plans."""
     if refusal is not None:
         raise refusal
-    refused = next((rank for rank, call in enumerate(calls) if call["refusal"]), None)
+    refused = next((rank for rank, summary in enumerate(summaries) if summary["refusal"]), None)
     if refused is not None:
-        raise PlanError(f"rank {refused} refuses this plan: {calls[refused]['refusal']}")
-    raise PlanError(_difference(digests, calls))
-
-
-def _summary(plan: Plan) -> dict[str, Any]:
-    """What a call is, in words that can be compared from rank to rank."""
-    call = plan.call
-    starts = [0, *call.layout.ends.tolist()]
-    return {
-        "documents": [b - a for a, b in itertools.pairwise(starts)],
-        "mask": call.mask.digest,
-        "layout": call.layout.digest,
-        "heads and dims": (call.heads, call.kv_heads, call.head_dim, call.v_head_dim),
-        "dtype": call.dtype,
-        "strategy": (plan.strategy, plan.policy),
-    }
-
-
-def _difference(digests: list[str], calls: list[dict[str, Any]]) -> str:
-    # the majority is right; among equals rank 0's
-    counts = Counter(digests)
-    usual = max(counts, key=lambda digest: (counts[digest], digest == digests[0]))
-    odd = [rank for rank, digest in enumerate(digests) if digest != usual]
-    like = digests.index(usual)
-    ours, theirs = calls[odd[0]], calls[like]
-    what = next((name for name in theirs if name != "refusal" and ours[name] != theirs[name]), "tables")
-    how = f"its {what} differ"
-    if what == "documents":
-        pairs = itertools.zip_longest(ours[what], theirs[what])
-        first = next(i for i, (a, b) in enumerate(pairs) if a != b)
-        how += f" from rank {like}'s from number {first + 1} on"
-    else:
-        how += f" from rank {like}'s"
-    ranks = ("rank " if len(odd) == 1 else "ranks ") + ", ".join(map(str, odd))
-    verb = "plans" if len(odd) == 1 else "plan"
-    return f"{ranks} {verb} a different call (digest {digests[odd[0]][:8]}, others {usual[:8]}): {how}."
+        raise PlanError(f"rank {refused} refuses this plan: {summaries[refused]['refusal']}")
+    if len(set(digests)) > 1:
+        raise PlanError(plan_difference(digests, summaries))

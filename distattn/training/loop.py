@@ -63,14 +63,14 @@ def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> N
         kernel=parallel.kernel,
         backward=parallel.backward or None,
         cluster=parallel.cluster,
-        capacity=parallel.capacity or None,
+        max_buffer_bytes=parallel.capacity or None,
     )
     model = build_model(config, "distattn").to(device)
     if cp.rank == 0:
         model.config.save_pretrained(run.folder)
     pytorch.shard_parameters(model, mesh)
     parameters = list(model.parameters())
-    factor = cp.loss_scale(pytorch.Loop(model))
+    factor = cp.loss_scale(pytorch.ProbeTarget(model))
     optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
     with Progress(run, config.train.steps, json_lines, visible=cp.rank == 0) as progress:
         # a step ahead: its plan is made meanwhile
@@ -85,7 +85,7 @@ def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> N
             loss.backward()
             losses = loss.detach() / factor
             dist.all_reduce(losses)
-            norm = pytorch.whole(clip_grad_norm_(parameters, config.train.clip))
+            norm = pytorch.full_tensor(clip_grad_norm_(parameters, config.train.clip))
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began

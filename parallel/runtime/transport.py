@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Payload
 
 
@@ -146,9 +146,9 @@ class _Packed(NamedTuple):
             _as_bytes(packet.tensor).copy_(part)
 
 
-def _silent(peers: set[int], error: RuntimeError) -> DistattnError:
+def _silent(peers: set[int], error: RuntimeError) -> LostRankError:
     who = ", ".join(map(str, sorted(peers)))
-    return DistattnError(f"{'ranks' if len(peers) > 1 else 'rank'} {who} of the group stopped answering: {error}")
+    return LostRankError(f"{'ranks' if len(peers) > 1 else 'rank'} {who} of the group stopped answering: {error}")
 
 
 def _pack(part: Tensor, tensor: Tensor) -> None:

@@ -14,7 +14,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_g
 from processes import run_on_ranks  # noqa: E402
 
 import distattn as da  # noqa: E402
-from distattn.adapters.deepspeed import Engine, SequenceGroups  # noqa: E402
+from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups  # noqa: E402
 from distattn.adapters.pytorch import local_loss  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -66,7 +66,7 @@ def _gradients(rank: int, stage: int, degree: int):
             groups(rank, degree), loss_group=dist.group.WORLD, strategy="ring", layout="document_zigzag"
         )
         engine = engine_of(cp, stage, micro_batches)
-        cp.loss_scale(Engine(engine))
+        cp.loss_scale(ProbeTarget(engine))
         found.append((cp.loss_scale(), take_step(cp, engine, rank, degree, micro_batches)))
     return found
 
@@ -88,7 +88,7 @@ def _stepped(rank: int, stage: int, config: dict):
     cp = da.ContextParallel(groups(rank, 2), loss_group=dist.group.WORLD, strategy="ring", layout="document_zigzag")
     dtype = torch.bfloat16 if "bf16" in config else torch.float32
     engine = engine_of(cp, stage, 2, dtype, gradient_clipping=0.5, **config)
-    cp.loss_scale(Engine(engine))
+    cp.loss_scale(ProbeTarget(engine))
     take_step(cp, engine, rank, 2, 2)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
         parameters = [parameter.detach().float().clone() for parameter in engine.module.parameters()]
@@ -142,11 +142,11 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring", layout="document_zigzag")
     dtype = torch.bfloat16 if "bf16" in config else torch.float32
     engine = engine_of(cp, stage, 2, dtype, **config)
-    factor = cp.loss_scale(Engine(engine))
+    factor = cp.loss_scale(ProbeTarget(engine))
     for _ in range(3):
         if probes:
             before = torch.get_rng_state()
-            assert cp.loss_scale(Engine(engine)) == factor
+            assert cp.loss_scale(ProbeTarget(engine)) == factor
             assert torch.equal(torch.get_rng_state(), before)
             assert all(parameter.grad is None for parameter in engine.module.parameters())
         gradients = take_step(cp, engine, rank, 2, 2)
@@ -177,7 +177,7 @@ def _by_mesh(rank: int) -> str:
     given = dict(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=settings)
     engine = deepspeed.initialize(**given, mesh_param=(2, 2))[0]
     with pytest.raises(da.DistattnError) as refusal:
-        cp.loss_scale(Engine(engine))
+        cp.loss_scale(ProbeTarget(engine))
     return str(refusal.value)
 
 
@@ -193,8 +193,8 @@ def _refusals(rank: int) -> list[str]:
     for ask in (
         lambda: SequenceGroups(cp),
         lambda: SequenceGroups(da.ContextParallel(dist.group.WORLD, strategy="ring")).initialize_sequence_parallel(2),
-        lambda: Engine(object.__new__(deepspeed.PipelineEngine)),
-        lambda: Engine(type("Experts", (), {"has_moe_layers": True})()),
+        lambda: ProbeTarget(object.__new__(deepspeed.PipelineEngine)),
+        lambda: ProbeTarget(type("Experts", (), {"has_moe_layers": True})()),
     ):
         with pytest.raises(da.DistattnError) as refusal:
             ask()
@@ -205,7 +205,7 @@ def _refusals(rank: int) -> list[str]:
     engine.backward(local_loss(engine, batch))
     engine.step()
     with pytest.raises(da.DistattnError) as refusal:
-        cp.loss_scale(Engine(engine))
+        cp.loss_scale(ProbeTarget(engine))
     return [*said, str(refusal.value)]
 
 

@@ -65,7 +65,7 @@ def token_ids() -> torch.Tensor:
 
 def plain(model: torch.nn.Module) -> torch.Tensor:
     """The loss in one process, transformers' own attention, one document at a time."""
-    with huggingface.one_process(model):
+    with huggingface.single_process_attention(model):
         losses = [
             F.cross_entropy(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="sum")
             for ids in token_ids().split(LENGTHS, 1)
@@ -108,7 +108,7 @@ def test_two_models_in_one_process_and_one_of_them_for_evaluation():
     batch = cp.shard({"input_ids": token_ids(), "document_lengths": LENGTHS})
     for model in (ours, other, ours):
         got = model(**huggingface.inputs(batch)).logits
-        with huggingface.one_process(model):
+        with huggingface.single_process_attention(model):
             whole = [model(ids, use_cache=False).logits for ids in token_ids().split(LENGTHS, 1)]
             assert model.generate(token_ids()[:, :5], max_new_tokens=3, do_sample=False).shape == (1, 8)
         assert (got - torch.cat(whole, 1)).abs().max() < 1e-5

@@ -72,7 +72,9 @@ def config_of(tp: int = 1, pp: int = 1, cp: int = 1, **changes) -> TransformerCo
 def build(config, spec=None, **changes) -> GPTModel:
     """Seeded; spec: distattn's with the kernel that computes everything, by default."""
     torch.manual_seed(0)
-    spec = spec or megatron.use(get_gpt_layer_local_spec(normalization="RMSNorm"), kernel="reference")
+    spec = spec or megatron.replace_core_attention(
+        get_gpt_layer_local_spec(normalization="RMSNorm"), kernel="reference"
+    )
     settings = dict(
         vocab_size=small.VOCABULARY,
         max_sequence_length=128,
@@ -131,9 +133,9 @@ def _stock(rank: int, micro_batches: int, replicas: int, changes: dict):
 def _gradients(rank: int, cp: int, distributed_optimizer: bool, per_token: bool, micro_batches: int, changes: dict):
     start(cp=cp)
     config = config_of(cp=cp, calculate_per_token_loss=per_token)
-    model = megatron.with_layouts(build(config, **changes))
+    model = megatron.use_batch_positions(build(config, **changes))
     chunk = wrapped(config, model, distributed_optimizer)
-    chunks = megatron.Chunks([chunk], micro_batches)
+    chunks = megatron.ProbeTarget([chunk], micro_batches)
     ours = context_parallel()
     factor = ours.loss_scale(chunks)
     chunk.zero_grad_buffer()
@@ -279,7 +281,7 @@ def sequence_parallel_spec():
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = SequenceNorm
     block = TransformerBlockSubmodules(layer_specs=[layer, layer], layer_norm=SequenceNorm)
-    return megatron.use(block, kernel="reference")
+    return megatron.replace_core_attention(block, kernel="reference")
 
 
 def _parallel(rank: int, tp: int, pp: int, cp: int, changes: dict):
@@ -293,10 +295,10 @@ def _parallel(rank: int, tp: int, pp: int, cp: int, changes: dict):
     config = config_of(
         tp, pp, cp, calculate_per_token_loss=True, init_method=seeded, output_layer_init_method=seeded, **changes
     )
-    model = megatron.with_layouts(build(config, sequence_parallel_spec() if config.sequence_parallel else None))
+    model = megatron.use_batch_positions(build(config, sequence_parallel_spec() if config.sequence_parallel else None))
     chunk = wrapped(config, model, distributed_optimizer=False)
     ours = context_parallel(pad_to=tp)
-    factor = ours.loss_scale(megatron.Chunks([chunk]))
+    factor = ours.loss_scale(megatron.ProbeTarget([chunk]))
     parts = ours.shard_step(small.step(0, 2))
     losses = []
     for forward_only in (True, False):
@@ -332,7 +334,7 @@ def test_tensor_and_pipeline_parallelism_change_nothing(tp, pp, cp, changes):
 def _untouched(rank: int, distributed_optimizer: bool) -> bool:
     start(cp=2)
     config = config_of(cp=2)
-    model = megatron.with_layouts(build(config))
+    model = megatron.use_batch_positions(build(config))
     chunk = wrapped(config, model, distributed_optimizer)
     ours = context_parallel()
     settings = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=distributed_optimizer)
@@ -351,7 +353,7 @@ def _untouched(rank: int, distributed_optimizer: bool) -> bool:
         return [x.detach().clone() for x in (*model.parameters(), *buffers, *moments) if isinstance(x, torch.Tensor)]
 
     before, numbers = state(), torch.get_rng_state()
-    ours.loss_scale(megatron.Chunks([chunk], 2))
+    ours.loss_scale(megatron.ProbeTarget([chunk], 2))
     assert len(before) > 2 * len(list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(state(), before, strict=True))
     return torch.equal(torch.get_rng_state(), numbers)
@@ -377,12 +379,14 @@ def _refused(rank: int) -> list[str]:
     ask("sees 3 tokens ahead", lambda: build(config_of(cp=2, window_size=(4, 3))))
     ask(
         "multimodal RoPE",
-        lambda: megatron.with_layouts(build(config_of(cp=2, mrope_section=[1, 1, 2]), position_embedding_type="mrope")),
+        lambda: megatron.use_batch_positions(
+            build(config_of(cp=2, mrope_section=[1, 1, 2]), position_embedding_type="mrope")
+        ),
     )
-    ask("decide on layout", lambda: megatron.use(get_gpt_layer_local_spec(), layout="zigzag"))
-    ask("strategy 'star'", lambda: megatron.use(get_gpt_layer_local_spec(), strategy="star"))
-    ask("know Megatron's own order only", lambda: megatron.Chunks([build(config)]))
-    ask("MambaStack, not a core attention", lambda: megatron.use(mamba_stack_spec))
+    ask("decide on layout", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), layout="zigzag"))
+    ask("strategy 'star'", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), strategy="star"))
+    ask("know Megatron's own order only", lambda: megatron.ProbeTarget([build(config)]))
+    ask("MambaStack, not a core attention", lambda: megatron.replace_core_attention(mamba_stack_spec))
     model = build(config)
     core = model.decoder.layers[0].self_attention.core_attention
     q, k = torch.zeros(6, 1, 4, 8), torch.zeros(6, 1, 2, 8)
@@ -391,7 +395,7 @@ def _refused(rank: int) -> list[str]:
     ask("an attention bias", lambda: core(q, k, k, None, attention_bias=q))
     ask("6 keys for 1 queries", lambda: core(q[:1], k, k, None))
     ask("without a cp_group", lambda: core(q, k, k, None, packed_seq_params=PackedSeqParams("sbhd", local_cp_size=1)))
-    ask("IdentityOp, not a core attention", lambda: megatron.use(_without_attention()))
+    ask("IdentityOp, not a core attention", lambda: megatron.replace_core_attention(_without_attention()))
     uneven = {"input_ids": torch.zeros(1, 5), "labels": torch.zeros(1, 5)}
     config.tensor_model_parallel_size, config.sequence_parallel = 2, True
     ask("pad_to=2", lambda: megatron.check_shard(uneven, config))

@@ -82,7 +82,7 @@ def forward(model, part):
 """,
     "mask not causal": """
 def context_parallel():
-    return da.ContextParallel(strategy="ring", kernel="reference", inner="full")
+    return da.ContextParallel(strategy="ring", kernel="reference", document_mask="full")
 """,
     "window dropped": """
 from transformers import MistralConfig
@@ -285,7 +285,7 @@ def model():
         pytorch.shard_parameters(found, init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",)))
     return found
 def prepare(cp, model):
-    cp.loss_scale(pytorch.Loop(model))
+    cp.loss_scale(pytorch.ProbeTarget(model))
 def backward(model, loss):
     loss.backward()
 """,
@@ -294,7 +294,7 @@ def model():
     found = build()
     return torch.nn.parallel.DistributedDataParallel(found) if dist.is_initialized() else found
 def prepare(cp, model):
-    assert cp.loss_scale(pytorch.Loop(model)) == dist.get_world_size()
+    assert cp.loss_scale(pytorch.ProbeTarget(model)) == dist.get_world_size()
 def backward(model, loss):
     loss.backward()
 """,

@@ -8,7 +8,7 @@ import distattn as da
 from distattn.adapters.pytorch import local_loss
 from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.ir.layout import LAYOUTS
-from distattn.ops import executable as programs
+from distattn.ops.executable import EXECUTABLES
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.training.config import Config, ModelConfig
 from distattn.training.loop import build_model
@@ -75,16 +75,16 @@ def _other_tokens(rank: int) -> str:
 
 def test_ranks_that_hold_other_tokens_are_refused():
     for refusal in run_on_ranks(2, _other_tokens):
-        assert "rank 1 of the group holds another batch than rank 0" in refusal
+        assert "rank 1 holds another batch than rank 0" in refusal
 
 
-def test_ways_without_options_may_say_so():
+def test_layer_overrides_without_options_may_say_so():
     cp = da.ContextParallel(
         strategy="ring", layers={"window": {"strategy": "allgather", "options": {}, "layout": None}}
     )
     sharded = cp.shard(batch([6]))["context_parallel"]
     sharded.attention(*(torch.randn(6, 2, 8) for _ in range(3)), window=2)
-    assert sharded.asked
+    assert sharded.used
 
 
 def _replicas(rank: int) -> tuple[float, float]:
@@ -159,7 +159,7 @@ def test_replicas_share_a_scale():
             "labels and shift_labels",
         ),
         (lambda: da.ContextParallel(strategy="ring").shard({"input_ids": [[1, 2]]}), "input_ids is a list; a tensor"),
-        (lambda: da.ContextParallel(strategy="ring", layers={"full": "ring"}), "layers 'full' want a mapping"),
+        (lambda: da.ContextParallel(strategy="ring", layers={"full": "ring"}), "layers 'full' need a mapping"),
         (lambda: da.ContextParallel(strategy="ring", layers={True: {"strategy": "ring"}}), "not True"),
         (
             lambda: da.ContextParallel(
@@ -168,11 +168,25 @@ def test_replicas_share_a_scale():
             "layout_options without a layout",
         ),
         (lambda: da.ContextParallel(strategy="ring", layers={"windows": {}}), "window or full, not 'windows'"),
-        (lambda: da.ContextParallel(strategy="ring", layers={3: {}}), "layers 3 want a strategy"),
+        (lambda: da.ContextParallel(strategy="ring", layers={3: {}}), "layers 3 need a strategy"),
         (lambda: da.ContextParallel(strategy="ring", layers={3: {"stratgy": 1}}), "layers 3 have no 'stratgy'"),
+        (lambda: da.ContextParallel(strategy="ring").shard({}), "batch has no input_ids"),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(None),
+            "a batch is a mapping with input_ids, not a NoneType",
+        ),
+        (lambda: da.ContextParallel(strategy="ring").shard_step(batch([3])), "shard_step takes a list of batches"),
+        (lambda: da.ContextParallel(layout="zigzag"), "a strategy is needed"),
+        (
+            lambda: da.ContextParallel(strategy="ring", inner="causal"),
+            "there is no setting 'inner'; there are strategy",
+        ),
+        (lambda: da.ContextParallel(strategy="ring", data="both"), "data is 'replicated' or 'per_rank', not 'both'"),
+        (lambda: da.ContextParallel(strategy="ring", context_parallel_size=2), "context_parallel_size belongs to data"),
+        (lambda: da.ContextParallel(strategy="ring", verify_every=1.5), "verify_every is a whole number"),
         (lambda: da.ContextParallel(strategy="ring", kernel="bogus"), "kernel 'bogus'"),
         (lambda: da.ContextParallel(strategy="ring", backward="bogus"), "policy 'bogus'"),
-        (lambda: da.ContextParallel(strategy="ring", inner="bogus"), "inner is"),
+        (lambda: da.ContextParallel(strategy="ring", document_mask="bogus"), "inner is"),
         (
             lambda: da.ContextParallel(strategy="ring", layout_options={"min_chunk": 4}),
             "layout zigzag has no option 'min_chunk'",
@@ -234,7 +248,7 @@ def test_loss_and_every_gradient_equal_plain_transformers(strategy, lengths):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_follows_the_batch(layout):
-    cp = da.ContextParallel(strategy="ring", layout=layout, inner=(2, 0))
+    cp = da.ContextParallel(strategy="ring", layout=layout, document_mask=(2, 0))
     for lengths in ([4, 2], [9], [1, 1, 5]):
         sharded = cp.shard(batch(lengths))["context_parallel"]
         assert sharded.plan(4, 2, 8, 8, "float32").call.mask == da.Mask.documents(lengths, (2, 0))
@@ -245,14 +259,14 @@ def test_programs_for_known_shapes_are_made_ahead():
 
     def layer(lengths):
         sharded = cp.shard(batch(lengths))["context_parallel"]
-        made = {need: future.result() for need, future in sharded._plans.items()}
+        ahead = {known: future.result() for known, future in sharded._ahead.items()}
         q, k, v = (torch.randn(sum(lengths), heads, 8) for heads in (4, 2, 2))
         sharded.attention(q, k, v)
-        (ready,) = sharded._prepared.values()
-        return made, ready
+        (executable,) = sharded._executables.values()
+        return ahead, executable
 
     assert layer([4, 2])[0] == {}
-    made, ready = layer([3, 3])
-    (plan,) = made.values()
+    ahead, executable = layer([3, 3])
+    (planned,) = ahead.values()
     # the layer used the very program that the thread had made
-    assert ready.lowered.program is next(iter(programs._PROGRAMS[plan].values()))
+    assert executable.program is next(iter(EXECUTABLES._programs[planned.plan].values()))

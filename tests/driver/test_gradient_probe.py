@@ -25,7 +25,7 @@ def _sum(model, group=None, mean=False):
             parameter.grad /= dist.get_world_size()
 
 
-def trainer(kind: str, mesh, **changes) -> tuple[torch.nn.Module, pytorch.Loop]:
+def trainer(kind: str, mesh, **changes) -> tuple[torch.nn.Module, pytorch.ProbeTarget]:
     model = small.build(**changes)
     flat = pytorch.gradient_mesh(mesh)
     if kind.startswith("fsdp"):
@@ -37,10 +37,10 @@ def trainer(kind: str, mesh, **changes) -> tuple[torch.nn.Module, pytorch.Loop]:
     if kind == "ddp":
         model = DistributedDataParallel(model, process_group=flat.get_group())
     if kind in ("sum", "mean"):
-        return model, pytorch.Loop(model, reduce=lambda: _sum(model, flat.get_group(), kind == "mean"))
+        return model, pytorch.ProbeTarget(model, reduce=lambda: _sum(model, flat.get_group(), kind == "mean"))
     if kind == "only replicas":
-        return model, pytorch.Loop(model, reduce=lambda: _sum(model, mesh["dp"].get_group()))
-    return model, pytorch.Loop(model)
+        return model, pytorch.ProbeTarget(model, reduce=lambda: _sum(model, mesh["dp"].get_group()))
+    return model, pytorch.ProbeTarget(model)
 
 
 FACTORS = {"sum": 1, "mean": 4, "ddp": 4, "fsdp": 4, "fsdp that sums": 1}
@@ -131,10 +131,10 @@ def _frozen(rank: int, kind: str) -> float:
     model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
     if kind == "ddp":
         model = DistributedDataParallel(model)
-        loop = pytorch.Loop(model)
+        loop = pytorch.ProbeTarget(model)
     else:
         weight = model.model.layers[1].mlp.down_proj.weight
-        loop = pytorch.Loop(model, reduce=lambda: dist.all_reduce(weight.grad))
+        loop = pytorch.ProbeTarget(model, reduce=lambda: dist.all_reduce(weight.grad))
     return pytorch.context_parallel(mesh, strategy="ring", kernel="reference").loss_scale(loop)
 
 
@@ -205,8 +205,8 @@ def test_the_probe_leaves_everything_bit_identical(kind):
 def test_one_rank_needs_no_factor():
     cp = ContextParallel(strategy="ring", kernel="reference")
     model = small.build()
-    assert cp.loss_scale(pytorch.Loop(model)) == 1.0
+    assert cp.loss_scale(pytorch.ProbeTarget(model)) == 1.0
     with pytest.raises(DistattnError, match="Identity does not say which layer makes its logits"):
-        cp.loss_scale(pytorch.Loop(torch.nn.Identity()))
+        cp.loss_scale(pytorch.ProbeTarget(torch.nn.Identity()))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert IGNORE_INDEX in cp.shard(small.micro_batch([4]))["labels"]

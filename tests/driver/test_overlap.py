@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
+from packs_of_ranks import model_of, shared
 from processes import run_on_ranks
-from test_pool import model_of
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 import distattn as da
 from distattn.adapters.pytorch import local_loss
+from distattn.ops.attention import RECOMPUTING, interleaved_batch
 
 PACKS = [[[200, 9], [40, 11, 60]], [[30, 30], [5, 5]], [[64], [1, 1, 90]], [[100], [8] * 9]]
 OPTIONS = dict(options=dict(tolerance=0.0, block=8))
@@ -60,6 +61,11 @@ class Stack(nn.Module):
 def made(kind):
     """(layers, loss function, parameters)"""
     torch.manual_seed(0)
+    if kind == "reentrant":
+        model = model_of()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.train()
+        return model.model.layers, lambda local: local_loss(model, local), list(model.parameters())
     if kind.startswith("plain"):
         model = Stack("twice" in kind).double()
         return model.layers, model.loss, list(model.parameters())
@@ -74,12 +80,12 @@ def alternating_run(rank, kind, options):
     """(losses, gradients) one after the other, then taking turns, with the trace of the latter."""
     layers, loss, parameters = made(kind)
     out = []
-    with da.Pool(**options) as pool:
+    with shared(**options) as cp:
         for turns in (False, True):
-            (local,) = pool.steps([batches(rank)])
-            ping_pong = da.PingPong(layers)
+            (local,) = cp.steps([batches(rank)])
+            schedule = da.OverlapSchedule(layers)
             if turns:
-                losses = ping_pong.step([lambda batch=batch: loss(batch) for batch in local])
+                losses = schedule.step([lambda batch=batch: loss(batch) for batch in local])
             else:
                 losses = [loss(batch) for batch in local]
                 for one in losses:
@@ -89,7 +95,7 @@ def alternating_run(rank, kind, options):
             out.append(([float(one.detach()) for one in losses], gradient))
             for parameter in parameters:
                 parameter.grad = None
-    return out, [tuple(span) for span in ping_pong.spans]
+    return out, [tuple(span) for span in schedule.spans]
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "huggingface checkpointed", "plain", "plain twice"])
@@ -98,6 +104,58 @@ def test_gradients_equal_the_plain_run(kind, ranks):
     for ((losses, gradient), (turned, turned_gradient)), _ in run_on_ranks(ranks, alternating_run, kind, OPTIONS):
         assert turned == pytest.approx(losses, rel=1e-12)
         assert (gradient - turned_gradient).abs().max() <= 1e-12 * gradient.abs().max()
+
+
+def _thread_state():
+    """What belongs to a thread and must be as it was."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        interleaved_batch(),
+        list(RECOMPUTING),
+    )
+
+
+def trained_run(rank, kind, turns):
+    """Losses and parameters of five optimizer steps of two micro-batches."""
+    layers, loss, parameters = made(kind)
+    optimizer, losses = torch.optim.SGD(parameters, lr=0.05), []
+    before = _thread_state()
+    with shared(**OPTIONS) as cp:
+        schedule = da.OverlapSchedule(layers)
+        for local in cp.steps([batches(rank)] * 5):
+            if turns:
+                found = schedule.step([lambda batch=batch: loss(batch) for batch in local])
+            else:
+                found = [loss(batch) for batch in local]
+                for one in found:
+                    one.backward()
+            assert _thread_state() == before
+            for parameter in parameters:
+                dist.all_reduce(parameter.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(cp.mean_loss(found))
+    return losses, parameters_to_vector(parameters).detach()
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "huggingface checkpointed", "plain twice"])
+def test_many_steps_train_as_without_turns_and_leave_the_thread_as_it_was(kind):
+    plain = run_on_ranks(2, trained_run, kind, False)
+    for (losses, weights), (turned, turned_weights) in zip(
+        plain, run_on_ranks(2, trained_run, kind, True), strict=True
+    ):
+        assert turned == pytest.approx(losses, rel=1e-11) and len(set(losses)) == 5
+        assert (weights - turned_weights).abs().max() <= 1e-11 * weights.abs().max()
+
+
+def test_reentrant_checkpointing_is_refused_in_a_sentence():
+    layers, loss, _ = made("reentrant")
+    with shared() as cp:
+        (local,) = cp.steps([batches(0)])
+        with pytest.raises(da.DistattnError, match="use_reentrant=False"):
+            da.OverlapSchedule(layers).step([lambda batch=batch: loss(batch) for batch in local])
 
 
 @pytest.mark.parametrize("policy", ["keep", "refetch-home"])
@@ -118,13 +176,13 @@ def test_messages_of_one_travel_while_the_other_runs(policy):
 
 def order_run(rank):
     layers, loss, _ = made("plain")
-    with da.Pool(**OPTIONS) as pool:
-        (local,) = pool.steps([batches(rank)])
-        ping_pong = da.PingPong(layers)
-        ping_pong.step([lambda batch=batch: loss(batch) for batch in local])
-        trace = ping_pong.trace(rank)
+    with shared(**OPTIONS) as cp:
+        (local,) = cp.steps([batches(rank)])
+        schedule = da.OverlapSchedule(layers)
+        schedule.step([lambda batch=batch: loss(batch) for batch in local])
+        trace = schedule.trace(rank)
     assert any(event["name"] == "moves 1" for event in trace["traceEvents"])
-    return [part for part, what, *_ in ping_pong.spans if what == "runs"]
+    return [part for part, what, *_ in schedule.spans if what == "runs"]
 
 
 def test_there_is_one_order_of_issue_on_all_ranks():
@@ -135,34 +193,34 @@ def test_there_is_one_order_of_issue_on_all_ranks():
 
 def test_without_gradients_only_forward_runs():
     layers, loss, parameters = made("plain")
-    pool = da.Pool()
-    (local,) = pool.steps([batches(0)])
+    cp = shared()
+    (local,) = cp.steps([batches(0)])
     with torch.no_grad():
-        losses = da.PingPong(layers).step([lambda batch=batch: loss(batch) for batch in local])
+        losses = da.OverlapSchedule(layers).step([lambda batch=batch: loss(batch) for batch in local])
     assert [float(one) for one in losses] == pytest.approx([float(loss(batch).detach()) for batch in local])
     assert all(parameter.grad is None for parameter in parameters)
-    pool.close()
+    cp.close()
 
 
 def test_a_failure_in_one_batch_ends_the_others():
     layers, loss, _ = made("plain")
-    pool = da.Pool()
-    (local,) = pool.steps([batches(0)])
+    cp = shared()
+    (local,) = cp.steps([batches(0)])
 
     def failing():
         raise ValueError("no such batch")
 
     with pytest.raises(ValueError, match="no such batch"):
-        da.PingPong(layers).step([lambda: loss(local[0]), failing])
-    pool.close()
+        da.OverlapSchedule(layers).step([lambda: loss(local[0]), failing])
+    cp.close()
 
 
 def test_what_cannot_take_turns_is_refused():
     with pytest.raises(da.DistattnError, match="at least one layer"):
-        da.PingPong([])
+        da.OverlapSchedule([])
     layers, loss, _ = made("plain")
-    pool = da.Pool()
-    (local,) = pool.steps([batches(0)])
+    cp = shared()
+    (local,) = cp.steps([batches(0)])
     with pytest.raises(da.DistattnError, match="before the first layer"):
-        da.PingPong(layers[1:]).step([lambda: loss(local[0])])
-    pool.close()
+        da.OverlapSchedule(layers[1:]).step([lambda: loss(local[0])])
+    cp.close()

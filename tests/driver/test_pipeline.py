@@ -11,11 +11,11 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.checkpoint import checkpoint
 
 import distattn as da
-from distattn.batch.planner import Shape
+from distattn.batch.planner import AttentionShape
 from distattn.driver.pipeline_ticks import one_forward_one_backward, ticks
 
 WIDTH, HEADS = 32, 4
-SHAPE = Shape(HEADS, HEADS, WIDTH // HEADS, WIDTH // HEADS, "float64")
+SHAPE = AttentionShape(HEADS, HEADS, WIDTH // HEADS, WIDTH // HEADS, "float64")
 # of each replica and step, micro-batches
 PACKS = [[[[150], [40, 9], [7]], [[33, 60]]], [[[20, 20], [90]], [[128], [4, 4]]]]
 
@@ -90,6 +90,14 @@ def plain_steps(replicas):
     return out
 
 
+def shared(**settings):
+    return da.ContextParallel(**{"strategy": "cad", "data": "per_rank", **settings})
+
+
+def spec(layers=1):
+    return da.StageSpec(shape=SHAPE, attention_layers=layers, hidden_size=WIDTH, dtype=torch.float64)
+
+
 def staged(rank, replicas, depths):
     stage, replica = divmod(rank, replicas)
     model = whole_model()
@@ -105,9 +113,8 @@ def staged(rank, replicas, depths):
         logits, labels = model["head"](x)[0], batch["labels"][0]
         return nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") * batch["loss_scale"]
 
-    options = dict(options=dict(tolerance=0.0, block=8))
-    sizes = dict(stages=len(depths), shape=SHAPE, calls=depths[stage], width=WIDTH, dtype=torch.float64)
-    pipeline = da.Pipeline(**sizes, **options)
+    cp = shared(options=dict(tolerance=0.0, block=8))
+    pipeline = da.PipelineSchedule(cp, stages=len(depths), spec=spec(depths[stage]))
     out = []
     data = [[rows(replica, step, n) for n in range(len(PACKS[replica][step]))] for step in range(2)]
     for losses in pipeline.train(data, run):
@@ -119,7 +126,7 @@ def staged(rank, replicas, depths):
             dist.all_reduce(gradients[name])
         out.append((float(total), gradients))
         model.zero_grad(set_to_none=True)
-    pipeline.close()
+    cp.close()
     return out
 
 
@@ -136,8 +143,8 @@ def test_stages_that_pool_their_attention_have_the_gradients_of_one_process(repl
 def adaptive_run(rank):
     """The log of speeds of a pipeline of two stages."""
     model = whole_model()
-    sizes = dict(stages=2, shape=SHAPE, calls=1, width=WIDTH, dtype=torch.float64)
-    pipeline = da.Pipeline(adaptive=True, options=dict(block=8), **sizes)
+    cp = shared(adaptive=True, options=dict(block=8))
+    pipeline = da.PipelineSchedule(cp, stages=2, spec=spec())
 
     def stage(hidden, batch):
         x = model["embed"](batch["input_ids"]) if hidden is None else hidden
@@ -146,8 +153,8 @@ def adaptive_run(rank):
 
     for _ in pipeline.train([[rows(0, 0, 0), rows(0, 0, 1)]] * 4, stage):
         pass
-    pipeline.close()
-    return pipeline.pool.speeds.log
+    cp.close()
+    return cp.speeds.log
 
 
 def test_a_pipeline_adapts_two_steps_later():
@@ -157,24 +164,22 @@ def test_a_pipeline_adapts_two_steps_later():
 
 def test_repeated_layers_are_refused():
     model = whole_model()
-    pipeline = da.Pipeline(stages=1, shape=SHAPE, calls=1, width=WIDTH, dtype=torch.float64)
+    pipeline = da.PipelineSchedule(shared(), stages=1, spec=spec())
 
     def stage(hidden, batch):
         x = model["embed"](batch["input_ids"])
         return checkpoint(model["layers"][0], x, batch["context_parallel"].attention, use_reentrant=False).sum()
 
-    with pytest.raises(da.DistattnError, match="are not repeated"):
+    with pytest.raises(da.DistattnError, match="are not recomputed"):
         next(pipeline.train([rows(0, 0, 0)], stage))
 
 
 def test_pipelines_that_cannot_be_are_refused():
-    sizes = dict(shape=SHAPE, calls=1, width=WIDTH, dtype=torch.float64)
     with pytest.raises(da.DistattnError, match="2 stages do not divide the 1 ranks"):
-        da.Pipeline(stages=2, **sizes)
-    with pytest.raises(da.DistattnError, match="no backward policy keep"):
-        da.Pipeline(stages=1, strategy="ulysses", **sizes)
-    with pytest.raises(da.DistattnError, match="no backward policy keep"):
-        da.Pipeline(stages=1, backward="keep", **sizes)
-    pipeline = da.Pipeline(stages=1, **sizes)
+        da.PipelineSchedule(shared(), stages=2, spec=spec())
+    for settings in (dict(strategy="ulysses"), dict(backward="keep"), dict(data="replicated")):
+        with pytest.raises(da.DistattnError, match='a pipeline needs data="per_rank"'):
+            da.PipelineSchedule(shared(**settings), stages=1, spec=spec())
+    pipeline = da.PipelineSchedule(shared(), stages=1, spec=spec())
     with pytest.raises(da.DistattnError, match="made 0 attention calls in a forward pass"):
         next(pipeline.train([rows(0, 0, 0)], lambda hidden, batch: torch.zeros((), requires_grad=True)))

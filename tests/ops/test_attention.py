@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distattn as da
 from distattn.ops import attention as functional  # noqa: F401  (defines the operators)
+from distattn.ops.executable import ExecutableCache
 from distattn.parallel.make_plan import STRATEGIES
 
 
@@ -210,12 +211,10 @@ def test_a_group_of_another_size_is_refused():
 def _count_bytes(rank: int, plan: da.Plan, inputs: Inputs):
     from oracle import Record, RecordingTransport
 
-    lowered = da.prepare(plan).lowered
+    own = da.prepare(plan).transport
     record = Record()
-    with mock.patch(
-        "distattn.ops.executable.open_transport", lambda group, patience=None: RecordingTransport(own, rank, record)
-    ):
-        own = lowered.transport
+    recording = RecordingTransport(own, rank, record)
+    with mock.patch.object(ExecutableCache, "transport", lambda cache, group, timeout=None: recording):
         _attention_on_rank(rank, plan, inputs, False, 1)
     return dict(record.bytes), [event for _, event in record.events]
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import distattn as da
 from distattn.kernels.registry import preparing
-from distattn.ops.executable import demand_of
+from distattn.ops.executable import kernel_requirements
 from distattn.parallel.runtime.program import _with_tensors, lower, on_device
 
 SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
@@ -110,14 +110,14 @@ def _recomputed(rank, plan, inputs, save):
     q, k, v = (layout.shard(x, rank).requires_grad_() for x in inputs[:3])
     ready = da.prepare(plan)
     calls = 0
-    exchange = ready.lowered.transport.exchange
+    exchange = ready.transport.exchange
 
     def counted(*args):
         nonlocal calls
         calls += 1
         return exchange(*args)
 
-    ready.lowered.transport.exchange = counted
+    ready.transport.exchange = counted
     policy = partial(create_selective_checkpoint_contexts, da.save_attention)
     how = {"context_fn": policy} if save else {}
     o = checkpoint(lambda q, k, v: da.attention(q.sin(), k, v, ready) ** 2, q, k, v, use_reentrant=False, **how)
@@ -138,20 +138,20 @@ def test_selective_checkpointing_recomputes_without_communicating():
 
 def test_a_plan_over_the_capacity_is_refused_before_it_starts():
     plan = plan_for(masks()["causal"], 1)
-    da.prepare(plan, capacity=0)
-    with pytest.raises(da.PlanError, match="the capacity is 100"):
-        run_on_ranks(2, _over_capacity, plan_for(masks()["causal"], 2))
-        raise da.PlanError("the capacity is 100")
+    da.prepare(plan, max_buffer_bytes=0)
+    refusals = run_on_ranks(2, _over_capacity, plan_for(masks()["causal"], 2))
+    assert all("the capacity is 100" in refusal for refusal in refusals)
 
 
 def _over_capacity(rank, plan):
-    with pytest.raises(da.PlanError, match="the capacity is 100"):
-        da.prepare(plan, capacity=100)
+    with pytest.raises(da.PlanError) as refusal:
+        da.prepare(plan, max_buffer_bytes=100)
+    return str(refusal.value)
 
 
 def test_index_lists_move_to_the_device_together():
     plan = plan_for(masks()["odd"], 4, "ring", "from_chunks")
-    program = lower(plan, 0, preparing("reference", demand_of(plan.call, torch.device("cpu"))))
+    program = lower(plan, 0, preparing("reference", kernel_requirements(plan.call, torch.device("cpu"))))
     found, originals = [], []
     _with_tensors(on_device(program, torch.device("meta")), lambda tensor: found.append(tensor) or tensor)
     _with_tensors(program, lambda tensor: originals.append(tensor) or tensor)
@@ -162,8 +162,8 @@ def test_index_lists_move_to_the_device_together():
 
 def _owns_a_communicator(rank):
     plan = plan_for(masks()["causal"], 2)
-    transport = da.prepare(plan).lowered.transport
-    again = da.prepare(plan_for(masks()["full"], 2)).lowered.transport
+    transport = da.prepare(plan).transport
+    again = da.prepare(plan_for(masks()["full"], 2)).transport
     with contextlib.suppress(Exception):
         torch.distributed.barrier()
     return transport is again and transport.group is not torch.distributed.group.WORLD
@@ -201,7 +201,7 @@ def test_a_plan_may_run_on_several_groups_at_once():
 
 
 def _communicators_end_with_their_group(rank, plan):
-    transport = da.prepare(plan).lowered.transport
+    transport = da.prepare(plan).transport
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     gc.collect()
@@ -246,7 +246,7 @@ def _one_refuses(rank, change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"capacity": 10}, "the capacity is 10."),
+        ({"max_buffer_bytes": 10}, "the capacity is 10."),
         ({"kernel": "nope"}, "there are reference, cpu, triton, triton_tf32, gluon, gluon_split."),
     ],
 )

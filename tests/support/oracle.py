@@ -15,7 +15,7 @@ from distattn.ir.mask import Mask
 from distattn.ir.plan import Plan
 from distattn.kernels.registry import load_kernel, preparing
 from distattn.kernels.spec import Score
-from distattn.ops.executable import demand_of
+from distattn.ops.executable import kernel_requirements
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.program import lower
@@ -165,7 +165,7 @@ def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record:
     record = Record() if record is None else record
     layout, ranks = plan.call.layout, range(plan.call.ranks)
     proof = verify(plan)
-    make = preparing(kernel, demand_of(plan.call, torch.device("cpu")))
+    make = preparing(kernel, kernel_requirements(plan.call, torch.device("cpu")))
     programs = [lower(plan, rank, make, proof) for rank in ranks]
     kernels = [RecordingKernel(load_kernel(kernel), rank, record) for rank in ranks]
     dtype = getattr(torch, plan.call.dtype)

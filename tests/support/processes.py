@@ -43,6 +43,33 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[
     return [value for _, value in outcomes]
 
 
+def run_survivors(
+    ranks: int, lost: int, work: Callable[..., Any], *arguments: Any, tcp: bool = False
+) -> dict[int, Any]:
+    """`work(rank, *arguments)` on every rank, one of which is lost: the others' results, by rank. tcp: rank 0 holds the store."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        store = f"tcp://127.0.0.1:{port}" if tcp else f"file://{folder}/store"
+        given = [(rank, ranks, folder, work, arguments, store) for rank in range(ranks)]
+        processes = [context.Process(target=_rank, args=one) for one in given]
+        for process in processes:
+            process.start()
+        survivors = [rank for rank in range(ranks) if rank != lost]
+        for rank in survivors:
+            processes[rank].join(_SECONDS)
+        hung = [rank for rank in survivors if processes[rank].is_alive()]
+        for process in processes:
+            process.kill()
+        assert not hung, f"hung ranks: {hung}"
+        outcomes = {rank: torch.load(Path(folder, f"{rank}.pt")) for rank in survivors}
+    failures = [f"rank {rank}: {value}" for rank, (state, value) in outcomes.items() if state != "done"]
+    assert not failures, "\n".join(failures)
+    return {rank: value for rank, (_, value) in outcomes.items()}
+
+
 def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str | None = None) -> list[str]:
     """What a script prints on its ranks, started as torchrun would; before: a module to be imported first."""
     context = multiprocessing.get_context("fork")
@@ -91,10 +118,14 @@ def sum_gradients(model: torch.nn.Module) -> None:
             dist.all_reduce(parameter.grad)
 
 
-def _rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...], store: str | None = None
+) -> None:
+    """store: of runs that lose a rank; nobody waits for the others at the end of them."""
     # first of all: a forked child must not use the parent's thread pool
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
+    together = store is None
+    store = store or f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=_SECONDS))
     try:
         outcome = ("done", work(rank, *arguments))
@@ -103,6 +134,9 @@ def _rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], argument
     torch.save(outcome, Path(folder, f"{rank}.tmp"))
     Path(folder, f"{rank}.tmp").rename(Path(folder, f"{rank}.pt"))
     # nobody leaves while others still talk
+    if not together:
+        # as a process that fails ends: at once
+        os._exit(0)
     if outcome[0] == "done":
         dist.barrier()
         dist.destroy_process_group()

@@ -56,7 +56,7 @@ def in_one_process(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Loss, and gradients of all parameters: the sum over tokens / valid tokens, one document at a time."""
     total, valid = torch.zeros((), dtype=torch.float64), 0
-    with huggingface.one_process(model):
+    with huggingface.single_process_attention(model):
         for batch in batches:
             for ids, labels in zip(
                 batch["input_ids"].split(batch["document_lengths"], 1),

@@ -1,11 +1,9 @@
-"""A pool of ranks that compute each other's attention trains as one process would."""
-
-import os
-import time
+"""Ranks with documents of their own that share attention train as one process would."""
 
 import pytest
 import torch
 import torch.distributed as dist
+from packs_of_ranks import PACKS, documents, loader, model_of, shared, trained, whole_run
 from processes import run_on_ranks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -14,82 +12,15 @@ from torch.nn.utils import parameters_to_vector
 import distattn as da
 from distattn.adapters.pytorch import local_loss
 from distattn.batch.packed_batch import IGNORE_INDEX
-from distattn.batch.planner import Shape
 from distattn.driver.rank_speeds import quantised
-from distattn.ops import executable as programs
-from distattn.training.config import Config, ModelConfig
-from distattn.training.loop import build_model
-
-# of each rank, for each step, the documents of its micro-batches: unequal numbers of them, and of steps
-PACKS = [
-    [[[150], [40, 9]], [[7, 7, 100]], [[64]]],
-    [[[1] * 20 + [30], [3, 60], [33]], [[128]]],
-    [[[17, 5]], [[90, 3], [12, 12]]],
-    [[[2, 2, 2]], [[200]], [[31], [5]]],
-    [[[25, 60]]],
-    [[[99]], [[1]]],
-    [[[40, 41, 42]], [[10], [10], [10]]],
-    [[[8] * 9]],
-]
-MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, dtype="float64")
-
-
-def documents(rank, step, number):
-    lengths = PACKS[rank][step][number]
-    generator = torch.Generator().manual_seed(1000 * rank + 10 * step + number)
-    return {"input_ids": torch.randint(0, 256, (1, sum(lengths)), generator=generator), "document_lengths": lengths}
-
-
-def loader(rank):
-    for step, micro_batches in enumerate(PACKS[rank]):
-        yield [documents(rank, step, number) for number in range(len(micro_batches))]
-
-
-def model_of(attention="distattn", dtype="float64"):
-    config = Config(model=ModelConfig(**{**MODEL.__dict__, "dtype": dtype}))
-    return build_model(config, attention)
-
-
-def whole_run(ranks, dtype="float64"):
-    """Losses and gradients of every step by plain transformers: one process, one document at a time."""
-    model = model_of("sdpa", dtype)
-    out = []
-    for step in range(max(len(PACKS[rank]) for rank in range(ranks))):
-        batches = [
-            documents(r, step, n) for r in range(ranks) if step < len(PACKS[r]) for n in range(len(PACKS[r][step]))
-        ]
-        parts = [ids for batch in batches for ids in batch["input_ids"][0].split(batch["document_lengths"])]
-        labels = sum(len(ids) - 1 for ids in parts)
-        total = 0.0
-        for ids in parts:
-            logits = model(ids[None]).logits[0]
-            loss = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:], reduction="sum") / labels
-            loss.backward()
-            total += float(loss.detach())
-        out.append((total, parameters_to_vector([p.grad for p in model.parameters()])))
-        model.zero_grad()
-    return out
-
-
-def trained(model, micro_batches, group=None):
-    """(loss, gradients) of one step over the ranks of the group."""
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in micro_batches:
-        loss = local_loss(model, batch)
-        loss.backward()
-        total += loss.detach()
-    gradient = parameters_to_vector([p.grad for p in model.parameters()])
-    for part in (total, gradient):
-        dist.all_reduce(part, group=group)
-    model.zero_grad()
-    return float(total), gradient
+from distattn.ops import executable
 
 
 def pooled_run(rank, options, dtype="float64", data=None):
     model = model_of(dtype=dtype)
-    with da.Pool(**options) as pool:
-        out = [trained(model, step) for step in pool.steps(loader(data if data is not None else rank))]
-        return out, pool.speeds.log if pool.speeds else None
+    with shared(**options) as cp:
+        out = [trained(model, step) for step in cp.steps(loader(data if data is not None else rank))]
+        return out, cp.speeds.log if cp.speeds else None
 
 
 def assert_same(got, wanted, tolerance):
@@ -121,7 +52,7 @@ def test_any_strategy_may_share_out_a_pool(strategy):
 
 def windowed_run(rank):
     """(four ranks' losses and gradients, the same data in a pool of one rank's group)"""
-    options = dict(inner=(11, 0), options=dict(block=8, tolerance=0.0), kernel="reference")
+    options = dict(document_mask=(11, 0), options=dict(block=8, tolerance=0.0), kernel="reference")
     together, _ = pooled_run(rank, options)
     alone = dist.new_group([rank], use_local_synchronization=True)
     steps = []
@@ -130,8 +61,8 @@ def windowed_run(rank):
             [documents(r, step, n) for r in range(4) if step < len(PACKS[r]) for n in range(len(PACKS[r][step]))]
         )
     model, apart = model_of(), []
-    with da.Pool(alone, **options) as pool:
-        for micro_batches in pool.steps(steps):
+    with shared(group=alone, **options) as cp:
+        for micro_batches in cp.steps(steps):
             total = 0.0
             for batch in micro_batches:
                 loss = local_loss(model, batch)
@@ -149,8 +80,8 @@ def test_windows_inside_documents_are_pooled_too():
 
 def sampled_run(rank):
     proven = []
-    verify = programs.verify
-    programs.verify = lambda plan, *rest: proven.append(plan.digest) or verify(plan, *rest)
+    verify = executable.verify
+    executable.verify = lambda plan, *rest: proven.append(plan.digest) or verify(plan, *rest)
     pooled_run(rank, dict(verify_every=3, options=dict(block=8)))
     return len(set(proven))
 
@@ -162,7 +93,7 @@ def test_of_the_plans_of_a_run_the_first_and_every_so_many_are_proven():
 
 def test_a_capacity_is_the_planners_too():
     with pytest.raises(AssertionError, match="Raise capacity or tolerance"):
-        run_on_ranks(2, pooled_run, dict(capacity=1000, options=dict(block=8, tolerance=0.0)))
+        run_on_ranks(2, pooled_run, dict(max_buffer_bytes=1000, options=dict(block=8, tolerance=0.0)))
 
 
 def cp_run(rank, options):
@@ -171,7 +102,7 @@ def cp_run(rank, options):
 
 @pytest.mark.parametrize("layout", ["zigzag", "balanced"])
 def test_context_parallel_ranks_share_one_batch(layout):
-    options = dict(context_parallel=2, layout=layout, options=dict(block=8))
+    options = dict(context_parallel_size=2, layout=layout, options=dict(block=8))
     for result, _ in run_on_ranks(4, cp_run, options):
         assert_same(result, whole_run(2), 1e-11)
 
@@ -192,8 +123,8 @@ def served_run(rank, servers, wrap, options):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     out, evaluated = [], []
-    with da.Pool(servers=servers, **options) as pool:
-        for micro_batches in pool.steps(loader(rank)):
+    with shared(servers=servers, **options) as cp:
+        for micro_batches in cp.steps(loader(rank)):
             total = torch.zeros((), dtype=torch.float64)
             for batch in micro_batches:
                 loss = local_loss(model, batch)
@@ -209,7 +140,7 @@ def served_run(rank, servers, wrap, options):
             out.append((float(total), gradient))
             model.zero_grad()
         with torch.no_grad():
-            for micro_batches in pool.steps(loader(rank)):
+            for micro_batches in cp.steps(loader(rank)):
                 total = sum(local_loss(model, batch) for batch in micro_batches)
                 dist.all_reduce(total, group=trainers)
                 evaluated.append(float(total))
@@ -219,8 +150,7 @@ def served_run(rank, servers, wrap, options):
 @pytest.mark.parametrize("wrap", ["plain", "checkpoint", "fsdp"])
 @pytest.mark.parametrize("servers", [1, 2])
 def test_ranks_without_a_model_serve(servers, wrap):
-    shapes = [Shape(4, 2, 8, 8, "float64")] * 2
-    options = dict(options=dict(block=8, tolerance=0.0), layers=shapes)
+    options = dict(options=dict(block=8, tolerance=0.0))
     *results, served = run_on_ranks(2 + servers, served_run, servers, wrap, options)
     wanted = whole_run(2)
     for result, evaluated in results[:2]:
@@ -238,18 +168,18 @@ def leaving_run(rank, adaptive):
     if rank == 2:
         return tuple(da.serve())
     model, out = model_of(), []
-    with da.Pool(servers=1, adaptive=adaptive, options=dict(block=8, tolerance=0.0)) as pool:
-        for micro_batches in pool.steps(loader(rank)):
+    with shared(servers=1, adaptive=adaptive, options=dict(block=8, tolerance=0.0)) as cp:
+        for micro_batches in cp.steps(loader(rank)):
             local_loss(model, micro_batches[0]).backward()
             model.zero_grad()
             break
-        for micro_batches in pool.steps(loader(rank)):
+        for micro_batches in cp.steps(loader(rank)):
             with torch.no_grad():
-                for others in pool.steps(loader(rank)):
+                for others in cp.steps(loader(rank)):
                     for batch in others:
                         local_loss(model, batch)
             out.append(trained(model, micro_batches, trainers))
-        return out, pool.speeds.log if pool.speeds else None
+        return out, cp.speeds.log if cp.speeds else None
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -265,8 +195,8 @@ def hoarding_run(rank):
     if rank == 1:
         return tuple(da.serve())
     model = model_of()
-    with da.Pool(servers=1) as pool:
-        steps = list(pool.steps(loader(0)))
+    with shared(servers=1) as cp:
+        steps = list(cp.steps(loader(0)))
         with pytest.raises(da.DistattnError, match="a step that is over"):
             local_loss(model, steps[0][0])
     return None
@@ -276,80 +206,25 @@ def test_batches_of_a_step_that_is_over_are_refused_with_servers():
     run_on_ranks(2, hoarding_run)
 
 
-def stalling_run(rank):
-    if rank == 2:
-        from distattn.driver import servers as serving
-
-        serving.join = lambda *rest: time.sleep(15)
-        return tuple(da.serve())
-    model = model_of()
-    pool = da.Pool(servers=1, patience=4.0, options=dict(block=8, tolerance=0.0))
-    for micro_batches in pool.steps(loader(rank)):
-        for batch in micro_batches:
-            local_loss(model, batch).backward()
-    return None
-
-
-def test_a_server_that_stalls_in_a_pass_is_named():
-    began = time.perf_counter()
-    with pytest.raises(AssertionError) as failure:
-        run_on_ranks(3, stalling_run)
-    assert (
-        "2 of the group stopped answering" in str(failure.value)
-        or "[2]" in str(failure.value)
-        or ("a rank of the pool does not answer" in str(failure.value))
-    )
-    assert time.perf_counter() - began < 40
-
-
 def unequal_run(rank):
-    pool = da.Pool(context_parallel=2)
-    next(pool.steps([documents(rank, 0, 0)]))
+    cp = shared(context_parallel_size=2)
+    next(cp.steps([documents(rank, 0, 0)]))
 
 
 def test_ranks_of_one_block_with_different_batches_are_refused():
-    with pytest.raises(AssertionError, match="rank 1 of the pool is to have the same batches as rank 0"):
+    with pytest.raises(AssertionError, match="rank 1 holds another batch than rank 0"):
         run_on_ranks(2, unequal_run)
 
 
 def unlike_run(rank):
     if rank == 2:
         return tuple(da.serve())
-    return da.Pool(servers=1, patience=5.0 + rank)
-
-
-def lonely_run(rank):
-    if rank == 1:
-        da.serve()
-    pool = da.Pool(servers=1)
-    next(pool.steps(loader(0)))
-    # without a word
-    os._exit(0)
+    return shared(servers=1, timeout=5.0 + rank)
 
 
 def test_a_pool_made_differently_is_refused():
-    with pytest.raises(AssertionError, match=r"rank 1 of the pool has patience = 6.0, rank 0 5.0"):
+    with pytest.raises(AssertionError, match=r"rank 1 has timeout = 6.0, rank 0 5.0"):
         run_on_ranks(3, unlike_run)
-
-
-def test_a_server_whose_trainers_are_gone_says_so():
-    with pytest.raises(AssertionError, match="the pool's (first rank has gone without a word|other ranks are gone)"):
-        run_on_ranks(2, lonely_run)
-
-
-def silent_run(rank):
-    if rank == 2:
-        da.Pool.joined()
-        time.sleep(20)
-        raise AssertionError("the one that hangs")
-    pool = da.Pool(servers=1, patience=3.0)
-    next(pool.steps(loader(rank)))
-
-
-def test_a_rank_that_stops_answering_is_named():
-    with pytest.raises(AssertionError) as failure:
-        run_on_ranks(3, silent_run)
-    assert "a rank of the pool does not answer" in str(failure.value) and "2" in str(failure.value)
 
 
 def test_speeds_are_whole_steps_of_the_mean():
@@ -388,30 +263,30 @@ def test_without_adapting_a_run_is_bitwise_the_same():
 
 
 def test_one_process_is_a_pool_of_its_own():
-    pool = da.Pool(options=dict(block=8))
-    ((batch, empty), *_) = [*pool.steps([[documents(0, 0, 0), documents(0, 0, 1)]])]
+    cp = shared(options=dict(block=8))
+    ((batch, empty), *_) = [*cp.steps([[documents(0, 0, 0), documents(0, 0, 1)]])]
     assert batch["input_ids"].shape == (1, 150) and empty["input_ids"].shape == (1, 49)
-    pool.close()
+    cp.close()
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (dict(servers=1), "servers is 0 to 0"),
-        (dict(context_parallel=2), "context_parallel 2 does not divide"),
+        (dict(context_parallel_size=2), "context_parallel_size 2 does not divide"),
         (dict(adaptive=True, strategy="ring"), "does not share out by speed"),
         (dict(layout="spiral"), "layout 'spiral'"),
-        (dict(verify_every=0), "verify_every is at least 1"),
+        (dict(verify_every=0), "verify_every is a whole number of at least 1"),
     ],
 )
 def test_pools_that_cannot_be_are_refused(options, sentence):
     with pytest.raises(da.DistattnError, match=sentence):
-        da.Pool(**options)
+        shared(**options).close()
 
 
 def test_labels_of_ranks_without_data_do_not_count():
-    pool = da.Pool()
-    (micro_batches,) = pool.steps([documents(0, 0, 0)])
+    cp = shared()
+    (micro_batches,) = cp.steps([documents(0, 0, 0)])
     assert micro_batches[0]["loss_scale"] == 1 / 149
     assert (micro_batches[0]["labels"] != IGNORE_INDEX).sum() == 149
-    pool.close()
+    cp.close()

@@ -1,0 +1,112 @@
+"""Collectives on the host: a gloo communicator beside a process group, for what ranks tell each other about batches.
+
+It is used from one thread at a time, next to whatever the trainer sends, and every wait ends within the time-out by a
+DistattnError that names who is missing (see `health`).
+"""
+
+from __future__ import annotations
+
+import pickle
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distattn.batch.health import HealthMonitor, default_store
+
+# a control message, padded: gloo's receiver has to know the size beforehand
+_MESSAGE_BYTES = 2048
+# messages to one rank that may be under way before the sender waits for the oldest
+_MAX_IN_FLIGHT = 64
+
+
+class HostGroup:
+    """Host-side communication of the ranks of a process group, in its rank order."""
+
+    def __init__(self, name: str, members: Sequence[int], monitor: HealthMonitor):
+        """members: ranks of the default group; name: the same on all of them, and no other group's."""
+        self.members, self._monitor = list(members), monitor
+        self.rank, self.ranks = self.members.index(monitor.rank), len(self.members)
+        store = dist.PrefixStore(f"distattn/{name}", default_store())
+        arguments = store, self.rank, self.ranks, monitor.wait_timeout
+        self._gloo: Any = self._guarded(lambda: dist.ProcessGroupGloo(*arguments), "connecting")
+        self._in_flight: dict[int, deque[tuple[Any, torch.Tensor]]] = {}
+
+    def all_gather(self, value: Any, what: str) -> list[Any]:
+        """Every rank's value, by rank; values are pickled. what: what ranks do here, for the error of a missing one."""
+        self._monitor.enter(what)
+        return list(self._guarded(lambda: self._all_gather(pickle.dumps(value)), what))
+
+    def barrier(self, what: str) -> None:
+        """Return when every rank has come here."""
+        self._monitor.enter(what)
+        self._guarded(lambda: self._gloo.barrier().wait(), what)
+
+    def send(self, message: Any, destination: int) -> None:
+        """Send a small picklable message; returns at once unless many are under way to that rank."""
+        data = pickle.dumps(message)
+        if len(data) > _MESSAGE_BYTES - 4:
+            raise ValueError(f"a control message of {len(data)} bytes; at most {_MESSAGE_BYTES - 4} fit.")
+        padded = len(data).to_bytes(4, "little") + data.ljust(_MESSAGE_BYTES - 4, b"\0")
+        tensor = torch.frombuffer(bytearray(padded), dtype=torch.uint8)
+        queue = self._in_flight.setdefault(destination, deque())
+        # in order, and gloo never says that a send is done unless it is waited for: so the oldest is waited for
+        while len(queue) >= _MAX_IN_FLIGHT:
+            self._wait_oldest(queue)
+        queue.append((self._guarded(lambda: self._gloo.send([tensor], destination, 0), "sending"), tensor))
+
+    def receive(self, source: int, what: str) -> Any:
+        """The next message of a rank."""
+        tensor = torch.empty(_MESSAGE_BYTES, dtype=torch.uint8)
+        self._monitor.enter(what)
+        self._guarded(lambda: self._gloo.recv([tensor], source, 0).wait(), what)
+        data = tensor.numpy().tobytes()
+        return pickle.loads(data[4 : 4 + int.from_bytes(data[:4], "little")])
+
+    def flush(self) -> None:
+        """Return when every message that was sent has left."""
+        for queue in self._in_flight.values():
+            while queue:
+                self._wait_oldest(queue)
+
+    def close(self) -> None:
+        """End the communicator; messages under way are given up."""
+        self._in_flight.clear()
+        self._gloo = None
+
+    def _guarded(self, work: Callable[[], Any], what: str) -> Any:
+        return self._monitor.guarded(work, what, self.members)
+
+    def _wait_oldest(self, queue: deque[tuple[Any, torch.Tensor]]) -> None:
+        work, _ = queue.popleft()
+        self._guarded(work.wait, "sending")
+
+    def _all_gather(self, data: bytes) -> list[Any]:
+        size = torch.tensor([len(data)])
+        sizes = [torch.empty_like(size) for _ in range(self.ranks)]
+        self._gloo.allgather([sizes], [size]).wait()
+        most = max(int(one) for one in sizes)
+        mine = torch.zeros(most, dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        everyone = [torch.empty_like(mine) for _ in range(self.ranks)]
+        self._gloo.allgather([everyone], [mine]).wait()
+        return [
+            pickle.loads(part.numpy()[: int(length)].tobytes()) for part, length in zip(everyone, sizes, strict=True)
+        ]
+
+
+def shared_name(group: dist.ProcessGroup) -> str:
+    """A name that nobody else uses, the same on all ranks of a group. A collective call."""
+    made: list[Any] = [uuid.uuid4().hex]
+    dist.broadcast_object_list(made, dist.get_global_rank(group, 0), group=group)
+    return str(made[0])
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """The time-out a process group was made with."""
+    backends = group._device_types  # type: ignore[attr-defined]
+    return group._get_backend(backends[0]).options._timeout  # type: ignore[attr-defined,no-any-return]

@@ -1,0 +1,122 @@
+"""Whatever a rank does, the others end within the time-out by an error that names it."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from packs_of_ranks import loader, model_of, shared
+from processes import run_survivors
+
+import distattn as da
+from distattn.adapters.pytorch import local_loss
+
+# of the driver: long enough for a rank that is only slow on a loaded machine, short enough for a test
+TIMEOUT = 10.0
+WHERE = ("the loader", "the loop", "a forward pass", "a backward pass")
+
+
+def lose(how):
+    """What the lost rank does."""
+    if how == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raises":
+        raise KeyError("a mistake of the script")
+    # lives, and is elsewhere
+    time.sleep(600)
+
+
+def packs(rank, where, how):
+    for number, step in enumerate([*loader(0), *loader(0)]):
+        if where == "the loader" and number == 3:
+            lose(how)
+        yield step
+
+
+def trained(rank, lost, where, how, settings):
+    """The error by which this rank's training ends."""
+    if rank >= 3 - settings.get("servers", 0):
+        if rank == lost:
+            # its first pass
+            torch.ops.distattn.forward = lambda *given: lose(how)
+        with pytest.raises(da.LostRankError) as error:
+            da.serve()
+        return str(error.value)
+    where = where if rank == lost else ""
+    model = model_of()
+    if where in WHERE[2:]:
+        layer = model.model.layers[1]
+        layer.register_forward_hook(lambda module, given, out: pass_through(out, where, how))
+    with pytest.raises(da.LostRankError) as error, shared(timeout=TIMEOUT, **settings) as cp:
+        for number, micro_batches in enumerate(cp.steps(packs(rank, where, how))):
+            STEP[0] = number
+            if where == "the loop" and number == 2:
+                lose(how)
+            for batch in micro_batches:
+                local_loss(model, batch).backward()
+    return str(error.value)
+
+
+STEP = [0]
+
+
+def pass_through(out, where, how):
+    hidden = out[0] if isinstance(out, tuple) else out
+    if STEP[0] == 2 and where == "a forward pass":
+        lose(how)
+    if STEP[0] == 2 and where == "a backward pass":
+        hidden.register_hook(lambda gradient: lose(how))
+    return out
+
+
+def assert_named(errors, lost):
+    for error in errors.values():
+        assert re.findall(r"\branks? ([\d, ]+)", error)[0].strip(" ,") == str(lost), errors
+
+
+@pytest.mark.parametrize("how", ["stops", "dies", "raises", "goes elsewhere"])
+@pytest.mark.parametrize("where", WHERE)
+def test_a_lost_rank_is_named(where, how):
+    assert_named(run_survivors(3, 1, trained, 1, where, how, {}), 1)
+
+
+@pytest.mark.parametrize("how", ["stops", "dies", "raises", "goes elsewhere"])
+@pytest.mark.parametrize("where", WHERE)
+def test_a_lost_rank_is_named_by_ranks_that_serve_too(where, how):
+    assert_named(run_survivors(3, 1, trained, 1, where, how, {"servers": 1}), 1)
+
+
+@pytest.mark.parametrize("how", ["stops", "dies", "raises", "goes elsewhere"])
+def test_a_lost_server_is_named(how):
+    assert_named(run_survivors(3, 2, trained, 2, "", how, {"servers": 1}), 2)
+
+
+@pytest.mark.parametrize("how", ["stops", "dies"])
+def test_ranks_that_split_one_batch_name_a_lost_one(how):
+    settings = {"data": "replicated", "strategy": "ring"}
+    assert_named(run_survivors(3, 2, trained, 2, "a forward pass", how, settings), 2)
+
+
+@pytest.mark.parametrize("how", ["stops", "dies", "raises"])
+def test_the_rank_that_holds_the_store_is_named(how):
+    errors = run_survivors(3, 0, trained, 0, "a backward pass", how, {}, tcp=True)
+    assert all("rank 0" in error for error in errors.values()), errors
+
+
+def closing(rank):
+    cp = shared(timeout=TIMEOUT)
+    if rank == 1:
+        cp.close()
+        time.sleep(600)
+    with pytest.raises(da.LostRankError) as error:
+        list(cp.steps(loader(0)))
+    return str(error.value)
+
+
+def test_a_rank_that_closed_its_driver_is_named():
+    for error in run_survivors(2, 1, closing).values():
+        assert "rank 1 closed its ContextParallel" in error

@@ -1,0 +1,79 @@
+"""Packs that ranks have of their own, a small model, and what one process makes of them."""
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector
+
+import distattn as da
+from distattn.adapters.pytorch import local_loss
+from distattn.training.config import Config, ModelConfig
+from distattn.training.loop import build_model
+
+# of each rank, for each step, the documents of its micro-batches: unequal numbers of them, and of steps
+PACKS = [
+    [[[150], [40, 9]], [[7, 7, 100]], [[64]]],
+    [[[1] * 20 + [30], [3, 60], [33]], [[128]]],
+    [[[17, 5]], [[90, 3], [12, 12]]],
+    [[[2, 2, 2]], [[200]], [[31], [5]]],
+    [[[25, 60]]],
+    [[[99]], [[1]]],
+    [[[40, 41, 42]], [[10], [10], [10]]],
+    [[[8] * 9]],
+]
+MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, dtype="float64")
+
+
+def documents(rank, step, number):
+    lengths = PACKS[rank][step][number]
+    generator = torch.Generator().manual_seed(1000 * rank + 10 * step + number)
+    return {"input_ids": torch.randint(0, 256, (1, sum(lengths)), generator=generator), "document_lengths": lengths}
+
+
+def loader(rank):
+    for step, micro_batches in enumerate(PACKS[rank]):
+        yield [documents(rank, step, number) for number in range(len(micro_batches))]
+
+
+def model_of(attention="distattn", dtype="float64"):
+    config = Config(model=ModelConfig(**{**MODEL.__dict__, "dtype": dtype}))
+    return build_model(config, attention)
+
+
+def whole_run(ranks, dtype="float64"):
+    """Losses and gradients of every step by plain transformers: one process, one document at a time."""
+    model = model_of("sdpa", dtype)
+    out = []
+    for step in range(max(len(PACKS[rank]) for rank in range(ranks))):
+        batches = [
+            documents(r, step, n) for r in range(ranks) if step < len(PACKS[r]) for n in range(len(PACKS[r][step]))
+        ]
+        parts = [ids for batch in batches for ids in batch["input_ids"][0].split(batch["document_lengths"])]
+        labels = sum(len(ids) - 1 for ids in parts)
+        total = 0.0
+        for ids in parts:
+            logits = model(ids[None]).logits[0]
+            loss = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:], reduction="sum") / labels
+            loss.backward()
+            total += float(loss.detach())
+        out.append((total, parameters_to_vector([p.grad for p in model.parameters()])))
+        model.zero_grad()
+    return out
+
+
+def trained(model, micro_batches, group=None):
+    """(loss, gradients) of one step over the ranks of the group."""
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in micro_batches:
+        loss = local_loss(model, batch)
+        loss.backward()
+        total += loss.detach()
+    gradient = parameters_to_vector([p.grad for p in model.parameters()])
+    for part in (total, gradient):
+        dist.all_reduce(part, group=group)
+    model.zero_grad()
+    return float(total), gradient
+
+
+def shared(**settings):
+    """A driver of ranks that share attention, each with its own documents."""
+    return da.ContextParallel(settings.pop("group", None), **{"strategy": "cad", "data": "per_rank", **settings})
