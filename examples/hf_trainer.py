@@ -1,11 +1,11 @@
-"""Hugging Face Trainer: torchrun --nproc-per-node 4 examples/hf_trainer.py [--steps 20] [--dtype float64]"""
+"""Hugging Face Trainer: torchrun --nproc-per-node 4 examples/hf_trainer.py [--data per_rank] [--dtype float64]"""
 
-import argparse
+import os
 import tempfile
 from itertools import islice
 
 import torch
-from packs import llama, packs
+from packs import PACKS_PER_STEP, arguments, llama, packs, settings
 from transformers import TrainerCallback, TrainingArguments
 
 import distattn as da
@@ -21,10 +21,9 @@ class Say(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--dtype", default="float32")
-    given = parser.parse_args()
+    given = arguments(dtype="float32")
+    ranks = int(os.environ["WORLD_SIZE"])
+    shares = min(ranks, PACKS_PER_STEP) if given.data == "per_rank" else 1
 
     with tempfile.TemporaryDirectory() as folder:
         # opens torch.distributed
@@ -32,7 +31,7 @@ def main() -> None:
             output_dir=folder,
             max_steps=given.steps,
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=2,
+            gradient_accumulation_steps=PACKS_PER_STEP // shares,
             learning_rate=3e-3,
             weight_decay=0.01,
             lr_scheduler_type="constant",
@@ -43,11 +42,11 @@ def main() -> None:
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
-        cp = da.ContextParallel(strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 64})
+        cp = da.ContextParallel(**settings(given.data, ranks))
         trainer = ContextParallelTrainer(
             model=llama(getattr(torch, given.dtype)),
             args=args,
-            train_dataset=list(islice(packs(), 2 * given.steps)),
+            train_dataset=list(islice(packs(), PACKS_PER_STEP * given.steps)),
             # a row is a whole pack
             data_collator=lambda rows: rows[0],
             callbacks=[Say()],

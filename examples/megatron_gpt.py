@@ -1,6 +1,5 @@
 """Megatron-core: torchrun --nproc-per-node 4 examples/megatron_gpt.py --tp 2. On GPUs; tests bring a shim for CPUs."""
 
-import argparse
 from functools import partial
 
 import torch
@@ -13,17 +12,16 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.transformer_config import TransformerConfig
-from packs import DEVICE, VOCABULARY, steps
+from packs import DEVICE, VOCABULARY, arguments, settings, steps
 
 import distattn as da
 from distattn.adapters import megatron
 
-parser = argparse.ArgumentParser()
-for name, default in {"tp": 1, "pp": 1, "steps": 20}.items():
-    parser.add_argument(f"--{name}", type=int, default=default)
-given = parser.parse_args()
+given = arguments(tp=1, pp=1)
 dist.init_process_group()
-degree = dist.get_world_size() // (given.tp * given.pp)
+ranks = dist.get_world_size() // (given.tp * given.pp)
+how = settings(given.data, ranks)
+degree = how.get("context_parallel_size", ranks)
 sizes = dict(tensor_model_parallel_size=given.tp, pipeline_model_parallel_size=given.pp, context_parallel_size=degree)
 parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
 random.model_parallel_cuda_manual_seed(0)
@@ -46,13 +44,15 @@ model = megatron.use_batch_positions(model).to(DEVICE)
 chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
 adam = OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=True)
 optimizer = get_megatron_optimizer(adam, [chunk], use_gloo_process_groups=False)
-cp = da.ContextParallel(parallel_state.get_context_parallel_group(), strategy="ring", layout="zigzag")
+# attention of a batch is split over the context-parallel ranks, or shared over all data- and context-parallel ranks
+everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
+cp = da.ContextParallel(everyone, **how)
 step = partial(megatron.forward_step, config=config)
-for number, packs in enumerate(steps(given.steps)):
+for number, packs in enumerate(cp.steps(steps(given.steps, cp))):
     chunk.zero_grad_buffer()
-    batches = dict(data_iterator=iter(cp.shard_step(packs)), num_microbatches=len(packs), seq_length=1)
-    how = dict(forward_step_func=step, model=[chunk], micro_batch_size=1, forward_only=False)
-    reports = get_forward_backward_func()(**how, **batches)
+    batches = dict(data_iterator=iter(packs), num_microbatches=len(packs), seq_length=1)
+    run = dict(forward_step_func=step, model=[chunk], micro_batch_size=1, forward_only=False)
+    reports = get_forward_backward_func()(**run, **batches)
     optimizer.step()
     sums = torch.tensor([[one["loss_sum"], one["tokens"]] for one in reports] or [[0, 0]]).double().sum(0).to(DEVICE)
     dist.all_reduce(sums)

@@ -1,5 +1,6 @@
 """What the examples train on: the demo's text in packs of uneven documents, and a Llama small enough for a laptop."""
 
+import argparse
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,36 +12,51 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from distattn.adapters import huggingface
 from distattn.data.packing import pack_epoch
 from distattn.data.text import VOCABULARY, read_corpus, read_tokens
+from distattn.driver.context_parallel import ContextParallel
 
-DEVICE = torch.device("cpu")
-if torch.cuda.is_available():
-    DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+if DEVICE.type == "cuda":
     torch.cuda.set_device(DEVICE)
 
 
 def packs(axis: int = 1024) -> Iterator[dict[str, Any]]:
     """Batches as `ContextParallel.shard` takes them, the same on all ranks: token ids (1, N) and document lengths."""
     corpus = read_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document=700)
-    lengths = [document.end - document.start for document in corpus.documents]
-    for pack in pack_epoch(lengths, axis, seed=1, epoch=0):
+    for pack in pack_epoch([one.end - one.start for one in corpus.documents], axis, seed=1, epoch=0):
         tokens = [read_tokens(corpus.documents[number]) for number in pack]
         ids = torch.from_numpy(np.concatenate(tokens))[None]
         yield {"input_ids": ids.to(DEVICE), "document_lengths": [len(document) for document in tokens]}
 
 
-def steps(count: int, micro_batches: int = 2) -> Iterator[list[dict[str, Any]]]:
-    """So many steps of so many packs."""
+PACKS_PER_STEP = 2
+
+
+def arguments(**options: Any) -> argparse.Namespace:
+    """The command line: --steps, --data (replicated, or per_rank: ranks with packs of their own), and further options."""
+    parser = argparse.ArgumentParser()
+    for name, default in {"steps": 20, "data": "replicated", **options}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    return parser.parse_args()
+
+
+def settings(data: str, ranks: int) -> dict[str, Any]:
+    """Settings of `ContextParallel`: all ranks split every pack, or two shares of the ranks have a pack each."""
+    if data == "replicated":
+        return dict(strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 64})
+    return dict(strategy="cad", data=data, context_parallel_size=max(ranks // PACKS_PER_STEP, 1))
+
+
+def steps(count: int, cp: ContextParallel) -> Iterator[list[dict[str, Any]]]:
+    """Of so many steps this rank's share of the packs."""
     batches = packs()
     for _ in range(count):
-        yield [next(batches) for _ in range(micro_batches)]
+        yield [next(batches) for _ in range(PACKS_PER_STEP)][cp.data_parallel_rank :: cp.data_parallel_size]
 
 
 def llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """From a configuration, seeded; nothing is downloaded."""
     huggingface.register()
-    shape = dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    config = LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.1, bos_token_id=None, eos_token_id=None, **shape)
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.1, num_key_value_heads=2, **shape)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="distattn").to(DEVICE, dtype)

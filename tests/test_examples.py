@@ -18,14 +18,40 @@ def losses(ranks: int, example: str, *arguments: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)$", said[0], re.M)]
 
 
+# core-attention disaggregation: ranks with packs of their own share attention
+SHARED = ["--data", "per_rank"]
 RUNS = {
     # (example, its arguments for one process, [(ranks, further arguments)], tolerance)
-    "fsdp2 in float64": ("fsdp2", ["--dtype", "float64"], [(2, []), (4, []), (4, ["--replicas", "2"])], 1e-9),
+    "fsdp2 in float64": (
+        "fsdp2",
+        ["--dtype", "float64"],
+        [(2, []), (4, []), (4, ["--replicas", "2"]), (2, SHARED), (4, SHARED)],
+        1e-9,
+    ),
     "hf_trainer": ("hf_trainer", [], [(2, []), (4, [])], 1e-4),
+    "hf_trainer, shared": ("hf_trainer", [], [(2, SHARED), (4, SHARED)], 1e-4),
     # transformers logs losses in fp32
     "hf_trainer in float64": ("hf_trainer", ["--dtype", "float64"], [(2, [])], 3e-7),
-    "deepspeed_zero": ("deepspeed_zero", ["--stage", "1"], [(2, ["--stage", "3"]), (4, ["--stage", "2"])], 1e-4),
-    "megatron_gpt": ("megatron_gpt", [], [(2, []), (4, []), (4, ["--tp", "2"]), (4, ["--pp", "2"])], 1e-4),
+    "deepspeed_zero": (
+        "deepspeed_zero",
+        ["--stage", "1"],
+        [(2, ["--stage", "3"]), (4, ["--stage", "2"]), (2, [*SHARED, "--stage", "3"]), (4, SHARED)],
+        1e-4,
+    ),
+    "megatron_gpt": (
+        "megatron_gpt",
+        [],
+        [
+            (2, []),
+            (4, []),
+            (4, ["--tp", "2"]),
+            (4, ["--pp", "2"]),
+            (2, SHARED),
+            (4, SHARED),
+            (4, [*SHARED, "--tp", "2"]),
+        ],
+        1e-4,
+    ),
 }
 NEEDS = {"deepspeed_zero": "deepspeed", "megatron_gpt": "megatron.core", "hf_trainer": "accelerate"}
 

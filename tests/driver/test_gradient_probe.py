@@ -65,7 +65,7 @@ def _gradients(rank: int, kind: str, degree: int, micro_batches: int, changes: d
     if loop._reduce is not None:
         loop._reduce()
     dist.all_reduce(total)
-    return factor, total / factor, [pytorch.whole(parameter.grad) for parameter in model.parameters()]
+    return factor, total / factor, [pytorch.full_tensor(parameter.grad) for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -165,7 +165,7 @@ def test_a_probe_amid_accumulated_gradients_of_fsdp2_is_refused():
 
 def _state(model) -> list[torch.Tensor]:
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
-    return [pytorch.whole(tensor.detach()).clone() for tensor in tensors]
+    return [pytorch.full_tensor(tensor.detach()).clone() for tensor in tensors]
 
 
 def _untouched(rank: int, kind: str) -> bool:
