@@ -19,6 +19,7 @@ from distattn.cluster import nccl_tests as nccl
 from distattn.cluster import spec as describe
 from distattn.cluster.spec import Description
 from distattn.ir.errors import DistattnError
+from distattn.launch import machine_limits
 
 USAGE = """usage: distattn calibrate --out FILE.toml [--ranks N] [--nodes N] [--name NAME] [options]
 
@@ -67,7 +68,13 @@ def main(arguments: Sequence[str]) -> int:
         raise DistattnError(
             "calibrate: several nodes want --nccl-across FILE, the link between them as nccl-tests saw it."
         )
-    ranks = given.ranks or _gpus() or 4
+    gpus = machine_limits.gpu_count()
+    ranks = given.ranks or gpus or 4
+    machine_limits.check_memory(
+        "calibrate: --ranks", ranks, machine_limits.CALIBRATE_RANK_MB, "Python, torch and its tensors"
+    )
+    if gpus:
+        machine_limits.check_gpus("calibrate: --ranks", ranks, "each rank measures one")
     for command in nccl.commands(ranks, nodes):
         _say(f"links by nccl-tests: {command}")
     found = measured(ranks, given.name or Path(given.out).stem)
@@ -121,7 +128,7 @@ def rank_main(file: str, name: str) -> None:
 
 def _by_nccl_tests(ranks: int) -> describe.Link | None:
     """The link inside this machine by nccl-tests, where they are installed and there are GPUs."""
-    if ranks < 2 or not _gpus() or shutil.which("sendrecv_perf") is None:
+    if ranks < 2 or not machine_limits.gpu_count() or shutil.which("sendrecv_perf") is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "sendrecv.json"
@@ -132,12 +139,6 @@ def _by_nccl_tests(ranks: int) -> describe.Link | None:
             _say("nccl-tests failed; the link is by distattn's own probes")
             return None
         return nccl.read(file, "sendrecv").link()
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _summary(found: Description) -> str:

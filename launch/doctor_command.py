@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distattn.doctor.environment import Check, checks
 from distattn.ir.errors import DistattnError
+from distattn.launch.machine_limits import DOCTOR_RANK_MB, check_memory
 
 if TYPE_CHECKING:
     from distattn.doctor.diagnosis import Diagnosis
@@ -47,6 +48,10 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if given.ranks < 1:
         raise DistattnError(f"doctor: --ranks: at least 1, not {given.ranks}.")
+    if given.target is not None:
+        check_memory(
+            "doctor: --ranks", given.ranks, DOCTOR_RANK_MB, "Python, torch and transformers, without the model"
+        )
     found = checks()
     if not given.json:
         _show_checks(found)

@@ -13,6 +13,7 @@ from pathlib import Path
 from distattn.data.text import find_files
 from distattn.ir.errors import DistattnError
 from distattn.launch import slurm
+from distattn.launch.machine_limits import check_run_fits
 from distattn.launch.start_run import prepare
 from distattn.planning.compare_strategies import cluster_of
 from distattn.training import config as configuration
@@ -67,6 +68,8 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         cluster_of(config, config.cluster.description)
     # everything that can be wrong is found before anything is left behind
     plan_of(config, [config.data.max_document])
+    if where == "local":
+        check_run_fits(config)
     if given.dry_run:
         find_files(config.data.path, config.data.suffix, config.data.exclude)
         folder = Path(config.run.folder).absolute()

@@ -6,6 +6,7 @@ import importlib.util
 import json
 
 from distattn.ir.errors import DistattnError
+from distattn.launch.machine_limits import check_run_fits
 from distattn.launch.start_run import prepare
 from distattn.training.config import Config
 
@@ -15,6 +16,7 @@ def run_here(config: Config, json_lines: bool, logs: bool = False) -> int:
     missing = [name for name in ("transformers", "tensorboard", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise DistattnError(f"training needs {', '.join(missing)}: pip install 'distattn[train]'.")
+    check_run_fits(config)
     run = prepare(config, json_lines)
     if logs:
         run.logs.mkdir()

@@ -15,7 +15,7 @@ from distattn.training.config import Config
 from distattn.training.run_folder import Run, read_lines
 
 _COMPARED = ("loss", "grad_norm")
-_REPLAY = Path(__file__).with_name("replay.py")
+_REPLAY = Path(__file__).with_name("reference_replay.py")
 
 
 def prove(run: Run, config: Config) -> dict[str, Any]:
