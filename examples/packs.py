@@ -18,11 +18,11 @@ if torch.cuda.is_available():
     torch.cuda.set_device(DEVICE)
 
 
-def packs(axis: int = 1024) -> Iterator[dict[str, Any]]:
+def packs(pack_tokens: int = 1024) -> Iterator[dict[str, Any]]:
     """Batches as `ContextParallel.shard` takes them, the same on all ranks: token ids (1, N) and document lengths."""
-    corpus = read_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document=700)
+    corpus = read_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=700)
     lengths = [document.end - document.start for document in corpus.documents]
-    for pack in pack_epoch(lengths, axis, seed=1, epoch=0):
+    for pack in pack_epoch(lengths, pack_tokens, seed=1, epoch=0):
         tokens = [read_tokens(corpus.documents[number]) for number in pack]
         ids = torch.from_numpy(np.concatenate(tokens))[None]
         yield {"input_ids": ids.to(DEVICE), "document_lengths": [len(document) for document in tokens]}

@@ -12,7 +12,8 @@ _USAGE = """usage: distattn COMMAND ...
 
 commands:
   train CONFIG [--json] [--section.key value ...]
-      train as a TOML file says (see configs/tiny.toml) and prove the result; distattn train --help lists all keys
+      train as a TOML file says (see configs/tiny.toml) and repeat the first steps in plain transformers, one process, to
+      compare; distattn train --help lists all keys
   calibrate --out FILE.toml
       measure this machine for plan --cluster FILE.toml; distattn calibrate --help
   launch {local,slurm} CONFIG, launch {status,logs,cancel} RUN
@@ -22,7 +23,7 @@ commands:
   plan CONFIG | --docs LENGTHS --cluster h200-8x8
       plan one attention call with every strategy and time it on a described cluster (simulated)
 
-exit codes: 0 done, 1 the proof or a process failed, 2 bad configuration, 3 damaged data
+exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3 damaged data
 """
 
 

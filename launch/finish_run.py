@@ -1,4 +1,7 @@
-"""The end of a run: `python -m distattn.launch.finish_run RUN` proves its first steps again and writes the report."""
+"""The end of a run: its first steps are repeated in plain transformers, and the report is written.
+
+`python -m distattn.launch.finish_run RUN` does it for a run folder.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +16,36 @@ from distattn.ir.plan import Plan
 from distattn.parallel.analysis.explain import explain
 from distattn.training import config as configuration
 from distattn.training.config import Config
-from distattn.training.reference_check import prove
+from distattn.training.reference_check import run_reference_check
 from distattn.training.report import write_report
 from distattn.training.run_folder import Run
 
 
 def finish(run: Run, config: Config, say: Callable[[str], None], json_lines: bool) -> int:
-    """Prove, report, and say how it went. Returns the exit code."""
-    proof: dict[str, Any] | None = None
-    if config.proof.steps:
-        say(f"the first {min(config.proof.steps, config.train.steps)} steps again in plain transformers ...")
-        proof = prove(run, config)
-    write_report(run, config, explain(Plan.load(run.plan_file), config.parallel.cluster), proof)
+    """Compare with plain transformers, report, and say how it went. Returns the exit code."""
+    checked: dict[str, Any] | None = None
+    if config.reference_check.steps:
+        say(f"the first {min(config.reference_check.steps, config.train.steps)} steps again in plain transformers ...")
+        checked = run_reference_check(run, config)
+    write_report(run, config, explain(Plan.load(run.plan_file), config.parallel.cluster), checked)
     steps = run.metrics()
     if json_lines:
-        result = {"run": str(run.folder), "first_loss": steps[0].loss, "last_loss": steps[-1].loss, "proof": proof}
+        result = {
+            "run": str(run.folder),
+            "first_loss": steps[0].loss,
+            "last_loss": steps[-1].loss,
+            "reference_check": checked,
+        }
         sys.stdout.write(json.dumps(result) + "\n")
     say(f"loss {steps[0].loss:.3f} to {steps[-1].loss:.3f} in {len(steps)} steps")
-    if proof:
+    if checked:
         say(
-            f"largest relative difference to plain transformers: loss {proof['loss']:.1e}, gradient norm "
-            f"{proof['grad_norm']:.1e} (must be under {proof['tolerance']:.0e})"
+            f"largest relative difference to plain transformers: loss {checked['loss']:.1e}, gradient norm "
+            f"{checked['grad_norm']:.1e} (must be under {checked['tolerance']:.0e})"
         )
     say(f"report: {run.report_file}")
-    if proof and not proof["passed"]:
-        sys.stderr.write("distattn: the run differs from plain transformers; the proof failed.\n")
+    if checked and not checked["passed"]:
+        sys.stderr.write("distattn: the run differs from plain transformers: the reference check failed.\n")
         return 1
     return 0
 

@@ -67,7 +67,7 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     if config.cluster.description:
         cluster_of(config, config.cluster.description)
     # everything that can be wrong is found before anything is left behind
-    plan_of(config, [config.data.max_document])
+    plan_of(config, [config.data.max_document_tokens])
     if where == "local":
         check_run_fits(config)
     if given.dry_run:

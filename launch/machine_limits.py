@@ -61,10 +61,9 @@ def gpu_count() -> int:
 def model_bytes(config: Config) -> int:
     """Bytes of the whole model, which every rank builds before its parameters are sharded (transformers builds in fp32)."""
     model = config.model
-    head_dim = model.width // model.heads
-    attention = model.width * head_dim * (2 * model.heads + 2 * model.kv_heads)
-    layer = attention + 3 * model.width * model.mlp + 2 * model.width
-    parameters = 2 * VOCABULARY * model.width + model.layers * layer + model.width
+    attention = model.hidden_size * model.head_dim * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
+    layer = attention + 3 * model.hidden_size * model.intermediate_size + 2 * model.hidden_size
+    parameters = 2 * VOCABULARY * model.hidden_size + model.num_layers * layer + model.hidden_size
     return parameters * (8 if model.dtype == "float64" else 4)
 
 

@@ -32,7 +32,7 @@ USAGE = """usage: distattn plan CONFIG [--section.key value ...] [options]
 Plans one attention call with every strategy, proves the plans and times them on a described cluster. Nothing is run.
 
   --docs FILE_OR_LENGTHS  document lengths in tokens: 4096,1024x8, or a file of them (JSON list or plain numbers)
-  --axis N                only the first N tokens of them
+  --tokens N              only the first N tokens of them
   --cluster NAME          h200-8x8 (nodes x devices), h100, b200 and a100 likewise, laptop-1x4, or a .toml file
   --ranks N               use N devices of it; all by default
   --strategy A,B          {strategies}; all by default
@@ -51,8 +51,8 @@ With CONFIG the documents are the first pack of the run's data, and shapes, rank
 # what a configuration says itself
 _IN_CONFIG = {
     "layout": "--parallel.layout",
-    "heads": "--model.heads and --model.kv_heads",
-    "head_dim": "--model.width over --model.heads",
+    "heads": "--model.num_attention_heads and --model.num_key_value_heads",
+    "head_dim": "--model.hidden_size over --model.num_attention_heads",
     "dtype": "--model.dtype",
     "ranks": "--parallel.ranks",
 }
@@ -71,13 +71,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = _Parser(add_help=False, allow_abbrev=False)
     for name in ("docs", "cluster", "strategy", "layout", "heads", "dtype", "html", "perfetto"):
         parser.add_argument(f"--{name}")
-    for name in ("axis", "ranks", "head-dim"):
+    for name in ("tokens", "ranks", "head-dim"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--json", action="store_true")
     path = None if arguments[0].startswith("--") else arguments[0]
     given, overrides = parser.parse_known_args(arguments[1:] if path else arguments)
     if path is None and overrides:
-        raise DistattnError(f"plan: {overrides[0]!r} is not known. See distattn plan --help.")
+        hint = " Did you mean --tokens?" if overrides[0].split("=")[0] == "--axis" else ""
+        raise DistattnError(f"plan: {overrides[0]!r} is not known.{hint} See distattn plan --help.")
     problem, cluster, strategies = _asked(given, path, overrides)
 
     def say(line: str) -> None:
@@ -104,9 +105,11 @@ def main(arguments: Sequence[str]) -> int:
 def first_pack(config: Config) -> list[int]:
     """Document lengths of the first pack of a run's data."""
     data = config.data
-    corpus = read_corpus(data.path, suffix=data.suffix, exclude=data.exclude, max_document=data.max_document)
+    corpus = read_corpus(
+        data.path, suffix=data.suffix, exclude=data.exclude, max_document_tokens=data.max_document_tokens
+    )
     lengths = [document.end - document.start for document in corpus.documents]
-    return [lengths[i] for i in pack_epoch(lengths, data.axis, config.run.seed, 0)[0]]
+    return [lengths[i] for i in pack_epoch(lengths, data.tokens_per_step, config.run.seed, 0)[0]]
 
 
 def _asked(
@@ -122,18 +125,18 @@ def _asked(
         raise DistattnError(
             "plan: say what to time it on: --cluster h200-8x8, or cluster.description in the configuration."
         )
-    for option in ("ranks", "axis", "head_dim"):
+    for option in ("ranks", "tokens", "head_dim"):
         if getattr(given, option) is not None and getattr(given, option) < 1:
             raise DistattnError(f"plan: --{option.replace('_', '-')}: at least 1, not {getattr(given, option)}.")
     for option in ("html", "perfetto"):
         if getattr(given, option) and not Path(getattr(given, option)).parent.is_dir():
             raise DistattnError(f"plan: --{option}: there is no folder {Path(getattr(given, option)).parent}.")
     cluster = cluster_of(config, name) if config else describe.load(name, given.ranks)
-    if given.axis and not given.docs:
-        raise DistattnError("plan: --axis cuts the documents of --docs; a configuration has --data.axis.")
+    if given.tokens and not given.docs:
+        raise DistattnError("plan: --tokens cuts the documents of --docs; a configuration has --data.tokens_per_step.")
     if given.docs:
         lengths = read_lengths(given.docs)
-        lengths = first_tokens(lengths, given.axis) if given.axis else lengths
+        lengths = first_tokens(lengths, given.tokens) if given.tokens else lengths
     elif config:
         lengths = first_pack(config)
     else:

@@ -12,7 +12,10 @@ from distattn.training.config import Config
 
 
 def run_here(config: Config, json_lines: bool, logs: bool = False) -> int:
-    """Prepare, train, prove, report. Returns the exit code. logs: a file for each rank in the run folder."""
+    """Prepare, train, compare with plain transformers, report. Returns the exit code.
+
+    logs: whether each rank writes a log file into the run folder.
+    """
     missing = [name for name in ("transformers", "tensorboard", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise DistattnError(f"training needs {', '.join(missing)}: pip install 'distattn[train]'.")

@@ -14,8 +14,10 @@ def prepare(config: Config, quiet: bool) -> Run:
     """The new run. Raises DistattnError for all that can go wrong before processes start."""
     data = config.data
     # a plan that cannot be made must not leave a run folder behind
-    plan_of(config, [data.max_document])
-    corpus = read_corpus(data.path, suffix=data.suffix, exclude=data.exclude, max_document=data.max_document)
+    plan_of(config, [data.max_document_tokens])
+    corpus = read_corpus(
+        data.path, suffix=data.suffix, exclude=data.exclude, max_document_tokens=data.max_document_tokens
+    )
     run = Run.create(config, corpus)
     plan = run.first_plan(config)
     explanation = str(explain(plan, config.parallel.cluster))

@@ -36,8 +36,8 @@ class Corpus:
     empty_files: int
 
 
-def read_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max_document: int) -> Corpus:
-    """Find the files of `path` (folder, file or glob) and cut them into documents of at most `max_document` bytes.
+def read_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max_document_tokens: int) -> Corpus:
+    """Find the files of `path` (folder, file or glob) and cut them into documents of at most `max_document_tokens` bytes.
 
     Empty files are skipped and counted. Raises DistattnError when there is no text, DamagedDataError naming the first
     file that is not UTF-8.
@@ -48,8 +48,8 @@ def read_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
         content = _read(file)
         empty += not content
         documents += [
-            Document(file, start, min(start + max_document, len(content)))
-            for start in range(0, len(content), max_document)
+            Document(file, start, min(start + max_document_tokens, len(content)))
+            for start in range(0, len(content), max_document_tokens)
         ]
     if not documents:
         raise DistattnError(

@@ -55,9 +55,9 @@ class Problem:
         return Problem(
             tuple(lengths),
             parallel.ranks,
-            model.heads,
-            model.kv_heads,
-            model.width // model.heads,
+            model.num_attention_heads,
+            model.num_key_value_heads,
+            model.head_dim,
             model.dtype,
             parallel.layout,
             tuple(parallel.layout_options.items()),
@@ -190,17 +190,17 @@ def read_lengths(given: str) -> list[int]:
     return out
 
 
-def first_tokens(lengths: Sequence[int], axis: int) -> list[int]:
-    """The first documents that fill an axis of so many tokens; the last one is cut."""
+def first_tokens(lengths: Sequence[int], tokens: int) -> list[int]:
+    """Lengths of the first documents that together have so many tokens; the last one is cut."""
     out: list[int] = []
-    left = axis
+    left = tokens
     for length in lengths:
         if not left:
             break
         out.append(min(length, left))
         left -= out[-1]
     if left:
-        raise DistattnError(f"--axis: {axis:,} tokens are wanted, all documents together have {axis - left:,}.")
+        raise DistattnError(f"--tokens: {tokens:,} tokens are wanted, all documents together have {tokens - left:,}.")
     return out
 
 

@@ -44,22 +44,29 @@ class DataConfig:
     """Only files that end so; empty for all."""
     exclude: tuple[str, ...] = ()
     """Names of folders and files to leave out; * and ? are wildcards."""
-    axis: int = 8192
+    tokens_per_step: int = 8192
     """Tokens (bytes) of one step, at most: documents are packed first-fit."""
-    max_document: int = 3000
-    """Longer files are cut into documents of this many bytes."""
+    max_document_tokens: int = 3000
+    """Longer files are cut into documents of this many tokens (bytes)."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    layers: int = 4
-    width: int = 128
-    heads: int = 8
-    kv_heads: int = 4
-    mlp: int = 384
+    """The shape of a Llama, in the terms of its transformers configuration."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    intermediate_size: int = 384
     """Width of the gated feed-forward layer."""
     dtype: str = "float32"
     """float32, float64 or bfloat16."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,9 @@ class ParallelConfig:
     """keep, refetch-home or refetch-follow; empty for the strategy's own."""
     devices_per_node: int = 0
     """Ranks that share a node, so that strategies can spare the links between nodes; 0 for all of them."""
-    capacity: int = 0
+    comm_dtype: str = ""
+    """Dtype in which partial outputs and gradients travel: model.dtype, or empty for the one they are accumulated in."""
+    max_buffer_bytes: int = 0
     """Bytes of attention buffers a rank may need at once; a batch that needs more is refused. 0 for no limit."""
 
     @property
@@ -117,14 +126,14 @@ class TrainConfig:
     steps: int = 60
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
 
 
 @dataclass(frozen=True)
-class ProofConfig:
+class ReferenceCheckConfig:
     steps: int = 5
-    """First steps repeated in plain transformers, one process, one document at a time; 0 leaves the proof out."""
+    """First steps repeated in plain transformers, one process, one document at a time; 0 leaves the check out."""
     tolerance: float = 1e-4
     """Largest relative difference of loss and gradient norm."""
 
@@ -140,7 +149,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    proof: ProofConfig = field(default_factory=ProofConfig)
+    reference_check: ReferenceCheckConfig = field(default_factory=ReferenceCheckConfig)
 
 
 for _section in (
@@ -151,9 +160,26 @@ for _section in (
     ClusterConfig,
     SlurmConfig,
     TrainConfig,
-    ProofConfig,
+    ReferenceCheckConfig,
 ):
     setattr(_section, "__pydantic_config__", _STRICT)  # noqa: B010
+
+# keys of earlier configurations, and what they are called now
+RENAMED = {
+    "data.axis": "data.tokens_per_step",
+    "data.max_document": "data.max_document_tokens",
+    "model.layers": "model.num_layers",
+    "model.width": "model.hidden_size",
+    "model.heads": "model.num_attention_heads",
+    "model.kv_heads": "model.num_key_value_heads",
+    "model.mlp": "model.intermediate_size",
+    "parallel.capacity": "parallel.max_buffer_bytes",
+    "parallel.wire": "parallel.comm_dtype",
+    "train.clip": "train.max_grad_norm",
+    "proof": "reference_check",
+    "proof.steps": "reference_check.steps",
+    "proof.tolerance": "reference_check.tolerance",
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -224,7 +250,7 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
 
 
 def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, _keys(Config), 1, 0.6)
+    near = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, _keys(Config), 1, 0.6)
     return f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else f" There are {', '.join(_keys(Config))}.")
 
 
@@ -261,33 +287,35 @@ def _problems(config: Config) -> list[str]:
             hint = f" Did you mean {near[0]}?" if near else ""
             problems.append(f"{key}: there is no {value!r}; there are {', '.join(known)}.{hint}")
 
-    at_least("data", 2, axis=data.axis)
-    at_least("data", 1, max_document=data.max_document)
-    at_least(
-        "model", 1, layers=model.layers, width=model.width, heads=model.heads, kv_heads=model.kv_heads, mlp=model.mlp
-    )
+    at_least("data", 2, tokens_per_step=data.tokens_per_step)
+    at_least("data", 1, max_document_tokens=data.max_document_tokens)
+    at_least("model", 1, **{name: value for name, value in asdict(model).items() if name != "dtype"})
     at_least("parallel", 1, ranks=parallel.ranks, min_chunk=parallel.min_chunk)
     at_least("train", 1, steps=train.steps)
     at_least("train", 0, learning_rate=train.learning_rate, weight_decay=train.weight_decay)
-    at_least("proof", 0, steps=config.proof.steps, tolerance=config.proof.tolerance)
+    at_least("reference_check", 0, steps=config.reference_check.steps, tolerance=config.reference_check.tolerance)
     if not 0 <= config.run.seed < 1 << 63:
         problems.append(f"run.seed: 0 to 2^63 - 1, not {config.run.seed}.")
     if not Path(config.run.folder).name or "\0" in config.run.folder:
         problems.append(f"run.folder: {config.run.folder!r} names no folder.")
-    if train.clip <= 0:
-        problems.append(f"train.clip: above 0, not {train.clip}.")
-    if data.max_document > data.axis:
+    if train.max_grad_norm <= 0:
+        problems.append(f"train.max_grad_norm: above 0, not {train.max_grad_norm}.")
+    if data.max_document_tokens > data.tokens_per_step:
         problems.append(
-            f"data.max_document: {data.max_document} tokens do not fit on an axis of {data.axis}; at most data.axis."
+            f"data.max_document_tokens: {data.max_document_tokens} tokens do not fit into a step of {data.tokens_per_step}; at "
+            "most data.tokens_per_step."
         )
-    if min(model.width, model.heads, model.kv_heads) >= 1:
-        if model.width % model.heads or model.width // model.heads % 2:
-            problems.append(f"model.heads: width {model.width} does not give {model.heads} heads of an even size.")
-        if model.heads % model.kv_heads:
+    if min(model.hidden_size, model.num_attention_heads, model.num_key_value_heads) >= 1:
+        heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+        if model.hidden_size % heads or model.head_dim % 2:
             problems.append(
-                f"model.kv_heads: {model.heads} query heads do not divide among {model.kv_heads} key/value heads."
+                f"model.num_attention_heads: hidden_size {model.hidden_size} does not give {heads} heads of an even size."
             )
-    for name in ("devices_per_node", "capacity"):
+        if heads % kv_heads:
+            problems.append(
+                f"model.num_key_value_heads: {heads} query heads do not divide among {kv_heads} key/value heads."
+            )
+    for name in ("devices_per_node", "max_buffer_bytes"):
         if getattr(parallel, name) < 0:
             problems.append(f"parallel.{name}: at least 0, not {getattr(parallel, name)}.")
     if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
@@ -295,6 +323,7 @@ def _problems(config: Config) -> list[str]:
             f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
         )
     one_of("model.dtype", model.dtype, DTYPES)
+    one_of("parallel.comm_dtype", parallel.comm_dtype or model.dtype, DTYPES)
     one_of("parallel.strategy", parallel.strategy, list(STRATEGIES))
     one_of("parallel.layout", parallel.layout, list(LAYOUTS))
     one_of("parallel.kernel", parallel.kernel, list(KERNELS))

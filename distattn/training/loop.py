@@ -63,7 +63,8 @@ def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> N
         kernel=parallel.kernel,
         backward=parallel.backward or None,
         cluster=parallel.cluster,
-        capacity=parallel.capacity or None,
+        wire=parallel.comm_dtype or None,
+        capacity=parallel.max_buffer_bytes or None,
     )
     model = build_model(config, "distattn").to(device)
     if cp.rank == 0:
@@ -85,7 +86,7 @@ def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> N
             loss.backward()
             losses = loss.detach() / factor
             dist.all_reduce(losses)
-            norm = pytorch.whole(clip_grad_norm_(parameters, config.train.clip))
+            norm = pytorch.whole(clip_grad_norm_(parameters, config.train.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
@@ -103,14 +104,14 @@ def build_model(config: Config, attention: str) -> Any:
     shape = config.model
     llama = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=config.data.max_document,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        max_position_embeddings=config.data.max_document_tokens,
         # transformers' 0.02 suits widths of thousands; this narrow model learns half as fast with it
-        initializer_range=shape.width**-0.5,
+        initializer_range=shape.hidden_size**-0.5,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,

@@ -1,4 +1,4 @@
-"""The demo's proof: run the replay in plain transformers, compare, and say by how much they differ."""
+"""The reference check of a run: its first steps repeated in plain transformers, and by how much the two differ."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _COMPARED = ("loss", "grad_norm")
 _REPLAY = Path(__file__).with_name("reference_replay.py")
 
 
-def prove(run: Run, config: Config) -> dict[str, Any]:
-    """Replay the first steps and compare; the verdict is also written to proof.json.
+def run_reference_check(run: Run, config: Config) -> dict[str, Any]:
+    """Replay the first steps and compare; the verdict is also written to reference_check.json.
 
     Raises DistattnError when the replay itself cannot run.
     """
@@ -30,16 +30,18 @@ def prove(run: Run, config: Config) -> dict[str, Any]:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DistattnError(f"the replay in plain transformers failed ({last}); run it by hand: {' '.join(command)}")
     verdict = compare(run, config)
-    run.proof_file.write_text(json.dumps(verdict, indent=1))
+    run.reference_check_file.write_text(json.dumps(verdict, indent=1))
     return verdict
 
 
 def compare(run: Run, config: Config) -> dict[str, Any]:
     """The largest relative differences |ours - plain| / |plain| of loss and gradient norm; NaN is a failure."""
-    wanted = min(config.proof.steps, config.train.steps)
+    wanted = min(config.reference_check.steps, config.train.steps)
     ours, plain = run.metrics()[:wanted], read_lines(run.replay_file)
     if [step.step for step in ours] != [row["step"] for row in plain] or len(plain) != wanted:
-        raise DistattnError(f"the proof compares {wanted} steps; the run has {len(ours)}, the replay {len(plain)}.")
+        raise DistattnError(
+            f"the reference check compares {wanted} steps; the run has {len(ours)}, the replay {len(plain)}."
+        )
     steps = [
         {"step": step.step}
         | {name: getattr(step, name) for name in _COMPARED}
@@ -52,5 +54,5 @@ def compare(run: Run, config: Config) -> dict[str, Any]:
         with np.errstate(divide="ignore", invalid="ignore"):
             # equal zeros differ by nothing; numpy's max keeps a NaN, Python's may lose it
             verdict[name] = float(np.where(a == b, 0.0, np.abs(a - b) / np.abs(b)).max())
-    passed = all(verdict[name] < config.proof.tolerance for name in _COMPARED)
-    return verdict | {"tolerance": config.proof.tolerance, "passed": passed, "steps": steps}
+    passed = all(verdict[name] < config.reference_check.tolerance for name in _COMPARED)
+    return verdict | {"tolerance": config.reference_check.tolerance, "passed": passed, "steps": steps}

@@ -28,9 +28,9 @@ def main(folder: Path) -> None:
     rows = map(json.loads, (folder / "documents.jsonl").open())
     packs = (list(pack) for _, pack in groupby(rows, key=lambda row: row["pack"]))
     with (folder / "replay.jsonl").open("w") as out:
-        for step, pack in enumerate(islice(packs, min(config["proof"]["steps"], train["steps"])), 1):
+        for step, pack in enumerate(islice(packs, min(config["reference_check"]["steps"], train["steps"])), 1):
             loss = accumulate(model, [document_tokens(row) for row in pack])
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train["clip"])
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train["max_grad_norm"])
             optimizer.step()
             optimizer.zero_grad()
             out.write(json.dumps({"step": step, "loss": loss, "grad_norm": float(norm)}) + "\n")

@@ -1,4 +1,4 @@
-"""The page a run leaves behind: one self-contained HTML file with its loss curve, its plan and its proof."""
+"""The page a run leaves behind: one self-contained HTML file with its loss curve, its first plan, and the comparison with plain transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ table { border-collapse: collapse; } td, th { padding: 0.2rem 1rem 0.2rem 0; tex
 <h2>Loss</h2>
 $curve
 <h2>The same steps in plain transformers</h2>
-$proof
+$reference_check
 <h2>Who computes what</h2>
 <p>The score matrix of the first step, forward pass: rows are queries, columns are keys, white is not allowed.</p>
 $plan
@@ -36,7 +36,7 @@ $plan
 """)
 
 
-def write_report(run: Run, config: Config, explanation: Explanation, proof: dict | None) -> None:
+def write_report(run: Run, config: Config, explanation: Explanation, checked: dict | None) -> None:
     """Write report.html into the run folder."""
     steps = run.metrics()
     seconds = sum(step.seconds for step in steps)
@@ -49,7 +49,7 @@ def write_report(run: Run, config: Config, explanation: Explanation, proof: dict
         title=html.escape(run.folder.name),
         summary=html.escape(summary),
         curve=_curve(steps),
-        proof=_proof(proof),
+        reference_check=_reference_check(checked),
         plan=explanation.html(),
         config=html.escape(run.config_file.read_text("utf-8")),
     )
@@ -68,18 +68,18 @@ def _curve(steps: list[Step]) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _proof(proof: dict | None) -> str:
-    if proof is None:
-        return "<p>Left out (proof.steps = 0).</p>"
+def _reference_check(checked: dict | None) -> str:
+    if checked is None:
+        return "<p>Left out (reference_check.steps = 0).</p>"
     rows = "".join(
         f"<tr><td>{row['step']}</td><td>{row['loss']:.6f}</td><td>{row['plain_loss']:.6f}</td>"
         f"<td>{row['grad_norm']:.6f}</td><td>{row['plain_grad_norm']:.6f}</td></tr>"
-        for row in proof["steps"]
+        for row in checked["steps"]
     )
-    verdict = "good" if proof["passed"] else "bad"
+    verdict = "good" if checked["passed"] else "bad"
     return (
-        f'<p class="{verdict}">Largest relative difference: loss {proof["loss"]:.1e}, gradient norm '
-        f"{proof['grad_norm']:.1e} (must be under {proof['tolerance']:.0e}).</p>"
+        f'<p class="{verdict}">Largest relative difference: loss {checked["loss"]:.1e}, gradient norm '
+        f"{checked['grad_norm']:.1e} (must be under {checked['tolerance']:.0e}).</p>"
         "<table><tr><th>step</th><th>loss</th><th>plain</th><th>gradient norm</th><th>plain</th></tr>"
         + rows
         + "</table>"

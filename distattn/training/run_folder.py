@@ -42,7 +42,7 @@ class Run:
         self.explanation_file = folder / "plan.txt"
         self.report_file = folder / "report.html"
         self.replay_file = folder / "replay.jsonl"
-        self.proof_file = folder / "proof.json"
+        self.reference_check_file = folder / "reference_check.json"
         self.logs = folder / "logs"
         # of a batch system
         self.script_file = folder / "job.sbatch"
@@ -96,11 +96,12 @@ def plan_of(config: Config, lengths: list[int]) -> Plan:
         mask,
         lay_out(parallel.layout, lengths, parallel.ranks, mask, **parallel.layout_options),
         strategy=parallel.strategy,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.width // model.heads,
+        heads=model.num_attention_heads,
+        kv_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
         dtype=model.dtype,
         backward=parallel.backward or None,
+        wire=parallel.comm_dtype or None,
         cluster=parallel.cluster,
     )
 
@@ -115,7 +116,7 @@ def _documents(config: Config, corpus: Corpus) -> Iterable[tuple[int, Document]]
     lengths = [document.end - document.start for document in corpus.documents]
     number, epoch = 0, 0
     while number < config.train.steps:
-        for pack in pack_epoch(lengths, config.data.axis, config.run.seed, epoch):
+        for pack in pack_epoch(lengths, config.data.tokens_per_step, config.run.seed, epoch):
             yield from ((number, corpus.documents[i]) for i in pack)
             number += 1
         epoch += 1

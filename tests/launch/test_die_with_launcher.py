@@ -108,7 +108,12 @@ def test_ranks_in_the_middle_of_training_end_with_their_launcher(tmp_path):
         str(ROOT / "configs" / "tiny.toml"),
         f"--run.folder={tmp_path}/run",
     )
-    quick = ("--parallel.ranks=2", "--train.steps=100000", "--data.axis=1024", "--data.max_document=900")
+    quick = (
+        "--parallel.ranks=2",
+        "--train.steps=100000",
+        "--data.tokens_per_step=1024",
+        "--data.max_document_tokens=900",
+    )
     with started(*command, *quick, folder=tmp_path) as launcher:
         metrics = tmp_path / "run" / "metrics.jsonl"
         eventually(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, "the run did not start")

@@ -15,7 +15,12 @@ from distattn.training import config as configuration
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden") / "job.sbatch"
-SHORT = ("--train.steps=3", "--proof.steps=2", "--data.axis=2048", "--data.max_document=900")
+SHORT = (
+    "--train.steps=3",
+    "--reference_check.steps=2",
+    "--data.tokens_per_step=2048",
+    "--data.max_document_tokens=900",
+)
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -181,14 +186,23 @@ def test_two_nodes_train_like_one_machine(cluster, tmp_path):
     assert (far / "report.html").exists()
     # the same plan on one machine
     near = [sys.executable, "-m", "distattn.launch.cli", "train", "configs/tiny.toml", f"--run.folder={tmp_path}/near"]
-    near += ["--parallel.devices_per_node=2", "--proof.steps=0", *(word for word in SHORT if "proof" not in word)]
+    near += [
+        "--parallel.devices_per_node=2",
+        "--reference_check.steps=0",
+        *(word for word in SHORT if "reference_check" not in word),
+    ]
     assert subprocess.run(near, cwd=ROOT, capture_output=True).returncode == 0
     assert losses(far) == pytest.approx(losses(tmp_path / "near"), rel=1e-6)
 
 
 def test_a_run_is_cancelled(cluster, tmp_path):
     folder = tmp_path / "long"
-    long = ("--train.steps=100000", "--data.axis=2048", "--data.max_document=900", "--proof.steps=0")
+    long = (
+        "--train.steps=100000",
+        "--data.tokens_per_step=2048",
+        "--data.max_document_tokens=900",
+        "--reference_check.steps=0",
+    )
     done = distattn(cluster, "slurm", "configs/tiny.toml", "--nodes=1", "--gpus=2", f"--run.folder={folder}", *long)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("job "), done.stderr
     wait_for(cluster, folder, "RUNNING")

@@ -71,7 +71,16 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_the_model_is_counted_as_it_is_built(dtype):
-    config = Config(model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, dtype=dtype))
+    config = Config(
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            dtype=dtype,
+        )
+    )
     parameters = sum(p.numel() for p in build_model(config, "sdpa").parameters())
     assert machine_limits.model_bytes(config) == parameters * (8 if dtype == "float64" else 4)
 

@@ -25,7 +25,7 @@ from distattn.training.config import (
     DataConfig,
     ModelConfig,
     ParallelConfig,
-    ProofConfig,
+    ReferenceCheckConfig,
     RunConfig,
     TrainConfig,
 )
@@ -49,10 +49,17 @@ def texts(tmp_path_factory) -> Path:
 def small(texts: Path, folder: Path, dtype: str) -> Config:
     return Config(
         run=RunConfig(folder=str(folder), seed=3),
-        data=DataConfig(path=str(texts), axis=256, max_document=100),
-        model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, dtype=dtype),
+        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100),
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            dtype=dtype,
+        ),
         train=TrainConfig(steps=STEPS),
-        proof=ProofConfig(steps=0),
+        reference_check=ReferenceCheckConfig(steps=0),
     )
 
 
@@ -65,7 +72,7 @@ def curve(texts: Path, folder: Path, dtype: str, ranks: int, strategy: str) -> l
     config = dataclasses.replace(
         config, parallel=ParallelConfig(ranks=ranks, strategy=strategy, layout="document_zigzag", min_chunk=16)
     )
-    run = Run.create(config, read_corpus(config.data.path, max_document=config.data.max_document))
+    run = Run.create(config, read_corpus(config.data.path, max_document_tokens=config.data.max_document_tokens))
     run_on_ranks(ranks, _train, run.folder, config)
     return [step.loss for step in run.metrics()]
 
@@ -91,13 +98,15 @@ def distattn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 def config_file(texts, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("config") / "small.toml"
     config = dataclasses.replace(
-        small(texts, Path("out"), "float32"), parallel=ParallelConfig(ranks=2), proof=ProofConfig(steps=3)
+        small(texts, Path("out"), "float32"),
+        parallel=ParallelConfig(ranks=2),
+        reference_check=ReferenceCheckConfig(steps=3),
     )
     configuration.save(dataclasses.replace(config, train=TrainConfig(steps=6)), file)
     return file
 
 
-def test_one_command_trains_proves_and_leaves_a_run_folder(config_file, tmp_path):
+def test_one_command_trains_compares_and_leaves_a_run_folder(config_file, tmp_path):
     done = distattn("train", str(config_file), "--parallel.strategy", "allgather", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step 6/6  loss" in done.stdout and "tokens/s" in done.stdout and "s left" in done.stdout
@@ -108,8 +117,8 @@ def test_one_command_trains_proves_and_leaves_a_run_folder(config_file, tmp_path
     assert [step.step for step in run.metrics()] == [1, 2, 3, 4, 5, 6]
     assert list((run.folder / "tensorboard").glob("events*"))
     assert "allgather on 2 ranks" in run.explanation_file.read_text()
-    proof = json.loads(run.proof_file.read_text())
-    assert proof["passed"] and len(proof["steps"]) == 3 and proof["loss"] < 1e-4 > proof["grad_norm"]
+    checked = json.loads(run.reference_check_file.read_text())
+    assert checked["passed"] and len(checked["steps"]) == 3 and checked["loss"] < 1e-4 > checked["grad_norm"]
     page = run.report_file.read_text()
     html.parser.HTMLParser().feed(page)
     assert "<svg" in page and "data:image/png;base64," in page
@@ -124,7 +133,7 @@ def test_json_is_all_that_is_printed_and_an_existing_folder_is_never_touched(con
         "train",
         str(config_file),
         "--json",
-        "--proof.steps",
+        "--reference_check.steps",
         "0",
         "--train.steps",
         "2",
@@ -135,7 +144,7 @@ def test_json_is_all_that_is_printed_and_an_existing_folder_is_never_touched(con
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row.get("step") for row in rows] == [1, 2, None]
-    assert rows[-1]["proof"] is None and Path(rows[-1]["run"]).name == "out-2"
+    assert rows[-1]["reference_check"] is None and Path(rows[-1]["run"]).name == "out-2"
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
 
 
@@ -147,7 +156,7 @@ def test_a_terminal_gets_a_progress_bar(config_file, tmp_path):
         "distattn.launch.cli",
         "train",
         str(config_file),
-        "--proof.steps",
+        "--reference_check.steps",
         "0",
         "--parallel.ranks",
         "1",
@@ -193,9 +202,9 @@ def interrupted(config_file: Path, folder: Path, when: str | None, *overrides: s
     [
         ("run folder", ()),
         ("step 1/", ("--train.steps", "100000")),
-        ("the first", ("--train.steps", "40", "--proof.steps", "40", "--parallel.ranks", "1")),
+        ("the first", ("--train.steps", "40", "--reference_check.steps", "40", "--parallel.ranks", "1")),
     ],
-    ids=["while ranks start", "while training", "during the proof"],
+    ids=["while ranks start", "while training", "during the reference check"],
 )
 def test_ctrl_c_ends_everything_with_one_sentence(config_file, tmp_path, when, overrides):
     done = interrupted(config_file, tmp_path, when, *overrides)
@@ -221,7 +230,7 @@ def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path
 def test_a_host_name_that_does_not_resolve_is_no_obstacle(config_file, tmp_path):
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
         pytest.skip("unshare --uts is not permitted here")
-    run = f"{sys.executable} -m distattn.launch.cli train {config_file} --train.steps 1 --proof.steps 0"
+    run = f"{sys.executable} -m distattn.launch.cli train {config_file} --train.steps 1 --reference_check.steps 0"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = ["unshare", "--uts", "sh", "-c", f"hostname nowhere.invalid && {run}"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
@@ -230,11 +239,17 @@ def test_a_host_name_that_does_not_resolve_is_no_obstacle(config_file, tmp_path)
 
 def test_the_plan_in_the_run_folder_is_the_one_that_trains(texts, tmp_path):
     config = dataclasses.replace(small(texts, tmp_path / "run", "float32"), parallel=ParallelConfig(ranks=1))
-    run = Run.create(config, read_corpus(config.data.path, max_document=config.data.max_document))
+    run = Run.create(config, read_corpus(config.data.path, max_document_tokens=config.data.max_document_tokens))
     parallel, first = config.parallel, next(batches(run))
     cp = ContextParallel(strategy=parallel.strategy, layout=parallel.layout, layout_options=parallel.layout_options)
     model = config.model
-    shape = model.heads, model.kv_heads, model.width // model.heads, model.width // model.heads, model.dtype
+    shape = (
+        model.num_attention_heads,
+        model.num_key_value_heads,
+        model.hidden_size // model.num_attention_heads,
+        model.hidden_size // model.num_attention_heads,
+        model.dtype,
+    )
     assert cp.shard(first)["context_parallel"].plan(*shape).digest == run.first_plan(config).digest
 
 
@@ -244,7 +259,7 @@ def compared(tmp_path: Path, ours: list[float], plain: list[float]) -> dict:
         run.append(run.metrics_file, dataclasses.asdict(Step(number, loss, 1.0, 10, 0.1)))
     for number, loss in enumerate(plain, 1):
         run.append(run.replay_file, {"step": number, "loss": loss, "grad_norm": 1.0})
-    return compare(run, Config(proof=ProofConfig(steps=3)))
+    return compare(run, Config(reference_check=ReferenceCheckConfig(steps=3)))
 
 
 def test_the_comparison_is_relative_and_never_passes_what_is_not_a_number(tmp_path):
@@ -258,8 +273,10 @@ def test_the_comparison_is_relative_and_never_passes_what_is_not_a_number(tmp_pa
         compared(tmp_path / "d", [4.0, 2.0], [4.0, 2.0, 1.0])
 
 
-def test_the_proof_fails_when_training_differs(config_file, tmp_path):
-    done = distattn("train", str(config_file), "--proof.tolerance", "0", "--parallel.ranks", "1", cwd=tmp_path)
+def test_the_reference_check_fails_when_training_differs(config_file, tmp_path):
+    done = distattn(
+        "train", str(config_file), "--reference_check.tolerance", "0", "--parallel.ranks", "1", cwd=tmp_path
+    )
     assert done.returncode == 1 and "differs from plain transformers" in done.stderr
 
 
