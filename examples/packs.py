@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distattn.adapters import huggingface
 from distattn.data.packing import pack_epoch
-from distattn.data.text import VOCABULARY, read_corpus, read_tokens
+from distattn.data.text import VOCABULARY, find_corpus, read_tokens
 
 DEVICE = torch.device("cpu")
 if torch.cuda.is_available():
@@ -20,7 +20,7 @@ if torch.cuda.is_available():
 
 def packs(pack_tokens: int = 1024) -> Iterator[dict[str, Any]]:
     """Batches as `ContextParallel.shard` takes them, the same on all ranks: token ids (1, N) and document lengths."""
-    corpus = read_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=700)
+    corpus = find_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=700)
     lengths = [document.end - document.start for document in corpus.documents]
     for pack in pack_epoch(lengths, pack_tokens, seed=1, epoch=0):
         tokens = [read_tokens(corpus.documents[number]) for number in pack]

@@ -11,7 +11,7 @@ from distattn.launch.die_with_launcher import die_with_launcher
 
 
 def keep_log(folder: Path) -> None:
-    """What this rank and its libraries print goes to a file of its own; rank 0's to the console, too."""
+    """Send what this rank and its libraries print to a file of its own; rank 0's goes to the console, too."""
     rank = os.environ["RANK"]
     file = folder / f"rank-{rank}.log"
     if rank == "0":

@@ -7,7 +7,7 @@ import difflib
 import io
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -92,12 +92,12 @@ class ParallelConfig:
 
     @property
     def layout_options(self) -> dict[str, int]:
-        """What the layout takes beside lengths and ranks."""
+        """The arguments the layout takes beside lengths and ranks."""
         return {"min_chunk": self.min_chunk} if self.layout == "document_zigzag" else {}
 
     @property
     def cluster(self) -> Cluster | None:
-        """Which ranks share a node, where that is given."""
+        """How ranks are spread over nodes, None where that is not given."""
         return Cluster(self.ranks // self.devices_per_node, self.devices_per_node) if self.devices_per_node else None
 
 
@@ -183,7 +183,7 @@ RENAMED = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a file with command-line overrides. Raises DistattnError naming every bad key at once."""
+    """Read the configuration of a file, with command-line overrides. Raises DistattnError naming every bad key at once."""
     try:
         content = tomllib.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
@@ -199,7 +199,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def help_text() -> str:
-    """Every key with its default, as tyro prints it."""
+    """Return a text with every key and its default, as tyro prints it."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         tyro.cli(Config, args=["--help"], prog="distattn train CONFIG")
@@ -212,7 +212,7 @@ def save(config: Config, path: Path) -> None:
 
 
 def _validated(source: str, content: dict[str, Any]) -> Config:
-    """The configuration a nested dict describes. All mistakes at once, each line beginning with its source."""
+    """Make the configuration a nested dict describes. Raises DistattnError with all mistakes, each line beginning with source."""
     try:
         # through JSON: strict about types, yet a TOML array is a tuple; a TOML date becomes a table, which fits nowhere
         text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
@@ -262,7 +262,7 @@ def _sentence(error: Any) -> str:
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:
-    """Sections and keys, dotted."""
+    """List all sections and keys, dotted."""
     keys = []
     for one in fields(config):
         keys.append(prefix + one.name)
@@ -272,60 +272,69 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def _problems(config: Config) -> list[str]:
-    """What cannot be, one sentence per key."""
+    """Find what cannot be, one sentence per key."""
+    return [*_number_problems(config), *_shape_problems(config), *_name_problems(config)]
+
+
+def _number_problems(config: Config) -> Iterator[str]:
+    """Find numbers that are out of range, and a folder that is none."""
     model, data, parallel, train = config.model, config.data, config.parallel, config.train
-    problems: list[str] = []
-
-    def at_least(section: str, low: float, **values: float) -> None:
-        problems.extend(
-            f"{section}.{key}: at least {low}, not {value}." for key, value in values.items() if value < low
-        )
-
-    def one_of(key: str, value: str, known: Sequence[str]) -> None:
-        if value not in known:
-            near = difflib.get_close_matches(value, known, 1, 0.5)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            problems.append(f"{key}: there is no {value!r}; there are {', '.join(known)}.{hint}")
-
-    at_least("data", 2, tokens_per_step=data.tokens_per_step)
-    at_least("data", 1, max_document_tokens=data.max_document_tokens)
-    at_least("model", 1, **{name: value for name, value in asdict(model).items() if name != "dtype"})
-    at_least("parallel", 1, ranks=parallel.ranks, min_chunk=parallel.min_chunk)
-    at_least("train", 1, steps=train.steps)
-    at_least("train", 0, learning_rate=train.learning_rate, weight_decay=train.weight_decay)
-    at_least("reference_check", 0, steps=config.reference_check.steps, tolerance=config.reference_check.tolerance)
-    if not 0 <= config.run.seed < 1 << 63:
-        problems.append(f"run.seed: 0 to 2^63 - 1, not {config.run.seed}.")
-    if not Path(config.run.folder).name or "\0" in config.run.folder:
-        problems.append(f"run.folder: {config.run.folder!r} names no folder.")
+    least = {
+        "data.tokens_per_step": (data.tokens_per_step, 2),
+        "data.max_document_tokens": (data.max_document_tokens, 1),
+        **{f"model.{name}": (value, 1) for name, value in asdict(model).items() if name != "dtype"},
+        "parallel.ranks": (parallel.ranks, 1),
+        "parallel.min_chunk": (parallel.min_chunk, 1),
+        "parallel.devices_per_node": (parallel.devices_per_node, 0),
+        "parallel.max_buffer_bytes": (parallel.max_buffer_bytes, 0),
+        "train.steps": (train.steps, 1),
+        "train.learning_rate": (train.learning_rate, 0),
+        "train.weight_decay": (train.weight_decay, 0),
+        "reference_check.steps": (config.reference_check.steps, 0),
+        "reference_check.tolerance": (config.reference_check.tolerance, 0),
+    }
+    for key, (value, low) in least.items():
+        if value < low:
+            yield f"{key}: at least {low}, not {value}."
     if train.max_grad_norm <= 0:
-        problems.append(f"train.max_grad_norm: above 0, not {train.max_grad_norm}.")
+        yield f"train.max_grad_norm: above 0, not {train.max_grad_norm}."
+    if not 0 <= config.run.seed < 1 << 63:
+        yield f"run.seed: 0 to 2^63 - 1, not {config.run.seed}."
+    if not Path(config.run.folder).name or "\0" in config.run.folder:
+        yield f"run.folder: {config.run.folder!r} names no folder."
+
+
+def _shape_problems(config: Config) -> Iterator[str]:
+    """Find sizes that do not go together."""
+    model, data, parallel = config.model, config.data, config.parallel
     if data.max_document_tokens > data.tokens_per_step:
-        problems.append(
+        yield (
             f"data.max_document_tokens: {data.max_document_tokens} tokens do not fit into a step of {data.tokens_per_step}; at "
             "most data.tokens_per_step."
         )
-    if min(model.hidden_size, model.num_attention_heads, model.num_key_value_heads) >= 1:
-        heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    if min(model.hidden_size, heads, kv_heads) >= 1:
         if model.hidden_size % heads or model.head_dim % 2:
-            problems.append(
-                f"model.num_attention_heads: hidden_size {model.hidden_size} does not give {heads} heads of an even size."
-            )
+            yield f"model.num_attention_heads: hidden_size {model.hidden_size} does not give {heads} heads of an even size."
         if heads % kv_heads:
-            problems.append(
-                f"model.num_key_value_heads: {heads} query heads do not divide among {kv_heads} key/value heads."
-            )
-    for name in ("devices_per_node", "max_buffer_bytes"):
-        if getattr(parallel, name) < 0:
-            problems.append(f"parallel.{name}: at least 0, not {getattr(parallel, name)}.")
+            yield f"model.num_key_value_heads: {heads} query heads do not divide among {kv_heads} key/value heads."
     if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
-        problems.append(
-            f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
-        )
-    one_of("model.dtype", model.dtype, DTYPES)
-    one_of("parallel.comm_dtype", parallel.comm_dtype or model.dtype, DTYPES)
-    one_of("parallel.strategy", parallel.strategy, list(STRATEGIES))
-    one_of("parallel.layout", parallel.layout, list(LAYOUTS))
-    one_of("parallel.kernel", parallel.kernel, list(KERNELS))
-    one_of("parallel.backward", parallel.backward or POLICIES[0], POLICIES)
-    return problems
+        yield f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
+
+
+def _name_problems(config: Config) -> Iterator[str]:
+    """Find names that do not exist."""
+    model, parallel = config.model, config.parallel
+    names: dict[str, tuple[str, Sequence[str]]] = {
+        "model.dtype": (model.dtype, DTYPES),
+        "parallel.comm_dtype": (parallel.comm_dtype or DTYPES[0], DTYPES),
+        "parallel.strategy": (parallel.strategy, list(STRATEGIES)),
+        "parallel.layout": (parallel.layout, list(LAYOUTS)),
+        "parallel.kernel": (parallel.kernel, list(KERNELS)),
+        "parallel.backward": (parallel.backward or POLICIES[0], POLICIES),
+    }
+    for key, (value, known) in names.items():
+        if value not in known:
+            near = difflib.get_close_matches(value, known, 1, 0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            yield f"{key}: there is no {value!r}; there are {', '.join(known)}.{hint}"

@@ -26,13 +26,14 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.registry import ON_CPU
 from distattn.training import config as configuration
 from distattn.training.config import Config
-from distattn.training.metrics import Progress
-from distattn.training.run_folder import Run, Step
+from distattn.training.metrics import MetricsReporter
+from distattn.training.plan_settings import PlanSettings
+from distattn.training.run_folder import RunFolder, StepMetrics
 
 
 def main(folder: str, json_lines: bool) -> int:
-    """One rank of a run. Returns the exit code."""
-    run = Run(Path(folder))
+    """Run one rank of a run. Returns the exit code."""
+    run = RunFolder(Path(folder))
     config = configuration.load(run.config_file)
     # ranks share the machine's cores; more threads than cores only wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.parallel.ranks))
@@ -51,21 +52,10 @@ def main(folder: str, json_lines: bool) -> int:
     return 0
 
 
-def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> None:
-    """All steps of a run on this rank; rank 0 writes metrics and shows progress."""
-    parallel = config.parallel
-    mesh = init_device_mesh(device.type, (parallel.ranks,), mesh_dim_names=("cp",))
-    cp = pytorch.context_parallel(
-        mesh,
-        strategy=parallel.strategy,
-        layout=parallel.layout,
-        layout_options=parallel.layout_options,
-        kernel=parallel.kernel,
-        backward=parallel.backward or None,
-        cluster=parallel.cluster,
-        wire=parallel.comm_dtype or None,
-        capacity=parallel.max_buffer_bytes or None,
-    )
+def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device) -> None:
+    """Train all steps of a run on this rank; rank 0 writes metrics and shows progress."""
+    mesh = init_device_mesh(device.type, (config.parallel.ranks,), mesh_dim_names=("cp",))
+    cp = pytorch.context_parallel(mesh, **PlanSettings.of_config(config).context_parallel_arguments())
     model = build_model(config, "distattn").to(device)
     if cp.rank == 0:
         model.config.save_pretrained(run.folder)
@@ -73,7 +63,7 @@ def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> N
     parameters = list(model.parameters())
     factor = cp.loss_scale(pytorch.Loop(model))
     optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
-    with Progress(run, config.train.steps, json_lines, visible=cp.rank == 0) as progress:
+    with MetricsReporter(run, config.train.steps, json_lines, visible=cp.rank == 0) as reporter:
         # a step ahead: its plan is made meanwhile
         given = ({**batch, "input_ids": batch["input_ids"].to(device)} for batch in batches(run))
         sharded = map(cp.shard, itertools.islice(given, config.train.steps))
@@ -90,11 +80,13 @@ def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> N
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
-            progress.step(Step(number + 1, float(losses), float(norm), local["context_parallel"].tokens, seconds))
+            reporter.report(
+                StepMetrics(number + 1, float(losses), float(norm), local["context_parallel"].tokens, seconds)
+            )
 
 
 def build_model(config: Config, attention: str) -> Any:
-    """A Llama from its shape, seeded; no download. `attention` is a transformers attention implementation."""
+    """Make a Llama from its shape, seeded; nothing is downloaded. attention: a transformers attention implementation."""
     # 2 s to import, and only here
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -121,8 +113,11 @@ def build_model(config: Config, attention: str) -> Any:
     return model.to(getattr(torch, shape.dtype))
 
 
-def batches(run: Run) -> Iterator[dict[str, Any]]:
-    """The packs of the run's document list, in order: token ids (1, N) and document lengths. Every rank reads all."""
+def batches(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """Read the packs of the run's document list, in order: token ids (1, N) and document lengths.
+
+    Every rank reads a step's documents whole, and nothing else of their files.
+    """
     for pack in run.packs():
         tokens = [read_tokens(document) for document in pack]
         ids = torch.from_numpy(np.concatenate(tokens))[None]

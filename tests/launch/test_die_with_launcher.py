@@ -5,15 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import eventually
 
 ROOT = Path(__file__).parents[2]
-# far more than a loaded machine needs; nothing takes this long where the code is right
-PATIENT_SECONDS = 300
 SLEEPER = """
 import os, sys, time
 from pathlib import Path
@@ -35,14 +33,6 @@ die_with_launcher.die_with_launcher(os.getppid())
 Path(sys.argv[1], f"{os.getpid()}.pid").touch()
 time.sleep(100000)
 """
-
-
-def eventually(condition: Callable[[], object], what: str) -> None:
-    """Poll until the condition holds; fail after a limit that no loaded machine needs."""
-    end = time.monotonic() + PATIENT_SECONDS
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.1)
 
 
 def alive(process: int) -> bool:

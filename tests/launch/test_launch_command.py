@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from slurm_cluster import SlurmCluster, why_not
+from waiting import eventually
 
 from distattn.launch import cli, slurm
 from distattn.training import config as configuration
@@ -159,13 +159,17 @@ def distattn(cluster, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def wait_for(cluster, folder: Path, *wanted: str) -> dict:
-    for _ in range(240):
-        status = json.loads(distattn(cluster, "status", str(folder), "--json").stdout)
-        if any(status["state"].startswith(word) for word in wanted):
-            return status
-        time.sleep(0.5)
-    raise AssertionError(f"{status}\n{distattn(cluster, 'logs', str(folder)).stdout[-3000:]}")
+def wait_for(cluster, folder: Path, *states: str) -> dict:
+    """Wait until the job's state begins with one of these words; returns the whole status."""
+
+    def status() -> dict:
+        return json.loads(distattn(cluster, "status", str(folder), "--json").stdout)
+
+    def arrived() -> dict | None:
+        found = status()
+        return found if found["state"].startswith(states) else None
+
+    return eventually(arrived, lambda: f"{status()}\n{distattn(cluster, 'logs', str(folder)).stdout[-3000:]}")
 
 
 def losses(folder: Path) -> list[float]:
@@ -218,5 +222,5 @@ def test_a_job_that_slurm_rejects_leaves_nothing(cluster, tmp_path):
 
 
 def test_the_script_is_short_enough_to_read():
-    text = slurm.script(configuration.load(ROOT / "configs/tiny.toml"), Path("/runs/tiny"))
+    text = slurm.batch_script(configuration.load(ROOT / "configs/tiny.toml"), Path("/runs/tiny"))
     assert len(text.splitlines()) <= 60

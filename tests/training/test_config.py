@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT_SECONDS
 
 from distattn.ir.errors import DistattnError
 from distattn.launch.cli import main
@@ -81,7 +82,7 @@ def test_every_mistake_is_named_at_once(text, sentences, tmp_path):
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "distattn.launch.cli", *arguments]
     return subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
 
 
