@@ -21,7 +21,7 @@ if torch.cuda.is_available():
 def packs(pack_tokens: int = 1024) -> Iterator[dict[str, Any]]:
     """Batches as `ContextParallel.shard` takes them, the same on all ranks: token ids (1, N) and document lengths."""
     corpus = find_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=700)
-    lengths = [document.end - document.start for document in corpus.documents]
+    lengths = [document.length for document in corpus.documents]
     for pack in pack_epoch(lengths, pack_tokens, seed=1, epoch=0):
         tokens = [read_tokens(corpus.documents[number]) for number in pack]
         ids = torch.from_numpy(np.concatenate(tokens))[None]

@@ -92,7 +92,7 @@ def first_pack_lengths(config: Config) -> list[int]:
     corpus = find_corpus(
         data.path, suffix=data.suffix, exclude=data.exclude, max_document_tokens=data.max_document_tokens
     )
-    return [document.end - document.start for document in next(packs_of_run(config, corpus))]
+    return [document.length for document in next(packs_of_run(config, corpus))]
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:

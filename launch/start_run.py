@@ -25,13 +25,13 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
     )
     packs = packs_of_run(config, corpus)
     first = next(packs)
-    explanation = explain(settings.plan([document.end - document.start for document in first]), settings.cluster)
+    explanation = explain(settings.plan([document.length for document in first]), settings.cluster)
     check_text(corpus)
     run = RunFolder.create(config, itertools.chain([first], packs))
     text = str(explanation)
     explanation.plan.save(run.plan_file)
     run.explanation_file.write_text(text + "\n", "utf-8")
-    size = sum(document.end - document.start for document in corpus.documents)
+    size = sum(document.length for document in corpus.documents)
     skipped = f" ({corpus.empty_files} empty ones skipped)" if corpus.empty_files else ""
     report_progress(
         f"data: {corpus.files:,} files{skipped}, {readable_bytes(size)}, {len(corpus.documents):,} documents"

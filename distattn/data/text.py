@@ -30,6 +30,11 @@ class Document(NamedTuple):
     start: int
     end: int
 
+    @property
+    def length(self) -> int:
+        """Tokens of the document: one for each byte."""
+        return self.end - self.start
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -83,12 +88,12 @@ def read_tokens(document: Document) -> np.ndarray:
     try:
         with open(document.file, "rb") as file:
             file.seek(document.start)
-            content = file.read(document.end - document.start)
+            content = file.read(document.length)
     except OSError as error:
         raise DamagedDataError(
             f"{document.file}: could be read when the run began, but not now: {error.strerror}."
         ) from None
-    if len(content) != document.end - document.start:
+    if len(content) != document.length:
         raise DamagedDataError(f"{document.file}: shorter than when the run began; it must not change meanwhile.")
     return np.frombuffer(content, np.uint8).astype(np.int64)
 

@@ -90,7 +90,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def packs_of_run(config: Config, corpus: Corpus) -> Iterator[list[Document]]:
     """The documents of each pack of the epochs the run will enter, in order: whole epochs, at least a pack for each step."""
-    lengths = [document.end - document.start for document in corpus.documents]
+    lengths = [document.length for document in corpus.documents]
     number, epoch = 0, 0
     while number < config.train.steps:
         for pack in pack_epoch(lengths, config.data.tokens_per_step, config.run.seed, epoch):
