@@ -1,4 +1,4 @@
-# make demo: train and prove; make test: the whole suite. TORCH_INDEX=URL picks a PyTorch build (CPU-only, say).
+# make demo: train and compare with plain transformers; make test: the whole suite. TORCH_INDEX=URL picks a PyTorch build (CPU-only, say).
 
 PYTHON ?= python3
 VENV := .venv

@@ -71,7 +71,7 @@ def main() -> None:
         config = configuration.load(str(ROOT / "configs/tiny.toml"))
         cells: list[Cell] = []
         layers = {}
-        for name, tokens in {"short": 64, "long": config.data.axis // 4}.items():
+        for name, tokens in {"short": 64, "long": config.data.tokens_per_step // 4}.items():
             cells += of_layer(
                 f"{name}: a layer of {tokens} tokens, forward and backward", tokens, config, given.repeats
             )
@@ -80,17 +80,19 @@ def main() -> None:
         sys.stdout.write(table(cells) + "\n\n")
         sys.stdout.write(f"transformers beyond the operators: {layers['short'] * 1e6:.0f} us a short layer, ")
         sys.stdout.write(f"{layers['long'] * 1e6:.0f} us a long one (aim {AIM_LAYER})\n")
-        sys.stdout.write(f"a step of the tiny model on {config.data.axis // 4} tokens, other documents every time:\n")
+        sys.stdout.write(
+            f"a step of the tiny model on {config.data.tokens_per_step // 4} tokens, other documents every time:\n"
+        )
         steps = {}
         for name, ahead in {"sharded when needed": False, "sharded a step ahead": True}.items():
             step, shard, planned = of_step(config, ahead)
-            share = (layers["long"] * config.model.layers + shard + planned) / step
+            share = (layers["long"] * config.model.num_layers + shard + planned) / step
             steps[name] = dict(step=step, shard=shard, planned=planned, share=share)
             sys.stdout.write(
                 f"  {name}: {step * 1e3:.0f} ms; sharding {shard * 1e3:.1f} ms, waiting for plan and proof "
             )
             sys.stdout.write(
-                f"{planned * 1e3:.1f} ms; with {config.model.layers} layers {share:.2%} (aim {AIM_STEP:.0%})\n"
+                f"{planned * 1e3:.1f} ms; with {config.model.num_layers} layers {share:.2%} (aim {AIM_STEP:.0%})\n"
             )
         if given.out:
             write(given.out, cells, layer_seconds=layers, steps=steps)
@@ -100,7 +102,11 @@ def main() -> None:
 def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
     """Adapters beside the operators, on the same numbers."""
     shape = config.model
-    heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.width // shape.heads
+    heads, kv_heads, dim = (
+        shape.num_attention_heads,
+        shape.num_key_value_heads,
+        shape.hidden_size // shape.num_attention_heads,
+    )
     cp = Instant(dist.group.WORLD, strategy="ring", kernel="cpu")
     batch = cp.shard({"input_ids": torch.zeros(1, tokens, dtype=torch.int64)})["context_parallel"]
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +179,10 @@ def megatron_core(shape: Any, batch: Any) -> Any:
     from distattn.adapters.megatron_batches import MegatronBatches
 
     sizes = dict(
-        num_layers=1, hidden_size=shape.width, num_attention_heads=shape.heads, num_query_groups=shape.kv_heads
+        num_layers=1,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_key_value_heads,
     )
     config = TransformerConfig(**sizes, attention_dropout=0.0)
     groups = ProcessGroupCollection(cp=dist.group.WORLD, tp=dist.group.WORLD)
@@ -189,8 +198,13 @@ def of_step(config: Any, ahead: bool) -> tuple[float, float, float]:
     """
     model = build_model(config, huggingface.NAME)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring", kernel="cpu")
-    shape, tokens = config.model, config.data.axis // 4
-    asked = Shape(shape.heads, shape.kv_heads, *(shape.width // shape.heads,) * 2, "float32")
+    shape, tokens = config.model, config.data.tokens_per_step // 4
+    asked = Shape(
+        shape.num_attention_heads,
+        shape.num_key_value_heads,
+        *(shape.hidden_size // shape.num_attention_heads,) * 2,
+        "float32",
+    )
     rows = []
     batches = (documents(tokens, number) for number in itertools.count())
     following = cp.shard(next(batches))

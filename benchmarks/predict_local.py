@@ -26,7 +26,7 @@ from harness import compare
 
 import distattn as da
 from distattn.cluster import spec as describe
-from distattn.launch.calibrate_command import measured
+from distattn.launch.calibrate_command import measure_with_ranks
 from distattn.parallel.make_plan import STRATEGIES
 
 TOKENS = 8192
@@ -46,7 +46,7 @@ def main() -> int:
     rows = []
     for ranks in arguments.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            cluster = measured(ranks, "here")
+            cluster = measure_with_ranks(ranks, "here")
             file = Path(folder) / "times.json"
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
             subprocess.run([*launcher, __file__, "--measure", str(file)], check=True)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distattn.adapters import huggingface
 from distattn.data.packing import pack_epoch
-from distattn.data.text import VOCABULARY, read_corpus, read_tokens
+from distattn.data.text import VOCABULARY, find_corpus, read_tokens
 from distattn.driver.context_parallel import ContextParallel
 
 DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
@@ -19,10 +19,10 @@ if DEVICE.type == "cuda":
     torch.cuda.set_device(DEVICE)
 
 
-def packs(axis: int = 1024) -> Iterator[dict[str, Any]]:
+def packs(pack_tokens: int = 1024) -> Iterator[dict[str, Any]]:
     """Batches as `ContextParallel.shard` takes them, the same on all ranks: token ids (1, N) and document lengths."""
-    corpus = read_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document=700)
-    for pack in pack_epoch([one.end - one.start for one in corpus.documents], axis, seed=1, epoch=0):
+    corpus = find_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=700)
+    for pack in pack_epoch([one.length for one in corpus.documents], pack_tokens, seed=1, epoch=0):
         tokens = [read_tokens(corpus.documents[number]) for number in pack]
         ids = torch.from_numpy(np.concatenate(tokens))[None]
         yield {"input_ids": ids.to(DEVICE), "document_lengths": [len(document) for document in tokens]}

@@ -19,6 +19,8 @@ from distattn.cluster import nccl_tests as nccl
 from distattn.cluster import spec as describe
 from distattn.cluster.spec import Description
 from distattn.ir.errors import DistattnError
+from distattn.launch import machine_limits
+from distattn.launch.command_line import CommandParser, no_progress, print_line, print_to_stderr
 
 USAGE = """usage: distattn calibrate --out FILE.toml [--ranks N] [--nodes N] [--name NAME] [options]
 
@@ -35,21 +37,45 @@ Where the binaries of nccl-tests are on the PATH they are run for the link insid
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise DistattnError(f"calibrate: {message}. See distattn calibrate --help.")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    given = _parse(arguments)
+    # what cannot be read is said before minutes are spent
+    inside = nccl.read(given.nccl_inside).link() if given.nccl_inside else None
+    across = nccl.read(given.nccl_across).link() if given.nccl_across else None
+    if given.nodes > 1 and across is None:
+        raise DistattnError(
+            "calibrate: several nodes want --nccl-across FILE, the link between them as nccl-tests saw it."
+        )
+    ranks = _ranks(given.ranks)
+    for command in nccl.commands(ranks, given.nodes):
+        print_to_stderr(f"links by nccl-tests: {command}")
+    found = measure_with_ranks(ranks, given.name or Path(given.out).stem)
+    inside = inside or _link_by_nccl_tests(ranks)
+    found = replace(found, nodes=given.nodes, inside=inside or found.inside, across=across or inside or found.across)
+    try:
+        found.save(given.out)
+    except OSError as error:
+        raise DistattnError(f"--out: {given.out} cannot be written: {error.strerror}.") from None
+    # what was written can be read back
+    describe.load(given.out)
+    if given.json:
+        print_line(json.dumps({"cluster": given.out, "ranks": ranks, "device": found.device.name}))
+    else:
+        print_line(f"{_summary(found)}\nwritten to {given.out}")
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the options, and refuse numbers below 1 and a description that cannot be written."""
+    parser = CommandParser("calibrate")
     for name in ("out", "name", "nccl-inside", "nccl-across"):
         parser.add_argument(f"--{name}")
-    for name in ("ranks", "nodes"):
-        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     if not given.out or Path(given.out).suffix != ".toml":
@@ -59,34 +85,22 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("ranks", "nodes"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise DistattnError(f"calibrate: --{name}: at least 1, not {getattr(given, name)}.")
-    nodes = given.nodes or 1
-    # what cannot be read is said before minutes are spent
-    inside = nccl.read(given.nccl_inside).link() if given.nccl_inside else None
-    across = nccl.read(given.nccl_across).link() if given.nccl_across else None
-    if nodes > 1 and across is None:
-        raise DistattnError(
-            "calibrate: several nodes want --nccl-across FILE, the link between them as nccl-tests saw it."
-        )
-    ranks = given.ranks or _gpus() or 4
-    for command in nccl.commands(ranks, nodes):
-        _say(f"links by nccl-tests: {command}")
-    found = measured(ranks, given.name or Path(given.out).stem)
-    inside = inside or _by_nccl_tests(ranks)
-    found = replace(found, nodes=nodes, inside=inside or found.inside, across=across or inside or found.across)
-    try:
-        found.save(given.out)
-    except OSError as error:
-        raise DistattnError(f"--out: {given.out} cannot be written: {error.strerror}.") from None
-    describe.load(given.out)
-    if given.json:
-        sys.stdout.write(json.dumps({"cluster": given.out, "ranks": ranks, "device": found.device.name}) + "\n")
-    else:
-        sys.stdout.write(f"{_summary(found)}\nwritten to {given.out}\n")
-    return 0
+    return given
 
 
-def measured(ranks: int, name: str) -> Description:
-    """This machine measured by so many processes at once."""
+def _ranks(asked: int | None) -> int:
+    """How many ranks measure: as many as were asked for, else one for each GPU, else 4. Refuses more than fit."""
+    gpus = machine_limits.gpu_count()
+    ranks = asked or gpus or 4
+    memory = machine_limits.CALIBRATE_RANK_MB
+    machine_limits.check_memory("calibrate: --ranks", ranks, memory, "Python, torch and its tensors")
+    if gpus:
+        machine_limits.check_gpus("calibrate: --ranks", ranks, "each rank measures one")
+    return ranks
+
+
+def measure_with_ranks(ranks: int, name: str) -> Description:
+    """Measure this machine by so many processes at once. Raises DistattnError where one of them fails."""
     from distattn.launch.local import run_ranks
 
     with tempfile.TemporaryDirectory() as folder:
@@ -97,13 +111,13 @@ def measured(ranks: int, name: str) -> Description:
 
 
 def rank_main(file: str, name: str) -> None:
-    """One rank of the measurement; rank 0 writes the file."""
+    """Measure as one rank of several; rank 0 writes the file."""
     import os
 
     import torch
     import torch.distributed as dist
 
-    from distattn.planning.measure_machine import measure
+    from distattn.planning.measure_machine import measure_machine
 
     ranks, cuda = int(os.environ["WORLD_SIZE"]), torch.cuda.is_available()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
@@ -112,16 +126,16 @@ def rank_main(file: str, name: str) -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         first = dist.get_rank() == 0
-        found = measure(ranks, name, _say if first else lambda line: None)
+        found = measure_machine(ranks, name, print_to_stderr if first else no_progress)
         if first:
             found.save(file)
     finally:
         dist.destroy_process_group()
 
 
-def _by_nccl_tests(ranks: int) -> describe.Link | None:
-    """The link inside this machine by nccl-tests, where they are installed and there are GPUs."""
-    if ranks < 2 or not _gpus() or shutil.which("sendrecv_perf") is None:
+def _link_by_nccl_tests(ranks: int) -> describe.Link | None:
+    """Measure the link inside this machine by nccl-tests. None where they are not installed or there are no GPUs."""
+    if ranks < 2 or not machine_limits.gpu_count() or shutil.which("sendrecv_perf") is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "sendrecv.json"
@@ -129,15 +143,9 @@ def _by_nccl_tests(ranks: int) -> describe.Link | None:
             ["sendrecv_perf", "-g", str(ranks), "-b", "8", "-e", "1G", "-f", "4", "-J", str(file)], capture_output=True
         )
         if done.returncode:
-            _say("nccl-tests failed; the link is by distattn's own probes")
+            print_to_stderr("nccl-tests failed; the link is by distattn's own probes")
             return None
         return nccl.read(file, "sendrecv").link()
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _summary(found: Description) -> str:
@@ -152,11 +160,6 @@ def _summary(found: Description) -> str:
         f"links inside {found.inside.gbs:.3g} GB/s after {found.inside.latency_us:.3g} us, "
         f"across {found.across.gbs:.3g} GB/s after {found.across.latency_us:.3g} us"
     )
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ _USAGE = """usage: distattn COMMAND ...
 
 commands:
   train CONFIG [--json] [--section.key value ...]
-      train as a TOML file says (see configs/tiny.toml) and prove the result; distattn train --help lists all keys
+      train as a TOML file says (see configs/tiny.toml) and repeat the first steps in plain transformers, one process, to
+      compare; distattn train --help lists all keys
   calibrate --out FILE.toml
       measure this machine for plan --cluster FILE.toml; distattn calibrate --help
   launch {local,slurm} CONFIG, launch {status,logs,cancel} RUN
@@ -22,8 +24,11 @@ commands:
   plan CONFIG | --docs LENGTHS --cluster h200-8x8
       plan one attention call with every strategy and time it on a described cluster (simulated)
 
-exit codes: 0 done, 1 the proof or a process failed, 2 bad configuration, 3 damaged data
+exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3 damaged data
 """
+
+# each is a module distattn.launch.NAME_command with a function main
+_COMMANDS = ("train", "plan", "calibrate", "doctor", "launch")
 
 
 def entry() -> None:
@@ -45,26 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
     try:
-        if command == "train":
-            return _train(rest)
-        if command == "plan":
-            from distattn.launch import plan_command as plan
-
-            return plan.main(rest)
-        if command == "launch":
-            from distattn.launch import launch_command as launch
-
-            return launch.main(rest)
-        if command == "calibrate":
-            from distattn.launch import calibrate_command as calibrate
-
-            return calibrate.main(rest)
-        if command == "doctor":
-            from distattn.launch import doctor_command as doctor
-
-            return doctor.main(rest)
-        known = "train, plan, calibrate, doctor and launch"
-        raise DistattnError(f"there is no command {command!r}; there are {known}. See distattn --help.")
+        if command not in _COMMANDS:
+            known = f"{', '.join(_COMMANDS[:-1])} and {_COMMANDS[-1]}"
+            raise DistattnError(f"there is no command {command!r}; there are {known}. See distattn --help.")
+        # one command's imports need not be another's: some need torch, and that takes seconds
+        return importlib.import_module(f"distattn.launch.{command}_command").main(rest)
     except DistattnError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"distattn: {line}\n")
@@ -72,21 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("distattn: stopped.\n")
         return 130
-
-
-def _train(arguments: list[str]) -> int:
-    from distattn.training import config as configuration
-
-    json_lines = "--json" in arguments
-    arguments = [argument for argument in arguments if argument != "--json"]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(
-            "usage: distattn train CONFIG [--json] [--section.key value ...]\n\n" + configuration.help_text()
-        )
-        return 0 if arguments else 2
-    from distattn.launch.run_locally import run_here
-
-    return run_here(configuration.load(arguments[0], arguments[1:]), json_lines)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distattn.doctor.environment import Check, checks
+from distattn.doctor.environment import Check, check_machine
 from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import CommandParser, no_progress, print_line
+from distattn.launch.machine_limits import DOCTOR_RANK_MB, check_memory
 
 if TYPE_CHECKING:
-    from distattn.doctor.diagnosis import Diagnosis
-    from distattn.doctor.hypotheses import Imagined
-    from distattn.doctor.target import Subject
+    from distattn.doctor.comparison import Diagnosis
+    from distattn.doctor.hypotheses import HypotheticalAttention
+    from distattn.doctor.target import Target
 
 _USAGE = """usage: distattn doctor [SCRIPT.py | MODEL] [--ranks N] [--json]
 
@@ -27,14 +28,9 @@ explains it. MODEL is a folder or config.json of transformers; SCRIPT says what 
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise DistattnError(f"doctor: {message}. See distattn doctor --help.")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the command. Returns 0 where all is well, 1 where something is not."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = CommandParser("doctor")
     parser.add_argument("target", nargs="?")
     parser.add_argument("--ranks", type=int, default=2)
     for flag in ("--json", "--help", "-h"):
@@ -47,62 +43,62 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if given.ranks < 1:
         raise DistattnError(f"doctor: --ranks: at least 1, not {given.ranks}.")
-    found = checks()
+    if given.target is not None:
+        check_memory(
+            "doctor: --ranks", given.ranks, DOCTOR_RANK_MB, "Python, torch and transformers, without the model"
+        )
+    found = check_machine()
     if not given.json:
         _show_checks(found)
-    broken = [check for check in found if check.fine is False]
+    broken = [check for check in found if check.ok is False]
     report: dict[str, Any] = {"checks": [check._asdict() for check in found]}
     if given.target is not None and not broken:
-        diagnosis = examine(given.target, given.ranks, quiet=given.json)
+        diagnosis = examine_target(given.target, given.ranks, no_progress if given.json else print_line)
         report |= {"ranks": given.ranks, "measured": diagnosis.measured, "first_difference": diagnosis.first_difference}
         report["findings"] = [finding._asdict() for finding in diagnosis.findings]
         if not given.json:
-            _show(diagnosis, given.ranks)
+            _show_diagnosis(diagnosis, given.ranks)
     if given.json:
         sys.stdout.write(json.dumps(report) + "\n")
     return 1 if broken or report.get("findings") else 0
 
 
-def examine(target: str, ranks: int, quiet: bool = True) -> Diagnosis:
-    """Run the subject in one process and on ranks, and compare. Raises DistattnError where it cannot be run at all."""
+def examine_target(path: str, ranks: int, report_progress: Callable[[str], None] = no_progress) -> Diagnosis:
+    """Run the target in one process and on ranks, and compare. Raises DistattnError where it cannot be run at all."""
     import torch
 
-    from distattn.doctor.target import Subject
+    from distattn.doctor.target import Target
     from distattn.launch.local import run_ranks
 
-    def say(line: str) -> None:
-        if not quiet:
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
-
-    subject = Subject(target)
+    target = Target(path)
     with tempfile.TemporaryDirectory() as folder:
-        say(f"{target} on {ranks} ranks ...")
-        code = run_ranks(ranks, "distattn.doctor.rank_run", target, folder)
+        report_progress(f"{path} on {ranks} ranks ...")
+        code = run_ranks(ranks, "distattn.doctor.rank_run", path, folder)
         files = [Path(folder, f"rank-{rank}.pt") for rank in range(ranks)]
         if code or not all(file.exists() for file in files):
             raise DistattnError(f"doctor: the ranks did not end well (exit code {code}); what they said is above.")
         # our own files, of plain tensors and words
         found = [torch.load(file) for file in files]
-    say("the same in one process ...")
-    return compare(subject, found)
+    report_progress("the same in one process ...")
+    return compare_with_one_process(target, found)
 
 
-def compare(subject: Subject, found: Sequence[dict[str, Any]]) -> Diagnosis:
-    """What ranks found (see `evidence.examine`) with the same in this process."""
+def compare_with_one_process(target: Target, found: Sequence[dict[str, Any]]) -> Diagnosis:
+    """Compare what ranks found (see `rank_run.run_on_this_rank`) with the same in this process."""
     import torch
 
     from distattn.doctor.diagnosis import diagnose
-    from distattn.doctor.rank_run import truth_of
-    from distattn.doctor.target import said
+    from distattn.doctor.rank_run import reference_result
+    from distattn.doctor.target import describe_error
 
     try:
-        model = subject.model()
+        model = target.model()
     except DistattnError:
         raise
     except Exception as error:
         raise DistattnError(
-            f"doctor: model() fails in one process, without torch.distributed: {said(error)}. There it returns a plain module."
+            f"doctor: model() fails in one process, without torch.distributed: {describe_error(error)}. There it returns a "
+            "plain module."
         ) from None
     if "state" in found[0]:
         try:
@@ -113,19 +109,19 @@ def compare(subject: Subject, found: Sequence[dict[str, Any]]) -> Diagnosis:
                 "return the plain module, and parameters that are partitioned (ZeRO stage 3) cannot be compared."
             ) from None
 
-    def imagine(positions_N: torch.Tensor, imagined: Imagined) -> torch.Tensor:
-        ids = truth.rows.ids_N[None]
-        given = {"input_ids": ids, "position_ids": positions_N[None], "context_parallel": imagined}
+    def run_hypothesis(positions_N: torch.Tensor, attention: HypotheticalAttention) -> torch.Tensor:
+        ids = reference.rows.ids_N[None]
+        given = {"input_ids": ids, "position_ids": positions_N[None], "context_parallel": attention}
         with torch.no_grad():
-            return subject.plain_forward(model, given)[0].cpu()
+            return target.plain_forward(model, given)[0].cpu()
 
     try:
-        truth = truth_of(subject, model)
+        reference = reference_result(target, model)
     except DistattnError:
         raise
     except Exception as error:
-        raise DistattnError(f"doctor: the model cannot be run in one process: {said(error)}.") from None
-    return diagnose(truth, found, imagine if hasattr(model, "set_attn_implementation") else None)
+        raise DistattnError(f"doctor: the model cannot be run in one process: {describe_error(error)}.") from None
+    return diagnose(reference, found, run_hypothesis if hasattr(model, "set_attn_implementation") else None)
 
 
 def _show_checks(found: list[Check]) -> None:
@@ -137,26 +133,26 @@ def _show_checks(found: list[Check]) -> None:
         table.add_column(name, overflow="fold")
     marks = {True: "[green]ok[/]", False: "[red]wrong[/]", None: "note"}
     for check in found:
-        table.add_row(marks[check.fine], check.name, check.found, check.advice)
+        table.add_row(marks[check.ok], check.name, check.found, check.advice)
     Console().print(table)
 
 
-def _show(diagnosis: Diagnosis, ranks: int) -> None:
+def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
     from rich.console import Console
     from rich.markup import escape
 
     console = Console(highlight=False)
-    said = {
+    sentences = {
         "logits": "largest relative difference of logits {:.1e}",
         "loss": "loss {:.6f} times that of one process",
         "gradient": "gradient norm {:.6f} times that of one process",
     }
     for name, value in diagnosis.measured.items():
-        console.print("  " + said[name].format(value))
+        console.print("  " + sentences[name].format(value))
     if not diagnosis.findings:
         console.print(f"[green]ok[/] {ranks} ranks compute what one process does: logits, loss and every gradient.")
     for finding in diagnosis.findings:
-        console.print(f"[red]wrong[/] {finding.cause}: {escape(finding.seen)}.")
+        console.print(f"[red]wrong[/] {finding.cause}: {escape(finding.observed)}.")
         if diagnosis.first_difference is not None:
             console.print(f"  first to differ: {diagnosis.first_difference}")
         console.print(f"  what to do: {escape(finding.remedy)}.")

@@ -1,4 +1,7 @@
-"""The end of a run: `python -m distattn.launch.finish_run RUN` proves its first steps again and writes the report."""
+"""The end of a run: its first steps are repeated in plain transformers, and the report is written.
+
+`python -m distattn.launch.finish_run RUN` does it for a run folder.
+"""
 
 from __future__ import annotations
 
@@ -9,53 +12,47 @@ from pathlib import Path
 from typing import Any
 
 from distattn.ir.errors import DistattnError
-from distattn.ir.plan import Plan
-from distattn.parallel.analysis.explain import explain
+from distattn.launch.command_line import print_line
 from distattn.training import config as configuration
 from distattn.training.config import Config
-from distattn.training.reference_check import prove
+from distattn.training.reference_check import run_reference_check
 from distattn.training.report import write_report
-from distattn.training.run_folder import Run
+from distattn.training.run_folder import RunFolder
 
 
-def finish(run: Run, config: Config, say: Callable[[str], None], json_lines: bool) -> int:
-    """Prove, report, and say how it went. Returns the exit code."""
-    proof: dict[str, Any] | None = None
-    if config.proof.steps:
-        say(f"the first {min(config.proof.steps, config.train.steps)} steps again in plain transformers ...")
-        proof = prove(run, config)
-    write_report(run, config, explain(Plan.load(run.plan_file), config.parallel.cluster), proof)
+def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool) -> int:
+    """Compare with plain transformers, write the report, and say how it went. Returns the exit code."""
+    checked: dict[str, Any] | None = None
+    if config.reference_check.steps:
+        steps_compared = min(config.reference_check.steps, config.train.steps)
+        report_progress(f"the first {steps_compared} steps again in plain transformers ...")
+        checked = run_reference_check(run, config)
+    write_report(run, config, checked)
     steps = run.metrics()
     if json_lines:
-        result = {"run": str(run.folder), "first_loss": steps[0].loss, "last_loss": steps[-1].loss, "proof": proof}
-        sys.stdout.write(json.dumps(result) + "\n")
-    say(f"loss {steps[0].loss:.3f} to {steps[-1].loss:.3f} in {len(steps)} steps")
-    if proof:
-        say(
-            f"largest relative difference to plain transformers: loss {proof['loss']:.1e}, gradient norm "
-            f"{proof['grad_norm']:.1e} (must be under {proof['tolerance']:.0e})"
+        result = {"run": str(run.folder), "first_loss": steps[0].loss, "last_loss": steps[-1].loss}
+        print_line(json.dumps(result | {"reference_check": checked}))
+    report_progress(f"loss {steps[0].loss:.3f} to {steps[-1].loss:.3f} in {len(steps)} steps")
+    if checked:
+        report_progress(
+            f"largest relative difference to plain transformers: loss {checked['loss']:.1e}, gradient norm "
+            f"{checked['grad_norm']:.1e} (must be under {checked['tolerance']:.0e})"
         )
-    say(f"report: {run.report_file}")
-    if proof and not proof["passed"]:
-        sys.stderr.write("distattn: the run differs from plain transformers; the proof failed.\n")
+    report_progress(f"report: {run.report_file}")
+    if checked and not checked["passed"]:
+        sys.stderr.write("distattn: the run differs from plain transformers: the reference check failed.\n")
         return 1
     return 0
 
 
 def main(folder: str) -> int:
-    """The same for a run folder."""
-    run = Run(Path(folder))
+    """Finish the run of a folder. Returns the exit code."""
+    run = RunFolder(Path(folder))
     try:
-        return finish(run, configuration.load(run.config_file), lambda line: print_line(line), False)
+        return finish_run(run, configuration.load(run.config_file), print_line, False)
     except DistattnError as error:
         sys.stderr.write(f"distattn: {error}\n")
         return error.exit_code
-
-
-def print_line(line: str) -> None:
-    """At once, also into a file."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

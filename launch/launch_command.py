@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -13,10 +12,14 @@ from pathlib import Path
 from distattn.data.text import find_files
 from distattn.ir.errors import DistattnError
 from distattn.launch import slurm
-from distattn.launch.start_run import prepare
-from distattn.planning.compare_strategies import cluster_of
+from distattn.launch.command_line import CommandParser, no_progress, print_line
+from distattn.launch.machine_limits import check_run_fits
+from distattn.launch.start_run import start_run
+from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
-from distattn.training.run_folder import Run, plan_of
+from distattn.training.config import Config
+from distattn.training.plan_settings import PlanSettings
+from distattn.training.run_folder import RunFolder
 
 USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value ...] [--dry-run] [--json]
        distattn launch slurm CONFIG [--nodes N] [--gpus N] [--section.key value ...] [--dry-run] [--json]
@@ -29,11 +32,6 @@ slurm writes a batch script into the run folder and submits it; --dry-run prints
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise DistattnError(f"launch: {message}. See distattn launch --help.")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -43,12 +41,13 @@ def main(arguments: Sequence[str]) -> int:
     if command in ("local", "slurm"):
         return _start(command, arguments[1:])
     if command in ("status", "logs", "cancel"):
-        return _look_after(command, arguments[1:])
+        return _manage_run(command, arguments[1:])
     raise DistattnError(f"launch: there is no {command!r}; there are local, slurm, status, logs and cancel.")
 
 
 def _start(where: str, arguments: Sequence[str]) -> int:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    """Start a run, `local` or on `slurm`, or show what would be started."""
+    parser = CommandParser("launch")
     parser.add_argument("config", nargs="?")
     for name in ("nodes", "gpus"):
         parser.add_argument(f"--{name}", type=int)
@@ -61,27 +60,39 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         raise DistattnError(f"launch {where}: a configuration comes first, such as configs/tiny.toml.")
     given, overrides = parser.parse_known_args(arguments)
     config = configuration.load(
-        given.config, [*overrides, *_sizes(where, given.nodes, given.gpus, given.config, overrides)]
+        given.config, [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
     )
     if config.cluster.description:
-        cluster_of(config, config.cluster.description)
-    # everything that can be wrong is found before anything is left behind
-    plan_of(config, [config.data.max_document])
+        cluster_for_run(config, config.cluster.description)
     if given.dry_run:
-        find_files(config.data.path, config.data.suffix, config.data.exclude)
-        folder = Path(config.run.folder).absolute()
-        text = slurm.script(config, folder)
-        if where == "local":
-            text = f"{config.parallel.ranks} processes here, logs in {folder}/logs\n"
-        sys.stdout.write(json.dumps({"script": text}) + "\n" if given.json else text)
-        return 0
-    if where == "local":
-        from distattn.launch.run_locally import run_here
+        return _dry_run(where, config, given.json)
+    if where == "slurm":
+        return _submit(config, given.json)
+    from distattn.launch.run_locally import run_locally
 
-        return run_here(config, given.json, logs=True)
-    slurm.require()
+    return run_locally(config, given.json, logs=True)
+
+
+def _dry_run(where: str, config: Config, json_output: bool) -> int:
+    """Print what would be started. Nothing is left behind, and what a run would refuse is refused."""
+    if where == "local":
+        check_run_fits(config)
+    PlanSettings.of_config(config).plan([config.data.max_document_tokens])
+    find_files(config.data.path, config.data.suffix, config.data.exclude)
+    folder = Path(config.run.folder).absolute()
+    text = slurm.batch_script(config, folder)
+    if where == "local":
+        text = f"{config.parallel.ranks} processes here, logs in {folder}/logs\n"
+    sys.stdout.write(json.dumps({"script": text}) + "\n" if json_output else text)
+    return 0
+
+
+def _submit(config: Config, json_output: bool) -> int:
+    """Make the run folder and submit its batch script. A job that Slurm rejects leaves no folder."""
+    slurm.require_slurm()
     # the script names the folder from other machines
-    run = prepare(replace(config, run=replace(config.run, folder=str(Path(config.run.folder).absolute()))), given.json)
+    config = replace(config, run=replace(config.run, folder=str(Path(config.run.folder).absolute())))
+    run = start_run(config, no_progress if json_output else print_line)
     try:
         run.logs.mkdir()
         job = slurm.submit(config, run)
@@ -91,12 +102,12 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         shutil.rmtree(run.folder)
         raise
     facts = {"run": str(run.folder), "job": job, "script": str(run.script_file)}
-    sys.stdout.write(json.dumps(facts) + "\n" if given.json else f"job {job}: distattn launch status {run.folder}\n")
+    print_line(json.dumps(facts) if json_output else f"job {job}: distattn launch status {run.folder}")
     return 0
 
 
-def _sizes(where: str, nodes: int | None, gpus: int | None, path: str, overrides: Sequence[str]) -> list[str]:
-    """--nodes and --gpus as overrides of the configuration."""
+def _size_overrides(where: str, nodes: int | None, gpus: int | None, path: str, overrides: Sequence[str]) -> list[str]:
+    """Turn --nodes and --gpus into overrides of parallel.ranks and parallel.devices_per_node."""
     if nodes is None and gpus is None:
         return []
     parallel = configuration.load(path, overrides).parallel
@@ -112,19 +123,20 @@ def _sizes(where: str, nodes: int | None, gpus: int | None, path: str, overrides
     return [f"--parallel.ranks={count * per_node}", f"--parallel.devices_per_node={per_node}"]
 
 
-def _look_after(command: str, arguments: Sequence[str]) -> int:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+def _manage_run(command: str, arguments: Sequence[str]) -> int:
+    """Show the state or the logs of a submitted run, or cancel it."""
+    parser = CommandParser("launch")
     parser.add_argument("run")
     if command == "logs":
         parser.add_argument("--rank", type=int)
     else:
         parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
-    run = Run(Path(given.run))
+    run = RunFolder(Path(given.run))
     if not run.config_file.exists():
         raise DistattnError(f"{given.run}: this is no run folder; there is no {run.config_file.name} in it.")
     if command == "logs":
-        return _logs(run, given.rank)
+        return _print_logs(run, given.rank)
     if command == "cancel":
         job = slurm.cancel(run)
         sys.stdout.write(
@@ -137,8 +149,8 @@ def _look_after(command: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _logs(run: Run, rank: int | None) -> int:
-    """The batch script's own log, or one rank's."""
+def _print_logs(run: RunFolder, rank: int | None) -> int:
+    """Print one rank's log; for rank None the batch script's own, or rank 0's where there is none."""
     files = sorted(run.folder.glob("slurm-*.out")) if rank is None else [run.log_file(rank)]
     files = [file for file in files if file.exists()]
     if not files and rank is None:

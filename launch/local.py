@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import uuid
@@ -11,9 +12,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+_WRAPPER = "distattn.launch.die_with_launcher"
+
 
 def run_ranks(ranks: int, module: str, *arguments: str) -> int:
-    """Run `python -m module ARGUMENTS` once per rank, and wait. Returns the exit code.
+    """Run `python -m module ARGUMENTS` once per rank, and wait. Returns the exit code. Ranks end when this process ends.
 
     0 when all ranks end well, else the first failing rank's, or 128 + the signal that stopped this process.
     """
@@ -33,7 +36,7 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
     logging.disable(logging.CRITICAL)
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        elastic_launch(config, sys.executable)("-m", module, *arguments)
+        elastic_launch(config, sys.executable)("-m", _WRAPPER, str(os.getpid()), module, *arguments)
     except ChildFailedError as error:
         # a killed rank makes its peers fail in the same instant: it is the cause, they are not
         failures = error.failures.items()

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from distattn.launch.die_with_launcher import die_with_launcher
+
 
 def keep_log(folder: Path) -> None:
-    """What this rank and its libraries print goes to a file of its own; rank 0's to the console, too."""
+    """Send what this rank and its libraries print to a file of its own; rank 0's goes to the console, too."""
     rank = os.environ["RANK"]
     file = folder / f"rank-{rank}.log"
     if rank == "0":
@@ -26,6 +28,8 @@ def keep_log(folder: Path) -> None:
 if __name__ == "__main__":
     # before the imports, which take seconds: Ctrl-C ends a rank at once and silently, the launcher says the sentence
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # on Slurm torchrun is the parent
+    die_with_launcher(os.getppid())
     if (logs := Path(sys.argv[1], "logs")).is_dir():
         keep_log(logs)
 

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.kernels.registry import ON_CPU
 from distattn.training.config import Config
-from distattn.training.run_folder import Run
+from distattn.training.run_folder import RunFolder
 
 # data loading, planning ahead and NCCL's own threads
 _CPUS_PER_GPU = 4
@@ -36,8 +36,8 @@ class SubmittedError(DistattnError):
     """Something went wrong after Slurm had taken a job: its run folder stays."""
 
 
-def script(config: Config, folder: Path) -> str:
-    """The batch script of a run in this folder."""
+def batch_script(config: Config, folder: Path) -> str:
+    """Write the batch script of a run in this folder, as text. Raises DistattnError where a setting does not fit into one."""
     per_node = config.parallel.devices_per_node or config.parallel.ranks
     gpus = config.parallel.kernel not in ON_CPU
     slurm = config.slurm
@@ -58,12 +58,12 @@ def script(config: Config, folder: Path) -> str:
     )
 
 
-def submit(config: Config, run: Run) -> int:
+def submit(config: Config, run: RunFolder) -> int:
     """Write the script into the run folder and submit it. Returns the job's number.
 
     Raises DistattnError with Slurm's own words where it rejects the job.
     """
-    run.script_file.write_text(script(config, run.folder), "utf-8")
+    run.script_file.write_text(batch_script(config, run.folder), "utf-8")
     # from here to the job's number in the file nothing may come between
     waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
@@ -78,16 +78,19 @@ def submit(config: Config, run: Run) -> int:
     return int(number[1])
 
 
-def require() -> None:
-    """Refuse where Slurm's commands are missing."""
+def require_slurm() -> None:
+    """Raise DistattnError where Slurm's commands are missing."""
     if shutil.which("sbatch") is None:
         raise DistattnError(
             "there is no sbatch here: run this on a machine of a Slurm cluster, or add --dry-run to see the script."
         )
 
 
-def status(run: Run) -> dict[str, str | int]:
-    """The job's number and state: Slurm's word while it knows the job, else what the script left in the run folder."""
+def status(run: RunFolder) -> dict[str, str | int]:
+    """Look up a job: its number, its state and the steps done.
+
+    The state is Slurm's while Slurm knows the job, else what the script left in the run folder.
+    """
     job = _job(run)
     try:
         state = _slurm("squeue", "--noheader", "--jobs", str(job), "--format=%T")
@@ -105,14 +108,14 @@ def status(run: Run) -> dict[str, str | int]:
     return {"run": str(run.folder), "job": job, "state": state, "steps": steps}
 
 
-def cancel(run: Run) -> int:
+def cancel(run: RunFolder) -> int:
     """Cancel the job; returns its number."""
     job = _job(run)
     _slurm("scancel", str(job))
     return job
 
 
-def _job(run: Run) -> int:
+def _job(run: RunFolder) -> int:
     try:
         return int(json.loads(run.job_file.read_text("utf-8"))["job"])
     except FileNotFoundError:

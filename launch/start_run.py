@@ -1,32 +1,48 @@
-"""What comes before processes start: the data read, the run folder made, the first step planned and proven. No torch."""
+"""What comes before ranks start: the data is found, the first step planned and proven, the run folder made. No torch."""
 
 from __future__ import annotations
 
-import sys
+import importlib.util
+import itertools
+from collections.abc import Callable
 
-from distattn.data.text import read_corpus
+from distattn.data.text import check_text, find_corpus
+from distattn.ir.errors import DistattnError
 from distattn.parallel.analysis.explain import explain, readable_bytes
 from distattn.training.config import Config
-from distattn.training.run_folder import Run, plan_of
+from distattn.training.plan_settings import PlanSettings
+from distattn.training.run_folder import RunFolder, packs_of_run
 
 
-def prepare(config: Config, quiet: bool) -> Run:
-    """The new run. Raises DistattnError for all that can go wrong before processes start."""
-    data = config.data
-    # a plan that cannot be made must not leave a run folder behind
-    plan_of(config, [data.max_document])
-    corpus = read_corpus(data.path, suffix=data.suffix, exclude=data.exclude, max_document=data.max_document)
-    run = Run.create(config, corpus)
-    plan = run.first_plan(config)
-    explanation = str(explain(plan, config.parallel.cluster))
-    plan.save(run.plan_file)
-    run.explanation_file.write_text(explanation + "\n", "utf-8")
-    size = sum(document.end - document.start for document in corpus.documents)
+def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFolder:
+    """Make the folder of a new run, with the first step's plan and its explanation in it.
+
+    Raises DistattnError for all that can go wrong before ranks start; nothing is left behind then.
+    """
+    data, settings = config.data, PlanSettings.of_config(config)
+    corpus = find_corpus(
+        data.path, suffix=data.suffix, exclude=data.exclude, max_document_tokens=data.max_document_tokens
+    )
+    packs = packs_of_run(config, corpus)
+    first = list(itertools.islice(packs, settings.data_parallel_size))
+    explanation = explain(settings.plan(*([document.length for document in pack] for pack in first)), settings.cluster)
+    check_text(corpus)
+    run = RunFolder.create(config, itertools.chain(first, packs))
+    text = str(explanation)
+    explanation.plan.save(run.plan_file)
+    run.explanation_file.write_text(text + "\n", "utf-8")
+    size = sum(document.length for document in corpus.documents)
     skipped = f" ({corpus.empty_files} empty ones skipped)" if corpus.empty_files else ""
-    if not quiet:
-        sys.stdout.write(
-            f"data: {corpus.files:,} files{skipped}, {readable_bytes(size)}, {len(corpus.documents):,} documents\n"
-            f"{explanation.splitlines()[0]}\nrun folder: {run.folder}\n"
-        )
-        sys.stdout.flush()
+    report_progress(
+        f"data: {corpus.files:,} files{skipped}, {readable_bytes(size)}, {len(corpus.documents):,} documents"
+    )
+    report_progress(text.splitlines()[0])
+    report_progress(f"run folder: {run.folder}")
     return run
+
+
+def require_packages(*names: str) -> None:
+    """Raise DistattnError where a package that training needs is not installed."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DistattnError(f"training needs {', '.join(missing)}: pip install 'distattn[train]'.")

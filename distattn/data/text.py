@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
 import re
+import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ import numpy as np
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 VOCABULARY = 256
+# files are checked in parts of this size
+_PART_BYTES = 1 << 20
 
 
 class Document(NamedTuple):
@@ -25,6 +29,11 @@ class Document(NamedTuple):
     file: str
     start: int
     end: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the document: one for each byte."""
+        return self.end - self.start
 
 
 @dataclass(frozen=True)
@@ -36,20 +45,20 @@ class Corpus:
     empty_files: int
 
 
-def read_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max_document: int) -> Corpus:
-    """Find the files of `path` (folder, file or glob) and cut them into documents of at most `max_document` bytes.
+def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max_document_tokens: int) -> Corpus:
+    """Find the files of `path` (folder, file or glob) and cut them into documents of at most so many tokens (bytes).
 
-    Empty files are skipped and counted. Raises DistattnError when there is no text, DamagedDataError naming the first
-    file that is not UTF-8.
+    No file is read, only its size is looked up; `check_text` reads them. Empty files are skipped and counted. Raises
+    DistattnError when there is no text.
     """
     documents, empty = [], 0
     files = find_files(path, suffix, exclude)
     for file in files:
-        content = _read(file)
-        empty += not content
+        size = _size(file)
+        empty += not size
         documents += [
-            Document(file, start, min(start + max_document, len(content)))
-            for start in range(0, len(content), max_document)
+            Document(file, start, min(start + max_document_tokens, size))
+            for start in range(0, size, max_document_tokens)
         ]
     if not documents:
         raise DistattnError(
@@ -58,17 +67,33 @@ def read_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
     return Corpus(documents, len(files), empty)
 
 
+def check_text(corpus: Corpus) -> None:
+    """Read every file of a corpus once, a part at a time, and check that it is UTF-8 of the size that was found.
+
+    Raises DamagedDataError naming the first file that is not.
+    """
+    # the last document of a file ends where the file does
+    sizes = {document.file: document.end for document in corpus.documents}
+    for file, size in sizes.items():
+        read = _check_utf8(file)
+        if read != size:
+            raise DamagedDataError(f"{file}: had {size:,} bytes, now {read:,}; it must not change while a run begins.")
+
+
 def read_tokens(document: Document) -> np.ndarray:
-    """The document's bytes as int64 tokens. Raises DamagedDataError when the file is no longer what it was."""
+    """Read the document's bytes, and only those, as int64 tokens (end - start,).
+
+    Raises DamagedDataError when the file is no longer what it was.
+    """
     try:
         with open(document.file, "rb") as file:
             file.seek(document.start)
-            content = file.read(document.end - document.start)
+            content = file.read(document.length)
     except OSError as error:
         raise DamagedDataError(
             f"{document.file}: could be read when the run began, but not now: {error.strerror}."
         ) from None
-    if len(content) != document.end - document.start:
+    if len(content) != document.length:
         raise DamagedDataError(f"{document.file}: shorter than when the run began; it must not change meanwhile.")
     return np.frombuffer(content, np.uint8).astype(np.int64)
 
@@ -129,17 +154,33 @@ def _excluded(path: str, exclude: Sequence[str]) -> bool:
     return any(fnmatch(part, pattern) for part in Path(path).parts for pattern in exclude)
 
 
-def _read(file: str) -> bytes:
-    if os.path.exists(file) and not os.path.isfile(file):
-        raise DistattnError(f"data.path: {file} is no regular file; leave it out with data.exclude.")
+def _size(file: str) -> int:
     try:
-        content = Path(file).read_bytes()
+        found = os.stat(file)
     except OSError as error:
         raise DistattnError(f"data.path: {file} cannot be read: {error.strerror}.") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise DistattnError(f"data.path: {file} is no regular file; leave it out with data.exclude.")
+    return found.st_size
+
+
+def _check_utf8(file: str) -> int:
+    """Decode a file part by part. Returns its bytes; raises DamagedDataError naming the first byte that is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    size = 0
     try:
-        content.decode()
+        with open(file, "rb") as opened:
+            while part := opened.read(_PART_BYTES):
+                # of a character that the last part cut
+                held = len(decoder.getstate()[0])
+                decoder.decode(part)
+                size += len(part)
+        held, part = len(decoder.getstate()[0]), b""
+        decoder.decode(b"", final=True)
+    except OSError as error:
+        raise DistattnError(f"data.path: {file} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise DamagedDataError(
-            f"{file}: not UTF-8 text (byte {error.start}); convert it, or leave it out with data.exclude."
+            f"{file}: not UTF-8 text (byte {size - held + error.start}); convert it, or leave it out with data.exclude."
         ) from None
-    return content
+    return size

@@ -37,17 +37,17 @@ _SHARED_MEMORY = 1 << 30
 
 
 class Check(NamedTuple):
-    """One thing looked at. fine: None where it is a choice, not a fault. advice: what to do, if something is to be done."""
+    """What was found of one thing. ok: None where it is a choice, not a fault; advice: what to do, if something is to be done."""
 
     name: str
-    fine: bool | None
+    ok: bool | None
     found: str
     advice: str = ""
 
 
-def checks() -> list[Check]:
-    """All of this machine."""
-    return [_python(), *_packages(), *_devices(), *_memory(), *_ports(), *_variables()]
+def check_machine() -> list[Check]:
+    """Look at versions, devices, shared memory, ports and settings of this machine."""
+    return [_python(), *_packages(), *_devices(), *_memory(), *_ports(), *_environment_variables()]
 
 
 def _python() -> Check:
@@ -134,7 +134,7 @@ def _ports() -> Iterator[Check]:
             yield Check("MASTER_ADDR", False, f"{address} does not resolve", "name a host that all nodes know")
 
 
-def _variables() -> Iterator[Check]:
+def _environment_variables() -> Iterator[Check]:
     for name, (bad, why) in _VARIABLES.items():
         if os.environ.get(name) == bad:
             yield Check(name, None, bad, why)

@@ -1,4 +1,4 @@
-"""Attention as it would be with a mistake in it, which `distattn doctor` runs to see whether that explains what it found."""
+"""Attention with a mistake in it, which `distattn doctor` runs in one process to see whether that explains what it found."""
 
 # N tokens on the axis, H query heads, K key/value heads, D head dim, E value head dim
 
@@ -13,24 +13,24 @@ from torch import Tensor
 from distattn.batch.packed_batch import PackedBatch
 
 # what a layer may ask of its attention beside q, k and v
-ASKED = ("window", "softcap", "sink", "scale")
+ATTENTION_OPTIONS = ("window", "softcap", "sink", "scale")
 
 
-class Imagined:
-    """Stands in for a sharded batch in one process: dense attention over allowed_NN, with some of ASKED forgotten."""
+class HypotheticalAttention:
+    """Takes a sharded batch's place in one process: dense attention over allowed_NN (N, N), some of ATTENTION_OPTIONS dropped."""
 
-    def __init__(self, allowed_NN: Tensor, forgotten: Collection[str] = ()):
-        self.allowed_NN, self.forgotten = allowed_NN, forgotten
+    def __init__(self, allowed_NN: Tensor, dropped: Collection[str] = ()):
+        self.allowed_NN, self.dropped = allowed_NN, dropped
 
     def check_positions(self, given: Tensor) -> None:
-        """They may be wrong on purpose."""
+        """Accept any positions: they may be wrong on purpose."""
 
     def attention(
-        self, q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, scale: float | None = None, **asked: Any
+        self, q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, scale: float | None = None, **options: Any
     ) -> Tensor:
-        """As `LocalBatch.attention`."""
-        how = {"scale": scale, **asked}
-        window, softcap, sink, scale = (None if name in self.forgotten else how.get(name) for name in ASKED)
+        """Compute attention (N, H, E) as `LocalBatch.attention` does, with this hypothesis' mask and dropped options."""
+        how = {"scale": scale, **options}
+        window, softcap, sink, scale = (None if name in self.dropped else how.get(name) for name in ATTENTION_OPTIONS)
         group = q_NHD.shape[1] // k_NKD.shape[1]
         k_NHD, v_NHE = (x.repeat_interleave(group, 1) for x in (k_NKD, v_NKE))
         scores = torch.einsum("qhd,khd->hqk", q_NHD, k_NHD) * (q_NHD.shape[-1] ** -0.5 if scale is None else scale)
@@ -46,26 +46,27 @@ class Imagined:
         return torch.einsum("hqk,khe->qhe", weights, v_NHE)
 
 
-def causal(rows: PackedBatch) -> Tensor:
-    """(N, N): the right mask."""
-    return one_document(rows) & same_document(rows)
+def causal_document_mask(rows: PackedBatch) -> Tensor:
+    """Make the right mask (N, N): causal inside each document."""
+    return causal_mask(rows) & document_mask(rows)
 
 
-def same_document(rows: PackedBatch) -> Tensor:
-    """(N, N): in full inside each document."""
+def document_mask(rows: PackedBatch) -> Tensor:
+    """Make a mask (N, N) that allows everything inside each document, the future included."""
     document = torch.repeat_interleave(torch.arange(len(rows.lengths)), torch.tensor(rows.lengths))
     return document[:, None] == document[None]
 
 
-def one_document(rows: PackedBatch) -> Tensor:
-    """(N, N): causal, as if all were one document."""
+def causal_mask(rows: PackedBatch) -> Tensor:
+    """Make a causal mask (N, N) that takes all documents for one."""
     return torch.ones(len(rows.ids_N), len(rows.ids_N), dtype=torch.bool).tril()
 
 
-def each_rank_alone(tokens: list[Tensor], rows: PackedBatch, positions_N: Tensor | None = None) -> Tensor:
-    """(N, N): each rank causal over its own tokens, in their local order. tokens: global coordinates of each rank's.
+def rank_local_mask(tokens: list[Tensor], rows: PackedBatch, positions_N: Tensor | None = None) -> Tensor:
+    """Make a mask (N, N) that is causal over each rank's own tokens, in their local order, and allows nothing else.
 
-    With positions, a document ends wherever they do not go on by one, as transformers takes it.
+    tokens: global coordinates of each rank's tokens. With positions (N,), a document ends wherever they do not go on by one,
+    as transformers takes it.
     """
     allowed_NN = torch.zeros(len(rows.ids_N), len(rows.ids_N), dtype=torch.bool)
     for own in tokens:

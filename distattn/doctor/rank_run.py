@@ -1,4 +1,4 @@
-"""What `distattn doctor` collects: a subject's run on every rank, and the truth in one process.
+"""What `distattn doctor` collects: a target's run on every rank, and the same in one process.
 
 `python -m distattn.doctor.rank_run TARGET FOLDER` is one rank.
 """
@@ -25,14 +25,15 @@ from torch import Tensor
 from distattn.adapters.pytorch import full_tensor, unwrapped
 from distattn.batch.packed_batch import IGNORE_INDEX, KEYS, PackedBatch
 from distattn.batch.planner import LocalBatch
-from distattn.doctor.target import Subject, said
+from distattn.doctor.target import Target, describe_error
+from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 
 
-class Truth(NamedTuple):
-    """One process, one document at a time: logits (N, V), outputs of modules (N, ...), loss and gradients.
+class ReferenceResult(NamedTuple):
+    """What one process computes, one document at a time: logits (N, V), outputs of modules (N, ...), loss and gradients.
 
-    labels_N: each token's own, not shifted.
+    labels_N: each token's own label, not shifted; positions_N: each token's position in its document.
     """
 
     rows: PackedBatch
@@ -44,9 +45,9 @@ class Truth(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def truth_of(subject: Subject, model: torch.nn.Module) -> Truth:
-    """Of a model whose weights are those of the ranks."""
-    batch = subject.batch(model)
+def reference_result(target: Target, model: torch.nn.Module) -> ReferenceResult:
+    """Run the target in one process, one document at a time, with a model that has the ranks' weights."""
+    batch = target.batch(model)
     rows = rows_of(batch)
     labels = batch.get("labels", batch["input_ids"])
     kept = batch.get("attention_mask", torch.ones_like(labels)) != 0
@@ -54,10 +55,10 @@ def truth_of(subject: Subject, model: torch.nn.Module) -> Truth:
     model.zero_grad()
     logits, outputs = [], []
     # its backward pass may repeat the attention
-    with subject.one_process(model):
+    with target.reference_context(model):
         for ids in rows.ids_N.to(device).split(list(rows.lengths)):
-            with recorded(model) as seen:
-                logits.append(subject.reference(model, ids[None])[0])
+            with recorded_outputs(model) as seen:
+                logits.append(target.reference(model, ids[None])[0])
             outputs.append(seen)
         logits_NV = torch.cat(logits)
         loss = cross_entropy(logits_NV, rows.labels_N.to(device)).sum() / max(rows.valid_labels, 1)
@@ -67,11 +68,16 @@ def truth_of(subject: Subject, model: torch.nn.Module) -> Truth:
     joined = {name: torch.cat([one[name] for one in outputs]) for name in common}
     positions_N = torch.cat([torch.arange(length) for length in rows.lengths])
     model.zero_grad()
-    return Truth(rows, labels[kept], positions_N, logits_NV.detach().cpu(), joined, loss.detach().cpu(), gradients)
+    return ReferenceResult(
+        rows, labels[kept], positions_N, logits_NV.detach().cpu(), joined, loss.detach().cpu(), gradients
+    )
 
 
 def rows_of(batch: Mapping[str, Any]) -> PackedBatch:
-    """What `ContextParallel.shard` would read of it; a script may have keys of its own."""
+    """Read a batch as `ContextParallel.shard` would; keys that a script has for itself are left out.
+
+    Raises DistattnError where no token has a label.
+    """
     rows = PackedBatch.of({name: value for name, value in batch.items() if name in KEYS})
     if not rows.valid_labels:
         raise DistattnError("the batch has no token with a label: there is no loss to compare.")
@@ -79,49 +85,67 @@ def rows_of(batch: Mapping[str, Any]) -> PackedBatch:
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """(T,), 0 where there is no target."""
+    """Compute the fp64 loss of each token (T,), 0 where the target is IGNORE_INDEX."""
     wide = logits_TV.double()
     return F.cross_entropy(wide, targets_T, ignore_index=IGNORE_INDEX, reduction="none")
 
 
-def examine(subject: Subject) -> dict[str, Any]:
-    """This rank's run, as plain tensors and numbers. A refusal or failure is part of it."""
+def run_on_this_rank(target: Target) -> dict[str, Any]:
+    """Run the target on this rank. Returns plain tensors, numbers and words; a refusal or a failure is one of them."""
     found: dict[str, Any] = {}
     try:
-        cp = subject.context_parallel()
-        model = subject.model()
-        batch = subject.batch(model)
-        inner = unwrapped(model)
-        found["state"] = {name: full_tensor(value.detach()).cpu().clone() for name, value in inner.state_dict().items()}
-        found["weights"] = _digest(list(found["state"].values()))
-        subject.prepare(cp, model)
-        found["batch"] = _digest([batch[name] for name in sorted(batch) if isinstance(batch[name], Tensor)])
-        part = subject.shard(cp, batch)
-        found |= {name: part[name].cpu() for name in ("input_ids", "labels", "position_ids") if name in part}
-        sharded = part.get("context_parallel")
-        documents = sharded.key.documents if isinstance(sharded, LocalBatch) else (rows_of(batch).lengths,)
-        found["tokens"] = torch.from_numpy(cp.planner.lay_out(documents)[1].tokens(cp.rank).copy())
-        with torch.no_grad():
-            before = subject.forward(model, part)
-        with recorded(inner) as found["outputs"]:
-            logits = subject.forward(model, part)
-        found["random"] = float((logits - before).detach().abs().max())
-        loss = subject.loss(logits, part)
-        share = loss.detach().double().cpu() / cp.loss_scale()
-        found |= {"logits": logits[0].detach().cpu(), "loss": share}
-        subject.backward(model, loss)
-        found["gradients"] = {name: gradient.cpu() for name, gradient in subject.gradients(model).items()}
+        cp = target.context_parallel()
+        model = target.model()
+        batch = target.batch(model)
+        _record_inputs(found, model, batch)
+        # only now: what it does may depend on the same weights on all ranks
+        target.setup(cp, model)
+        part = target.shard(cp, batch)
+        _record_part(found, cp, batch, part)
+        logits = _record_forward(found, target, model, part)
+        loss = target.loss(logits, part)
+        found["loss"] = loss.detach().double().cpu() / cp.loss_scale()
+        target.backward(model, loss)
+        found["gradients"] = {name: gradient.cpu() for name, gradient in target.gradients(model).items()}
     except DistattnError as refusal:
         found["refusal"] = str(refusal)
     except Exception as error:
-        found["failure"] = said(error)
+        found["failure"] = describe_error(error)
     found["at"] = time.time()
     return found
 
 
+def _record_inputs(found: dict[str, Any], model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
+    """Keep the whole weights, and digests of weights and batch, by which ranks are compared."""
+    found["state"] = {
+        name: full_tensor(value.detach()).cpu().clone() for name, value in unwrapped(model).state_dict().items()
+    }
+    found["weights"] = _digest(list(found["state"].values()))
+    found["batch"] = _digest([batch[name] for name in sorted(batch) if isinstance(batch[name], Tensor)])
+
+
+def _record_part(found: dict[str, Any], cp: ContextParallel, batch: Mapping[str, Any], part: Mapping[str, Any]) -> None:
+    """Keep what this rank got of the batch, and which tokens the layout gives it, as global coordinates (T,)."""
+    found |= {name: part[name].cpu() for name in ("input_ids", "labels", "position_ids") if name in part}
+    sharded = part.get("context_parallel")
+    lengths = sharded.key.documents if isinstance(sharded, LocalBatch) else (rows_of(batch).lengths,)
+    found["tokens"] = torch.from_numpy(cp.planner.lay_out(documents)[1].tokens(cp.rank).copy())
+
+
+def _record_forward(found: dict[str, Any], target: Target, model: torch.nn.Module, part: Mapping[str, Any]) -> Tensor:
+    """Run forward twice, which shows random numbers, and keep the second run. Returns its logits (1, T, V)."""
+    with torch.no_grad():
+        before = target.forward(model, part)
+    with recorded_outputs(unwrapped(model)) as found["outputs"]:
+        logits = target.forward(model, part)
+    found["random"] = float((logits - before).detach().abs().max())
+    found["logits"] = logits[0].detach().cpu()
+    return logits
+
+
 @contextmanager
-def recorded(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Outputs (T, ...) of modules by name, in the order in which they were done."""
+def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record the outputs (T, ...) of modules by name, in the order in which they were done, while the context is open."""
     seen: dict[str, Tensor] = {}
     hooks = []
 
@@ -147,8 +171,8 @@ def _digest(tensors: list[Tensor]) -> str:
     return hashed.hexdigest()
 
 
-def main(target: str, folder: str) -> int:
-    """One rank."""
+def main(path: str, folder: str) -> int:
+    """Run the target on one rank and leave the result in the folder. Returns the exit code."""
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -156,7 +180,7 @@ def main(target: str, folder: str) -> int:
     # ranks that wait for one another are found out
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
     try:
-        found = examine(Subject(target))
+        found = run_on_this_rank(Target(path))
         torch.save(found, Path(folder, f"rank-{dist.get_rank()}.pt"))
         if not {"refusal", "failure"} & found.keys():
             dist.barrier()

@@ -34,7 +34,7 @@ transformers with attn_implementation="distattn":
                                               initialized) it may be wrapped: fully_shard, DDP, a DeepSpeed engine
   batch() -> dict                             as ContextParallel.shard takes it, the same on every rank
   context_parallel() -> ContextParallel       over the default process group
-  prepare(cp, model)                          cp.loss_scale(trainer), say; nothing by default
+  setup(cp, model)                            cp.loss_scale(trainer), say; nothing by default
   shard(cp, batch) -> dict                    this rank's part
   forward(model, part) -> logits (1, T, V)
   loss(logits, part) -> Tensor                this rank's share: shares add up to the loss
@@ -44,7 +44,7 @@ transformers with attn_implementation="distattn":
 """
 
 
-class Subject:
+class Target:
     """A model, a batch, and what a user does with them on several ranks."""
 
     def __init__(self, target: str):
@@ -55,7 +55,7 @@ class Subject:
         self._config = None if self._script is not None else _config(path)
 
     def model(self) -> torch.nn.Module:
-        """With its own weights."""
+        """Make the model, with the weights it begins with. Raises DistattnError where it is too large to be run several times."""
         if self._script is not None:
             return self._script.model()
         from transformers import AutoModelForCausalLM
@@ -72,7 +72,7 @@ class Subject:
         return AutoModelForCausalLM.from_config(self._config, attn_implementation=huggingface.NAME)
 
     def batch(self, model: torch.nn.Module) -> dict[str, Any]:
-        """What every rank holds."""
+        """Make the batch that every rank holds whole, as `ContextParallel.shard` takes it."""
         if hasattr(self._script, "batch"):
             return self._script.batch()  # type: ignore[union-attr]
         vocabulary = pytorch.output_layer_of(pytorch.unwrapped(model)).weight.shape[0]  # type: ignore[union-attr,index]
@@ -82,56 +82,57 @@ class Subject:
         return {"input_ids": ids, "labels": labels, "document_lengths": list(_LENGTHS)}
 
     def context_parallel(self) -> ContextParallel:
-        """Of this rank."""
-        return self._or("context_parallel", lambda: ContextParallel(strategy="ring", kernel=kernel_here()))()
+        """Make this rank's ContextParallel, over the default process group."""
+        return self._function("context_parallel", lambda: ContextParallel(strategy="ring", kernel=default_kernel()))()
 
-    def prepare(self, cp: ContextParallel, model: torch.nn.Module) -> None:
-        """Before the first batch."""
-        self._or("prepare", lambda cp, model: None)(cp, model)
+    def setup(self, cp: ContextParallel, model: torch.nn.Module) -> None:
+        """Do what the script wants done before the first batch."""
+        self._function("setup", lambda cp, model: None)(cp, model)
 
     def shard(self, cp: ContextParallel, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's part."""
-        return self._or("shard", lambda cp, batch: cp.shard(batch))(cp, batch)
+        """Take this rank's part of the batch."""
+        return self._function("shard", lambda cp, batch: cp.shard(batch))(cp, batch)
 
     def forward(self, model: torch.nn.Module, part: Mapping[str, Any]) -> Tensor:
-        """Logits (1, T, V)."""
-        return self._or("forward", pytorch.forward)(model, part)
+        """Compute this rank's logits (1, T, V)."""
+        return self._function("forward", pytorch.forward)(model, part)
 
     @staticmethod
     def plain_forward(model: torch.nn.Module, part: Mapping[str, Any]) -> Tensor:
-        """As `forward` without the script: what mistakes are imagined with."""
+        """Compute logits as `forward` does without the script: with it hypotheses are run."""
         if hasattr(model, "set_attn_implementation"):
             huggingface.register()
             model.set_attn_implementation(huggingface.NAME)  # type: ignore[operator]
         return pytorch.forward(model, part)
 
     def loss(self, logits: Tensor, part: Mapping[str, Any]) -> Tensor:
-        """This rank's share."""
-        return self._or("loss", pytorch.loss_of)(logits, part)
+        """Compute this rank's share of the loss; shares add up to it."""
+        return self._function("loss", pytorch.loss_of)(logits, part)
 
     def backward(self, model: torch.nn.Module, loss: Tensor) -> None:
-        """And reduce."""
-        self._or("backward", _backward)(model, loss)
+        """Run the backward pass, and sum gradients over ranks."""
+        self._function("backward", _backward)(model, loss)
 
     def gradients(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Of every parameter that has one."""
-        return self._or("gradients", _gradients)(model)
+        """Return the whole gradient of every parameter that has one, by name."""
+        return self._function("gradients", _gradients)(model)
 
     def reference(self, model: torch.nn.Module, ids: Tensor) -> Tensor:
-        """Logits (1, S, V) of one document, in one process."""
-        return self._or("reference", _reference)(model, ids)
+        """Compute the logits (1, S, V) of one document (1, S) in one process."""
+        return self._function("reference", _reference)(model, ids)
 
-    def one_process(self, model: torch.nn.Module) -> AbstractContextManager[None]:
-        """Inside which `reference` runs, and its backward pass."""
+    def reference_context(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """Make the context in which `reference` is to be run, and its backward pass."""
         ours = hasattr(model, "set_attn_implementation") and not hasattr(self._script, "reference")
         return huggingface.single_process_attention(model) if ours else nullcontext()
 
-    def _or(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+    def _function(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        """The script's function of this name, or the default."""
         return getattr(self._script, name, default)
 
 
-def kernel_here() -> str | None:
-    """The device's own on a GPU; on CPUs the one that computes everything, slowly."""
+def default_kernel() -> str | None:
+    """Name the kernel where a script names none: the device's own on GPUs; on CPUs the slow one that computes everything."""
     return None if torch.cuda.is_available() else "reference"
 
 
@@ -158,7 +159,7 @@ def _reference(model: Any, ids: Tensor) -> Tensor:
 def _load(path: Path) -> ModuleType:
     if not path.is_file():
         raise DistattnError(f"there is no script {path}.")
-    spec = importlib.util.spec_from_file_location("doctors_subject", path.resolve())
+    spec = importlib.util.spec_from_file_location("doctor_target", path.resolve())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # what it imports lies beside it
@@ -166,8 +167,10 @@ def _load(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise DistattnError(f"{path} cannot be imported: {said(error)}") from None
-    for name, ours in vars(Subject).items():
+        raise DistattnError(f"{path} cannot be imported: {describe_error(error)}") from None
+    if hasattr(module, "prepare"):
+        raise DistattnError(f"{path}: the doctor calls no function prepare(cp, model). Did you mean setup(cp, model)?")
+    for name, ours in vars(Target).items():
         theirs = getattr(module, name, None)
         if name.startswith("_") or theirs is None or not inspect.isfunction(ours):
             continue
@@ -182,8 +185,8 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def said(error: BaseException) -> str:
-    """An error in one line: what, and where in whose file."""
+def describe_error(error: BaseException) -> str:
+    """Describe an error in one line: what it is, and in which file and line it was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(frame.filename).name}, line {frame.lineno}"
     if isinstance(error, SyntaxError):

@@ -5,19 +5,17 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distattn.cluster import spec as describe
 from distattn.cluster.spec import Description
 from distattn.ir.errors import DistattnError
-from distattn.ir.layout import lay_out
-from distattn.ir.mask import Mask
 from distattn.parallel.analysis.explain import explain
 from distattn.parallel.analysis.simulate import simulate
 from distattn.parallel.analysis.timeline import Timeline
-from distattn.parallel.make_plan import make_plan
 from distattn.training.config import Config
+from distattn.training.plan_settings import PlanSettings
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>distattn plan</title>
@@ -35,61 +33,35 @@ img {{ max-width: 100%; height: auto; }}
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One attention call, without a strategy: documents of these lengths, shapes, layout."""
+class PlanRequest:
+    """One attention call to be planned by several strategies, and the settings they share.
 
-    lengths: tuple[int, ...]
-    ranks: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-    layout: str = "zigzag"
-    layout_options: tuple[tuple[str, int], ...] = ()
-    backward: str = ""
+    packs: document lengths in tokens of each pack: one that all ranks split, or one for each data-parallel rank.
+    """
 
-    @staticmethod
-    def of_config(config: Config, lengths: Sequence[int]) -> Problem:
-        """What a run asks for, on documents of these lengths."""
-        model, parallel = config.model, config.parallel
-        return Problem(
-            tuple(lengths),
-            parallel.ranks,
-            model.heads,
-            model.kv_heads,
-            model.width // model.heads,
-            model.dtype,
-            parallel.layout,
-            tuple(parallel.layout_options.items()),
-            parallel.backward,
-        )
+    packs: tuple[tuple[int, ...], ...]
+    settings: PlanSettings
 
     def timeline(self, strategy: str, cluster: Description) -> Timeline:
-        """Planned by one strategy, proven and simulated."""
-        lengths, mask = list(self.lengths), Mask.documents(list(self.lengths))
-        layout = lay_out(self.layout, lengths, self.ranks, mask, **dict(self.layout_options))
-        plan = make_plan(
-            mask,
-            layout,
-            strategy=strategy,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            backward=self.backward or None,
-            cluster=cluster,
-        )
-        return simulate(plan, cluster)
+        """Plan the call by one strategy for a cluster, prove the plan and simulate it."""
+        return simulate(replace(self.settings, strategy=strategy, cluster=cluster).plan(*self.packs), cluster)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of all documents, in tokens."""
+        return tuple(length for pack in self.packs for length in pack)
 
     def __str__(self) -> str:
+        shape = self.settings
         return (
-            f"{sum(self.lengths):,} tokens in {len(self.lengths):,} documents on {self.ranks} ranks, "
-            f"{self.heads} query and {self.kv_heads} key/value heads of {self.head_dim}, {self.dtype}, {self.layout} layout"
+            f"{sum(self.lengths):,} tokens in {len(self.lengths):,} documents on {shape.ranks} ranks, "
+            f"{shape.heads} query and {shape.kv_heads} key/value heads of {shape.head_dim}, {shape.dtype}, "
+            f"{shape.layout} layout"
         )
 
 
-def cluster_of(config: Config, name: str) -> Description:
-    """The described cluster, as far as a run uses it. Refuses one whose nodes are not the run's."""
+def cluster_for_run(config: Config, name: str) -> Description:
+    """Load the cluster a run is timed on, cut to the run's ranks. Raises DistattnError where its nodes are not the run's."""
     cluster = describe.load(name, config.parallel.ranks)
     per_node = config.parallel.devices_per_node or config.parallel.ranks
     if cluster.devices != per_node:
@@ -100,15 +72,21 @@ def cluster_of(config: Config, name: str) -> Description:
     return cluster
 
 
-def candidates(
-    problem: Problem, strategies: Sequence[str], cluster: Description, say: Callable[[str], None] = lambda line: None
+def compare_strategies(
+    request: PlanRequest,
+    strategies: Sequence[str],
+    cluster: Description,
+    report_progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Timeline | str]:
-    """By strategy: its timeline, or the sentence with which it refuses. Raises when all of them refuse."""
+    """Plan and simulate a request by every strategy. Returns by strategy its timeline, or the sentence with which it refuses.
+
+    Raises DistattnError when all of them refuse.
+    """
     out: dict[str, Timeline | str] = {}
     for strategy in strategies:
-        say(f"{strategy} ...")
+        report_progress(f"{strategy} ...")
         try:
-            out[strategy] = problem.timeline(strategy, cluster)
+            out[strategy] = request.timeline(strategy, cluster)
         except DistattnError as error:
             out[strategy] = str(error)
     if all(isinstance(found, str) for found in out.values()):
@@ -119,8 +97,8 @@ def candidates(
     return out
 
 
-def table(found: dict[str, Timeline | str], cluster: Description) -> str:
-    """One line for each candidate, the fastest marked; everything simulated."""
+def comparison_table(found: dict[str, Timeline | str], cluster: Description) -> str:
+    """Return a text table with one line for each strategy, the fastest marked. All times are simulated."""
     times = {name: _seconds(one) for name, one in found.items() if isinstance(one, Timeline)}
     fastest = min(times, key=lambda name: times[name])
     lines = [
@@ -144,32 +122,37 @@ def table(found: dict[str, Timeline | str], cluster: Description) -> str:
     return "\n".join(lines)
 
 
-def as_json(found: dict[str, Timeline | str], problem: Problem) -> str:
-    """The same as one JSON object."""
+def comparison_json(found: dict[str, Timeline | str], request: PlanRequest) -> str:
+    """Return the comparison as one JSON object."""
     rows = [
         {"strategy": name, "refused": one} if isinstance(one, str) else one.as_dict() for name, one in found.items()
     ]
-    shape = {"tokens": sum(problem.lengths), "documents": len(problem.lengths), "ranks": problem.ranks}
+    shape = {"tokens": sum(request.lengths), "documents": len(request.lengths), "ranks": request.settings.ranks}
     return json.dumps(shape | {"candidates": rows})
 
 
-def write_page(path: Path, found: dict[str, Timeline | str], problem: Problem, cluster: Description) -> None:
-    """One HTML file with the table, and of each candidate the timeline and the coloured score matrix."""
+def write_comparison_page(
+    path: Path, found: dict[str, Timeline | str], request: PlanRequest, cluster: Description
+) -> None:
+    """Write one HTML file with the table and, for each strategy, its timeline and the coloured score matrix."""
     parts = []
     for name, one in found.items():
         if isinstance(one, Timeline):
             shown = explain(one.plan, cluster).html()
             parts.append(f"<h2>{html.escape(name)}</h2>\n{one.html()}\n{shown}")
-    title = html.escape(str(problem))
-    text = _PAGE.format(title=title, table=html.escape(table(found, cluster)), parts="\n".join(parts))
+    title = html.escape(str(request))
+    text = _PAGE.format(title=title, table=html.escape(comparison_table(found, cluster)), parts="\n".join(parts))
     try:
         path.write_text(text, "utf-8")
     except OSError as error:
         raise DistattnError(f"--html: {path} cannot be written: {error.strerror}.") from None
 
 
-def read_lengths(given: str) -> list[int]:
-    """Document lengths from words such as 4096,1024x8 or a file of them (JSON list, or numbers between spaces)."""
+def parse_document_lengths(given: str) -> list[int]:
+    """Read document lengths from text such as 4096,1024x8 or from a file (a JSON list, or numbers between spaces).
+
+    Raises DistattnError naming the first word that is no length.
+    """
     text = given
     if Path(given).is_file():
         try:
@@ -190,19 +173,20 @@ def read_lengths(given: str) -> list[int]:
     return out
 
 
-def first_tokens(lengths: Sequence[int], axis: int) -> list[int]:
-    """The first documents that fill an axis of so many tokens; the last one is cut."""
+def truncate_documents(lengths: Sequence[int], tokens: int) -> list[int]:
+    """Lengths of the first documents that together have so many tokens; the last one is cut."""
     out: list[int] = []
-    left = axis
+    left = tokens
     for length in lengths:
         if not left:
             break
         out.append(min(length, left))
         left -= out[-1]
     if left:
-        raise DistattnError(f"--axis: {axis:,} tokens are wanted, all documents together have {axis - left:,}.")
+        raise DistattnError(f"--tokens: {tokens:,} tokens are wanted, all documents together have {tokens - left:,}.")
     return out
 
 
 def _seconds(one: Timeline) -> float:
+    """Simulated seconds of the forward and the backward pass."""
     return one.forward.seconds + one.backward.seconds

@@ -37,26 +37,26 @@ _STRETCH = 0.1
 _MESSAGES = {"cpu": (1 << 12, 1 << 20, 1 << 23), "cuda": (1 << 12, 1 << 22, 1 << 26)}
 
 
-def measure(ranks: int, name: str, say: Callable[[str], None]) -> Description:
-    """The description of this machine with so many ranks. Call it on every rank of a process group of that size."""
+def measure_machine(ranks: int, name: str, report_progress: Callable[[str], None]) -> Description:
+    """Describe this machine with so many ranks at work. Call it on every rank of a process group of that size."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    say("matrix products and copies")
-    product, copy = _product(device), _copy(device)
-    say("links")
-    link = _link(device, ranks)
-    say("the executor's own time per step")
-    step = _step(device, ranks) - (link.latency_us if ranks > 1 else 0.0)
+    report_progress("matrix products and copies")
+    product, copy = _matmul_tflops(device), _copy_gbs(device)
+    report_progress("links")
+    link = _measure_link(device, ranks)
+    report_progress("the executor's own time per step")
+    step = _step_microseconds(device, ranks) - (link.latency_us if ranks > 1 else 0.0)
     rows = []
     for head_dim in _HEAD_DIMS:
         for queries in _SIDES[device.type]:
             for keys in _SIDES[device.type]:
-                say(f"attention, head dim {head_dim}, {queries} queries, {keys} keys")
-                rows += _attention(device, head_dim, queries, keys)
+                report_progress(f"attention, head dim {head_dim}, {queries} queries, {keys} keys")
+                rows += _attention_speeds(device, head_dim, queries, keys)
     cuda = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if cuda else None
     found = Device(
         name=properties.name if properties else f"CPU, {torch.get_num_threads()} threads a rank",
-        memory_gb=round((properties.total_memory if properties else _memory()) / 1e9, 3),
+        memory_gb=round((properties.total_memory if properties else _memory_bytes()) / 1e9, 3),
         # nobody publishes it for this very machine: what products reach is the least it can be
         peak_tflops=product,
         product_tflops=product,
@@ -70,57 +70,57 @@ def measure(ranks: int, name: str, say: Callable[[str], None]) -> Description:
     return Description(name, 1, ranks, found, link, link, tuple(rows))
 
 
-def _timed(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """Seconds of one call: the median of stretches of calls, each from a common start to the slowest rank's end.
+def _seconds_of_call(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
+    """Measure the seconds of one call: the median of stretches of calls, each from a common start to the slowest rank's end.
 
     Stretches are long beside the time slices of an operating system: ranks that share a core show it.
     """
     work()
-    calls = max(1, round(_STRETCH / max(_stretch(work, 1, device), 1e-9)))
-    return statistics.median(_stretch(work, calls, device) for _ in range(repeats)) / calls
+    calls = max(1, round(_STRETCH / max(_seconds_of_calls(work, 1, device), 1e-9)))
+    return statistics.median(_seconds_of_calls(work, calls, device) for _ in range(repeats)) / calls
 
 
-def _stretch(work: Callable[[], Any], calls: int, device: torch.device) -> float:
-    """Seconds of so many calls on every rank, the same on all of them."""
+def _seconds_of_calls(work: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Measure the seconds of so many calls on every rank; all ranks return the slowest one's."""
     if dist.is_initialized():
         dist.barrier()
-    _finish(device)
+    _synchronize(device)
     began = time.perf_counter()
     for _ in range(calls):
         work()
-    _finish(device)
+    _synchronize(device)
     slowest = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest)
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def _product(device: torch.device) -> float:
-    """TFLOP/s of a large product, bf16 on accelerators and fp32 on processors."""
+def _matmul_tflops(device: torch.device) -> float:
+    """Measure the TFLOP/s of a large matrix product, bf16 on accelerators and fp32 on processors."""
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / _timed(lambda: a @ b, device) / 1e12
+    return 2 * side**3 / _seconds_of_call(lambda: a @ b, device) / 1e12
 
 
-def _copy(device: torch.device) -> float:
-    """10^9 bytes copied per second."""
+def _copy_gbs(device: torch.device) -> float:
+    """Measure how many 10^9 bytes are copied per second."""
     source = torch.randn(1 << (28 if device.type == "cuda" else 23), device=device)
     target = torch.empty_like(source)
-    return source.nbytes / _timed(lambda: target.copy_(source), device) / 1e9
+    return source.nbytes / _seconds_of_call(lambda: target.copy_(source), device) / 1e9
 
 
-def _link(device: torch.device, ranks: int) -> Link:
-    """What each rank sends while all send to their neighbours, from messages of three sizes; all to all as a check.
+def _measure_link(device: torch.device, ranks: int) -> Link:
+    """Measure what each rank sends while all send to their neighbours, from messages of three sizes; all to all as a check.
 
     The slower of the two kinds counts. On processors the memory is shared by all ranks.
     """
     if ranks == 1:
-        return Link(gbs=_copy(device), latency_us=1.0, shared=device.type == "cpu")
+        return Link(gbs=_copy_gbs(device), latency_us=1.0, shared=device.type == "cpu")
     rank = dist.get_rank()
     points: list[tuple[float, float]] = []
     for size in _MESSAGES[device.type]:
@@ -139,7 +139,9 @@ def _link(device: torch.device, ranks: int) -> Link:
         def to_all(out: Tensor = wide, back: Tensor = wide_back) -> None:
             dist.all_to_all_single(back, out)
 
-        slower = max(_timed(around, device) / size, _timed(to_all, device) / (size * (ranks - 1) / ranks))
+        slower = max(
+            _seconds_of_call(around, device) / size, _seconds_of_call(to_all, device) / (size * (ranks - 1) / ranks)
+        )
         points.append((float(size), slower * size))
     (small, quick), (large, slow) = points[0], points[-1]
     per_byte = max(slow - quick, 1e-12) / (large - small)
@@ -151,19 +153,19 @@ def _link(device: torch.device, ranks: int) -> Link:
     )
 
 
-def _step(device: torch.device, ranks: int) -> float:
-    """Microseconds of one step of a ring over hardly any tokens: what is neither arithmetic nor bytes."""
+def _step_microseconds(device: torch.device, ranks: int) -> float:
+    """Measure the microseconds of one ring step over hardly any tokens: what is neither arithmetic nor bytes."""
     tokens, dtype = 16 * ranks, torch.bfloat16 if device.type == "cuda" else torch.float32
     shape: dict[str, Any] = dict(heads=4, kv_heads=4, head_dim=64, dtype=str(dtype)[6:])
     plan = make_plan(Mask.full(tokens), Layout.contiguous([tokens], ranks), strategy="ring", **shape)
     group = dist.group.WORLD if dist.is_initialized() else None
     ready = prepare(plan, group, device=device)
     q, k, v = (torch.randn(16, 4, 64, device=device, dtype=dtype) for _ in range(3))
-    return _timed(lambda: attention(q, k, v, ready), device) / plan.forward.steps * 1e6
+    return _seconds_of_call(lambda: attention(q, k, v, ready), device) / plan.forward.steps * 1e6
 
 
-def _attention(device: torch.device, head_dim: int, queries: int, keys: int) -> list[Speed]:
-    """Forward and backward speed of the device's own kernel on a full rectangle."""
+def _attention_speeds(device: torch.device, head_dim: int, queries: int, keys: int) -> list[Speed]:
+    """Measure the forward and backward TFLOP/s of the device's own kernel on a full rectangle."""
     heads, dtype = _HEADS[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     demand = Demand(dtype, head_dim, head_dim, device)
     kernel = load_kernel(choose_kernel(None, demand))
@@ -179,15 +181,15 @@ def _attention(device: torch.device, head_dim: int, queries: int, keys: int) -> 
     o, lse = kernel.forward(q, k, v, work, score)
     delta = (do.to(o.dtype) * o).sum(-1)
     flops = 4.0 * queries * keys * heads * head_dim
-    there = _timed(lambda: kernel.forward(q, k, v, work, score), device)
-    back = _timed(lambda: kernel.backward(do, q, k, v, lse, delta, work, score), device)
+    there = _seconds_of_call(lambda: kernel.forward(q, k, v, work, score), device)
+    back = _seconds_of_call(lambda: kernel.backward(do, q, k, v, lse, delta, work, score), device)
     return [
         Speed("forward", head_dim, queries, keys, flops / there / 1e12),
         Speed("backward", head_dim, queries, keys, 2.5 * flops / back / 1e12),
     ]
 
 
-def _memory() -> int:
-    """Bytes of memory of this machine."""
+def _memory_bytes() -> int:
+    """Read the bytes of memory of this machine."""
     with open("/proc/meminfo", encoding="ascii") as file:
         return int(file.readline().split()[1]) * 1024

@@ -7,7 +7,7 @@ import difflib
 import io
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ from distattn.kernels.registry import KERNELS
 from distattn.parallel.make_plan import STRATEGIES
 
 DTYPES = ("float32", "float64", "bfloat16")
+DATA = ("replicated", "per_rank")
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -44,22 +45,29 @@ class DataConfig:
     """Only files that end so; empty for all."""
     exclude: tuple[str, ...] = ()
     """Names of folders and files to leave out; * and ? are wildcards."""
-    axis: int = 8192
+    tokens_per_step: int = 8192
     """Tokens (bytes) of one step, at most: documents are packed first-fit."""
-    max_document: int = 3000
-    """Longer files are cut into documents of this many bytes."""
+    max_document_tokens: int = 3000
+    """Longer files are cut into documents of this many tokens (bytes)."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    layers: int = 4
-    width: int = 128
-    heads: int = 8
-    kv_heads: int = 4
-    mlp: int = 384
+    """The shape of a Llama, in the terms of its transformers configuration."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    intermediate_size: int = 384
     """Width of the gated feed-forward layer."""
     dtype: str = "float32"
     """float32, float64 or bfloat16."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,10 @@ class ParallelConfig:
     """Processes; they share each step's tokens."""
     strategy: str = "ring"
     """How attention is split: a name of distattn's strategies."""
+    data: str = "replicated"
+    """replicated: all ranks split one pack; per_rank: each rank, or block of ranks, has its own, and attention is shared."""
+    context_parallel_size: int = 0
+    """With data = "per_rank": neighbouring ranks that split one pack; 0 for one."""
     layout: str = "zigzag"
     """Which rank owns which tokens: a name of distattn's layouts."""
     min_chunk: int = 512
@@ -78,17 +90,24 @@ class ParallelConfig:
     """keep, refetch-home or refetch-follow; empty for the strategy's own."""
     devices_per_node: int = 0
     """Ranks that share a node, so that strategies can spare the links between nodes; 0 for all of them."""
-    capacity: int = 0
+    comm_dtype: str = ""
+    """Dtype in which partial outputs and gradients travel: model.dtype, or empty for the one they are accumulated in."""
+    max_buffer_bytes: int = 0
     """Bytes of attention buffers a rank may need at once; a batch that needs more is refused. 0 for no limit."""
 
     @property
+    def data_parallel_size(self) -> int:
+        """How many packs a step has: one that all ranks split, or one for each rank or block of ranks."""
+        return 1 if self.data == "replicated" else self.ranks // (self.context_parallel_size or 1)
+
+    @property
     def layout_options(self) -> dict[str, int]:
-        """What the layout takes beside lengths and ranks."""
+        """The arguments the layout takes beside lengths and ranks."""
         return {"min_chunk": self.min_chunk} if self.layout == "document_zigzag" else {}
 
     @property
     def cluster(self) -> Cluster | None:
-        """Which ranks share a node, where that is given."""
+        """How ranks are spread over nodes, None where that is not given."""
         return Cluster(self.ranks // self.devices_per_node, self.devices_per_node) if self.devices_per_node else None
 
 
@@ -117,14 +136,14 @@ class TrainConfig:
     steps: int = 60
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
 
 
 @dataclass(frozen=True)
-class ProofConfig:
+class ReferenceCheckConfig:
     steps: int = 5
-    """First steps repeated in plain transformers, one process, one document at a time; 0 leaves the proof out."""
+    """First steps repeated in plain transformers, one process, one document at a time; 0 leaves the check out."""
     tolerance: float = 1e-4
     """Largest relative difference of loss and gradient norm."""
 
@@ -140,7 +159,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    proof: ProofConfig = field(default_factory=ProofConfig)
+    reference_check: ReferenceCheckConfig = field(default_factory=ReferenceCheckConfig)
 
 
 for _section in (
@@ -151,13 +170,30 @@ for _section in (
     ClusterConfig,
     SlurmConfig,
     TrainConfig,
-    ProofConfig,
+    ReferenceCheckConfig,
 ):
     setattr(_section, "__pydantic_config__", _STRICT)  # noqa: B010
 
+# keys of earlier configurations, and what they are called now
+RENAMED = {
+    "data.axis": "data.tokens_per_step",
+    "data.max_document": "data.max_document_tokens",
+    "model.layers": "model.num_layers",
+    "model.width": "model.hidden_size",
+    "model.heads": "model.num_attention_heads",
+    "model.kv_heads": "model.num_key_value_heads",
+    "model.mlp": "model.intermediate_size",
+    "parallel.capacity": "parallel.max_buffer_bytes",
+    "parallel.wire": "parallel.comm_dtype",
+    "train.clip": "train.max_grad_norm",
+    "proof": "reference_check",
+    "proof.steps": "reference_check.steps",
+    "proof.tolerance": "reference_check.tolerance",
+}
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a file with command-line overrides. Raises DistattnError naming every bad key at once."""
+    """Read the configuration of a file, with command-line overrides. Raises DistattnError naming every bad key at once."""
     try:
         content = tomllib.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
@@ -173,7 +209,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def help_text() -> str:
-    """Every key with its default, as tyro prints it."""
+    """Return a text with every key and its default, as tyro prints it."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         tyro.cli(Config, args=["--help"], prog="distattn train CONFIG")
@@ -186,7 +222,7 @@ def save(config: Config, path: Path) -> None:
 
 
 def _validated(source: str, content: dict[str, Any]) -> Config:
-    """The configuration a nested dict describes. All mistakes at once, each line beginning with its source."""
+    """Make the configuration a nested dict describes. Raises DistattnError with all mistakes, each line beginning with source."""
     try:
         # through JSON: strict about types, yet a TOML array is a tuple; a TOML date becomes a table, which fits nowhere
         text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
@@ -224,7 +260,7 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
 
 
 def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, _keys(Config), 1, 0.6)
+    near = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, _keys(Config), 1, 0.6)
     return f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else f" There are {', '.join(_keys(Config))}.")
 
 
@@ -236,7 +272,7 @@ def _sentence(error: Any) -> str:
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:
-    """Sections and keys, dotted."""
+    """List all sections and keys, dotted."""
     keys = []
     for one in fields(config):
         keys.append(prefix + one.name)
@@ -246,57 +282,76 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def _problems(config: Config) -> list[str]:
-    """What cannot be, one sentence per key."""
+    """Find what cannot be, one sentence per key."""
+    return [*_number_problems(config), *_shape_problems(config), *_name_problems(config)]
+
+
+def _number_problems(config: Config) -> Iterator[str]:
+    """Find numbers that are out of range, and a folder that is none."""
     model, data, parallel, train = config.model, config.data, config.parallel, config.train
-    problems: list[str] = []
+    least = {
+        "data.tokens_per_step": (data.tokens_per_step, 2),
+        "data.max_document_tokens": (data.max_document_tokens, 1),
+        **{f"model.{name}": (value, 1) for name, value in asdict(model).items() if name != "dtype"},
+        "parallel.ranks": (parallel.ranks, 1),
+        "parallel.min_chunk": (parallel.min_chunk, 1),
+        "parallel.devices_per_node": (parallel.devices_per_node, 0),
+        "parallel.max_buffer_bytes": (parallel.max_buffer_bytes, 0),
+        "train.steps": (train.steps, 1),
+        "train.learning_rate": (train.learning_rate, 0),
+        "train.weight_decay": (train.weight_decay, 0),
+        "reference_check.steps": (config.reference_check.steps, 0),
+        "reference_check.tolerance": (config.reference_check.tolerance, 0),
+    }
+    for key, (value, low) in least.items():
+        if value < low:
+            yield f"{key}: at least {low}, not {value}."
+    if train.max_grad_norm <= 0:
+        yield f"train.max_grad_norm: above 0, not {train.max_grad_norm}."
+    if not 0 <= config.run.seed < 1 << 63:
+        yield f"run.seed: 0 to 2^63 - 1, not {config.run.seed}."
+    if not Path(config.run.folder).name or "\0" in config.run.folder:
+        yield f"run.folder: {config.run.folder!r} names no folder."
 
-    def at_least(section: str, low: float, **values: float) -> None:
-        problems.extend(
-            f"{section}.{key}: at least {low}, not {value}." for key, value in values.items() if value < low
+
+def _shape_problems(config: Config) -> Iterator[str]:
+    """Find sizes that do not go together."""
+    model, data, parallel = config.model, config.data, config.parallel
+    size = parallel.context_parallel_size
+    if parallel.data == "replicated" and size:
+        yield 'parallel.context_parallel_size: belongs to parallel.data = "per_rank"; otherwise all ranks split a pack.'
+    elif size < 0 or parallel.ranks % (size or 1):
+        yield f"parallel.context_parallel_size: {size} does not divide {parallel.ranks} ranks."
+    elif data.max_document_tokens * parallel.data_parallel_size > data.tokens_per_step:
+        shares = f" over {parallel.data_parallel_size} packs" if parallel.data_parallel_size > 1 else ""
+        yield (
+            f"data.max_document_tokens: {data.max_document_tokens} tokens do not fit into a step of {data.tokens_per_step}"
+            f"{shares}; at most data.tokens_per_step{' / packs' if shares else ''}."
         )
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    if min(model.hidden_size, heads, kv_heads) >= 1:
+        if model.hidden_size % heads or model.head_dim % 2:
+            yield f"model.num_attention_heads: hidden_size {model.hidden_size} does not give {heads} heads of an even size."
+        if heads % kv_heads:
+            yield f"model.num_key_value_heads: {heads} query heads do not divide among {kv_heads} key/value heads."
+    if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
+        yield f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
 
-    def one_of(key: str, value: str, known: Sequence[str]) -> None:
+
+def _name_problems(config: Config) -> Iterator[str]:
+    """Find names that do not exist."""
+    model, parallel = config.model, config.parallel
+    names: dict[str, tuple[str, Sequence[str]]] = {
+        "model.dtype": (model.dtype, DTYPES),
+        "parallel.comm_dtype": (parallel.comm_dtype or DTYPES[0], DTYPES),
+        "parallel.strategy": (parallel.strategy, list(STRATEGIES)),
+        "parallel.data": (parallel.data, DATA),
+        "parallel.layout": (parallel.layout, list(LAYOUTS)),
+        "parallel.kernel": (parallel.kernel, list(KERNELS)),
+        "parallel.backward": (parallel.backward or POLICIES[0], POLICIES),
+    }
+    for key, (value, known) in names.items():
         if value not in known:
             near = difflib.get_close_matches(value, known, 1, 0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
-            problems.append(f"{key}: there is no {value!r}; there are {', '.join(known)}.{hint}")
-
-    at_least("data", 2, axis=data.axis)
-    at_least("data", 1, max_document=data.max_document)
-    at_least(
-        "model", 1, layers=model.layers, width=model.width, heads=model.heads, kv_heads=model.kv_heads, mlp=model.mlp
-    )
-    at_least("parallel", 1, ranks=parallel.ranks, min_chunk=parallel.min_chunk)
-    at_least("train", 1, steps=train.steps)
-    at_least("train", 0, learning_rate=train.learning_rate, weight_decay=train.weight_decay)
-    at_least("proof", 0, steps=config.proof.steps, tolerance=config.proof.tolerance)
-    if not 0 <= config.run.seed < 1 << 63:
-        problems.append(f"run.seed: 0 to 2^63 - 1, not {config.run.seed}.")
-    if not Path(config.run.folder).name or "\0" in config.run.folder:
-        problems.append(f"run.folder: {config.run.folder!r} names no folder.")
-    if train.clip <= 0:
-        problems.append(f"train.clip: above 0, not {train.clip}.")
-    if data.max_document > data.axis:
-        problems.append(
-            f"data.max_document: {data.max_document} tokens do not fit on an axis of {data.axis}; at most data.axis."
-        )
-    if min(model.width, model.heads, model.kv_heads) >= 1:
-        if model.width % model.heads or model.width // model.heads % 2:
-            problems.append(f"model.heads: width {model.width} does not give {model.heads} heads of an even size.")
-        if model.heads % model.kv_heads:
-            problems.append(
-                f"model.kv_heads: {model.heads} query heads do not divide among {model.kv_heads} key/value heads."
-            )
-    for name in ("devices_per_node", "capacity"):
-        if getattr(parallel, name) < 0:
-            problems.append(f"parallel.{name}: at least 0, not {getattr(parallel, name)}.")
-    if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
-        problems.append(
-            f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
-        )
-    one_of("model.dtype", model.dtype, DTYPES)
-    one_of("parallel.strategy", parallel.strategy, list(STRATEGIES))
-    one_of("parallel.layout", parallel.layout, list(LAYOUTS))
-    one_of("parallel.kernel", parallel.kernel, list(KERNELS))
-    one_of("parallel.backward", parallel.backward or POLICIES[0], POLICIES)
-    return problems
+            yield f"{key}: there is no {value!r}; there are {', '.join(known)}.{hint}"

@@ -22,17 +22,19 @@ from torch.nn.utils import clip_grad_norm_
 
 from distattn.adapters import pytorch
 from distattn.data.text import VOCABULARY, read_tokens
+from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.kernels.registry import ON_CPU
 from distattn.training import config as configuration
 from distattn.training.config import Config
-from distattn.training.metrics import Progress
-from distattn.training.run_folder import Run, Step
+from distattn.training.metrics import MetricsReporter
+from distattn.training.plan_settings import PlanSettings
+from distattn.training.run_folder import RunFolder, StepMetrics
 
 
 def main(folder: str, json_lines: bool) -> int:
-    """One rank of a run. Returns the exit code."""
-    run = Run(Path(folder))
+    """Run one rank of a run. Returns the exit code."""
+    run = RunFolder(Path(folder))
     config = configuration.load(run.config_file)
     # ranks share the machine's cores; more threads than cores only wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.parallel.ranks))
@@ -51,49 +53,35 @@ def main(folder: str, json_lines: bool) -> int:
     return 0
 
 
-def train(run: Run, config: Config, json_lines: bool, device: torch.device) -> None:
-    """All steps of a run on this rank; rank 0 writes metrics and shows progress."""
-    parallel = config.parallel
-    mesh = init_device_mesh(device.type, (parallel.ranks,), mesh_dim_names=("cp",))
-    cp = pytorch.context_parallel(
-        mesh,
-        strategy=parallel.strategy,
-        layout=parallel.layout,
-        layout_options=parallel.layout_options,
-        kernel=parallel.kernel,
-        backward=parallel.backward or None,
-        cluster=parallel.cluster,
-        max_buffer_bytes=parallel.capacity or None,
-    )
+def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device) -> None:
+    """Train all steps of a run on this rank; rank 0 writes metrics and shows progress."""
+    settings = PlanSettings.of_config(config)
+    sizes = settings.data_parallel_size, config.parallel.ranks // settings.data_parallel_size
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp"))
+    cp = pytorch.context_parallel(mesh, **settings.context_parallel_arguments())
     model = build_model(config, "distattn").to(device)
     if cp.rank == 0:
         model.config.save_pretrained(run.folder)
     pytorch.shard_parameters(model, mesh)
     parameters = list(model.parameters())
-    factor = cp.loss_scale(pytorch.ProbeTarget(model))
+    cp.loss_scale(pytorch.ProbeTarget(model))
     optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
-    with Progress(run, config.train.steps, json_lines, visible=cp.rank == 0) as progress:
-        # a step ahead: its plan is made meanwhile
-        given = ({**batch, "input_ids": batch["input_ids"].to(device)} for batch in batches(run))
-        sharded = map(cp.shard, itertools.islice(given, config.train.steps))
-        following = next(sharded, None)
-        for number in range(config.train.steps):
-            began = time.perf_counter()
-            local, following = following, next(sharded, None)
-            assert local is not None
+    with MetricsReporter(run, config.train.steps, json_lines, visible=cp.rank == 0) as reporter:
+        began = time.perf_counter()
+        for number, (local,) in enumerate(cp.steps(itertools.islice(batches(run, cp, device), config.train.steps))):
             loss = pytorch.local_loss(model, local)
             loss.backward()
-            losses = loss.detach() / factor
-            dist.all_reduce(losses)
-            norm = pytorch.full_tensor(clip_grad_norm_(parameters, config.train.clip))
+            norm = pytorch.full_tensor(clip_grad_norm_(parameters, config.train.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()
-            seconds = time.perf_counter() - began
-            progress.step(Step(number + 1, float(losses), float(norm), local["context_parallel"].tokens, seconds))
+            mean, tokens = cp.mean_loss([loss]), local["context_parallel"].tokens
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            reporter.report(StepMetrics(number + 1, mean, float(norm), tokens, seconds))
+    cp.close()
 
 
 def build_model(config: Config, attention: str) -> Any:
-    """A Llama from its shape, seeded; no download. `attention` is a transformers attention implementation."""
+    """Make a Llama from its shape, seeded; nothing is downloaded. attention: a transformers attention implementation."""
     # 2 s to import, and only here
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -103,14 +91,14 @@ def build_model(config: Config, attention: str) -> Any:
     shape = config.model
     llama = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=config.data.max_document,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        max_position_embeddings=config.data.max_document_tokens,
         # transformers' 0.02 suits widths of thousands; this narrow model learns half as fast with it
-        initializer_range=shape.width**-0.5,
+        initializer_range=shape.hidden_size**-0.5,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
@@ -120,9 +108,17 @@ def build_model(config: Config, attention: str) -> Any:
     return model.to(getattr(torch, shape.dtype))
 
 
-def batches(run: Run) -> Iterator[dict[str, Any]]:
-    """The packs of the run's document list, in order: token ids (1, N) and document lengths. Every rank reads all."""
-    for pack in run.packs():
-        tokens = [read_tokens(document) for document in pack]
-        ids = torch.from_numpy(np.concatenate(tokens))[None]
+def batches(run: RunFolder, cp: ContextParallel, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Read this rank's pack of every step of the run's document list: token ids (1, N) and document lengths.
+
+    Every rank reads the documents of its own packs whole, and nothing else of their files.
+    """
+    for packs in run.steps():
+        share = cp.data_parallel_rank
+        if share >= len(packs):
+            raise DistattnError(
+                f"{run.documents_file}: a step has {len(packs)} packs, {cp.data_parallel_size} are needed."
+            )
+        tokens = [read_tokens(document) for document in packs[share]]
+        ids = torch.from_numpy(np.concatenate(tokens))[None].to(device)
         yield {"input_ids": ids, "document_lengths": [len(document) for document in tokens]}

@@ -9,31 +9,30 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from distattn.training.run_folder import Run, Step
+from distattn.training.run_folder import RunFolder, StepMetrics
 
 # a log file wants to be read: not more than one line in this many seconds
 _LINE_SECONDS = 2.0
 
 
-class Progress:
-    """Use as a context; call `step` after every step. Does nothing at all unless `visible` (rank 0)."""
+class MetricsReporter:
+    """Use as a context; call `report` after every step. Does nothing at all unless `visible` (rank 0)."""
 
-    def __init__(self, run: Run, steps: int, json_lines: bool, visible: bool):
+    def __init__(self, run: RunFolder, steps: int, json_lines: bool, visible: bool):
         self.run, self.steps, self.json_lines, self.visible = run, steps, json_lines, visible
         self.began = self.last_line = 0.0
-        self.bar: Bar | None = None
-        self.board: Any = None
+        self.bar: Progress | None = None
+        self.tensorboard: Any = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> MetricsReporter:
         if not self.visible:
             return self
         # needs a second, and only rank 0 writes
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(self.run.folder / "tensorboard"))
+        self.tensorboard = SummaryWriter(str(self.run.folder / "tensorboard"))
         self.began = time.perf_counter()
         if sys.stdout.isatty() and not self.json_lines:
             text = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s")
@@ -45,7 +44,7 @@ class Progress:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
-            self.bar = Bar(*columns, console=Console())
+            self.bar = Progress(*columns, console=Console())
             self.bar.add_task("training", total=self.steps, loss=float("nan"), rate=0.0)
             self.bar.start()
         return self
@@ -53,17 +52,17 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         if self.bar:
             self.bar.stop()
-        if self.board:
-            self.board.close()
+        if self.tensorboard:
+            self.tensorboard.close()
 
-    def step(self, step: Step) -> None:
+    def report(self, step: StepMetrics) -> None:
         """Record and show one step."""
         if not self.visible:
             return
         self.run.append(self.run.metrics_file, asdict(step))
         for name in ("loss", "grad_norm", "seconds"):
-            self.board.add_scalar(name, getattr(step, name), step.step)
-        self.board.add_scalar("tokens_per_second", step.tokens / step.seconds, step.step)
+            self.tensorboard.add_scalar(name, getattr(step, name), step.step)
+        self.tensorboard.add_scalar("tokens_per_second", step.tokens / step.seconds, step.step)
         now = time.perf_counter()
         if self.json_lines:
             sys.stdout.write(json.dumps(asdict(step)) + "\n")

@@ -1,4 +1,4 @@
-"""The demo's proof: run the replay in plain transformers, compare, and say by how much they differ."""
+"""The reference check of a run: its first steps repeated in plain transformers, and by how much the two differ."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 
 from distattn.ir.errors import DistattnError
 from distattn.training.config import Config
-from distattn.training.run_folder import Run, read_lines
+from distattn.training.run_folder import RunFolder, read_lines
 
 _COMPARED = ("loss", "grad_norm")
-_REPLAY = Path(__file__).with_name("replay.py")
+_REPLAY = Path(__file__).with_name("reference_replay.py")
 
 
-def prove(run: Run, config: Config) -> dict[str, Any]:
-    """Replay the first steps and compare; the verdict is also written to proof.json.
+def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
+    """Replay the first steps and compare; the verdict is also written to reference_check.json.
 
     Raises DistattnError when the replay itself cannot run.
     """
@@ -29,28 +29,30 @@ def prove(run: Run, config: Config) -> dict[str, Any]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DistattnError(f"the replay in plain transformers failed ({last}); run it by hand: {' '.join(command)}")
-    verdict = compare(run, config)
-    run.proof_file.write_text(json.dumps(verdict, indent=1))
+    verdict = compare_with_reference(run, config)
+    run.reference_check_file.write_text(json.dumps(verdict, indent=1))
     return verdict
 
 
-def compare(run: Run, config: Config) -> dict[str, Any]:
-    """The largest relative differences |ours - plain| / |plain| of loss and gradient norm; NaN is a failure."""
-    wanted = min(config.proof.steps, config.train.steps)
-    ours, plain = run.metrics()[:wanted], read_lines(run.replay_file)
-    if [step.step for step in ours] != [row["step"] for row in plain] or len(plain) != wanted:
-        raise DistattnError(f"the proof compares {wanted} steps; the run has {len(ours)}, the replay {len(plain)}.")
+def compare_with_reference(run: RunFolder, config: Config) -> dict[str, Any]:
+    """The largest relative differences |ours - reference| / |reference| of loss and gradient norm; NaN is a failure."""
+    wanted = min(config.reference_check.steps, config.train.steps)
+    ours, reference = run.metrics()[:wanted], read_lines(run.replay_file)
+    if [step.step for step in ours] != [row["step"] for row in reference] or len(reference) != wanted:
+        raise DistattnError(
+            f"the reference check compares {wanted} steps; the run has {len(ours)}, the replay {len(reference)}."
+        )
     steps = [
         {"step": step.step}
         | {name: getattr(step, name) for name in _COMPARED}
-        | {f"plain_{name}": row[name] for name in _COMPARED}
-        for step, row in zip(ours, plain, strict=True)
+        | {f"reference_{name}": row[name] for name in _COMPARED}
+        for step, row in zip(ours, reference, strict=True)
     ]
     verdict: dict[str, Any] = {}
     for name in _COMPARED:
-        a, b = (np.array([row[key] for row in steps]) for key in (name, f"plain_{name}"))
+        a, b = (np.array([row[key] for row in steps]) for key in (name, f"reference_{name}"))
         with np.errstate(divide="ignore", invalid="ignore"):
             # equal zeros differ by nothing; numpy's max keeps a NaN, Python's may lose it
             verdict[name] = float(np.where(a == b, 0.0, np.abs(a - b) / np.abs(b)).max())
-    passed = all(verdict[name] < config.proof.tolerance for name in _COMPARED)
-    return verdict | {"tolerance": config.proof.tolerance, "passed": passed, "steps": steps}
+    passed = all(verdict[name] < config.reference_check.tolerance for name in _COMPARED)
+    return verdict | {"tolerance": config.reference_check.tolerance, "passed": passed, "steps": steps}

@@ -26,11 +26,11 @@ def main(folder: Path) -> None:
     train = config["train"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=train["learning_rate"], weight_decay=train["weight_decay"])
     rows = map(json.loads, (folder / "documents.jsonl").open())
-    packs = (list(pack) for _, pack in groupby(rows, key=lambda row: row["pack"]))
+    steps = (list(documents) for _, documents in groupby(rows, key=lambda row: row["step"]))
     with (folder / "replay.jsonl").open("w") as out:
-        for step, pack in enumerate(islice(packs, min(config["proof"]["steps"], train["steps"])), 1):
-            loss = accumulate(model, [document_tokens(row) for row in pack])
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train["clip"])
+        for step, documents in enumerate(islice(steps, min(config["reference_check"]["steps"], train["steps"])), 1):
+            loss = accumulate(model, [document_tokens(row) for row in documents])
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train["max_grad_norm"])
             optimizer.step()
             optimizer.zero_grad()
             out.write(json.dumps({"step": step, "loss": loss, "grad_norm": float(norm)}) + "\n")

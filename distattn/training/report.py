@@ -1,16 +1,18 @@
-"""The page a run leaves behind: one self-contained HTML file with its loss curve, its plan and its proof."""
+"""The page a run leaves behind: one self-contained HTML file with loss curve, first plan and reference check."""
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 from string import Template
 
 from matplotlib.figure import Figure
 
-from distattn.parallel.analysis.explain import Explanation
+from distattn.ir.plan import Plan
+from distattn.parallel.analysis.explain import draw_score_matrix
 from distattn.training.config import Config
-from distattn.training.run_folder import Run, Step
+from distattn.training.run_folder import RunFolder, StepMetrics
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title>
@@ -26,18 +28,19 @@ table { border-collapse: collapse; } td, th { padding: 0.2rem 1rem 0.2rem 0; tex
 <h2>Loss</h2>
 $curve
 <h2>The same steps in plain transformers</h2>
-$proof
+$reference_check
 <h2>Who computes what</h2>
 <p>The score matrix of the first step, forward pass: rows are queries, columns are keys, white is not allowed.</p>
-$plan
+<img alt="score matrix, coloured by rank and by step" src="data:image/png;base64,$picture">
+<pre>$explanation</pre>
 <h2>Configuration</h2>
 <pre>$config</pre>
 </body></html>
 """)
 
 
-def write_report(run: Run, config: Config, explanation: Explanation, proof: dict | None) -> None:
-    """Write report.html into the run folder."""
+def write_report(run: RunFolder, config: Config, checked: dict | None) -> None:
+    """Write report.html into the run folder. checked: what `run_reference_check` found, None where it was left out."""
     steps = run.metrics()
     seconds = sum(step.seconds for step in steps)
     summary = (
@@ -48,39 +51,42 @@ def write_report(run: Run, config: Config, explanation: Explanation, proof: dict
     page = _PAGE.substitute(
         title=html.escape(run.folder.name),
         summary=html.escape(summary),
-        curve=_curve(steps),
-        proof=_proof(proof),
-        plan=explanation.html(),
+        curve=_loss_curve(steps),
+        reference_check=_reference_check(checked),
+        picture=base64.b64encode(draw_score_matrix(Plan.load(run.plan_file))).decode(),
+        explanation=html.escape(run.explanation_file.read_text("utf-8")),
         config=html.escape(run.config_file.read_text("utf-8")),
     )
     run.report_file.write_text(page, "utf-8")
 
 
-def _curve(steps: list[Step]) -> str:
+def _loss_curve(steps: list[StepMetrics]) -> str:
+    """An SVG of the loss over the steps."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([step.step for step in steps], [step.loss for step in steps], marker=".", color="#1f5fa8")
-    axis.set(xlabel="step", ylabel="loss (nats per byte)")
-    axis.grid(alpha=0.3)
+    axes = figure.subplots()
+    axes.plot([step.step for step in steps], [step.loss for step in steps], marker=".", color="#1f5fa8")
+    axes.set(xlabel="step", ylabel="loss (nats per byte)")
+    axes.grid(alpha=0.3)
     out = io.StringIO()
     figure.savefig(out, format="svg")
     svg = out.getvalue()
     return svg[svg.index("<svg") :]
 
 
-def _proof(proof: dict | None) -> str:
-    if proof is None:
-        return "<p>Left out (proof.steps = 0).</p>"
+def _reference_check(checked: dict | None) -> str:
+    """HTML that says whether the steps agree, with a row for each step."""
+    if checked is None:
+        return "<p>Left out (reference_check.steps = 0).</p>"
     rows = "".join(
-        f"<tr><td>{row['step']}</td><td>{row['loss']:.6f}</td><td>{row['plain_loss']:.6f}</td>"
-        f"<td>{row['grad_norm']:.6f}</td><td>{row['plain_grad_norm']:.6f}</td></tr>"
-        for row in proof["steps"]
+        f"<tr><td>{row['step']}</td><td>{row['loss']:.6f}</td><td>{row['reference_loss']:.6f}</td>"
+        f"<td>{row['grad_norm']:.6f}</td><td>{row['reference_grad_norm']:.6f}</td></tr>"
+        for row in checked["steps"]
     )
-    verdict = "good" if proof["passed"] else "bad"
+    verdict = "good" if checked["passed"] else "bad"
     return (
-        f'<p class="{verdict}">Largest relative difference: loss {proof["loss"]:.1e}, gradient norm '
-        f"{proof['grad_norm']:.1e} (must be under {proof['tolerance']:.0e}).</p>"
-        "<table><tr><th>step</th><th>loss</th><th>plain</th><th>gradient norm</th><th>plain</th></tr>"
+        f'<p class="{verdict}">Largest relative difference: loss {checked["loss"]:.1e}, gradient norm '
+        f"{checked['grad_norm']:.1e} (must be under {checked['tolerance']:.0e}).</p>"
+        "<table><tr><th>step</th><th>loss</th><th>transformers</th><th>gradient norm</th><th>transformers</th></tr>"
         + rows
         + "</table>"
     )

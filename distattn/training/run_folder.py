@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -11,17 +11,16 @@ from pathlib import Path
 from distattn.data.packing import pack_epoch
 from distattn.data.text import Corpus, Document
 from distattn.ir.errors import DistattnError
-from distattn.ir.layout import lay_out
-from distattn.ir.mask import Mask
-from distattn.ir.plan import Plan
-from distattn.parallel.make_plan import make_plan
 from distattn.training import config as configuration
 from distattn.training.config import Config
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one training step reports: loss per token, gradient norm before clipping, tokens, seconds."""
+class StepMetrics:
+    """What one training step reports.
+
+    loss: mean over tokens, in nats; grad_norm: before clipping; tokens: of all ranks; seconds: wall time of the step on rank 0.
+    """
 
     step: int
     loss: float
@@ -30,8 +29,8 @@ class Step:
     seconds: float
 
 
-class Run:
-    """A run folder."""
+class RunFolder:
+    """The folder of one run, and the names of the files in it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -42,7 +41,7 @@ class Run:
         self.explanation_file = folder / "plan.txt"
         self.report_file = folder / "report.html"
         self.replay_file = folder / "replay.jsonl"
-        self.proof_file = folder / "proof.json"
+        self.reference_check_file = folder / "reference_check.json"
         self.logs = folder / "logs"
         # of a batch system
         self.script_file = folder / "job.sbatch"
@@ -50,59 +49,40 @@ class Run:
         self.state_file = folder / "state"
 
     def log_file(self, rank: int) -> Path:
-        """Where a rank's output goes, if the run keeps logs."""
+        """The file of a rank's output, where the run keeps logs."""
         return self.logs / f"rank-{rank}.log"
 
     @staticmethod
-    def create(config: Config, corpus: Corpus) -> Run:
-        """A new folder with the configuration and the documents of every pack of the epochs the run will enter."""
+    def create(config: Config, packs: Iterable[Sequence[Document]]) -> RunFolder:
+        """Make a new folder with the configuration and the documents of every pack. Raises DistattnError where it cannot."""
         try:
-            run = Run(_new_folder(Path(config.run.folder)))
+            run = RunFolder(_new_folder(Path(config.run.folder)))
             configuration.save(config, run.config_file)
             with open(run.documents_file, "w", encoding="utf-8") as file:
-                for pack, document in _documents(config, corpus):
-                    file.write(json.dumps({"pack": pack, **document._asdict()}) + "\n")
+                for number, pack in enumerate(packs):
+                    of_pack = {"step": number // config.parallel.data_parallel_size, "pack": number}
+                    for document in pack:
+                        file.write(json.dumps({**of_pack, **document._asdict()}) + "\n")
         except OSError as error:
             raise DistattnError(f"run.folder: {config.run.folder} cannot be written: {error.strerror}.") from None
         return run
 
-    def packs(self) -> Iterator[list[Document]]:
-        """The documents of each pack, in order."""
+    def steps(self) -> Iterator[list[list[Document]]]:
+        """The packs of each step, in order, and the documents of each pack: a pack for each data-parallel rank."""
         with open(self.documents_file, encoding="utf-8") as file:
             rows = (json.loads(line) for line in file)
-            for _, pack in groupby(rows, key=lambda row: row["pack"]):
-                yield [Document(row["file"], row["start"], row["end"]) for row in pack]
-
-    def first_plan(self, config: Config) -> Plan:
-        """The plan of the first step's attention calls. Raises DistattnError when it cannot be made."""
-        lengths = [document.end - document.start for document in next(self.packs())]
-        return plan_of(config, lengths)
+            for _, step in groupby(rows, key=lambda row: row["step"]):
+                packs = groupby(step, key=lambda row: row["pack"])
+                yield [[Document(row["file"], row["start"], row["end"]) for row in pack] for _, pack in packs]
 
     def append(self, path: Path, row: object) -> None:
         """Add one JSON line to a file of the run."""
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def metrics(self) -> list[Step]:
-        """The steps so far."""
-        return [Step(**row) for row in read_lines(self.metrics_file)]
-
-
-def plan_of(config: Config, lengths: list[int]) -> Plan:
-    """The plan the configuration asks for on documents of these lengths."""
-    parallel, model = config.parallel, config.model
-    mask = Mask.documents(lengths)
-    return make_plan(
-        mask,
-        lay_out(parallel.layout, lengths, parallel.ranks, mask, **parallel.layout_options),
-        strategy=parallel.strategy,
-        heads=model.heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.width // model.heads,
-        dtype=model.dtype,
-        backward=parallel.backward or None,
-        cluster=parallel.cluster,
-    )
+    def metrics(self) -> list[StepMetrics]:
+        """The metrics of the steps so far."""
+        return [StepMetrics(**row) for row in read_lines(self.metrics_file)]
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -110,13 +90,14 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def _documents(config: Config, corpus: Corpus) -> Iterable[tuple[int, Document]]:
-    """(pack number, document) for whole epochs, until there are enough packs for the run."""
-    lengths = [document.end - document.start for document in corpus.documents]
+def packs_of_run(config: Config, corpus: Corpus) -> Iterator[list[Document]]:
+    """The documents of each pack of the epochs the run will enter, in order: whole epochs, with enough packs for all steps."""
+    shares = config.parallel.data_parallel_size
+    lengths = [document.length for document in corpus.documents]
     number, epoch = 0, 0
-    while number < config.train.steps:
-        for pack in pack_epoch(lengths, config.data.axis, config.run.seed, epoch):
-            yield from ((number, corpus.documents[i]) for i in pack)
+    while number < config.train.steps * shares:
+        for pack in pack_epoch(lengths, config.data.tokens_per_step // shares, config.run.seed, epoch):
+            yield [corpus.documents[i] for i in pack]
             number += 1
         epoch += 1
 

@@ -110,22 +110,7 @@ class Explanation:
 
     def picture(self) -> bytes:
         """A PNG of the score matrix: who computes each cell, and in which step (forward). Needs matplotlib."""
-        from matplotlib.figure import Figure
-
-        tasks = self.plan.forward.tasks
-        limits = np.unique(np.concatenate([tasks["h0"], tasks["h1"]]))
-        # a mask without cells has no tasks: one empty panel
-        ranges = list(pairwise(limits.tolist())) or [(0, self.plan.call.heads)]
-        shown = ranges[:_PANELS]
-        figure = Figure(figsize=(4.2 * (len(shown) + 1), 3.4), layout="constrained")
-        axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
-        for axis, (h0, h1) in zip(axes, shown, strict=False):
-            more = f" (of {len(ranges)} ranges)" if len(ranges) > len(shown) else ""
-            _draw(figure, axis, self.plan, h0, "rank", self.plan.call.ranks, f"rank, heads {h0} to {h1 - 1}{more}")
-        _draw(figure, axes[-1], self.plan, shown[0][0], "step", self.plan.forward.steps, "step")
-        out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=130)
-        return out.getvalue()
+        return draw_score_matrix(self.plan)
 
 
 def explain(plan: Plan, cluster: Machines | None = None) -> Explanation:
@@ -181,6 +166,26 @@ def _step_table(plan: Plan, direction: str, table: Table) -> str:
             f"   {names}".rstrip()
         )
     return "\n".join(lines)
+
+
+def draw_score_matrix(plan: Plan) -> bytes:
+    """Draw the score matrix as a PNG: who computes each cell, and in which step (forward). Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    tasks = plan.forward.tasks
+    limits = np.unique(np.concatenate([tasks["h0"], tasks["h1"]]))
+    # a mask without cells has no tasks: one empty panel
+    ranges = list(pairwise(limits.tolist())) or [(0, plan.call.heads)]
+    shown = ranges[:_PANELS]
+    figure = Figure(figsize=(4.2 * (len(shown) + 1), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
+    for axis, (h0, h1) in zip(axes, shown, strict=False):
+        more = f" (of {len(ranges)} ranges)" if len(ranges) > len(shown) else ""
+        _draw(figure, axis, plan, h0, "rank", plan.call.ranks, f"rank, heads {h0} to {h1 - 1}{more}")
+    _draw(figure, axes[-1], plan, shown[0][0], "step", plan.forward.steps, "step")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()
 
 
 def _draw(figure: Any, axis: Any, plan: Plan, head: int, colour_by: str, colours: int, label: str) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from processes import run_on_ranks
 from transformers import LlamaConfig
+from waiting import LIMIT_SECONDS
 
-from distattn.doctor.environment import checks
-from distattn.doctor.rank_run import examine
-from distattn.doctor.target import Subject
+from distattn.doctor.environment import check_machine
+from distattn.doctor.rank_run import run_on_this_rank
+from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 from distattn.launch import doctor_command as doctor
 
@@ -213,21 +214,21 @@ FIRST = {
 
 
 def _examine(rank: int, target: str) -> dict:
-    return examine(Subject(target))
+    return run_on_this_rank(Target(target))
 
 
 def diagnosis(folder: Path, body: str):
-    script = folder / "subject.py"
+    script = folder / "target.py"
     script.write_text(SCRIPT + body)
     found = run_on_ranks(2, _examine, str(script))
-    return doctor.compare(Subject(str(script)), found)
+    return doctor.compare_with_one_process(Target(str(script)), found)
 
 
 @pytest.mark.parametrize("cause", MISTAKES)
 def test_a_planted_mistake_is_named(tmp_path, cause):
     found = diagnosis(tmp_path, MISTAKES[cause])
     assert [finding.cause for finding in found.findings][:1] == [cause], found
-    assert found.findings[0].seen and found.findings[0].remedy
+    assert found.findings[0].observed and found.findings[0].remedy
     if cause in FIRST:
         assert found.first_difference == FIRST[cause]
 
@@ -239,11 +240,11 @@ def forward(model, part):
         raise RuntimeError("the real cause")
     return pytorch.forward(model, part)
 """
-    script = tmp_path / "subject.py"
+    script = tmp_path / "target.py"
     script.write_text(SCRIPT + body)
     # ranks that end, as they do for the command: the other one loses its connection
-    (finding,) = doctor.examine(str(script), 2).findings
-    assert finding.cause == "failed" and "rank 1: RuntimeError: the real cause (subject.py, line" in finding.seen
+    (finding,) = doctor.examine_target(str(script), 2).findings
+    assert finding.cause == "failed" and "rank 1: RuntimeError: the real cause (target.py, line" in finding.observed
 
 
 HEALTHY = {
@@ -284,7 +285,7 @@ def model():
     if dist.is_initialized():
         pytorch.shard_parameters(found, init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",)))
     return found
-def prepare(cp, model):
+def setup(cp, model):
     cp.loss_scale(pytorch.ProbeTarget(model))
 def backward(model, loss):
     loss.backward()
@@ -293,7 +294,7 @@ def backward(model, loss):
 def model():
     found = build()
     return torch.nn.parallel.DistributedDataParallel(found) if dist.is_initialized() else found
-def prepare(cp, model):
+def setup(cp, model):
     assert cp.loss_scale(pytorch.ProbeTarget(model)) == dist.get_world_size()
 def backward(model, loss):
     loss.backward()
@@ -324,7 +325,7 @@ def test_nothing_is_found_where_nothing_is_wrong(tmp_path, name):
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "distattn.launch.cli", "doctor", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
 
 
 def test_the_command_examines_a_configuration_and_says_so(tmp_path):
@@ -333,7 +334,7 @@ def test_the_command_examines_a_configuration_and_says_so(tmp_path):
     done = run(str(tmp_path), "--ranks", "4")
     assert done.returncode == 0, done.stderr
     assert "4 ranks compute what one process does" in done.stdout
-    script = tmp_path / "subject.py"
+    script = tmp_path / "target.py"
     script.write_text(SCRIPT + MISTAKES["gradient factor"])
     done = run(str(script), "--json")
     assert done.returncode == 1, done.stderr
@@ -363,38 +364,39 @@ def test_bad_arguments_are_one_sentence(arguments, sentence, capsys):
 
 
 def test_a_script_without_a_model_or_with_strange_functions_is_refused(tmp_path):
-    script = tmp_path / "subject.py"
+    script = tmp_path / "target.py"
     script.write_text("x = 1")
     with pytest.raises(DistattnError, match="has no function model"):
-        Subject(str(script))
+        Target(str(script))
     script.write_text("def model(): pass\ndef loss(logits): pass")
     with pytest.raises(DistattnError, match="loss is a function that takes logits, part"):
-        Subject(str(script))
+        Target(str(script))
     script.write_text("import torch\ndef model(): return torch.nn.Linear(2, 2)")
-    subject = Subject(str(script))
+    target = Target(str(script))
     with pytest.raises(DistattnError, match="has to define reference"):
-        subject.reference(subject.model(), torch.zeros(1, 2))
+        target.reference(target.model(), torch.zeros(1, 2))
     for text, sentence in (
-        ("def model(:", "cannot be imported: SyntaxError: .* .subject.py, line 1."),
+        ("def model(:", "cannot be imported: SyntaxError: .* .target.py, line 1."),
         ("import no_such_module", "cannot be imported: ModuleNotFoundError"),
         ("def model(): pass\nloss = 3.0", "loss is a function that takes logits, part"),
+        ("def model(): pass\ndef prepare(cp, model): pass", "Did you mean setup.cp, model.[?]"),
         ("def model(): pass\nbatch = {}", "batch is a function that takes nothing"),
     ):
         script.write_text(text)
         with pytest.raises(DistattnError, match=sentence):
-            Subject(str(script))
+            Target(str(script))
     script.write_text("def model(): pass\ndef forward(model, part, **more): pass")
-    Subject(str(script))
+    Target(str(script))
     script.write_text("def model(): raise ValueError('no weights')")
     with pytest.raises(DistattnError, match="model.. fails in one process.*ValueError: no weights"):
-        doctor.compare(Subject(str(script)), [{}])
+        doctor.compare_with_one_process(Target(str(script)), [{}])
 
 
 def test_the_machine_is_looked_at(monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
-    found = {check.name: check for check in checks()}
+    found = {check.name: check for check in check_machine()}
     assert {"python", "torch", "triton", "ports", "host name", "/dev/shm"} <= found.keys()
-    assert found["torch"].fine and found["ports"].fine
-    assert found["CUDA_DEVICE_MAX_CONNECTIONS"].fine is None
-    assert found["MASTER_ADDR"].fine is False and found["MASTER_ADDR"].advice
+    assert found["torch"].ok and found["ports"].ok
+    assert found["CUDA_DEVICE_MAX_CONNECTIONS"].ok is None
+    assert found["MASTER_ADDR"].ok is False and found["MASTER_ADDR"].advice

@@ -205,7 +205,16 @@ def test_equal_batches_share_a_plan():
     assert first.plan(*shape) is second.plan(*shape) is not other.plan(*shape)
 
 
-CONFIG = Config(model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=64, dtype="float64"))
+CONFIG = Config(
+    model=ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        dtype="float64",
+    )
+)
 
 
 def _gradients(rank: int, strategy: str, layout: str, lengths: list[int]):

@@ -4,18 +4,23 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from slurm_cluster import SlurmCluster, why_not
+from waiting import eventually
 
 from distattn.launch import cli, slurm
 from distattn.training import config as configuration
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden") / "job.sbatch"
-SHORT = ("--train.steps=3", "--proof.steps=2", "--data.axis=2048", "--data.max_document=900")
+SHORT = (
+    "--train.steps=3",
+    "--reference_check.steps=2",
+    "--data.tokens_per_step=2048",
+    "--data.max_document_tokens=900",
+)
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -154,13 +159,17 @@ def distattn(cluster, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def wait_for(cluster, folder: Path, *wanted: str) -> dict:
-    for _ in range(240):
-        status = json.loads(distattn(cluster, "status", str(folder), "--json").stdout)
-        if any(status["state"].startswith(word) for word in wanted):
-            return status
-        time.sleep(0.5)
-    raise AssertionError(f"{status}\n{distattn(cluster, 'logs', str(folder)).stdout[-3000:]}")
+def wait_for(cluster, folder: Path, *states: str) -> dict:
+    """Wait until the job's state begins with one of these words; returns the whole status."""
+
+    def status() -> dict:
+        return json.loads(distattn(cluster, "status", str(folder), "--json").stdout)
+
+    def arrived() -> dict | None:
+        found = status()
+        return found if found["state"].startswith(states) else None
+
+    return eventually(arrived, lambda: f"{status()}\n{distattn(cluster, 'logs', str(folder)).stdout[-3000:]}")
 
 
 def losses(folder: Path) -> list[float]:
@@ -181,14 +190,23 @@ def test_two_nodes_train_like_one_machine(cluster, tmp_path):
     assert (far / "report.html").exists()
     # the same plan on one machine
     near = [sys.executable, "-m", "distattn.launch.cli", "train", "configs/tiny.toml", f"--run.folder={tmp_path}/near"]
-    near += ["--parallel.devices_per_node=2", "--proof.steps=0", *(word for word in SHORT if "proof" not in word)]
+    near += [
+        "--parallel.devices_per_node=2",
+        "--reference_check.steps=0",
+        *(word for word in SHORT if "reference_check" not in word),
+    ]
     assert subprocess.run(near, cwd=ROOT, capture_output=True).returncode == 0
     assert losses(far) == pytest.approx(losses(tmp_path / "near"), rel=1e-6)
 
 
 def test_a_run_is_cancelled(cluster, tmp_path):
     folder = tmp_path / "long"
-    long = ("--train.steps=100000", "--data.axis=2048", "--data.max_document=900", "--proof.steps=0")
+    long = (
+        "--train.steps=100000",
+        "--data.tokens_per_step=2048",
+        "--data.max_document_tokens=900",
+        "--reference_check.steps=0",
+    )
     done = distattn(cluster, "slurm", "configs/tiny.toml", "--nodes=1", "--gpus=2", f"--run.folder={folder}", *long)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("job "), done.stderr
     wait_for(cluster, folder, "RUNNING")
@@ -204,5 +222,5 @@ def test_a_job_that_slurm_rejects_leaves_nothing(cluster, tmp_path):
 
 
 def test_the_script_is_short_enough_to_read():
-    text = slurm.script(configuration.load(ROOT / "configs/tiny.toml"), Path("/runs/tiny"))
+    text = slurm.batch_script(configuration.load(ROOT / "configs/tiny.toml"), Path("/runs/tiny"))
     assert len(text.splitlines()) <= 60

@@ -18,7 +18,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(calibrate, "_HEAD_DIMS", (64,))
     monkeypatch.setattr(calibrate, "_STRETCH", 0.005)
     monkeypatch.setattr(
-        "distattn.launch.calibrate_command.measured", lambda ranks, name: calibrate.measure(1, name, lambda line: None)
+        "distattn.launch.calibrate_command.measure_with_ranks",
+        lambda ranks, name: calibrate.measure_machine(1, name, lambda line: None),
     )
 
 

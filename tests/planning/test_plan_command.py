@@ -45,9 +45,18 @@ def test_a_configuration_gives_documents_shapes_and_ranks(capsys):
     assert code == 0 and "on 2 ranks, 8 query and 4 key/value heads of 16, float32, document_zigzag layout" in out
 
 
-def test_documents_from_a_file_cut_at_an_axis(capsys, tmp_path):
+def test_documents_from_a_file_cut_to_a_number_of_tokens(capsys, tmp_path):
     (tmp_path / "lengths.json").write_text("[3000, 5000, 9000]")
-    given = ("--docs", str(tmp_path / "lengths.json"), "--axis", "6000", "--cluster", "h200-1x4", "--strategy", "ring")
+    given = (
+        "--docs",
+        str(tmp_path / "lengths.json"),
+        "--tokens",
+        "6000",
+        "--cluster",
+        "h200-1x4",
+        "--strategy",
+        "ring",
+    )
     code, out, _ = run(capsys, *given, "--json")
     assert code == 0 and json.loads(out)["tokens"] == 6000 and json.loads(out)["documents"] == 2
     code, _, err = run(capsys, *given[:3], "60000", *given[4:])
@@ -69,17 +78,21 @@ def test_documents_from_a_file_cut_at_an_axis(capsys, tmp_path):
         (("--docs", "4096", "--cluster", "h200-1x4", "--heads", "x"), "'x' is not query:key/value heads"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--heads", "6:4"), "6 query heads do not divide among 4"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--head-dim", "0"), "--head-dim: at least 1, not 0"),
-        (("--docs", "4096", "--cluster", "h200-1x4", "--axis", "-5"), "--axis: at least 1, not -5"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--tokens", "-5"), "--tokens: at least 1, not -5"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--html", "/none/x.html"), "--html: there is no folder /none"),
         (
             ("configs/llama-8b-1m-h200.toml", "--parallel.devices_per_node", "4"),
             "has 8: set parallel.devices_per_node=8",
         ),
         (("--docs", "4096", "--cluster", "h200-1x4", "--colour", "red"), "'--colour' is not known"),
+        (("--docs", "4096", "--cluster", "h200-1x4", "--axis", "512"), "'--axis' is not known. Did you mean --tokens?"),
         (("--cluster", "h200-1x4"), "a configuration or --docs is wanted"),
         (("configs/tiny.toml", "--cluster", "h200-1x2"), "4 ranks want more devices than h200-1x2 has"),
         (("configs/tiny.toml", "--cluster", "h200-1x4", "--layout", "zigzag"), "with a configuration --layout is"),
-        (("configs/tiny.toml", "--cluster", "h200-1x4", "--axis", "100"), "a configuration has --data.axis"),
+        (
+            ("configs/tiny.toml", "--cluster", "h200-1x4", "--tokens", "100"),
+            "a configuration has --data.tokens_per_step",
+        ),
         (("configs/none.toml", "--cluster", "h200-1x4"), "there is no such configuration file"),
     ],
 )

@@ -20,7 +20,9 @@ PACKS = [
     [[[40, 41, 42]], [[10], [10], [10]]],
     [[[8] * 9]],
 ]
-MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, dtype="float64")
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, dtype="float64"
+)
 
 
 def documents(rank, step, number):

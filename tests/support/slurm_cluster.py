@@ -6,8 +6,9 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from pathlib import Path
+
+from waiting import eventually
 
 _DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 _CONF = """
@@ -75,19 +76,20 @@ class SlurmCluster:
         self._run("slurmctld", "-f", self.environment["SLURM_CONF"])
         for node in ("node1", "node2"):
             self._run("slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
-        for _ in range(150):
-            states = self._run("sinfo", "-h", "-N", "-o", "%T", check=False).split()
-            if states == ["idle", "idle"]:
-                return
-            time.sleep(0.2)
-        logs = "".join(file.read_text()[-2000:] for file in sorted(self.root.glob("*.log")))
-        raise AssertionError(f"the nodes are {states}\n{logs}")
+        eventually(lambda: self._node_states() == ["idle", "idle"], self._trouble)
 
     def stop(self) -> None:
         """End the daemons."""
         for file in [*self.root.glob("slurmd.*.pid"), self.root / "slurmctld.pid", self.root / "munged.pid"]:
             if file.exists():
                 subprocess.run(["kill", file.read_text().strip()], capture_output=True)
+
+    def _node_states(self) -> list[str]:
+        return self._run("sinfo", "-h", "-N", "-o", "%T", check=False).split()
+
+    def _trouble(self) -> str:
+        logs = "".join(file.read_text()[-2000:] for file in sorted(self.root.glob("*.log")))
+        return f"the nodes are {self._node_states()}\n{logs}"
 
     def _run(self, *command: str, check: bool = True) -> str:
         done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)

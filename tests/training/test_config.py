@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT_SECONDS
 
 from distattn.ir.errors import DistattnError
 from distattn.launch.cli import main
@@ -46,12 +47,16 @@ def test_the_command_line_overrides_the_file():
         ),
         ("[parallel]\nstrategy = 'rign'", ["usp, cad, cad_greedy. Did you mean ring?"]),
         ("[parallel]\ndevices_per_node = 3", ["parallel.devices_per_node: 3 does not divide 4 ranks."]),
-        ("[parallel]\ncapacity = -1", ["parallel.capacity: at least 0, not -1"]),
+        ("[parallel]\nmax_buffer_bytes = -1", ["parallel.max_buffer_bytes: at least 0, not -1"]),
         ("[parallel]\nlayout = 'spiral'", ["parallel.layout: there is no 'spiral'"]),
         ("[parallel]\nbackward = 'later'", ["parallel.backward: there is no 'later'"]),
         ("[model]\ndtype = 'int8'", ["model.dtype: there is no 'int8'"]),
-        ("[model]\nheads = 3", ["model.heads: width 128 does not give 3 heads", "3 query heads do not divide among 4"]),
-        ("[data]\naxis = 100", ["data.max_document: 3000 tokens do not fit on an axis of 100"]),
+        (
+            "[model]\nnum_attention_heads = 3",
+            ["model.num_attention_heads: hidden_size 128 does not give 3 heads", "3 query heads do not divide among 4"],
+        ),
+        ("[data]\ntokens_per_step = 100", ["data.max_document_tokens: 3000 tokens do not fit into a step of 100"]),
+        ("[parallel]\ncomm_dtype = 'int8'", ["parallel.comm_dtype: there is no 'int8'"]),
         ("parallel = 3", ["parallel: "]),
         ("[run]\nfolder = 2020-01-01", ["run.folder: input should be a valid string"]),
         ("[run]\nseed = -1", ["run.seed: 0 to 2^63 - 1, not -1"]),
@@ -77,7 +82,7 @@ def test_every_mistake_is_named_at_once(text, sentences, tmp_path):
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "distattn.launch.cli", *arguments]
     return subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
 
 
@@ -144,3 +149,24 @@ def test_help_lists_commands_and_keys_without_importing_torch(capsys):
     for section in dataclasses.fields(Config):
         for key in dataclasses.fields(section.default_factory):
             assert f"--{section.name}.{key.name}".replace("_", "-") in done.stdout.replace("_", "-")
+
+
+@pytest.mark.parametrize(("old", "new"), configuration.RENAMED.items())
+def test_a_key_s_earlier_name_is_refused_with_the_present_one(old, new, tmp_path):
+    file = tmp_path / "old.toml"
+    section, _, name = old.partition(".")
+    file.write_text(f"[{section}]\n{name or 'steps'} = 3")
+    # where the section itself has another name by now, that is what is said
+    shown = section if section in configuration.RENAMED else old
+    with pytest.raises(DistattnError) as refusal:
+        configuration.load(file)
+    assert str(refusal.value) == f"{file}: {shown}: unknown key. Did you mean {configuration.RENAMED[shown]}?"
+    with pytest.raises(DistattnError) as refusal:
+        configuration.load(TINY, [f"--{old}", "3"])
+    assert str(refusal.value) == f"command line: {old}: unknown key. Did you mean {new}?"
+
+
+def test_renamed_keys_lead_to_keys_that_exist():
+    sections = {section.name: section.default_factory for section in dataclasses.fields(Config)}
+    known = set(sections) | {f"{name}.{key.name}" for name, one in sections.items() for key in dataclasses.fields(one)}
+    assert set(configuration.RENAMED.values()) <= known and not set(configuration.RENAMED) & known

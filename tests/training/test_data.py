@@ -11,23 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distattn.data import text
 from distattn.data.packing import pack_epoch
-from distattn.data.text import Document, read_corpus, read_tokens
+from distattn.data.text import Document, check_text, find_corpus, read_tokens
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.training.config import Config, DataConfig, RunConfig
-from distattn.training.run_folder import Run
+from distattn.training.run_folder import RunFolder, packs_of_run
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(50, 120), st.integers(0, 5))
-def test_packs_hold_every_document_once_and_fit(lengths, axis, seed):
-    packs = pack_epoch(lengths, axis, seed, epoch=0)
+def test_packs_hold_every_document_once_and_fit(lengths, pack_tokens, seed):
+    packs = pack_epoch(lengths, pack_tokens, seed, epoch=0)
     assert sorted(document for pack in packs for document in pack) == list(range(len(lengths)))
     sizes = [sum(lengths[document] for document in pack) for pack in packs]
-    assert max(sizes) <= axis
+    assert max(sizes) <= pack_tokens
     # first fit: no document of a later pack would have fitted what an earlier one had free at its end
     for earlier, size in enumerate(sizes):
-        assert all(lengths[document] > axis - size for pack in packs[earlier + 1 :] for document in pack[:1])
-    assert packs == pack_epoch(lengths, axis, seed, epoch=0)
+        assert all(lengths[document] > pack_tokens - size for pack in packs[earlier + 1 :] for document in pack[:1])
+    assert packs == pack_epoch(lengths, pack_tokens, seed, epoch=0)
 
 
 def test_epochs_and_seeds_shuffle_differently():
@@ -46,11 +47,11 @@ def test_an_epoch_tiles_every_file(tmp_path):
         sizes[str(file)] = file.stat().st_size
     config = Config(
         run=RunConfig(folder=str(tmp_path / "run")),
-        data=DataConfig(path=str(tmp_path / "text"), axis=300, max_document=170),
+        data=DataConfig(path=str(tmp_path / "text"), tokens_per_step=300, max_document_tokens=170),
     )
-    corpus = read_corpus(config.data.path, max_document=config.data.max_document)
+    corpus = find_corpus(config.data.path, max_document_tokens=config.data.max_document_tokens)
     assert corpus.files == 30 and corpus.empty_files == sum(not size for size in sizes.values())
-    run = Run.create(config, corpus)
+    run = RunFolder.create(config, packs_of_run(config, corpus))
     rows = [json.loads(line) for line in run.documents_file.read_text().splitlines()]
     per_epoch = len(corpus.documents)
     assert len(rows) % per_epoch == 0
@@ -73,7 +74,7 @@ def test_a_glob_a_file_a_suffix_and_exclusions(tmp_path):
         (tmp_path / name).write_text(name)
 
     def found(path, **options):
-        corpus = read_corpus(str(tmp_path / path), max_document=100, **options)
+        corpus = find_corpus(str(tmp_path / path), max_document_tokens=100, **options)
         return [str(Path(document.file).relative_to(tmp_path)) for document in corpus.documents]
 
     assert found("") == ["a/test/y.py", "a/x.py", "a/z.txt", "b/w.py"]
@@ -89,7 +90,7 @@ def test_exclusions_do_not_depend_on_what_else_is_there(tmp_path):
     for _ in range(2):
         corpus = None
         with contextlib.suppress(DistattnError):
-            corpus = read_corpus(str(tmp_path / "test" / "a" / "**" / "*.py"), exclude=["test"], max_document=9)
+            corpus = find_corpus(str(tmp_path / "test" / "a" / "**" / "*.py"), exclude=["test"], max_document_tokens=9)
         # only what the wildcards matched is judged, not the folders above them
         assert corpus is None or [Path(document.file).name for document in corpus.documents] == ["ok.py"]
         (tmp_path / "test" / "a" / "ok.py").write_text("x")
@@ -99,7 +100,7 @@ def test_a_name_with_brackets_is_itself(tmp_path):
     for name in ("a[1]", "a1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.txt").write_text(name)
-    (document,) = read_corpus(str(tmp_path / "a[1]"), max_document=9).documents
+    (document,) = find_corpus(str(tmp_path / "a[1]"), max_document_tokens=9).documents
     assert Path(document.file).parent.name == "a[1]"
 
 
@@ -109,22 +110,22 @@ def test_links_are_followed_once_and_broken_ones_refused(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "linked").symlink_to("../real")
     (tmp_path / "data" / "loop").symlink_to("../data")
-    corpus = read_corpus(str(tmp_path / "data"), max_document=9)
+    corpus = find_corpus(str(tmp_path / "data"), max_document_tokens=9)
     assert [Path(document.file).name for document in corpus.documents] == ["x.txt"]
     (tmp_path / "data" / "broken.txt").symlink_to("nowhere")
     with pytest.raises(DistattnError, match="broken.txt cannot be read"):
-        read_corpus(str(tmp_path / "data"), max_document=9)
+        find_corpus(str(tmp_path / "data"), max_document_tokens=9)
 
 
 def test_a_pipe_is_refused_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DistattnError, match="pipe.txt is no regular file"):
-        read_corpus(str(tmp_path), max_document=9)
+        find_corpus(str(tmp_path), max_document_tokens=9)
 
 
 def test_the_demo_reads_the_standard_library_without_its_tests():
-    corpus = read_corpus(
-        "{stdlib}", suffix=".py", exclude=["test", "tests", "idle_test", "site-packages"], max_document=3000
+    corpus = find_corpus(
+        "{stdlib}", suffix=".py", exclude=["test", "tests", "idle_test", "site-packages"], max_document_tokens=3000
     )
     names = {document.file for document in corpus.documents}
     assert any(name.endswith("json/decoder.py") for name in names) and not any("/test/" in name for name in names)
@@ -133,15 +134,83 @@ def test_the_demo_reads_the_standard_library_without_its_tests():
 
 def test_missing_empty_and_broken_text_is_refused_by_name(tmp_path):
     with pytest.raises(DistattnError, match="there is no file or folder"):
-        read_corpus(str(tmp_path / "nowhere"), max_document=10)
+        find_corpus(str(tmp_path / "nowhere"), max_document_tokens=10)
     with pytest.raises(DistattnError, match="holds no files"):
-        read_corpus(str(tmp_path), max_document=10)
+        find_corpus(str(tmp_path), max_document_tokens=10)
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DistattnError, match="holds no text"):
-        read_corpus(str(tmp_path), max_document=10)
+        find_corpus(str(tmp_path), max_document_tokens=10)
     (tmp_path / "latin.txt").write_bytes("grün".encode("latin1"))
     with pytest.raises(DamagedDataError, match=r"latin.txt: not UTF-8 text \(byte 2\)"):
-        read_corpus(str(tmp_path), max_document=10)
+        check_text(find_corpus(str(tmp_path), max_document_tokens=10))
+
+
+@pytest.mark.parametrize("part", [1, 2, 3, 7, 1 << 20])
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        ("aé€😀b".encode() * 3, None),
+        ("aé".encode() + b"\xff" + b"b" * 9, 3),
+        ("aé".encode() + "😀".encode()[:3], 3),
+        ("€€".encode() + b"\xe2\x28\xa1", 6),
+        ("ab€".encode() + b"\x80", 5),
+    ],
+)
+def test_text_is_checked_part_by_part_with_the_byte_that_is_wrong(tmp_path, monkeypatch, part, content, wrong):
+    monkeypatch.setattr(text, "_PART_BYTES", part)
+    (tmp_path / "a.txt").write_bytes(content)
+    corpus = find_corpus(str(tmp_path), max_document_tokens=4)
+    if wrong is None:
+        check_text(corpus)
+    else:
+        with pytest.raises(UnicodeDecodeError) as error:
+            content.decode()
+        assert error.value.start == wrong
+        with pytest.raises(DamagedDataError, match=rf"a.txt: not UTF-8 text \(byte {wrong}\)"):
+            check_text(corpus)
+
+
+def test_looking_for_documents_reads_no_file_and_a_rank_reads_only_what_it_needs(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("abcdefghij")
+
+    def opened(*arguments, **options):
+        raise AssertionError("a file is opened")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", opened)
+        patch.setattr("os.open", opened)
+        documents = find_corpus(str(tmp_path), max_document_tokens=4).documents
+    assert [(document.start, document.end) for document in documents] == [(0, 4), (4, 8), (8, 10)]
+    taken = []
+    real = Path(documents[0].file).open
+
+    class Watched:
+        def __init__(self, *arguments):
+            self.file = real("rb")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            self.file.close()
+
+        def seek(self, place):
+            return self.file.seek(place)
+
+        def read(self, size):
+            taken.append((self.file.tell(), size))
+            return self.file.read(size)
+
+    monkeypatch.setattr(text, "open", Watched, raising=False)
+    assert bytes(read_tokens(documents[1]).astype(np.uint8)) == b"efgh" and taken == [(4, 4)]
+
+
+def test_a_file_that_changed_while_the_run_began_is_noticed(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    corpus = find_corpus(str(tmp_path), max_document_tokens=10)
+    (tmp_path / "a.txt").write_text("abcd")
+    with pytest.raises(DamagedDataError, match="a.txt: had 3 bytes, now 4"):
+        check_text(corpus)
 
 
 def test_a_file_that_shrank_is_noticed(tmp_path):

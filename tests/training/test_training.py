@@ -1,6 +1,7 @@
 """Training end to end: the same curve on any number of ranks and strategy, and the command that shows it."""
 
 import dataclasses
+import html
 import html.parser
 import json
 import os
@@ -8,16 +9,21 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from processes import run_on_ranks
+from waiting import LIMIT_SECONDS, eventually
 
-from distattn.data.text import read_corpus
+from distattn.data.text import find_corpus
 from distattn.driver.context_parallel import ContextParallel
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.plan import Plan
+from distattn.launch.command_line import no_progress
+from distattn.launch.finish_run import finish_run
+from distattn.launch.start_run import start_run
+from distattn.parallel.analysis.explain import explain
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.training import config as configuration
 from distattn.training.config import (
@@ -25,13 +31,14 @@ from distattn.training.config import (
     DataConfig,
     ModelConfig,
     ParallelConfig,
-    ProofConfig,
+    ReferenceCheckConfig,
     RunConfig,
     TrainConfig,
 )
 from distattn.training.loop import batches, train
-from distattn.training.reference_check import compare
-from distattn.training.run_folder import Run, Step
+from distattn.training.plan_settings import PlanSettings
+from distattn.training.reference_check import compare_with_reference
+from distattn.training.run_folder import RunFolder, StepMetrics, packs_of_run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -49,15 +56,27 @@ def texts(tmp_path_factory) -> Path:
 def small(texts: Path, folder: Path, dtype: str) -> Config:
     return Config(
         run=RunConfig(folder=str(folder), seed=3),
-        data=DataConfig(path=str(texts), axis=256, max_document=100),
-        model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, dtype=dtype),
+        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100),
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            dtype=dtype,
+        ),
         train=TrainConfig(steps=STEPS),
-        proof=ProofConfig(steps=0),
+        reference_check=ReferenceCheckConfig(steps=0),
     )
 
 
 def _train(rank: int, folder: Path, config: Config) -> None:
-    train(Run(folder), config, True, torch.device("cpu"))
+    train(RunFolder(folder), config, True, torch.device("cpu"))
+
+
+def created(config: Config) -> RunFolder:
+    corpus = find_corpus(config.data.path, max_document_tokens=config.data.max_document_tokens)
+    return RunFolder.create(config, packs_of_run(config, corpus))
 
 
 def curve(texts: Path, folder: Path, dtype: str, ranks: int, strategy: str) -> list[float]:
@@ -65,7 +84,7 @@ def curve(texts: Path, folder: Path, dtype: str, ranks: int, strategy: str) -> l
     config = dataclasses.replace(
         config, parallel=ParallelConfig(ranks=ranks, strategy=strategy, layout="document_zigzag", min_chunk=16)
     )
-    run = Run.create(config, read_corpus(config.data.path, max_document=config.data.max_document))
+    run = created(config)
     run_on_ranks(ranks, _train, run.folder, config)
     return [step.loss for step in run.metrics()]
 
@@ -83,7 +102,12 @@ def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(texts
 def distattn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "distattn.launch.cli", *arguments]
     return subprocess.run(
-        command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=250
+        command,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
     )
 
 
@@ -91,25 +115,27 @@ def distattn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 def config_file(texts, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("config") / "small.toml"
     config = dataclasses.replace(
-        small(texts, Path("out"), "float32"), parallel=ParallelConfig(ranks=2), proof=ProofConfig(steps=3)
+        small(texts, Path("out"), "float32"),
+        parallel=ParallelConfig(ranks=2),
+        reference_check=ReferenceCheckConfig(steps=3),
     )
     configuration.save(dataclasses.replace(config, train=TrainConfig(steps=6)), file)
     return file
 
 
-def test_one_command_trains_proves_and_leaves_a_run_folder(config_file, tmp_path):
+def test_one_command_trains_compares_and_leaves_a_run_folder(config_file, tmp_path):
     done = distattn("train", str(config_file), "--parallel.strategy", "allgather", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step 6/6  loss" in done.stdout and "tokens/s" in done.stdout and "s left" in done.stdout
     assert "largest relative difference to plain transformers" in done.stdout
     assert "\r" not in done.stdout and "\x1b" not in done.stdout
-    run = Run(tmp_path / "out")
+    run = RunFolder(tmp_path / "out")
     assert configuration.load(run.config_file).parallel.strategy == "allgather"
     assert [step.step for step in run.metrics()] == [1, 2, 3, 4, 5, 6]
     assert list((run.folder / "tensorboard").glob("events*"))
     assert "allgather on 2 ranks" in run.explanation_file.read_text()
-    proof = json.loads(run.proof_file.read_text())
-    assert proof["passed"] and len(proof["steps"]) == 3 and proof["loss"] < 1e-4 > proof["grad_norm"]
+    checked = json.loads(run.reference_check_file.read_text())
+    assert checked["passed"] and len(checked["steps"]) == 3 and checked["loss"] < 1e-4 > checked["grad_norm"]
     page = run.report_file.read_text()
     html.parser.HTMLParser().feed(page)
     assert "<svg" in page and "data:image/png;base64," in page
@@ -124,7 +150,7 @@ def test_json_is_all_that_is_printed_and_an_existing_folder_is_never_touched(con
         "train",
         str(config_file),
         "--json",
-        "--proof.steps",
+        "--reference_check.steps",
         "0",
         "--train.steps",
         "2",
@@ -135,7 +161,7 @@ def test_json_is_all_that_is_printed_and_an_existing_folder_is_never_touched(con
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row.get("step") for row in rows] == [1, 2, None]
-    assert rows[-1]["proof"] is None and Path(rows[-1]["run"]).name == "out-2"
+    assert rows[-1]["reference_check"] is None and Path(rows[-1]["run"]).name == "out-2"
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
 
 
@@ -147,7 +173,7 @@ def test_a_terminal_gets_a_progress_bar(config_file, tmp_path):
         "distattn.launch.cli",
         "train",
         str(config_file),
-        "--proof.steps",
+        "--reference_check.steps",
         "0",
         "--parallel.ranks",
         "1",
@@ -162,12 +188,21 @@ def test_a_terminal_gets_a_progress_bar(config_file, tmp_path):
     except OSError:
         # the terminal closes when the last process that has it ends
         pass
-    assert process.wait(250) == 0
+    assert process.wait(LIMIT_SECONDS) == 0
     assert b"6/6" in shown and b"tokens/s" in shown and b"\x1b[" in shown
 
 
-def interrupted(config_file: Path, folder: Path, when: str | None, *overrides: str) -> subprocess.CompletedProcess:
-    """Start a run, press Ctrl-C once a line begins with `when` (None: after a second), and wait for its end."""
+def working(launcher: int) -> bool:
+    """Whether the launcher has child processes, and all of them have loaded torch."""
+    listed = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
+    try:
+        return bool(listed) and all("libtorch" in Path(f"/proc/{child}/maps").read_text() for child in listed)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def interrupted(config_file: Path, folder: Path, when: str, *overrides: str) -> subprocess.CompletedProcess:
+    """Start a run, press Ctrl-C once a line begins with `when` and its processes are at work, and wait for its end."""
     command = [sys.executable, "-m", "distattn.launch.cli", "train", str(config_file), *overrides]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -178,24 +213,22 @@ def interrupted(config_file: Path, folder: Path, when: str | None, *overrides: s
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=listening, **pipes)
     assert process.stdout is not None
-    if when:
-        assert any(line.startswith(when) for line in process.stdout)
-    # processes start and import for a while
-    time.sleep(1)
+    assert any(line.startswith(when) for line in process.stdout)
+    eventually(lambda: working(process.pid), "no child process imports torch")
     # as a terminal does: to every process of the group
     os.killpg(process.pid, signal.SIGINT)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=LIMIT_SECONDS)
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
 @pytest.mark.parametrize(
     ("when", "overrides"),
     [
-        ("run folder", ()),
+        ("run folder", ("--train.steps", "100000")),
         ("step 1/", ("--train.steps", "100000")),
-        ("the first", ("--train.steps", "40", "--proof.steps", "40", "--parallel.ranks", "1")),
+        ("the first", ("--train.steps", "200", "--reference_check.steps", "200", "--parallel.ranks", "1")),
     ],
-    ids=["while ranks start", "while training", "during the proof"],
+    ids=["while ranks start", "while training", "during the reference check"],
 )
 def test_ctrl_c_ends_everything_with_one_sentence(config_file, tmp_path, when, overrides):
     done = interrupted(config_file, tmp_path, when, *overrides)
@@ -213,7 +246,7 @@ def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path
         ["pgrep", "-P", str(process.pid), "-f", "launch.rank"], capture_output=True, text=True
     ).stdout.split()
     os.kill(int(ranks[1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 128 + signal.SIGKILL
     assert "was killed by SIGKILL; the other ranks were stopped" in errors
 
@@ -221,30 +254,60 @@ def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path
 def test_a_host_name_that_does_not_resolve_is_no_obstacle(config_file, tmp_path):
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
         pytest.skip("unshare --uts is not permitted here")
-    run = f"{sys.executable} -m distattn.launch.cli train {config_file} --train.steps 1 --proof.steps 0"
+    run = f"{sys.executable} -m distattn.launch.cli train {config_file} --train.steps 1 --reference_check.steps 0"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = ["unshare", "--uts", "sh", "-c", f"hostname nowhere.invalid && {run}"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_plan_in_the_run_folder_is_the_one_that_trains(texts, tmp_path):
     config = dataclasses.replace(small(texts, tmp_path / "run", "float32"), parallel=ParallelConfig(ranks=1))
-    run = Run.create(config, read_corpus(config.data.path, max_document=config.data.max_document))
-    parallel, first = config.parallel, next(batches(run))
-    cp = ContextParallel(strategy=parallel.strategy, layout=parallel.layout, layout_options=parallel.layout_options)
+    run = start_run(config, no_progress)
+    cp = ContextParallel(**PlanSettings.of_config(config).context_parallel_arguments())
     model = config.model
-    shape = model.heads, model.kv_heads, model.width // model.heads, model.width // model.heads, model.dtype
-    assert cp.shard(first)["context_parallel"].plan(*shape).digest == run.first_plan(config).digest
+    shape = model.num_attention_heads, model.num_key_value_heads, model.head_dim, model.head_dim, model.dtype
+    sharded = cp.shard(next(batches(run)))["context_parallel"]
+    assert sharded.plan(*shape).digest == Plan.load(run.plan_file).digest
+
+
+def test_the_first_plan_is_made_and_explained_once_for_launch_and_report(texts, tmp_path, monkeypatch):
+    calls: list[str] = []
+
+    def counted(name, function):
+        return lambda *arguments: calls.append(name) or function(*arguments)
+
+    monkeypatch.setattr(PlanSettings, "plan", counted("plan", PlanSettings.plan))
+    monkeypatch.setattr("distattn.launch.start_run.explain", counted("explain", explain))
+    config = dataclasses.replace(small(texts, tmp_path / "run", "float32"), parallel=ParallelConfig(ranks=2))
+    run = start_run(config, no_progress)
+    run.append(run.metrics_file, dataclasses.asdict(StepMetrics(1, 2.0, 1.0, 10, 0.1)))
+    assert finish_run(run, config, no_progress, json_lines=False) == 0
+    assert calls == ["plan", "explain"]
+    page = run.report_file.read_text()
+    assert html.escape(run.explanation_file.read_text()) in page and "data:image/png;base64," in page
+
+
+def test_what_is_refused_before_ranks_start_leaves_no_folder(texts, tmp_path):
+    config = dataclasses.replace(
+        small(texts, tmp_path / "run", "float32"), parallel=ParallelConfig(ranks=16, strategy="ulysses")
+    )
+    with pytest.raises(DistattnError, match="ulysses splits 4 query heads over 16 ranks"):
+        start_run(config, no_progress)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "latin.txt").write_bytes("grün".encode("latin1"))
+    with pytest.raises(DamagedDataError, match="not UTF-8"):
+        start_run(small(tmp_path / "texts", tmp_path / "run", "float32"), no_progress)
+    assert not (tmp_path / "run").exists()
 
 
 def compared(tmp_path: Path, ours: list[float], plain: list[float]) -> dict:
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     for number, loss in enumerate(ours, 1):
-        run.append(run.metrics_file, dataclasses.asdict(Step(number, loss, 1.0, 10, 0.1)))
+        run.append(run.metrics_file, dataclasses.asdict(StepMetrics(number, loss, 1.0, 10, 0.1)))
     for number, loss in enumerate(plain, 1):
         run.append(run.replay_file, {"step": number, "loss": loss, "grad_norm": 1.0})
-    return compare(run, Config(proof=ProofConfig(steps=3)))
+    return compare_with_reference(run, Config(reference_check=ReferenceCheckConfig(steps=3)))
 
 
 def test_the_comparison_is_relative_and_never_passes_what_is_not_a_number(tmp_path):
@@ -258,12 +321,14 @@ def test_the_comparison_is_relative_and_never_passes_what_is_not_a_number(tmp_pa
         compared(tmp_path / "d", [4.0, 2.0], [4.0, 2.0, 1.0])
 
 
-def test_the_proof_fails_when_training_differs(config_file, tmp_path):
-    done = distattn("train", str(config_file), "--proof.tolerance", "0", "--parallel.ranks", "1", cwd=tmp_path)
+def test_the_reference_check_fails_when_training_differs(config_file, tmp_path):
+    done = distattn(
+        "train", str(config_file), "--reference_check.tolerance", "0", "--parallel.ranks", "1", cwd=tmp_path
+    )
     assert done.returncode == 1 and "differs from plain transformers" in done.stderr
 
 
 def test_the_replay_knows_nothing_of_distattn():
-    source = (ROOT / "distattn" / "replay.py").read_text()
+    source = (ROOT / "distattn" / "training" / "reference_replay.py").read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert imports and not any("distattn" in line for line in imports)

@@ -1,0 +1,98 @@
+"""What all attention plans of a run have in common: the one place that turns a run's configuration into plan settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from distattn.batch.pooled_layout import BlockLayouts
+from distattn.cluster.spec import Machines
+from distattn.ir.plan import Plan
+from distattn.parallel.make_plan import make_plan
+from distattn.training.config import Config
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Everything that a plan depends on, but for the lengths of the documents.
+
+    heads and kv_heads are query and key/value heads, head_dim is the width of one. None leaves a choice to the strategy
+    (backward), to the device (kernel), to the accumulation dtype (comm_dtype), or sets no limit (max_buffer_bytes).
+    """
+
+    ranks: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    strategy: str = "ring"
+    data: str = "replicated"
+    context_parallel_size: int | None = None
+    layout: str = "zigzag"
+    layout_options: dict[str, int] = field(default_factory=dict)
+    kernel: str | None = None
+    backward: str | None = None
+    comm_dtype: str | None = None
+    cluster: Machines | None = None
+    max_buffer_bytes: int | None = None
+
+    @staticmethod
+    def of_config(config: Config) -> PlanSettings:
+        """The settings of a run."""
+        model, parallel = config.model, config.parallel
+        return PlanSettings(
+            ranks=parallel.ranks,
+            heads=model.num_attention_heads,
+            kv_heads=model.num_key_value_heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            strategy=parallel.strategy,
+            data=parallel.data,
+            context_parallel_size=parallel.context_parallel_size or None,
+            layout=parallel.layout,
+            layout_options=parallel.layout_options,
+            kernel=parallel.kernel,
+            backward=parallel.backward or None,
+            comm_dtype=parallel.comm_dtype or None,
+            cluster=parallel.cluster,
+            max_buffer_bytes=parallel.max_buffer_bytes or None,
+        )
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many packs a step has: one that all ranks split, or one for each rank or block of ranks."""
+        return 1 if self.data == "replicated" else self.ranks // (self.context_parallel_size or 1)
+
+    def plan(self, *packs: Sequence[int]) -> Plan:
+        """The plan of one attention call on a step's packs, given by the lengths of their documents.
+
+        Raises DistattnError when it cannot be made.
+        """
+        block_ranks = self.ranks // self.data_parallel_size
+        layouts = BlockLayouts(self.ranks, block_ranks, self.layout, self.layout_options, "causal")
+        return make_plan(
+            *layouts.of_batch(tuple(tuple(lengths) for lengths in packs)),
+            strategy=self.strategy,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            backward=self.backward,
+            wire=self.comm_dtype,
+            cluster=self.cluster,
+        )
+
+    def context_parallel_arguments(self) -> dict[str, Any]:
+        """The keyword arguments with which `ContextParallel` makes the same plans; it takes shapes from the model."""
+        return {
+            "strategy": self.strategy,
+            "data": self.data,
+            "layout": self.layout,
+            "layout_options": self.layout_options,
+            "kernel": self.kernel,
+            "backward": self.backward,
+            "comm_dtype": self.comm_dtype,
+            "cluster": self.cluster,
+            "max_buffer_bytes": self.max_buffer_bytes,
+        }

@@ -1,0 +1,35 @@
+"""What the commands share: a parser whose complaints are sentences, and lines that appear at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from distattn.ir.errors import DistattnError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parses the options of one command, unabbreviated. Raises DistattnError where argparse would print and exit."""
+
+    def __init__(self, command: str):
+        super().__init__(prog=command, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise what argparse has to say, in the name of the command."""
+        raise DistattnError(f"{self.prog}: {message}. See distattn {self.prog} --help.")
+
+
+def print_line(line: str) -> None:
+    """Print a line that appears at once, also where the output is a file."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def print_to_stderr(line: str) -> None:
+    """Print a line on the error stream, so that the output holds results only."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def no_progress(line: str) -> None:
+    """Print nothing."""

@@ -1,0 +1,54 @@
+"""Ranks end with their launcher, however it ends: `python -m distattn.launch.die_with_launcher PID MODULE ARGUMENTS`.
+
+Runs a module as `python -m MODULE ARGUMENTS` would, in a process that is killed as soon as process PID, its parent, is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+
+# from linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 1.0
+
+
+def die_with_launcher(launcher: int) -> None:
+    """Have this process killed by SIGKILL when its parent, the process of this id, ends in any way, SIGKILL included.
+
+    Linux does it itself; elsewhere a thread looks every second whether the parent is still the same.
+    """
+    if not _set_parent_death_signal():
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+    # the launcher may have died before the signal was asked for: then somebody else is the parent by now
+    if os.getppid() != launcher:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _set_parent_death_signal() -> bool:
+    try:
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+    except (OSError, AttributeError):
+        return False
+    return prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(_POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    # Ctrl-C ends a rank at once and silently: the launcher says the sentence
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    die_with_launcher(int(sys.argv[1]))
+    _module = sys.argv[2]
+    # runpy puts the module's own file in place of the first word
+    sys.argv = sys.argv[2:]
+    runpy.run_module(_module, run_name="__main__", alter_sys=True)

@@ -1,0 +1,20 @@
+"""`distattn train`: train as a TOML file says, on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from distattn.launch.run_locally import run_locally
+from distattn.training import config as configuration
+
+USAGE = "usage: distattn train CONFIG [--json] [--section.key value ...]\n\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    words = [word for word in arguments if word != "--json"]
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE + configuration.help_text())
+        return 0 if words else 2
+    return run_locally(configuration.load(words[0], words[1:]), json_lines=len(words) < len(arguments))

@@ -1,0 +1,131 @@
+"""More ranks than the machine can hold are refused before any starts, with the arithmetic, and nothing is left behind."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from distattn.ir.errors import DistattnError
+from distattn.launch import cli, machine_limits
+from distattn.training import config as configuration
+from distattn.training.config import Config, ModelConfig, ParallelConfig
+from distattn.training.loop import build_model
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs" / "tiny.toml")
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        (("train", TINY, "--parallel.ranks=100000", "--run.folder={folder}/run"), "parallel.ranks"),
+        (("launch", "local", TINY, "--gpus=100000", "--run.folder={folder}/run"), "parallel.ranks"),
+        (("launch", "local", TINY, "--gpus=100000", "--dry-run"), "parallel.ranks"),
+        (("doctor", "{folder}", "--ranks=100000"), "doctor: --ranks"),
+        (("calibrate", "--out={folder}/machine.toml", "--ranks=100000"), "calibrate: --ranks"),
+    ],
+    ids=["train", "launch local", "launch local --dry-run", "doctor", "calibrate"],
+)
+def test_too_many_ranks_are_refused_with_the_arithmetic(capsys, tmp_path, monkeypatch, command, key):
+    def started(*arguments):
+        raise AssertionError("ranks are started")
+
+    monkeypatch.setattr("distattn.launch.local.run_ranks", started)
+    monkeypatch.setattr(machine_limits, "available_bytes", lambda: 8_000_000_000)
+    code = cli.main([word.replace("{folder}", str(tmp_path)) for word in command])
+    said = capsys.readouterr().err
+    assert code == 2 and said.startswith(f"distattn: {key}: 100,000 ranks need ") and said.count("\n") == 1
+    rank_mb = float(said.partition("GB of memory (")[2].split(" MB each: ")[0].replace(",", ""))
+    total_gb = float(said.partition(" ranks need ")[2].split(" GB")[0].replace(",", ""))
+    assert total_gb == pytest.approx(100_000 * rank_mb / 1e3, rel=2e-3)
+    fit = int(said.partition(": at most ")[2].split(" ranks fit")[0])
+    assert "this machine has 8.0 GB available" in said and fit == pytest.approx(8000 / rank_mb, abs=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_fit_are_not_refused(monkeypatch):
+    monkeypatch.setattr(machine_limits, "available_bytes", lambda: 4 * 500_000_000)
+    machine_limits.check_run_fits(configuration.load(TINY))
+    with pytest.raises(DistattnError, match="at most 4 ranks fit"):
+        machine_limits.check_run_fits(configuration.load(TINY, ["--parallel.ranks=5"]))
+    monkeypatch.setattr(machine_limits, "available_bytes", lambda: 1_000_000)
+    with pytest.raises(DistattnError, match="not even one fits"):
+        machine_limits.check_run_fits(configuration.load(TINY))
+    # not Linux: nobody tells how much there is
+    monkeypatch.setattr(machine_limits, "available_bytes", lambda: None)
+    machine_limits.check_run_fits(configuration.load(TINY, ["--parallel.ranks=1000"]))
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(machine_limits, "available_bytes", lambda: 1000 * GIB)
+    monkeypatch.setattr(machine_limits, "gpu_count", lambda: 4)
+    config = Config(parallel=ParallelConfig(ranks=4, kernel="triton"))
+    machine_limits.check_run_fits(config)
+    config = dataclasses.replace(config, parallel=ParallelConfig(ranks=8, kernel="triton"))
+    with pytest.raises(
+        DistattnError, match="parallel.ranks: 8 ranks on a machine with 4 GPUs; kernel 'triton' wants one"
+    ):
+        machine_limits.check_run_fits(config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_the_model_is_counted_as_it_is_built(dtype):
+    config = Config(
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            dtype=dtype,
+        )
+    )
+    parameters = sum(p.numel() for p in build_model(config, "sdpa").parameters())
+    assert machine_limits.model_bytes(config) == parameters * (8 if dtype == "float64" else 4)
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 33554432 kB\nMemFree: 1048576 kB\nMemAvailable: 20971520 kB\n"}
+
+
+def test_without_limits_the_machine_s_available_memory_counts(tmp_path):
+    assert machine_limits.available_bytes(machine(tmp_path, MEMINFO)) == 20 * GIB
+    assert machine_limits.available_bytes(tmp_path / "no such system") is None
+
+
+def test_the_tightest_cgroup_of_version_2_counts_without_its_file_cache(tmp_path):
+    files = MEMINFO | {
+        "proc/self/cgroup": "0::/job/step\n",
+        "sys/fs/cgroup/job/memory.max": f"{8 * GIB}\n",
+        "sys/fs/cgroup/job/memory.current": f"{3 * GIB}\n",
+        "sys/fs/cgroup/job/memory.stat": f"anon 5\ninactive_file {GIB}\n",
+        "sys/fs/cgroup/job/step/memory.max": "max\n",
+        "sys/fs/cgroup/job/step/memory.current": "5\n",
+        "sys/fs/cgroup/job/step/memory.stat": "inactive_file 0\n",
+    }
+    assert machine_limits.available_bytes(machine(tmp_path, files)) == 6 * GIB
+
+
+def test_a_container_s_limit_of_version_1_counts_at_the_mount_point(tmp_path):
+    files = MEMINFO | {
+        # the path is the host's, the mount shows the container's own
+        "proc/self/cgroup": "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/docker/abc\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{2 * GIB}\n",
+        "sys/fs/cgroup/memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB}\n",
+    }
+    assert machine_limits.available_bytes(machine(tmp_path, files)) == 3 * GIB
+    files["sys/fs/cgroup/memory/memory.limit_in_bytes"] = "9223372036854771712\n"
+    assert machine_limits.available_bytes(machine(tmp_path, files)) == 20 * GIB
+
+
+def test_this_machine_says_how_much_it_has():
+    available = machine_limits.available_bytes()
+    assert available is None or 0 < available < 1 << 60
