@@ -128,7 +128,7 @@ def _record_part(found: dict[str, Any], cp: ContextParallel, batch: Mapping[str,
     """Keep what this rank got of the batch, and which tokens the layout gives it, as global coordinates (T,)."""
     found |= {name: part[name].cpu() for name in ("input_ids", "labels", "position_ids") if name in part}
     sharded = part.get("context_parallel")
-    lengths = sharded.key.documents if isinstance(sharded, LocalBatch) else (rows_of(batch).lengths,)
+    documents = sharded.key.documents if isinstance(sharded, LocalBatch) else (rows_of(batch).lengths,)
     found["tokens"] = torch.from_numpy(cp.planner.lay_out(documents)[1].tokens(cp.rank).copy())
 
 
