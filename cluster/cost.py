@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.cluster.spec import Description
-from distattn.ir.bands import Q0, Q1, areas, row_ends
+from distattn.cluster.spec import ClusterSpec
+from distattn.ir.bands import Q0, Q1, areas, row_key_ranges
 from distattn.ir.intervals import Ints
 
 Numbers = np.ndarray
@@ -16,16 +16,16 @@ Numbers = np.ndarray
 _FLOPS = {"forward": 2.0, "backward": 5.0}
 # tokens of keys whose time goes into beginning and ending a program: 558 TFLOP/s at 1,024 keys against 701 at 32,768
 # (FlashAttention 3 on an H100, see descriptions/h100.toml)
-_SHORT = 1024 * (701 / 558 - 1)
+_PROGRAM_OVERHEAD_KEYS = 1024 * (701 / 558 - 1)
 _MICRO, _GIGA, _TERA = 1e-6, 1e9, 1e12
 
 
-def flops_of(direction: str, head_dim: int, v_head_dim: int) -> float:
+def flops_per_cell(direction: str, head_dim: int, v_head_dim: int) -> float:
     """Floating-point operations of one allowed cell of one head."""
     return _FLOPS[direction] * (head_dim + v_head_dim)
 
 
-def attention_speed(description: Description, direction: str, head_dim: int, queries: Ints, keys: Ints) -> Numbers:
+def attention_speed(description: ClusterSpec, direction: str, head_dim: int, queries: Ints, keys: Ints) -> Numbers:
     """Operations per second reached on full rectangles of these sides.
 
     Between the points of the table by logarithms; a table of squares alone is read at the shorter side. Below its first
@@ -47,13 +47,13 @@ def attention_speed(description: Description, direction: str, head_dim: int, que
         first = int(squares[0])
     best = max(table.values())
     if len(table) == 1:
-        return speed / (1.0 + _SHORT / np.maximum(shorter, 1))
+        return speed / (1.0 + _PROGRAM_OVERHEAD_KEYS / np.maximum(shorter, 1))
     # seconds an operation at `speed` takes beyond the best, spread over fewer keys
     short = np.maximum(first / np.maximum(shorter, 1), 1.0)
     return 1.0 / (1.0 / best + (1.0 / speed - 1.0 / best) * short)
 
 
-def overhead_keys(description: Description, direction: str, head_dim: int) -> int:
+def overhead_keys(description: ClusterSpec, direction: str, head_dim: int) -> int:
     """How many keys' worth of time a row costs besides its keys: what makes short documents slow.
 
     The median over the squares of the table: speed = best * n / (n + overhead).
@@ -63,7 +63,7 @@ def overhead_keys(description: Description, direction: str, head_dim: int) -> in
     )
     speed = attention_speed(description, direction, head_dim, lengths, lengths)
     if len(lengths) == 1:
-        return round(_SHORT)
+        return round(_PROGRAM_OVERHEAD_KEYS)
     slower = speed < speed.max()
     return round(float(np.median((lengths * (speed.max() / speed - 1))[slower]))) if slower.any() else 0
 
@@ -75,9 +75,9 @@ def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
     row of tiles does not fill at its end.
     """
     rows = bands[:, Q1] - bands[:, Q0]
-    first_begin, first_end = row_ends(bands, bands[:, Q0])
-    last_begin, last_end = row_ends(bands, bands[:, Q1] - 1)
-    middle_begin, middle_end = row_ends(bands, (bands[:, Q0] + bands[:, Q1]) // 2)
+    first_begin, first_end = row_key_ranges(bands, bands[:, Q0])
+    last_begin, last_end = row_key_ranges(bands, bands[:, Q1] - 1)
+    middle_begin, middle_end = row_key_ranges(bands, (bands[:, Q0] + bands[:, Q1]) // 2)
     widest = np.maximum.reduce([first_end - first_begin, middle_end - middle_begin, last_end - last_begin])
     slanted = (first_begin != last_begin).astype(float) + (first_end != last_end)
     climbing = (tile[0] - 1) / 2 + max(tile[1] - tile[0], 0) / 2
@@ -87,7 +87,7 @@ def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
 
 
 def launch_seconds(
-    description: Description, cells: Numbers, widest: Numbers, heads: Ints, speed: Numbers, per_cell: float, group: Ints
+    description: ClusterSpec, cells: Numbers, widest: Numbers, heads: Ints, speed: Numbers, per_cell: float, group: Ints
 ) -> tuple[Ints, Numbers]:
     """Seconds of launches made of tasks: (numbers of the launches, seconds of each).
 
@@ -98,16 +98,16 @@ def launch_seconds(
     launches, index = np.unique(group, return_inverse=True)
     seconds = np.bincount(index, cells * heads * per_cell / speed + device.task_us * _MICRO, len(launches))
     longest = np.zeros(len(launches))
-    np.maximum.at(longest, index, widest * device.tile[0] * per_cell / speed * device.units)
+    np.maximum.at(longest, index, widest * device.tile[0] * per_cell / speed * device.num_sms)
     return launches, np.maximum(seconds, longest) + device.launch_us * _MICRO
 
 
-def copy_seconds(description: Description, size: Numbers) -> Numbers:
+def copy_seconds(description: ClusterSpec, size: Numbers) -> Numbers:
     """Seconds to copy so many bytes on a device."""
     return size / (description.device.copy_gbs * _GIGA)
 
 
-def message_seconds(description: Description, src: Ints, dst: Ints, size: Numbers) -> Numbers:
+def message_seconds(description: ClusterSpec, src: Ints, dst: Ints, size: Numbers) -> Numbers:
     """Seconds that messages sent together take, each until it is there.
 
     All messages of a device share its port in each direction, inside its node and across nodes; of a shared link, all of
@@ -116,13 +116,13 @@ def message_seconds(description: Description, src: Ints, dst: Ints, size: Number
     ranks, devices = description.ranks, description.devices
     out = np.zeros(len(src))
     crossing = src // devices != dst // devices
-    for link, chosen in ((description.inside, ~crossing), (description.across, crossing)):
+    for link, chosen in ((description.intra_node, ~crossing), (description.inter_node, crossing)):
         if not chosen.any():
             continue
         port = devices if link.shared else 1
         ends = src[chosen] // port, dst[chosen] // port
         loads = [np.bincount(end, size[chosen], -(-ranks // port)) for end in ends]
-        if link.shared and link is description.inside:
+        if link.shared and link is description.intra_node:
             # one memory for both directions
             loads = [loads[0], loads[0]]
         fullest = np.maximum(loads[0][ends[0]], loads[1][ends[1]])

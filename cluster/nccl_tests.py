@@ -30,7 +30,7 @@ _COMMAND = re.compile(r"(\w+?)_perf\b")
 
 
 @dataclass(frozen=True)
-class Measured:
+class NcclTestRun:
     """One run of nccl-tests: which test, ranks, and (size in bytes, microseconds) of each row, out of place."""
 
     test: str
@@ -51,7 +51,7 @@ class Measured:
         return Link(gbs=float(1e-3 / per_byte), latency_us=float(max(latency, 0.0)))
 
 
-def read(path: str | Path, test: str | None = None) -> Measured:
+def read(path: str | Path, test: str | None = None) -> NcclTestRun:
     """Parse a file of either kind. test: its name, where the file does not say. Raises DistattnError in one sentence."""
     try:
         text = Path(path).read_text("utf-8")
@@ -70,7 +70,7 @@ def read(path: str | Path, test: str | None = None) -> Measured:
         raise DistattnError(
             f"{path}: {ranks} ranks and {len(rows)} rows of sizes and times; two of each are the least."
         )
-    return Measured(name, ranks, tuple(rows))
+    return NcclTestRun(name, ranks, tuple(rows))
 
 
 def commands(ranks_on_node: int, nodes: int = 1) -> list[str]:

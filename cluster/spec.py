@@ -36,11 +36,11 @@ class Device:
     # dense bf16, by the maker
     peak_tflops: float
     # large matrix product, reached
-    product_tflops: float
+    gemm_tflops: float
     # bytes read and written again per second, in 10^9
     copy_gbs: float
     # programs that run at once: a launch of fewer leaves the others idle
-    units: int
+    num_sms: int
     # sides of the kernels' tiles (query rows, keys): work is done by whole ones
     tile: tuple[int, int]
     # from one kernel's end to the next one's begin; more for every task of a launch
@@ -65,7 +65,7 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Speed:
+class KernelThroughput:
     """Core attention reached by a kernel on a full mask of queries x keys: 4 x cells x heads x dim forward, 10 backward."""
 
     __pydantic_config__ = _STRICT
@@ -78,7 +78,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Description:
+class ClusterSpec:
     """A cluster in numbers. `nodes` are there, of `devices` each."""
 
     __pydantic_config__ = _STRICT
@@ -87,9 +87,9 @@ class Description:
     nodes: int
     devices: int
     device: Device
-    inside: Link
-    across: Link
-    attention: tuple[Speed, ...]
+    intra_node: Link
+    inter_node: Link
+    attention: tuple[KernelThroughput, ...]
 
     @property
     def topology(self) -> Cluster:
@@ -111,22 +111,22 @@ class Description:
 
 
 # which ranks share a node; a description also knows how fast things are
-Machines = Cluster | Description
+AnyCluster = Cluster | ClusterSpec
 
 
-def shipped() -> list[str]:
+def shipped_names() -> list[str]:
     """Names of the descriptions that come with distattn."""
     folder = resources.files("distattn.cluster") / "descriptions"
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 
-def load(name: str | Path, ranks: int | None = None) -> Description:
+def load(name: str | Path, ranks: int | None = None) -> ClusterSpec:
     """A description by name (`h200-8x8`: nodes x devices) or file. Raises DistattnError in one sentence.
 
     ranks: use so many devices only, whole nodes of them.
     """
     matched = _NAME.fullmatch(str(name))
-    if matched and matched["kind"] in shipped():
+    if matched and matched["kind"] in shipped_names():
         text = (resources.files("distattn.cluster") / "descriptions" / f"{matched['kind']}.toml").read_text("utf-8")
         found = _parsed(matched["kind"], text)
         found = _sized(found, str(name), int(matched["nodes"]), int(matched["devices"]))
@@ -136,12 +136,12 @@ def load(name: str | Path, ranks: int | None = None) -> Description:
         except (OSError, UnicodeDecodeError) as error:
             raise DistattnError(f"{name}: the cluster description cannot be read: {error}.") from None
     else:
-        known = ", ".join(f"{kind}-NODESxDEVICES" for kind in shipped())
+        known = ", ".join(f"{kind}-NODESxDEVICES" for kind in shipped_names())
         raise DistattnError(f"there is no cluster {str(name)!r}; there are {known}, or the path of a .toml file.")
-    return found if ranks is None else part(found, ranks)
+    return found if ranks is None else with_ranks(found, ranks)
 
 
-def part(description: Description, ranks: int) -> Description:
+def with_ranks(description: ClusterSpec, ranks: int) -> ClusterSpec:
     """The same cluster with only so many devices in use, filling its nodes evenly."""
     if ranks > description.ranks:
         raise DistattnError(
@@ -157,25 +157,25 @@ def part(description: Description, ranks: int) -> Description:
     return _sized(description, name, nodes, ranks // nodes)
 
 
-def _sized(description: Description, name: str, nodes: int, devices: int) -> Description:
+def _sized(description: ClusterSpec, name: str, nodes: int, devices: int) -> ClusterSpec:
     if nodes > description.nodes or devices > description.devices:
         raise DistattnError(
             f"cluster {name!r}: {description.name} has at most {description.nodes} nodes of {description.devices} devices."
         )
-    return Description(
-        name, nodes, devices, description.device, description.inside, description.across, description.attention
+    return ClusterSpec(
+        name, nodes, devices, description.device, description.intra_node, description.inter_node, description.attention
     )
 
 
-def _parsed(source: str, text: str) -> Description:
+def _parsed(source: str, text: str) -> ClusterSpec:
     try:
         content: dict[str, Any] = tomllib.loads(text)
-        found = TypeAdapter(Description).validate_python(content)
+        found = TypeAdapter(ClusterSpec).validate_python(content)
     except tomllib.TOMLDecodeError as error:
         raise DistattnError(f"{source}: cannot be read as TOML: {error}.") from None
     except ValidationError as error:
         one = error.errors()[0]
-        key = ".".join(str(part) for part in one["loc"])
+        key = ".".join(str(with_ranks) for with_ranks in one["loc"])
         raise DistattnError(f"{source}: {key}: {one['msg'].lower().rstrip('.')}.") from None
     problem = _problem(found)
     if problem:
@@ -183,12 +183,12 @@ def _parsed(source: str, text: str) -> Description:
     return found
 
 
-def _problem(found: Description) -> str | None:
+def _problem(found: ClusterSpec) -> str | None:
     numbers = {f"device.{key}": value for key, value in asdict(found.device).items() if isinstance(value, int | float)}
-    numbers |= {f"{name}.gbs": getattr(found, name).gbs for name in ("inside", "across")}
-    numbers |= {f"{name}.latency_us": getattr(found, name).latency_us for name in ("inside", "across")}
+    numbers |= {f"{name}.gbs": getattr(found, name).gbs for name in ("intra_node", "inter_node")}
+    numbers |= {f"{name}.latency_us": getattr(found, name).latency_us for name in ("intra_node", "inter_node")}
     numbers |= {"nodes": found.nodes, "devices": found.devices, "device.tile": min(found.device.tile)}
-    zeros = ("device.launch_us", "device.task_us", "device.host_us", "inside.latency_us", "across.latency_us")
+    zeros = ("device.launch_us", "device.task_us", "device.host_us", "intra_node.latency_us", "inter_node.latency_us")
     for key, value in numbers.items():
         if value < 0 or (value == 0 and key not in zeros):
             return f"{key}: a positive number is wanted, not {value}."

@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from distattn.ir.errors import DistattnError
-from distattn.kernels.launch_mask import Cells
-from distattn.kernels.spec import Demand, Score
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements, ScoreMod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ KERNELS = {
     "gluon_split": "distattn.kernels.gluon.split",
 }
 # these compute on processors, all others on GPUs
-ON_CPU = ("reference", "cpu")
+CPU_KERNELS = ("reference", "cpu")
 # what stands in for a kernel whose sums have no fixed order, where torch.use_deterministic_algorithms asks for one
 _DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
@@ -40,12 +40,12 @@ class Kernel(Protocol):
     DIFFERENTIABLE_LSE: bool
     ACCUMULATES: bool
 
-    def refusal(self, demand: Demand) -> str | None: ...
+    def unsupported_reason(self, requirements: KernelRequirements) -> str | None: ...
 
-    def prepare(self, cells: Cells, demand: Demand) -> Any: ...
+    def prepare(self, mask: LaunchMask, requirements: KernelRequirements) -> Any: ...
 
     def forward(
-        self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, work: Any, score: Score, /, **into: Any
+        self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, schedule: Any, score: ScoreMod, /, **into: Any
     ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
@@ -56,8 +56,8 @@ class Kernel(Protocol):
         v_SKE: Tensor,
         lse_TH: Tensor,
         delta_TH: Tensor,
-        work: Any,
-        score: Score,
+        schedule: Any,
+        score: ScoreMod,
         /,
         **into: Any,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -73,28 +73,28 @@ def load_kernel(name: str) -> Kernel:
         raise DistattnError(f'kernel "{name}" needs {error.name}, which is not installed here.') from None
 
 
-def preparing(name: str, demand: Demand) -> Callable[[Cells], Any]:
+def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[LaunchMask], Any]:
     """What makes a kernel's own form of cells for such calls."""
     kernel = load_kernel(name)
-    return lambda cells: kernel.prepare(cells, demand)
+    return lambda mask: kernel.prepare(mask, requirements)
 
 
-def choose_kernel(name: str | None, demand: Demand) -> str:
+def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
     """The kernel's name: `name` if it can serve the call, or the device's ("cpu", "triton").
 
     "gluon" becomes "gluon_split" under torch.use_deterministic_algorithms. Raises DistattnError.
     """
     if name is None:
-        if demand.device.type not in _DEFAULTS:
+        if requirements.device.type not in _DEFAULTS:
             raise DistattnError(
-                f'there is no default kernel for {demand.device.type} tensors; pass kernel="reference".'
+                f'there is no default kernel for {requirements.device.type} tensors; pass kernel="reference".'
             )
-        name = _DEFAULTS[demand.device.type]
+        name = _DEFAULTS[requirements.device.type]
     import torch
 
     if name in _DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
         name = _DETERMINISTIC[name]
-    why_not = load_kernel(name).refusal(demand)
+    why_not = load_kernel(name).unsupported_reason(requirements)
     if why_not:
         raise DistattnError(f'kernel "{name}" cannot serve this call: {why_not}. Use kernel="reference".')
     return name

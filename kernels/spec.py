@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Score(NamedTuple):
+class ScoreMod(NamedTuple):
     """The score of query q and key k in head h: cap(scale * <q, k>) - slope_h * |q - k|.
 
     cap(s) = softcap * tanh(s / softcap), or s where softcap is 0. The distance |q - k| is in tokens of the axis, which
@@ -20,12 +20,12 @@ class Score(NamedTuple):
     softcap: float = 0.0
     slopes_H: Tensor | None = None
 
-    def of_heads(self, heads: slice) -> Score:
+    def for_heads(self, heads: slice) -> ScoreMod:
         """The same for some of the heads."""
         return self if self.slopes_H is None else self._replace(slopes_H=self.slopes_H[heads])
 
 
-class Demand(NamedTuple):
+class KernelRequirements(NamedTuple):
     """What a call asks of a kernel."""
 
     dtype: torch.dtype

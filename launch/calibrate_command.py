@@ -17,7 +17,7 @@ from pathlib import Path
 
 from distattn.cluster import nccl_tests as nccl
 from distattn.cluster import spec as describe
-from distattn.cluster.spec import Description
+from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 
 USAGE = """usage: distattn calibrate --out FILE.toml [--ranks N] [--nodes N] [--name NAME] [options]
@@ -72,7 +72,9 @@ def main(arguments: Sequence[str]) -> int:
         _say(f"links by nccl-tests: {command}")
     found = measured(ranks, given.name or Path(given.out).stem)
     inside = inside or _by_nccl_tests(ranks)
-    found = replace(found, nodes=nodes, inside=inside or found.inside, across=across or inside or found.across)
+    found = replace(
+        found, nodes=nodes, intra_node=inside or found.intra_node, inter_node=across or inside or found.inter_node
+    )
     try:
         found.save(given.out)
     except OSError as error:
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def measured(ranks: int, name: str) -> Description:
+def measured(ranks: int, name: str) -> ClusterSpec:
     """This machine measured by so many processes at once."""
     from distattn.launch.local import run_ranks
 
@@ -140,17 +142,17 @@ def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _summary(found: Description) -> str:
+def _summary(found: ClusterSpec) -> str:
     device = found.device
     best = {
         direction: max(row.tflops for row in found.attention if row.direction == direction)
         for direction in describe.DIRECTIONS
     }
     return (
-        f"{device.name}: products {device.product_tflops:.3g} TFLOP/s, attention {best['forward']:.3g} forward and "
+        f"{device.name}: products {device.gemm_tflops:.3g} TFLOP/s, attention {best['forward']:.3g} forward and "
         f"{best['backward']:.3g} backward, copies {device.copy_gbs:.3g} GB/s\n"
-        f"links inside {found.inside.gbs:.3g} GB/s after {found.inside.latency_us:.3g} us, "
-        f"across {found.across.gbs:.3g} GB/s after {found.across.latency_us:.3g} us"
+        f"links inside {found.intra_node.gbs:.3g} GB/s after {found.intra_node.latency_us:.3g} us, "
+        f"across {found.inter_node.gbs:.3g} GB/s after {found.inter_node.latency_us:.3g} us"
     )
 
 

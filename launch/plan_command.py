@@ -111,7 +111,7 @@ def first_pack(config: Config) -> list[int]:
 
 def _asked(
     given: argparse.Namespace, path: str | None, overrides: Sequence[str]
-) -> tuple[Problem, describe.Description, list[str]]:
+) -> tuple[Problem, describe.ClusterSpec, list[str]]:
     """The problem, the cluster and the strategies, by the configuration and the options."""
     config = configuration.load(path, overrides) if path else None
     for option, key in _IN_CONFIG.items():

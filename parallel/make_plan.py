@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import distinct
+from distattn.ir.intervals import sorted_unique
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.plan import POLICIES, Call, Plan, Table, bytes_of_moves
+from distattn.ir.plan import POLICIES, Call, Plan, Table, move_bytes
 from distattn.parallel.strategies.allgather import allgather
 from distattn.parallel.strategies.cad import cad
 from distattn.parallel.strategies.cad_greedy import cad_greedy
@@ -22,8 +22,8 @@ from distattn.parallel.strategies.double_ring import double_ring
 from distattn.parallel.strategies.ring import ring
 from distattn.parallel.strategies.ulysses import ulysses
 from distattn.parallel.strategies.usp import usp
-from distattn.parallel.tables.backward import derive
-from distattn.parallel.tables.relayout import bend
+from distattn.parallel.tables.backward import derive_backward
+from distattn.parallel.tables.relayout import relayout_table
 
 
 class Strategy(NamedTuple):
@@ -61,8 +61,8 @@ def make_plan(
     v_head_dim: int | None = None,
     dtype: str,
     backward: str | None = None,
-    wire: str | None = None,
-    cluster: Machines | None = None,
+    comm_dtype: str | None = None,
+    cluster: AnyCluster | None = None,
     options: Mapping[str, object] | None = None,
     working_layout: Layout | None = None,
 ) -> Plan:
@@ -72,18 +72,18 @@ def make_plan(
     ("float16", "bfloat16", "float32", "float64"). backward is one of POLICIES, by default the strategy's own. cluster
     says which ranks share a node, or, where it is a description, also how fast kernels are; options are the strategy's
     own keyword arguments. Of a strategy's candidates the one that moves fewest bytes is taken, forward and backward each
-    (together where the backward keeps what it received). wire: the dtype outputs and gradients travel in, q's own or (by
+    (together where the backward keeps what it received). comm_dtype: the dtype outputs and gradients travel in, q's own or (by
     default) that of accumulation; where no two partial results meet, q's own loses nothing.
     working_layout: where the strategy shall have the tokens, if not where q, k, v and o are: it re-lays them inside the call.
     Raises DistattnError when the call cannot be planned as asked.
     """
     check_names(strategy, backward, options)
-    if not isinstance(cluster, Machines | None):
+    if not isinstance(cluster, AnyCluster | None):
         raise DistattnError(f"cluster is a Cluster(nodes, devices) or a description of one, not {cluster!r}.")
     if cluster is not None and cluster.ranks != layout.ranks:
         raise DistattnError(f"the cluster has {cluster.nodes} x {cluster.devices} ranks, the layout {layout.ranks}.")
     call = Call(
-        mask, layout, heads, kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, dtype, wire or ""
+        mask, layout, heads, kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, dtype, comm_dtype or ""
     )
     chosen = STRATEGIES[strategy]
     policy = backward or chosen.backward
@@ -94,12 +94,14 @@ def make_plan(
     def tables(**direction: str) -> list[Table]:
         found = list(chosen.forward(working, cluster, **direction, **(options or {})))
         if working_layout is not None:
-            found = [bend(call, working, table) for table in found]
+            found = [relayout_table(call, working, table) for table in found]
         return [_without_idle_steps(table) for table in found]
 
     candidates = tables()
     anew = chosen.by_direction and policy != "keep"
-    backwards = [derive(call, t, policy, cluster) for t in (tables(direction="backward") if anew else candidates)]
+    backwards = [
+        derive_backward(call, t, policy, cluster) for t in (tables(direction="backward") if anew else candidates)
+    ]
     there, back = (np.array([_bytes(call, table) for table in tables]) for tables in (candidates, backwards))
     best = (int(there.argmin()), int(back.argmin())) if policy != "keep" else (int((there + back).argmin()),) * 2
     return Plan(call, candidates[best[0]], backwards[best[1]], policy, strategy)
@@ -119,10 +121,10 @@ def check_names(strategy: str, backward: str | None, options: Mapping[str, objec
 
 def _without_idle_steps(table: Table) -> Table:
     """The same table, numbered without the steps in which nobody does anything."""
-    busy = distinct(np.concatenate([table.tasks["step"], table.moves["step"]]))
+    busy = sorted_unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
     rows = [{**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves)]
     return Table(*rows)
 
 
 def _bytes(call: Call, table: Table) -> int:
-    return int(bytes_of_moves(call, table.moves).sum())
+    return int(move_bytes(call, table.moves).sum())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distattn.batch.layer_overrides import Way, Ways, narrowed
 from distattn.batch.packed_batch import padded
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
@@ -74,7 +74,7 @@ class Planner:
         kernel: str | None = None,
         backward: str | None = None,
         wire: str | None = None,
-        cluster: Machines | None = None,
+        cluster: AnyCluster | None = None,
         options: Mapping[str, object] | None = None,
         capacity: int | None = None,
         verify_every: int = 1,
@@ -104,7 +104,7 @@ class Planner:
                 how |= shape.way.settings(mask, layout)
             of_layer = shape._asdict()
             del of_layer["window"], of_layer["way"]
-            return make_plan(mask, layout, wire=wire, cluster=cluster, **how, **of_layer)
+            return make_plan(mask, layout, comm_dtype=wire, cluster=cluster, **how, **of_layer)
 
         # fixed-length batches meet the same axis again and again; packed ones never do
         self.axis = lru_cache(maxsize=8)(axis)

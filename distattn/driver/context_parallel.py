@@ -14,9 +14,9 @@ from distattn.batch.layer_overrides import Ways
 from distattn.batch.packed_batch import IGNORE_INDEX, Rows
 from distattn.batch.packed_batch import layout_options as checked_options
 from distattn.batch.planner import Axis, Planner
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
-from distattn.ir.layout import Layout, lay_out
+from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class ContextParallel(Planner):
         kernel: str | None = None,
         backward: str | None = None,
         wire: str | None = None,
-        cluster: Machines | None = None,
+        cluster: AnyCluster | None = None,
         options: Mapping[str, object] | None = None,
         capacity: int | None = None,
         verify_every: int = 1,
@@ -62,7 +62,7 @@ class ContextParallel(Planner):
 
         def axis(lengths: tuple[int, ...]) -> tuple[Mask, Layout]:
             mask = Mask.documents(lengths, inner)
-            return mask, lay_out(layout, lengths, self.ranks, mask, **of_layout)
+            return mask, make_layout(layout, lengths, self.ranks, mask, **of_layout)
 
         how: dict[str, Any] = dict(strategy=strategy, inner=inner, ways=Ways(layers), kernel=kernel, backward=backward)
         how |= dict(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from distattn.batch.planner import Shape
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import DTYPE_BYTES
-from distattn.kernels.spec import Score
+from distattn.kernels.spec import ScoreMod
 
 STOP, TELL, OVER, PREPARE, FORWARD, BACKWARD = range(6)
 _PHASES = {"prepare": PREPARE, "forward": FORWARD, "backward": BACKWARD}
@@ -42,7 +42,7 @@ class Words:
         self.servers = range(ranks - servers, ranks)
         self._sent: list[tuple[Any, torch.Tensor]] = []
 
-    def say(self, phase: str, batch: int, shape: Shape, score: Score) -> None:
+    def say(self, phase: str, batch: int, shape: Shape, score: ScoreMod) -> None:
         """A pass ("forward", "backward") begins, or a program is made ready ("prepare"). Only the first rank speaks."""
         if score.slopes_H is not None:
             raise DistattnError("ALiBi slopes do not reach ranks that only serve; use a pool without servers.")

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from distattn.ir.errors import DistattnError
 from distattn.ops.attention import REPEATING, STAGE, backward_pass, forward_pass, part_on_stage
 from distattn.ops.executable import Lowered
-from distattn.parallel.runtime.execute import Paused
-from distattn.parallel.runtime.transport import Packet, Transport, Work
+from distattn.parallel.runtime.execute import PausableRun
+from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
 
 
 class PingPong:
@@ -234,7 +234,7 @@ class _Turns:
             self.failure = self.failure or failure
             self.changed.notify_all()
 
-    def run(self, part: int, paused: Paused[Any]) -> Any:
+    def run(self, part: int, paused: PausableRun[Any]) -> Any:
         """To its end, handing over at every pause."""
         while True:
             try:
@@ -305,14 +305,14 @@ class _Traced:
     def __init__(self, transport: Transport, part: int, spans: list[Span]):
         self.transport, self.part, self.spans = transport, part, spans
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
         began = time.perf_counter()
         work = self.transport.exchange(sends, receives, collective)
         return _Noted(work, self, began) if sends or receives else work
 
 
 class _Noted(NamedTuple):
-    work: Work
+    work: PendingMessages
     traced: _Traced
     began: float
 

@@ -23,19 +23,19 @@ import torch.distributed as dist
 from distattn.batch.packed_batch import IGNORE_INDEX, Rows
 from distattn.batch.packed_batch import layout_options as checked_options
 from distattn.batch.planner import Axis, Planner, Shape, ShardedBatch
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.driver.control_channel import Words
 from distattn.driver.rank_speeds import Speeds
 from distattn.ir.errors import DistattnError
-from distattn.ir.layout import Layout, lay_out
+from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
-from distattn.ir.plan import Plan, take
+from distattn.ir.plan import Plan, select_rows
 from distattn.kernels.registry import Kernel
-from distattn.kernels.spec import Score
+from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import Watch, open_transport
 from distattn.parallel.make_plan import STRATEGIES, check_names
-from distattn.parallel.runtime.transport import group_beside
-from distattn.parallel.tables.cost import Price
+from distattn.parallel.runtime.transport import duplicate_group
+from distattn.parallel.tables.cost import CostModel
 
 _FOREVER = timedelta(days=30)
 # batches of one step are numbered from a multiple of this
@@ -100,7 +100,7 @@ class Pool(Planner):
         kernel: str | None = None,
         backward: str | None = None,
         wire: str | None = None,
-        cluster: Machines | None = None,
+        cluster: AnyCluster | None = None,
         options: Mapping[str, object] | None = None,
         capacity: int | None = None,
         verify_every: int = 100,
@@ -119,8 +119,8 @@ class Pool(Planner):
 
         given = {name: settings[name] for name in for_all}
         check_names(given["strategy"], given["backward"], given["options"])
-        if given["capacity"] is not None and _takes(given["strategy"], "capacity"):
-            given["options"] = {"capacity": given["capacity"], **(given["options"] or {})}
+        if given["capacity"] is not None and _takes(given["strategy"], "max_buffer_bytes"):
+            given["options"] = {"max_buffer_bytes": given["capacity"], **(given["options"] or {})}
         super().__init__(group, axis, **given)
         self._check(settings)
         servers, patience = settings["servers"], timedelta(seconds=settings["patience"])
@@ -135,19 +135,19 @@ class Pool(Planner):
         self.words: Words | None = None
         if self.group is not None:
             # what ranks tell each other travels beside everything else, on the host
-            self._host = host or group_beside(self.group, _FOREVER, backend="gloo")
+            self._host = host or duplicate_group(self.group, _FOREVER, backend="gloo")
             if servers and host is None:
                 _compare(settings, self._host)
             open_transport(self.group, patience)
             if servers:
-                self.words = Words(group_beside(self.group, _FOREVER, backend="gloo"), servers, patience)
+                self.words = Words(duplicate_group(self.group, _FOREVER, backend="gloo"), servers, patience)
 
     @staticmethod
     def joined(group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> Pool:
         """The pool of a rank that only serves, as the others have made it."""
         if not (dist.is_available() and dist.is_initialized()):
             raise DistattnError("a server needs torch.distributed; call init_process_group first.")
-        host = group_beside(group or cast(dist.ProcessGroup, dist.group.WORLD), _FOREVER, backend="gloo")
+        host = duplicate_group(group or cast(dist.ProcessGroup, dist.group.WORLD), _FOREVER, backend="gloo")
         pool = Pool.__new__(Pool)
         pool._open(group, _compare(None, host), host)
         for shape in pool.layers:
@@ -321,21 +321,21 @@ class _Watch:
         self.work: dict[str, int] = {}
         if pool.speeds is not None:
             for direction, table in (("forward", plan.forward), ("backward", plan.backward)):
-                mine = take(table.tasks, table.tasks["rank"] == pool.rank)
-                price = Price.on(None, direction, plan.call.head_dim, _BLOCK)
-                self.work[direction] = int(price.of_tasks(plan.call, mine).sum())
+                mine = select_rows(table.tasks, table.tasks["rank"] == pool.rank)
+                price = CostModel.for_cluster(None, direction, plan.call.head_dim, _BLOCK)
+                self.work[direction] = int(price.task_costs(plan.call, mine).sum())
 
     def prepares(self) -> None:
-        self._say("prepare", Score(1.0))
+        self._say("prepare", ScoreMod(1.0))
         if self.pool.words is not None:
             self.pool.words.assemble()
 
-    def begins(self, direction: str, score: Score) -> None:
+    def begins(self, direction: str, score: ScoreMod) -> None:
         self._say(direction, score)
         if self.pool.speeds is not None:
             self.pool.speeds.passed(self.work[direction])
 
-    def _say(self, phase: str, score: Score) -> None:
+    def _say(self, phase: str, score: ScoreMod) -> None:
         pool = self.pool
         if pool.words is None or pool.rank >= pool.models:
             return
@@ -380,7 +380,7 @@ def _laid_out(
 ) -> Layout:
     if ranks == 1:
         return Layout.contiguous(lengths, 1)
-    return lay_out(layout, lengths, ranks, Mask.documents(lengths, inner), **options)
+    return make_layout(layout, lengths, ranks, Mask.documents(lengths, inner), **options)
 
 
 def _compare(settings: dict[str, Any] | None, host: dist.ProcessGroup) -> dict[str, Any]:

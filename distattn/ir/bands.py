@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, expand
+from distattn.ir.intervals import Ints, expand_ranges
 
 COLUMNS = ("q0", "q1", "k0", "k1", "lo", "hi", "bq", "bk", "oq", "ok")
 # bounds chosen so that every product below fits in int64
@@ -66,7 +66,7 @@ def areas(bands: Ints) -> Ints:
     return np.where(some, above - below, 0)
 
 
-def row_ends(bands: Ints, q: Ints) -> tuple[Ints, Ints]:
+def row_key_ranges(bands: Ints, q: Ints) -> tuple[Ints, Ints]:
     """The allowed keys [first, last + 1) of row q_i in band i; an empty row gives two equal ends."""
     _, _, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
     j = (q - oq) // bq
@@ -128,7 +128,7 @@ def _check_disjoint(tight: Ints, heads: Ints) -> None:
     batch = np.cumsum(stop - rows - 1) // _PAIRS
     for part in np.unique(batch):
         chosen = rows[batch == part]
-        i, j = expand(chosen + 1, stop[chosen])
+        i, j = expand_ranges(chosen + 1, stop[chosen])
         _refuse_common_cells(tight, heads, order[chosen[i]], order[j])
 
 

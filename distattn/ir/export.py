@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from distattn.ir.bands import BK, BQ, HI, K0, K1, LO, OK, OQ, Q0, Q1, row_ends, tighten
+from distattn.ir.bands import BK, BQ, HI, K0, K1, LO, OK, OQ, Q0, Q1, row_key_ranges, tighten
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, expand
+from distattn.ir.intervals import Ints, expand_ranges
 from distattn.ir.mask import Mask
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _MOST_INTERVALS = 16
 
 
-class Varlen(NamedTuple):
+class VarlenArguments(NamedTuple):
     """Arguments of varlen kernels: cu_seqlens (documents + 1,) int32, the longest, causal, and (left, right) or -1, -1."""
 
     cu_seqlens: np.ndarray
@@ -28,7 +28,7 @@ class Varlen(NamedTuple):
     window: tuple[int, int]
 
 
-def cu_seqlens(mask: Mask) -> Varlen:
+def cu_seqlens(mask: Mask) -> VarlenArguments:
     """Packed documents for varlen kernels (flash-attn's convention). Raises DistattnError where documents do not say it all.
 
     window is as flash-attn's `window_size`: -1 on a side without limit. causal needs no window on the right.
@@ -46,7 +46,7 @@ def cu_seqlens(mask: Mask) -> Varlen:
     left = _common_reach(-(pieces[:, LO] + shift), reach, "left")
     right = _common_reach(pieces[:, HI] + shift, reach, "right")
     ends = np.append(0, q1).astype(np.int32)
-    return Varlen(ends, int((q1 - q0).max()), right == 0, (left, right))
+    return VarlenArguments(ends, int((q1 - q0).max()), right == 0, (left, right))
 
 
 def block_mask(mask: Mask, block: int = 128, device: torch.device | str = "cpu") -> BlockMask:
@@ -102,8 +102,8 @@ def _of_head(mask: Mask, head: int) -> Mask:
 def _row_intervals(mask: Mask) -> tuple[np.ndarray, np.ndarray]:
     """(begin, end) of the allowed keys of each row, (most intervals of a row, n) int32; empty ones are (0, 0)."""
     tight = tighten(mask.pieces)
-    piece, row = expand(tight[:, Q0], tight[:, Q1])
-    first, last = row_ends(tight[piece], row)
+    piece, row = expand_ranges(tight[:, Q0], tight[:, Q1])
+    first, last = row_key_ranges(tight[piece], row)
     order = np.argsort(row, kind="stable")
     row, first, last = row[order], first[order], last[order]
     number = np.arange(len(row)) - np.searchsorted(row, row)
@@ -125,7 +125,7 @@ def _blocks(mask: Mask, block: int) -> tuple[np.ndarray, np.ndarray]:
     side = -(-mask.n // block)
     some, full = np.zeros((2, side, side), bool)
     for out, low, high in ((some, "begin", "end"), (full, "full_begin", "full_end")):
-        i, column = expand(runs[low], runs[high])
+        i, column = expand_ranges(runs[low], runs[high])
         out[runs["tile"][i], column] = True
     return some & ~full, full
 

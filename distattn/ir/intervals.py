@@ -15,7 +15,7 @@ from distattn.ir.errors import DistattnError
 Ints = NDArray[np.int64]
 
 
-def whole_numbers(values: Any, what: str) -> Ints:
+def as_int64(values: Any, what: str) -> Ints:
     """`values` as int64. Refuses fractions, words, ragged rows and numbers too large, naming `what`."""
     try:
         array = np.asarray(values)
@@ -28,7 +28,7 @@ def whole_numbers(values: Any, what: str) -> Ints:
         raise DistattnError(f"{what}: whole numbers are needed, rows of equal length ({error}).") from None
 
 
-def distinct(values: Ints) -> Ints:
+def sorted_unique(values: Ints) -> Ints:
     """The distinct values, sorted: `np.unique` of whole numbers, which NumPy 2.3 made 30 times as slow by hashing."""
     ordered = np.sort(values)
     fresh = np.ones(len(ordered), bool)
@@ -36,14 +36,14 @@ def distinct(values: Ints) -> Ints:
     return ordered[fresh]
 
 
-def runs(*columns: Ints) -> Ints:
+def run_starts(*columns: Ints) -> Ints:
     """Where runs of equal rows begin."""
     fresh = np.ones(len(columns[0]), bool)
     fresh[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
     return np.flatnonzero(fresh)
 
 
-def order(key: Ints) -> Ints:
+def stable_argsort(key: Ints) -> Ints:
     """The stable order that sorts whole numbers: `np.argsort`, but sorting numbers with their place in their low bits."""
     key = np.asarray(key, np.int64)
     places = len(key).bit_length()
@@ -52,7 +52,7 @@ def order(key: Ints) -> Ints:
     return np.argsort(key, kind="stable")
 
 
-def expand(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+def expand_ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     """One output row per integer j in [begin_i, end_i): returns (i, j)."""
     count = np.maximum(end - begin, 0)
     i = np.repeat(np.arange(len(count)), count)
@@ -60,18 +60,18 @@ def expand(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     return i, np.arange(len(i)) - offset
 
 
-def crossing(t0: Ints, t1: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints]:
+def overlapping_pairs(t0: Ints, t1: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints]:
     """Pairs (i, j) where [a_i, b_i) meets [t0_j, t1_j); the latter sorted and disjoint."""
-    return expand(np.searchsorted(t1, a, "right"), np.searchsorted(t0, b, "left"))
+    return expand_ranges(np.searchsorted(t1, a, "right"), np.searchsorted(t0, b, "left"))
 
 
-def union(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
+def merge_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
     """Sorted disjoint intervals covering the same points per group; touching intervals become one."""
     if not len(a):
         return group, a, b
     # +2: the end of one group and the start of the next must not touch
     base = group * (int(b.max()) + 2)
-    index = order(base + a)
+    index = stable_argsort(base + a)
     low, high = (base + a)[index], np.maximum.accumulate((base + b)[index])
     fresh = np.ones(len(low), bool)
     fresh[1:] = low[1:] > high[:-1]
@@ -82,20 +82,20 @@ def union(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
     return kept, low[first] - shift, high[last] - shift
 
 
-def elementary(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+def elementary_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
     """Cut every group at all its end points. Returns (row, piece, group, a, b): input row i covers elementary piece p.
 
     The last three are per piece; pieces no row covers are listed but never referred to.
     """
     base = int(b.max()) + 2 if len(b) else 2
-    points = distinct(np.concatenate([group * base + a, group * base + b]))
-    row, piece = expand(np.searchsorted(points, group * base + a), np.searchsorted(points, group * base + b))
+    points = sorted_unique(np.concatenate([group * base + a, group * base + b]))
+    row, piece = expand_ranges(np.searchsorted(points, group * base + a), np.searchsorted(points, group * base + b))
     if not len(points):
         return row, piece, points, points, points
     return row, piece, points[:-1] // base, points[:-1] % base, points[1:] - points[:-1] // base * base
 
 
-def lexical_order(*columns: Ints) -> Ints:
+def lexicographic_argsort(*columns: Ints) -> Ints:
     """The stable order that sorts rows by the first column, then the second and so on: `np.lexsort`, in few passes.
 
     Columns are packed into one number as long as their ranges fit.
@@ -115,7 +115,7 @@ def lexical_order(*columns: Ints) -> Ints:
             room = span
     if len(keys) == 1 and len(keys[0]) and (keys[0][1:] >= keys[0][:-1]).all():
         return np.arange(len(keys[0]))
-    index = order(keys[-1])
+    index = stable_argsort(keys[-1])
     for key in keys[-2::-1]:
-        index = index[order(key[index])]
+        index = index[stable_argsort(key[index])]
     return index

@@ -15,8 +15,8 @@ import numpy as np
 
 from distattn.ir.bands import Q0, Q1, areas, clip
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, crossing, whole_numbers
-from distattn.ir.load_balance import balance, place
+from distattn.ir.intervals import Ints, as_int64, overlapping_pairs
+from distattn.ir.load_balance import balance_items, place_documents
 from distattn.ir.mask import Mask, document_ends
 
 # places where a chunk of `balanced` may end, per chunk; in between the work is taken as even
@@ -93,7 +93,7 @@ class Layout:
     def block_cyclic(lengths: Sequence[int], ranks: int, *, block: int = 512) -> Layout:
         """Blocks of `block` tokens are dealt round and round: block i to rank i modulo R (striped attention is block=1)."""
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
-        if int(whole_numbers(block, "block")) < 1:
+        if int(as_int64(block, "block")) < 1:
             raise DistattnError(f"a block has at least 1 token, not {block}.")
         t0 = np.arange(0, n, block)
         return Layout(lengths, ranks, np.arange(len(t0)) % ranks, t0, np.minimum(t0 + block, n))
@@ -117,7 +117,7 @@ class Layout:
         """
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
         each = 8 if ranks <= 256 else 4
-        chunk = max(1, -(-n // (each * ranks))) if chunk is None else int(whole_numbers(chunk, "chunk"))
+        chunk = max(1, -(-n // (each * ranks))) if chunk is None else int(as_int64(chunk, "chunk"))
         mask = Mask.documents(lengths) if mask is None else mask
         if chunk < 1 or mask.n != n or not tolerance >= 0:
             raise DistattnError(
@@ -133,7 +133,7 @@ class Layout:
             share = weight * effort / max(effort[-1], 1) + grid / n
             cuts = np.unique(np.interp(np.linspace(0, share[-1], parts + 1), share, grid).round().astype(np.int64))
             work = _rows_area(mask, cuts)
-            rank = balance(work, ranks, tolerance)
+            rank = balance_items(work, ranks, tolerance)
             load = np.bincount(rank, work, ranks)
             uneven = float(load.max() / max(load.mean(), 1))
             crowded = np.bincount(rank, np.diff(cuts), ranks).max() > _CROWDED * n / ranks
@@ -161,13 +161,13 @@ class Layout:
                 f"placed wants a mask of {n} tokens (not {mask.n}) and a tolerance of at least 0 (not {tolerance})."
             )
         work = _rows_area(mask, np.append(0, ends))
-        return Layout(lengths, ranks, *place(np.diff(ends, prepend=0), work, ranks, tolerance))
+        return Layout(lengths, ranks, *place_documents(np.diff(ends, prepend=0), work, ranks, tolerance))
 
     @staticmethod
     def from_chunks(lengths: Sequence[int], chunks: Sequence[Sequence[tuple[int, int]]]) -> Layout:
         """`chunks[rank]` lists the intervals (t0, t1) that rank owns, in its local order; an empty list owns nothing."""
         rows = [(rank, t0, t1) for rank, own in enumerate(chunks) for t0, t1 in own]
-        rank, t0, t1 = whole_numbers(rows, "chunks").reshape(-1, 3).T
+        rank, t0, t1 = as_int64(rows, "chunks").reshape(-1, 3).T
         return Layout(lengths, _positive(len(chunks)), rank, t0, t1)
 
     @property
@@ -257,14 +257,14 @@ LAYOUTS = {
 }
 
 
-def lay_out(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **options: Any) -> Layout:
+def make_layout(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **options: Any) -> Layout:
     """The layout of that name for a mask over documents of these lengths."""
     work = {"mask": mask} if name in ("balanced", "placed") else {}
     return LAYOUTS[name](lengths, ranks, **work, **options)
 
 
 def _positive(ranks: int) -> int:
-    if int(whole_numbers(ranks, "ranks")) < 1:
+    if int(as_int64(ranks, "ranks")) < 1:
         raise DistattnError(f"a layout needs at least 1 rank, not {ranks}.")
     return ranks
 
@@ -275,7 +275,7 @@ def _cuts(n: int, parts: int) -> Ints:
 
 def _rows_area(mask: Mask, cuts: Ints) -> np.ndarray:
     """Allowed cells (x heads, where the mask differs by head) of the rows [cuts_i, cuts_i+1)."""
-    i, j = crossing(cuts[:-1], cuts[1:], mask.pieces[:, Q0], mask.pieces[:, Q1])
+    i, j = overlapping_pairs(cuts[:-1], cuts[1:], mask.pieces[:, Q0], mask.pieces[:, Q1])
     heads = 1 if mask.piece_heads is None else np.diff(mask.piece_heads, axis=1)[i, 0]
     work = areas(clip(mask.pieces[i], cuts[j], cuts[j + 1], 0, mask.n)).astype(np.float64) * heads
     return np.bincount(j, work, len(cuts) - 1)

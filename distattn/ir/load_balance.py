@@ -14,7 +14,7 @@ from distattn.ir.intervals import Ints
 _MAX_TOKEN_SHARE = 1.01
 
 
-def balance(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
+def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
     """A rank for each item: equally many items a rank (to one), total weights as even as exchanges can make them.
 
     Rounds of one item a rank, heaviest items first and each to the rank with least so far; then the busiest rank
@@ -49,7 +49,7 @@ def balance(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
     return rank
 
 
-def place(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tuple[Ints, Ints, Ints]:
+def place_documents(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tuple[Ints, Ints, Ints]:
     """Chunks (rank, t0, t1) of documents of these lengths and work, laid end to end.
 
     Documents with more than (1 + tolerance) of the mean work of a rank come first: each is dealt over about as many ranks as
@@ -57,7 +57,7 @@ def place(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tupl
     others follow whole, most work first, each to the rank with least work that has room for its tokens; where none
     has room they are cut.
     """
-    placed = _Placed(lengths, ranks)
+    placed = _Placement(lengths, ranks)
     mean, tokens = float(work.sum()) / ranks, float(lengths.sum()) / ranks
     order = np.argsort(-work, kind="stable")
     long = order[work[order] > (1 + tolerance) * mean]
@@ -73,7 +73,7 @@ def place(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tupl
     return placed.chunks()
 
 
-class _Placed:
+class _Placement:
     """Who has what so far: room for tokens and work of each rank."""
 
     def __init__(self, lengths: Ints, ranks: int):

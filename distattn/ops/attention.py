@@ -20,7 +20,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import choose_kernel
-from distattn.kernels.spec import Demand, Score
+from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.ops.executable import Lowered, Prepared, lowered_of, prepare
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.transport import Transport
@@ -181,12 +181,12 @@ def _check_inputs(
             raise DistattnError(f"{name} is not contiguous; pass {name}.contiguous().")
 
 
-def _score(lowered: Lowered, scale: float, softcap: float, slopes: Tensor | None) -> Score:
+def _score(lowered: Lowered, scale: float, softcap: float, slopes: Tensor | None) -> ScoreMod:
     if softcap or slopes is not None:
         call = lowered.program.call
-        demand = Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, lowered.use.device)
+        demand = KernelRequirements(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, lowered.use.device)
         choose_kernel(lowered.use.kernel, demand._replace(softcap=softcap > 0, alibi=slopes is not None))
-    return Score(scale, softcap, slopes)
+    return ScoreMod(scale, softcap, slopes)
 
 
 def _finite(lse: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def forward_pass(
     scale: float,
     softcap: float,
     transport: Transport | None = None,
-) -> execute.Paused[tuple[Tensor, Tensor, Tensor]]:
+) -> execute.PausableRun[tuple[Tensor, Tensor, Tensor]]:
     """(o_THE, lse_HT, kept), pausing while messages travel; what the operator does without a pause."""
     _check_inputs(lowered, q, k, v, sink, slopes)
     score = _score(lowered, scale, softcap, slopes)
@@ -235,7 +235,7 @@ def backward_pass(
     scale: float,
     softcap: float,
     transport: Transport | None = None,
-) -> execute.Paused[tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> execute.PausableRun[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """(dq, dk, dv, dsink), pausing while messages travel; dsink is empty without a sink."""
     if dlse is not None and not lowered.kernel.DIFFERENTIABLE_LSE:
         raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
@@ -271,7 +271,7 @@ torch.library.define(
 
 @torch.library.impl("distattn::forward", "CompositeExplicitAutograd")
 def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
-    return execute.finish(forward_pass(lowered_of(plan), q, k, v, sink, slopes, scale, softcap))
+    return execute.run_to_completion(forward_pass(lowered_of(plan), q, k, v, sink, slopes, scale, softcap))
 
 
 @torch.library.register_fake("distattn::forward")
@@ -284,7 +284,7 @@ def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  
 @torch.library.impl("distattn::backward", "CompositeExplicitAutograd")
 def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
     inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
-    return execute.finish(backward_pass(lowered_of(plan), *inputs))
+    return execute.run_to_completion(backward_pass(lowered_of(plan), *inputs))
 
 
 @torch.library.register_fake("distattn::backward")

@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from distattn.ir.errors import DistattnError, PlanError
 from distattn.ir.plan import Call, Plan
-from distattn.kernels.registry import Kernel, choose_kernel, load_kernel, preparing
-from distattn.kernels.spec import Demand, Score
-from distattn.parallel.analysis.verify import check_capacity, verify
+from distattn.kernels.registry import Kernel, choose_kernel, kernel_preparer, load_kernel
+from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.program import Program, lower, on_device
-from distattn.parallel.runtime.transport import Alone, GroupTransport, Transport
+from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
 
 
 class Use(NamedTuple):
@@ -42,7 +42,7 @@ class Watch(Protocol):
 
     def prepares(self) -> None: ...
 
-    def begins(self, direction: str, score: Score) -> None: ...
+    def begins(self, direction: str, score: ScoreMod) -> None: ...
 
     def kernel(self, kernel: Kernel) -> Kernel: ...
 
@@ -76,7 +76,7 @@ _PROGRAMS: weakref.WeakKeyDictionary[Plan, dict[Use, Program]] = weakref.WeakKey
 _LOWERED: weakref.WeakKeyDictionary[Plan, dict[tuple[Use, Transport], Lowered]] = weakref.WeakKeyDictionary()
 _LOCKS: weakref.WeakKeyDictionary[Plan, threading.Lock] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
-_ALONE = Alone()
+_ALONE = SingleRankTransport()
 # the communicator of each group
 _TRANSPORTS: weakref.WeakKeyDictionary[Any, GroupTransport] = weakref.WeakKeyDictionary()
 
@@ -109,7 +109,7 @@ def prepare(
         use = Use(rank, choose_kernel(kernel, demand_of(plan.call, device)), device)
         program = lower_once(plan, use, proven)
         if capacity is not None:
-            check_capacity(program.proof or verify(plan), capacity)
+            check_max_buffer_bytes(program.proof or verify(plan), capacity)
     except DistattnError as error:
         refusal = error
     if group is not None:
@@ -136,14 +136,14 @@ def lower_once(plan: Plan, use: Use, proven: bool = True) -> Program:
         if use not in uses:
             proof = next((other.proof for other in uses.values() if other.proof), None)
             proof = verify(plan) if proof is None and proven else proof
-            make = preparing(use.kernel, demand_of(plan.call, use.device))
+            make = kernel_preparer(use.kernel, demand_of(plan.call, use.device))
             uses[use] = on_device(lower(plan, use.rank, make, proof), use.device)
         return uses[use]
 
 
-def demand_of(call: Call, device: torch.device) -> Demand:
+def demand_of(call: Call, device: torch.device) -> KernelRequirements:
     """What a call asks of a kernel, as far as its plan knows."""
-    return Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
+    return KernelRequirements(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
 
 
 def lowered_of(handle: int) -> Lowered:
@@ -175,7 +175,7 @@ def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.
 def open_transport(group: dist.ProcessGroup, patience: timedelta | None = None) -> GroupTransport:
     """The communicator of a group's plans, made at first call: a collective call then. patience: how long messages may take."""
     if group not in _TRANSPORTS:
-        _TRANSPORTS[group] = GroupTransport.beside(group, patience)
+        _TRANSPORTS[group] = GroupTransport.with_own_group(group, patience)
     return _TRANSPORTS[group]
 
 

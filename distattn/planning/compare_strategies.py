@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distattn.cluster import spec as describe
-from distattn.cluster.spec import Description
+from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
-from distattn.ir.layout import lay_out
+from distattn.ir.layout import make_layout
 from distattn.ir.mask import Mask
 from distattn.parallel.analysis.explain import explain
 from distattn.parallel.analysis.simulate import simulate
@@ -64,10 +64,10 @@ class Problem:
             parallel.backward,
         )
 
-    def timeline(self, strategy: str, cluster: Description) -> Timeline:
+    def timeline(self, strategy: str, cluster: ClusterSpec) -> Timeline:
         """Planned by one strategy, proven and simulated."""
         lengths, mask = list(self.lengths), Mask.documents(list(self.lengths))
-        layout = lay_out(self.layout, lengths, self.ranks, mask, **dict(self.layout_options))
+        layout = make_layout(self.layout, lengths, self.ranks, mask, **dict(self.layout_options))
         plan = make_plan(
             mask,
             layout,
@@ -88,7 +88,7 @@ class Problem:
         )
 
 
-def cluster_of(config: Config, name: str) -> Description:
+def cluster_of(config: Config, name: str) -> ClusterSpec:
     """The described cluster, as far as a run uses it. Refuses one whose nodes are not the run's."""
     cluster = describe.load(name, config.parallel.ranks)
     per_node = config.parallel.devices_per_node or config.parallel.ranks
@@ -101,7 +101,7 @@ def cluster_of(config: Config, name: str) -> Description:
 
 
 def candidates(
-    problem: Problem, strategies: Sequence[str], cluster: Description, say: Callable[[str], None] = lambda line: None
+    problem: Problem, strategies: Sequence[str], cluster: ClusterSpec, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Timeline | str]:
     """By strategy: its timeline, or the sentence with which it refuses. Raises when all of them refuse."""
     out: dict[str, Timeline | str] = {}
@@ -119,7 +119,7 @@ def candidates(
     return out
 
 
-def table(found: dict[str, Timeline | str], cluster: Description) -> str:
+def table(found: dict[str, Timeline | str], cluster: ClusterSpec) -> str:
     """One line for each candidate, the fastest marked; everything simulated."""
     times = {name: _seconds(one) for name, one in found.items() if isinstance(one, Timeline)}
     fastest = min(times, key=lambda name: times[name])
@@ -153,7 +153,7 @@ def as_json(found: dict[str, Timeline | str], problem: Problem) -> str:
     return json.dumps(shape | {"candidates": rows})
 
 
-def write_page(path: Path, found: dict[str, Timeline | str], problem: Problem, cluster: Description) -> None:
+def write_page(path: Path, found: dict[str, Timeline | str], problem: Problem, cluster: ClusterSpec) -> None:
     """One HTML file with the table, and of each candidate the timeline and the coloured score matrix."""
     parts = []
     for name, one in found.items():

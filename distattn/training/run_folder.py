@@ -11,7 +11,7 @@ from pathlib import Path
 from distattn.data.packing import pack_epoch
 from distattn.data.text import Corpus, Document
 from distattn.ir.errors import DistattnError
-from distattn.ir.layout import lay_out
+from distattn.ir.layout import make_layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import Plan
 from distattn.parallel.make_plan import make_plan
@@ -94,7 +94,7 @@ def plan_of(config: Config, lengths: list[int]) -> Plan:
     mask = Mask.documents(lengths)
     return make_plan(
         mask,
-        lay_out(parallel.layout, lengths, parallel.ranks, mask, **parallel.layout_options),
+        make_layout(parallel.layout, lengths, parallel.ranks, mask, **parallel.layout_options),
         strategy=parallel.strategy,
         heads=model.heads,
         kv_heads=model.kv_heads,

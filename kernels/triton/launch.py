@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.kernels.spec import Score
-from distattn.kernels.tile_runs import Runs
+from distattn.kernels.spec import ScoreMod
+from distattn.kernels.tile_runs import TileRuns
 
 # coordinates of the tensor-memory accelerator have 32 bits
-FAR = 1 << 31
+TMA_LIMIT = 1 << 31
 
 
 class Tile(NamedTuple):
@@ -24,18 +24,18 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Lists(NamedTuple):
+class TileRunTensors(NamedTuple):
     """Runs as the kernels read them: int32 tensors, see `Runs`."""
 
     first: Tensor
-    run: Tensor
+    run_launch: Tensor
     band: Tensor
     row_band: Tensor
     group: Tensor
     order: Tensor
 
 
-class Launch(NamedTuple):
+class TritonLaunch(NamedTuple):
     """One launch: what `kernel[grid](**arguments, **options)` gets. The compile lint reads the same."""
 
     kernel: Any
@@ -44,14 +44,14 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
-def run(launch: Launch) -> None:
+def run_launch(launch: TritonLaunch) -> None:
     """Launch, unless there is nothing to do."""
     if launch.grid[0]:
         launch.kernel[launch.grid](**launch.arguments, **launch.options)
 
 
 @cache
-def capability_of(device: torch.device) -> int:
+def compute_capability(device: torch.device) -> int:
     """Compute capability of a device: 80, 90, ...; of the interpreter's, 80."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 80
@@ -59,16 +59,20 @@ def capability_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def lists_of(runs: Runs) -> Lists:
+def tile_run_tensors(runs: TileRuns) -> TileRunTensors:
     """The same as tensors."""
-    return Lists(*(torch.from_numpy(column) for column in runs[:6]))
+    return TileRunTensors(*(torch.from_numpy(column) for column in runs[:6]))
 
 
-def moved(work: Any, device: torch.device) -> Any:
+def schedule_to_device(schedule: Any, device: torch.device) -> Any:
     """A kernel's lists, as its `prepare` made them, on a device."""
-    if isinstance(work, Tensor):
-        return work.to(device)
-    return type(work)(*(moved(part, device) for part in work)) if isinstance(work, tuple) else work
+    if isinstance(schedule, Tensor):
+        return schedule.to(device)
+    return (
+        type(schedule)(*(schedule_to_device(part, device) for part in schedule))
+        if isinstance(schedule, tuple)
+        else schedule
+    )
 
 
 def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
 
 
 def call_arguments(
-    lists: Lists, rows: int, keys: int, heads: int, group: int, first: int, score: Score
+    lists: TileRunTensors, rows: int, keys: int, heads: int, group: int, first: int, score: ScoreMod
 ) -> dict[str, Any]:
     """The lists, the shape of the call and how scores are made."""
     columns = {f"{name}_": column for name, column in lists._asdict().items()}
@@ -89,7 +93,7 @@ def call_arguments(
     return columns | numbers | how
 
 
-def make_launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:
+def make_launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> TritonLaunch:
     """Of those arguments that the kernel has."""
     wanted = {name: arguments[name] for name in kernel.arg_names}
-    return Launch(kernel, (programs,), wanted, {"num_warps": tile.warps, "num_stages": tile.stages})
+    return TritonLaunch(kernel, (programs,), wanted, {"num_warps": tile.warps, "num_stages": tile.stages})

@@ -6,9 +6,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.cluster.spec import Machines
-from distattn.ir.plan import ACCUMULATING, BACKWARD, FORWARD, MOVE_COLUMNS, Call, Payload, Plan, bytes_of_moves, concat
-from distattn.parallel.tables.routes import first_of, guests
+from distattn.cluster.spec import AnyCluster
+from distattn.ir.plan import (
+    BACKWARD_PAYLOADS,
+    FORWARD_PAYLOADS,
+    MOVE_COLUMNS,
+    REDUCED_PAYLOADS,
+    Call,
+    Payload,
+    Plan,
+    concat_rows,
+    move_bytes,
+)
+from distattn.parallel.tables.routes import differs_from_previous, remote_users
 
 
 class Traffic(NamedTuple):
@@ -18,44 +28,44 @@ class Traffic(NamedTuple):
     crossing: int
 
 
-def traffic(plan: Plan, cluster: Machines) -> Traffic:
+def plan_traffic(plan: Plan, cluster: AnyCluster) -> Traffic:
     """What the plan moves."""
-    moves = concat(MOVE_COLUMNS, [plan.forward.moves, plan.backward.moves])
-    size = bytes_of_moves(plan.call, moves)
+    moves = concat_rows(MOVE_COLUMNS, [plan.forward.moves, plan.backward.moves])
+    size = move_bytes(plan.call, moves)
     node = cluster.node
     return Traffic(int(size.sum()), int(size[node[moves["src"]] != node[moves["dst"]]].sum()))
 
 
-def least(plan: Plan, cluster: Machines) -> Traffic:
+def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
     """The least any plan with the same tasks at the same ranks and the same policy can move.
 
     Every rank that uses a token it does not own receives it at least once, and so does every node without its owner;
     every partial result leaves its rank, and its node, at least once.
     """
     total = crossing = 0
-    for table, payloads in ((plan.forward, FORWARD), (plan.backward, BACKWARD)):
+    for table, payloads in ((plan.forward, FORWARD_PAYLOADS), (plan.backward, BACKWARD_PAYLOADS)):
         for payload in payloads:
             # what the forward brought is still there
             if table is plan.backward and plan.policy == "keep" and payload in (Payload.Q, Payload.KV):
                 continue
-            seen = guests(plan.call, payload, table.tasks, latest=payload in ACCUMULATING)
-            size = (seen["t1"] - seen["t0"]) * (seen["h1"] - seen["h0"]) * plan.call.cell_bytes(payload)
+            seen = remote_users(plan.call, payload, table.tasks, latest=payload in REDUCED_PAYLOADS)
+            size = (seen["t1"] - seen["t0"]) * (seen["h1"] - seen["h0"]) * plan.call.token_head_bytes(payload)
             total += int(size.sum())
             here, home = cluster.node[seen["rank"]], cluster.node[seen["owner"]]
             order = np.lexsort((here, seen["stretch"]))
-            entered = first_of(seen["stretch"][order], here[order]) & (here != home)[order]
+            entered = differs_from_previous(seen["stretch"][order], here[order]) & (here != home)[order]
             crossing += int(size[order][entered].sum())
     return Traffic(total, crossing)
 
 
-def plain_ring(call: Call, cluster: Machines) -> Traffic:
+def plain_ring_traffic(call: Call, cluster: AnyCluster) -> Traffic:
     """A ring that sends every key and value to every rank with tokens, twice, and every dKV all the way round."""
     tokens = call.layout.shard_sizes()
     members = np.flatnonzero(tokens)
     seats = len(members)
     if seats == 1:
         return Traffic(0, 0)
-    keys, grads = (call.kv_heads * call.cell_bytes(payload) for payload in (Payload.KV, Payload.dKV))
+    keys, grads = (call.kv_heads * call.token_head_bytes(payload) for payload in (Payload.KV, Payload.dKV))
     node = cluster.node[members]
     # edge i leads from member i to the next; keys of member i travel all edges but the one that leads to it
     crosses = node != np.roll(node, -1)

@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from distattn.cluster.cost import attention_speed, flops_of
-from distattn.cluster.spec import Description, Machines
+from distattn.cluster.cost import attention_speed, flops_per_cell
+from distattn.cluster.spec import AnyCluster, ClusterSpec
 from distattn.ir.intervals import Ints
-from distattn.ir.plan import TASK_COLUMNS, Payload, Plan, Table, areas_of_tasks, bytes_of_moves, columns, take
-from distattn.parallel.tables.cost import Price, bytes_each
-from distattn.parallel.tables.partition import owned, pieces, split_by_query_owner
+from distattn.ir.plan import TASK_COLUMNS, Payload, Plan, Table, make_columns, move_bytes, select_rows, task_areas
+from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
+from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
 
 _BLOCK = 128
 
 
 @dataclass(frozen=True)
-class Half:
+class PassStats:
     """One direction of a plan.
 
     cells, cost: the busiest rank over the mean, in cells x heads and in what kernels take for them (`work.Price`).
@@ -43,40 +43,40 @@ class Half:
         )
 
 
-def quality(plan: Plan, cluster: Machines | None = None) -> dict[str, Half]:
+def quality(plan: Plan, cluster: AnyCluster | None = None) -> dict[str, PassStats]:
     """By direction ("forward", "backward")."""
-    return {name: _half(plan, name, getattr(plan, name), cluster) for name in ("forward", "backward")}
+    return {name: _pass_stats(plan, name, getattr(plan, name), cluster) for name in ("forward", "backward")}
 
 
-def as_dict(found: dict[str, Half]) -> dict[str, dict[str, Any]]:
+def as_dict(found: dict[str, PassStats]) -> dict[str, dict[str, Any]]:
     """The same as plain numbers."""
     return {direction: asdict(half) for direction, half in found.items()}
 
 
-def _half(plan: Plan, direction: str, table: Table, cluster: Machines | None) -> Half:
+def _pass_stats(plan: Plan, direction: str, table: Table, cluster: AnyCluster | None) -> PassStats:
     call, moves = plan.call, table.moves
-    price = Price.on(cluster, direction, call.head_dim, _BLOCK)
-    cost = price.loads(call, table.tasks)
-    cells = np.bincount(table.tasks["rank"], areas_of_tasks(call, table.tasks).astype(float), call.ranks)
+    cost_model = CostModel.for_cluster(cluster, direction, call.head_dim, _BLOCK)
+    cost = cost_model.rank_loads(call, table.tasks)
+    cells = np.bincount(table.tasks["rank"], task_areas(call, table.tasks).astype(float), call.ranks)
     seconds = None
-    if isinstance(cluster, Description):
+    if isinstance(cluster, ClusterSpec):
         lengths = np.array([1 << 20])
         speed = float(attention_speed(cluster, direction, call.head_dim, lengths, lengths)[0])
-        seconds = int(cost.max(initial=0)) * _BLOCK * flops_of(direction, call.head_dim, call.v_head_dim) / speed
-    size = bytes_of_moves(call, moves)
+        seconds = int(cost.max(initial=0)) * _BLOCK * flops_per_cell(direction, call.head_dim, call.v_head_dim) / speed
+    size = move_bytes(call, moves)
     node = np.zeros(call.ranks, np.int64) if cluster is None else cluster.node
-    return Half(
+    return PassStats(
         _uneven(cells),
         _uneven(cost),
         seconds,
         int(size.sum()),
         int(np.bincount(moves["src"], size, call.ranks).max()),
         int(size[node[moves["src"]] != node[moves["dst"]]].sum()),
-        int(_least(plan, direction, cells.max(initial=0.0)).sum()),
+        int(_lower_bound_bytes(plan, direction, cells.max(initial=0.0)).sum()),
     )
 
 
-def _least(plan: Plan, direction: str, most: float) -> np.ndarray:
+def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     """Bytes that have to move for work each rank could do without moving any, if none does more than `most` cells x heads.
 
     What passes `most` has to be computed elsewhere. A server that computes w cells of one group of g heads needs R rows and
@@ -85,19 +85,19 @@ def _least(plan: Plan, direction: str, most: float) -> np.ndarray:
     than all that a rank has of one group.
     """
     call = plan.call
-    area, rank = split_by_query_owner(call, pieces(call), call.layout.chunks)
-    tasks = columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
-    tasks = take(tasks, owned(call, rank, area.k0, area.k1))
-    cells = areas_of_tasks(call, tasks).astype(float)
+    area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
+    tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
+    tasks = select_rows(tasks, owns_range(call, rank, area.k0, area.k1))
+    cells = task_areas(call, tasks).astype(float)
     excess = np.maximum(np.bincount(tasks["rank"], cells, call.ranks) - most, 0)
     # of one group; where heads differ, no less than that
     largest = np.bincount(tasks["rank"], cells / (tasks["h1"] - tasks["h0"]) * call.group, call.ranks)
     portion = np.maximum(np.minimum(largest, most), 1.0)
-    row, key = bytes_each(call, direction)
+    row, key = bytes_per_row_and_key(call, direction)
     if direction == "backward" and plan.policy == "keep":
         # queries, keys and values are still there
-        row -= call.heads * call.cell_bytes(Payload.Q)
-        key -= call.kv_heads * call.cell_bytes(Payload.KV)
+        row -= call.heads * call.token_head_bytes(Payload.Q)
+        key -= call.kv_heads * call.token_head_bytes(Payload.KV)
     # bytes of a row and a key of one group
     both = (row / call.kv_heads) * (key / call.kv_heads)
     whole = np.floor(excess / portion)

@@ -19,27 +19,27 @@ from distattn.cluster import spec as describe
 from distattn.cluster.cost import (
     attention_speed,
     copy_seconds,
-    flops_of,
+    flops_per_cell,
     launch_seconds,
     message_seconds,
     tiled_area,
 )
-from distattn.cluster.spec import Description
+from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
-from distattn.ir.plan import ACCUMULATING, Call, Plan, Table, areas_of_tasks, bytes_of_moves, count, task_bands
-from distattn.parallel.analysis.timeline import Pass, Timeline
+from distattn.ir.plan import REDUCED_PAYLOADS, Call, Plan, Table, move_bytes, num_rows, task_areas, task_bands
+from distattn.parallel.analysis.timeline import PassTimeline, Timeline
 from distattn.parallel.analysis.verify import Proof, verify
 
 Numbers = np.ndarray
 
 
-def simulate(plan: Plan, cluster: Description | str | Path, proof: Proof | None = None) -> Timeline:
+def simulate(plan: Plan, cluster: ClusterSpec | str | Path, proof: Proof | None = None) -> Timeline:
     """Time one attention call, forward and backward, on a cluster: a description, or what `describe.load` takes.
 
     proof: what `verify` gave for this plan, where it is at hand; otherwise the plan is proven here. Raises PlanError when
     the plan cannot be proven, DistattnError when the cluster has not as many devices as it has ranks.
     """
-    description = cluster if isinstance(cluster, Description) else describe.load(cluster)
+    description = cluster if isinstance(cluster, ClusterSpec) else describe.load(cluster)
     if description.ranks != plan.call.ranks:
         raise DistattnError(
             f"the plan has {plan.call.ranks} ranks, {description.name} {description.nodes} x {description.devices} devices."
@@ -48,24 +48,24 @@ def simulate(plan: Plan, cluster: Description | str | Path, proof: Proof | None 
         proof = verify(plan)
     elif proof.digest != plan.digest:
         raise DistattnError("the proof is of another plan.")
-    passes = [timed(plan.call, description, name, getattr(plan, name)) for name in describe.DIRECTIONS]
+    passes = [simulate_pass(plan.call, description, name, getattr(plan, name)) for name in describe.DIRECTIONS]
     return Timeline(plan, description, proof, *passes)
 
 
-def timed(call: Call, description: Description, direction: str, table: Table) -> Pass:
+def simulate_pass(call: Call, description: ClusterSpec, direction: str, table: Table) -> PassTimeline:
     """One table in time; it need not be proven."""
     ranks, steps = call.ranks, table.steps
     kernels = _kernels(call, description, direction, table)
     moves = table.moves
     # messages: the moves of one step between two ranks
     key = (moves["step"] * ranks + moves["src"]) * ranks + moves["dst"]
-    size = bytes_of_moves(call, moves)
+    size = move_bytes(call, moves)
     # rows of a table are sorted by step, source and destination
     first = np.flatnonzero(np.diff(key, prepend=-1))
     sizes, merged = np.zeros(0), np.zeros(0)
     if len(first):
         sizes = np.add.reduceat(size, first).astype(float)
-        merged = np.add.reduceat(size * np.isin(moves["payload"], ACCUMULATING), first).astype(float)
+        merged = np.add.reduceat(size * np.isin(moves["payload"], REDUCED_PAYLOADS), first).astype(float)
     pair, dst = np.divmod(key[first], ranks)
     step_of, src = np.divmod(pair, ranks)
     bounds = np.searchsorted(step_of, np.arange(steps + 1))
@@ -87,30 +87,30 @@ def timed(call: Call, description: Description, direction: str, table: Table) ->
         begin[step], computed[step], arrived[step] = start, start + kernels[step], landed
         ready = np.maximum(computed[step], landed)
     crossing = src // description.devices != dst // description.devices
-    work = float(areas_of_tasks(call, table.tasks).astype(float).sum())
-    return Pass(
+    work = float(task_areas(call, table.tasks).astype(float).sum())
+    return PassTimeline(
         direction,
         begin,
         computed,
         arrived,
         float(ready.max(initial=0.0)),
-        work * flops_of(direction, call.head_dim, call.v_head_dim),
+        work * flops_per_cell(direction, call.head_dim, call.v_head_dim),
         np.bincount(src, sizes * ~crossing, ranks).astype(np.int64),
         np.bincount(src, sizes * crossing, ranks).astype(np.int64),
     )
 
 
-def _kernels(call: Call, description: Description, direction: str, table: Table) -> Numbers:
+def _kernels(call: Call, description: ClusterSpec, direction: str, table: Table) -> Numbers:
     """Seconds of each step's launch on each rank, (steps, ranks)."""
     tasks = table.tasks
     out = np.zeros((table.steps, call.ranks))
-    if not count(tasks):
+    if not num_rows(tasks):
         return out
     bands = task_bands(call.mask, tasks)
     speed = attention_speed(description, direction, call.head_dim, tasks["q1"] - tasks["q0"], tasks["k1"] - tasks["k0"])
     cells, widest = tiled_area(bands, description.device.tile)
     launch = tasks["step"] * call.ranks + tasks["rank"]
-    per_cell = flops_of(direction, call.head_dim, call.v_head_dim)
+    per_cell = flops_per_cell(direction, call.head_dim, call.v_head_dim)
     heads = tasks["h1"] - tasks["h0"]
     launches, seconds = launch_seconds(description, cells, widest, heads, speed, per_cell, launch)
     out.ravel()[launches] = seconds

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distattn.cluster.spec import Description
+from distattn.cluster.spec import ClusterSpec
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Plan
 from distattn.parallel.analysis.verify import Proof
@@ -23,7 +23,7 @@ _KERNELS, _MESSAGES = "#1f5fa8", "#e08a1e"
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassTimeline:
     """One direction of a plan in time; seconds, (steps, ranks): when each step began, its kernels and its messages ended.
 
     Kernels or messages that a rank does not have in a step end when the step begins. inside, across: bytes sent by each
@@ -36,8 +36,8 @@ class Pass:
     arrived: Numbers
     seconds: float
     flops: float
-    inside: Ints
-    across: Ints
+    intra_node_bytes: Ints
+    inter_node_bytes: Ints
 
     @property
     def busy(self) -> Numbers:
@@ -60,13 +60,13 @@ class Timeline:
     """A plan on a cluster, simulated. `str()` is the text, `.as_dict()` the numbers, `.html()` and `.perfetto()` show it."""
 
     plan: Plan
-    description: Description
+    description: ClusterSpec
     proof: Proof
-    forward: Pass
-    backward: Pass
+    forward: PassTimeline
+    backward: PassTimeline
 
     @property
-    def passes(self) -> tuple[Pass, Pass]:
+    def passes(self) -> tuple[PassTimeline, PassTimeline]:
         return self.forward, self.backward
 
     @cached_property
@@ -96,8 +96,8 @@ class Timeline:
                 "tflops": one.flops / max(one.seconds, 1e-30) / self.plan.call.ranks / 1e12,
                 "exposed_seconds": float(one.exposed.max(initial=0)),
                 "idle_seconds": float(one.idle.mean()),
-                "bytes_inside": int(one.inside.sum()),
-                "bytes_across": int(one.across.sum()),
+                "bytes_inside": int(one.intra_node_bytes.sum()),
+                "bytes_across": int(one.inter_node_bytes.sum()),
             }
         return out
 

@@ -17,11 +17,20 @@ import numpy as np
 
 from distattn.ir.bands import K0, K1, Q0, Q1, areas, tighten
 from distattn.ir.errors import PlanError
-from distattn.ir.intervals import Ints, crossing, distinct, expand, lexical_order, order, runs, union
+from distattn.ir.intervals import (
+    Ints,
+    expand_ranges,
+    lexicographic_argsort,
+    merge_intervals,
+    overlapping_pairs,
+    run_starts,
+    sorted_unique,
+    stable_argsort,
+)
 from distattn.ir.plan import (
-    BACKWARD,
-    FORWARD,
-    HOLDING,
+    BACKWARD_PAYLOADS,
+    FORWARD_PAYLOADS,
+    HELD_PAYLOADS,
     MOVE_COLUMNS,
     TASK_COLUMNS,
     Call,
@@ -29,14 +38,14 @@ from distattn.ir.plan import (
     Payload,
     Plan,
     Table,
-    areas_of_tasks,
-    bytes_of_moves,
-    cells_of_tasks,
-    count,
-    take,
+    move_bytes,
+    num_rows,
+    select_rows,
+    task_areas,
     task_bands,
+    task_token_ranges,
 )
-from distattn.parallel.analysis.disjoint import first_clash
+from distattn.parallel.analysis.disjoint import first_overlap
 
 _MAX_STEP = 1 << 16
 # what went wrong with a holding payload, and with an accumulating one (the same check in reversed time)
@@ -62,7 +71,7 @@ class Proof:
 
 
 @dataclass(frozen=True)
-class Batches:
+class BufferLifetimes:
     """Lifetimes of buffers: rank, first and last step, bytes; one row per batch."""
 
     rank: Ints
@@ -71,46 +80,49 @@ class Batches:
     size: Ints
 
 
-def verify(plan: Plan, capacity: int | None = None) -> Proof:
+def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
     """Prove a plan, or raise PlanError naming the first offending row (numbered within its canonical table).
 
     capacity: bytes of buffers a rank may need at once in one pass, beside what is kept; no limit by default.
     """
     call = plan.call
-    forward = _verify_table(call, plan.forward, "forward", FORWARD, None)
+    forward = _verify_table(call, plan.forward, "forward", FORWARD_PAYLOADS, None)
     kept = _rows_of(plan.forward.moves, (Payload.Q, Payload.KV)) if plan.policy == "keep" else None
-    backward = _verify_table(call, plan.backward, "backward", BACKWARD, kept)
+    backward = _verify_table(call, plan.backward, "backward", BACKWARD_PAYLOADS, kept)
     staying = np.zeros(call.ranks, np.int64)
     if kept is not None:
-        np.add.at(staying, kept["dst"], bytes_of_moves(call, kept))
+        np.add.at(staying, kept["dst"], move_bytes(call, kept))
         forward = {payload: batches for payload, batches in forward.items() if payload == Payload.O}
     proof = Proof(plan.digest, _peak(call, forward), _peak(call, backward), staying)
-    if capacity is not None:
-        check_capacity(proof, capacity)
+    if max_buffer_bytes is not None:
+        check_max_buffer_bytes(proof, max_buffer_bytes)
     return proof
 
 
-def check_capacity(proof: Proof, capacity: int) -> None:
+def check_max_buffer_bytes(proof: Proof, max_buffer_bytes: int) -> None:
     """Raise PlanError where a rank needs more bytes of buffers at once than `capacity`; the same on every rank."""
     for direction, peak in (("forward", proof.forward_peak), ("backward", proof.backward_peak)):
-        if peak.max() > capacity:
+        if peak.max() > max_buffer_bytes:
             rank = int(peak.argmax())
             raise PlanError(
-                f"{direction}: rank {rank} needs {peak[rank]:,} bytes of buffers, the capacity is {capacity:,}."
+                f"{direction}: rank {rank} needs {peak[rank]:,} bytes of buffers, "
+                f"more than max_buffer_bytes = {max_buffer_bytes:,}."
             )
 
 
 def _verify_table(
     call: Call, table: Table, direction: str, payloads: tuple[Payload, ...], kept: Columns | None
-) -> dict[Payload, Batches]:
+) -> dict[Payload, BufferLifetimes]:
     _Rows(call, table, direction).check(payloads)
     _check_coverage(call, table.tasks, direction)
     lives = {}
     for payload in payloads:
         staying = (
-            take(kept, kept["payload"] == payload) if kept is not None and payload in (Payload.Q, Payload.KV) else None
+            select_rows(kept, kept["payload"] == payload)
+            if kept is not None and payload in (Payload.Q, Payload.KV)
+            else None
         )
-        if payload in HOLDING:
+        if payload in HELD_PAYLOADS:
             lives[payload] = _check_holding(call, table, payload, f"{direction}: {payload.name}", staying)
         else:
             lives[payload] = _check_accumulating(call, table, payload, f"{direction}: {payload.name}")
@@ -168,7 +180,7 @@ def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
             f"{direction}: task {i} {_show(tasks, TASK_COLUMNS, i)} has heads its piece does not belong to."
         )
     _check_disjoint(tasks, direction)
-    work = areas_of_tasks(call, tasks, bands)
+    work = task_areas(call, tasks, bands)
     done = np.zeros(len(call.mask.pieces), work.dtype)
     np.add.at(done, tasks["piece"], work)
     wanted = areas(call.mask.pieces).astype(work.dtype) * np.diff(call.piece_heads, axis=1)[:, 0]
@@ -180,11 +192,11 @@ def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
 
 
 def _check_disjoint(tasks: Columns, direction: str) -> None:
-    limits = distinct(np.concatenate([tasks["h0"], tasks["h1"]]))
-    row, head = expand(np.searchsorted(limits, tasks["h0"]), np.searchsorted(limits, tasks["h1"]))
+    limits = sorted_unique(np.concatenate([tasks["h0"], tasks["h1"]]))
+    row, head = expand_ranges(np.searchsorted(limits, tasks["h0"]), np.searchsorted(limits, tasks["h1"]))
     group = tasks["piece"][row] * len(limits) + head
     q0, q1, k0, k1 = (tasks[name][row] for name in ("q0", "q1", "k0", "k1"))
-    clash = first_clash(group, (q0, q1, k0, k1))
+    clash = first_overlap(group, (q0, q1, k0, k1))
     if clash is not None:
         a, b = sorted((int(row[clash[0]]), int(row[clash[1]])))
         raise PlanError(f"{direction}: tasks {a} and {b} compute the same cells ({_show(tasks, TASK_COLUMNS, b)}).")
@@ -192,7 +204,7 @@ def _check_disjoint(tasks: Columns, direction: str) -> None:
 
 def _check_holding(
     call: Call, table: Table, payload: Payload, label: str, kept: Columns | None = None, mirrored: bool = False
-) -> Batches:
+) -> BufferLifetimes:
     """A (token, head) is owned, kept or received at most once; held before every use; every arrival is used.
 
     `mirrored` reads the table with time and arrows reversed: at most one departure, after every deposit, never empty.
@@ -205,19 +217,19 @@ def _check_holding(
         moves = {**moves, "step": last_step - moves["step"], "src": moves["dst"], "dst": moves["src"]}
     held, first_move = _holders(call, payload, moves, kept)
     used = _uses(call, tasks, payload, moves)
-    limits = distinct(np.concatenate([held["h0"], held["h1"], used["h0"], used["h1"]]))
+    limits = sorted_unique(np.concatenate([held["h0"], held["h1"], used["h0"], used["h1"]]))
     h_row, h_key0, h_key1 = _keys(call, limits, held)
     u_row, u_key0, u_key1 = _keys(call, limits, used)
     # many tasks use the same tokens: from here on a use is an interval with its first and last step
-    u_order = lexical_order(u_key0, u_key1)
+    u_order = lexicographic_argsort(u_key0, u_key1)
     u_row, u_key0, u_key1 = u_row[u_order], u_key0[u_order], u_key1[u_order]
-    start = runs(u_key0, u_key1)
+    start = run_starts(u_key0, u_key1)
     user = np.repeat(np.arange(len(start)), np.diff(np.append(start, len(u_row))))
     u_key0, u_key1 = u_key0[start], u_key1[start]
     step = used["step"][u_row]
     u_first, u_last = (f.reduceat(step, start) if len(step) else step for f in (np.minimum, np.maximum))
 
-    h_order = order(h_key0)
+    h_order = stable_argsort(h_key0)
     h_row, h_key0, h_key1 = h_row[h_order], h_key0[h_order], h_key1[h_order]
     clash = h_key0[1:] < h_key1[:-1]
     if clash.any():
@@ -229,14 +241,14 @@ def _check_holding(
     present = _covered(h_key0, h_key1, u_key0, u_key1)
     if not present.all():
         raise PlanError(f"{label} {missing} {_user(table, used, int(u_row[~present[user]].min()))}.")
-    i, j = crossing(h_key0, h_key1, u_key0, u_key1)
+    i, j = overlapping_pairs(h_key0, h_key1, u_key0, u_key1)
     # when all of an interval is there
     complete = np.full(len(start), -1)
     np.maximum.at(complete, i, held["step"][h_row[j]])
     if (complete >= u_first).any():
         raise PlanError(f"{label} {late_for} {_user(table, used, int(u_row[step <= complete[user]].min()))}.")
 
-    _, busy0, busy1 = union(np.zeros_like(u_key0), u_key0, u_key1)
+    _, busy0, busy1 = merge_intervals(np.zeros_like(u_key0), u_key0, u_key1)
     arrived = held["step"][h_row] >= 0
     idle = ~_covered(busy0, busy1, h_key0[arrived], h_key1[arrived])
     if idle.any():
@@ -246,27 +258,27 @@ def _check_holding(
     last = np.zeros(len(held["step"]), np.int64)
     np.maximum.at(last, h_row[j], u_last[i])
     # what is summed is held in full width until it leaves
-    return _batches(call, moves, last[first_move:], held=mirrored)
+    return _buffer_lifetimes(call, moves, last[first_move:], held=mirrored)
 
 
-def _check_accumulating(call: Call, table: Table, payload: Payload, label: str) -> Batches:
+def _check_accumulating(call: Call, table: Table, payload: Payload, label: str) -> BufferLifetimes:
     """A (token, head) leaves a non-owner exactly once, after all deposits there: holding, seen in a mirror."""
     seen = _check_holding(call, table, payload, label, mirrored=True)
     last = table.steps - 1
     moves = _rows_of(table.moves, (payload,))
     # what arrives at a step is merged at its end: alive for that step only
-    return Batches(
+    return BufferLifetimes(
         np.concatenate([seen.rank, moves["dst"]]),
         np.concatenate([last - seen.last, moves["step"]]),
         np.concatenate([last - seen.first, moves["step"]]),
-        np.concatenate([seen.size, bytes_of_moves(call, moves)]),
+        np.concatenate([seen.size, move_bytes(call, moves)]),
     )
 
 
 def _rows_of(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
     """The moves of these payloads, with their row numbers."""
     row = np.flatnonzero(np.isin(moves["payload"], [int(payload) for payload in payloads]))
-    return {**take(moves, row), "row": row}
+    return {**select_rows(moves, row), "row": row}
 
 
 def _holders(call: Call, payload: Payload, moves: Columns, kept: Columns | None) -> tuple[Columns, int]:
@@ -285,7 +297,7 @@ def _holders(call: Call, payload: Payload, moves: Columns, kept: Columns | None)
 
 def _uses(call: Call, tasks: Columns, payload: Payload, moves: Columns) -> Columns:
     """Who needs which (token, head) at which step: tasks, then moves as source."""
-    of_tasks = cells_of_tasks(call, payload, tasks) | {"rank": tasks["rank"], "step": tasks["step"]}
+    of_tasks = task_token_ranges(call, payload, tasks) | {"rank": tasks["rank"], "step": tasks["step"]}
     of_moves = {**moves, "rank": moves["src"]}
     used = {name: np.concatenate([of_tasks[name], of_moves[name]]) for name in ("rank", "t0", "t1", "h0", "h1", "step")}
     return {**used, "move_row": moves["row"]}
@@ -293,7 +305,7 @@ def _uses(call: Call, tasks: Columns, payload: Payload, moves: Columns) -> Colum
 
 def _keys(call: Call, limits: Ints, rows: Columns) -> tuple[Ints, Ints, Ints]:
     """Rows as intervals of one line: (rank, elementary head range, token) packed. Returns (row, begin, end)."""
-    row, head = expand(np.searchsorted(limits, rows["h0"]), np.searchsorted(limits, rows["h1"]))
+    row, head = expand_ranges(np.searchsorted(limits, rows["h0"]), np.searchsorted(limits, rows["h1"]))
     base = (rows["rank"][row] * len(limits) + head) * (call.mask.n + 1)
     return row, base + rows["t0"][row], base + rows["t1"][row]
 
@@ -310,19 +322,19 @@ def _covered(low: Ints, high: Ints, a: Ints, b: Ints) -> np.ndarray:
     return length == b - a
 
 
-def _batches(call: Call, moves: Columns, last: Ints, held: bool) -> Batches:
+def _buffer_lifetimes(call: Call, moves: Columns, last: Ints, held: bool) -> BufferLifetimes:
     """Join arrivals of one (rank, step, head range) of a payload: alive until the last use of any of them."""
     heads = max(call.heads, call.kv_heads) + 1
     key = ((moves["dst"] * _MAX_STEP + moves["step"]) * heads + moves["h0"]) * heads + moves["h1"]
     batch, row = np.unique(key, return_inverse=True)
     end, size = np.zeros(len(batch), np.int64), np.zeros(len(batch), np.int64)
     np.maximum.at(end, row, last)
-    np.add.at(size, row, bytes_of_moves(call, moves, held))
+    np.add.at(size, row, move_bytes(call, moves, held))
     rank, step = np.divmod(batch // heads**2, _MAX_STEP)
-    return Batches(rank, step, end, size)
+    return BufferLifetimes(rank, step, end, size)
 
 
-def _peak(call: Call, lives: dict[Payload, Batches]) -> Ints:
+def _peak(call: Call, lives: dict[Payload, BufferLifetimes]) -> Ints:
     """Most bytes alive at one step, per rank."""
     rank, first, last, size = (
         np.concatenate([np.zeros(0, np.int64), *(getattr(batches, name) for batches in lives.values())])
@@ -353,7 +365,7 @@ def _show(rows: Columns, names: tuple[str, ...], i: int) -> str:
 
 
 def _user(table: Table, used: Columns, row: int) -> str:
-    tasks = count(table.tasks)
+    tasks = num_rows(table.tasks)
     if row < tasks:
         return f"task {row} {_show(table.tasks, TASK_COLUMNS, row)}"
     move = used["move_row"][row - tasks]

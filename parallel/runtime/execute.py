@@ -15,23 +15,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from distattn.ir.plan import ACCUMULATING, Call, Payload
+from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload
 from distattn.kernels.merge import merge_
 from distattn.kernels.registry import Kernel
-from distattn.kernels.spec import Score
-from distattn.parallel.runtime.program import Launch, Message, Program, Step, inherited
+from distattn.kernels.spec import ScoreMod
+from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
 from distattn.parallel.runtime.transport import Packet, Transport
 from distattn.parallel.runtime.views import OWN, BufferKey, View
 
 Fields = tuple[Tensor, ...]
-Compute = Callable[[Launch, dict[Payload, Fields]], dict[Payload, Fields]]
+Compute = Callable[[KernelLaunch, dict[Payload, Fields]], dict[Payload, Fields]]
 Result = TypeVar("Result")
-Paused = Generator[None, None, Result]
+PausableRun = Generator[None, None, Result]
 
 
 def forward(
-    program: Program, transport: Transport, kernel: Kernel, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, score: Score
-) -> Paused[tuple[Tensor, Tensor, Tensor, int]]:
+    program: Program, transport: Transport, kernel: Kernel, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, score: ScoreMod
+) -> PausableRun[tuple[Tensor, Tensor, Tensor, int]]:
     """Core attention of this rank's tokens: (o_THE and lse_TH in the accumulation dtype, kept, peak).
 
     `kept` is one flat tensor of everything the backward will find again (empty unless the policy is "keep"); `peak`
@@ -45,14 +45,14 @@ def forward(
     kept = q_THD.new_empty(kept_elements(program))
     buffers.lay_out(program.kept, kept)
 
-    def compute(launch: Launch, operands: dict[Payload, Fields]) -> dict[Payload, Fields]:
+    def compute(launch: KernelLaunch, operands: dict[Payload, Fields]) -> dict[Payload, Fields]:
         (q,), (k, v) = operands[Payload.Q], operands[Payload.KV]
-        inputs = (q, k, v, launch.work, score.of_heads(launch.heads))
+        inputs = (q, k, v, launch.work, score.for_heads(launch.heads))
         view = launch.results[Payload.O]
         into = buffers.part(view) if kernel.ACCUMULATES else None
         if into is None:
             return {Payload.O: kernel.forward(*inputs)}
-        kernel.forward(*inputs, into=into, merge=not view.links[0].fresh)
+        kernel.forward(*inputs, into=into, merge=not view.slices[0].fresh)
         return {}
 
     yield from _run(program.forward, transport, buffers, compute)
@@ -70,8 +70,8 @@ def backward(
     lse_TH: Tensor,
     delta_TH: Tensor,
     kept: Tensor,
-    score: Score,
-) -> Paused[tuple[Tensor, Tensor, Tensor, int]]:
+    score: ScoreMod,
+) -> PausableRun[tuple[Tensor, Tensor, Tensor, int]]:
     """Gradients (dq_THD, dk_TKD, dv_TKE) in the inputs' dtype, and the peak of buffer bytes as in `forward`.
 
     delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp where there is one.
@@ -83,11 +83,11 @@ def backward(
     buffers.own(Payload.dO, (do_THE, lse_TH, delta_TH))
     (dq_THD,) = buffers.own(Payload.dQ, buffers.new(Payload.dQ, program.tokens, call.heads))
     dk_TKD, dv_TKE = buffers.own(Payload.dKV, buffers.new(Payload.dKV, program.tokens, call.kv_heads))
-    buffers.lay_out({inherited(key): rows for key, rows in program.kept.items()}, kept)
+    buffers.lay_out({kept_key(key): rows for key, rows in program.kept.items()}, kept)
 
-    def compute(launch: Launch, operands: dict[Payload, Fields]) -> dict[Payload, Fields]:
+    def compute(launch: KernelLaunch, operands: dict[Payload, Fields]) -> dict[Payload, Fields]:
         (q,), (k, v), (do, lse, delta) = operands[Payload.Q], operands[Payload.KV], operands[Payload.dO]
-        inputs = (do, q, k, v, lse, delta, launch.work, score.of_heads(launch.heads))
+        inputs = (do, q, k, v, lse, delta, launch.work, score.for_heads(launch.heads))
         if not kernel.ACCUMULATES:
             dq, dk, dv = kernel.backward(*inputs)
             return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
@@ -108,12 +108,12 @@ def kept_elements(program: Program) -> int:
     return sum(rows * (key.h1 - key.h0) * width[key.payload] for key, rows in program.kept.items())
 
 
-def finish(run: Paused[Result]) -> Result:
+def run_to_completion(run: PausableRun[Result]) -> Result:
     """Run one rank to its end; waiting blocks."""
-    return finish_together([run])[0]
+    return run_in_lock_step([run])[0]
 
 
-def finish_together(runs: Iterable[Paused[Result]]) -> list[Result]:
+def run_in_lock_step(runs: Iterable[PausableRun[Result]]) -> list[Result]:
     """Run all ranks of a plan in lock step: every rank posts its messages before any waits."""
     waiting = list(enumerate(runs))
     results: dict[int, Result] = {}
@@ -129,13 +129,13 @@ def finish_together(runs: Iterable[Paused[Result]]) -> list[Result]:
     return [results[rank] for rank in sorted(results)]
 
 
-def _run(steps: list[Step], transport: Transport, buffers: _Buffers, compute: Compute) -> Paused[None]:
+def _run(steps: list[ProgramStep], transport: Transport, buffers: _Buffers, compute: Compute) -> PausableRun[None]:
     for step in steps:
         # a call of its own: nothing may hold on to a step's tensors when the next one allocates
         yield from _run_step(step, transport, buffers, compute)
 
 
-def _run_step(step: Step, transport: Transport, buffers: _Buffers, compute: Compute) -> Paused[None]:
+def _run_step(step: ProgramStep, transport: Transport, buffers: _Buffers, compute: Compute) -> PausableRun[None]:
     for key, rows in step.allocate.items():
         buffers.allocate(key, rows)
     sends = [packet for payload, message in step.sends for packet in _outgoing(buffers, payload, message)]
@@ -149,7 +149,7 @@ def _run_step(step: Step, transport: Transport, buffers: _Buffers, compute: Comp
     yield
     work.wait()
     for payload, message, fields in incoming:
-        if payload in ACCUMULATING:
+        if payload in REDUCED_PAYLOADS:
             buffers.deposit(payload, message.view, fields)
             buffers.discount(fields)
     for key in step.release:
@@ -157,7 +157,7 @@ def _run_step(step: Step, transport: Transport, buffers: _Buffers, compute: Comp
 
 
 def _outgoing(buffers: _Buffers, payload: Payload, message: Message) -> list[Packet]:
-    fields = zip(buffers.gather(payload, message.view), buffers.call.wire_fields(payload), strict=True)
+    fields = zip(buffers.gather(payload, message.view), buffers.call.comm_fields(payload), strict=True)
     return [Packet(message.peer, payload, tensor.to(getattr(torch, dtype))) for tensor, (_, dtype) in fields]
 
 
@@ -173,9 +173,9 @@ class _Buffers:
     def new(self, payload: Payload, rows: int, heads: int, travelled: bool = False) -> Fields:
         """Fresh tensors (rows, heads, width) of a payload; accumulating ones start as "nothing yet"."""
         out = []
-        for width, dtype in self.call.wire_fields(payload) if travelled else self.call.payload_fields(payload):
+        for width, dtype in self.call.comm_fields(payload) if travelled else self.call.payload_fields(payload):
             shape = (rows, heads) if width is None else (rows, heads, width)
-            make = torch.zeros if payload in ACCUMULATING else torch.empty
+            make = torch.zeros if payload in REDUCED_PAYLOADS else torch.empty
             out.append(make(shape, dtype=getattr(torch, dtype), device=self.like.device))
         if payload == Payload.O:
             out[1].fill_(-torch.inf)
@@ -211,17 +211,17 @@ class _Buffers:
 
     def landing(self, payload: Payload, view: View) -> Fields:
         """Where a message is received: straight into its batch, or for partial results into a tensor of its own."""
-        if payload in ACCUMULATING:
+        if payload in REDUCED_PAYLOADS:
             return self._counted(self.new(payload, view.rows, view.heads, travelled=True))
-        (link,) = view.links
-        return tuple(tensor[link.rows] for tensor in self.fields[link.buffer])
+        (buffer_slice,) = view.slices
+        return tuple(tensor[buffer_slice.rows] for tensor in self.fields[buffer_slice.buffer])
 
     def part(self, view: View) -> Fields | None:
         """The part of a buffer that a view is, if it is one."""
-        if not view.whole or len(view.links) != 1 or not isinstance(view.links[0].rows, slice):
+        if not view.whole or len(view.slices) != 1 or not isinstance(view.slices[0].rows, slice):
             return None
-        link = view.links[0]
-        return tuple(tensor[link.rows, link.heads] for tensor in self.fields[link.buffer])
+        buffer_slice = view.slices[0]
+        return tuple(tensor[buffer_slice.rows, buffer_slice.heads] for tensor in self.fields[buffer_slice.buffer])
 
     def gather(self, payload: Payload, view: View) -> Fields:
         """The working tensors of a view: a view of one buffer where that is all there is to it, else a copy."""
@@ -233,31 +233,33 @@ class _Buffers:
             # kernels may read whole tiles: what no task uses shall at least be a number
             for tensor in out:
                 tensor.zero_()
-        for link in view.links:
-            for whole, tensor in zip(out, self.fields[link.buffer], strict=True):
-                whole[:, link.at_heads][link.at_rows] = tensor[:, link.heads][link.rows]
+        for buffer_slice in view.slices:
+            for whole, tensor in zip(out, self.fields[buffer_slice.buffer], strict=True):
+                whole[:, buffer_slice.view_heads][buffer_slice.view_rows] = tensor[:, buffer_slice.heads][
+                    buffer_slice.rows
+                ]
         return out
 
     def deposit(self, payload: Payload, view: View, fields: Fields) -> None:
         """Accumulate working tensors into the buffers they belong to: O by log-sum-exp, gradients by sum."""
-        for link in view.links:
-            parts = tuple(tensor[link.at_rows, link.at_heads] for tensor in fields)
-            totals = tuple(tensor[:, link.heads] for tensor in self.fields[link.buffer])
-            if link.fresh:
+        for buffer_slice in view.slices:
+            parts = tuple(tensor[buffer_slice.view_rows, buffer_slice.view_heads] for tensor in fields)
+            totals = tuple(tensor[:, buffer_slice.heads] for tensor in self.fields[buffer_slice.buffer])
+            if buffer_slice.fresh:
                 for total, part in zip(totals, parts, strict=True):
                     # what has travelled may be narrower
-                    total[link.rows] = part.to(total.dtype)
+                    total[buffer_slice.rows] = part.to(total.dtype)
                 continue
-            held = tuple(total[link.rows] for total in totals)
+            held = tuple(total[buffer_slice.rows] for total in totals)
             if payload == Payload.O:
                 merge_(*held, *parts)
             else:
                 for total, part in zip(held, parts, strict=True):
                     total += part
             # an index gives copies where a slice gives views
-            if not isinstance(link.rows, slice):
+            if not isinstance(buffer_slice.rows, slice):
                 for total, merged in zip(totals, held, strict=True):
-                    total[link.rows] = merged
+                    total[buffer_slice.rows] = merged
 
     def _counted(self, fields: Fields) -> Fields:
         self.alive += sum(tensor.nbytes for tensor in fields)

@@ -27,7 +27,7 @@ class Packet(NamedTuple):
     tensor: Tensor
 
 
-class Work(Protocol):
+class PendingMessages(Protocol):
     """A step's messages in flight."""
 
     def wait(self) -> None: ...
@@ -39,7 +39,7 @@ class Transport(Protocol):
     collective: all ranks call, also those without packets, and as one uneven all-to-all; otherwise as single messages.
     """
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work: ...
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages: ...
 
 
 class GroupTransport:
@@ -57,7 +57,7 @@ class GroupTransport:
         return group
 
     @staticmethod
-    def beside(group: dist.ProcessGroup, patience: timedelta | None = None) -> GroupTransport:
+    def with_own_group(group: dist.ProcessGroup, patience: timedelta | None = None) -> GroupTransport:
         """On a communicator of its own with the same ranks, so that nothing else queues in it. A collective call.
 
         On NCCL its stream has high priority: messages start before the kernels they shall hide under. patience: how long a
@@ -66,9 +66,9 @@ class GroupTransport:
         options = None
         if dist.get_backend(group) == "nccl":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        return GroupTransport(group_beside(group, patience, pg_options=options))
+        return GroupTransport(duplicate_group(group, patience, pg_options=options))
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
         if collective:
             return self._all_to_all(sends, receives)
         sends = [packet._replace(tensor=packet.tensor.contiguous()) for packet in sends]
@@ -78,9 +78,9 @@ class GroupTransport:
             for packet in packets
         ]
         # the tensors live until the work is waited for
-        return _Requests(dist.batch_isend_irecv(operations) if operations else [], (sends, receives))
+        return _PendingRequests(dist.batch_isend_irecv(operations) if operations else [], (sends, receives))
 
-    def _all_to_all(self, sends: list[Packet], receives: list[Packet]) -> Work:
+    def _all_to_all(self, sends: list[Packet], receives: list[Packet]) -> PendingMessages:
         size = dist.get_world_size(self.group)
         # stable: packets of one peer keep their order
         sends, receives = (sorted(packets, key=lambda packet: packet.peer) for packets in (sends, receives))
@@ -94,13 +94,13 @@ class GroupTransport:
             _pack(part, packet.tensor)
         incoming = like.new_empty(sum(splits[1]), dtype=torch.uint8)
         request = dist.all_to_all_single(incoming, outgoing, splits[1], splits[0], group=self.group, async_op=True)
-        return _Packed(request, incoming, outgoing, receives)
+        return _PendingAllToAll(request, incoming, outgoing, receives)
 
     def _device(self) -> torch.device:
         return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
 
 
-def group_beside(group: dist.ProcessGroup, patience: timedelta | None = None, **how: Any) -> Any:
+def duplicate_group(group: dist.ProcessGroup, patience: timedelta | None = None, **how: Any) -> Any:
     """Another process group of the same ranks. A collective call of these ranks alone; `how` as in `dist.new_group`."""
     # PyTorch names such a group by the number of groups its maker is in: where some are in fewer, as ranks that only serve are,
     # they would wait for each other under different names
@@ -115,7 +115,7 @@ def group_beside(group: dist.ProcessGroup, patience: timedelta | None = None, **
     return dist.new_group(dist.get_process_group_ranks(group), patience, use_local_synchronization=True, **how)
 
 
-class _Requests(NamedTuple):
+class _PendingRequests(NamedTuple):
     requests: list[dist.Work]
     alive: tuple[list[Packet], list[Packet]]
 
@@ -127,10 +127,10 @@ class _Requests(NamedTuple):
             except RuntimeError as error:
                 # NCCL gives one request for all messages
                 who = {peers[number]} if len(self.requests) == len(peers) else set(peers)
-                raise _silent(who, error) from None
+                raise _peer_stopped(who, error) from None
 
 
-class _Packed(NamedTuple):
+class _PendingAllToAll(NamedTuple):
     request: dist.Work
     incoming: Tensor
     outgoing: Tensor
@@ -140,13 +140,13 @@ class _Packed(NamedTuple):
         try:
             self.request.wait()
         except RuntimeError as error:
-            raise _silent({packet.peer for packet in self.receives}, error) from None
+            raise _peer_stopped({packet.peer for packet in self.receives}, error) from None
         sizes = [packet.tensor.nbytes for packet in self.receives]
         for packet, part in zip(self.receives, self.incoming.split(sizes), strict=True):
             _as_bytes(packet.tensor).copy_(part)
 
 
-def _silent(peers: set[int], error: RuntimeError) -> DistattnError:
+def _peer_stopped(peers: set[int], error: RuntimeError) -> DistattnError:
     who = ", ".join(map(str, sorted(peers)))
     return DistattnError(f"{'ranks' if len(peers) > 1 else 'rank'} {who} of the group stopped answering: {error}")
 
@@ -163,7 +163,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-class LockStep:
+class InProcessNetwork:
     """All ranks in one process: rank r uses `transport(r)`; a rank may wait once every rank has posted its step.
 
     A packet is copied as soon as both ends have posted it, so that no end outlives its step.
@@ -175,7 +175,7 @@ class LockStep:
         self._wanted: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
 
     def transport(self, rank: int) -> Transport:
-        return _Mailbox(self, rank)
+        return InProcessTransport(self, rank)
 
     def post(self, sent: list[tuple[int, int, Tensor]], wanted: list[tuple[int, int, Tensor]]) -> None:
         for queue, others, packets in ((self._sent, self._wanted, sent), (self._wanted, self._sent, wanted)):
@@ -192,29 +192,29 @@ class LockStep:
         return any(queue for (_, dst), queue in self._wanted.items() if dst == rank)
 
 
-class _Mailbox(NamedTuple):
-    hub: LockStep
+class InProcessTransport(NamedTuple):
+    hub: InProcessNetwork
     rank: int
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
         self.hub.post(
             [(self.rank, packet.peer, packet.tensor) for packet in sends],
             [(packet.peer, self.rank, packet.tensor) for packet in receives],
         )
-        return _Delivery(self.hub, self.rank)
+        return _PendingInProcess(self.hub, self.rank)
 
 
-class _Delivery(NamedTuple):
-    hub: LockStep
+class _PendingInProcess(NamedTuple):
+    hub: InProcessNetwork
     rank: int
 
     def wait(self) -> None:
         assert not self.hub.awaited(self.rank), f"rank {self.rank} waits for a packet that nobody has posted"
 
 
-class Alone:
+class SingleRankTransport:
     """The transport of a plan for one rank: there is nobody to talk to."""
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
         assert not sends and not receives, "a plan for one rank has no moves"
-        return _Requests([], ([], []))
+        return _PendingRequests([], ([], []))

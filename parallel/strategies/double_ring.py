@@ -10,29 +10,29 @@ from math import isqrt
 
 import numpy as np
 
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import whole_numbers
-from distattn.ir.plan import TASK_COLUMNS, Call, Payload, Table, columns
+from distattn.ir.intervals import as_int64
+from distattn.ir.plan import TASK_COLUMNS, Call, Payload, Table, make_columns
 from distattn.parallel.tables.partition import split_by_owners
-from distattn.parallel.tables.routes import chain_of_nodes, guests
+from distattn.parallel.tables.routes import remote_users, send_along_double_ring
 
 
-def double_ring(call: Call, cluster: Machines | None = None, *, inner: int | None = None) -> list[Table]:
+def double_ring(call: Call, cluster: AnyCluster | None = None, *, inner: int | None = None) -> list[Table]:
     """Tasks and moves of one pass: what is o nodes and i seats away is used in step o * inner + i.
 
     inner: ranks in an inner ring, by default those of a node, or the largest divisor of the ranks not above their root.
     """
     if inner is None:
         inner = _near_root(call.ranks) if cluster is None else cluster.devices
-    if int(whole_numbers(inner, "inner")) < 1 or call.ranks % inner:
+    if int(as_int64(inner, "inner")) < 1 or call.ranks % inner:
         raise DistattnError(f"an inner ring of {inner} does not divide {call.ranks} ranks.")
     area, query_owner, key_owner = split_by_owners(call)
     node = np.arange(call.ranks) // inner
     outer = (node[query_owner] - node[key_owner]) % (call.ranks // inner)
     hop = (query_owner - key_owner) % inner
-    tasks = columns(TASK_COLUMNS, step=outer * inner + hop, rank=query_owner, **vars(area))
-    return [Table(tasks, chain_of_nodes(Payload.KV, guests(call, Payload.KV, tasks), node, inner))]
+    tasks = make_columns(TASK_COLUMNS, step=outer * inner + hop, rank=query_owner, **vars(area))
+    return [Table(tasks, send_along_double_ring(Payload.KV, remote_users(call, Payload.KV, tasks), node, inner))]
 
 
 def _near_root(ranks: int) -> int:

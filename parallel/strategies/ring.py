@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
-from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, columns, concat
+from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, concat_rows, make_columns
 from distattn.parallel.tables.partition import Rectangles, split_by_owners
-from distattn.parallel.tables.routes import chain, follow, guests
+from distattn.parallel.tables.routes import reduce_along_ring, remote_users, send_along_ring
 
 _ROTATIONS = ("fewest bytes", "keys", "queries")
 
 
-def ring(call: Call, cluster: Machines | None = None, *, rotate: str = "fewest bytes") -> list[Table]:
+def ring(call: Call, cluster: AnyCluster | None = None, *, rotate: str = "fewest bytes") -> list[Table]:
     """Tasks and moves of a ring pass: what is d seats away is used in step d. One candidate per kind of rotation."""
     if rotate not in _ROTATIONS:
         raise DistattnError(f"ring rotates one of {', '.join(_ROTATIONS)}, not {rotate!r}.")
@@ -29,18 +29,20 @@ def ring(call: Call, cluster: Machines | None = None, *, rotate: str = "fewest b
 
 
 def _rotate_keys(call: Call, area: Rectangles, query_owner: Ints, key_owner: Ints) -> Table:
-    tasks = columns(TASK_COLUMNS, step=_seats_between(call, key_owner, query_owner), rank=query_owner, **vars(area))
-    return Table(tasks, chain(Payload.KV, guests(call, Payload.KV, tasks)))
+    tasks = make_columns(
+        TASK_COLUMNS, step=_ring_distance(call, key_owner, query_owner), rank=query_owner, **vars(area)
+    )
+    return Table(tasks, send_along_ring(Payload.KV, remote_users(call, Payload.KV, tasks)))
 
 
 def _rotate_queries(call: Call, area: Rectangles, query_owner: Ints, key_owner: Ints) -> Table:
-    tasks = columns(TASK_COLUMNS, step=_seats_between(call, query_owner, key_owner), rank=key_owner, **vars(area))
-    there = chain(Payload.Q, guests(call, Payload.Q, tasks))
-    back = follow(Payload.O, guests(call, Payload.O, tasks, latest=True))
-    return Table(tasks, concat(MOVE_COLUMNS, [there, back]))
+    tasks = make_columns(TASK_COLUMNS, step=_ring_distance(call, query_owner, key_owner), rank=key_owner, **vars(area))
+    there = send_along_ring(Payload.Q, remote_users(call, Payload.Q, tasks))
+    back = reduce_along_ring(Payload.O, remote_users(call, Payload.O, tasks, latest=True))
+    return Table(tasks, concat_rows(MOVE_COLUMNS, [there, back]))
 
 
-def _seats_between(call: Call, origin: Ints, user: Ints) -> Ints:
+def _ring_distance(call: Call, origin: Ints, user: Ints) -> Ints:
     """Hops from origin to user, ranks without tokens left out."""
     members = np.unique(call.layout.chunks["rank"])
     seat = np.full(call.ranks, -1)

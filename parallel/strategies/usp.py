@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import whole_numbers
-from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, columns, concat
+from distattn.ir.intervals import as_int64
+from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, concat_rows, make_columns
 from distattn.parallel.tables.partition import chunks_of_groups, split_by_owners, split_heads
-from distattn.parallel.tables.routes import chain, guests, star, straight_home
+from distattn.parallel.tables.routes import reduce_direct, remote_users, send_along_ring, send_direct
 
 _INNER = ("ulysses", "ring")
 
 
 def usp(
-    call: Call, cluster: Machines | None = None, *, ulysses: int | None = None, inner: str = "ulysses"
+    call: Call, cluster: AnyCluster | None = None, *, ulysses: int | None = None, inner: str = "ulysses"
 ) -> list[Table]:
     """Tasks and moves of one pass: collect at step 0, compute what came d groups far at step 1 + d, outputs straight home.
 
@@ -28,7 +28,7 @@ def usp(
     """
     if inner not in _INNER:
         raise DistattnError(f"the inner dimension of usp is one of {', '.join(_INNER)}, not {inner!r}.")
-    share = _default_share(call, cluster) if ulysses is None else int(whole_numbers(ulysses, "ulysses"))
+    share = _default_share(call, cluster) if ulysses is None else int(as_int64(ulysses, "ulysses"))
     if share < 1 or call.ranks % share or share > call.heads:
         fitting = [u for u in range(1, call.heads + 1) if call.ranks % u == 0]
         raise DistattnError(
@@ -43,15 +43,15 @@ def usp(
     area, row, part = split_heads(whole, share, call.heads)
     at, origin = query_group[row], key_group[row]
     rank = at * share + part if inner == "ulysses" else part * groups + at
-    tasks = columns(TASK_COLUMNS, step=1 + (at - origin) % groups, rank=rank, **vars(area))
+    tasks = make_columns(TASK_COLUMNS, step=1 + (at - origin) % groups, rank=rank, **vars(area))
     moves = [
-        star(Payload.Q, guests(call, Payload.Q, tasks), 0),
-        chain(Payload.KV, guests(call, Payload.KV, tasks), lane),
-        straight_home(Payload.O, guests(call, Payload.O, tasks, latest=True)),
+        send_direct(Payload.Q, remote_users(call, Payload.Q, tasks), 0),
+        send_along_ring(Payload.KV, remote_users(call, Payload.KV, tasks), lane),
+        reduce_direct(Payload.O, remote_users(call, Payload.O, tasks, latest=True)),
     ]
-    return [Table(tasks, concat(MOVE_COLUMNS, moves))]
+    return [Table(tasks, concat_rows(MOVE_COLUMNS, moves))]
 
 
-def _default_share(call: Call, cluster: Machines | None) -> int:
+def _default_share(call: Call, cluster: AnyCluster | None) -> int:
     most = min(call.kv_heads, call.ranks if cluster is None else cluster.devices)
     return max(u for u in range(1, most + 1) if call.ranks % u == 0)

@@ -11,28 +11,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.cluster.spec import Machines
-from distattn.ir.plan import MOVE_COLUMNS, Call, Columns, Payload, Table, concat, take
-from distattn.parallel.tables.routes import follow, guests, straight_home
+from distattn.cluster.spec import AnyCluster
+from distattn.ir.plan import MOVE_COLUMNS, Call, Columns, Payload, Table, concat_rows, select_rows
+from distattn.parallel.tables.routes import reduce_along_ring, reduce_direct, remote_users
 
 _TURNED = {Payload.Q: Payload.dQ, Payload.KV: Payload.dKV, Payload.O: Payload.dO}
 
 
-def derive(call: Call, forward: Table, policy: str, cluster: Machines | None = None) -> Table:
+def derive_backward(call: Call, forward: Table, policy: str, cluster: AnyCluster | None = None) -> Table:
     """The backward table of `forward` under `policy`. Given a cluster, dKV is summed inside a node before it leaves."""
     if policy == "keep":
-        return _transposed(forward)
+        return _transpose(forward)
     moves = forward.moves
-    there = take(moves, moves["payload"] != Payload.O)
-    queries, outputs = take(moves, moves["payload"] == Payload.Q), take(moves, moves["payload"] == Payload.O)
-    left = guests(call, Payload.dKV, forward.tasks, latest=True)
-    send = follow if policy == "refetch-follow" else straight_home
+    there = select_rows(moves, moves["payload"] != Payload.O)
+    queries, outputs = (
+        select_rows(moves, moves["payload"] == Payload.Q),
+        select_rows(moves, moves["payload"] == Payload.O),
+    )
+    left = remote_users(call, Payload.dKV, forward.tasks, latest=True)
+    send = reduce_along_ring if policy == "refetch-follow" else reduce_direct
     home = send(Payload.dKV, left, None if cluster is None else cluster.node)
-    parts = [there, _renamed(queries, Payload.dO), _renamed(outputs, Payload.dQ), home]
-    return Table(forward.tasks, concat(MOVE_COLUMNS, parts))
+    parts = [there, _with_payload(queries, Payload.dO), _with_payload(outputs, Payload.dQ), home]
+    return Table(forward.tasks, concat_rows(MOVE_COLUMNS, parts))
 
 
-def _transposed(forward: Table) -> Table:
+def _transpose(forward: Table) -> Table:
     last = forward.steps - 1
     tasks, moves = forward.tasks, forward.moves
     turned = np.array([_TURNED[payload] for payload in (Payload.Q, Payload.KV, Payload.O)])
@@ -48,5 +51,5 @@ def _transposed(forward: Table) -> Table:
     )
 
 
-def _renamed(moves: Columns, payload: Payload) -> Columns:
+def _with_payload(moves: Columns, payload: Payload) -> Columns:
     return {**moves, "payload": np.full_like(moves["payload"], int(payload))}

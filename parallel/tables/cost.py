@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distattn.cluster.cost import overhead_keys
-from distattn.cluster.spec import Description, Machines
+from distattn.cluster.spec import AnyCluster, ClusterSpec
 from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Call, Columns, Payload, task_bands
@@ -25,7 +25,7 @@ _PROBES = 16
 
 
 @dataclass(frozen=True)
-class Price:
+class CostModel:
     """Costs in one direction. block: rows a kernel takes at once; overhead: cells' worth of time that each row takes besides."""
 
     direction: str
@@ -33,13 +33,13 @@ class Price:
     overhead: int
 
     @staticmethod
-    def on(cluster: Machines | None, direction: str, head_dim: int, block: int) -> Price:
+    def for_cluster(cluster: AnyCluster | None, direction: str, head_dim: int, block: int) -> CostModel:
         """By the cluster's table of kernel speeds, where it has one."""
-        if isinstance(cluster, Description):
-            return Price(direction, block, overhead_keys(cluster, direction, head_dim))
-        return Price(direction, block, _OVERHEAD[direction])
+        if isinstance(cluster, ClusterSpec):
+            return CostModel(direction, block, overhead_keys(cluster, direction, head_dim))
+        return CostModel(direction, block, _OVERHEAD[direction])
 
-    def of(self, bands: Ints) -> Ints:
+    def band_costs(self, bands: Ints) -> Ints:
         """What each tightened band (M, 10) costs for one head, in blocks of cells."""
         rows = np.maximum(bands[:, Q1] - bands[:, Q0], 0)
         tall = -(-rows // self.block) * self.block
@@ -47,14 +47,14 @@ class Price:
         cells = (each + self.overhead) * tall + rest * tall // np.maximum(rows, 1)
         return -(-cells // self.block)
 
-    def of_tasks(self, call: Call, tasks: Columns) -> Ints:
+    def task_costs(self, call: Call, tasks: Columns) -> Ints:
         """What each task costs, all its heads."""
-        return self.of(task_bands(call.mask, tasks)) * (tasks["h1"] - tasks["h0"])
+        return self.band_costs(task_bands(call.mask, tasks)) * (tasks["h1"] - tasks["h0"])
 
-    def loads(self, call: Call, tasks: Columns) -> Ints:
+    def rank_loads(self, call: Call, tasks: Columns) -> Ints:
         """What each rank has to do."""
         out = np.zeros(call.ranks, np.int64)
-        np.add.at(out, tasks["rank"], self.of_tasks(call, tasks))
+        np.add.at(out, tasks["rank"], self.task_costs(call, tasks))
         return out
 
     def rows_to(self, bands: Ints, wanted: Ints) -> tuple[Ints, Ints]:
@@ -62,9 +62,9 @@ class Price:
         q0, q1 = bands[:, Q0], bands[:, Q1]
 
         def enough(i: Ints, blocks: Ints) -> np.ndarray:
-            return self.of(clip(bands[i], q1[i] - blocks * self.block, q1[i], 0, bands[i, K1])) >= wanted[i]
+            return self.band_costs(clip(bands[i], q1[i] - blocks * self.block, q1[i], 0, bands[i, K1])) >= wanted[i]
 
-        blocks = fewest(-(-(q1 - q0) // self.block), enough)
+        blocks = _smallest_sufficient(-(-(q1 - q0) // self.block), enough)
         return np.maximum(q1 - blocks * self.block, q0), q1 - (blocks - 1) * self.block
 
     def keys_to(self, bands: Ints, wanted: Ints) -> Ints:
@@ -74,22 +74,22 @@ class Price:
         def enough(i: Ints, blocks: Ints) -> np.ndarray:
             return areas(clip(bands[i], 0, bands[i, Q1], k1[i] - blocks * self.block, k1[i])) >= wanted[i]
 
-        return np.maximum(k1 - fewest(-(-(k1 - k0) // self.block), enough) * self.block, k0)
+        return np.maximum(k1 - _smallest_sufficient(-(-(k1 - k0) // self.block), enough) * self.block, k0)
 
 
-def bytes_each(call: Call, direction: str) -> tuple[int, int]:
+def bytes_per_row_and_key(call: Call, direction: str) -> tuple[int, int]:
     """Bytes that move for each row, and for each key, that a task needs away from home: all heads of the call."""
     queries, keys = {
         "forward": ((Payload.Q, Payload.O), (Payload.KV,)),
         "backward": ((Payload.Q, Payload.dO, Payload.dQ), (Payload.KV, Payload.dKV)),
     }[direction]
     return (
-        call.heads * sum(call.cell_bytes(payload) for payload in queries),
-        call.kv_heads * sum(call.cell_bytes(payload) for payload in keys),
+        call.heads * sum(call.token_head_bytes(payload) for payload in queries),
+        call.kv_heads * sum(call.token_head_bytes(payload) for payload in keys),
     )
 
 
-def fewest(most: Ints, enough: Callable[[Ints, Ints], np.ndarray]) -> Ints:
+def _smallest_sufficient(most: Ints, enough: Callable[[Ints, Ints], np.ndarray]) -> Ints:
     """For each i the least x of 1, 2, ... most_i with enough(i, x), which holds from then on; most_i if there is none."""
     low, high = np.minimum(1, most), most
     i = np.repeat(np.arange(len(most)), _PROBES)

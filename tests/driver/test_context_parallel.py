@@ -172,7 +172,7 @@ def test_replicas_share_a_scale():
         (lambda: da.ContextParallel(strategy="ring", layers={3: {"stratgy": 1}}), "layers 3 have no 'stratgy'"),
         (lambda: da.ContextParallel(strategy="ring", kernel="bogus"), "kernel 'bogus'"),
         (lambda: da.ContextParallel(strategy="ring", backward="bogus"), "policy 'bogus'"),
-        (lambda: da.ContextParallel(strategy="ring", inner="bogus"), "inner is"),
+        (lambda: da.ContextParallel(strategy="ring", inner="bogus"), "document_mask is"),
         (
             lambda: da.ContextParallel(strategy="ring", layout_options={"min_chunk": 4}),
             "layout zigzag has no option 'min_chunk'",

@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import distattn as da
-from distattn.kernels.registry import preparing
+from distattn.kernels.registry import kernel_preparer
 from distattn.ops.executable import demand_of
 from distattn.parallel.runtime.program import _with_tensors, lower, on_device
 
@@ -139,19 +139,19 @@ def test_selective_checkpointing_recomputes_without_communicating():
 def test_a_plan_over_the_capacity_is_refused_before_it_starts():
     plan = plan_for(masks()["causal"], 1)
     da.prepare(plan, capacity=0)
-    with pytest.raises(da.PlanError, match="the capacity is 100"):
+    with pytest.raises(da.PlanError, match="more than max_buffer_bytes = 100"):
         run_on_ranks(2, _over_capacity, plan_for(masks()["causal"], 2))
-        raise da.PlanError("the capacity is 100")
+        raise da.PlanError("more than max_buffer_bytes = 100")
 
 
 def _over_capacity(rank, plan):
-    with pytest.raises(da.PlanError, match="the capacity is 100"):
+    with pytest.raises(da.PlanError, match="more than max_buffer_bytes = 100"):
         da.prepare(plan, capacity=100)
 
 
 def test_index_lists_move_to_the_device_together():
     plan = plan_for(masks()["odd"], 4, "ring", "from_chunks")
-    program = lower(plan, 0, preparing("reference", demand_of(plan.call, torch.device("cpu"))))
+    program = lower(plan, 0, kernel_preparer("reference", demand_of(plan.call, torch.device("cpu"))))
     found, originals = [], []
     _with_tensors(on_device(program, torch.device("meta")), lambda tensor: found.append(tensor) or tensor)
     _with_tensors(program, lambda tensor: originals.append(tensor) or tensor)
@@ -246,7 +246,7 @@ def _one_refuses(rank, change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"capacity": 10}, "the capacity is 10."),
+        ({"capacity": 10}, "more than max_buffer_bytes = 10."),
         ({"kernel": "nope"}, "there are reference, cpu, triton, triton_tf32, gluon, gluon_split."),
     ],
 )

@@ -13,7 +13,7 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import Payload
 from distattn.parallel.analysis.explain import explain
-from distattn.parallel.analysis.lower_bounds import plain_ring, traffic
+from distattn.parallel.analysis.lower_bounds import plain_ring_traffic, plan_traffic
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 
 
@@ -96,8 +96,8 @@ def test_a_plain_ring_on_a_full_mask_moves_what_ours_moves_but_for_the_own_gradi
     layout = Layout.contiguous([64], 4)
     shape = dict(heads=8, kv_heads=2, head_dim=8, dtype="float32", options={"rotate": "keys"})
     plan = make_plan(Mask.full(64), layout, strategy="ring", **shape)
-    own_gradient = 64 * 2 * plan.call.cell_bytes(Payload.dKV)
-    assert plain_ring(plan.call, Cluster(1, 4)).moved == traffic(plan, Cluster(1, 4)).moved + own_gradient
+    own_gradient = 64 * 2 * plan.call.token_head_bytes(Payload.dKV)
+    assert plain_ring_traffic(plan.call, Cluster(1, 4)).moved == plan_traffic(plan, Cluster(1, 4)).moved + own_gradient
     # every second edge leads to the other node
-    both = plain_ring(plan.call, Cluster(2, 2))
+    both = plain_ring_traffic(plan.call, Cluster(2, 2))
     assert both.crossing * 2 == both.moved

@@ -281,7 +281,9 @@ def test_results_may_travel_in_half_width(strategy, policy):
     inputs = type(inputs)(*(x.bfloat16().double() for x in inputs))
     wanted = dense(mask, inputs)
     shape = dict(heads=8, kv_heads=2, head_dim=64, dtype="bfloat16", backward=policy)
-    wide, narrow = (make_plan(mask, layout, strategy=strategy, wire=wire, **shape) for wire in (None, "bfloat16"))
+    wide, narrow = (
+        make_plan(mask, layout, strategy=strategy, comm_dtype=comm_dtype, **shape) for comm_dtype in (None, "bfloat16")
+    )
     assert wide.bytes()["bytes"].sum() > narrow.bytes()["bytes"].sum()
     record = Record()
     got, usual = run_all_ranks(narrow, inputs, "cpu", record), run_all_ranks(wide, inputs, "cpu")

@@ -9,8 +9,8 @@ from distattn.cluster.topology import Cluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.plan import POLICIES, Payload, Plan, bytes_of_moves, take
-from distattn.parallel.analysis.lower_bounds import least, traffic
+from distattn.ir.plan import POLICIES, Payload, Plan, move_bytes, select_rows
+from distattn.parallel.analysis.lower_bounds import lower_bound, plan_traffic
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 
 SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
@@ -45,10 +45,10 @@ def test_nothing_moves_that_the_assignment_of_tasks_does_not_ask_for(strategy, p
         for layout in layouts(LENGTHS, ranks).values():
             for mask in masks().values():
                 plan = make_plan(mask, layout, strategy=strategy, backward=policy, cluster=cluster, **SHAPE)
-                bound = least(plan, cluster)
-                assert traffic(plan, cluster).moved == bound.moved
+                bound = lower_bound(plan, cluster)
+                assert plan_traffic(plan, cluster).moved == bound.moved
                 if strategy in ("allgather", "double_ring"):
-                    assert traffic(plan, cluster).crossing == bound.crossing
+                    assert plan_traffic(plan, cluster).crossing == bound.crossing
 
 
 def test_the_least_is_counted_token_by_token():
@@ -65,8 +65,8 @@ def test_the_least_is_counted_token_by_token():
         if owner[q] != owner[k]
     }
     nodes = {(rank // 2, k, h) for rank, k, h in needed if rank // 2 != owner[k] // 2}
-    forward, back = (plan.call.cell_bytes(payload) for payload in (Payload.KV, Payload.dKV))
-    bound = least(plan, cluster)
+    forward, back = (plan.call.token_head_bytes(payload) for payload in (Payload.KV, Payload.dKV))
+    bound = lower_bound(plan, cluster)
     assert bound.moved == len(needed) * (2 * forward + back)
     assert bound.crossing == len(nodes) * (2 * forward + back)
 
@@ -97,7 +97,7 @@ def test_ring_rotates_what_is_smaller_in_each_direction(kv_heads, forward, backw
     assert forward in plan.forward.moves["payload"] and backward in plan.backward.moves["payload"]
     smaller = {
         direction: min(
-            int(bytes_of_moves(other.call, getattr(other, direction).moves).sum())
+            int(move_bytes(other.call, getattr(other, direction).moves).sum())
             for other in (
                 make_plan(Mask.full(64), Layout.contiguous([64], 4), strategy="ring", options={"rotate": kind}, **shape)
                 for kind in ("keys", "queries")
@@ -106,7 +106,7 @@ def test_ring_rotates_what_is_smaller_in_each_direction(kv_heads, forward, backw
         for direction in ("forward", "backward")
     }
     for direction, size in smaller.items():
-        assert int(bytes_of_moves(plan.call, getattr(plan, direction).moves).sum()) == size
+        assert int(move_bytes(plan.call, getattr(plan, direction).moves).sum()) == size
 
 
 def test_double_ring_crosses_nodes_one_inner_ring_ahead():
@@ -124,7 +124,7 @@ def test_usp_sends_queries_and_outputs_only_inside_an_ulysses_group(inner):
     options = {"ulysses": 2, "inner": inner}
     for layout in layouts(LENGTHS, 8).values():
         plan = make_plan(masks()["documents"], layout, strategy="usp", options=options, **SHAPE)
-        moves = take(plan.forward.moves, np.isin(plan.forward.moves["payload"], [Payload.Q, Payload.O]))
+        moves = select_rows(plan.forward.moves, np.isin(plan.forward.moves["payload"], [Payload.Q, Payload.O]))
         group = np.arange(8) // 2 if inner == "ulysses" else np.arange(8) % 4
         assert len(moves["src"]) and (group[moves["src"]] == group[moves["dst"]]).all()
 
@@ -174,7 +174,7 @@ def test_a_ring_holds_two_foreign_shards_a_rank_and_three_where_ranks_are_skippe
             plan = make_plan(masks()[mask], layout, strategy="ring", **SHAPE)
             record = Record()
             run_all_ranks(plan, inputs, "reference", record)
-            shard = int(layout.shard_sizes().max()) * SHAPE["kv_heads"] * plan.call.cell_bytes(Payload.KV)
+            shard = int(layout.shard_sizes().max()) * SHAPE["kv_heads"] * plan.call.token_head_bytes(Payload.KV)
             # the one it computes on and the one that arrives; and one it keeps for a rank further on
             for direction in ("forward", "backward"):
                 held = [record.received[direction, rank, Payload.KV] for rank in range(ranks)]
