@@ -190,17 +190,17 @@ def measured(
         if times[-1] > 3:
             break
     assert plan is not None
-    halves = quality(plan, cluster)
+    passes = quality(plan, cluster)
     timeline = da.simulate(plan, cluster)
     moved = plan.bytes()
     out = np.bincount(moved["src"], moved["bytes"], cluster.ranks)
     return {
-        "cells": max(half.cells for half in halves.values()),
-        "cost": max(half.cost for half in halves.values()),
+        "cells": max(stats.cells_imbalance for stats in passes.values()),
+        "cost": max(stats.cost_imbalance for stats in passes.values()),
         "GB": float(out.sum()) / 1e9,
-        "GB across": sum(half.crossing for half in halves.values()) / 1e9,
+        "GB across": sum(stats.inter_node_bytes for stats in passes.values()) / 1e9,
         "GB busiest": float(out.max()) / 1e9,
-        "GB at least": sum(half.least for half in halves.values()) / 1e9,
+        "GB at least": sum(stats.lower_bound_bytes for stats in passes.values()) / 1e9,
         "plan ms": min(times) * 1e3,
         "forward ms": timeline.forward.seconds * 1e3,
         "backward ms": timeline.backward.seconds * 1e3,

@@ -9,7 +9,6 @@ joins with none.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -350,7 +349,7 @@ class _Watch:
 
 
 def _takes(strategy: str, option: str) -> bool:
-    return option in inspect.signature(STRATEGIES[strategy].forward).parameters
+    return STRATEGIES[strategy].takes(option)
 
 
 def pooled(

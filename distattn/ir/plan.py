@@ -135,7 +135,7 @@ class Call:
         return self.layout.ranks
 
     @property
-    def group(self) -> int:
+    def gqa_group_size(self) -> int:
         """Query heads per key/value head."""
         return self.heads // self.kv_heads
 
@@ -304,7 +304,7 @@ def task_areas(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
 def task_token_ranges(call: Call, payload: Payload, tasks: Columns) -> Columns:
     """The tokens [t0, t1) and heads [h0, h1) of a payload that each task reads or adds to."""
     if payload in KEY_PAYLOADS:
-        heads = {"h0": tasks["h0"] // call.group, "h1": -(-tasks["h1"] // call.group)}
+        heads = {"h0": tasks["h0"] // call.gqa_group_size, "h1": -(-tasks["h1"] // call.gqa_group_size)}
         return {"t0": tasks["k0"], "t1": tasks["k1"], **heads}
     return {"t0": tasks["q0"], "t1": tasks["q1"], "h0": tasks["h0"], "h1": tasks["h1"]}
 

@@ -137,7 +137,7 @@ def table(found: dict[str, Timeline | str], cluster: ClusterSpec) -> str:
         lines.append(
             f"{name:14s}{there['seconds'] * 1e3:9.2f} ms{back['seconds'] * 1e3:9.2f} ms"
             f"{there['tflops']:6.0f}{back['tflops']:6.0f}"
-            f"{(there['bytes_across'] + back['bytes_across']) / 1e9:11.2f} GB"
+            f"{(there['bytes_inter_node'] + back['bytes_inter_node']) / 1e9:11.2f} GB"
             f"{(there['exposed_seconds'] + back['exposed_seconds']) * 1e3:9.2f} ms"
             f"{facts['balance']:9.2f}{facts['peak_bytes'] / 1e9:7.2f} GB{'   <- fastest' * (name == fastest)}"
         )

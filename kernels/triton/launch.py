@@ -28,7 +28,7 @@ class TileRunTensors(NamedTuple):
     """Runs as the kernels read them: int32 tensors, see `Runs`."""
 
     first: Tensor
-    run_launch: Tensor
+    run: Tensor
     band: Tensor
     row_band: Tensor
     group: Tensor

@@ -42,7 +42,7 @@ class Explanation:
         call, moved = self.plan.call, self.plan.bytes()
         yardsticks = {
             "plan": plan_traffic(self.plan, self.cluster),
-            "least": lower_bound(self.plan, self.cluster),
+            "lower_bound": lower_bound(self.plan, self.cluster),
             "plain_ring": plain_ring_traffic(call, self.cluster),
         }
         area = self.plan.area_by_rank()
@@ -96,7 +96,7 @@ class Explanation:
                 or "nothing"
             ),
             *_traffic_lines(facts["traffic"], self.cluster),
-            *(f"  {name}: {half}" for name, half in quality.quality(self.plan, self.cluster).items()),
+            *(f"  {name}: {stats}" for name, stats in quality.quality(self.plan, self.cluster).items()),
         ]
         for direction, table in (("forward", self.plan.forward), ("backward", self.plan.backward)):
             lines += ["", _step_table(self.plan, direction, table)]
@@ -140,11 +140,13 @@ def explain(plan: Plan, cluster: AnyCluster | None = None) -> Explanation:
 
 
 def _traffic_lines(facts: dict[str, dict[str, int]], cluster: AnyCluster) -> list[str]:
-    names = {"plan": "this plan", "least": "the least for these tasks", "plain_ring": "a plain ring"}
+    names = {"plan": "this plan", "lower_bound": "the least for these tasks", "plain_ring": "a plain ring"}
     lines = []
     for name, label in names.items():
-        crossing = f", {readable_bytes(facts[name]['crossing'])} of it between nodes" if cluster.nodes > 1 else ""
-        lines.append(f"  {label + ':':26s} {readable_bytes(facts[name]['moved'])}{crossing}")
+        crossing = (
+            f", {readable_bytes(facts[name]['inter_node_bytes'])} of it between nodes" if cluster.nodes > 1 else ""
+        )
+        lines.append(f"  {label + ':':26s} {readable_bytes(facts[name]['total_bytes'])}{crossing}")
     return lines
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from distattn.cluster import spec as describe
 from distattn.cluster.cost import (
     attention_speed,
     copy_seconds,
@@ -24,7 +23,7 @@ from distattn.cluster.cost import (
     message_seconds,
     tiled_area,
 )
-from distattn.cluster.spec import ClusterSpec
+from distattn.cluster.spec import DIRECTIONS, AnyCluster, ClusterSpec, resolve_cluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import REDUCED_PAYLOADS, Call, Plan, Table, move_bytes, num_rows, task_areas, task_bands
 from distattn.parallel.analysis.timeline import PassTimeline, Timeline
@@ -33,29 +32,29 @@ from distattn.parallel.analysis.verify import Proof, verify
 Numbers = np.ndarray
 
 
-def simulate(plan: Plan, cluster: ClusterSpec | str | Path, proof: Proof | None = None) -> Timeline:
-    """Time one attention call, forward and backward, on a cluster: a description, or what `describe.load` takes.
+def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None = None) -> Timeline:
+    """Time one attention call, forward and backward, on a ClusterSpec, or on what `distattn.cluster.spec.load` takes.
 
-    proof: what `verify` gave for this plan, where it is at hand; otherwise the plan is proven here. Raises PlanError when
-    the plan cannot be proven, DistattnError when the cluster has not as many devices as it has ranks.
+    proof: what `verify` returned for this plan, where it is at hand; otherwise the plan is proven here. Raises PlanError when
+    the plan cannot be proven, DistattnError when the cluster has not as many devices as the plan has ranks, or no speeds.
     """
-    description = cluster if isinstance(cluster, ClusterSpec) else describe.load(cluster)
-    if description.ranks != plan.call.ranks:
-        raise DistattnError(
-            f"the plan has {plan.call.ranks} ranks, {description.name} {description.nodes} x {description.devices} devices."
-        )
+    spec = resolve_cluster(cluster)
+    if not isinstance(spec, ClusterSpec):
+        raise DistattnError('simulate needs speeds: pass a ClusterSpec, its name such as "h200-8x8", or its TOML file.')
+    if spec.ranks != plan.call.ranks:
+        raise DistattnError(f"the plan has {plan.call.ranks} ranks, {spec.name} {spec.nodes} x {spec.devices} devices.")
     if proof is None:
         proof = verify(plan)
     elif proof.digest != plan.digest:
         raise DistattnError("the proof is of another plan.")
-    passes = [simulate_pass(plan.call, description, name, getattr(plan, name)) for name in describe.DIRECTIONS]
-    return Timeline(plan, description, proof, *passes)
+    passes = [simulate_pass(plan.call, spec, name, getattr(plan, name)) for name in DIRECTIONS]
+    return Timeline(plan, spec, proof, *passes)
 
 
-def simulate_pass(call: Call, description: ClusterSpec, direction: str, table: Table) -> PassTimeline:
+def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> PassTimeline:
     """One table in time; it need not be proven."""
     ranks, steps = call.ranks, table.steps
-    kernels = _kernels(call, description, direction, table)
+    kernels = _kernels(call, cluster, direction, table)
     moves = table.moves
     # messages: the moves of one step between two ranks
     key = (moves["step"] * ranks + moves["src"]) * ranks + moves["dst"]
@@ -71,22 +70,22 @@ def simulate_pass(call: Call, description: ClusterSpec, direction: str, table: T
     bounds = np.searchsorted(step_of, np.arange(steps + 1))
     begin, computed, arrived = (np.zeros((steps, ranks)) for _ in range(3))
     ready = np.zeros(ranks)
-    host = description.device.host_us * 1e-6
+    host = cluster.device.host_us * 1e-6
     for step in range(steps):
         here = slice(bounds[step], bounds[step + 1])
         start = np.maximum(ready, host * (step + 1))
         s, d, n = src[here], dst[here], sizes[here]
         # a message waits for both ends, and for what its sender has to pack
-        packed = start + copy_seconds(description, np.bincount(s, n, ranks))
-        there = np.maximum(packed[s], start[d]) + message_seconds(description, s, d, n)
+        packed = start + copy_seconds(cluster, np.bincount(s, n, ranks))
+        there = np.maximum(packed[s], start[d]) + message_seconds(cluster, s, d, n)
         landed = start.copy()
         np.maximum.at(landed, d, there)
         np.maximum.at(landed, s, there)
         # what is added is read twice and written once
-        landed += copy_seconds(description, 1.5 * np.bincount(d, merged[here], ranks))
+        landed += copy_seconds(cluster, 1.5 * np.bincount(d, merged[here], ranks))
         begin[step], computed[step], arrived[step] = start, start + kernels[step], landed
         ready = np.maximum(computed[step], landed)
-    crossing = src // description.devices != dst // description.devices
+    crossing = src // cluster.devices != dst // cluster.devices
     work = float(task_areas(call, table.tasks).astype(float).sum())
     return PassTimeline(
         direction,
@@ -100,18 +99,18 @@ def simulate_pass(call: Call, description: ClusterSpec, direction: str, table: T
     )
 
 
-def _kernels(call: Call, description: ClusterSpec, direction: str, table: Table) -> Numbers:
+def _kernels(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
     """Seconds of each step's launch on each rank, (steps, ranks)."""
     tasks = table.tasks
     out = np.zeros((table.steps, call.ranks))
     if not num_rows(tasks):
         return out
     bands = task_bands(call.mask, tasks)
-    speed = attention_speed(description, direction, call.head_dim, tasks["q1"] - tasks["q0"], tasks["k1"] - tasks["k0"])
-    cells, widest = tiled_area(bands, description.device.tile)
+    speed = attention_speed(cluster, direction, call.head_dim, tasks["q1"] - tasks["q0"], tasks["k1"] - tasks["k0"])
+    cells, widest = tiled_area(bands, cluster.device.tile)
     launch = tasks["step"] * call.ranks + tasks["rank"]
     per_cell = flops_per_cell(direction, call.head_dim, call.v_head_dim)
     heads = tasks["h1"] - tasks["h0"]
-    launches, seconds = launch_seconds(description, cells, widest, heads, speed, per_cell, launch)
+    launches, seconds = launch_seconds(cluster, cells, widest, heads, speed, per_cell, launch)
     out.ravel()[launches] = seconds
     return out

@@ -96,8 +96,8 @@ class Timeline:
                 "tflops": one.flops / max(one.seconds, 1e-30) / self.plan.call.ranks / 1e12,
                 "exposed_seconds": float(one.exposed.max(initial=0)),
                 "idle_seconds": float(one.idle.mean()),
-                "bytes_inside": int(one.intra_node_bytes.sum()),
-                "bytes_across": int(one.inter_node_bytes.sum()),
+                "bytes_intra_node": int(one.intra_node_bytes.sum()),
+                "bytes_inter_node": int(one.inter_node_bytes.sum()),
             }
         return out
 
@@ -109,7 +109,7 @@ class Timeline:
             lines.append(
                 f"{one.direction:8s} {row['seconds'] * 1e3:9.3f} ms  {row['tflops']:5.0f} TFLOP/s per device  "
                 f"waiting for messages {row['exposed_seconds'] * 1e3:.3f} ms at most  idle {row['idle_seconds'] * 1e3:.3f} ms "
-                f"on average  {row['bytes_inside'] / 1e9:.2f} GB inside nodes, {row['bytes_across'] / 1e9:.2f} GB across"
+                f"on average  {row['bytes_intra_node'] / 1e9:.2f} GB inside nodes, {row['bytes_inter_node'] / 1e9:.2f} GB across"
             )
         lines.append(
             f"the busiest rank computes {self.balance:.2f} of the mean; buffers need {facts['peak_bytes'] / 1e9:.2f} GB at most"

@@ -152,7 +152,7 @@ class _TableLowering:
         """The steps of this rank; buffers in `stays` are never released."""
         outgoing, sends = self._messages(self.outgoing, "dst")
         incoming, receives = self._messages(self.incoming, "src")
-        launched = _LaunchTable.of(self.tasks, self.call.group)
+        launched = _LaunchTable.of(self.tasks, self.call.gqa_group_size)
         working = [launched.keys if payload in KEY_PAYLOADS else launched.rows for payload in self.payloads]
         parts = [tokens.parts(payload) for tokens, payload in zip(working, self.payloads, strict=True)]
         views = iter(resolve_views(self.places, ViewParts.joined([sends, receives, *parts])))

@@ -1,6 +1,6 @@
-"""From a mask and a layout to rectangles: the vocabulary strategies are written in.
+"""From a mask and a layout to rectangles: the operations that strategies are written with.
 
-Every function here is vectorised over int64 rows and knows no strategy.
+Every function is vectorised over int64 rows and knows no strategy.
 """
 
 from dataclasses import dataclass

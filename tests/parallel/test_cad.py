@@ -44,7 +44,7 @@ def planned(packs, strategy="cad", inner="causal", shape=SHAPE, cluster=None, **
 
 
 def loads(plan: Plan, direction: str, block: int) -> np.ndarray:
-    return CostModel.for_cluster(None, direction, plan.call.head_dim, block).rank_loads(
+    return CostModel.for_cluster(None, direction, plan.call.head_dim, block).rank_costs(
         plan.call, getattr(plan, direction).tasks
     )
 
@@ -266,9 +266,9 @@ def test_a_plan_reports_its_quality_and_no_plan_moves_less_than_the_bound():
             for strategy, policy in itertools.product(("cad", "cad_greedy", "ring", "ulysses"), POLICIES):
                 options = {"block": 16} if "cad" in strategy else {}
                 plan = make_plan(mask, layout, strategy=strategy, backward=policy, options=options, **SHAPE)
-                for half in quality(plan).values():
-                    assert half.least <= half.moved and half.busiest_sender <= half.moved
-                    assert half.cells >= 1 and half.cost >= 1
+                for stats in quality(plan).values():
+                    assert stats.lower_bound_bytes <= stats.moved_bytes and stats.max_sent_bytes <= stats.moved_bytes
+                    assert stats.cells_imbalance >= 1 and stats.cost_imbalance >= 1
 
 
 def test_speeds_count_on_a_described_cluster_too():

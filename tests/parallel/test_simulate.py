@@ -54,6 +54,11 @@ def test_even_steps_of_a_ring_take_the_busiest_ranks_compute():
     assert simulate(plan, machine(4)).forward.seconds == pytest.approx(plan.area_by_rank().max() * 256 / TERA)
 
 
+def test_a_cluster_without_speeds_cannot_be_simulated():
+    with pytest.raises(da.DistattnError, match="simulate needs speeds"):
+        simulate(plan_of("ring", 4), da.Cluster(1, 4))
+
+
 def test_one_rank_waits_for_nobody():
     timeline = simulate(plan_of("ring", 1), machine(1))
     assert timeline.forward.idle[0] == pytest.approx(0) and timeline.forward.exposed[0] == 0
@@ -97,7 +102,7 @@ def test_bytes_inside_and_across_nodes_are_the_plans():
     timeline, moved = simulate(plan, machine(8, 4)), plan.bytes()
     crossing = moved["src"] // 4 != moved["dst"] // 4
     assert sum(int(one.inter_node_bytes.sum()) for one in timeline.passes) == moved["bytes"][crossing].sum() > 0
-    assert sum(int(one.intra_node.sum()) for one in timeline.passes) == moved["bytes"][~crossing].sum()
+    assert sum(int(one.intra_node_bytes.sum()) for one in timeline.passes) == moved["bytes"][~crossing].sum()
 
 
 def test_a_slower_link_or_device_never_makes_a_plan_faster():

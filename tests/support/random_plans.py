@@ -112,7 +112,7 @@ def _deliveries(rng: random.Random, call: Call, payload: Payload, tasks: list[Ro
     for step, rank, _, q0, q1, k0, k1, h0, h1 in tasks:
         on_keys = payload in KEY_PAYLOADS
         rows, heads = (
-            (range(k0, k1), range(h0 // call.group, -(-h1 // call.group)))
+            (range(k0, k1), range(h0 // call.gqa_group_size, -(-h1 // call.gqa_group_size)))
             if on_keys
             else (range(q0, q1), range(h0, h1))
         )
