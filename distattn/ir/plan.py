@@ -174,9 +174,9 @@ class Call:
             return fields
         return tuple((width, dtype if width is None else self.comm_dtype) for width, dtype in fields)
 
-    def token_head_bytes(self, payload: Payload, held: bool = False) -> int:
-        """Bytes of one (token, head) of a payload as it travels, or as it is held in memory."""
-        fields = self.payload_fields(payload) if held else self.comm_fields(payload)
+    def token_head_bytes(self, payload: Payload, in_memory: bool = False) -> int:
+        """Bytes of one (token, head) of a payload as it is sent, or as it is held in memory."""
+        fields = self.payload_fields(payload) if in_memory else self.comm_fields(payload)
         return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in fields)
 
 
@@ -309,9 +309,9 @@ def task_token_ranges(call: Call, payload: Payload, tasks: Columns) -> Columns:
     return {"t0": tasks["q0"], "t1": tasks["q1"], "h0": tasks["h0"], "h1": tasks["h1"]}
 
 
-def move_bytes(call: Call, moves: Columns, held: bool = False) -> Ints:
-    """Bytes of each move, as it travels, or as it is held in memory where it leaves."""
-    per_cell = np.array([call.token_head_bytes(payload, held) for payload in Payload], np.int64)
+def move_bytes(call: Call, moves: Columns, in_memory: bool = False) -> Ints:
+    """Bytes of each move, as it is sent, or as it is held in memory where it leaves."""
+    per_cell = np.array([call.token_head_bytes(payload, in_memory) for payload in Payload], np.int64)
     return (moves["t1"] - moves["t0"]) * (moves["h1"] - moves["h0"]) * per_cell[moves["payload"]]
 
 

@@ -1,4 +1,4 @@
-"""How messages of one step travel: over torch.distributed (NCCL, gloo), or inside one process in lock step.
+"""How the messages of one step travel: over torch.distributed (NCCL, gloo), or between ranks of one process in lock step.
 
 A transport has one method, `exchange`: it starts all sends and receives of a step and returns something to wait for.
 """
@@ -20,7 +20,7 @@ from distattn.ir.plan import Payload
 
 
 class Packet(NamedTuple):
-    """One tensor to or from a peer (rank in the group), contiguous where it is received; payload says what it is part of."""
+    """One tensor to or from a peer (its rank in the group), contiguous where it is received, and the payload it is part of."""
 
     peer: int
     payload: Payload
@@ -28,25 +28,30 @@ class Packet(NamedTuple):
 
 
 class PendingMessages(Protocol):
-    """A step's messages in flight."""
+    """The messages of a step in flight."""
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Return when all have arrived. Raises DistattnError naming the peers that stopped answering."""
+        ...
 
 
 class Transport(Protocol):
-    """Sends and receives start together; packets between two ranks match in order.
+    """What the executor asks of a transport."""
 
-    collective: all ranks call, also those without packets, and as one uneven all-to-all; otherwise as single messages.
-    """
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
+        """Start all sends and receives of a step. Packets between two ranks match in order.
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages: ...
+        collective: all ranks call, also those without packets, and packets travel in one uneven all-to-all; otherwise they
+        are single messages.
+        """
+        ...
 
 
 class GroupTransport:
     """Messages on a torch.distributed process group: batched point-to-point calls, or all-to-all of packed bytes."""
 
     def __init__(self, group: dist.ProcessGroup):
-        # torch.distributed keeps it until destroy_process_group; alive any longer, it would abort the process at its end
+        # torch.distributed keeps the group until destroy_process_group; alive any longer, it would abort the process at its end
         self._group = weakref.ref(group)
 
     @property
@@ -57,16 +62,16 @@ class GroupTransport:
         return group
 
     @staticmethod
-    def with_own_group(group: dist.ProcessGroup, patience: timedelta | None = None) -> GroupTransport:
-        """On a communicator of its own with the same ranks, so that nothing else queues in it. A collective call.
+    def with_own_group(group: dist.ProcessGroup, timeout: timedelta | None = None) -> GroupTransport:
+        """A transport on a new group of the same ranks, so that nothing else queues in it. A collective call of these ranks.
 
-        On NCCL its stream has high priority: messages start before the kernels they shall hide under. patience: how long a
-        message may take; the backend's own limit by default.
+        On NCCL its stream has high priority: messages start before the kernels that they overlap with. timeout: how long a
+        message may take, by default the backend's own limit.
         """
         options = None
         if dist.get_backend(group) == "nccl":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        return GroupTransport(duplicate_group(group, patience, pg_options=options))
+        return GroupTransport(duplicate_group(group, timeout, pg_options=options))
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
         if collective:
@@ -100,8 +105,8 @@ class GroupTransport:
         return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
 
 
-def duplicate_group(group: dist.ProcessGroup, patience: timedelta | None = None, **how: Any) -> Any:
-    """Another process group of the same ranks. A collective call of these ranks alone; `how` as in `dist.new_group`."""
+def duplicate_group(group: dist.ProcessGroup, timeout: timedelta | None = None, **how: Any) -> Any:
+    """Another process group of the same ranks. A collective call of these ranks alone; `how` goes to `new_group`."""
     # PyTorch names such a group by the number of groups its maker is in: where some are in fewer, as ranks that only serve are,
     # they would wait for each other under different names
     counts: list[Any] = [None] * dist.get_world_size(group)
@@ -112,7 +117,7 @@ def duplicate_group(group: dist.ProcessGroup, patience: timedelta | None = None,
     # newer PyTorch sorts ranks unless told not to; older groups are all sorted
     if "sort_ranks" in inspect.signature(dist.new_group).parameters:
         how["sort_ranks"] = False
-    return dist.new_group(dist.get_process_group_ranks(group), patience, use_local_synchronization=True, **how)
+    return dist.new_group(dist.get_process_group_ranks(group), timeout, use_local_synchronization=True, **how)
 
 
 class _PendingRequests(NamedTuple):
@@ -164,7 +169,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 class InProcessNetwork:
-    """All ranks in one process: rank r uses `transport(r)`; a rank may wait once every rank has posted its step.
+    """What joins all ranks of one process: rank r uses `transport(r)`, and waits once every rank has posted its step.
 
     A packet is copied as soon as both ends have posted it, so that no end outlives its step.
     """
@@ -175,9 +180,11 @@ class InProcessNetwork:
         self._wanted: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
 
     def transport(self, rank: int) -> Transport:
+        """The transport of one rank."""
         return InProcessTransport(self, rank)
 
     def post(self, sent: list[tuple[int, int, Tensor]], wanted: list[tuple[int, int, Tensor]]) -> None:
+        """Post (source, destination, tensor) of packets that a rank sends, and that it wants."""
         for queue, others, packets in ((self._sent, self._wanted, sent), (self._wanted, self._sent, wanted)):
             for src, dst, tensor in packets:
                 if others[src, dst]:
@@ -187,29 +194,31 @@ class InProcessNetwork:
                 else:
                     queue[src, dst].append(tensor)
 
-    def awaited(self, rank: int) -> bool:
-        """Whether a packet for this rank is still under way."""
+    def has_pending(self, rank: int) -> bool:
+        """Whether this rank still waits for a packet."""
         return any(queue for (_, dst), queue in self._wanted.items() if dst == rank)
 
 
 class InProcessTransport(NamedTuple):
-    hub: InProcessNetwork
+    """The transport of one rank of a process that runs all ranks."""
+
+    network: InProcessNetwork
     rank: int
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
-        self.hub.post(
+        self.network.post(
             [(self.rank, packet.peer, packet.tensor) for packet in sends],
             [(packet.peer, self.rank, packet.tensor) for packet in receives],
         )
-        return _PendingInProcess(self.hub, self.rank)
+        return _PendingInProcess(self.network, self.rank)
 
 
 class _PendingInProcess(NamedTuple):
-    hub: InProcessNetwork
+    network: InProcessNetwork
     rank: int
 
     def wait(self) -> None:
-        assert not self.hub.awaited(self.rank), f"rank {self.rank} waits for a packet that nobody has posted"
+        assert not self.network.has_pending(self.rank), f"rank {self.rank} waits for a packet that nobody has posted"
 
 
 class SingleRankTransport:
