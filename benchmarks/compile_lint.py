@@ -126,7 +126,7 @@ def launches(
     tiles = triton_attention.tiles_for(KernelRequirements(dtype, dim, v_dim, CPU), arch)
     work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles)
     with mock.patch.object(triton_attention, "compute_capability", lambda device: arch):
-        for epilogue, how in epilogues(do):
+        for epilogue, how in epilogues():
             yield f"forward {epilogue}", triton_attention.plan_forward(q, k, v, o, lse, work, score, **how)
         given = (do, q, k, v, lse, lse, grads, work, score)
         numbers, dkdv, dq = triton_attention.plan_backward(*given, accumulate=(True, True))
@@ -149,17 +149,15 @@ def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tu
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, dim, modifiers)
     cells = LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS)
     work = gluon_attention.prepare(cells, KernelRequirements(dtype, dim, dim, CPU))
-    for epilogue, how in epilogues(do):
+    for epilogue, how in epilogues():
         yield f"gluon forward {epilogue}", gluon_attention.plan_forward(q, k, v, o, lse, work, score, **how)
     yield "gluon backward", gluon_attention.plan_backward(do, q, k, v, lse, lse, grads, work, score, accumulate=True)[1]
 
 
-def epilogues(do: torch.Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
+def epilogues() -> Iterator[tuple[str, dict[str, Any]]]:
     """What becomes of a forward's result."""
     yield "write", {}
     yield "merge", dict(merge=True)
-    yield "final", dict(merge=True, out=do, sink=torch.empty(HEADS), gate=do)
-    yield "final at once", dict(out=do, gate=do[..., 0])
 
 
 def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[Any, Any, ScoreMod]:

@@ -123,20 +123,15 @@ def plan_forward(
     score: ScoreMod,
     *,
     merge: bool = False,
-    out: Tensor | None = None,
-    sink: Tensor | None = None,
-    gate: Tensor | None = None,
 ) -> TritonLaunch:
-    """The forward launch, with its epilogue; see `triton_attention.plan_forward`."""
+    """The forward launch; see `triton_attention.plan_forward`."""
     (rows, heads, dim), keys = q.shape, len(k)
     tile = FORWARD[dim]
     arguments = _operands(q=(q, tile.rows // 2), k=(k, tile.keys), v=(v, tile.keys))
-    arguments |= tensor_arguments(o=o, lse=lse, out=o if out is None else out, gate=o if gate is None else gate)
-    arguments |= {"sink_": o if sink is None else sink, "slopes_": o if score.slopes_H is None else score.slopes_H}
+    arguments |= tensor_arguments(o=o, lse=lse) | {"slopes_": o if score.slopes_H is None else score.slopes_H}
     arguments |= call_arguments(schedule.forward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
     arguments |= dict(BM=tile.rows, BN=tile.keys, D=dim, E=v.shape[2], STAGES=tile.stages)
-    arguments |= dict(MERGE=merge, FINAL=out is not None, SINK=sink is not None)
-    arguments["GATE"] = 0 if gate is None else gate.dim() - 1
+    arguments["MERGE"] = merge
     return make_launch(forward_kernel, len(schedule.forward.order) * heads, arguments, tile)
 
 

@@ -178,24 +178,15 @@ def plan_forward(
     *,
     precision: str = "ieee",
     merge: bool = False,
-    out: Tensor | None = None,
-    sink: Tensor | None = None,
-    gate: Tensor | None = None,
 ) -> TritonLaunch:
-    """The forward launch, with its epilogue.
-
-    o (T, H, E) fp32 and lse (T, H): written, or with `merge` folded into what they hold. out (T, H, E): also finalize, with
-    sink (H,) into lse and out, and gate (T, H) or (T, H, E) into out; with a gate, o gets what the gate multiplied.
-    """
+    """The forward launch. o (T, H, E) fp32 and lse (T, H) are written, or with `merge` folded into what they hold."""
     (rows, heads, _), keys = q.shape, len(k)
     tile = schedule.tiles.forward
     arguments = _operands({"q": (q, tile.rows), "k": (k, tile.keys), "v": (v, tile.keys)})
-    arguments |= tensor_arguments(o=o, lse=lse, out=o if out is None else out, gate=o if gate is None else gate)
-    arguments |= {"sink_": o if sink is None else sink, "slopes_": o if score.slopes_H is None else score.slopes_H}
+    arguments |= tensor_arguments(o=o, lse=lse) | {"slopes_": o if score.slopes_H is None else score.slopes_H}
     arguments |= call_arguments(schedule.forward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
     arguments["PRECISION"] = precision
-    arguments |= dict(BM=tile.rows, BN=tile.keys, MERGE=merge, FINAL=out is not None, SINK=sink is not None)
-    arguments["GATE"] = 0 if gate is None else gate.dim() - 1
+    arguments |= dict(BM=tile.rows, BN=tile.keys, MERGE=merge)
     return make_launch(forward_kernel, len(schedule.forward.order) * heads, arguments, tile)
 
 
