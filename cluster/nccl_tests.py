@@ -1,4 +1,4 @@
-"""What nccl-tests print, as link speeds: its text table and its JSON (-J).
+"""Link speeds from the output of nccl-tests: its text table or its JSON (-J).
 
 nccl-tests' own factors (doc/PERFORMANCE.md there) turn a size and a time into the bytes that each rank's port carries: the
 bus bandwidth. A link is fitted as time = latency + bytes / bandwidth. The JSON holds the environment of whoever ran it:
@@ -38,7 +38,7 @@ class NcclTestRun:
     rows: tuple[tuple[int, float], ...]
 
     def link(self) -> Link:
-        """The link that these times speak of, by the least relative squares over bytes on the port."""
+        """Fit latency and bandwidth to these times, by the least relative squares over bytes on the port."""
         size = np.array([row[0] for row in self.rows]) * FACTORS[self.test](self.ranks)
         micro = np.array([row[1] for row in self.rows])
         # relative: a long message's noise must not decide the latency
@@ -74,7 +74,7 @@ def read(path: str | Path, test: str | None = None) -> NcclTestRun:
 
 
 def commands(ranks_on_node: int, nodes: int = 1) -> list[str]:
-    """How to run nccl-tests for a description: inside a node, and across nodes where there are several."""
+    """Commands that measure the links of a cluster: inside a node, and between nodes where there are several."""
     sizes = "-b 8 -e 1G -f 4 -J nccl-{name}.json"
     inside = f"sendrecv_perf -g {ranks_on_node} {sizes.format(name='inside')}"
     if nodes == 1:

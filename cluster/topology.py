@@ -1,4 +1,4 @@
-"""What the machines are: for now, which ranks share a node."""
+"""Which ranks share a node."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ ACCUMULATES = False
 
 
 class DenseMask(NamedTuple):
-    """Which cells of the scores (H, T, S) are allowed, and how far their tokens are from each other on the axis."""
+    """Which scores (H, T, S) are allowed, and how far their tokens are apart on the axis."""
 
     allowed_HTS: Tensor
     distance_TS: Tensor
@@ -35,7 +35,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> DenseMask:
-    """The cells as booleans; heads that are alike share memory."""
+    """The mask as booleans; heads that are alike share memory."""
     cuts = sorted({0, mask.heads, *mask.band_heads.ravel().tolist()})
     allowed_ETS = torch.zeros(len(cuts) - 1, mask.rows, mask.keys, dtype=torch.bool)
     distance_TS = torch.zeros(mask.rows, mask.keys, dtype=torch.int64)
@@ -53,7 +53,7 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> DenseMask:
 
 
 def forward(q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, mask: DenseMask, score: ScoreMod) -> tuple[Tensor, Tensor]:
-    """(o_THE, lse_TH) in the accumulation dtype; rows without keys: o = 0, lse = -inf."""
+    """(o_THE, lse_TH) in the accumulation dtype; rows without keys have o = 0 and lse = -inf."""
     scores_HTS, _ = _scores(q_THD, k_SKD, mask, score)
     lse_HT = torch.logsumexp(scores_HTS, -1)
     weights_HTS = torch.exp(scores_HTS - _finite(lse_HT)[..., None])

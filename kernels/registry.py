@@ -22,19 +22,19 @@ KERNELS = {
     "gluon": "distattn.kernels.gluon.attention",
     "gluon_split": "distattn.kernels.gluon.split",
 }
-# these compute on processors, all others on GPUs
+# these run on CPUs, all others on GPUs
 CPU_KERNELS = ("reference", "cpu")
-# what stands in for a kernel whose sums have no fixed order, where torch.use_deterministic_algorithms asks for one
+# what replaces a kernel whose sums have no fixed order, under torch.use_deterministic_algorithms
 _DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Kernel(Protocol):
-    """What a kernel module provides.
+    """The functions and flags of a kernel module.
 
     DIFFERENTIABLE_LSE says whether `backward` is right for any delta, so that gradients may flow through the log-sum-exp.
     ACCUMULATES says whether `forward` and `backward` also take `into`: tensors that results are merged into or added to.
-    `prepare` turns cells into the kernel's own form once per plan; `forward` and `backward` take that form.
+    `prepare` turns a launch mask into the kernel's own schedule once per plan; `forward` and `backward` take that schedule.
     """
 
     DIFFERENTIABLE_LSE: bool
@@ -64,7 +64,7 @@ class Kernel(Protocol):
 
 
 def load_kernel(name: str) -> Kernel:
-    """The kernel of that name."""
+    """The kernel module of that name. Raises DistattnError where there is none, or what it needs is not installed."""
     if name not in KERNELS:
         raise DistattnError(f"kernel {name!r} does not exist; there are {', '.join(KERNELS)}.")
     try:
@@ -74,13 +74,13 @@ def load_kernel(name: str) -> Kernel:
 
 
 def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[LaunchMask], Any]:
-    """What makes a kernel's own form of cells for such calls."""
+    """A function from a launch mask to the kernel's own schedule, for such calls."""
     kernel = load_kernel(name)
     return lambda mask: kernel.prepare(mask, requirements)
 
 
 def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
-    """The kernel's name: `name` if it can serve the call, or the device's ("cpu", "triton").
+    """The name of the kernel of a call: `name` if it can serve the call, or the device's default ("cpu", "triton").
 
     "gluon" becomes "gluon_split" under torch.use_deterministic_algorithms. Raises DistattnError.
     """

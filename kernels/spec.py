@@ -1,4 +1,4 @@
-"""How a score is made from a query and a key, and what a call asks of a kernel."""
+"""How a score is made from a query and a key, and what a call requires of a kernel."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class ScoreMod(NamedTuple):
     slopes_H: Tensor | None = None
 
     def for_heads(self, heads: slice) -> ScoreMod:
-        """The same for some of the heads."""
+        """The same for a range of the heads."""
         return self if self.slopes_H is None else self._replace(slopes_H=self.slopes_H[heads])
 
 
 class KernelRequirements(NamedTuple):
-    """What a call asks of a kernel."""
+    """What a call requires of a kernel: dtype, head dims, device, and which changes of scores."""
 
     dtype: torch.dtype
     head_dim: int

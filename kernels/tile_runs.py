@@ -1,8 +1,8 @@
-"""Which tiles a Triton program visits: runs of key tiles for every tile of query rows, as small lists of whole numbers.
+"""Which tiles a Triton program visits: runs of key tiles for every tile of query rows, as short int32 lists.
 
 A *run* is a stretch of keys that some rows of one query tile need: tiles at its ends that hold some allowed cells, and
-tiles in the middle that hold nothing else, so that their mask is never looked at. The length of the lists goes with the
-bands that meet a query tile, not with its key tiles. A band turned over (queries for keys) is a band, so the same lists
+tiles in the middle that hold nothing else, so that their mask is never evaluated. The length of the lists is that of the
+bands that meet a query tile, not of its key tiles. A band transposed (queries for keys) is a band, so the same lists
 serve kernels that own a tile of keys and walk over queries.
 
 Other kinds of pieces (block lists, neighbourhood tiles) fit in as runs of one tile.
@@ -19,14 +19,14 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, expand_ranges, lexicographic_argsort, sorted_unique
 from distattn.kernels.launch_mask import LaunchMask
 
-# columns of a run: keys [BEGIN, FULL) and [REST, END) need the mask, [FULL, REST) does not; the band of its rows, and
-# where row_band says otherwise, row by row (-1: one band for all)
+# columns of a run: keys [begin, full) and [rest, end) need the mask, [full, rest) do not; the band of its rows; and where
+# the bands of single rows begin in `row_band` (-1: one band for all rows)
 RUN = ("begin", "full", "rest", "end", "band", "rows")
 # columns of a band: row r in [q0, q1) allows keys from max(k0, low + bk * ((r - oq) // bq)) up to min(k1, high + same)
 BAND = ("q0", "q1", "k0", "k1", "low", "high", "bq", "bk", "oq", "shift")
 # runs begin at multiples of this, so that numbers of rows and keys are loaded several at a time
 RUN_ALIGNMENT = 16
-_FAR = 1 << 30
+_LIMIT = 1 << 30
 
 
 class TileRuns(NamedTuple):
@@ -44,7 +44,7 @@ class TileRuns(NamedTuple):
     group: Ints
     # tiles, those with most key tiles first
     order: Ints
-    # the numbers of keys in tiles that are visited, all heads together
+    # keys of all tiles that are visited, all heads together
     visited: int
 
     @property
@@ -59,7 +59,7 @@ def tile_runs(mask: LaunchMask, block_rows: int, block_keys: int) -> TileRuns:
 
 
 def transposed_runs(mask: LaunchMask, block_keys: int, block_rows: int) -> TileRuns:
-    """The same for programs that own `block_keys` keys and take `block_rows` query rows of one head at a time."""
+    """Runs for programs that own `block_keys` keys and take `block_rows` query rows of one head at a time."""
     turned = mask.bands[:, [K0, K1, Q0, Q1, HI, LO, BK, BQ, OK, OQ]]
     turned[:, [LO, HI]] *= -1
     return _runs_of(turned, mask, mask.keys, block_keys, block_rows)
@@ -136,11 +136,11 @@ def _to_int32(bands: Ints, shift: Ints) -> Ints:
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
     skipped = (q0 - oq) // bq
     oq = oq + bq * skipped
-    if len(bands) and int((bk * ((q1 - 1 - oq) // bq)).max()) >= _FAR:
+    if len(bands) and int((bk * ((q1 - 1 - oq) // bq)).max()) >= _LIMIT:
         raise DistattnError(
             "a block staircase climbs more than 2^30 keys in one call; the triton kernels count in 32 bits."
         )
-    low, high = (np.clip(ok + bk * (edge + skipped), -_FAR, _FAR - 1) for edge in (lo, hi + 1))
+    low, high = (np.clip(ok + bk * (edge + skipped), -_LIMIT, _LIMIT - 1) for edge in (lo, hi + 1))
     # a block larger than the call is the call
     small = np.minimum(bq, 1 << 30), np.minimum(bk, 1 << 30)
     return np.stack([q0, q1, k0, k1, low, high, *small, oq, shift], 1).astype(np.int32)

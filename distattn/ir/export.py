@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch.nn.attention.flex_attention import BlockMask
 
-# pieces that meet in one row of a block mask: each costs two look-ups per score
-_MOST_INTERVALS = 16
+# intervals of keys in one row of a block mask: each costs two look-ups per score
+_MAX_ROW_INTERVALS = 16
 
 
 class VarlenArguments(NamedTuple):
@@ -29,7 +29,7 @@ class VarlenArguments(NamedTuple):
 
 
 def cu_seqlens(mask: Mask) -> VarlenArguments:
-    """Packed documents for varlen kernels (flash-attn's convention). Raises DistattnError where documents do not say it all.
+    """Packed documents for varlen kernels (flash-attn's convention). Raises DistattnError for any other mask.
 
     window is as flash-attn's `window_size`: -1 on a side without limit. causal needs no window on the right.
     """
@@ -43,8 +43,8 @@ def cu_seqlens(mask: Mask) -> VarlenArguments:
     # with unit blocks the origins are part of the bounds
     reach = q1 - q0 - 1
     shift = pieces[:, OK] - pieces[:, OQ]
-    left = _common_reach(-(pieces[:, LO] + shift), reach, "left")
-    right = _common_reach(pieces[:, HI] + shift, reach, "right")
+    left = _common_window(-(pieces[:, LO] + shift), reach, "left")
+    right = _common_window(pieces[:, HI] + shift, reach, "right")
     ends = np.append(0, q1).astype(np.int32)
     return VarlenArguments(ends, int((q1 - q0).max()), right == 0, (left, right))
 
@@ -75,12 +75,16 @@ def block_mask(mask: Mask, block: int = 128, device: torch.device | str = "cpu")
     blocks = [_blocks(group, block) for group in groups]
     partial, full = (torch.from_numpy(np.stack([pair[side] for pair in blocks]))[None].to(device) for side in (0, 1))
     return BlockMask.from_kv_blocks(
-        *_lists(partial), *_lists(full), BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(mask.n, mask.n)
+        *_kv_block_lists(partial),
+        *_kv_block_lists(full),
+        BLOCK_SIZE=block,
+        mask_mod=mask_mod,
+        seq_lengths=(mask.n, mask.n),
     )
 
 
-def _common_reach(reaches: Ints, most: Ints, side: str) -> int:
-    """One reach for all documents; -1 where all see to their ends."""
+def _common_window(reaches: Ints, most: Ints, side: str) -> int:
+    """The window on one side that all documents have; -1 where it reaches to their ends."""
     if (reaches < 0).any():
         raise DistattnError("varlen kernels always allow the diagonal; this mask does not.")
     limited = np.unique(reaches[reaches < most])
@@ -108,8 +112,8 @@ def _row_intervals(mask: Mask) -> tuple[np.ndarray, np.ndarray]:
     row, first, last = row[order], first[order], last[order]
     number = np.arange(len(row)) - np.searchsorted(row, row)
     most = int(number.max(initial=0)) + 1
-    if most > _MOST_INTERVALS:
-        raise DistattnError(f"a row of this mask has {most} pieces; a block mask takes {_MOST_INTERVALS}.")
+    if most > _MAX_ROW_INTERVALS:
+        raise DistattnError(f"a row of this mask has {most} pieces; a block mask takes {_MAX_ROW_INTERVALS}.")
     begin, end = np.zeros((2, most, mask.n), np.int32)
     begin[number, row], end[number, row] = first, last
     return begin, end
@@ -130,8 +134,8 @@ def _blocks(mask: Mask, block: int) -> tuple[np.ndarray, np.ndarray]:
     return some & ~full, full
 
 
-def _lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts per row, and column indices with the chosen ones first."""
+def _kv_block_lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts of each row, and column indices with the chosen ones first."""
     import torch
 
     order = torch.argsort((~chosen).to(torch.int8), dim=-1, stable=True)

@@ -29,7 +29,7 @@ def as_int64(values: Any, what: str) -> Ints:
 
 
 def sorted_unique(values: Ints) -> Ints:
-    """The distinct values, sorted: `np.unique` of whole numbers, which NumPy 2.3 made 30 times as slow by hashing."""
+    """The distinct values, sorted: `np.unique` of whole numbers, which became 30 times as slow in NumPy 2.3 by hashing."""
     ordered = np.sort(values)
     fresh = np.ones(len(ordered), bool)
     fresh[1:] = ordered[1:] != ordered[:-1]
@@ -37,14 +37,14 @@ def sorted_unique(values: Ints) -> Ints:
 
 
 def run_starts(*columns: Ints) -> Ints:
-    """Where runs of equal rows begin."""
+    """The first row of each run of equal rows."""
     fresh = np.ones(len(columns[0]), bool)
     fresh[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
     return np.flatnonzero(fresh)
 
 
 def stable_argsort(key: Ints) -> Ints:
-    """The stable order that sorts whole numbers: `np.argsort`, but sorting numbers with their place in their low bits."""
+    """`np.argsort(key, kind="stable")` of whole numbers, faster: numbers are sorted with their place in their low bits."""
     key = np.asarray(key, np.int64)
     places = len(key).bit_length()
     if len(key) and int(key.max()) - int(key.min()) < 1 << (62 - places):
@@ -61,12 +61,12 @@ def expand_ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
 
 
 def overlapping_pairs(t0: Ints, t1: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints]:
-    """Pairs (i, j) where [a_i, b_i) meets [t0_j, t1_j); the latter sorted and disjoint."""
+    """All pairs (i, j) where [a_i, b_i) overlaps [t0_j, t1_j); the latter are sorted and disjoint."""
     return expand_ranges(np.searchsorted(t1, a, "right"), np.searchsorted(t0, b, "left"))
 
 
 def merge_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
-    """Sorted disjoint intervals covering the same points per group; touching intervals become one."""
+    """The union of intervals by group: sorted and disjoint (group, a, b); touching intervals become one."""
     if not len(a):
         return group, a, b
     # +2: the end of one group and the start of the next must not touch
@@ -83,7 +83,7 @@ def merge_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def elementary_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """Cut every group at all its end points. Returns (row, piece, group, a, b): input row i covers elementary piece p.
+    """Cut the intervals of every group at all end points. Returns (row, piece, group, a, b): row i covers piece p.
 
     The last three are per piece; pieces no row covers are listed but never referred to.
     """
@@ -96,7 +96,7 @@ def elementary_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Int
 
 
 def lexicographic_argsort(*columns: Ints) -> Ints:
-    """The stable order that sorts rows by the first column, then the second and so on: `np.lexsort`, in few passes.
+    """The stable order that sorts rows by the first column, then the second and so on: `np.lexsort` in few passes.
 
     Columns are packed into one number as long as their ranges fit.
     """

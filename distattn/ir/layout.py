@@ -19,11 +19,11 @@ from distattn.ir.intervals import Ints, as_int64, overlapping_pairs
 from distattn.ir.load_balance import balance_items, place_documents
 from distattn.ir.mask import Mask, document_ends
 
-# places where a chunk of `balanced` may end, per chunk; in between the work is taken as even
-_GRID = 32
+# positions at which a chunk of `balanced` may end, per chunk; in between the work is taken as even
+_POSITIONS_PER_CHUNK = 32
 _WORK_WEIGHTS = (1, 2, 4, 8, 16)
-# good enough, and how many more tokens than the mean a rank may get for the sake of its work
-_EVEN, _CROWDED = 1.01, 1.25
+# busiest rank over the mean at which the search ends, and tokens over the mean that a rank may get for the sake of its work
+_GOOD_BALANCE, _MAX_TOKENS_OVER_MEAN = 1.01, 1.25
 
 
 class Layout:
@@ -34,7 +34,10 @@ class Layout:
     """
 
     def __init__(self, lengths: Sequence[int], ranks: int, rank: Ints, t0: Ints, t1: Ints):
-        """The chunks of a rank are given in its local order; touching ones are joined."""
+        """rank, t0, t1: the owner and the tokens [t0, t1) of each chunk, those of a rank in its local order.
+
+        Touching chunks of a rank are joined. Raises DistattnError where chunks do not tile the axis.
+        """
         self.ends = document_ends(lengths)
         self.n, self.ranks = int(self.ends[-1]), ranks
         rank, t0, t1 = (np.asarray(column, np.int64) for column in (rank, t0, t1))
@@ -69,9 +72,9 @@ class Layout:
 
     @staticmethod
     def document_zigzag(lengths: Sequence[int], ranks: int, *, min_chunk: int = 512) -> Layout:
-        """Every document is cut into up to 2R chunks of at least `min_chunk` tokens, dealt in zigzag order.
+        """Every document is cut into up to 2R chunks of at least `min_chunk` tokens, which ranks get in zigzag order.
 
-        Each document starts at the rank with fewest tokens so far (ties lowest), so that many short documents balance.
+        A document starts at the rank with fewest tokens so far (the lowest of equals), so that many short documents balance.
         """
         ends, _ = document_ends(lengths), _positive(ranks)
         if min_chunk < 1:
@@ -91,7 +94,7 @@ class Layout:
 
     @staticmethod
     def block_cyclic(lengths: Sequence[int], ranks: int, *, block: int = 512) -> Layout:
-        """Blocks of `block` tokens are dealt round and round: block i to rank i modulo R (striped attention is block=1)."""
+        """Block i of `block` tokens belongs to rank i modulo R (block=1 is striped attention)."""
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
         if int(as_int64(block, "block")) < 1:
             raise DistattnError(f"a block has at least 1 token, not {block}.")
@@ -107,13 +110,13 @@ class Layout:
         chunk: int | None = None,
         tolerance: float = 0.002,
     ) -> Layout:
-        """Every rank has equally much of `mask` to do, and about equally many tokens.
+        """Every rank has about equal work under `mask`, and about equally many tokens.
 
         mask: by default causal inside each document. chunk: tokens on average, by default what gives every rank 8 chunks,
         or 4 beyond 256 ranks: planning takes as long as there are pairs of chunks.
         tolerance: stop when the busiest rank is within this share of the mean. The axis is cut so that every chunk has
         the same sum of its share of the tokens and its share of the work: long rows are cut short, and ranks of equally
-        many chunks and equal work have equal numbers of tokens. Chunks are dealt heaviest first, then exchanged.
+        many chunks and equal work have equal numbers of tokens. Chunks are assigned heaviest first, then exchanged.
         """
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
         each = 8 if ranks <= 256 else 4
@@ -125,7 +128,7 @@ class Layout:
                 f"tolerance of at least 0 (not {tolerance})."
             )
         parts = -(-n // chunk)
-        grid = _cuts(n, min(n, _GRID * parts))
+        grid = _cuts(n, min(n, _POSITIONS_PER_CHUNK * parts))
         effort = np.append(0, np.cumsum(_rows_area(mask, grid)))
         best: tuple[float, Ints, Ints] | None = None
         # where chunks of equal sums will not balance, work counts for more and tokens for less, within limits
@@ -136,10 +139,10 @@ class Layout:
             rank = balance_items(work, ranks, tolerance)
             load = np.bincount(rank, work, ranks)
             uneven = float(load.max() / max(load.mean(), 1))
-            crowded = np.bincount(rank, np.diff(cuts), ranks).max() > _CROWDED * n / ranks
+            crowded = np.bincount(rank, np.diff(cuts), ranks).max() > _MAX_TOKENS_OVER_MEAN * n / ranks
             if best is None or (uneven < best[0] and not crowded):
                 best = uneven, rank, cuts
-            if uneven <= _EVEN:
+            if uneven <= _GOOD_BALANCE:
                 break
         assert best is not None
         _, rank, cuts = best
@@ -147,10 +150,10 @@ class Layout:
 
     @staticmethod
     def placed(lengths: Sequence[int], ranks: int, *, mask: Mask | None = None, tolerance: float = 0.02) -> Layout:
-        """For loaders that may choose where documents go: few tokens have to move for ranks to have equal work.
+        """A layout for data loaders that may choose where documents go: little has to move for ranks to have equal work.
 
-        mask: by default causal inside each document. Documents with more than (1 + tolerance) of a rank's work are dealt over
-        about as many ranks as their work asks for; the others stay whole (see `distattn.ir.load_balance`). No rank has more than
+        mask: by default causal inside each document. A document with more than (1 + tolerance) of a rank's work is split over
+        about as many ranks as its work asks for; the others stay whole (see `distattn.ir.load_balance`). No rank has more than
         1.01 of the mean tokens. Work is as even as that allows; strategy "cad" evens out the rest.
         """
         ends, _ = document_ends(lengths), _positive(ranks)
@@ -189,13 +192,13 @@ class Layout:
         return np.bincount(self.chunks["rank"], size, self.ranks).astype(np.int64)
 
     def shard(self, x: Any, rank: int, dim: int = 0) -> Any:
-        """The part of `x` (numpy or torch, n tokens along `dim`) that `rank` owns, in local order."""
+        """The tokens of `x` (numpy or torch, n tokens along `dim`) that `rank` owns, in local order."""
         if x.shape[dim] != self.n:
             raise DistattnError(f"dim {dim} has {x.shape[dim]} entries, but this layout is of {self.n} tokens.")
         return x[_at(x, dim, self.tokens(rank))]
 
     def unshard(self, shards: Sequence[Any], dim: int = 0) -> Any:
-        """The inverse of `shard`: the whole of x from every rank's part."""
+        """The inverse of `shard`: x from the shards of all ranks."""
         sizes = [shard.shape[dim] for shard in shards]
         if sizes != self.shard_sizes().tolist():
             raise DistattnError(f"shards have {sizes} tokens, but this layout gives {self.shard_sizes().tolist()}.")
@@ -213,9 +216,9 @@ class Layout:
         return tokens - starts[np.searchsorted(self.ends, tokens, "right")]
 
     def shift_labels(self, labels: Any, dim: int = -1, ignore_index: int = -100) -> Any:
-        """Targets for the whole axis: each token's successor, `ignore_index` at the last token of each document.
+        """Labels of the whole axis: the successor of each token, `ignore_index` at the last token of each document.
 
-        Shift before sharding: the target of a shard's last token lives on another rank.
+        Shift before sharding: the label of a shard's last token lives on another rank.
         """
         if labels.shape[dim] != self.n:
             raise DistattnError(f"dim {dim} has {labels.shape[dim]} entries, but this layout is of {self.n} tokens.")
@@ -246,7 +249,7 @@ class Layout:
             raise DistattnError(f"rank {rank} is outside this layout of {self.ranks} ranks.")
 
 
-# layouts a configuration may name
+# layouts by the name that a configuration uses
 LAYOUTS = {
     "contiguous": Layout.contiguous,
     "zigzag": Layout.zigzag,
@@ -258,7 +261,7 @@ LAYOUTS = {
 
 
 def make_layout(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **options: Any) -> Layout:
-    """The layout of that name for a mask over documents of these lengths."""
+    """The layout of a name in LAYOUTS, for a mask over documents of these lengths; options are the constructor's."""
     work = {"mask": mask} if name in ("balanced", "placed") else {}
     return LAYOUTS[name](lengths, ranks, **work, **options)
 

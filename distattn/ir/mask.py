@@ -57,26 +57,26 @@ class Mask:
 
     @staticmethod
     def full(n: int) -> Mask:
-        """Always."""
+        """Every query sees every key."""
         return Mask.documents([n], document_mask="full")
 
     @staticmethod
     def causal(n: int) -> Mask:
-        """k <= q."""
+        """Every query sees the keys up to its own: k <= q."""
         return Mask.documents([n])
 
     @staticmethod
     def sliding_window(n: int, left: int, right: int = 0, *, sink_tokens: int = 0) -> Mask:
-        """k <= q + right and (k >= q - left or k < sink_tokens)."""
+        """A window around every query: k <= q + right and (k >= q - left or k < sink_tokens)."""
         return Mask.documents([n], document_mask=(left, right), sink_tokens=sink_tokens)
 
     @staticmethod
     def documents(
         lengths: Sequence[int], document_mask: str | tuple[int, int] = "causal", *, sink_tokens: int = 0
     ) -> Mask:
-        """d(q) = d(k) and, by `inner`,
+        """Packed documents: d(q) = d(k), and inside each document the cells that `document_mask` allows.
 
-        "full": always; "causal": k <= q; (left, right): k <= q + right and (k >= q - left or k - s < sink_tokens).
+        "full": all of them; "causal": k <= q; a window (left, right): k <= q + right and (k >= q - left or k - s < sink_tokens).
         """
         start, end = _document_bounds(lengths)
         lo, hi = _document_band(document_mask)
@@ -89,26 +89,26 @@ class Mask:
 
     @staticmethod
     def shared_question(lengths: Sequence[int]) -> Mask:
-        """(d(q) = d(k) and k <= q) or d(k) = 0: the first document is a question all others, its answers, see whole."""
+        """(d(q) = d(k) and k <= q) or d(k) = 0: the first document is a question that all others, its answers, see in full."""
         start, end = _document_bounds(lengths)
         question = _bands(start[1:], end[1:], 0, end[0], -UNBOUNDED, UNBOUNDED)
         return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0), question], end[-1])
 
     @staticmethod
     def causal_blockwise(lengths: Sequence[int]) -> Mask:
-        """k <= q and (d(q) = d(k) or d(q) is the last): the last document, a test example, sees all demonstrations."""
+        """k <= q and (d(q) = d(k) or d(q) is the last): the last document, a test example, sees all demonstrations before it."""
         start, end = _document_bounds(lengths)
         low = np.append(start[:-1], 0)
         return _from_parts([_bands(start, end, low, end, -UNBOUNDED, 0)], end[-1])
 
     @staticmethod
     def prefix_lm(n: int, prefix: int) -> Mask:
-        """k <= q or k < prefix."""
+        """Causal after a prefix that every query sees: k <= q or k < prefix."""
         return Mask.prefix_lm_documents([n], prefix)
 
     @staticmethod
     def prefix_lm_documents(lengths: Sequence[int], prefix: int | Sequence[int]) -> Mask:
-        """d(q) = d(k) and (k <= q or k - s < prefix); one prefix for all documents, or one each."""
+        """Packed documents with prefixes, one for all or one each: d(q) = d(k) and (k <= q or k - s < prefix)."""
         start, end = _document_bounds(lengths)
         prefixes = as_int64(prefix, "prefix")
         if prefixes.shape not in ((), start.shape) or (prefixes < 0).any():
@@ -122,7 +122,7 @@ class Mask:
 
     @staticmethod
     def global_sliding_window(n: int, left: int, right: int, n_global: int) -> Mask:
-        """q - left <= k <= q + right or q < n_global or k < n_global."""
+        """A window and `n_global` tokens that see, and are seen by, all: q - left <= k <= q + right or min(q, k) < n_global."""
         _, (end,) = _document_bounds([n])
         lo, hi = _document_band((left, right))
         seen = min(_nonnegative(n_global, "n_global"), n)
@@ -135,12 +135,12 @@ class Mask:
 
     @staticmethod
     def block_causal(n: int, block: int) -> Mask:
-        """k // block <= q // block."""
+        """Causal by blocks of tokens: k // block <= q // block."""
         return Mask.block_causal_documents([n], block)
 
     @staticmethod
     def block_causal_documents(lengths: Sequence[int], block: int) -> Mask:
-        """d(q) = d(k) and (k - s) // block <= (q - s) // block."""
+        """Packed documents, causal by blocks: d(q) = d(k) and (k - s) // block <= (q - s) // block."""
         start, end = _document_bounds(lengths)
         if not 1 <= _nonnegative(block, "block") <= MAX_BLOCK:
             raise DistattnError(f"a block is 1 to {MAX_BLOCK} tokens, not {block}.")
@@ -148,9 +148,9 @@ class Mask:
 
     @staticmethod
     def by_head(groups: Sequence[tuple[int, Mask]]) -> Mask:
-        """A mask for each group of query heads: (number of heads, mask), first heads first.
+        """A mask that differs by head, from pairs (number of query heads, their mask), first heads first.
 
-        Pieces that neighbouring groups have in common are one piece of all their heads.
+        A piece that neighbouring groups have in common becomes one piece of all their heads.
         """
         if not groups or any(mask.heads is not None for _, mask in groups):
             raise DistattnError(
@@ -176,7 +176,7 @@ class Mask:
 
     @staticmethod
     def from_pieces(array: Sequence[Sequence[int]] | Ints, n: int | None = None) -> Mask:
-        """A mask from rows (q0, q1, k0, k1, lo, hi) or all ten columns; `n` defaults to the last token named."""
+        """A mask from rows (q0, q1, k0, k1, lo, hi) or of all ten columns; `n` defaults to the end of the last piece."""
         pieces = as_int64(array, "pieces")
         if pieces.ndim != 2 or pieces.shape[1] not in (6, 10) or not len(pieces):
             raise DistattnError(
@@ -187,7 +187,7 @@ class Mask:
         return Mask(pieces, int(pieces[:, [Q1, K1]].max()) if n is None else n)
 
     def area(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> int:
-        """Allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); all of the axis by default.
+        """Number of allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); by default of the whole axis.
 
         In a mask that differs by head the sum over its heads.
         """
@@ -205,7 +205,7 @@ class Mask:
         return Mask(pieces[kept], self.n, None if self.piece_heads is None else self.piece_heads[kept], self.heads)
 
     def needed_keys(self, q_set: Sequence[tuple[int, int]] | Ints) -> Ints:
-        """The keys some query of `q_set` sees. Both are arrays of half-open intervals (M, 2); the result is disjoint, sorted."""
+        """The keys that some query of `q_set` sees. Both are half-open intervals (M, 2); the result is sorted and disjoint."""
         q_set = as_int64(q_set, "query intervals").reshape(-1, 2)
         _, q0, q1 = merge_intervals(np.zeros(len(q_set), np.int64), q_set[:, 0], q_set[:, 1])
         i, j = expand_ranges(
@@ -276,7 +276,7 @@ class Mask:
 
 
 def document_ends(lengths: Sequence[int]) -> Ints:
-    """Where each document ends on the axis; refuses lengths that are not positive whole numbers."""
+    """The end of each document on the axis. Raises DistattnError where a length is not a positive whole number."""
     array = as_int64(lengths, "document lengths")
     if array.ndim != 1 or not len(array):
         raise DistattnError("document lengths are a list of at least one positive whole number.")

@@ -3,7 +3,7 @@
 A *task* (step, rank, piece, q0, q1, k0, k1, h0, h1) is core attention of one rectangle of one mask piece for query
 heads [h0, h1), computed at `rank`. A *move* (step, src, dst, payload, t0, t1, h0, h1) carries an interval of tokens and
 heads of one payload. All rows of step s run concurrently and read the state at the end of step s-1. What a plan must
-satisfy is checked by `distattn.parallel.analysis.verify`; this file only holds the words.
+satisfy is checked by `distattn.parallel.analysis.verify`; this file only defines the data.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Payload(IntEnum):
     dKV = 5
 
 
-# a holding payload is copied; an accumulating one is emptied into its destination
+# a held payload is copied by a move; a reduced one is added to what the destination has, and leaves the source
 HELD_PAYLOADS = (Payload.Q, Payload.KV, Payload.dO)
 REDUCED_PAYLOADS = (Payload.O, Payload.dQ, Payload.dKV)
 FORWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.O)
@@ -52,13 +52,13 @@ KEY_PAYLOADS = (Payload.KV, Payload.dKV)
 
 
 def make_columns(names: Sequence[str], **values: Ints | int) -> Columns:
-    """Equal-length int64 columns; whole numbers are repeated."""
+    """Int64 columns of equal length; single numbers are repeated."""
     length = max((len(v) for v in values.values() if isinstance(v, np.ndarray)), default=0)
     return {name: np.broadcast_to(np.asarray(values[name], np.int64), (length,)) for name in names}
 
 
 def concat_rows(names: Sequence[str], parts: Iterable[Columns]) -> Columns:
-    """Rows of all parts, one after another."""
+    """The rows of all parts, one after another."""
     rows = list(parts)
     return {name: np.concatenate([np.zeros(0, np.int64), *(part[name] for part in rows)]) for name in names}
 
@@ -93,7 +93,7 @@ class Table:
 
     @cached_property
     def steps(self) -> int:
-        """Number of steps."""
+        """Number of steps of the table."""
         return 1 + int(max((rows["step"].max() for rows in (self.tasks, self.moves) if num_rows(rows)), default=-1))
 
 
@@ -108,7 +108,7 @@ class Call:
     head_dim: int
     v_head_dim: int
     dtype: str
-    # the dtype outputs and gradients travel in; empty: the accumulation dtype
+    # dtype in which outputs and gradients are sent; empty: the accumulation dtype
     comm_dtype: str = ""
 
     def __post_init__(self) -> None:
@@ -168,7 +168,7 @@ class Call:
         }[payload]
 
     def comm_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
-        """The tensors a payload travels as. Numbers of a whole row (log-sum-exp, delta) stay wide."""
+        """The tensors of a payload as it is sent: (width, dtype) each. One number per row (log-sum-exp, delta) stays wide."""
         fields = self.payload_fields(payload)
         if payload not in REDUCED_PAYLOADS or not self.comm_dtype:
             return fields
@@ -316,7 +316,7 @@ def move_bytes(call: Call, moves: Columns, in_memory: bool = False) -> Ints:
 
 
 def nonempty_bands(bands: Ints) -> np.ndarray:
-    """Which of these tightened bands hold a cell at all."""
+    """Which of these tightened bands hold a cell, (M,) booleans."""
     return (bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1])
 
 

@@ -1,7 +1,7 @@
-"""Core attention for Hopper in Gluon (tier B): which tiles, which launches. The kernels are in gluon_forward and gluon_backward.
+"""Core attention for Hopper in Gluon (tier B): which tiles, which launches. The kernels are in forward.py and backward.py.
 
 For bfloat16 and float16 and head dims 64 and 128 on sm_90, everything else is the plain Triton kernel's: masks, run lists,
-epilogues, score modifiers, any lengths and head groups. The sum in dQ has no fixed order; "gluon_split" has one.
+merging, score modifiers, any lengths and head groups. The sum in dQ has no fixed order; "gluon_split" has one.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -63,7 +63,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
-    """The lists of tiles that compute these cells."""
+    """The lists of tiles that compute the mask."""
     forward, backward = FORWARD[requirements.head_dim], BACKWARD[requirements.head_dim]
     return TileSchedule(
         tile_run_tensors(tile_runs(mask, forward.rows, forward.keys)),
@@ -82,7 +82,10 @@ def forward(
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(o_THE, lse_TH) in fp32; rows without keys: o = 0, lse = -inf. With `into`, written there or, with `merge`, merged."""
+    """(o_THE, lse_TH) in fp32; rows without keys have o = 0 and lse = -inf.
+
+    into: (o, lse) to write the result to or, with `merge`, to merge it into.
+    """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
@@ -178,7 +181,7 @@ def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """Of the matrix (tokens, heads x dim)."""
+    """A descriptor of the matrix (tokens, heads x dim)."""
     layout = NVMMASharedLayout.get_default_for([block, width], _TYPES[x.dtype])
     if not x.numel():
         # nothing of it is ever read

@@ -2,8 +2,8 @@
 
 One group of warps fetches tiles of keys and values ahead by the tensor-memory accelerator; two warpgroups of 64 rows each
 multiply and take the softmax. The product with the values of one tile runs while the softmax of the next is computed
-(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). Run lists, log-sum-exp and epilogues are those of the plain Triton
-kernel (triton_forward); results are deterministic.
+(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). Run lists, log-sum-exp and merging are those of the plain Triton
+kernel; results are deterministic.
 
 Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it.
 """

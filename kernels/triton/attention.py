@@ -1,4 +1,4 @@
-"""Core attention in plain Triton (tier A): which tiles, which launches. The kernels are in triton_forward and triton_backward.
+"""Core attention in plain Triton (tier A): which tiles, which launches. The kernels are in forward.py and backward.py.
 
 Runs on NVIDIA GPUs from sm_80 on, and on the CPU in Triton's interpreter (TRITON_INTERPRET=1) for tests. Lengths, runs and
 strides of tokens are data: another batch compiles nothing.
@@ -108,12 +108,12 @@ def tiles_for(requirements: KernelRequirements, capability: int) -> Tiles:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
-    """The lists of tiles that compute these cells."""
+    """The lists of tiles that compute the mask."""
     return prepare_tiles(mask, tiles_for(requirements, compute_capability(requirements.device)))
 
 
 def prepare_tiles(mask: LaunchMask, tiles: Tiles) -> TileSchedule:
-    """The same with tiles of one's own."""
+    """The same with given tiles."""
     return TileSchedule(
         tile_run_tensors(tile_runs(mask, tiles.forward.rows, tiles.forward.keys)),
         tile_run_tensors(transposed_runs(mask, tiles.dkdv.keys, tiles.dkdv.rows)),
@@ -134,7 +134,10 @@ def forward(
     merge: bool = False,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """(o_THE, lse_TH) in fp32; rows without keys: o = 0, lse = -inf. With `into`, written there or, with `merge`, merged."""
+    """(o_THE, lse_TH) in fp32; rows without keys have o = 0 and lse = -inf.
+
+    into: (o, lse) to write the result to or, with `merge`, to merge it into.
+    """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
@@ -273,6 +276,6 @@ def _fits_tma(x: Tensor) -> bool:
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """Of the matrix (tokens, heads x dim)."""
+    """A descriptor of the matrix (tokens, heads x dim)."""
     columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width])

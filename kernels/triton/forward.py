@@ -52,7 +52,7 @@ def _visit(
 
 @triton.jit
 def _store(
-    acc, weight, weight_before, o_, row, head, rows, o_row, o_head, column,
+    acc, inverse, old, fresh, o_, row, head, rows, o_row, o_head, column,
     BM: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """Write columns [column, column + WIDTH) of the result, or with MERGE fold them into what is there."""
@@ -60,9 +60,9 @@ def _store(
     c = column + tl.arange(0, WIDTH)
     inside = (r < rows)[:, None]
     at = r.to(tl.int64)[:, None] * o_row + head * o_head + c[None, :]
-    o = acc * weight[:, None]
+    o = acc * inverse[:, None]
     if MERGE:
-        o += tl.load(o_ + at, mask=inside, other=0.0) * weight_before[:, None]
+        o = o * fresh[:, None] + tl.load(o_ + at, mask=inside, other=0.0) * old[:, None]
     tl.store(o_ + at, o, mask=inside)
 
 
@@ -125,13 +125,12 @@ def forward_kernel(
     lse = tl.where(some, (m + tl.math.log2(tl.where(some, l, 1.0))) * LN2, -float("inf"))
     inside = r < rows
     lse_at = lse_ + r.to(tl.int64) * lse_row + head * lse_head
-    # of the sum that this launch made, and of what was there before
-    weight, weight_before = inverse, inverse
+    # shares of what was there before and of what this launch computed
+    old, fresh = inverse, inverse
     if MERGE:
         before = tl.load(lse_at, mask=inside, other=-float("inf"))
-        weight_before, share, lse = merge_shares(before, lse)
-        weight = inverse * share
+        old, fresh, lse = merge_shares(before, lse)
     tl.store(lse_at, lse, mask=inside)
-    _store(acc0, weight, weight_before, o_, row, head, rows, o_row, o_head, 0, BM, E0, MERGE)
+    _store(acc0, inverse, old, fresh, o_, row, head, rows, o_row, o_head, 0, BM, E0, MERGE)
     if E1 > 0:
-        _store(acc1, weight, weight_before, o_, row, head, rows, o_row, o_head, E0, BM, E1, MERGE)
+        _store(acc1, inverse, old, fresh, o_, row, head, rows, o_row, o_head, E0, BM, E1, MERGE)

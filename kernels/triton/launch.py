@@ -16,7 +16,7 @@ TMA_LIMIT = 1 << 31
 
 
 class Tile(NamedTuple):
-    """Sides of a tile, warps of a program, and stages of its loads."""
+    """Sides of a tile in query rows and keys, warps of a program, and stages of its loads."""
 
     rows: int
     keys: int
@@ -45,14 +45,14 @@ class TritonLaunch(NamedTuple):
 
 
 def run_launch(launch: TritonLaunch) -> None:
-    """Launch, unless there is nothing to do."""
+    """Run a launch, unless its grid is empty."""
     if launch.grid[0]:
         launch.kernel[launch.grid](**launch.arguments, **launch.options)
 
 
 @cache
 def compute_capability(device: torch.device) -> int:
-    """Compute capability of a device: 80, 90, ...; of the interpreter's, 80."""
+    """Compute capability of a device: 80, 90, ...; 80 in the interpreter."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 80
     major, minor = torch.cuda.get_device_capability(device)
@@ -60,12 +60,12 @@ def compute_capability(device: torch.device) -> int:
 
 
 def tile_run_tensors(runs: TileRuns) -> TileRunTensors:
-    """The same as tensors."""
+    """Runs as tensors on the host."""
     return TileRunTensors(*(torch.from_numpy(column) for column in runs[:6]))
 
 
 def schedule_to_device(schedule: Any, device: torch.device) -> Any:
-    """A kernel's lists, as its `prepare` made them, on a device."""
+    """A kernel's schedule, as its `prepare` made it, with all tensors on a device."""
     if isinstance(schedule, Tensor):
         return schedule.to(device)
     return (
@@ -76,7 +76,7 @@ def schedule_to_device(schedule: Any, device: torch.device) -> Any:
 
 
 def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
-    """Tensors of tokens and heads with their strides."""
+    """Arguments for tensors (tokens, heads, ...) and their strides."""
     out: dict[str, Any] = {}
     for name, x in tensors.items():
         out |= {f"{name}_": x, f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
@@ -86,7 +86,7 @@ def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
 def call_arguments(
     lists: TileRunTensors, rows: int, keys: int, heads: int, group: int, first: int, score: ScoreMod
 ) -> dict[str, Any]:
-    """The lists, the shape of the call and how scores are made."""
+    """Arguments for the runs, the shape of the call and how scores are made."""
     columns = {f"{name}_": column for name, column in lists._asdict().items()}
     numbers = dict(rows=rows, keys=keys, heads=heads, tiles=len(lists.order), shift=first, GROUP=group)
     how = dict(scale=score.scale, cap=score.softcap, CAP=score.softcap > 0, ALIBI=score.slopes_H is not None)
@@ -94,6 +94,6 @@ def call_arguments(
 
 
 def make_launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> TritonLaunch:
-    """Of those arguments that the kernel has."""
+    """A launch with those of the arguments that the kernel has."""
     wanted = {name: arguments[name] for name in kernel.arg_names}
     return TritonLaunch(kernel, (programs,), wanted, {"num_warps": tile.warps, "num_stages": tile.stages})

@@ -1,4 +1,4 @@
-"""Do any two rectangles of a group overlap? Sorts and searches only, near-linear whatever the rectangles are."""
+"""Finds two rectangles of a group that overlap, by sorts and searches: near-linear whatever the rectangles are."""
 
 from __future__ import annotations
 

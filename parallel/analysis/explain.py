@@ -23,9 +23,9 @@ from distattn.parallel.analysis.verify import Proof, verify
 
 # ranks listed one by one before only the extremes are shown
 _LISTED_RANKS = 16
-# head ranges drawn side by side
+# most head ranges that are drawn side by side
 _PANELS = 4
-# corners of a drawn piece
+# most rows at which the outline of a task is drawn
 _OUTLINE_ROWS = 48
 
 

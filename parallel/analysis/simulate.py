@@ -1,10 +1,10 @@
-"""A plan timed on a described cluster, without running it: kernels, messages, waiting, memory. All numbers are simulated.
+"""A plan timed on a described cluster without running it: kernels, messages, waiting and memory. All numbers are simulated.
 
-What is simulated is our executor (parallel.runtime.execute). On every rank a step begins when the rank's own last step has ended:
-its kernels are done and its messages are there. Then one launch computes the step's tasks on the compute stream while the
-step's messages travel on the communication stream; a message begins when both of its ends have begun the step, and shares
-links with the other messages of the step. Packing before sending and merging of what arrives are copies on the device. A
-step cannot begin before the host has issued it.
+What is simulated is our executor (parallel.runtime.execute). On every rank a step begins when the rank's own previous step has
+ended: its kernels are done and its messages have arrived. Then one launch computes the step's tasks on the compute stream,
+while the step's messages travel on the communication stream. A message begins when both of its ends have begun the step, and
+shares links with the other messages of the step. Packing before sending and merging of what arrives are copies on the
+device. A step cannot begin before the host has issued it.
 
 Everything is arrays over ranks and messages; the only loop is over steps.
 """
@@ -52,9 +52,9 @@ def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None =
 
 
 def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> PassTimeline:
-    """One table in time; it need not be proven."""
+    """Simulate one table, which need not be proven: one direction of a call."""
     ranks, steps = call.ranks, table.steps
-    kernels = _kernels(call, cluster, direction, table)
+    kernel_seconds = _kernel_seconds(call, cluster, direction, table)
     moves = table.moves
     # messages: the moves of one step between two ranks
     key = (moves["step"] * ranks + moves["src"]) * ranks + moves["dst"]
@@ -75,16 +75,16 @@ def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table
         here = slice(bounds[step], bounds[step + 1])
         start = np.maximum(ready, host * (step + 1))
         s, d, n = src[here], dst[here], sizes[here]
-        # a message waits for both ends, and for what its sender has to pack
+        # a message waits for both ends, and until its sender has packed it
         packed = start + copy_seconds(cluster, np.bincount(s, n, ranks))
-        there = np.maximum(packed[s], start[d]) + message_seconds(cluster, s, d, n)
-        landed = start.copy()
-        np.maximum.at(landed, d, there)
-        np.maximum.at(landed, s, there)
-        # what is added is read twice and written once
-        landed += copy_seconds(cluster, 1.5 * np.bincount(d, merged[here], ranks))
-        begin[step], computed[step], arrived[step] = start, start + kernels[step], landed
-        ready = np.maximum(computed[step], landed)
+        delivered = np.maximum(packed[s], start[d]) + message_seconds(cluster, s, d, n)
+        done = start.copy()
+        np.maximum.at(done, d, delivered)
+        np.maximum.at(done, s, delivered)
+        # a partial result is added: read twice and written once
+        done += copy_seconds(cluster, 1.5 * np.bincount(d, merged[here], ranks))
+        begin[step], computed[step], arrived[step] = start, start + kernel_seconds[step], done
+        ready = np.maximum(computed[step], done)
     crossing = src // cluster.devices != dst // cluster.devices
     work = float(task_areas(call, table.tasks).astype(float).sum())
     return PassTimeline(
@@ -99,8 +99,8 @@ def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table
     )
 
 
-def _kernels(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
-    """Seconds of each step's launch on each rank, (steps, ranks)."""
+def _kernel_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
+    """Kernel seconds of each step on each rank, (steps, ranks)."""
     tasks = table.tasks
     out = np.zeros((table.steps, call.ranks))
     if not num_rows(tasks):

@@ -17,17 +17,18 @@ from distattn.ir.plan import Plan
 from distattn.parallel.analysis.verify import Proof
 
 Numbers = np.ndarray
-# lines of a picture
-_DRAWN = 64
+# most ranks that a picture shows
+_MAX_DRAWN = 64
 _KERNELS, _MESSAGES = "#1f5fa8", "#e08a1e"
 
 
 @dataclass(frozen=True)
 class PassTimeline:
-    """One direction of a plan in time; seconds, (steps, ranks): when each step began, its kernels and its messages ended.
+    """One direction of a plan in time.
 
-    Kernels or messages that a rank does not have in a step end when the step begins. inside, across: bytes sent by each
-    rank within its node and to other nodes.
+    begin, computed, arrived: seconds, (steps, ranks), at which each step began, its kernels ended and its messages ended.
+    Kernels or messages that a rank does not have in a step end when the step begins. seconds: of the whole pass.
+    intra_node_bytes, inter_node_bytes: sent by each rank within its node and to other nodes.
     """
 
     direction: str
@@ -41,17 +42,17 @@ class PassTimeline:
 
     @property
     def busy(self) -> Numbers:
-        """Seconds each rank computes."""
+        """Seconds in which each rank computes."""
         return (self.computed - self.begin).sum(0)
 
     @property
     def idle(self) -> Numbers:
-        """Seconds each rank does not compute until the slowest has ended."""
+        """Seconds in which each rank does not compute, until the slowest rank has ended."""
         return self.seconds - self.busy
 
     @property
     def exposed(self) -> Numbers:
-        """Seconds each rank waits for messages after its kernels, or without any."""
+        """Seconds in which each rank waits for messages and computes nothing."""
         return np.maximum(self.arrived - self.computed, 0).sum(0)
 
 
@@ -60,7 +61,7 @@ class Timeline:
     """A plan on a cluster, simulated. `str()` is the text, `.as_dict()` the numbers, `.html()` and `.perfetto()` show it."""
 
     plan: Plan
-    description: ClusterSpec
+    cluster: ClusterSpec
     proof: Proof
     forward: PassTimeline
     backward: PassTimeline
@@ -85,7 +86,7 @@ class Timeline:
         out: dict[str, Any] = {
             "simulated": True,
             "strategy": self.plan.strategy,
-            "cluster": self.description.name,
+            "cluster": self.cluster.name,
             "ranks": self.plan.call.ranks,
             "balance": self.balance,
             "peak_bytes": int(self.peak_bytes.max()),
@@ -103,7 +104,7 @@ class Timeline:
 
     def __str__(self) -> str:
         facts = self.as_dict()
-        lines = [f"{self.plan.strategy} on {self.description.name}, {self.plan.call.ranks} ranks (simulated)"]
+        lines = [f"{self.plan.strategy} on {self.cluster.name}, {self.plan.call.ranks} ranks (simulated)"]
         for one in self.passes:
             row = facts[one.direction]
             lines.append(
@@ -143,9 +144,7 @@ class Timeline:
     def html(self) -> str:
         """The picture and the text, as an HTML fragment that needs nothing else. Needs matplotlib."""
         picture = base64.b64encode(self.picture()).decode()
-        title = (
-            f"{self.plan.strategy} on {self.description.name}: kernels and messages of each rank in time (simulated)"
-        )
+        title = f"{self.plan.strategy} on {self.cluster.name}: kernels and messages of each rank in time (simulated)"
         return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{picture}">\n<pre>{html.escape(str(self))}</pre>'
 
     def picture(self) -> bytes:
@@ -154,7 +153,7 @@ class Timeline:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
 
-        ranks = np.unique(np.linspace(0, self.plan.call.ranks - 1, min(self.plan.call.ranks, _DRAWN)).astype(int))
+        ranks = np.unique(np.linspace(0, self.plan.call.ranks - 1, min(self.plan.call.ranks, _MAX_DRAWN)).astype(int))
         figure = Figure(figsize=(11, 1.6 + 0.16 * len(ranks)), layout="constrained")
         axis = figure.subplots()
         start = 0.0

@@ -131,7 +131,7 @@ def test_a_causal_band_needs_two_calls_and_a_full_one_a_single():
     def runs(*piece):
         return [
             (r.q0, r.q1, r.k0, r.k1, r.causal)
-            for r in cpu.prepare(LaunchMask.from_mask(Mask.from_pieces([piece], 99), 1, 1), DEMAND).runs
+            for r in cpu.prepare(LaunchMask.from_mask(Mask.from_pieces([piece], 99), 1, 1), DEMAND).calls
         ]
 
     assert runs(0, 9, 0, 9, -999, 999) == [(0, 9, 0, 9, False)]
