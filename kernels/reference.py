@@ -90,8 +90,8 @@ def _scores(q_THD: Tensor, k_SKD: Tensor, mask: DenseMask, score: ScoreMod) -> t
     scores_HTS = torch.einsum("thd,shd->hts", q_THD.to(wide), _wide(k_SKD, mask)) * score.scale
     slope: Tensor | float = score.scale
     if score.softcap:
-        bent_HTS = torch.tanh(scores_HTS / score.softcap)
-        scores_HTS, slope = bent_HTS * score.softcap, (1 - bent_HTS**2) * score.scale
+        capped_HTS = torch.tanh(scores_HTS / score.softcap)
+        scores_HTS, slope = capped_HTS * score.softcap, (1 - capped_HTS**2) * score.scale
     if score.slopes_H is not None:
         scores_HTS = scores_HTS - score.slopes_H.to(scores_HTS)[:, None, None] * mask.distance_TS.to(scores_HTS)
     return scores_HTS.masked_fill(~mask.allowed_HTS.to(scores_HTS.device), -torch.inf), slope

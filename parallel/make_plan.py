@@ -127,14 +127,7 @@ def make_plan(
     backwards = [
         derive_backward(call, table, policy, cluster) for table in (tables("backward") if planned_anew else forwards)
     ]
-    forward_bytes, backward_bytes = (
-        np.array([_moved_bytes(call, table) for table in tables]) for tables in (forwards, backwards)
-    )
-    if policy == "keep":
-        best = int((forward_bytes + backward_bytes).argmin())
-        return Plan(call, forwards[best], backwards[best], policy, strategy)
-    best_forward, best_backward = forwards[int(forward_bytes.argmin())], backwards[int(backward_bytes.argmin())]
-    return Plan(call, best_forward, best_backward, policy, strategy)
+    return Plan(call, *_fewest_bytes(call, forwards, backwards, policy), policy, strategy)
 
 
 def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None) -> None:
@@ -147,6 +140,17 @@ def check_names(strategy: str, backward: str | None, options: Mapping[str, objec
     for name in (options or {}).keys() - known:
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise DistattnError(f"strategy {strategy} has no option {name!r}; {takes}.")
+
+
+def _fewest_bytes(call: Call, forwards: list[Table], backwards: list[Table], policy: str) -> tuple[Table, Table]:
+    """The forward and the backward table that move fewest bytes; of one candidate where the backward keeps what it received."""
+    forward_bytes, backward_bytes = (
+        np.array([int(move_bytes(call, table.moves).sum()) for table in tables]) for tables in (forwards, backwards)
+    )
+    if policy == "keep":
+        best = int((forward_bytes + backward_bytes).argmin())
+        return forwards[best], backwards[best]
+    return forwards[int(forward_bytes.argmin())], backwards[int(backward_bytes.argmin())]
 
 
 def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table], direction: str, policy: str) -> Table:
@@ -180,7 +184,3 @@ def _without_idle_steps(table: Table) -> Table:
     busy = sorted_unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
     rows = [{**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves)]
     return Table(*rows)
-
-
-def _moved_bytes(call: Call, table: Table) -> int:
-    return int(move_bytes(call, table.moves).sum())
