@@ -29,10 +29,10 @@ from triton.backends.compiler import GPUTarget
 
 from distattn.ir.mask import Mask
 from distattn.kernels.gluon import attention as gluon_attention
-from distattn.kernels.launch_mask import Cells
-from distattn.kernels.spec import Demand, Score
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
-from distattn.kernels.triton.launch import Launch
+from distattn.kernels.triton.launch import TritonLaunch
 
 ARCHITECTURES = (80, 90, 100)
 DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -102,7 +102,7 @@ def main() -> int:
     return 1 if complaints else 0
 
 
-def variants(arch: int) -> Iterator[tuple[str, Launch]]:
+def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
     """Every kernel, epilogue, dtype and head dim as it would be launched on this architecture."""
     named = {torch.bfloat16: DIMS, torch.float16: ((128, 128),), torch.float32: SINGLE_DIMS}
     for dtype, dims in named.items():
@@ -118,13 +118,15 @@ def variants(arch: int) -> Iterator[tuple[str, Launch]]:
                 yield f"sm_{arch} {str(dtype)[6:]} {dim}/{dim} {kernel}{' softcap alibi' if modifiers else ''}", launch
 
 
-def launches(arch: int, dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> Iterator[tuple[str, Launch]]:
+def launches(
+    arch: int, dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool
+) -> Iterator[tuple[str, TritonLaunch]]:
     """The launches of one kind of call."""
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, v_dim, modifiers)
-    tiles = triton_attention.tiles_for(Demand(dtype, dim, v_dim, CPU), arch)
-    work = triton_attention.prepare_tiles(Cells.of_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles)
-    with mock.patch.object(triton_attention, "capability_of", lambda device: arch):
-        for epilogue, how in epilogues(do):
+    tiles = triton_attention.tiles_for(KernelRequirements(dtype, dim, v_dim, CPU), arch)
+    work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles)
+    with mock.patch.object(triton_attention, "compute_capability", lambda device: arch):
+        for epilogue, how in epilogues():
             yield f"forward {epilogue}", triton_attention.plan_forward(q, k, v, o, lse, work, score, **how)
         given = (do, q, k, v, lse, lse, grads, work, score)
         numbers, dkdv, dq = triton_attention.plan_backward(*given, accumulate=(True, True))
@@ -142,25 +144,23 @@ def launches(arch: int, dtype: torch.dtype, dim: int, v_dim: int, modifiers: boo
             yield "backward dq tf32", dq
 
 
-def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tuple[str, Launch]]:
+def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tuple[str, TritonLaunch]]:
     """The same of the kernels for Hopper."""
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, dim, modifiers)
-    cells = Cells.of_mask(Mask.causal(TOKENS), HEADS, KV_HEADS)
-    work = gluon_attention.prepare(cells, Demand(dtype, dim, dim, CPU))
-    for epilogue, how in epilogues(do):
+    cells = LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS)
+    work = gluon_attention.prepare(cells, KernelRequirements(dtype, dim, dim, CPU))
+    for epilogue, how in epilogues():
         yield f"gluon forward {epilogue}", gluon_attention.plan_forward(q, k, v, o, lse, work, score, **how)
     yield "gluon backward", gluon_attention.plan_backward(do, q, k, v, lse, lse, grads, work, score, accumulate=True)[1]
 
 
-def epilogues(do: torch.Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
+def epilogues() -> Iterator[tuple[str, dict[str, Any]]]:
     """What becomes of a forward's result."""
     yield "write", {}
     yield "merge", dict(merge=True)
-    yield "final", dict(merge=True, out=do, sink=torch.empty(HEADS), gate=do)
-    yield "final at once", dict(out=do, gate=do[..., 0])
 
 
-def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[Any, Any, Score]:
+def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[Any, Any, ScoreMod]:
     """(operands, results, score) of a call. Nothing is computed: tensors need only have a shape."""
 
     def tensor(heads: int, width: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -169,10 +169,10 @@ def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[
     q, k, v, do = tensor(HEADS, dim), tensor(KV_HEADS, dim), tensor(KV_HEADS, v_dim), tensor(HEADS, v_dim)
     results = tensor(HEADS, v_dim, torch.float32), torch.empty(TOKENS, HEADS)
     grads = tuple(torch.empty_like(x, dtype=torch.float32) for x in (q, k, v))
-    return (q, k, v, do), (*results, grads), Score(0.1, 30.0, torch.empty(HEADS)) if modifiers else Score(0.1)
+    return (q, k, v, do), (*results, grads), ScoreMod(0.1, 30.0, torch.empty(HEADS)) if modifiers else ScoreMod(0.1)
 
 
-def compiled(launch: Launch, arch: int) -> Any:
+def compiled(launch: TritonLaunch, arch: int) -> Any:
     """Triton's compiled kernel of a launch."""
     triton.runtime.driver.set_active(StandIn(arch))
     return launch.kernel.warmup(**launch.arguments, **launch.options, grid=(1,))

@@ -33,9 +33,9 @@ from hypergraph import partitioned
 
 import distattn as da
 from distattn.cluster import spec as describe
-from distattn.cluster.spec import Description
+from distattn.cluster.spec import ClusterSpec
 from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1
-from distattn.ir.layout import lay_out
+from distattn.ir.layout import make_layout
 from distattn.parallel.analysis.quality import quality
 
 # pairs of chunks that a whole-pool strategy may have before its row is left out
@@ -70,7 +70,7 @@ def main() -> int:
         query, key = (int(part) // given.tensor_parallel for part in heads.split(":"))
         per_node = min(max(8 // given.tensor_parallel, 1), servers)
         cluster = describe.load(f"h200-{servers // per_node}x{per_node}")
-        shape = dict(heads=query, kv_heads=key, head_dim=128, dtype="bfloat16", wire=given.wire, cluster=cluster)
+        shape = dict(heads=query, kv_heads=key, head_dim=128, dtype="bfloat16", comm_dtype=given.wire, cluster=cluster)
         say(
             f"\n{servers} servers x {context:,} tokens, lengths x{scale}, {query}:{key} heads, {given.inner}"
             f"{', packs grouped by work' * given.grouped}, {given.wire} wire; simulated on {cluster.name}"
@@ -95,7 +95,7 @@ def main() -> int:
                     heads=[query, key],
                     inner=given.inner,
                     grouped=given.grouped,
-                    wire=given.wire,
+                    comm_dtype=given.wire,
                 )
                 with open(given.out, "a", encoding="utf-8") as file:
                     file.write(
@@ -140,7 +140,7 @@ def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Cal
                 and sum((min(2 * len(batch), length // 512) or 1) ** 2 for length in lengths) > MOST_PAIRS
             ):
                 return None
-            layout = lay_out(name, lengths, len(batch), mask)
+            layout = make_layout(name, lengths, len(batch), mask)
             return da.make_plan(mask, layout, strategy=strategy, options=options or None, **shape)
 
         return make
@@ -177,7 +177,7 @@ def mask_of(batch: list[list[int]], inner: str) -> tuple[da.Mask, list[int]]:
 
 
 def measured(
-    make: Callable[..., da.Plan | None], batch: list[list[int]], shape: dict[str, Any], cluster: Description
+    make: Callable[..., da.Plan | None], batch: list[list[int]], shape: dict[str, Any], cluster: ClusterSpec
 ) -> dict[str, float] | None:
     """The numbers of one plan."""
     times, plan = [], None
@@ -190,17 +190,17 @@ def measured(
         if times[-1] > 3:
             break
     assert plan is not None
-    halves = quality(plan, cluster)
+    passes = quality(plan, cluster)
     timeline = da.simulate(plan, cluster)
     moved = plan.bytes()
     out = np.bincount(moved["src"], moved["bytes"], cluster.ranks)
     return {
-        "cells": max(half.cells for half in halves.values()),
-        "cost": max(half.cost for half in halves.values()),
+        "cells": max(stats.cells_imbalance for stats in passes.values()),
+        "cost": max(stats.cost_imbalance for stats in passes.values()),
         "GB": float(out.sum()) / 1e9,
-        "GB across": sum(half.crossing for half in halves.values()) / 1e9,
+        "GB across": sum(stats.inter_node_bytes for stats in passes.values()) / 1e9,
         "GB busiest": float(out.max()) / 1e9,
-        "GB at least": sum(half.least for half in halves.values()) / 1e9,
+        "GB at least": sum(stats.lower_bound_bytes for stats in passes.values()) / 1e9,
         "plan ms": min(times) * 1e3,
         "forward ms": timeline.forward.seconds * 1e3,
         "backward ms": timeline.backward.seconds * 1e3,

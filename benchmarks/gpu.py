@@ -26,7 +26,7 @@ from gpu_cases import Case, Inputs, Run, contestants, inputs_of
 from harness import Cell, compare, table, write
 from torch import Tensor
 
-from distattn.ir.bands import row_ends
+from distattn.ir.bands import row_key_ranges
 
 # rows, and keys, that are compared with fp64, and rows at a time
 CHECKED = 24
@@ -217,7 +217,7 @@ def allowed(case: Case, rows: Tensor) -> Tensor:
     for piece in case.mask.pieces:
         inside = (wanted >= piece[0]) & (wanted < piece[1])
         if inside.any():
-            begin, end = row_ends(np.broadcast_to(piece, (int(inside.sum()), len(piece))), wanted[inside])
+            begin, end = row_key_ranges(np.broadcast_to(piece, (int(inside.sum()), len(piece))), wanted[inside])
             for place, sign in ((begin, 1), (end, -1)):
                 flat = torch.from_numpy(at[inside] * (case.tokens + 1) + place).to(rows.device)
                 edges.view(-1).index_add_(0, flat, torch.full_like(flat, sign, dtype=torch.int32))

@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distattn as da
 from distattn.kernels.gluon import attention as gluon_attention
-from distattn.kernels.launch_mask import Cells
-from distattn.kernels.spec import Demand, Score
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
-from distattn.kernels.triton.launch import moved, run
+from distattn.kernels.triton.launch import run_launch, schedule_to_device
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,17 @@ def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 
 
 def ours(tier: ModuleType) -> Callable[[Case, Inputs], Run]:
-    """One of our kernels on the whole mask, forward with the finalizing epilogue (a result in the operands' dtype)."""
+    """One of our kernels on the whole mask, launched as `attention` launches it: o is in float32."""
 
     def make(case: Case, x: Inputs) -> Run:
-        work, score = prepared(tier, case, case.mask, x.q.device), Score(case.dims[0] ** -0.5)
+        work, score = prepared(tier, case, case.mask, x.q.device), ScoreMod(case.dims[0] ** -0.5)
         o, lse = tier.forward(x.q, x.k, x.v, work, score)
         if case.direction == "forward":
-            out = torch.empty_like(o, dtype=case.dtype)
-            launch = tier.plan_forward(x.q, x.k, x.v, o, lse, work, score, out=out)
+            launch = tier.plan_forward(x.q, x.k, x.v, o, lse, work, score)
 
             def forward() -> Tensor:
-                run(launch)
-                return out
+                run_launch(launch)
+                return o
 
             return forward
         delta = (x.do.float() * o).sum(-1)
@@ -136,7 +135,7 @@ def ring(tier: ModuleType, chunks: int = 8) -> Callable[[Case, Inputs], Run]:
     def make(case: Case, x: Inputs) -> Run:
         if case.direction != "forward":
             raise Unsupported("the ring of epilogues is timed forward")
-        n, score, steps = case.tokens // chunks, Score(case.dims[0] ** -0.5), []
+        n, score, steps = case.tokens // chunks, ScoreMod(case.dims[0] ** -0.5), []
         o = torch.empty(*x.q.shape[:2], case.dims[1], device=x.q.device)
         lse = torch.empty(x.q.shape[:2], device=x.q.device)
         for i in range(chunks):
@@ -146,7 +145,7 @@ def ring(tier: ModuleType, chunks: int = 8) -> Callable[[Case, Inputs], Run]:
 
         def forward() -> Tensor:
             for step in steps:
-                run(step)
+                run_launch(step)
             return o
 
         return forward
@@ -160,13 +159,13 @@ def step(tier: ModuleType, merge: bool) -> Callable[[Case, Inputs], Run]:
     def make(case: Case, x: Inputs) -> Run:
         if case.direction != "forward" or case.pattern not in ("full", "causal"):
             raise Unsupported("epilogues are compared forward, full and causal")
-        work, score = prepared(tier, case, case.mask, x.q.device), Score(case.dims[0] ** -0.5)
+        work, score = prepared(tier, case, case.mask, x.q.device), ScoreMod(case.dims[0] ** -0.5)
         o, lse = tier.forward(x.q, x.k, x.v, work, score)
         # merging a result with itself leaves it as it is
         launch = tier.plan_forward(x.q, x.k, x.v, o, lse, work, score, merge=merge)
 
         def forward() -> Tensor:
-            run(launch)
+            run_launch(launch)
             return o
 
         return forward
@@ -176,10 +175,10 @@ def step(tier: ModuleType, merge: bool) -> Callable[[Case, Inputs], Run]:
 
 def prepared(tier: ModuleType, case: Case, mask: da.Mask, device: torch.device) -> Any:
     """A kernel's lists of a mask with the case's shapes, on the device."""
-    demand = Demand(case.dtype, *case.dims, device)
+    demand = KernelRequirements(case.dtype, *case.dims, device)
     if why_not := tier.refusal(demand):
         raise Unsupported(why_not)
-    return moved(tier.prepare(Cells.of_mask(mask, *case.heads), demand), device)
+    return schedule_to_device(tier.prepare(LaunchMask.from_mask(mask, *case.heads), demand), device)
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Case, Inputs], Run]:

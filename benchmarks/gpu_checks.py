@@ -27,10 +27,10 @@ import distattn as da
 from distattn.kernels import reference
 from distattn.kernels.gluon import attention as gluon_attention
 from distattn.kernels.gluon import split as gluon_split
-from distattn.kernels.launch_mask import Cells
-from distattn.kernels.spec import Demand, Score
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
-from distattn.kernels.triton.launch import moved
+from distattn.kernels.triton.launch import schedule_to_device
 
 TIERS = {"triton": triton_attention, "gluon": gluon_attention, "gluon_split": gluon_split}
 HEADS, KV_HEADS = 4, 2
@@ -56,7 +56,7 @@ def main() -> int:
         # under a memory checker every call takes a hundred times as long
         shapes = SHAPES if not only_run else [((64, 64), False), ((128, 128), True)]
         for dims, modifiers in shapes if device.type == "cuda" else [((32, 32), True)]:
-            if why_not := tier.refusal(Demand(dtype, *dims, device)):
+            if why_not := tier.refusal(KernelRequirements(dtype, *dims, device)):
                 say(f"{name} {dims}: left out: {why_not}")
                 continue
             call = Call(tier, name == "gluon", dims, modifiers, dtype, device)
@@ -84,8 +84,10 @@ class Call(NamedTuple):
 
     def work(self, mask: da.Mask) -> Any:
         """The kernel's lists, on the device."""
-        cells = Cells.of_mask(mask, HEADS, KV_HEADS)
-        return moved(self.tier.prepare(cells, Demand(self.dtype, *self.dims, self.device)), self.device)
+        cells = LaunchMask.from_mask(mask, HEADS, KV_HEADS)
+        return schedule_to_device(
+            self.tier.prepare(cells, KernelRequirements(self.dtype, *self.dims, self.device)), self.device
+        )
 
 
 def masks(device: torch.device) -> dict[str, da.Mask]:
@@ -117,7 +119,7 @@ def check(call: Call, mask: da.Mask) -> list[str]:
     (dim, v_dim), device = call.dims, call.device
     work = call.work(mask)
     slopes = torch.linspace(0.02, 0.5, HEADS, device=device) if call.modifiers else None
-    score = Score(dim**-0.5, 2.0 if call.modifiers else 0.0, slopes)
+    score = ScoreMod(dim**-0.5, 2.0 if call.modifiers else 0.0, slopes)
     shapes = {"q": (HEADS, dim), "k": (KV_HEADS, dim), "v": (KV_HEADS, v_dim), "do": (HEADS, v_dim)}
     q, k, v, do = (guarded((mask.n, *shape), call.dtype, device, torch.nan) for shape in shapes.values())
     results = []
@@ -137,11 +139,13 @@ def check(call: Call, mask: da.Mask) -> list[str]:
     return complaints + [f"{key} differs in bits" for key in fixed if not torch.equal(*(x[key] for x in results))]
 
 
-def by_reference(mask: da.Mask, operands: tuple[Tensor, ...], score: Score) -> dict[str, Tensor]:
+def by_reference(mask: da.Mask, operands: tuple[Tensor, ...], score: ScoreMod) -> dict[str, Tensor]:
     """The same by the reference kernel in fp64."""
     q, k, v, do = (x.double() for x in operands)
-    cells = Cells.of_mask(mask, HEADS, KV_HEADS)
-    work = moved(reference.prepare(cells, Demand(torch.float64, q.shape[2], v.shape[2], q.device)), q.device)
+    cells = LaunchMask.from_mask(mask, HEADS, KV_HEADS)
+    work = schedule_to_device(
+        reference.prepare(cells, KernelRequirements(torch.float64, q.shape[2], v.shape[2], q.device)), q.device
+    )
     o, lse = reference.forward(q, k, v, work, score)
     grads = reference.backward(do, q, k, v, lse, (do * o).sum(-1), work, score)
     return dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *grads), strict=True))
@@ -186,7 +190,7 @@ def host_time(call: Call) -> float:
     def spent() -> float:
         began = time.perf_counter()
         for _ in range(launches):
-            call.tier.forward(q, k, v, work, Score(1.0), into=into)
+            call.tier.forward(q, k, v, work, ScoreMod(1.0), into=into)
         return time.perf_counter() - began
 
     # the first time compiles

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 import distattn as da
-from distattn.kernels.launch_mask import Cells
-from distattn.kernels.registry import load_kernel, preparing
-from distattn.kernels.spec import Demand, Score
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.registry import kernel_preparer, load_kernel
+from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
-from distattn.kernels.triton.launch import moved
+from distattn.kernels.triton.launch import schedule_to_device
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime import execute
@@ -130,7 +130,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     tokens, dim = (arguments.tokens, 128) if cuda else (256, 32)
-    demand = Demand(torch.bfloat16 if cuda else torch.float16, dim, dim, device)
+    demand = KernelRequirements(torch.bfloat16 if cuda else torch.float16, dim, dim, device)
     if why_not := load_kernel(arguments.kernel).refusal(demand):
         sys.stdout.write(f"left out: {why_not}\n")
         return 0
@@ -165,11 +165,11 @@ class Layer:
         device = x["q"].device
         self.layout, self.streams, self.dtype = plan.call.layout, streams, x["q"].dtype
         self.ranks = range(plan.call.ranks)
-        make = preparing(kernel, kernel_requirements(plan.call, device))
+        make = kernel_preparer(kernel, kernel_requirements(plan.call, device))
         proof = da.verify(plan)
         self.programs: list[Program] = [on_device(lower(plan, rank, make, proof), device) for rank in self.ranks]
         self.kernel = load_kernel(kernel)
-        self.score = Score(plan.call.head_dim**-0.5)
+        self.score = ScoreMod(plan.call.head_dim**-0.5)
         self.local = [{name: self.layout.shard(part, rank) for name, part in x.items()} for rank in self.ranks]
         self.steps = sum(len(program.forward) + len(program.backward) for program in self.programs)
 
@@ -198,7 +198,7 @@ class Layer:
         return [{"o": o, "dq": dq, "dk": dk, "dv": dv} for (o, *_), (dq, dk, dv, _) in zip(done, grads, strict=True)]
 
     def _together(self, runs: Iterator[Generator[None, None, Any]]) -> list[Any]:
-        return execute.finish_together(
+        return execute.run_in_lock_step(
             self._on_stream(run, self.streams.compute[rank]) for rank, run in enumerate(runs)
         )
 
@@ -275,8 +275,10 @@ def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
         head_dim=dim,
         dtype=str(x["q"].dtype)[6:],
     )
-    work = preparing("triton", kernel_requirements(plan.call, device))(Cells.of_mask(mask, HEADS, KV_HEADS))
-    work, score = moved(work, device), Score(dim**-0.5)
+    work = kernel_preparer("triton", kernel_requirements(plan.call, device))(
+        LaunchMask.from_mask(mask, HEADS, KV_HEADS)
+    )
+    work, score = schedule_to_device(work, device), ScoreMod(dim**-0.5)
     o, lse = triton_attention.forward(x["q"], x["k"], x["v"], work, score)
     delta = (x["do"].float() * o.to(x["q"].dtype).float()).sum(-1)
     dq, dk, dv = triton_attention.backward(x["do"], x["q"], x["k"], x["v"], lse, delta, work, score)

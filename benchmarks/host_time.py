@@ -17,7 +17,7 @@ from harness import Cell, compare, table
 from torch import Tensor
 
 import distattn as da
-from distattn.kernels.spec import Score
+from distattn.kernels.spec import ScoreMod
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.program import Program, lower
@@ -33,7 +33,7 @@ class InstantKernel:
     ACCUMULATES = False
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, work: object, score: Score) -> tuple[Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, work: object, score: ScoreMod) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape, dtype=torch.float32), q.new_empty(q.shape[:2], dtype=torch.float32)
 
     @staticmethod
@@ -84,9 +84,11 @@ def layer(program: Program):  # noqa: ANN201
     lse, delta = (torch.empty(program.tokens, HEADS) for _ in range(2))
 
     def run() -> None:
-        *_, kept, _ = execute.finish(execute.forward(program, Nowhere(), InstantKernel, q, k, v, Score(1.0)))
-        inputs = (do, q, k, v, lse, delta, kept, Score(1.0))
-        execute.finish(execute.backward(program, Nowhere(), InstantKernel, *inputs))
+        *_, kept, _ = execute.run_to_completion(
+            execute.forward(program, Nowhere(), InstantKernel, q, k, v, ScoreMod(1.0))
+        )
+        inputs = (do, q, k, v, lse, delta, kept, ScoreMod(1.0))
+        execute.run_to_completion(execute.backward(program, Nowhere(), InstantKernel, *inputs))
 
     run.facts = {"steps": len(program.forward) + len(program.backward)}
     return run

@@ -13,10 +13,10 @@ import numpy as np
 
 import distattn as da
 from distattn.ir.bands import areas, clip, tighten
-from distattn.ir.plan import TASK_COLUMNS, Call, Plan, columns, tight_tasks
-from distattn.parallel.strategies.cad import routed
-from distattn.parallel.tables.backward import derive
-from distattn.parallel.tables.cost import bytes_each
+from distattn.ir.plan import TASK_COLUMNS, Call, Plan, make_columns, nonempty_bands
+from distattn.parallel.strategies.cad import route_tasks
+from distattn.parallel.tables.backward import derive_backward
+from distattn.parallel.tables.cost import bytes_per_row_and_key
 
 BLOCK = 2048
 # vertex and net weights are 32-bit, and so are their sums
@@ -47,7 +47,7 @@ def partitioned(mask: da.Mask, lengths: list[int], ranks: int, shape: dict[str, 
         shape["head_dim"],
         shape["head_dim"],
         shape["dtype"],
-        shape["wire"],
+        shape["comm_dtype"],
     )
     bands = mask.pieces
     # blocks of each piece, from its first row and key
@@ -59,10 +59,10 @@ def partitioned(mask: da.Mask, lengths: list[int], ranks: int, shape: dict[str, 
         parts.append(np.stack([np.full(len(i), piece), q[i], q[i + 1], k[j], k[j + 1]], 1))
     rows = np.concatenate(parts)
     tight = tighten(clip(bands[rows[:, 0]], *rows[:, 1:].T))
-    kept = tight_tasks(tight)
+    kept = nonempty_bands(tight)
     rows, tight = rows[kept], tight[kept]
     cells = areas(tight)
-    row_bytes, key_bytes = bytes_each(call, "forward")
+    row_bytes, key_bytes = bytes_per_row_and_key(call, "forward")
     # a block of tokens is a vertex of its own, at its owner
     starts = np.unique(np.concatenate([rows[:, 1], rows[:, 3]]))
     owner = layout.chunks["rank"][np.searchsorted(layout.chunks["t1"], starts, "right")]
@@ -90,6 +90,6 @@ def partitioned(mask: da.Mask, lengths: list[int], ranks: int, shape: dict[str, 
     at = np.array([blocks.block_id(i) for i in range(first)])
     heads = call.piece_heads[rows[:, 0]]
     names = dict(zip(("q0", "q1", "k0", "k1"), tight[:, :4].T, strict=True))
-    tasks = columns(TASK_COLUMNS, step=0, rank=at, piece=rows[:, 0], h0=heads[:, 0], h1=heads[:, 1], **names)
-    forward = routed(call, tasks)
-    return Plan(call, forward, derive(call, forward, "refetch-home"), "refetch-home", "mtkahypar")
+    tasks = make_columns(TASK_COLUMNS, step=0, rank=at, piece=rows[:, 0], h0=heads[:, 0], h1=heads[:, 1], **names)
+    forward = route_tasks(call, tasks)
+    return Plan(call, forward, derive_backward(call, forward, "refetch-home"), "refetch-home", "mtkahypar")

@@ -51,7 +51,7 @@ def main() -> int:
         found = list(packs(known, given.micro_batches, given.context, given.replicas, 0, False))
         one = describe.load("h200-1x1")
         layers = LAYERS // stages
-        product = 2 * PARAMETERS * given.context / TENSOR / (one.device.product_tflops * 1e12)
+        product = 2 * PARAMETERS * given.context / TENSOR / (one.device.gemm_tflops * 1e12)
         # seconds of each micro-batch on a stage: (replicas, micro-batches, forward or backward)
         alone = np.array([[kernels(pack) for pack in replica] for replica in found]) + product * np.array([1, 2])
         alone *= layers
@@ -85,7 +85,7 @@ def kernels(pack: list[int]) -> tuple[float, float]:
 
 
 def shared(
-    documents: list[list[int]], cluster: describe.Description, tolerance: float, direction: str
+    documents: list[list[int]], cluster: describe.ClusterSpec, tolerance: float, direction: str
 ) -> tuple[float, float, float]:
     """Seconds of one attention layer of all ranks' documents, shared out: as it is, kernels alone, messages alone."""
     lengths = [length for own in documents for length in own]

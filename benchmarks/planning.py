@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 import distattn as da
-from distattn.ir.layout import LAYOUTS, lay_out
-from distattn.kernels.registry import preparing
+from distattn.ir.layout import LAYOUTS, make_layout
+from distattn.kernels.registry import kernel_preparer
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime.program import lower
@@ -60,7 +60,7 @@ def main() -> None:
     say(f"strategy    layout            {times}    tasks    moves  max/mean  moved GB  peak GB fwd/bwd")
     for strategy in STRATEGIES:
         for name in LAYOUTS:
-            layout_ms, layout = best(lambda name=name: lay_out(name, lengths, arguments.ranks, mask))
+            layout_ms, layout = best(lambda name=name: make_layout(name, lengths, arguments.ranks, mask))
             try:
                 plan_ms, plan = best(
                     lambda layout=layout, strategy=strategy: planned(mask, layout, strategy, *arguments.heads)
@@ -71,7 +71,7 @@ def main() -> None:
             verify_ms, proof = best(lambda plan=plan: da.verify(plan))
             lower_ms, _ = best(
                 lambda plan=plan, proof=proof: lower(
-                    plan, 0, preparing("cpu", kernel_requirements(plan.call, CPU)), proof
+                    plan, 0, kernel_preparer("cpu", kernel_requirements(plan.call, CPU)), proof
                 )
             )
             area, tables = plan.area_by_rank(), plan.forward

@@ -105,7 +105,7 @@ def predicted(mask: str, direction: str, strategy: str, ranks: int, pool: np.nda
         made = {
             "full": lambda lengths: da.Mask.full(n),
             "causal": lambda lengths: da.Mask.causal(n),
-            "documents, full": lambda lengths: da.Mask.documents(lengths, inner="full"),
+            "documents, full": lambda lengths: da.Mask.documents(lengths, document_mask="full"),
             "documents": da.Mask.documents,
         }[mask](lengths)
         # the published ring deals every document over all ranks

@@ -91,7 +91,7 @@ def layer(pack: str, strategy: str, ranks: int) -> Callable[[], None]:
     return lambda: torch.autograd.grad(da.attention(q, k, v, ready), (q, k, v), do) and None
 
 
-def report(ranks: int, cluster: describe.Description, times: dict[str, float | None]) -> list[dict]:
+def report(ranks: int, cluster: describe.ClusterSpec, times: dict[str, float | None]) -> list[dict]:
     """Print one table; rows of it."""
     rows = []
     for name, real in times.items():

@@ -1,38 +1,41 @@
-"""What a described cluster needs for a piece of work, in seconds: kernel launches, messages, copies.
+"""How long kernel launches, messages and copies take on a cluster, in seconds. The one model of time: others are built from it.
 
 Speeds of core attention are a table of what kernels reached on full rectangles; other masks cost the whole tiles they touch.
+`distattn.parallel.tables.cost` is this model in whole numbers.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from distattn.cluster.spec import Description
-from distattn.ir.bands import Q0, Q1, areas, row_ends
+from distattn.cluster.spec import ClusterSpec
+from distattn.ir.bands import Q0, Q1, areas, row_key_ranges
 from distattn.ir.intervals import Ints
 
 Numbers = np.ndarray
 # floating-point operations of one cell and one unit of (query dim + value dim): two products forward, five backward
 _FLOPS = {"forward": 2.0, "backward": 5.0}
-# tokens of keys whose time goes into beginning and ending a program: 558 TFLOP/s at 1,024 keys against 701 at 32,768
+# keys' worth of time that beginning and ending a program takes: 558 TFLOP/s at 1,024 keys against 701 at 32,768
 # (FlashAttention 3 on an H100, see descriptions/h100.toml)
-_SHORT = 1024 * (701 / 558 - 1)
+_PROGRAM_OVERHEAD_KEYS = 1024 * (701 / 558 - 1)
 _MICRO, _GIGA, _TERA = 1e-6, 1e9, 1e12
 
 
-def flops_of(direction: str, head_dim: int, v_head_dim: int) -> float:
+def flops_per_cell(direction: str, head_dim: int, v_head_dim: int) -> float:
     """Floating-point operations of one allowed cell of one head."""
     return _FLOPS[direction] * (head_dim + v_head_dim)
 
 
-def attention_speed(description: Description, direction: str, head_dim: int, queries: Ints, keys: Ints) -> Numbers:
-    """Operations per second reached on full rectangles of these sides.
+def attention_speed(cluster: ClusterSpec, direction: str, head_dim: int, queries: Ints, keys: Ints) -> Numbers:
+    """Operations per second that a kernel reaches on full rectangles of queries x keys, (M,).
 
-    Between the points of the table by logarithms; a table of squares alone is read at the shorter side. Below its first
-    point a fixed time for every row of tiles is what grows (prologue and epilogue of a program); a table of one
-    length says nothing of it, and the share that FlashAttention 3 loses on an H100 is taken.
+    The table is interpolated in the logarithms of both sides; a table of squares alone is read at the shorter side. Below the
+    first point of the table the speed falls because each row of tiles takes a fixed time (prologue and epilogue of a
+    program). A table of one length says nothing about that time: then it is what FlashAttention 3 loses on an H100.
     """
-    rows = [row for row in description.attention if row.direction == direction]
+    rows = [row for row in cluster.attention if row.direction == direction]
     nearest = min({row.head_dim for row in rows}, key=lambda dim: abs(np.log(dim / head_dim)))
     table = {(row.queries, row.keys): row.tflops * _TERA for row in rows if row.head_dim == nearest}
     q_points, k_points = (np.array(sorted({point[i] for point in table})) for i in (0, 1))
@@ -47,82 +50,90 @@ def attention_speed(description: Description, direction: str, head_dim: int, que
         first = int(squares[0])
     best = max(table.values())
     if len(table) == 1:
-        return speed / (1.0 + _SHORT / np.maximum(shorter, 1))
+        return speed / (1.0 + _PROGRAM_OVERHEAD_KEYS / np.maximum(shorter, 1))
     # seconds an operation at `speed` takes beyond the best, spread over fewer keys
     short = np.maximum(first / np.maximum(shorter, 1), 1.0)
     return 1.0 / (1.0 / best + (1.0 / speed - 1.0 / best) * short)
 
 
-def overhead_keys(description: Description, direction: str, head_dim: int) -> int:
-    """How many keys' worth of time a row costs besides its keys: what makes short documents slow.
+def overhead_keys(cluster: ClusterSpec, direction: str, head_dim: int) -> int:
+    """Keys' worth of time that a row costs besides its keys; it is what makes short documents slow.
 
-    The median over the squares of the table: speed = best * n / (n + overhead).
+    The overhead in speed(n) = best * n / (n + overhead), as the median over the squares n x n of the table.
     """
-    lengths = np.array(
-        sorted({min(row.queries, row.keys) for row in description.attention if row.direction == direction})
-    )
-    speed = attention_speed(description, direction, head_dim, lengths, lengths)
+    lengths = np.array(sorted({min(row.queries, row.keys) for row in cluster.attention if row.direction == direction}))
+    speed = attention_speed(cluster, direction, head_dim, lengths, lengths)
     if len(lengths) == 1:
-        return round(_SHORT)
+        return round(_PROGRAM_OVERHEAD_KEYS)
     slower = speed < speed.max()
     return round(float(np.median((lengths * (speed.max() / speed - 1))[slower]))) if slower.any() else 0
 
 
-def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
-    """(cells of the tiles that each tightened band touches, keys of its widest row of tiles).
+def padded_cells(bands: Ints, tile_rows: int, extra_keys: Ints | int | Numbers) -> Any:
+    """Cells that a kernel's time goes into for each tightened band (M, 10) and one head.
 
-    A slanted edge climbs by a tile's height within it: half of that more in every row, and as much of a tile of keys as a
-    row of tiles does not fill at its end.
+    Rows are taken by whole tiles of `tile_rows`, and each row costs `extra_keys` keys more than it has. Whole numbers where
+    extra_keys are: they are the same on every machine.
     """
-    rows = bands[:, Q1] - bands[:, Q0]
-    first_begin, first_end = row_ends(bands, bands[:, Q0])
-    last_begin, last_end = row_ends(bands, bands[:, Q1] - 1)
-    middle_begin, middle_end = row_ends(bands, (bands[:, Q0] + bands[:, Q1]) // 2)
+    rows = np.maximum(bands[:, Q1] - bands[:, Q0], 0)
+    padded_rows = -(-rows // tile_rows) * tile_rows
+    keys, rest = np.divmod(areas(bands), np.maximum(rows, 1))
+    return (keys + extra_keys) * padded_rows + rest * padded_rows // np.maximum(rows, 1)
+
+
+def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
+    """(cells of the tiles that each tightened band touches, keys of its widest row of tiles), both (M,).
+
+    A slanted edge climbs by a tile's height within a tile. That adds half a tile to every row, and as much of a tile of keys
+    as a row of tiles does not fill at its end.
+    """
+    first_begin, first_end = row_key_ranges(bands, bands[:, Q0])
+    last_begin, last_end = row_key_ranges(bands, bands[:, Q1] - 1)
+    middle_begin, middle_end = row_key_ranges(bands, (bands[:, Q0] + bands[:, Q1]) // 2)
     widest = np.maximum.reduce([first_end - first_begin, middle_end - middle_begin, last_end - last_begin])
-    slanted = (first_begin != last_begin).astype(float) + (first_end != last_end)
-    climbing = (tile[0] - 1) / 2 + max(tile[1] - tile[0], 0) / 2
-    ragged = np.where(slanted == 0, -(-widest // tile[1]) * tile[1] - widest, slanted * climbing)
-    tall = -(-rows // tile[0]) * tile[0]
-    return tall * (areas(bands) / np.maximum(rows, 1) + ragged), widest + ragged
+    slanted_edges = (first_begin != last_begin).astype(float) + (first_end != last_end)
+    climb = (tile[0] - 1) / 2 + max(tile[1] - tile[0], 0) / 2
+    ragged = np.where(slanted_edges == 0, -(-widest // tile[1]) * tile[1] - widest, slanted_edges * climb)
+    return padded_cells(bands, tile[0], ragged), widest + ragged
 
 
 def launch_seconds(
-    description: Description, cells: Numbers, widest: Numbers, heads: Ints, speed: Numbers, per_cell: float, group: Ints
+    cluster: ClusterSpec, cells: Numbers, widest: Numbers, heads: Ints, speed: Numbers, per_cell: float, group: Ints
 ) -> tuple[Ints, Numbers]:
-    """Seconds of launches made of tasks: (numbers of the launches, seconds of each).
+    """Seconds of kernel launches made of tasks. Returns (numbers of the launches, seconds of each).
 
-    cells, widest, heads, speed: per task, cells and widest row of its tiles, heads, operations per second; group: the
-    launch of each task. A launch takes its work at full speed, but no less than its longest program takes on its unit.
+    Per task: `cells` and `widest` row of its tiles, `heads`, `speed` in operations per second, and `group`, the number of its
+    launch. A launch runs at full speed, but takes no less than its longest program takes on one multiprocessor.
     """
-    device = description.device
+    device = cluster.device
     launches, index = np.unique(group, return_inverse=True)
     seconds = np.bincount(index, cells * heads * per_cell / speed + device.task_us * _MICRO, len(launches))
     longest = np.zeros(len(launches))
-    np.maximum.at(longest, index, widest * device.tile[0] * per_cell / speed * device.units)
+    np.maximum.at(longest, index, widest * device.tile[0] * per_cell / speed * device.num_sms)
     return launches, np.maximum(seconds, longest) + device.launch_us * _MICRO
 
 
-def copy_seconds(description: Description, size: Numbers) -> Numbers:
-    """Seconds to copy so many bytes on a device."""
-    return size / (description.device.copy_gbs * _GIGA)
+def copy_seconds(cluster: ClusterSpec, size: Numbers) -> Numbers:
+    """Seconds to copy `size` bytes on a device."""
+    return size / (cluster.device.copy_gbs * _GIGA)
 
 
-def message_seconds(description: Description, src: Ints, dst: Ints, size: Numbers) -> Numbers:
-    """Seconds that messages sent together take, each until it is there.
+def message_seconds(cluster: ClusterSpec, src: Ints, dst: Ints, size: Numbers) -> Numbers:
+    """Seconds until each of the messages that are sent together has arrived, (M,).
 
-    All messages of a device share its port in each direction, inside its node and across nodes; of a shared link, all of
-    the node. A message takes as long as the fuller of its two ports.
+    The messages of a device share its port, one port for each direction and each of the two links (inside a node, between
+    nodes). All devices of a node share the port of a shared link. A message takes as long as the fuller of its two ports.
     """
-    ranks, devices = description.ranks, description.devices
+    ranks, devices = cluster.ranks, cluster.devices
     out = np.zeros(len(src))
     crossing = src // devices != dst // devices
-    for link, chosen in ((description.inside, ~crossing), (description.across, crossing)):
+    for link, chosen in ((cluster.intra_node, ~crossing), (cluster.inter_node, crossing)):
         if not chosen.any():
             continue
         port = devices if link.shared else 1
         ends = src[chosen] // port, dst[chosen] // port
         loads = [np.bincount(end, size[chosen], -(-ranks // port)) for end in ends]
-        if link.shared and link is description.inside:
+        if link.shared and link is cluster.intra_node:
             # one memory for both directions
             loads = [loads[0], loads[0]]
         fullest = np.maximum(loads[0][ends[0]], loads[1][ends[1]])
@@ -131,7 +142,7 @@ def message_seconds(description: Description, src: Ints, dst: Ints, size: Number
 
 
 def _bilinear(grid: Numbers, xs: Numbers, ys: Numbers, x: Numbers, y: Numbers) -> Numbers:
-    """Values of a grid between its points; outside of it, at its border."""
+    """Interpolate a grid bilinearly; points outside are moved to its border."""
     places = []
     for points, value in ((xs, x), (ys, y)):
         value = np.clip(value, points[0], points[-1])

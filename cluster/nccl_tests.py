@@ -1,4 +1,4 @@
-"""What nccl-tests print, as link speeds: its text table and its JSON (-J).
+"""Link speeds from the output of nccl-tests: its text table or its JSON (-J).
 
 nccl-tests' own factors (doc/PERFORMANCE.md there) turn a size and a time into the bytes that each rank's port carries: the
 bus bandwidth. A link is fitted as time = latency + bytes / bandwidth. The JSON holds the environment of whoever ran it:
@@ -30,7 +30,7 @@ _COMMAND = re.compile(r"(\w+?)_perf\b")
 
 
 @dataclass(frozen=True)
-class Measured:
+class NcclTestRun:
     """One run of nccl-tests: which test, ranks, and (size in bytes, microseconds) of each row, out of place."""
 
     test: str
@@ -38,7 +38,7 @@ class Measured:
     rows: tuple[tuple[int, float], ...]
 
     def link(self) -> Link:
-        """The link that these times speak of, by the least relative squares over bytes on the port."""
+        """Fit latency and bandwidth to these times, by the least relative squares over bytes on the port."""
         size = np.array([row[0] for row in self.rows]) * FACTORS[self.test](self.ranks)
         micro = np.array([row[1] for row in self.rows])
         # relative: a long message's noise must not decide the latency
@@ -51,7 +51,7 @@ class Measured:
         return Link(gbs=float(1e-3 / per_byte), latency_us=float(max(latency, 0.0)))
 
 
-def read(path: str | Path, test: str | None = None) -> Measured:
+def read(path: str | Path, test: str | None = None) -> NcclTestRun:
     """Parse a file of either kind. test: its name, where the file does not say. Raises DistattnError in one sentence."""
     try:
         text = Path(path).read_text("utf-8")
@@ -70,11 +70,11 @@ def read(path: str | Path, test: str | None = None) -> Measured:
         raise DistattnError(
             f"{path}: {ranks} ranks and {len(rows)} rows of sizes and times; two of each are the least."
         )
-    return Measured(name, ranks, tuple(rows))
+    return NcclTestRun(name, ranks, tuple(rows))
 
 
 def commands(ranks_on_node: int, nodes: int = 1) -> list[str]:
-    """How to run nccl-tests for a description: inside a node, and across nodes where there are several."""
+    """Commands that measure the links of a cluster: inside a node, and between nodes where there are several."""
     sizes = "-b 8 -e 1G -f 4 -J nccl-{name}.json"
     inside = f"sendrecv_perf -g {ranks_on_node} {sizes.format(name='inside')}"
     if nodes == 1:

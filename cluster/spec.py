@@ -1,4 +1,4 @@
-"""A cluster in numbers: nodes, devices, links and kernel speeds, read from a TOML file.
+"""A cluster in numbers: nodes, devices, links and kernel throughput, read from a TOML file.
 
 `load("h200-8x8")` is 8 nodes of 8 devices of the shipped description `h200`; `load("mine.toml")` or `load("mine.toml", 4, 8)`
 reads a file, as `distattn calibrate` writes it. Every number of a shipped file has its source beside it.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,35 +28,32 @@ _NAME = re.compile(r"(?P<kind>[a-z0-9_]+)-(?P<nodes>[1-9]\d*)x(?P<devices>[1-9]\
 
 @dataclass(frozen=True)
 class Device:
-    """One device, by what was measured or published of it."""
+    """One device, in numbers that were measured or published."""
 
     __pydantic_config__ = _STRICT
 
     name: str
     memory_gb: float
-    # dense bf16, by the maker
+    # dense bf16, as the maker states it
     peak_tflops: float
-    # large matrix product, reached
-    product_tflops: float
+    # reached in large matrix products
+    gemm_tflops: float
     # bytes read and written again per second, in 10^9
     copy_gbs: float
-    # programs that run at once: a launch of fewer leaves the others idle
-    units: int
-    # sides of the kernels' tiles (query rows, keys): work is done by whole ones
+    # streaming multiprocessors, each of which runs one program of a kernel at a time
+    num_sms: int
+    # sides of the kernels' tiles (query rows, keys); kernels compute whole tiles
     tile: tuple[int, int]
-    # from one kernel's end to the next one's begin; more for every task of a launch
+    # microseconds from one kernel's end to the next one's begin, and for every task of a launch besides
     launch_us: float
     task_us: float
-    # what the host needs to issue one step
+    # microseconds the host needs to issue one step
     host_us: float
 
 
 @dataclass(frozen=True)
 class Link:
-    """What joins devices of a node, or nodes: bytes per second in one direction, and the time of an empty message.
-
-    Of each device, or, if `shared`, of a whole node.
-    """
+    """A link of each device, or with `shared` of a whole node: 10^9 bytes per second in one direction, and the latency."""
 
     __pydantic_config__ = _STRICT
 
@@ -65,8 +63,11 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Core attention reached by a kernel on a full mask of queries x keys: 4 x cells x heads x dim forward, 10 backward."""
+class KernelThroughput:
+    """What a kernel of core attention reaches on a full mask of queries x keys.
+
+    A forward pass counts 4 x cells x heads x head dim operations, a backward pass 10 x.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -78,8 +79,8 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Description:
-    """A cluster in numbers. `nodes` are there, of `devices` each."""
+class ClusterSpec:
+    """A cluster of `nodes` nodes with `devices` devices each, in numbers. Rank r is on node r // devices."""
 
     __pydantic_config__ = _STRICT
 
@@ -87,9 +88,9 @@ class Description:
     nodes: int
     devices: int
     device: Device
-    inside: Link
-    across: Link
-    attention: tuple[Speed, ...]
+    intra_node: Link
+    inter_node: Link
+    attention: tuple[KernelThroughput, ...]
 
     @property
     def topology(self) -> Cluster:
@@ -106,76 +107,94 @@ class Description:
         return self.topology.node
 
     def save(self, path: str | Path) -> None:
-        """Write it; `load` reads it back."""
+        """Write the TOML file that `load` reads back."""
         Path(path).write_text(tomli_w.dumps(asdict(self)), "utf-8")
 
 
-# which ranks share a node; a description also knows how fast things are
-Machines = Cluster | Description
+# both say which ranks share a node; a ClusterSpec also says how fast devices and links are
+AnyCluster = Cluster | ClusterSpec
 
 
-def shipped() -> list[str]:
-    """Names of the descriptions that come with distattn."""
+def shipped_names() -> list[str]:
+    """Names of the clusters that come with distattn, without their sizes."""
     folder = resources.files("distattn.cluster") / "descriptions"
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
 
-def load(name: str | Path, ranks: int | None = None) -> Description:
-    """A description by name (`h200-8x8`: nodes x devices) or file. Raises DistattnError in one sentence.
+def resolve_cluster(cluster: Any) -> AnyCluster | None:
+    """A Cluster, a ClusterSpec or None as it is; a name or the path of a TOML file as `load` reads it."""
+    if cluster is None or isinstance(cluster, AnyCluster):
+        return cluster
+    if isinstance(cluster, str | Path):
+        return load(cluster)
+    raise DistattnError(
+        f"cluster is a Cluster(nodes, devices), a ClusterSpec, its name or its TOML file, not {cluster!r}."
+    )
 
-    ranks: use so many devices only, whole nodes of them.
+
+def load(name: str | Path, ranks: int | None = None) -> ClusterSpec:
+    """A cluster by name (`h200-8x8`: nodes x devices) or by the path of its TOML file.
+
+    ranks: use so many devices only, whole nodes of them. Raises DistattnError where there is no such cluster, or the file says
+    something impossible.
     """
     matched = _NAME.fullmatch(str(name))
-    if matched and matched["kind"] in shipped():
-        text = (resources.files("distattn.cluster") / "descriptions" / f"{matched['kind']}.toml").read_text("utf-8")
-        found = _parsed(matched["kind"], text)
-        found = _sized(found, str(name), int(matched["nodes"]), int(matched["devices"]))
+    if matched and matched["kind"] in shipped_names():
+        found = _sized(_load_shipped(matched["kind"]), str(name), int(matched["nodes"]), int(matched["devices"]))
     elif Path(name).suffix == ".toml":
         try:
             found = _parsed(str(name), Path(name).read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise DistattnError(f"{name}: the cluster description cannot be read: {error}.") from None
     else:
-        known = ", ".join(f"{kind}-NODESxDEVICES" for kind in shipped())
+        known = ", ".join(f"{kind}-NODESxDEVICES" for kind in shipped_names())
         raise DistattnError(f"there is no cluster {str(name)!r}; there are {known}, or the path of a .toml file.")
-    return found if ranks is None else part(found, ranks)
+    return found if ranks is None else with_ranks(found, ranks)
 
 
-def part(description: Description, ranks: int) -> Description:
+@cache
+def _load_shipped(kind: str) -> ClusterSpec:
+    text = (resources.files("distattn.cluster") / "descriptions" / f"{kind}.toml").read_text("utf-8")
+    return _parsed(kind, text)
+
+
+def with_ranks(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
     """The same cluster with only so many devices in use, filling its nodes evenly."""
-    if ranks > description.ranks:
+    if ranks > cluster.ranks:
         raise DistattnError(
-            f"{ranks} ranks want more devices than {description.name} has: "
-            f"{description.nodes} nodes x {description.devices}."
+            f"{ranks} ranks want more devices than {cluster.name} has: {cluster.nodes} nodes x {cluster.devices}."
         )
-    nodes = -(-ranks // description.devices)
+    nodes = -(-ranks // cluster.devices)
     if ranks % nodes:
-        raise DistattnError(f"{ranks} ranks do not fill {nodes} nodes of {description.devices} devices evenly.")
-    whole = (nodes, ranks // nodes) == (description.nodes, description.devices)
-    kind = description.name.rpartition("-")[0] if _NAME.fullmatch(description.name) else description.name
-    name = description.name if whole else f"{kind}-{nodes}x{ranks // nodes}"
-    return _sized(description, name, nodes, ranks // nodes)
+        raise DistattnError(f"{ranks} ranks do not fill {nodes} nodes of {cluster.devices} devices evenly.")
+    whole = (nodes, ranks // nodes) == (cluster.nodes, cluster.devices)
+    kind = cluster.name.rpartition("-")[0] if _NAME.fullmatch(cluster.name) else cluster.name
+    name = cluster.name if whole else f"{kind}-{nodes}x{ranks // nodes}"
+    return _sized(cluster, name, nodes, ranks // nodes)
 
 
-def _sized(description: Description, name: str, nodes: int, devices: int) -> Description:
-    if nodes > description.nodes or devices > description.devices:
+def _sized(cluster: ClusterSpec, name: str, nodes: int, devices: int) -> ClusterSpec:
+    if nodes > cluster.nodes or devices > cluster.devices:
         raise DistattnError(
-            f"cluster {name!r}: {description.name} has at most {description.nodes} nodes of {description.devices} devices."
+            f"cluster {name!r}: {cluster.name} has at most {cluster.nodes} nodes of {cluster.devices} devices."
         )
-    return Description(
-        name, nodes, devices, description.device, description.inside, description.across, description.attention
-    )
+    return replace(cluster, name=name, nodes=nodes, devices=devices)
 
 
-def _parsed(source: str, text: str) -> Description:
+@cache
+def _adapter() -> TypeAdapter[ClusterSpec]:
+    return TypeAdapter(ClusterSpec)
+
+
+def _parsed(source: str, text: str) -> ClusterSpec:
     try:
         content: dict[str, Any] = tomllib.loads(text)
-        found = TypeAdapter(Description).validate_python(content)
+        found = _adapter().validate_python(content)
     except tomllib.TOMLDecodeError as error:
         raise DistattnError(f"{source}: cannot be read as TOML: {error}.") from None
     except ValidationError as error:
         one = error.errors()[0]
-        key = ".".join(str(part) for part in one["loc"])
+        key = ".".join(str(with_ranks) for with_ranks in one["loc"])
         raise DistattnError(f"{source}: {key}: {one['msg'].lower().rstrip('.')}.") from None
     problem = _problem(found)
     if problem:
@@ -183,12 +202,12 @@ def _parsed(source: str, text: str) -> Description:
     return found
 
 
-def _problem(found: Description) -> str | None:
+def _problem(found: ClusterSpec) -> str | None:
     numbers = {f"device.{key}": value for key, value in asdict(found.device).items() if isinstance(value, int | float)}
-    numbers |= {f"{name}.gbs": getattr(found, name).gbs for name in ("inside", "across")}
-    numbers |= {f"{name}.latency_us": getattr(found, name).latency_us for name in ("inside", "across")}
+    numbers |= {f"{name}.gbs": getattr(found, name).gbs for name in ("intra_node", "inter_node")}
+    numbers |= {f"{name}.latency_us": getattr(found, name).latency_us for name in ("intra_node", "inter_node")}
     numbers |= {"nodes": found.nodes, "devices": found.devices, "device.tile": min(found.device.tile)}
-    zeros = ("device.launch_us", "device.task_us", "device.host_us", "inside.latency_us", "across.latency_us")
+    zeros = ("device.launch_us", "device.task_us", "device.host_us", "intra_node.latency_us", "inter_node.latency_us")
     for key, value in numbers.items():
         if value < 0 or (value == 0 and key not in zeros):
             return f"{key}: a positive number is wanted, not {value}."

@@ -1,4 +1,4 @@
-"""What the machines are: for now, which ranks share a node."""
+"""Which ranks share a node."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, whole_numbers
+from distattn.ir.intervals import Ints, as_int64
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "devices"):
-            if int(whole_numbers(getattr(self, name), name)) < 1:
+            if int(as_int64(getattr(self, name), name)) < 1:
                 raise DistattnError(f"a cluster has at least 1 of {name}, not {getattr(self, name)}.")
 
     @property

@@ -1,4 +1,4 @@
-"""Which cells of the score matrix one kernel call computes: bands of heads, in the coordinates of its tensors."""
+"""Which cells of the score matrix one kernel call computes, as bands per head range in the coordinates of its tensors."""
 
 from __future__ import annotations
 
@@ -11,65 +11,67 @@ from distattn.ir.intervals import Ints
 from distattn.ir.mask import Mask
 
 
-class Cells(NamedTuple):
-    """All tasks of one step in one call. Query head h uses key/value head (first + h) // group.
+class LaunchMask(NamedTuple):
+    """The cells that all tasks of one step compute in one kernel call.
 
-    Operands outside the bands of their head are zeros, or other tokens' numbers: finite, and without a meaning.
+    Query head h of the call uses key/value head (first_head + h) // group_size.
+    Operands outside the bands of their head are zeros or other tokens' numbers: finite, but without a meaning.
     """
 
-    # (M, 10), see distattn.ir.bands
+    # (M, 10) bands in the coordinates of the call's tensors, see distattn.ir.bands
     bands: Ints
     # (M, 2): query heads [h0, h1) of each band
     band_heads: Ints
-    # (M,): in band i the axis distance of key s and row t is s - t + shift_i
-    shift: Ints
+    # (M,): in band i, key s and row t are s - t + distance_shift[i] tokens apart on the axis
+    distance_shift: Ints
     rows: int
     keys: int
     heads: int
     kv_heads: int
-    group: int
-    first: int = 0
+    # query heads per key/value head, and where the call's first query head lies in its group
+    group_size: int
+    first_head: int = 0
 
     @staticmethod
-    def of_mask(mask: Mask, heads: int, kv_heads: int) -> Cells:
-        """A whole mask on one device."""
+    def from_mask(mask: Mask, heads: int, kv_heads: int) -> LaunchMask:
+        """The whole mask in one call on one device."""
         pieces, n = mask.pieces, mask.n
-        every = np.tile(np.array([0, heads]), (len(pieces), 1))
-        band_heads = every if mask.piece_heads is None else mask.piece_heads
-        shift = np.zeros(len(pieces), np.int64)
-        return Cells(pieces, band_heads, shift, n, n, heads, kv_heads, heads // kv_heads)
+        all_heads = np.tile(np.array([0, heads]), (len(pieces), 1))
+        band_heads = all_heads if mask.piece_heads is None else mask.piece_heads
+        distance_shift = np.zeros(len(pieces), np.int64)
+        return LaunchMask(pieces, band_heads, distance_shift, n, n, heads, kv_heads, heads // kv_heads)
 
-    def key(self) -> tuple[object, ...]:
-        """Equal for equal cells."""
+    def cache_key(self) -> tuple[object, ...]:
+        """A hashable key; launch masks with equal keys are equal."""
         return *(column.tobytes() for column in self[:3]), *self[3:]
 
 
-def even_groups(h0: int, h1: int, group: int, first: int = 0) -> list[tuple[int, int]]:
+def split_even_groups(h0: int, h1: int, group_size: int, first_head: int = 0) -> list[tuple[int, int]]:
     """Cut query heads [h0, h1) into ranges in which every key/value head serves equally many query heads."""
-    low, high = first + h0, first + h1
-    if low // group == (high - 1) // group or (low % group == 0 and high % group == 0):
+    low, high = first_head + h0, first_head + h1
+    if low // group_size == (high - 1) // group_size or (low % group_size == 0 and high % group_size == 0):
         return [(h0, h1)]
-    cuts = sorted({low, -(-low // group) * group, high // group * group, high})
-    return [(a - first, b - first) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    cuts = sorted({low, -(-low // group_size) * group_size, high // group_size * group_size, high})
+    return [(a - first_head, b - first_head) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
-class Written:
-    """Which rows of which heads of a tensor have been written, kept by the ranges that heads are written in."""
+class WrittenRows:
+    """Which rows of which heads of a tensor have been written, so that the first write need not add."""
 
-    def __init__(self, rows: int, bounds: Iterable[int]):
-        """bounds: the ends of all head ranges."""
-        cuts = sorted(set(bounds))
-        self.at = {head: i for i, head in enumerate(cuts)}
-        self.cells = np.zeros((len(cuts) - 1, rows), bool)
-        # cells that no writing was the first to reach: 0 where nothing needs clearing before
-        self.left = rows * (cuts[-1] - cuts[0])
+    def __init__(self, rows: int, head_bounds: Iterable[int]):
+        """head_bounds: both ends of every head range that will be written."""
+        cuts = sorted(set(head_bounds))
+        self.index = {head: i for i, head in enumerate(cuts)}
+        self.written = np.zeros((len(cuts) - 1, rows), bool)
+        # number of (row, head) that no first write has reached; where it is 0 nothing needs clearing beforehand
+        self.unwritten = rows * (cuts[-1] - cuts[0])
 
-    def first(self, heads: slice, rows: slice | Ints) -> bool:
-        """Note a writing; whether nothing of it had been written before."""
-        place = slice(self.at[heads.start], self.at[heads.stop]), rows
-        some = self.cells[place]
-        fresh = not some.any()
-        if fresh:
-            self.left -= some.shape[1] * (heads.stop - heads.start)
-        self.cells[place] = True
-        return fresh
+    def mark(self, heads: slice, rows: slice | Ints) -> bool:
+        """Record a write; returns True when nothing of it had been written before."""
+        place = slice(self.index[heads.start], self.index[heads.stop]), rows
+        before = self.written[place]
+        is_first = not before.any()
+        if is_first:
+            self.unwritten -= before.shape[1] * (heads.stop - heads.start)
+        self.written[place] = True
+        return is_first

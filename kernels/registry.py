@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from distattn.ir.errors import DistattnError
-from distattn.kernels.launch_mask import Cells
-from distattn.kernels.spec import Demand, Score
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements, ScoreMod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,30 +22,30 @@ KERNELS = {
     "gluon": "distattn.kernels.gluon.attention",
     "gluon_split": "distattn.kernels.gluon.split",
 }
-# these compute on processors, all others on GPUs
-ON_CPU = ("reference", "cpu")
-# what stands in for a kernel whose sums have no fixed order, where torch.use_deterministic_algorithms asks for one
+# these run on CPUs, all others on GPUs
+CPU_KERNELS = ("reference", "cpu")
+# what replaces a kernel whose sums have no fixed order, under torch.use_deterministic_algorithms
 _DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Kernel(Protocol):
-    """What a kernel module provides.
+    """The functions and flags of a kernel module.
 
     DIFFERENTIABLE_LSE says whether `backward` is right for any delta, so that gradients may flow through the log-sum-exp.
     ACCUMULATES says whether `forward` and `backward` also take `into`: tensors that results are merged into or added to.
-    `prepare` turns cells into the kernel's own form once per plan; `forward` and `backward` take that form.
+    `prepare` turns a launch mask into the kernel's own schedule once per plan; `forward` and `backward` take that schedule.
     """
 
     DIFFERENTIABLE_LSE: bool
     ACCUMULATES: bool
 
-    def refusal(self, demand: Demand) -> str | None: ...
+    def unsupported_reason(self, requirements: KernelRequirements) -> str | None: ...
 
-    def prepare(self, cells: Cells, demand: Demand) -> Any: ...
+    def prepare(self, mask: LaunchMask, requirements: KernelRequirements) -> Any: ...
 
     def forward(
-        self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, work: Any, score: Score, /, **into: Any
+        self, q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, schedule: Any, score: ScoreMod, /, **into: Any
     ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
@@ -56,15 +56,15 @@ class Kernel(Protocol):
         v_SKE: Tensor,
         lse_TH: Tensor,
         delta_TH: Tensor,
-        work: Any,
-        score: Score,
+        schedule: Any,
+        score: ScoreMod,
         /,
         **into: Any,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def load_kernel(name: str) -> Kernel:
-    """The kernel of that name."""
+    """The kernel module of that name. Raises DistattnError where there is none, or what it needs is not installed."""
     if name not in KERNELS:
         raise DistattnError(f"kernel {name!r} does not exist; there are {', '.join(KERNELS)}.")
     try:
@@ -73,28 +73,28 @@ def load_kernel(name: str) -> Kernel:
         raise DistattnError(f'kernel "{name}" needs {error.name}, which is not installed here.') from None
 
 
-def preparing(name: str, demand: Demand) -> Callable[[Cells], Any]:
-    """What makes a kernel's own form of cells for such calls."""
+def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[LaunchMask], Any]:
+    """A function from a launch mask to the kernel's own schedule, for such calls."""
     kernel = load_kernel(name)
-    return lambda cells: kernel.prepare(cells, demand)
+    return lambda mask: kernel.prepare(mask, requirements)
 
 
-def choose_kernel(name: str | None, demand: Demand) -> str:
-    """The kernel's name: `name` if it can serve the call, or the device's ("cpu", "triton").
+def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
+    """The name of the kernel of a call: `name` if it can serve the call, or the device's default ("cpu", "triton").
 
     "gluon" becomes "gluon_split" under torch.use_deterministic_algorithms. Raises DistattnError.
     """
     if name is None:
-        if demand.device.type not in _DEFAULTS:
+        if requirements.device.type not in _DEFAULTS:
             raise DistattnError(
-                f'there is no default kernel for {demand.device.type} tensors; pass kernel="reference".'
+                f'there is no default kernel for {requirements.device.type} tensors; pass kernel="reference".'
             )
-        name = _DEFAULTS[demand.device.type]
+        name = _DEFAULTS[requirements.device.type]
     import torch
 
     if name in _DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
         name = _DETERMINISTIC[name]
-    why_not = load_kernel(name).refusal(demand)
+    why_not = load_kernel(name).unsupported_reason(requirements)
     if why_not:
         raise DistattnError(f'kernel "{name}" cannot serve this call: {why_not}. Use kernel="reference".')
     return name

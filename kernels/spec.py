@@ -1,4 +1,4 @@
-"""How a score is made from a query and a key, and what a call asks of a kernel."""
+"""How a score is made from a query and a key, and what a call requires of a kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Score(NamedTuple):
+class ScoreMod(NamedTuple):
     """The score of query q and key k in head h: cap(scale * <q, k>) - slope_h * |q - k|.
 
     cap(s) = softcap * tanh(s / softcap), or s where softcap is 0. The distance |q - k| is in tokens of the axis, which
@@ -20,13 +20,13 @@ class Score(NamedTuple):
     softcap: float = 0.0
     slopes_H: Tensor | None = None
 
-    def of_heads(self, heads: slice) -> Score:
-        """The same for some of the heads."""
+    def for_heads(self, heads: slice) -> ScoreMod:
+        """The same for a range of the heads."""
         return self if self.slopes_H is None else self._replace(slopes_H=self.slopes_H[heads])
 
 
-class Demand(NamedTuple):
-    """What a call asks of a kernel."""
+class KernelRequirements(NamedTuple):
+    """What a call requires of a kernel: dtype, head dims, device, and which changes of scores."""
 
     dtype: torch.dtype
     head_dim: int

@@ -1,8 +1,8 @@
-"""Which tiles a Triton program visits: runs of key tiles for every tile of query rows, as small lists of whole numbers.
+"""Which tiles a Triton program visits: runs of key tiles for every tile of query rows, as short int32 lists.
 
 A *run* is a stretch of keys that some rows of one query tile need: tiles at its ends that hold some allowed cells, and
-tiles in the middle that hold nothing else, so that their mask is never looked at. The length of the lists goes with the
-bands that meet a query tile, not with its key tiles. A band turned over (queries for keys) is a band, so the same lists
+tiles in the middle that hold nothing else, so that their mask is never evaluated. The length of the lists is that of the
+bands that meet a query tile, not of its key tiles. A band transposed (queries for keys) is a band, so the same lists
 serve kernels that own a tile of keys and walk over queries.
 
 Other kinds of pieces (block lists, neighbourhood tiles) fit in as runs of one tile.
@@ -14,22 +14,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.ir.bands import BK, BQ, HI, K0, K1, LO, OK, OQ, Q0, Q1, row_ends, tighten
+from distattn.ir.bands import BK, BQ, HI, K0, K1, LO, OK, OQ, Q0, Q1, row_key_ranges, tighten
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, distinct, expand, lexical_order
-from distattn.kernels.launch_mask import Cells
+from distattn.ir.intervals import Ints, expand_ranges, lexicographic_argsort, sorted_unique
+from distattn.kernels.launch_mask import LaunchMask
 
-# columns of a run: keys [BEGIN, FULL) and [REST, END) need the mask, [FULL, REST) does not; the band of its rows, and
-# where row_band says otherwise, row by row (-1: one band for all)
+# columns of a run: keys [begin, full) and [rest, end) need the mask, [full, rest) do not; the band of its rows; and where
+# the bands of single rows begin in `row_band` (-1: one band for all rows)
 RUN = ("begin", "full", "rest", "end", "band", "rows")
 # columns of a band: row r in [q0, q1) allows keys from max(k0, low + bk * ((r - oq) // bq)) up to min(k1, high + same)
 BAND = ("q0", "q1", "k0", "k1", "low", "high", "bq", "bk", "oq", "shift")
 # runs begin at multiples of this, so that numbers of rows and keys are loaded several at a time
-ALIGNED = 16
-_FAR = 1 << 30
+RUN_ALIGNMENT = 16
+_LIMIT = 1 << 30
 
 
-class Runs(NamedTuple):
+class TileRuns(NamedTuple):
     """Runs of all query tiles, int32. Those of tile t in head group g are [first[g * tiles + t], first[g * tiles + t + 1])."""
 
     # (groups * tiles + 1,)
@@ -44,7 +44,7 @@ class Runs(NamedTuple):
     group: Ints
     # tiles, those with most key tiles first
     order: Ints
-    # the numbers of keys in tiles that are visited, all heads together
+    # keys of all tiles that are visited, all heads together
     visited: int
 
     @property
@@ -53,41 +53,41 @@ class Runs(NamedTuple):
         return len(self.order)
 
 
-def tile_runs(cells: Cells, block_rows: int, block_keys: int) -> Runs:
+def tile_runs(mask: LaunchMask, block_rows: int, block_keys: int) -> TileRuns:
     """Runs for programs that own `block_rows` query rows of one head and take `block_keys` keys at a time."""
-    return _runs_of(cells.bands, cells, cells.rows, block_rows, block_keys)
+    return _runs_of(mask.bands, mask, mask.rows, block_rows, block_keys)
 
 
-def transposed_runs(cells: Cells, block_keys: int, block_rows: int) -> Runs:
-    """The same for programs that own `block_keys` keys and take `block_rows` query rows of one head at a time."""
-    turned = cells.bands[:, [K0, K1, Q0, Q1, HI, LO, BK, BQ, OK, OQ]]
+def transposed_runs(mask: LaunchMask, block_keys: int, block_rows: int) -> TileRuns:
+    """Runs for programs that own `block_keys` keys and take `block_rows` query rows of one head at a time."""
+    turned = mask.bands[:, [K0, K1, Q0, Q1, HI, LO, BK, BQ, OK, OQ]]
     turned[:, [LO, HI]] *= -1
-    return _runs_of(turned, cells, cells.keys, block_keys, block_rows)
+    return _runs_of(turned, mask, mask.keys, block_keys, block_rows)
 
 
-def _runs_of(bands: Ints, cells: Cells, rows: int, block_rows: int, block_keys: int) -> Runs:
+def _runs_of(bands: Ints, mask: LaunchMask, rows: int, block_rows: int, block_keys: int) -> TileRuns:
     tight = tighten(bands)
     kept = np.flatnonzero(tight[:, Q0] < tight[:, Q1])
-    tight, shift, heads = tight[kept], cells.shift[kept], cells.band_heads[kept]
-    cuts = distinct(np.concatenate([[0, cells.heads], heads.ravel()]))
+    tight, shift, heads = tight[kept], mask.distance_shift[kept], mask.band_heads[kept]
+    cuts = sorted_unique(np.concatenate([[0, mask.heads], heads.ravel()]))
     tiles = -(-rows // block_rows)
     # one row per band, head group and query tile that meet
-    band, group = expand(np.searchsorted(cuts, heads[:, 0]), np.searchsorted(cuts, heads[:, 1]))
-    i, tile = expand(tight[band, Q0] // block_rows, (tight[band, Q1] - 1) // block_rows + 1)
+    band, group = expand_ranges(np.searchsorted(cuts, heads[:, 0]), np.searchsorted(cuts, heads[:, 1]))
+    i, tile = expand_ranges(tight[band, Q0] // block_rows, (tight[band, Q1] - 1) // block_rows + 1)
     band, group = band[i], group[i]
     q0, q1 = np.maximum(tile * block_rows, tight[band, Q0]), np.minimum((tile + 1) * block_rows, tight[band, Q1])
-    begin, first_end = row_ends(tight[band], q0)
-    last_begin, end = row_ends(tight[band], q1 - 1)
+    begin, first_end = row_key_ranges(tight[band], q0)
+    last_begin, end = row_key_ranges(tight[band], q1 - 1)
     # nothing is masked where all rows of the tile are in the band, between the last one's begin and the first one's end;
     # rows past the tensor's are zeros that must not count, nor overflow
     whole = (q0 == tile * block_rows) & (q1 == (tile + 1) * block_rows)
-    order = lexical_order(group, tile, q0, begin)
+    order = lexicographic_argsort(group, tile, q0, begin)
     band, group, tile, q0, q1, begin, end = (x[order] for x in (band, group, tile, q0, q1, begin, end))
     whole, last_begin, first_end = whole[order], last_begin[order], first_end[order]
-    first = _chains(group * tiles + tile, q0, q1, begin, end)
+    first = _joined_bands(group * tiles + tile, q0, q1, begin, end)
     size = np.diff(np.append(first, len(band)))
     alone = size == 1
-    run_begin = begin[first] // ALIGNED * ALIGNED
+    run_begin = begin[first] // RUN_ALIGNMENT * RUN_ALIGNMENT
     run_end = np.maximum.reduceat(end, first) if len(first) else end
     left = -(-(last_begin[first] - run_begin) // block_keys) * block_keys
     full = np.minimum(run_begin + left, run_end)
@@ -99,10 +99,10 @@ def _runs_of(bands: Ints, cells: Cells, rows: int, block_rows: int, block_keys: 
     visited = full - run_begin + rest - full + -(-(run_end - rest) // block_keys) * block_keys
     place = group[first] * tiles + tile[first]
     groups = len(cuts) - 1
-    return Runs(
+    return TileRuns(
         np.searchsorted(place, np.arange(groups * tiles + 1)).astype(np.int32),
         run.astype(np.int32),
-        _narrow(tight, shift),
+        _to_int32(tight, shift),
         _row_bands(first, size, alone, band, tile * block_rows, q0, q1, block_rows),
         np.repeat(np.arange(groups), np.diff(cuts)).astype(np.int32),
         np.argsort(-np.bincount(tile[first], visited, tiles), kind="stable").astype(np.int32),
@@ -110,7 +110,7 @@ def _runs_of(bands: Ints, cells: Cells, rows: int, block_rows: int, block_keys: 
     )
 
 
-def _chains(place: Ints, q0: Ints, q1: Ints, begin: Ints, end: Ints) -> Ints:
+def _joined_bands(place: Ints, q0: Ints, q1: Ints, begin: Ints, end: Ints) -> Ints:
     """Where runs begin: bands of a tile are one run where rows and keys go on together (short packed documents do)."""
     fresh = np.ones(len(place), bool)
     on = (place[1:] == place[:-1]) & (q0[1:] >= q1[:-1]) & (begin[1:] >= begin[:-1]) & (begin[1:] <= end[:-1])
@@ -124,23 +124,23 @@ def _row_bands(
     """The band of every row, for runs of several bands; rows of none get the run's first, which is not theirs either."""
     several = np.flatnonzero(~alone)
     out = np.repeat(band[first[several]], block_rows)
-    number, member = expand(first[several], first[several] + size[several])
+    number, member = expand_ranges(first[several], first[several] + size[several])
     base = number * block_rows - tile_row[member]
-    i, at = expand(base + q0[member], base + q1[member])
+    i, at = expand_ranges(base + q0[member], base + q1[member])
     out[at] = band[member][i]
     return out.astype(np.int32)
 
 
-def _narrow(bands: Ints, shift: Ints) -> Ints:
+def _to_int32(bands: Ints, shift: Ints) -> Ints:
     """Bands in 32 bits, their block numbers counted from the first row, so that no product overflows."""
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
     skipped = (q0 - oq) // bq
     oq = oq + bq * skipped
-    if len(bands) and int((bk * ((q1 - 1 - oq) // bq)).max()) >= _FAR:
+    if len(bands) and int((bk * ((q1 - 1 - oq) // bq)).max()) >= _LIMIT:
         raise DistattnError(
             "a block staircase climbs more than 2^30 keys in one call; the triton kernels count in 32 bits."
         )
-    low, high = (np.clip(ok + bk * (edge + skipped), -_FAR, _FAR - 1) for edge in (lo, hi + 1))
+    low, high = (np.clip(ok + bk * (edge + skipped), -_LIMIT, _LIMIT - 1) for edge in (lo, hi + 1))
     # a block larger than the call is the call
     small = np.minimum(bq, 1 << 30), np.minimum(bk, 1 << 30)
     return np.stack([q0, q1, k0, k1, low, high, *small, oq, shift], 1).astype(np.int32)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from distattn.cluster import nccl_tests as nccl
 from distattn.cluster import spec as describe
-from distattn.cluster.spec import Description
+from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.launch import machine_limits
 from distattn.launch.command_line import CommandParser, no_progress, print_line, print_to_stderr
@@ -55,7 +55,9 @@ def main(arguments: Sequence[str]) -> int:
         print_to_stderr(f"links by nccl-tests: {command}")
     found = measure_with_ranks(ranks, given.name or Path(given.out).stem)
     inside = inside or _link_by_nccl_tests(ranks)
-    found = replace(found, nodes=given.nodes, inside=inside or found.inside, across=across or inside or found.across)
+    found = replace(
+        found, nodes=given.nodes, intra_node=inside or found.intra_node, inter_node=across or inside or found.inter_node
+    )
     try:
         found.save(given.out)
     except OSError as error:
@@ -99,7 +101,7 @@ def _ranks(asked: int | None) -> int:
     return ranks
 
 
-def measure_with_ranks(ranks: int, name: str) -> Description:
+def measure_with_ranks(ranks: int, name: str) -> ClusterSpec:
     """Measure this machine by so many processes at once. Raises DistattnError where one of them fails."""
     from distattn.launch.local import run_ranks
 
@@ -148,17 +150,17 @@ def _link_by_nccl_tests(ranks: int) -> describe.Link | None:
         return nccl.read(file, "sendrecv").link()
 
 
-def _summary(found: Description) -> str:
+def _summary(found: ClusterSpec) -> str:
     device = found.device
     best = {
         direction: max(row.tflops for row in found.attention if row.direction == direction)
         for direction in describe.DIRECTIONS
     }
     return (
-        f"{device.name}: products {device.product_tflops:.3g} TFLOP/s, attention {best['forward']:.3g} forward and "
+        f"{device.name}: products {device.gemm_tflops:.3g} TFLOP/s, attention {best['forward']:.3g} forward and "
         f"{best['backward']:.3g} backward, copies {device.copy_gbs:.3g} GB/s\n"
-        f"links inside {found.inside.gbs:.3g} GB/s after {found.inside.latency_us:.3g} us, "
-        f"across {found.across.gbs:.3g} GB/s after {found.across.latency_us:.3g} us"
+        f"links inside {found.intra_node.gbs:.3g} GB/s after {found.intra_node.latency_us:.3g} us, "
+        f"across {found.inter_node.gbs:.3g} GB/s after {found.inter_node.latency_us:.3g} us"
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distattn.data.text import VOCABULARY
 from distattn.ir.errors import DistattnError
-from distattn.kernels.registry import ON_CPU
+from distattn.kernels.registry import CPU_KERNELS
 from distattn.training.config import Config
 
 # 10^6 bytes that one rank has for itself (Private_Dirty), measured with torch 2.13 and transformers 5 on Linux: what
@@ -28,7 +28,7 @@ def check_run_fits(config: Config) -> None:
         TRAIN_RANK_MB + model_mb,
         f"{TRAIN_RANK_MB} MB for Python, torch and transformers, {model_mb:,.0f} MB for the model",
     )
-    if kernel not in ON_CPU:
+    if kernel not in CPU_KERNELS:
         check_gpus("parallel.ranks", ranks, f"kernel {kernel!r} wants one for each rank")
 
 

@@ -134,7 +134,7 @@ def _check_options(given: argparse.Namespace, config: Config | None) -> None:
         raise DistattnError("plan: --tokens cuts the documents of --docs; a configuration has --data.tokens_per_step.")
 
 
-def _cluster(given: argparse.Namespace, config: Config | None) -> describe.Description:
+def _cluster(given: argparse.Namespace, config: Config | None) -> describe.ClusterSpec:
     """Load the cluster to time plans on."""
     name = given.cluster or (config.cluster.description if config else "")
     if not name:
@@ -154,7 +154,7 @@ def _packs(given: argparse.Namespace, config: Config | None) -> list[list[int]]:
     return first_step_packs(config)
 
 
-def _settings(given: argparse.Namespace, cluster: describe.Description) -> PlanSettings:
+def _settings(given: argparse.Namespace, cluster: describe.ClusterSpec) -> PlanSettings:
     """What plans have in common, where options say it."""
     heads, _, kv_heads = (given.heads or "32:8").partition(":")
     if not (heads.isdecimal() and (kv_heads or heads).isdecimal()):
@@ -185,7 +185,7 @@ def _write_files(
     given: argparse.Namespace,
     found: dict[str, Timeline | str],
     request: PlanRequest,
-    cluster: describe.Description,
+    cluster: describe.ClusterSpec,
 ) -> None:
     """Write the page and the fastest strategy's trace, where they are asked for."""
     if given.html:

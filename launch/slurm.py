@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.kernels.registry import ON_CPU
+from distattn.kernels.registry import CPU_KERNELS
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
 
@@ -39,7 +39,7 @@ class SubmittedError(DistattnError):
 def batch_script(config: Config, folder: Path) -> str:
     """Write the batch script of a run in this folder, as text. Raises DistattnError where a setting does not fit into one."""
     per_node = config.parallel.devices_per_node or config.parallel.ranks
-    gpus = config.parallel.kernel not in ON_CPU
+    gpus = config.parallel.kernel not in CPU_KERNELS
     slurm = config.slurm
     for line in (*slurm.setup, *slurm.options, slurm.partition, slurm.account, slurm.time, str(folder)):
         if "\n" in line or "\r" in line:

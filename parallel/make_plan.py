@@ -1,57 +1,77 @@
-"""From a name to a plan: the table of strategies, and the one function that uses it."""
+"""From a name to a plan: the table of strategies, and the one function that uses it and chooses between candidates."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster, ClusterSpec, resolve_cluster
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import distinct
+from distattn.ir.intervals import sorted_unique
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.plan import POLICIES, Call, Plan, Table, bytes_of_moves
+from distattn.ir.plan import POLICIES, Call, Plan, Table, move_bytes
+from distattn.parallel.analysis.simulate import simulate_pass
 from distattn.parallel.strategies.allgather import allgather
-from distattn.parallel.strategies.cad import cad
-from distattn.parallel.strategies.cad_greedy import cad_greedy
-from distattn.parallel.strategies.double_ring import double_ring
-from distattn.parallel.strategies.ring import ring
+from distattn.parallel.strategies.cad import CadOptions, cad
+from distattn.parallel.strategies.cad_greedy import CadGreedyOptions, cad_greedy
+from distattn.parallel.strategies.double_ring import DoubleRingOptions, double_ring
+from distattn.parallel.strategies.ring import RingOptions, ring
 from distattn.parallel.strategies.ulysses import ulysses
-from distattn.parallel.strategies.usp import usp
-from distattn.parallel.tables.backward import derive
-from distattn.parallel.tables.relayout import bend
+from distattn.parallel.strategies.usp import UspOptions, usp
+from distattn.parallel.tables.backward import derive_backward
+from distattn.parallel.tables.relayout import relayout_table
 
 
-class Strategy(NamedTuple):
-    """A pure function (call, cluster, **options) -> candidate forward tables, and the backward policy that suits it."""
+@dataclass(frozen=True)
+class Strategy:
+    """A pure function (call, cluster[, options][, direction]) -> candidate forward tables, and how it is used.
 
-    forward: Callable[..., Sequence[Table]]
+    backward: the backward policy that suits it. options: the frozen dataclass of its options, None where it has none.
+    by_direction: the function takes direction="backward" as well, for tasks that are assigned by what they cost there.
+    choose_by: "bytes" takes the candidate that moves fewest. "seconds" simulates them on a described cluster: the first is
+    what was asked for, the second moves nothing but what it must, and the others, which lie between the two, are made only
+    where the first is not faster than the second. Elsewhere the first is taken.
+    """
+
+    forward: Callable[..., Iterable[Table]]
     backward: str
-    # takes direction="backward" as well: tasks of the backward pass are assigned by what they cost there
+    options: type | None = None
     by_direction: bool = False
+    choose_by: str = "bytes"
+
+    @property
+    def option_names(self) -> list[str]:
+        """Names of the options, in the order of their dataclass."""
+        return [] if self.options is None else [field.name for field in fields(self.options)]
 
     def takes(self, option: str) -> bool:
-        """Whether the strategy has an option of that name."""
-        return option in inspect.signature(self.forward).parameters
+        """Whether the strategy has an option of this name."""
+        return option in self.option_names
+
+    def candidates(
+        self, call: Call, cluster: AnyCluster | None, options: Mapping[str, object], direction: str
+    ) -> Iterable[Table]:
+        """The candidates of a call; raises DistattnError where it cannot be planned so."""
+        arguments: dict[str, Any] = {} if self.options is None else {"options": self.options(**options)}
+        if self.by_direction:
+            arguments["direction"] = direction
+        return self.forward(call, cluster, **arguments)
 
 
 STRATEGIES: Mapping[str, Strategy] = {
-    "ring": Strategy(ring, "refetch-follow"),
-    "double_ring": Strategy(double_ring, "refetch-follow"),
+    "ring": Strategy(ring, "refetch-follow", RingOptions),
+    "double_ring": Strategy(double_ring, "refetch-follow", DoubleRingOptions),
     "allgather": Strategy(allgather, "refetch-home"),
     "ulysses": Strategy(ulysses, "keep"),
-    "usp": Strategy(usp, "refetch-follow"),
-    "cad": Strategy(cad, "refetch-home", by_direction=True),
-    "cad_greedy": Strategy(cad_greedy, "refetch-home"),
+    "usp": Strategy(usp, "refetch-follow", UspOptions),
+    "cad": Strategy(cad, "refetch-home", CadOptions, by_direction=True, choose_by="seconds"),
+    "cad_greedy": Strategy(cad_greedy, "refetch-home", CadGreedyOptions),
 }
-
-
-# parameters of a strategy that are not options
-_OURS = ("call", "cluster", "direction")
 
 
 def make_plan(
@@ -65,48 +85,49 @@ def make_plan(
     v_head_dim: int | None = None,
     dtype: str,
     backward: str | None = None,
-    wire: str | None = None,
-    cluster: Machines | None = None,
+    comm_dtype: str | None = None,
+    cluster: AnyCluster | str | Path | None = None,
     options: Mapping[str, object] | None = None,
     working_layout: Layout | None = None,
 ) -> Plan:
     """Plan one attention call: a pure host function, the same on every rank, no torch.
 
-    heads and kv_heads are query and key/value heads on one tensor-parallel rank; dtype is that of q, k and v
-    ("float16", "bfloat16", "float32", "float64"). backward is one of POLICIES, by default the strategy's own. cluster
-    says which ranks share a node, or, where it is a description, also how fast kernels are; options are the strategy's
-    own keyword arguments. Of a strategy's candidates the one that moves fewest bytes is taken, forward and backward each
-    (together where the backward keeps what it received). wire: the dtype outputs and gradients travel in, q's own or (by
-    default) that of accumulation; where no two partial results meet, q's own loses nothing.
-    working_layout: where the strategy shall have the tokens, if not where q, k, v and o are: it re-lays them inside the call.
-    Raises DistattnError when the call cannot be planned as asked.
+    heads and kv_heads are query and key/value heads on one tensor-parallel rank; dtype is that of q, k and v ("float16",
+    "bfloat16", "float32", "float64"). backward is one of POLICIES, by default the strategy's own. cluster says which ranks
+    share a node, and, where it is a ClusterSpec, its name ("h200-8x8") or its TOML file, how fast kernels and links are.
+    options are the strategy's own, by name. comm_dtype: the dtype outputs and gradients travel in, q's own or (by default) that
+    of accumulation; where no two partial results meet, q's own loses nothing. working_layout: where the strategy shall have
+    the tokens, if not where q, k, v and o are; tokens are moved there and back inside the call.
+
+    Candidates of a strategy are chosen between by bytes or by simulated seconds (see `Strategy`), forward and backward each
+    (together where the backward keeps what it received). Raises DistattnError when the call cannot be planned as asked.
     """
     check_names(strategy, backward, options)
-    if not isinstance(cluster, Machines | None):
-        raise DistattnError(f"cluster is a Cluster(nodes, devices) or a description of one, not {cluster!r}.")
+    cluster = resolve_cluster(cluster)
     if cluster is not None and cluster.ranks != layout.ranks:
         raise DistattnError(f"the cluster has {cluster.nodes} x {cluster.devices} ranks, the layout {layout.ranks}.")
-    call = Call(
-        mask, layout, heads, kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, dtype, wire or ""
-    )
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    call = Call(mask, layout, heads, kv_heads, head_dim, v_head_dim, dtype, comm_dtype or "")
     chosen = STRATEGIES[strategy]
     policy = backward or chosen.backward
     working = call if working_layout is None else replace(call, layout=working_layout)
     if working.ranks != call.ranks:
         raise DistattnError(f"the working layout has {working.ranks} ranks, the layout {call.ranks}.")
 
-    def tables(**direction: str) -> list[Table]:
-        found = list(chosen.forward(working, cluster, **direction, **(options or {})))
+    def tables(direction: str) -> list[Table]:
+        found = chosen.candidates(working, cluster, options or {}, direction)
+        if chosen.choose_by == "seconds":
+            found = [_fastest(working, cluster, found, direction, policy)]
         if working_layout is not None:
-            found = [bend(call, working, table) for table in found]
+            found = [relayout_table(call, working, table) for table in found]
         return [_without_idle_steps(table) for table in found]
 
-    candidates = tables()
-    anew = chosen.by_direction and policy != "keep"
-    backwards = [derive(call, t, policy, cluster) for t in (tables(direction="backward") if anew else candidates)]
-    there, back = (np.array([_bytes(call, table) for table in tables]) for tables in (candidates, backwards))
-    best = (int(there.argmin()), int(back.argmin())) if policy != "keep" else (int((there + back).argmin()),) * 2
-    return Plan(call, candidates[best[0]], backwards[best[1]], policy, strategy)
+    forwards = tables("forward")
+    planned_anew = chosen.by_direction and policy != "keep"
+    backwards = [
+        derive_backward(call, table, policy, cluster) for table in (tables("backward") if planned_anew else forwards)
+    ]
+    return Plan(call, *_fewest_bytes(call, forwards, backwards, policy), policy, strategy)
 
 
 def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None) -> None:
@@ -115,18 +136,51 @@ def check_names(strategy: str, backward: str | None, options: Mapping[str, objec
         raise DistattnError(f"strategy {strategy!r} does not exist; there are {', '.join(STRATEGIES)}.")
     if backward is not None and backward not in POLICIES:
         raise DistattnError(f"backward policy {backward!r} does not exist; there are {', '.join(POLICIES)}.")
-    known = [name for name in inspect.signature(STRATEGIES[strategy].forward).parameters if name not in _OURS]
+    known = STRATEGIES[strategy].option_names
     for name in (options or {}).keys() - known:
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise DistattnError(f"strategy {strategy} has no option {name!r}; {takes}.")
 
 
+def _fewest_bytes(call: Call, forwards: list[Table], backwards: list[Table], policy: str) -> tuple[Table, Table]:
+    """The forward and the backward table that move fewest bytes; of one candidate where the backward keeps what it received."""
+    forward_bytes, backward_bytes = (
+        np.array([int(move_bytes(call, table.moves).sum()) for table in tables]) for tables in (forwards, backwards)
+    )
+    if policy == "keep":
+        best = int((forward_bytes + backward_bytes).argmin())
+        return forwards[best], backwards[best]
+    return forwards[int(forward_bytes.argmin())], backwards[int(backward_bytes.argmin())]
+
+
+def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table], direction: str, policy: str) -> Table:
+    """The fastest candidate in simulation, or the first where nothing is known of speeds; see `Strategy.choose_by`."""
+    remaining = iter(candidates)
+    asked_for = next(remaining)
+    if not isinstance(cluster, ClusterSpec):
+        return asked_for
+    spec = cluster
+    # candidates are made when they are asked for: planning does not pay for what nobody simulates
+    at_home = next(remaining, None)
+    if at_home is None:
+        return asked_for
+
+    def seconds(table: Table) -> float:
+        # the backward pass moves what the forward pass does, and gradients
+        whole = table if direction == "forward" else derive_backward(call, table, policy, spec)
+        return simulate_pass(call, spec, direction, whole).seconds
+
+    fewest_seconds, best = seconds(at_home), at_home
+    if seconds(asked_for) < fewest_seconds:
+        return asked_for
+    for table in remaining:
+        if (found := seconds(table)) < fewest_seconds:
+            fewest_seconds, best = found, table
+    return best
+
+
 def _without_idle_steps(table: Table) -> Table:
-    """The same table, numbered without the steps in which nobody does anything."""
-    busy = distinct(np.concatenate([table.tasks["step"], table.moves["step"]]))
+    """The same table, numbered without the steps in which no rank does anything."""
+    busy = sorted_unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
     rows = [{**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves)]
     return Table(*rows)
-
-
-def _bytes(call: Call, table: Table) -> int:
-    return int(bytes_of_moves(call, table.moves).sum())

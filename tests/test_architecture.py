@@ -18,8 +18,9 @@ LEVELS = {
     "kernels": 1,
     "cluster": 1,
     "parallel.tables": 2,
+    # neither imports the other: choosing between a strategy's candidates belongs to parallel.make_plan
+    "parallel.strategies": 3,
     "parallel.analysis": 3,
-    "parallel.strategies": 4,
     "parallel.runtime": 4,
     "parallel": 5,
     "ops": 6,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from distattn.batch.packed_batch import checked_layout_options
 from distattn.ir.errors import DistattnError
-from distattn.ir.layout import Layout, lay_out
+from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
 from distattn.parallel.make_plan import check_names
 
@@ -46,7 +46,7 @@ class LayerOverride(NamedTuple):
         """Arguments of `make_plan` for a batch of that mask and layout."""
         working = None
         if self.layout is not None:
-            working = lay_out(self.layout, layout.lengths, layout.ranks, mask, **dict(self.layout_options))
+            working = make_layout(self.layout, layout.lengths, layout.ranks, mask, **dict(self.layout_options))
         how = dict(strategy=self.strategy, backward=self.backward, options=dict(self.options))
         return how | {"working_layout": working}
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import whole_numbers
+from distattn.ir.intervals import as_int64
 from distattn.ir.layout import LAYOUTS, Layout
 from distattn.ir.mask import Mask
 
@@ -134,7 +134,7 @@ def _documents(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor | None, tu
         return None, _restarts(batch["position_ids"], ids)
     if not said:
         return None, (ids.shape[1],) * ids.shape[0]
-    lengths = tuple(whole_numbers(batch["document_lengths"], "document_lengths").tolist())
+    lengths = tuple(as_int64(batch["document_lengths"], "document_lengths").tolist())
     if sum(lengths) != ids.numel():
         raise DistattnError(f"document_lengths add up to {sum(lengths)} tokens, input_ids has {ids.numel()}.")
     return None, lengths

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distattn.batch.layer_overrides import LayerOverride, LayerOverrides, apply_window
 from distattn.batch.packed_batch import checked_layout_options, padded
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
@@ -55,7 +55,7 @@ class PlannerConfig:
     kernel: str | None = None
     backward: str | None = None
     comm_dtype: str | None = None
-    cluster: Machines | None = None
+    cluster: AnyCluster | None = None
     options: Mapping[str, object] | None = None
     max_buffer_bytes: int | None = None
     verify_every: int = 1
@@ -183,7 +183,7 @@ class Planner:
             how |= shape.override.settings(mask, layout)
         of_layer = shape._asdict()
         del of_layer["window"], of_layer["override"]
-        return make_plan(mask, layout, wire=config.comm_dtype, cluster=config.cluster, **how, **of_layer)
+        return make_plan(mask, layout, comm_dtype=config.comm_dtype, cluster=config.cluster, **how, **of_layer)
 
 
 class LocalBatch:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from distattn.ir.layout import Layout, lay_out
+from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
 
 # the documents of each block of ranks that hold one batch together
@@ -54,4 +54,4 @@ class BlockLayouts:
         if self.block_ranks == 1:
             return Layout.contiguous(lengths, 1)
         mask = Mask.documents(lengths, self._document_mask)
-        return lay_out(self._layout, lengths, self.block_ranks, mask, **self._options)
+        return make_layout(self._layout, lengths, self.block_ranks, mask, **self._options)

@@ -12,10 +12,10 @@ from distattn.batch.collectives import HostGroup
 from distattn.batch.health import HealthMonitor
 from distattn.driver.control_channel import ControlChannel
 from distattn.ops.executable import EXECUTABLES
-from distattn.parallel.runtime.transport import Alone, Packet, Transport, Work
+from distattn.parallel.runtime.transport import Packet, PendingMessages, SingleRankTransport, Transport
 
 _MESSAGES = "an exchange of attention's messages"
-SINGLE_RANK: Transport = Alone()
+SINGLE_RANK: Transport = SingleRankTransport()
 
 
 class MonitoredTransport:
@@ -24,7 +24,7 @@ class MonitoredTransport:
     def __init__(self, transport: Transport, monitor: HealthMonitor, members: Sequence[int]):
         self._transport, self._monitor, self._members = transport, monitor, members
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
         self._monitor.enter(_MESSAGES)
         return _MonitoredWork(self, self.guarded(lambda: self._transport.exchange(sends, receives, collective)))
 
@@ -34,7 +34,7 @@ class MonitoredTransport:
 
 class _MonitoredWork(NamedTuple):
     transport: MonitoredTransport
-    work: Work
+    work: PendingMessages
 
     def wait(self) -> None:
         self.transport.guarded(self.work.wait)
@@ -52,12 +52,13 @@ class Communicators:
         self.monitor = HealthMonitor(name, dist.get_rank(), exchange, timeout)
         self.exchange = HostGroup(f"{name}/exchange", exchange, self.monitor)
         # used on the thread that runs the model, where the exchange is used on the planning thread
-        self.agreement = HostGroup(f"{name}/agreement", self.members, self.monitor)
+        own = f"{name}/group of rank {self.members[0]}"
+        self.agreement = HostGroup(f"{own}/agreement", self.members, self.monitor)
         transport = EXECUTABLES.transport(group, self.monitor.wait_timeout)
         self.transport: Transport = MonitoredTransport(transport, self.monitor, self.members)
         self.control: ControlChannel | None = None
         if servers:
-            self.control = ControlChannel(HostGroup(f"{name}/control", self.members, self.monitor), servers)
+            self.control = ControlChannel(HostGroup(f"{own}/control", self.members, self.monitor), servers)
 
     def close(self, gracefully: bool) -> None:
         """End the host groups and the monitor's thread; the exchange is its planning thread's to close.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from distattn.batch.collectives import HostGroup
 from distattn.batch.planner import AttentionShape
 from distattn.ir.errors import DistattnError
-from distattn.kernels.spec import Score
+from distattn.kernels.spec import ScoreMod
 
 CLOSE, ANNOUNCE_STEP, RELEASE_STEP, NEW_SHAPE, FORWARD, BACKWARD = (
     "close",
@@ -45,7 +45,7 @@ class ControlChannel:
             for server in self.servers:
                 self._host.send(message, server)
 
-    def begin_pass(self, direction: str, batch: int, shape: AttentionShape, score: Score) -> None:
+    def begin_pass(self, direction: str, batch: int, shape: AttentionShape, score: ScoreMod) -> None:
         """A forward or backward pass of a batch begins. Raises DistattnError for what servers cannot be told."""
         if score.slopes_H is not None:
             raise DistattnError("ALiBi slopes do not reach ranks that only serve; use a group without servers.")

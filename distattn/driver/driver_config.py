@@ -61,6 +61,6 @@ class DriverConfig(PlannerConfig):
 
     def with_buffer_limit(self) -> Any:
         """The same, where the strategy's planner is told of max_buffer_bytes, too, if it can keep to it."""
-        if self.max_buffer_bytes is None or not STRATEGIES[self.strategy].takes("capacity"):
+        if self.max_buffer_bytes is None or not STRATEGIES[self.strategy].takes("max_buffer_bytes"):
             return self
-        return replace(self, options={"capacity": self.max_buffer_bytes, **(self.options or {})})
+        return replace(self, options={"max_buffer_bytes": self.max_buffer_bytes, **(self.options or {})})

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from distattn.ir.errors import DistattnError
 from distattn.ops.attention import INTERLEAVED, RECOMPUTING, backward_pass, forward_pass, interleaved_batch
 from distattn.ops.executable import Executable
-from distattn.parallel.runtime.execute import Paused
-from distattn.parallel.runtime.transport import Packet, Transport, Work
+from distattn.parallel.runtime.execute import PausableRun
+from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
 
 
 class OverlapSchedule:
@@ -242,7 +242,7 @@ class _Turns:
             self.failure = self.failure or failure
             self.changed.notify_all()
 
-    def run(self, micro_batch: int, paused: Paused[Any]) -> Any:
+    def run(self, micro_batch: int, paused: PausableRun[Any]) -> Any:
         """To its end, handing over at every pause."""
         while True:
             try:
@@ -255,7 +255,7 @@ class _Turns:
         self.spans.append(Span(micro_batch, "runs", self.began, time.perf_counter()))
 
 
-def _without_gradients(run: Paused[Any]) -> Paused[Any]:
+def _without_gradients(run: PausableRun[Any]) -> PausableRun[Any]:
     """The same run, without recording gradients while it computes, and only then.
 
     The mode belongs to the thread, not to the generator: a context manager that is open across a pause would leave it to
@@ -333,14 +333,14 @@ class _Traced:
     def __init__(self, transport: Transport, micro_batch: int, spans: list[Span]):
         self.transport, self.micro_batch, self.spans = transport, micro_batch, spans
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
         began = time.perf_counter()
         work = self.transport.exchange(sends, receives, collective)
         return _Noted(work, self, began) if sends or receives else work
 
 
 class _Noted(NamedTuple):
-    work: Work
+    work: PendingMessages
     traced: _Traced
     began: float
 

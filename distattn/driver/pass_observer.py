@@ -7,10 +7,10 @@ from collections.abc import Callable
 from distattn.batch.planner import AttentionShape
 from distattn.driver.control_channel import ControlChannel
 from distattn.driver.rank_speeds import RankSpeeds
-from distattn.ir.plan import Plan, take
+from distattn.ir.plan import Plan, select_rows
 from distattn.kernels.registry import Kernel
-from distattn.kernels.spec import Score
-from distattn.parallel.tables.cost import Price
+from distattn.kernels.spec import ScoreMod
+from distattn.parallel.tables.cost import CostModel
 
 # rows of a kernel's tile, for what passes cost
 _BLOCK = 128
@@ -37,11 +37,11 @@ class BatchObserver:
         self._work: dict[str, int] = {}
         if speeds is not None:
             for direction, table in (("forward", plan.forward), ("backward", plan.backward)):
-                mine = take(table.tasks, table.tasks["rank"] == rank)
-                cost = Price.on(None, direction, plan.call.head_dim, _BLOCK)
-                self._work[direction] = int(cost.of_tasks(plan.call, mine).sum())
+                mine = select_rows(table.tasks, table.tasks["rank"] == rank)
+                cost = CostModel.for_cluster(None, direction, plan.call.head_dim, _BLOCK)
+                self._work[direction] = int(cost.task_costs(plan.call, mine).sum())
 
-    def on_pass_begin(self, direction: str, score: Score) -> None:
+    def on_pass_begin(self, direction: str, score: ScoreMod) -> None:
         """Tell servers and the clock."""
         if self._control is not None:
             self._check()

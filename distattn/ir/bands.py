@@ -13,15 +13,15 @@ from __future__ import annotations
 import numpy as np
 
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, expand
+from distattn.ir.intervals import Ints, expand_ranges
 
 COLUMNS = ("q0", "q1", "k0", "k1", "lo", "hi", "bq", "bk", "oq", "ok")
 # bounds chosen so that every product below fits in int64
 MAX_TOKENS = 1 << 30
 MAX_BLOCK = 1 << 29
 UNBOUNDED = 1 << 32
-# rows of the pairwise disjointness check held at once
-_PAIRS = 1 << 22
+# pairs of the disjointness check that are held at once
+_MAX_PAIRS = 1 << 22
 
 Q0, Q1, K0, K1, LO, HI, BQ, BK, OQ, OK = range(10)
 
@@ -66,8 +66,8 @@ def areas(bands: Ints) -> Ints:
     return np.where(some, above - below, 0)
 
 
-def row_ends(bands: Ints, q: Ints) -> tuple[Ints, Ints]:
-    """The allowed keys [first, last + 1) of row q_i in band i; an empty row gives two equal ends."""
+def row_key_ranges(bands: Ints, q: Ints) -> tuple[Ints, Ints]:
+    """The allowed keys [begin, end) of row q_i in band i; an empty row gives two equal ends."""
     _, _, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
     j = (q - oq) // bq
     begin = np.clip(ok + bk * (lo + j), k0, k1)
@@ -125,10 +125,10 @@ def _check_disjoint(tight: Ints, heads: Ints) -> None:
         sweeps.append((int((stop - np.arange(len(order)) - 1).sum()), order, stop))
     _, order, stop = min(sweeps, key=lambda sweep: sweep[0])
     rows = np.arange(len(order))
-    batch = np.cumsum(stop - rows - 1) // _PAIRS
+    batch = np.cumsum(stop - rows - 1) // _MAX_PAIRS
     for part in np.unique(batch):
         chosen = rows[batch == part]
-        i, j = expand(chosen + 1, stop[chosen])
+        i, j = expand_ranges(chosen + 1, stop[chosen])
         _refuse_common_cells(tight, heads, order[chosen[i]], order[j])
 
 

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from distattn.ir.bands import BK, BQ, HI, K0, K1, LO, OK, OQ, Q0, Q1, row_ends, tighten
+from distattn.ir.bands import BK, BQ, HI, K0, K1, LO, OK, OQ, Q0, Q1, row_key_ranges, tighten
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, expand
+from distattn.ir.intervals import Ints, expand_ranges
 from distattn.ir.mask import Mask
 
 if TYPE_CHECKING:
     import torch
     from torch.nn.attention.flex_attention import BlockMask
 
-# pieces that meet in one row of a block mask: each costs two look-ups per score
-_MOST_INTERVALS = 16
+# intervals of keys in one row of a block mask: each costs two look-ups per score
+_MAX_ROW_INTERVALS = 16
 
 
-class Varlen(NamedTuple):
+class VarlenArguments(NamedTuple):
     """Arguments of varlen kernels: cu_seqlens (documents + 1,) int32, the longest, causal, and (left, right) or -1, -1."""
 
     cu_seqlens: np.ndarray
@@ -28,8 +28,8 @@ class Varlen(NamedTuple):
     window: tuple[int, int]
 
 
-def cu_seqlens(mask: Mask) -> Varlen:
-    """Packed documents for varlen kernels (flash-attn's convention). Raises DistattnError where documents do not say it all.
+def cu_seqlens(mask: Mask) -> VarlenArguments:
+    """Packed documents for varlen kernels (flash-attn's convention). Raises DistattnError for any other mask.
 
     window is as flash-attn's `window_size`: -1 on a side without limit. causal needs no window on the right.
     """
@@ -43,10 +43,10 @@ def cu_seqlens(mask: Mask) -> Varlen:
     # with unit blocks the origins are part of the bounds
     reach = q1 - q0 - 1
     shift = pieces[:, OK] - pieces[:, OQ]
-    left = _common_reach(-(pieces[:, LO] + shift), reach, "left")
-    right = _common_reach(pieces[:, HI] + shift, reach, "right")
+    left = _common_window(-(pieces[:, LO] + shift), reach, "left")
+    right = _common_window(pieces[:, HI] + shift, reach, "right")
     ends = np.append(0, q1).astype(np.int32)
-    return Varlen(ends, int((q1 - q0).max()), right == 0, (left, right))
+    return VarlenArguments(ends, int((q1 - q0).max()), right == 0, (left, right))
 
 
 def block_mask(mask: Mask, block: int = 128, device: torch.device | str = "cpu") -> BlockMask:
@@ -75,12 +75,16 @@ def block_mask(mask: Mask, block: int = 128, device: torch.device | str = "cpu")
     blocks = [_blocks(group, block) for group in groups]
     partial, full = (torch.from_numpy(np.stack([pair[side] for pair in blocks]))[None].to(device) for side in (0, 1))
     return BlockMask.from_kv_blocks(
-        *_lists(partial), *_lists(full), BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(mask.n, mask.n)
+        *_kv_block_lists(partial),
+        *_kv_block_lists(full),
+        BLOCK_SIZE=block,
+        mask_mod=mask_mod,
+        seq_lengths=(mask.n, mask.n),
     )
 
 
-def _common_reach(reaches: Ints, most: Ints, side: str) -> int:
-    """One reach for all documents; -1 where all see to their ends."""
+def _common_window(reaches: Ints, most: Ints, side: str) -> int:
+    """The window on one side that all documents have; -1 where it reaches to their ends."""
     if (reaches < 0).any():
         raise DistattnError("varlen kernels always allow the diagonal; this mask does not.")
     limited = np.unique(reaches[reaches < most])
@@ -102,14 +106,14 @@ def _of_head(mask: Mask, head: int) -> Mask:
 def _row_intervals(mask: Mask) -> tuple[np.ndarray, np.ndarray]:
     """(begin, end) of the allowed keys of each row, (most intervals of a row, n) int32; empty ones are (0, 0)."""
     tight = tighten(mask.pieces)
-    piece, row = expand(tight[:, Q0], tight[:, Q1])
-    first, last = row_ends(tight[piece], row)
+    piece, row = expand_ranges(tight[:, Q0], tight[:, Q1])
+    first, last = row_key_ranges(tight[piece], row)
     order = np.argsort(row, kind="stable")
     row, first, last = row[order], first[order], last[order]
     number = np.arange(len(row)) - np.searchsorted(row, row)
     most = int(number.max(initial=0)) + 1
-    if most > _MOST_INTERVALS:
-        raise DistattnError(f"a row of this mask has {most} pieces; a block mask takes {_MOST_INTERVALS}.")
+    if most > _MAX_ROW_INTERVALS:
+        raise DistattnError(f"a row of this mask has {most} pieces; a block mask takes {_MAX_ROW_INTERVALS}.")
     begin, end = np.zeros((2, most, mask.n), np.int32)
     begin[number, row], end[number, row] = first, last
     return begin, end
@@ -125,13 +129,13 @@ def _blocks(mask: Mask, block: int) -> tuple[np.ndarray, np.ndarray]:
     side = -(-mask.n // block)
     some, full = np.zeros((2, side, side), bool)
     for out, low, high in ((some, "begin", "end"), (full, "full_begin", "full_end")):
-        i, column = expand(runs[low], runs[high])
+        i, column = expand_ranges(runs[low], runs[high])
         out[runs["tile"][i], column] = True
     return some & ~full, full
 
 
-def _lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts per row, and column indices with the chosen ones first."""
+def _kv_block_lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts of each row, and column indices with the chosen ones first."""
     import torch
 
     order = torch.argsort((~chosen).to(torch.int8), dim=-1, stable=True)

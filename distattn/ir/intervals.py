@@ -15,7 +15,7 @@ from distattn.ir.errors import DistattnError
 Ints = NDArray[np.int64]
 
 
-def whole_numbers(values: Any, what: str) -> Ints:
+def as_int64(values: Any, what: str) -> Ints:
     """`values` as int64. Refuses fractions, words, ragged rows and numbers too large, naming `what`."""
     try:
         array = np.asarray(values)
@@ -28,23 +28,23 @@ def whole_numbers(values: Any, what: str) -> Ints:
         raise DistattnError(f"{what}: whole numbers are needed, rows of equal length ({error}).") from None
 
 
-def distinct(values: Ints) -> Ints:
-    """The distinct values, sorted: `np.unique` of whole numbers, which NumPy 2.3 made 30 times as slow by hashing."""
+def sorted_unique(values: Ints) -> Ints:
+    """The distinct values, sorted: `np.unique` of whole numbers, which became 30 times as slow in NumPy 2.3 by hashing."""
     ordered = np.sort(values)
     fresh = np.ones(len(ordered), bool)
     fresh[1:] = ordered[1:] != ordered[:-1]
     return ordered[fresh]
 
 
-def runs(*columns: Ints) -> Ints:
-    """Where runs of equal rows begin."""
+def run_starts(*columns: Ints) -> Ints:
+    """The first row of each run of equal rows."""
     fresh = np.ones(len(columns[0]), bool)
     fresh[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
     return np.flatnonzero(fresh)
 
 
-def order(key: Ints) -> Ints:
-    """The stable order that sorts whole numbers: `np.argsort`, but sorting numbers with their place in their low bits."""
+def stable_argsort(key: Ints) -> Ints:
+    """`np.argsort(key, kind="stable")` of whole numbers, faster: numbers are sorted with their place in their low bits."""
     key = np.asarray(key, np.int64)
     places = len(key).bit_length()
     if len(key) and int(key.max()) - int(key.min()) < 1 << (62 - places):
@@ -52,7 +52,7 @@ def order(key: Ints) -> Ints:
     return np.argsort(key, kind="stable")
 
 
-def expand(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+def expand_ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     """One output row per integer j in [begin_i, end_i): returns (i, j)."""
     count = np.maximum(end - begin, 0)
     i = np.repeat(np.arange(len(count)), count)
@@ -60,18 +60,18 @@ def expand(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     return i, np.arange(len(i)) - offset
 
 
-def crossing(t0: Ints, t1: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints]:
-    """Pairs (i, j) where [a_i, b_i) meets [t0_j, t1_j); the latter sorted and disjoint."""
-    return expand(np.searchsorted(t1, a, "right"), np.searchsorted(t0, b, "left"))
+def overlapping_pairs(t0: Ints, t1: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints]:
+    """All pairs (i, j) where [a_i, b_i) overlaps [t0_j, t1_j); the latter are sorted and disjoint."""
+    return expand_ranges(np.searchsorted(t1, a, "right"), np.searchsorted(t0, b, "left"))
 
 
-def union(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
-    """Sorted disjoint intervals covering the same points per group; touching intervals become one."""
+def merge_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
+    """The union of intervals by group: sorted and disjoint (group, a, b); touching intervals become one."""
     if not len(a):
         return group, a, b
     # +2: the end of one group and the start of the next must not touch
     base = group * (int(b.max()) + 2)
-    index = order(base + a)
+    index = stable_argsort(base + a)
     low, high = (base + a)[index], np.maximum.accumulate((base + b)[index])
     fresh = np.ones(len(low), bool)
     fresh[1:] = low[1:] > high[:-1]
@@ -82,21 +82,21 @@ def union(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
     return kept, low[first] - shift, high[last] - shift
 
 
-def elementary(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """Cut every group at all its end points. Returns (row, piece, group, a, b): input row i covers elementary piece p.
+def elementary_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """Cut the intervals of every group at all end points. Returns (row, piece, group, a, b): row i covers piece p.
 
     The last three are per piece; pieces no row covers are listed but never referred to.
     """
     base = int(b.max()) + 2 if len(b) else 2
-    points = distinct(np.concatenate([group * base + a, group * base + b]))
-    row, piece = expand(np.searchsorted(points, group * base + a), np.searchsorted(points, group * base + b))
+    points = sorted_unique(np.concatenate([group * base + a, group * base + b]))
+    row, piece = expand_ranges(np.searchsorted(points, group * base + a), np.searchsorted(points, group * base + b))
     if not len(points):
         return row, piece, points, points, points
     return row, piece, points[:-1] // base, points[:-1] % base, points[1:] - points[:-1] // base * base
 
 
-def lexical_order(*columns: Ints) -> Ints:
-    """The stable order that sorts rows by the first column, then the second and so on: `np.lexsort`, in few passes.
+def lexicographic_argsort(*columns: Ints) -> Ints:
+    """The stable order that sorts rows by the first column, then the second and so on: `np.lexsort` in few passes.
 
     Columns are packed into one number as long as their ranges fit.
     """
@@ -115,7 +115,7 @@ def lexical_order(*columns: Ints) -> Ints:
             room = span
     if len(keys) == 1 and len(keys[0]) and (keys[0][1:] >= keys[0][:-1]).all():
         return np.arange(len(keys[0]))
-    index = order(keys[-1])
+    index = stable_argsort(keys[-1])
     for key in keys[-2::-1]:
-        index = index[order(key[index])]
+        index = index[stable_argsort(key[index])]
     return index

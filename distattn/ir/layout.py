@@ -15,15 +15,15 @@ import numpy as np
 
 from distattn.ir.bands import Q0, Q1, areas, clip
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, crossing, whole_numbers
-from distattn.ir.load_balance import balance, place
+from distattn.ir.intervals import Ints, as_int64, overlapping_pairs
+from distattn.ir.load_balance import balance_items, place_documents
 from distattn.ir.mask import Mask, document_ends
 
-# places where a chunk of `balanced` may end, per chunk; in between the work is taken as even
-_GRID = 32
+# positions at which a chunk of `balanced` may end, per chunk; in between the work is taken as even
+_POSITIONS_PER_CHUNK = 32
 _WORK_WEIGHTS = (1, 2, 4, 8, 16)
-# good enough, and how many more tokens than the mean a rank may get for the sake of its work
-_EVEN, _CROWDED = 1.01, 1.25
+# busiest rank over the mean at which the search ends, and tokens over the mean that a rank may get for the sake of its work
+_GOOD_BALANCE, _MAX_TOKENS_OVER_MEAN = 1.01, 1.25
 
 
 class Layout:
@@ -34,7 +34,10 @@ class Layout:
     """
 
     def __init__(self, lengths: Sequence[int], ranks: int, rank: Ints, t0: Ints, t1: Ints):
-        """The chunks of a rank are given in its local order; touching ones are joined."""
+        """rank, t0, t1: the owner and the tokens [t0, t1) of each chunk, those of a rank in its local order.
+
+        Touching chunks of a rank are joined. Raises DistattnError where chunks do not tile the axis.
+        """
         self.ends = document_ends(lengths)
         self.n, self.ranks = int(self.ends[-1]), ranks
         rank, t0, t1 = (np.asarray(column, np.int64) for column in (rank, t0, t1))
@@ -69,9 +72,9 @@ class Layout:
 
     @staticmethod
     def document_zigzag(lengths: Sequence[int], ranks: int, *, min_chunk: int = 512) -> Layout:
-        """Every document is cut into up to 2R chunks of at least `min_chunk` tokens, dealt in zigzag order.
+        """Every document is cut into up to 2R chunks of at least `min_chunk` tokens, which ranks get in zigzag order.
 
-        Each document starts at the rank with fewest tokens so far (ties lowest), so that many short documents balance.
+        A document starts at the rank with fewest tokens so far (the lowest of equals), so that many short documents balance.
         """
         ends, _ = document_ends(lengths), _positive(ranks)
         if min_chunk < 1:
@@ -91,9 +94,9 @@ class Layout:
 
     @staticmethod
     def block_cyclic(lengths: Sequence[int], ranks: int, *, block: int = 512) -> Layout:
-        """Blocks of `block` tokens are dealt round and round: block i to rank i modulo R (striped attention is block=1)."""
+        """Block i of `block` tokens belongs to rank i modulo R (block=1 is striped attention)."""
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
-        if int(whole_numbers(block, "block")) < 1:
+        if int(as_int64(block, "block")) < 1:
             raise DistattnError(f"a block has at least 1 token, not {block}.")
         t0 = np.arange(0, n, block)
         return Layout(lengths, ranks, np.arange(len(t0)) % ranks, t0, np.minimum(t0 + block, n))
@@ -107,17 +110,17 @@ class Layout:
         chunk: int | None = None,
         tolerance: float = 0.002,
     ) -> Layout:
-        """Every rank has equally much of `mask` to do, and about equally many tokens.
+        """Every rank has about equal work under `mask`, and about equally many tokens.
 
         mask: by default causal inside each document. chunk: tokens on average, by default what gives every rank 8 chunks,
         or 4 beyond 256 ranks: planning takes as long as there are pairs of chunks.
         tolerance: stop when the busiest rank is within this share of the mean. The axis is cut so that every chunk has
         the same sum of its share of the tokens and its share of the work: long rows are cut short, and ranks of equally
-        many chunks and equal work have equal numbers of tokens. Chunks are dealt heaviest first, then exchanged.
+        many chunks and equal work have equal numbers of tokens. Chunks are assigned heaviest first, then exchanged.
         """
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
         each = 8 if ranks <= 256 else 4
-        chunk = max(1, -(-n // (each * ranks))) if chunk is None else int(whole_numbers(chunk, "chunk"))
+        chunk = max(1, -(-n // (each * ranks))) if chunk is None else int(as_int64(chunk, "chunk"))
         mask = Mask.documents(lengths) if mask is None else mask
         if chunk < 1 or mask.n != n or not tolerance >= 0:
             raise DistattnError(
@@ -125,7 +128,7 @@ class Layout:
                 f"tolerance of at least 0 (not {tolerance})."
             )
         parts = -(-n // chunk)
-        grid = _cuts(n, min(n, _GRID * parts))
+        grid = _cuts(n, min(n, _POSITIONS_PER_CHUNK * parts))
         effort = np.append(0, np.cumsum(_rows_area(mask, grid)))
         best: tuple[float, Ints, Ints] | None = None
         # where chunks of equal sums will not balance, work counts for more and tokens for less, within limits
@@ -133,13 +136,13 @@ class Layout:
             share = weight * effort / max(effort[-1], 1) + grid / n
             cuts = np.unique(np.interp(np.linspace(0, share[-1], parts + 1), share, grid).round().astype(np.int64))
             work = _rows_area(mask, cuts)
-            rank = balance(work, ranks, tolerance)
+            rank = balance_items(work, ranks, tolerance)
             load = np.bincount(rank, work, ranks)
             uneven = float(load.max() / max(load.mean(), 1))
-            crowded = np.bincount(rank, np.diff(cuts), ranks).max() > _CROWDED * n / ranks
+            crowded = np.bincount(rank, np.diff(cuts), ranks).max() > _MAX_TOKENS_OVER_MEAN * n / ranks
             if best is None or (uneven < best[0] and not crowded):
                 best = uneven, rank, cuts
-            if uneven <= _EVEN:
+            if uneven <= _GOOD_BALANCE:
                 break
         assert best is not None
         _, rank, cuts = best
@@ -147,10 +150,10 @@ class Layout:
 
     @staticmethod
     def placed(lengths: Sequence[int], ranks: int, *, mask: Mask | None = None, tolerance: float = 0.02) -> Layout:
-        """For loaders that may choose where documents go: few tokens have to move for ranks to have equal work.
+        """A layout for data loaders that may choose where documents go: little has to move for ranks to have equal work.
 
-        mask: by default causal inside each document. Documents with more than (1 + tolerance) of a rank's work are dealt over
-        about as many ranks as their work asks for; the others stay whole (see `distattn.ir.load_balance`). No rank has more than
+        mask: by default causal inside each document. A document with more than (1 + tolerance) of a rank's work is split over
+        about as many ranks as its work asks for; the others stay whole (see `distattn.ir.load_balance`). No rank has more than
         1.01 of the mean tokens. Work is as even as that allows; strategy "cad" evens out the rest.
         """
         ends, _ = document_ends(lengths), _positive(ranks)
@@ -161,13 +164,13 @@ class Layout:
                 f"placed wants a mask of {n} tokens (not {mask.n}) and a tolerance of at least 0 (not {tolerance})."
             )
         work = _rows_area(mask, np.append(0, ends))
-        return Layout(lengths, ranks, *place(np.diff(ends, prepend=0), work, ranks, tolerance))
+        return Layout(lengths, ranks, *place_documents(np.diff(ends, prepend=0), work, ranks, tolerance))
 
     @staticmethod
     def from_chunks(lengths: Sequence[int], chunks: Sequence[Sequence[tuple[int, int]]]) -> Layout:
         """`chunks[rank]` lists the intervals (t0, t1) that rank owns, in its local order; an empty list owns nothing."""
         rows = [(rank, t0, t1) for rank, own in enumerate(chunks) for t0, t1 in own]
-        rank, t0, t1 = whole_numbers(rows, "chunks").reshape(-1, 3).T
+        rank, t0, t1 = as_int64(rows, "chunks").reshape(-1, 3).T
         return Layout(lengths, _positive(len(chunks)), rank, t0, t1)
 
     @property
@@ -189,13 +192,13 @@ class Layout:
         return np.bincount(self.chunks["rank"], size, self.ranks).astype(np.int64)
 
     def shard(self, x: Any, rank: int, dim: int = 0) -> Any:
-        """The part of `x` (numpy or torch, n tokens along `dim`) that `rank` owns, in local order."""
+        """The tokens of `x` (numpy or torch, n tokens along `dim`) that `rank` owns, in local order."""
         if x.shape[dim] != self.n:
             raise DistattnError(f"dim {dim} has {x.shape[dim]} entries, but this layout is of {self.n} tokens.")
         return x[_at(x, dim, self.tokens(rank))]
 
     def unshard(self, shards: Sequence[Any], dim: int = 0) -> Any:
-        """The inverse of `shard`: the whole of x from every rank's part."""
+        """The inverse of `shard`: x from the shards of all ranks."""
         sizes = [shard.shape[dim] for shard in shards]
         if sizes != self.shard_sizes().tolist():
             raise DistattnError(f"shards have {sizes} tokens, but this layout gives {self.shard_sizes().tolist()}.")
@@ -216,9 +219,9 @@ class Layout:
         return tokens - starts[np.searchsorted(self.ends, tokens, "right")]
 
     def shift_labels(self, labels: Any, dim: int = -1, ignore_index: int = -100) -> Any:
-        """Targets for the whole axis: each token's successor, `ignore_index` at the last token of each document.
+        """Labels of the whole axis: the successor of each token, `ignore_index` at the last token of each document.
 
-        Shift before sharding: the target of a shard's last token lives on another rank.
+        Shift before sharding: the label of a shard's last token lives on another rank.
         """
         if labels.shape[dim] != self.n:
             raise DistattnError(f"dim {dim} has {labels.shape[dim]} entries, but this layout is of {self.n} tokens.")
@@ -249,7 +252,7 @@ class Layout:
             raise DistattnError(f"rank {rank} is outside this layout of {self.ranks} ranks.")
 
 
-# layouts a configuration may name
+# layouts by the name that a configuration uses
 LAYOUTS = {
     "contiguous": Layout.contiguous,
     "zigzag": Layout.zigzag,
@@ -260,14 +263,14 @@ LAYOUTS = {
 }
 
 
-def lay_out(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **options: Any) -> Layout:
-    """The layout of that name for a mask over documents of these lengths."""
+def make_layout(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **options: Any) -> Layout:
+    """The layout of a name in LAYOUTS, for a mask over documents of these lengths; options are the constructor's."""
     work = {"mask": mask} if name in ("balanced", "placed") else {}
     return LAYOUTS[name](lengths, ranks, **work, **options)
 
 
 def _positive(ranks: int) -> int:
-    if int(whole_numbers(ranks, "ranks")) < 1:
+    if int(as_int64(ranks, "ranks")) < 1:
         raise DistattnError(f"a layout needs at least 1 rank, not {ranks}.")
     return ranks
 
@@ -278,7 +281,7 @@ def _cuts(n: int, parts: int) -> Ints:
 
 def _rows_area(mask: Mask, cuts: Ints) -> np.ndarray:
     """Allowed cells (x heads, where the mask differs by head) of the rows [cuts_i, cuts_i+1)."""
-    i, j = crossing(cuts[:-1], cuts[1:], mask.pieces[:, Q0], mask.pieces[:, Q1])
+    i, j = overlapping_pairs(cuts[:-1], cuts[1:], mask.pieces[:, Q0], mask.pieces[:, Q1])
     heads = 1 if mask.piece_heads is None else np.diff(mask.piece_heads, axis=1)[i, 0]
     work = areas(clip(mask.pieces[i], cuts[j], cuts[j + 1], 0, mask.n)).astype(np.float64) * heads
     return np.bincount(j, work, len(cuts) - 1)

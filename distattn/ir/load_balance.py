@@ -1,4 +1,4 @@
-"""Load balance of layouts: dealing chunks to ranks, and placing whole documents before a step where a loader may choose.
+"""Load balance of layouts: assigning chunks to ranks, and placing whole documents where a data loader may choose.
 
 Placing keeps two limits that are never merged into one weight: a rank has at most 1.01 of the mean tokens, and below that as
 nearly the mean work as can be.
@@ -14,8 +14,8 @@ from distattn.ir.intervals import Ints
 _MAX_TOKEN_SHARE = 1.01
 
 
-def balance(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
-    """A rank for each item: equally many items a rank (to one), total weights as even as exchanges can make them.
+def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
+    """A rank for each item: ranks get equally many items (to one), and total weights as even as exchanges can make them.
 
     Rounds of one item a rank, heaviest items first and each to the rank with least so far; then the busiest rank
     exchanges the item that helps most with another's, until it is within `tolerance` of the mean or nothing helps.
@@ -49,15 +49,15 @@ def balance(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
     return rank
 
 
-def place(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tuple[Ints, Ints, Ints]:
+def place_documents(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tuple[Ints, Ints, Ints]:
     """Chunks (rank, t0, t1) of documents of these lengths and work, laid end to end.
 
-    Documents with more than (1 + tolerance) of the mean work of a rank come first: each is dealt over about as many ranks as
+    Documents with more than (1 + tolerance) of the mean work of a rank come first: each is split over about as many ranks as
     its work asks for, two equal chunks a rank, from the front and from the back (equal work, where it is causal). The
-    others follow whole, most work first, each to the rank with least work that has room for its tokens; where none
+    others follow whole, most work first, each at the rank with least work that has room for its tokens; where none
     has room they are cut.
     """
-    placed = _Placed(lengths, ranks)
+    placed = _Placement(lengths, ranks)
     mean, tokens = float(work.sum()) / ranks, float(lengths.sum()) / ranks
     order = np.argsort(-work, kind="stable")
     long = order[work[order] > (1 + tolerance) * mean]
@@ -67,30 +67,30 @@ def place(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tupl
     for document in long.tolist():
         own, length = float(work[document]), int(lengths[document])
         shares = (own - filler * length) / max(mean - filler * tokens, mean / ranks)
-        placed.deal(document, own, int(np.clip(round(shares), 1, min(ranks, max(length // 2, 1)))))
+        placed.split(document, own, int(np.clip(round(shares), 1, min(ranks, max(length // 2, 1)))))
     for document in short.tolist():
-        placed.drop(document, float(work[document]))
+        placed.place(document, float(work[document]))
     return placed.chunks()
 
 
-class _Placed:
-    """Who has what so far: room for tokens and work of each rank."""
+class _Placement:
+    """What has been placed so far. free_tokens, load: room for tokens, and work, of each rank."""
 
     def __init__(self, lengths: Ints, ranks: int):
         self.lengths, self.start = lengths, np.cumsum(lengths) - lengths
-        self.room = np.full(ranks, int(np.ceil(_MAX_TOKEN_SHARE * int(lengths.sum()) / ranks)))
+        self.free_tokens = np.full(ranks, int(np.ceil(_MAX_TOKEN_SHARE * int(lengths.sum()) / ranks)))
         self.load = np.zeros(ranks)
         self.rows: list[tuple[int, int, int]] = []
 
-    def deal(self, document: int, work: float, shares: int) -> None:
-        """In pairs of chunks to the ranks with least work that have room; to more ranks where they have not."""
+    def split(self, document: int, work: float, shares: int) -> None:
+        """Split a document in pairs of chunks over the ranks with least work that have room; over more where they have not."""
         length = int(self.lengths[document])
-        while shares < len(self.room) and int((self.room >= -(-length // shares)).sum()) < shares:
+        while shares < len(self.free_tokens) and int((self.free_tokens >= -(-length // shares)).sum()) < shares:
             shares += 1
-        fits = self.room >= -(-length // shares)
+        fits = self.free_tokens >= -(-length // shares)
         chosen = np.sort(np.argsort(np.where(fits, self.load, np.inf), kind="stable")[:shares])
         if not fits[chosen].all():
-            self.drop(document, work)
+            self.place(document, work)
             return
         # equal shares first, then halves: no share is longer than there is room for
         shard = np.diff(np.arange(shares + 1) * length // shares)
@@ -99,20 +99,20 @@ class _Placed:
             self._put(rank, int(t0), int(t1))
         self.load[chosen] += work / shares
 
-    def drop(self, document: int, work: float) -> None:
-        """Whole to the rank with least work that has room, or else piece by piece to those with most room."""
+    def place(self, document: int, work: float) -> None:
+        """Place a document whole at the rank with least work that has room, or else in pieces at those with most room."""
         t0, length = int(self.start[document]), int(self.lengths[document])
         t1 = t0 + length
         while t0 < t1:
-            fits = self.room >= t1 - t0
-            rank = int(np.where(fits, self.load, np.inf).argmin()) if fits.any() else int(self.room.argmax())
-            size = min(t1 - t0, int(self.room[rank]))
+            fits = self.free_tokens >= t1 - t0
+            rank = int(np.where(fits, self.load, np.inf).argmin()) if fits.any() else int(self.free_tokens.argmax())
+            size = min(t1 - t0, int(self.free_tokens[rank]))
             self._put(rank, t0, t0 + size)
             self.load[rank] += work * size / length
             t0 += size
 
     def chunks(self) -> tuple[Ints, Ints, Ints]:
-        """(rank, t0, t1), in the order of the axis."""
+        """All chunks (rank, t0, t1) in the order of the axis."""
         rows = np.array(self.rows, np.int64).reshape(-1, 3)
         rank, t0, t1 = rows[np.argsort(rows[:, 1])].T
         return rank, t0, t1
@@ -120,4 +120,4 @@ class _Placed:
     def _put(self, rank: int, t0: int, t1: int) -> None:
         if t0 < t1:
             self.rows.append((rank, t0, t1))
-            self.room[rank] -= t1 - t0
+            self.free_tokens[rank] -= t1 - t0

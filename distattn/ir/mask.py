@@ -25,11 +25,11 @@ from distattn.ir.bands import (
     areas,
     check_pieces,
     clip,
-    row_ends,
+    row_key_ranges,
     tighten,
 )
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, expand, union, whole_numbers
+from distattn.ir.intervals import Ints, as_int64, expand_ranges, merge_intervals
 
 # of query heads: so that every product with them fits in int64
 MAX_HEADS = 1 << 14
@@ -57,58 +57,60 @@ class Mask:
 
     @staticmethod
     def full(n: int) -> Mask:
-        """Always."""
-        return Mask.documents([n], inner="full")
+        """Every query sees every key."""
+        return Mask.documents([n], document_mask="full")
 
     @staticmethod
     def causal(n: int) -> Mask:
-        """k <= q."""
+        """Every query sees the keys up to its own: k <= q."""
         return Mask.documents([n])
 
     @staticmethod
     def sliding_window(n: int, left: int, right: int = 0, *, sink_tokens: int = 0) -> Mask:
-        """k <= q + right and (k >= q - left or k < sink_tokens)."""
-        return Mask.documents([n], inner=(left, right), sink_tokens=sink_tokens)
+        """A window around every query: k <= q + right and (k >= q - left or k < sink_tokens)."""
+        return Mask.documents([n], document_mask=(left, right), sink_tokens=sink_tokens)
 
     @staticmethod
-    def documents(lengths: Sequence[int], inner: str | tuple[int, int] = "causal", *, sink_tokens: int = 0) -> Mask:
-        """d(q) = d(k) and, by `inner`,
+    def documents(
+        lengths: Sequence[int], document_mask: str | tuple[int, int] = "causal", *, sink_tokens: int = 0
+    ) -> Mask:
+        """Packed documents: d(q) = d(k), and inside each document the cells that `document_mask` allows.
 
-        "full": always; "causal": k <= q; (left, right): k <= q + right and (k >= q - left or k - s < sink_tokens).
+        "full": all of them; "causal": k <= q; a window (left, right): k <= q + right and (k >= q - left or k - s < sink_tokens).
         """
         start, end = _document_bounds(lengths)
-        lo, hi = _inner_band(inner)
+        lo, hi = _document_band(document_mask)
         first = start
         parts = []
-        if _count(sink_tokens, "sink_tokens") and lo != -UNBOUNDED:
+        if _nonnegative(sink_tokens, "sink_tokens") and lo != -UNBOUNDED:
             first = np.minimum(start + min(sink_tokens, MAX_TOKENS), end)
             parts.append(_bands(start, end, start, first, -UNBOUNDED, hi))
         return _from_parts([*parts, _bands(start, end, first, end, lo, hi)], end[-1])
 
     @staticmethod
     def shared_question(lengths: Sequence[int]) -> Mask:
-        """(d(q) = d(k) and k <= q) or d(k) = 0: the first document is a question all others, its answers, see whole."""
+        """(d(q) = d(k) and k <= q) or d(k) = 0: the first document is a question that all others, its answers, see in full."""
         start, end = _document_bounds(lengths)
         question = _bands(start[1:], end[1:], 0, end[0], -UNBOUNDED, UNBOUNDED)
         return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0), question], end[-1])
 
     @staticmethod
     def causal_blockwise(lengths: Sequence[int]) -> Mask:
-        """k <= q and (d(q) = d(k) or d(q) is the last): the last document, a test example, sees all demonstrations."""
+        """k <= q and (d(q) = d(k) or d(q) is the last): the last document, a test example, sees all demonstrations before it."""
         start, end = _document_bounds(lengths)
         low = np.append(start[:-1], 0)
         return _from_parts([_bands(start, end, low, end, -UNBOUNDED, 0)], end[-1])
 
     @staticmethod
     def prefix_lm(n: int, prefix: int) -> Mask:
-        """k <= q or k < prefix."""
+        """Causal after a prefix that every query sees: k <= q or k < prefix."""
         return Mask.prefix_lm_documents([n], prefix)
 
     @staticmethod
     def prefix_lm_documents(lengths: Sequence[int], prefix: int | Sequence[int]) -> Mask:
-        """d(q) = d(k) and (k <= q or k - s < prefix); one prefix for all documents, or one each."""
+        """Packed documents with prefixes, one for all or one each: d(q) = d(k) and (k <= q or k - s < prefix)."""
         start, end = _document_bounds(lengths)
-        prefixes = whole_numbers(prefix, "prefix")
+        prefixes = as_int64(prefix, "prefix")
         if prefixes.shape not in ((), start.shape) or (prefixes < 0).any():
             raise DistattnError(f"prefix is one number >= 0, or one for each of {len(start)} documents.")
         middle = start + np.minimum(prefixes, end - start)
@@ -120,10 +122,10 @@ class Mask:
 
     @staticmethod
     def global_sliding_window(n: int, left: int, right: int, n_global: int) -> Mask:
-        """q - left <= k <= q + right or q < n_global or k < n_global."""
+        """A window and `n_global` tokens that see, and are seen by, all: q - left <= k <= q + right or min(q, k) < n_global."""
         _, (end,) = _document_bounds([n])
-        lo, hi = _inner_band((left, right))
-        seen = min(_count(n_global, "n_global"), n)
+        lo, hi = _document_band((left, right))
+        seen = min(_nonnegative(n_global, "n_global"), n)
         parts = [
             _bands(0, seen, 0, end, -UNBOUNDED, UNBOUNDED),
             _bands(seen, end, 0, seen, -UNBOUNDED, UNBOUNDED),
@@ -133,22 +135,22 @@ class Mask:
 
     @staticmethod
     def block_causal(n: int, block: int) -> Mask:
-        """k // block <= q // block."""
+        """Causal by blocks of tokens: k // block <= q // block."""
         return Mask.block_causal_documents([n], block)
 
     @staticmethod
     def block_causal_documents(lengths: Sequence[int], block: int) -> Mask:
-        """d(q) = d(k) and (k - s) // block <= (q - s) // block."""
+        """Packed documents, causal by blocks: d(q) = d(k) and (k - s) // block <= (q - s) // block."""
         start, end = _document_bounds(lengths)
-        if not 1 <= _count(block, "block") <= MAX_BLOCK:
+        if not 1 <= _nonnegative(block, "block") <= MAX_BLOCK:
             raise DistattnError(f"a block is 1 to {MAX_BLOCK} tokens, not {block}.")
         return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0, block, start)], end[-1])
 
     @staticmethod
     def by_head(groups: Sequence[tuple[int, Mask]]) -> Mask:
-        """A mask for each group of query heads: (number of heads, mask), first heads first.
+        """A mask that differs by head, from pairs (number of query heads, their mask), first heads first.
 
-        Pieces that neighbouring groups have in common are one piece of all their heads.
+        A piece that neighbouring groups have in common becomes one piece of all their heads.
         """
         if not groups or any(mask.heads is not None for _, mask in groups):
             raise DistattnError(
@@ -156,7 +158,7 @@ class Mask:
             )
         if len(sizes := {mask.n for _, mask in groups}) > 1:
             raise DistattnError(f"the masks of head groups cover one axis, not {sorted(sizes)} tokens.")
-        ends = np.cumsum([_count(heads, "heads of a group") for heads, _ in groups])
+        ends = np.cumsum([_nonnegative(heads, "heads of a group") for heads, _ in groups])
         if any(heads < 1 for heads, _ in groups) or ends[-1] > MAX_HEADS:
             raise DistattnError(f"a head group has at least 1 head, all together at most {MAX_HEADS}.")
         rows = np.concatenate([mask.pieces for _, mask in groups])
@@ -174,8 +176,8 @@ class Mask:
 
     @staticmethod
     def from_pieces(array: Sequence[Sequence[int]] | Ints, n: int | None = None) -> Mask:
-        """A mask from rows (q0, q1, k0, k1, lo, hi) or all ten columns; `n` defaults to the last token named."""
-        pieces = whole_numbers(array, "pieces")
+        """A mask from rows (q0, q1, k0, k1, lo, hi) or of all ten columns; `n` defaults to the end of the last piece."""
+        pieces = as_int64(array, "pieces")
         if pieces.ndim != 2 or pieces.shape[1] not in (6, 10) or not len(pieces):
             raise DistattnError(
                 f"pieces have 6 columns ({', '.join(COLUMNS[:6])}) or 10 ({', '.join(COLUMNS)}), "
@@ -185,7 +187,7 @@ class Mask:
         return Mask(pieces, int(pieces[:, [Q1, K1]].max()) if n is None else n)
 
     def area(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> int:
-        """Allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); all of the axis by default.
+        """Number of allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); by default of the whole axis.
 
         In a mask that differs by head the sum over its heads.
         """
@@ -203,13 +205,15 @@ class Mask:
         return Mask(pieces[kept], self.n, None if self.piece_heads is None else self.piece_heads[kept], self.heads)
 
     def needed_keys(self, q_set: Sequence[tuple[int, int]] | Ints) -> Ints:
-        """The keys some query of `q_set` sees. Both are arrays of half-open intervals (M, 2); the result is disjoint, sorted."""
-        q_set = whole_numbers(q_set, "query intervals").reshape(-1, 2)
-        _, q0, q1 = union(np.zeros(len(q_set), np.int64), q_set[:, 0], q_set[:, 1])
-        i, j = expand(np.searchsorted(q1, self.pieces[:, Q0], "right"), np.searchsorted(q0, self.pieces[:, Q1], "left"))
+        """The keys that some query of `q_set` sees. Both are half-open intervals (M, 2); the result is sorted and disjoint."""
+        q_set = as_int64(q_set, "query intervals").reshape(-1, 2)
+        _, q0, q1 = merge_intervals(np.zeros(len(q_set), np.int64), q_set[:, 0], q_set[:, 1])
+        i, j = expand_ranges(
+            np.searchsorted(q1, self.pieces[:, Q0], "right"), np.searchsorted(q0, self.pieces[:, Q1], "left")
+        )
         hit = tighten(clip(self.pieces[i], q0[j], q1[j], 0, self.n))
         hit = hit[hit[:, Q0] < hit[:, Q1]]
-        _, k0, k1 = union(np.zeros(len(hit), np.int64), hit[:, K0], hit[:, K1])
+        _, k0, k1 = merge_intervals(np.zeros(len(hit), np.int64), hit[:, K0], hit[:, K1])
         return np.stack([k0, k1], 1)
 
     def dense(self) -> np.ndarray:
@@ -219,7 +223,7 @@ class Mask:
         for i, piece in enumerate(self.pieces):
             heads = slice(None) if self.piece_heads is None else slice(*self.piece_heads[i])
             q = np.arange(piece[Q0], piece[Q1])
-            begin, end = row_ends(np.broadcast_to(piece, (len(q), 10)), q)
+            begin, end = row_key_ranges(np.broadcast_to(piece, (len(q), 10)), q)
             out[heads, piece[Q0] : piece[Q1]] |= (k >= begin[:, None]) & (k < end[:, None])
         return out[0] if self.piece_heads is None else out
 
@@ -232,11 +236,11 @@ class Mask:
         if bm < 1 or bn < 1:
             raise DistattnError(f"tiles are at least 1 x 1, not {bm} x {bn}.")
         tight = tighten(self.pieces)
-        piece, tile = expand(tight[:, Q0] // bm, (tight[:, Q1] - 1) // bm + 1)
+        piece, tile = expand_ranges(tight[:, Q0] // bm, (tight[:, Q1] - 1) // bm + 1)
         band = tight[piece]
         q0, q1 = np.maximum(tile * bm, band[:, Q0]), np.minimum((tile + 1) * bm, band[:, Q1])
-        first_begin, first_end = row_ends(band, q0)
-        last_begin, last_end = row_ends(band, q1 - 1)
+        first_begin, first_end = row_key_ranges(band, q0)
+        last_begin, last_end = row_key_ranges(band, q1 - 1)
         begin, end = first_begin // bn, -(-last_end // bn)
         # full tiles: every row of the tile present, keys between the last row's begin and the first row's end
         whole = (q0 == tile * bm) & (q1 == np.minimum((tile + 1) * bm, self.n))
@@ -272,8 +276,8 @@ class Mask:
 
 
 def document_ends(lengths: Sequence[int]) -> Ints:
-    """Where each document ends on the axis; refuses lengths that are not positive whole numbers."""
-    array = whole_numbers(lengths, "document lengths")
+    """The end of each document on the axis. Raises DistattnError where a length is not a positive whole number."""
+    array = as_int64(lengths, "document lengths")
     if array.ndim != 1 or not len(array):
         raise DistattnError("document lengths are a list of at least one positive whole number.")
     if (array < 1).any():
@@ -288,14 +292,14 @@ def document_ends(lengths: Sequence[int]) -> Ints:
     return ends
 
 
-def _inner_band(inner: str | tuple[int, int]) -> tuple[int, int]:
-    if inner == "causal":
+def _document_band(document_mask: str | tuple[int, int]) -> tuple[int, int]:
+    if document_mask == "causal":
         return -UNBOUNDED, 0
-    if inner == "full":
+    if document_mask == "full":
         return -UNBOUNDED, UNBOUNDED
-    if not isinstance(inner, (tuple, list)) or len(inner) != 2:
-        raise DistattnError(f'inner is "causal", "full" or a window (left, right), not {inner!r}.')
-    left, right = whole_numbers(inner, "a window (left, right)").tolist()
+    if not isinstance(document_mask, (tuple, list)) or len(document_mask) != 2:
+        raise DistattnError(f'document_mask is "causal", "full" or a window (left, right), not {document_mask!r}.')
+    left, right = as_int64(document_mask, "a window (left, right)").tolist()
     if left < 0 or right < 0:
         raise DistattnError(f"a window reaches left >= 0 and right >= 0 tokens, not ({left}, {right}).")
     return -min(left, UNBOUNDED), min(right, UNBOUNDED)
@@ -312,8 +316,8 @@ def _document_bounds(lengths: Sequence[int]) -> tuple[Ints, Ints]:
     return ends - np.diff(ends, prepend=0), ends
 
 
-def _count(value: int, what: str) -> int:
-    number = int(whole_numbers(value, what))
+def _nonnegative(value: int, what: str) -> int:
+    number = int(as_int64(value, what))
     if number < 0:
         raise DistattnError(f"{what} is a number >= 0, not {number}.")
     return number

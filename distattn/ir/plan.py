@@ -3,7 +3,7 @@
 A *task* (step, rank, piece, q0, q1, k0, k1, h0, h1) is core attention of one rectangle of one mask piece for query
 heads [h0, h1), computed at `rank`. A *move* (step, src, dst, payload, t0, t1, h0, h1) carries an interval of tokens and
 heads of one payload. All rows of step s run concurrently and read the state at the end of step s-1. What a plan must
-satisfy is checked by `distattn.parallel.analysis.verify`; this file only holds the words.
+satisfy is checked by `distattn.parallel.analysis.verify`; this file only defines the data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.ir.intervals import Ints, lexical_order, whole_numbers
+from distattn.ir.intervals import Ints, as_int64, lexicographic_argsort
 from distattn.ir.layout import Layout
 from distattn.ir.mask import MAX_HEADS, Mask
 
@@ -29,7 +29,7 @@ TASK_COLUMNS = ("step", "rank", "piece", "q0", "q1", "k0", "k1", "h0", "h1")
 MOVE_COLUMNS = ("step", "src", "dst", "payload", "t0", "t1", "h0", "h1")
 POLICIES = ("keep", "refetch-home", "refetch-follow")
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Payload(IntEnum):
@@ -43,32 +43,32 @@ class Payload(IntEnum):
     dKV = 5
 
 
-# a holding payload is copied; an accumulating one is emptied into its destination
-HOLDING = (Payload.Q, Payload.KV, Payload.dO)
-ACCUMULATING = (Payload.O, Payload.dQ, Payload.dKV)
-FORWARD = (Payload.Q, Payload.KV, Payload.O)
-BACKWARD = (Payload.Q, Payload.KV, Payload.dO, Payload.dQ, Payload.dKV)
-ON_KEYS = (Payload.KV, Payload.dKV)
+# a held payload is copied by a move; a reduced one is added to what the destination has, and leaves the source
+HELD_PAYLOADS = (Payload.Q, Payload.KV, Payload.dO)
+REDUCED_PAYLOADS = (Payload.O, Payload.dQ, Payload.dKV)
+FORWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.O)
+BACKWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.dO, Payload.dQ, Payload.dKV)
+KEY_PAYLOADS = (Payload.KV, Payload.dKV)
 
 
-def columns(names: Sequence[str], **values: Ints | int) -> Columns:
-    """Equal-length int64 columns; whole numbers are repeated."""
+def make_columns(names: Sequence[str], **values: Ints | int) -> Columns:
+    """Int64 columns of equal length; single numbers are repeated."""
     length = max((len(v) for v in values.values() if isinstance(v, np.ndarray)), default=0)
     return {name: np.broadcast_to(np.asarray(values[name], np.int64), (length,)) for name in names}
 
 
-def concat(names: Sequence[str], parts: Iterable[Columns]) -> Columns:
-    """Rows of all parts, one after another."""
+def concat_rows(names: Sequence[str], parts: Iterable[Columns]) -> Columns:
+    """The rows of all parts, one after another."""
     rows = list(parts)
     return {name: np.concatenate([np.zeros(0, np.int64), *(part[name] for part in rows)]) for name in names}
 
 
-def take(rows: Columns, index: np.ndarray) -> Columns:
+def select_rows(rows: Columns, index: np.ndarray) -> Columns:
     """The rows picked by a boolean or integer index."""
     return {name: column[index] for name, column in rows.items()}
 
 
-def count(rows: Columns) -> int:
+def num_rows(rows: Columns) -> int:
     """Number of rows."""
     return len(rows["step"])
 
@@ -93,8 +93,8 @@ class Table:
 
     @cached_property
     def steps(self) -> int:
-        """Number of steps."""
-        return 1 + int(max((rows["step"].max() for rows in (self.tasks, self.moves) if count(rows)), default=-1))
+        """Number of steps of the table."""
+        return 1 + int(max((rows["step"].max() for rows in (self.tasks, self.moves) if num_rows(rows)), default=-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +108,8 @@ class Call:
     head_dim: int
     v_head_dim: int
     dtype: str
-    # the dtype outputs and gradients travel in; empty: the accumulation dtype
-    wire: str = ""
+    # dtype in which outputs and gradients are sent; empty: the accumulation dtype
+    comm_dtype: str = ""
 
     def __post_init__(self) -> None:
         if self.mask.n != self.layout.n:
@@ -117,7 +117,7 @@ class Call:
                 f"the mask covers {self.mask.n} tokens, the layout {self.layout.n}; they share one axis."
             )
         for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
-            if not 1 <= int(whole_numbers(getattr(self, name), name)) <= MAX_HEADS:
+            if not 1 <= int(as_int64(getattr(self, name), name)) <= MAX_HEADS:
                 raise DistattnError(f"{name} is 1 to {MAX_HEADS}, not {getattr(self, name)}.")
         if self.heads % self.kv_heads:
             raise DistattnError(f"{self.heads} query heads do not divide among {self.kv_heads} key/value heads.")
@@ -125,9 +125,9 @@ class Call:
             raise DistattnError(f"the mask is for {self.mask.heads} query heads, the call has {self.heads}.")
         if self.dtype not in DTYPE_BYTES:
             raise DistattnError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}.")
-        if self.wire not in ("", self.dtype, self.accumulation_dtype):
+        if self.comm_dtype not in ("", self.dtype, self.accumulation_dtype):
             raise DistattnError(
-                f"outputs and gradients of {self.dtype} travel as {self.dtype} or {self.accumulation_dtype}, not {self.wire!r}."
+                f"comm_dtype of a {self.dtype} call is {self.dtype} or {self.accumulation_dtype}, not {self.comm_dtype!r}."
             )
 
     @property
@@ -135,7 +135,7 @@ class Call:
         return self.layout.ranks
 
     @property
-    def group(self) -> int:
+    def gqa_group_size(self) -> int:
         """Query heads per key/value head."""
         return self.heads // self.kv_heads
 
@@ -153,7 +153,7 @@ class Call:
 
     def payload_heads(self, payload: Payload) -> int:
         """How many heads a payload has: key/value heads for KV and dKV, query heads for the others."""
-        return self.kv_heads if payload in ON_KEYS else self.heads
+        return self.kv_heads if payload in KEY_PAYLOADS else self.heads
 
     def payload_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
         """The tensors of a payload in memory: (width, dtype) each; width None is one number per token and head."""
@@ -167,16 +167,16 @@ class Call:
             Payload.dKV: ((self.head_dim, wide), (self.v_head_dim, wide)),
         }[payload]
 
-    def wire_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
-        """The tensors a payload travels as. Numbers of a whole row (log-sum-exp, delta) stay wide."""
+    def comm_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
+        """The tensors of a payload as it is sent: (width, dtype) each. One number per row (log-sum-exp, delta) stays wide."""
         fields = self.payload_fields(payload)
-        if payload not in ACCUMULATING or not self.wire:
+        if payload not in REDUCED_PAYLOADS or not self.comm_dtype:
             return fields
-        return tuple((width, dtype if width is None else self.wire) for width, dtype in fields)
+        return tuple((width, dtype if width is None else self.comm_dtype) for width, dtype in fields)
 
-    def cell_bytes(self, payload: Payload, held: bool = False) -> int:
-        """Bytes of one (token, head) of a payload as it travels, or as it is held in memory."""
-        fields = self.payload_fields(payload) if held else self.wire_fields(payload)
+    def token_head_bytes(self, payload: Payload, in_memory: bool = False) -> int:
+        """Bytes of one (token, head) of a payload as it is sent, or as it is held in memory."""
+        fields = self.payload_fields(payload) if in_memory else self.comm_fields(payload)
         return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in fields)
 
 
@@ -200,15 +200,15 @@ class Plan:
 
     def area_by_rank(self) -> Ints:
         """Cells x query heads each rank computes in the forward pass."""
-        work = areas_of_tasks(self.call, self.forward.tasks)
+        work = task_areas(self.call, self.forward.tasks)
         out = np.zeros(self.call.ranks, work.dtype)
         np.add.at(out, self.forward.tasks["rank"], work)
         return out
 
     def bytes(self) -> Columns:
         """Bytes moved, forward and backward together: columns `src`, `dst`, `payload`, `bytes`, one row per triple."""
-        moves = concat(MOVE_COLUMNS, [self.forward.moves, self.backward.moves])
-        size = bytes_of_moves(self.call, moves)
+        moves = concat_rows(MOVE_COLUMNS, [self.forward.moves, self.backward.moves])
+        size = move_bytes(self.call, moves)
         key = (moves["src"] * self.call.ranks + moves["dst"]) * len(Payload) + moves["payload"]
         triples, row = np.unique(key, return_inverse=True)
         total = np.zeros(len(triples), np.int64)
@@ -222,7 +222,7 @@ class Plan:
         hasher = hashlib.blake2b(json.dumps(self._shape(), sort_keys=True).encode(), digest_size=16)
         for table in (self.forward, self.backward):
             for rows, names in ((table.tasks, TASK_COLUMNS), (table.moves, MOVE_COLUMNS)):
-                hasher.update(np.int64(count(rows)).tobytes())
+                hasher.update(np.int64(num_rows(rows)).tobytes())
                 for name in names:
                     hasher.update(np.ascontiguousarray(rows[name], "<i8").tobytes())
         return hasher.hexdigest()
@@ -277,12 +277,12 @@ class Plan:
                 "ranks": call.ranks,
                 "policy": self.policy,
             }
-            | ({"wire": call.wire} if call.wire else {})
+            | ({"comm_dtype": call.comm_dtype} if call.comm_dtype else {})
         )
 
     def __repr__(self) -> str:
         tables = ", ".join(
-            f"{name}: {count(table.tasks)} tasks, {count(table.moves)} moves, {table.steps} steps"
+            f"{name}: {num_rows(table.tasks)} tasks, {num_rows(table.moves)} moves, {table.steps} steps"
             for name, table in (("forward", self.forward), ("backward", self.backward))
         )
         return f"Plan({self.strategy}, {self.call.ranks} ranks, {self.call.mask.n} tokens; {tables}; backward {self.policy})"
@@ -293,7 +293,7 @@ def task_bands(mask: Mask, tasks: Columns) -> Ints:
     return clip(mask.pieces[tasks["piece"]], tasks["q0"], tasks["q1"], tasks["k0"], tasks["k1"])
 
 
-def areas_of_tasks(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
+def task_areas(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
     """Cells x query heads of each task (its `bands`, if known); as Python integers where all together pass int64."""
     heads = call.heads if call.mask.heads is None else 1
     exact = np.int64 if call.mask.area() * heads < 1 << 62 else object
@@ -301,22 +301,22 @@ def areas_of_tasks(call: Call, tasks: Columns, bands: Ints | None = None) -> Int
     return areas(bands).astype(exact) * (tasks["h1"] - tasks["h0"])
 
 
-def cells_of_tasks(call: Call, payload: Payload, tasks: Columns) -> Columns:
+def task_token_ranges(call: Call, payload: Payload, tasks: Columns) -> Columns:
     """The tokens [t0, t1) and heads [h0, h1) of a payload that each task reads or adds to."""
-    if payload in ON_KEYS:
-        heads = {"h0": tasks["h0"] // call.group, "h1": -(-tasks["h1"] // call.group)}
+    if payload in KEY_PAYLOADS:
+        heads = {"h0": tasks["h0"] // call.gqa_group_size, "h1": -(-tasks["h1"] // call.gqa_group_size)}
         return {"t0": tasks["k0"], "t1": tasks["k1"], **heads}
     return {"t0": tasks["q0"], "t1": tasks["q1"], "h0": tasks["h0"], "h1": tasks["h1"]}
 
 
-def bytes_of_moves(call: Call, moves: Columns, held: bool = False) -> Ints:
-    """Bytes of each move, as it travels, or as it is held in memory where it leaves."""
-    per_cell = np.array([call.cell_bytes(payload, held) for payload in Payload], np.int64)
+def move_bytes(call: Call, moves: Columns, in_memory: bool = False) -> Ints:
+    """Bytes of each move, as it is sent, or as it is held in memory where it leaves."""
+    per_cell = np.array([call.token_head_bytes(payload, in_memory) for payload in Payload], np.int64)
     return (moves["t1"] - moves["t0"]) * (moves["h1"] - moves["h0"]) * per_cell[moves["payload"]]
 
 
-def tight_tasks(bands: Ints) -> np.ndarray:
-    """Which of these tightened bands hold a cell at all."""
+def nonempty_bands(bands: Ints) -> np.ndarray:
+    """Which of these tightened bands hold a cell, (M,) booleans."""
     return (bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1])
 
 
@@ -325,7 +325,7 @@ def _canonical(names: Sequence[str], rows: Mapping[str, Ints]) -> Columns:
         raise DistattnError(f"a table needs exactly the columns {', '.join(names)}; got {', '.join(rows)}.")
     if len({len(column) for column in rows.values()}) != 1:
         raise DistattnError(f"columns of different lengths: { ({name: len(rows[name]) for name in names}) }.")
-    order = lexical_order(*(np.asarray(rows[name], np.int64) for name in names))
+    order = lexicographic_argsort(*(np.asarray(rows[name], np.int64) for name in names))
     out = {name: np.asarray(rows[name], np.int64)[order] for name in names}
     for column in out.values():
         column.setflags(write=False)
@@ -345,5 +345,7 @@ def _unpack(head: dict, arrays: dict[str, Ints]) -> Plan:
     layout = Layout(lengths.tolist(), head["ranks"], rank[order], t0[order], t1[order])
     shape = {name: head[name] for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "dtype")}
     by_head = (arrays["mask.piece_heads"], head["heads"]) if "mask.piece_heads" in arrays else ()
-    call = Call(Mask(arrays["mask.pieces"], head["n"], *by_head), layout, **shape, wire=head.get("wire", ""))
+    call = Call(
+        Mask(arrays["mask.pieces"], head["n"], *by_head), layout, **shape, comm_dtype=head.get("comm_dtype", "")
+    )
     return Plan(call, table("forward"), table("backward"), head["policy"], head["strategy"])

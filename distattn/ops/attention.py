@@ -20,7 +20,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import choose_kernel
-from distattn.kernels.spec import Score
+from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements, prepare
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.transport import Transport
@@ -181,11 +181,11 @@ def _check_inputs(
             raise DistattnError(f"{name} is not contiguous; pass {name}.contiguous().")
 
 
-def _score(executable: Executable, scale: float, softcap: float, slopes: Tensor | None) -> Score:
+def _score(executable: Executable, scale: float, softcap: float, slopes: Tensor | None) -> ScoreMod:
     if softcap or slopes is not None:
         needed = kernel_requirements(executable.program.call, executable.key.device)
         choose_kernel(executable.key.kernel, needed._replace(softcap=softcap > 0, alibi=slopes is not None))
-    return Score(scale, softcap, slopes)
+    return ScoreMod(scale, softcap, slopes)
 
 
 def _finite(lse: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def forward_pass(
     scale: float,
     softcap: float,
     transport: Transport | None = None,
-) -> execute.Paused[tuple[Tensor, Tensor, Tensor]]:
+) -> execute.PausableRun[tuple[Tensor, Tensor, Tensor]]:
     """(o_THE, lse_TH, kept), pausing while messages travel; what the operator does without a pause."""
     _check_inputs(executable, q, k, v, sink, slopes)
     score = _score(executable, scale, softcap, slopes)
@@ -234,7 +234,7 @@ def backward_pass(
     scale: float,
     softcap: float,
     transport: Transport | None = None,
-) -> execute.Paused[tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> execute.PausableRun[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """(dq, dk, dv, dsink), pausing while messages travel; dsink is empty without a sink."""
     if dlse_TH is not None and not executable.kernel.DIFFERENTIABLE_LSE:
         raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
@@ -270,7 +270,7 @@ torch.library.define(
 @torch.library.impl("distattn::forward", "CompositeExplicitAutograd")
 def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("forward")
-    return execute.finish(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
+    return execute.run_to_completion(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
 
 
 @torch.library.register_fake("distattn::forward")
@@ -284,7 +284,7 @@ def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  
 def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
     inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
     executable = EXECUTABLES.by_handle(plan).for_direction("backward")
-    return execute.finish(backward_pass(executable, *inputs))
+    return execute.run_to_completion(backward_pass(executable, *inputs))
 
 
 @torch.library.register_fake("distattn::backward")

@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from distattn.ir.errors import DistattnError, PlanError
 from distattn.ir.plan import Call, Plan
-from distattn.kernels.registry import Kernel, choose_kernel, load_kernel, preparing
-from distattn.kernels.spec import Demand, Score
-from distattn.parallel.analysis.verify import check_capacity, verify
+from distattn.kernels.registry import Kernel, choose_kernel, kernel_preparer, load_kernel
+from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.program import Program, lower, on_device
-from distattn.parallel.runtime.transport import Alone, GroupTransport, Transport
+from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
 
 
 class ExecutionKey(NamedTuple):
@@ -40,7 +40,7 @@ class PassObserver(Protocol):
     # whether passes of two micro-batches may interleave on this rank
     allows_interleaving: bool
 
-    def on_pass_begin(self, direction: str, score: Score) -> None: ...
+    def on_pass_begin(self, direction: str, score: ScoreMod) -> None: ...
 
     def wrap_kernel(self, kernel: Kernel) -> Kernel: ...
 
@@ -113,7 +113,7 @@ class ExecutableCache:
             if key not in known:
                 proof = next((other.proof for other in known.values() if other.proof), None)
                 proof = verify(plan) if proof is None and proven else proof
-                make = preparing(key.kernel, kernel_requirements(plan.call, key.device))
+                make = kernel_preparer(key.kernel, kernel_requirements(plan.call, key.device))
                 known[key] = on_device(lower(plan, key.rank, make, proof), key.device)
             return known[key]
 
@@ -124,12 +124,12 @@ class ExecutableCache:
         """
         known = self._transports.setdefault(group, {})
         if timeout not in known:
-            known[timeout] = GroupTransport.beside(group, timeout)
+            known[timeout] = GroupTransport.with_own_group(group, timeout)
         return known[timeout]
 
 
 EXECUTABLES = ExecutableCache()
-_SINGLE_RANK = Alone()
+_SINGLE_RANK = SingleRankTransport()
 
 
 def prepare(
@@ -173,13 +173,13 @@ def checked_program(
     key = ExecutionKey(rank, choose_kernel(kernel, kernel_requirements(plan.call, device)), device)
     program = EXECUTABLES.program(plan, key, proven)
     if max_buffer_bytes is not None:
-        check_capacity(program.proof or verify(plan), max_buffer_bytes)
+        check_max_buffer_bytes(program.proof or verify(plan), max_buffer_bytes)
     return key, program
 
 
-def kernel_requirements(call: Call, device: torch.device) -> Demand:
+def kernel_requirements(call: Call, device: torch.device) -> KernelRequirements:
     """What a call asks of a kernel, as far as its plan knows."""
-    return Demand(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
+    return KernelRequirements(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
 
 
 def plan_difference(digests: list[str], summaries: list[dict[str, Any]]) -> str:

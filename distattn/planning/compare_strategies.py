@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distattn.cluster import spec as describe
-from distattn.cluster.spec import Description
+from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.parallel.analysis.explain import explain
 from distattn.parallel.analysis.simulate import simulate
@@ -42,7 +42,7 @@ class PlanRequest:
     packs: tuple[tuple[int, ...], ...]
     settings: PlanSettings
 
-    def timeline(self, strategy: str, cluster: Description) -> Timeline:
+    def timeline(self, strategy: str, cluster: ClusterSpec) -> Timeline:
         """Plan the call by one strategy for a cluster, prove the plan and simulate it."""
         return simulate(replace(self.settings, strategy=strategy, cluster=cluster).plan(*self.packs), cluster)
 
@@ -60,7 +60,7 @@ class PlanRequest:
         )
 
 
-def cluster_for_run(config: Config, name: str) -> Description:
+def cluster_for_run(config: Config, name: str) -> ClusterSpec:
     """Load the cluster a run is timed on, cut to the run's ranks. Raises DistattnError where its nodes are not the run's."""
     cluster = describe.load(name, config.parallel.ranks)
     per_node = config.parallel.devices_per_node or config.parallel.ranks
@@ -75,7 +75,7 @@ def cluster_for_run(config: Config, name: str) -> Description:
 def compare_strategies(
     request: PlanRequest,
     strategies: Sequence[str],
-    cluster: Description,
+    cluster: ClusterSpec,
     report_progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Timeline | str]:
     """Plan and simulate a request by every strategy. Returns by strategy its timeline, or the sentence with which it refuses.
@@ -97,7 +97,7 @@ def compare_strategies(
     return out
 
 
-def comparison_table(found: dict[str, Timeline | str], cluster: Description) -> str:
+def comparison_table(found: dict[str, Timeline | str], cluster: ClusterSpec) -> str:
     """Return a text table with one line for each strategy, the fastest marked. All times are simulated."""
     times = {name: _seconds(one) for name, one in found.items() if isinstance(one, Timeline)}
     fastest = min(times, key=lambda name: times[name])
@@ -115,7 +115,7 @@ def comparison_table(found: dict[str, Timeline | str], cluster: Description) -> 
         lines.append(
             f"{name:14s}{there['seconds'] * 1e3:9.2f} ms{back['seconds'] * 1e3:9.2f} ms"
             f"{there['tflops']:6.0f}{back['tflops']:6.0f}"
-            f"{(there['bytes_across'] + back['bytes_across']) / 1e9:11.2f} GB"
+            f"{(there['bytes_inter_node'] + back['bytes_inter_node']) / 1e9:11.2f} GB"
             f"{(there['exposed_seconds'] + back['exposed_seconds']) * 1e3:9.2f} ms"
             f"{facts['balance']:9.2f}{facts['peak_bytes'] / 1e9:7.2f} GB{'   <- fastest' * (name == fastest)}"
         )
@@ -132,7 +132,7 @@ def comparison_json(found: dict[str, Timeline | str], request: PlanRequest) -> s
 
 
 def write_comparison_page(
-    path: Path, found: dict[str, Timeline | str], request: PlanRequest, cluster: Description
+    path: Path, found: dict[str, Timeline | str], request: PlanRequest, cluster: ClusterSpec
 ) -> None:
     """Write one HTML file with the table and, for each strategy, its timeline and the coloured score matrix."""
     parts = []

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.cluster.spec import Description, Device, Link, Speed
+from distattn.cluster.spec import ClusterSpec, Device, KernelThroughput, Link
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.kernels.launch_mask import Cells
+from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.registry import choose_kernel, load_kernel
-from distattn.kernels.spec import Demand, Score
-from distattn.kernels.triton.launch import moved
+from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.triton.launch import schedule_to_device
 from distattn.ops.attention import attention
 from distattn.ops.executable import prepare
 from distattn.parallel.make_plan import make_plan
@@ -37,7 +37,7 @@ _STRETCH = 0.1
 _MESSAGES = {"cpu": (1 << 12, 1 << 20, 1 << 23), "cuda": (1 << 12, 1 << 22, 1 << 26)}
 
 
-def measure_machine(ranks: int, name: str, report_progress: Callable[[str], None]) -> Description:
+def measure_machine(ranks: int, name: str, report_progress: Callable[[str], None]) -> ClusterSpec:
     """Describe this machine with so many ranks at work. Call it on every rank of a process group of that size."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     report_progress("matrix products and copies")
@@ -59,15 +59,15 @@ def measure_machine(ranks: int, name: str, report_progress: Callable[[str], None
         memory_gb=round((properties.total_memory if properties else _memory_bytes()) / 1e9, 3),
         # nobody publishes it for this very machine: what products reach is the least it can be
         peak_tflops=product,
-        product_tflops=product,
+        gemm_tflops=product,
         copy_gbs=copy,
-        units=properties.multi_processor_count if properties else 1,
+        num_sms=properties.multi_processor_count if properties else 1,
         tile=(128, 128) if cuda else (1, 1),
         launch_us=5.0 if cuda else max(step, 0.0),
         task_us=0.0,
         host_us=step if cuda else 0.0,
     )
-    return Description(name, 1, ranks, found, link, link, tuple(rows))
+    return ClusterSpec(name, 1, ranks, found, link, link, tuple(rows))
 
 
 def _seconds_of_call(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
@@ -164,18 +164,18 @@ def _step_microseconds(device: torch.device, ranks: int) -> float:
     return _seconds_of_call(lambda: attention(q, k, v, ready), device) / plan.forward.steps * 1e6
 
 
-def _attention_speeds(device: torch.device, head_dim: int, queries: int, keys: int) -> list[Speed]:
+def _attention_speeds(device: torch.device, head_dim: int, queries: int, keys: int) -> list[KernelThroughput]:
     """Measure the forward and backward TFLOP/s of the device's own kernel on a full rectangle."""
     heads, dtype = _HEADS[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
-    demand = Demand(dtype, head_dim, head_dim, device)
+    demand = KernelRequirements(dtype, head_dim, head_dim, device)
     kernel = load_kernel(choose_kernel(None, demand))
     # as many rectangles as give a processor something to do
     n = max(queries, keys)
     mask = Mask.from_pieces([[0, queries, 0, keys, -n, n]], n)
-    cells = Cells.of_mask(mask, heads, heads)._replace(rows=queries, keys=keys)
-    work, score = kernel.prepare(cells, demand), Score(head_dim**-0.5)
+    cells = LaunchMask.from_mask(mask, heads, heads)._replace(rows=queries, keys=keys)
+    work, score = kernel.prepare(cells, demand), ScoreMod(head_dim**-0.5)
     if device.type == "cuda":
-        work = moved(work, device)
+        work = schedule_to_device(work, device)
     q, do = (torch.randn(queries, heads, head_dim, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(keys, heads, head_dim, device=device, dtype=dtype) for _ in range(2))
     o, lse = kernel.forward(q, k, v, work, score)
@@ -184,8 +184,8 @@ def _attention_speeds(device: torch.device, head_dim: int, queries: int, keys: i
     there = _seconds_of_call(lambda: kernel.forward(q, k, v, work, score), device)
     back = _seconds_of_call(lambda: kernel.backward(do, q, k, v, lse, delta, work, score), device)
     return [
-        Speed("forward", head_dim, queries, keys, flops / there / 1e12),
-        Speed("backward", head_dim, queries, keys, 2.5 * flops / back / 1e12),
+        KernelThroughput("forward", head_dim, queries, keys, flops / there / 1e12),
+        KernelThroughput("backward", head_dim, queries, keys, 2.5 * flops / back / 1e12),
     ]
 
 

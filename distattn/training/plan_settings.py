@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distattn.batch.pooled_layout import BlockLayouts
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.plan import Plan
 from distattn.parallel.make_plan import make_plan
 from distattn.training.config import Config
@@ -34,7 +34,7 @@ class PlanSettings:
     kernel: str | None = None
     backward: str | None = None
     comm_dtype: str | None = None
-    cluster: Machines | None = None
+    cluster: AnyCluster | None = None
     max_buffer_bytes: int | None = None
 
     @staticmethod
@@ -79,7 +79,7 @@ class PlanSettings:
             head_dim=self.head_dim,
             dtype=self.dtype,
             backward=self.backward,
-            wire=self.comm_dtype,
+            comm_dtype=self.comm_dtype,
             cluster=self.cluster,
         )
 

@@ -1,7 +1,7 @@
-"""Core attention for Hopper in Gluon (tier B): which tiles, which launches. The kernels are in gluon_forward and gluon_backward.
+"""Core attention for Hopper in Gluon (tier B): which tiles, which launches. The kernels are in forward.py and backward.py.
 
 For bfloat16 and float16 and head dims 64 and 128 on sm_90, everything else is the plain Triton kernel's: masks, run lists,
-epilogues, score modifiers, any lengths and head groups. The sum in dQ has no fixed order; "gluon_split" has one.
+merging, score modifiers, any lengths and head groups. The sum in dQ has no fixed order; "gluon_split" has one.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -17,21 +17,21 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from distattn.kernels.gluon.backward import backward_kernel
 from distattn.kernels.gluon.forward import forward_kernel
-from distattn.kernels.launch_mask import Cells
-from distattn.kernels.spec import Demand, Score
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.tile_runs import tile_runs, transposed_runs
 from distattn.kernels.triton.attention import plan_row_numbers
 from distattn.kernels.triton.launch import (
-    FAR,
-    Launch,
-    Lists,
+    TMA_LIMIT,
     Tile,
+    TileRunTensors,
+    TritonLaunch,
     call_arguments,
-    capability_of,
-    lists_of,
+    compute_capability,
     make_launch,
-    run,
+    run_launch,
     tensor_arguments,
+    tile_run_tensors,
 )
 
 DIFFERENTIABLE_LSE = True
@@ -42,34 +42,34 @@ BACKWARD = {64: Tile(64, 128, 4, 3), 128: Tile(64, 128, 4, 2)}
 _TYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
 
 
-class Work(NamedTuple):
+class TileSchedule(NamedTuple):
     """The lists of both kernels and the shape of the call."""
 
-    forward: Lists
-    backward: Lists
-    group: int
-    first: int
+    forward: TileRunTensors
+    backward: TileRunTensors
+    group_size: int
+    first_head: int
 
 
-def refusal(demand: Demand) -> str | None:
+def unsupported_reason(requirements: KernelRequirements) -> str | None:
     """Why this kernel cannot serve such a call, or None."""
-    if demand.device.type != "cuda" or capability_of(demand.device) != 90:
+    if requirements.device.type != "cuda" or compute_capability(requirements.device) != 90:
         return "it is written for Hopper GPUs (sm_90)"
-    if demand.dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes bfloat16 and float16, not {str(demand.dtype)[6:]}"
-    if demand.head_dim != demand.v_head_dim or demand.head_dim not in FORWARD:
-        return f"its head dims are 64 and 128, not {demand.head_dim} and {demand.v_head_dim}"
+    if requirements.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes bfloat16 and float16, not {str(requirements.dtype)[6:]}"
+    if requirements.head_dim != requirements.v_head_dim or requirements.head_dim not in FORWARD:
+        return f"its head dims are 64 and 128, not {requirements.head_dim} and {requirements.v_head_dim}"
     return None
 
 
-def prepare(cells: Cells, demand: Demand) -> Work:
-    """The lists of tiles that compute these cells."""
-    forward, backward = FORWARD[demand.head_dim], BACKWARD[demand.head_dim]
-    return Work(
-        lists_of(tile_runs(cells, forward.rows, forward.keys)),
-        lists_of(transposed_runs(cells, backward.keys, backward.rows)),
-        cells.group,
-        cells.first,
+def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
+    """The lists of tiles that compute the mask."""
+    forward, backward = FORWARD[requirements.head_dim], BACKWARD[requirements.head_dim]
+    return TileSchedule(
+        tile_run_tensors(tile_runs(mask, forward.rows, forward.keys)),
+        tile_run_tensors(transposed_runs(mask, backward.keys, backward.rows)),
+        mask.group_size,
+        mask.first_head,
     )
 
 
@@ -77,16 +77,19 @@ def forward(
     q_THD: Tensor,
     k_SKD: Tensor,
     v_SKE: Tensor,
-    work: Work,
-    score: Score,
+    schedule: TileSchedule,
+    score: ScoreMod,
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(o_THE, lse_TH) in fp32; rows without keys: o = 0, lse = -inf. With `into`, written there or, with `merge`, merged."""
+    """(o_THE, lse_TH) in fp32; rows without keys have o = 0 and lse = -inf.
+
+    into: (o, lse) to write the result to or, with `merge`, to merge it into.
+    """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-    run(plan_forward(q_THD, k_SKD, v_SKE, *into, work, score, merge=merge))
+    run_launch(plan_forward(q_THD, k_SKD, v_SKE, *into, schedule, score, merge=merge))
     return into
 
 
@@ -97,8 +100,8 @@ def backward(
     v_SKE: Tensor,
     lse_TH: Tensor,
     delta_TH: Tensor,
-    work: Work,
-    score: Score,
+    schedule: TileSchedule,
+    score: ScoreMod,
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq_THD, dk_SKD, dv_SKE) of these cells in fp32, given the final lse and delta = rowsum(dO * O) of each row.
@@ -108,8 +111,8 @@ def backward(
     dq = q_THD.new_zeros(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
     tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
-    for launch in plan_backward(*tensors, (dq, dk, dv), work, score, accumulate=into[1] is not None):
-        run(launch)
+    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, accumulate=into[1] is not None):
+        run_launch(launch)
     return dq, dk, dv
 
 
@@ -119,25 +122,20 @@ def plan_forward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    work: Work,
-    score: Score,
+    schedule: TileSchedule,
+    score: ScoreMod,
     *,
     merge: bool = False,
-    out: Tensor | None = None,
-    sink: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> Launch:
-    """The forward launch, with its epilogue; see `triton_attention.plan_forward`."""
+) -> TritonLaunch:
+    """The forward launch; see `triton_attention.plan_forward`."""
     (rows, heads, dim), keys = q.shape, len(k)
     tile = FORWARD[dim]
     arguments = _operands(q=(q, tile.rows // 2), k=(k, tile.keys), v=(v, tile.keys))
-    arguments |= tensor_arguments(o=o, lse=lse, out=o if out is None else out, gate=o if gate is None else gate)
-    arguments |= {"sink_": o if sink is None else sink, "slopes_": o if score.slopes_H is None else score.slopes_H}
-    arguments |= call_arguments(work.forward, rows, keys, heads, work.group, work.first, score)
+    arguments |= tensor_arguments(o=o, lse=lse) | {"slopes_": o if score.slopes_H is None else score.slopes_H}
+    arguments |= call_arguments(schedule.forward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
     arguments |= dict(BM=tile.rows, BN=tile.keys, D=dim, E=v.shape[2], STAGES=tile.stages)
-    arguments |= dict(MERGE=merge, FINAL=out is not None, SINK=sink is not None)
-    arguments["GATE"] = 0 if gate is None else gate.dim() - 1
-    return make_launch(forward_kernel, len(work.forward.order) * heads, arguments, tile)
+    arguments["MERGE"] = merge
+    return make_launch(forward_kernel, len(schedule.forward.order) * heads, arguments, tile)
 
 
 def plan_backward(
@@ -148,11 +146,11 @@ def plan_backward(
     lse: Tensor,
     delta: Tensor,
     grads: tuple[Tensor, ...],
-    work: Work,
-    score: Score,
+    schedule: TileSchedule,
+    score: ScoreMod,
     *,
     accumulate: bool = False,
-) -> list[Launch]:
+) -> list[TritonLaunch]:
     """The backward launches; grads (dq, dk, dv) are fp32. dq is added to, and with `accumulate` dk and dv are, too."""
     (rows, heads, dim), (keys, kv_heads, _) = q.shape, k.shape
     tile = BACKWARD[dim]
@@ -165,17 +163,17 @@ def plan_backward(
     arguments["numbers_"] = TensorDescriptor.from_tensor(numbers.flatten(0, 1), [1, tile.rows], plain)
     arguments |= tensor_arguments(dk=dk, dv=dv)
     arguments["slopes_"] = numbers if score.slopes_H is None else score.slopes_H
-    arguments |= call_arguments(work.backward, rows, keys, heads, work.group, work.first, score)
+    arguments |= call_arguments(schedule.backward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
     arguments |= dict(kv_heads=kv_heads, BM=tile.rows, BN=tile.keys, D=dim, E=v.shape[2], STAGES=tile.stages)
     arguments["ACC"] = accumulate
-    return [first_launch, make_launch(backward_kernel, len(work.backward.order) * kv_heads, arguments, tile)]
+    return [first_launch, make_launch(backward_kernel, len(schedule.backward.order) * kv_heads, arguments, tile)]
 
 
 def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:
     """Descriptors of tensors, by tiles of so many rows, and the stride of their heads."""
     arguments: dict[str, Any] = {}
     for name, (x, block) in tensors.items():
-        far = max(x.shape[0], x.shape[1] * abs(x.stride(1))) >= FAR
+        far = max(x.shape[0], x.shape[1] * abs(x.stride(1))) >= TMA_LIMIT
         if x.stride(2) != 1 or any(stride % 8 for stride in x.stride()[:2]) or x.data_ptr() % 16 or far:
             x = x.clone(memory_format=torch.contiguous_format)
         arguments |= {f"{name}_": _descriptor(x, block, x.shape[2]), f"{name}_head": x.stride(1)}
@@ -183,7 +181,7 @@ def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """Of the matrix (tokens, heads x dim)."""
+    """A descriptor of the matrix (tokens, heads x dim)."""
     layout = NVMMASharedLayout.get_default_for([block, width], _TYPES[x.dtype])
     if not x.numel():
         # nothing of it is ever read

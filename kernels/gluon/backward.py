@@ -2,7 +2,7 @@
 
 Scores are computed once for all three gradients (five products instead of the seven of the split kernels). dQ of a query tile
 is summed over programs in global memory, by whole tiles and in no fixed order: results are not the same bits every time;
-the split kernels of triton_backward are the alternative. Two warpgroups own 64 keys each and hold dK and dV; for dQ they
+the split kernels of distattn.kernels.triton are the alternative. Two warpgroups own 64 keys each and hold dK and dV; for dQ they
 exchange dS through shared memory, and each makes half of its columns (FlashAttention-3, Shah et al. 2024, arXiv 2407.08608).
 
 Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it; ds_full and

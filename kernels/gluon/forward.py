@@ -2,8 +2,8 @@
 
 One group of warps fetches tiles of keys and values ahead by the tensor-memory accelerator; two warpgroups of 64 rows each
 multiply and take the softmax. The product with the values of one tile runs while the softmax of the next is computed
-(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). Run lists, log-sum-exp and epilogues are those of the plain Triton
-kernel (triton_forward); results are deterministic.
+(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). Run lists, log-sum-exp and merging are those of the plain Triton
+kernel; results are deterministic.
 
 Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it.
 """
@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from distattn.kernels.gluon.tiles import copy_in, product_layout
-from distattn.kernels.triton.tiles import LN2, LOG2E, capped, load_run, merge_shares, row_keys, sink_shares
+from distattn.kernels.triton.tiles import LN2, LOG2E, capped, load_run, merge_shares, row_keys
 
 
 @gluon.jit
@@ -76,12 +76,10 @@ def _softmax(
 @gluon.jit
 def _multiply(
     q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
-    o_, lse_, out_, sink_, gate_, run_, band_, row_band_,
-    start, head, rows, first, last,
-    o_row, o_head, lse_row, lse_head, out_row, out_head, gate_row, gate_head, scale, cap, slope,
+    o_, lse_, run_, band_, row_band_, start, head, rows, first, last,
+    o_row, o_head, lse_row, lse_head, scale, cap, slope,
     HALF: gl.constexpr, HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
-    CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr, FINAL: gl.constexpr, SINK: gl.constexpr,
-    GATE: gl.constexpr,
+    CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: rows [HALF * HM, (HALF + 1) * HM) of the tile. A step multiplies by keys t and by values t - 1."""
     S: gl.constexpr = product_layout(BN)
@@ -163,35 +161,18 @@ def _multiply(
         o += gl.load(o_ + at, mask=inside, other=0.0) * gl.convert_layout(old, OUT_ROWS)[:, None]
     else:
         o = o * gl.convert_layout(inverse, OUT_ROWS)[:, None]
-    if FINAL:
-        if SINK:
-            share, lse = sink_shares(lse, gl.load(sink_ + head).to(gl.float32))
-            o = o * gl.convert_layout(share, OUT_ROWS)[:, None]
-        if GATE > 0:
-            # the backward needs what the gate multiplied
-            gl.store(o_ + at, o, mask=inside)
-        if GATE == 1:
-            gate = gl.load(gate_ + far * gate_row + far_head * gate_head, mask=r_out < rows, other=0.0)
-            o = o * gate.to(gl.float32)[:, None]
-        if GATE == 2:
-            gate_at = gate_ + far[:, None] * gate_row + far_head * gate_head + column[None, :]
-            o = o * gl.load(gate_at, mask=inside, other=0.0).to(gl.float32)
-        out_at = out_ + far[:, None] * out_row + far_head * out_head + column[None, :]
-        gl.store(out_at, o.to(out_.dtype.element_ty), mask=inside)
-    else:
-        gl.store(o_ + at, o, mask=inside)
+    gl.store(o_ + at, o, mask=inside)
     gl.store(lse_at, lse, mask=r < rows)
 
 
 @gluon.jit(do_not_specialize=["rows", "heads", "tiles", "shift"], do_not_specialize_on_alignment=["lse_"])
 def forward_kernel(
-    q_, k_, v_, o_, lse_, out_, sink_, gate_, slopes_,
+    q_, k_, v_, o_, lse_, slopes_,
     first_, run_, band_, row_band_, group_, order_,
     rows, heads, tiles, shift,
-    q_head, k_head, v_head, o_row, o_head, lse_row, lse_head, out_row, out_head, gate_row, gate_head, scale, cap,
+    q_head, k_head, v_head, o_row, o_head, lse_row, lse_head, scale, cap,
     GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
-    CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr, FINAL: gl.constexpr, SINK: gl.constexpr,
-    GATE: gl.constexpr,
+    CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """o (rows, heads, E) and natural lse (rows, heads) of the runs, like the plain Triton kernel of that name."""
     HM: gl.constexpr = BM // 2
@@ -228,15 +209,15 @@ def forward_kernel(
         [
             (_multiply, (
                 q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
-                o_, lse_, out_, sink_, gate_, run_, band_, row_band_, start, head, rows, first, last,
-                o_row, o_head, lse_row, lse_head, out_row, out_head, gate_row, gate_head, scale, cap, slope,
-                0, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE, FINAL, SINK, GATE,
+                o_, lse_, run_, band_, row_band_, start, head, rows, first, last,
+                o_row, o_head, lse_row, lse_head, scale, cap, slope,
+                0, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE,
             )),
             (_multiply, (
                 q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
-                o_, lse_, out_, sink_, gate_, run_, band_, row_band_, start, head, rows, first, last,
-                o_row, o_head, lse_row, lse_head, out_row, out_head, gate_row, gate_head, scale, cap, slope,
-                1, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE, FINAL, SINK, GATE,
+                o_, lse_, run_, band_, row_band_, start, head, rows, first, last,
+                o_row, o_head, lse_row, lse_head, scale, cap, slope,
+                1, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE,
             )),
             (_fetch, (
                 q_, k_, v_, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,

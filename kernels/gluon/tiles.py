@@ -12,7 +12,7 @@ copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_globa
 
 @gluon.constexpr_function
 def product_layout(columns):
-    """Of a result with 64 rows per warpgroup, by matrix instructions of this width."""
+    """The layout of a product with 64 rows per warpgroup, by matrix instructions of this width."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 

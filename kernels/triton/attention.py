@@ -1,4 +1,4 @@
-"""Core attention in plain Triton (tier A): which tiles, which launches. The kernels are in triton_forward and triton_backward.
+"""Core attention in plain Triton (tier A): which tiles, which launches. The kernels are in forward.py and backward.py.
 
 Runs on NVIDIA GPUs from sm_80 on, and on the CPU in Triton's interpreter (TRITON_INTERPRET=1) for tests. Lengths, runs and
 strides of tokens are data: another batch compiles nothing.
@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from distattn.kernels.launch_mask import Cells
-from distattn.kernels.spec import Demand, Score
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.tile_runs import tile_runs, transposed_runs
 from distattn.kernels.triton.backward import dkdv_kernel, dq_kernel, row_numbers_kernel
 from distattn.kernels.triton.forward import forward_kernel
 from distattn.kernels.triton.launch import (
-    FAR,
-    Launch,
-    Lists,
+    TMA_LIMIT,
     Tile,
+    TileRunTensors,
+    TritonLaunch,
     call_arguments,
-    capability_of,
-    lists_of,
+    compute_capability,
     make_launch,
-    run,
+    run_launch,
     tensor_arguments,
+    tile_run_tensors,
 )
 from distattn.kernels.triton.tiles import INTERPRETED
 
@@ -74,53 +74,53 @@ _SINGLE = {
 _ROW_BLOCK = 256
 
 
-class Work(NamedTuple):
+class TileSchedule(NamedTuple):
     """The lists of the three kernels and the shape of the call."""
 
-    forward: Lists
-    dkdv: Lists
-    dq: Lists
+    forward: TileRunTensors
+    dkdv: TileRunTensors
+    dq: TileRunTensors
     tiles: Tiles
-    group: int
-    first: int
+    group_size: int
+    first_head: int
 
 
-def refusal(demand: Demand) -> str | None:
+def unsupported_reason(requirements: KernelRequirements) -> str | None:
     """Why this kernel cannot serve such a call, or None."""
-    if demand.device.type != "cuda" and not (INTERPRETED and demand.device.type == "cpu"):
-        return f"Triton kernels run on NVIDIA GPUs, not on {demand.device.type}"
-    if capability_of(demand.device) < 80:
+    if requirements.device.type != "cuda" and not (INTERPRETED and requirements.device.type == "cpu"):
+        return f"Triton kernels run on NVIDIA GPUs, not on {requirements.device.type}"
+    if compute_capability(requirements.device) < 80:
         return "it needs compute capability 8.0 (A100) or later"
-    if demand.dtype not in _DTYPES:
-        return f"it computes bfloat16, float16 and float32, not {str(demand.dtype)[6:]}"
-    for dim in (demand.head_dim, demand.v_head_dim):
+    if requirements.dtype not in _DTYPES:
+        return f"it computes bfloat16, float16 and float32, not {str(requirements.dtype)[6:]}"
+    for dim in (requirements.head_dim, requirements.v_head_dim):
         if not 16 <= dim <= 256 or len(_parts(dim)) > 2 or dim % 16:
             return f"head dims are powers of two or sums of two from 16 to 256 (80, 96, 192), not {dim}"
     return None
 
 
-def tiles_for(demand: Demand, capability: int) -> Tiles:
+def tiles_for(requirements: KernelRequirements, capability: int) -> Tiles:
     """The tiles for such a call on a device of this compute capability (80, 90, ...)."""
     # consumer chips have as little shared memory as older ones
     table = _HALF_90 if 90 <= capability < 120 else _HALF_80
-    table = _SINGLE if demand.dtype == torch.float32 else table
-    return table[min(dims for dims in table if dims >= demand.head_dim + demand.v_head_dim)]
+    table = _SINGLE if requirements.dtype == torch.float32 else table
+    return table[min(dims for dims in table if dims >= requirements.head_dim + requirements.v_head_dim)]
 
 
-def prepare(cells: Cells, demand: Demand) -> Work:
-    """The lists of tiles that compute these cells."""
-    return prepare_tiles(cells, tiles_for(demand, capability_of(demand.device)))
+def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
+    """The lists of tiles that compute the mask."""
+    return prepare_tiles(mask, tiles_for(requirements, compute_capability(requirements.device)))
 
 
-def prepare_tiles(cells: Cells, tiles: Tiles) -> Work:
-    """The same with tiles of one's own."""
-    return Work(
-        lists_of(tile_runs(cells, tiles.forward.rows, tiles.forward.keys)),
-        lists_of(transposed_runs(cells, tiles.dkdv.keys, tiles.dkdv.rows)),
-        lists_of(tile_runs(cells, tiles.dq.rows, tiles.dq.keys)),
+def prepare_tiles(mask: LaunchMask, tiles: Tiles) -> TileSchedule:
+    """The same with given tiles."""
+    return TileSchedule(
+        tile_run_tensors(tile_runs(mask, tiles.forward.rows, tiles.forward.keys)),
+        tile_run_tensors(transposed_runs(mask, tiles.dkdv.keys, tiles.dkdv.rows)),
+        tile_run_tensors(tile_runs(mask, tiles.dq.rows, tiles.dq.keys)),
         tiles,
-        cells.group,
-        cells.first,
+        mask.group_size,
+        mask.first_head,
     )
 
 
@@ -128,17 +128,20 @@ def forward(
     q_THD: Tensor,
     k_SKD: Tensor,
     v_SKE: Tensor,
-    work: Work,
-    score: Score,
+    schedule: TileSchedule,
+    score: ScoreMod,
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """(o_THE, lse_TH) in fp32; rows without keys: o = 0, lse = -inf. With `into`, written there or, with `merge`, merged."""
+    """(o_THE, lse_TH) in fp32; rows without keys have o = 0 and lse = -inf.
+
+    into: (o, lse) to write the result to or, with `merge`, to merge it into.
+    """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-    run(plan_forward(q_THD, k_SKD, v_SKE, *into, work, score, precision=precision, merge=merge))
+    run_launch(plan_forward(q_THD, k_SKD, v_SKE, *into, schedule, score, precision=precision, merge=merge))
     return into
 
 
@@ -149,8 +152,8 @@ def backward(
     v_SKE: Tensor,
     lse_TH: Tensor,
     delta_TH: Tensor,
-    work: Work,
-    score: Score,
+    schedule: TileSchedule,
+    score: ScoreMod,
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,8 +165,8 @@ def backward(
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
     accumulate = into[0] is not None, into[1] is not None
     tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
-    for launch in plan_backward(*tensors, (dq, dk, dv), work, score, precision=precision, accumulate=accumulate):
-        run(launch)
+    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, precision=precision, accumulate=accumulate):
+        run_launch(launch)
     return dq, dk, dv
 
 
@@ -173,30 +176,21 @@ def plan_forward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    work: Work,
-    score: Score,
+    schedule: TileSchedule,
+    score: ScoreMod,
     *,
     precision: str = "ieee",
     merge: bool = False,
-    out: Tensor | None = None,
-    sink: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> Launch:
-    """The forward launch, with its epilogue.
-
-    o (T, H, E) fp32 and lse (T, H): written, or with `merge` folded into what they hold. out (T, H, E): also finalize, with
-    sink (H,) into lse and out, and gate (T, H) or (T, H, E) into out; with a gate, o gets what the gate multiplied.
-    """
+) -> TritonLaunch:
+    """The forward launch. o (T, H, E) fp32 and lse (T, H) are written, or with `merge` folded into what they hold."""
     (rows, heads, _), keys = q.shape, len(k)
-    tile = work.tiles.forward
+    tile = schedule.tiles.forward
     arguments = _operands({"q": (q, tile.rows), "k": (k, tile.keys), "v": (v, tile.keys)})
-    arguments |= tensor_arguments(o=o, lse=lse, out=o if out is None else out, gate=o if gate is None else gate)
-    arguments |= {"sink_": o if sink is None else sink, "slopes_": o if score.slopes_H is None else score.slopes_H}
-    arguments |= call_arguments(work.forward, rows, keys, heads, work.group, work.first, score)
+    arguments |= tensor_arguments(o=o, lse=lse) | {"slopes_": o if score.slopes_H is None else score.slopes_H}
+    arguments |= call_arguments(schedule.forward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
     arguments["PRECISION"] = precision
-    arguments |= dict(BM=tile.rows, BN=tile.keys, MERGE=merge, FINAL=out is not None, SINK=sink is not None)
-    arguments["GATE"] = 0 if gate is None else gate.dim() - 1
-    return make_launch(forward_kernel, len(work.forward.order) * heads, arguments, tile)
+    arguments |= dict(BM=tile.rows, BN=tile.keys, MERGE=merge)
+    return make_launch(forward_kernel, len(schedule.forward.order) * heads, arguments, tile)
 
 
 def plan_backward(
@@ -207,12 +201,12 @@ def plan_backward(
     lse: Tensor,
     delta: Tensor,
     grads: tuple[Tensor, ...],
-    work: Work,
-    score: Score,
+    schedule: TileSchedule,
+    score: ScoreMod,
     *,
     precision: str = "ieee",
     accumulate: tuple[bool, bool] = (False, False),
-) -> list[Launch]:
+) -> list[TritonLaunch]:
     """The backward launches; grads (dq, dk, dv) are fp32. accumulate: add to dq, to dk and dv, instead of writing."""
     (rows, heads, _), (keys, kv_heads, _) = q.shape, k.shape
     dq, dk, dv = grads
@@ -222,13 +216,13 @@ def plan_backward(
     slopes = numbers if score.slopes_H is None else score.slopes_H
     launches = [first_launch]
     for kernel, lists, tile, acc, results in (
-        (dkdv_kernel, work.dkdv, work.tiles.dkdv, accumulate[1], tensor_arguments(dk=dk, dv=dv)),
-        (dq_kernel, work.dq, work.tiles.dq, accumulate[0], tensor_arguments(dq=dq)),
+        (dkdv_kernel, schedule.dkdv, schedule.tiles.dkdv, accumulate[1], tensor_arguments(dk=dk, dv=dv)),
+        (dq_kernel, schedule.dq, schedule.tiles.dq, accumulate[0], tensor_arguments(dq=dq)),
     ):
         on_rows, on_keys = tile.rows, tile.keys
         arguments = _operands({"q": (q, on_rows), "k": (k, on_keys), "v": (v, on_keys), "do": (do, on_rows)})
         arguments |= results | {"numbers_": numbers, "padded": padded, "plane": heads * padded, "slopes_": slopes}
-        arguments |= call_arguments(lists, rows, keys, heads, work.group, work.first, score)
+        arguments |= call_arguments(lists, rows, keys, heads, schedule.group_size, schedule.first_head, score)
         arguments["PRECISION"] = precision
         arguments |= dict(BM=tile.rows, BN=tile.keys, ACC=acc)
         if kernel is dkdv_kernel:
@@ -238,7 +232,7 @@ def plan_backward(
     return launches
 
 
-def plan_row_numbers(lse: Tensor, delta: Tensor) -> tuple[Tensor, Launch]:
+def plan_row_numbers(lse: Tensor, delta: Tensor) -> tuple[Tensor, TritonLaunch]:
     """(2, H, more than T): log-sum-exp in base 2 and delta as backward kernels read them, and the launch that fills it."""
     rows, heads = lse.shape
     # programs read a tile beyond the last row
@@ -275,13 +269,13 @@ def _operands(tensors: dict[str, tuple[Tensor, int]]) -> dict[str, Any]:
 def _fits_tma(x: Tensor) -> bool:
     if x.dtype == torch.float32 or not x.numel():
         return False
-    if max(x.shape[0], x.shape[1] * abs(x.stride(1))) >= FAR:
+    if max(x.shape[0], x.shape[1] * abs(x.stride(1))) >= TMA_LIMIT:
         return False
     aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
-    return aligned and (INTERPRETED or capability_of(x.device) >= 90)
+    return aligned and (INTERPRETED or compute_capability(x.device) >= 90)
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """Of the matrix (tokens, heads x dim)."""
+    """A descriptor of the matrix (tokens, heads x dim)."""
     columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width])

@@ -1,8 +1,7 @@
 """Forward kernel in plain Triton: one program owns a tile of query rows of one head and walks its runs of key tiles.
 
 Online softmax in base 2 (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao 2023, arXiv 2307.08691). Deterministic, no
-atomics. What becomes of the result is the epilogue: it is written, merged into a running (o, lse), or merged and
-finalized with the sink, the gate and a cast, so that a ring step needs no second kernel.
+atomics. The result is written, or merged into a running (o, lse), so that a ring step needs no second kernel.
 """
 
 # BM query rows, BN keys; head dim D = D0 + D1, value head dim E = E0 + E1, each part a power of two (or 0)
@@ -10,7 +9,7 @@ finalized with the sink, the gate and a cast, so that a ring step needs no secon
 import triton
 import triton.language as tl
 
-from distattn.kernels.triton.tiles import LN2, LOG2E, capped, load_run, load_tile, merge_shares, row_keys, sink_shares
+from distattn.kernels.triton.tiles import LN2, LOG2E, capped, load_run, load_tile, merge_shares, row_keys
 
 
 @triton.jit
@@ -52,47 +51,30 @@ def _visit(
 
 
 @triton.jit
-def _finish(
-    acc, inverse, old, fresh, sink_weight, o_, out_, gate_, row, head, rows, o_row, o_head, out_row, out_head,
-    gate_row, gate_head, column,
-    BM: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr, FINAL: tl.constexpr, GATE: tl.constexpr,
+def _store(
+    acc, inverse, old, fresh, o_, row, head, rows, o_row, o_head, column,
+    BM: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """Columns [column, column + WIDTH) of the result, merged and finalized as asked."""
+    """Write columns [column, column + WIDTH) of the result, or with MERGE fold them into what is there."""
     r = row + tl.arange(0, BM)
     c = column + tl.arange(0, WIDTH)
     inside = (r < rows)[:, None]
-    far = r.to(tl.int64)
-    at = far[:, None] * o_row + head * o_head + c[None, :]
+    at = r.to(tl.int64)[:, None] * o_row + head * o_head + c[None, :]
     o = acc * inverse[:, None]
     if MERGE:
         o = o * fresh[:, None] + tl.load(o_ + at, mask=inside, other=0.0) * old[:, None]
-    if FINAL:
-        o = o * sink_weight[:, None]
-        if GATE > 0:
-            # the backward needs what the gate multiplied
-            tl.store(o_ + at, o, mask=inside)
-        if GATE == 1:
-            o = o * tl.load(gate_ + far * gate_row + head * gate_head, mask=r < rows, other=0.0).to(tl.float32)[:, None]
-        if GATE == 2:
-            gate = gate_ + far[:, None] * gate_row + head * gate_head + c[None, :]
-            o = o * tl.load(gate, mask=inside, other=0.0).to(tl.float32)
-        out = out_ + far[:, None] * out_row + head * out_head + c[None, :]
-        tl.store(out, o.to(out_.dtype.element_ty), mask=inside)
-    else:
-        tl.store(o_ + at, o, mask=inside)
+    tl.store(o_ + at, o, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "heads", "tiles", "shift"], do_not_specialize_on_alignment=["lse_"])
 def forward_kernel(
-    q_, k_, v_, q1_, k1_, v1_, o_, lse_, out_, sink_, gate_, slopes_,
+    q_, k_, v_, q1_, k1_, v1_, o_, lse_, slopes_,
     first_, run_, band_, row_band_, group_, order_,
     rows, keys, heads, tiles, shift,
-    q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head, lse_row, lse_head, out_row, out_head,
-    gate_row, gate_head, scale, cap,
+    q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head, lse_row, lse_head, scale, cap,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr,
-    MERGE: tl.constexpr, FINAL: tl.constexpr, SINK: tl.constexpr, GATE: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """o (rows, heads, E) and natural lse (rows, heads) of the runs; `shift`: query head h uses kv head (h + shift) // GROUP."""
     # heads of one tile are neighbours: they share keys and values in the cache
@@ -143,21 +125,12 @@ def forward_kernel(
     lse = tl.where(some, (m + tl.math.log2(tl.where(some, l, 1.0))) * LN2, -float("inf"))
     inside = r < rows
     lse_at = lse_ + r.to(tl.int64) * lse_row + head * lse_head
-    old, fresh, sink_weight = inverse, inverse, inverse
+    # shares of what was there before and of what this launch computed
+    old, fresh = inverse, inverse
     if MERGE:
         before = tl.load(lse_at, mask=inside, other=-float("inf"))
         old, fresh, lse = merge_shares(before, lse)
-    if FINAL:
-        sink_weight = tl.full([BM], 1.0, tl.float32)
-        if SINK:
-            sink_weight, lse = sink_shares(lse, tl.load(sink_ + head).to(tl.float32))
     tl.store(lse_at, lse, mask=inside)
-    _finish(
-        acc0, inverse, old, fresh, sink_weight, o_, out_, gate_, row, head, rows, o_row, o_head, out_row, out_head,
-        gate_row, gate_head, 0, BM, E0, MERGE, FINAL, GATE,
-    )  # fmt: skip
+    _store(acc0, inverse, old, fresh, o_, row, head, rows, o_row, o_head, 0, BM, E0, MERGE)
     if E1 > 0:
-        _finish(
-            acc1, inverse, old, fresh, sink_weight, o_, out_, gate_, row, head, rows, o_row, o_head, out_row, out_head,
-            gate_row, gate_head, E0, BM, E1, MERGE, FINAL, GATE,
-        )  # fmt: skip
+        _store(acc1, inverse, old, fresh, o_, row, head, rows, o_row, o_head, E0, BM, E1, MERGE)

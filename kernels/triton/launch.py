@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.kernels.spec import Score
-from distattn.kernels.tile_runs import Runs
+from distattn.kernels.spec import ScoreMod
+from distattn.kernels.tile_runs import TileRuns
 
 # coordinates of the tensor-memory accelerator have 32 bits
-FAR = 1 << 31
+TMA_LIMIT = 1 << 31
 
 
 class Tile(NamedTuple):
-    """Sides of a tile, warps of a program, and stages of its loads."""
+    """Sides of a tile in query rows and keys, warps of a program, and stages of its loads."""
 
     rows: int
     keys: int
@@ -24,7 +24,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Lists(NamedTuple):
+class TileRunTensors(NamedTuple):
     """Runs as the kernels read them: int32 tensors, see `Runs`."""
 
     first: Tensor
@@ -35,7 +35,7 @@ class Lists(NamedTuple):
     order: Tensor
 
 
-class Launch(NamedTuple):
+class TritonLaunch(NamedTuple):
     """One launch: what `kernel[grid](**arguments, **options)` gets. The compile lint reads the same."""
 
     kernel: Any
@@ -44,35 +44,39 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
-def run(launch: Launch) -> None:
-    """Launch, unless there is nothing to do."""
+def run_launch(launch: TritonLaunch) -> None:
+    """Run a launch, unless its grid is empty."""
     if launch.grid[0]:
         launch.kernel[launch.grid](**launch.arguments, **launch.options)
 
 
 @cache
-def capability_of(device: torch.device) -> int:
-    """Compute capability of a device: 80, 90, ...; of the interpreter's, 80."""
+def compute_capability(device: torch.device) -> int:
+    """Compute capability of a device: 80, 90, ...; 80 in the interpreter."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-def lists_of(runs: Runs) -> Lists:
-    """The same as tensors."""
-    return Lists(*(torch.from_numpy(column) for column in runs[:6]))
+def tile_run_tensors(runs: TileRuns) -> TileRunTensors:
+    """Runs as tensors on the host."""
+    return TileRunTensors(*(torch.from_numpy(column) for column in runs[:6]))
 
 
-def moved(work: Any, device: torch.device) -> Any:
-    """A kernel's lists, as its `prepare` made them, on a device."""
-    if isinstance(work, Tensor):
-        return work.to(device)
-    return type(work)(*(moved(part, device) for part in work)) if isinstance(work, tuple) else work
+def schedule_to_device(schedule: Any, device: torch.device) -> Any:
+    """A kernel's schedule, as its `prepare` made it, with all tensors on a device."""
+    if isinstance(schedule, Tensor):
+        return schedule.to(device)
+    return (
+        type(schedule)(*(schedule_to_device(part, device) for part in schedule))
+        if isinstance(schedule, tuple)
+        else schedule
+    )
 
 
 def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
-    """Tensors of tokens and heads with their strides."""
+    """Arguments for tensors (tokens, heads, ...) and their strides."""
     out: dict[str, Any] = {}
     for name, x in tensors.items():
         out |= {f"{name}_": x, f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
@@ -80,16 +84,16 @@ def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
 
 
 def call_arguments(
-    lists: Lists, rows: int, keys: int, heads: int, group: int, first: int, score: Score
+    lists: TileRunTensors, rows: int, keys: int, heads: int, group: int, first: int, score: ScoreMod
 ) -> dict[str, Any]:
-    """The lists, the shape of the call and how scores are made."""
+    """Arguments for the runs, the shape of the call and how scores are made."""
     columns = {f"{name}_": column for name, column in lists._asdict().items()}
     numbers = dict(rows=rows, keys=keys, heads=heads, tiles=len(lists.order), shift=first, GROUP=group)
     how = dict(scale=score.scale, cap=score.softcap, CAP=score.softcap > 0, ALIBI=score.slopes_H is not None)
     return columns | numbers | how
 
 
-def make_launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:
-    """Of those arguments that the kernel has."""
+def make_launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> TritonLaunch:
+    """A launch with those of the arguments that the kernel has."""
     wanted = {name: arguments[name] for name in kernel.arg_names}
-    return Launch(kernel, (programs,), wanted, {"num_warps": tile.warps, "num_stages": tile.stages})
+    return TritonLaunch(kernel, (programs,), wanted, {"num_warps": tile.warps, "num_stages": tile.stages})

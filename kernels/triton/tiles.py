@@ -60,14 +60,3 @@ def merge_shares(before, lse):
     share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     both = tl.where(total > 0, top + tl.math.log2(tl.where(total > 0, total, 1.0)) * LN2, -float("inf"))
     return old * share, fresh * share, both
-
-
-@triton.jit
-def sink_shares(lse, sink):
-    """(share of the keys, log-sum-exp of all) with one more logit in the softmax that has no value."""
-    top = tl.maximum(lse, sink)
-    safe = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.math.exp2((lse - safe) * LOG2E) + tl.math.exp2((sink - safe) * LOG2E)
-    both = safe + tl.math.log2(tl.where(total > 0, total, 1.0)) * LN2
-    share = tl.where(lse == -float("inf"), 0.0, tl.math.exp2((lse - both) * LOG2E))
-    return share, tl.where(total > 0, both, -float("inf"))

@@ -1,16 +1,16 @@
-"""Do any two rectangles of a group overlap? Sorts and searches only, near-linear whatever the rectangles are."""
+"""Finds two rectangles of a group that overlap, by sorts and searches: near-linear whatever the rectangles are."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from distattn.ir.intervals import Ints, distinct, elementary, lexical_order, order
+from distattn.ir.intervals import Ints, elementary_intervals, lexicographic_argsort, sorted_unique, stable_argsort
 
 # rectangles cut into more slabs than this, on average, are checked by levels instead
 _SLABS = 16
 
 
-def first_clash(group: Ints, box: tuple[Ints, Ints, Ints, Ints]) -> tuple[int, int] | None:
+def first_overlap(group: Ints, box: tuple[Ints, Ints, Ints, Ints]) -> tuple[int, int] | None:
     """Two rows of one group whose rectangles [q0, q1) x [k0, k1) share a cell, or None.
 
     Rectangles of a plan mostly line up: cut at each other's ends along one axis they become few slabs, in which the
@@ -28,13 +28,13 @@ def first_clash(group: Ints, box: tuple[Ints, Ints, Ints, Ints]) -> tuple[int, i
 
 def _slabs(group: Ints, low: Ints, high: Ints) -> int:
     base = int(high.max()) + 2 if len(high) else 2
-    points = distinct(np.concatenate([group * base + low, group * base + high]))
+    points = sorted_unique(np.concatenate([group * base + low, group * base + high]))
     return int((np.searchsorted(points, group * base + high) - np.searchsorted(points, group * base + low)).sum())
 
 
 def _clash_in_slabs(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints) -> tuple[int, int] | None:
-    row, slab, *_ = elementary(group, low, high)
-    index = lexical_order(slab, begin[row])
+    row, slab, *_ = elementary_intervals(group, low, high)
+    index = lexicographic_argsort(slab, begin[row])
     row, slab = row[index], slab[index]
     return _first((slab[1:] == slab[:-1]) & (begin[row[1:]] < end[row[:-1]]), row[:-1], row[1:])
 
@@ -46,11 +46,11 @@ def _clash_in_levels(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints)
     intervals overlap just when, at some node, both are long or one is long and the other short.
     """
     base = int(high.max()) + 2
-    points = distinct(np.concatenate([group * base + low, group * base + high]))
+    points = sorted_unique(np.concatenate([group * base + low, group * base + high]))
     a, b = np.searchsorted(points, group * base + low), np.searchsorted(points, group * base + high)
     # the second axis as ranks, with the group in them: then a node and a rank fit in one number
     width = int(end.max()) + 2
-    ranks = distinct(np.concatenate([group * width + begin, group * width + end]))
+    ranks = sorted_unique(np.concatenate([group * width + begin, group * width + end]))
     c, d = np.searchsorted(ranks, group * width + begin), np.searchsorted(ranks, group * width + end)
     span, index = len(ranks) + 1, np.arange(len(group))
     left, right = a.copy(), b.copy()
@@ -64,7 +64,7 @@ def _clash_in_levels(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints)
         twice = np.zeros(len(long), bool)
         twice[both:] = (from_left & from_right & (left == right - 1))[index[from_right]]
         long, node = long[~twice], node[~twice]
-        by_key = order(node * span + c[long])
+        by_key = stable_argsort(node * span + c[long])
         long, node = long[by_key], node[by_key]
         low_key, high_key = node * span + c[long], node * span + d[long]
         if found := _first(low_key[1:] < high_key[:-1], long[:-1], long[1:]):

@@ -11,21 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.cluster.topology import Cluster
-from distattn.ir.bands import Q0, Q1, row_ends
+from distattn.ir.bands import Q0, Q1, row_key_ranges
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
-from distattn.ir.plan import Columns, Payload, Plan, Table, areas_of_tasks, bytes_of_moves, count, take, task_bands
+from distattn.ir.plan import Columns, Payload, Plan, Table, move_bytes, num_rows, select_rows, task_areas, task_bands
 from distattn.parallel.analysis import quality
-from distattn.parallel.analysis.lower_bounds import least, plain_ring, traffic
+from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traffic, plan_traffic
 from distattn.parallel.analysis.verify import Proof, verify
 
 # ranks listed one by one before only the extremes are shown
 _LISTED_RANKS = 16
-# head ranges drawn side by side
+# most head ranges that are drawn side by side
 _PANELS = 4
-# corners of a drawn piece
+# most rows at which the outline of a task is drawn
 _OUTLINE_ROWS = 48
 
 
@@ -35,15 +35,15 @@ class Explanation:
 
     plan: Plan
     proof: Proof
-    cluster: Machines
+    cluster: AnyCluster
 
     def as_dict(self) -> dict[str, Any]:
         """Every number of the text, in bytes, tokens and cells x query heads."""
         call, moved = self.plan.call, self.plan.bytes()
         yardsticks = {
-            "plan": traffic(self.plan, self.cluster),
-            "least": least(self.plan, self.cluster),
-            "plain_ring": plain_ring(call, self.cluster),
+            "plan": plan_traffic(self.plan, self.cluster),
+            "lower_bound": lower_bound(self.plan, self.cluster),
+            "plain_ring": plain_ring_traffic(call, self.cluster),
         }
         area = self.plan.area_by_rank()
         return {
@@ -96,7 +96,7 @@ class Explanation:
                 or "nothing"
             ),
             *_traffic_lines(facts["traffic"], self.cluster),
-            *(f"  {name}: {half}" for name, half in quality.quality(self.plan, self.cluster).items()),
+            *(f"  {name}: {stats}" for name, stats in quality.quality(self.plan, self.cluster).items()),
         ]
         for direction, table in (("forward", self.plan.forward), ("backward", self.plan.backward)):
             lines += ["", _step_table(self.plan, direction, table)]
@@ -113,7 +113,7 @@ class Explanation:
         return draw_score_matrix(self.plan)
 
 
-def explain(plan: Plan, cluster: Machines | None = None) -> Explanation:
+def explain(plan: Plan, cluster: AnyCluster | None = None) -> Explanation:
     """Prove a plan and show it; `cluster` says which ranks share a node, all of them by default.
 
     Raises PlanError when it cannot be proven, DistattnError when the cluster has another number of ranks.
@@ -124,12 +124,14 @@ def explain(plan: Plan, cluster: Machines | None = None) -> Explanation:
     return Explanation(plan, verify(plan), cluster)
 
 
-def _traffic_lines(facts: dict[str, dict[str, int]], cluster: Machines) -> list[str]:
-    names = {"plan": "this plan", "least": "the least for these tasks", "plain_ring": "a plain ring"}
+def _traffic_lines(facts: dict[str, dict[str, int]], cluster: AnyCluster) -> list[str]:
+    names = {"plan": "this plan", "lower_bound": "the least for these tasks", "plain_ring": "a plain ring"}
     lines = []
     for name, label in names.items():
-        crossing = f", {readable_bytes(facts[name]['crossing'])} of it between nodes" if cluster.nodes > 1 else ""
-        lines.append(f"  {label + ':':26s} {readable_bytes(facts[name]['moved'])}{crossing}")
+        crossing = (
+            f", {readable_bytes(facts[name]['inter_node_bytes'])} of it between nodes" if cluster.nodes > 1 else ""
+        )
+        lines.append(f"  {label + ':':26s} {readable_bytes(facts[name]['total_bytes'])}{crossing}")
     return lines
 
 
@@ -155,14 +157,14 @@ def _rank_table(ranks: list[dict[str, int]]) -> str:
 
 
 def _step_table(plan: Plan, direction: str, table: Table) -> str:
-    work = areas_of_tasks(plan.call, table.tasks)
+    work = task_areas(plan.call, table.tasks)
     lines = [f"{direction}   tasks        cells x heads   moves      bytes   payloads"]
     for step in range(table.steps):
-        tasks, moves = table.tasks["step"] == step, take(table.moves, table.moves["step"] == step)
-        size = readable_bytes(int(bytes_of_moves(plan.call, moves).sum()))
+        tasks, moves = table.tasks["step"] == step, select_rows(table.moves, table.moves["step"] == step)
+        size = readable_bytes(int(move_bytes(plan.call, moves).sum()))
         names = ", ".join(Payload(p).name for p in np.unique(moves["payload"]))
         lines.append(
-            f"step {step:<4d}{int(tasks.sum()):7d} {int(work[tasks].sum()):20,d} {count(moves):7d} {size:>10s}"
+            f"step {step:<4d}{int(tasks.sum()):7d} {int(work[tasks].sum()):20,d} {num_rows(moves):7d} {size:>10s}"
             f"   {names}".rstrip()
         )
     return "\n".join(lines)
@@ -195,7 +197,7 @@ def _draw(figure: Any, axis: Any, plan: Plan, head: int, colour_by: str, colours
     from matplotlib.colors import BoundaryNorm
 
     tasks = plan.forward.tasks
-    here = take(tasks, (tasks["h0"] <= head) & (head < tasks["h1"]))
+    here = select_rows(tasks, (tasks["h0"] <= head) & (head < tasks["h1"]))
     colours = max(colours, 1)
     norm = BoundaryNorm(np.arange(colours + 1) - 0.5, 256)
     scale = ScalarMappable(norm, colormaps[{"rank": "turbo", "step": "viridis"}[colour_by]])
@@ -220,7 +222,7 @@ def _outlines(plan: Plan, tasks: Columns) -> list[np.ndarray]:
     out = []
     for band in task_bands(plan.call.mask, tasks):
         q: Ints = np.unique(np.linspace(band[Q0], band[Q1] - 1, _OUTLINE_ROWS).astype(np.int64))
-        begin, end = row_ends(np.broadcast_to(band, (len(q), len(band))), q)
+        begin, end = row_key_ranges(np.broadcast_to(band, (len(q), len(band))), q)
         # a row is one token high: its corners at q and q + 1
         left = np.stack([np.repeat(begin, 2), np.stack([q, q + 1], 1).ravel()], 1)
         right = np.stack([np.repeat(end, 2), np.stack([q, q + 1], 1).ravel()], 1)

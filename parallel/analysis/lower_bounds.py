@@ -1,4 +1,4 @@
-"""What a plan has to move at least, and what a plain ring would move: the yardsticks beside a plan's own bytes."""
+"""What a plan has to move at least, and what a plain ring would move: references for a plan's own bytes."""
 
 from __future__ import annotations
 
@@ -6,59 +6,71 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distattn.cluster.spec import Machines
-from distattn.ir.plan import ACCUMULATING, BACKWARD, FORWARD, MOVE_COLUMNS, Call, Payload, Plan, bytes_of_moves, concat
-from distattn.parallel.tables.routes import first_of, guests
+from distattn.cluster.spec import AnyCluster
+from distattn.ir.plan import (
+    BACKWARD_PAYLOADS,
+    FORWARD_PAYLOADS,
+    MOVE_COLUMNS,
+    REDUCED_PAYLOADS,
+    Call,
+    Payload,
+    Plan,
+    concat_rows,
+    move_bytes,
+)
+from distattn.parallel.tables.routes import differs_from_previous, remote_users
 
 
 class Traffic(NamedTuple):
     """Bytes of one attention call, forward and backward: all of them, and those between nodes."""
 
-    moved: int
-    crossing: int
+    total_bytes: int
+    inter_node_bytes: int
 
 
-def traffic(plan: Plan, cluster: Machines) -> Traffic:
-    """What the plan moves."""
-    moves = concat(MOVE_COLUMNS, [plan.forward.moves, plan.backward.moves])
-    size = bytes_of_moves(plan.call, moves)
+def plan_traffic(plan: Plan, cluster: AnyCluster) -> Traffic:
+    """The bytes that the plan moves."""
+    moves = concat_rows(MOVE_COLUMNS, [plan.forward.moves, plan.backward.moves])
+    size = move_bytes(plan.call, moves)
     node = cluster.node
     return Traffic(int(size.sum()), int(size[node[moves["src"]] != node[moves["dst"]]].sum()))
 
 
-def least(plan: Plan, cluster: Machines) -> Traffic:
-    """The least any plan with the same tasks at the same ranks and the same policy can move.
+def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
+    """The bytes that any plan with the same tasks at the same ranks and the same policy moves at least.
 
     Every rank that uses a token it does not own receives it at least once, and so does every node without its owner;
     every partial result leaves its rank, and its node, at least once.
     """
-    total = crossing = 0
-    for table, payloads in ((plan.forward, FORWARD), (plan.backward, BACKWARD)):
+    total = inter_node = 0
+    for table, payloads in ((plan.forward, FORWARD_PAYLOADS), (plan.backward, BACKWARD_PAYLOADS)):
         for payload in payloads:
             # what the forward brought is still there
             if table is plan.backward and plan.policy == "keep" and payload in (Payload.Q, Payload.KV):
                 continue
-            seen = guests(plan.call, payload, table.tasks, latest=payload in ACCUMULATING)
-            size = (seen["t1"] - seen["t0"]) * (seen["h1"] - seen["h0"]) * plan.call.cell_bytes(payload)
+            users = remote_users(plan.call, payload, table.tasks, latest=payload in REDUCED_PAYLOADS)
+            size = (users["t1"] - users["t0"]) * (users["h1"] - users["h0"]) * plan.call.token_head_bytes(payload)
             total += int(size.sum())
-            here, home = cluster.node[seen["rank"]], cluster.node[seen["owner"]]
-            order = np.lexsort((here, seen["stretch"]))
-            entered = first_of(seen["stretch"][order], here[order]) & (here != home)[order]
-            crossing += int(size[order][entered].sum())
-    return Traffic(total, crossing)
+            user_node, owner_node = cluster.node[users["rank"]], cluster.node[users["owner"]]
+            order = np.lexsort((user_node, users["segment"]))
+            entered = (
+                differs_from_previous(users["segment"][order], user_node[order]) & (user_node != owner_node)[order]
+            )
+            inter_node += int(size[order][entered].sum())
+    return Traffic(total, inter_node)
 
 
-def plain_ring(call: Call, cluster: Machines) -> Traffic:
-    """A ring that sends every key and value to every rank with tokens, twice, and every dKV all the way round."""
+def plain_ring_traffic(call: Call, cluster: AnyCluster) -> Traffic:
+    """The bytes of a ring that sends every key and value to every rank with tokens, twice, and every dKV all the way round."""
     tokens = call.layout.shard_sizes()
     members = np.flatnonzero(tokens)
-    seats = len(members)
-    if seats == 1:
+    ring_size = len(members)
+    if ring_size == 1:
         return Traffic(0, 0)
-    keys, grads = (call.kv_heads * call.cell_bytes(payload) for payload in (Payload.KV, Payload.dKV))
+    keys, grads = (call.kv_heads * call.token_head_bytes(payload) for payload in (Payload.KV, Payload.dKV))
     node = cluster.node[members]
     # edge i leads from member i to the next; keys of member i travel all edges but the one that leads to it
     crosses = node != np.roll(node, -1)
     travelled = int(crosses.sum()) - np.roll(crosses, 1)
-    total = int(tokens.sum()) * (2 * (seats - 1) * keys + seats * grads)
+    total = int(tokens.sum()) * (2 * (ring_size - 1) * keys + ring_size * grads)
     return Traffic(total, int((tokens[members] * (2 * travelled * keys + int(crosses.sum()) * grads)).sum()))

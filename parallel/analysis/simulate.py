@@ -1,10 +1,10 @@
-"""A plan timed on a described cluster, without running it: kernels, messages, waiting, memory. All numbers are simulated.
+"""A plan timed on a described cluster without running it: kernels, messages, waiting and memory. All numbers are simulated.
 
-What is simulated is our executor (parallel.runtime.execute). On every rank a step begins when the rank's own last step has ended:
-its kernels are done and its messages are there. Then one launch computes the step's tasks on the compute stream while the
-step's messages travel on the communication stream; a message begins when both of its ends have begun the step, and shares
-links with the other messages of the step. Packing before sending and merging of what arrives are copies on the device. A
-step cannot begin before the host has issued it.
+What is simulated is our executor (parallel.runtime.execute). On every rank a step begins when the rank's own previous step has
+ended: its kernels are done and its messages have arrived. Then one launch computes the step's tasks on the compute stream,
+while the step's messages travel on the communication stream. A message begins when both of its ends have begun the step, and
+shares links with the other messages of the step. Packing before sending and merging of what arrives are copies on the
+device. A step cannot begin before the host has issued it.
 
 Everything is arrays over ranks and messages; the only loop is over steps.
 """
@@ -15,103 +15,102 @@ from pathlib import Path
 
 import numpy as np
 
-from distattn.cluster import spec as describe
 from distattn.cluster.cost import (
     attention_speed,
     copy_seconds,
-    flops_of,
+    flops_per_cell,
     launch_seconds,
     message_seconds,
     tiled_area,
 )
-from distattn.cluster.spec import Description
+from distattn.cluster.spec import DIRECTIONS, AnyCluster, ClusterSpec, resolve_cluster
 from distattn.ir.errors import DistattnError
-from distattn.ir.plan import ACCUMULATING, Call, Plan, Table, areas_of_tasks, bytes_of_moves, count, task_bands
-from distattn.parallel.analysis.timeline import Pass, Timeline
+from distattn.ir.plan import REDUCED_PAYLOADS, Call, Plan, Table, move_bytes, num_rows, task_areas, task_bands
+from distattn.parallel.analysis.timeline import PassTimeline, Timeline
 from distattn.parallel.analysis.verify import Proof, verify
 
 Numbers = np.ndarray
 
 
-def simulate(plan: Plan, cluster: Description | str | Path, proof: Proof | None = None) -> Timeline:
-    """Time one attention call, forward and backward, on a cluster: a description, or what `describe.load` takes.
+def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None = None) -> Timeline:
+    """Time one attention call, forward and backward, on a ClusterSpec, or on what `distattn.cluster.spec.load` takes.
 
-    proof: what `verify` gave for this plan, where it is at hand; otherwise the plan is proven here. Raises PlanError when
-    the plan cannot be proven, DistattnError when the cluster has not as many devices as it has ranks.
+    proof: what `verify` returned for this plan, where it is at hand; otherwise the plan is proven here. Raises PlanError when
+    the plan cannot be proven, DistattnError when the cluster has not as many devices as the plan has ranks, or no speeds.
     """
-    description = cluster if isinstance(cluster, Description) else describe.load(cluster)
-    if description.ranks != plan.call.ranks:
-        raise DistattnError(
-            f"the plan has {plan.call.ranks} ranks, {description.name} {description.nodes} x {description.devices} devices."
-        )
+    spec = resolve_cluster(cluster)
+    if not isinstance(spec, ClusterSpec):
+        raise DistattnError('simulate needs speeds: pass a ClusterSpec, its name such as "h200-8x8", or its TOML file.')
+    if spec.ranks != plan.call.ranks:
+        raise DistattnError(f"the plan has {plan.call.ranks} ranks, {spec.name} {spec.nodes} x {spec.devices} devices.")
     if proof is None:
         proof = verify(plan)
     elif proof.digest != plan.digest:
         raise DistattnError("the proof is of another plan.")
-    passes = [timed(plan.call, description, name, getattr(plan, name)) for name in describe.DIRECTIONS]
-    return Timeline(plan, description, proof, *passes)
+    passes = [simulate_pass(plan.call, spec, name, getattr(plan, name)) for name in DIRECTIONS]
+    return Timeline(plan, spec, proof, *passes)
 
 
-def timed(call: Call, description: Description, direction: str, table: Table) -> Pass:
-    """One table in time; it need not be proven."""
+def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> PassTimeline:
+    """Simulate one table, which need not be proven: one direction of a call."""
     ranks, steps = call.ranks, table.steps
-    kernels = _kernels(call, description, direction, table)
+    kernel_seconds = _kernel_seconds(call, cluster, direction, table)
     moves = table.moves
     # messages: the moves of one step between two ranks
     key = (moves["step"] * ranks + moves["src"]) * ranks + moves["dst"]
-    size = bytes_of_moves(call, moves)
+    size = move_bytes(call, moves)
     # rows of a table are sorted by step, source and destination
     first = np.flatnonzero(np.diff(key, prepend=-1))
     sizes, merged = np.zeros(0), np.zeros(0)
     if len(first):
         sizes = np.add.reduceat(size, first).astype(float)
-        merged = np.add.reduceat(size * np.isin(moves["payload"], ACCUMULATING), first).astype(float)
+        merged = np.add.reduceat(size * np.isin(moves["payload"], REDUCED_PAYLOADS), first).astype(float)
     pair, dst = np.divmod(key[first], ranks)
     step_of, src = np.divmod(pair, ranks)
     bounds = np.searchsorted(step_of, np.arange(steps + 1))
     begin, computed, arrived = (np.zeros((steps, ranks)) for _ in range(3))
     ready = np.zeros(ranks)
-    host = description.device.host_us * 1e-6
+    host = cluster.device.host_us * 1e-6
     for step in range(steps):
         here = slice(bounds[step], bounds[step + 1])
         start = np.maximum(ready, host * (step + 1))
         s, d, n = src[here], dst[here], sizes[here]
-        # a message waits for both ends, and for what its sender has to pack
-        packed = start + copy_seconds(description, np.bincount(s, n, ranks))
-        there = np.maximum(packed[s], start[d]) + message_seconds(description, s, d, n)
-        landed = start.copy()
-        np.maximum.at(landed, d, there)
-        np.maximum.at(landed, s, there)
-        # what is added is read twice and written once
-        landed += copy_seconds(description, 1.5 * np.bincount(d, merged[here], ranks))
-        begin[step], computed[step], arrived[step] = start, start + kernels[step], landed
-        ready = np.maximum(computed[step], landed)
-    crossing = src // description.devices != dst // description.devices
-    work = float(areas_of_tasks(call, table.tasks).astype(float).sum())
-    return Pass(
+        # a message waits for both ends, and until its sender has packed it
+        packed = start + copy_seconds(cluster, np.bincount(s, n, ranks))
+        delivered = np.maximum(packed[s], start[d]) + message_seconds(cluster, s, d, n)
+        done = start.copy()
+        np.maximum.at(done, d, delivered)
+        np.maximum.at(done, s, delivered)
+        # a partial result is added: read twice and written once
+        done += copy_seconds(cluster, 1.5 * np.bincount(d, merged[here], ranks))
+        begin[step], computed[step], arrived[step] = start, start + kernel_seconds[step], done
+        ready = np.maximum(computed[step], done)
+    crossing = src // cluster.devices != dst // cluster.devices
+    work = float(task_areas(call, table.tasks).astype(float).sum())
+    return PassTimeline(
         direction,
         begin,
         computed,
         arrived,
         float(ready.max(initial=0.0)),
-        work * flops_of(direction, call.head_dim, call.v_head_dim),
+        work * flops_per_cell(direction, call.head_dim, call.v_head_dim),
         np.bincount(src, sizes * ~crossing, ranks).astype(np.int64),
         np.bincount(src, sizes * crossing, ranks).astype(np.int64),
     )
 
 
-def _kernels(call: Call, description: Description, direction: str, table: Table) -> Numbers:
-    """Seconds of each step's launch on each rank, (steps, ranks)."""
+def _kernel_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
+    """Kernel seconds of each step on each rank, (steps, ranks)."""
     tasks = table.tasks
     out = np.zeros((table.steps, call.ranks))
-    if not count(tasks):
+    if not num_rows(tasks):
         return out
     bands = task_bands(call.mask, tasks)
-    speed = attention_speed(description, direction, call.head_dim, tasks["q1"] - tasks["q0"], tasks["k1"] - tasks["k0"])
-    cells, widest = tiled_area(bands, description.device.tile)
+    speed = attention_speed(cluster, direction, call.head_dim, tasks["q1"] - tasks["q0"], tasks["k1"] - tasks["k0"])
+    cells, widest = tiled_area(bands, cluster.device.tile)
     launch = tasks["step"] * call.ranks + tasks["rank"]
-    per_cell = flops_of(direction, call.head_dim, call.v_head_dim)
+    per_cell = flops_per_cell(direction, call.head_dim, call.v_head_dim)
     heads = tasks["h1"] - tasks["h0"]
-    launches, seconds = launch_seconds(description, cells, widest, heads, speed, per_cell, launch)
+    launches, seconds = launch_seconds(cluster, cells, widest, heads, speed, per_cell, launch)
     out.ravel()[launches] = seconds
     return out

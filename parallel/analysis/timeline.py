@@ -11,23 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from distattn.cluster.spec import Description
+from distattn.cluster.spec import ClusterSpec
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Plan
 from distattn.parallel.analysis.verify import Proof
 
 Numbers = np.ndarray
-# lines of a picture
-_DRAWN = 64
+# most ranks that a picture shows
+_MAX_DRAWN = 64
 _KERNELS, _MESSAGES = "#1f5fa8", "#e08a1e"
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One direction of a plan in time; seconds, (steps, ranks): when each step began, its kernels and its messages ended.
+class PassTimeline:
+    """One direction of a plan in time.
 
-    Kernels or messages that a rank does not have in a step end when the step begins. inside, across: bytes sent by each
-    rank within its node and to other nodes.
+    begin, computed, arrived: seconds, (steps, ranks), at which each step began, its kernels ended and its messages ended.
+    Kernels or messages that a rank does not have in a step end when the step begins. seconds: of the whole pass.
+    intra_node_bytes, inter_node_bytes: sent by each rank within its node and to other nodes.
     """
 
     direction: str
@@ -36,22 +37,22 @@ class Pass:
     arrived: Numbers
     seconds: float
     flops: float
-    inside: Ints
-    across: Ints
+    intra_node_bytes: Ints
+    inter_node_bytes: Ints
 
     @property
     def busy(self) -> Numbers:
-        """Seconds each rank computes."""
+        """Seconds in which each rank computes."""
         return (self.computed - self.begin).sum(0)
 
     @property
     def idle(self) -> Numbers:
-        """Seconds each rank does not compute until the slowest has ended."""
+        """Seconds in which each rank does not compute, until the slowest rank has ended."""
         return self.seconds - self.busy
 
     @property
     def exposed(self) -> Numbers:
-        """Seconds each rank waits for messages after its kernels, or without any."""
+        """Seconds in which each rank waits for messages and computes nothing."""
         return np.maximum(self.arrived - self.computed, 0).sum(0)
 
 
@@ -60,13 +61,13 @@ class Timeline:
     """A plan on a cluster, simulated. `str()` is the text, `.as_dict()` the numbers, `.html()` and `.perfetto()` show it."""
 
     plan: Plan
-    description: Description
+    cluster: ClusterSpec
     proof: Proof
-    forward: Pass
-    backward: Pass
+    forward: PassTimeline
+    backward: PassTimeline
 
     @property
-    def passes(self) -> tuple[Pass, Pass]:
+    def passes(self) -> tuple[PassTimeline, PassTimeline]:
         return self.forward, self.backward
 
     @cached_property
@@ -85,7 +86,7 @@ class Timeline:
         out: dict[str, Any] = {
             "simulated": True,
             "strategy": self.plan.strategy,
-            "cluster": self.description.name,
+            "cluster": self.cluster.name,
             "ranks": self.plan.call.ranks,
             "balance": self.balance,
             "peak_bytes": int(self.peak_bytes.max()),
@@ -96,20 +97,20 @@ class Timeline:
                 "tflops": one.flops / max(one.seconds, 1e-30) / self.plan.call.ranks / 1e12,
                 "exposed_seconds": float(one.exposed.max(initial=0)),
                 "idle_seconds": float(one.idle.mean()),
-                "bytes_inside": int(one.inside.sum()),
-                "bytes_across": int(one.across.sum()),
+                "bytes_intra_node": int(one.intra_node_bytes.sum()),
+                "bytes_inter_node": int(one.inter_node_bytes.sum()),
             }
         return out
 
     def __str__(self) -> str:
         facts = self.as_dict()
-        lines = [f"{self.plan.strategy} on {self.description.name}, {self.plan.call.ranks} ranks (simulated)"]
+        lines = [f"{self.plan.strategy} on {self.cluster.name}, {self.plan.call.ranks} ranks (simulated)"]
         for one in self.passes:
             row = facts[one.direction]
             lines.append(
                 f"{one.direction:8s} {row['seconds'] * 1e3:9.3f} ms  {row['tflops']:5.0f} TFLOP/s per device  "
                 f"waiting for messages {row['exposed_seconds'] * 1e3:.3f} ms at most  idle {row['idle_seconds'] * 1e3:.3f} ms "
-                f"on average  {row['bytes_inside'] / 1e9:.2f} GB inside nodes, {row['bytes_across'] / 1e9:.2f} GB across"
+                f"on average  {row['bytes_intra_node'] / 1e9:.2f} GB inside nodes, {row['bytes_inter_node'] / 1e9:.2f} GB across"
             )
         lines.append(
             f"the busiest rank computes {self.balance:.2f} of the mean; buffers need {facts['peak_bytes'] / 1e9:.2f} GB at most"
@@ -143,9 +144,7 @@ class Timeline:
     def html(self) -> str:
         """The picture and the text, as an HTML fragment that needs nothing else. Needs matplotlib."""
         picture = base64.b64encode(self.picture()).decode()
-        title = (
-            f"{self.plan.strategy} on {self.description.name}: kernels and messages of each rank in time (simulated)"
-        )
+        title = f"{self.plan.strategy} on {self.cluster.name}: kernels and messages of each rank in time (simulated)"
         return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{picture}">\n<pre>{html.escape(str(self))}</pre>'
 
     def picture(self) -> bytes:
@@ -154,7 +153,7 @@ class Timeline:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
 
-        ranks = np.unique(np.linspace(0, self.plan.call.ranks - 1, min(self.plan.call.ranks, _DRAWN)).astype(int))
+        ranks = np.unique(np.linspace(0, self.plan.call.ranks - 1, min(self.plan.call.ranks, _MAX_DRAWN)).astype(int))
         figure = Figure(figsize=(11, 1.6 + 0.16 * len(ranks)), layout="constrained")
         axis = figure.subplots()
         start = 0.0

@@ -1,4 +1,4 @@
-"""How messages of one step travel: over torch.distributed (NCCL, gloo), or inside one process in lock step.
+"""How the messages of one step travel: over torch.distributed (NCCL, gloo), or between ranks of one process in lock step.
 
 A transport has one method, `exchange`: it starts all sends and receives of a step and returns something to wait for.
 """
@@ -20,33 +20,38 @@ from distattn.ir.plan import Payload
 
 
 class Packet(NamedTuple):
-    """One tensor to or from a peer (rank in the group), contiguous where it is received; payload says what it is part of."""
+    """One tensor to or from a peer (its rank in the group), contiguous where it is received, and the payload it is part of."""
 
     peer: int
     payload: Payload
     tensor: Tensor
 
 
-class Work(Protocol):
-    """A step's messages in flight."""
+class PendingMessages(Protocol):
+    """The messages of a step in flight."""
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Return when all have arrived. Raises DistattnError naming the peers that stopped answering."""
+        ...
 
 
 class Transport(Protocol):
-    """Sends and receives start together; packets between two ranks match in order.
+    """What the executor asks of a transport."""
 
-    collective: all ranks call, also those without packets, and as one uneven all-to-all; otherwise as single messages.
-    """
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
+        """Start all sends and receives of a step. Packets between two ranks match in order.
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work: ...
+        collective: all ranks call, also those without packets, and packets travel in one uneven all-to-all; otherwise they
+        are single messages.
+        """
+        ...
 
 
 class GroupTransport:
     """Messages on a torch.distributed process group: batched point-to-point calls, or all-to-all of packed bytes."""
 
     def __init__(self, group: dist.ProcessGroup):
-        # torch.distributed keeps it until destroy_process_group; alive any longer, it would abort the process at its end
+        # torch.distributed keeps the group until destroy_process_group; alive any longer, it would abort the process at its end
         self._group = weakref.ref(group)
 
     @property
@@ -57,18 +62,18 @@ class GroupTransport:
         return group
 
     @staticmethod
-    def beside(group: dist.ProcessGroup, patience: timedelta | None = None) -> GroupTransport:
-        """On a communicator of its own with the same ranks, so that nothing else queues in it. A collective call.
+    def with_own_group(group: dist.ProcessGroup, timeout: timedelta | None = None) -> GroupTransport:
+        """A transport on a new group of the same ranks, so that nothing else queues in it. A collective call of these ranks.
 
-        On NCCL its stream has high priority: messages start before the kernels they shall hide under. patience: how long a
-        message may take; the backend's own limit by default.
+        On NCCL its stream has high priority: messages start before the kernels that they overlap with. timeout: how long a
+        message may take, by default the backend's own limit.
         """
         options = None
         if dist.get_backend(group) == "nccl":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        return GroupTransport(group_beside(group, patience, pg_options=options))
+        return GroupTransport(duplicate_group(group, timeout, pg_options=options))
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
         if collective:
             return self._all_to_all(sends, receives)
         sends = [packet._replace(tensor=packet.tensor.contiguous()) for packet in sends]
@@ -78,9 +83,9 @@ class GroupTransport:
             for packet in packets
         ]
         # the tensors live until the work is waited for
-        return _Requests(dist.batch_isend_irecv(operations) if operations else [], (sends, receives))
+        return _PendingRequests(dist.batch_isend_irecv(operations) if operations else [], (sends, receives))
 
-    def _all_to_all(self, sends: list[Packet], receives: list[Packet]) -> Work:
+    def _all_to_all(self, sends: list[Packet], receives: list[Packet]) -> PendingMessages:
         size = dist.get_world_size(self.group)
         # stable: packets of one peer keep their order
         sends, receives = (sorted(packets, key=lambda packet: packet.peer) for packets in (sends, receives))
@@ -94,14 +99,14 @@ class GroupTransport:
             _pack(part, packet.tensor)
         incoming = like.new_empty(sum(splits[1]), dtype=torch.uint8)
         request = dist.all_to_all_single(incoming, outgoing, splits[1], splits[0], group=self.group, async_op=True)
-        return _Packed(request, incoming, outgoing, receives)
+        return _PendingAllToAll(request, incoming, outgoing, receives)
 
     def _device(self) -> torch.device:
         return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
 
 
-def group_beside(group: dist.ProcessGroup, patience: timedelta | None = None, **how: Any) -> Any:
-    """Another process group of the same ranks. A collective call of these ranks alone; `how` as in `dist.new_group`."""
+def duplicate_group(group: dist.ProcessGroup, timeout: timedelta | None = None, **how: Any) -> Any:
+    """Another process group of the same ranks. A collective call of these ranks alone; `how` goes to `new_group`."""
     # PyTorch names such a group by the number of groups its maker is in: where some are in fewer, as ranks that only serve are,
     # they would wait for each other under different names
     counts: list[Any] = [None] * dist.get_world_size(group)
@@ -112,10 +117,10 @@ def group_beside(group: dist.ProcessGroup, patience: timedelta | None = None, **
     # newer PyTorch sorts ranks unless told not to; older groups are all sorted
     if "sort_ranks" in inspect.signature(dist.new_group).parameters:
         how["sort_ranks"] = False
-    return dist.new_group(dist.get_process_group_ranks(group), patience, use_local_synchronization=True, **how)
+    return dist.new_group(dist.get_process_group_ranks(group), timeout, use_local_synchronization=True, **how)
 
 
-class _Requests(NamedTuple):
+class _PendingRequests(NamedTuple):
     requests: list[dist.Work]
     alive: tuple[list[Packet], list[Packet]]
 
@@ -127,10 +132,10 @@ class _Requests(NamedTuple):
             except RuntimeError as error:
                 # NCCL gives one request for all messages
                 who = {peers[number]} if len(self.requests) == len(peers) else set(peers)
-                raise _silent(who, error) from None
+                raise _peer_stopped(who, error) from None
 
 
-class _Packed(NamedTuple):
+class _PendingAllToAll(NamedTuple):
     request: dist.Work
     incoming: Tensor
     outgoing: Tensor
@@ -140,13 +145,13 @@ class _Packed(NamedTuple):
         try:
             self.request.wait()
         except RuntimeError as error:
-            raise _silent({packet.peer for packet in self.receives}, error) from None
+            raise _peer_stopped({packet.peer for packet in self.receives}, error) from None
         sizes = [packet.tensor.nbytes for packet in self.receives]
         for packet, part in zip(self.receives, self.incoming.split(sizes), strict=True):
             _as_bytes(packet.tensor).copy_(part)
 
 
-def _silent(peers: set[int], error: RuntimeError) -> LostRankError:
+def _peer_stopped(peers: set[int], error: RuntimeError) -> LostRankError:
     who = ", ".join(map(str, sorted(peers)))
     return LostRankError(f"{'ranks' if len(peers) > 1 else 'rank'} {who} of the group stopped answering: {error}")
 
@@ -163,8 +168,8 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-class LockStep:
-    """All ranks in one process: rank r uses `transport(r)`; a rank may wait once every rank has posted its step.
+class InProcessNetwork:
+    """What joins all ranks of one process: rank r uses `transport(r)`, and waits once every rank has posted its step.
 
     A packet is copied as soon as both ends have posted it, so that no end outlives its step.
     """
@@ -175,9 +180,11 @@ class LockStep:
         self._wanted: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
 
     def transport(self, rank: int) -> Transport:
-        return _Mailbox(self, rank)
+        """The transport of one rank."""
+        return InProcessTransport(self, rank)
 
     def post(self, sent: list[tuple[int, int, Tensor]], wanted: list[tuple[int, int, Tensor]]) -> None:
+        """Post (source, destination, tensor) of packets that a rank sends, and that it wants."""
         for queue, others, packets in ((self._sent, self._wanted, sent), (self._wanted, self._sent, wanted)):
             for src, dst, tensor in packets:
                 if others[src, dst]:
@@ -187,34 +194,36 @@ class LockStep:
                 else:
                     queue[src, dst].append(tensor)
 
-    def awaited(self, rank: int) -> bool:
-        """Whether a packet for this rank is still under way."""
+    def has_pending(self, rank: int) -> bool:
+        """Whether this rank still waits for a packet."""
         return any(queue for (_, dst), queue in self._wanted.items() if dst == rank)
 
 
-class _Mailbox(NamedTuple):
-    hub: LockStep
+class InProcessTransport(NamedTuple):
+    """The transport of one rank of a process that runs all ranks."""
+
+    network: InProcessNetwork
     rank: int
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
-        self.hub.post(
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
+        self.network.post(
             [(self.rank, packet.peer, packet.tensor) for packet in sends],
             [(packet.peer, self.rank, packet.tensor) for packet in receives],
         )
-        return _Delivery(self.hub, self.rank)
+        return _PendingInProcess(self.network, self.rank)
 
 
-class _Delivery(NamedTuple):
-    hub: LockStep
+class _PendingInProcess(NamedTuple):
+    network: InProcessNetwork
     rank: int
 
     def wait(self) -> None:
-        assert not self.hub.awaited(self.rank), f"rank {self.rank} waits for a packet that nobody has posted"
+        assert not self.network.has_pending(self.rank), f"rank {self.rank} waits for a packet that nobody has posted"
 
 
-class Alone:
+class SingleRankTransport:
     """The transport of a plan for one rank: there is nobody to talk to."""
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Work:
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
         assert not sends and not receives, "a plan for one rank has no moves"
-        return _Requests([], ([], []))
+        return _PendingRequests([], ([], []))

@@ -1,43 +1,43 @@
-"""All-gather attention: queries stay, every rank fetches the keys and values its own queries see.
+"""All-gather attention: queries stay, every rank fetches the keys and values that its own queries see.
 
-Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 3.3.2) gathers all keys; here only those some local query needs
-are sent, once each, from their owner. Given a cluster, what several ranks of another node need crosses once and is
-passed on inside that node. What needs no foreign key is computed while they travel.
+Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 3.3.2) gathers all keys. Here only the keys that some local query needs
+are sent, once each, from their owner. Given a cluster, what several ranks of another node need crosses once and is passed on
+inside that node. Tasks that need no foreign key are computed while keys travel.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from distattn.cluster.spec import Machines
-from distattn.ir.intervals import Ints, expand, union
-from distattn.ir.plan import TASK_COLUMNS, Call, Columns, Payload, Table, cells_of_tasks, columns
-from distattn.parallel.tables.partition import owned, pieces, split_by_query_owner
-from distattn.parallel.tables.routes import guests, relay, star
+from distattn.cluster.spec import AnyCluster
+from distattn.ir.intervals import Ints, expand_ranges, merge_intervals
+from distattn.ir.plan import TASK_COLUMNS, Call, Columns, Payload, Table, make_columns, task_token_ranges
+from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
+from distattn.parallel.tables.routes import remote_users, send_direct, send_hierarchical
 
 
-def allgather(call: Call, cluster: Machines | None = None) -> list[Table]:
+def allgather(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
     """Tasks and moves of one pass: fetch at step 0, pass on at 1; compute at 0 (own keys), 1, and 2 (passed-on keys)."""
-    area, rank = split_by_query_owner(call, pieces(call), call.layout.chunks)
-    step = np.where(owned(call, rank, area.k0, area.k1), 0, 1)
-    tasks = columns(TASK_COLUMNS, step=step, rank=rank, **vars(area))
-    seen = guests(call, Payload.KV, tasks)
+    area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
+    step = np.where(owns_range(call, rank, area.k0, area.k1), 0, 1)
+    tasks = make_columns(TASK_COLUMNS, step=step, rank=rank, **vars(area))
+    users = remote_users(call, Payload.KV, tasks)
     if cluster is None:
-        return [Table(tasks, star(Payload.KV, seen, 0))]
-    moves, late = relay(Payload.KV, seen, cluster.node)
-    return [Table({**tasks, "step": step + _needs(call, tasks, late)}, moves)]
+        return [Table(tasks, send_direct(Payload.KV, users, 0))]
+    moves, late = send_hierarchical(Payload.KV, users, cluster.node)
+    return [Table({**tasks, "step": step + _uses_late_keys(call, tasks, late)}, moves)]
 
 
-def _needs(call: Call, tasks: Columns, late: Columns) -> Ints:
-    """1 for each task that needs some (rank, head, token) of `late`."""
-    cells = cells_of_tasks(call, Payload.KV, tasks)
-    task, task_head = expand(cells["h0"], cells["h1"])
-    row, head = expand(late["h0"], late["h1"])
-    line, low, high = union(late["rank"][row] * call.kv_heads + head, late["t0"][row], late["t1"][row])
+def _uses_late_keys(call: Call, tasks: Columns, late: Columns) -> Ints:
+    """1 for each task that needs some (rank, head, token) of `late`, 0 for the others."""
+    ranges = task_token_ranges(call, Payload.KV, tasks)
+    task, task_head = expand_ranges(ranges["h0"], ranges["h1"])
+    row, head = expand_ranges(late["h0"], late["h1"])
+    line, low, high = merge_intervals(late["rank"][row] * call.kv_heads + head, late["t0"][row], late["t1"][row])
     width = call.mask.n + 1
     base = (tasks["rank"][task] * call.kv_heads + task_head) * width
-    before = np.searchsorted(line * width + high, base + cells["t0"][task], "right")
-    hit = before < np.searchsorted(line * width + low, base + cells["t1"][task], "left")
-    out = np.zeros(len(cells["t0"]), np.int64)
+    before = np.searchsorted(line * width + high, base + ranges["t0"][task], "right")
+    hit = before < np.searchsorted(line * width + low, base + ranges["t1"][task], "left")
+    out = np.zeros(len(ranges["t0"]), np.int64)
     np.maximum.at(out, task, hit.astype(np.int64))
     return out

@@ -3,41 +3,53 @@
 Zhuang et al. 2025, arXiv 2510.18121, section 4.2 and appendix B. Ranks below the mean, the emptiest first, take the piece that
 gives most work for its bytes until they are within the tolerance; pieces are head-tail pairs of a document (the i-th row
 from the front with the i-th from the back: every pair has the same work) with all the keys they see; bytes are estimated in
-closed form. Only those who take are bounded: who has too much may keep it. What is not a causal document stays at home.
+closed form. Only receivers are bounded: a rank that has too much may keep it. What is not a causal document stays at home.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.bands import BK, BQ, HI, K0, LO, OK, OQ, areas, clip
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, whole_numbers
-from distattn.ir.plan import TASK_COLUMNS, Call, Columns, Table, columns, concat
-from distattn.parallel.strategies.cad import routed
-from distattn.parallel.tables.cost import bytes_each
-from distattn.parallel.tables.partition import Rectangles, cut, pieces, split_by_query_owner
+from distattn.ir.intervals import Ints, as_int64
+from distattn.ir.plan import TASK_COLUMNS, Call, Columns, Table, concat_rows, make_columns
+from distattn.parallel.strategies.cad import route_tasks
+from distattn.parallel.tables.cost import bytes_per_row_and_key
+from distattn.parallel.tables.partition import Rectangles, clip_rectangles, mask_rectangles, split_by_query_owner
 
 
-def cad_greedy(call: Call, cluster: Machines | None = None, *, tolerance: float = 0.1, block: int = 128) -> list[Table]:
-    """Tasks and moves of one pass.
+@dataclass(frozen=True)
+class CadGreedyOptions:
+    """tolerance: how far below the mean a receiver may stay. block: a half of a pair has a multiple of so many rows."""
 
-    tolerance: how far below the mean a taker may stay. block: a half of a pair has a multiple of so many rows.
-    """
-    if not isinstance(tolerance, int | float) or not 0 <= tolerance <= 1 or int(whole_numbers(block, "block")) < 1:
-        raise DistattnError(
-            f"cad_greedy wants a tolerance of 0 to 1 and a block of at least 1, not {tolerance}, {block}."
-        )
-    area, rank = split_by_query_owner(call, pieces(call), call.layout.chunks)
-    pairs = _Pairs(area, rank, call, block)
+    tolerance: float = 0.1
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        is_share = isinstance(self.tolerance, int | float) and 0 <= self.tolerance <= 1
+        if not is_share or int(as_int64(self.block, "block")) < 1:
+            raise DistattnError(
+                f"cad_greedy wants a tolerance of 0 to 1 and a block of at least 1, not {self.tolerance}, {self.block}."
+            )
+
+
+def cad_greedy(
+    call: Call, cluster: AnyCluster | None = None, options: CadGreedyOptions = CadGreedyOptions()
+) -> list[Table]:
+    """Tasks and moves of one pass: send at step 0, compute (at home at 0, away at 1), outputs return at 2."""
+    area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
+    pairs = _Pairs(area, rank, call, options.block)
     mean = pairs.load.sum() / call.ranks
-    weights = bytes_each(call, "forward")
-    for taker in np.argsort(pairs.load, kind="stable").tolist():
-        while mean - pairs.load[taker] > tolerance * mean:
-            if not pairs.move(taker, mean, weights):
+    weights = bytes_per_row_and_key(call, "forward")
+    for receiver in np.argsort(pairs.load, kind="stable").tolist():
+        while mean - pairs.load[receiver] > options.tolerance * mean:
+            if not pairs.move(receiver, mean, weights):
                 break
-    return [routed(call, pairs.tasks())]
+    return [route_tasks(call, pairs.tasks())]
 
 
 class _Pairs:
@@ -57,35 +69,35 @@ class _Pairs:
         self.causal = causal & (band[:, LO] + band[:, OK] - band[:, OQ] <= -call.mask.n)
         self.items = {"part": np.arange(len(rank)), "first": np.zeros(len(rank)), "last": pairs, "rank": rank.copy()}
 
-    def move(self, taker: int, mean: float, weights: tuple[int, int]) -> bool:
-        """Give the taker the best piece there is; whether there was one."""
+    def move(self, receiver: int, mean: float, weights: tuple[int, int]) -> bool:
+        """Hand the best piece there is to the receiver; returns whether there was one."""
         surplus = self.load - mean
         items = self.items
         some = np.flatnonzero((surplus[items["rank"]] > 0) & self.causal[items["part"]])
         if not len(some):
             return False
-        part, first, last, giver = (items[name][some] for name in ("part", "first", "last", "rank"))
+        part, first, last, sender = (items[name][some] for name in ("part", "first", "last", "rank"))
         work = (last - first) * self.each[part]
-        moved = np.minimum(np.minimum(work, surplus[giver]), mean - self.load[taker])
+        moved = np.minimum(np.minimum(work, surplus[sender]), mean - self.load[receiver])
         size = _estimated(moved / work, last - first, self.context[part] + last, self.length[part], weights)
         best = int(np.argmax(moved / (size * self.heads[part])))
         wanted = moved[best] / self.each[part[best]]
-        # whole blocks, but for the last bit of a taker's need
+        # whole blocks, but for the last bit of a receiver's need
         item, count = int(some[best]), np.round(wanted / self.block) * self.block or np.ceil(wanted)
         # the innermost pairs: they see the fewest keys for their work
         begin = last[best] // 1 - count
         if begin <= first[best]:
-            items["rank"][item], count = taker, last[best] - first[best]
+            items["rank"][item], count = receiver, last[best] - first[best]
         else:
-            new = {"part": part[best], "first": begin, "last": last[best], "rank": taker}
+            new = {"part": part[best], "first": begin, "last": last[best], "rank": receiver}
             items["last"][item], count = begin, last[best] - begin
             self.items = {name: np.append(column, new[name]) for name, column in items.items()}
-        self.load[giver[best]] -= count * self.each[part[best]]
-        self.load[taker] += count * self.each[part[best]]
+        self.load[sender[best]] -= count * self.each[part[best]]
+        self.load[receiver] += count * self.each[part[best]]
         return True
 
     def tasks(self) -> Columns:
-        """Two rectangles for each item, or one where they meet."""
+        """The tasks of all items: two rectangles for each, or one where its halves meet."""
         part, rank, area = self.items["part"].astype(np.int64), self.items["rank"].astype(np.int64), self.area
         first, last = self.items["first"].astype(np.int64), np.ceil(self.items["last"]).astype(np.int64)
         q0, q1 = area.q0[part], area.q1[part]
@@ -97,14 +109,14 @@ class _Pairs:
         for a, b, some in ((q0 + first, ends, first < last), (back, q1 - first, ~meet)):
             at = np.flatnonzero(some & (a < b))
             row = part[at]
-            rows, kept = cut(self.call, area, row, a[at], b[at], area.k0[row], area.k1[row])
-            parts.append(columns(TASK_COLUMNS, step=0, rank=rank[at][kept], **vars(rows)))
-        return concat(TASK_COLUMNS, parts)
+            rows, kept = clip_rectangles(self.call, area, row, a[at], b[at], area.k0[row], area.k1[row])
+            parts.append(make_columns(TASK_COLUMNS, step=0, rank=rank[at][kept], **vars(rows)))
+        return concat_rows(TASK_COLUMNS, parts)
 
 
 def _estimated(
     share: np.ndarray, rows: np.ndarray, context: np.ndarray, length: np.ndarray, weights: tuple[int, int]
 ) -> np.ndarray:
-    """Bytes for a share of a head-tail pair of `rows` rows each, whose front half ends at `context` (appendix B)."""
+    """Bytes of a share of head-tail pairs of `rows` rows each, whose front half ends at `context` (appendix B of the paper)."""
     queries = context - np.sqrt(np.maximum(context**2 - share * (2 * context - rows) * rows, 0))
     return queries * weights[0] + (length - (context - queries)) * weights[1]

@@ -1,4 +1,4 @@
-"""Who gives how much of its work to whom: as few and as near pairs as may be."""
+"""Matching ranks that have too much work with ranks that have room: few pairs, and near ones."""
 
 from __future__ import annotations
 
@@ -10,41 +10,48 @@ import numpy as np
 from distattn.ir.intervals import Ints
 
 
-def give(excess: Ints, room: Ints, node: Ints, peers: Mapping[int, Ints]) -> tuple[Ints, Ints, Ints]:
-    """Shares (giver, cost, taker), sorted by giver: the excess goes where there is room.
+def match_work(excess: Ints, room: Ints, node: Ints, peers: Mapping[int, Ints]) -> tuple[Ints, Ints, Ints]:
+    """Match the excess of each rank, (ranks,), with the room of others. Returns (sender, cost, receiver), sorted by sender.
 
-    First to ranks that see the same documents (`peers` of a giver), then inside nodes, then anywhere. The largest excess
-    chooses first: the smallest room that takes all of it, or else the largest room. Fewer shares move fewer bytes.
+    First with ranks that see the same documents (`peers` of a sender), then inside nodes, then anywhere. The largest excess
+    chooses first: the smallest room that takes all of it, or else the largest room. Fewer pairs move fewer bytes.
     """
     left, free = excess.tolist(), room.tolist()
-    shares: list[tuple[int, int, int]] = []
-    givers = sorted(np.flatnonzero(excess).tolist(), key=lambda rank: (-left[rank], rank))
-    takers = np.flatnonzero(room).tolist()
-    nodes: dict[int, list[int]] = {}
-    for rank in takers:
-        nodes.setdefault(int(node[rank]), []).append(rank)
-    for rank in givers:
-        _fill([rank], (int(peer) for peer in np.unique(peers[rank])), left, free, shares)
-    if len(nodes) > 1:
-        by_node: dict[int, list[int]] = {}
-        for rank in givers:
-            by_node.setdefault(int(node[rank]), []).append(rank)
-        for where, some in by_node.items():
-            _fill(some, nodes.get(where, []), left, free, shares)
-    _fill(givers, takers, left, free, shares)
-    rows = np.array(sorted(shares), np.int64).reshape(-1, 3)
+    transfers: list[tuple[int, int, int]] = []
+    senders = sorted(np.flatnonzero(excess).tolist(), key=lambda rank: (-left[rank], rank))
+    receivers = np.flatnonzero(room).tolist()
+    receivers_of_node: dict[int, list[int]] = {}
+    for rank in receivers:
+        receivers_of_node.setdefault(int(node[rank]), []).append(rank)
+    for rank in senders:
+        _match([rank], (int(peer) for peer in np.unique(peers[rank])), left, free, transfers)
+    if len(receivers_of_node) > 1:
+        senders_of_node: dict[int, list[int]] = {}
+        for rank in senders:
+            senders_of_node.setdefault(int(node[rank]), []).append(rank)
+        for where, some in senders_of_node.items():
+            _match(some, receivers_of_node.get(where, []), left, free, transfers)
+    _match(senders, receivers, left, free, transfers)
+    rows = np.array(sorted(transfers), np.int64).reshape(-1, 3)
     return rows[:, 0], rows[:, 2], rows[:, 1]
 
 
-def _fill(givers: Iterable[int], takers: Iterable[int], left: list[int], free: list[int], shares: list) -> None:
-    rooms = sorted((free[taker], -taker) for taker in takers if free[taker])
-    for giver in givers:
-        while left[giver] and rooms:
-            at = bisect_left(rooms, (left[giver], -len(free)))
-            space, taker = rooms.pop(min(at, len(rooms) - 1))
-            amount = min(space, left[giver])
-            shares.append((giver, -taker, amount))
-            left[giver] -= amount
-            free[-taker] = space - amount
+def _match(
+    senders: Iterable[int],
+    receivers: Iterable[int],
+    left: list[int],
+    free: list[int],
+    transfers: list[tuple[int, int, int]],
+) -> None:
+    """Best fit: append (sender, receiver, cost) to `transfers`, and take it off what is `left` and what is `free`."""
+    rooms = sorted((free[receiver], -receiver) for receiver in receivers if free[receiver])
+    for sender in senders:
+        while left[sender] and rooms:
+            at = bisect_left(rooms, (left[sender], -len(free)))
+            space, receiver = rooms.pop(min(at, len(rooms) - 1))
+            amount = min(space, left[sender])
+            transfers.append((sender, -receiver, amount))
+            left[sender] -= amount
+            free[-receiver] = space - amount
             if space > amount:
-                insort(rooms, (space - amount, taker))
+                insort(rooms, (space - amount, receiver))

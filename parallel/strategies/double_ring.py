@@ -6,34 +6,49 @@ Where inner rings are whole nodes, a token crosses into a node at most once, one
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import isqrt
 
 import numpy as np
 
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import whole_numbers
-from distattn.ir.plan import TASK_COLUMNS, Call, Payload, Table, columns
+from distattn.ir.intervals import as_int64
+from distattn.ir.plan import TASK_COLUMNS, Call, Payload, Table, make_columns
 from distattn.parallel.tables.partition import split_by_owners
-from distattn.parallel.tables.routes import chain_of_nodes, guests
+from distattn.parallel.tables.routes import remote_users, send_along_double_ring
 
 
-def double_ring(call: Call, cluster: Machines | None = None, *, inner: int | None = None) -> list[Table]:
-    """Tasks and moves of one pass: what is o nodes and i seats away is used in step o * inner + i.
+@dataclass(frozen=True)
+class DoubleRingOptions:
+    """inner_ring_size: ranks in an inner ring, by default those of a node, or about the root of all ranks without a cluster."""
 
-    inner: ranks in an inner ring, by default those of a node, or the largest divisor of the ranks not above their root.
-    """
-    if inner is None:
-        inner = _near_root(call.ranks) if cluster is None else cluster.devices
-    if int(whole_numbers(inner, "inner")) < 1 or call.ranks % inner:
-        raise DistattnError(f"an inner ring of {inner} does not divide {call.ranks} ranks.")
+    inner_ring_size: int | None = None
+
+    def __post_init__(self) -> None:
+        size = self.inner_ring_size
+        if size is not None and int(as_int64(size, "inner_ring_size")) < 1:
+            raise DistattnError(f"inner_ring_size is at least 1 rank, not {size}.")
+
+
+def double_ring(
+    call: Call, cluster: AnyCluster | None = None, options: DoubleRingOptions = DoubleRingOptions()
+) -> list[Table]:
+    """Tasks and moves of one pass: what is o outer and i inner hops away is used in step o * inner_ring_size + i."""
+    size = options.inner_ring_size
+    if size is None:
+        size = _near_root(call.ranks) if cluster is None else cluster.devices
+    if call.ranks % size:
+        raise DistattnError(f"an inner ring of {size} does not divide {call.ranks} ranks.")
     area, query_owner, key_owner = split_by_owners(call)
-    node = np.arange(call.ranks) // inner
-    outer = (node[query_owner] - node[key_owner]) % (call.ranks // inner)
-    hop = (query_owner - key_owner) % inner
-    tasks = columns(TASK_COLUMNS, step=outer * inner + hop, rank=query_owner, **vars(area))
-    return [Table(tasks, chain_of_nodes(Payload.KV, guests(call, Payload.KV, tasks), node, inner))]
+    node = np.arange(call.ranks) // size
+    outer_hops = (node[query_owner] - node[key_owner]) % (call.ranks // size)
+    inner_hops = (query_owner - key_owner) % size
+    tasks = make_columns(TASK_COLUMNS, step=outer_hops * size + inner_hops, rank=query_owner, **vars(area))
+    users = remote_users(call, Payload.KV, tasks)
+    return [Table(tasks, send_along_double_ring(Payload.KV, users, node, size))]
 
 
 def _near_root(ranks: int) -> int:
+    """The largest divisor of the ranks that is not above their square root."""
     return max(divisor for divisor in range(1, isqrt(ranks) + 1) if ranks % divisor == 0)

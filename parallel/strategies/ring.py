@@ -1,48 +1,61 @@
 """Ring attention: tokens travel round the ranks, one neighbour a step, and are used where they pass.
 
-Liu, Zaharia, Abbeel 2023, arXiv 2310.01889. Either keys and values travel and queries stay, or queries travel (and
-their outputs home, as in BurstAttention, Sun et al. 2024, arXiv 2403.09347): whichever moves fewer bytes, in the forward
-and in the backward pass. Ranks that do not use a token are skipped. Balance comes from the layout (zigzag), not from here.
+Liu, Zaharia, Abbeel 2023, arXiv 2310.01889. Either keys and values travel and queries stay, or queries travel (and their
+outputs to their owners, as in BurstAttention, Sun et al. 2024, arXiv 2403.09347). Both are candidates, in the forward and in the
+backward pass. Ranks that do not use a token are skipped. Balance comes from the layout (zigzag), not from here.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
-from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, columns, concat
+from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, concat_rows, make_columns
 from distattn.parallel.tables.partition import Rectangles, split_by_owners
-from distattn.parallel.tables.routes import chain, follow, guests
+from distattn.parallel.tables.routes import reduce_along_ring, remote_users, send_along_ring
 
 _ROTATIONS = ("fewest bytes", "keys", "queries")
 
 
-def ring(call: Call, cluster: Machines | None = None, *, rotate: str = "fewest bytes") -> list[Table]:
-    """Tasks and moves of a ring pass: what is d seats away is used in step d. One candidate per kind of rotation."""
-    if rotate not in _ROTATIONS:
-        raise DistattnError(f"ring rotates one of {', '.join(_ROTATIONS)}, not {rotate!r}.")
+@dataclass(frozen=True)
+class RingOptions:
+    """rotate: what travels, "keys" (with values), "queries", or whichever of the two moves "fewest bytes"."""
+
+    rotate: str = "fewest bytes"
+
+    def __post_init__(self) -> None:
+        if self.rotate not in _ROTATIONS:
+            raise DistattnError(f"ring rotates one of {', '.join(_ROTATIONS)}, not {self.rotate!r}.")
+
+
+def ring(call: Call, cluster: AnyCluster | None = None, options: RingOptions = RingOptions()) -> list[Table]:
+    """Tasks and moves of a ring pass: what is d hops away is used in step d. One candidate for each kind of rotation."""
     parts = split_by_owners(call)
     candidates = {"keys": _rotate_keys, "queries": _rotate_queries}
-    return [make(call, *parts) for name, make in candidates.items() if rotate in (name, "fewest bytes")]
+    return [make(call, *parts) for name, make in candidates.items() if options.rotate in (name, "fewest bytes")]
 
 
 def _rotate_keys(call: Call, area: Rectangles, query_owner: Ints, key_owner: Ints) -> Table:
-    tasks = columns(TASK_COLUMNS, step=_seats_between(call, key_owner, query_owner), rank=query_owner, **vars(area))
-    return Table(tasks, chain(Payload.KV, guests(call, Payload.KV, tasks)))
+    hops = _hops_between(call, key_owner, query_owner)
+    tasks = make_columns(TASK_COLUMNS, step=hops, rank=query_owner, **vars(area))
+    return Table(tasks, send_along_ring(Payload.KV, remote_users(call, Payload.KV, tasks)))
 
 
 def _rotate_queries(call: Call, area: Rectangles, query_owner: Ints, key_owner: Ints) -> Table:
-    tasks = columns(TASK_COLUMNS, step=_seats_between(call, query_owner, key_owner), rank=key_owner, **vars(area))
-    there = chain(Payload.Q, guests(call, Payload.Q, tasks))
-    back = follow(Payload.O, guests(call, Payload.O, tasks, latest=True))
-    return Table(tasks, concat(MOVE_COLUMNS, [there, back]))
+    hops = _hops_between(call, query_owner, key_owner)
+    tasks = make_columns(TASK_COLUMNS, step=hops, rank=key_owner, **vars(area))
+    queries = send_along_ring(Payload.Q, remote_users(call, Payload.Q, tasks))
+    outputs = reduce_along_ring(Payload.O, remote_users(call, Payload.O, tasks, latest=True))
+    return Table(tasks, concat_rows(MOVE_COLUMNS, [queries, outputs]))
 
 
-def _seats_between(call: Call, origin: Ints, user: Ints) -> Ints:
-    """Hops from origin to user, ranks without tokens left out."""
+def _hops_between(call: Call, src: Ints, dst: Ints) -> Ints:
+    """Hops along the ring from src to dst, ranks without tokens left out."""
     members = np.unique(call.layout.chunks["rank"])
-    seat = np.full(call.ranks, -1)
-    seat[members] = np.arange(len(members))
-    return (seat[user] - seat[origin]) % len(members)
+    ring_index = np.full(call.ranks, -1)
+    ring_index[members] = np.arange(len(members))
+    return (ring_index[dst] - ring_index[src]) % len(members)

@@ -6,22 +6,22 @@ every rank that has a query head of its group. More ranks than query heads are r
 
 from __future__ import annotations
 
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
-from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, columns, concat
-from distattn.parallel.tables.partition import pieces, split_heads
-from distattn.parallel.tables.routes import guests, reversed_as, star
+from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, concat_rows, make_columns
+from distattn.parallel.tables.partition import mask_rectangles, split_heads
+from distattn.parallel.tables.routes import remote_users, reversed_moves, send_direct
 
 
-def ulysses(call: Call, cluster: Machines | None = None) -> list[Table]:
-    """Tasks and moves of one Ulysses pass: queries, keys and values out at step 0, compute at 1, outputs home at 2."""
+def ulysses(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
+    """Tasks and moves of one pass: queries, keys and values are sent at step 0, used at 1, and outputs return at 2."""
     if call.ranks > call.heads:
         raise DistattnError(
             f"ulysses splits {call.heads} query heads over {call.ranks} ranks: at most {call.heads} ranks can take part. "
             f'Use strategy "usp", "ring" or "allgather", or at most {call.heads} ranks.'
         )
-    area, _, rank = split_heads(pieces(call), call.ranks, call.heads)
-    tasks = columns(TASK_COLUMNS, step=1, rank=rank, **vars(area))
-    queries = star(Payload.Q, guests(call, Payload.Q, tasks), 0)
-    keys = star(Payload.KV, guests(call, Payload.KV, tasks), 0)
-    return [Table(tasks, concat(MOVE_COLUMNS, [queries, keys, reversed_as(queries, Payload.O, 2)]))]
+    area, _, rank = split_heads(mask_rectangles(call), call.ranks, call.heads)
+    tasks = make_columns(TASK_COLUMNS, step=1, rank=rank, **vars(area))
+    queries = send_direct(Payload.Q, remote_users(call, Payload.Q, tasks), 0)
+    keys = send_direct(Payload.KV, remote_users(call, Payload.KV, tasks), 0)
+    return [Table(tasks, concat_rows(MOVE_COLUMNS, [queries, keys, reversed_moves(queries, Payload.O, 2)]))]

@@ -1,4 +1,4 @@
-"""USP: Ulysses in one direction of a 2-D mesh of ranks, a ring in the other.
+"""USP: Ulysses in one dimension of a 2-D mesh of ranks, a ring in the other.
 
 Fang & Zhao 2024, arXiv 2405.07719. A rank collects the tokens of its Ulysses group for its share of the query heads;
 those keys and values then go round the ranks that have the same share in the other groups.
@@ -6,52 +6,63 @@ those keys and values then go round the ranks that have the same share in the ot
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from distattn.cluster.spec import Machines
+from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import whole_numbers
-from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, columns, concat
+from distattn.ir.intervals import as_int64
+from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, concat_rows, make_columns
 from distattn.parallel.tables.partition import chunks_of_groups, split_by_owners, split_heads
-from distattn.parallel.tables.routes import chain, guests, star, straight_home
+from distattn.parallel.tables.routes import reduce_direct, remote_users, send_along_ring, send_direct
 
-_INNER = ("ulysses", "ring")
+_DIMS = ("ulysses", "ring")
 
 
-def usp(
-    call: Call, cluster: Machines | None = None, *, ulysses: int | None = None, inner: str = "ulysses"
-) -> list[Table]:
-    """Tasks and moves of one pass: collect at step 0, compute what came d groups far at step 1 + d, outputs straight home.
+@dataclass(frozen=True)
+class UspOptions:
+    """ulysses: ranks in an Ulysses group, by default as many as copy no key/value head (and fit in a node, given a cluster).
 
-    ulysses: ranks in an Ulysses group, by default the most that copy no key/value head (and fit in a node, where the
-    cluster is known). inner: which of the two has neighbouring ranks (0, 1, 2, ...) in one group.
+    inner_dim: which of the two, "ulysses" or "ring", has neighbouring ranks (0, 1, 2, ...) in one group.
     """
-    if inner not in _INNER:
-        raise DistattnError(f"the inner dimension of usp is one of {', '.join(_INNER)}, not {inner!r}.")
-    share = _default_share(call, cluster) if ulysses is None else int(whole_numbers(ulysses, "ulysses"))
-    if share < 1 or call.ranks % share or share > call.heads:
+
+    ulysses: int | None = None
+    inner_dim: str = "ulysses"
+
+    def __post_init__(self) -> None:
+        if self.inner_dim not in _DIMS:
+            raise DistattnError(f"the inner dimension of usp is one of {', '.join(_DIMS)}, not {self.inner_dim!r}.")
+        if self.ulysses is not None:
+            as_int64(self.ulysses, "ulysses")
+
+
+def usp(call: Call, cluster: AnyCluster | None = None, options: UspOptions = UspOptions()) -> list[Table]:
+    """Tasks and moves of one pass: collect at step 0, compute what is d groups away at step 1 + d, outputs straight to owners."""
+    degree = _default_degree(call, cluster) if options.ulysses is None else options.ulysses
+    if degree < 1 or call.ranks % degree or degree > call.heads:
         fitting = [u for u in range(1, call.heads + 1) if call.ranks % u == 0]
         raise DistattnError(
-            f"usp cannot split {call.heads} query heads and {call.ranks} ranks {share}-fold; ulysses = "
+            f"usp cannot split {call.heads} query heads and {call.ranks} ranks {degree}-fold; ulysses = "
             f"{', '.join(map(str, fitting))} would work."
         )
-    groups = call.ranks // share
-    ranks = np.arange(call.ranks)
-    # lane: the ranks that have the same share of the heads
-    group, lane = (ranks // share, ranks % share) if inner == "ulysses" else (ranks % groups, ranks // groups)
+    groups, ranks = call.ranks // degree, np.arange(call.ranks)
+    # the Ulysses group of each rank, and the ring: the ranks that have the same share of the heads
+    neighbours = options.inner_dim == "ulysses"
+    group, ring = (ranks // degree, ranks % degree) if neighbours else (ranks % groups, ranks // groups)
     whole, query_group, key_group = split_by_owners(call, chunks_of_groups(call, group))
-    area, row, part = split_heads(whole, share, call.heads)
-    at, origin = query_group[row], key_group[row]
-    rank = at * share + part if inner == "ulysses" else part * groups + at
-    tasks = columns(TASK_COLUMNS, step=1 + (at - origin) % groups, rank=rank, **vars(area))
+    area, row, share = split_heads(whole, degree, call.heads)
+    here, origin = query_group[row], key_group[row]
+    rank = here * degree + share if neighbours else share * groups + here
+    tasks = make_columns(TASK_COLUMNS, step=1 + (here - origin) % groups, rank=rank, **vars(area))
     moves = [
-        star(Payload.Q, guests(call, Payload.Q, tasks), 0),
-        chain(Payload.KV, guests(call, Payload.KV, tasks), lane),
-        straight_home(Payload.O, guests(call, Payload.O, tasks, latest=True)),
+        send_direct(Payload.Q, remote_users(call, Payload.Q, tasks), 0),
+        send_along_ring(Payload.KV, remote_users(call, Payload.KV, tasks), ring),
+        reduce_direct(Payload.O, remote_users(call, Payload.O, tasks, latest=True)),
     ]
-    return [Table(tasks, concat(MOVE_COLUMNS, moves))]
+    return [Table(tasks, concat_rows(MOVE_COLUMNS, moves))]
 
 
-def _default_share(call: Call, cluster: Machines | None) -> int:
-    most = min(call.kv_heads, call.ranks if cluster is None else cluster.devices)
-    return max(u for u in range(1, most + 1) if call.ranks % u == 0)
+def _default_degree(call: Call, cluster: AnyCluster | None) -> int:
+    limit = min(call.kv_heads, call.ranks if cluster is None else cluster.devices)
+    return max(u for u in range(1, limit + 1) if call.ranks % u == 0)

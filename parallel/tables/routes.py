@@ -1,182 +1,201 @@
-"""Routes: how tokens reach the ranks that use them, and how partial results get home.
+"""Routes: how tokens reach the ranks that use them, and how partial results are reduced to their owners.
 
-A strategy says who computes what in which step; from its tasks follow, by token and head, the ranks that use it (or add
-to it) without owning it. A route visits those and nobody else, so what moves is the least that the assignment of tasks
-allows. Rows of equal users, called a *stretch*, travel together.
+A strategy says who computes what in which step. From its tasks follow, by token and head, the ranks that use it (or add to it)
+without owning it: its remote users. A route visits those and nobody else, so what moves is the least that the assignment of
+tasks allows. Tokens and heads with the same users form a *segment* and travel together.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from distattn.ir.intervals import Ints, crossing, distinct, elementary, expand, lexical_order
-from distattn.ir.plan import MOVE_COLUMNS, Call, Columns, Payload, cells_of_tasks, columns, concat, count, take
+from distattn.ir.intervals import (
+    Ints,
+    elementary_intervals,
+    expand_ranges,
+    lexicographic_argsort,
+    overlapping_pairs,
+    sorted_unique,
+)
+from distattn.ir.plan import (
+    MOVE_COLUMNS,
+    Call,
+    Columns,
+    Payload,
+    concat_rows,
+    make_columns,
+    num_rows,
+    select_rows,
+    task_token_ranges,
+)
 
 
-def guests(call: Call, payload: Payload, tasks: Columns, latest: bool = False) -> Columns:
-    """The ranks that use tokens of a payload without owning them: rows (stretch, owner, rank, t0, t1, h0, h1, step).
+def remote_users(call: Call, payload: Payload, tasks: Columns, latest: bool = False) -> Columns:
+    """The ranks that use tokens of a payload without owning them: rows (segment, owner, rank, t0, t1, h0, h1, step).
 
-    step: the first, or with `latest` the last step in which `rank` does so. Sorted by stretch, step and rank; stretches
-    are equal or disjoint, each of one owner.
+    step: the first step in which `rank` uses the segment, or the last one with `latest`. Rows are sorted by segment, step and
+    rank. Two segments are equal or disjoint, and each has one owner.
     """
     chunks = call.layout.chunks
-    cells = cells_of_tasks(call, payload, tasks)
-    # cut at chunks, so that no stretch crosses an owner
-    i, j = crossing(chunks["t0"], chunks["t1"], cells["t0"], cells["t1"])
+    ranges = task_token_ranges(call, payload, tasks)
+    # cut at chunks, so that no segment crosses an owner
+    i, j = overlapping_pairs(chunks["t0"], chunks["t1"], ranges["t0"], ranges["t1"])
     foreign = np.flatnonzero(tasks["rank"][i] != chunks["rank"][j])
     i, j = i[foreign], j[foreign]
-    t0, t1 = np.maximum(cells["t0"][i], chunks["t0"][j]), np.minimum(cells["t1"][i], chunks["t1"][j])
-    limits = distinct(np.concatenate([cells["h0"][i], cells["h1"][i]]))
-    each, head = expand(np.searchsorted(limits, cells["h0"][i]), np.searchsorted(limits, cells["h1"][i]))
-    row, part, head, t0, t1 = elementary(head, t0[each], t1[each])
+    t0, t1 = np.maximum(ranges["t0"][i], chunks["t0"][j]), np.minimum(ranges["t1"][i], chunks["t1"][j])
+    limits = sorted_unique(np.concatenate([ranges["h0"][i], ranges["h1"][i]]))
+    each, head = expand_ranges(np.searchsorted(limits, ranges["h0"][i]), np.searchsorted(limits, ranges["h1"][i]))
+    row, segment, head, t0, t1 = elementary_intervals(head, t0[each], t1[each])
     row = each[row]
     owner = np.zeros(len(t0), np.int64)
-    owner[part] = chunks["rank"][j[row]]
+    owner[segment] = chunks["rank"][j[row]]
     row = i[row]
-    # one row per (stretch, rank): its first or last step
+    # one row per (segment, rank): its first or last step
     step = tasks["step"][row]
-    order = lexical_order(part, tasks["rank"][row], -step if latest else step)
-    part, rank, step = part[order], tasks["rank"][row][order], step[order]
-    fresh = np.ones(len(part), bool)
-    fresh[1:] = (part[1:] != part[:-1]) | (rank[1:] != rank[:-1])
-    part, rank, step = part[fresh], rank[fresh], step[fresh]
-    order = lexical_order(part, step, rank)
-    part = part[order]
-    place = {"t0": t0[part], "t1": t1[part], "h0": limits[head[part]], "h1": limits[head[part] + 1]}
-    return {"stretch": part, "owner": owner[part], "rank": rank[order], "step": step[order], **place}
+    order = lexicographic_argsort(segment, tasks["rank"][row], -step if latest else step)
+    segment, rank, step = segment[order], tasks["rank"][row][order], step[order]
+    is_first = differs_from_previous(segment, rank)
+    segment, rank, step = segment[is_first], rank[is_first], step[is_first]
+    order = lexicographic_argsort(segment, step, rank)
+    segment = segment[order]
+    extent = {"t0": t0[segment], "t1": t1[segment], "h0": limits[head[segment]], "h1": limits[head[segment] + 1]}
+    return {"segment": segment, "owner": owner[segment], "rank": rank[order], "step": step[order], **extent}
 
 
-def star(payload: Payload, seen: Columns, step: int | Ints) -> Columns:
-    """From the owner straight to every guest."""
-    return _moves(payload, seen, seen["owner"], seen["rank"], step)
+def send_direct(payload: Payload, users: Columns, step: int | Ints) -> Columns:
+    """Moves from the owner straight to every remote user."""
+    return _make_moves(payload, users, users["owner"], users["rank"], step)
 
 
-def chain(payload: Payload, seen: Columns, lane: Ints | None = None) -> Columns:
-    """From the owner to its first guest, from there to the next, always one step before it is used.
+def send_along_ring(payload: Payload, users: Columns, ring: Ints | None = None) -> Columns:
+    """Moves from the owner to its first user, from there to the next, each one step before it is used.
 
-    Guests of a stretch have different steps; with `lane`, a number for each rank, those of the same lane, which form a
-    chain of their own.
+    The users of a segment have different steps. With `ring`, the number of the ring that each rank is in, the users of one
+    ring receive from each other, and the first user of every ring from the owner.
     """
-    if lane is not None:
-        seen = {**seen, "stretch": seen["stretch"] * (int(lane.max()) + 1) + lane[seen["rank"]]}
-        seen = take(seen, lexical_order(seen["stretch"], seen["step"]))
-    previous = np.append(-1, seen["rank"][:-1])
-    return _moves(
-        payload, seen, np.where(first_of(seen["stretch"]), seen["owner"], previous), seen["rank"], seen["step"] - 1
-    )
+    if ring is not None:
+        users = {**users, "segment": users["segment"] * (int(ring.max()) + 1) + ring[users["rank"]]}
+        users = select_rows(users, lexicographic_argsort(users["segment"], users["step"]))
+    previous = np.append(-1, users["rank"][:-1])
+    src = np.where(differs_from_previous(users["segment"]), users["owner"], previous)
+    return _make_moves(payload, users, src, users["rank"], users["step"] - 1)
 
 
-def chain_of_nodes(payload: Payload, seen: Columns, node: Ints, devices: int) -> Columns:
-    """From node to node, and inside each along its guests: a token crosses into a node once.
+def send_along_double_ring(payload: Payload, users: Columns, node: Ints, devices: int) -> Columns:
+    """Moves from node to node, and inside each node along its users: a token crosses into a node once.
 
-    Guests of hop o (counted in nodes) compute in steps [o * devices, (o + 1) * devices); what crosses leaves one hop ahead.
+    Users o nodes away from the owner compute in steps [o * devices, (o + 1) * devices). What crosses leaves one node ahead.
     """
-    here, home = node[seen["rank"]], node[seen["owner"]]
-    fresh = first_of(seen["stretch"])
-    enters = (here != home) & (fresh | (here != np.append(-1, here[:-1])))
-    # who holds the token first in each node: the guest it entered at, or the owner
-    gate = np.where(enters, seen["rank"], seen["owner"])
-    at = np.maximum.accumulate(np.where(enters | fresh, np.arange(len(here)), 0))
-    before = np.append(0, at[:-1]) if len(at) else at
-    previous = np.append(-1, seen["rank"][:-1])
-    src = np.where(enters, np.where(fresh, seen["owner"], gate[before]), np.where(fresh, seen["owner"], previous))
-    step = np.where(enters, np.maximum(seen["step"] // devices - 1, 0) * devices, seen["step"] - 1)
-    return _moves(payload, seen, src, seen["rank"], step)
+    user_node, owner_node = node[users["rank"]], node[users["owner"]]
+    is_first = differs_from_previous(users["segment"])
+    enters = (user_node != owner_node) & (is_first | (user_node != np.append(-1, user_node[:-1])))
+    # who has the token first in each node: the user it entered at, or the owner
+    leader = np.where(enters, users["rank"], users["owner"])
+    entry = np.maximum.accumulate(np.where(enters | is_first, np.arange(len(user_node)), 0))
+    previous_entry = np.append(0, entry[:-1]) if len(entry) else entry
+    previous = np.append(-1, users["rank"][:-1])
+    from_previous = np.where(enters, leader[previous_entry], previous)
+    src = np.where(is_first, users["owner"], from_previous)
+    step = np.where(enters, np.maximum(users["step"] // devices - 1, 0) * devices, users["step"] - 1)
+    return _make_moves(payload, users, src, users["rank"], step)
 
 
-def relay(payload: Payload, seen: Columns, node: Ints) -> tuple[Columns, Columns]:
-    """From the owner to guests of its own node and to one of every other node (step 0), which passes it on (step 1).
+def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Columns, Columns]:
+    """Moves from the owner to the users of its own node and to one leader in every other node (step 0); leaders pass on (step 1).
 
-    Returns (moves, the rows of `seen` that get theirs in the second step).
+    Returns (moves, the rows of `users` that receive in the second step).
     """
-    here, home = node[seen["rank"]], node[seen["owner"]]
-    # the guest nearest to the owner's place in its node: so that gates are spread as owners are
+    user_node, owner_node = node[users["rank"]], node[users["owner"]]
+    # the leader is the user nearest to the owner's place in its node: leaders are spread as owners are
     devices = int(np.bincount(node).max())
-    order = lexical_order(seen["stretch"], here, (seen["rank"] - seen["owner"]) % devices)
-    seen, here, home = take(seen, order), here[order], home[order]
-    gate = first_of(seen["stretch"], here)
-    second = (here != home) & ~gate
-    first = take(seen, ~second)
-    source = seen["rank"][np.maximum.accumulate(np.where(gate, np.arange(len(gate)), 0))] if len(gate) else here
-    later = take(seen, second)
-    passed = _moves(payload, later, source[second], later["rank"], 1)
-    return concat(MOVE_COLUMNS, [star(payload, first, 0), passed]), later
+    order = lexicographic_argsort(users["segment"], user_node, (users["rank"] - users["owner"]) % devices)
+    users, user_node, owner_node = select_rows(users, order), user_node[order], owner_node[order]
+    leads = differs_from_previous(users["segment"], user_node)
+    passed_on = (user_node != owner_node) & ~leads
+    leader = np.maximum.accumulate(np.where(leads, np.arange(len(leads)), 0))
+    late = select_rows(users, passed_on)
+    second = _make_moves(payload, late, users["rank"][leader][passed_on], late["rank"], 1)
+    return concat_rows(MOVE_COLUMNS, [send_direct(payload, select_rows(users, ~passed_on), 0), second]), late
 
 
-def straight_home(payload: Payload, left: Columns, node: Ints | None = None) -> Columns:
-    """From every guest to the owner, after its last deposit. With `node`, guests of a foreign node are summed there first.
+def reduce_direct(payload: Payload, users: Columns, node: Ints | None = None) -> Columns:
+    """Moves of partial results from every user to the owner, after the user's last deposit.
 
-    `left`: guests by their latest step.
+    With `node`, the users of a foreign node are summed at a leader there first. `users`: by their latest step.
     """
     if node is None:
-        return _moves(payload, left, left["rank"], left["owner"], left["step"] + 1)
-    here, home = node[left["rank"]], node[left["owner"]]
-    # of the last to deposit the one nearest to the owner's place in its node gathers what the others have: gates are
-    # spread as owners are
+        return _make_moves(payload, users, users["rank"], users["owner"], users["step"] + 1)
+    user_node, owner_node = node[users["rank"]], node[users["owner"]]
+    # the leader is one of the last to deposit, of those the nearest to the owner's place in its node: leaders are spread as
+    # owners are
     devices = int(np.bincount(node).max())
-    order = lexical_order(left["stretch"], here, left["step"], -((left["rank"] - left["owner"]) % devices))
-    left, here, home = take(left, order), here[order], home[order]
-    gathers = np.append(first_of(left["stretch"], here)[1:], True) if len(here) else np.ones(0, bool)
-    index = np.where(gathers, np.arange(len(here)), len(here))
-    gate = np.minimum.accumulate(index[::-1])[::-1]
-    alone = gathers & first_of(left["stretch"], here)
-    direct = (here == home) | gathers
-    dst = np.where(direct, left["owner"], left["rank"][np.minimum(gate, max(len(here) - 1, 0))])
-    step = left["step"] + np.where(gathers & ~alone & (here != home), 2, 1)
-    return _moves(payload, left, left["rank"], dst, step)
+    nearness = -((users["rank"] - users["owner"]) % devices)
+    order = lexicographic_argsort(users["segment"], user_node, users["step"], nearness)
+    users, user_node, owner_node = select_rows(users, order), user_node[order], owner_node[order]
+    is_first = differs_from_previous(users["segment"], user_node)
+    rows = len(user_node)
+    leads = np.append(is_first[1:], True) if rows else np.ones(0, bool)
+    leader = np.minimum.accumulate(np.where(leads, np.arange(rows), rows)[::-1])[::-1]
+    to_owner = (user_node == owner_node) | leads
+    dst = np.where(to_owner, users["owner"], users["rank"][np.minimum(leader, max(rows - 1, 0))])
+    # a leader waits a step for the others of its node
+    waits = leads & ~is_first & (user_node != owner_node)
+    return _make_moves(payload, users, users["rank"], dst, users["step"] + np.where(waits, 2, 1))
 
 
-def follow(payload: Payload, left: Columns, node: Ints | None = None) -> Columns:
-    """Partial results visit the guests in the order of their last deposits, summing, then go home.
+def reduce_along_ring(payload: Payload, users: Columns, node: Ints | None = None) -> Columns:
+    """Moves of partial results along the users in the order of their last deposits, summing, then to the owner.
 
-    With `node`, what the owner's own node adds goes home on its own, and the others are visited node by node, so that
-    the sum crosses into no node twice. `left`: guests by their latest step.
+    With `node`, what the owner's own node adds goes to the owner on its own, and the others are visited node by node, so
+    that the sum crosses into no node twice. `users`: by their latest step.
     """
-    rows = count(left)
+    rows = num_rows(users)
     if not rows:
-        return concat(MOVE_COLUMNS, [])
+        return concat_rows(MOVE_COLUMNS, [])
     if node is not None:
-        away = (node[left["rank"]] - node[left["owner"]]) % (int(node.max()) + 1)
-        left = {**left, "stretch": 2 * left["stretch"] + (away > 0)}
-        left = take(left, lexical_order(left["stretch"], away, left["step"], left["rank"]))
-    fresh = first_of(left["stretch"])
-    # leave after one's own last deposit and after the sum so far has arrived: step_i = max_j<=i (deposit_j + i - j) + 1
-    index, stretch = np.arange(rows), np.cumsum(fresh)
-    tide = int(left["step"].max()) + rows + 1
-    step = np.maximum.accumulate(left["step"] - index + stretch * tide) - stretch * tide + index + 1
-    last = np.append(fresh[1:], True)
-    return _moves(payload, left, left["rank"], np.where(last, left["owner"], np.append(left["rank"][1:], -1)), step)
+        distance = (node[users["rank"]] - node[users["owner"]]) % (int(node.max()) + 1)
+        users = {**users, "segment": 2 * users["segment"] + (distance > 0)}
+        users = select_rows(users, lexicographic_argsort(users["segment"], distance, users["step"], users["rank"]))
+    is_first = differs_from_previous(users["segment"])
+    # leave after one's own last deposit and after the sum so far has arrived: step_i = max_j<=i (deposit_j + i - j) + 1;
+    # an offset for each segment keeps the running maximum inside it
+    index, segment = np.arange(rows), np.cumsum(is_first)
+    offset = int(users["step"].max()) + rows + 1
+    step = np.maximum.accumulate(users["step"] - index + segment * offset) - segment * offset + index + 1
+    is_last = np.append(is_first[1:], True)
+    dst = np.where(is_last, users["owner"], np.append(users["rank"][1:], -1))
+    return _make_moves(payload, users, users["rank"], dst, step)
 
 
-def first_of(*keys: Ints) -> np.ndarray:
-    """Which rows differ from the row before in any of the keys."""
-    fresh = np.ones(len(keys[0]), bool)
-    if len(fresh):
-        fresh[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
-    return fresh
+def differs_from_previous(*keys: Ints) -> np.ndarray:
+    """Which rows differ from the row before in any of the keys; the first row does."""
+    differs = np.ones(len(keys[0]), bool)
+    if len(differs):
+        differs[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
+    return differs
 
 
-def reversed_as(moves: Columns, payload: Payload, step: int | Ints) -> Columns:
-    """The same rows with the arrow turned, carrying `payload` at `step`."""
+def reversed_moves(moves: Columns, payload: Payload, step: int | Ints) -> Columns:
+    """The same moves with source and destination exchanged, carrying `payload` at `step`."""
     turned = {**moves, "src": moves["dst"], "dst": moves["src"], "payload": int(payload), "step": step}
-    return columns(MOVE_COLUMNS, **turned)
+    return make_columns(MOVE_COLUMNS, **turned)
 
 
 def coalesce(moves: Columns) -> Columns:
-    """Join moves that agree in all but touching token intervals, then those in all but touching head ranges."""
+    """Join moves that agree in all but touching token intervals, then those that agree in all but touching head ranges."""
     return _joined(_joined(moves, "t0", "t1"), "h0", "h1")
 
 
 def _joined(moves: Columns, low: str, high: str) -> Columns:
     names = [name for name in MOVE_COLUMNS if name not in (low, high)]
-    rows = take(moves, lexical_order(*(moves[name] for name in names), moves[low]))
-    fresh = first_of(*(rows[name] for name in names))
-    if count(rows):
-        fresh[1:] |= rows[low][1:] != rows[high][:-1]
-    last = np.append(np.flatnonzero(fresh)[1:], count(rows)) - 1
-    return {**take(rows, fresh), high: rows[high][last] if count(rows) else rows[high]}
+    rows = select_rows(moves, lexicographic_argsort(*(moves[name] for name in names), moves[low]))
+    is_first = differs_from_previous(*(rows[name] for name in names))
+    if num_rows(rows):
+        is_first[1:] |= rows[low][1:] != rows[high][:-1]
+    last = np.append(np.flatnonzero(is_first)[1:], num_rows(rows)) - 1
+    return {**select_rows(rows, is_first), high: rows[high][last] if num_rows(rows) else rows[high]}
 
 
-def _moves(payload: Payload, seen: Columns, src: Ints, dst: Ints, step: int | Ints) -> Columns:
-    rows = {name: seen[name] for name in ("t0", "t1", "h0", "h1")}
-    return coalesce(columns(MOVE_COLUMNS, step=step, src=src, dst=dst, payload=int(payload), **rows))
+def _make_moves(payload: Payload, users: Columns, src: Ints, dst: Ints, step: int | Ints) -> Columns:
+    extent = {name: users[name] for name in ("t0", "t1", "h0", "h1")}
+    return coalesce(make_columns(MOVE_COLUMNS, step=step, src=src, dst=dst, payload=int(payload), **extent))

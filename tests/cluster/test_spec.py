@@ -9,14 +9,14 @@ import distattn as da
 from distattn.cluster import spec as describe
 
 
-@pytest.mark.parametrize("kind", describe.shipped())
+@pytest.mark.parametrize("kind", describe.shipped_names())
 def test_shipped_descriptions_are_read_and_every_number_has_its_source(kind):
     found = describe.load(f"{kind}-1x4")
     assert found.ranks == 4 and found.name == f"{kind}-1x4"
     text = (resources.files("distattn.cluster") / "descriptions" / f"{kind}.toml").read_text()
     section = text[text.index("[device]") :]
     for line in section.splitlines():
-        if re.match(r"(memory|peak|product|copy|units|tile|launch|gbs|latency)", line):
+        if re.match(r"(memory|peak|gemm|copy|num_sms|tile|launch|gbs|latency)", line):
             assert "#" in line, f"{kind}: no source beside {line!r}"
     assert "#" in text[text.index("attention = [") : text.index("{ direction")]
 
@@ -62,12 +62,12 @@ def test_more_ranks_than_devices_are_refused():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("gbs = 50", "across.gbs: a positive number is wanted, not -1"),
-        ("units = 132", "device.units"),
+        ("gbs = 50", "inter_node.gbs: a positive number is wanted, not -1"),
+        ("num_sms = 132", "device.num_sms"),
         ('direction = "forward"', "attention: a direction"),
         ("devices = 8", "devices: "),
-        ("[inside]", "cannot be read as TOML"),
-        ("latency_us = 10 ", "inside.latency_us: a positive number is wanted, not -5"),
+        ("[intra_node]", "cannot be read as TOML"),
+        ("latency_us = 10 ", "intra_node.latency_us: a positive number is wanted, not -5"),
         ("tile = [128, 128]", "device.tile: a positive number is wanted, not 0"),
         ("queries = 1024, keys", "a full grid of queries and keys, or squares, are wanted"),
     ],
@@ -75,10 +75,10 @@ def test_more_ranks_than_devices_are_refused():
 def test_a_wrong_file_is_refused_by_its_key(tmp_path, change, sentence):
     wrong = {
         "gbs = 50": "gbs = -1",
-        "units = 132": 'units = "many"',
+        "num_sms = 132": 'num_sms = "many"',
         'direction = "forward"': 'direction = "sideways"',
         "devices = 8": "devices = 0",
-        "[inside]": "[inside",
+        "[intra_node]": "[intra_node",
         "latency_us = 10 ": "latency_us = -5 ",
         "tile = [128, 128]": "tile = [0, 0]",
         "queries = 1024, keys": "queries = 512, keys",

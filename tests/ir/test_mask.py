@@ -129,8 +129,8 @@ def test_constructors_mean_what_their_docstrings_say():
     assert (Mask.sliding_window(40, 5).dense() == ((q - 5 <= k) & (k <= q))).all()
     assert (Mask.sliding_window(40, 5, 3).dense() == ((q - 5 <= k) & (k <= q + 3))).all()
     assert (Mask.documents([1, 30, 9]).dense() == (same & (k <= q))).all()
-    assert (Mask.documents([1, 30, 9], inner="full").dense() == same).all()
-    assert (Mask.documents([1, 30, 9], inner=(2, 1)).dense() == (same & (q - 2 <= k) & (k <= q + 1))).all()
+    assert (Mask.documents([1, 30, 9], document_mask="full").dense() == same).all()
+    assert (Mask.documents([1, 30, 9], document_mask=(2, 1)).dense() == (same & (q - 2 <= k) & (k <= q + 1))).all()
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_constructors_mean_what_their_docstrings_say():
         (lambda: Mask.documents([3, -1]), "document 1 has length -1"),
         (lambda: Mask.documents([]), "at least one"),
         (lambda: Mask.documents([2.5]), "whole numbers"),
-        (lambda: Mask.documents([2], inner="sideways"), "inner is"),
-        (lambda: Mask.documents([2], inner=None), "inner is"),
+        (lambda: Mask.documents([2], document_mask="sideways"), "document_mask is"),
+        (lambda: Mask.documents([2], document_mask=None), "document_mask is"),
         (lambda: Mask.documents([2**63 - 1, 2**63 - 1, 6]), "at most"),
         (lambda: Mask.sliding_window(10, 2.7), "whole numbers"),
         (lambda: Mask.from_pieces([[0, 4.9, 0, 4, -1.9, 0.5]]), "whole numbers"),

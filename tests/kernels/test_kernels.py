@@ -9,23 +9,23 @@ from oracle import Inputs, Result, assert_close, dense, random_inputs
 from distattn.ir.errors import DistattnError
 from distattn.ir.mask import Mask
 from distattn.kernels import cpu, reference
-from distattn.kernels.launch_mask import Cells
+from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.merge import merge_
 from distattn.kernels.registry import choose_kernel, load_kernel
-from distattn.kernels.spec import Demand, Score
+from distattn.kernels.spec import KernelRequirements, ScoreMod
 
 CPU = torch.device("cpu")
-DEMAND = Demand(torch.float64, 8, 8, CPU)
+DEMAND = KernelRequirements(torch.float64, 8, 8, CPU)
 # those that take any dtype
 EXACT = ["reference", "cpu"]
 
 
 def run(kernel, mask: Mask, inputs: Inputs, dtype=torch.float64, scale: float = 0.25) -> Result:
-    work = kernel.prepare(Cells.of_mask(mask, inputs.q.shape[1], inputs.k.shape[1]), DEMAND)
+    work = kernel.prepare(LaunchMask.from_mask(mask, inputs.q.shape[1], inputs.k.shape[1]), DEMAND)
     q, k, v, do = (x.to(dtype) for x in inputs)
-    o, lse = kernel.forward(q, k, v, work, Score(scale))
+    o, lse = kernel.forward(q, k, v, work, ScoreMod(scale))
     delta = (do.to(o.dtype) * o).sum(-1)
-    return Result(o, lse, *kernel.backward(do, q, k, v, lse, delta, work, Score(scale)))
+    return Result(o, lse, *kernel.backward(do, q, k, v, lse, delta, work, ScoreMod(scale)))
 
 
 @settings(max_examples=60)
@@ -101,7 +101,7 @@ def test_merging_partial_results_equals_one_softmax():
     inputs = random_inputs(40, 2, 2, 8)
     left, right = Mask.from_pieces([[0, 40, 0, 15, -99, 0]], 40), Mask.from_pieces([[0, 40, 15, 40, -99, 0]], 40)
     (o, lse), (o2, lse2) = (
-        reference.forward(*inputs[:3], reference.prepare(Cells.of_mask(m, 2, 2), DEMAND), Score(0.25))
+        reference.forward(*inputs[:3], reference.prepare(LaunchMask.from_mask(m, 2, 2), DEMAND), ScoreMod(0.25))
         for m in (left, right)
     )
     merge_(o, lse, o2, lse2)
@@ -110,8 +110,11 @@ def test_merging_partial_results_equals_one_softmax():
 
 
 def test_dispatch_is_explicit():
-    assert choose_kernel(None, Demand(torch.float32, 8, 8, CPU)) == "cpu"
-    assert choose_kernel("reference", Demand(torch.float32, 8, 12, torch.device("cuda"), True, True)) == "reference"
+    assert choose_kernel(None, KernelRequirements(torch.float32, 8, 8, CPU)) == "cpu"
+    assert (
+        choose_kernel("reference", KernelRequirements(torch.float32, 8, 12, torch.device("cuda"), True, True))
+        == "reference"
+    )
     for arguments, sentence in (
         (("flash", torch.float32, 8, 8, CPU), "kernel 'flash' does not exist; there are reference, cpu"),
         ((None, torch.float32, 8, 12, CPU), "equal head dims, not 8 and 12"),
@@ -121,14 +124,14 @@ def test_dispatch_is_explicit():
         ((None, torch.float32, 8, 8, torch.device("meta")), "no default kernel for meta"),
     ):
         with pytest.raises(DistattnError, match=sentence):
-            choose_kernel(arguments[0], Demand(*arguments[1:]))
+            choose_kernel(arguments[0], KernelRequirements(*arguments[1:]))
 
 
 def test_a_causal_band_needs_two_calls_and_a_full_one_a_single():
     def runs(*piece):
         return [
             (r.q0, r.q1, r.k0, r.k1, r.causal)
-            for r in cpu.prepare(Cells.of_mask(Mask.from_pieces([piece], 99), 1, 1), DEMAND).runs
+            for r in cpu.prepare(LaunchMask.from_mask(Mask.from_pieces([piece], 99), 1, 1), DEMAND).calls
         ]
 
     assert runs(0, 9, 0, 9, -999, 999) == [(0, 9, 0, 9, False)]

@@ -16,19 +16,19 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.kernels import reference
-from distattn.kernels.launch_mask import Cells
+from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.registry import choose_kernel
-from distattn.kernels.spec import Demand, Score
-from distattn.kernels.tile_runs import Runs, tile_runs, transposed_runs
+from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
 from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton import tf32 as triton_tf32
 from distattn.kernels.triton.attention import Tiles
-from distattn.kernels.triton.launch import Tile, run
+from distattn.kernels.triton.launch import Tile
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 SCALE = 0.25
-PLAIN = Score(SCALE)
+PLAIN = ScoreMod(SCALE)
 SMALL = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1))
 UNEVEN = Tiles(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1))
 
@@ -42,7 +42,7 @@ def uninitialised_memory_is_nan():
 
 def forward(mask, inputs, tiles=SMALL, score=PLAIN, dtype=torch.float32):
     q, k, v, _ = (x.to(dtype) for x in inputs)
-    work = triton_attention.prepare_tiles(Cells.of_mask(mask, q.shape[1], k.shape[1]), tiles)
+    work = triton_attention.prepare_tiles(LaunchMask.from_mask(mask, q.shape[1], k.shape[1]), tiles)
     return work, *triton_attention.forward(q, k, v, work, score)
 
 
@@ -53,7 +53,7 @@ def both(mask, inputs, tiles=SMALL, score=PLAIN, dtype=torch.float32) -> Result:
     return Result(o, lse, *triton_attention.backward(do, q, k, v, lse, delta, work, score))
 
 
-def visited(runs: Runs, heads: int, shape: tuple[int, int], block_rows: int, block_keys: int) -> np.ndarray:
+def visited(runs: TileRuns, heads: int, shape: tuple[int, int], block_rows: int, block_keys: int) -> np.ndarray:
     """How often each cell is visited and found allowed, by the lists alone."""
     rows, keys = shape
     out = np.zeros((heads, rows, keys), int)
@@ -79,7 +79,7 @@ def visited(runs: Runs, heads: int, shape: tuple[int, int], block_rows: int, blo
 @pytest.mark.parametrize("name", all_masks(4))
 def test_runs_visit_every_allowed_cell_once_and_no_other(name, blocks):
     mask = all_masks(4)[name]
-    cells = Cells.of_mask(mask, 4, 2)
+    cells = LaunchMask.from_mask(mask, 4, 2)
     wanted = np.broadcast_to(mask.dense(), (4, mask.n, mask.n)).astype(int)
     assert (visited(tile_runs(cells, *blocks), 4, (mask.n, mask.n), *blocks) == wanted).all()
     turned = wanted.transpose(0, 2, 1)
@@ -87,19 +87,19 @@ def test_runs_visit_every_allowed_cell_once_and_no_other(name, blocks):
 
 
 def test_runs_of_a_causal_axis_are_one_for_each_query_tile():
-    runs = tile_runs(Cells.of_mask(Mask.causal(1 << 20), 1, 1), 128, 128)
+    runs = tile_runs(LaunchMask.from_mask(Mask.causal(1 << 20), 1, 1), 128, 128)
     assert len(runs.run) == 8192 and runs.visited == sum(128 * (i + 1) for i in range(8192))
 
 
 def test_short_documents_of_one_query_tile_are_one_run():
-    runs = tile_runs(Cells.of_mask(Mask.documents([8] * 64), 1, 1), 128, 128)
+    runs = tile_runs(LaunchMask.from_mask(Mask.documents([8] * 64), 1, 1), 128, 128)
     assert len(runs.run) == 4 and runs.visited == 4 * 128
 
 
 def wanted_of(mask, inputs, score) -> Result:
     """By the reference kernel in fp64, itself proven against the oracle, which knows no modifiers of scores."""
-    demand = Demand(torch.float64, *inputs.v.shape[1:], torch.device("cpu"))
-    work = reference.prepare(Cells.of_mask(mask, inputs.q.shape[1], inputs.k.shape[1]), demand)
+    demand = KernelRequirements(torch.float64, *inputs.v.shape[1:], torch.device("cpu"))
+    work = reference.prepare(LaunchMask.from_mask(mask, inputs.q.shape[1], inputs.k.shape[1]), demand)
     o, lse = reference.forward(*inputs[:3], work, score)
     delta = (inputs.do * o).sum(-1)
     return Result(o, lse, *reference.backward(inputs.do, *inputs[:3], lse, delta, work, score))
@@ -114,9 +114,9 @@ FACTORS = {
 }
 
 
-def score_of(modifier: str, heads: int) -> Score:
+def score_of(modifier: str, heads: int) -> ScoreMod:
     slopes = torch.linspace(0.02, 0.5, heads) if modifier in ("alibi", "both") else None
-    return Score(SCALE, 1.5 if modifier in ("softcap", "both") else 0.0, slopes)
+    return ScoreMod(SCALE, 1.5 if modifier in ("softcap", "both") else 0.0, slopes)
 
 
 @pytest.mark.parametrize("name", all_masks(4))
@@ -169,52 +169,27 @@ def thirds(n):
     return [Mask.from_pieces([[0, n, k, k + n // 3, -n, 0]], n) for k in range(0, n, n // 3)]
 
 
-@pytest.mark.parametrize("gate", [None, (2,), (2, 48)])
-@pytest.mark.parametrize("sink", [False, True])
-def test_a_ring_of_merge_epilogues_then_finalize_equals_one_shot(sink, gate):
-    n, score = 96, Score(SCALE)
+def test_a_ring_of_merges_equals_one_shot():
+    n, score = 96, ScoreMod(SCALE)
     inputs = random_inputs(n, 2, 1, 80, 48)
     q, k, v, _ = (x.to(torch.float16) for x in inputs)
     o, lse = torch.full((n, 2, 48), torch.nan), torch.full((n, 2), torch.nan)
-    out = torch.full((n, 2, 48), torch.nan, dtype=torch.float16)
-    generator = torch.Generator().manual_seed(1)
-    logit = torch.randn(2, generator=generator) if sink else None
-    factor = torch.rand(n, *gate, generator=generator) if gate else None
     for i, part in enumerate(thirds(n)):
-        work = triton_attention.prepare_tiles(Cells.of_mask(part, 2, 1), SMALL)
-        final = dict(out=out, sink=logit, gate=factor) if i == 2 else {}
-        run(triton_attention.plan_forward(q, k, v, o, lse, work, score, merge=i > 0, **final))
-    wanted, total = wanted_of(Mask.causal(n), inputs, score)[:2]
-    if sink:
-        with_sink = torch.logaddexp(total, logit.double())
-        wanted, total = wanted * torch.exp(total - with_sink)[..., None], with_sink
-    assert relative_error(lse, total) < 4e-3
-    if gate:
-        assert relative_error(o, wanted) < 4e-3
-        wanted = wanted * (factor if factor.dim() == 3 else factor[..., None])
-    assert relative_error(out, wanted) < 4e-3
-
-
-def test_a_row_without_keys_has_the_sink_alone():
-    mask, sink = Mask.from_pieces([[0, 16, 0, 16, -16, 0]], n=40), torch.tensor([0.5, -torch.inf])
-    inputs = random_inputs(40, 2, 1, 16)
-    q, k, v, _ = (x.float() for x in inputs)
-    o, lse, out = torch.empty(40, 2, 16), torch.empty(40, 2), torch.empty(40, 2, 16)
-    work = triton_attention.prepare_tiles(Cells.of_mask(mask, 2, 1), SMALL)
-    run(triton_attention.plan_forward(q, k, v, o, lse, work, Score(SCALE), out=out, sink=sink))
-    assert (out[16:] == 0).all() and (lse[16:, 0] == 0.5).all() and (lse[16:, 1] == -torch.inf).all()
-    assert torch.isfinite(out).all()
+        work = triton_attention.prepare_tiles(LaunchMask.from_mask(part, 2, 1), SMALL)
+        triton_attention.forward(q, k, v, work, score, into=(o, lse), merge=i > 0)
+    wanted = wanted_of(Mask.causal(n), inputs, score)
+    assert relative_error(o, wanted.o) < 4e-3 and relative_error(lse, wanted.lse) < 4e-3
 
 
 def test_gradients_are_added_to_what_is_there():
-    n, score = 96, Score(SCALE)
+    n, score = 96, ScoreMod(SCALE)
     inputs = random_inputs(n, 2, 1, 32)
     wanted = dense(Mask.causal(n), inputs, SCALE)
     q, k, v, do = (x.float() for x in inputs)
     delta = (inputs.do * wanted.o).sum(-1).float()
     dq, dk, dv = torch.zeros(n, 2, 32), torch.zeros(n, 1, 32), torch.zeros(n, 1, 32)
     for part in thirds(n):
-        work = triton_attention.prepare_tiles(Cells.of_mask(part, 2, 1), SMALL)
+        work = triton_attention.prepare_tiles(LaunchMask.from_mask(part, 2, 1), SMALL)
         into = (dq, (dk, dv))
         triton_attention.backward(do, q, k, v, wanted.lse.float(), delta, work, score, into=into)
     for name, got in (("dq", dq), ("dk", dk), ("dv", dv)):
@@ -242,7 +217,7 @@ def test_a_ring_step_writes_and_merges_in_the_kernel(monkeypatch):
     def refuse(*fields):
         raise AssertionError("a second kernel merges")
 
-    monkeypatch.setattr("distattn.parallel.runtime.execute.merge_", refuse)
+    monkeypatch.setattr("distattn.parallel.runtime.buffers.merge_", refuse)
     inputs = random_inputs(128, 2, 1, 32)
     shape = dict(heads=2, kv_heads=1, head_dim=32, dtype="float32")
     plan = make_plan(Mask.causal(128), Layout.contiguous([128], 4), strategy="ring", **shape)
@@ -251,25 +226,28 @@ def test_a_ring_step_writes_and_merges_in_the_kernel(monkeypatch):
 
 def test_what_cannot_be_computed_is_refused():
     for demand, sentence in (
-        (Demand(torch.float64, 64, 64, torch.device("cpu")), "bfloat16, float16 and float32, not float64"),
-        (Demand(torch.float16, 112, 112, torch.device("cpu")), "sums of two from 16 to 256 .80, 96, 192., not 112"),
-        (Demand(torch.float16, 512, 512, torch.device("cpu")), "not 512"),
+        (KernelRequirements(torch.float64, 64, 64, torch.device("cpu")), "bfloat16, float16 and float32, not float64"),
+        (
+            KernelRequirements(torch.float16, 112, 112, torch.device("cpu")),
+            "sums of two from 16 to 256 .80, 96, 192., not 112",
+        ),
+        (KernelRequirements(torch.float16, 512, 512, torch.device("cpu")), "not 512"),
     ):
         with pytest.raises(DistattnError, match=sentence):
             choose_kernel("triton", demand)
-    assert choose_kernel(None, Demand(torch.bfloat16, 192, 128, torch.device("cuda"))) == "triton"
+    assert choose_kernel(None, KernelRequirements(torch.bfloat16, 192, 128, torch.device("cuda"))) == "triton"
 
 
 def test_half_precision_goes_by_descriptors_and_single_by_pointers():
     for dtype, tma in ((torch.float16, True), (torch.float32, False)):
         q, k, v, _ = (x.to(dtype) for x in random_inputs(20, 2, 1, 32))
-        work = triton_attention.prepare_tiles(Cells.of_mask(Mask.causal(20), 2, 1), SMALL)
+        work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(20), 2, 1), SMALL)
         o, lse = torch.empty(20, 2, 32), torch.empty(20, 2)
         plan = triton_attention.plan_forward
-        assert plan(q, k, v, o, lse, work, Score(SCALE)).arguments["TMA"] is tma
+        assert plan(q, k, v, o, lse, work, ScoreMod(SCALE)).arguments["TMA"] is tma
         # rows that do not begin at 16 bytes
         odd = torch.zeros(20 * 64 + 1, dtype=dtype)[1:].view(20, 2, 32)
-        assert not plan(odd, k, v, o, lse, work, Score(SCALE)).arguments["TMA"]
+        assert not plan(odd, k, v, o, lse, work, ScoreMod(SCALE)).arguments["TMA"]
 
 
 def test_heads_may_lie_further_apart_than_32_bits_reach():
@@ -281,7 +259,7 @@ def test_heads_may_lie_further_apart_than_32_bits_reach():
     inputs = random_inputs(n, 3, 3, 16)
     q.copy_(inputs.q)
     wanted = dense(Mask.causal(n), inputs, SCALE)
-    work = triton_attention.prepare_tiles(Cells.of_mask(Mask.causal(n), 3, 3), SMALL)
+    work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(n), 3, 3), SMALL)
     k, v, do = (x.to(dtype) for x in inputs[1:])
     o, lse = triton_attention.forward(q, k, v, work, PLAIN)
     assert relative_error(o, wanted.o) < TOLERANCE[dtype]
@@ -293,8 +271,8 @@ def test_heads_may_lie_further_apart_than_32_bits_reach():
 def test_tf32_is_a_kernel_of_its_own():
     inputs = random_inputs(40, 2, 1, 32)
     q, k, v, do = (x.float() for x in inputs)
-    cells, wanted = Cells.of_mask(Mask.causal(40), 2, 1), dense(Mask.causal(40), inputs, SCALE)
-    work = triton_tf32.prepare(cells, Demand(torch.float32, 32, 32, torch.device("cpu")))
+    cells, wanted = LaunchMask.from_mask(Mask.causal(40), 2, 1), dense(Mask.causal(40), inputs, SCALE)
+    work = triton_tf32.prepare(cells, KernelRequirements(torch.float32, 32, 32, torch.device("cpu")))
     o, lse = triton_tf32.forward(q, k, v, work, PLAIN)
     grads = triton_tf32.backward(do, q, k, v, lse, (do * o).sum(-1), work, PLAIN)
     assert_close(Result(o, lse, *grads), wanted, 2e-3)

@@ -230,5 +230,5 @@ def test_bytes_on_the_wire_are_the_plans_bytes(strategy):
     assert counted == planned_bytes(plan)
     # and the simulator's
     timeline = da.simulate(plan, "h100-1x4")
-    on_the_wire = sum(int(one.inside.sum() + one.across.sum()) for one in timeline.passes)
+    on_the_wire = sum(int(one.intra_node_bytes.sum() + one.inter_node_bytes.sum()) for one in timeline.passes)
     assert on_the_wire == sum(counted.values())

@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import distattn as da
-from distattn.kernels.registry import preparing
+from distattn.kernels.registry import kernel_preparer
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.runtime.program import _with_tensors, lower, on_device
 
@@ -151,7 +151,7 @@ def _over_capacity(rank, plan):
 
 def test_index_lists_move_to_the_device_together():
     plan = plan_for(masks()["odd"], 4, "ring", "from_chunks")
-    program = lower(plan, 0, preparing("reference", kernel_requirements(plan.call, torch.device("cpu"))))
+    program = lower(plan, 0, kernel_preparer("reference", kernel_requirements(plan.call, torch.device("cpu"))))
     found, originals = [], []
     _with_tensors(on_device(program, torch.device("meta")), lambda tensor: found.append(tensor) or tensor)
     _with_tensors(program, lambda tensor: originals.append(tensor) or tensor)

@@ -14,15 +14,15 @@ from distattn.cluster import spec as describe
 from distattn.cluster.topology import Cluster
 from distattn.ir.bands import UNBOUNDED
 from distattn.ir.errors import DistattnError
-from distattn.ir.layout import Layout, lay_out
+from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
-from distattn.ir.plan import POLICIES, Plan, count, take
+from distattn.ir.plan import POLICIES, Plan, num_rows, select_rows
 from distattn.parallel.analysis.quality import quality
 from distattn.parallel.analysis.simulate import simulate
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.strategies.cad import allowed
-from distattn.parallel.tables.cost import Price
+from distattn.parallel.strategies.cad import work_limits
+from distattn.parallel.tables.cost import CostModel
 
 SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
 # each rank its own pack: one long document, many short ones, single tokens
@@ -44,7 +44,9 @@ def planned(packs, strategy="cad", inner="causal", shape=SHAPE, cluster=None, **
 
 
 def loads(plan: Plan, direction: str, block: int) -> np.ndarray:
-    return Price.on(None, direction, plan.call.head_dim, block).loads(plan.call, getattr(plan, direction).tasks)
+    return CostModel.for_cluster(None, direction, plan.call.head_dim, block).rank_costs(
+        plan.call, getattr(plan, direction).tasks
+    )
 
 
 packs_of_ranks = st.lists(
@@ -67,7 +69,7 @@ def test_no_server_does_more_than_the_tolerance_allows(packs, tolerance, block, 
     plan = planned(packs, inner=inner, shape=shape, cluster=cluster, tolerance=tolerance, block=block)
     verify(plan)
     for direction in ("forward", "backward"):
-        price = Price.on(None, direction, 8, block)
+        price = CostModel.for_cluster(None, direction, 8, block)
         work = loads(plan, direction, block)
         # both ends of each of its shares may split a block of rows, which then costs its overhead twice
         shares = np.bincount(getattr(plan, direction).tasks["rank"], minlength=len(packs))
@@ -88,7 +90,7 @@ def test_outputs_and_gradients_equal_the_oracle(tolerance, inner, policy):
         for block in (1, 4, 16):
             options = dict(tolerance=tolerance, block=block)
             plan = make_plan(mask, pool(packs)[1], strategy="cad", backward=policy, options=options, **SHAPE)
-            assert count(plan.forward.moves)
+            assert num_rows(plan.forward.moves)
             assert_close(run_all_ranks(plan, inputs, "reference"), wanted, 1e-11)
 
 
@@ -106,7 +108,7 @@ def test_any_mask_is_shared_out(mask):
 
 def test_an_even_pool_moves_nothing():
     plan = planned([[64], [64], [64]])
-    assert not count(plan.forward.moves) and not count(plan.backward.moves)
+    assert not num_rows(plan.forward.moves) and not num_rows(plan.backward.moves)
 
 
 def test_a_rank_without_data_serves():
@@ -139,7 +141,7 @@ def test_servers_work_by_their_speed():
 def test_limits_are_whole_numbers_that_together_hold_all_work():
     for work in (0, 1, 10**6 + 7, 1 << 60):
         rate = np.array([3, 5, 0, 11])
-        limit = allowed(work, rate, 0.0)
+        limit = work_limits(work, rate, 0.0)
         assert limit.dtype == np.int64 and int(limit.sum()) >= work and limit[2] == 0
 
 
@@ -148,7 +150,7 @@ def test_work_goes_to_where_the_keys_are_when_queries_are_few():
     lengths = [1000, 1000]
     layout = Layout.from_chunks(lengths, [[(0, 980)], [(980, 2000)]])
     plan = make_plan(Mask.documents(lengths), layout, strategy="cad", options=dict(tolerance=0.5), **SHAPE)
-    tasks = take(plan.forward.tasks, plan.forward.tasks["q0"] == 980)
+    tasks = select_rows(plan.forward.tasks, plan.forward.tasks["q0"] == 980)
     assert sorted(zip(tasks["rank"].tolist(), tasks["k1"].tolist(), strict=True)) == [(0, 980), (1, 1000)]
     moved = np.bincount(plan.forward.moves["payload"], minlength=3)
     assert moved[0] and not moved[1]
@@ -162,7 +164,11 @@ def test_shares_stay_in_the_node_where_there_is_room():
 
 def test_costs_come_from_the_clusters_kernels():
     slow = describe.load("h200-1x4")
-    assert Price.on(slow, "backward", 128, 128).overhead > Price.on(slow, "forward", 128, 128).overhead > 0
+    assert (
+        CostModel.for_cluster(slow, "backward", 128, 128).overhead
+        > CostModel.for_cluster(slow, "forward", 128, 128).overhead
+        > 0
+    )
     plan = planned(PACKS, cluster=slow, block=4)
     verify(plan)
 
@@ -209,7 +215,7 @@ def test_documents_of_many_owners_are_shared_by_heads_or_keys(layout, heads):
     inputs = random_inputs(mask.n, *heads, 8)
     wanted = dense(mask, inputs)
     for ranks in (2, 5, 8):
-        laid_out = lay_out(layout, lengths, ranks, mask)
+        laid_out = make_layout(layout, lengths, ranks, mask)
         for tolerance in (0.0, 0.1):
             plan = make_plan(mask, laid_out, strategy="cad", options=dict(tolerance=tolerance, block=4), **shape)
             assert_close(run_all_ranks(plan, inputs, "reference"), wanted, 1e-11)
@@ -221,10 +227,10 @@ def test_documents_of_many_owners_are_shared_by_heads_or_keys(layout, heads):
 def test_work_stays_where_moving_it_takes_longer_than_it_saves():
     packs = [[30000], [200] * 150]
     fast = describe.load("h200-1x2")
-    slow = replace(fast, inside=replace(fast.inside, gbs=1e-3))
+    slow = replace(fast, intra_node=replace(fast.intra_node, gbs=1e-3))
     shape = dict(heads=32, kv_heads=8, head_dim=128, dtype="bfloat16")
-    assert count(planned(packs, shape=shape, cluster=fast).forward.moves)
-    assert not count(planned(packs, shape=shape, cluster=slow).forward.moves)
+    assert num_rows(planned(packs, shape=shape, cluster=fast).forward.moves)
+    assert not num_rows(planned(packs, shape=shape, cluster=slow).forward.moves)
 
 
 def test_takers_stay_within_their_capacity_or_the_plan_is_refused():
@@ -233,9 +239,9 @@ def test_takers_stay_within_their_capacity_or_the_plan_is_refused():
     refused = 0
     for share in (4.0, 1.0, 0.7, 0.4, 0.1, 0.0):
         try:
-            plan = planned(packs, block=16, tolerance=0.3, capacity=int(share * most))
+            plan = planned(packs, block=16, tolerance=0.3, max_buffer_bytes=int(share * most))
         except DistattnError as error:
-            assert "Raise capacity or tolerance" in str(error)
+            assert "Raise max_buffer_bytes or tolerance" in str(error)
             refused += 1
             continue
         proof = verify(plan)
@@ -244,8 +250,8 @@ def test_takers_stay_within_their_capacity_or_the_plan_is_refused():
             work = loads(plan, direction, 16)
             assert work.max() <= 1.31 * work.mean()
     assert 0 < refused < 6
-    with pytest.raises(DistattnError, match="capacity is a number of bytes"):
-        planned(packs, capacity=-1)
+    with pytest.raises(DistattnError, match="max_buffer_bytes is a number of bytes"):
+        planned(packs, max_buffer_bytes=-1)
 
 
 def test_a_plan_reports_its_quality_and_no_plan_moves_less_than_the_bound():
@@ -260,9 +266,9 @@ def test_a_plan_reports_its_quality_and_no_plan_moves_less_than_the_bound():
             for strategy, policy in itertools.product(("cad", "cad_greedy", "ring", "ulysses"), POLICIES):
                 options = {"block": 16} if "cad" in strategy else {}
                 plan = make_plan(mask, layout, strategy=strategy, backward=policy, options=options, **SHAPE)
-                for half in quality(plan).values():
-                    assert half.least <= half.moved and half.busiest_sender <= half.moved
-                    assert half.cells >= 1 and half.cost >= 1
+                for stats in quality(plan).values():
+                    assert stats.lower_bound_bytes <= stats.moved_bytes and stats.max_sent_bytes <= stats.moved_bytes
+                    assert stats.cells_imbalance >= 1 and stats.cost_imbalance >= 1
 
 
 def test_speeds_count_on_a_described_cluster_too():
@@ -288,7 +294,7 @@ def test_where_moving_all_takes_too_long_less_is_moved():
 def test_a_flat_table_of_speeds_has_no_overhead():
     cluster = describe.load("h200-1x2")
     flat = replace(cluster, attention=tuple(replace(row, tflops=500) for row in cluster.attention))
-    assert Price.on(flat, "forward", 128, 128).overhead == 0
+    assert CostModel.for_cluster(flat, "forward", 128, 128).overhead == 0
 
 
 def test_work_that_cannot_be_counted_is_refused():

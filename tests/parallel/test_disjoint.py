@@ -71,4 +71,4 @@ def test_random_cuts_take_near_linear_time():
 def test_many_slabs_are_left_to_the_levels(monkeypatch):
     boxes = random_cuts(np.random.default_rng(0), 4000, 1 << 29)
     monkeypatch.setattr(disjoint, "_clash_in_slabs", None)
-    assert disjoint.first_clash(np.zeros(4000, np.int64), tuple(boxes.T)) is None
+    assert disjoint.first_overlap(np.zeros(4000, np.int64), tuple(boxes.T)) is None

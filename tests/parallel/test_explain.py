@@ -13,7 +13,7 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import Payload
 from distattn.parallel.analysis.explain import explain
-from distattn.parallel.analysis.lower_bounds import plain_ring, traffic
+from distattn.parallel.analysis.lower_bounds import plain_ring_traffic, plan_traffic
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 
 
@@ -83,9 +83,9 @@ def test_bytes_stand_beside_the_least_possible_and_a_plain_ring():
     told = explain(make_plan(mask, layout, strategy="allgather", **shape), cluster)
     facts = told.as_dict()
     rows = facts["traffic"]
-    assert facts["nodes"] == 2 and rows["plan"] == rows["least"]
-    assert rows["plan"]["moved"] == sum(facts["bytes_by_payload"].values()) < rows["plain_ring"]["moved"]
-    assert rows["plan"]["crossing"] < rows["plain_ring"]["crossing"]
+    assert facts["nodes"] == 2 and rows["plan"] == rows["lower_bound"]
+    assert rows["plan"]["total_bytes"] == sum(facts["bytes_by_payload"].values()) < rows["plain_ring"]["total_bytes"]
+    assert rows["plan"]["inter_node_bytes"] < rows["plain_ring"]["inter_node_bytes"]
     for words in ("this plan:", "the least for these tasks:", "a plain ring:", "between nodes"):
         assert words in str(told)
     with pytest.raises(DistattnError, match="2 x 3 ranks, the plan 8"):
@@ -96,8 +96,10 @@ def test_a_plain_ring_on_a_full_mask_moves_what_ours_moves_but_for_the_own_gradi
     layout = Layout.contiguous([64], 4)
     shape = dict(heads=8, kv_heads=2, head_dim=8, dtype="float32", options={"rotate": "keys"})
     plan = make_plan(Mask.full(64), layout, strategy="ring", **shape)
-    own_gradient = 64 * 2 * plan.call.cell_bytes(Payload.dKV)
-    assert plain_ring(plan.call, Cluster(1, 4)).moved == traffic(plan, Cluster(1, 4)).moved + own_gradient
+    own_gradient = 64 * 2 * plan.call.token_head_bytes(Payload.dKV)
+    one_node = Cluster(1, 4)
+    ours, plain = plan_traffic(plan, one_node), plain_ring_traffic(plan.call, one_node)
+    assert plain.total_bytes == ours.total_bytes + own_gradient
     # every second edge leads to the other node
-    both = plain_ring(plan.call, Cluster(2, 2))
-    assert both.crossing * 2 == both.moved
+    both = plain_ring_traffic(plan.call, Cluster(2, 2))
+    assert both.inter_node_bytes * 2 == both.total_bytes

@@ -9,8 +9,8 @@ import pytest
 
 import distattn as da
 from distattn.cluster import spec as describe
-from distattn.cluster.cost import attention_speed, flops_of, message_seconds, tiled_area
-from distattn.cluster.spec import Description, Link, Speed
+from distattn.cluster.cost import attention_speed, flops_per_cell, message_seconds, tiled_area
+from distattn.cluster.spec import ClusterSpec, KernelThroughput, Link
 from distattn.ir.plan import task_bands
 from distattn.parallel.analysis.simulate import simulate
 
@@ -19,15 +19,15 @@ GIGA = 1e9
 TERA = 1e12
 
 
-def machine(ranks: int, devices: int | None = None, **changes) -> Description:
+def machine(ranks: int, devices: int | None = None, **changes) -> ClusterSpec:
     """A device of 1 TFLOP/s whatever the shape, that launches and copies in no time, on a network without limits."""
     device = replace(
-        describe.load("h100-1x8").device, tile=(1, 1), units=1, launch_us=0.0, task_us=0.0, copy_gbs=np.inf
+        describe.load("h100-1x8").device, tile=(1, 1), num_sms=1, launch_us=0.0, task_us=0.0, copy_gbs=np.inf
     )
     devices = devices or ranks
     fast = Link(np.inf, 0.0)
-    table = tuple(Speed(direction, 64, n, n, 1.0) for direction in describe.DIRECTIONS for n in (64, 1024))
-    return replace(Description("test", ranks // devices, devices, device, fast, fast, table), **changes)
+    table = tuple(KernelThroughput(direction, 64, n, n, 1.0) for direction in describe.DIRECTIONS for n in (64, 1024))
+    return replace(ClusterSpec("test", ranks // devices, devices, device, fast, fast, table), **changes)
 
 
 def plan_of(strategy, ranks, lengths=(600, 300, 124), devices=None, mask=None, **options):
@@ -54,6 +54,11 @@ def test_even_steps_of_a_ring_take_the_busiest_ranks_compute():
     assert simulate(plan, machine(4)).forward.seconds == pytest.approx(plan.area_by_rank().max() * 256 / TERA)
 
 
+def test_a_cluster_without_speeds_cannot_be_simulated():
+    with pytest.raises(da.DistattnError, match="simulate needs speeds"):
+        simulate(plan_of("ring", 4), da.Cluster(1, 4))
+
+
 def test_one_rank_waits_for_nobody():
     timeline = simulate(plan_of("ring", 1), machine(1))
     assert timeline.forward.idle[0] == pytest.approx(0) and timeline.forward.exposed[0] == 0
@@ -69,7 +74,7 @@ def test_a_rank_that_computes_longer_makes_the_next_one_in_the_ring_wait():
 
 
 def test_messages_share_the_ports_of_both_ends():
-    four = machine(4, 2, inside=Link(10.0, 1.0), across=Link(1.0, 5.0))
+    four = machine(4, 2, intra_node=Link(10.0, 1.0), inter_node=Link(1.0, 5.0))
     # two messages leave rank 0 inside and across; rank 1 also gets one from rank 2
     src, dst, size = np.array([0, 0, 2]), np.array([1, 2, 1]), np.array([10, 4, 6]) * GIGA
     assert message_seconds(four, src, dst, size) == pytest.approx([1 + 1e-6, 4 + 5e-6, 6 + 5e-6])
@@ -77,32 +82,34 @@ def test_messages_share_the_ports_of_both_ends():
     src, dst = np.array([2, 3]), np.array([1, 1])
     assert message_seconds(four, src, dst, size[:2]) == pytest.approx([14 + 5e-6] * 2)
     # a shared link is all of the node's
-    shared = machine(4, 2, inside=Link(10.0, 0.0), across=Link(1.0, 0.0, shared=True))
+    shared = machine(4, 2, intra_node=Link(10.0, 0.0), inter_node=Link(1.0, 0.0, shared=True))
     assert message_seconds(shared, np.array([0, 1]), np.array([2, 3]), size[:2]) == pytest.approx([14, 14])
 
 
 def test_an_all_gather_that_costs_nothing_to_compute_takes_what_the_fullest_port_takes():
     plan = plan_of("allgather", 4)
     fast = tuple(replace(row, tflops=1e30) for row in machine(4).attention)
-    timeline = simulate(plan, machine(4, attention=fast, inside=Link(2.0, 7.0)))
+    timeline = simulate(plan, machine(4, attention=fast, intra_node=Link(2.0, 7.0)))
     moved = plan.forward.moves
     size = (moved["t1"] - moved["t0"]) * (moved["h1"] - moved["h0"]) * 2 * 64 * 2
     fullest = max(np.bincount(moved[end], size, 4).max() for end in ("src", "dst"))
     assert timeline.forward.seconds == pytest.approx(fullest / 2e9 + 7e-6, rel=1e-9)
-    assert timeline.forward.inside.sum() == size.sum()
+    assert timeline.forward.intra_node_bytes.sum() == size.sum()
 
 
 def test_bytes_inside_and_across_nodes_are_the_plans():
     plan = plan_of("usp", 8, devices=4)
     timeline, moved = simulate(plan, machine(8, 4)), plan.bytes()
     crossing = moved["src"] // 4 != moved["dst"] // 4
-    assert sum(int(one.across.sum()) for one in timeline.passes) == moved["bytes"][crossing].sum() > 0
-    assert sum(int(one.inside.sum()) for one in timeline.passes) == moved["bytes"][~crossing].sum()
+    assert sum(int(one.inter_node_bytes.sum()) for one in timeline.passes) == moved["bytes"][crossing].sum() > 0
+    assert sum(int(one.intra_node_bytes.sum()) for one in timeline.passes) == moved["bytes"][~crossing].sum()
 
 
 def test_a_slower_link_or_device_never_makes_a_plan_faster():
     plan = plan_of("double_ring", 8, devices=4)
-    times = [simulate(plan, machine(8, 4, across=Link(gbs, 1.0))).forward.seconds for gbs in (np.inf, 10, 1, 0.1, 0.01)]
+    times = [
+        simulate(plan, machine(8, 4, inter_node=Link(gbs, 1.0))).forward.seconds for gbs in (np.inf, 10, 1, 0.1, 0.01)
+    ]
     assert times == sorted(times) and times[-1] > 2 * times[0]
 
 
@@ -136,10 +143,10 @@ def test_speeds_lie_between_the_points_of_the_table():
     # a table of one length has the H100's loss on short ones
     b200 = attention_speed(describe.load("b200-1x8"), "forward", 128, squares, squares) / TERA
     assert b200[0] == pytest.approx(1297 * 558 / 701, rel=0.01) and b200[-1] == pytest.approx(1297, rel=0.01)
-    grid = tuple(Speed("forward", 64, q, k, float(q + k)) for q in (128, 512) for k in (128, 512))
+    grid = tuple(KernelThroughput("forward", 64, q, k, float(q + k)) for q in (128, 512) for k in (128, 512))
     between = attention_speed(machine(1, attention=grid), "forward", 64, np.array([128, 256]), np.array([512, 512]))
     assert between / TERA == pytest.approx([640, 832])
-    assert flops_of("forward", 128, 128) == 4 * 128 and flops_of("backward", 128, 128) == 10 * 128
+    assert flops_per_cell("forward", 128, 128) == 4 * 128 and flops_per_cell("backward", 128, 128) == 10 * 128
 
 
 def test_memory_is_the_proofs_and_everything_is_called_simulated():

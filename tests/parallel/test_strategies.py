@@ -5,12 +5,13 @@ import pytest
 from cases import LENGTHS, layouts, masks
 from oracle import Record, random_inputs, run_all_ranks
 
+from distattn.cluster import spec as describe
 from distattn.cluster.topology import Cluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.plan import POLICIES, Payload, Plan, bytes_of_moves, take
-from distattn.parallel.analysis.lower_bounds import least, traffic
+from distattn.ir.plan import POLICIES, Payload, Plan, move_bytes, select_rows
+from distattn.parallel.analysis.lower_bounds import lower_bound, plan_traffic
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 
 SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
@@ -45,14 +46,14 @@ def test_nothing_moves_that_the_assignment_of_tasks_does_not_ask_for(strategy, p
         for layout in layouts(LENGTHS, ranks).values():
             for mask in masks().values():
                 plan = make_plan(mask, layout, strategy=strategy, backward=policy, cluster=cluster, **SHAPE)
-                bound = least(plan, cluster)
-                assert traffic(plan, cluster).moved == bound.moved
+                bound = lower_bound(plan, cluster)
+                assert plan_traffic(plan, cluster).total_bytes == bound.total_bytes
                 if strategy in ("allgather", "double_ring"):
-                    assert traffic(plan, cluster).crossing == bound.crossing
+                    assert plan_traffic(plan, cluster).inter_node_bytes == bound.inter_node_bytes
 
 
 def test_the_least_is_counted_token_by_token():
-    """`least` against sets of (rank, token, head), for a mask with windows in some heads."""
+    """`lower_bound` against sets of (rank, token, head), for a mask with windows in some heads."""
     mask = Mask.by_head([(4, Mask.causal(60)), (2, Mask.sliding_window(60, 7)), (2, Mask.full(60))])
     layout, cluster = Layout.zigzag([60], 4), Cluster(2, 2)
     plan = make_plan(mask, layout, strategy="allgather", cluster=cluster, **SHAPE)
@@ -65,10 +66,10 @@ def test_the_least_is_counted_token_by_token():
         if owner[q] != owner[k]
     }
     nodes = {(rank // 2, k, h) for rank, k, h in needed if rank // 2 != owner[k] // 2}
-    forward, back = (plan.call.cell_bytes(payload) for payload in (Payload.KV, Payload.dKV))
-    bound = least(plan, cluster)
-    assert bound.moved == len(needed) * (2 * forward + back)
-    assert bound.crossing == len(nodes) * (2 * forward + back)
+    forward, back = (plan.call.token_head_bytes(payload) for payload in (Payload.KV, Payload.dKV))
+    bound = lower_bound(plan, cluster)
+    assert bound.total_bytes == len(needed) * (2 * forward + back)
+    assert bound.inter_node_bytes == len(nodes) * (2 * forward + back)
 
 
 @pytest.mark.parametrize("mask", masks())
@@ -97,7 +98,7 @@ def test_ring_rotates_what_is_smaller_in_each_direction(kv_heads, forward, backw
     assert forward in plan.forward.moves["payload"] and backward in plan.backward.moves["payload"]
     smaller = {
         direction: min(
-            int(bytes_of_moves(other.call, getattr(other, direction).moves).sum())
+            int(move_bytes(other.call, getattr(other, direction).moves).sum())
             for other in (
                 make_plan(Mask.full(64), Layout.contiguous([64], 4), strategy="ring", options={"rotate": kind}, **shape)
                 for kind in ("keys", "queries")
@@ -106,7 +107,7 @@ def test_ring_rotates_what_is_smaller_in_each_direction(kv_heads, forward, backw
         for direction in ("forward", "backward")
     }
     for direction, size in smaller.items():
-        assert int(bytes_of_moves(plan.call, getattr(plan, direction).moves).sum()) == size
+        assert int(move_bytes(plan.call, getattr(plan, direction).moves).sum()) == size
 
 
 def test_double_ring_crosses_nodes_one_inner_ring_ahead():
@@ -119,13 +120,13 @@ def test_double_ring_crosses_nodes_one_inner_ring_ahead():
     assert set(inside) == {0, 1, 2, 4, 5, 6}
 
 
-@pytest.mark.parametrize("inner", ["ulysses", "ring"])
-def test_usp_sends_queries_and_outputs_only_inside_an_ulysses_group(inner):
-    options = {"ulysses": 2, "inner": inner}
+@pytest.mark.parametrize("inner_dim", ["ulysses", "ring"])
+def test_usp_sends_queries_and_outputs_only_inside_an_ulysses_group(inner_dim):
+    options = {"ulysses": 2, "inner_dim": inner_dim}
     for layout in layouts(LENGTHS, 8).values():
         plan = make_plan(masks()["documents"], layout, strategy="usp", options=options, **SHAPE)
-        moves = take(plan.forward.moves, np.isin(plan.forward.moves["payload"], [Payload.Q, Payload.O]))
-        group = np.arange(8) // 2 if inner == "ulysses" else np.arange(8) % 4
+        moves = select_rows(plan.forward.moves, np.isin(plan.forward.moves["payload"], [Payload.Q, Payload.O]))
+        group = np.arange(8) // 2 if inner_dim == "ulysses" else np.arange(8) % 4
         assert len(moves["src"]) and (group[moves["src"]] == group[moves["dst"]]).all()
 
 
@@ -136,13 +137,34 @@ def test_usp_sends_queries_and_outputs_only_inside_an_ulysses_group(inner):
         ("ring", {"window": 3}, "ring has no option 'window'; it takes rotate"),
         ("allgather", {"x": 1}, "it takes none"),
         ("usp", {"ulysses": 3}, "ulysses = 1, 2, 4 would work"),
-        ("usp", {"inner": "tree"}, "ulysses, ring"),
-        ("double_ring", {"inner": 3}, "does not divide 4 ranks"),
+        ("usp", {"inner_dim": "tree"}, "ulysses, ring"),
+        ("double_ring", {"inner_ring_size": 3}, "does not divide 4 ranks"),
     ],
 )
 def test_impossible_options_are_refused(strategy, options, sentence):
     with pytest.raises(DistattnError, match=sentence):
         make_plan(Mask.causal(8), Layout.zigzag([8], 4), strategy=strategy, options=options, **SHAPE)
+
+
+def test_a_strategy_knows_its_options():
+    assert STRATEGIES["cad"].takes("max_buffer_bytes") and STRATEGIES["cad"].takes("speeds")
+    assert STRATEGIES["usp"].option_names == ["ulysses", "inner_dim"]
+    assert not STRATEGIES["cad_greedy"].takes("speeds") and not STRATEGIES["allgather"].option_names
+    # what a strategy is called with is no option
+    assert not STRATEGIES["cad"].takes("direction") and not STRATEGIES["ring"].takes("cluster")
+
+
+def test_a_cluster_may_be_a_name_a_file_or_a_spec(tmp_path):
+    lengths = [40000, *[500] * 80]
+    spec = describe.load("h200-1x2")
+    spec.save(tmp_path / "mine.toml")
+    shape = dict(strategy="cad", heads=8, kv_heads=2, head_dim=128, dtype="bfloat16")
+    clusters = (spec, "h200-1x2", tmp_path / "mine.toml", str(tmp_path / "mine.toml"))
+    digests = {
+        make_plan(Mask.documents(lengths), Layout.contiguous(lengths, 2), cluster=cluster, **shape).digest
+        for cluster in clusters
+    }
+    assert len(digests) == 1
 
 
 def test_a_cluster_of_another_size_is_refused():
@@ -174,7 +196,7 @@ def test_a_ring_holds_two_foreign_shards_a_rank_and_three_where_ranks_are_skippe
             plan = make_plan(masks()[mask], layout, strategy="ring", **SHAPE)
             record = Record()
             run_all_ranks(plan, inputs, "reference", record)
-            shard = int(layout.shard_sizes().max()) * SHAPE["kv_heads"] * plan.call.cell_bytes(Payload.KV)
+            shard = int(layout.shard_sizes().max()) * SHAPE["kv_heads"] * plan.call.token_head_bytes(Payload.KV)
             # the one it computes on and the one that arrives; and one it keeps for a rank further on
             for direction in ("forward", "backward"):
                 held = [record.received[direction, rank, Payload.KV] for rank in range(ranks)]

@@ -35,7 +35,7 @@ def test_what_is_measured_is_written_and_planned_with(capsys, tmp_path, quick):
     assert code == 0 and json.loads(out)["ranks"] == 1 and "links by nccl-tests: sendrecv_perf" in err
     found = describe.load(file)
     assert found.name == "mine" and len(found.attention) == 8 and all(row.tflops > 0 for row in found.attention)
-    assert found.device.copy_gbs > 0.1 and found.device.product_tflops > 1e-4
+    assert found.device.copy_gbs > 0.1 and found.device.gemm_tflops > 1e-4
     given = ("--docs", "512", "--cluster", str(file), "--strategy", "ring", "--heads", "4:4", "--head-dim", "64")
     assert cli.main(["plan", *given]) == 0 and "simulated on mine" in capsys.readouterr().out
 
@@ -45,7 +45,11 @@ def test_links_are_taken_from_nccl_tests(capsys, tmp_path, quick):
     given = ("--out", str(tmp_path / "mine.toml"), "--ranks", "1", "--nodes", "4")
     assert run(capsys, *given, "--nccl-across", str(tmp_path / "across.txt"))[0] == 0
     found = describe.load(tmp_path / "mine.toml")
-    assert found.nodes == 4 and found.across.gbs == pytest.approx(350, rel=0.02) and found.inside != found.across
+    assert (
+        found.nodes == 4
+        and found.inter_node.gbs == pytest.approx(350, rel=0.02)
+        and found.intra_node != found.inter_node
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,4 +76,4 @@ def test_two_processes_measure_together(tmp_path, monkeypatch):
     file = tmp_path / "two.toml"
     assert run_ranks(2, "quick_calibration", str(file)) == 0
     found = describe.load(file)
-    assert found.devices == 2 and found.inside.shared and 0.01 < found.inside.gbs < 1000
+    assert found.devices == 2 and found.intra_node.shared and 0.01 < found.intra_node.gbs < 1000

@@ -75,7 +75,7 @@ def small_plans(policies: tuple[str | None, ...] = (None,)) -> Iterator[Plan]:
     some = (
         Mask.causal(64),
         Mask.documents(lengths),
-        Mask.documents(lengths, inner=(5, 0), sink_tokens=2),
+        Mask.documents(lengths, document_mask=(5, 0), sink_tokens=2),
         Mask.by_head([(2, Mask.sliding_window(64, 9)), (1, Mask.prefix_lm(64, 20)), (3, Mask.documents(lengths))]),
     )
     for mask in some:

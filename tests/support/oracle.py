@@ -13,13 +13,13 @@ from torch import Tensor
 
 from distattn.ir.mask import Mask
 from distattn.ir.plan import Plan
-from distattn.kernels.registry import load_kernel, preparing
-from distattn.kernels.spec import Score
+from distattn.kernels.registry import kernel_preparer, load_kernel
+from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.program import lower
-from distattn.parallel.runtime.transport import LockStep, Packet
+from distattn.parallel.runtime.transport import InProcessNetwork, Packet
 
 
 class Result(NamedTuple):
@@ -165,18 +165,18 @@ def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record:
     record = Record() if record is None else record
     layout, ranks = plan.call.layout, range(plan.call.ranks)
     proof = verify(plan)
-    make = preparing(kernel, kernel_requirements(plan.call, torch.device("cpu")))
+    make = kernel_preparer(kernel, kernel_requirements(plan.call, torch.device("cpu")))
     programs = [lower(plan, rank, make, proof) for rank in ranks]
     kernels = [RecordingKernel(load_kernel(kernel), rank, record) for rank in ranks]
     dtype = getattr(torch, plan.call.dtype)
-    score = Score(1 / math.sqrt(plan.call.head_dim))
+    score = ScoreMod(1 / math.sqrt(plan.call.head_dim))
     local = [[layout.shard(x.to(dtype), rank) for x in inputs] for rank in ranks]
 
     def transports():
-        hub = LockStep()
+        hub = InProcessNetwork()
         return [RecordingTransport(hub.transport(rank), rank, record) for rank in ranks]
 
-    forward = execute.finish_together(
+    forward = execute.run_in_lock_step(
         execute.forward(program, transport, kernel_, *local[program.rank][:3], score)
         for program, transport, kernel_ in zip(programs, transports(), kernels, strict=True)
     )
@@ -185,7 +185,7 @@ def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record:
     record.peak["forward"] = peaks
     record.direction = "backward"
     delta = [(local[r][3].to(lse[r].dtype) * o[r].to(lse[r].dtype)).sum(-1) for r in ranks]
-    backward = execute.finish_together(
+    backward = execute.run_in_lock_step(
         execute.backward(p, t, k, local[p.rank][3], *local[p.rank][:3], lse[p.rank], delta[p.rank], kept[p.rank], score)
         for p, t, k in zip(programs, transports(), kernels, strict=True)
     )

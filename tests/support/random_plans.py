@@ -1,6 +1,6 @@
 """Valid plans that no strategy would make: random rectangles at random ranks and steps, inputs and results by way of others.
 
-Cells are (token, head) pairs, one by one: slow and obvious, for axes of a dozen tokens.
+LaunchMask are (token, head) pairs, one by one: slow and obvious, for axes of a dozen tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from collections.abc import Iterable
 from distattn.ir.bands import clip, tighten
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.plan import BACKWARD, FORWARD, HOLDING, ON_KEYS, Call, Payload, Plan, Table
+from distattn.ir.plan import (
+    BACKWARD_PAYLOADS,
+    FORWARD_PAYLOADS,
+    HELD_PAYLOADS,
+    KEY_PAYLOADS,
+    Call,
+    Payload,
+    Plan,
+    Table,
+)
 
 Cell = tuple[int, int]
 Row = tuple[int, ...]
@@ -30,9 +39,9 @@ def random_plan(rng: random.Random) -> Plan:
     forward = _tasks(rng, call)
     backward = forward if rng.random() < 0.5 else _tasks(rng, call)
     policy = rng.choice(["keep", "refetch-home"])
-    there = [row for payload in FORWARD for row in _moves(rng, call, payload, forward, set())]
+    there = [row for payload in FORWARD_PAYLOADS for row in _moves(rng, call, payload, forward, set())]
     kept = {(row[3], row[2], cell) for row in there if policy == "keep" and row[3] != Payload.O for cell in _cells(row)}
-    back = [row for payload in BACKWARD for row in _moves(rng, call, payload, backward, kept)]
+    back = [row for payload in BACKWARD_PAYLOADS for row in _moves(rng, call, payload, backward, kept)]
     return Plan(call, Table.from_rows(forward, there), Table.from_rows(backward, back), policy)
 
 
@@ -89,7 +98,7 @@ def _tasks(rng: random.Random, call: Call) -> list[Row]:
 
 
 def _moves(rng: random.Random, call: Call, payload: Payload, tasks: list[Row], kept: set) -> list[Row]:
-    if payload in HOLDING:
+    if payload in HELD_PAYLOADS:
         return _deliveries(rng, call, payload, tasks, {(rank, cell) for kind, rank, cell in kept if kind == payload})
     last = max(task[0] for task in tasks) + _LEAD
     mirrored = _deliveries(rng, call, _MIRROR[payload], [(last - task[0], *task[1:]) for task in tasks], set())
@@ -101,9 +110,9 @@ def _deliveries(rng: random.Random, call: Call, payload: Payload, tasks: list[Ro
     owner = {int(token): rank for rank in range(call.ranks) for token in call.layout.tokens(rank)}
     needed: dict[Cell, dict[int, int]] = defaultdict(dict)
     for step, rank, _, q0, q1, k0, k1, h0, h1 in tasks:
-        on_keys = payload in ON_KEYS
+        on_keys = payload in KEY_PAYLOADS
         rows, heads = (
-            (range(k0, k1), range(h0 // call.group, -(-h1 // call.group)))
+            (range(k0, k1), range(h0 // call.gqa_group_size, -(-h1 // call.gqa_group_size)))
             if on_keys
             else (range(q0, q1), range(h0, h1))
         )
@@ -139,7 +148,7 @@ def _cells(row: Row) -> Iterable[Cell]:
 
 
 def _boxes(cells: Iterable[Cell]) -> list[Row]:
-    """Cells as disjoint (t0, t1, h0, h1)."""
+    """LaunchMask as disjoint (t0, t1, h0, h1)."""
     left, boxes = set(cells), []
     while left:
         t0, h0 = min(left)

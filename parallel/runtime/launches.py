@@ -1,0 +1,133 @@
+"""Which kernel launches the tasks of a table become on one rank, and which tokens each of them needs."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1
+from distattn.ir.intervals import Ints, expand_ranges, merge_intervals, sorted_unique
+from distattn.ir.plan import Columns, Payload
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.parallel.runtime.buffers import ViewParts
+
+# one launch per step takes working tensors at most this many times as large as what its tasks need
+_MAX_PADDING = 2
+
+
+class TokenIntervals(NamedTuple):
+    """The tokens that the tasks of each launch need, end to end in a working tensor, and which of them in which heads."""
+
+    # intervals sorted by launch and token: tokens [t0, t1) lie from row `row` of the launch's tensor on
+    launch: Ints
+    t0: Ints
+    t1: Ints
+    row: Ints
+    # heads [h0, h1) of each launch
+    h0: Ints
+    h1: Ints
+    # the same by elementary head range: launch and heads [h0, h1) of each part; then its intervals, and the part of each
+    part_launch: Ints
+    part_h0: Ints
+    part_h1: Ints
+    part: Ints
+    part_t0: Ints
+    part_t1: Ints
+
+    @staticmethod
+    def of(launch: Ints, t0: Ints, t1: Ints, low: Ints, high: Ints) -> TokenIntervals:
+        """For tasks, sorted by launch, that need tokens [t0_i, t1_i) in heads [low_i, high_i)."""
+        where, begin, end = merge_intervals(launch, t0, t1)
+        before = np.cumsum(end - begin) - (end - begin)
+        row = before - before[np.searchsorted(where, where)]
+        first = np.searchsorted(launch, np.arange(int(launch.max(initial=-1)) + 1))
+        h0, h1 = (f.reduceat(x, first) if len(x) else x for f, x in ((np.minimum, low), (np.maximum, high)))
+        limits = sorted_unique(np.concatenate([low, high]))
+        task, head = expand_ranges(np.searchsorted(limits, low), np.searchsorted(limits, high))
+        key, part_t0, part_t1 = merge_intervals(launch[task] * len(limits) + head, t0[task], t1[task])
+        distinct_keys, part = np.unique(key, return_inverse=True)
+        part_launch, part_head = np.divmod(distinct_keys, max(len(limits), 1))
+        bounds = limits[part_head], limits[part_head + 1]
+        return TokenIntervals(where, begin, end, row, h0, h1, part_launch, *bounds, part, part_t0, part_t1)
+
+    def parts(self, payload: Payload) -> ViewParts:
+        """The parts of one view per launch."""
+        launch, h0 = self.part_launch, self.part_h0
+        row = self.part_t0 + self.to_row(launch[self.part], self.part_t0)
+        heads = launch, np.full(len(launch), int(payload)), h0, self.part_h1, h0 - self.h0[launch]
+        return ViewParts(*heads, self.part, self.part_t0, self.part_t1, row)
+
+    def to_row(self, launch: Ints, token: Ints) -> Ints:
+        """What to add to a token that some task of the launch needs, to get its row."""
+        span = int(self.t1.max(initial=0)) + 1
+        i = np.searchsorted(self.launch * span + self.t0, launch * span + token, "right") - 1
+        return self.row[i] - self.t0[i]
+
+    def rows(self) -> Ints:
+        """Rows of each launch's tensor."""
+        total = np.zeros(len(self.h0), np.int64)
+        np.add.at(total, self.launch, self.t1 - self.t0)
+        return total
+
+    def padding(self) -> np.ndarray:
+        """How many times larger each launch's tensor is than what its tasks need of it."""
+        needed = np.zeros(len(self.h0), np.int64)
+        heads = (self.part_h1 - self.part_h0)[self.part]
+        np.add.at(needed, self.part_launch[self.part], heads * (self.part_t1 - self.part_t0))
+        return self.rows() * (self.h1 - self.h0) / np.maximum(needed, 1)
+
+
+class LaunchTable(NamedTuple):
+    """All kernel launches of a table, sorted by step: the tasks of one step are one launch, or one for each head range."""
+
+    # by launch: its step and its query heads [h0, h1)
+    steps: list[int]
+    heads: list[tuple[int, int]]
+    # all tasks, and the number of the launch of each
+    tasks: Columns
+    launch: Ints
+    rows: TokenIntervals
+    keys: TokenIntervals
+    group_size: int
+
+    @staticmethod
+    def of(tasks: Columns, group_size: int) -> LaunchTable:
+        """The launches of one rank's tasks, which are sorted by step and head range."""
+        head_range = np.unique(np.stack([tasks["h0"], tasks["h1"]], 1), axis=0, return_inverse=True)[1].reshape(-1)
+        together = LaunchTable._numbered(tasks, group_size, tasks["step"])
+        wasteful = (together.rows.padding() > _MAX_PADDING) | (together.keys.padding() > _MAX_PADDING)
+        if not wasteful.any():
+            return together
+        # head ranges that need too different tokens are launched one by one
+        apart = np.where(wasteful[together.launch], head_range, 0)
+        return LaunchTable._numbered(tasks, group_size, tasks["step"] * (len(head_range) + 1) + apart)
+
+    @staticmethod
+    def _numbered(tasks: Columns, group_size: int, label: Ints) -> LaunchTable:
+        """One launch for each label, in the order of the labels."""
+        _, first, launch = np.unique(label, return_index=True, return_inverse=True)
+        low, high = tasks["h0"], tasks["h1"]
+        rows = TokenIntervals.of(launch, tasks["q0"], tasks["q1"], low, high)
+        keys = TokenIntervals.of(launch, tasks["k0"], tasks["k1"], low // group_size, -(-high // group_size))
+        heads = list(zip(rows.h0.tolist(), rows.h1.tolist(), strict=True))
+        return LaunchTable(tasks["step"][first].tolist(), heads, tasks, launch, rows, keys, group_size)
+
+    def launch_masks(self, bands: Ints) -> list[LaunchMask]:
+        """The mask of each launch in the coordinates of its tensors; `bands` of the tasks in those of the axis."""
+        rows, keys, bands = self.rows, self.keys, bands.copy()
+        # each task lies inside one of the intervals, so that its tokens are shifted by one number
+        to_row, to_key = rows.to_row(self.launch, self.tasks["q0"]), keys.to_row(self.launch, self.tasks["k0"])
+        bands[:, [Q0, Q1, OQ]] += to_row[:, None]
+        bands[:, [K0, K1, OK]] += to_key[:, None]
+        heads = np.stack([self.tasks["h0"], self.tasks["h1"]], 1) - rows.h0[self.launch][:, None]
+        first = np.searchsorted(self.launch, np.arange(len(self.steps) + 1)).tolist()
+        shift, group_size = to_row - to_key, self.group_size
+        sizes = rows.rows(), keys.rows(), rows.h1 - rows.h0, keys.h1 - keys.h0
+        return [
+            LaunchMask(bands[a:b], heads[a:b], shift[a:b], n, s, h, kv, group_size, h0 % group_size)
+            for (a, b), (n, s, h, kv), (h0, _) in zip(
+                itertools.pairwise(first), np.stack(sizes, 1).tolist(), self.heads, strict=True
+            )
+        ]
