@@ -144,7 +144,7 @@ def _gradients(rank: int, cp: int, distributed_optimizer: bool, per_token: bool,
     loss, tokens = (sum(report[name] for report in reports).double() for name in ("loss_sum", "tokens"))
     for number in (loss, tokens):
         dist.all_reduce(number)
-    return factor, loss / tokens, [chunks._whole(parameter).clone() for parameter in model.parameters()]
+    return factor, loss / tokens, [chunks._gathered_gradient(parameter).clone() for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

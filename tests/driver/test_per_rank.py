@@ -92,7 +92,7 @@ def test_of_the_plans_of_a_run_the_first_and_every_so_many_are_proven():
 
 
 def test_a_capacity_is_the_planners_too():
-    with pytest.raises(AssertionError, match="Raise capacity or tolerance"):
+    with pytest.raises(AssertionError, match="Raise max_buffer_bytes or tolerance"):
         run_on_ranks(2, pooled_run, dict(max_buffer_bytes=1000, options=dict(block=8, tolerance=0.0)))
 
 

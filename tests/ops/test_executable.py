@@ -140,7 +140,7 @@ def test_a_plan_over_the_capacity_is_refused_before_it_starts():
     plan = plan_for(masks()["causal"], 1)
     da.prepare(plan, max_buffer_bytes=0)
     refusals = run_on_ranks(2, _over_capacity, plan_for(masks()["causal"], 2))
-    assert all("the capacity is 100" in refusal for refusal in refusals)
+    assert all("more than max_buffer_bytes = 100." in refusal for refusal in refusals)
 
 
 def _over_capacity(rank, plan):
@@ -246,7 +246,7 @@ def _one_refuses(rank, change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"max_buffer_bytes": 10}, "the capacity is 10."),
+        ({"max_buffer_bytes": 10}, "more than max_buffer_bytes = 10."),
         ({"kernel": "nope"}, "there are reference, cpu, triton, triton_tf32, gluon, gluon_split."),
     ],
 )
