@@ -1,0 +1,86 @@
+"""Nothing grows over many steps: threads, descriptors, objects, messages under way; and closing gives everything back."""
+
+import gc
+import os
+import threading
+
+import pytest
+import torch
+from packs_of_ranks import shared
+from processes import run_on_ranks
+
+import distattn as da
+
+# a warm-up, in which caches fill
+WARM_UP = 20
+
+
+def counted(cp):
+    """(descriptors, threads, Python objects, control messages under way)"""
+    gc.collect()
+    control = cp._communicators.control
+    in_flight = sum(map(len, control._host._in_flight.values())) if control else 0
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), len(gc.get_objects()), in_flight
+
+
+def batches(rank, steps):
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(steps):
+        lengths = torch.randint(1, 40, (2,), generator=generator).tolist()
+        ids = torch.randint(0, 99, (1, sum(lengths)), generator=generator)
+        yield {"input_ids": ids, "document_lengths": lengths}
+
+
+def soaked(rank, steps, settings):
+    if rank >= 3 - settings.get("servers", 0):
+        return da.serve().backward
+    seen = []
+    with shared(**settings) as cp:
+        for number, (batch,) in enumerate(cp.steps(batches(rank, steps))):
+            tokens = batch["input_ids"].shape[1]
+            q, k, v = (torch.randn(tokens, heads, 8, requires_grad=True) for heads in (2, 1, 1))
+            for _ in range(2):
+                q = batch["context_parallel"].attention(q, k, v)
+            q.sum().backward()
+            if number in (WARM_UP, steps - 1):
+                seen.append(counted(cp))
+    return seen
+
+
+@pytest.mark.parametrize("settings", [{"options": {"block": 8}}, {"servers": 1}, {"data": "replicated", "strategy": "ring"}], ids=str)
+@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.full)])
+def test_nothing_grows_over_many_steps(steps, settings):
+    # ranks that split a batch are given the same one
+    work = soaked if settings.get("data") != "replicated" else _same_batches
+    for result in run_on_ranks(3, work, steps, settings):
+        if isinstance(result, int):
+            assert result == 2 * steps
+            continue
+        (files, threads, objects, _), (files_later, threads_later, objects_later, in_flight) = result
+        assert files_later <= files and threads_later <= threads
+        # a step's own objects vary; what leaks a thing a step is more than one object a step
+        assert objects_later - objects < (steps - WARM_UP) / 2 + 500
+        assert in_flight <= 64
+
+
+def _same_batches(rank, steps, settings):
+    return soaked(0, steps, settings)
+
+
+def opened_and_closed(rank, times):
+    """Descriptors and threads after some drivers have been made, used and closed."""
+    counts = []
+    for _ in range(times):
+        with shared() as cp:
+            for (batch,) in cp.steps(batches(rank, 2)):
+                q, k, v = (torch.randn(batch["input_ids"].shape[1], heads, 8) for heads in (2, 1, 1))
+                batch["context_parallel"].attention(q, k, v)
+        gc.collect()
+        counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+    return counts
+
+
+def test_a_closed_driver_gives_back_its_threads_and_connections():
+    for counts in run_on_ranks(2, opened_and_closed, 6):
+        # the first one opens what a process group has once: a communicator for messages
+        assert counts[-1] <= counts[1], counts
