@@ -1,4 +1,4 @@
-# make demo: train and compare with plain transformers; make test: the whole suite. TORCH_INDEX=URL picks a PyTorch build (CPU-only, say).
+# make demo: train and compare with plain transformers; make test: a newcomer's suite; make test-all: the whole suite. TORCH_INDEX=URL picks a PyTorch build (CPU-only, say).
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,12 +8,17 @@ TORCH_INDEX ?=
 # DeepSpeed compiles nothing when it is installed
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test check bench bench-rivals bench-adapters bench-disaggregation bench-gpu check-cluster lint-kernels triton-3.6 clean
+.PHONY: demo test test-all check bench bench-rivals bench-adapters bench-disaggregation bench-gpu check-cluster lint-kernels triton-3.6 clean
 
 demo: $(VENV)/.train
 	$(BIN)/distattn train configs/tiny.toml $(ARGS)
 
+# every test once, of long products of cases a sample: under 10 minutes on 2 cores
 test: check
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full"
+
+# everything, as CI runs it
+test-all: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.dev

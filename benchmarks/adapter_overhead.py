@@ -117,7 +117,7 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
         ready = batch.ready(Shape.of(*inputs), torch.device("cpu"))
 
         def call() -> torch.Tensor:
-            o, _, _ = torch.ops.distattn.forward(*inputs, None, None, ready.handle, ready.kept, dim**-0.5, 0.0)
+            o, _, _ = torch.ops.distattn.forward(*inputs, None, None, ready.handle, ready.kept_elements, dim**-0.5, 0.0)
             torch.autograd.grad(o, inputs, o.detach())
             return o
 

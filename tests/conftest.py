@@ -1,15 +1,28 @@
-"""Shared by all tests: one thread per process (forked ranks need it), seeds that are printed on failure.
+"""Shared by all tests: one thread per process (forked ranks need it), seeds that are printed on failure, what is sampled.
 
 Triton's kernels run in its interpreter; they are what the environment makes them when Triton is first imported.
 """
 
 import os
+from collections import Counter
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked sampled(n), the first and every n-th are for `make test`; the others are marked full."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        sampled = item.get_closest_marker("sampled")
+        if sampled is not None and seen[name] % sampled.args[0]:
+            item.add_marker(pytest.mark.full)
+        seen[name] += 1

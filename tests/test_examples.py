@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from processes import run_script_on_ranks
 
+pytestmark = pytest.mark.sampled(4)
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

@@ -17,7 +17,7 @@ import distattn as da  # noqa: E402
 from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups  # noqa: E402
 from distattn.adapters.pytorch import local_loss  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.sampled(4)]
 
 
 def _start(rank: int) -> None:

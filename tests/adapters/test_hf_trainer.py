@@ -16,6 +16,8 @@ import distattn as da  # noqa: E402
 from distattn.adapters.hf_trainer import ContextParallelTrainer  # noqa: E402
 from distattn.batch.packed_batch import IGNORE_INDEX  # noqa: E402
 
+pytestmark = pytest.mark.sampled(4)
+
 STEPS = 6
 
 
@@ -105,6 +107,7 @@ def test_the_curve_is_that_of_one_process(tmp_path, one_process, ranks, degree, 
         assert got_evaluated == pytest.approx(evaluated, rel=1e-2)
 
 
+@pytest.mark.full
 def test_a_stream_is_shared_out_over_replicas(tmp_path):
     (one,) = run_on_ranks(1, _train, tmp_path, 1, 1, {}, torch.float64, Stream)
     for ranks in (2, 4):
@@ -120,6 +123,7 @@ def test_fsdp2_under_the_trainer_has_the_same_curve(tmp_path, one_process):
         assert norms == pytest.approx(one_process[1], rel=1e-4)
 
 
+@pytest.mark.full
 def test_deepspeed_under_the_trainer_has_the_same_curve(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     settings = {

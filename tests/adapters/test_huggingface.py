@@ -22,6 +22,8 @@ import distattn as da
 from distattn.adapters import huggingface
 from distattn.adapters.pytorch import local_loss
 
+pytestmark = pytest.mark.sampled(4)
+
 TINY = dict(
     vocab_size=64,
     hidden_size=32,

@@ -30,6 +30,8 @@ import distattn as da  # noqa: E402
 from distattn.adapters import megatron  # noqa: E402
 from distattn.batch.packed_batch import IGNORE_INDEX  # noqa: E402
 
+pytestmark = pytest.mark.sampled(6)
+
 
 def start(tp: int = 1, pp: int = 1, cp: int = 1) -> None:
     # in this process of a rank only: it changes torch

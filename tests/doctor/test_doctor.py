@@ -18,6 +18,8 @@ from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 from distattn.launch import doctor_command as doctor
 
+pytestmark = pytest.mark.sampled(4)
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import torch
@@ -328,6 +330,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
 
 
+@pytest.mark.full
 def test_the_command_examines_a_configuration_and_says_so(tmp_path):
     tiny = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     LlamaConfig(**tiny, bos_token_id=None, eos_token_id=None).save_pretrained(tmp_path)

@@ -13,6 +13,8 @@ from processes import run_survivors
 import distattn as da
 from distattn.adapters.pytorch import local_loss
 
+pytestmark = pytest.mark.sampled(8)
+
 # of the driver: long enough for a rank that is only slow on a loaded machine, short enough for a test
 TIMEOUT = 10.0
 WHERE = ("the loader", "the loop", "a forward pass", "a backward pass")

@@ -12,6 +12,8 @@ import distattn as da
 from distattn.adapters.pytorch import local_loss
 from distattn.ops.attention import RECOMPUTING, interleaved_batch
 
+pytestmark = pytest.mark.sampled(3)
+
 PACKS = [[[200, 9], [40, 11, 60]], [[30, 30], [5, 5]], [[64], [1, 1, 90]], [[100], [8] * 9]]
 OPTIONS = dict(options=dict(tolerance=0.0, block=8))
 

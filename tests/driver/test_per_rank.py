@@ -15,6 +15,8 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.driver.rank_speeds import quantised
 from distattn.ops import executable
 
+pytestmark = pytest.mark.sampled(3)
+
 
 def pooled_run(rank, options, dtype="float64", data=None):
     model = model_of(dtype=dtype)

@@ -47,7 +47,9 @@ def soaked(rank, steps, settings):
     return seen
 
 
-@pytest.mark.parametrize("settings", [{"options": {"block": 8}}, {"servers": 1}, {"data": "replicated", "strategy": "ring"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"options": {"block": 8}}, {"servers": 1}, {"data": "replicated", "strategy": "ring"}], ids=str
+)
 @pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.full)])
 def test_nothing_grows_over_many_steps(steps, settings):
     # ranks that split a batch are given the same one

@@ -9,6 +9,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import distattn as da
 
+pytestmark = pytest.mark.sampled(3)
+
 LENGTHS = (3, 8, 1, 12)
 N = sum(LENGTHS)
 

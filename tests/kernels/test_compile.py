@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+pytestmark = pytest.mark.sampled(9)
 ROOT = Path(__file__).parents[2]
 BUDGETS = ROOT / "benchmarks" / "budgets"
 

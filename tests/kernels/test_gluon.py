@@ -28,6 +28,8 @@ from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import launch as triton_launch
 from distattn.parallel.make_plan import make_plan
 
+pytestmark = pytest.mark.sampled(5)
+
 CPU = torch.device("cpu")
 TOLERANCES = TOLERANCE | {torch.bfloat16: 3e-2}
 PLAIN = ScoreMod(0.25)

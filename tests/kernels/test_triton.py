@@ -26,6 +26,8 @@ from distattn.kernels.triton.attention import Tiles
 from distattn.kernels.triton.launch import Tile
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 
+pytestmark = pytest.mark.sampled(4)
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 SCALE = 0.25
 PLAIN = ScoreMod(SCALE)

@@ -176,6 +176,7 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.full
 def test_two_nodes_train_like_one_machine(cluster, tmp_path):
     done = distattn(
         cluster, "slurm", "configs/tiny.toml", "--nodes=2", "--gpus=2", f"--run.folder={tmp_path}/far", "--json", *SHORT
@@ -199,6 +200,7 @@ def test_two_nodes_train_like_one_machine(cluster, tmp_path):
     assert losses(far) == pytest.approx(losses(tmp_path / "near"), rel=1e-6)
 
 
+@pytest.mark.full
 def test_a_run_is_cancelled(cluster, tmp_path):
     folder = tmp_path / "long"
     long = (

@@ -16,6 +16,8 @@ from distattn.ops import attention as functional  # noqa: F401  (defines the ope
 from distattn.ops.executable import ExecutableCache
 from distattn.parallel.make_plan import STRATEGIES
 
+pytestmark = pytest.mark.sampled(3)
+
 
 def plan_for(ranks: int, strategy: str = "ring", mask: str = "documents", layout: str = "zigzag", **shape) -> da.Plan:
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64") | shape
@@ -38,11 +40,11 @@ def test_operators_pass_opcheck(policy):
     q, k, v, do = local(plan, random_inputs(200, 4, 2, 8), 0)
     sink, slopes = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.rand(4, dtype=torch.float64)
     results = torch.library.opcheck(
-        torch.ops.distattn.forward, (q, k, v, sink, slopes, ready.handle, ready.kept, 0.3, 5.0)
+        torch.ops.distattn.forward, (q, k, v, sink, slopes, ready.handle, ready.kept_elements, 0.3, 5.0)
     )
     assert set(results.values()) == {"SUCCESS"}
     with torch.no_grad():
-        o, lse, kept = torch.ops.distattn.forward(q, k, v, sink, slopes, ready.handle, ready.kept, 0.3, 5.0)
+        o, lse, kept = torch.ops.distattn.forward(q, k, v, sink, slopes, ready.handle, ready.kept_elements, 0.3, 5.0)
         q, k, v, sink = (x.detach() for x in (q, k, v, sink))
     results = torch.library.opcheck(
         torch.ops.distattn.backward, (do, None, q, k, v, sink, slopes, o, lse, kept, ready.handle, 0.3, 5.0)
@@ -119,7 +121,7 @@ def test_second_derivatives_are_refused():
 
 
 def test_a_handle_of_a_freed_plan_is_refused():
-    with pytest.raises(da.DistattnError, match="handle 1000000 belongs to no plan"):
+    with pytest.raises(da.DistattnError, match="handle 1000000 belongs to no executable"):
         torch.ops.distattn.forward(*[torch.zeros(1, 1, 8)] * 3, None, None, 1_000_000, 0, 1.0, 0.0)
 
 

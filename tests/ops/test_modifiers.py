@@ -11,6 +11,8 @@ from processes import run_on_ranks
 import distattn as da
 from distattn.parallel.make_plan import STRATEGIES
 
+pytestmark = pytest.mark.sampled(4)
+
 HEADS, KV_HEADS, N = 4, 2, sum(LENGTHS)
 
 

@@ -24,6 +24,8 @@ from distattn.parallel.make_plan import make_plan
 from distattn.parallel.strategies.cad import work_limits
 from distattn.parallel.tables.cost import CostModel
 
+pytestmark = pytest.mark.sampled(3)
+
 SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
 # each rank its own pack: one long document, many short ones, single tokens
 PACKS = [[160], [1] * 20 + [46], [17, 30, 2], [5, 5, 86]]

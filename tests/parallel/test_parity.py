@@ -18,6 +18,8 @@ from distattn.parallel.analysis.verify import verify
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 from distattn.parallel.runtime.program import lower
 
+pytestmark = pytest.mark.sampled(8)
+
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5}
 LONG = (1, 7, 129, 1000)
 

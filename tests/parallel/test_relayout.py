@@ -13,6 +13,8 @@ from distattn.parallel.analysis.lower_bounds import lower_bound, plan_traffic
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 
+pytestmark = pytest.mark.sampled(3)
+
 SHAPE = dict(heads=8, kv_heads=2, head_dim=4, dtype="float64", cluster=Cluster(2, 2))
 CHANGES = [("contiguous", "zigzag"), ("zigzag", "from_chunks"), ("from_chunks", "document_zigzag")]
 

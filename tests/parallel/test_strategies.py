@@ -14,6 +14,8 @@ from distattn.ir.plan import POLICIES, Payload, Plan, move_bytes, select_rows
 from distattn.parallel.analysis.lower_bounds import lower_bound, plan_traffic
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 
+pytestmark = pytest.mark.sampled(3)
+
 SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
 
 

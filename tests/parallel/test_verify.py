@@ -16,6 +16,8 @@ from distattn.ir.mask import Mask
 from distattn.ir.plan import POLICIES, Call, Payload, Plan, Table
 from distattn.parallel.analysis.verify import verify
 
+pytestmark = pytest.mark.sampled(4)
+
 Q, KV, O, dO, dQ, dKV = (int(payload) for payload in Payload)
 MUTATIONS = 10000
 

@@ -40,6 +40,8 @@ from distattn.training.plan_settings import PlanSettings
 from distattn.training.reference_check import compare_with_reference
 from distattn.training.run_folder import RunFolder, StepMetrics, packs_of_run
 
+pytestmark = pytest.mark.sampled(11)
+
 ROOT = Path(__file__).parents[2]
 STEPS = 20
 
