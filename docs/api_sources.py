@@ -1,0 +1,21 @@
+"""A hook of mkdocs: copies the package to build/docs-sources, where the API reference is read from.
+
+Griffe, which reads docstrings for mkdocstrings, follows neither linked folders nor folders without `__init__.py`.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_config(config: Any) -> Any:
+    """Called by mkdocs before it builds."""
+    target = ROOT / "build" / "docs-sources" / "distattn"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(ROOT / "distattn", target, ignore=lambda _, names: {"__pycache__"} & set(names))
+    for folder in target.rglob("*"):
+        if folder.is_dir():
+            (folder / "__init__.py").touch()
+    return config
