@@ -1,6 +1,6 @@
 """A hook of mkdocs: copies the package to build/docs-sources, where the API reference is read from.
 
-Griffe, which reads docstrings for mkdocstrings, follows neither linked folders nor folders without `__init__.py`.
+Griffe, which reads docstrings for mkdocstrings, finds no modules in folders without `__init__.py`.
 """
 
 import shutil
