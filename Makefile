@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 # DeepSpeed compiles nothing when it is installed
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-all check bench bench-rivals bench-adapters bench-disaggregation bench-gpu check-cluster lint-kernels triton-3.6 clean
+.PHONY: demo test test-all check docs bench bench-rivals bench-adapters bench-disaggregation bench-gpu check-cluster lint-kernels triton-3.6 clean
 
 demo: $(VENV)/.train
 	$(BIN)/distattn train configs/tiny.toml $(ARGS)
@@ -20,6 +20,11 @@ test: check
 # everything, as CI runs it
 test-all: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# strict: a link that leads nowhere is an error
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo build/docs/index.html
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -76,6 +81,10 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.train
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==3.9.0
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.train
+	$(PIP) -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:

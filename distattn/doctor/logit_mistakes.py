@@ -103,7 +103,7 @@ def _wrong_masks(reference: ReferenceResult, tokens: list[Tensor], positions_N: 
         "give document_lengths (or position_ids that begin anew) to ContextParallel.shard",
     )
     yield Hypothesis(finding, positions_N, HypotheticalAttention(causal_mask(rows)))
-    finding = Finding("mask not causal", "tokens see what comes after them", 'use inner="causal"')
+    finding = Finding("mask not causal", "tokens see what comes after them", 'use document_mask="causal"')
     yield Hypothesis(finding, positions_N, HypotheticalAttention(document_mask(rows)))
     finding = Finding(
         "context parallelism off",

@@ -1,0 +1,228 @@
+"""What the documents say is so: snippets run, links lead somewhere, names exist, and the pages build."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from snippets import python_snippets, tiny_batch, tiny_llama, tiny_loader
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
+
+import distattn as da
+from distattn.adapters import huggingface, pytorch
+from distattn.training.config import RENAMED, Config
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+
+
+def names_of_files(text: str) -> list[str]:
+    top = "distattn|parallel|kernels|cluster|launch|configs|benchmarks|tests|examples|docs"
+    return re.findall(rf"`((?:{top})/[\w./-]*)`", text)
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.name)
+def test_files_and_folders_that_are_named_exist(file):
+    for name in names_of_files(file.read_text()):
+        if "yours" not in name:
+            assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("file", [*TEXTS, ROOT / "CHANGELOG.md"], ids=lambda file: file.name)
+def test_relative_links_lead_somewhere(file):
+    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        other = (file.parent / path).resolve() if path else file
+        assert other.is_file(), f"{file.name}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.name)
+def test_make_targets_that_are_named_exist(file):
+    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in re.findall(r"`make [\w-]+|^    make [\w-]+", file.read_text(), re.MULTILINE):
+        assert line.split("make ")[1] in targets, line
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.name)
+def test_configuration_keys_that_are_named_exist(file):
+    text = file.read_text()
+    keys = {f"{section}.{key}" for section, values in asdict(Config()).items() for key in values}
+    found = re.findall(r"--((?:run|data|model|parallel|cluster|slurm|train)\.[\w-]+)", text)
+    found += re.findall(r"`((?:run|data|model|parallel|cluster|slurm|train)\.[a-z_]+)(?: = [^`]*)?`", text)
+    for key in found:
+        if not key.endswith(".toml"):
+            assert key.replace("-", "_") in keys, key
+    assert not [old for old in RENAMED if re.search(rf"(?<![\w.]){re.escape(old)}(?![\w.])", text) and "." in old]
+
+
+def test_the_reference_has_every_public_name_once():
+    named = re.findall(r"^::: distattn\.(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert sorted(named) == da.__all__
+
+
+# ---- snippets: of each page what names each one is given, in order; None where the page says that it was not run
+
+
+def _plan(names: dict[str, Any]) -> None:
+    names |= dict(rank=0, group=None)
+    names |= dict(q=torch.randn(80, 32, 128), k=torch.randn(80, 8, 128), v=torch.randn(80, 8, 128))
+
+
+def _cluster(names: dict[str, Any]) -> None:
+    lengths = [4096, 1024, 3072]
+    names |= dict(da=da, lengths=lengths, mask=da.Mask.documents(lengths))
+
+
+def _loop(names: dict[str, Any]) -> None:
+    names |= dict(group=None, sum_gradients=lambda: None, ids=tiny_batch()["input_ids"], lengths=[30, 10])
+
+
+def _model(names: dict[str, Any]) -> None:
+    huggingface.register()
+    model = AutoModelForCausalLM.from_config(tiny_llama()["config"], attn_implementation="distattn")
+    names |= dict(da=da, pytorch=pytorch, model=model, sum_gradients=lambda: None, loader=tiny_loader())
+    names |= dict(group=None, everyone=None, target=pytorch.ProbeTarget(model), micro_batches=tiny_loader()[0])
+
+
+def _schedule(names: dict[str, Any]) -> None:
+    _model(names)
+    names |= dict(partial=partial, cp=da.ContextParallel(strategy="cad", data="per_rank"))
+
+
+def _mesh(names: dict[str, Any]) -> None:
+    _model(names)
+    names |= dict(init_device_mesh=init_device_mesh, replicas=1, degree=1, batch=tiny_batch())
+
+
+SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
+    "concepts.md": [_plan, _cluster],
+    "dynamic-context-parallelism.md": [_model, _schedule],
+    "planning-a-cluster.md": [_cluster],
+    "trainers.md": [_model, _model, _mesh, None],
+    "training.md": [_loop],
+}
+# what is made small, or runs on one CPU rank, where the page has more
+SMALLER = {
+    "ranks=8)  # which": "ranks=1)  # which",
+    "[4096, 1024, 3072]  # documents": "[40, 10, 30]  # documents",
+    '"cuda"': '"cpu"',
+}
+ALL = [(page, number) for page, given in SNIPPETS.items() for number in range(len(given))]
+
+
+def test_every_snippet_is_listed_here():
+    found = {page.name: len(python_snippets(page.read_text())) for page in PAGES}
+    assert {page: count for page, count in found.items() if count} == {p: len(given) for p, given in SNIPPETS.items()}
+
+
+@pytest.mark.parametrize(("page", "number"), ALL, ids=[f"{page} {number}" for page, number in ALL])
+def test_snippets_run_as_written(page, number, capsys):
+    code = python_snippets((ROOT / "docs" / page).read_text())[number]
+    given = SNIPPETS[page][number]
+    if given is None:
+        compile(code, page, "exec")
+        assert "not run" in (ROOT / "docs" / page).read_text()
+        return
+    for text, smaller in SMALLER.items():
+        code = code.replace(text, smaller)
+    needs_group = "init_device_mesh" in code
+    if needs_group:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        names = tiny_llama()
+        given(names)
+        exec(code, names)
+    finally:
+        if needs_group:
+            dist.destroy_process_group()
+    printed = capsys.readouterr().out
+    if page == "concepts.md":
+        assert ["ring on 1 ranks", "the least for these tasks"][number] in printed
+    if "o" in names:
+        assert names["o"].shape == (80, 32, 128)
+
+
+# ---- private names of other projects
+
+
+def _private(file: Path) -> set[str]:
+    """Names with a leading underscore that a file takes from modules and objects which are not distattn's."""
+    tree = ast.parse(file.read_text())
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
+            found |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, "module", None) or ""
+            found |= {part for name in node.names for part in (*module.split("."), *name.name.split("."))}
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def _own_names(file: Path) -> set[str]:
+    """Private names that a file defines."""
+    own: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            own |= {node.attr} if getattr(node.value, "id", "") in ("self", "cls", "one") else set()
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+    return own
+
+
+def test_private_names_of_other_projects_are_listed():
+    files = [
+        file for top in ("distattn", "parallel", "kernels", "cluster", "launch") for file in (ROOT / top).rglob("*.py")
+    ]
+    own = set().union(*map(_own_names, files))
+    # documented by Python, underscore or not
+    public = {"_replace", "_asdict", "_fields", "_exit"}
+    table = (ROOT / "docs" / "correctness.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    for file in files:
+        name = file.relative_to(ROOT).as_posix()
+        if any(part.is_symlink() for part in file.parents):
+            continue
+        for private in sorted(_private(file) - own - public):
+            assert any(f"`{name}`" in row and private in row for row in rows), f"{name}: {private} is not listed"
+
+
+# ---- the pages
+
+
+def test_the_pages_build_without_a_warning(tmp_path):
+    for name in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            pytest.skip(f"{name.split('.')[0]} is not installed; make docs installs it")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "site" / "reference.html").read_text()
+    for name in da.__all__:
+        assert f'id="distattn.{name}"' in reference, name
