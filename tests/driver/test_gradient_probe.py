@@ -185,12 +185,12 @@ def _untouched(rank: int, kind: str) -> bool:
     # gradients stay: a probe in the middle of a step
     before, moments = (
         _state(model),
-        [x.clone() for s in optimizer.state.values() for x in map(pytorch.whole, s.values())],
+        [x.clone() for s in optimizer.state.values() for x in map(pytorch.full_tensor, s.values())],
     )
     numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     cp.loss_scale(loop)
     assert all(torch.equal(a, b) for a, b in zip(_state(model), before, strict=True))
-    after = [x for s in optimizer.state.values() for x in map(pytorch.whole, s.values())]
+    after = [x for s in optimizer.state.values() for x in map(pytorch.full_tensor, s.values())]
     assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
     assert torch.equal(torch.get_rng_state(), numbers[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == numbers[1:]
