@@ -37,13 +37,13 @@ class SequenceGroups:
     def __init__(self, cp: ContextParallel):
         if cp.group is None or cp.loss_group is None:
             raise DistattnError("DeepSpeed needs torch.distributed; call deepspeed.init_distributed first.")
+        if cp.config.servers:
+            raise DistattnError("DeepSpeed trains on all ranks, so none can only serve; leave servers out.")
         if dist.get_world_size(cp.loss_group) != dist.get_world_size():
             raise DistattnError(
                 f"DeepSpeed trains on all {dist.get_world_size()} ranks, the loss group has "
                 f"{dist.get_world_size(cp.loss_group)}; give ContextParallel loss_group=torch.distributed.group.WORLD."
             )
-        if cp.config.servers:
-            raise DistattnError("DeepSpeed trains on all ranks, so none can only serve; leave servers out.")
         self._split: Any = cp.batch_group()
         self._all: Any = cp.loss_group
         self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)

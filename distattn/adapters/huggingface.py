@@ -5,8 +5,8 @@
     batch = cp.shard(batch)
     logits = model(**inputs(batch)).logits
 
-Goes through transformers' public registries of attention and mask functions; nothing is patched. For a `Trainer` see
-`distattn.adapters.hf_trainer`.
+Goes through transformers' public registries of attention and mask functions; nothing is patched. Models that have attention
+classes of their own refuse the name (see `huggingface_masks`). For a `Trainer` see `distattn.adapters.hf_trainer`.
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from distattn.adapters.huggingface_masks import MaskPattern as MaskPattern
+from distattn.adapters.huggingface_masks import refuse_attention_classes
 from distattn.adapters.pytorch import inputs as inputs
 from distattn.batch.planner import LocalBatch
 from distattn.ir.errors import DistattnError
@@ -31,32 +33,11 @@ _ATTENTION = ("full_attention", "sliding_attention")
 _BY_LENGTH = ("dynamic", "longrope")
 
 
-class Pattern(NamedTuple):
-    """What a model asked of its mask; layers get it in the mask's place. window: of the last so many tokens, if at all."""
-
-    window: int | None
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise _works_on_masks()
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("shape", "dim", "size", "dtype", "ndim", "device"):
-            raise _works_on_masks()
-        raise AttributeError(name)
-
-
-def _works_on_masks() -> DistattnError:
-    return DistattnError(
-        "the model's layers work on their mask themselves, and there is none: the plan carries it. Models that only hand it to "
-        "their attention function can be split."
-    )
-
-
 def register() -> None:
     """Make attn_implementation="distattn" known to transformers."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_pattern)
+    refuse_attention_classes(NAME)
 
 
 @contextmanager
@@ -79,7 +60,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Pattern | None,
+    attention_mask: MaskPattern | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -105,7 +86,7 @@ def attention_forward(
         )
     if position_ids is not None:
         context_parallel.check_positions(position_ids)
-    if attention_mask is not None and not isinstance(attention_mask, Pattern):
+    if attention_mask is not None and not isinstance(attention_mask, MaskPattern):
         raise DistattnError(
             f"{where}an attention mask was passed; give document_lengths to ContextParallel.shard instead."
         )
@@ -142,7 +123,7 @@ def mask_pattern(
     use_vmap: bool = False,
     config: Any = None,
     **kwargs: Any,
-) -> Pattern:
+) -> MaskPattern:
     """The plan carries the mask: causal inside each document, maybe a window of it. Refuses what else a model asks for.
 
     transformers marks windows and chunks by local_size, masks of users and multimodal models by use_vmap or an outer
@@ -160,7 +141,7 @@ def mask_pattern(
         raise DistattnError(f"the model asks for a mask other than causal ({name}), which is not computed.")
     if config is not None:
         check_config(config)
-    return Pattern(local_size)
+    return MaskPattern(local_size)
 
 
 def check_config(config: Any) -> None:

@@ -58,13 +58,18 @@ def take_step(cp, engine, rank: int, degree: int, micro_batches: int) -> list[to
     return gradients
 
 
-def _gradients(rank: int, stage: int, degree: int):
+def _gradients(rank: int, stage: int, degree: int, shared: bool = False):
+    """shared: blocks of `degree` ranks have batches of their own, and share attention."""
     _start(rank)
     found = []
     for micro_batches in (1, 2):
-        cp = da.ContextParallel(
-            groups(rank, degree), loss_group=dist.group.WORLD, strategy="ring", layout="document_zigzag"
-        )
+        if shared:
+            cp = da.ContextParallel(dist.group.WORLD, context_parallel_size=degree, **small.CAD)
+            assert small.shared_between_blocks(cp.shard_step(small.step(rank // degree, micro_batches)), degree)
+        else:
+            cp = da.ContextParallel(
+                groups(rank, degree), loss_group=dist.group.WORLD, strategy="ring", layout="document_zigzag"
+            )
         engine = engine_of(cp, stage, micro_batches)
         cp.loss_scale(ProbeTarget(engine))
         found.append((cp.loss_scale(), take_step(cp, engine, rank, degree, micro_batches)))
@@ -77,6 +82,17 @@ def test_gradients_are_those_of_one_process_in_every_stage(stage, degree):
     every = run_on_ranks(4, _gradients, stage, degree)
     for number, micro_batches in enumerate((1, 2)):
         batches = [batch for replica in range(4 // degree) for batch in small.step(replica, micro_batches)]
+        _, wanted = small.in_one_process(small.build(torch.float32), batches)
+        for factor, gradients in (found[number] for found in every):
+            assert abs(small.norm_ratio(gradients, wanted) - 1) < 1e-4, factor
+
+
+@pytest.mark.parametrize(("ranks", "degree"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_replicas_that_share_attention_have_the_gradients_of_one_process(stage, ranks, degree):
+    every = run_on_ranks(ranks, _gradients, stage, degree, True)
+    for number, micro_batches in enumerate((1, 2)):
+        batches = [batch for replica in range(2) for batch in small.step(replica, micro_batches)]
         _, wanted = small.in_one_process(small.build(torch.float32), batches)
         for factor, gradients in (found[number] for found in every):
             assert abs(small.norm_ratio(gradients, wanted) - 1) < 1e-4, factor
@@ -207,6 +223,21 @@ def _refusals(rank: int) -> list[str]:
     with pytest.raises(da.DistattnError) as refusal:
         cp.loss_scale(ProbeTarget(engine))
     return [*said, str(refusal.value)]
+
+
+def _with_servers(rank: int) -> str:
+    _start(rank)
+    if rank == 2:
+        return str(da.serve())
+    with da.ContextParallel(dist.group.WORLD, servers=1, **small.CAD) as cp:
+        with pytest.raises(da.DistattnError) as refusal:
+            SequenceGroups(cp)
+        return str(refusal.value)
+
+
+def test_ranks_that_only_serve_are_refused():
+    *said, _ = run_on_ranks(3, _with_servers)
+    assert all("none can only serve; leave servers out" in refusal for refusal in said)
 
 
 def test_what_deepspeed_cannot_do_is_refused_by_name():

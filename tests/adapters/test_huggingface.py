@@ -1,5 +1,9 @@
 """transformers models of every kind of attention, on several ranks, beside themselves in one process; and what is refused."""
 
+import copy
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,13 +11,17 @@ from processes import run_on_ranks, sum_gradients
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPTJConfig,
+    GPTNeoConfig,
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MptConfig,
     Qwen3Config,
     Qwen3NextConfig,
 )
@@ -132,7 +140,7 @@ def test_the_adapter_refuses_by_name_what_it_would_get_wrong():
         (dict(mask=None), "layer 7: .* needs the sharded batch"),
         (dict(mask=None, dropout=0.1), "dropout 0.1"),
         (dict(mask=None, position_bias=q), "position bias"),
-        (dict(mask=huggingface.Pattern(4)), "masks all but 4 tokens"),
+        (dict(mask=huggingface.MaskPattern(4)), "masks all but 4 tokens"),
         (dict(mask=None, softcap=30.0), "soft-capping"),
         (dict(mask=torch.zeros(1, 1, 3, 3)), "attention mask"),
         (dict(mask=None, is_causal=False), "not causal"),
@@ -194,13 +202,92 @@ def test_a_model_without_attention_is_refused():
         local_loss(model, batch)
 
 
-def test_a_model_that_works_on_its_mask_is_refused():
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4),
+        MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=4, max_seq_len=64),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_that_works_on_its_mask_is_refused(config):
     huggingface.register()
-    shape = dict(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
-    model = AutoModelForCausalLM.from_config(BloomConfig(**shape), attn_implementation="distattn")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="distattn")
     batch = da.ContextParallel(strategy="ring").shard({"input_ids": torch.arange(8)[None]})
     with pytest.raises(da.DistattnError, match="work on their mask themselves"):
         model(batch["input_ids"], use_cache=False)
+
+
+MASK = huggingface.MaskPattern(None)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: MASK.to(torch.bool),
+        lambda: MASK.masked_fill,
+        lambda: MASK.shape,
+        lambda: MASK[:, :, :3],
+        lambda: MASK + torch.zeros(2),
+        lambda: torch.zeros(2) + MASK,
+        lambda: 1.0 - MASK,
+        lambda: ~MASK,
+        lambda: MASK == 0,
+        lambda: MASK < 1,
+        lambda: torch.where(MASK, 0, 1),
+        lambda: torch.zeros(2).masked_fill(MASK, 1),
+        lambda: len(MASK),
+        lambda: MASK and 1,
+        lambda: torch.zeros(2)[MASK],
+    ],
+)
+def test_a_mask_that_is_used_as_a_tensor_is_refused(use):
+    with pytest.raises(da.DistattnError, match="work on their mask themselves"):
+        use()
+
+
+def test_a_mask_pattern_is_no_tensor_and_no_tuple():
+    assert not isinstance(MASK, tuple) and not hasattr(MASK, "anything_else") and {MASK: 1}[MASK] == 1
+    assert copy.deepcopy(huggingface.MaskPattern(3)).window == 3
+
+
+OWN_CLASSES = [
+    FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
+    GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4),
+    GPTNeoConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
+]
+
+
+@pytest.mark.parametrize("config", OWN_CLASSES, ids=lambda config: config.model_type)
+def test_models_with_attention_classes_of_their_own_are_refused(config):
+    huggingface.register()
+    with pytest.raises(da.DistattnError, match=f"{config.model_type} models .* do not use .* attention interface"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="distattn")
+    assert AutoModelForCausalLM.from_config(config, attn_implementation="eager").config.model_type == config.model_type
+
+
+FIRST_IMPORTED_BEFORE = """
+import sys
+from transformers import AutoModelForCausalLM, FalconConfig, GPTJConfig
+import distattn as da
+from distattn.adapters import huggingface
+falcon, gptj = "transformers.models.falcon.modeling_falcon", "transformers.models.gptj.modeling_gptj"
+__import__(falcon)
+huggingface.register()
+huggingface.register()
+assert falcon in sys.modules and gptj not in sys.modules
+for config in (FalconConfig(num_hidden_layers=1), GPTJConfig(n_layer=1)):
+    try:
+        AutoModelForCausalLM.from_config(config, attn_implementation="distattn")
+    except da.DistattnError as refusal:
+        print(refusal)
+"""
+
+
+def test_models_refuse_whether_they_are_imported_before_or_after():
+    done = subprocess.run([sys.executable, "-c", FIRST_IMPORTED_BEFORE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["falcon", "gptj"]
 
 
 def test_layers_that_do_not_exist_are_refused():
@@ -217,7 +304,7 @@ def test_sinks_soft_caps_and_windows_reach_the_call():
     q, k, v = (torch.randn(1, heads, 7, 8) for heads in (4, 2, 2))
     sink = torch.randn(4)
     how = dict(scaling=0.5, softcap=2.0, s_aux=sink, sliding_window=2, context_parallel=sharded)
-    got, _ = huggingface.attention_forward(torch.nn.Identity(), q, k, v, huggingface.Pattern(2), **how)
+    got, _ = huggingface.attention_forward(torch.nn.Identity(), q, k, v, huggingface.MaskPattern(2), **how)
     plan = sharded.plan(4, 2, 8, 8, "float32", 2)
     assert plan.call.mask == da.Mask.documents([4, 3], (1, 0))
     parts = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))

@@ -48,13 +48,21 @@ def trainer(kind: str, mesh, **changes) -> tuple[torch.nn.Module, pytorch.ProbeT
 FACTORS = {"sum": 1, "mean": 4, "ddp": 4, "fsdp": 4, "fsdp that sums": 1}
 
 
-def _gradients(rank: int, kind: str, degree: int, micro_batches: int, changes: dict):
-    mesh = init_device_mesh("cpu", (4 // degree, degree), mesh_dim_names=("dp", "cp"))
+RING = dict(strategy="ring", layout="document_zigzag")
+
+
+def _gradients(rank: int, kind: str, degree: int, micro_batches: int, changes: dict, settings: dict):
+    """(Factor, loss as one process has it, gradients); degree: ranks that hold the same batch, in a mesh dim if several."""
+    replicas = dist.get_world_size() // degree
+    shape, names = ((replicas, degree), ("dp", "cp")) if degree > 1 else ((replicas,), ("dp",))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     model, loop = trainer(kind, mesh, **changes)
-    cp = pytorch.context_parallel(mesh, strategy="ring", layout="document_zigzag", kernel="reference")
+    cp = pytorch.context_parallel(mesh, **settings, kernel="reference")
     factor = cp.loss_scale(loop)
     total = torch.zeros((), dtype=torch.float64)
     parts = cp.shard_step(small.step(rank // degree, micro_batches))
+    if settings is small.CAD:
+        assert small.shared_between_blocks(parts, degree)
     for number, batch in enumerate(parts):
         last = number == len(parts) - 1
         if kind.startswith("fsdp"):
@@ -77,10 +85,41 @@ def test_gradients_are_those_of_one_process(kind, degree, micro_batches):
     changes = {"tie_word_embeddings": kind == "ddp"}
     batches = [batch for replica in range(4 // degree) for batch in small.step(replica, micro_batches)]
     loss, gradients = small.in_one_process(small.build(**changes), batches)
-    for factor, got_loss, got in run_on_ranks(4, _gradients, kind, degree, micro_batches, changes):
+    for factor, got_loss, got in run_on_ranks(4, _gradients, kind, degree, micro_batches, changes, RING):
         assert factor == FACTORS[kind]
         assert abs(got_loss - loss) < 1e-6
         assert abs(small.norm_ratio(got, gradients) - 1) < 1e-4
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(("ranks", "degree"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("kind", FACTORS)
+def test_replicas_that_share_attention_have_the_gradients_of_one_process(kind, ranks, degree, micro_batches):
+    changes = {"tie_word_embeddings": kind == "ddp"}
+    batches = [batch for replica in range(2) for batch in small.step(replica, micro_batches)]
+    loss, gradients = small.in_one_process(small.build(**changes), batches)
+    given = kind, degree, micro_batches, changes, small.CAD
+    for factor, got_loss, got in run_on_ranks(ranks, _gradients, *given):
+        assert factor == (1 if FACTORS[kind] == 1 else ranks)
+        assert abs(got_loss - loss) < 1e-6
+        assert abs(small.norm_ratio(got, gradients) - 1) < 1e-4
+
+
+def _meshes(rank: int) -> list[str]:
+    said = []
+    for shape, names, settings in (
+        ((2, 2), ("cp", "dp"), small.CAD),
+        ((2, 2), ("dp", "sp"), {"strategy": "ring"}),
+    ):
+        with pytest.raises(DistattnError) as refusal:
+            pytorch.context_parallel(init_device_mesh("cpu", shape, mesh_dim_names=names), **settings)
+        said.append(str(refusal.value))
+    return said
+
+
+def test_meshes_that_do_not_fit_are_refused():
+    for said in run_on_ranks(4, _meshes):
+        assert "'cp' has to be the mesh's last dim" in said[0] and "dims dp, sp, none called 'cp'" in said[1]
 
 
 def _refused(rank: int, kind: str) -> str:

@@ -15,6 +15,8 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 VOCABULARY = 64
 # documents of the micro-batches of two replicas; half of the labels of some are masked
 STEPS = [[[19, 1, 8], [30]], [[7, 25], [2, 2, 40]]]
+# replicas that share attention, cut finely enough for work to move at these lengths
+CAD = dict(strategy="cad", data="per_rank", options=dict(block=8, tolerance=0.0))
 
 
 def build(dtype: torch.dtype = torch.float64, **changes: Any) -> torch.nn.Module:
@@ -49,6 +51,17 @@ def micro_batch(lengths: Sequence[int], masked: bool = False) -> dict[str, Any]:
 def step(replica: int, micro_batches: int) -> list[dict[str, Any]]:
     """A step's micro-batches; the replicas' labels are uneven."""
     return [micro_batch(lengths, masked=replica == 1) for lengths in STEPS[replica][:micro_batches]]
+
+
+def shared_between_blocks(
+    batches: Sequence[dict[str, Any]], block_ranks: int, dtype: str = "float64", parts: int = 1
+) -> bool:
+    """Whether some attention moves between blocks of ranks, each with a batch of its own; parts: of heads, on a rank each."""
+    for batch in batches:
+        moves = batch["context_parallel"].plan(4 // parts, 2 // parts, 8, 8, dtype).forward.moves
+        if (moves["src"] // block_ranks != moves["dst"] // block_ranks).any():
+            return True
+    return False
 
 
 def in_one_process(

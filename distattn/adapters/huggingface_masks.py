@@ -1,0 +1,119 @@
+"""What transformers models get in a mask's place, and the refusals of models that do not leave attention to a function."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from distattn.ir.errors import DistattnError
+
+_MODELS = "transformers.models."
+# models of transformers, one folder each
+_MODELING = ".modeling_"
+# dicts of such models: names of implementations to attention classes
+_CLASSES = "_CLASSES"
+
+
+def _works_on_masks() -> DistattnError:
+    return DistattnError(
+        "the model's layers work on their mask themselves, and there is none: the plan carries it. Models that only hand it to "
+        "their attention function can be split."
+    )
+
+
+def _refuse_operator(self: Any, *given: Any) -> Any:
+    raise _works_on_masks()
+
+
+class MaskPattern:
+    """What a model asked of its mask; layers get it in the mask's place. window: of the last so many tokens, if at all.
+
+    Whatever uses it as a tensor gets a DistattnError.
+    """
+
+    def __init__(self, window: int | None):
+        self.window = window
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _works_on_masks()
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(torch.Tensor, name) and not name.startswith("__"):
+            raise _works_on_masks()
+        raise AttributeError(name)
+
+    __hash__ = object.__hash__
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+_OTHER = ("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "len", "iter", "contains", "bool", "int")
+for _name in (
+    *_BINARY,
+    *(f"r{_each}" for _each in _BINARY),
+    *(f"i{_each}" for _each in _BINARY),
+    *_OTHER,
+    *("float", "getitem", "setitem", "array"),
+):
+    setattr(MaskPattern, f"__{_name}__", _refuse_operator)
+
+
+def refuse_attention_classes(implementation: str) -> None:
+    """Models that look a class up by the implementation's name (Falcon, GPT-J, GPT-Neo) refuse this one in a sentence.
+
+    Modules that are imported already are seen to at once, others when they are imported.
+    """
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_MODELS) and _MODELING in name:
+            _refuse_in(module, implementation)
+    sys.meta_path.insert(0, _Finder(implementation))
+
+
+def _refuse_in(module: ModuleType, implementation: str) -> None:
+    for name, classes in vars(module).items():
+        if name.endswith(_CLASSES) and isinstance(classes, dict) and "eager" in classes:
+            classes[implementation] = _refuse_model
+
+
+def _refuse_model(config: Any, *given: Any, **named: Any) -> Any:
+    raise DistattnError(
+        f"{getattr(config, 'model_type', type(config).__name__)} models have attention classes of their own and do not use "
+        "transformers' attention interface, so their attention cannot be split. Models that do can be: Llama, Mistral, Qwen, "
+        "Gemma, gpt-oss and most others."
+    )
+
+
+class _Finder:
+    """Finds transformers' models as they are found without it, and has refusals entered when they are imported."""
+
+    def __init__(self, implementation: str):
+        self._implementation = implementation
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        if not name.startswith(_MODELS) or _MODELING not in name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        # other loaders (zip files, compiled modules) are left alone
+        if spec is not None and spec.origin is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _Loader(name, spec.origin, self._implementation)
+        return spec
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def __init__(self, name: str, path: str, implementation: str):
+        super().__init__(name, path)
+        self._implementation = implementation
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _refuse_in(module, self._implementation)
