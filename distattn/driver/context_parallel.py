@@ -152,7 +152,7 @@ class ContextParallel:
     def steps(self, loader: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
         """For each step of a loader its micro-batches, sharded a step ahead; as many steps as the longest loader.
 
-        loader yields a batch as `shard` takes it, or a list of them (micro-batches). While a step runs, the next one is told
+        loader yields a batch as `shard` takes it, or a list of them (micro-batches). While a step runs, the next one is announced
         to the other ranks, and its plans are made and compared. Loops may be left, and be inside one another, on all ranks
         alike. With servers, a step's batches are used before the next step is asked for.
         """
@@ -225,7 +225,7 @@ class ContextParallel:
         make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
         same_batch: Sequence[int] | None = None,
     ) -> Iterator[tuple[list[PackedBatch], GatheredStep]]:
-        """For each step of a loader this rank's packed micro-batches, and the step as all ranks told it, a step ahead.
+        """For each step of a loader this rank's packed micro-batches, and the gathered step, one step ahead.
 
         make: what is to be made of a gathered step, and the batches in it. same_batch: of each rank of the group, the rank
         whose data it has as well.
@@ -298,7 +298,7 @@ class ContextParallel:
         return agree_on_plan(self._communicators.agreement, make)
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> BatchObserver | None:
-        """See `planner.Ranks`: servers are told of passes, and the clock of speeds counts them."""
+        """See `planner.Ranks`: servers are notified of passes, and the clock of speeds counts them."""
         control = None if self._communicators is None else self._communicators.control
         if control is None and self.speeds is None:
             return None
@@ -391,7 +391,7 @@ class ContextParallel:
         return members.index(dist.get_rank()) if len(members) > 1 else 0
 
 
-class _Told(NamedTuple):
+class _RankSettings(NamedTuple):
     """What a rank tells the others when its driver is made: settings (None: it serves), and who it shares attention with."""
 
     config: DriverConfig | None
@@ -402,10 +402,10 @@ class _Told(NamedTuple):
 
 def _compare_settings(
     config: DriverConfig | None, group: dist.ProcessGroup | None, exchange: dist.ProcessGroup | None
-) -> tuple[list[_Told], str]:
-    """What every rank of the exchange told, and a name for what they make together. Refuses settings that differ."""
+) -> tuple[list[_RankSettings], str]:
+    """The settings of every rank of the exchange, and a name for what they make together. Refuses settings that differ."""
     ranks = [0] if group is None else dist.get_process_group_ranks(group)
-    mine = _Told(config, ranks, 0, 0) if config is None else _told(config, ranks)
+    mine = _RankSettings(config, ranks, 0, 0) if config is None else _settings_of(config, ranks)
     if exchange is None:
         return [mine], ""
     name = shared_name(exchange)
@@ -415,27 +415,28 @@ def _compare_settings(
     if first is None:
         raise DistattnError("the group's first rank has to have a model; servers are its last ranks.")
     members = dist.get_process_group_ranks(exchange)
-    for rank, told in zip(members, everyone, strict=True):
-        if told.config is not None and told.config != first:
-            field = next(name for name in first.__dict__ if getattr(told.config, name) != getattr(first, name))
-            theirs, ours = getattr(told.config, field), getattr(first, field)
+    for rank, other in zip(members, everyone, strict=True):
+        if other.config is not None and other.config != first:
+            field = next(name for name in first.__dict__ if getattr(other.config, name) != getattr(first, name))
+            theirs, ours = getattr(other.config, field), getattr(first, field)
             raise DistattnError(f"rank {rank} has {field} = {theirs!r}, rank {members[0]} {ours!r}.")
-        if missing := set(told.group) - set(members):
+        if missing := set(other.group) - set(members):
             raise DistattnError(
                 f"the loss group lacks rank {min(missing)} of a group that shares attention; it is all ranks of these groups."
             )
-    serving = sum(told.config is None for told in everyone)
+    serving = sum(other.config is None for other in everyone)
     if serving != first.servers:
         raise DistattnError(f"{serving} ranks serve, ContextParallel was made with servers={first.servers}.")
     if first.servers and len(members) != len(everyone[0].group):
         raise DistattnError("servers belong to one group that shares attention; leave loss_group out.")
     return [
-        told if told.config is not None else _told(first, told.group)._replace(config=None) for told in everyone
+        other if other.config is not None else _settings_of(first, other.group)._replace(config=None)
+        for other in everyone
     ], name
 
 
-def _told(config: DriverConfig, ranks: list[int]) -> _Told:
-    return _Told(config, ranks, config.block_ranks(len(ranks)), len(ranks) - config.servers)
+def _settings_of(config: DriverConfig, ranks: list[int]) -> _RankSettings:
+    return _RankSettings(config, ranks, config.block_ranks(len(ranks)), len(ranks) - config.servers)
 
 
 def _packed(step: Any) -> list[PackedBatch] | None:

@@ -182,7 +182,7 @@ class _MicroBatch:
             self.recomputed = None
 
     def traced(self, transport: Transport) -> Transport:
-        return _Traced(transport, self.number, self.spans)
+        return _TracedTransport(transport, self.number, self.spans)
 
 
 def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -327,7 +327,7 @@ def _backward_together(micro_batches: list[_MicroBatch], losses: list[Tensor], s
         spans.append(Span(number, "runs", began, time.perf_counter()))
 
 
-class _Traced:
+class _TracedTransport:
     """A transport whose messages are noted: from when they leave until they are known to be there."""
 
     def __init__(self, transport: Transport, micro_batch: int, spans: list[Span]):
@@ -336,12 +336,12 @@ class _Traced:
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
         began = time.perf_counter()
         work = self.transport.exchange(sends, receives, collective)
-        return _Noted(work, self, began) if sends or receives else work
+        return _TracedMessages(work, self, began) if sends or receives else work
 
 
-class _Noted(NamedTuple):
+class _TracedMessages(NamedTuple):
     work: PendingMessages
-    traced: _Traced
+    traced: _TracedTransport
     began: float
 
     def wait(self) -> None:

@@ -33,11 +33,11 @@ class RankSpeeds:
         self._seconds = 0.0
         self._pending: list[tuple[Any, Any]] = []
 
-    def options(self, told: Sequence[float | None]) -> tuple[tuple[str, Any], ...]:
-        """What a strategy shall know of this step, from what every rank told."""
+    def options(self, measured: Sequence[float | None]) -> tuple[tuple[str, Any], ...]:
+        """What a strategy shall know of this step, from what every rank has measured."""
         number = len(self.log)
         if self.replayed is None:
-            self.log.append(quantised(told))
+            self.log.append(quantised(measured))
         else:
             self.log.append(self.replayed[number] if number < len(self.replayed) else None)
         last = self.log[-1]
@@ -104,11 +104,11 @@ class _Timed:
         return out
 
 
-def quantised(told: Sequence[float | None]) -> list[int] | None:
+def quantised(measured: Sequence[float | None]) -> list[int] | None:
     """Speeds of all ranks in thousandths of their mean, whole steps; None if nobody knows any."""
-    known = [speed for speed in told if speed]
+    known = [speed for speed in measured if speed]
     if not known:
         return None
     mean = sum(known) / len(known)
-    shares = [min(max((speed or mean) / mean, _SLOWEST), _FASTEST) for speed in told]
+    shares = [min(max((speed or mean) / mean, _SLOWEST), _FASTEST) for speed in measured]
     return [round(round(share / _RESOLUTION) * _RESOLUTION * _SCALE) for share in shares]

@@ -41,7 +41,7 @@ class StepInfo(NamedTuple):
 
 
 class GatheredStep(NamedTuple):
-    """A step as all ranks told it: its number in the run, and every rank's info. made: what was made of it ahead."""
+    """A step as all ranks announced it: its number in the run, and every rank's info. made: what was made of it ahead."""
 
     number: int
     infos: list[StepInfo]

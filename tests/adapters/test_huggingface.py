@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
+from one_process import loss_by_document
 from processes import run_on_ranks, sum_gradients
 from transformers import (
     AutoModelForCausalLM,
@@ -76,11 +76,8 @@ def token_ids() -> torch.Tensor:
 def plain(model: torch.nn.Module) -> torch.Tensor:
     """The loss in one process, transformers' own attention, one document at a time."""
     with huggingface.single_process_attention(model):
-        losses = [
-            F.cross_entropy(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="sum")
-            for ids in token_ids().split(LENGTHS, 1)
-        ]
-    return sum(losses) / (sum(LENGTHS) - len(LENGTHS))
+        whole = {"input_ids": token_ids(), "document_lengths": LENGTHS}
+        return loss_by_document(lambda ids: model(ids, use_cache=False).logits[0], [whole])
 
 
 def _split(rank: int, name: str, layers: dict | None):

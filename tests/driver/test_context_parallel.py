@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from one_process import loss_by_document
 from processes import run_on_ranks, sum_gradients
 
 import distattn as da
@@ -235,14 +236,9 @@ def _gradients(rank: int, strategy: str, layout: str, lengths: list[int]):
 def _plain(lengths: list[int]):
     """One process, one document at a time, transformers' own attention."""
     model = build_model(CONFIG, "sdpa")
-    whole = batch(lengths)["input_ids"]
-    valid, total = sum(lengths) - len(lengths), 0.0
-    for ids in whole.split(lengths, 1):
-        logits = model(ids, use_cache=False).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum") / valid
-        loss.backward()
-        total += loss.detach()
-    return total, [parameter.grad for parameter in model.parameters()]
+    loss = loss_by_document(lambda ids: model(ids, use_cache=False).logits[0], [batch(lengths)])
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("lengths", [[40, 1, 23, 9], [2]], ids=["pack", "fewer tokens than ranks"])

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from one_process import loss_by_document
 from processes import run_on_ranks
 from torch import nn
 from torch.nn.utils import parameters_to_vector
@@ -74,18 +75,20 @@ def plain_steps(replicas):
     causal = nn.functional.scaled_dot_product_attention
     for step in range(2):
         batches = [rows(r, step, n) for r in range(replicas) for n in range(len(PACKS[r][step]))]
-        parts = [ids for batch in batches for ids in batch["input_ids"][0].split(batch["document_lengths"])]
-        labels, total = sum(len(ids) - 1 for ids in parts), 0.0
-        for ids in parts:
-            x = model["embed"](ids[None])
+
+        def logits_of(ids):
+            x = model["embed"](ids)
             for layer in model["layers"]:
                 x = layer(
                     x, lambda q, k, v: causal(*(y.transpose(0, 1) for y in (q, k, v)), is_causal=True).transpose(0, 1)
                 )
-            loss = nn.functional.cross_entropy(model["head"](x)[0, :-1], ids[1:], reduction="sum") / labels
-            loss.backward()
-            total += float(loss.detach())
-        out.append((total, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}))
+            return model["head"](x)[0]
+
+        loss = loss_by_document(logits_of, batches)
+        loss.backward()
+        out.append(
+            (float(loss.detach()), {name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        )
         model.zero_grad()
     return out
 

@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from one_process import loss_by_document
 from torch.nn.utils import parameters_to_vector
 
 import distattn as da
@@ -49,15 +50,9 @@ def whole_run(ranks, dtype="float64"):
         batches = [
             documents(r, step, n) for r in range(ranks) if step < len(PACKS[r]) for n in range(len(PACKS[r][step]))
         ]
-        parts = [ids for batch in batches for ids in batch["input_ids"][0].split(batch["document_lengths"])]
-        labels = sum(len(ids) - 1 for ids in parts)
-        total = 0.0
-        for ids in parts:
-            logits = model(ids[None]).logits[0]
-            loss = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:], reduction="sum") / labels
-            loss.backward()
-            total += float(loss.detach())
-        out.append((total, parameters_to_vector([p.grad for p in model.parameters()])))
+        loss = loss_by_document(lambda ids: model(ids).logits[0].double(), batches)
+        loss.backward()
+        out.append((float(loss.detach()), parameters_to_vector([p.grad for p in model.parameters()])))
         model.zero_grad()
     return out
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from one_process import loss_by_document
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distattn.adapters import huggingface
@@ -68,18 +69,8 @@ def in_one_process(
     model: torch.nn.Module, batches: Sequence[dict[str, Any]]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Loss, and gradients of all parameters: the sum over tokens / valid tokens, one document at a time."""
-    total, valid = torch.zeros((), dtype=torch.float64), 0
     with huggingface.single_process_attention(model):
-        for batch in batches:
-            for ids, labels in zip(
-                batch["input_ids"].split(batch["document_lengths"], 1),
-                batch["labels"].split(batch["document_lengths"], 1),
-                strict=True,
-            ):
-                logits = model(ids, use_cache=False).logits[0, :-1]
-                total = total + F.cross_entropy(logits, labels[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum")
-                valid += int((labels[0, 1:] != IGNORE_INDEX).sum())
-    loss = total / valid
+        loss = loss_by_document(lambda ids: model(ids, use_cache=False).logits[0], batches)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     return loss.detach(), list(gradients)
 
