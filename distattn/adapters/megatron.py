@@ -235,6 +235,7 @@ def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) 
     """Megatron's `forward_step_func` for sharded batches (bind config): losses, summed over tokens / valid tokens."""
     batch = next(batches)
     check_shard(batch, config)
+    check_servers(batch)
     check_rotary(model)
     # the loss of tokens without a label is left out below; Megatron knows no label that is none
     labels = batch["labels"].clamp(min=0)
@@ -265,6 +266,12 @@ def check_shard(batch: Mapping[str, Any], config: Any) -> None:
             'ranks have unequally many tokens: set variable_seq_lengths=True (and moe_token_dispatcher_type="alltoall", which '
             "Megatron wants with it) in the TransformerConfig."
         )
+
+
+def check_servers(batch: Mapping[str, Any]) -> None:
+    """Raise DistattnError where some ranks of the batch's group only serve."""
+    if getattr(batch["context_parallel"].planner.config, "servers", 0):
+        raise DistattnError("Megatron trains on all ranks, so none can only serve; leave servers out.")
 
 
 def check_rotary(model: Any) -> None:
@@ -299,6 +306,7 @@ class ProbeTarget:
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
         """A step of Megatron's schedule: the batch, and then nothing."""
+        check_servers(batch)
         number = iter(range(self.micro_batches))
 
         def loss(logits: Tensor) -> tuple[Any, ...]:

@@ -62,20 +62,40 @@ def arguments(folder, micro_batches: int, replicas: int, **changes) -> TrainingA
     return TrainingArguments(output_dir=str(folder), **{**settings, **changes})
 
 
-def _train(rank: int, folder, degree: int, micro_batches: int, changes: dict, dtype=torch.float64, data=Rows):
-    ranks = dist.get_world_size()
-    # accelerate reads who it is from the environment, as torchrun sets it
-    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")} | {"WORLD_SIZE": str(ranks)}
+class Watched(ContextParallelTrainer):
+    """Keeps the parts of each step."""
+
+    def get_batch_samples(self, *given):
+        parts, count = super().get_batch_samples(*given)
+        self.parts = [*getattr(self, "parts", ()), *parts]
+        return parts, count
+
+
+def _as_torchrun(rank: int) -> None:
+    # accelerate reads who it is from the environment
+    ranks = str(dist.get_world_size())
+    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")} | {"WORLD_SIZE": ranks}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+
+
+def _train(
+    rank: int, folder, degree: int, micro_batches: int, changes: dict, dtype=torch.float64, data=Rows, shared=False
+):
+    """shared: blocks of `degree` ranks have batches of their own, and share attention."""
+    ranks = dist.get_world_size()
+    _as_torchrun(rank)
     if changes.get("deepspeed"):
         import deepspeed
 
         os.environ["DS_ACCELERATOR"] = "cpu"
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    groups = [dist.new_group(range(first, first + degree)) for first in range(0, ranks, degree)]
-    everyone = dist.group.WORLD if degree < ranks else None
-    cp = da.ContextParallel(groups[rank // degree] if everyone else None, loss_group=everyone, strategy="ring")
-    trainer = ContextParallelTrainer(
+    if shared:
+        cp = da.ContextParallel(context_parallel_size=degree, **small.CAD)
+    else:
+        groups = [dist.new_group(range(first, first + degree)) for first in range(0, ranks, degree)]
+        everyone = dist.group.WORLD if degree < ranks else None
+        cp = da.ContextParallel(groups[rank // degree] if everyone else None, loss_group=everyone, strategy="ring")
+    trainer = Watched(
         model=small.build(dtype),
         args=arguments(folder, micro_batches, ranks // degree, **changes),
         train_dataset=data(),
@@ -84,6 +104,8 @@ def _train(rank: int, folder, degree: int, micro_batches: int, changes: dict, dt
         context_parallel=cp,
     )
     trainer.train()
+    if shared:
+        assert small.shared_between_blocks(trainer.parts, degree, str(dtype)[6:])
     curve = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
     return curve, norms, trainer.evaluate()["eval_loss"]
@@ -107,6 +129,32 @@ def test_the_curve_is_that_of_one_process(tmp_path, one_process, ranks, degree, 
         assert got_evaluated == pytest.approx(evaluated, rel=1e-2)
 
 
+@pytest.mark.parametrize(("ranks", "degree", "micro_batches"), [(2, 1, 1), (2, 1, 2), (4, 2, 2)])
+def test_replicas_that_share_attention_have_the_curve_of_one_process(
+    tmp_path, one_process, ranks, degree, micro_batches
+):
+    given = tmp_path, degree, micro_batches, {}, torch.float64, Rows, True
+    for curve, norms, evaluated in run_on_ranks(ranks, _train, *given):
+        assert curve == pytest.approx(one_process[0], rel=1e-4)
+        assert norms == pytest.approx(one_process[1], rel=1e-4)
+        assert evaluated == pytest.approx(one_process[2], rel=1e-2)
+
+
+def _with_servers(rank: int, folder) -> str:
+    if rank == 2:
+        return str(da.serve())
+    _as_torchrun(rank)
+    with da.ContextParallel(servers=1, **small.CAD) as cp:
+        with pytest.raises(da.DistattnError) as refusal:
+            ContextParallelTrainer(model=small.build(), args=arguments(folder, 1, 1), context_parallel=cp)
+        return str(refusal.value)
+
+
+def test_ranks_that_only_serve_are_refused(tmp_path):
+    *said, _ = run_on_ranks(3, _with_servers, tmp_path)
+    assert all("ranks that only serve (the Trainer trains on all ranks) is not supported" in one for one in said)
+
+
 @pytest.mark.full
 def test_a_stream_is_shared_out_over_replicas(tmp_path):
     (one,) = run_on_ranks(1, _train, tmp_path, 1, 1, {}, torch.float64, Stream)
@@ -115,10 +163,11 @@ def test_a_stream_is_shared_out_over_replicas(tmp_path):
             assert curve == pytest.approx(one[0], rel=1e-4)
 
 
-def test_fsdp2_under_the_trainer_has_the_same_curve(tmp_path, one_process):
+@pytest.mark.parametrize(("degree", "shared"), [(2, False), (1, True)], ids=["split", "shared"])
+def test_fsdp2_under_the_trainer_has_the_same_curve(tmp_path, one_process, degree, shared):
     wrap = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True}
     changes = {"fsdp": "full_shard auto_wrap", "fsdp_config": wrap}
-    for curve, norms, _ in run_on_ranks(2, _train, tmp_path, 2, 2, changes):
+    for curve, norms, _ in run_on_ranks(2, _train, tmp_path, degree, 2, changes, torch.float64, Rows, shared):
         assert curve == pytest.approx(one_process[0], rel=1e-4)
         assert norms == pytest.approx(one_process[1], rel=1e-4)
 

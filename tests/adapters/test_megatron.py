@@ -106,8 +106,12 @@ def schedule(chunk, config, batches, forward_only: bool = False) -> list[dict]:
     )
 
 
-def context_parallel(**settings) -> da.ContextParallel:
+def context_parallel(shared: bool = False, **settings) -> da.ContextParallel:
+    """shared: replicas share attention, each tensor-parallel index for itself."""
     everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if shared:
+        size = parallel_state.get_context_parallel_world_size()
+        return da.ContextParallel(everyone, context_parallel_size=size, **small.CAD, kernel="reference", **settings)
     how = dict(strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 4}, kernel="reference")
     return da.ContextParallel(parallel_state.get_context_parallel_group(), loss_group=everyone, **{**how, **settings})
 
@@ -132,16 +136,20 @@ def _stock(rank: int, micro_batches: int, replicas: int, changes: dict):
     return loss.detach(), [parameter.grad for parameter in model.parameters()]
 
 
-def _gradients(rank: int, cp: int, distributed_optimizer: bool, per_token: bool, micro_batches: int, changes: dict):
+def _gradients(
+    rank: int, cp: int, distributed_optimizer: bool, per_token: bool, micro_batches: int, changes: dict, shared=False
+):
     start(cp=cp)
     config = config_of(cp=cp, calculate_per_token_loss=per_token)
     model = megatron.use_batch_positions(build(config, **changes))
     chunk = wrapped(config, model, distributed_optimizer)
     chunks = megatron.ProbeTarget([chunk], micro_batches)
-    ours = context_parallel()
+    ours = context_parallel(shared)
     factor = ours.loss_scale(chunks)
     chunk.zero_grad_buffer()
     parts = ours.shard_step(small.step(parallel_state.get_data_parallel_rank(), micro_batches))
+    if shared:
+        assert small.shared_between_blocks(parts, cp, "float32")
     reports = schedule(chunk, config, parts)
     loss, tokens = (sum(report[name] for report in reports).double() for name in ("loss_sum", "tokens"))
     for number in (loss, tokens):
@@ -152,11 +160,11 @@ def _gradients(rank: int, cp: int, distributed_optimizer: bool, per_token: bool,
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
-@pytest.mark.parametrize("cp", [2, 4])
-def test_gradients_are_those_of_megatrons_own_attention(cp, distributed_optimizer, per_token, micro_batches):
+@pytest.mark.parametrize(("cp", "shared"), [(2, False), (4, False), (2, True)], ids=["2", "4", "2, shared"])
+def test_gradients_are_those_of_megatrons_own_attention(cp, shared, distributed_optimizer, per_token, micro_batches):
     changes = {"share_embeddings_and_output_weights": cp == 4}
     ((loss, wanted),) = run_on_ranks(1, _stock, micro_batches, 4 // cp, changes)
-    arguments = cp, distributed_optimizer, per_token, micro_batches, changes
+    arguments = cp, distributed_optimizer, per_token, micro_batches, changes, shared
     for factor, got_loss, gradients in run_on_ranks(4, _gradients, *arguments):
         assert factor == (1 if per_token else 4 // cp * micro_batches)
         assert abs(got_loss - loss) < 1e-5
@@ -331,6 +339,74 @@ def test_tensor_and_pipeline_parallelism_change_nothing(tp, pp, cp, changes):
         assert factor == 1
         assert losses == pytest.approx(wanted, rel=1e-5)
         assert got == pytest.approx(squares, rel=2e-4)
+
+
+def _shared(rank: int, tp: int, pp: int, per_token: bool, distributed_optimizer: bool, replicas: list[int]):
+    """Loss and squared norm of the gradients of a step, of replicas that share attention if there are several ranks of them."""
+    start(tp, pp)
+
+    def seeded(weight):
+        torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(weight.numel()))
+
+    config = config_of(tp, pp, calculate_per_token_loss=per_token, init_method=seeded, output_layer_init_method=seeded)
+    model = megatron.use_batch_positions(build(config))
+    chunk = wrapped(config, model, distributed_optimizer)
+    ours = context_parallel(shared=len(replicas) == 1)
+    own = parallel_state.get_data_parallel_rank() if len(replicas) == 1 else None
+    batches = [batch for replica in (replicas if own is None else [own]) for batch in small.step(replica, 2)]
+    chunks = megatron.ProbeTarget([chunk], len(batches))
+    ours.loss_scale(chunks)
+    chunk.zero_grad_buffer()
+    parts = ours.shard_step(batches)
+    if own is not None:
+        assert small.shared_between_blocks(parts, 1, "float32", tp)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for report in schedule(chunk, config, parts):
+        sums += torch.stack([report["loss_sum"].double(), report["tokens"].double()])
+    dist.all_reduce(sums)
+    squares = torch.zeros((), dtype=torch.float64)
+    for parameter in model.parameters():
+        if getattr(parameter, "tensor_model_parallel", False) or not rank % tp:
+            squares += chunks._gathered_gradient(parameter).double().square().sum()
+        elif distributed_optimizer:
+            chunks._gathered_gradient(parameter)
+    dist.all_reduce(squares)
+    return float(sums[0] / sums[1]), float(squares) / parallel_state.get_data_parallel_world_size()
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)], ids=["dp2 tp2", "dp2 pp2"])
+def test_replicas_share_attention_with_tensor_and_pipeline_parallelism(tp, pp, per_token, distributed_optimizer):
+    ((loss, squares),) = run_on_ranks(1, _shared, 1, 1, per_token, False, [0, 1])
+    for got_loss, got in run_on_ranks(4, _shared, tp, pp, per_token, distributed_optimizer, [0]):
+        assert got_loss == pytest.approx(loss, rel=1e-5)
+        assert got == pytest.approx(squares, rel=2e-4)
+
+
+def _with_servers(rank: int) -> list[str]:
+    start()
+    if rank == 2:
+        return [str(da.serve())]
+    config = config_of(calculate_per_token_loss=True)
+    model = megatron.use_batch_positions(build(config))
+    with da.ContextParallel(servers=1, **small.CAD) as ours:
+        said = []
+        batch = ours.shard(small.micro_batch([9, 30]))
+        for ask in (
+            lambda: megatron.forward_step(iter([batch]), model, config),
+            lambda: ours.loss_scale(megatron.ProbeTarget([model])),
+        ):
+            with pytest.raises(da.DistattnError) as refusal:
+                ask()
+            said.append(str(refusal.value))
+        return said
+
+
+def test_ranks_that_only_serve_are_refused():
+    *said, _ = run_on_ranks(3, _with_servers)
+    assert all("Megatron trains on all ranks, so none can only serve" in one for refusals in said for one in refusals)
+    assert [len(refusals) for refusals in said] == [2, 2]
 
 
 def _untouched(rank: int, distributed_optimizer: bool) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import html.parser
+import itertools
 import json
 import os
 import pty
@@ -37,10 +38,10 @@ from distattn.training.config import (
 )
 from distattn.training.loop import batches, train
 from distattn.training.plan_settings import PlanSettings
-from distattn.training.reference_check import compare_with_reference
+from distattn.training.reference_check import compare_with_reference, run_reference_check
 from distattn.training.run_folder import RunFolder, StepMetrics, packs_of_run
 
-pytestmark = pytest.mark.sampled(11)
+pytestmark = pytest.mark.sampled(7)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -91,14 +92,28 @@ def curve(texts: Path, folder: Path, dtype: str, ranks: int, strategy: str) -> l
     return [step.loss for step in run.metrics()]
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
-def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(texts, tmp_path, dtype, tolerance):
+def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(texts, tmp_path, dtype, tolerance, strategy):
     wanted = curve(texts, tmp_path / "one", dtype, 1, "ring")
     assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5
-    for strategy in STRATEGIES:
-        for ranks in (1, 2, 4):
-            got = curve(texts, tmp_path / f"{strategy}-{ranks}", dtype, ranks, strategy)
-            assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, (strategy, ranks)
+    for ranks in (1, 2, 4):
+        got = curve(texts, tmp_path / f"{ranks}", dtype, ranks, strategy)
+        assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, ranks
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(2, 0), (4, 2)])
+def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_path, ranks, size):
+    """Core-attention disaggregation: 20 steps beside one process, one document at a time."""
+    parallel = ParallelConfig(ranks=ranks, strategy="cad", data="per_rank", context_parallel_size=size)
+    check = ReferenceCheckConfig(steps=STEPS, tolerance=1e-9)
+    config = dataclasses.replace(small(texts, tmp_path / "run", "float64"), parallel=parallel, reference_check=check)
+    run = created(config)
+    assert all(len(packs) == 2 for packs in itertools.islice(run.steps(), STEPS))
+    run_on_ranks(ranks, _train, run.folder, config)
+    verdict = run_reference_check(run, config)
+    # the gradient norm of float64 parameters is computed in another order of summation
+    assert verdict["passed"], verdict
 
 
 def distattn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
