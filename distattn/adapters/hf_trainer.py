@@ -99,12 +99,9 @@ class ContextParallelTrainer(Trainer):
         if self._probed is not self.model_wrapped:
             self._probed = self.model_wrapped
             self.context_parallel.loss_scale(self._probe_target())
-        parts = self.context_parallel.shard_step(whole) if whole else []
-        if len(parts) != len(whole):
-            raise DistattnError(
-                f"this rank has {len(whole)} micro-batches in a step, another has {len(parts)}: set "
-                "dataloader_drop_last=True, or give all ranks equally many batches."
-            )
+        if not whole and self.context_parallel.config.data == "replicated":
+            return [], None
+        parts = self.context_parallel.shard_step(whole, even=True)
         return parts, None
 
     def compute_loss(

@@ -7,6 +7,9 @@ DistattnError that names who is missing (see `health`).
 from __future__ import annotations
 
 import pickle
+import queue
+import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,17 +25,22 @@ from distattn.batch.health import HealthMonitor, default_store
 _MESSAGE_BYTES = 2048
 # messages to one rank that may be under way before the sender waits for the oldest
 _MAX_IN_FLIGHT = 64
+_FOREVER = timedelta(days=30)
 
 
 class HostGroup:
     """Host-side communication of the ranks of a process group, in its rank order."""
 
-    def __init__(self, name: str, members: Sequence[int], monitor: HealthMonitor):
-        """members: ranks of the default group; name: the same on all of them, and no other group's."""
+    def __init__(self, name: str, members: Sequence[int], monitor: HealthMonitor, idles: bool = False):
+        """members: ranks of the default group; name: the same on all of them, and no other group's.
+
+        idles: messages may be long in coming, and nothing is wrong as long as their sender lives.
+        """
         self.members, self._monitor = list(members), monitor
         self.rank, self.ranks = self.members.index(monitor.rank), len(self.members)
         store = dist.PrefixStore(f"distattn/{name}", default_store())
-        arguments = store, self.rank, self.ranks, monitor.wait_timeout
+        arguments = store, self.rank, self.ranks, _FOREVER if idles else monitor.wait_timeout
+        self._received: queue.SimpleQueue[Any] | None = None
         self._gloo: Any = self._guarded(lambda: dist.ProcessGroupGloo(*arguments), "connecting")
         self._in_flight: dict[int, deque[tuple[Any, torch.Tensor]]] = {}
 
@@ -53,25 +61,45 @@ class HostGroup:
             raise ValueError(f"a control message of {len(data)} bytes; at most {_MESSAGE_BYTES - 4} fit.")
         padded = len(data).to_bytes(4, "little") + data.ljust(_MESSAGE_BYTES - 4, b"\0")
         tensor = torch.frombuffer(bytearray(padded), dtype=torch.uint8)
-        queue = self._in_flight.setdefault(destination, deque())
+        pending = self._in_flight.setdefault(destination, deque())
         # in order, and gloo never says that a send is done unless it is waited for: so the oldest is waited for
-        while len(queue) >= _MAX_IN_FLIGHT:
-            self._wait_oldest(queue)
-        queue.append((self._guarded(lambda: self._gloo.send([tensor], destination, 0), "sending"), tensor))
+        while len(pending) >= _MAX_IN_FLIGHT:
+            self._wait_oldest(pending)
+        pending.append((self._guarded(lambda: self._gloo.send([tensor], destination, 0), "sending"), tensor))
 
     def receive(self, source: int, what: str) -> Any:
-        """The next message of a rank."""
-        tensor = torch.empty(_MESSAGE_BYTES, dtype=torch.uint8)
-        self._monitor.enter(what)
-        self._guarded(lambda: self._gloo.recv([tensor], source, 0).wait(), what)
-        data = tensor.numpy().tobytes()
-        return pickle.loads(data[4 : 4 + int.from_bytes(data[:4], "little")])
+        """The next message of a rank, always the same one. Raises LostRankError once that rank, or another, is lost."""
+        if self._received is None:
+            self._received = queue.SimpleQueue()
+            # gloo's own wait could not look after the sender meanwhile
+            arguments = self._gloo, source, self._received
+            threading.Thread(target=_receive_all, args=arguments, daemon=True, name="distattn-control").start()
+        silent_since = time.monotonic()
+        while True:
+            try:
+                found = self._received.get(timeout=1.0)
+                break
+            except queue.Empty:
+                waited = time.monotonic() - silent_since
+                if self._monitor.verdict is not None:
+                    found = RuntimeError(self._monitor.verdict)
+                    break
+                if waited > self._monitor.wait_timeout.total_seconds():
+                    self._monitor.check_alive(self.members[source], what)
+                    silent_since = time.monotonic()
+
+        def result() -> Any:
+            if isinstance(found, RuntimeError):
+                raise found
+            return found
+
+        return self._guarded(result, what)
 
     def flush(self) -> None:
         """Return when every message that was sent has left."""
-        for queue in self._in_flight.values():
-            while queue:
-                self._wait_oldest(queue)
+        for pending in self._in_flight.values():
+            while pending:
+                self._wait_oldest(pending)
 
     def close(self) -> None:
         """End the communicator; messages under way are given up."""
@@ -81,8 +109,8 @@ class HostGroup:
     def _guarded(self, work: Callable[[], Any], what: str) -> Any:
         return self._monitor.guarded(work, what, self.members)
 
-    def _wait_oldest(self, queue: deque[tuple[Any, torch.Tensor]]) -> None:
-        work, _ = queue.popleft()
+    def _wait_oldest(self, pending: deque[tuple[Any, torch.Tensor]]) -> None:
+        work, _ = pending.popleft()
         self._guarded(work.wait, "sending")
 
     def _all_gather(self, data: bytes) -> list[Any]:
@@ -99,6 +127,19 @@ class HostGroup:
         ]
 
 
+def _receive_all(gloo: Any, source: int, received: queue.SimpleQueue[Any]) -> None:
+    """Receive messages of a rank until the connection ends, which is the last thing received."""
+    while True:
+        tensor = torch.empty(_MESSAGE_BYTES, dtype=torch.uint8)
+        try:
+            gloo.recv([tensor], source, 0).wait()
+        except RuntimeError as error:
+            received.put(error)
+            return
+        data = tensor.numpy().tobytes()
+        received.put(pickle.loads(data[4 : 4 + int.from_bytes(data[:4], "little")]))
+
+
 def shared_name(group: dist.ProcessGroup) -> str:
     """A name that nobody else uses, the same on all ranks of a group. A collective call."""
     made: list[Any] = [uuid.uuid4().hex]
@@ -107,6 +148,6 @@ def shared_name(group: dist.ProcessGroup) -> str:
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """The time-out a process group was made with."""
-    backends = group._device_types  # type: ignore[attr-defined]
-    return group._get_backend(backends[0]).options._timeout  # type: ignore[attr-defined,no-any-return]
+    """The time-out a process group was made with; the shortest where it has several backends."""
+    kinds = group._device_types  # type: ignore[attr-defined]
+    return min(group._get_backend(kind).options._timeout for kind in kinds)  # type: ignore[attr-defined]

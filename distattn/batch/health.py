@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from distattn.ir.errors import LostRankError
@@ -63,6 +64,9 @@ class HealthMonitor:
         """
         try:
             return work()
+        except torch.OutOfMemoryError:
+            # this rank's own trouble, and no message's
+            raise
         except (RuntimeError, LostRankError) as error:
             raise self._explained(error, what, members) from None
 
@@ -71,9 +75,13 @@ class HealthMonitor:
         with self._lock:
             if self._verdict is None:
                 found = self._with_store(lambda: self._ask(error, what, members))
-                self._verdict = found or (
-                    "the process that holds the job's store (rank 0, or the launcher) stopped answering: "
-                    f"{_first_line(error)}."
+                self._verdict = (
+                    found
+                    or self._verdict
+                    or (
+                        "the process that holds the job's store (rank 0, or the launcher) stopped answering: "
+                        f"{_first_line(error)}."
+                    )
                 )
             return LostRankError(self._verdict)
 
@@ -87,8 +95,21 @@ class HealthMonitor:
 
         thread = threading.Thread(target=attempt, daemon=True, name="distattn-health-question")
         thread.start()
-        thread.join(self.asking + 4 * _POLL)
+        thread.join(self.asking + 8 * _POLL)
         return found[0] if found else None
+
+    def check_alive(self, rank: int, what: str) -> None:
+        """Ask whether a rank that has been silent for long still lives. Raises LostRankError where one does not."""
+        error = TimeoutError(f"nothing came of rank {rank} within {self.wait_timeout.total_seconds():.0f} s")
+        with self._lock:
+            if self._verdict is None and self._with_store(lambda: rank in self._answers()):
+                return
+        raise self._explained(error, what, [rank])
+
+    @property
+    def verdict(self) -> str | None:
+        """Why the ranks have given up, once one of them has."""
+        return self._verdict
 
     def report(self, reason: str) -> None:
         """Tell the others that this rank leaves, and why; the first one to leave is who they name."""
@@ -125,6 +146,10 @@ class HealthMonitor:
     def _ask(self, error: Exception, what: str, members: Sequence[int]) -> str:
         if self._store.check(["verdict"]):
             return self._store.get("verdict").decode()
+        return self._judge(self._named(self._answers(), error, what, members))
+
+    def _answers(self) -> dict[int, Any]:
+        """Ask all ranks, and wait a while for their answers: of each rank that lives, how often it has begun what."""
         question = self._store.add("questions", 1)
         answers: dict[int, Any] = {}
         ends = time.monotonic() + self.asking
@@ -135,7 +160,7 @@ class HealthMonitor:
                     if answer["question"] >= question:
                         answers[rank] = answer["begun"]
             time.sleep(0.05)
-        return self._judge(self._named(answers, error, what, members))
+        return answers
 
     def _named(self, answers: dict[int, Any], error: Exception, what: str, members: Sequence[int]) -> str:
         silent = [rank for rank in self.ranks if rank not in answers]
@@ -153,7 +178,7 @@ class HealthMonitor:
                 f"{_ranks(behind)} did not come to {what} number {least + 1}: the process lives, but is elsewhere "
                 "(in its data loader or training loop, or it has left the loop)."
             )
-        return f"all ranks live, but {what} failed: {_first_line(error)}"
+        return f"all ranks live, but {what} failed on rank {self.rank}: {_first_line(error)}"
 
     def _judge(self, text: str) -> str:
         """Make this the verdict unless there is one; returns the verdict, once the others know it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -58,14 +59,16 @@ class Communicators:
         self.transport: Transport = MonitoredTransport(transport, self.monitor, self.members)
         self.control: ControlChannel | None = None
         if servers:
-            self.control = ControlChannel(HostGroup(f"{own}/control", self.members, self.monitor), servers)
+            host = HostGroup(f"{own}/control", self.members, self.monitor, idles=True)
+            self.control = ControlChannel(host, servers)
 
     def close(self, gracefully: bool) -> None:
         """End the host groups and the monitor's thread; the exchange is its planning thread's to close.
 
         gracefully: servers are let go first; otherwise they notice that this rank has gone.
         """
-        if self.control is not None:
-            self.control.close(gracefully)
-        self.agreement.close()
-        self.monitor.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.monitor.close)
+            stack.callback(self.agreement.close)
+            if self.control is not None:
+                stack.callback(self.control.close, gracefully)

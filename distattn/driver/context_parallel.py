@@ -9,6 +9,7 @@ attention is shared over all of them); everything else is said alike in both.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -29,7 +30,7 @@ from distattn.driver.gradient_probe import GradientProbeTarget, Reduction, probe
 from distattn.driver.pass_observer import BatchObserver
 from distattn.driver.rank_speeds import RankSpeeds
 from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_plan
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Plan
 
 # batches of one step are numbered from a multiple of this
@@ -129,12 +130,13 @@ class ContextParallel:
         """
         return self.shard_step([batch])[0]
 
-    def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def shard_step(self, micro_batches: Sequence[Mapping[str, Any]], *, even: bool = False) -> list[dict[str, Any]]:
         """`shard` for all micro-batches of one optimizer step: losses are scaled by the valid labels of all of them.
 
         All ranks of the loss group call this together. Ranks that hold the same batch are compared. With data of their own
         ranks may have unequally many micro-batches: all get as many as the rank with most, the others' being padding. With
-        servers, a step's batches are used before the next but one is sharded.
+        servers, a step's batches are used before the next but one is sharded. even: all ranks raise DistattnError where
+        they have unequally many, for trainers that count their own micro-batches.
         """
         if isinstance(micro_batches, Mapping):
             raise DistattnError(
@@ -147,7 +149,14 @@ class ContextParallel:
         self._sharded.append(number)
         while len(self._sharded) > _LIVE_STEPS:
             self._release(self._sharded.popleft())
-        return self._local_batches(packed, future.result())
+        step = future.result()
+        counts = [len(info.documents) for info, has in zip(step.infos, self._is_model, strict=True) if has]
+        if even and len(set(counts)) > 1:
+            raise DistattnError(
+                f"ranks have unequally many micro-batches in a step, {min(counts)} to {max(counts)}: give all of them equally "
+                "many, or drop the last incomplete step."
+            )
+        return self._local_batches(packed, step)
 
     def steps(self, loader: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
         """For each step of a loader its micro-batches, sharded a step ahead; as many steps as the longest loader.
@@ -246,9 +255,11 @@ class ContextParallel:
                 yield this or [], step
                 self._release(running)
         finally:
-            if running is not None:
-                self._release(running)
-            self._release(number)
+            # a generator that is closed must not raise: a lost rank is named where it is waited for
+            with contextlib.suppress(LostRankError):
+                if running is not None:
+                    self._release(running)
+                self._release(number)
 
     def serve_step(self) -> Future[GatheredStep]:
         """For ranks that only serve: the next step, with its batches."""
@@ -311,10 +322,12 @@ class ContextParallel:
         if self._closed:
             return
         self._closed = True
-        if self._communicators is not None:
-            self._communicators.close(gracefully)
-        self._exchange.close()
-        self.planner.close()
+        # in reverse order, each whatever the others raise
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.planner.close)
+            stack.callback(self._exchange.close)
+            if self._communicators is not None:
+                stack.callback(self._communicators.close, gracefully)
 
     def _announce(
         self,
@@ -343,10 +356,12 @@ class ContextParallel:
     def _batches_of_step(self, step: GatheredStep) -> tuple[Any, list[LocalBatch]]:
         """One batch for each micro-batch of the rank with most; ranks that share attention each bring theirs."""
         own = [step.infos[at].documents for at in self._sharing[: self.models : self.block_ranks]]
-        count = max((len(documents) for documents in own), default=0)
-        each: list[Documents | None] = [
-            tuple(documents[index] if index < len(documents) else () for documents in own) for index in range(count)
-        ]
+        # replicas go forward and backward equally often, too: where one has nothing, a token without a label stands in
+        nothing = ((1,), *((),) * (len(own) - 1))
+        each: list[Documents | None] = []
+        for index in range(max(len(info.documents) for info in step.infos)):
+            documents = tuple(given[index] if index < len(given) else () for given in own)
+            each.append(documents if any(documents) else nothing)
         made = [batch for batch in self.batches(step, each) if batch is not None]
         return made, made
 

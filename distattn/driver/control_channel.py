@@ -57,7 +57,9 @@ class ControlChannel:
 
     def close(self, gracefully: bool) -> None:
         """End the channel; gracefully: the first rank lets the servers go before."""
-        if gracefully and self._host.rank == 0:
-            self.send(ControlMessage(CLOSE))
-            self._host.flush()
-        self._host.close()
+        try:
+            if gracefully and self._host.rank == 0:
+                self.send(ControlMessage(CLOSE))
+                self._host.flush()
+        finally:
+            self._host.close()

@@ -70,6 +70,9 @@ class PipelineSchedule:
             raise DistattnError(
                 'a pipeline needs data="per_rank" without context_parallel_size, servers, a loss group and backward "keep".'
             )
+        for name in ("pad_to", "layers"):
+            if getattr(config, name) not in (None, 1, {}):
+                raise DistattnError(f"a pipeline's layers are all of one shape and unpadded: leave {name} out.")
         self.cp, self.stages, self.spec = cp, stages, spec
         self.replicas = cp.ranks // stages
         self.stage, self.replica = divmod(cp.rank, self.replicas)

@@ -157,8 +157,6 @@ class StepExchange:
         self, batches: list[LocalBatch], pending: list[Future[Planned]], planner: Planner, shapes: Shapes
     ) -> None:
         """Plan all batches of a step for all shapes, and compare the plans with the other ranks'."""
-        if not pending:
-            return
         try:
             found = [_attempt(planner, batch, *shape) for batch in batches for shape in shapes]
             self._compare(found)
@@ -173,7 +171,8 @@ class StepExchange:
                 future.set_result(result)
 
     def _compare(self, found: Sequence[Planned | DistattnError]) -> None:
-        if self._host is None or len(self._sharing) == 1:
+        # of the whole host group, also where a rank has nothing to compare: the others may have
+        if self._host is None:
             return
         refusal = next((one for one in found if isinstance(one, DistattnError)), None)
         mine = [one.plan.digest if isinstance(one, Planned) else "" for one in found]

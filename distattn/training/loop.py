@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import clip_grad_norm_
 
 from distattn.adapters import pytorch
@@ -58,7 +58,13 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
     settings = PlanSettings.of_config(config)
     sizes = settings.data_parallel_size, config.parallel.ranks // settings.data_parallel_size
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp"))
-    cp = pytorch.context_parallel(mesh, **settings.context_parallel_arguments())
+    with pytorch.context_parallel(mesh, **settings.context_parallel_arguments()) as cp:
+        _train_steps(run, config, json_lines, device, mesh, cp)
+
+
+def _train_steps(
+    run: RunFolder, config: Config, json_lines: bool, device: torch.device, mesh: DeviceMesh, cp: ContextParallel
+) -> None:
     model = build_model(config, "distattn").to(device)
     if cp.rank == 0:
         model.config.save_pretrained(run.folder)
@@ -77,7 +83,6 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
             mean, tokens = cp.mean_loss([loss]), local["context_parallel"].tokens
             seconds, began = time.perf_counter() - began, time.perf_counter()
             reporter.report(StepMetrics(number + 1, mean, float(norm), tokens, seconds))
-    cp.close()
 
 
 def build_model(config: Config, attention: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from distattn.batch.pooled_layout import BlockLayouts
 from distattn.cluster.spec import AnyCluster
 from distattn.ir.plan import Plan
-from distattn.parallel.make_plan import make_plan
+from distattn.parallel.make_plan import STRATEGIES, make_plan
 from distattn.training.config import Config
 
 
@@ -81,7 +81,14 @@ class PlanSettings:
             backward=self.backward,
             comm_dtype=self.comm_dtype,
             cluster=self.cluster,
+            options=self.strategy_options,
         )
+
+    @property
+    def strategy_options(self) -> dict[str, Any]:
+        """Options of the strategy: it keeps to max_buffer_bytes where it can."""
+        limited = self.max_buffer_bytes is not None and STRATEGIES[self.strategy].takes("max_buffer_bytes")
+        return {"max_buffer_bytes": self.max_buffer_bytes} if limited else {}
 
     def context_parallel_arguments(self) -> dict[str, Any]:
         """The keyword arguments with which `ContextParallel` makes the same plans; it takes shapes from the model."""

@@ -1,5 +1,7 @@
 """Ranks with documents of their own that share attention train as one process would."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -206,6 +208,46 @@ def hoarding_run(rank):
 
 def test_batches_of_a_step_that_is_over_are_refused_with_servers():
     run_on_ranks(2, hoarding_run)
+
+
+def idle_run(rank):
+    if rank == 1:
+        return tuple(da.serve())
+    model = model_of()
+    with shared(servers=1, timeout=4.0) as cp:
+        for micro_batches in cp.steps(loader(0)):
+            # evaluation, a checkpoint: longer than a rank that does not answer is waited for
+            time.sleep(5)
+            for batch in micro_batches:
+                local_loss(model, batch).backward()
+    return None
+
+
+def test_servers_wait_for_ranks_that_live_however_long_they_are_silent():
+    assert run_on_ranks(2, idle_run)[1] == (2 * 4, 2 * 4)
+
+
+def replicas_run(rank, data):
+    """Of each step the numbers of micro-batches and the gradients; the second pair of ranks has fewer of both."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    settings = dict(strategy="ring") if data == "replicated" else dict(options=dict(block=8))
+    model, out = model_of(), []
+    with shared(group=pairs[rank // 2], loss_group=dist.group.WORLD, data=data, **settings) as cp:
+        mine = rank // 2 if data == "replicated" else rank
+        for micro_batches in cp.steps(loader(mine)):
+            out.append((len(micro_batches), *trained(model, micro_batches)))
+    return out
+
+
+@pytest.mark.parametrize("data", ["replicated", "per_rank"])
+def test_replicas_may_have_unequally_many_steps_and_micro_batches(data):
+    blocks = 2 if data == "replicated" else 4
+    wanted = whole_run(blocks)
+    # as many as the rank with most
+    most = [max(len(steps[s : s + 1] and steps[s]) for steps in PACKS[:blocks]) for s in range(len(wanted))]
+    for result in run_on_ranks(4, replicas_run, data):
+        assert [count for count, *_ in result] == most
+        assert_same([pair for _, *pair in result], wanted, 1e-11)
 
 
 def unequal_run(rank):
