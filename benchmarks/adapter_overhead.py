@@ -29,7 +29,7 @@ from host_time import InstantKernel
 import distattn as da
 from distattn.adapters import huggingface
 from distattn.adapters.pytorch import local_loss
-from distattn.batch.planner import Shape
+from distattn.batch.planner import AttentionShape
 from distattn.training import config as configuration
 from distattn.training.loop import build_model
 
@@ -114,7 +114,7 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
 
     def operators():  # noqa: ANN202
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        ready = batch.ready(Shape.of(*inputs), torch.device("cpu"))
+        ready = batch.executable(AttentionShape.of(*inputs), torch.device("cpu"))
 
         def call() -> torch.Tensor:
             o, _, _ = torch.ops.distattn.forward(*inputs, None, None, ready.handle, ready.kept_elements, dim**-0.5, 0.0)
@@ -128,7 +128,7 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
         inputs = [x.clone()[None].requires_grad_() for x in (q, k, v)]
         module = torch.nn.Module()
         module.layer_idx = 0
-        mask = huggingface.Pattern(None)
+        mask = huggingface.MaskPattern(None)
 
         def call() -> torch.Tensor:
             given = (x.transpose(1, 2) for x in inputs)
@@ -199,7 +199,7 @@ def of_step(config: Any, ahead: bool) -> tuple[float, float, float]:
     model = build_model(config, huggingface.NAME)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring", kernel="cpu")
     shape, tokens = config.model, config.data.tokens_per_step // 4
-    asked = Shape(
+    asked = AttentionShape(
         shape.num_attention_heads,
         shape.num_key_value_heads,
         *(shape.hidden_size // shape.num_attention_heads,) * 2,
@@ -213,7 +213,7 @@ def of_step(config: Any, ahead: bool) -> tuple[float, float, float]:
         given = cp.shard(next(batches))
         batch, following = (following, given) if ahead else (given, None)
         sharded = time.perf_counter()
-        batch["context_parallel"].ready(asked, torch.device("cpu"))
+        batch["context_parallel"].executable(asked, torch.device("cpu"))
         ready = time.perf_counter()
         local_loss(model, batch).backward()
         rows.append((time.perf_counter() - began, sharded - began, ready - sharded))

@@ -176,7 +176,7 @@ def step(tier: ModuleType, merge: bool) -> Callable[[Case, Inputs], Run]:
 def prepared(tier: ModuleType, case: Case, mask: da.Mask, device: torch.device) -> Any:
     """A kernel's lists of a mask with the case's shapes, on the device."""
     demand = KernelRequirements(case.dtype, *case.dims, device)
-    if why_not := tier.refusal(demand):
+    if why_not := tier.unsupported_reason(demand):
         raise Unsupported(why_not)
     return schedule_to_device(tier.prepare(LaunchMask.from_mask(mask, *case.heads), demand), device)
 

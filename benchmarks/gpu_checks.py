@@ -56,7 +56,7 @@ def main() -> int:
         # under a memory checker every call takes a hundred times as long
         shapes = SHAPES if not only_run else [((64, 64), False), ((128, 128), True)]
         for dims, modifiers in shapes if device.type == "cuda" else [((32, 32), True)]:
-            if why_not := tier.refusal(KernelRequirements(dtype, *dims, device)):
+            if why_not := tier.unsupported_reason(KernelRequirements(dtype, *dims, device)):
                 say(f"{name} {dims}: left out: {why_not}")
                 continue
             call = Call(tier, name == "gluon", dims, modifiers, dtype, device)

@@ -131,7 +131,7 @@ def main() -> int:
     cuda = device.type == "cuda"
     tokens, dim = (arguments.tokens, 128) if cuda else (256, 32)
     demand = KernelRequirements(torch.bfloat16 if cuda else torch.float16, dim, dim, device)
-    if why_not := load_kernel(arguments.kernel).refusal(demand):
+    if why_not := load_kernel(arguments.kernel).unsupported_reason(demand):
         sys.stdout.write(f"left out: {why_not}\n")
         return 0
     lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]

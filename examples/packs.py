@@ -14,9 +14,10 @@ from distattn.data.packing import pack_epoch
 from distattn.data.text import VOCABULARY, find_corpus, read_tokens
 from distattn.driver.context_parallel import ContextParallel
 
-DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-if DEVICE.type == "cuda":
-    torch.cuda.set_device(DEVICE)
+PACKS_PER_STEP = 2
+DEVICE = torch.device("cpu")
+if torch.cuda.is_available():
+    torch.cuda.set_device(DEVICE := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
 
 
 def packs(pack_tokens: int = 1024) -> Iterator[dict[str, Any]]:
@@ -26,9 +27,6 @@ def packs(pack_tokens: int = 1024) -> Iterator[dict[str, Any]]:
         tokens = [read_tokens(corpus.documents[number]) for number in pack]
         ids = torch.from_numpy(np.concatenate(tokens))[None]
         yield {"input_ids": ids.to(DEVICE), "document_lengths": [len(document) for document in tokens]}
-
-
-PACKS_PER_STEP = 2
 
 
 def arguments(**options: Any) -> argparse.Namespace:
@@ -54,9 +52,11 @@ def steps(count: int, cp: ContextParallel) -> Iterator[list[dict[str, Any]]]:
 
 
 def llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """From a configuration, seeded; nothing is downloaded."""
+    """A Llama from its configuration, seeded; nothing is downloaded."""
     huggingface.register()
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    config = LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.1, num_key_value_heads=2, **shape)
+    sizes = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    sizes |= dict(initializer_range=0.1, vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="distattn").to(DEVICE, dtype)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), attn_implementation="distattn").to(DEVICE, dtype)

@@ -284,7 +284,7 @@ def test_the_plan_in_the_run_folder_is_the_one_that_trains(texts, tmp_path):
     cp = ContextParallel(**PlanSettings.of_config(config).context_parallel_arguments())
     model = config.model
     shape = model.num_attention_heads, model.num_key_value_heads, model.head_dim, model.head_dim, model.dtype
-    sharded = cp.shard(next(batches(run)))["context_parallel"]
+    sharded = cp.shard(next(batches(run, cp, torch.device("cpu"))))["context_parallel"]
     assert sharded.plan(*shape).digest == Plan.load(run.plan_file).digest
 
 
