@@ -54,9 +54,7 @@ def steps(count: int, cp: ContextParallel) -> Iterator[list[dict[str, Any]]]:
 def llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A Llama from its configuration, seeded; nothing is downloaded."""
     huggingface.register()
-    sizes = dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    sizes |= dict(initializer_range=0.1, vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, initializer_range=0.1)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), attn_implementation="distattn").to(DEVICE, dtype)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="distattn").to(DEVICE, dtype)
