@@ -50,8 +50,16 @@ def soaked(rank, steps, settings):
 @pytest.mark.parametrize(
     "settings", [{"options": {"block": 8}}, {"servers": 1}, {"data": "replicated", "strategy": "ring"}], ids=str
 )
-@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.full)])
-def test_nothing_grows_over_many_steps(steps, settings):
+def test_nothing_grows_over_many_steps(settings):
+    assert_nothing_grows(100, settings)
+
+
+@pytest.mark.full
+def test_nothing_grows_over_a_thousand_steps_with_servers():
+    assert_nothing_grows(1000, {"servers": 1})
+
+
+def assert_nothing_grows(steps, settings):
     # ranks that split a batch are given the same one
     work = soaked if settings.get("data") != "replicated" else _same_batches
     for result in run_on_ranks(3, work, steps, settings):
