@@ -105,7 +105,7 @@ def test_ranks_that_split_one_batch_name_a_lost_one(how):
 
 @pytest.mark.parametrize("how", ["stops", "dies", "raises"])
 def test_the_rank_that_holds_the_store_is_named(how):
-    errors = run_survivors(3, 0, trained, 0, "a backward pass", how, {}, tcp=True)
+    errors = run_survivors(3, 0, trained, 0, "a backward pass", how, {}, rank_0_holds_store=True)
     assert all("rank 0" in error for error in errors.values()), errors
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,7 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_SECONDS = 120
+# a message that never comes is told of by the group, before a rank counts as hung
+_GROUP_TIMEOUT = timedelta(seconds=120)
+_SECONDS = 300
+_TELL_STACKS = signal.SIGUSR1
 
 
 def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -32,27 +39,34 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[
             process.start()
         for process in processes:
             process.join(_SECONDS)
-        hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        hung = _hung(dict(enumerate(processes)), folder)
         for process in processes:
             process.kill()
         outcomes = [
             torch.load(file) if (file := Path(folder, f"{r}.pt")).exists() else ("lost", None) for r in range(ranks)
         ]
     failures = [f"rank {rank}: {value}" for rank, (state, value) in enumerate(outcomes) if state != "done"]
-    assert not hung and not failures, f"hung ranks: {hung}\n" + "\n".join(failures)
+    assert not hung and not failures, hung + "\n".join(failures)
     return [value for _, value in outcomes]
 
 
 def run_survivors(
-    ranks: int, lost: int, work: Callable[..., Any], *arguments: Any, tcp: bool = False
+    ranks: int, lost: int, work: Callable[..., Any], *arguments: Any, rank_0_holds_store: bool = False
 ) -> dict[int, Any]:
-    """`work(rank, *arguments)` on every rank, one of which is lost: the others' results, by rank. tcp: rank 0 holds the store."""
+    """`work(rank, *arguments)` on every rank, one of which is lost: the others' results, by rank.
+
+    The store is held by a process of its own, as torchrun's agent holds it, or by rank 0. It is not a file: a rank that is
+    stopped while it has locked the file would stop all others.
+    """
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        store = f"tcp://127.0.0.1:{port}" if tcp else f"file://{folder}/store"
+    with tempfile.TemporaryDirectory() as folder:
+        port, holder = context.SimpleQueue(), None
+        if rank_0_holds_store:
+            port.put(_free_port())
+        else:
+            holder = context.Process(target=_hold_store, args=(port,))
+            holder.start()
+        store = ("rank 0" if holder is None else "launcher", port.get())
         given = [(rank, ranks, folder, work, arguments, store) for rank in range(ranks)]
         processes = [context.Process(target=_rank, args=one) for one in given]
         for process in processes:
@@ -60,10 +74,10 @@ def run_survivors(
         survivors = [rank for rank in range(ranks) if rank != lost]
         for rank in survivors:
             processes[rank].join(_SECONDS)
-        hung = [rank for rank in survivors if processes[rank].is_alive()]
-        for process in processes:
+        hung = _hung({rank: processes[rank] for rank in survivors}, folder)
+        for process in [*processes, *([holder] if holder else [])]:
             process.kill()
-        assert not hung, f"hung ranks: {hung}"
+        assert not hung, hung
         outcomes = {rank: torch.load(Path(folder, f"{rank}.pt")) for rank in survivors}
     failures = [f"rank {rank}: {value}" for rank, (state, value) in outcomes.items() if state != "done"]
     assert not failures, "\n".join(failures)
@@ -73,10 +87,8 @@ def run_survivors(
 def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str | None = None) -> list[str]:
     """What a script prints on its ranks, started as torchrun would; before: a module to be imported first."""
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
+        port = _free_port()
         given = [(rank, ranks, port, Path(folder), script, arguments, before) for rank in range(ranks)]
         processes = [context.Process(target=_script, args=one) for one in given]
         for process in processes:
@@ -118,15 +130,48 @@ def sum_gradients(model: torch.nn.Module) -> None:
             dist.all_reduce(parameter.grad)
 
 
+def _hung(processes: dict[int, Any], folder: str) -> str:
+    """Where each rank that has not ended stands; an empty text where all have."""
+    alive = {rank: process for rank, process in processes.items() if process.is_alive()}
+    for process in alive.values():
+        os.kill(process.pid, _TELL_STACKS)
+    if alive:
+        time.sleep(2)
+    return "".join(f"rank {rank} hangs:\n{Path(folder, f'{rank}.stacks').read_text()}\n" for rank in alive)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _hold_store(port: Any) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.put(store.port)
+    threading.Event().wait()
+
+
 def _rank(
-    rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...], store: str | None = None
+    rank: int,
+    ranks: int,
+    folder: str,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    store: tuple[str, int] | None = None,
 ) -> None:
-    """store: of runs that lose a rank; nobody waits for the others at the end of them."""
+    """store: who holds it, and its port, in runs that lose a rank; nobody waits for the others at the end of them."""
     # first of all: a forked child must not use the parent's thread pool
     torch.set_num_threads(1)
+    faulthandler.register(_TELL_STACKS, os.open(Path(folder, f"{rank}.stacks"), os.O_CREAT | os.O_WRONLY))
     together = store is None
-    store = store or f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=_SECONDS))
+    how: dict[str, Any] = {"init_method": f"file://{folder}/store"}
+    if store is not None:
+        holder, port = store
+        how = {"init_method": f"tcp://127.0.0.1:{port}"}
+        if holder == "launcher":
+            how = {"store": dist.TCPStore("127.0.0.1", port, is_master=False)}
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=_GROUP_TIMEOUT, **how)
     try:
         outcome = ("done", work(rank, *arguments))
     except BaseException:
