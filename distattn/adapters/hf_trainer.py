@@ -12,6 +12,7 @@ batches of its own. Leave `ParallelismConfig` out: its cp and sp are accelerate'
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class ContextParallelTrainer(Trainer):
         # transformers' documented way to say that compute_loss has seen to it
         self.loss_is_scaled_for_ga = True
         self._probed: Any = None
+        # of the epoch that runs: its loader, and its steps, which are sharded a step ahead
+        self._epoch: tuple[Any, Iterator[list[dict[str, Any]]]] = None, iter(())
         args: Any = self.args
         for what, asked in {
             "label_smoothing_factor": args.label_smoothing_factor > 0,
@@ -95,14 +98,18 @@ class ContextParallelTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The micro-batches of a step, split; their losses are scaled by the labels of all of them."""
-        whole, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._probed is not self.model_wrapped:
             self._probed = self.model_wrapped
             self.context_parallel.loss_scale(self._probe_target())
-        if not whole and self.context_parallel.config.data == "replicated":
-            return [], None
-        parts = self.context_parallel.shard_step(whole, even=True)
-        return parts, None
+        if self._epoch[0] is not epoch_iterator:
+            steps = self.context_parallel.steps(self._micro_batches(epoch_iterator), even=True)
+            self._epoch = epoch_iterator, steps
+        return next(self._epoch[1], []), None
+
+    def _micro_batches(self, epoch_iterator: Iterator[Any]) -> Iterator[list[Any]]:
+        """The batches of an epoch, by step; the last step may have fewer, as the Trainer counts them."""
+        while whole := list(islice(epoch_iterator, self.args.gradient_accumulation_steps)):
+            yield whole
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -62,6 +62,14 @@ def replace_core_attention(spec: Any, **settings: Any) -> Any:
     return spec
 
 
+def close(model: Any) -> None:
+    """End the threads and communicators of a model's core attention (or of a list of its parts). All ranks call it."""
+    for part in model if isinstance(model, list) else [model]:
+        for module in unwrapped(part).modules():
+            if isinstance(module, CoreAttention):
+                module.own.close()
+
+
 def _name_of(spec: Any) -> str:
     what = getattr(spec, "module", spec)
     return getattr(what, "__name__", type(what).__name__)

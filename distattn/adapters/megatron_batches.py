@@ -21,6 +21,9 @@ from distattn.ir.plan import Plan
 from distattn.ops.executable import EXECUTABLES
 from distattn.parallel.runtime.transport import Transport
 
+# shapes of rows that are known at a time; batches of varying length have many
+_MOST_ROWS = 64
+
 
 class MegatronBatches:
     """Finds the plan of what a layer is given; one for all layers of a spec. settings: fields of `PlannerConfig`.
@@ -37,15 +40,20 @@ class MegatronBatches:
         self._planners: dict[dist.ProcessGroup, _GroupPlanner] = {}
         self._rows: dict[tuple[int, int, dist.ProcessGroup], LocalBatch] = {}
         self._pack: tuple[Any, LocalBatch] | None = None
+        self._closed = False
 
     def batch(self, shape: tuple[int, ...], packed: Any, group: dist.ProcessGroup) -> LocalBatch:
         """The batch of (T, B) tokens; packed: Megatron's PackedSeqParams, if they are a pack."""
         tokens, rows = shape
         group = self._group_of(packed, group)
         known = tokens, rows, group
+        if self._closed:
+            raise DistattnError("this core attention has been closed.")
         ranks = dist.get_world_size(group)
         if packed is None or packed.qkv_format != "thd":
             if known not in self._rows:
+                while len(self._rows) >= _MOST_ROWS:
+                    del self._rows[next(iter(self._rows))]
                 self._rows[known] = self._planner(group).batch((tokens * ranks,) * rows)
             return self._rows[known]
         # layers of one micro-batch come one after the other; a list of its lengths waits for the device, once
@@ -57,6 +65,15 @@ class MegatronBatches:
                 raise DistattnError(f"a pack of {sum(lengths)} tokens over {ranks} ranks, but this one has {tokens}.")
             self._pack = packed, self._planner(group).batch(lengths)
         return self._pack[1]
+
+    def close(self) -> None:
+        """End threads and communicators. All ranks call it; a second call does nothing."""
+        self._closed = True
+        self._rows.clear()
+        self._pack = None
+        for planner in self._planners.values():
+            planner.close()
+        self._planners.clear()
 
     def _group_of(self, packed: Any, group: dist.ProcessGroup) -> dist.ProcessGroup:
         size = getattr(packed, "local_cp_size", None)
@@ -102,6 +119,13 @@ class _GroupPlanner:
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> None:
         """See `planner.Ranks`: nobody is told of passes."""
+
+    def close(self) -> None:
+        """End the host group and the thread that gives signs of life."""
+        self.planner.close()
+        if self._host is not None and self._monitor is not None:
+            self._host.close()
+            self._monitor.close()
 
 
 def _zigzags(lengths: tuple[int, ...], ranks: int) -> tuple[Mask, Layout]:

@@ -49,11 +49,6 @@ class HostGroup:
         self._monitor.enter(what)
         return list(self._guarded(lambda: self._all_gather(pickle.dumps(value)), what))
 
-    def barrier(self, what: str) -> None:
-        """Return when every rank has come here."""
-        self._monitor.enter(what)
-        self._guarded(lambda: self._gloo.barrier().wait(), what)
-
     def send(self, message: Any, destination: int) -> None:
         """Send a small picklable message; returns at once unless many are under way to that rank."""
         data = pickle.dumps(message)

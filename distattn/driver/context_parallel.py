@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_p
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Plan
 
+Result = TypeVar("Result")
 # batches of one step are numbered from a multiple of this
 _BATCHES_PER_STEP = 1 << 20
 # steps of shard_step whose batches may still be used where ranks serve: one that runs, one that is sharded ahead
@@ -130,13 +131,12 @@ class ContextParallel:
         """
         return self.shard_step([batch])[0]
 
-    def shard_step(self, micro_batches: Sequence[Mapping[str, Any]], *, even: bool = False) -> list[dict[str, Any]]:
+    def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """`shard` for all micro-batches of one optimizer step: losses are scaled by the valid labels of all of them.
 
         All ranks of the loss group call this together. Ranks that hold the same batch are compared. With data of their own
         ranks may have unequally many micro-batches: all get as many as the rank with most, the others' being padding. With
-        servers, a step's batches are used before the next but one is sharded. even: all ranks raise DistattnError where
-        they have unequally many, for trainers that count their own micro-batches.
+        servers, a step's batches are used before the next but one is sharded.
         """
         if isinstance(micro_batches, Mapping):
             raise DistattnError(
@@ -149,23 +149,23 @@ class ContextParallel:
         self._sharded.append(number)
         while len(self._sharded) > _LIVE_STEPS:
             self._release(self._sharded.popleft())
-        step = future.result()
-        counts = [len(info.documents) for info, has in zip(step.infos, self._is_model, strict=True) if has]
-        if even and len(set(counts)) > 1:
-            raise DistattnError(
-                f"ranks have unequally many micro-batches in a step, {min(counts)} to {max(counts)}: give all of them equally "
-                "many, or drop the last incomplete step."
-            )
-        return self._local_batches(packed, step)
+        return self._local_batches(packed, future.result())
 
-    def steps(self, loader: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
+    def steps(self, loader: Iterable[Any], *, even: bool = False) -> Iterator[list[dict[str, Any]]]:
         """For each step of a loader its micro-batches, sharded a step ahead; as many steps as the longest loader.
 
         loader yields a batch as `shard` takes it, or a list of them (micro-batches). While a step runs, the next one is announced
         to the other ranks, and its plans are made and compared. Loops may be left, and be inside one another, on all ranks
-        alike. With servers, a step's batches are used before the next step is asked for.
+        alike. With servers, a step's batches are used before the next step is asked for. even: all ranks raise DistattnError
+        where they have unequally many micro-batches, for trainers that count their own.
         """
         for packed, step in self.gathered_steps(loader, self._batches_of_step):
+            counts = [len(info.documents) for info, has in zip(step.infos, self._is_model, strict=True) if has]
+            if even and len(set(counts)) > 1:
+                raise DistattnError(
+                    f"ranks have unequally many micro-batches in a step, {min(counts)} to {max(counts)}: give all of them "
+                    "equally many, or drop the last incomplete step."
+                )
             yield self._local_batches(packed, step)
 
     def loss_scale(self, target: GradientProbeTarget | None = None) -> float:
@@ -192,8 +192,11 @@ class ContextParallel:
         """
         total = torch.stack([loss.detach().double() for loss in losses]).sum() / self._factor
         if self.loss_group is not None:
+            what, limit = "the mean of a loss", self.wait_timeout or timeout_of(self.loss_group)
+            self.begin(what)
             total = _sendable(total, self.loss_group)
-            dist.all_reduce(total, group=self.loss_group)
+            work = dist.all_reduce(total, group=self.loss_group, async_op=True)
+            self.guarded(lambda: work.wait(limit), what)
         return float(total)
 
     @property
@@ -227,6 +230,23 @@ class ContextParallel:
         self._close(gracefully=error is None)
 
     # ---- what schedules and servers call
+
+    def begin(self, what: str) -> None:
+        """This rank begins something that all ranks of the loss group do equally often: whoever is behind can be named."""
+        if self._communicators is not None:
+            self._communicators.monitor.enter(what)
+
+    def guarded(self, work: Callable[[], Result], what: str) -> Result:
+        """What `work` of the loss group returns. Raises LostRankError with the rank to blame where it fails."""
+        if self._communicators is None:
+            return work()
+        assert self.loss_group is not None
+        return self._communicators.monitor.guarded(work, what, dist.get_process_group_ranks(self.loss_group))
+
+    @property
+    def wait_timeout(self) -> timedelta | None:
+        """How long a wait may take, so that a lost rank is named within the time-out; None for a single rank."""
+        return None if self._communicators is None else self._communicators.monitor.wait_timeout
 
     def gathered_steps(
         self,

@@ -19,10 +19,9 @@ class DriverConfig(PlannerConfig):
 
     data: "replicated", all ranks of the group hold the same batch and split it; or "per_rank", every rank, or every block
     of `context_parallel_size` neighbouring ranks, has documents of its own, and attention is shared over all of them.
-    servers: the last so many ranks have no model and call `serve`
-    instead. adaptive: attention is shared out by measured speeds of ranks, or
-    by a log of them (see `RankSpeeds`). timeout: seconds after which a rank that does not answer is named; by default the
-    process group's own.
+    servers: the last so many ranks have no model and call `serve` instead. adaptive: attention is shared out by measured
+    speeds of ranks, or by a log of them (see `RankSpeeds`). timeout: seconds after which a rank that does not answer is named;
+    by default the process group's own.
     """
 
     data: str = "replicated"

@@ -28,7 +28,9 @@ from distattn.ir.errors import DistattnError
 from distattn.ops.attention import attention
 from distattn.ops.executable import EXECUTABLES, Executable
 from distattn.parallel.make_plan import STRATEGIES
+from distattn.parallel.runtime.transport import duplicate_group
 
+_TICK = "a tick of the pipeline"
 StageFunction = Callable[[Tensor | None, dict[str, Any]], Tensor]
 
 
@@ -83,6 +85,8 @@ class PipelineSchedule:
         if cp.group is not None:
             depths = [None] * cp.ranks
             dist.all_gather_object(depths, spec.attention_layers, group=cp.group)
+        # of its own, because stages send at other times than attention does; made by all ranks together
+        self.group = None if cp.group is None else duplicate_group(cp.group, cp.wait_timeout)
         # attention layers of each stage
         self.depths = [int(depth) for depth in depths[:: self.replicas]]
         self.ticks: list[Tick] = []
@@ -167,6 +171,7 @@ class _PipelineStep:
         Call i is every stage's i-th layer: a backward pass begins with the calls that this stage does not have.
         """
         pipe, tick = self.pipeline, planned.tick
+        pipe.cp.begin(_TICK)
         layers = pipe.spec.attention_layers
         pipe.batches, pipe.direction, pipe.made = planned.batches, tick.direction, 0
         number = tick.micro_batches[pipe.stage]
@@ -187,7 +192,7 @@ class _PipelineStep:
     def finish(self) -> None:
         """Wait for what was sent."""
         for work, _ in self.sent:
-            work.wait()
+            self.pipeline.cp.guarded(work.wait, _TICK)
 
     def _forward(self, number: int) -> None:
         pipe = self.pipeline
@@ -207,8 +212,9 @@ class _PipelineStep:
         pipe = self.pipeline
         hidden, out = self.entered.pop(number), self.left.pop(number)
         torch.autograd.backward(out, self._received(tuple(out.shape), 1) if pipe.stage + 1 < pipe.stages else None)
-        if hidden is not None and hidden.grad is not None:
-            self._send(hidden.grad, -1)
+        if hidden is not None:
+            # the stage before waits for it, also where no gradient goes back
+            self._send(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad, -1)
 
     def _participate(self, batches: Iterable[LocalBatch | None], direction: str) -> None:
         pipe = self.pipeline
@@ -219,11 +225,13 @@ class _PipelineStep:
     def _send(self, x: Tensor, stages: int) -> None:
         x = x.contiguous()
         # lives until it is sent
-        self.sent.append((dist.isend(x, self._peer(stages), self.pipeline.cp.group), x))
+        pipe, peer = self.pipeline, self._peer(stages)
+        self.sent.append((pipe.cp.guarded(lambda: dist.isend(x, peer, pipe.group), _TICK), x))
 
     def _received(self, shape: tuple[int, ...], stages: int) -> Tensor:
-        x = torch.empty(shape, dtype=self.pipeline.spec.dtype, device=self.pipeline.device)
-        dist.recv(x, self._peer(stages), self.pipeline.cp.group)
+        pipe, peer = self.pipeline, self._peer(stages)
+        x = torch.empty(shape, dtype=pipe.spec.dtype, device=pipe.device)
+        pipe.cp.guarded(lambda: dist.recv(x, peer, pipe.group), _TICK)
         return x
 
     def _peer(self, stages: int) -> int:

@@ -1,5 +1,6 @@
 """Megatron-core on CPU ranks beside its own attention in one process, by our layouts and by its own."""
 
+import threading
 from functools import partial
 
 import pytest
@@ -233,6 +234,27 @@ def test_a_batch_may_have_a_group_of_its_own():
     (wanted,) = run_on_ranks(1, _whole)
     for got in run_on_ranks(2, _alone):
         assert (got - wanted).abs().max() < 1e-5
+
+
+def _closed(rank: int) -> tuple[int, set[str], str]:
+    """Of a model that saw rows of many lengths and was closed: batches it remembered, its threads, what it says then."""
+    start(cp=2)
+    model = build(config_of(cp=2))
+    for rows in range(1, 71):
+        model(torch.zeros(rows, 2, dtype=torch.int64), None, None, labels=torch.zeros(rows, 2, dtype=torch.int64))
+    (own,) = {module.own for module in model.modules() if isinstance(module, megatron.CoreAttention)}
+    remembered = len(own._rows)
+    for _ in range(2):
+        megatron.close(model)
+    threads = {thread.name for thread in threading.enumerate() if thread.name.startswith("distattn")}
+    with pytest.raises(da.DistattnError) as error:
+        model(torch.zeros(1, 2, dtype=torch.int64), None, None)
+    return remembered, threads, str(error.value)
+
+
+def test_closing_ends_threads_and_many_lengths_fill_no_memory():
+    for result in run_on_ranks(2, _closed):
+        assert result == (64, set(), "this core attention has been closed.")
 
 
 def same(got, wanted) -> None:
