@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from distattn.batch.collectives import shared_name, timeout_of
+from distattn.batch.collectives import timeout_of
 from distattn.batch.packed_batch import IGNORE_INDEX, PackedBatch, padded
 from distattn.batch.planner import AttentionShape, BatchKey, LocalBatch, Planned, Planner
 from distattn.batch.pooled_layout import BlockLayouts, Documents
@@ -29,6 +29,7 @@ from distattn.driver.driver_config import DriverConfig
 from distattn.driver.gradient_probe import GradientProbeTarget, Reduction, probe
 from distattn.driver.pass_observer import BatchObserver
 from distattn.driver.rank_speeds import RankSpeeds
+from distattn.driver.rank_table import RankTable
 from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_plan
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Plan
@@ -75,27 +76,17 @@ class ContextParallel:
         if config is not None:
             config.block_ranks(self.ranks)
         exchange = group if loss_group is None else loss_group
-        everyone, name = _compare_settings(config, group, exchange)
-        self.config: DriverConfig = next(one.config for one in everyone if one.config is not None)
+        self._table = table = RankTable.gather(config, group, exchange)
+        self.config: DriverConfig = table.config
         self.block_ranks = self.config.block_ranks(self.ranks)
         self.models = self.ranks - self.config.servers
-        members = [0] if exchange is None else dist.get_process_group_ranks(exchange)
         self._communicators: Communicators | None = None
-        if group is not None and exchange is not None and len(members) > 1:
+        if group is not None and len(table.members) > 1:
             seconds = self.config.timeout
             timeout = timeout_of(group) if seconds is None else timedelta(seconds=seconds)
-            self._communicators = Communicators(name, members, group, self.config.servers, timeout)
-        # the first rank of each rank's block, as the exchange numbers ranks: whose batches are its own as well
-        self._blocks = [
-            members.index(one.group[at - at % one.block_ranks]) if at < one.models else number
-            for number, one in enumerate(everyone)
-            for at in [one.group.index(members[number])]
-        ]
-        sharing = [members.index(rank) for rank in everyone[self._number(members)].group]
+            self._communicators = Communicators(table.name, table.members, group, self.config.servers, timeout)
         host = None if self._communicators is None else self._communicators.exchange
-        self._exchange = StepExchange(host, self._blocks, sharing, members)
-        self._sharing, self._members = sharing, members
-        self._is_model = [one.group.index(members[number]) < one.models for number, one in enumerate(everyone)]
+        self._exchange = StepExchange(host, table.first_of_block, table.sharing, table.members)
         self.loss_group = self._loss_group(loss_group)
         layouts = self.config
         self._layouts = BlockLayouts(
@@ -160,7 +151,7 @@ class ContextParallel:
         where they have unequally many micro-batches, for trainers that count their own.
         """
         for packed, step in self.gathered_steps(loader, self._batches_of_step):
-            counts = [len(info.documents) for info, has in zip(step.infos, self._is_model, strict=True) if has]
+            counts = [len(info.documents) for info in self._table.of_models(step.infos)]
             if even and len(set(counts)) > 1:
                 raise DistattnError(
                     f"ranks have unequally many micro-batches in a step, {min(counts)} to {max(counts)}: give all of them "
@@ -202,12 +193,12 @@ class ContextParallel:
     @property
     def data_parallel_size(self) -> int:
         """Into how many shares the loss group's data are split: blocks of ranks that hold the same batch."""
-        return len(self._first_of_blocks())
+        return len(self._table.blocks)
 
     @property
     def data_parallel_rank(self) -> int:
         """The number of this rank's share of the data."""
-        return self._first_of_blocks().index(self._blocks[self._number(self._members)])
+        return self._table.blocks.index(self._table.first_of_block[self._table.rank])
 
     def batch_group(self) -> dist.ProcessGroup | None:
         """The ranks that hold the same batch as this one. A collective call where that is not the whole group."""
@@ -267,8 +258,7 @@ class ContextParallel:
             while True:
                 step, this = future.result(), packed
                 running = number
-                ended = all(info.ended for info, has in zip(step.infos, self._is_model, strict=True) if has)
-                if ended:
+                if all(info.ended for info in self._table.of_models(step.infos)):
                     return
                 packed = _packed(next(given, None))
                 number, future = self._announce(packed, make, same_batch)
@@ -289,7 +279,9 @@ class ContextParallel:
         """Batches of a step with these documents; None where there are none."""
         if not documents:
             return []
-        options = () if self.speeds is None else self.speeds.options([step.infos[at].speed for at in self._sharing])
+        options = (
+            () if self.speeds is None else self.speeds.options([step.infos[at].speed for at in self._table.sharing])
+        )
         proven = step.number % self.config.verify_every == 0
         return [
             None
@@ -300,7 +292,7 @@ class ContextParallel:
 
     def loss_scale_of(self, step: GatheredStep, first_of_blocks: Sequence[int] | None = None) -> float:
         """1 / valid labels of the step, each block of ranks with the same batch counted once, times the trainer's factor."""
-        counted = self._first_of_blocks() if first_of_blocks is None else first_of_blocks
+        counted = self._table.blocks if first_of_blocks is None else first_of_blocks
         return self._factor / max(sum(step.infos[rank].valid_labels for rank in counted), 1)
 
     def local_shard(self, packed: PackedBatch | None) -> dict[str, Any]:
@@ -375,7 +367,7 @@ class ContextParallel:
 
     def _batches_of_step(self, step: GatheredStep) -> tuple[Any, list[LocalBatch]]:
         """One batch for each micro-batch of the rank with most; ranks that share attention each bring theirs."""
-        own = [step.infos[at].documents for at in self._sharing[: self.models : self.block_ranks]]
+        own = [step.infos[at].documents for at in self._table.sharing[: self.models : self.block_ranks]]
         # replicas go forward and backward equally often, too: where one has nothing, a token without a label stands in
         nothing = ((1,), *((),) * (len(own) - 1))
         each: list[Documents | None] = []
@@ -396,7 +388,7 @@ class ContextParallel:
     def _probe_batch(self, ranks: int, rows: int, device: torch.device) -> dict[str, Any]:
         """A batch of two tokens a rank for the probe; its token ids are none of 0 to ranks - 1."""
         # another block's tokens differ: what its gradients add is not taken for ours
-        first = self._members[self._blocks[self._number(self._members)]]
+        first = self._table.members[self._table.first_of_block[self._table.rank]]
         ids_N = ranks + (torch.arange(2 * self.block_ranks) + 3 * first) % (rows - ranks)
         batch = self.shard({"input_ids": ids_N[None].to(device)})
         # nor is the padding token of a rank without tokens
@@ -411,67 +403,11 @@ class ContextParallel:
     def _measured_speed(self) -> float | None:
         return None if self.speeds is None else self.speeds.measured()
 
-    def _first_of_blocks(self) -> list[int]:
-        """The first rank of each block, as the exchange numbers ranks."""
-        return sorted({first for first, has_model in zip(self._blocks, self._is_model, strict=True) if has_model})
-
     def _loss_group(self, given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
         if given is not None or not self.config.servers or self.group is None or self.rank >= self.models:
             return self.group if given is None else given
         ranks = dist.get_process_group_ranks(self.group)[: self.models]
         return dist.new_group(ranks, use_local_synchronization=True)
-
-    @staticmethod
-    def _number(members: Sequence[int]) -> int:
-        return members.index(dist.get_rank()) if len(members) > 1 else 0
-
-
-class _RankSettings(NamedTuple):
-    """What a rank tells the others when its driver is made: settings (None: it serves), and who it shares attention with."""
-
-    config: DriverConfig | None
-    group: list[int]
-    block_ranks: int
-    models: int
-
-
-def _compare_settings(
-    config: DriverConfig | None, group: dist.ProcessGroup | None, exchange: dist.ProcessGroup | None
-) -> tuple[list[_RankSettings], str]:
-    """The settings of every rank of the exchange, and a name for what they make together. Refuses settings that differ."""
-    ranks = [0] if group is None else dist.get_process_group_ranks(group)
-    mine = _RankSettings(config, ranks, 0, 0) if config is None else _settings_of(config, ranks)
-    if exchange is None:
-        return [mine], ""
-    name = shared_name(exchange)
-    everyone: list[Any] = [None] * dist.get_world_size(exchange)
-    dist.all_gather_object(everyone, mine, group=exchange)
-    first = everyone[0].config
-    if first is None:
-        raise DistattnError("the group's first rank has to have a model; servers are its last ranks.")
-    members = dist.get_process_group_ranks(exchange)
-    for rank, other in zip(members, everyone, strict=True):
-        if other.config is not None and other.config != first:
-            field = next(name for name in first.__dict__ if getattr(other.config, name) != getattr(first, name))
-            theirs, ours = getattr(other.config, field), getattr(first, field)
-            raise DistattnError(f"rank {rank} has {field} = {theirs!r}, rank {members[0]} {ours!r}.")
-        if missing := set(other.group) - set(members):
-            raise DistattnError(
-                f"the loss group lacks rank {min(missing)} of a group that shares attention; it is all ranks of these groups."
-            )
-    serving = sum(other.config is None for other in everyone)
-    if serving != first.servers:
-        raise DistattnError(f"{serving} ranks serve, ContextParallel was made with servers={first.servers}.")
-    if first.servers and len(members) != len(everyone[0].group):
-        raise DistattnError("servers belong to one group that shares attention; leave loss_group out.")
-    return [
-        other if other.config is not None else _settings_of(first, other.group)._replace(config=None)
-        for other in everyone
-    ], name
-
-
-def _settings_of(config: DriverConfig, ranks: list[int]) -> _RankSettings:
-    return _RankSettings(config, ranks, config.block_ranks(len(ranks)), len(ranks) - config.servers)
 
 
 def _packed(step: Any) -> list[PackedBatch] | None:
