@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from distattn.adapters.huggingface_masks import MaskPattern as MaskPattern
 from distattn.adapters.huggingface_masks import refuse_attention_classes
 from distattn.adapters.pytorch import inputs as inputs
-from distattn.batch.planner import LocalBatch
+from distattn.batch.planner import BatchAttention
 from distattn.ir.errors import DistattnError
 
 NAME = "distattn"
@@ -67,7 +67,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
     position_ids: Tensor | None = None,
-    context_parallel: LocalBatch | None = None,
+    context_parallel: BatchAttention | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (1, H, T, D), key (1, K, T, D), value (1, K, T, E) -> (1, T, H, E), as transformers calls it.

@@ -186,7 +186,28 @@ class Planner:
         return make_plan(mask, layout, comm_dtype=config.comm_dtype, cluster=config.cluster, **how, **of_layer)
 
 
-class LocalBatch:
+class BatchAttention(Protocol):
+    """What attention layers are given as their batch: one per rank and micro-batch, or one that follows a pipeline's ticks."""
+
+    def attention(
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKE: Tensor,
+        scale: float | None = None,
+        *,
+        window: int | None = None,
+        layer: int | None = None,
+        **modifiers: Any,
+    ) -> Tensor:
+        """`distattn.attention` of this rank's tokens (T, heads, dim)."""
+        ...
+
+    def check_positions(self, given: Tensor) -> None:
+        """Refuse positions (1, T) that a model has made itself, where they are known."""
+
+
+class LocalBatch(BatchAttention):
     """The packed axis that one batch was laid out on: what attention layers need of it. It travels with the batch.
 
     positions: of this rank's tokens (1, T), where models are to be held to them. used: whether a layer has asked for

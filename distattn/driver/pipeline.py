@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distattn.batch.packed_batch import PackedBatch
-from distattn.batch.planner import AttentionShape, LocalBatch
+from distattn.batch.planner import AttentionShape, BatchAttention, LocalBatch
 from distattn.batch.pooled_layout import Documents
 from distattn.driver.context_parallel import ContextParallel
 from distattn.driver.control_channel import BACKWARD, FORWARD, ControlMessage
@@ -240,7 +240,7 @@ class _PipelineStep:
         return dist.get_global_rank(cp.group, cp.rank + stages * self.pipeline.replicas)
 
 
-class _TickBatch:
+class _TickBatch(BatchAttention):
     """What layers of a stage are given as their batch: attention in whatever tick runs."""
 
     def __init__(self, pipeline: PipelineSchedule):
