@@ -110,7 +110,7 @@ def attention_forward(
             "generate inside huggingface.single_process_attention(model)."
         )
     # squeezing costs nothing backward, taking row 0 a copy
-    q_THD, k_TKD, v_TKE = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
+    q_THD, k_TKD, v_TKE = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     how: dict[str, Any] = dict(window=sliding_window, layer=layer, softcap=softcap or 0.0, sink=s_aux)
     return context_parallel.attention(q_THD, k_TKD, v_TKE, scaling, **how)[None], None
 

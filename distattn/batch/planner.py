@@ -23,7 +23,7 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import Plan
 from distattn.kernels.registry import load_kernel
-from distattn.ops.attention import attention
+from distattn.ops.attention import attention, autocast_inputs
 from distattn.ops.executable import (
     EXECUTABLES,
     Executable,
@@ -239,6 +239,7 @@ class LocalBatch(BatchAttention):
         window: each token sees the last so many of its document, itself among them. layer: the layer's number in the model.
         """
         self.used = True
+        q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
         override = self.planner.overrides.of(layer, window)
         executable = self.executable(AttentionShape.of(q_THD, k_TKD, v_TKE, window, override), q_THD.device)
         tokens = executable.program.tokens

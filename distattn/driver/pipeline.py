@@ -25,7 +25,7 @@ from distattn.driver.pipeline_ticks import Tick, ticks
 from distattn.driver.servers import participate
 from distattn.driver.step_exchange import GatheredStep
 from distattn.ir.errors import DistattnError
-from distattn.ops.attention import attention
+from distattn.ops.attention import attention, autocast_inputs
 from distattn.ops.executable import EXECUTABLES, Executable
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime.transport import duplicate_group
@@ -261,6 +261,7 @@ class _TickBatch(BatchAttention):
         **modifiers: Any,
     ) -> Tensor:
         """As `LocalBatch.attention`; all layers are of one shape, whatever their number."""
+        q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
         pipe, shape = self.pipeline, AttentionShape.of(q_THD, k_TKD, v_TKE, window)
         if pipe.direction == BACKWARD:
             raise DistattnError(

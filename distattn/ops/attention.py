@@ -76,8 +76,8 @@ def attention(
 ) -> Any:
     """Core attention of this rank's tokens, differentiable; a collective call of all ranks of the plan.
 
-    q_THD (T, H, D), k_TKD (T, K, D), v_TKE (T, K, E) hold this rank's T tokens in the layout's local order, contiguous;
-    the result o_THE (T, H, E) has q's dtype. scale defaults to D ** -0.5.
+    q_THD (T, H, D), k_TKD (T, K, D), v_TKE (T, K, E) hold this rank's T tokens in the layout's local order;
+    the result o_THE (T, H, E) has q's dtype. Under autocast they are cast first, as for PyTorch's own attention. scale defaults to D ** -0.5.
 
     softcap: scores s become softcap * tanh(s / softcap). alibi_slopes (H,): slope * distance in tokens is subtracted
     (after the cap); no gradient. sink (H,): a logit per head that takes part in the softmax and has no value; its
@@ -90,6 +90,8 @@ def attention(
     process group; a plan for one rank needs none. Raises PlanError when the plan cannot be proven or ranks have different
     ones, DistattnError when the tensors do not fit it.
     """
+    # strides of a fused projection are usual; kernels and messages read whole rows
+    q_THD, k_TKD, v_TKE = (x.contiguous() for x in autocast_inputs(q_THD, k_TKD, v_TKE))
     for name, given in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
         if given.dim() != 3:
             raise DistattnError(f"{name} has {given.dim()} dims; three are wanted: (tokens, heads, dim).")
@@ -130,6 +132,18 @@ def attention(
     if gate is not None:
         o_THE = (o_THE * gate).to(q_THD.dtype)
     return (o_THE, lse_TH.t()) if return_lse else o_THE
+
+
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v in the dtype of autocast, where it is on: rotary embeddings leave q and k in fp32, but v not.
+
+    fp64 stays, as in PyTorch's list of operators that autocast to lower precision.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -177,8 +191,6 @@ def _check_inputs(
             raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}; floating point is needed.")
         if tensor.device.type != key.device.type:
             raise DistattnError(f"{name} is on {tensor.device}, the plan was prepared for {key.device}.")
-        if not tensor.is_contiguous():
-            raise DistattnError(f"{name} is not contiguous; pass {name}.contiguous().")
 
 
 def _score(executable: Executable, scale: float, softcap: float, slopes: Tensor | None) -> ScoreMod:

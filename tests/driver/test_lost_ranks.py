@@ -122,7 +122,7 @@ def staged(rank, lost, where, how):
         here = rank == lost and next(ticks) == 3
         if here and where == WHERE[2]:
             lose(how)
-        q, k, v = (part[0].unflatten(-1, (4, 8)).contiguous() for part in layer(x).chunk(3, -1))
+        q, k, v = (part[0].unflatten(-1, (4, 8)) for part in layer(x).chunk(3, -1))
         x = x + batch["context_parallel"].attention(q, k, v).flatten(1)[None]
         if here and where == WHERE[3]:
             x.register_hook(lambda gradient: lose(how))

@@ -38,7 +38,7 @@ class Block(nn.Module):
     def forward(self, x, batch):
         for _ in range(1 + self.twice):
             normed = self.norm(x)
-            q, k, v = (part[0].unflatten(-1, (self.heads, -1)).contiguous() for part in self.qkv(normed).chunk(3, -1))
+            q, k, v = (part[0].unflatten(-1, (self.heads, -1)) for part in self.qkv(normed).chunk(3, -1))
             o = batch.attention(q, k, v, sink=self.sink).flatten(1)[None]
             x = x + self.out(o * torch.sigmoid(self.gate(normed)))
         return x

@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x, attend):
-        q, k, v = (part[0].unflatten(-1, (HEADS, -1)).contiguous() for part in self.qkv(self.norm(x)).chunk(3, -1))
+        q, k, v = (part[0].unflatten(-1, (HEADS, -1)) for part in self.qkv(self.norm(x)).chunk(3, -1))
         return x + self.out(attend(q, k, v).flatten(1)[None])
 
 

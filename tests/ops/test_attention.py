@@ -95,7 +95,6 @@ def test_any_subset_of_inputs_may_want_gradients():
         (lambda q, k, v: (q, k[:, :1], v), "k has shape"),
         (lambda q, k, v: (q, k, v.float()), "v is float32, the plan was made for float64"),
         (lambda q, k, v: (q, k.to("meta"), v), "k is on meta, q on cpu"),
-        (lambda q, k, v: (q, k, v.transpose(0, 1).contiguous().transpose(0, 1)), "v is not contiguous"),
     ],
 )
 def test_inputs_that_do_not_fit_the_plan_are_refused(change, sentence):
@@ -103,6 +102,42 @@ def test_inputs_that_do_not_fit_the_plan_are_refused(change, sentence):
     q, k, v, _ = local(plan, random_inputs(200, 4, 2, 8), 0)
     with pytest.raises(da.DistattnError, match=sentence):
         da.attention(*change(q, k, v), plan)
+
+
+def test_parts_of_a_fused_projection_need_no_copy_by_the_caller():
+    plan, inputs = plan_for(1), random_inputs(200, 4, 4, 8)
+    plan = da.make_plan(
+        plan.call.mask, plan.call.layout, strategy="ring", heads=4, kv_heads=4, head_dim=8, dtype="float64"
+    )
+    q, k, v, do = local(plan, inputs, 0)
+    fused = torch.stack([q, k, v], 1).detach().flatten(1).requires_grad_()
+    parts = [part.unflatten(-1, (4, 8)) for part in fused.chunk(3, -1)]
+    assert not parts[0].is_contiguous()
+    o, wanted = da.attention(*parts, plan), da.attention(q, k, v, plan)
+    (got,) = torch.autograd.grad(o, fused, do)
+    assert torch.equal(o, wanted)
+    assert torch.equal(got, torch.stack(torch.autograd.grad(wanted, (q, k, v), do), 1).flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_it_does_for_pytorchs_own_attention(dtype):
+    plan = plan_for(1)
+    plan = da.make_plan(
+        plan.call.mask, plan.call.layout, strategy="ring", heads=4, kv_heads=4, head_dim=8, dtype=str(dtype)[6:]
+    )
+    x = torch.randn(200, 4, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        # as rotary embeddings leave them: q and k in fp32, v in low precision
+        o = da.attention(x, x, x.to(dtype), plan)
+        wanted = torch.nn.functional.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3, is_causal=True)
+    assert o.dtype == wanted.dtype == dtype
+    o.sum().backward()
+    assert x.grad.dtype == torch.float32 and x.grad.isfinite().all()
+    with (
+        torch.autocast("cpu", dtype=dtype),
+        pytest.raises(da.DistattnError, match="q is float64, the plan was made for"),
+    ):
+        da.attention(*[x.double()] * 3, plan)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
