@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distattn.batch.collectives import HostGroup, shared_name, timeout_of
+from distattn.batch.collectives import HostGroup, shared_name
 from distattn.batch.health import HealthMonitor
 from distattn.batch.planner import AttentionShape, BatchKey, LocalBatch, Planned, Planner, PlannerConfig
 from distattn.driver.communicators import SINGLE_RANK, MonitoredTransport
@@ -19,7 +19,7 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import Plan
 from distattn.ops.executable import EXECUTABLES
-from distattn.parallel.runtime.transport import Transport
+from distattn.parallel.runtime.transport import Transport, timeout_of
 
 # shapes of rows that are known at a time; batches of varying length have many
 _MOST_ROWS = 64

@@ -140,9 +140,3 @@ def shared_name(group: dist.ProcessGroup) -> str:
     made: list[Any] = [uuid.uuid4().hex]
     dist.broadcast_object_list(made, dist.get_global_rank(group, 0), group=group)
     return str(made[0])
-
-
-def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """The time-out a process group was made with; the shortest where it has several backends."""
-    kinds = group._device_types  # type: ignore[attr-defined]
-    return min(group._get_backend(kind).options._timeout for kind in kinds)  # type: ignore[attr-defined]

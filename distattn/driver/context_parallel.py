@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from distattn.batch.collectives import timeout_of
 from distattn.batch.packed_batch import IGNORE_INDEX, PackedBatch, padded
 from distattn.batch.planner import AttentionShape, BatchKey, LocalBatch, Planned, Planner
 from distattn.batch.pooled_layout import BlockLayouts, Documents
@@ -33,6 +32,7 @@ from distattn.driver.rank_table import RankTable
 from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_plan
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Plan
+from distattn.parallel.runtime.transport import timeout_of
 
 Result = TypeVar("Result")
 # batches of one step are numbered from a multiple of this

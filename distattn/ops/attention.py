@@ -77,7 +77,8 @@ def attention(
     """Core attention of this rank's tokens, differentiable; a collective call of all ranks of the plan.
 
     q_THD (T, H, D), k_TKD (T, K, D), v_TKE (T, K, E) hold this rank's T tokens in the layout's local order;
-    the result o_THE (T, H, E) has q's dtype. Under autocast they are cast first, as for PyTorch's own attention. scale defaults to D ** -0.5.
+    the result o_THE (T, H, E) has q's dtype. Under autocast they are cast first, as for PyTorch's own attention.
+    scale defaults to D ** -0.5.
 
     softcap: scores s become softcap * tanh(s / softcap). alibi_slopes (H,): slope * distance in tokens is subtracted
     (after the cap); no gradient. sink (H,): a logit per head that takes part in the softmax and has no value; its

@@ -22,6 +22,7 @@ from distattn.kernels.registry import Kernel, choose_kernel, kernel_preparer, lo
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime import execute
+from distattn.parallel.runtime.attendance import attended
 from distattn.parallel.runtime.program import Program, lower, on_device
 from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
 
@@ -120,7 +121,7 @@ class ExecutableCache:
     def transport(self, group: dist.ProcessGroup, timeout: timedelta | None = None) -> GroupTransport:
         """The communicator of a group's plans, made at the first call, which is collective.
 
-        timeout: how long a message may take; by default the backend's own limit.
+        timeout: how long a message may take; by default the group's own.
         """
         known = self._transports.setdefault(group, {})
         if timeout not in known:
@@ -242,7 +243,7 @@ def _agree(plan: Plan, group: dist.ProcessGroup, device: torch.device, refusal: 
     words = [int(plan.digest[i : i + 8], 16) for i in range(0, 32, 8)]
     mine = torch.tensor([*words, refusal is not None], device=device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
+    attended(group, "the comparison of plans", lambda: dist.all_gather(everyone, mine, group=group))
     gathered = torch.stack(everyone).tolist()
     digests = ["".join(f"{word:08x}" for word in row[:-1]) for row in gathered]
     if len(set(digests)) == 1 and not any(row[-1] for row in gathered):

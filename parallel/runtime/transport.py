@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Payload
+from distattn.parallel.runtime.attendance import attended
 
 
 class Packet(NamedTuple):
@@ -66,12 +67,17 @@ class GroupTransport:
         """A transport on a new group of the same ranks, so that nothing else queues in it. A collective call of these ranks.
 
         On NCCL its stream has high priority: messages start before the kernels that they overlap with. timeout: how long a
-        message may take, by default the backend's own limit.
+        message may take, by default the group's own.
         """
         options = None
         if dist.get_backend(group) == "nccl":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        return GroupTransport(duplicate_group(group, timeout, pg_options=options))
+
+        def open_group() -> dist.ProcessGroup:
+            made: dist.ProcessGroup = duplicate_group(group, timeout or timeout_of(group), pg_options=options)
+            return made
+
+        return GroupTransport(attended(group, "the making of a communicator", open_group))
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
         if collective:
@@ -82,8 +88,13 @@ class GroupTransport:
             for call, packets in ((dist.isend, sends), (dist.irecv, receives))
             for packet in packets
         ]
+        peers = {packet.peer for packet in (*sends, *receives)}
+        try:
+            requests = dist.batch_isend_irecv(operations) if operations else []
+        except RuntimeError as error:
+            raise _peer_stopped(peers, error) from None
         # the tensors live until the work is waited for
-        return _PendingRequests(dist.batch_isend_irecv(operations) if operations else [], (sends, receives))
+        return _PendingRequests(requests, (sends, receives))
 
     def _all_to_all(self, sends: list[Packet], receives: list[Packet]) -> PendingMessages:
         size = dist.get_world_size(self.group)
@@ -103,6 +114,12 @@ class GroupTransport:
 
     def _device(self) -> torch.device:
         return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """The time-out a process group was made with; the shortest where it has several backends."""
+    kinds = group._device_types  # type: ignore[attr-defined]
+    return min(group._get_backend(kind).options._timeout for kind in kinds)  # type: ignore[attr-defined]
 
 
 def duplicate_group(group: dist.ProcessGroup, timeout: timedelta | None = None, **how: Any) -> Any:

@@ -1,0 +1,45 @@
+"""A peer that is lost outside of any driver: in `prepare`, or between two calls of attention."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import LENGTHS, layouts, masks
+from processes import run_survivors
+
+import distattn as da
+
+# of the group, and so of what is made beside it
+TIMEOUT = timedelta(seconds=6)
+
+
+def lost_in(rank, lost, how, where):
+    """(The error, the seconds until it came) where a rank is lost before the plan is prepared, or after."""
+    group = dist.new_group(timeout=TIMEOUT)
+    shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
+    plan = da.make_plan(masks()["causal"], layouts(LENGTHS, 3)["zigzag"], strategy="ring", **shape)
+    q, k, v = (torch.ones(len(plan.call.layout.tokens(rank)), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    ready = da.prepare(plan, group) if where == "attention" else None
+    dist.barrier(group)
+    if rank == lost:
+        os.kill(os.getpid(), how)
+    began = time.monotonic()
+    with pytest.raises(da.LostRankError) as error:
+        # the second time nobody can still be sending
+        for _ in range(2):
+            da.attention(q, k, v, ready or da.prepare(plan, group))
+    return str(error.value), time.monotonic() - began
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=["stops", "dies"])
+@pytest.mark.parametrize("where", ["prepare", "attention"])
+def test_a_lost_peer_is_named_within_the_groups_own_time_out(where, how):
+    for error, seconds in run_survivors(3, 1, lost_in, 1, how, where).values():
+        # in a ring a neighbour that gave up is lost to the next one
+        assert "rank 1 " in error or (where == "attention" and "of the group stopped answering" in error)
+        # the backend's own limit is half an hour
+        assert seconds < 100
