@@ -19,6 +19,8 @@ from distattn.ir.intervals import Ints, as_int64, overlapping_pairs
 from distattn.ir.load_balance import balance_items, place_documents
 from distattn.ir.mask import Mask, document_ends
 
+# of `document_zigzag`: shorter chunks are worth it only where there are few tokens
+_MIN_CHUNK, _CHUNKS_OF_SHARE = 512, 64
 # positions at which a chunk of `balanced` may end, per chunk; in between the work is taken as even
 _POSITIONS_PER_CHUNK = 32
 _WORK_WEIGHTS = (1, 2, 4, 8, 16)
@@ -71,13 +73,16 @@ class Layout:
         return Layout(lengths, ranks, *_nonempty(rank, t1 - sizes, t1))
 
     @staticmethod
-    def document_zigzag(lengths: Sequence[int], ranks: int, *, min_chunk: int = 512) -> Layout:
+    def document_zigzag(lengths: Sequence[int], ranks: int, *, min_chunk: int | None = None) -> Layout:
         """Every document is cut into up to 2R chunks of at least `min_chunk` tokens, which ranks get in zigzag order.
 
         A document starts at the rank with fewest tokens so far (the lowest of equals), so that many short documents balance.
+        min_chunk: by default 512, or 1/64 of a rank's share of the tokens where that is less.
         """
         ends, _ = document_ends(lengths), _positive(ranks)
-        if min_chunk < 1:
+        if min_chunk is None:
+            min_chunk = max(1, min(_MIN_CHUNK, int(ends[-1]) // (_CHUNKS_OF_SHARE * ranks)))
+        if int(as_int64(min_chunk, "min_chunk")) < 1:
             raise DistattnError(f"min_chunk is at least 1 token, not {min_chunk}.")
         order = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])
         tokens = np.zeros(ranks, np.int64)

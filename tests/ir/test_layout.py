@@ -48,6 +48,23 @@ def test_document_zigzag_deals_each_document_and_fills_the_emptiest_rank():
     assert layout.shard_sizes().tolist() == [23, 23, 23, 23]
 
 
+def balance(layout):
+    """Tokens and causal work of the busiest rank, over the mean."""
+    ranks, t0, t1 = (layout.chunks[name] for name in ("rank", "t0", "t1"))
+    positions = layout.positions_of(np.arange(layout.n)) + 1
+    work = np.add.reduceat(positions, t0)
+    loads = (np.bincount(ranks, weights, layout.ranks) for weights in (t1 - t0, work))
+    return [load.max() / load.mean() for load in loads]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ranks"),
+    [([300], 8), ([4096, 1024, 3072], 8), ([300] * 20, 8), ([300] * 9, 8), ([300] * 100, 8), ([500, 20, 20], 4)],
+)
+def test_document_zigzag_balances_documents_of_any_length_by_default(lengths, ranks):
+    assert max(balance(Layout.document_zigzag(lengths, ranks))) <= 1.1
+
+
 def test_document_zigzag_never_cuts_below_the_smallest_chunk():
     layout = Layout.document_zigzag([1000, 600, 90], 8, min_chunk=100)
     cuts = {0, 1000, 1600, 1690}

@@ -116,6 +116,20 @@ def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_pa
     assert verdict["passed"], verdict
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_the_reference_check_asks_for_what_a_dtype_can_give(texts, tmp_path, dtype):
+    config = dataclasses.replace(
+        small(texts, tmp_path / "run", dtype),
+        parallel=ParallelConfig(ranks=2),
+        reference_check=ReferenceCheckConfig(steps=5),
+    )
+    run = created(config)
+    run_on_ranks(2, _train, run.folder, config)
+    assert run_reference_check(run, config)["passed"]
+    wrong = dataclasses.replace(config, reference_check=ReferenceCheckConfig(steps=5, tolerance=1e-30))
+    assert not compare_with_reference(run, wrong)["passed"]
+
+
 def distattn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "distattn.launch.cli", *arguments]
     return subprocess.run(
@@ -340,7 +354,7 @@ def test_the_comparison_is_relative_and_never_passes_what_is_not_a_number(tmp_pa
 
 def test_the_reference_check_fails_when_training_differs(config_file, tmp_path):
     done = distattn(
-        "train", str(config_file), "--reference_check.tolerance", "0", "--parallel.ranks", "1", cwd=tmp_path
+        "train", str(config_file), "--reference_check.tolerance", "1e-30", "--parallel.ranks", "1", cwd=tmp_path
     )
     assert done.returncode == 1 and "differs from plain transformers" in done.stderr
 
