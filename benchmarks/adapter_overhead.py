@@ -64,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--tokens", type=int, default=2048)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +72,7 @@ def main() -> None:
         config = configuration.load(str(ROOT / "configs/tiny.toml"))
         cells: list[Cell] = []
         layers = {}
-        for name, tokens in {"short": 64, "long": config.data.tokens_per_step // 4}.items():
+        for name, tokens in {"short": 64, "long": given.tokens}.items():
             cells += of_layer(
                 f"{name}: a layer of {tokens} tokens, forward and backward", tokens, config, given.repeats
             )
@@ -80,12 +81,10 @@ def main() -> None:
         sys.stdout.write(table(cells) + "\n\n")
         sys.stdout.write(f"transformers beyond the operators: {layers['short'] * 1e6:.0f} us a short layer, ")
         sys.stdout.write(f"{layers['long'] * 1e6:.0f} us a long one (aim {AIM_LAYER})\n")
-        sys.stdout.write(
-            f"a step of the tiny model on {config.data.tokens_per_step // 4} tokens, other documents every time:\n"
-        )
+        sys.stdout.write(f"a step of the tiny model on {given.tokens} tokens, other documents every time:\n")
         steps = {}
         for name, ahead in {"sharded when needed": False, "sharded a step ahead": True}.items():
-            step, shard, planned = of_step(config, ahead)
+            step, shard, planned = of_step(config, given.tokens, ahead)
             share = (layers["long"] * config.model.num_layers + shard + planned) / step
             steps[name] = dict(step=step, shard=shard, planned=planned, share=share)
             sys.stdout.write(
@@ -191,14 +190,14 @@ def megatron_core(shape: Any, batch: Any) -> Any:
     return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups, own=own)
 
 
-def of_step(config: Any, ahead: bool) -> tuple[float, float, float]:
+def of_step(config: Any, tokens: int, ahead: bool) -> tuple[float, float, float]:
     """Seconds of a step of the tiny model, of sharding its batch, and of waiting for its plan and program: medians.
 
     Loss and backward, without the optimizer; every step has other documents. ahead: the next batch is sharded before a step.
     """
     model = build_model(config, huggingface.NAME)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring", kernel="cpu")
-    shape, tokens = config.model, config.data.tokens_per_step // 4
+    shape = config.model
     asked = AttentionShape(
         shape.num_attention_heads,
         shape.num_key_value_heads,

@@ -36,7 +36,7 @@ def main() -> int:
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
-    tokens, dim, dtype = (arguments.tokens, 128, torch.bfloat16) if cuda else (192, 32, torch.float16)
+    tokens, dim, dtype = (arguments.tokens, 128, torch.bfloat16) if cuda else (128, 32, torch.float16)
     lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]
     mask, layout = da.Mask.documents(lengths), da.Layout.zigzag(lengths, ranks)
     x = random_tensors(tokens, dim, dtype, device)

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from distattn.ir.errors import DistattnError
 
@@ -23,6 +24,8 @@ commands:
       check this machine, and whether a model computes on several ranks what it does on one; distattn doctor --help
   plan CONFIG | --docs LENGTHS --cluster h200-8x8
       plan one attention call with every strategy and time it on a described cluster (simulated)
+
+  --version
 
 exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3 damaged data
 """
@@ -48,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_USAGE)
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        sys.stdout.write(f"distattn {version('distattn')}\n")
+        return 0
     command, rest = arguments[0], arguments[1:]
     try:
         if command not in _COMMANDS:

@@ -62,7 +62,9 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     config = configuration.load(
         given.config, [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
     )
-    if config.cluster.description:
+    # a configuration's cluster is for `distattn plan`; it does not bind a launch of another size
+    named = any(word.startswith("--cluster.description") for word in overrides)
+    if config.cluster.description and (named or not (given.nodes or given.gpus)):
         cluster_for_run(config, config.cluster.description)
     if given.dry_run:
         return _dry_run(where, config, given.json)

@@ -37,7 +37,7 @@ USAGE = """usage: distattn plan CONFIG [--section.key value ...] [options]
 
 Plans one attention call with every strategy, proves the plans and times them on a described cluster. Nothing is run.
 
-  --docs FILE_OR_LENGTHS  document lengths in tokens: 4096,1024x8, or a file of them (JSON list or plain numbers)
+  --docs FILE_OR_LENGTHS  document lengths in tokens: 4096,128Kx8,1M, or a file of them (JSON list or plain numbers)
   --tokens N              only the first N tokens of them
   --cluster NAME          h200-8x8 (nodes x devices), h100, b200 and a100 likewise, laptop-1x4, or a .toml file
   --ranks N               use N devices of it; all by default

@@ -32,7 +32,9 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
     explanation.plan.save(run.plan_file)
     run.explanation_file.write_text(text + "\n", "utf-8")
     size = sum(document.length for document in corpus.documents)
-    skipped = f" ({corpus.empty_files} empty ones skipped)" if corpus.empty_files else ""
+    others = {"empty": corpus.empty_files, "binary": corpus.binary_files}
+    counts = ", ".join(f"{count} {kind}" for kind, count in others.items() if count)
+    skipped = f" ({counts} skipped)" if counts else ""
     report_progress(
         f"data: {corpus.files:,} files{skipped}, {readable_bytes(size)}, {len(corpus.documents):,} documents"
     )

@@ -7,6 +7,8 @@ import os
 from collections import Counter
 
 os.environ["TRITON_INTERPRET"] = "1"
+# as torchrun sets it: else accelerate has every rank compute on as many threads as there are cores
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """Every example trains, with the same losses on any number of ranks."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from processes import run_script_on_ranks
+from waiting import LIMIT_SECONDS
 
 pytestmark = pytest.mark.sampled(4)
 
@@ -55,6 +57,7 @@ RUNS = {
         1e-4,
     ),
 }
+ADAPTERS = {"deepspeed_zero": "deepspeed", "megatron_gpt": "megatron", "hf_trainer": "hf_trainer"}
 NEEDS = {"deepspeed_zero": "deepspeed", "megatron_gpt": "megatron.core", "hf_trainer": "accelerate"}
 
 
@@ -63,6 +66,9 @@ def test_losses_are_those_of_one_process_over_20_steps(run):
     example, arguments, others, tolerance = RUNS[run]
     if example in NEEDS:
         pytest.importorskip(NEEDS[example], reason=f"{NEEDS[example]} is not installed")
+    # once, for all ranks that are forked from here
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    importlib.import_module(f"distattn.adapters.{ADAPTERS.get(example, 'pytorch')}")
     wanted = losses(1, example, *arguments)
     assert len(wanted) == 20 and wanted[-1] < wanted[0] - 1
     for ranks, further in others:
@@ -80,7 +86,7 @@ def test_examples_are_short_and_start_with_torchrun():
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=LIMIT_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^step 2 loss \d", done.stdout, re.M)

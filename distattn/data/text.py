@@ -21,6 +21,9 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 VOCABULARY = 256
 # files are checked in parts of this size
 _PART_BYTES = 1 << 20
+# and told from binary ones by these
+_FIRST_BYTES = 4096
+_MOST_DOCUMENTS = 5_000_000
 
 
 class Document(NamedTuple):
@@ -43,28 +46,39 @@ class Corpus:
     documents: list[Document]
     files: int
     empty_files: int
+    binary_files: int
 
 
 def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max_document_tokens: int) -> Corpus:
     """Find the files of `path` (folder, file or glob) and cut them into documents of at most so many tokens (bytes).
 
-    No file is read, only its size is looked up; `check_text` reads them. Empty files are skipped and counted. Raises
-    DistattnError when there is no text.
+    Of each file the size and the first bytes are looked up; `check_text` reads them. Empty files, and among several files
+    binary ones, are skipped and counted. Raises DistattnError when there is no text.
     """
-    documents, empty = [], 0
+    documents: list[Document] = []
+    empty = binary = 0
     files = find_files(path, suffix, exclude)
     for file in files:
         size = _size(file)
         empty += not size
+        # where many files are named at once, some are none of ours: compiled ones, pictures
+        if size and len(files) > 1 and _looks_binary(file):
+            binary += 1
+            continue
+        if len(documents) + size / max_document_tokens > _MOST_DOCUMENTS:
+            raise DistattnError(
+                f"data.max_document_tokens: documents of {max_document_tokens} tokens would be more than {_MOST_DOCUMENTS:,}; "
+                "make them longer, or name fewer files."
+            )
         documents += [
             Document(file, start, min(start + max_document_tokens, size))
             for start in range(0, size, max_document_tokens)
         ]
     if not documents:
         raise DistattnError(
-            f"data.path: {path!r} holds no text ({len(files)} files, all empty); name a folder with UTF-8 text files."
+            f"data.path: {path!r} holds no text ({len(files)} files, all empty or binary); name a folder with UTF-8 text files."
         )
-    return Corpus(documents, len(files), empty)
+    return Corpus(documents, len(files), empty, binary)
 
 
 def check_text(corpus: Corpus) -> None:
@@ -162,6 +176,15 @@ def _size(file: str) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise DistattnError(f"data.path: {file} is no regular file; leave it out with data.exclude.")
     return found.st_size
+
+
+def _looks_binary(file: str) -> bool:
+    """Whether a file begins with bytes that no text has, whatever its encoding: text in another one than UTF-8 is refused."""
+    try:
+        with open(file, "rb") as opened:
+            return b"\0" in opened.read(_FIRST_BYTES)
+    except OSError as error:
+        raise DistattnError(f"data.path: {file} cannot be read: {error.strerror}.") from None
 
 
 def _check_utf8(file: str) -> int:

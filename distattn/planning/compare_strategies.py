@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 
 from distattn.cluster import spec as describe
@@ -17,6 +19,8 @@ from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
 
+# what a plan can be made of in reasonable time and numbers of 64 bits
+_MOST_DOCUMENTS, _MOST_TOKENS = 1_000_000, 1 << 40
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>distattn plan</title>
 <style>
@@ -162,15 +166,29 @@ def parse_document_lengths(given: str) -> list[int]:
     out: list[int] = []
     for word in text.replace("[", " ").replace("]", " ").replace(",", " ").split():
         length, _, times = word.partition("x")
-        if not length.isdecimal() or not (times or "1").isdecimal():
+        tokens = _tokens(length)
+        if tokens is None or not (times or "1").isdecimal():
             where = f"in {given}" if text is not given else "and there is no such file"
             raise DistattnError(
-                f"--docs: {word[:40]!r} is no document length {where}; write 4096,1024x8 or a file's name."
+                f"--docs: {word[:40]!r} is no document length {where}; write 4096,1024x8, 1M or 1Mi, or a file's name."
             )
-        out += [int(length)] * int(times or 1)
+        if len(out) + int(times or 1) > _MOST_DOCUMENTS:
+            raise DistattnError(
+                f"--docs: more than {_MOST_DOCUMENTS:,} documents; give a shorter list, or --tokens fewer."
+            )
+        out += [tokens] * int(times or 1)
     if not out or min(out) < 1:
         raise DistattnError("--docs: at least one document, and each of at least one token, is wanted.")
     return out
+
+
+def _tokens(word: str) -> int | None:
+    """A number of tokens: 4096, 128K, 1.5M, 1e6, or 128Ki and 1Mi in powers of 1024; None where it is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKmMgG]?)(i?)", word)
+    if found is None or (found[3] and not found[2]):
+        return None
+    exact = Decimal(found[1]) * (1024 if found[3] else 1000) ** " kmg".index(found[2].lower() or " ")
+    return int(exact) if exact == exact.to_integral_value() and exact <= _MOST_TOKENS else None
 
 
 def truncate_documents(lengths: Sequence[int], tokens: int) -> list[int]:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import io
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -16,6 +17,7 @@ from typing import Any, get_type_hints
 import tomli_w
 import tyro
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from tyro.conf import UseAppendAction
 
 from distattn.cluster.topology import Cluster
 from distattn.ir.errors import DistattnError
@@ -24,6 +26,9 @@ from distattn.ir.plan import POLICIES
 from distattn.kernels.registry import KERNELS
 from distattn.parallel.make_plan import STRATEGIES
 
+# as in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
+_SLURM_TIME = r"\d+(:\d{2}){0,2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE|infinite|unlimited"
+_MOST, _MOST_STEPS = 1 << 40, 1_000_000
 DTYPES = ("float32", "float64", "bfloat16")
 DATA = ("replicated", "per_rank")
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -39,7 +44,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = "{stdlib}"
+    path: str = "{stdlib}/*.py"
     """A folder, a file or a glob of UTF-8 text files; {stdlib} is the Python standard library's source folder."""
     suffix: str = ""
     """Only files that end so; empty for all."""
@@ -125,10 +130,10 @@ class SlurmConfig:
     account: str = ""
     time: str = ""
     """Limit of the job, as sbatch takes it: 12:00:00, or 2-00:00:00."""
-    options: tuple[str, ...] = ()
-    """More lines for sbatch, such as --exclusive or --qos=long; on the command line --slurm.options=--exclusive."""
-    setup: tuple[str, ...] = ()
-    """Shell lines before the job begins, such as `module load cuda` or `source venv/bin/activate`."""
+    options: UseAppendAction[tuple[str, ...]] = ()
+    """More lines for sbatch, such as --exclusive or --qos=long. On the command line --slurm.options=--exclusive adds one."""
+    setup: UseAppendAction[tuple[str, ...]] = ()
+    """Shell lines before the job begins, such as `module load cuda`. On the command line --slurm.setup="..." adds one."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +288,12 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
 
 def _problems(config: Config) -> list[str]:
     """Find what cannot be, one sentence per key."""
-    return [*_number_problems(config), *_shape_problems(config), *_name_problems(config)]
+    return [
+        *_number_problems(config),
+        *_shape_problems(config),
+        *_name_problems(config),
+        *_slurm_problems(config.slurm),
+    ]
 
 
 def _number_problems(config: Config) -> Iterator[str]:
@@ -291,7 +301,7 @@ def _number_problems(config: Config) -> Iterator[str]:
     model, data, parallel, train = config.model, config.data, config.parallel, config.train
     least = {
         "data.tokens_per_step": (data.tokens_per_step, 2),
-        "data.max_document_tokens": (data.max_document_tokens, 1),
+        "data.max_document_tokens": (data.max_document_tokens, 16),
         **{f"model.{name}": (value, 1) for name, value in asdict(model).items() if name != "dtype"},
         "parallel.ranks": (parallel.ranks, 1),
         "parallel.min_chunk": (parallel.min_chunk, 0),
@@ -303,9 +313,13 @@ def _number_problems(config: Config) -> Iterator[str]:
         "reference_check.steps": (config.reference_check.steps, 0),
         "reference_check.tolerance": (config.reference_check.tolerance, 0),
     }
+    # a run's documents are listed step by step when it begins
+    most = {"train.steps": _MOST_STEPS}
     for key, (value, low) in least.items():
         if value < low:
             yield f"{key}: at least {low}, not {value}."
+        elif value > most.get(key, _MOST):
+            yield f"{key}: at most {most.get(key, _MOST):,}, not {value}."
     if train.max_grad_norm <= 0:
         yield f"train.max_grad_norm: above 0, not {train.max_grad_norm}."
     if not 0 <= config.run.seed < 1 << 63:
@@ -338,6 +352,19 @@ def _shape_problems(config: Config) -> Iterator[str]:
             yield f"model.num_key_value_heads: {heads} query heads do not divide among {kv_heads} key/value heads."
     if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
         yield f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
+
+
+def _slurm_problems(slurm: SlurmConfig) -> Iterator[str]:
+    """Find what sbatch would refuse, or read as something else."""
+    for name in ("partition", "account"):
+        value = getattr(slurm, name)
+        if value and not re.fullmatch(r"[^\s#-]\S*", value):
+            yield f"slurm.{name}: {value!r} is no name of Slurm's: one word, without spaces."
+    if slurm.time and not re.fullmatch(_SLURM_TIME, slurm.time):
+        yield f"slurm.time: {slurm.time!r} is no time limit; write minutes, 12:00:00 or 2-00:00:00."
+    for option in slurm.options:
+        if not re.fullmatch(r"--?[A-Za-z].*", option):
+            yield f"slurm.options: {option!r} is no option of sbatch; it begins with a dash, such as --qos=long."
 
 
 def _name_problems(config: Config) -> Iterator[str]:

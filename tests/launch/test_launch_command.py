@@ -61,7 +61,7 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
         (("slurm", "configs/tiny.toml", "--cluster.description=h200-2x2"), "the run has 4 ranks on a node"),
         (("slurm", "configs/tiny.toml", "--parallel.strategy=rong"), "there is no 'rong'"),
         (("slurm", "configs/tiny.toml", "--slurm.setup=a\nb", "--dry-run"), "cannot hold a line break"),
-        (("slurm", "configs/tiny.toml", "--slurm.time=1\n2", "--dry-run"), "cannot hold a line break"),
+        (("slurm", "configs/tiny.toml", "--slurm.time=1\n2", "--dry-run"), "is no time limit"),
         (("slurm", "configs/tiny.toml", "--run.folder=a\\b", "--dry-run"), "a path with a backslash"),
         (("slurm",), "a configuration comes first"),
         (("moon", "configs/tiny.toml"), "there is no 'moon'"),
@@ -72,6 +72,16 @@ def test_a_mistake_is_one_sentence(capsys, arguments, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
     code, out, err = run(capsys, *arguments)
     assert code == 2 and not out and sentence in err and "Traceback" not in err
+
+
+def test_a_cluster_that_nobody_named_does_not_bind_a_launch(capsys):
+    config = str(ROOT / "configs/llama-8b-1m-h200.toml")
+    code, out, _ = run(capsys, "slurm", config, "--nodes=8", "--gpus=4", "--dry-run")
+    assert code == 0 and "--gpus-per-node=4" in out
+
+
+def test_the_version_is_said(capsys):
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out == "distattn 0.1.0\n"
 
 
 def test_a_run_that_is_not_there_is_not_submitted_dry(capsys):

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from distattn.ir.errors import DistattnError
 from distattn.launch import cli
 from distattn.parallel.make_plan import STRATEGIES
+from distattn.planning.compare_strategies import parse_document_lengths
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -66,7 +68,8 @@ def test_documents_from_a_file_cut_to_a_number_of_tokens(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--docs", "4k", "--cluster", "h200-1x4"), "'4k' is no document length and there is no such file"),
+        (("--docs", "4q", "--cluster", "h200-1x4"), "'4q' is no document length and there is no such file"),
+        (("--docs", "1x99999999", "--cluster", "h200-1x4"), "more than 1,000,000 documents"),
         (("--docs", "0", "--cluster", "h200-1x4"), "at least one document, and each of at least one token"),
         (("--docs", "4096"), "say what to time it on: --cluster h200-8x8"),
         (("--docs", "4096", "--cluster", "h900-1x4"), "there is no cluster 'h900-1x4'"),
@@ -99,3 +102,17 @@ def test_documents_from_a_file_cut_to_a_number_of_tokens(capsys, tmp_path):
 def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
     code, out, err = run(capsys, *arguments)
     assert code == 2 and not out and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "tokens"),
+    [("1M", 10**6), ("1e6", 10**6), ("1Mi", 1 << 20), ("128K", 128_000), ("128Ki", 1 << 17), ("1.5k", 1500), ("7", 7)],
+)
+def test_lengths_may_have_units(word, tokens):
+    assert parse_document_lengths(f"{word}x2,3") == [tokens, tokens, 3]
+
+
+@pytest.mark.parametrize("word", ["1.5", "i", "1i", "1e99", "-3", "1e-3", "0x", "M", "1MM"])
+def test_what_is_no_length_is_named(word):
+    with pytest.raises(DistattnError, match="--docs"):
+        parse_document_lengths(word)

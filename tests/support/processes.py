@@ -26,11 +26,13 @@ import torch.distributed as dist
 _GROUP_TIMEOUT = timedelta(seconds=120)
 _SECONDS = 300
 _TELL_STACKS = signal.SIGUSR1
+# native threads that have been there for a while
+_POOLS: set[int | None] = set()
 
 
 def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`work(rank, *arguments)` on every rank of a gloo group; their results by rank. A failure carries its traceback."""
-    context = multiprocessing.get_context("fork")
+    context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_rank, args=(rank, ranks, folder, work, arguments)) for rank in range(ranks)
@@ -58,7 +60,7 @@ def run_survivors(
     The store is held by a process of its own, as torchrun's agent holds it, or by rank 0. It is not a file: a rank that is
     stopped while it has locked the file would stop all others.
     """
-    context = multiprocessing.get_context("fork")
+    context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
         port, holder = context.SimpleQueue(), None
         if rank_0_holds_store:
@@ -86,7 +88,7 @@ def run_survivors(
 
 def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str | None = None) -> list[str]:
     """What a script prints on its ranks, started as torchrun would; before: a module to be imported first."""
-    context = multiprocessing.get_context("fork")
+    context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         given = [(rank, ranks, port, Path(folder), script, arguments, before) for rank in range(ranks)]
@@ -108,7 +110,7 @@ def _script(
 ) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
     output = os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(output, stream)
@@ -128,6 +130,25 @@ def sum_gradients(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
+
+
+def _fork_context() -> Any:
+    """To fork from, once no thread is ending.
+
+    A thread that has multiplied matrices takes a lock of MKL's while it ends, after Python's `join` has returned; a fork at
+    that moment never gets the lock back, and its first product spins for ever.
+    """
+    ends = time.monotonic() + 1
+    while ending := _native_threads() - {thread.native_id for thread in threading.enumerate()} - _POOLS:
+        if time.monotonic() > ends:
+            # those of a library's pool stay
+            _POOLS.update(ending)
+        time.sleep(0.001)
+    return multiprocessing.get_context("fork")
+
+
+def _native_threads() -> set[int | None]:
+    return {int(number) for number in os.listdir("/proc/self/task")}
 
 
 def _hung(processes: dict[int, Any], folder: str) -> str:

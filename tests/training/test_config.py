@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from waiting import LIMIT_SECONDS
 
+from distattn.data.text import check_text, find_corpus
 from distattn.ir.errors import DistattnError
 from distattn.launch.cli import main
 from distattn.training import config as configuration
@@ -67,6 +68,17 @@ def test_the_command_line_overrides_the_file():
             ["parallel.kernel: there is no 'flash'; there are reference, cpu, triton"],
         ),
         ("[parallel", ["cannot be read as TOML"]),
+        ("[parallel]\nmin_chunk = 8", ["parallel.min_chunk: belongs to parallel.layout = "]),
+        ("[train]\nsteps = 99999999999999999999", ["train.steps: at most 1,000,000, not 99999999999999999999"]),
+        ("[data]\nmax_document_tokens = 1", ["data.max_document_tokens: at least 16, not 1"]),
+        (
+            "[slurm]\ntime = 'banana'\npartition = 'a b'\noptions = ['--qos=long', 'exclusive']",
+            [
+                "slurm.time: 'banana' is no time",
+                "slurm.partition: 'a b' is no name",
+                "slurm.options: 'exclusive' is no option",
+            ],
+        ),
     ],
 )
 def test_every_mistake_is_named_at_once(text, sentences, tmp_path):
@@ -170,3 +182,19 @@ def test_renamed_keys_lead_to_keys_that_exist():
     sections = {section.name: section.default_factory for section in dataclasses.fields(Config)}
     known = set(sections) | {f"{name}.{key.name}" for name, one in sections.items() for key in dataclasses.fields(one)}
     assert set(configuration.RENAMED.values()) <= known and not set(configuration.RENAMED) & known
+
+
+@pytest.mark.parametrize("limit", ["30", "30:00", "12:00:00", "2-0", "2-00:30", "2-00:00:00", "UNLIMITED"])
+def test_time_limits_are_what_sbatch_takes(limit, tmp_path):
+    file = tmp_path / "good.toml"
+    file.write_text(f'[slurm]\ntime = "{limit}"\noptions = ["--exclusive"]\n')
+    config = configuration.load(file, ["--slurm.options=--qos=long", "--slurm.options=--mem=0"])
+    assert config.slurm.time == limit and config.slurm.options == ("--exclusive", "--qos=long", "--mem=0")
+
+
+def test_an_empty_configuration_is_a_run(tmp_path):
+    (tmp_path / "empty.toml").write_text("")
+    config = configuration.load(tmp_path / "empty.toml")
+    corpus = find_corpus(config.data.path, max_document_tokens=config.data.max_document_tokens)
+    check_text(corpus)
+    assert len(corpus.documents) > 100 and not corpus.binary_files

@@ -84,6 +84,29 @@ def test_a_glob_a_file_a_suffix_and_exclusions(tmp_path):
     assert found("b/w.py") == ["b/w.py"]
 
 
+def test_binary_files_among_texts_are_skipped_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("text, and é at the end of what is looked at" + "x" * 4095 + "é")
+    (tmp_path / "b.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "c.bin").write_bytes(b"PK\0\0")
+    corpus = find_corpus(str(tmp_path), max_document_tokens=10**6)
+    assert [Path(document.file).name for document in corpus.documents] == ["a.txt"]
+    assert (corpus.files, corpus.binary_files) == (3, 2)
+    # a file that is named is meant
+    with pytest.raises(DamagedDataError, match="b.bin: not UTF-8 text"):
+        check_text(find_corpus(str(tmp_path / "b.bin"), max_document_tokens=9))
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "x.txt").write_bytes(b"x" * 5000 + b"\xff")
+    (tmp_path / "late" / "y.txt").write_text("y")
+    with pytest.raises(DamagedDataError, match="x.txt: not UTF-8 text .byte 5000."):
+        check_text(find_corpus(str(tmp_path / "late"), max_document_tokens=9))
+
+
+def test_many_short_documents_are_refused_at_once(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 6_000_000)
+    with pytest.raises(DistattnError, match="would be more than 5,000,000"):
+        find_corpus(str(tmp_path), max_document_tokens=1)
+
+
 def test_exclusions_do_not_depend_on_what_else_is_there(tmp_path):
     (tmp_path / "test" / "a" / "test").mkdir(parents=True)
     (tmp_path / "test" / "a" / "test" / "y.py").write_text("y")
