@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, as_int64
+from distattn.ir.intervals import Ints
+
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -18,9 +21,10 @@ class Cluster:
     devices: int
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("nodes", "devices"):
-            if int(as_int64(getattr(self, name), name)) < 1:
-                raise DistattnError(f"a cluster has at least 1 of {name}, not {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise DistattnError(f"a cluster has 1 to {_MOST:,} {name}, not {getattr(self, name)}.")
 
     @property
     def ranks(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from distattn.ir.errors import DistattnError
 
@@ -13,6 +14,16 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, command: str):
         super().__init__(prog=command, add_help=False, allow_abbrev=False)
+
+    def parse_known_args(self, *given: Any, **named: Any) -> Any:
+        """As argparse does, which takes the value `--` for none at all."""
+        found, others = super().parse_known_args(*given, **named)
+        for name, value in vars(found).items():
+            if value == []:
+                raise DistattnError(
+                    f"{self.prog}: --{name.replace('_', '-')} has no value. See distattn {self.prog} --help."
+                )
+        return found, others
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raise what argparse has to say, in the name of the command."""

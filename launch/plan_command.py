@@ -50,7 +50,7 @@ Plans one attention call with every strategy, proves the plans and times them on
   --perfetto FILE         the fastest candidate's trace, for ui.perfetto.dev
   --json                  numbers instead of a table
 
-With CONFIG the documents are the first pack of the run's data, and shapes, ranks and cluster are the run's.
+With CONFIG the documents are the first pack of the run's data, or those of --docs, and shapes, ranks and cluster are the run's.
 """
 
 
@@ -130,6 +130,8 @@ def _check_options(given: argparse.Namespace, config: Config | None) -> None:
     for option in ("html", "perfetto"):
         if getattr(given, option) and not Path(getattr(given, option)).parent.is_dir():
             raise DistattnError(f"plan: --{option}: there is no folder {Path(getattr(given, option)).parent}.")
+        if getattr(given, option) and Path(getattr(given, option)).is_dir():
+            raise DistattnError(f"plan: --{option}: {getattr(given, option)} is a folder; name a file.")
     if given.tokens and not given.docs:
         raise DistattnError("plan: --tokens cuts the documents of --docs; a configuration has --data.tokens_per_step.")
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from distattn.cluster.spec import AnyCluster, ClusterSpec, resolve_cluster
+from distattn.ir.arguments import check_fields, checked
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import sorted_unique
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.plan import POLICIES, Call, Plan, Table, move_bytes
+from distattn.ir.plan import POLICIES, Call, Plan, Table, dtype_name, move_bytes
 from distattn.parallel.analysis.simulate import simulate_pass
 from distattn.parallel.strategies.allgather import allgather
 from distattn.parallel.strategies.cad import CadOptions, cad
@@ -57,7 +58,10 @@ class Strategy:
         self, call: Call, cluster: AnyCluster | None, options: Mapping[str, object], direction: str
     ) -> Iterable[Table]:
         """The candidates of a call; raises DistattnError where it cannot be planned so."""
-        arguments: dict[str, Any] = {} if self.options is None else {"options": self.options(**options)}
+        arguments: dict[str, Any] = {}
+        if self.options is not None:
+            arguments["options"] = given = self.options(**options)
+            check_fields(given)
         if self.by_direction:
             arguments["direction"] = direction
         return self.forward(call, cluster, **arguments)
@@ -74,6 +78,7 @@ STRATEGIES: Mapping[str, Strategy] = {
 }
 
 
+@checked
 def make_plan(
     mask: Mask,
     layout: Layout,
@@ -83,9 +88,9 @@ def make_plan(
     kv_heads: int,
     head_dim: int,
     v_head_dim: int | None = None,
-    dtype: str,
+    dtype: Any,
     backward: str | None = None,
-    comm_dtype: str | None = None,
+    comm_dtype: Any = None,
     cluster: AnyCluster | str | Path | None = None,
     options: Mapping[str, object] | None = None,
     working_layout: Layout | None = None,
@@ -93,11 +98,11 @@ def make_plan(
     """Plan one attention call: a pure host function, the same on every rank, no torch.
 
     heads and kv_heads are query and key/value heads on one tensor-parallel rank; dtype is that of q, k and v ("float16",
-    "bfloat16", "float32", "float64"). backward is one of POLICIES, by default the strategy's own. cluster says which ranks
-    share a node, and, where it is a ClusterSpec, its name ("h200-8x8") or its TOML file, how fast kernels and links are.
-    options are the strategy's own, by name. comm_dtype: the dtype outputs and gradients travel in, q's own or (by default) that
-    of accumulation; where no two partial results meet, q's own loses nothing. working_layout: where the strategy shall have
-    the tokens, if not where q, k, v and o are; tokens are moved there and back inside the call.
+    "bfloat16", "float32", "float64", or as torch and NumPy have them). backward is one of POLICIES, by default the strategy's
+    own. cluster says which ranks share a node, and, where it is a ClusterSpec, its name ("h200-8x8") or its TOML file, how
+    fast kernels and links are. options are the strategy's own, by name. comm_dtype: the dtype outputs and gradients travel in,
+    q's own or (by default) that of accumulation; where no two partial results meet, q's own loses nothing. working_layout:
+    where the strategy shall have the tokens, if not where q, k, v and o are; tokens are moved there and back inside the call.
 
     Candidates of a strategy are chosen between by bytes or by simulated seconds (see `Strategy`), forward and backward each
     (together where the backward keeps what it received). Raises DistattnError when the call cannot be planned as asked.
@@ -107,7 +112,7 @@ def make_plan(
     if cluster is not None and cluster.ranks != layout.ranks:
         raise DistattnError(f"the cluster has {cluster.nodes} x {cluster.devices} ranks, the layout {layout.ranks}.")
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
-    call = Call(mask, layout, heads, kv_heads, head_dim, v_head_dim, dtype, comm_dtype or "")
+    call = Call(mask, layout, heads, kv_heads, head_dim, v_head_dim, dtype_name(dtype), dtype_name(comm_dtype))
     chosen = STRATEGIES[strategy]
     policy = backward or chosen.backward
     working = call if working_layout is None else replace(call, layout=working_layout)

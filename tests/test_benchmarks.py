@@ -117,11 +117,13 @@ def test_the_gpu_checks_run_without_one():
     assert "gluon (32, 32): left out" in done.stdout
 
 
+@pytest.mark.full
 def test_all_ranks_in_lock_step_with_late_copies_equal_one_shot():
     done = run_interpreted("benchmarks/gpu_executor.py", "--ranks", "3")
     assert done.returncode == 0 and "usp" in done.stdout, done.stdout + done.stderr[-1500:]
 
 
+@pytest.mark.full
 def test_the_cluster_check_runs_over_gloo_with_the_triton_kernel():
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = run_interpreted(*launcher, "benchmarks/check_cluster.py")

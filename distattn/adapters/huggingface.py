@@ -95,9 +95,9 @@ def attention_forward(
             f"{where}the model masks all but {attention_mask.window} tokens, but the layer does not say so; not computed."
         )
     if dropout:
-        raise DistattnError(
-            f"{where}attention dropout {dropout} is not computed; set attention_dropout = 0 in its config."
-        )
+        names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+        name = next((one for one in names if hasattr(getattr(module, "config", None), one)), names[0])
+        raise DistattnError(f"{where}attention dropout {dropout} is not computed; set {name} = 0 in its config.")
     if kwargs.get("position_bias") is not None:
         raise DistattnError(f"{where}a position bias (position_bias) is not computed.")
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):

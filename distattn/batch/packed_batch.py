@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import as_int64
-from distattn.ir.layout import LAYOUTS, Layout
+from distattn.ir.layout import LAYOUTS, Layout, make_layout
 from distattn.ir.mask import Mask
 
 IGNORE_INDEX = -100
@@ -39,10 +39,13 @@ class PackedBatch(NamedTuple):
         given = {name: value for name, value in batch.items() if value is not None}
         if {"labels", "shift_labels"} <= given.keys():
             raise DistattnError("batch has labels and shift_labels; give one of them.")
-        for name in ("input_ids", "labels", "shift_labels", "position_ids", "attention_mask"):
-            if not isinstance(given.get(name, batch["input_ids"]), Tensor):
-                raise DistattnError(f"{name} is a {type(batch[name]).__name__}; a tensor is wanted.")
-        ids, shifted = batch["input_ids"], given.get("shift_labels")
+        ids = _whole_numbers(batch, "input_ids")
+        if ids.numel() and int(ids.min()) < 0:
+            raise DistattnError(f"input_ids has {int(ids.min())}; token ids count from 0.")
+        for name in ("labels", "shift_labels", "position_ids", "attention_mask"):
+            if name in given:
+                _whole_numbers(given, name)
+        shifted = given.get("shift_labels")
         labels = given.get("labels", ids) if shifted is None else shifted
         if ids.dim() != 2 or labels.shape != ids.shape:
             raise DistattnError(
@@ -81,6 +84,16 @@ def tokens_digest(micro_batches: Sequence[PackedBatch]) -> str:
     return found.hexdigest()
 
 
+def _whole_numbers(batch: Mapping[str, Any], name: str) -> Tensor:
+    """A tensor of the batch. Raises DistattnError for what is none, or not of whole numbers (a mask may be of booleans)."""
+    value = batch[name]
+    if not isinstance(value, Tensor):
+        raise DistattnError(f"{name} is a {type(value).__name__}; a tensor is wanted.")
+    if value.is_floating_point() or value.is_complex() or (value.dtype == torch.bool and name != "attention_mask"):
+        raise DistattnError(f"{name} is {str(value.dtype)[6:]}; whole numbers are wanted, such as int64.")
+    return value
+
+
 def _check_keys(batch: Any) -> None:
     if not isinstance(batch, Mapping):
         raise DistattnError(f"a batch is a mapping with input_ids, not a {type(batch).__name__}.")
@@ -113,8 +126,9 @@ def checked_layout_options(
     given = dict(options or {})
     for name in given.keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
         raise DistattnError(f"layout {layout} has no option {name!r}.")
-    # refuses what no document can be: better now than at the first batch
-    Mask.documents([1], document_mask)
+    # refuse what no document and no layout can be: better now than at the first batch
+    mask = Mask.documents([64], document_mask)
+    make_layout(layout, [64], 2, mask, **given)
     return given
 
 
@@ -134,7 +148,12 @@ def _documents(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor | None, tu
         return None, _restarts(batch["position_ids"], ids)
     if not said:
         return None, (ids.shape[1],) * ids.shape[0]
-    lengths = tuple(as_int64(batch["document_lengths"], "document_lengths").tolist())
+    found = as_int64(batch["document_lengths"], "document_lengths")
+    if found.ndim != 1 or not len(found):
+        raise DistattnError("document_lengths is a flat list of the documents' tokens, such as [4096, 1024].")
+    lengths = tuple(found.tolist())
+    if min(lengths) < 1:
+        raise DistattnError(f"document_lengths has {min(lengths)}; each document has at least one token.")
     if sum(lengths) != ids.numel():
         raise DistattnError(f"document_lengths add up to {sum(lengths)} tokens, input_ids has {ids.numel()}.")
     return None, lengths

@@ -18,6 +18,7 @@ from torch import Tensor
 from distattn.batch.layer_overrides import LayerOverride, LayerOverrides, apply_window
 from distattn.batch.packed_batch import checked_layout_options, padded
 from distattn.cluster.spec import AnyCluster
+from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
@@ -33,6 +34,9 @@ from distattn.ops.executable import (
 )
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.parallel.runtime.transport import Transport
+
+# of steps between proofs, and of tokens that are padded to
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +66,15 @@ class PlannerConfig:
     pad_to: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_names(self.strategy, self.backward, self.options)
         checked_layout_options(self.layout, self.layout_options, self.document_mask)
         if self.kernel is not None:
             load_kernel(self.kernel)
         for name in ("verify_every", "pad_to"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise DistattnError(f"{name} is a whole number of at least 1, not {value!r}.")
+            if not 1 <= value <= _MOST:
+                raise DistattnError(f"{name} is a whole number of at least 1, and at most {_MOST:,}, not {value!r}.")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Any:

@@ -68,6 +68,9 @@ class ContextParallel:
         self, group: dist.ProcessGroup | None, loss_group: dist.ProcessGroup | None, config: DriverConfig | None
     ) -> None:
         """config: None on ranks that only serve, which take the first rank's."""
+        for name, value in (("group", group), ("loss_group", loss_group)):
+            if not isinstance(value, (dist.ProcessGroup, type(None))):
+                raise DistattnError(f"{name} is a process group of torch.distributed, not a {type(value).__name__}.")
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self.group = group
@@ -129,9 +132,10 @@ class ContextParallel:
         ranks may have unequally many micro-batches: all get as many as the rank with most, the others' being padding. With
         servers, a step's batches are used before the next but one is sharded.
         """
-        if isinstance(micro_batches, Mapping):
+        if not isinstance(micro_batches, (list, tuple)):
             raise DistattnError(
-                "shard_step takes a list of batches, the micro-batches of a step; shard takes one batch."
+                "shard_step takes a list of batches, the micro-batches of a step (shard takes one batch), not a "
+                f"{type(micro_batches).__name__}."
             )
         packed = [PackedBatch.of(batch) for batch in micro_batches]
         if not packed and self.config.data == "replicated":
@@ -150,6 +154,10 @@ class ContextParallel:
         alike. With servers, a step's batches are used before the next step is asked for. even: all ranks raise DistattnError
         where they have unequally many micro-batches, for trainers that count their own.
         """
+        if not hasattr(loader, "__iter__") or isinstance(loader, (Mapping, str)):
+            raise DistattnError(
+                f"steps takes an iterable of batches, or of lists of them, not a {type(loader).__name__}."
+            )
         for packed, step in self.gathered_steps(loader, self._batches_of_step):
             counts = [len(info.documents) for info in self._table.of_models(step.infos)]
             if even and len(set(counts)) > 1:
@@ -168,6 +176,11 @@ class ContextParallel:
         `gradient_probe`.
         """
         if target is not None:
+            if not isinstance(target, GradientProbeTarget):
+                raise DistattnError(
+                    "loss_scale takes the ProbeTarget of your trainer's adapter, such as "
+                    f"distattn.adapters.pytorch.ProbeTarget(model), not a {type(target).__name__}."
+                )
             found = self.reduction(target)
             self._factor = 1.0 if found is None else found.factor
         return self._factor
@@ -181,7 +194,12 @@ class ContextParallel:
 
         losses: as they go backward, with the factor of `loss_scale`, which is taken out again. A collective call.
         """
-        total = torch.stack([loss.detach().double() for loss in losses]).sum() / self._factor
+        found = losses if isinstance(losses, (list, tuple)) else ()
+        if not found or not all(isinstance(loss, torch.Tensor) and loss.numel() == 1 for loss in found):
+            raise DistattnError(
+                "mean_loss takes the losses of a step's micro-batches: a list of tensors of one number."
+            )
+        total = torch.stack([loss.detach().double().reshape(()) for loss in losses]).sum() / self._factor
         if self.loss_group is not None:
             what, limit = "the mean of a loss", self.wait_timeout or timeout_of(self.loss_group)
             self.begin(what)
@@ -250,7 +268,11 @@ class ContextParallel:
         make: what is to be made of a gathered step, and the batches in it. same_batch: of each rank of the group, the rank
         whose data it has as well.
         """
-        given = iter(loader)
+        try:
+            given = iter(loader)
+        except TypeError as error:
+            # such as an array without a dimension
+            raise DistattnError(f"this loader cannot be iterated over: {error}.") from None
         packed = _packed(next(given, None))
         number, future = self._announce(packed, make, same_batch)
         running = None
@@ -414,6 +436,8 @@ def _packed(step: Any) -> list[PackedBatch] | None:
     """A loader's step; None where it has no more."""
     if step is None:
         return None
+    if not isinstance(step, (Mapping, list, tuple)):
+        raise DistattnError(f"a loader yields batches, or lists of them (micro-batches), not a {type(step).__name__}.")
     return [PackedBatch.of(batch) for batch in ([step] if isinstance(step, Mapping) else step)]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ _TOLERANCE = 0.02
 _ROWS = 16
 
 
+@runtime_checkable
 class GradientProbeTarget(Protocol):
     """What the probe asks of a trainer; `distattn.adapters` has one target for each."""
 

@@ -31,9 +31,9 @@ class OverlapSchedule:
     """
 
     def __init__(self, layers: Sequence[nn.Module]):
-        self.layers = list(layers)
-        if not self.layers:
-            raise DistattnError("an overlap schedule needs at least one layer.")
+        self.layers = list(layers) if isinstance(layers, (list, tuple, nn.ModuleList)) else []
+        if not self.layers or not all(isinstance(layer, nn.Module) for layer in self.layers):
+            raise DistattnError("an overlap schedule needs a list of at least one layer, each a module.")
         self.spans: list[Span] = []
 
     def step(self, losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:

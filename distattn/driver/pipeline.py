@@ -24,6 +24,7 @@ from distattn.driver.control_channel import BACKWARD, FORWARD, ControlMessage
 from distattn.driver.pipeline_ticks import Tick, ticks
 from distattn.driver.servers import participate
 from distattn.driver.step_exchange import GatheredStep
+from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ops.attention import attention, autocast_inputs
 from distattn.ops.executable import EXECUTABLES, Executable
@@ -49,6 +50,9 @@ class StageSpec:
     device: torch.device | str = "cpu"
     scale: float | None = None
     softcap: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class PipelineSchedule:

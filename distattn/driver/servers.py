@@ -22,6 +22,7 @@ from distattn.driver.control_channel import (
     ControlMessage,
 )
 from distattn.driver.step_exchange import GatheredStep
+from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 
@@ -33,6 +34,7 @@ class ServerStats(NamedTuple):
     backward: int
 
 
+@checked
 def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> ServerStats:
     """Compute attention for the other ranks of a group until they close their driver. For its last ranks, without a model.
 

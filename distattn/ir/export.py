@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from distattn.ir.arguments import checked
 from distattn.ir.bands import BK, BQ, HI, K0, K1, LO, OK, OQ, Q0, Q1, row_key_ranges, tighten
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, expand_ranges
@@ -28,6 +29,7 @@ class VarlenArguments(NamedTuple):
     window: tuple[int, int]
 
 
+@checked
 def cu_seqlens(mask: Mask) -> VarlenArguments:
     """Packed documents for varlen kernels (flash-attn's convention). Raises DistattnError for any other mask.
 
@@ -49,6 +51,7 @@ def cu_seqlens(mask: Mask) -> VarlenArguments:
     return VarlenArguments(ends, int((q1 - q0).max()), right == 0, (left, right))
 
 
+@checked
 def block_mask(mask: Mask, block: int = 128, device: torch.device | str = "cpu") -> BlockMask:
     """FlexAttention's BlockMask of blocks of block x block cells, made from tile runs: no cell of the mask is visited.
 

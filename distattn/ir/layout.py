@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from distattn.ir.arguments import checked
 from distattn.ir.bands import Q0, Q1, areas, clip
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, as_int64, overlapping_pairs
 from distattn.ir.load_balance import balance_items, place_documents
 from distattn.ir.mask import Mask, document_ends
 
+_MAX_RANKS = 1 << 20
 # of `document_zigzag`: shorter chunks are worth it only where there are few tokens
 _MIN_CHUNK, _CHUNKS_OF_SHARE = 512, 64
 # positions at which a chunk of `balanced` may end, per chunk; in between the work is taken as even
@@ -35,6 +37,7 @@ class Layout:
     local tensor), sorted by `t0`. `n` tokens on the axis, `ranks` ranks; a rank may own none.
     """
 
+    @checked
     def __init__(self, lengths: Sequence[int], ranks: int, rank: Ints, t0: Ints, t1: Ints):
         """rank, t0, t1: the owner and the tokens [t0, t1) of each chunk, those of a rank in its local order.
 
@@ -58,12 +61,14 @@ class Layout:
             column.setflags(write=False)
 
     @staticmethod
+    @checked
     def contiguous(lengths: Sequence[int], ranks: int) -> Layout:
         """Rank r owns the r-th of `ranks` equal intervals. Shards differ by at most one token."""
         cuts = _cuts(int(document_ends(lengths)[-1]), _positive(ranks))
         return Layout(lengths, ranks, *_nonempty(np.arange(ranks), cuts[:-1], cuts[1:]))
 
     @staticmethod
+    @checked
     def zigzag(lengths: Sequence[int], ranks: int) -> Layout:
         """Rank r owns chunks r and 2R-1-r of 2R: equal work under one causal mask. Shards differ by at most one token."""
         shard = np.diff(_cuts(int(document_ends(lengths)[-1]), _positive(ranks)))
@@ -73,6 +78,7 @@ class Layout:
         return Layout(lengths, ranks, *_nonempty(rank, t1 - sizes, t1))
 
     @staticmethod
+    @checked
     def document_zigzag(lengths: Sequence[int], ranks: int, *, min_chunk: int | None = None) -> Layout:
         """Every document is cut into up to 2R chunks of at least `min_chunk` tokens, which ranks get in zigzag order.
 
@@ -98,6 +104,7 @@ class Layout:
         return Layout(lengths, ranks, np.concatenate(rank), np.concatenate(t0), np.concatenate(t1))
 
     @staticmethod
+    @checked
     def block_cyclic(lengths: Sequence[int], ranks: int, *, block: int = 512) -> Layout:
         """Block i of `block` tokens belongs to rank i modulo R (block=1 is striped attention)."""
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
@@ -107,6 +114,7 @@ class Layout:
         return Layout(lengths, ranks, np.arange(len(t0)) % ranks, t0, np.minimum(t0 + block, n))
 
     @staticmethod
+    @checked
     def balanced(
         lengths: Sequence[int],
         ranks: int,
@@ -154,6 +162,7 @@ class Layout:
         return Layout(lengths, ranks, rank, cuts[:-1], cuts[1:])
 
     @staticmethod
+    @checked
     def placed(lengths: Sequence[int], ranks: int, *, mask: Mask | None = None, tolerance: float = 0.02) -> Layout:
         """A layout for data loaders that may choose where documents go: little has to move for ranks to have equal work.
 
@@ -172,9 +181,13 @@ class Layout:
         return Layout(lengths, ranks, *place_documents(np.diff(ends, prepend=0), work, ranks, tolerance))
 
     @staticmethod
+    @checked
     def from_chunks(lengths: Sequence[int], chunks: Sequence[Sequence[tuple[int, int]]]) -> Layout:
         """`chunks[rank]` lists the intervals (t0, t1) that rank owns, in its local order; an empty list owns nothing."""
-        rows = [(rank, t0, t1) for rank, own in enumerate(chunks) for t0, t1 in own]
+        try:
+            rows = [(rank, t0, t1) for rank, own in enumerate(chunks) for t0, t1 in own]
+        except (TypeError, ValueError):
+            raise DistattnError("chunks has a list of intervals (t0, t1) for each rank.") from None
         rank, t0, t1 = as_int64(rows, "chunks").reshape(-1, 3).T
         return Layout(lengths, _positive(len(chunks)), rank, t0, t1)
 
@@ -183,6 +196,7 @@ class Layout:
         """Tokens of each document."""
         return tuple(np.diff(self.ends, prepend=0).tolist())
 
+    @checked
     def tokens(self, rank: int) -> Ints:
         """Global coordinates of the tokens of `rank`, in local order."""
         self._check_rank(rank)
@@ -196,14 +210,19 @@ class Layout:
         size = self.chunks["t1"] - self.chunks["t0"]
         return np.bincount(self.chunks["rank"], size, self.ranks).astype(np.int64)
 
+    @checked
     def shard(self, x: Any, rank: int, dim: int = 0) -> Any:
         """The tokens of `x` (numpy or torch, n tokens along `dim`) that `rank` owns, in local order."""
+        _check_array(x, dim)
         if x.shape[dim] != self.n:
             raise DistattnError(f"dim {dim} has {x.shape[dim]} entries, but this layout is of {self.n} tokens.")
         return x[_at(x, dim, self.tokens(rank))]
 
+    @checked
     def unshard(self, shards: Sequence[Any], dim: int = 0) -> Any:
         """The inverse of `shard`: x from the shards of all ranks."""
+        for shard in shards:
+            _check_array(shard, dim)
         sizes = [shard.shape[dim] for shard in shards]
         if sizes != self.shard_sizes().tolist():
             raise DistattnError(f"shards have {sizes} tokens, but this layout gives {self.shard_sizes().tolist()}.")
@@ -214,6 +233,7 @@ class Layout:
             whole[_at(whole, dim, self.tokens(rank))] = part
         return whole
 
+    @checked
     def position_ids(self, rank: int) -> Ints:
         """Position of each local token inside its document."""
         return self.positions_of(self.tokens(rank))
@@ -223,11 +243,15 @@ class Layout:
         starts = np.append(0, self.ends)
         return tokens - starts[np.searchsorted(self.ends, tokens, "right")]
 
+    @checked
     def shift_labels(self, labels: Any, dim: int = -1, ignore_index: int = -100) -> Any:
         """Labels of the whole axis: the successor of each token, `ignore_index` at the last token of each document.
 
         Shift before sharding: the label of a shard's last token lives on another rank.
         """
+        _check_array(labels, dim)
+        if abs(ignore_index) >= 1 << 63:
+            raise DistattnError(f"ignore_index is a whole number of 64 bits, such as -100, not {ignore_index}.")
         if labels.shape[dim] != self.n:
             raise DistattnError(f"dim {dim} has {labels.shape[dim]} entries, but this layout is of {self.n} tokens.")
         out = labels.copy() if isinstance(labels, np.ndarray) else labels.clone()
@@ -275,9 +299,16 @@ def make_layout(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **opt
 
 
 def _positive(ranks: int) -> int:
-    if int(as_int64(ranks, "ranks")) < 1:
-        raise DistattnError(f"a layout needs at least 1 rank, not {ranks}.")
+    if not 1 <= ranks <= _MAX_RANKS:
+        raise DistattnError(f"a layout needs at least 1 rank, and at most {_MAX_RANKS:,}, not {ranks}.")
     return ranks
+
+
+def _check_array(x: Any, dim: int) -> None:
+    if isinstance(x, type) or not hasattr(x, "shape") or not hasattr(x, "__getitem__"):
+        raise DistattnError(f"a tensor or an array is wanted, not a {type(x).__name__}.")
+    if not -len(x.shape) <= dim < len(x.shape):
+        raise DistattnError(f"dim {dim} does not exist: there are {len(x.shape)}.")
 
 
 def _cuts(n: int, parts: int) -> Ints:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from distattn.ir.arguments import checked
 from distattn.ir.bands import (
     COLUMNS,
     HI,
@@ -42,6 +43,7 @@ class Mask:
     piece i belongs to query heads [piece_heads[i, 0], piece_heads[i, 1]) of `heads`; otherwise both are None.
     """
 
+    @checked
     def __init__(self, pieces: Ints, n: int, piece_heads: Ints | None = None, heads: int | None = None):
         if not 0 < n <= MAX_TOKENS:
             raise DistattnError(f"a mask covers 1 to {MAX_TOKENS} tokens, not {n}.")
@@ -56,21 +58,25 @@ class Mask:
         self.n, self.pieces, self.piece_heads, self.heads = n, pieces, piece_heads, heads
 
     @staticmethod
+    @checked
     def full(n: int) -> Mask:
         """Every query sees every key."""
         return Mask.documents([n], document_mask="full")
 
     @staticmethod
+    @checked
     def causal(n: int) -> Mask:
         """Every query sees the keys up to its own: k <= q."""
         return Mask.documents([n])
 
     @staticmethod
+    @checked
     def sliding_window(n: int, left: int, right: int = 0, *, sink_tokens: int = 0) -> Mask:
         """A window around every query: k <= q + right and (k >= q - left or k < sink_tokens)."""
         return Mask.documents([n], document_mask=(left, right), sink_tokens=sink_tokens)
 
     @staticmethod
+    @checked
     def documents(
         lengths: Sequence[int], document_mask: str | tuple[int, int] = "causal", *, sink_tokens: int = 0
     ) -> Mask:
@@ -88,6 +94,7 @@ class Mask:
         return _from_parts([*parts, _bands(start, end, first, end, lo, hi)], end[-1])
 
     @staticmethod
+    @checked
     def shared_question(lengths: Sequence[int]) -> Mask:
         """(d(q) = d(k) and k <= q) or d(k) = 0: the first document is a question that all others, its answers, see in full."""
         start, end = _document_bounds(lengths)
@@ -95,6 +102,7 @@ class Mask:
         return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0), question], end[-1])
 
     @staticmethod
+    @checked
     def causal_blockwise(lengths: Sequence[int]) -> Mask:
         """k <= q and (d(q) = d(k) or d(q) is the last): the last document, a test example, sees all demonstrations before it."""
         start, end = _document_bounds(lengths)
@@ -102,11 +110,15 @@ class Mask:
         return _from_parts([_bands(start, end, low, end, -UNBOUNDED, 0)], end[-1])
 
     @staticmethod
+    @checked
     def prefix_lm(n: int, prefix: int) -> Mask:
         """Causal after a prefix that every query sees: k <= q or k < prefix."""
+        if prefix > n:
+            raise DistattnError(f"the prefix of {prefix} tokens is longer than the {n} tokens.")
         return Mask.prefix_lm_documents([n], prefix)
 
     @staticmethod
+    @checked
     def prefix_lm_documents(lengths: Sequence[int], prefix: int | Sequence[int]) -> Mask:
         """Packed documents with prefixes, one for all or one each: d(q) = d(k) and (k <= q or k - s < prefix)."""
         start, end = _document_bounds(lengths)
@@ -121,6 +133,7 @@ class Mask:
         return _from_parts(parts, end[-1])
 
     @staticmethod
+    @checked
     def global_sliding_window(n: int, left: int, right: int, n_global: int) -> Mask:
         """A window and `n_global` tokens that see, and are seen by, all: q - left <= k <= q + right or min(q, k) < n_global."""
         _, (end,) = _document_bounds([n])
@@ -134,11 +147,13 @@ class Mask:
         return _from_parts(parts, end)
 
     @staticmethod
+    @checked
     def block_causal(n: int, block: int) -> Mask:
         """Causal by blocks of tokens: k // block <= q // block."""
         return Mask.block_causal_documents([n], block)
 
     @staticmethod
+    @checked
     def block_causal_documents(lengths: Sequence[int], block: int) -> Mask:
         """Packed documents, causal by blocks: d(q) = d(k) and (k - s) // block <= (q - s) // block."""
         start, end = _document_bounds(lengths)
@@ -147,6 +162,7 @@ class Mask:
         return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0, block, start)], end[-1])
 
     @staticmethod
+    @checked
     def by_head(groups: Sequence[tuple[int, Mask]]) -> Mask:
         """A mask that differs by head, from pairs (number of query heads, their mask), first heads first.
 
@@ -175,6 +191,7 @@ class Mask:
         return Mask(rows[order[fresh]][named], groups[0][1].n, heads[named], int(ends[-1]))
 
     @staticmethod
+    @checked
     def from_pieces(array: Sequence[Sequence[int]] | Ints, n: int | None = None) -> Mask:
         """A mask from rows (q0, q1, k0, k1, lo, hi) or of all ten columns; `n` defaults to the end of the last piece."""
         pieces = as_int64(array, "pieces")
@@ -186,6 +203,7 @@ class Mask:
         pieces = _with_defaults(pieces)
         return Mask(pieces, int(pieces[:, [Q1, K1]].max()) if n is None else n)
 
+    @checked
     def area(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> int:
         """Number of allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); by default of the whole axis.
 
@@ -197,6 +215,7 @@ class Mask:
         # Python integers: 2^60 cells of many heads pass int64
         return sum((cells.astype(object) * np.diff(self.piece_heads, axis=1)[:, 0]).tolist())
 
+    @checked
     def cut(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> Mask:
         """The mask of the same axis that allows only the cells in rows q and columns k."""
         pieces = self._clipped(q, k)
@@ -204,9 +223,13 @@ class Mask:
         kept = tight[:, Q0] < tight[:, Q1]
         return Mask(pieces[kept], self.n, None if self.piece_heads is None else self.piece_heads[kept], self.heads)
 
+    @checked
     def needed_keys(self, q_set: Sequence[tuple[int, int]] | Ints) -> Ints:
         """The keys that some query of `q_set` sees. Both are half-open intervals (M, 2); the result is sorted and disjoint."""
-        q_set = as_int64(q_set, "query intervals").reshape(-1, 2)
+        q_set = as_int64(q_set, "query intervals")
+        if q_set.size and (q_set.ndim != 2 or q_set.shape[1] != 2):
+            raise DistattnError(f"query intervals are pairs (M, 2), not {q_set.shape}.")
+        q_set = q_set.reshape(-1, 2)
         _, q0, q1 = merge_intervals(np.zeros(len(q_set), np.int64), q_set[:, 0], q_set[:, 1])
         i, j = expand_ranges(
             np.searchsorted(q1, self.pieces[:, Q0], "right"), np.searchsorted(q0, self.pieces[:, Q1], "left")
@@ -227,14 +250,15 @@ class Mask:
             out[heads, piece[Q0] : piece[Q1]] |= (k >= begin[:, None]) & (k < end[:, None])
         return out[0] if self.piece_heads is None else out
 
+    @checked
     def tiles(self, bm: int, bn: int) -> dict[str, Ints]:
         """Tile runs of a kernel with tiles of bm queries x bn keys, one row per (query tile, piece) that meet.
 
         Columns: `tile` (query tile), `piece`, and key tiles `begin` <= `full_begin` <= `full_end` <= `end`. The piece
         allows every cell of the tiles in [full_begin, full_end), some cells of the others. Never a list of all tiles.
         """
-        if bm < 1 or bn < 1:
-            raise DistattnError(f"tiles are at least 1 x 1, not {bm} x {bn}.")
+        if not (1 <= bm <= MAX_TOKENS and 1 <= bn <= MAX_TOKENS):
+            raise DistattnError(f"tiles are at least 1 x 1, and at most {MAX_TOKENS} wide, not {bm} x {bn}.")
         tight = tighten(self.pieces)
         piece, tile = expand_ranges(tight[:, Q0] // bm, (tight[:, Q1] - 1) // bm + 1)
         band = tight[piece]

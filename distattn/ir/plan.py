@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from distattn.ir.arguments import check_fields, checked
 from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.ir.intervals import Ints, as_int64, lexicographic_argsort
@@ -97,6 +99,13 @@ class Table:
         return 1 + int(max((rows["step"].max() for rows in (self.tasks, self.moves) if num_rows(rows)), default=-1))
 
 
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype given by name, or as PyTorch or NumPy have it; empty for None."""
+    if isinstance(dtype, str) or dtype is None:
+        return dtype or ""
+    return str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """What one attention call asks for: mask and layout of the axis, numbers of heads, head dims and dtype."""
@@ -112,6 +121,7 @@ class Call:
     comm_dtype: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.mask.n != self.layout.n:
             raise DistattnError(
                 f"the mask covers {self.mask.n} tokens, the layout {self.layout.n}; they share one axis."
@@ -227,6 +237,7 @@ class Plan:
                     hasher.update(np.ascontiguousarray(rows[name], "<i8").tobytes())
         return hasher.hexdigest()
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write the plan to one file; equal plans give equal bytes."""
         call = self.call
@@ -243,6 +254,7 @@ class Plan:
             np.savez(file, allow_pickle=False, header=header, **{k: v.astype("<i8") for k, v in arrays.items()})
 
     @staticmethod
+    @checked
     def load(path: str | Path) -> Plan:
         """Read a plan written by `save`. Raises DamagedDataError when the file is not what was written."""
         try:

@@ -91,16 +91,26 @@ def attention(
     process group; a plan for one rank needs none. Raises PlanError when the plan cannot be proven or ranks have different
     ones, DistattnError when the tensors do not fit it.
     """
+    for name, given in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
+        if not isinstance(given, Tensor):
+            raise DistattnError(f"{name} is a {type(given).__name__}; a tensor (tokens, heads, dim) is wanted.")
+    if not isinstance(return_lse, bool):
+        raise DistattnError(f"return_lse is True or False, not a {type(return_lse).__name__}.")
+    if not isinstance(plan, (Plan, Executable)):
+        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
     # strides of a fused projection are usual; kernels and messages read whole rows
     q_THD, k_TKD, v_TKE = (x.contiguous() for x in autocast_inputs(q_THD, k_TKD, v_TKE))
     for name, given in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
         if given.dim() != 3:
             raise DistattnError(f"{name} has {given.dim()} dims; three are wanted: (tokens, heads, dim).")
-    if isinstance(scale, Tensor):
-        raise DistattnError("scale is a number; a tensor's gradient would be lost.")
+    for name, number in (("scale", scale), ("softcap", softcap), ("dropout", dropout)):
+        if not isinstance(number, (int, float, type(None))) or isinstance(number, bool):
+            hint = "; a tensor's gradient would be lost" if isinstance(number, Tensor) else ""
+            raise DistattnError(f"{name} is a number, not a {type(number).__name__}{hint}.")
     scale = 1.0 / math.sqrt(q_THD.shape[-1] or 1) if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale is a positive number, not {scale}.")
+    softcap = softcap or 0.0
     if not 0 <= softcap < math.inf:
         raise DistattnError(f"softcap is a positive number, or 0 for none, not {softcap}.")
     if dropout:

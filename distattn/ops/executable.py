@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
+from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError, PlanError
 from distattn.ir.plan import Call, Plan
 from distattn.kernels.registry import Kernel, choose_kernel, kernel_preparer, load_kernel
@@ -133,6 +134,7 @@ EXECUTABLES = ExecutableCache()
 _SINGLE_RANK = SingleRankTransport()
 
 
+@checked
 def prepare(
     plan: Plan,
     group: dist.ProcessGroup | None = None,
@@ -154,7 +156,10 @@ def prepare(
     without asking the others.
     """
     rank, group = _membership(plan, group)
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise DistattnError(f"there is no device {device!r}; write cpu, cuda or cuda:0.") from None
     refusal = program = key = None
     try:
         key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)

@@ -258,7 +258,8 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
             except SystemExit:
                 section, name = key.split(".")
                 wanted = get_type_hints(type(getattr(config, section)))[name]
-                given = " ".join(overrides[begin + 1 : end]) or "nothing"
+                inline = overrides[begin].partition("=")[2]
+                given = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]]) or "nothing"
                 raise DistattnError(
                     f"command line: {key}: {given!r} is not {getattr(wanted, '__name__', wanted)}."
                 ) from None

@@ -13,6 +13,7 @@ import numpy as np
 
 from distattn.cluster.spec import AnyCluster
 from distattn.cluster.topology import Cluster
+from distattn.ir.arguments import checked
 from distattn.ir.bands import Q0, Q1, row_key_ranges
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
@@ -113,6 +114,7 @@ class Explanation:
         return draw_score_matrix(self.plan)
 
 
+@checked
 def explain(plan: Plan, cluster: AnyCluster | None = None) -> Explanation:
     """Prove a plan and show it; `cluster` says which ranks share a node, all of them by default.
 

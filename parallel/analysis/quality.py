@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from distattn.cluster.spec import AnyCluster, ClusterSpec
+from distattn.ir.arguments import checked
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import TASK_COLUMNS, Payload, Plan, make_columns, move_bytes, select_rows, task_areas
 from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
@@ -42,6 +43,7 @@ class PassStats:
         )
 
 
+@checked
 def quality(plan: Plan, cluster: AnyCluster | None = None) -> dict[str, PassStats]:
     """Statistics of both passes, by direction ("forward", "backward")."""
     return {name: _pass_stats(plan, name, cluster) for name in ("forward", "backward")}

@@ -24,6 +24,7 @@ from distattn.cluster.cost import (
     tiled_area,
 )
 from distattn.cluster.spec import DIRECTIONS, AnyCluster, ClusterSpec, resolve_cluster
+from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import REDUCED_PAYLOADS, Call, Plan, Table, move_bytes, num_rows, task_areas, task_bands
 from distattn.parallel.analysis.timeline import PassTimeline, Timeline
@@ -32,6 +33,7 @@ from distattn.parallel.analysis.verify import Proof, verify
 Numbers = np.ndarray
 
 
+@checked
 def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None = None) -> Timeline:
     """Time one attention call, forward and backward, on a ClusterSpec, or on what `distattn.cluster.spec.load` takes.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distattn.ir.arguments import checked
 from distattn.ir.bands import K0, K1, Q0, Q1, areas, tighten
 from distattn.ir.errors import PlanError
 from distattn.ir.intervals import Ints, expand_ranges, sorted_unique
@@ -47,6 +48,7 @@ class Proof:
     kept: Ints
 
 
+@checked
 def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
     """Prove a plan, or raise PlanError naming the first offending row (numbered within its canonical table).
 

@@ -99,7 +99,7 @@ def test_positions_restart_and_targets_cross_shards_but_not_documents():
     ("make", "sentence"),
     [
         (lambda: Layout.contiguous([4], 0), "at least 1 rank"),
-        (lambda: Layout.contiguous([4], 1.5), "whole numbers"),
+        (lambda: Layout.contiguous([4], 1.5), "ranks is a whole number, not 1.5"),
         (lambda: Layout.from_chunks([4], [[(0, 2.5)], [(2.9, 4)]]), "whole numbers"),
         (lambda: Layout.from_chunks([4], []), "at least 1 rank"),
         (lambda: Layout.zigzag([4, 0], 2), "document 1 has length 0"),

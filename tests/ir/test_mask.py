@@ -143,7 +143,7 @@ def test_constructors_mean_what_their_docstrings_say():
         (lambda: Mask.documents([2], document_mask="sideways"), "document_mask is"),
         (lambda: Mask.documents([2], document_mask=None), "document_mask is"),
         (lambda: Mask.documents([2**63 - 1, 2**63 - 1, 6]), "at most"),
-        (lambda: Mask.sliding_window(10, 2.7), "whole numbers"),
+        (lambda: Mask.sliding_window(10, 2.7), "left is a whole number, not 2.7"),
         (lambda: Mask.from_pieces([[0, 4.9, 0, 4, -1.9, 0.5]]), "whole numbers"),
         (lambda: Mask.from_pieces([[0, 4, 0, 4, -9, 9, 1, 1, -(1 << 63), 0]]), "origin"),
         (lambda: Mask.sliding_window(8, -1), "window reaches"),

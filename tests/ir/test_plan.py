@@ -94,7 +94,7 @@ def test_strategies_are_pure_functions():
         (dict(strategy="star"), "strategy 'star' does not exist; there are ring"),
         (dict(backward="never"), "policy 'never'"),
         (dict(dtype="int8"), "dtype 'int8'"),
-        (dict(heads=2.5, kv_heads=2.5), "heads: whole numbers"),
+        (dict(heads=2.5, kv_heads=2.5), "heads is a whole number, not 2.5"),
         (dict(heads=1 << 20, kv_heads=1), "heads is 1 to"),
         (dict(heads=7), "7 query heads do not divide among 2"),
         (dict(head_dim=0), "head_dim is 1 to 16384, not 0"),

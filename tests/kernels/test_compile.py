@@ -9,7 +9,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-pytestmark = pytest.mark.sampled(9)
+pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[2]
 BUDGETS = ROOT / "benchmarks" / "budgets"
 

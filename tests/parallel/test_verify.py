@@ -72,6 +72,7 @@ def mutate(plan: Plan, rng: random.Random) -> tuple[Plan, bool] | None:
     return Plan(plan.call, **tables, policy=plan.policy), what in ("step", "rank", "src", "dst")
 
 
+@pytest.mark.full
 def test_mutated_plans_are_refused_or_harmless():
     rng = random.Random(7)
     plans = list(small_plans((None, "keep", "refetch-home", "refetch-follow")))
