@@ -111,11 +111,15 @@ def _mesh(names: dict[str, Any]) -> None:
     names |= dict(init_device_mesh=init_device_mesh, replicas=1, degree=1, batch=tiny_batch())
 
 
+def _own_model(names: dict[str, Any]) -> None:
+    names |= dict(torch=torch)
+
+
 SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "concepts.md": [_plan, _cluster],
     "dynamic-context-parallelism.md": [_model, _schedule],
     "planning-a-cluster.md": [_cluster],
-    "trainers.md": [_model, _model, _mesh, None],
+    "trainers.md": [_model, _model, _mesh, _own_model, None],
     "training.md": [_loop],
 }
 # what is made small, or runs on one CPU rank, where the page has more

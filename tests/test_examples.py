@@ -32,6 +32,7 @@ RUNS = {
         [(2, []), (4, []), (4, ["--replicas", "2"]), (2, SHARED), (4, SHARED)],
         1e-9,
     ),
+    "own_model": ("own_model", [], [(2, []), (4, []), (2, SHARED)], 1e-4),
     "hf_trainer": ("hf_trainer", [], [(2, []), (4, [])], 1e-4),
     "hf_trainer, shared": ("hf_trainer", [], [(2, SHARED), (4, SHARED)], 1e-4),
     # transformers logs losses in fp32

@@ -116,6 +116,7 @@ class ProbeTarget:
             raise DistattnError("DeepSpeed's expert parallelism reduces experts over groups of its own; not supported.")
         self.engine, self._output_layer, self._scale_wrt_gas = engine, output_layer, scale_wrt_gas
         self._forward = forward or (lambda batch: _forward(engine, batch))
+        self.micro_batches_per_step = engine.gradient_accumulation_steps() if scale_wrt_gas else None
 
     def layer(self) -> torch.nn.Module:
         """The output layer, or another one where that is frozen."""

@@ -300,6 +300,7 @@ class ProbeTarget:
     def __init__(self, chunks: list[Any], micro_batches: int = 1):
         self.chunks, self.micro_batches = chunks, micro_batches
         self.config = get_model_config(chunks[0])
+        self.micro_batches_per_step = None if self.config.calculate_per_token_loss else micro_batches
         self._last = unwrapped(chunks[-1])
         for chunk in chunks:
             check_rotary(chunk)

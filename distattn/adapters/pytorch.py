@@ -13,6 +13,7 @@ for micro_batches in cp.steps(loader):
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,9 @@ from distattn.batch.planner import LocalBatch
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
+
+# as models of one's own call the layer that makes logits
+_OUTPUT_LAYERS = ("lm_head", "head", "output", "unembedding")
 
 
 def context_parallel(mesh: DeviceMesh, dim: str = "cp", **settings: Any) -> ContextParallel:
@@ -63,8 +67,13 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Logits (1, T, V) of a transformers model, or one that is called alike, for a sharded batch."""
-    logits = model(**inputs(batch)).logits
+    """Logits (1, T, V) for a sharded batch: of a transformers model, or one of your own.
+
+    That takes those of input_ids, position_ids (both (1, T)) and context_parallel that it names, the last in any case, and
+    returns logits, or what has them as `logits`. Raises DistattnError where it takes no context_parallel.
+    """
+    out = model(**_accepted(unwrapped(model), inputs(batch)))
+    logits = out if isinstance(out, Tensor) else out.logits
     local = batch["context_parallel"]
     if isinstance(local, LocalBatch) and (unused := local.planner.overrides.unused):
         raise DistattnError(f"layers= names layer {min(unused)}, but the model has no attention layer of that number.")
@@ -74,6 +83,19 @@ def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
             'only. Models of transformers want attn_implementation="distattn", and attention layers.'
         )
     return logits
+
+
+def _accepted(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments those that a model's forward names; all where it takes any."""
+    names = inspect.signature(model.forward).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in names.values()):
+        return given
+    if "context_parallel" not in names:
+        raise DistattnError(
+            f"{type(model).__name__}.forward takes no context_parallel: have it take the batch's, and let its layers call "
+            "context_parallel.attention(q, k, v) of (tokens, heads, dim)."
+        )
+    return {name: value for name, value in given.items() if name in names}
 
 
 def local_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -164,9 +186,14 @@ def unwrapped(model: Any) -> Any:
 
 
 def output_layer_of(model: torch.nn.Module) -> torch.nn.Module:
-    """The layer that makes logits, of a transformers model. Raises DistattnError where a model does not say."""
+    """The layer that makes logits: what transformers says, or a linear layer of a usual name.
+
+    Raises DistattnError where there is none.
+    """
     find = getattr(model, "get_output_embeddings", None)
     layer = find() if find is not None else None
+    named = (getattr(model, name, None) for name in _OUTPUT_LAYERS)
+    layer = layer or next((one for one in named if isinstance(one, torch.nn.Linear)), None)
     if layer is None:
         raise DistattnError(f"{type(model).__name__} does not say which layer makes its logits; give output_layer=.")
     return layer

@@ -85,11 +85,12 @@ def tokens_digest(micro_batches: Sequence[PackedBatch]) -> str:
 
 
 def _whole_numbers(batch: Mapping[str, Any], name: str) -> Tensor:
-    """A tensor of the batch. Raises DistattnError for what is none, or not of whole numbers (a mask may be of booleans)."""
+    """A tensor of the batch. Raises DistattnError for what is none, or not of whole numbers."""
     value = batch[name]
     if not isinstance(value, Tensor):
         raise DistattnError(f"{name} is a {type(value).__name__}; a tensor is wanted.")
-    if value.is_floating_point() or value.is_complex() or (value.dtype == torch.bool and name != "attention_mask"):
+    # of a mask only the values matter, which are 0 and 1
+    if name != "attention_mask" and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
         raise DistattnError(f"{name} is {str(value.dtype)[6:]}; whole numbers are wanted, such as int64.")
     return value
 

@@ -10,6 +10,7 @@ attention is shared over all of them); everything else is said alike in both.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -99,6 +100,8 @@ class ContextParallel:
         self.speeds = RankSpeeds(self.config.adaptive, self.ranks) if self.config.adaptive else None
         # by which a trainer's losses are to be multiplied, so that its gradients are sums over ranks
         self._factor = 1.0
+        # whether it was measured; how many micro-batches the trainer says that a step has, where it depends on that
+        self._probed, self._micro_batches = False, None
         self._device = torch.device("cpu")
         # steps whose batches may be used; those of shard_step, oldest first
         self._live: set[int] = set()
@@ -181,8 +184,11 @@ class ContextParallel:
                     "loss_scale takes the ProbeTarget of your trainer's adapter, such as "
                     f"distattn.adapters.pytorch.ProbeTarget(model), not a {type(target).__name__}."
                 )
+            # the probe's own step has one micro-batch
+            self._probed, self._micro_batches = True, None
             found = self.reduction(target)
             self._factor = 1.0 if found is None else found.factor
+            self._micro_batches = getattr(target, "micro_batches_per_step", None)
         return self._factor
 
     def reduction(self, target: GradientProbeTarget) -> Reduction | None:
@@ -400,12 +406,30 @@ class ContextParallel:
         return made, made
 
     def _local_batches(self, packed: Sequence[PackedBatch], step: GatheredStep) -> list[dict[str, Any]]:
+        self._check_scale(len(step.made))
         scale, out = self.loss_scale_of(step), []
         for index, batch in enumerate(step.made):
             part = self.local_shard(packed[index] if index < len(packed) else None)
             batch.positions = part["position_ids"]
             out.append({**part, "loss_scale": scale, "context_parallel": batch})
         return out
+
+    def _check_scale(self, micro_batches: int) -> None:
+        """Refuse a step of other micro-batches than the scale is for; warn once where nobody has asked for the scale."""
+        if self._micro_batches not in (None, micro_batches):
+            raise DistattnError(
+                f"this step has {micro_batches} micro-batches, but the trainer accumulates {self._micro_batches}: its gradients "
+                "would be off by that factor. Give shard_step as many as the trainer accumulates."
+            )
+        if self._probed or self.loss_group is None or dist.get_world_size(self.loss_group) == 1:
+            return
+        self._probed = True
+        if self._table.rank == 0:
+            warnings.warn(
+                "ContextParallel.loss_scale(target) was not called, so gradients are right only if they are summed over the "
+                "ranks. Most trainers average them: call cp.loss_scale(...ProbeTarget(...)) once, before the first step.",
+                stacklevel=2,
+            )
 
     def _probe_batch(self, ranks: int, rows: int, device: torch.device) -> dict[str, Any]:
         """A batch of two tokens a rank for the probe; its token ids are none of 0 to ranks - 1."""

@@ -31,7 +31,10 @@ _ROWS = 16
 
 @runtime_checkable
 class GradientProbeTarget(Protocol):
-    """What the probe asks of a trainer; `distattn.adapters` has one target for each."""
+    """What the probe asks of a trainer; `distattn.adapters` has one target for each.
+
+    It may also have a number micro_batches_per_step: the trainer divides by it, and steps of others are refused.
+    """
 
     def layer(self) -> torch.nn.Module | None:
         """The linear layer that makes logits, or another one that is trained. None on ranks without, which take part."""

@@ -107,10 +107,10 @@ def _fits(value: Any, hint: Any) -> bool:
             arguments[0] in _LEFT or all(_fits(one, arguments[0]) for one in value)
         )
     if origin in (Mapping, dict):
-        return isinstance(value, Mapping) and all(_fits(key, arguments[0]) for key in value)
+        return isinstance(value, Mapping)
     if origin is not None or not isinstance(hint, type):
         return not isinstance(origin, type) or isinstance(value, origin)
-    return isinstance(value, hint) or bool(getattr(hint, "_is_protocol", False))
+    return isinstance(value, hint)
 
 
 def _described(hint: Any) -> str:

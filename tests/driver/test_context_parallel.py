@@ -113,7 +113,7 @@ def test_replicas_share_a_scale():
         (lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.zeros(4)}), "batch, tokens"),
         (
             lambda: da.ContextParallel(strategy="ring").shard(
-                {"input_ids": torch.zeros(1, 4), "document_lengths": [3]}
+                {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "document_lengths": [3]}
             ),
             "add up to 3 tokens, input_ids has 4",
         ),

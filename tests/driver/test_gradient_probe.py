@@ -1,6 +1,7 @@
 """Whatever a trainer does to gradients, losses are scaled so that they come out as one process has them."""
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -251,3 +252,46 @@ def test_one_rank_needs_no_factor():
         cp.loss_scale(pytorch.ProbeTarget(torch.nn.Identity()))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert IGNORE_INDEX in cp.shard(small.micro_batch([4]))["labels"]
+
+
+def _not_probed(rank):
+    """What is said in three steps of a trainer whose scale nobody has measured, and in one of another."""
+    cp = ContextParallel(strategy="ring", kernel="reference")
+    batch = {"input_ids": torch.arange(8)[None]}
+    with warnings.catch_warnings(record=True) as first:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            cp.shard(batch)
+    measured = ContextParallel(strategy="ring", kernel="reference")
+    model = small.build()
+    with warnings.catch_warnings(record=True) as second:
+        warnings.simplefilter("always")
+        measured.loss_scale(pytorch.ProbeTarget(model, reduce=lambda: _sum(model)))
+        measured.shard(batch)
+    return [str(one.message) for one in first], [one for one in second if "loss_scale" in str(one.message)]
+
+
+def test_a_scale_that_nobody_asked_for_is_said_once():
+    (said, silent), others = run_on_ranks(2, _not_probed)
+    assert len(said) == 1 and "loss_scale(target) was not called" in said[0] and not silent
+    assert others == ([], [])
+
+
+def _other_counts(rank):
+    """A trainer that accumulates four micro-batches, and steps of two."""
+    cp = ContextParallel(strategy="ring", kernel="reference")
+    model = small.build()
+    target = pytorch.ProbeTarget(model, reduce=lambda: _sum(model))
+    target.micro_batches_per_step = 4
+    batch = {"input_ids": torch.arange(8)[None]}
+    for _ in range(2):
+        cp.loss_scale(target)
+        assert len(cp.shard_step([batch] * 4)) == 4
+    with pytest.raises(DistattnError) as error:
+        cp.shard_step([batch] * 2)
+    return str(error.value)
+
+
+def test_steps_of_other_micro_batches_than_the_trainer_accumulates_are_refused():
+    for sentence in run_on_ranks(2, _other_counts):
+        assert "this step has 2 micro-batches, but the trainer accumulates 4" in sentence

@@ -244,13 +244,14 @@ def test_patterns_are_what_their_formulas_say(name):
 
 
 def test_patterns_at_their_ends():
-    assert Mask.prefix_lm(9, 0) == Mask.causal(9) and Mask.prefix_lm(9, 90).dense().all()
+    assert Mask.prefix_lm(9, 0) == Mask.causal(9) and Mask.prefix_lm(9, 9).dense().all()
     assert Mask.global_sliding_window(9, 2, 0, 0).dense().tolist() == Mask.sliding_window(9, 2).dense().tolist()
     assert Mask.global_sliding_window(9, 2, 0, 50).dense().all()
     assert Mask.sliding_window(9, 2, sink_tokens=50).dense().tolist() == Mask.causal(9).dense().tolist()
     assert Mask.shared_question([4]) == Mask.causal(4) == Mask.causal_blockwise([4])
     for wrong in (
         lambda: Mask.prefix_lm(9, -1),
+        lambda: Mask.prefix_lm(9, 10),
         lambda: Mask.prefix_lm_documents([3, 4], [1, 2, 3]),
         lambda: Mask.block_causal(9, 0),
         lambda: Mask.global_sliding_window(9, -1, 0, 1),
