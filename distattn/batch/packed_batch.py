@@ -19,6 +19,8 @@ from distattn.ir.layout import LAYOUTS, Layout, make_layout
 from distattn.ir.mask import Mask
 
 IGNORE_INDEX = -100
+# what transformers' collators add with return_flash_attn_kwargs
+_FLASH_KEYS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 KEYS = ("input_ids", "labels", "shift_labels", "document_lengths", "position_ids", "attention_mask")
 
 
@@ -98,7 +100,13 @@ def _whole_numbers(batch: Mapping[str, Any], name: str) -> Tensor:
 def _check_keys(batch: Any) -> None:
     if not isinstance(batch, Mapping):
         raise DistattnError(f"a batch is a mapping with input_ids, not a {type(batch).__name__}.")
-    if unknown := batch.keys() - KEYS:
+    unknown = batch.keys() - KEYS
+    if unknown & _FLASH_KEYS:
+        raise DistattnError(
+            f"batch has {', '.join(sorted(unknown & _FLASH_KEYS))}, which are for another attention: leave "
+            "return_flash_attn_kwargs out of the collator; position_ids say where documents begin."
+        )
+    if unknown:
         raise DistattnError(f"batch has {', '.join(sorted(map(str, unknown)))}; shard knows {', '.join(KEYS)}.")
     if batch.get("input_ids") is None:
         raise DistattnError("batch has no input_ids; give token ids (batch, tokens).")

@@ -113,6 +113,20 @@ def test_replicas_share_a_scale():
         (lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.zeros(4)}), "batch, tokens"),
         (
             lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "cu_seq_lens_q": torch.tensor([0, 4])}
+            ),
+            "leave return_flash_attn_kwargs out of the collator",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.zeros(1, 4)}),
+            "input_ids is float32; whole numbers are wanted",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.tensor([[1, -4]])}),
+            "input_ids has -4; token ids count from 0",
+        ),
+        (
+            lambda: da.ContextParallel(strategy="ring").shard(
                 {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "document_lengths": [3]}
             ),
             "add up to 3 tokens, input_ids has 4",
@@ -136,7 +150,9 @@ def test_replicas_share_a_scale():
             "document_lengths and an attention_mask with padding",
         ),
         (
-            lambda: da.ContextParallel(strategy="ring").shard({"input_ids": IDS, "position_ids": torch.zeros(3, 1, 3)}),
+            lambda: da.ContextParallel(strategy="ring").shard(
+                {"input_ids": IDS, "position_ids": torch.zeros(3, 1, 3, dtype=torch.int64)}
+            ),
             "multimodal RoPE",
         ),
         (
