@@ -110,7 +110,7 @@ def test_replicas_share_a_scale():
             lambda: da.ContextParallel(strategy="ring", layout="spiral"),
             "layout 'spiral' does not exist; there are contiguous",
         ),
-        (lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.zeros(4)}), "batch, tokens"),
+        (lambda: da.ContextParallel(strategy="ring").shard({"input_ids": torch.arange(4)}), "batch, tokens"),
         (
             lambda: da.ContextParallel(strategy="ring").shard(
                 {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "cu_seq_lens_q": torch.tensor([0, 4])}
