@@ -25,8 +25,8 @@ from distattn.planning.compare_strategies import (
     comparison_table,
     parse_document_lengths,
     truncate_documents,
-    write_comparison_page,
 )
+from distattn.planning.comparison_page import write_comparison_page
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
@@ -191,7 +191,7 @@ def _write_files(
 ) -> None:
     """Write the page and the fastest strategy's trace, where they are asked for."""
     if given.html:
-        write_comparison_page(Path(given.html), found, request, cluster)
+        write_comparison_page(Path(given.html), found, str(request))
     if given.perfetto:
         timelines = [one for one in found.values() if not isinstance(one, str)]
         fastest = min(timelines, key=lambda one: one.forward.seconds + one.backward.seconds)

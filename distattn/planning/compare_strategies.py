@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
-from distattn.parallel.analysis.explain import explain
 from distattn.parallel.analysis.simulate import simulate
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config import Config
@@ -21,19 +19,6 @@ from distattn.training.plan_settings import PlanSettings
 
 # what a plan can be made of in reasonable time and numbers of 64 bits
 _MOST_DOCUMENTS, _MOST_TOKENS = 1_000_000, 1 << 40
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>distattn plan</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; line-height: 1.35; }}
-img {{ max-width: 100%; height: auto; }}
-</style></head><body>
-<h1>{title}</h1>
-<p>Every time on this page is simulated, from the numbers in the description of the cluster.</p>
-<pre>{table}</pre>
-{parts}
-</body></html>
-"""
 
 
 @dataclass(frozen=True)
@@ -133,23 +118,6 @@ def comparison_json(found: dict[str, Timeline | str], request: PlanRequest) -> s
     ]
     shape = {"tokens": sum(request.lengths), "documents": len(request.lengths), "ranks": request.settings.ranks}
     return json.dumps(shape | {"candidates": rows})
-
-
-def write_comparison_page(
-    path: Path, found: dict[str, Timeline | str], request: PlanRequest, cluster: ClusterSpec
-) -> None:
-    """Write one HTML file with the table and, for each strategy, its timeline and the coloured score matrix."""
-    parts = []
-    for name, one in found.items():
-        if isinstance(one, Timeline):
-            shown = explain(one.plan, cluster).html()
-            parts.append(f"<h2>{html.escape(name)}</h2>\n{one.html()}\n{shown}")
-    title = html.escape(str(request))
-    text = _PAGE.format(title=title, table=html.escape(comparison_table(found, cluster)), parts="\n".join(parts))
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise DistattnError(f"--html: {path} cannot be written: {error.strerror}.") from None
 
 
 def parse_document_lengths(given: str) -> list[int]:

@@ -32,8 +32,13 @@ def test_numbers_a_page_and_a_trace(capsys, tmp_path):
     rows = json.loads(out)["candidates"]
     assert code == 0 and [row["strategy"] for row in rows] == ["usp", "ring"] and all(row["simulated"] for row in rows)
     text = page.read_text()
-    # a timeline and a score matrix each
-    assert text.count("data:image/png;base64,") == 4 and "simulated" in text and 'src="http' not in text
+    # a score matrix each; time is drawn by the page itself
+    assert (
+        text.count("data:image/png;base64,") == 2
+        and text.count("<canvas") == 4
+        and "simulated" in text
+        and 'src="http' not in text
+    )
     assert json.loads(trace.read_text())["traceEvents"]
 
 

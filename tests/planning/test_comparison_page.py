@@ -1,0 +1,106 @@
+"""The page of `distattn plan --html`, in a real browser where there is one."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from waiting import LIMIT_SECONDS
+
+import distattn as da
+from distattn.cluster import spec
+from distattn.planning.compare_strategies import PlanRequest, compare_strategies
+from distattn.planning.comparison_page import comparison_page, write_comparison_page
+from distattn.training.plan_settings import PlanSettings
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def page():
+    cluster = spec.load("h200-2x2", None)
+    settings = PlanSettings(ranks=4, heads=2, kv_heads=2, head_dim=64, dtype="bfloat16")
+    request = PlanRequest(((9000, 500, 7000),), settings)
+    found = compare_strategies(request, ["ring", "ulysses", "usp"], cluster)
+    assert isinstance(found["ulysses"], str)
+    return comparison_page({**found, "<b>": "refused </script><script>"}, str(request))
+
+
+def test_it_is_offline_the_fastest_is_first_and_refusals_are_said(page):
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page) and "http" not in page.replace("http-equiv", "")
+    names = re.findall(r'<div class="bar(?: best)?"><b>(\w+)</b>', page)
+    seconds = [sum(map(float, re.findall(r"</div>([\d.]+) ms", part))) for part in page.split('<div class="bar')[1:]]
+    assert sorted(names) == ["ring", "usp"] and seconds == sorted(seconds)
+    assert re.search(r"<b>ulysses</b> is refused: .*heads.*</p>", page)
+    # nothing that a name holds is taken for the page's own
+    assert "<b>&lt;b&gt;</b> is refused: refused &lt;/script&gt;" in page
+    for word in ("kernels", "waiting", "idle", "balance", "across nodes", "buffers", "step"):
+        assert f"<dt>{word}</dt>" in page
+
+
+def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path):
+    settings = PlanSettings(ranks=2, heads=2, kv_heads=2, head_dim=8, dtype="float32")
+    found = compare_strategies(PlanRequest(((64,),), settings), ["ring"], spec.load("h200-1x2", None))
+    with pytest.raises(da.DistattnError, match="cannot be written"):
+        write_comparison_page(tmp_path / "none" / "x.html", found, "a call")
+
+
+# what a person does, and what the page says then
+SCRIPT = """<script>
+addEventListener("error", event => document.body.dataset.error = event.message);
+requestAnimationFrame(() => {
+  const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect(), tip = canvas.nextElementSibling;
+  const point = (x, y) => canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + x, clientY: box.top + y}));
+  const pixels = () => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  const ink = () => pixels().filter((x, i) => i % 4 === 3 && x).length;
+  const said = {drawn: ink() > 500};
+  point(60, 8); said.first = tip.textContent;
+  canvas.previousElementSibling.querySelector("[data-zoom='0.5']").click(); point(60, 8); said.zoomed = tip.textContent;
+  const first = canvas.previousElementSibling.querySelector("[data-first]");
+  first.value = 3; first.dispatchEvent(new Event("input"));
+  point(60, 8); said.ranks = tip.textContent;
+  const tabs = document.querySelectorAll("[role=tab]"); tabs[1].click();
+  said.panels = [...document.querySelectorAll("[role=tabpanel]")].map(panel => panel.hidden);
+  tabs[1].dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+  said.back = [...document.querySelectorAll("[role=tabpanel]")].map(panel => panel.hidden);
+  said.cut = document.documentElement.scrollWidth > innerWidth;
+  said.error = document.body.dataset.error || "";
+  document.body.dataset.said = JSON.stringify(said);
+});
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_person_sees_points_zooms_and_chooses(page, tmp_path, width):
+    file = tmp_path / "page.html"
+    file.write_text(page.replace("</body>", f"{SCRIPT}</body>"))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    flags += [
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path}/profile",
+        f"--window-size={width},900",
+    ]
+    done = subprocess.run(
+        [BROWSER, *flags, "--virtual-time-budget=5000", "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
+    said = json.loads(html.unescape(re.search(r'data-said="([^"]*)"', done.stdout)[1]))
+    assert said["drawn"] and not said["error"] and not said["cut"], said
+    assert (
+        re.match(r"rank 0, step \d+: begins at .*kernels .*tasks.*messages", said["first"]) or "idle" in said["first"]
+    ), said
+    assert said["zoomed"] != said["first"] and said["ranks"].startswith("rank 3,"), said
+    assert said["panels"] == [True, False] and said["back"] == [False, True], said
