@@ -50,7 +50,7 @@ def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path):
 # what a person does, and what the page says then
 SCRIPT = """<script>
 addEventListener("error", event => document.body.dataset.error = event.message);
-requestAnimationFrame(() => {
+{
   const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect(), tip = canvas.nextElementSibling;
   const point = (x, y) => canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + x, clientY: box.top + y}));
   const pixels = () => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
@@ -68,7 +68,7 @@ requestAnimationFrame(() => {
   said.cut = document.documentElement.scrollWidth > innerWidth;
   said.error = document.body.dataset.error || "";
   document.body.dataset.said = JSON.stringify(said);
-});
+}
 </script>"""
 
 
@@ -97,6 +97,7 @@ def test_a_person_sees_points_zooms_and_chooses(page, tmp_path, width):
         text=True,
         timeout=LIMIT_SECONDS,
     )
+    assert "data-said" in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
     said = json.loads(html.unescape(re.search(r'data-said="([^"]*)"', done.stdout)[1]))
     assert said["drawn"] and not said["error"] and not said["cut"], said
     assert (
