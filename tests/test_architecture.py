@@ -191,7 +191,8 @@ def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
     wanted = {str(Path(*module.split(".")).with_suffix(".py")) for module in modules().values()}
     wanted |= {
         f"distattn/{file}" for file in tracked("configs/*.toml", "cluster/descriptions/*.toml", "launch/templates/*.j2")
-    } | {"distattn/py.typed"}
+    }
+    wanted |= {"distattn/py.typed", *tracked("distattn/planning/templates/*.j2")}
     (wheel,) = tmp_path.glob("*.whl")
     members = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert members == wanted

@@ -179,10 +179,12 @@ _forward = forward
 
 
 def unwrapped(model: Any) -> Any:
-    """The module inside DDP, a DeepSpeed engine or Megatron's wrappers."""
-    while isinstance(getattr(model, "module", None), torch.nn.Module):
-        model = model.module
-    return model
+    """The module inside torch.compile, DDP, a DeepSpeed engine or Megatron's wrappers."""
+    while True:
+        inside = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inside, torch.nn.Module):
+            return model
+        model = inside
 
 
 def output_layer_of(model: torch.nn.Module) -> torch.nn.Module:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distattn.batch.health import HealthMonitor, default_store
+from distattn.batch.health import HealthMonitor
+from distattn.parallel.runtime.attendance import default_store
 
 # a control message, padded: gloo's receiver has to know the size beforehand
 _MESSAGE_BYTES = 2048

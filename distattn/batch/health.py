@@ -10,7 +10,6 @@ Nothing is written to the store while all is well.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import time
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from distattn.ir.errors import LostRankError
+from distattn.parallel.runtime.attendance import ask_store, default_store
 
 Result = TypeVar("Result")
 # seconds between two looks for a question
@@ -86,17 +86,7 @@ class HealthMonitor:
             return LostRankError(self._verdict)
 
     def _with_store(self, work: Callable[[], Result]) -> Result | None:
-        """What `work` returns; None where the store does not answer. PyTorch's own calls would wait for it for ever."""
-        found: list[Result] = []
-
-        def attempt() -> None:
-            with contextlib.suppress(RuntimeError):
-                found.append(work())
-
-        thread = threading.Thread(target=attempt, daemon=True, name="distattn-health-question")
-        thread.start()
-        thread.join(self.asking + 8 * _POLL)
-        return found[0] if found else None
+        return ask_store(work, self.asking + 8 * _POLL)
 
     def check_alive(self, rank: int, what: str) -> None:
         """Ask whether a rank that has been silent for long still lives. Raises LostRankError where one does not."""
@@ -192,11 +182,6 @@ class HealthMonitor:
                 break
             time.sleep(0.05)
         return found
-
-
-def default_store() -> dist.Store:
-    """The store of the default process group, which PyTorch offers under a private name only."""
-    return dist.distributed_c10d._get_default_store()
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from distattn.batch.layer_overrides import LayerOverride, LayerOverrides, apply_window
 from distattn.batch.packed_batch import checked_layout_options, padded
-from distattn.cluster.spec import AnyCluster
+from distattn.cluster.spec import AnyCluster, resolve_cluster
 from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.plan import Plan
+from distattn.ir.plan import Plan, dtype_name
 from distattn.kernels.registry import load_kernel
 from distattn.ops.attention import attention, autocast_inputs
 from distattn.ops.executable import (
@@ -58,8 +59,8 @@ class PlannerConfig:
     layers: Mapping[int | str, Mapping[str, Any]] | None = None
     kernel: str | None = None
     backward: str | None = None
-    comm_dtype: str | None = None
-    cluster: AnyCluster | None = None
+    comm_dtype: Any = None
+    cluster: AnyCluster | str | Path | None = None
     options: Mapping[str, object] | None = None
     max_buffer_bytes: int | None = None
     verify_every: int = 1
@@ -67,6 +68,9 @@ class PlannerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        # compared between ranks by value
+        object.__setattr__(self, "cluster", resolve_cluster(self.cluster))
+        object.__setattr__(self, "comm_dtype", dtype_name(self.comm_dtype) or None)
         check_names(self.strategy, self.backward, self.options)
         checked_layout_options(self.layout, self.layout_options, self.document_mask)
         if self.kernel is not None:

@@ -68,7 +68,7 @@ def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
         if len(documents) + size / max_document_tokens > _MOST_DOCUMENTS:
             raise DistattnError(
                 f"data.max_document_tokens: documents of {max_document_tokens} tokens would be more than {_MOST_DOCUMENTS:,}; "
-                "make them longer, or name fewer files."
+                "make them longer, or name fewer (or larger) files."
             )
         documents += [
             Document(file, start, min(start + max_document_tokens, size))
@@ -182,7 +182,10 @@ def _looks_binary(file: str) -> bool:
     """Whether a file begins with bytes that no text has, whatever its encoding: text in another one than UTF-8 is refused."""
     try:
         with open(file, "rb") as opened:
-            return b"\0" in opened.read(_FIRST_BYTES)
+            first = opened.read(_FIRST_BYTES)
+            return b"\0" in first and not first.startswith(
+                (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+            )
     except OSError as error:
         raise DistattnError(f"data.path: {file} cannot be read: {error.strerror}.") from None
 

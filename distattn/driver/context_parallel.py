@@ -10,7 +10,7 @@ attention is shared over all of them); everything else is said alike in both.
 from __future__ import annotations
 
 import contextlib
-import warnings
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -36,6 +36,7 @@ from distattn.ir.plan import Plan
 from distattn.parallel.runtime.transport import timeout_of
 
 Result = TypeVar("Result")
+_LOG = logging.getLogger("distattn")
 # batches of one step are numbered from a multiple of this
 _BATCHES_PER_STEP = 1 << 20
 # steps of shard_step whose batches may still be used where ranks serve: one that runs, one that is sharded ahead
@@ -135,12 +136,16 @@ class ContextParallel:
         ranks may have unequally many micro-batches: all get as many as the rank with most, the others' being padding. With
         servers, a step's batches are used before the next but one is sharded.
         """
-        if not isinstance(micro_batches, (list, tuple)):
+        try:
+            given = None if isinstance(micro_batches, (Mapping, str, torch.Tensor)) else list(micro_batches)
+        except TypeError:
+            given = None
+        if given is None:
             raise DistattnError(
                 "shard_step takes a list of batches, the micro-batches of a step (shard takes one batch), not a "
                 f"{type(micro_batches).__name__}."
             )
-        packed = [PackedBatch.of(batch) for batch in micro_batches]
+        packed = [PackedBatch.of(batch) for batch in given]
         if not packed and self.config.data == "replicated":
             raise DistattnError("a step has at least one micro-batch.")
         number, future = self._announce(packed, self._batches_of_step, None)
@@ -184,8 +189,6 @@ class ContextParallel:
                     "loss_scale takes the ProbeTarget of your trainer's adapter, such as "
                     f"distattn.adapters.pytorch.ProbeTarget(model), not a {type(target).__name__}."
                 )
-            # the probe's own step has one micro-batch
-            self._probed, self._micro_batches = True, None
             found = self.reduction(target)
             self._factor = 1.0 if found is None else found.factor
             self._micro_batches = getattr(target, "micro_batches_per_step", None)
@@ -193,7 +196,12 @@ class ContextParallel:
 
     def reduction(self, target: GradientProbeTarget) -> Reduction | None:
         """How a trainer reduces gradients over the loss group; None on ranks without an output layer. See `loss_scale`."""
-        return probe(target, self._probe_batch, self.loss_group)
+        # the probe's own step has one micro-batch
+        wanted, self._micro_batches, self._probed = self._micro_batches, None, True
+        try:
+            return probe(target, self._probe_batch, self.loss_group)
+        finally:
+            self._micro_batches = wanted
 
     def mean_loss(self, losses: Sequence[torch.Tensor]) -> float:
         """The loss per token of a step, for people: this rank's losses of all its micro-batches, summed over the loss group.
@@ -415,20 +423,23 @@ class ContextParallel:
         return out
 
     def _check_scale(self, micro_batches: int) -> None:
-        """Refuse a step of other micro-batches than the scale is for; warn once where nobody has asked for the scale."""
+        """Refuse a step of other micro-batches than the scale is for; say once where nobody has asked for the scale."""
+        if not torch.is_grad_enabled():
+            return
         if self._micro_batches not in (None, micro_batches):
             raise DistattnError(
                 f"this step has {micro_batches} micro-batches, but the trainer accumulates {self._micro_batches}: its gradients "
-                "would be off by that factor. Give shard_step as many as the trainer accumulates."
+                "would be off by that factor. Give shard_step as many as the trainer accumulates; shard batches for "
+                "evaluation under torch.no_grad()."
             )
         if self._probed or self.loss_group is None or dist.get_world_size(self.loss_group) == 1:
             return
         self._probed = True
         if self._table.rank == 0:
-            warnings.warn(
+            _LOG.warning(
                 "ContextParallel.loss_scale(target) was not called, so gradients are right only if they are summed over the "
-                "ranks. Most trainers average them: call cp.loss_scale(...ProbeTarget(...)) once, before the first step.",
-                stacklevel=2,
+                "ranks. Most trainers average them: call cp.loss_scale(...ProbeTarget(...)) once, before the first step; it "
+                "measures sums as well."
             )
 
     def _probe_batch(self, ranks: int, rows: int, device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -31,7 +31,8 @@ class OverlapSchedule:
     """
 
     def __init__(self, layers: Sequence[nn.Module]):
-        self.layers = list(layers) if isinstance(layers, (list, tuple, nn.ModuleList)) else []
+        named = isinstance(layers, (nn.Sequential, nn.ModuleList)) or not hasattr(layers, "ndim")
+        self.layers = list(layers) if isinstance(layers, Iterable) and named else []
         if not self.layers or not all(isinstance(layer, nn.Module) for layer in self.layers):
             raise DistattnError("an overlap schedule needs a list of at least one layer, each a module.")
         self.spans: list[Span] = []

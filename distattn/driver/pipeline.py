@@ -206,6 +206,12 @@ class _PipelineStep:
         if pipe.stage:
             hidden = self._received((1, local["input_ids"].shape[1], pipe.spec.hidden_size), -1).requires_grad_()
         out = self.stage(hidden, local)
+        if pipe.stage + 1 < pipe.stages:
+            wanted = (1, local["input_ids"].shape[1], pipe.spec.hidden_size)
+            if out.shape != wanted:
+                raise DistattnError(f"stage {pipe.stage} returned {tuple(out.shape)}, the next one is given {wanted}.")
+            # autocast may have left another one
+            out = out.to(pipe.spec.dtype)
         self.entered[number], self.left[number] = hidden, out
         if pipe.stage + 1 < pipe.stages:
             self._send(out.detach(), 1)

@@ -57,9 +57,15 @@ def checked(function: Function) -> Function:
 
 def check_fields(settings: Any) -> None:
     """The same for the fields of a dataclass, called in its __post_init__."""
-    hints = typing.get_type_hints(type(settings))
+    kind: Any = type(settings)
+    hints = _field_hints(kind)
     for field in fields(settings):
         _check(getattr(settings, field.name), hints[field.name], field.name)
+
+
+@functools.cache
+def _field_hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -87,12 +93,14 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Any or isinstance(hint, TypeVar):
         return True
     if origin is np.ndarray:
-        return isinstance(value, (np.ndarray, list, tuple))
+        return isinstance(value, (np.ndarray, list, tuple)) or hasattr(value, "__array__")
     if hint in (int, float):
         # true is no number, and tensors would lose their gradients
         wanted = Integral if hint is int else Real
         return isinstance(value, wanted) and not isinstance(value, (bool, np.bool_))
     if origin is tuple:
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
         if not isinstance(value, (tuple, list)):
             return False
         if arguments[1:] == (...,):
@@ -103,9 +111,9 @@ def _fits(value: Any, hint: Any) -> bool:
             return hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping))
         if origin is Iterable:
             return hasattr(value, "__iter__")
-        return isinstance(value, (list, tuple)) and (
-            arguments[0] in _LEFT or all(_fits(one, arguments[0]) for one in value)
-        )
+        if arguments[0] is Any or arguments[0] in _LEFT:
+            return isinstance(value, (list, tuple)) or (not isinstance(value, type) and getattr(value, "ndim", 0) > 0)
+        return isinstance(value, (list, tuple)) and all(_fits(one, arguments[0]) for one in value)
     if origin in (Mapping, dict):
         return isinstance(value, Mapping)
     if origin is not None or not isinstance(hint, type):
@@ -122,7 +130,7 @@ def _described(hint: Any) -> str:
         return f"({', '.join(_described(one) for one in arguments)})"
     kind = hint if origin is None else origin
     what = _KINDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
-    if kind in (Sequence, Iterable) and arguments:
+    if kind in (Sequence, Iterable) and arguments and arguments[0] is not Any:
         what += " of whole numbers" if arguments[0] is int else f" of {_described(arguments[0])}"
     return what
 

@@ -23,6 +23,8 @@ from distattn.ir.mask import Mask, document_ends
 _MAX_RANKS = 1 << 20
 # of `document_zigzag`: shorter chunks are worth it only where there are few tokens
 _MIN_CHUNK, _CHUNKS_OF_SHARE = 512, 64
+# planning takes longer with the square of their number: fewer of a rank's share where there are many ranks
+_CHUNKS, _LEAST_OF_SHARE = 512, 8
 # positions at which a chunk of `balanced` may end, per chunk; in between the work is taken as even
 _POSITIONS_PER_CHUNK = 32
 _WORK_WEIGHTS = (1, 2, 4, 8, 16)
@@ -83,11 +85,12 @@ class Layout:
         """Every document is cut into up to 2R chunks of at least `min_chunk` tokens, which ranks get in zigzag order.
 
         A document starts at the rank with fewest tokens so far (the lowest of equals), so that many short documents balance.
-        min_chunk: by default 512, or 1/64 of a rank's share of the tokens where that is less.
+        min_chunk: by default 512, or where ranks have few tokens 1/64 of a rank's share (of many ranks 1/8).
         """
         ends, _ = document_ends(lengths), _positive(ranks)
         if min_chunk is None:
-            min_chunk = max(1, min(_MIN_CHUNK, int(ends[-1]) // (_CHUNKS_OF_SHARE * ranks)))
+            chunks = min(_CHUNKS_OF_SHARE * ranks, max(_CHUNKS, _LEAST_OF_SHARE * ranks))
+            min_chunk = max(1, min(_MIN_CHUNK, int(ends[-1]) // chunks))
         if int(as_int64(min_chunk, "min_chunk")) < 1:
             raise DistattnError(f"min_chunk is at least 1 token, not {min_chunk}.")
         order = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -104,7 +105,7 @@ def attention(
         if given.dim() != 3:
             raise DistattnError(f"{name} has {given.dim()} dims; three are wanted: (tokens, heads, dim).")
     for name, number in (("scale", scale), ("softcap", softcap), ("dropout", dropout)):
-        if not isinstance(number, (int, float, type(None))) or isinstance(number, bool):
+        if not isinstance(number, (Real, type(None))) or isinstance(number, bool):
             hint = "; a tensor's gradient would be lost" if isinstance(number, Tensor) else ""
             raise DistattnError(f"{name} is a number, not a {type(number).__name__}{hint}.")
     scale = 1.0 / math.sqrt(q_THD.shape[-1] or 1) if scale is None else float(scale)

@@ -140,7 +140,7 @@ def prepare(
     group: dist.ProcessGroup | None = None,
     *,
     kernel: str | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | int = "cpu",
     max_buffer_bytes: int | None = None,
     proven: bool = True,
 ) -> Executable:
@@ -158,7 +158,7 @@ def prepare(
     rank, group = _membership(plan, group)
     try:
         device = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         raise DistattnError(f"there is no device {device!r}; write cpu, cuda or cuda:0.") from None
     refusal = program = key = None
     try:

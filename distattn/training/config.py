@@ -9,7 +9,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -209,6 +209,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if overrides:
         _check_overrides(config, overrides)
         changed = tyro.cli(Config, default=config, args=list(overrides))
+        named = any(re.match(r"--parallel\.min[_-]chunk(=|$)", word) for word in overrides)
+        if not named and changed.parallel.layout != config.parallel.layout:
+            # the file's belongs to the file's layout
+            changed = replace(changed, parallel=replace(changed.parallel, min_chunk=0))
         config = _validated("command line", asdict(changed))
     return config
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from distattn.ir.errors import LostRankError
@@ -14,6 +17,8 @@ from distattn.ir.errors import LostRankError
 Result = TypeVar("Result")
 # how often this rank has called, by group
 _CALLS: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
+# seconds that the store may take to answer
+_PATIENCE = 5.0
 
 
 def attended(group: dist.ProcessGroup, what: str, work: Callable[[], Result]) -> Result:
@@ -23,22 +28,47 @@ def attended(group: dist.ProcessGroup, what: str, work: Callable[[], Result]) ->
     """
     calls = _CALLS.setdefault(group, Counter())
     calls[what] += 1
-    store = dist.PrefixStore(f"distattn/{what}/{group.group_name}", dist.distributed_c10d._get_default_store())
-    members = dist.get_process_group_ranks(group)
+    name = f"distattn/{what}/{group.group_name}"
+    # only whoever fails needs it, and some stores have no process behind them
+    with contextlib.suppress(RuntimeError):
+        dist.PrefixStore(name, default_store()).set(str(dist.get_rank()), str(calls[what]))
     try:
-        store.set(str(dist.get_rank()), str(calls[what]))
         return work()
+    except torch.OutOfMemoryError:
+        # this rank's own trouble
+        raise
     except RuntimeError as error:
-        raise LostRankError(_missing(store, members, calls[what], what, error)) from None
+        raise LostRankError(_missing(name, dist.get_process_group_ranks(group), calls[what], what, error)) from None
 
 
-def _missing(store: dist.Store, members: list[int], number: int, what: str, error: RuntimeError) -> str:
+def default_store() -> dist.Store:
+    """The store of the default process group, which PyTorch offers under a private name only."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def ask_store(work: Callable[[], Result], seconds: float) -> Result | None:
+    """What `work` returns; None where the store does not answer in time. PyTorch's own calls would wait for it for ever."""
+    found: list[Result] = []
+
+    def attempt() -> None:
+        with contextlib.suppress(RuntimeError):
+            found.append(work())
+
+    thread = threading.Thread(target=attempt, daemon=True, name="distattn-store")
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
+
+
+def _missing(name: str, members: list[int], number: int, what: str, error: RuntimeError) -> str:
+    def look_up() -> list[int]:
+        # a connection of its own: others may block theirs
+        store = dist.PrefixStore(name, default_store().clone())  # type: ignore[attr-defined]
+        return [rank for rank in members if not store.check([str(rank)]) or int(store.get(str(rank)).decode()) < number]
+
     reason = str(error).strip().partition("\n")[0].rstrip(".")
-    try:
-        absent = [
-            rank for rank in members if not store.check([str(rank)]) or int(store.get(str(rank)).decode()) < number
-        ]
-    except RuntimeError:
+    absent = ask_store(look_up, _PATIENCE)
+    if absent is None:
         return f"the process that holds the job's store (rank 0, or the launcher) stopped answering: {reason}."
     if not absent:
         return f"all ranks came to {what}, but it failed: {reason}."

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Payload
@@ -91,6 +92,8 @@ class GroupTransport:
         peers = {packet.peer for packet in (*sends, *receives)}
         try:
             requests = dist.batch_isend_irecv(operations) if operations else []
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise _peer_stopped(peers, error) from None
         # the tensors live until the work is waited for
@@ -119,7 +122,9 @@ class GroupTransport:
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """The time-out a process group was made with; the shortest where it has several backends."""
     kinds = group._device_types  # type: ignore[attr-defined]
-    return min(group._get_backend(kind).options._timeout for kind in kinds)  # type: ignore[attr-defined]
+    options = [group._get_backend(kind).options for kind in kinds]  # type: ignore[attr-defined]
+    # some backends have none
+    return min((one._timeout for one in options if one is not None), default=default_pg_timeout)
 
 
 def duplicate_group(group: dist.ProcessGroup, timeout: timedelta | None = None, **how: Any) -> Any:

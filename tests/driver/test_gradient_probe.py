@@ -1,7 +1,7 @@
 """Whatever a trainer does to gradients, losses are scaled so that they come out as one process has them."""
 
+import logging
 import random
-import warnings
 
 import numpy as np
 import pytest
@@ -254,27 +254,37 @@ def test_one_rank_needs_no_factor():
     assert IGNORE_INDEX in cp.shard(small.micro_batch([4]))["labels"]
 
 
+class _Said(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
 def _not_probed(rank):
-    """What is said in three steps of a trainer whose scale nobody has measured, and in one of another."""
-    cp = ContextParallel(strategy="ring", kernel="reference")
+    """What is said in steps of a trainer whose scale nobody has measured, and of another, and of an evaluation."""
     batch = {"input_ids": torch.arange(8)[None]}
-    with warnings.catch_warnings(record=True) as first:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            cp.shard(batch)
-    measured = ContextParallel(strategy="ring", kernel="reference")
-    model = small.build()
-    with warnings.catch_warnings(record=True) as second:
-        warnings.simplefilter("always")
-        measured.loss_scale(pytorch.ProbeTarget(model, reduce=lambda: _sum(model)))
-        measured.shard(batch)
-    return [str(one.message) for one in first], [one for one in second if "loss_scale" in str(one.message)]
+    said = []
+    for kind in ("trains", "was probed", "evaluates"):
+        handler = _Said()
+        logging.getLogger("distattn").addHandler(handler)
+        cp, model = ContextParallel(strategy="ring", kernel="reference"), small.build()
+        if kind == "was probed":
+            cp.loss_scale(pytorch.ProbeTarget(model, reduce=lambda model=model: _sum(model)))
+        with torch.set_grad_enabled(kind != "evaluates"):
+            for _ in range(3):
+                cp.shard(batch)
+        logging.getLogger("distattn").removeHandler(handler)
+        said.append(handler.lines)
+    return said
 
 
 def test_a_scale_that_nobody_asked_for_is_said_once():
-    (said, silent), others = run_on_ranks(2, _not_probed)
-    assert len(said) == 1 and "loss_scale(target) was not called" in said[0] and not silent
-    assert others == ([], [])
+    (said, *silent), others = run_on_ranks(2, _not_probed)
+    assert len(said) == 1 and "loss_scale(target) was not called" in said[0] and silent == [[], []]
+    assert others == [[], [], []]
 
 
 def _other_counts(rank):
@@ -287,6 +297,9 @@ def _other_counts(rank):
     for _ in range(2):
         cp.loss_scale(target)
         assert len(cp.shard_step([batch] * 4)) == 4
+    with torch.no_grad():
+        assert len(cp.shard_step([batch])) == 1
+    assert cp.reduction(target) is not None
     with pytest.raises(DistattnError) as error:
         cp.shard_step([batch] * 2)
     return str(error.value)

@@ -182,9 +182,9 @@ def _rank(
     store: tuple[str, int] | None = None,
 ) -> None:
     """store: who holds it, and its port, in runs that lose a rank; nobody waits for the others at the end of them."""
-    # first of all: a forked child must not use the parent's thread pool
-    torch.set_num_threads(1)
     faulthandler.register(_TELL_STACKS, os.open(Path(folder, f"{rank}.stacks"), os.O_CREAT | os.O_WRONLY))
+    # before anything is computed: a forked child must not use the parent's thread pool
+    torch.set_num_threads(1)
     together = store is None
     how: dict[str, Any] = {"init_method": f"file://{folder}/store"}
     if store is not None:
