@@ -176,7 +176,7 @@ def test_rooms_are_linked_into_the_package_and_shadow_nobody():
 
 def test_files_are_short():
     for file in tracked("*.py"):
-        assert len((ROOT / file).read_text().splitlines()) <= 600, file
+        assert len((ROOT / file).read_text().splitlines()) <= (600 if file.parts[0] == "tests" else 500), file
 
 
 def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
