@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from distattn.ir.errors import LostRankError
 Result = TypeVar("Result")
 # how often this rank has called, by group
 _CALLS: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
-# seconds that the store may take to answer
-_PATIENCE = 5.0
+# seconds that the store may take to answer, and that others may come later: a broken connection is noticed at once
+_ANSWER, _LATER = 5.0, 10.0
 
 
 def attended(group: dist.ProcessGroup, what: str, work: Callable[[], Result]) -> Result:
@@ -64,10 +65,16 @@ def _missing(name: str, members: list[int], number: int, what: str, error: Runti
     def look_up() -> list[int]:
         # a connection of its own: others may block theirs
         store = dist.PrefixStore(name, default_store().clone())  # type: ignore[attr-defined]
-        return [rank for rank in members if not store.check([str(rank)]) or int(store.get(str(rank)).decode()) < number]
+        ends, absent = time.monotonic() + _LATER, list(members)
+        while absent and time.monotonic() < ends:
+            keys = {rank: str(rank) for rank in absent}
+            came = [rank for rank, key in keys.items() if store.check([key]) and int(store.get(key).decode()) >= number]
+            absent = [rank for rank in absent if rank not in came]
+            time.sleep(0.05)
+        return absent
 
     reason = str(error).strip().partition("\n")[0].rstrip(".")
-    absent = ask_store(look_up, _PATIENCE)
+    absent = ask_store(look_up, _LATER + _ANSWER)
     if absent is None:
         return f"the process that holds the job's store (rank 0, or the launcher) stopped answering: {reason}."
     if not absent:
