@@ -102,6 +102,7 @@ def run_interpreted(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
+@pytest.mark.full
 def test_the_gpu_benchmark_runs_without_one():
     done = run_interpreted("benchmarks/gpu.py")
     assert done.returncode == 0 and "ours wrong or failing in 0" in done.stdout, (

@@ -235,6 +235,7 @@ def test_a_planted_mistake_is_named(tmp_path, cause):
         assert found.first_difference == FIRST[cause]
 
 
+@pytest.mark.full
 def test_the_rank_that_failed_first_is_blamed(tmp_path):
     body = """
 def forward(model, part):

@@ -14,7 +14,7 @@ import distattn as da
 from distattn.adapters.pytorch import local_loss
 from distattn.batch.planner import AttentionShape
 
-pytestmark = pytest.mark.sampled(8)
+pytestmark = pytest.mark.sampled(16)
 
 # of the driver: long enough for a rank that is only slow on a loaded machine, short enough for a test
 TIMEOUT = 10.0
@@ -149,6 +149,7 @@ def averaging(rank):
     return str(error.value)
 
 
+@pytest.mark.full
 def test_a_rank_that_is_missing_from_a_mean_is_named():
     assert_named(run_survivors(3, 1, averaging), 1)
 

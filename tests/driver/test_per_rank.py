@@ -223,6 +223,7 @@ def idle_run(rank):
     return None
 
 
+@pytest.mark.full
 def test_servers_wait_for_ranks_that_live_however_long_they_are_silent():
     assert run_on_ranks(2, idle_run)[1] == (2 * 4, 2 * 4)
 

@@ -282,6 +282,7 @@ def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path
     assert "was killed by SIGKILL; the other ranks were stopped" in errors
 
 
+@pytest.mark.full
 def test_a_host_name_that_does_not_resolve_is_no_obstacle(config_file, tmp_path):
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
         pytest.skip("unshare --uts is not permitted here")
@@ -352,6 +353,7 @@ def test_the_comparison_is_relative_and_never_passes_what_is_not_a_number(tmp_pa
         compared(tmp_path / "d", [4.0, 2.0], [4.0, 2.0, 1.0])
 
 
+@pytest.mark.full
 def test_the_reference_check_fails_when_training_differs(config_file, tmp_path):
     done = distattn(
         "train", str(config_file), "--reference_check.tolerance", "1e-30", "--parallel.ranks", "1", cwd=tmp_path
