@@ -144,10 +144,13 @@ def some_calls(cases, seed):
     return wrong
 
 
-def test_right_calls_are_right():
+def test_right_calls_are_right_and_an_object_fits_nowhere():
     for function, right in right_calls():
         if function is not da.Plan.load:
             function(**right)
+        for name in right:
+            with pytest.raises(da.DistattnError):
+                function(**{**right, name: object()})
 
 
 def test_every_public_name_is_called():

@@ -23,7 +23,7 @@ from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.plan import Plan, dtype_name
+from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
 from distattn.kernels.registry import load_kernel
 from distattn.ops.attention import attention, autocast_inputs
 from distattn.ops.executable import (
@@ -71,6 +71,8 @@ class PlannerConfig:
         # compared between ranks by value
         object.__setattr__(self, "cluster", resolve_cluster(self.cluster))
         object.__setattr__(self, "comm_dtype", dtype_name(self.comm_dtype) or None)
+        if self.comm_dtype not in (None, *DTYPE_BYTES):
+            raise DistattnError(f"comm_dtype is one of {', '.join(DTYPE_BYTES)}, not {self.comm_dtype!r}.")
         check_names(self.strategy, self.backward, self.options)
         checked_layout_options(self.layout, self.layout_options, self.document_mask)
         if self.kernel is not None:

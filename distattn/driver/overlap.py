@@ -31,8 +31,8 @@ class OverlapSchedule:
     """
 
     def __init__(self, layers: Sequence[nn.Module]):
-        named = isinstance(layers, (nn.Sequential, nn.ModuleList)) or not hasattr(layers, "ndim")
-        self.layers = list(layers) if isinstance(layers, Iterable) and named else []
+        # arrays and tensors of no dims say that they can be iterated over
+        self.layers = list(layers) if isinstance(layers, Iterable) and not hasattr(layers, "ndim") else []
         if not self.layers or not all(isinstance(layer, nn.Module) for layer in self.layers):
             raise DistattnError("an overlap schedule needs a list of at least one layer, each a module.")
         self.spans: list[Span] = []

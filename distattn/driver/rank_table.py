@@ -9,6 +9,7 @@ import torch.distributed as dist
 from distattn.batch.collectives import shared_name
 from distattn.driver.driver_config import DriverConfig
 from distattn.ir.errors import DistattnError
+from distattn.parallel.runtime.attendance import attended
 
 
 class RankTable(NamedTuple):
@@ -39,9 +40,13 @@ class RankTable(NamedTuple):
         if exchange is None:
             members, name, everyone = [0], "", [mine]
         else:
-            members, name = dist.get_process_group_ranks(exchange), shared_name(exchange)
-            everyone = [mine] * len(members)
-            dist.all_gather_object(everyone, mine, group=exchange)
+            members, everyone = dist.get_process_group_ranks(exchange), [mine] * dist.get_world_size(exchange)
+
+            def compare() -> str:
+                dist.all_gather_object(everyone, mine, group=exchange)
+                return shared_name(exchange)
+
+            name = attended(exchange, "the making of a ContextParallel", compare)
         first = _checked(everyone, members)
         rank = members.index(dist.get_rank()) if len(members) > 1 else 0
         first_of_block, has_model = [], []

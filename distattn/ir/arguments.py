@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, TypeVar, Union
@@ -26,9 +26,7 @@ _KINDS = {
     type(None): "None",
     Sequence: "a sequence",
     Mapping: "a mapping",
-    Iterable: "an iterable",
     tuple: "a tuple",
-    Callable: "a function",
 }
 
 
@@ -90,7 +88,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in arguments)
     if hint is None or hint is type(None):
         return value is None
-    if hint is Any or isinstance(hint, TypeVar):
+    if hint is Any:
         return True
     if origin is np.ndarray:
         return isinstance(value, (np.ndarray, list, tuple)) or hasattr(value, "__array__")
@@ -106,18 +104,14 @@ def _fits(value: Any, hint: Any) -> bool:
         if arguments[1:] == (...,):
             return all(_fits(one, arguments[0]) for one in value)
         return len(value) == len(arguments) and all(map(_fits, value, arguments))
-    if origin in (Sequence, Iterable, Iterator, list):
+    if origin is Sequence:
         if arguments[0] in (int, float):
             return hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping))
-        if origin is Iterable:
-            return hasattr(value, "__iter__")
         if arguments[0] is Any or arguments[0] in _LEFT:
             return isinstance(value, (list, tuple)) or (not isinstance(value, type) and getattr(value, "ndim", 0) > 0)
         return isinstance(value, (list, tuple)) and all(_fits(one, arguments[0]) for one in value)
-    if origin in (Mapping, dict):
+    if origin is Mapping:
         return isinstance(value, Mapping)
-    if origin is not None or not isinstance(hint, type):
-        return not isinstance(origin, type) or isinstance(value, origin)
     return isinstance(value, hint)
 
 
@@ -130,7 +124,7 @@ def _described(hint: Any) -> str:
         return f"({', '.join(_described(one) for one in arguments)})"
     kind = hint if origin is None else origin
     what = _KINDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
-    if kind in (Sequence, Iterable) and arguments and arguments[0] is not Any:
+    if kind is Sequence and arguments[0] is not Any:
         what += " of whole numbers" if arguments[0] is int else f" of {_described(arguments[0])}"
     return what
 

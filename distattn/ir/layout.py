@@ -91,7 +91,7 @@ class Layout:
         if min_chunk is None:
             chunks = min(_CHUNKS_OF_SHARE * ranks, max(_CHUNKS, _LEAST_OF_SHARE * ranks))
             min_chunk = max(1, min(_MIN_CHUNK, int(ends[-1]) // chunks))
-        if int(as_int64(min_chunk, "min_chunk")) < 1:
+        if min_chunk < 1:
             raise DistattnError(f"min_chunk is at least 1 token, not {min_chunk}.")
         order = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])
         tokens = np.zeros(ranks, np.int64)
@@ -111,7 +111,7 @@ class Layout:
     def block_cyclic(lengths: Sequence[int], ranks: int, *, block: int = 512) -> Layout:
         """Block i of `block` tokens belongs to rank i modulo R (block=1 is striped attention)."""
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
-        if int(as_int64(block, "block")) < 1:
+        if block < 1:
             raise DistattnError(f"a block has at least 1 token, not {block}.")
         t0 = np.arange(0, n, block)
         return Layout(lengths, ranks, np.arange(len(t0)) % ranks, t0, np.minimum(t0 + block, n))
@@ -136,7 +136,7 @@ class Layout:
         """
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
         each = 8 if ranks <= 256 else 4
-        chunk = max(1, -(-n // (each * ranks))) if chunk is None else int(as_int64(chunk, "chunk"))
+        chunk = max(1, -(-n // (each * ranks))) if chunk is None else chunk
         mask = Mask.documents(lengths) if mask is None else mask
         if chunk < 1 or mask.n != n or not tolerance >= 0:
             raise DistattnError(

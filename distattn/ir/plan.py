@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ import numpy as np
 
 from distattn.ir.arguments import check_fields, checked
 from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip
+from distattn.ir.cached import cached_property
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.ir.intervals import Ints, as_int64, lexicographic_argsort
+from distattn.ir.intervals import Ints, lexicographic_argsort
 from distattn.ir.layout import Layout
 from distattn.ir.mask import MAX_HEADS, Mask
 
@@ -127,7 +127,7 @@ class Call:
                 f"the mask covers {self.mask.n} tokens, the layout {self.layout.n}; they share one axis."
             )
         for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
-            if not 1 <= int(as_int64(getattr(self, name), name)) <= MAX_HEADS:
+            if not 1 <= getattr(self, name) <= MAX_HEADS:
                 raise DistattnError(f"{name} is 1 to {MAX_HEADS}, not {getattr(self, name)}.")
         if self.heads % self.kv_heads:
             raise DistattnError(f"{self.heads} query heads do not divide among {self.kv_heads} key/value heads.")

@@ -7,6 +7,7 @@ Agreeing with the other ranks and opening a communicator are collective and happ
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import weakref
 from collections import Counter
@@ -89,6 +90,10 @@ class ExecutableCache:
         )
         self._lock = threading.Lock()
 
+    def forget_locks(self) -> None:
+        """In a process that was forked: the threads that held them are not there to give them back."""
+        self._lock, self._plan_locks = threading.Lock(), weakref.WeakKeyDictionary()
+
     def add(self, executable: HasExecutable) -> int:
         """A new handle for an executable; the cache does not keep it alive."""
         handle = next(self._handles)
@@ -131,6 +136,7 @@ class ExecutableCache:
 
 
 EXECUTABLES = ExecutableCache()
+os.register_at_fork(after_in_child=EXECUTABLES.forget_locks)
 _SINGLE_RANK = SingleRankTransport()
 
 

@@ -11,11 +11,11 @@ its arrival to the last use of any of it; partial results that leave together li
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
+from distattn.ir.cached import cached_property
 from distattn.ir.errors import PlanError
 from distattn.ir.intervals import (
     Ints,

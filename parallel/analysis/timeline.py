@@ -6,12 +6,12 @@ import base64
 import html
 import io
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from distattn.cluster.spec import ClusterSpec
+from distattn.ir.cached import cached_property
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Plan
 from distattn.parallel.analysis.verify import Proof

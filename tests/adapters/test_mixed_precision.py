@@ -86,11 +86,13 @@ def test_fsdp2s_mixed_precision(sharing, dtype):
 def _by_deepspeed(rank: int, sharing: str, dtype: str, config: dict):
     import test_deepspeed
 
+    from distattn.adapters import deepspeed
+
     test_deepspeed._start(rank)
     cp = da.ContextParallel(**SHARING[sharing])
     weights = getattr(torch, dtype) if dtype in config or "bf16" in config else torch.float32
     engine = test_deepspeed.engine_of(cp, 2, 2, weights, **config)
-    cp.loss_scale(pytest.importorskip("distattn.adapters.deepspeed").ProbeTarget(engine))
+    cp.loss_scale(deepspeed.ProbeTarget(engine))
     # fp16: gradients are of the scaled loss until the step
     scale = engine.optimizer.loss_scale if "fp16" in config else 1.0
     losses, gradients = [], []

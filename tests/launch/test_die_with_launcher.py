@@ -88,6 +88,7 @@ def test_ranks_that_are_still_starting_end_with_their_launcher(tmp_path):
         ranks = children(launcher.pid)
         launcher.kill()
         eventually(lambda: not any(map(alive, ranks)), "ranks that import live on after their launcher")
+        assert len(ranks) == 2
 
 
 def test_ranks_in_the_middle_of_training_end_with_their_launcher(tmp_path):

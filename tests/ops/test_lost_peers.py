@@ -13,12 +13,12 @@ from processes import run_survivors
 
 import distattn as da
 
-# of the group, and so of what is made beside it
+# of the group, and so of what is made beside it; then others are given some seconds to come
 TIMEOUT = timedelta(seconds=6)
 
 
 def lost_in(rank, lost, how, where):
-    """(The error, the seconds until it came) where a rank is lost before the plan is prepared, or after."""
+    """(The error, the seconds until it came) where a rank is lost before a driver is made, before `prepare`, or after."""
     group = dist.new_group(timeout=TIMEOUT)
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
     plan = da.make_plan(masks()["causal"], layouts(LENGTHS, 3)["zigzag"], strategy="ring", **shape)
@@ -30,14 +30,16 @@ def lost_in(rank, lost, how, where):
     began = time.monotonic()
     with pytest.raises(da.LostRankError) as error:
         # the second time nobody can still be sending
+        if where == "driver":
+            da.ContextParallel(group, strategy="ring")
         for _ in range(2):
             da.attention(q, k, v, ready or da.prepare(plan, group))
     return str(error.value), time.monotonic() - began
 
 
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=["stops", "dies"])
-@pytest.mark.parametrize("where", ["prepare", "attention"])
-def test_a_lost_peer_is_named_within_the_groups_own_time_out(where, how):
+@pytest.mark.parametrize("where", ["driver", "prepare", "attention"])
+def test_a_lost_peer_is_named_soon_after_the_groups_own_time_out(where, how):
     for error, seconds in run_survivors(3, 1, lost_in, 1, how, where).values():
         # in a ring a neighbour that gave up is lost to the next one
         assert "rank 1 " in error or (where == "attention" and "of the group stopped answering" in error)

@@ -133,10 +133,11 @@ def sum_gradients(model: torch.nn.Module) -> None:
 
 
 def _fork_context() -> Any:
-    """To fork from, once no thread is ending.
+    """To fork from, once no thread is ending and none computes: what they hold, the child would wait for in vain.
 
     A thread that has multiplied matrices takes a lock of MKL's while it ends, after Python's `join` has returned; a fork at
-    that moment never gets the lock back, and its first product spins for ever.
+    that moment never gets the lock back, and its first product spins for ever. A planning thread that an earlier test left
+    behind holds locks of modules that NumPy imports as it goes.
     """
     ends = time.monotonic() + 1
     while ending := _native_threads() - {thread.native_id for thread in threading.enumerate()} - _POOLS:
@@ -144,7 +145,26 @@ def _fork_context() -> Any:
             # those of a library's pool stay
             _POOLS.update(ending)
         time.sleep(0.001)
+    ends = time.monotonic() + 10
+    while _others_compute() and time.monotonic() < ends:
+        pass
     return multiprocessing.get_context("fork")
+
+
+def _others_compute() -> bool:
+    """Whether another thread of Python's uses the processor for more than what polling takes."""
+    others = {thread.native_id for thread in threading.enumerate()} - {threading.get_native_id()}
+    before = {thread: _nanoseconds(thread) for thread in others}
+    time.sleep(0.02 if others else 0)
+    return any(_nanoseconds(thread) - then > 500_000 for thread, then in before.items())
+
+
+def _nanoseconds(thread: int | None) -> int:
+    """Of processor time that a thread has had; 0 once it has ended."""
+    try:
+        return int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[0])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def _native_threads() -> set[int | None]:
