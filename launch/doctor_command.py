@@ -16,8 +16,6 @@ from distattn.launch.machine_limits import DOCTOR_RANK_MB, check_memory
 
 if TYPE_CHECKING:
     from distattn.doctor.comparison import Diagnosis
-    from distattn.doctor.hypotheses import HypotheticalAttention
-    from distattn.doctor.target import Target
 
 _USAGE = """usage: distattn doctor [SCRIPT.py | MODEL] [--ranks N] [--json]
 
@@ -67,6 +65,7 @@ def examine_target(path: str, ranks: int, report_progress: Callable[[str], None]
     """Run the target in one process and on ranks, and compare. Raises DistattnError where it cannot be run at all."""
     import torch
 
+    from distattn.doctor.diagnosis import diagnose
     from distattn.doctor.target import Target
     from distattn.launch.local import run_ranks
 
@@ -80,48 +79,7 @@ def examine_target(path: str, ranks: int, report_progress: Callable[[str], None]
         # our own files, of plain tensors and words
         found = [torch.load(file) for file in files]
     report_progress("the same in one process ...")
-    return compare_with_one_process(target, found)
-
-
-def compare_with_one_process(target: Target, found: Sequence[dict[str, Any]]) -> Diagnosis:
-    """Compare what ranks found (see `rank_run.run_on_this_rank`) with the same in this process."""
-    import torch
-
-    from distattn.doctor.diagnosis import diagnose
-    from distattn.doctor.rank_run import reference_result
-    from distattn.doctor.target import describe_error
-
-    try:
-        model = target.model()
-    except DistattnError:
-        raise
-    except Exception as error:
-        raise DistattnError(
-            f"doctor: model() fails in one process, without torch.distributed: {describe_error(error)}. There it returns a "
-            "plain module."
-        ) from None
-    if "state" in found[0]:
-        try:
-            model.load_state_dict(found[0]["state"])
-        except RuntimeError as error:
-            raise DistattnError(
-                f"doctor: the ranks' weights do not fit model() in one process ({str(error).splitlines()[0]}); there it has to "
-                "return the plain module, and parameters that are partitioned (ZeRO stage 3) cannot be compared."
-            ) from None
-
-    def run_hypothesis(positions_N: torch.Tensor, attention: HypotheticalAttention) -> torch.Tensor:
-        ids = reference.rows.ids_N[None]
-        given = {"input_ids": ids, "position_ids": positions_N[None], "context_parallel": attention}
-        with torch.no_grad():
-            return target.plain_forward(model, given)[0].cpu()
-
-    try:
-        reference = reference_result(target, model)
-    except DistattnError:
-        raise
-    except Exception as error:
-        raise DistattnError(f"doctor: the model cannot be run in one process: {describe_error(error)}.") from None
-    return diagnose(reference, found, run_hypothesis if hasattr(model, "set_attn_implementation") else None)
+    return diagnose(target, found)
 
 
 def _show_checks(found: list[Check]) -> None:
@@ -143,7 +101,7 @@ def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
 
     console = Console(highlight=False)
     sentences = {
-        "logits": "largest relative difference of logits {:.1e}",
+        "logits": "relative difference of logits {:.1e}",
         "loss": "loss {:.6f} times that of one process",
         "gradient": "gradient norm {:.6f} times that of one process",
     }

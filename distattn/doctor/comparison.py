@@ -1,21 +1,18 @@
 """What the doctor's comparisons share: findings, and how results of ranks are put beside those of one process."""
 
-# N tokens of the batch
+# N tokens of all micro-batches
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# what `rank_run.run_on_this_rank` returns on one rank
+# what `rank_run.run_on_this_rank` returns on one rank, and that of one micro-batch among it; torch.save takes them
 RankResult = dict[str, Any]
-
-# largest relative differences by dtype; transformers computes norms in fp32
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
-_COARSE_TOLERANCE = 0.05
+PartResult = dict[str, Any]
 
 
 class Finding(NamedTuple):
@@ -34,22 +31,27 @@ class Diagnosis(NamedTuple):
     findings: list[Finding]
 
 
-def tolerance_of(dtype: torch.dtype) -> float:
-    """The largest relative difference at which two results of this dtype count as the same."""
-    return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
+def parts_of(ranks: Sequence[RankResult]) -> Iterator[tuple[int, PartResult]]:
+    """All micro-batches of all ranks, with the rank."""
+    for rank, found in enumerate(ranks):
+        for part in found["parts"]:
+            yield rank, part
 
 
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Compute max|a - b| / max|b|."""
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
+def distance(a: Tensor, b: Tensor) -> float:
+    """Compute the norm of a - b in fp64."""
+    return float((a.double() - b.double()).norm())
 
 
 def in_global_order(parts: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
     """Put what ranks have for their tokens, (T, ...) each, into the order of the batch, (N, ...); padding is left out.
 
-    tokens: the global coordinates of each rank's tokens.
+    tokens: the global coordinates of each part's tokens.
     """
-    whole = parts[0].new_zeros((sum(map(len, tokens)), *parts[0].shape[1:]))
+    dtype = parts[0].dtype
+    for part in parts:
+        dtype = torch.promote_types(dtype, part.dtype)
+    whole = parts[0].new_zeros((sum(map(len, tokens)), *parts[0].shape[1:]), dtype=dtype)
     for part, own in zip(parts, tokens, strict=True):
-        whole[own] = part[: len(own)]
+        whole[own] = part[: len(own)].to(dtype)
     return whole

@@ -9,44 +9,68 @@ import torch
 from torch import Tensor
 
 from distattn.doctor.comparison import Finding, RankResult
-from distattn.doctor.rank_run import ReferenceResult
+from distattn.doctor.reference import ReferenceResult
 
 
-class _Flat(NamedTuple):
-    """All gradients as one fp64 vector: of each rank, and of one process; norm is the latter's."""
+class GradientComparison(NamedTuple):
+    """Gradients of all parameters, in fp64: of each rank and of one process; tolerances are of the norm of a difference."""
 
-    ranks: list[Tensor]
-    expected: Tensor
-    norm: float
+    ranks: list[dict[str, Tensor]]
+    expected: dict[str, Tensor]
+    tolerances: dict[str, float]
 
-    def factor_of(self, vector: Tensor) -> float:
-        """How many times the right gradient a vector is, along it."""
-        return float(vector @ self.expected / (self.expected @ self.expected))
+    @staticmethod
+    def of(reference: ReferenceResult, ranks: Sequence[RankResult], tolerances: dict[str, float]) -> GradientComparison:
+        """Only of parameters that have a gradient everywhere."""
+        names = [name for name in reference.gradients if all(name in found["gradients"] for found in ranks)]
+        wide = [{name: found["gradients"][name].double() for name in names} for found in ranks]
+        return GradientComparison(wide, {name: reference.gradients[name].double() for name in names}, tolerances)
 
-    def is_multiple(self, vector: Tensor, tolerance: float) -> bool:
-        """Whether a vector is the right gradient but for a factor."""
-        factor = self.factor_of(vector)
-        return float((vector - factor * self.expected).norm()) <= tolerance * abs(factor) * self.norm
+    @property
+    def norm_ratio(self) -> float:
+        """The norm of rank 0's gradient over that of one process."""
+        return _norm(self.ranks[0]) / max(_norm(self.expected), 1e-30)
+
+    def factor_of(self, gradients: dict[str, Tensor]) -> float:
+        """How many times the right gradient these are, along it."""
+        along = sum(float((gradients[name] * one).sum()) for name, one in self.expected.items())
+        return along / max(_norm(self.expected) ** 2, 1e-30)
+
+    def different(self, gradients: dict[str, Tensor], factor: float = 1.0) -> list[str]:
+        """The parameters whose gradient is not the right one times the factor."""
+        # what is scaled is rounded at its own scale
+        slack = max(abs(factor), 1.0)
+        return [
+            name
+            for name, one in self.expected.items()
+            if float((gradients[name] - factor * one).norm()) > slack * self.tolerances[name]
+        ]
+
+    def unequal(self) -> list[str]:
+        """The parameters whose gradient is not the same on all ranks."""
+        first = self.ranks[0]
+        return [
+            name
+            for name in self.expected
+            if any(float((other[name] - first[name]).norm()) > self.tolerances[name] for other in self.ranks[1:])
+        ]
 
 
 def explain_gradients(
-    reference: ReferenceResult, ranks: Sequence[RankResult], tolerance: float, measured: dict[str, float]
+    reference: ReferenceResult, ranks: Sequence[RankResult], found: GradientComparison
 ) -> Finding | None:
-    """Find what is wrong with the ranks' gradients, None where they are those of one process.
-
-    measured: takes the gradient norm of rank 0 over that of one process, as "gradient".
-    """
+    """Find what is wrong with the ranks' gradients, None where they are those of one process."""
     if finding := _missing(reference, ranks):
         return finding
-    flat = _flatten(reference, ranks)
-    measured["gradient"] = float(flat.ranks[0].norm()) / flat.norm
-    apart = max(float((one - flat.ranks[0]).norm()) for one in flat.ranks) / max(float(flat.ranks[0].norm()), 1e-30)
-    if apart > tolerance:
-        return _not_reduced(flat, tolerance)
-    if flat.is_multiple(flat.ranks[0], tolerance):
-        factor = flat.factor_of(flat.ranks[0])
-        return _wrong_factor(factor, len(ranks)) if abs(factor - 1) > tolerance else None
-    return _first_different(reference, ranks[0], tolerance, flat.norm)
+    if unequal := found.unequal():
+        return _not_reduced(found, unequal)
+    different = found.different(found.ranks[0])
+    if not different:
+        return None
+    factor = found.factor_of(found.ranks[0])
+    if not found.different(found.ranks[0], factor):
+        return _wrong_factor(factor, len(ranks))
+    return _different(found, different)
 
 
 def _missing(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
@@ -57,19 +81,22 @@ def _missing(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding
     return None
 
 
-def _flatten(reference: ReferenceResult, ranks: Sequence[RankResult]) -> _Flat:
-    names = list(reference.gradients)
-    flat = [torch.cat([found["gradients"][name].double().flatten() for name in names]) for found in ranks]
-    expected = torch.cat([reference.gradients[name].double().flatten() for name in names])
-    return _Flat(flat, expected, float(expected.norm()))
+def _norm(gradients: dict[str, Tensor]) -> float:
+    return float(torch.stack([one.norm() for one in gradients.values()]).norm()) if gradients else 0.0
 
 
-def _not_reduced(flat: _Flat, tolerance: float) -> Finding:
-    total = torch.stack(flat.ranks).sum(0)
+def _not_reduced(found: GradientComparison, unequal: list[str]) -> Finding:
+    remedy = "sum gradients over all data- and context-parallel ranks"
+    if len(unequal) < len(found.expected) / 2:
+        others = f" and of {len(unequal) - 1} others" if len(unequal) > 1 else ""
+        observed = f"ranks have different gradients of {unequal[0]}{others}, and the same ones of other parameters"
+        return Finding("gradients not reduced", observed, remedy)
     observed = "ranks have different gradients"
-    if flat.is_multiple(total, tolerance):
-        observed += f"; their sum is {flat.factor_of(total):.4g} times the right one"
-    return Finding("gradients not reduced", observed, "sum gradients over all data- and context-parallel ranks")
+    total = {name: torch.stack([one[name] for one in found.ranks]).sum(0) for name in found.expected}
+    factor = found.factor_of(total)
+    if not found.different(total, factor):
+        observed += f"; their sum is {factor:.4g} times the right one"
+    return Finding("gradients not reduced", observed, remedy)
 
 
 def _wrong_factor(factor: float, ranks: int) -> Finding:
@@ -84,14 +111,12 @@ def _wrong_factor(factor: float, ranks: int) -> Finding:
     return Finding("gradient factor", observed, remedy)
 
 
-def _first_different(reference: ReferenceResult, found: RankResult, tolerance: float, norm: float) -> Finding | None:
-    for name, gradient in reference.gradients.items():
-        expected, got = gradient.double(), found["gradients"][name].double()
-        # a gradient that is all but zero beside the others is not judged by its own norm
-        if float((got - expected).norm()) > tolerance * float(expected.norm()) + 1e-9 * norm:
-            share = float((got.flatten() @ expected.flatten()) / expected.norm() ** 2)
-            observed = (
-                f"{name} is the first parameter whose gradient differs ({share:.4g} times the right one along it)"
-            )
-            return Finding("gradient differs", observed, "see that its gradient is reduced like the others'")
-    return None
+def _different(found: GradientComparison, different: list[str]) -> Finding:
+    name = different[0]
+    expected, got = found.expected[name], found.ranks[0][name]
+    share = float((got * expected).sum() / expected.norm().square().clamp(min=1e-30))
+    others = f", of {len(different)} of {len(found.expected)}" if len(different) > 1 else ""
+    observed = (
+        f"{name} is the first parameter{others} whose gradient differs ({share:.4g} times the right one along it)"
+    )
+    return Finding("gradient differs", observed, "see that its gradient is reduced like the others'")

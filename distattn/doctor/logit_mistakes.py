@@ -1,6 +1,6 @@
-"""Which mistake explains logits that differ: the model is run in one process with the mistake in it, and compared."""
+"""Which mistake explains logits that differ: the ranks are emulated in one process with the mistake in it, and compared."""
 
-# N tokens of the batch, V vocabulary
+# N tokens of all micro-batches, T tokens on a rank, V vocabulary; M tokens of one micro-batch
 
 from __future__ import annotations
 
@@ -10,114 +10,241 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.doctor.comparison import Finding, RankResult, in_global_order, relative_difference
-from distattn.doctor.hypotheses import (
-    ATTENTION_OPTIONS,
-    HypotheticalAttention,
-    causal_document_mask,
-    causal_mask,
-    document_mask,
-    rank_local_mask,
-)
-from distattn.doctor.rank_run import ReferenceResult
+from distattn.batch.packed_batch import PackedBatch
+from distattn.doctor.comparison import Finding, RankResult, distance
+from distattn.doctor.emulation import ATTENTION_OPTIONS, Mistake
+from distattn.doctor.recording import digest
+from distattn.doctor.reference import ReferenceResult, Tolerances, outputs_of_ranks
 
-# positions (N,) and attention in one process -> logits (N, V)
-RunHypothesis = Callable[[Tensor, HypotheticalAttention], Tensor]
+
+class MicroBatch(NamedTuple):
+    """A micro-batch as hypotheses need it: of each rank its tokens (T,), counted from the first of the micro-batch, and the
+    positions (T,) it gave to the model; the lengths of documents as the ranks' plan has them."""
+
+    pack: PackedBatch
+    tokens: list[Tensor]
+    given: list[Tensor]
+    planned: list[int]
+
+    def right(self) -> list[Tensor]:
+        """The documents' positions."""
+        whole = torch.cat([torch.arange(length) for length in self.pack.lengths])
+        return [whole[own] for own in self.tokens]
 
 
 class Hypothesis(NamedTuple):
-    """A mistake, and what the model is given in one process to make it: positions (N,) and attention."""
+    """A mistake, and what it does to a micro-batch: the ranks' positions, what may be attended to (M, M), and in layers."""
 
     finding: Finding
-    positions_N: Tensor
-    attention: HypotheticalAttention
+    positions: Callable[[MicroBatch], list[Tensor]]
+    allowed: Callable[[MicroBatch], Tensor]
+    mistake: Mistake = Mistake()
 
 
-def first_different_module(reference: ReferenceResult, ranks: Sequence[RankResult], tolerance: float) -> str | None:
+# a hypothesis -> the logits (N, V) of ranks, or of one rank that has all tokens; None where the model cannot be run so
+Emulation = Callable[[Hypothesis, bool], Tensor | None]
+
+
+def micro_batches_of(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list[MicroBatch]:
+    """Put the ranks' parts of each micro-batch together."""
+    out, first = [], 0
+    for number, pack in enumerate(reference.packs):
+        parts = [found["parts"][number] for found in ranks]
+        tokens = [part["tokens"] - first for part in parts]
+        batch = MicroBatch(pack, tokens, [], list(parts[0]["documents"]))
+        for part, own, right in zip(parts, tokens, batch.right(), strict=True):
+            given = part.get("position_ids")
+            batch.given.append(right if given is None or given.dim() != 2 else given.flatten()[: len(own)])
+        out.append(batch)
+        first += len(pack.ids_N)
+    return out
+
+
+def first_different_module(
+    reference: ReferenceResult, ranks: Sequence[RankResult], tolerances: Tolerances
+) -> str | None:
     """Name the first module, in the order of execution, whose output is not that of one process."""
-    tokens = [found["tokens"] for found in ranks]
     for name, expected in reference.outputs.items():
-        parts = [found["outputs"][name] for found in ranks if name in found["outputs"]]
-        if len(parts) < len(ranks) or any(part.shape[1:] != expected.shape[1:] for part in parts):
-            continue
-        if any(len(part) < len(own) for part, own in zip(parts, tokens, strict=True)):
-            continue
-        if relative_difference(in_global_order(parts, tokens), expected) > tolerance:
+        there = outputs_of_ranks(reference, ranks, name)
+        if there is not None and distance(there, expected) > tolerances.outputs[name]:
             return name
     return None
 
 
 def explain_logits(
-    reference: ReferenceResult,
-    ranks: Sequence[RankResult],
-    logits_NV: Tensor,
-    tolerance: float,
-    run_hypothesis: RunHypothesis | None,
+    reference: ReferenceResult, ranks: Sequence[RankResult], logits_NV: Tensor, tolerance: float, emulation: Emulation
 ) -> Finding:
-    """Find the mistake that gives the same logits (N, V) in one process.
+    """Find the mistake that gives the same logits (N, V) in one process."""
+    right = emulation(_RIGHT, False)
+    if right is not None and distance(logits_NV, right) <= tolerance:
+        return _explain_model(reference, right, tolerance, emulation) or _UNKNOWN
+    found: list[tuple[float, Finding]] = []
+    batches = micro_batches_of(reference, ranks)
+    tried = {_what(_RIGHT, batches)}
+    for hypothesis in _hypotheses(ranks):
+        # where nothing is wrong in the way that it says it is another one, or none
+        if (what := _what(hypothesis, batches)) in tried:
+            continue
+        tried.add(what)
+        other = emulation(hypothesis, False)
+        if other is not None and (difference := distance(logits_NV, other)) <= tolerance:
+            found.append((difference, hypothesis.finding))
+    if found:
+        # of those that fit as well as the best one the first
+        best = min(difference for difference, _ in found)
+        return next(finding for difference, finding in found if difference <= 2 * best + tolerance / 16)
+    return _UNKNOWN
 
-    run_hypothesis: None where the model cannot be run with a mistake in it.
+
+def _what(hypothesis: Hypothesis, batches: Sequence[MicroBatch]) -> tuple[str, Mistake]:
+    """What a hypothesis comes to: a digest of positions and masks, and what is wrong in layers."""
+    tensors = [one for batch in batches for one in (*hypothesis.positions(batch), hypothesis.allowed(batch))]
+    return digest(*tensors), hypothesis.mistake
+
+
+def _explain_model(reference: ReferenceResult, split: Tensor, tolerance: float, emulation: Emulation) -> Finding | None:
+    """Find what a model does itself that only goes well unsplit: its ranks are right about all that they give to it.
+
+    split: the logits (N, V) of such ranks.
     """
-    if run_hypothesis is not None:
-        for finding, positions_N, attention in _hypotheses(reference, ranks):
-            if relative_difference(logits_NV, run_hypothesis(positions_N, attention)) <= tolerance:
-                return finding
-    observed = "logits differ, and no mistake that the doctor knows explains them"
-    return Finding("unknown", observed, "look at the first module that differs; leave out what the script does there")
+    moved = emulation(
+        _RIGHT._replace(positions=lambda batch: [given + 1 + given % 3 for given in batch.right()]), False
+    )
+    whole, first = emulation(_RIGHT, True), reference.lengths[0]
+    if whole is None or distance(whole[:first], reference.logits_NV[:first]) > tolerance:
+        return None
+    if moved is not None and distance(moved, split) <= tolerance:
+        observed = "the model does not read position_ids: on every rank it counts positions from 0 itself"
+        return Finding("positions not sharded", observed, "have its forward take the part's position_ids, and use them")
+    observed = "attention is right, but results depend on which tokens a rank has: something else mixes tokens"
+    remedy = "a convolution, a shift or a mean over tokens cannot be split; look at the first module that differs"
+    return Finding("tokens mixed", observed, remedy)
 
 
-def _hypotheses(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Iterator[Hypothesis]:
-    tokens = [found["tokens"] for found in ranks]
-    right_N = reference.positions_N
-    local_N = in_global_order([torch.arange(len(own)) for own in tokens], tokens)
-    given_N = _given_positions(reference, ranks, tokens)
-    yield from _wrong_positions(reference, given_N, local_N)
-    for positions_N in (right_N, given_N, local_N, torch.arange(len(right_N))):
-        yield from _wrong_masks(reference, tokens, positions_N)
-    yield from _dropped_options(reference)
+def _hypotheses(ranks: Sequence[RankResult]) -> Iterator[Hypothesis]:
+    yield from _wrong_positions()
+    for positions in _POSITIONS:
+        yield from _wrong_masks(positions, ranks[0]["document_mask"])
+    yield from _wrong_options()
 
 
-def _given_positions(reference: ReferenceResult, ranks: Sequence[RankResult], tokens: list[Tensor]) -> Tensor:
-    """The positions (N,) that ranks gave to the model, the right ones where they gave none."""
-    given = [found.get("position_ids") for found in ranks]
-    if all(one is not None and one.dim() == 2 for one in given):
-        return in_global_order([one.flatten() for one in given if one is not None], tokens)
-    return reference.positions_N
+def _right(batch: MicroBatch) -> list[Tensor]:
+    return batch.right()
 
 
-def _wrong_positions(reference: ReferenceResult, given_N: Tensor, local_N: Tensor) -> Iterator[Hypothesis]:
-    counted_anew = "each rank counts positions from 0"
-    mistake = counted_anew if torch.equal(given_N, local_N) else "positions are not the documents'"
+def _given(batch: MicroBatch) -> list[Tensor]:
+    return batch.given
+
+
+def _local(batch: MicroBatch) -> list[Tensor]:
+    return [torch.arange(len(own)) for own in batch.tokens]
+
+
+def _over_the_pack(batch: MicroBatch) -> list[Tensor]:
+    return batch.tokens
+
+
+def _causal_in_documents(batch: MicroBatch) -> Tensor:
+    return _in_documents(batch).tril()
+
+
+def _in_documents(batch: MicroBatch) -> Tensor:
+    return _documents(batch.pack.lengths)
+
+
+def _in_planned_documents(batch: MicroBatch) -> Tensor:
+    return _documents(batch.planned).tril()
+
+
+def _documents(lengths: Sequence[int]) -> Tensor:
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return document[:, None] == document[None]
+
+
+def _causal_over_the_pack(batch: MicroBatch) -> Tensor:
+    return torch.ones(len(batch.pack.ids_N), len(batch.pack.ids_N), dtype=torch.bool).tril()
+
+
+def _on_one_rank(batch: MicroBatch) -> Tensor:
+    """Causal over each rank's own tokens, in their local order."""
+    return _rank_local(batch, [torch.zeros(len(own), dtype=torch.bool) for own in batch.tokens])
+
+
+def _on_one_rank_by_positions(batch: MicroBatch) -> Tensor:
+    """The same, where a document ends wherever positions do not go on by one, as transformers takes it."""
+    return _rank_local(batch, [given.diff(prepend=given[:1] - 1) != 1 for given in batch.given])
+
+
+def _rank_local(batch: MicroBatch, begins: list[Tensor]) -> Tensor:
+    allowed = torch.zeros_like(_causal_over_the_pack(batch))
+    for own, begin in zip(batch.tokens, begins, strict=True):
+        document = begin.cumsum(0)
+        mine = torch.ones(len(own), len(own), dtype=torch.bool).tril() & (document[:, None] == document[None])
+        allowed[own[:, None], own[None]] = mine
+    return allowed
+
+
+_UNKNOWN = Finding(
+    "unknown",
+    "logits differ, and no mistake that the doctor knows explains them",
+    "look at the first module that differs; leave out what the script does there",
+)
+_POSITIONS = (_right, _given, _local, _over_the_pack)
+_RIGHT = Hypothesis(Finding("", "", ""), _right, _causal_in_documents)
+
+
+def _wrong_positions() -> Iterator[Hypothesis]:
     remedy = "pass the part's position_ids on to the model: they are sharded with the tokens"
-    attention = HypotheticalAttention(causal_document_mask(reference.rows))
-    for observed, positions_N in ((mistake, given_N), (counted_anew, local_N)):
-        finding = Finding("positions not sharded", f"{observed}: rotary embeddings are wrong", remedy)
-        yield Hypothesis(finding, positions_N, attention)
+    for positions, observed in (
+        (_local, "each rank counts positions from 0: it gives its tokens those of others"),
+        (_given, "positions are not those of the documents"),
+        (_over_the_pack, "positions go on from document to document"),
+    ):
+        yield Hypothesis(Finding("positions not sharded", observed, remedy), positions, _causal_in_documents)
 
 
-def _wrong_masks(reference: ReferenceResult, tokens: list[Tensor], positions_N: Tensor) -> Iterator[Hypothesis]:
-    rows = reference.rows
+def _wrong_masks(
+    positions: Callable[[MicroBatch], list[Tensor]], document_mask: str | tuple[int, int]
+) -> Iterator[Hypothesis]:
     finding = Finding(
         "documents not separated",
         "documents attend to one another: the pack is taken for one document",
         "give document_lengths (or position_ids that begin anew) to ContextParallel.shard",
     )
-    yield Hypothesis(finding, positions_N, HypotheticalAttention(causal_mask(rows)))
+    yield Hypothesis(finding, positions, _causal_over_the_pack)
+    finding = Finding(
+        "documents not those of the batch",
+        "the ranks' plan has other documents than the batch",
+        "give the batch's own document_lengths to ContextParallel.shard",
+    )
+    yield Hypothesis(finding, positions, _in_planned_documents)
     finding = Finding("mask not causal", "tokens see what comes after them", 'use document_mask="causal"')
-    yield Hypothesis(finding, positions_N, HypotheticalAttention(document_mask(rows)))
+    yield Hypothesis(finding, positions, _in_documents)
+    if not isinstance(document_mask, str):
+        left, right = document_mask
+
+        def band(batch: MicroBatch) -> Tensor:
+            return _in_documents(batch).tril(right).triu(-left)
+
+        observed = f"document_mask={document_mask} of ContextParallel is not what the model computes in one process"
+        yield Hypothesis(Finding("document_mask", observed, 'use document_mask="causal"'), positions, band)
     finding = Finding(
         "context parallelism off",
         "each rank attends to its own tokens only: context parallelism does nothing",
         'select attn_implementation="distattn", and pass context_parallel on to the model',
     )
-    for positions in (None, positions_N):
-        yield Hypothesis(finding, positions_N, HypotheticalAttention(rank_local_mask(tokens, rows, positions)))
+    yield Hypothesis(finding, positions, _on_one_rank)
+    yield Hypothesis(finding, positions, _on_one_rank_by_positions)
 
 
-def _dropped_options(reference: ReferenceResult) -> Iterator[Hypothesis]:
-    mask = causal_document_mask(reference.rows)
+def _wrong_options() -> Iterator[Hypothesis]:
     for name in ATTENTION_OPTIONS:
         finding = Finding(
             f"{name} dropped", f"the layers' {name} is not computed", f"pass {name} on to the attention call"
         )
-        yield Hypothesis(finding, reference.positions_N, HypotheticalAttention(mask, [name]))
+        yield Hypothesis(finding, _right, _causal_in_documents, Mistake(dropped=name))
+    for change in (-1, 1):
+        observed = f"windows have a token too {'many' if change > 0 else 'few'}"
+        remedy = "window counts the token itself: window = 6 sees it and the five before it"
+        finding = Finding("window off by one", observed, remedy)
+        yield Hypothesis(finding, _right, _causal_in_documents, Mistake(window_change=change))

@@ -1,22 +1,116 @@
-"""Which labels, summed up in which way, give what ranks call their loss."""
+"""Which labels the loss was of, and with which weight each: both are read off the gradient that reaches the logits.
 
-# T tokens on one rank
+Of cross entropy a token's gradient is weight * (softmax(logits) - onehot(label)), so that nothing has to be guessed from sums.
+"""
+
+# T tokens of a part, V vocabulary, P parts (micro-batches of ranks)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distattn.batch.packed_batch import IGNORE_INDEX
-from distattn.doctor.comparison import Finding, RankResult
-from distattn.doctor.rank_run import ReferenceResult, cross_entropy
+from distattn.doctor.comparison import Finding, PartResult, RankResult, parts_of
+from distattn.doctor.reference import ReferenceResult
+
+# below this share of the usual gradient a token has no loss; in bf16 a gradient has two digits
+_NOTHING = 0.05
+# of softmax - onehot: what is smaller belongs to a token that is predicted all but surely, and says nothing
+_SURE = 0.02
+
+
+class PartLoss(NamedTuple):
+    """What a part's loss was of: labels (T,), IGNORE_INDEX where none; weights (T,) of their losses; which can be told.
+
+    right_T: the labels that the tokens have.
+    """
+
+    rank: int
+    tokens_T: Tensor
+    right_T: Tensor
+    labels_T: Tensor
+    weights_T: Tensor
+    known_T: Tensor
+
+    @property
+    def weight(self) -> float:
+        """Of a token that has a loss; 0 where none has."""
+        counted = self.weights_T[self.known_T & (self.labels_T != IGNORE_INDEX)]
+        return float(counted.median()) if len(counted) else 0.0
+
+    @property
+    def labels(self) -> int:
+        """How many tokens have a label."""
+        return int((self.right_T != IGNORE_INDEX).sum())
+
+    @property
+    def spread(self) -> float:
+        """How unlike the weights of its tokens are: (largest - smallest) / median."""
+        counted = self.weights_T[self.known_T & (self.labels_T != IGNORE_INDEX)]
+        return float((counted.max() - counted.min()) / counted.median().abs()) if len(counted) else 0.0
+
+
+def read_losses(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list[PartLoss]:
+    """What every part's loss was of; nothing of parts whose logits had no gradient."""
+    found = [
+        _read(rank, part, reference.shifted_labels_N[part["tokens"]])
+        for rank, part in parts_of(ranks)
+        if "logits_gradient" in part
+    ]
+    return [loss for loss in found if loss is not None]
+
+
+def _read(rank: int, part: PartResult, right_T: Tensor) -> PartLoss | None:
+    tokens_T = part["tokens"]
+    gradient_TV = part["logits_gradient"][: len(tokens_T)].double()
+    if not len(tokens_T) or float(gradient_TV.abs().max()) == 0:
+        return None
+    probability_TV = part["logits"][: len(tokens_T)].double().softmax(-1)
+    labels_T, weights_T = _labels_and_weights(gradient_TV, probability_TV, right_T)
+    # how long the gradient of a loss of weight 1 with the right label would be; of tokens without one, as it usually is
+    unit_T = _direction(probability_TV, right_T).norm(dim=-1).masked_fill(right_T == IGNORE_INDEX, 1.0)
+    telling = weights_T[unit_T > _SURE].abs()
+    usual = float(telling.median()) if len(telling) else 0.0
+    none_T = gradient_TV.norm(dim=-1) < _NOTHING * (usual or float(weights_T.abs().max())) * unit_T
+    return PartLoss(
+        rank,
+        tokens_T,
+        right_T,
+        labels_T.masked_fill(none_T, IGNORE_INDEX),
+        weights_T.masked_fill(none_T, 0.0),
+        unit_T > _SURE,
+    )
+
+
+def _labels_and_weights(gradient_TV: Tensor, probability_TV: Tensor, right_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The label and the weight that a token's gradient fits best; the right label wherever it fits, too."""
+    weights_T = _along(gradient_TV, _direction(probability_TV, right_T))
+    rest_TV = gradient_TV - weights_T[:, None] * _direction(probability_TV, right_T)
+    fits_T = (right_T != IGNORE_INDEX) & (rest_TV.norm(dim=-1) <= _NOTHING * gradient_TV.norm(dim=-1))
+    # the label's entry has the other sign than all others; a negative weight turns it
+    largest_T, smallest_T = gradient_TV.max(-1), gradient_TV.min(-1)
+    guess_T = torch.where(largest_T.values > -smallest_T.values, largest_T.indices, smallest_T.indices)
+    labels_T = torch.where(fits_T, right_T, guess_T)
+    return labels_T, _along(gradient_TV, _direction(probability_TV, labels_T))
+
+
+def _direction(probability_TV: Tensor, label_T: Tensor) -> Tensor:
+    """The gradient of a token's cross entropy, (T, V)."""
+    return probability_TV - F.one_hot(label_T.clamp(min=0), probability_TV.shape[1])
+
+
+def _along(gradient_TV: Tensor, direction_TV: Tensor) -> Tensor:
+    """How many times each token's direction its gradient is, (T,)."""
+    return (gradient_TV * direction_TV).sum(-1) / direction_TV.square().sum(-1).clamp(min=1e-30)
 
 
 class _LabelMistake(NamedTuple):
-    """Wrong labels: labels(reference, global coordinates of a rank's tokens (T,)) -> labels (T,); right ones have no cause."""
+    """Wrong labels: labels(reference, global coordinates of a part's tokens (T,)) -> labels (T,)."""
 
     labels: Callable[[ReferenceResult, Tensor], Tensor]
     cause: str
@@ -24,66 +118,110 @@ class _LabelMistake(NamedTuple):
     remedy: str
 
 
-class _Sums(NamedTuple):
-    """Over each rank's tokens: summed token losses and numbers of labels, (ranks,) each."""
-
-    losses: Tensor
-    labels: Tensor
-
-
-def explain_loss(reference: ReferenceResult, ranks: Sequence[RankResult], losses: Tensor, tolerance: float) -> Finding:
-    """Find the mistake that gives the ranks' losses (ranks,)."""
+def explain_labels(reference: ReferenceResult, losses: Sequence[PartLoss]) -> Finding | None:
+    """Find what is wrong with the labels of the loss, None where they are right."""
+    if all(torch.equal(one.labels_T[one.known_T], one.right_T[one.known_T]) for one in losses):
+        return None
     for mistake in _LABEL_MISTAKES:
-        sums = _sums(reference, ranks, mistake)
-        for reduction, candidate in _reductions(sums, reference.rows.valid_labels):
-            same = bool(((losses - candidate).abs() <= tolerance * candidate.abs().max()).all())
-            if same and mistake.cause:
-                observed = mistake.observed + (f"; {reduction}" if reduction else "")
-                return Finding(mistake.cause, observed, mistake.remedy)
-            if same and reduction:
-                cause = "mean of means" if reduction is _OWN_MEANS else "loss not divided"
-                return Finding(cause, reduction, "multiply the sum of token losses by the part's loss_scale")
-    observed = "no labels and no way to sum that the doctor knows gives this loss"
-    remedy = "sum the token losses of part['labels'] and multiply by part['loss_scale']"
-    return Finding("loss differs", observed, remedy)
+        if all(_is(one, mistake.labels(reference, one.tokens_T)) for one in losses):
+            return Finding(mistake.cause, mistake.observed, mistake.remedy)
+    return _single_labels(losses)
 
 
-_OWN_MEANS = "each rank divides by its own tokens"
-_NOT_DIVIDED = "sums are not divided by the number of tokens"
+def _is(loss: PartLoss, labels_T: Tensor) -> bool:
+    return torch.equal(loss.labels_T[loss.known_T], labels_T[loss.known_T])
 
 
-def _sums(reference: ReferenceResult, ranks: Sequence[RankResult], mistake: _LabelMistake) -> _Sums:
-    """Sum the token losses that the ranks' logits have with these labels."""
-    totals, counts = [], []
-    for found in ranks:
-        own = found["tokens"]
-        labels = mistake.labels(reference, own)
-        totals.append(cross_entropy(found["logits"][: len(own)], labels).sum())
-        counts.append((labels != IGNORE_INDEX).sum())
-    return _Sums(torch.stack(totals), torch.stack(counts))
+def _single_labels(losses: Sequence[PartLoss]) -> Finding:
+    """Count the labels that are lost, leaked or others, and name the first."""
+    masks = {
+        "labels lost": lambda one: (one.labels_T == IGNORE_INDEX) & (one.right_T != IGNORE_INDEX) & one.known_T,
+        "labels leaked": lambda one: (one.labels_T != IGNORE_INDEX) & (one.right_T == IGNORE_INDEX),
+        "labels wrong": lambda one: (
+            (one.labels_T != one.right_T) & (one.right_T != IGNORE_INDEX) & (one.labels_T != IGNORE_INDEX) & one.known_T
+        ),
+    }
+    what = {
+        "labels lost": "have a label and no loss",
+        "labels leaked": "have no label and a loss all the same: last tokens of documents, or masked ones",
+        "labels wrong": "have the loss of another label than theirs",
+    }
+    counts = {cause: [int(mask(one).sum()) for one in losses] for cause, mask in masks.items()}
+    cause = max(counts, key=lambda cause: sum(counts[cause]))
+    place = next(index for index, count in enumerate(counts[cause]) if count)
+    first = losses[place]
+    token = int(first.tokens_T[masks[cause](first)][0])
+    observed = (
+        f"{sum(counts[cause])} tokens {what[cause]}; token {token} of the batch, on rank {first.rank}, is the first"
+    )
+    return Finding(cause, observed, "give the loss all of part['labels'], -100 ignored, and nothing else")
 
 
-def _reductions(sums: _Sums, labels: int) -> Iterator[tuple[str, Tensor]]:
-    """What ranks may call their loss, (ranks,), and the mistake in it, empty for none.
+def explain_weights(
+    losses: Sequence[PartLoss], valid_labels: int, scale: float, micro_batches: int, ranks: int
+) -> Finding | None:
+    """Find what is wrong with the weights of tokens, None where all have the one that `loss_scale` says.
 
-    A loss may be each rank's share or the whole. labels: how many the batch has.
+    scale: what `ContextParallel.loss_scale` found.
     """
-    total, count = sums.losses, sums.labels
-    means = total / count.clamp(min=1)
-    for right in (total / count.sum(), (total.sum() / count.sum()).expand_as(total), total / max(labels, 1)):
-        yield "", right
-    for wrong in (means, means / len(means), means.mean().expand_as(means)):
-        yield _OWN_MEANS, wrong
-    yield _NOT_DIVIDED, total
+    counted = [one for one in losses if one.weight]
+    if not counted:
+        return None
+    remedy = "multiply the sum of token losses by the part's loss_scale, once"
+    if any(one.spread > _NOTHING for one in counted):
+        observed = "tokens of one part have unequal weights, as a mean over documents or rows gives them"
+        return Finding("tokens weighted unequally", observed, remedy)
+    weights = [one.weight for one in counted]
+    if max(weights) - min(weights) > _NOTHING * max(map(abs, weights)):
+        return _unequal_parts(counted, micro_batches, remedy)
+    # of the right weight
+    factor = weights[0] * valid_labels / scale
+    known = (
+        (1.0, None),
+        (valid_labels / scale, ("loss not divided", "sums are not divided by the number of tokens")),
+        (float(valid_labels), ("loss not divided", "sums are not divided by the number of tokens")),
+        (1 / scale, ("loss scale forgotten", f"the factor {scale:.4g} of cp.loss_scale() is missing")),
+        (scale, ("loss scale doubled", f"the factor {scale:.4g} of cp.loss_scale() is in it twice")),
+        (float(micro_batches), _miscounted(micro_batches, "not divided by")),
+        (1 / micro_batches, _miscounted(micro_batches, "divided once more by")),
+        (1 / ranks, ("loss divided by ranks", f"it is divided by the {ranks} ranks once more")),
+        (float(ranks), ("loss divided by ranks", f"it is multiplied by the {ranks} ranks once more")),
+    )
+    for candidate, words in known:
+        if abs(factor - candidate) <= _NOTHING * candidate:
+            return (
+                None
+                if words is None
+                else Finding(words[0], f"the loss is {factor:.4g} times its share: {words[1]}", remedy)
+            )
+    return Finding("loss factor", f"the loss is {factor:.4g} times this rank's share of it", remedy)
 
 
-def _right(reference: ReferenceResult, own: Tensor) -> Tensor:
-    return reference.rows.labels_N[own]
+def _miscounted(micro_batches: int, how: str) -> tuple[str, str]:
+    return "micro-batches miscounted", f"it is {how} the {micro_batches} micro-batches of the step"
+
+
+def _unequal_parts(losses: Sequence[PartLoss], micro_batches: int, remedy: str) -> Finding:
+    """Explain parts that weigh tokens unequally."""
+    of_own = [one.weight * one.labels for one in losses]
+    if max(of_own) - min(of_own) <= _NOTHING * max(map(abs, of_own)):
+        return Finding("mean of means", "each rank divides by its own tokens", remedy)
+    if micro_batches > 1:
+        observed = "tokens of different micro-batches have unequal weights: each micro-batch divides by its own tokens"
+        return Finding("micro-batches miscounted", observed, "shard all micro-batches of a step by one shard_step")
+    return Finding("tokens weighted unequally", "tokens of different ranks have unequal weights", remedy)
 
 
 def _shifted_late(reference: ReferenceResult, own: Tensor) -> Tensor:
-    labels = reference.labels_N[own]
-    return torch.cat([labels[1:], labels.new_full((min(len(own), 1),), IGNORE_INDEX)])
+    return _next_here(reference.labels_N[own])
+
+
+def _shifted_twice(reference: ReferenceResult, own: Tensor) -> Tensor:
+    return _next_here(reference.shifted_labels_N[own])
+
+
+def _next_here(labels_T: Tensor) -> Tensor:
+    return torch.cat([labels_T[1:], labels_T.new_full((1,), IGNORE_INDEX)])
 
 
 def _unshifted(reference: ReferenceResult, own: Tensor) -> Tensor:
@@ -91,20 +229,26 @@ def _unshifted(reference: ReferenceResult, own: Tensor) -> Tensor:
 
 
 def _over_ends(reference: ReferenceResult, own: Tensor) -> Tensor:
-    shifted = torch.cat([reference.labels_N[1:], reference.labels_N.new_full((1,), IGNORE_INDEX)])
-    return shifted[own]
+    return _next_here(reference.labels_N)[own]
 
 
 def _unmasked(reference: ReferenceResult, own: Tensor) -> Tensor:
-    ids, targets = reference.rows.ids_N, reference.rows.labels_N
-    ends = torch.tensor(reference.rows.lengths).cumsum(0) - 1
-    shifted = torch.cat([ids[1:], ids[:1]])
-    shifted[ends] = IGNORE_INDEX
-    return torch.where(targets == IGNORE_INDEX, shifted, targets)[own]
+    shifted = _next_here(reference.ids_N)
+    shifted[torch.tensor(reference.lengths).cumsum(0) - 1] = IGNORE_INDEX
+    return shifted[own]
+
+
+def _unmasked_over_ends(reference: ReferenceResult, own: Tensor) -> Tensor:
+    return _next_here(reference.ids_N)[own]
 
 
 _LABEL_MISTAKES = (
-    _LabelMistake(_right, "", "", ""),
+    _LabelMistake(
+        _shifted_twice,
+        "labels shifted twice",
+        "tokens predict the token after the next",
+        "use the part's labels, which are shifted already, with a loss that does not shift them",
+    ),
     _LabelMistake(
         _shifted_late,
         "labels shifted after sharding",
@@ -124,6 +268,12 @@ _LABEL_MISTAKES = (
         _unmasked,
         "label mask dropped",
         "tokens whose label is -100 have a loss",
+        "give labels to ContextParallel.shard, and ignore -100",
+    ),
+    _LabelMistake(
+        _unmasked_over_ends,
+        "label mask dropped",
+        "tokens whose label is -100 have a loss, and so have last tokens of documents",
         "give labels to ContextParallel.shard, and ignore -100",
     ),
 )

@@ -2,67 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from distattn.doctor.comparison import Finding, RankResult
-from distattn.doctor.rank_run import ReferenceResult
+from distattn.doctor.comparison import Finding, RankResult, parts_of
+from distattn.doctor.reference import ReferenceResult
 
-_SAME_ON_ALL_RANKS = (
-    ("batch", "batches differ", "give all ranks of the group the same batch; shard takes this rank's part of it"),
-    ("weights", "weights differ", "seed before the model is made, or broadcast its weights from one rank"),
-)
+_OF_ONE_RANK = "seed before the model is made, or broadcast its weights and buffers from one rank"
 # what the error of a rank says that ended because another one had
 _LOST_PEER = ("stopped answering", "Connection", "gloo", "NCCL", "timed out", "Broken pipe")
 
 
-def check_run(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
-    """Find the first thing for which results of ranks cannot be compared with one process, None where they can."""
-    for check in _CHECKS:
-        if finding := check(reference, ranks):
+def check_inputs(ranks: Sequence[RankResult]) -> Finding | None:
+    """Find what ranks do not have in common, or why one of them stopped; None where their results can be compared."""
+    # a rank that failed early has not got so far
+    if all("batch" in found for found in ranks):
+        for finding in _different_inputs(ranks):
             return finding
-    return None
+    return _stopped_rank(ranks)
 
 
-def check_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, Finding] | None:
+def check_run(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, list[Finding]] | None:
+    """Find the first thing for which results of ranks cannot be compared with one process, None where they can."""
+    finding = _kept_padding(reference, ranks) or _misplaced_tokens(reference, ranks) or _random_numbers(ranks)
+    return (None, [finding]) if finding else None
+
+
+def check_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, list[Finding]] | None:
     """Find what is infinite or not a number on a rank and finite in one process: the module's name, if it is one's."""
     remedy = (
         "look at the first module or parameter named; an overflow, a division by zero, or memory that was not filled"
     )
     for module, observed in _not_finite(reference, ranks):
-        return module, Finding("not finite", observed, remedy)
+        return module, [Finding("not finite", observed, remedy)]
+    return None
+
+
+def check_state(ranks: Sequence[RankResult]) -> Finding | None:
+    """Find a buffer that the step left otherwise on one rank than on another."""
+    for name, first in ranks[0]["buffers_after"].items():
+        odd = [rank for rank, found in enumerate(ranks) if found["buffers_after"].get(name) != first]
+        if odd:
+            observed = f"the step leaves the buffer {name} otherwise on rank {odd[0]} than on rank 0"
+            remedy = "what counts tokens, such as statistics or a router's bias, has to be summed over ranks"
+            return Finding("buffer not synchronised", observed, remedy)
     return None
 
 
 def _not_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Iterator[tuple[str | None, str]]:
-    for rank, found in enumerate(ranks):
+    for rank, found in parts_of(ranks):
         tokens = len(found["tokens"])
         for name, output in found["outputs"].items():
             finite_there = torch.isfinite(reference.outputs[name]).all() if name in reference.outputs else True
-            if finite_there and not torch.isfinite(output[:tokens]).all():
+            own = output.movedim(dim, 0)[:tokens] if (dim := reference.token_dims.get(name)) is not None else output
+            if finite_there and not torch.isfinite(own).all():
                 yield name, f"{name} is not finite on rank {rank}"
         for what, value in {"logits": found["logits"][:tokens], "loss": found["loss"]}.items():
             if not torch.isfinite(value).all():
                 yield None, f"the {what} of rank {rank} is not finite"
-        for name, gradient in found["gradients"].items():
+    for rank, result in enumerate(ranks):
+        for name, gradient in result["gradients"].items():
             finite_there = torch.isfinite(reference.gradients.get(name, torch.zeros(1))).all()
             if finite_there and not torch.isfinite(gradient).all():
                 yield None, f"the gradient of {name} is not finite on rank {rank}"
 
 
-def _different_inputs(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
-    for what, cause, remedy in _SAME_ON_ALL_RANKS:
-        # a rank that failed early has not got so far
-        if any(what not in found for found in ranks):
-            continue
-        odd = [rank for rank, found in enumerate(ranks) if found[what] != ranks[0][what]]
-        if odd:
-            return Finding(cause, f"rank {odd[0]} has another {what} than rank 0", remedy)
-    return None
+def _different_inputs(ranks: Sequence[RankResult]) -> Iterator[Finding]:
+    first = ranks[0]
+    for rank, found in enumerate(ranks):
+        if found["batch"] != first["batch"]:
+            remedy = "give all ranks of the group the same batch; shard takes this rank's part of it"
+            yield Finding("batches differ", f"rank {rank} has another batch than rank 0", remedy)
+        odd = [name for name in found["weights"] if found["weights"][name] != first["weights"].get(name)]
+        if odd and odd[0] not in found["buffers"]:
+            others = f" and {len(odd) - 1} others" if len(odd) > 1 else ""
+            yield Finding("weights differ", f"rank {rank} has another {odd[0]}{others} than rank 0", _OF_ONE_RANK)
+        for name, buffer in found["buffers"].items():
+            if name not in first["buffers"] or not torch.equal(buffer, first["buffers"][name]):
+                yield Finding("buffers differ", f"rank {rank} has another {name} than rank 0", _OF_ONE_RANK)
 
 
-def _stopped_rank(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
+def _stopped_rank(ranks: Sequence[RankResult]) -> Finding | None:
     stopped = [rank for rank, found in enumerate(ranks) if {"refusal", "failure"} & found.keys()]
     if not stopped:
         return None
@@ -79,28 +100,31 @@ def _lost_its_peer(found: RankResult) -> bool:
 
 
 def _kept_padding(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
-    text, computed = len(reference.rows.ids_N), sum(len(found["tokens"]) for found in ranks)
+    text, computed = len(reference.ids_N), sum(len(part["tokens"]) for _, part in parts_of(ranks))
     if computed == text:
         return None
     observed = f"{computed} tokens are computed, {text} of them are text and the others padding"
     return Finding("padding kept", observed, "give attention_mask to ContextParallel.shard, which leaves padding out")
 
 
-def _misplaced_tokens_or_randomness(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
-    for rank, found in enumerate(ranks):
-        expected = reference.rows.ids_N[found["tokens"]]
-        own = found.get("input_ids", expected[None]).flatten()[: len(expected)]
-        if len(own) != len(expected) or not torch.equal(own, expected.cpu()):
+def _misplaced_tokens(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
+    for rank, part in parts_of(ranks):
+        expected = reference.ids_N[part["tokens"]].cpu()
+        own = part.get("input_ids", expected[None]).flatten()[: len(expected)]
+        if len(own) != len(expected) or not torch.equal(own, expected):
             observed = f"rank {rank} has not the tokens that its plan's layout gives it"
             remedy = "shard with ContextParallel.shard, or Layout.shard of the same layout"
             return Finding("tokens misplaced", observed, remedy)
-        if found["random"] > 0:
-            observed = f"the same batch gives other logits the second time (by {found['random']:.2g} on rank {rank})"
-            remedy = "set dropout to 0, or call model.eval(), in the script for the doctor"
-            return Finding("random numbers", observed, remedy)
     return None
 
 
-_Check = Callable[[ReferenceResult, Sequence[RankResult]], Finding | None]
-# in this order: a later one takes for granted what an earlier one looks at
-_CHECKS: tuple[_Check, ...] = (_different_inputs, _stopped_rank, _kept_padding, _misplaced_tokens_or_randomness)
+def _random_numbers(ranks: Sequence[RankResult]) -> Finding | None:
+    for rank, part in parts_of(ranks):
+        if part["random"] > 0:
+            observed = f"the same batch gives other logits the second time (by {part['random']:.2g} on rank {rank})"
+            remedy = "set dropout to 0, or call model.eval(), in the script for the doctor"
+            dropout = ranks[rank]["dropout"]
+            if dropout is not None:
+                return Finding("dropout on", f"{observed}: {dropout} is on", remedy)
+            return Finding("random numbers", observed, remedy)
+    return None

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -27,18 +27,35 @@ from distattn.ir.errors import DistattnError
 _LENGTHS = (41, 1, 23, 32)
 _MOST_PARAMETERS = 300_000_000
 
+# of a script's functions
+_ARGUMENTS = {
+    "model": (),
+    "batch": (),
+    "context_parallel": (),
+    "setup": ("cp", "model"),
+    "shard": ("cp", "batch"),
+    "forward": ("model", "part"),
+    "loss": ("logits", "part"),
+    "backward": ("model", "loss"),
+    "reduce": ("model",),
+    "gradients": ("model",),
+    "reference": ("model", "ids"),
+}
+
 SCRIPT = """A script for the doctor is a Python file with these functions; all but the first have defaults, written for models of
 transformers with attn_implementation="distattn":
 
   model() -> torch.nn.Module                  with the same weights on every rank; on ranks (where torch.distributed is
                                               initialized) it may be wrapped: fully_shard, DDP, a DeepSpeed engine
-  batch() -> dict                             as ContextParallel.shard takes it, the same on every rank
+  batch() -> dict, or a list of them          as ContextParallel.shard takes it, the same on every rank; a list is the
+                                              micro-batches of one step
   context_parallel() -> ContextParallel       over the default process group
   setup(cp, model)                            cp.loss_scale(trainer), say; nothing by default
-  shard(cp, batch) -> dict                    this rank's part
+  shard(cp, batch) -> dict, or a list         this rank's part, or its parts
   forward(model, part) -> logits (1, T, V)
   loss(logits, part) -> Tensor                this rank's share: shares add up to the loss
-  backward(model, loss)                       and reduce gradients over ranks
+  backward(model, loss)                       of one micro-batch; may reduce gradients over ranks
+  reduce(model)                               after the last backward: sums gradients over ranks, unless backward is yours
   gradients(model) -> dict                    of every parameter, whole, after that
   reference(model, ids) -> logits (1, S, V)   of one document (1, S) in one process
 """
@@ -48,7 +65,7 @@ class Target:
     """A model, a batch, and what a user does with them on several ranks."""
 
     def __init__(self, target: str):
-        path = Path(target)
+        self._path = path = Path(target)
         self._script = _load(path) if path.suffix == ".py" else None
         if self._script is not None and not hasattr(self._script, "model"):
             raise DistattnError(f"{target} has no function model(); see distattn doctor --help.")
@@ -71,15 +88,16 @@ class Target:
             )
         return AutoModelForCausalLM.from_config(self._config, attn_implementation=huggingface.NAME)
 
-    def batch(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Make the batch that every rank holds whole, as `ContextParallel.shard` takes it."""
+    def batches(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """Make the micro-batches of a step that every rank holds whole, each as `ContextParallel.shard` takes it."""
         if hasattr(self._script, "batch"):
-            return self._script.batch()  # type: ignore[union-attr]
+            given = self._script.batch()  # type: ignore[union-attr]
+            return list(given) if isinstance(given, (list, tuple)) else [given]
         vocabulary = pytorch.output_layer_of(pytorch.unwrapped(model)).weight.shape[0]  # type: ignore[union-attr,index]
         ids = torch.randint(0, int(vocabulary), (1, sum(_LENGTHS)), generator=torch.Generator().manual_seed(0))  # type: ignore[call-overload]
         labels = ids.clone()
         labels[:, :20] = IGNORE_INDEX
-        return {"input_ids": ids, "labels": labels, "document_lengths": list(_LENGTHS)}
+        return [{"input_ids": ids, "labels": labels, "document_lengths": list(_LENGTHS)}]
 
     def context_parallel(self) -> ContextParallel:
         """Make this rank's ContextParallel, over the default process group."""
@@ -89,9 +107,16 @@ class Target:
         """Do what the script wants done before the first batch."""
         self._function("setup", lambda cp, model: None)(cp, model)
 
-    def shard(self, cp: ContextParallel, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Take this rank's part of the batch."""
-        return self._function("shard", lambda cp, batch: cp.shard(batch))(cp, batch)
+    def shard(self, cp: ContextParallel, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Take this rank's parts of the micro-batches. Raises DistattnError where they are not as many."""
+        own = getattr(self._script, "shard", None)
+        if own is None:
+            return cp.shard_step(batches)
+        given = own(cp, batches if len(batches) > 1 else batches[0])
+        parts = list(given) if isinstance(given, (list, tuple)) else [given]
+        if len(parts) != len(batches):
+            raise DistattnError(f"shard returns {len(parts)} parts of {len(batches)} micro-batches")
+        return parts
 
     def forward(self, model: torch.nn.Module, part: Mapping[str, Any]) -> Tensor:
         """Compute this rank's logits (1, T, V)."""
@@ -110,8 +135,12 @@ class Target:
         return self._function("loss", pytorch.loss_of)(logits, part)
 
     def backward(self, model: torch.nn.Module, loss: Tensor) -> None:
-        """Run the backward pass, and sum gradients over ranks."""
-        self._function("backward", _backward)(model, loss)
+        """Run the backward pass of a micro-batch."""
+        self._function("backward", lambda model, loss: loss.backward())(model, loss)
+
+    def reduce(self, model: torch.nn.Module) -> None:
+        """Sum gradients over ranks after all backward passes, where the script's own `backward` does not."""
+        self._function("reduce", _keep_gradients if hasattr(self._script, "backward") else _sum_gradients)(model)
 
     def gradients(self, model: torch.nn.Module) -> dict[str, Tensor]:
         """Return the whole gradient of every parameter that has one, by name."""
@@ -126,6 +155,10 @@ class Target:
         ours = hasattr(model, "set_attn_implementation") and not hasattr(self._script, "reference")
         return huggingface.single_process_attention(model) if ours else nullcontext()
 
+    def describe_error(self, error: BaseException) -> str:
+        """Describe an error in one line: what it is, and the last line of the script that led to it."""
+        return describe_error(error, self._path if self._script is not None else None)
+
     def _function(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         """The script's function of this name, or the default."""
         return getattr(self._script, name, default)
@@ -136,8 +169,11 @@ def default_kernel() -> str | None:
     return None if torch.cuda.is_available() else "reference"
 
 
-def _backward(model: torch.nn.Module, loss: Tensor) -> None:
-    loss.backward()
+def _keep_gradients(model: torch.nn.Module) -> None:
+    """They are reduced."""
+
+
+def _sum_gradients(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
@@ -166,17 +202,14 @@ def _load(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise DistattnError(f"{path} cannot be imported: {describe_error(error)}") from None
+    except (Exception, SystemExit) as error:
+        raise DistattnError(f"{path} cannot be imported: {describe_error(error, path)}") from None
     if hasattr(module, "prepare"):
         raise DistattnError(f"{path}: the doctor calls no function prepare(cp, model). Did you mean setup(cp, model)?")
-    for name, ours in vars(Target).items():
+    for name, wanted in _ARGUMENTS.items():
         theirs = getattr(module, name, None)
-        if name.startswith("_") or theirs is None or not inspect.isfunction(ours):
+        if theirs is None:
             continue
-        wanted = [p for p in inspect.signature(ours).parameters if p != "self"]
-        if name in ("model", "batch"):
-            wanted = []
         try:
             inspect.signature(theirs).bind(*wanted)
         except TypeError:
@@ -185,12 +218,20 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def describe_error(error: BaseException) -> str:
-    """Describe an error in one line: what it is, and in which file and line it was raised."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(frame.filename).name}, line {frame.lineno}"
+def describe_error(error: BaseException, script: Path | None = None) -> str:
+    """Describe an error in one line: what it is, and in which file and line it was raised.
+
+    script: where the error comes from lines of this file, or of one beside it, the last of them is named instead.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    raised = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
+    folder = None if script is None else script.resolve().parent
+    own = [frame for frame in frames if Path(frame.filename).resolve().parent == folder]
+    where = f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else raised
     if isinstance(error, SyntaxError):
         where = f"{Path(error.filename or '').name}, line {error.lineno}"
+    elif where != raised:
+        where += f"; raised in {raised}"
     text = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {text[0]} ({where})"
 

@@ -1,0 +1,197 @@
+"""What one process computes, one document at a time, and how far two right results may lie apart."""
+
+# N tokens of all micro-batches, T tokens of a document, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distattn.batch.packed_batch import IGNORE_INDEX, KEYS, PackedBatch
+from distattn.doctor.comparison import RankResult, distance, in_global_order, parts_of
+from distattn.doctor.recording import recorded_outputs, rounded_otherwise, unit_roundoff
+from distattn.doctor.target import Target
+from distattn.ir.errors import DistattnError
+
+# by how much more than roundings were seen to cost results may differ, and how often that is looked at
+_MARGIN, _TIMES = 6.0, 2
+
+
+class ReferenceResult(NamedTuple):
+    """Logits (N, V), outputs of modules by name with tokens in front (N, ...), loss and gradients; all micro-batches in turn.
+
+    labels_N: each token's own label, not shifted. token_dims: the dim of a module's output that its tokens are.
+    """
+
+    packs: list[PackedBatch]
+    ids_N: Tensor
+    labels_N: Tensor
+    shifted_labels_N: Tensor
+    positions_N: Tensor
+    logits_NV: Tensor
+    outputs: dict[str, Tensor]
+    token_dims: dict[str, int]
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of all documents."""
+        return [length for pack in self.packs for length in pack.lengths]
+
+    @property
+    def valid_labels(self) -> int:
+        """How many tokens have a label."""
+        return sum(pack.valid_labels for pack in self.packs)
+
+
+class Tolerances(NamedTuple):
+    """The largest differences that rounding explains, as norms of a - b: of logits, modules' outputs and gradients."""
+
+    logits: float
+    outputs: dict[str, float]
+    gradients: dict[str, float]
+
+
+def reference_result(target: Target, model: torch.nn.Module) -> ReferenceResult:
+    """Run the target in one process, one document at a time, with a model that has the ranks' weights.
+
+    Raises DistattnError where no token has a label.
+    """
+    batches = target.batches(model)
+    packs = packs_of(batches)
+    ids_N = torch.cat([pack.ids_N for pack in packs])
+    shifted_N = torch.cat([pack.labels_N for pack in packs])
+    valid = int((shifted_N != IGNORE_INDEX).sum())
+    if not valid:
+        raise DistattnError("no batch has a token with a label: there is no loss to compare.")
+    device = next(model.parameters()).device
+    lengths = [length for pack in packs for length in pack.lengths]
+    model.zero_grad()
+    logits, outputs = [], []
+    # its backward pass may repeat the attention
+    with target.reference_context(model):
+        for ids in ids_N.to(device).split(lengths):
+            with recorded_outputs(model) as seen:
+                logits.append(target.reference(model, ids[None])[0])
+            outputs.append(seen)
+        logits_NV = torch.cat(logits)
+        loss = cross_entropy(logits_NV, shifted_N.to(device)).sum() / valid
+        loss.backward()
+    gradients = {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    dims = _token_dims(outputs, lengths)
+    return ReferenceResult(
+        packs,
+        ids_N,
+        torch.cat([_own_labels(batch) for batch in batches]),
+        shifted_N,
+        torch.cat([torch.arange(length) for length in lengths]),
+        logits_NV.detach().cpu(),
+        {name: torch.cat([one[name].movedim(dim, 0) for one in outputs]) for name, dim in dims.items()},
+        dims,
+        loss.detach().cpu(),
+        gradients,
+    )
+
+
+def measure_tolerances(
+    target: Target, model: torch.nn.Module, reference: ReferenceResult, ranks: Sequence[RankResult]
+) -> Tolerances:
+    """See how far results move in one process where every module rounds otherwise, as coarsely as on the ranks.
+
+    Modules that put out the same on the ranks to the last bit do not.
+    """
+    rounding = _rounding(reference, ranks)
+    coarsest = max(rounding.values(), default=0.0)
+    logits = _once(reference.logits_NV, coarsest)
+    outputs = {name: _once(output, rounding.get(name, 0.0)) for name, output in reference.outputs.items()}
+    gradients = {name: _once(gradient, coarsest) for name, gradient in reference.gradients.items()}
+    for seed in range(_TIMES):
+        with rounded_otherwise(model, rounding, seed):
+            other = reference_result(target, model)
+        logits = max(logits, distance(other.logits_NV, reference.logits_NV))
+        for moved, there, here in (
+            (outputs, other.outputs, reference.outputs),
+            (gradients, other.gradients, reference.gradients),
+        ):
+            for name in there.keys() & here.keys():
+                moved[name] = max(moved[name], distance(there[name], here[name]))
+    return Tolerances(
+        _MARGIN * logits,
+        {name: _MARGIN * moved for name, moved in outputs.items()},
+        {name: _MARGIN * moved for name, moved in gradients.items()},
+    )
+
+
+def _once(values: Tensor, error: float) -> float:
+    """How far values move where each is rounded once more, or has this relative error."""
+    return max(error, unit_roundoff(values.dtype)) * float(values.double().norm())
+
+
+def packs_of(batches: Sequence[Mapping[str, Any]]) -> list[PackedBatch]:
+    """Read batches as `ContextParallel.shard` would; keys that a script has for itself are left out."""
+    return [PackedBatch.of({name: value for name, value in batch.items() if name in KEYS}) for batch in batches]
+
+
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """Compute the fp64 loss of each token (T,), 0 where the target is IGNORE_INDEX."""
+    return F.cross_entropy(logits_TV.double(), targets_T, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def _own_labels(batch: Mapping[str, Any]) -> Tensor:
+    labels = batch.get("labels", batch["input_ids"])
+    padding = batch.get("attention_mask")
+    return labels.flatten() if padding is None else labels[padding != 0]
+
+
+def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) -> dict[str, int]:
+    """For every output that has tokens in all documents, the dim that they are."""
+    dims: dict[str, int] = {}
+    for name in outputs[0]:
+        found = [one[name] for one in outputs if name in one]
+        if len(found) < len(lengths) or len({one.dim() for one in found}) > 1:
+            continue
+        fits = (
+            dim
+            for dim in range(1, found[0].dim())
+            if all(one.shape[dim] == length for one, length in zip(found, lengths, strict=True))
+        )
+        if (dim := next(fits, None)) is not None:
+            dims[name] = dim
+    # what is joined along tokens is alike in the other dims
+    return {
+        name: dim
+        for name, dim in dims.items()
+        if len({(*one[name].shape[:dim], *one[name].shape[dim + 1 :]) for one in outputs}) == 1
+    }
+
+
+def _rounding(reference: ReferenceResult, ranks: Sequence[RankResult]) -> dict[str, float]:
+    """The relative error of one rounding of modules' outputs on the ranks; 0 where none is seen."""
+    found: dict[str, float] = {}
+    for _, part in parts_of(ranks):
+        for name, output in part["outputs"].items():
+            found[name] = max(found.get(name, 0.0), unit_roundoff(output.dtype))
+    for name, expected in reference.outputs.items():
+        parts = outputs_of_ranks(reference, ranks, name)
+        if parts is not None and torch.equal(parts, expected):
+            found[name] = 0.0
+    return found
+
+
+def outputs_of_ranks(reference: ReferenceResult, ranks: Sequence[RankResult], name: str) -> Tensor | None:
+    """A module's output on the ranks as that of one process, (N, ...); None where they cannot be laid side by side."""
+    dim, expected = reference.token_dims[name], reference.outputs[name]
+    parts = [part["outputs"].get(name) for _, part in parts_of(ranks)]
+    tokens = [part["tokens"] for _, part in parts_of(ranks)]
+    moved = [part.movedim(dim, 0) for part in parts if part is not None and part.dim() > dim]
+    if len(moved) < len(parts) or any(part.shape[1:] != expected.shape[1:] for part in moved):
+        return None
+    if any(len(part) < len(own) for part, own in zip(moved, tokens, strict=True)):
+        return None
+    return in_global_order(moved, tokens)

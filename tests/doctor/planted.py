@@ -1,0 +1,526 @@
+"""Scripts for the doctor: model families, trainers, and what people do wrong with them, to be put together."""
+
+HEAD = """
+import os
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig,
+                          GPT2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config)
+
+import distattn as da
+from distattn.adapters import huggingface, pytorch
+
+SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, initializer_range=0.4, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+LENGTHS = [41, 1, 23, 32]
+DTYPE = torch.{dtype}
+ON_RANKS = dist.is_initialized
+
+
+def attention_of(changes):
+    # an attention implementation that forgets something, or has something else
+    def attention(module, q, k, v, mask, **kwargs):
+        return huggingface.attention_forward(module, q, k, v, None, **{{**kwargs, **changes(module, kwargs)}})
+    AttentionInterface.register("careless", attention)
+    AttentionMaskInterface.register("careless", huggingface.mask_pattern)
+    return "careless"
+
+
+def pack(seed=0, tokens=sum(LENGTHS)):
+    ids = torch.randint(1, 64, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[:, 5:30] = -100
+    return {{"input_ids": ids, "labels": labels, "document_lengths": LENGTHS}}
+
+
+def batch():
+    return pack()
+
+
+def config():
+    return CONFIG
+
+
+def attention():
+    return "distattn"
+
+
+def build():
+    huggingface.register()
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(), attn_implementation=attention()).to(DTYPE)
+
+
+def sum_gradients(model):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+"""
+FAMILIES = {
+    "llama": "CONFIG = LlamaConfig(**SIZE)",
+    "qwen3": "CONFIG = Qwen3Config(**SIZE, tie_word_embeddings=True)",
+    "mistral": "CONFIG = MistralConfig(**SIZE, sliding_window=6)",
+    "gpt2": """
+CONFIG = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
+                    attn_pdrop=0.0, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
+""",
+    "gemma2": "CONFIG = Gemma2Config(**SIZE, sliding_window=6, attn_logit_softcapping=1.0, query_pre_attn_scalar=100)",
+    "gemma3": """
+CONFIG = Gemma3TextConfig(**SIZE, sliding_window=6, layer_types=["sliding_attention", "full_attention"])
+""",
+    "gpt-oss": """
+CONFIG = GptOssConfig(**SIZE, sliding_window=6, num_local_experts=2, num_experts_per_tok=1)
+""",
+    "own": """
+class Alone:
+    # attention of one process
+    def attention(self, q, k, v):
+        return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True)[0].transpose(0, 1)
+
+
+def rotated(x, positions, base=100.0):
+    # (tokens, heads, dim)
+    angles = positions[0][:, None] * base ** (-torch.arange(4, device=x.device) / 4)
+    cos, sin, (a, b) = angles.cos()[:, None], angles.sin()[:, None], x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out, self.mlp = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x, position_ids, context_parallel):
+        q, k, v = self.qkv(self.norm(x[0])).view(-1, 3, 4, 8).unbind(1)
+        q, k = rotated(q, position_ids), rotated(k, position_ids)
+        x = x + self.out(context_parallel.attention(q, k, v).flatten(1))
+        return x + self.mlp(F.gelu(x))
+
+
+class Own(nn.Module):
+    def __init__(self, learned=False):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(64, 32), nn.Embedding(128, 32) if learned else None
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.lm_head = nn.Linear(32, 64, bias=False)
+
+    def forward(self, input_ids, position_ids, context_parallel):
+        x = self.tokens(input_ids)
+        if self.places is not None:
+            x = x + self.places(position_ids)
+        for block in self.blocks:
+            x = block(x, position_ids, context_parallel)
+        return self.lm_head(x)
+
+
+def build():
+    torch.manual_seed(0)
+    model = Own()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model.to(DTYPE)
+
+
+def reference(model, ids):
+    return model(ids, torch.arange(ids.shape[1])[None], Alone())
+""",
+}
+TRAINERS = {
+    "loop": """
+def model():
+    return build()
+""",
+    "DDP": """
+def model():
+    return nn.parallel.DistributedDataParallel(build()) if ON_RANKS() else build()
+def setup(cp, model):
+    cp.loss_scale(pytorch.ProbeTarget(model))
+def backward(model, loss):
+    loss.backward()
+""",
+    "FSDP2": """
+def model():
+    found = build()
+    if ON_RANKS():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+        if hasattr(found, "get_decoder"):
+            for layer in (found.get_decoder().h if hasattr(found.get_decoder(), "h") else found.get_decoder().layers):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(found, mesh=mesh)
+    return found
+def setup(cp, model):
+    cp.loss_scale(pytorch.ProbeTarget(model))
+def backward(model, loss):
+    loss.backward()
+""",
+    "DeepSpeed": """
+MICRO_BATCHES = 1
+def model():
+    if not ON_RANKS():
+        return build()
+    import deepspeed
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    found = build()
+    settings = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": MICRO_BATCHES,
+                "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
+    if DTYPE == torch.bfloat16:
+        settings["bf16"] = {"enabled": True}
+    optimizer = torch.optim.SGD(found.parameters(), lr=0.1, momentum=0.9)
+    return deepspeed.initialize(model=found, model_parameters=found.parameters(), optimizer=optimizer, config=settings)[0]
+def setup(cp, model):
+    from distattn.adapters import deepspeed
+    cp.loss_scale(deepspeed.ProbeTarget(model))
+def backward(model, loss):
+    model.backward(loss)
+    if not model.is_gradient_accumulation_boundary():
+        model.step()
+def gradients(model):
+    from deepspeed.utils import safe_get_full_grad
+    return {name: safe_get_full_grad(p).clone() for name, p in model.module.named_parameters()}
+""",
+}
+POSITIONS_ACCEPTED = """
+def attention():
+    return attention_of(lambda module, kwargs: {"position_ids": None})
+"""
+MISTAKES = {
+    "positions from 0": POSITIONS_ACCEPTED
+    + """
+def forward(model, part):
+    return pytorch.forward(model, {**part, "position_ids": torch.arange(part["input_ids"].shape[1])[None]})
+""",
+    "positions over the pack": POSITIONS_ACCEPTED
+    + """
+def shard(cp, batch):
+    part = cp.shard(batch)
+    tokens = cp.planner.lay_out(part["context_parallel"].key.documents)[1].tokens(cp.rank)
+    return {**part, "position_ids": torch.from_numpy(tokens.copy())[None]}
+""",
+    "no lengths": """
+def shard(cp, batch):
+    return cp.shard({name: batch[name] for name in ("input_ids", "labels")})
+""",
+    "other lengths": """
+def shard(cp, batch):
+    return cp.shard({**batch, "document_lengths": [40, 2, 23, 32]})
+""",
+    "full mask": """
+def context_parallel():
+    return da.ContextParallel(strategy="ring", kernel="reference", document_mask="full")
+""",
+    "window of the mask": """
+def context_parallel():
+    return da.ContextParallel(strategy="ring", kernel="reference", document_mask=(7, 0))
+""",
+    "sdpa": """
+def forward(model, part):
+    pytorch.unwrapped(model).set_attn_implementation("sdpa")
+    return model(part["input_ids"], position_ids=part["position_ids"], use_cache=False).logits
+""",
+    "no window": """
+def attention():
+    return attention_of(lambda module, kwargs: {"sliding_window": None})
+""",
+    "window + 1": """
+def attention():
+    return attention_of(lambda module, kwargs: {"sliding_window": w + 1} if (w := kwargs.get("sliding_window")) else {})
+""",
+    "window - 1": """
+def attention():
+    return attention_of(lambda module, kwargs: {"sliding_window": w - 1} if (w := kwargs.get("sliding_window")) else {})
+""",
+    "no softcap": """
+def attention():
+    return attention_of(lambda module, kwargs: {"softcap": None})
+""",
+    "no sink": """
+def attention():
+    return attention_of(lambda module, kwargs: {"s_aux": None})
+""",
+    "no scale": """
+def attention():
+    return attention_of(lambda module, kwargs: {"scaling": None})
+""",
+    "model's own loss": """
+def loss(logits, part):
+    # as model(labels=...) does
+    return F.cross_entropy(logits[0, :-1].float(), part["labels"][0, 1:], reduction="sum") * part["loss_scale"]
+""",
+    "shifted after sharding": """
+def shard(cp, batch):
+    part = cp.shard(batch)
+    tokens = torch.from_numpy(cp.planner.lay_out(part["context_parallel"].key.documents)[1].tokens(cp.rank).copy())
+    return {**part, "labels": F.pad(batch["labels"][0, tokens][1:], (0, 1), value=-100)[None]}
+""",
+    "not shifted": """
+def shard(cp, batch):
+    return cp.shard({"input_ids": batch["input_ids"], "document_lengths": LENGTHS, "shift_labels": batch["labels"]})
+""",
+    "five lost": """
+def shard(cp, batch):
+    part = cp.shard(batch)
+    labels = part["labels"].clone()
+    labels[0, (labels[0] != -100).nonzero()[:5, 0]] = -100
+    return {**part, "labels": labels}
+""",
+    "one lost": """
+def shard(cp, batch):
+    part = cp.shard(batch)
+    labels = part["labels"].clone()
+    if cp.rank == 1:
+        labels[0, (labels[0] != -100).nonzero()[3, 0]] = -100
+    return {**part, "labels": labels}
+""",
+    "leaked": """
+def shard(cp, batch):
+    shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    return cp.shard({"input_ids": batch["input_ids"], "document_lengths": LENGTHS, "shift_labels": shifted})
+""",
+    "no label mask": """
+def shard(cp, batch):
+    return cp.shard({name: batch[name] for name in ("input_ids", "document_lengths")})
+""",
+    "mean on each rank": """
+def loss(logits, part):
+    return F.cross_entropy(logits[0].float(), part["labels"][0])
+""",
+    "mean of documents": """
+def loss(logits, part):
+    each = F.cross_entropy(logits[0].float(), part["labels"][0], reduction="none")
+    begins = part["position_ids"][0] < 4
+    return each[begins].mean() + each[~begins].mean()
+""",
+    "a sum": """
+def loss(logits, part):
+    return F.cross_entropy(logits[0].float(), part["labels"][0], reduction="sum")
+""",
+    "no scale of the trainer": """
+def loss(logits, part):
+    count = (part["labels"] != -100).sum()
+    dist.all_reduce(count)
+    return F.cross_entropy(logits[0].float(), part["labels"][0], reduction="sum") / count
+""",
+    "scale twice": """
+def loss(logits, part):
+    return pytorch.loss_of(logits, part) * dist.get_world_size()
+""",
+    "not measured": """
+def setup(cp, model):
+    pass
+""",
+    "averaged": """
+def backward(model, loss):
+    loss.backward()
+    sum_gradients(model)
+    for p in model.parameters():
+        p.grad /= dist.get_world_size()
+""",
+    "not summed": """
+def backward(model, loss):
+    loss.backward()
+""",
+    "summed twice": """
+def backward(model, loss):
+    loss.backward()
+    sum_gradients(model)
+    sum_gradients(model)
+""",
+    "head not summed": """
+def backward(model, loss):
+    loss.backward()
+    kept = model.lm_head.weight.grad.clone()
+    sum_gradients(model)
+    model.lm_head.weight.grad = kept
+""",
+    "head doubled": """
+def backward(model, loss):
+    loss.backward()
+    sum_gradients(model)
+    list(model.parameters())[-1].grad *= 2
+""",
+    "each micro-batch alone": """
+def batch():
+    first, second = pack(1), pack(2)
+    second["labels"] = second["labels"].clone()
+    second["labels"][:, 30:80] = -100
+    return [first, second]
+def shard(cp, batches):
+    return [cp.shard(batch) for batch in batches]
+""",
+    "divided by the micro-batches": """
+def batch():
+    return [pack(1), pack(2)]
+def loss(logits, part):
+    return pytorch.loss_of(logits, part) / 2
+""",
+    "head frozen": """
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if "lm_head" not in name and "wte" not in name}
+""",
+    "dropout": """
+def config():
+    CONFIG.resid_pdrop = 0.1
+    return CONFIG
+""",
+    "noise": """
+def forward(model, part):
+    return pytorch.forward(model, part) + torch.randn(1)
+""",
+    "other seeds": """
+def model():
+    found = build()
+    torch.manual_seed(dist.get_rank() if ON_RANKS() else 0)
+    nn.init.normal_(list(found.parameters())[0], std=0.3)
+    return found
+""",
+    "other batches": """
+def batch():
+    return pack(dist.get_rank() if ON_RANKS() else 0)
+""",
+    "other frequencies on rank 1": """
+def model():
+    found = build()
+    if ON_RANKS() and dist.get_rank() == 1:
+        found.model.rotary_emb.inv_freq *= 2
+    return found
+""",
+    "other base": """
+def config():
+    theta = 77.0 if ON_RANKS() else 10000.0
+    CONFIG.rope_parameters = {**CONFIG.rope_parameters, "rope_theta": theta}
+    return CONFIG
+""",
+    "coarse frequencies": """
+def model():
+    found = build()
+    if ON_RANKS():
+        rotary = found.model.rotary_emb
+        rotary.inv_freq = rotary.inv_freq.to(torch.bfloat16).float() * 1.01
+    return found
+""",
+    "other eps": """
+def config():
+    CONFIG.rms_norm_eps = 0.5 if ON_RANKS() else 1e-6
+    return CONFIG
+""",
+    "halves": """
+def shard(cp, batch):
+    part, half = cp.shard(batch), sum(LENGTHS) // 2
+    return {**part, "input_ids": batch["input_ids"][:, :half] if cp.rank == 0 else batch["input_ids"][:, half:]}
+""",
+    "padding": """
+def batch():
+    ids = torch.randint(1, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+def shard(cp, batch):
+    return cp.shard({name: batch[name] for name in ("input_ids", "labels")})
+""",
+    "attention dropout": """
+def config():
+    name = "attn_pdrop" if hasattr(CONFIG, "attn_pdrop") else "attention_dropout"
+    setattr(CONFIG, name, 0.5)
+    return CONFIG
+""",
+    "no such method": """
+def loss(logits, part):
+    return logits.no_such_thing()
+""",
+    "exit": """
+def loss(logits, part):
+    raise SystemExit(0)
+""",
+    "not a number": """
+def backward(model, loss):
+    loss.backward()
+    sum_gradients(model)
+    list(model.parameters())[3].grad[0] = float("nan")
+""",
+    "head missing on rank 1": """
+def backward(model, loss):
+    loss.backward()
+    sum_gradients(model)
+    if dist.get_rank() == 1:
+        model.lm_head.weight.grad = None
+""",
+    "logits scaled": """
+def forward(model, part):
+    return pytorch.forward(model, part) * (1.5 + torch.arange(64) / 64)
+""",
+    "layer scaled": """
+def forward(model, part):
+    # on ranks only: the script's forward
+    mlp = pytorch.unwrapped(model).get_submodule("model.layers.1.mlp")
+    right = mlp.forward
+    mlp.forward = lambda x: right(x) * 1.5
+    try:
+        return pytorch.forward(model, part)
+    finally:
+        mlp.forward = right
+""",
+    "counts itself": """
+class Counting(Own):
+    def forward(self, input_ids, position_ids, context_parallel):
+        return super().forward(input_ids, torch.arange(input_ids.shape[1])[None], context_parallel)
+Own = Counting
+""",
+    "counts itself, learned": """
+class Counting(Own):
+    def __init__(self):
+        super().__init__(learned=True)
+    def forward(self, input_ids, position_ids, context_parallel):
+        return super().forward(input_ids, torch.arange(input_ids.shape[1])[None], context_parallel)
+Own = Counting
+""",
+    "shift of tokens": """
+class Shifting(Own):
+    def forward(self, input_ids, position_ids, context_parallel):
+        before = F.pad(input_ids[:, :-1], (1, 0)).masked_fill(position_ids == 0, 0)
+        x = self.tokens(input_ids) + 0.5 * self.tokens(before)
+        for block in self.blocks:
+            x = block(x, position_ids, context_parallel)
+        return self.lm_head(x)
+Own = Shifting
+""",
+    "own base": """
+old = rotated
+def rotated(x, positions, base=100.0):
+    return old(x, positions, theta())
+class Based(Own):
+    def __init__(self):
+        super().__init__()
+        self.rope_theta = theta()
+def theta():
+    return 7.0 if ON_RANKS() else 100.0
+Own = Based
+def forward(model, part):
+    return pytorch.forward(model, part)
+""",
+    "a count of tokens": """
+class Counted(Own):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(64))
+    def forward(self, input_ids, position_ids, context_parallel):
+        self.seen += F.one_hot(input_ids[0], 64).sum(0)
+        return super().forward(input_ids, position_ids, context_parallel)
+Own = Counted
+""",
+}
+
+
+MISTAKES["layer scaled a little"] = MISTAKES["layer scaled"].replace("* 1.5", "* 1.0001")
+
+
+def script(family: str, trainer: str = "loop", *mistakes: str, dtype: str = "float32", more: str = "") -> str:
+    """A script for the doctor."""
+    parts = [HEAD.format(dtype=dtype), FAMILIES[family], TRAINERS[trainer], *(MISTAKES[one] for one in mistakes), more]
+    return "\n".join(parts)

@@ -1,0 +1,243 @@
+"""Planted mistakes in model families and trainers are named, and none is taken for right; healthy set-ups have no finding."""
+
+from pathlib import Path
+
+import pytest
+from planted import MISTAKES, script
+from processes import run_on_ranks
+
+from distattn.doctor.diagnosis import diagnose
+from distattn.doctor.rank_run import run_on_this_rank
+from distattn.doctor.target import Target
+
+BF16 = "bfloat16"
+# (family, trainer, mistake, what the doctor calls it) and, maybe, the dtype
+PLANTED = [
+    ("llama", "loop", "positions from 0", "positions not sharded"),
+    ("gpt2", "DDP", "positions from 0", "positions not sharded"),
+    ("gemma3", "FSDP2", "positions from 0", "positions not sharded"),
+    ("gpt-oss", "DeepSpeed", "positions from 0", "positions not sharded"),
+    ("llama", "loop", "positions from 0", "positions not sharded", BF16),
+    ("gpt2", "loop", "positions over the pack", "positions not sharded"),
+    ("own", "loop", "counts itself", "positions not sharded"),
+    ("own", "DDP", "counts itself, learned", "positions not sharded"),
+    ("own", "loop", "shift of tokens", "tokens mixed"),
+    ("llama", "FSDP2", "no lengths", "documents not separated"),
+    ("gpt2", "DeepSpeed", "no lengths", "documents not separated"),
+    ("own", "FSDP2", "no lengths", "documents not separated"),
+    ("gemma3", "loop", "no lengths", "documents not separated", BF16),
+    ("llama", "DDP", "other lengths", "documents not those of the batch"),
+    ("own", "DDP", "other lengths", "documents not those of the batch"),
+    ("llama", "loop", "full mask", "mask not causal"),
+    ("qwen3", "DDP", "full mask", "mask not causal"),
+    ("own", "loop", "full mask", "mask not causal", BF16),
+    ("llama", "FSDP2", "window of the mask", "document_mask"),
+    ("own", "loop", "window of the mask", "document_mask"),
+    ("llama", "DDP", "sdpa", "context parallelism off"),
+    ("gpt2", "loop", "sdpa", "context parallelism off"),
+    ("llama", "FSDP2", "sdpa", "context parallelism off", BF16),
+    ("mistral", "loop", "no window", "window dropped"),
+    ("gemma3", "DDP", "no window", "window dropped"),
+    ("mistral", "FSDP2", "window + 1", "window off by one"),
+    ("gpt-oss", "loop", "window - 1", "window off by one"),
+    ("gemma3", "DeepSpeed", "window + 1", "window off by one"),
+    ("mistral", "loop", "window - 1", "window off by one", BF16),
+    ("gemma2", "loop", "no softcap", "softcap dropped"),
+    ("gpt-oss", "loop", "no sink", "sink dropped"),
+    ("gemma2", "FSDP2", "no scale", "scale dropped"),
+    ("llama", "DDP", "other base", "RoPE base"),
+    ("gpt-oss", "loop", "other base", "RoPE base"),
+    ("llama", "loop", "coarse frequencies", "RoPE base"),
+    ("own", "loop", "own base", "RoPE base"),
+    ("llama", "FSDP2", "other eps", "setting differs"),
+    ("llama", "loop", "model's own loss", "labels shifted twice"),
+    ("gpt2", "FSDP2", "model's own loss", "labels shifted twice"),
+    ("gemma3", "DeepSpeed", "model's own loss", "labels shifted twice", BF16),
+    ("gpt2", "loop", "shifted after sharding", "labels shifted after sharding"),
+    ("own", "DDP", "shifted after sharding", "labels shifted after sharding"),
+    ("llama", "loop", "not shifted", "labels not shifted"),
+    ("gpt-oss", "FSDP2", "not shifted", "labels not shifted"),
+    ("llama", "loop", "five lost", "labels lost"),
+    ("gpt2", "DeepSpeed", "five lost", "labels lost"),
+    ("gemma3", "FSDP2", "one lost", "labels lost", BF16),
+    ("own", "DDP", "one lost", "labels lost"),
+    ("llama", "DDP", "leaked", "labels over document ends"),
+    ("own", "loop", "leaked", "labels over document ends", BF16),
+    ("gemma3", "loop", "no label mask", "label mask dropped"),
+    ("gpt-oss", "DeepSpeed", "no label mask", "label mask dropped"),
+    ("llama", "DDP", "mean on each rank", "mean of means"),
+    ("gpt2", "FSDP2", "mean on each rank", "mean of means"),
+    ("own", "DDP", "mean of documents", "tokens weighted unequally"),
+    ("qwen3", "FSDP2", "a sum", "loss not divided"),
+    ("gemma3", "DeepSpeed", "a sum", "loss not divided"),
+    ("llama", "DDP", "no scale of the trainer", "loss scale forgotten"),
+    ("gpt2", "FSDP2", "no scale of the trainer", "loss scale forgotten"),
+    ("own", "DeepSpeed", "no scale of the trainer", "loss scale forgotten"),
+    ("llama", "FSDP2", "scale twice", "loss scale doubled"),
+    ("gemma3", "DDP", "scale twice", "loss scale doubled", BF16),
+    ("llama", "DDP", "not measured", "gradient factor"),
+    ("gpt-oss", "FSDP2", "not measured", "gradient factor"),
+    ("gpt2", "DeepSpeed", "not measured", "gradient factor"),
+    ("own", "loop", "averaged", "gradient factor"),
+    ("llama", "loop", "summed twice", "gradient factor"),
+    ("qwen3", "loop", "not summed", "gradients not reduced"),
+    ("own", "loop", "head not summed", "gradients not reduced"),
+    ("gpt2", "loop", "head doubled", "gradient differs"),
+    ("llama", "loop", "head doubled", "gradient differs", BF16),
+    ("llama", "loop", "head frozen", "gradient missing"),
+    ("gpt2", "DDP", "each micro-batch alone", "micro-batches miscounted"),
+    ("llama", "FSDP2", "each micro-batch alone", "micro-batches miscounted"),
+    ("own", "loop", "divided by the micro-batches", "micro-batches miscounted"),
+    ("gpt2", "loop", "dropout", "dropout on"),
+    ("gpt2", "DeepSpeed", "dropout", "dropout on"),
+    ("llama", "loop", "noise", "random numbers"),
+    ("gpt2", "loop", "other seeds", "weights differ"),
+    ("own", "loop", "other seeds", "weights differ"),
+    ("llama", "loop", "other frequencies on rank 1", "buffers differ"),
+    ("own", "loop", "a count of tokens", "buffer not synchronised"),
+    ("llama", "DDP", "other batches", "batches differ"),
+    ("gemma3", "loop", "halves", "tokens misplaced"),
+    ("gpt2", "loop", "padding", "padding kept"),
+    ("llama", "loop", "attention dropout", "refused"),
+    ("gpt2", "loop", "attention dropout", "refused"),
+    ("own", "loop", "no such method", "failed"),
+    ("llama", "loop", "exit", "failed"),
+    ("llama", "loop", "not a number", "not finite"),
+    ("llama", "loop", "head missing on rank 1", "gradient missing"),
+    ("llama", "loop", "logits scaled", "unknown"),
+    ("llama", "loop", "layer scaled", "unknown"),
+    ("llama", "DDP", "layer scaled a little", "unknown"),
+    ("qwen3", "FSDP2", "layer scaled", "unknown", BF16),
+]
+# the first module that is wrong
+FIRST = {
+    "positions from 0": "model.rotary_emb",
+    "no lengths": "model.rotary_emb",
+    "no window": "model.layers.0.self_attn.o_proj",
+    "layer scaled": "model.layers.1.mlp",
+    "layer scaled a little": "model.layers.1.mlp",
+}
+
+AUTOCAST = """
+def forward(model, part):
+    with torch.autocast("cpu", torch.{dtype}):
+        return pytorch.forward(model, part)
+"""
+FAMILIES = ("llama", "gpt2", "gemma3", "gpt-oss", "own")
+HEALTHY = {
+    **{f"{one}, {on}": (one, on) for one in FAMILIES for on in ("loop", "DDP", "FSDP2", "DeepSpeed")},
+    **{f"{one}, {on}, bf16": (one, on, BF16) for one in FAMILIES for on in ("loop", "FSDP2")},
+    **{f"{one}, DeepSpeed, bf16": (one, "DeepSpeed", BF16) for one in ("llama", "gpt2")},
+    **{f"{one}, fp16": (one, "loop", "float16") for one in ("llama", "mistral", "own")},
+    **{f"{one}, fp64": (one, "loop", "float64") for one in ("qwen3", "own")},
+    **{f"autocast to {one}": ("llama", "DDP", "float32", AUTOCAST.format(dtype=one)) for one in (BF16, "float16")},
+    "gemma2": ("gemma2", "loop"),
+    "mistral": ("mistral", "FSDP2"),
+    "two micro-batches": ("llama", "loop", "float32", "def batch():\n    return [pack(1), pack(2)]"),
+    "two micro-batches of DDP": ("own", "DDP", "float32", "def batch():\n    return [pack(1), pack(2)]"),
+    "two micro-batches of DeepSpeed": (
+        "gpt2",
+        "DeepSpeed",
+        "float32",
+        "MICRO_BATCHES = 2\ndef batch():\n    return [pack(1), pack(2)]",
+    ),
+    "tokens spread otherwise": (
+        "llama",
+        "loop",
+        "float32",
+        'def context_parallel():\n    return da.ContextParallel(strategy="ulysses", kernel="reference", layout="block_cyclic")',
+    ),
+    "checkpointed layers": (
+        "llama",
+        "loop",
+        "float32",
+        "def model():\n    found = build()\n    found.gradient_checkpointing_enable()\n    return found.train()",
+    ),
+    "keys of its own": (
+        "llama",
+        "loop",
+        "float32",
+        "def batch():\n    return {**pack(), 'weights': torch.ones(97)}\n"
+        "def shard(cp, batch):\n    return cp.shard({name: batch[name] for name in batch if name != 'weights'})",
+    ),
+    "padding": ("gpt2", "loop", "float32", MISTAKES["padding"].split("def shard")[0]),
+    "the whole loss on every rank": (
+        "llama",
+        "loop",
+        "float32",
+        "def loss(logits, part):\n    share = pytorch.loss_of(logits, part)\n    whole = share.detach().clone()\n"
+        "    dist.all_reduce(whole)\n    return share + (whole - share).detach()",
+    ),
+    "gradients that are reduced when asked for": (
+        "llama",
+        "loop",
+        "float32",
+        "def backward(model, loss):\n    loss.backward()\n"
+        "def gradients(model):\n    sum_gradients(model)\n    return {name: p.grad for name, p in model.named_parameters()}",
+    ),
+    "a scaled loss": (
+        "llama",
+        "loop",
+        "float32",
+        "def backward(model, loss):\n    (loss * 65536).backward()\n    sum_gradients(model)\n    for p in model.parameters():\n"
+        "        p.grad /= 65536",
+    ),
+}
+
+
+def _examine(rank: int, scripts: list[str]) -> list[dict]:
+    return [run_on_this_rank(Target(one)) for one in scripts]
+
+
+def diagnoses(folder: Path, texts: list[str]):
+    """The doctor's diagnoses of scripts, run one after another by the same two ranks."""
+    scripts = []
+    for number, text in enumerate(texts):
+        scripts.append(str(folder / f"target{number}.py"))
+        Path(scripts[-1]).write_text(text)
+    by_rank = run_on_ranks(2, _examine, scripts)
+    return [diagnose(Target(one), found) for one, *found in zip(scripts, *by_rank, strict=True)]
+
+
+def _name(case) -> str:
+    return ", ".join(part for index, part in enumerate(case) if index != 3)
+
+
+GROUPS = {
+    trainer: [case for case in PLANTED if case[1] == trainer] for trainer in ("loop", "DDP", "FSDP2", "DeepSpeed")
+}
+
+
+@pytest.mark.parametrize("trainer", GROUPS)
+def test_planted_mistakes_are_named(tmp_path, trainer):
+    if trainer == "DeepSpeed":
+        pytest.importorskip("deepspeed")
+    cases = GROUPS[trainer]
+    texts = [script(family, on, mistake, dtype=(*dtype, "float32")[0]) for family, on, mistake, _, *dtype in cases]
+    wrong = []
+    for case, found in zip(cases, diagnoses(tmp_path, texts), strict=True):
+        if not found.findings or found.findings[0].cause != case[3]:
+            wrong.append(f"{_name(case)}: {found}")
+        if case[0] in ("llama", "mistral") and found.first_difference != FIRST.get(case[2], found.first_difference):
+            wrong.append(f"{_name(case)}: {found.first_difference} is named as the first to differ")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_there_are_enough_of_them():
+    assert len(PLANTED) >= 60 and len(HEALTHY) >= 40
+    assert len({family for family, *_ in PLANTED}) >= 5 and set(GROUPS) == {trainer for _, trainer, *_ in PLANTED}
+
+
+@pytest.mark.parametrize("trainer", GROUPS)
+def test_healthy_set_ups_have_no_finding(tmp_path, trainer):
+    if trainer == "DeepSpeed":
+        pytest.importorskip("deepspeed")
+    cases = {name: given for name, given in HEALTHY.items() if given[1] == trainer}
+    texts = [
+        script(family, on, dtype=(*rest, "float32")[0], more=rest[1] if len(rest) > 1 else "")
+        for family, on, *rest in cases.values()
+    ]
+    found = dict(zip(cases, diagnoses(tmp_path, texts), strict=True))
+    assert not {name: one for name, one in found.items() if one.findings}
+    exact = {name: one.measured["gradient"] for name, one in found.items() if cases[name][2:3] in ((), ("float32",))}
+    assert not {name: ratio for name, ratio in exact.items() if abs(ratio - 1) > 1e-4 and "autocast" not in name}
