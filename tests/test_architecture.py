@@ -28,6 +28,7 @@ LEVELS = {
     "data": 7,
     "driver": 8,
     "adapters": 9,
+    "pages": 9,
     "training": 10,
     "doctor": 10,
     "planning": 11,
@@ -192,7 +193,7 @@ def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
     wanted |= {
         f"distattn/{file}" for file in tracked("configs/*.toml", "cluster/descriptions/*.toml", "launch/templates/*.j2")
     }
-    wanted |= {"distattn/py.typed", *map(str, tracked("distattn/planning/templates/*.j2"))}
+    wanted |= {"distattn/py.typed", *map(str, tracked("distattn/pages/templates/*.j2"))}
     (wheel,) = tmp_path.glob("*.whl")
     members = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert members == wanted

@@ -52,7 +52,7 @@ class Executable:
     """A plan ready to run on this rank: its program, kernel and transport.
 
     `handle` and `kept_elements` (numbers that the forward keeps for the backward) are plain whole numbers, so that under
-    torch.compile another batch's executable recompiles nothing. Hold it until the backward has run.
+    torch.compile the second executable recompiles once, and later ones nothing. Hold it until the backward has run.
     """
 
     def __init__(self, program: Program, key: ExecutionKey, transport: Transport, observer: PassObserver | None = None):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan, move_bytes
+from distattn.pages.render import render_page
 from distattn.parallel.analysis.explain import explain
 from distattn.parallel.analysis.timeline import PassTimeline, Timeline
 
-_TEMPLATES = Environment(loader=PackageLoader("distattn.planning"), undefined=StrictUndefined, autoescape=True)
 # most ranks whose time is drawn, evenly spread
 _MAX_DRAWN = 128
 
@@ -27,14 +25,15 @@ def comparison_page(found: dict[str, Timeline | str], title: str) -> str:
     longest = max(part.seconds for one in timelines for part in one.passes) or 1.0
     rows = [_row(number, one, longest) for number, one in enumerate(timelines)]
     data = [{part.direction: _pass_data(one.plan, part) for part in one.passes} for one in timelines]
-    return _TEMPLATES.get_template("plan.html.j2").render(
-        title=title,
+    return render_page(
+        "plan.html.j2",
+        data,
+        title="distattn plan",
+        planned=title,
         cluster=timelines[0].cluster.name,
         ranks=timelines[0].plan.call.ranks,
         rows=rows,
         refused={name: one for name, one in found.items() if isinstance(one, str)},
-        # a script ends at the first "</", wherever it stands
-        data=Markup(json.dumps(data, separators=(",", ":")).replace("</", "<\\/")),
     )
 
 

@@ -1,92 +1,91 @@
-"""The page a run leaves behind: one self-contained HTML file with loss curve, first plan and reference check."""
+"""The page a run leaves behind: one self-contained HTML file with its curves, the reference check and the first plan."""
 
 from __future__ import annotations
 
 import base64
-import html
-import io
-from string import Template
-
-from matplotlib.figure import Figure
+import math
+from typing import Any
 
 from distattn.ir.plan import Plan
+from distattn.pages.render import render_page
 from distattn.parallel.analysis.explain import draw_score_matrix
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder, StepMetrics
 
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>$title</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; line-height: 1.35; }
-img, svg { max-width: 100%; height: auto; }
-table { border-collapse: collapse; } td, th { padding: 0.2rem 1rem 0.2rem 0; text-align: right; }
-.good { color: #17692f; } .bad { color: #a11; }
-</style></head><body>
-<h1>$title</h1>
-<p>$summary</p>
-<h2>Loss</h2>
-$curve
-<h2>The same steps in plain transformers</h2>
-$reference_check
-<h2>Who computes what</h2>
-<p>The score matrix of the first step, forward pass: rows are queries, columns are keys, white is not allowed.</p>
-<img alt="score matrix, coloured by rank and by step" src="data:image/png;base64,$picture">
-<pre>$explanation</pre>
-<h2>Configuration</h2>
-<pre>$config</pre>
-</body></html>
-""")
+# what is drawn, the first at once
+_CURVES = {
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+    "seconds": "seconds a step",
+}
 
 
 def write_report(run: RunFolder, config: Config, checked: dict | None) -> None:
     """Write report.html into the run folder. checked: what `run_reference_check` found, None where it was left out."""
     steps = run.metrics()
-    seconds = sum(step.seconds for step in steps)
-    summary = (
-        f"{len(steps)} steps of {sum(s.tokens for s in steps) / len(steps):,.0f} tokens on {config.parallel.ranks} ranks "
-        f"({config.parallel.strategy}, {config.parallel.layout} layout) in {seconds:.0f} s: "
-        f"loss {steps[0].loss:.3f} to {steps[-1].loss:.3f}."
-    )
-    page = _PAGE.substitute(
-        title=html.escape(run.folder.name),
-        summary=html.escape(summary),
-        curve=_loss_curve(steps),
-        reference_check=_reference_check(checked),
+    page = render_page(
+        "report.html.j2",
+        _curves(steps, checked),
+        title=run.folder.name,
+        summary=(
+            f"A run of distattn train on {config.parallel.ranks} ranks: strategy {config.parallel.strategy}, "
+            f"{config.parallel.layout} layout, {config.model.dtype}."
+        ),
+        tiles=_tiles(steps),
+        curves=list(_CURVES.items()),
+        checked=checked,
+        verdict=_verdict(checked) if checked else "",
+        check_rows=[_check_row(row) for row in checked["steps"]] if checked else [],
         picture=base64.b64encode(draw_score_matrix(Plan.load(run.plan_file))).decode(),
-        explanation=html.escape(run.explanation_file.read_text("utf-8")),
-        config=html.escape(run.config_file.read_text("utf-8")),
+        explanation=run.explanation_file.read_text("utf-8"),
+        configuration=run.config_file.read_text("utf-8"),
     )
     run.report_file.write_text(page, "utf-8")
 
 
-def _loss_curve(steps: list[StepMetrics]) -> str:
-    """An SVG of the loss over the steps."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([step.step for step in steps], [step.loss for step in steps], marker=".", color="#1f5fa8")
-    axes.set(xlabel="step", ylabel="loss (nats per byte)")
-    axes.grid(alpha=0.3)
-    out = io.StringIO()
-    figure.savefig(out, format="svg")
-    svg = out.getvalue()
-    return svg[svg.index("<svg") :]
+def _tiles(steps: list[StepMetrics]) -> list[tuple[str, str, str]]:
+    """The run in five numbers: what, how much, and a word more."""
+    first, last = steps[0], steps[-1]
+    seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
+    # the first step makes plans, and buffers that later ones use again
+    later = steps[1:] or steps
+    rate = sum(step.tokens for step in later) / sum(step.seconds for step in later)
+    return [
+        ("loss", f"{last.loss:.3f}", f"from {first.loss:.3f}"),
+        ("steps", f"{len(steps):,}", f"of {tokens / len(steps):,.0f} tokens"),
+        ("tokens", f"{tokens:,}", "on all ranks"),
+        ("tokens per second", f"{rate:,.0f}", "after the first step"),
+        ("time", f"{seconds:,.1f} s", "in steps"),
+    ]
 
 
-def _reference_check(checked: dict | None) -> str:
-    """HTML that says whether the steps agree, with a row for each step."""
-    if checked is None:
-        return "<p>Left out (reference_check.steps = 0).</p>"
-    rows = "".join(
-        f"<tr><td>{row['step']}</td><td>{row['loss']:.6f}</td><td>{row['reference_loss']:.6f}</td>"
-        f"<td>{row['grad_norm']:.6f}</td><td>{row['reference_grad_norm']:.6f}</td></tr>"
-        for row in checked["steps"]
-    )
-    verdict = "good" if checked["passed"] else "bad"
+def _curves(steps: list[StepMetrics], checked: dict | None) -> dict[str, Any]:
+    """What the page draws: columns by step, and those of plain transformers where it has them."""
+    columns: dict[str, list[Any]] = {
+        name: [getattr(step, name) for step in steps] for name in ("step", "loss", "grad_norm", "seconds")
+    }
+    columns["tokens_per_second"] = [step.tokens / step.seconds for step in steps]
+    rows = {row["step"]: row for row in checked["steps"]} if checked else {}
+    reference = {
+        name: [rows.get(step.step, {}).get(f"reference_{name}") for step in steps] for name in ("loss", "grad_norm")
+    }
+    # JSON knows no NaN
+    columns = {name: [value if math.isfinite(value) else None for value in values] for name, values in columns.items()}
+    return {"steps": columns, "reference": reference, "labels": _CURVES}
+
+
+def _verdict(checked: dict) -> str:
+    agree = "agree with" if checked["passed"] else "differ from"
     return (
-        f'<p class="{verdict}">Largest relative difference: loss {checked["loss"]:.1e}, gradient norm '
-        f"{checked['grad_norm']:.1e} (must be under {checked['tolerance']:.0e}).</p>"
-        "<table><tr><th>step</th><th>loss</th><th>transformers</th><th>gradient norm</th><th>transformers</th></tr>"
-        + rows
-        + "</table>"
+        f"{len(checked['steps'])} steps {agree} plain transformers: the largest relative difference of the loss is "
+        f"{checked['loss']:.1e}, of the gradient norm {checked['grad_norm']:.1e} (must be under {checked['tolerance']:.0e})."
     )
+
+
+def _check_row(row: dict) -> list[str]:
+    cells = [str(row["step"])]
+    for name, digits in (("loss", 6), ("grad_norm", 6)):
+        here, there = row[name], row[f"reference_{name}"]
+        cells += [f"{here:.{digits}f}", f"{there:.{digits}f}", f"{abs(here - there) / max(abs(there), 1e-30):.1e}"]
+    return cells

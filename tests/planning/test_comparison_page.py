@@ -1,21 +1,15 @@
 """The page of `distattn plan --html`, in a real browser where there is one."""
 
-import html
-import json
 import re
-import shutil
-import subprocess
 
 import pytest
-from waiting import LIMIT_SECONDS
+from browser import needs_browser, what_a_script_says
 
 import distattn as da
 from distattn.cluster import spec
 from distattn.planning.compare_strategies import PlanRequest, compare_strategies
 from distattn.planning.comparison_page import comparison_page, write_comparison_page
 from distattn.training.plan_settings import PlanSettings
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +42,12 @@ def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path):
 
 
 # what a person does, and what the page says then
-SCRIPT = """<script>
-addEventListener("error", event => document.body.dataset.error = event.message);
-{
+SCRIPT = """
   const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect(), tip = canvas.nextElementSibling;
   const point = (x, y) => canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + x, clientY: box.top + y}));
   const pixels = () => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
   const ink = () => pixels().filter((x, i) => i % 4 === 3 && x).length;
-  const said = {drawn: ink() > 500};
+  said.drawn = ink() > 500;
   point(60, 8); said.first = tip.textContent;
   canvas.previousElementSibling.querySelector("[data-zoom='0.5']").click(); point(60, 8); said.zoomed = tip.textContent;
   const first = canvas.previousElementSibling.querySelector("[data-first]");
@@ -66,39 +58,13 @@ addEventListener("error", event => document.body.dataset.error = event.message);
   tabs[1].dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
   said.back = [...document.querySelectorAll("[role=tabpanel]")].map(panel => panel.hidden);
   said.cut = document.documentElement.scrollWidth > innerWidth;
-  said.error = document.body.dataset.error || "";
-  document.body.dataset.said = JSON.stringify(said);
-}
-</script>"""
+"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+@needs_browser
 @pytest.mark.parametrize("width", [1200, 500])
 def test_a_person_sees_points_zooms_and_chooses(page, tmp_path, width):
-    file = tmp_path / "page.html"
-    file.write_text(page.replace("</body>", f"{SCRIPT}</body>"))
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    flags += [
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path}/profile",
-        f"--window-size={width},900",
-    ]
-    done = subprocess.run(
-        [BROWSER, *flags, "--virtual-time-budget=5000", "--dump-dom", file.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-    )
-    assert "data-said" in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
-    said = json.loads(html.unescape(re.search(r'data-said="([^"]*)"', done.stdout)[1]))
+    said = what_a_script_says(page, SCRIPT, tmp_path, width)
     assert said["drawn"] and not said["error"] and not said["cut"], said
     assert (
         re.match(r"rank 0, step \d+: begins at .*kernels .*tasks.*messages", said["first"]) or "idle" in said["first"]
