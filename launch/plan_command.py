@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
+from rich.text import Text
+
 from distattn.cluster import spec as describe
 from distattn.data.text import find_corpus
 from distattn.ir.errors import DistattnError
@@ -84,11 +87,20 @@ def main(arguments: Sequence[str]) -> int:
     if given.json:
         sys.stdout.write(comparison_json(found, request) + "\n")
         return 0
-    sys.stdout.write(f"{request}\n{comparison_table(found, cluster)}\n")
+    _show_table([str(request), *comparison_table(found, cluster)])
     for option in ("html", "perfetto"):
         if getattr(given, option):
             sys.stdout.write(f"{option}: {getattr(given, option)}\n")
     return 0
+
+
+def _show_table(lines: Sequence[str]) -> None:
+    """Print a comparison, with the fastest strategy in colour where there is one."""
+    console = Console(highlight=False)
+    for line in lines:
+        style = "bold green" if line.endswith("<- fastest") else "dim" if " is refused: " in line else ""
+        # a line that is folded is no line of a table
+        console.print(Text(line, style=style), soft_wrap=True)
 
 
 def first_step_packs(config: Config) -> list[list[int]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
+from distattn.parallel.analysis.columns import aligned, in_one_unit
 from distattn.parallel.analysis.simulate import simulate
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config import Config
@@ -86,29 +87,44 @@ def compare_strategies(
     return out
 
 
-def comparison_table(found: dict[str, Timeline | str], cluster: ClusterSpec) -> str:
-    """Return a text table with one line for each strategy, the fastest marked. All times are simulated."""
-    times = {name: _seconds(one) for name, one in found.items() if isinstance(one, Timeline)}
-    fastest = min(times, key=lambda name: times[name])
-    lines = [
+def comparison_table(found: dict[str, Timeline | str], cluster: ClusterSpec) -> list[str]:
+    """Return the lines of a text table with one line for each strategy, the fastest marked. All times are simulated."""
+    timed = {name: one for name, one in found.items() if isinstance(one, Timeline)}
+    fastest = min(timed, key=lambda name: _seconds(timed[name]))
+    head = ["strategy", *COMPARED]
+    marks = ["   <- fastest" if name == fastest else "" for name in timed]
+    cells = comparison_cells(list(timed.values()))
+    table = aligned([head, *([name, *row] for name, row in zip(timed, cells, strict=True))])
+    return [
         f"simulated on {cluster.name}; per attention call, TFLOP/s per device",
-        f"{'strategy':14s}{'forward':>12s}{'backward':>12s}{'TFLOP/s':>12s}{'across nodes':>14s}"
-        f"{'waiting':>12s}{'balance':>9s}{'buffers':>10s}",
+        table[0],
+        *(line + mark for line, mark in zip(table[1:], marks, strict=True)),
+        *(f"{name} is refused: {one}" for name, one in found.items() if isinstance(one, str)),
     ]
-    for name, one in found.items():
-        if isinstance(one, str):
-            lines.append(f"{name:14s}refused: {one}")
-            continue
-        facts = one.as_dict()
-        there, back = facts["forward"], facts["backward"]
-        lines.append(
-            f"{name:14s}{there['seconds'] * 1e3:9.2f} ms{back['seconds'] * 1e3:9.2f} ms"
-            f"{there['tflops']:6.0f}{back['tflops']:6.0f}"
-            f"{(there['bytes_inter_node'] + back['bytes_inter_node']) / 1e9:11.2f} GB"
-            f"{(there['exposed_seconds'] + back['exposed_seconds']) * 1e3:9.2f} ms"
-            f"{facts['balance']:9.2f}{facts['peak_bytes'] / 1e9:7.2f} GB{'   <- fastest' * (name == fastest)}"
-        )
-    return "\n".join(lines)
+
+
+# what strategies are compared by
+COMPARED = ("forward", "backward", "TFLOP/s fwd", "TFLOP/s bwd", "across nodes", "waiting", "balance", "buffers")
+
+
+def comparison_cells(timelines: Sequence[Timeline]) -> list[list[str]]:
+    """What is said of each strategy under COMPARED; a column's numbers are in one unit."""
+    facts = [one.as_dict() for one in timelines]
+
+    def both(name: str) -> list[float]:
+        return [one["forward"][name] + one["backward"][name] for one in facts]
+
+    columns = [
+        in_one_unit([one["forward"]["seconds"] for one in facts], "s"),
+        in_one_unit([one["backward"]["seconds"] for one in facts], "s"),
+        [f"{one['forward']['tflops']:,.0f}" for one in facts],
+        [f"{one['backward']['tflops']:,.0f}" for one in facts],
+        in_one_unit(both("bytes_inter_node"), "B"),
+        in_one_unit(both("exposed_seconds"), "s"),
+        [f"{one['balance']:.2f}" for one in facts],
+        in_one_unit([one["peak_bytes"] for one in facts], "B"),
+    ]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def comparison_json(found: dict[str, Timeline | str], request: PlanRequest) -> str:

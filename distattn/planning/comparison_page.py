@@ -13,6 +13,7 @@ from distattn.ir.plan import Plan, move_bytes
 from distattn.pages.render import render_page
 from distattn.parallel.analysis.explain import explain
 from distattn.parallel.analysis.timeline import PassTimeline, Timeline
+from distattn.planning.compare_strategies import COMPARED, comparison_cells
 
 # most ranks whose time is drawn, evenly spread
 _MAX_DRAWN = 128
@@ -23,13 +24,15 @@ def comparison_page(found: dict[str, Timeline | str], title: str) -> str:
     timelines = [one for one in found.values() if isinstance(one, Timeline)]
     timelines.sort(key=lambda one: one.forward.seconds + one.backward.seconds)
     longest = max(part.seconds for one in timelines for part in one.passes) or 1.0
-    rows = [_row(number, one, longest) for number, one in enumerate(timelines)]
+    cells = comparison_cells(timelines)
+    rows = [_row(number, one, cells[number], longest) for number, one in enumerate(timelines)]
     data = [{part.direction: _pass_data(one.plan, part) for part in one.passes} for one in timelines]
     return render_page(
         "plan.html.j2",
         data,
         title="distattn plan",
         planned=title,
+        compared=COMPARED,
         cluster=timelines[0].cluster.name,
         ranks=timelines[0].plan.call.ranks,
         rows=rows,
@@ -45,19 +48,8 @@ def write_comparison_page(path: Path, found: dict[str, Timeline | str], title: s
         raise DistattnError(f"--html: {path} cannot be written: {error.strerror}.") from None
 
 
-def _row(number: int, one: Timeline, longest: float) -> dict[str, Any]:
+def _row(number: int, one: Timeline, cells: list[str], longest: float) -> dict[str, Any]:
     """What the summary and the table say of a strategy."""
-    facts = one.as_dict()
-    forward, backward = facts["forward"], facts["backward"]
-    cells = [
-        _milliseconds(forward["seconds"]),
-        _milliseconds(backward["seconds"]),
-        f"{forward['tflops']:,.0f} / {backward['tflops']:,.0f}",
-        f"{(forward['bytes_inter_node'] + backward['bytes_inter_node']) / 1e9:,.2f} GB",
-        _milliseconds(forward["exposed_seconds"] + backward["exposed_seconds"]),
-        f"{facts['balance']:.2f}",
-        f"{facts['peak_bytes'] / 1e9:,.2f} GB",
-    ]
     explanation = Markup(explain(one.plan, one.cluster).html())
     passes = [_bar(part, longest) for part in one.passes]
     return dict(index=number, strategy=one.plan.strategy, cells=cells, passes=passes, explanation=explanation)

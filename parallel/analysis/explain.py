@@ -19,6 +19,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Columns, Payload, Plan, Table, move_bytes, num_rows, select_rows, task_areas, task_bands
 from distattn.parallel.analysis import quality
+from distattn.parallel.analysis.columns import aligned
 from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traffic, plan_traffic
 from distattn.parallel.analysis.verify import Proof, verify
 
@@ -143,16 +144,14 @@ def _rank_table(ranks: list[dict[str, int]]) -> str:
         order = sorted(ranks, key=lambda row: row["cells_x_heads"])
         shown = [*order[: _LISTED_RANKS // 2], *order[-_LISTED_RANKS // 2 :]]
     mean = sum(row["cells_x_heads"] for row in ranks) / len(ranks) or 1.0
-    lines = ["rank   tokens  tasks  work/mean       sent   received   peak fwd   peak bwd       kept"]
-    for row in shown:
-        sizes = (
-            row[name]
-            for name in ("sent_bytes", "received_bytes", "peak_forward_bytes", "peak_backward_bytes", "kept_bytes")
-        )
-        lines.append(
-            f"{row['rank']:4d} {row['tokens']:8,d} {row['tasks']:6d} {row['cells_x_heads'] / mean:10.2f} "
-            + " ".join(f"{readable_bytes(size):>10s}" for size in sizes)
-        )
+    sizes = ("sent_bytes", "received_bytes", "peak_forward_bytes", "peak_backward_bytes", "kept_bytes")
+    head = ["rank", "tokens", "tasks", "work/mean", "sent", "received", "peak fwd", "peak bwd", "kept"]
+    rows = [
+        [str(row["rank"]), f"{row['tokens']:,d}", f"{row['tasks']:,d}", f"{row['cells_x_heads'] / mean:.2f}"]
+        + [readable_bytes(row[name]) for name in sizes]
+        for row in shown
+    ]
+    lines = aligned([head, *rows], left=0)
     if len(shown) < len(ranks):
         lines.append(f"     (the least and the most loaded of {len(ranks)} ranks)")
     return "\n".join(lines)
@@ -160,16 +159,14 @@ def _rank_table(ranks: list[dict[str, int]]) -> str:
 
 def _step_table(plan: Plan, direction: str, table: Table) -> str:
     work = task_areas(plan.call, table.tasks)
-    lines = [f"{direction}   tasks        cells x heads   moves      bytes   payloads"]
+    rows = [[direction, "tasks", "cells x heads", "moves", "bytes"]]
+    payloads = ["payloads"]
     for step in range(table.steps):
         tasks, moves = table.tasks["step"] == step, select_rows(table.moves, table.moves["step"] == step)
         size = readable_bytes(int(move_bytes(plan.call, moves).sum()))
-        names = ", ".join(Payload(p).name for p in np.unique(moves["payload"]))
-        lines.append(
-            f"step {step:<4d}{int(tasks.sum()):7d} {int(work[tasks].sum()):20,d} {num_rows(moves):7d} {size:>10s}"
-            f"   {names}".rstrip()
-        )
-    return "\n".join(lines)
+        rows.append([f"step {step}", f"{tasks.sum():,d}", f"{work[tasks].sum():,d}", f"{num_rows(moves):,d}", size])
+        payloads.append(", ".join(Payload(p).name for p in np.unique(moves["payload"])))
+    return "\n".join(f"{line}   {names}".rstrip() for line, names in zip(aligned(rows), payloads, strict=True))
 
 
 def draw_score_matrix(plan: Plan) -> bytes:

@@ -44,7 +44,7 @@ def test_numbers_a_page_and_a_trace(capsys, tmp_path):
 
 def test_a_strategy_that_cannot_is_a_line_of_its_own(capsys):
     code, out, _ = run(capsys, "--docs", "65536", "--cluster", "h200-2x8", "--heads", "8:8")
-    assert code == 0 and "ulysses       refused: ulysses splits 8 query heads over 16 ranks" in out
+    assert code == 0 and "ulysses is refused: ulysses splits 8 query heads over 16 ranks" in out
 
 
 def test_a_configuration_gives_documents_shapes_and_ranks(capsys):
@@ -121,3 +121,24 @@ def test_lengths_may_have_units(word, tokens):
 def test_what_is_no_length_is_named(word):
     with pytest.raises(DistattnError, match="--docs"):
         parse_document_lengths(word)
+
+
+@pytest.mark.parametrize("docs", ["16", "4096x3", "64M"])
+def test_columns_are_aligned_at_any_magnitude(capsys, docs):
+    assert cli.main(["plan", "--docs", docs, "--cluster", "h200-1x4", "--strategy", "ring,allgather"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()[2:]
+    for name in ("backward", "TFLOP/s bwd", "buffers"):
+        end = head.index(name) + len(name)
+        assert all(row[end - 1] != " " and row[end : end + 1] in ("", " ") for row in rows), (name, head, *rows)
+
+
+def test_the_fastest_is_in_colour_on_a_terminal_only(capsys, monkeypatch):
+    arguments = ["plan", "--docs", "4096", "--cluster", "h200-1x4", "--strategy", "ring,allgather"]
+    cli.main(arguments)
+    assert "\x1b" not in capsys.readouterr().out
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "40"}.items():
+        monkeypatch.setenv(name, value)
+    cli.main(arguments)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "fastest" in line)
+    # in one piece, however narrow the terminal
+    assert line.startswith("\x1b[1;32m") and "GB   <- fastest" in line.replace("MB", "GB")
