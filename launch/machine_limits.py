@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distattn.cluster.spec import ClusterSpec
 from distattn.data.text import VOCABULARY
 from distattn.ir.errors import DistattnError
+from distattn.ir.plan import DTYPE_BYTES
 from distattn.kernels.registry import CPU_KERNELS
 from distattn.training.config import Config
 
@@ -30,6 +32,29 @@ def check_run_fits(config: Config) -> None:
     )
     if kernel not in CPU_KERNELS:
         check_gpus("parallel.ranks", ranks, f"kernel {kernel!r} wants one for each rank")
+
+
+def check_device_holds_model(config: Config, cluster: ClusterSpec) -> None:
+    """Refuse a model that does not fit whole into a device of the run's cluster, as each rank has it before it is sharded."""
+    each = DTYPE_BYTES[config.model.dtype]
+    need = model_parameters(config) * each
+    have = cluster.device.memory_gb * 1e9
+    if config.parallel.kernel not in CPU_KERNELS and need > have:
+        raise DistattnError(
+            f"model: every rank moves the whole model to its device before it is sharded: {need / 1e9:,.1f} GB at {each} "
+            f"bytes a parameter, a device of {cluster.name} has {have / 1e9:,.0f} GB. Take fewer layers or a smaller width."
+        )
+
+
+def check_nodes_hold_models(config: Config, node_bytes: int | None) -> None:
+    """Refuse a run whose ranks build more on a node than its memory holds. node_bytes: of the largest; None where unknown."""
+    ranks = config.parallel.devices_per_node or config.parallel.ranks
+    need = ranks * (TRAIN_RANK_MB * 1e6 + model_bytes(config))
+    if node_bytes is not None and need > node_bytes:
+        raise DistattnError(
+            f"model: every rank builds the whole model in its node's memory before it is sharded: {ranks} ranks a node need "
+            f"{need / 1e9:,.1f} GB, the largest node has {node_bytes / 1e9:,.1f} GB. Take fewer layers or a smaller width."
+        )
 
 
 def check_memory(key: str, ranks: int, rank_mb: float, parts: str) -> None:
@@ -60,11 +85,15 @@ def gpu_count() -> int:
 
 def model_bytes(config: Config) -> int:
     """Bytes of the whole model, which every rank builds before its parameters are sharded (transformers builds in fp32)."""
+    return model_parameters(config) * (8 if config.model.dtype == "float64" else 4)
+
+
+def model_parameters(config: Config) -> int:
+    """How many numbers the model has."""
     model = config.model
     attention = model.hidden_size * model.head_dim * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
     layer = attention + 3 * model.hidden_size * model.intermediate_size + 2 * model.hidden_size
-    parameters = 2 * VOCABULARY * model.hidden_size + model.num_layers * layer + model.hidden_size
-    return parameters * (8 if model.dtype == "float64" else 4)
+    return 2 * VOCABULARY * model.hidden_size + model.num_layers * layer + model.hidden_size
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

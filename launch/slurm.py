@@ -86,6 +86,20 @@ def require_slurm() -> None:
         )
 
 
+def node_bytes(partition: str) -> int | None:
+    """Memory of the largest node of a partition, or of the cluster, as Slurm was told; None where it does not say."""
+    try:
+        given = _slurm(
+            "sinfo", "--noheader", "--Node", "--format=%m", *([f"--partition={partition}"] if partition else [])
+        )
+    except DistattnError:
+        # what is wrong sbatch says better
+        return None
+    megabytes = [int(word) for word in given.split() if word.isdecimal()]
+    # 1 is what Slurm takes where nobody has said it
+    return max(megabytes) << 20 if max(megabytes, default=1) > 1 else None
+
+
 def status(run: RunFolder) -> dict[str, str | int]:
     """Look up a job: its number, its state and the steps done.
 
