@@ -26,6 +26,10 @@ explains it. MODEL is a folder or config.json of transformers; SCRIPT says what 
 """
 
 
+# of a norm: what rounding explains beyond it hides mistakes
+_COARSE = 0.3
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command. Returns 0 where all is well, 1 where something is not."""
     parser = CommandParser("doctor")
@@ -102,11 +106,17 @@ def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
     console = Console(highlight=False)
     sentences = {
         "logits": "relative difference of logits {:.1e}",
+        "rounding": "rounding explains differences of {:.1e}",
         "loss": "loss {:.6f} times that of one process",
         "gradient": "gradient norm {:.6f} times that of one process",
     }
     for name, value in diagnosis.measured.items():
         console.print("  " + sentences[name].format(value))
+    if diagnosis.measured.get("rounding", 0.0) > _COARSE:
+        console.print(
+            "[yellow]note[/] rounding alone moves this model's results as far as a mistake would: give the doctor the model in "
+            "float32, or fewer layers of it."
+        )
     if not diagnosis.findings:
         console.print(f"[green]ok[/] {ranks} ranks compute what one process does: logits, loss and every gradient.")
     for finding in diagnosis.findings:

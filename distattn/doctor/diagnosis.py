@@ -6,8 +6,8 @@ a difference is measured: see `measure_tolerances`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,47 +15,68 @@ from torch import Tensor
 from distattn.doctor.comparison import Diagnosis, Finding, RankResult, distance, in_global_order, parts_of
 from distattn.doctor.emulation import emulate
 from distattn.doctor.gradient_mistakes import GradientComparison, explain_gradients
-from distattn.doctor.logit_mistakes import Hypothesis, explain_logits, first_different_module, micro_batches_of
-from distattn.doctor.loss_mistakes import PartLoss, explain_labels, explain_weights, read_losses
+from distattn.doctor.logit_mistakes import RIGHT, Hypothesis, explain_logits, first_different_module, micro_batches_of
+from distattn.doctor.loss_mistakes import (
+    PartLoss,
+    are_unequal,
+    explain_labels,
+    explain_weights,
+    read_losses,
+)
 from distattn.doctor.module_differences import explain_by_module
-from distattn.doctor.reference import ReferenceResult, cross_entropy, measure_tolerances, reference_result
+from distattn.doctor.recording import lookups, same_buffers
+from distattn.doctor.reference import ReferenceResult, digests_of, measure_tolerances, reference_result
 from distattn.doctor.run_checks import check_finite, check_inputs, check_run, check_state
 from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 
-# of the loss, in roundings of what the script returns
-_ROUNDINGS_OF_LOSS = 32
+Result = TypeVar("Result")
 
 
 def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
-    """Compare what ranks found with the same in this process: logits first, then labels, the loss and gradients; the first
-    to differ is explained. Raises DistattnError where the target cannot be run in one process."""
+    """Compare what ranks found with the same in this process: logits first, then labels and gradients; the first to differ
+    is explained. Raises DistattnError where the target cannot be run in one process."""
     if finding := check_inputs(ranks):
         return Diagnosis({}, None, [finding])
     model = _model_of_one_process(target, ranks)
-    reference = _attempt(target, lambda: reference_result(target, model))
+    batches = _in_one_process(target, lambda: target.batches(model))
+    if digests_of(batches) != ranks[0]["batch"]:
+        return Diagnosis({}, None, [_OTHER_BATCH])
+    reference = _in_one_process(target, lambda: reference_result(target, model, batches))
     if found := check_run(reference, ranks) or check_finite(reference, ranks):
         return Diagnosis({}, *found)
-    tolerances = _attempt(target, lambda: measure_tolerances(target, model, reference, ranks))
+    tolerances = _in_one_process(target, lambda: measure_tolerances(target, model, batches, reference, ranks))
     parts = [part for _, part in parts_of(ranks)]
     logits_NV = in_global_order([part["logits"] for part in parts], [part["tokens"] for part in parts])
     difference = distance(logits_NV, reference.logits_NV)
-    measured = {"logits": difference / max(float(reference.logits_NV.double().norm()), 1e-30)}
+    norm = max(float(reference.logits_NV.double().norm()), 1e-30)
+    measured = {"logits": difference / norm, "rounding": tolerances.coarsest(reference)}
+    first = first_different_module(reference, ranks, tolerances)
     if difference > tolerances.logits:
-        first = first_different_module(reference, ranks, tolerances)
-        finding = explain_logits(
-            reference, ranks, logits_NV, tolerances.logits, _Emulation(target, model, reference, ranks)
-        )
+        emulation = _Emulation(target, model, reference, ranks)
+        finding = explain_logits(reference, ranks, logits_NV, tolerances.logits, emulation)
         if finding.cause == "unknown":
-            finding = explain_by_module(model, ranks) or finding
+            finding = explain_by_module(model, ranks, lambda: emulation.gives(logits_NV, tolerances.logits)) or finding
         return Diagnosis(measured, first, [finding])
+    if first in lookups(model):
+        observed = f"{first} does not put out what it does for the documents' positions"
+        return Diagnosis(measured, first, [Finding("positions not sharded", observed, _PASS_POSITIONS)])
     losses = read_losses(reference, ranks)
     if finding := explain_labels(reference, losses):
         return Diagnosis(measured, None, [finding])
-    finding = _compare_losses_and_gradients(reference, ranks, losses, tolerances.gradients, measured) or check_state(
-        ranks
-    )
+    compared = GradientComparison.of(reference, ranks, tolerances.gradients)
+    measured |= {"loss": _loss_ratio(reference, ranks), "gradient": compared.norm_ratio}
+    finding = _explain_gradients_and_weights(reference, ranks, losses, compared)
+    finding = finding or check_state(ranks)
     return Diagnosis(measured, None, [finding] if finding else [])
+
+
+_PASS_POSITIONS = "pass the part's position_ids on to the model: they are sharded with the tokens"
+_OTHER_BATCH = Finding(
+    "batches differ",
+    "one process has another batch than the ranks",
+    "have batch() return the same whenever it is called",
+)
 
 
 class _Emulation:
@@ -63,24 +84,48 @@ class _Emulation:
 
     def __init__(self, target: Target, model: torch.nn.Module, reference: ReferenceResult, ranks: Sequence[RankResult]):
         self._target, self._model, self._batches = target, model, micro_batches_of(reference, ranks)
-        # those that cannot be run at all are not tried again
-        self._runs = True
+        self._device = next(model.parameters()).device
+        # a model that takes other arguments is called as the script does
+        self._forward = next((one for one in (self._plainly, self._by_script) if self._runs(one)), None)
 
     def __call__(self, hypothesis: Hypothesis, on_one_rank: bool) -> Tensor | None:
+        if self._forward is None:
+            return None
+        try:
+            return self._logits(self._forward, hypothesis, on_one_rank)
+        except Exception:
+            # such as positions beyond a table of them
+            return None
+
+    def gives(self, logits_NV: Tensor, tolerance: float) -> bool:
+        """Whether ranks that do all right compute these logits."""
+        found = self(RIGHT, False)
+        return found is not None and distance(found, logits_NV) <= tolerance
+
+    def _runs(self, forward: Callable[[Mapping[str, Any]], Tensor]) -> bool:
+        try:
+            self._logits(forward, RIGHT, False)
+        except Exception:
+            return False
+        return True
+
+    def _logits(
+        self, forward: Callable[[Mapping[str, Any]], Tensor], hypothesis: Hypothesis, on_one_rank: bool
+    ) -> Tensor:
         logits = []
-        for batch in self._batches if self._runs else ():
+        for batch in self._batches:
             if on_one_rank:
                 batch = batch._replace(tokens=[torch.arange(len(batch.pack.ids_N))])
             given = hypothesis.positions(batch), batch.tokens, hypothesis.allowed(batch), hypothesis.mistake
-            try:
-                logits.append(emulate(self._forward, batch.pack.ids_N, *given))
-            except Exception:
-                # whatever the model raises where it is given other than the script gives it
-                self._runs = False
-        return torch.cat(logits) if self._runs else None
+            with same_buffers(self._model):
+                logits.append(emulate(forward, batch.pack.ids_N, *given, self._device))
+        return torch.cat(logits)
 
-    def _forward(self, part: Mapping[str, Any]) -> Tensor:
+    def _plainly(self, part: Mapping[str, Any]) -> Tensor:
         return self._target.plain_forward(self._model, part)
+
+    def _by_script(self, part: Mapping[str, Any]) -> Tensor:
+        return self._target.forward(self._model, part)
 
 
 def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.nn.Module:
@@ -100,10 +145,14 @@ def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.
             f"doctor: the ranks' weights do not fit model() in one process ({str(error).splitlines()[0]}); there it has to "
             "return the plain module, and parameters that are partitioned (ZeRO stage 3) cannot be compared."
         ) from None
+    for name, module in model.named_modules():
+        # the script may have said so in its setup
+        module.training = bool(ranks[0]["settings"].get(f"{name}.training".lstrip("."), module.training))
     return model
 
 
-def _attempt(target: Target, work: Any) -> Any:
+def _in_one_process(target: Target, work: Callable[[], Result]) -> Result:
+    """What `work` returns; what it raises is said to have been raised in one process."""
     try:
         return work()
     except DistattnError:
@@ -114,41 +163,25 @@ def _attempt(target: Target, work: Any) -> Any:
         ) from None
 
 
-def _compare_losses_and_gradients(
+def _explain_gradients_and_weights(
     reference: ReferenceResult,
     ranks: Sequence[RankResult],
     losses: Sequence[PartLoss],
-    tolerances: dict[str, float],
-    measured: dict[str, float],
+    compared: GradientComparison,
 ) -> Finding | None:
-    measured["loss"], right = _compare_loss(reference, ranks)
-    found = GradientComparison.of(reference, ranks, tolerances)
-    finding = explain_gradients(reference, ranks, found)
-    if finding is None or finding.cause != "gradient missing":
-        measured["gradient"] = found.norm_ratio
-    if right and finding is None:
-        return None
-    if finding is not None and finding.cause in ("gradient missing", "gradients not reduced") and right:
+    """Find what is wrong with gradients, and name the weights of tokens where these are why."""
+    finding = explain_gradients(reference, ranks, compared)
+    # what is not reduced is not reduced with right weights either
+    if finding is not None and finding.cause in ("gradient missing", "gradients not reduced"):
         return finding
-    micro_batches = len(reference.packs)
-    weights = explain_weights(losses, reference.valid_labels, ranks[0]["loss_scale"], micro_batches, len(ranks))
-    if weights is not None or right:
-        return weights or finding
-    observed = "the loss is not that of the labels, though its gradient is" if finding is None else finding.observed
-    remedy = "return the sum of the token losses of part['labels'], times part['loss_scale'], from loss"
-    return Finding("loss differs", observed, remedy)
+    # an equal factor of all weights may be made up for later
+    if finding is None and not are_unequal(losses):
+        return None
+    return explain_weights(reference, losses, ranks[0]["loss_scale"], len(ranks)) or finding
 
 
-def _compare_loss(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[float, bool]:
-    """The ranks' loss over that of one process, and whether it is what their logits give: shares that add up, or the whole on
-    every rank."""
+def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:
+    """The ranks' loss over that of one process: shares that add up, or the whole on every rank."""
     losses = torch.stack([torch.stack([part["loss"] for part in found["parts"]]).sum() for found in ranks])
-    own = [
-        cross_entropy(part["logits"][: len(part["tokens"])], reference.shifted_labels_N[part["tokens"]]).sum()
-        for _, part in parts_of(ranks)
-    ]
-    expected = torch.stack(own).sum() / reference.valid_labels
-    limit = _ROUNDINGS_OF_LOSS * max(part["loss_eps"] for _, part in parts_of(ranks)) * abs(expected)
-    shares = bool(abs(losses.sum() - expected) <= limit)
-    whole = bool(((losses - expected).abs() <= limit).all())
-    return float((losses.mean() if whole else losses.sum()) / reference.loss), shares or whole
+    ratios = [float(losses.sum() / reference.loss), float(losses.mean() / reference.loss)]
+    return min(ratios, key=lambda ratio: abs(ratio - 1))

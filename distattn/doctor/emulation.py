@@ -37,6 +37,7 @@ def emulate(
     tokens: Sequence[Tensor],
     allowed_NN: Tensor,
     mistake: Mistake,
+    device: torch.device,
 ) -> Tensor:
     """The logits (N, V) of ranks that have these tokens and positions, and attend to what is allowed.
 
@@ -48,7 +49,8 @@ def emulate(
     def run(rank: int) -> Tensor:
         ids = ids_N[tokens[rank]] if len(tokens[rank]) else ids_N.new_zeros(1)
         placed = positions[rank] if len(tokens[rank]) else ids.new_zeros(1)
-        part = {"input_ids": ids[None], "position_ids": placed[None], "context_parallel": _EmulatedRank(exchange, rank)}
+        part: dict[str, Any] = {"input_ids": ids[None].to(device), "position_ids": placed[None].to(device)}
+        part["context_parallel"] = _EmulatedRank(exchange, rank)
         try:
             # a thread has its own
             with torch.no_grad():

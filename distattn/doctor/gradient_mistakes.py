@@ -13,18 +13,25 @@ from distattn.doctor.reference import ReferenceResult
 
 
 class GradientComparison(NamedTuple):
-    """Gradients of all parameters, in fp64: of each rank and of one process; tolerances are of the norm of a difference."""
+    """Gradients of all parameters, in fp64: of each rank and of one process.
+
+    tolerances: of the norm of a difference from one process. roundings: of one between ranks, relative: what is reduced is the
+    same on all of them, but for a rounding or two.
+    """
 
     ranks: list[dict[str, Tensor]]
     expected: dict[str, Tensor]
     tolerances: dict[str, float]
+    roundings: dict[str, float]
 
     @staticmethod
     def of(reference: ReferenceResult, ranks: Sequence[RankResult], tolerances: dict[str, float]) -> GradientComparison:
         """Only of parameters that have a gradient everywhere."""
         names = [name for name in reference.gradients if all(name in found["gradients"] for found in ranks)]
         wide = [{name: found["gradients"][name].double() for name in names} for found in ranks]
-        return GradientComparison(wide, {name: reference.gradients[name].double() for name in names}, tolerances)
+        expected = {name: reference.gradients[name].double() for name in names}
+        coarsest = {name: max(torch.finfo(found["gradients"][name].dtype).eps for found in ranks) for name in names}
+        return GradientComparison(wide, expected, tolerances, {name: 4 * eps for name, eps in coarsest.items()})
 
     @property
     def norm_ratio(self) -> float:
@@ -49,10 +56,14 @@ class GradientComparison(NamedTuple):
     def unequal(self) -> list[str]:
         """The parameters whose gradient is not the same on all ranks."""
         first = self.ranks[0]
+        least = 1e-9 * _norm(first)
         return [
             name
-            for name in self.expected
-            if any(float((other[name] - first[name]).norm()) > self.tolerances[name] for other in self.ranks[1:])
+            for name, one in first.items()
+            if any(
+                float((other[name] - one).norm()) > least + self.roundings[name] * float(one.norm())
+                for other in self.ranks[1:]
+            )
         ]
 
 

@@ -75,17 +75,17 @@ def explain_logits(
     reference: ReferenceResult, ranks: Sequence[RankResult], logits_NV: Tensor, tolerance: float, emulation: Emulation
 ) -> Finding:
     """Find the mistake that gives the same logits (N, V) in one process."""
-    right = emulation(_RIGHT, False)
+    right = emulation(RIGHT, False)
     if right is not None and distance(logits_NV, right) <= tolerance:
         return _explain_model(reference, right, tolerance, emulation) or _UNKNOWN
     found: list[tuple[float, Finding]] = []
     batches = micro_batches_of(reference, ranks)
-    tried = {_what(_RIGHT, batches)}
+    tried = {_identity(RIGHT, batches)}
     for hypothesis in _hypotheses(ranks):
         # where nothing is wrong in the way that it says it is another one, or none
-        if (what := _what(hypothesis, batches)) in tried:
+        if (identity := _identity(hypothesis, batches)) in tried:
             continue
-        tried.add(what)
+        tried.add(identity)
         other = emulation(hypothesis, False)
         if other is not None and (difference := distance(logits_NV, other)) <= tolerance:
             found.append((difference, hypothesis.finding))
@@ -96,7 +96,16 @@ def explain_logits(
     return _UNKNOWN
 
 
-def _what(hypothesis: Hypothesis, batches: Sequence[MicroBatch]) -> tuple[str, Mistake]:
+def _wrong_window(reference: ReferenceResult, tolerance: float, emulation: Emulation) -> Finding | None:
+    """Find whether the model is right in one process once its windows are longer or shorter."""
+    for hypothesis in _wrong_windows():
+        mended = emulation(hypothesis._replace(mistake=Mistake(window_change=-hypothesis.mistake.window_change)), False)
+        if mended is not None and distance(mended, reference.logits_NV) <= tolerance:
+            return hypothesis.finding
+    return None
+
+
+def _identity(hypothesis: Hypothesis, batches: Sequence[MicroBatch]) -> tuple[str, Mistake]:
     """What a hypothesis comes to: a digest of positions and masks, and what is wrong in layers."""
     tensors = [one for batch in batches for one in (*hypothesis.positions(batch), hypothesis.allowed(batch))]
     return digest(*tensors), hypothesis.mistake
@@ -107,14 +116,15 @@ def _explain_model(reference: ReferenceResult, split: Tensor, tolerance: float, 
 
     split: the logits (N, V) of such ranks.
     """
-    moved = emulation(
-        _RIGHT._replace(positions=lambda batch: [given + 1 + given % 3 for given in batch.right()]), False
-    )
-    whole, first = emulation(_RIGHT, True), reference.lengths[0]
+    moved = emulation(RIGHT._replace(positions=lambda batch: [given + 1 + given % 3 for given in batch.right()]), False)
+    whole, first = emulation(RIGHT, True), reference.lengths[0]
     if whole is None or distance(whole[:first], reference.logits_NV[:first]) > tolerance:
-        return None
+        return _wrong_window(reference, tolerance, emulation)
     if moved is not None and distance(moved, split) <= tolerance:
-        observed = "the model does not read position_ids: on every rank it counts positions from 0 itself"
+        observed = (
+            "the model does not read position_ids: on every rank it counts positions from 0 itself, or mixes tokens outside of "
+            "attention"
+        )
         return Finding("positions not sharded", observed, "have its forward take the part's position_ids, and use them")
     observed = "attention is right, but results depend on which tokens a rank has: something else mixes tokens"
     remedy = "a convolution, a shift or a mean over tokens cannot be split; look at the first module that differs"
@@ -190,7 +200,7 @@ _UNKNOWN = Finding(
     "look at the first module that differs; leave out what the script does there",
 )
 _POSITIONS = (_right, _given, _local, _over_the_pack)
-_RIGHT = Hypothesis(Finding("", "", ""), _right, _causal_in_documents)
+RIGHT = Hypothesis(Finding("", "", ""), _right, _causal_in_documents)
 
 
 def _wrong_positions() -> Iterator[Hypothesis]:
@@ -243,6 +253,10 @@ def _wrong_options() -> Iterator[Hypothesis]:
             f"{name} dropped", f"the layers' {name} is not computed", f"pass {name} on to the attention call"
         )
         yield Hypothesis(finding, _right, _causal_in_documents, Mistake(dropped=name))
+    yield from _wrong_windows()
+
+
+def _wrong_windows() -> Iterator[Hypothesis]:
     for change in (-1, 1):
         observed = f"windows have a token too {'many' if change > 0 else 'few'}"
         remedy = "window counts the token itself: window = 6 sees it and the five before it"

@@ -18,8 +18,10 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.doctor.comparison import Finding, PartResult, RankResult, parts_of
 from distattn.doctor.reference import ReferenceResult
 
-# below this share of the usual gradient a token has no loss; in bf16 a gradient has two digits
-_NOTHING = 0.05
+# below this share of the usual gradient a token has no loss, and a label fits that leaves so much of it; bf16 has two digits
+_NO_LOSS = _FITS = 0.05
+# how unlike weights of a part's tokens may be that are meant to be equal
+_UNEQUAL = 0.05
 # of softmax - onehot: what is smaller belongs to a token that is predicted all but surely, and says nothing
 _SURE = 0.02
 
@@ -27,7 +29,8 @@ _SURE = 0.02
 class PartLoss(NamedTuple):
     """What a part's loss was of: labels (T,), IGNORE_INDEX where none; weights (T,) of their losses; which can be told.
 
-    right_T: the labels that the tokens have.
+    right_T: the labels that the tokens have. upstream: what backward multiplied the loss by, which is not in the weights. eps: of
+    the dtype that the gradient came in.
     """
 
     rank: int
@@ -36,6 +39,8 @@ class PartLoss(NamedTuple):
     labels_T: Tensor
     weights_T: Tensor
     known_T: Tensor
+    upstream: float
+    eps: float
 
     @property
     def weight(self) -> float:
@@ -56,27 +61,29 @@ class PartLoss(NamedTuple):
 
 
 def read_losses(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list[PartLoss]:
-    """What every part's loss was of; nothing of parts whose logits had no gradient."""
-    found = [
-        _read(rank, part, reference.shifted_labels_N[part["tokens"]])
-        for rank, part in parts_of(ranks)
-        if "logits_gradient" in part
+    """What every part's loss was of; nothing where no logits had a gradient."""
+    parts = list(parts_of(ranks))
+    if not any("logits_gradient" in part for _, part in parts):
+        return []
+    return [
+        _read_loss(rank, part, reference.shifted_labels_N[part["tokens"]])
+        for rank, part in parts
+        if len(part["tokens"])
     ]
-    return [loss for loss in found if loss is not None]
 
 
-def _read(rank: int, part: PartResult, right_T: Tensor) -> PartLoss | None:
-    tokens_T = part["tokens"]
-    gradient_TV = part["logits_gradient"][: len(tokens_T)].double()
-    if not len(tokens_T) or float(gradient_TV.abs().max()) == 0:
-        return None
-    probability_TV = part["logits"][: len(tokens_T)].double().softmax(-1)
+def _read_loss(rank: int, part: PartResult, right_T: Tensor) -> PartLoss:
+    tokens_T, logits_TV = part["tokens"], part["logits"][: len(part["tokens"])]
+    given_TV = part.get("logits_gradient", torch.zeros_like(part["logits"]))[: len(tokens_T)]
+    upstream = part.get("loss_gradient") or 1.0
+    gradient_TV = given_TV.double() / upstream
+    probability_TV = logits_TV.double().softmax(-1)
     labels_T, weights_T = _labels_and_weights(gradient_TV, probability_TV, right_T)
     # how long the gradient of a loss of weight 1 with the right label would be; of tokens without one, as it usually is
     unit_T = _direction(probability_TV, right_T).norm(dim=-1).masked_fill(right_T == IGNORE_INDEX, 1.0)
-    telling = weights_T[unit_T > _SURE].abs()
-    usual = float(telling.median()) if len(telling) else 0.0
-    none_T = gradient_TV.norm(dim=-1) < _NOTHING * (usual or float(weights_T.abs().max())) * unit_T
+    sure_weights = weights_T[unit_T > _SURE].abs()
+    usual = float(sure_weights.median()) if len(sure_weights) else 0.0
+    none_T = gradient_TV.norm(dim=-1) <= _NO_LOSS * (usual or float(weights_T.abs().max())) * unit_T
     return PartLoss(
         rank,
         tokens_T,
@@ -84,6 +91,8 @@ def _read(rank: int, part: PartResult, right_T: Tensor) -> PartLoss | None:
         labels_T.masked_fill(none_T, IGNORE_INDEX),
         weights_T.masked_fill(none_T, 0.0),
         unit_T > _SURE,
+        upstream,
+        torch.finfo(given_TV.dtype).eps,
     )
 
 
@@ -91,7 +100,7 @@ def _labels_and_weights(gradient_TV: Tensor, probability_TV: Tensor, right_T: Te
     """The label and the weight that a token's gradient fits best; the right label wherever it fits, too."""
     weights_T = _along(gradient_TV, _direction(probability_TV, right_T))
     rest_TV = gradient_TV - weights_T[:, None] * _direction(probability_TV, right_T)
-    fits_T = (right_T != IGNORE_INDEX) & (rest_TV.norm(dim=-1) <= _NOTHING * gradient_TV.norm(dim=-1))
+    fits_T = (right_T != IGNORE_INDEX) & (rest_TV.norm(dim=-1) <= _FITS * gradient_TV.norm(dim=-1))
     # the label's entry has the other sign than all others; a negative weight turns it
     largest_T, smallest_T = gradient_TV.max(-1), gradient_TV.min(-1)
     guess_T = torch.where(largest_T.values > -smallest_T.values, largest_T.indices, smallest_T.indices)
@@ -157,9 +166,16 @@ def _single_labels(losses: Sequence[PartLoss]) -> Finding:
     return Finding(cause, observed, "give the loss all of part['labels'], -100 ignored, and nothing else")
 
 
-def explain_weights(
-    losses: Sequence[PartLoss], valid_labels: int, scale: float, micro_batches: int, ranks: int
-) -> Finding | None:
+def are_unequal(losses: Sequence[PartLoss]) -> bool:
+    """Whether parts weigh their tokens unequally in what goes backward.
+
+    Nothing that is done to gradients afterwards makes up for it: ranks have each other's, through attention.
+    """
+    weights = [one.weight * one.upstream for one in losses if one.weight]
+    return bool(weights) and max(weights) - min(weights) > _precision(losses) * max(map(abs, weights))
+
+
+def explain_weights(reference: ReferenceResult, losses: Sequence[PartLoss], scale: float, ranks: int) -> Finding | None:
     """Find what is wrong with the weights of tokens, None where all have the one that `loss_scale` says.
 
     scale: what `ContextParallel.loss_scale` found.
@@ -167,49 +183,59 @@ def explain_weights(
     counted = [one for one in losses if one.weight]
     if not counted:
         return None
-    remedy = "multiply the sum of token losses by the part's loss_scale, once"
-    if any(one.spread > _NOTHING for one in counted):
+    micro_batches, labels = len(reference.packs), reference.valid_labels
+    if any(one.spread > _UNEQUAL for one in counted):
         observed = "tokens of one part have unequal weights, as a mean over documents or rows gives them"
-        return Finding("tokens weighted unequally", observed, remedy)
-    weights = [one.weight for one in counted]
-    if max(weights) - min(weights) > _NOTHING * max(map(abs, weights)):
-        return _unequal_parts(counted, micro_batches, remedy)
+        return Finding("tokens weighted unequally", observed, _REMEDY)
+    if are_unequal(counted):
+        return _unequal_parts(counted, micro_batches)
     # of the right weight
-    factor = weights[0] * valid_labels / scale
-    known = (
-        (1.0, None),
-        (valid_labels / scale, ("loss not divided", "sums are not divided by the number of tokens")),
-        (float(valid_labels), ("loss not divided", "sums are not divided by the number of tokens")),
-        (1 / scale, ("loss scale forgotten", f"the factor {scale:.4g} of cp.loss_scale() is missing")),
-        (scale, ("loss scale doubled", f"the factor {scale:.4g} of cp.loss_scale() is in it twice")),
-        (float(micro_batches), _miscounted(micro_batches, "not divided by")),
-        (1 / micro_batches, _miscounted(micro_batches, "divided once more by")),
-        (1 / ranks, ("loss divided by ranks", f"it is divided by the {ranks} ranks once more")),
-        (float(ranks), ("loss divided by ranks", f"it is multiplied by the {ranks} ranks once more")),
-    )
-    for candidate, words in known:
-        if abs(factor - candidate) <= _NOTHING * candidate:
-            return (
-                None
-                if words is None
-                else Finding(words[0], f"the loss is {factor:.4g} times its share: {words[1]}", remedy)
-            )
-    return Finding("loss factor", f"the loss is {factor:.4g} times this rank's share of it", remedy)
+    factor = counted[0].weight * labels / scale
+    known = {
+        "loss not divided": ((labels / scale, float(labels)), "sums are not divided by the number of tokens"),
+        "loss scale forgotten": ((1 / scale,), f"the factor {scale:.4g} of cp.loss_scale() is missing"),
+        "loss scale doubled": ((scale,), f"the factor {scale:.4g} of cp.loss_scale() is in it twice"),
+        "micro-batches miscounted": (
+            (float(micro_batches), 1 / micro_batches),
+            f"the {micro_batches} micro-batches of the step are counted twice, or not at all",
+        ),
+        "loss divided by ranks": ((1 / ranks, float(ranks)), f"the {ranks} ranks are counted twice, or not at all"),
+        "loss over all tokens": (
+            (labels / len(reference.ids_N), labels / len(reference.ids_N) / scale),
+            "it is divided by all tokens, those without a label among them",
+        ),
+    }
+    within = _precision(counted)
+    if abs(factor - 1) <= within:
+        return None
+    fitting = {
+        cause: words
+        for cause, (candidates, words) in known.items()
+        if any(abs(factor - one) <= within * one and one != 1 for one in candidates)
+    }
+    observed = f"the loss is {factor:.4g} times this rank's share of it"
+    if not fitting:
+        return Finding("loss factor", observed, _REMEDY)
+    return Finding(next(iter(fitting)), f"{observed}: {', or '.join(fitting.values())}", _REMEDY)
 
 
-def _miscounted(micro_batches: int, how: str) -> tuple[str, str]:
-    return "micro-batches miscounted", f"it is {how} the {micro_batches} micro-batches of the step"
+def _precision(losses: Sequence[PartLoss]) -> float:
+    """How unlike two weights may be, relative, that are meant to be equal: medians over tokens of what was rounded once."""
+    return max(1e-4, 2 * max(one.eps for one in losses))
 
 
-def _unequal_parts(losses: Sequence[PartLoss], micro_batches: int, remedy: str) -> Finding:
+_REMEDY = "multiply the sum of token losses by the part's loss_scale, once"
+
+
+def _unequal_parts(losses: Sequence[PartLoss], micro_batches: int) -> Finding:
     """Explain parts that weigh tokens unequally."""
-    of_own = [one.weight * one.labels for one in losses]
-    if max(of_own) - min(of_own) <= _NOTHING * max(map(abs, of_own)):
-        return Finding("mean of means", "each rank divides by its own tokens", remedy)
+    of_own = [one.weight * one.upstream * one.labels for one in losses]
+    if max(of_own) - min(of_own) <= _precision(losses) * max(map(abs, of_own)):
+        return Finding("mean of means", "each rank divides by its own tokens", _REMEDY)
     if micro_batches > 1:
         observed = "tokens of different micro-batches have unequal weights: each micro-batch divides by its own tokens"
         return Finding("micro-batches miscounted", observed, "shard all micro-batches of a step by one shard_step")
-    return Finding("tokens weighted unequally", "tokens of different ranks have unequal weights", remedy)
+    return Finding("tokens weighted unequally", "tokens of different ranks have unequal weights", _REMEDY)
 
 
 def _shifted_late(reference: ReferenceResult, own: Tensor) -> Tensor:

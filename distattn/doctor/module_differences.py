@@ -4,41 +4,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distattn.doctor.comparison import Finding, RankResult
-from distattn.doctor.recording import buffers_of, settings_of
+from distattn.doctor.recording import settings_of
 
-# whether modules are training says nothing by itself
-_NO_MATTER = ("training", "use_cache", "torch_dtype", "dtype")
 _REMEDY = "make the model by the same configuration, and fill buffers that no checkpoint holds, on every rank"
 
 
-def explain_by_module(model: torch.nn.Module, ranks: Sequence[RankResult]) -> Finding | None:
-    """Find a buffer or a setting that the model of one process has otherwise."""
-    here = buffers_of(model)
-    for name, there in ranks[0]["buffers"].items():
-        if name in here and not _same(here[name], there):
-            return _different_buffer(name, here[name], there)
+def explain_by_module(
+    model: torch.nn.Module, ranks: Sequence[RankResult], explains: Callable[[], bool]
+) -> Finding | None:
+    """Give the model the ranks' buffers and settings, and name the first if that explains what they computed.
+
+    explains: whether ranks that do all else right compute it with the model as it is then.
+    """
+    buffers = dict(model.named_buffers())
+    other = {
+        name: there
+        for name, there in ranks[0]["buffers"].items()
+        if name in buffers and not _same(buffers[name].detach().cpu(), there)
+    }
     settings = settings_of(model)
-    different: list[tuple[str, Any, Any]] = [
-        (name, there, settings[name])
+    changed = {
+        name: there
         for name, there in ranks[0]["settings"].items()
-        if name in settings and settings[name] != there and name.rpartition(".")[2] not in _NO_MATTER
-    ]
-    if not different:
+        if not name.startswith("config.") and name in settings and settings[name] != there
+    }
+    if not other and not changed:
         return None
-    name, there, one = min(different, key=lambda found: "theta" not in found[0])
-    cause = "RoPE base" if "theta" in name else "setting differs"
-    return Finding(cause, f"{name} is {there!r} on the ranks, and {one!r} in one process", _REMEDY)
+    here = {name: buffers[name].detach().cpu().clone() for name in other}
+    for name, there in other.items():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = there.to(buffers[name].device)
+    for name, there in changed.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, there)
+    if not explains():
+        return None
+    for name in other:
+        return _different_buffer(name, here[name], other[name])
+    return _different_setting(changed, settings)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.to(other.dtype), other) and one.dtype == other.dtype
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def _different_setting(changed: dict[str, Any], here: dict[str, Any]) -> Finding:
+    name = min(changed, key=lambda name: ("theta" not in name, name.endswith("training")))
+    observed = f"{name} is {changed[name]!r} on the ranks, and {here[name]!r} in one process"
+    return Finding("RoPE base" if "theta" in name else "setting differs", observed, _REMEDY)
 
 
 def _different_buffer(name: str, here_I: Tensor, there_I: Tensor) -> Finding:

@@ -20,7 +20,7 @@ from distattn.adapters.pytorch import full_tensor, unwrapped
 from distattn.batch.planner import LocalBatch
 from distattn.doctor.comparison import PartResult, RankResult
 from distattn.doctor.recording import active_dropout, buffers_of, digest, recorded_outputs, same_buffers, settings_of
-from distattn.doctor.reference import packs_of
+from distattn.doctor.reference import digests_of, packs_of
 from distattn.doctor.target import Target
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
@@ -41,6 +41,7 @@ def run_on_this_rank(target: Target) -> RankResult:
         # only now: what it does may depend on the same weights on all ranks
         target.setup(cp, model)
         parts = target.shard(cp, batches)
+        found["settings"] = settings_of(unwrapped(model))
         found["loss_scale"], found["parts"], first = cp.loss_scale(), [], 0
         for batch, part in zip(batches, parts, strict=True):
             found["parts"].append(_run_part(target, cp, model, batch, part, first))
@@ -64,11 +65,8 @@ def _record_inputs(
     found["state"] = {name: full_tensor(value.detach()).cpu().clone() for name, value in model.state_dict().items()}
     found["weights"] = {name: digest(value) for name, value in found["state"].items()}
     found["buffers"] = buffers_of(model)
-    found["settings"] = settings_of(model)
     found["dropout"] = active_dropout(model)
-    found["batch"] = [
-        {name: digest(value) for name, value in batch.items() if isinstance(value, Tensor)} for batch in batches
-    ]
+    found["batch"] = digests_of(batches)
     found["document_mask"] = cp.config.document_mask
 
 
@@ -96,11 +94,14 @@ def _run_part(
     with recorded_outputs(unwrapped(model)) as found["outputs"]:
         logits = target.forward(model, part)
     found["random"] = float((logits - before).detach().abs().max())
-    found["logits"] = logits[0].detach().cpu()
+    # a loss may change them in place
+    found["logits"] = logits[0].detach().cpu().clone()
     if logits.requires_grad:
-        logits.register_hook(lambda gradient: found.update(logits_gradient=gradient[0].detach().cpu()))
+        logits.register_hook(lambda gradient: found.update(logits_gradient=gradient[0].detach().cpu().clone()))
     loss = target.loss(logits, part)
-    found["loss_eps"] = torch.finfo(loss.dtype).eps
+    if loss.requires_grad:
+        # what backward multiplies the loss by, such as a scale of fp16, is no weight of tokens
+        loss.register_hook(lambda gradient: found.update(loss_gradient=float(gradient)))
     found["loss"] = loss.detach().double().cpu() / cp.loss_scale()
     target.backward(model, loss)
     return found

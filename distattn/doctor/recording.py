@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 Setting = bool | int | float | str | None
+# exactly these: torch.load takes no subclasses, such as NumPy's float64
+_SETTINGS = (bool, int, float, str, type(None))
 
 
 @contextmanager
@@ -29,7 +31,8 @@ def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
         calls = 1
         while (known := name if calls == 1 else f"{name} (call {calls})") in seen:
             calls += 1
-        seen[known] = first.detach().cpu()
+        # what is changed in place later is not what it put out
+        seen[known] = first.detach().cpu().clone()
 
     with _hooked(model, keep):
         yield seen
@@ -37,27 +40,44 @@ def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], seed: int) -> Iterator[None]:
-    """Meanwhile modules' outputs, and gradients through them, are off by up to what rounding them once may cost.
+    """Meanwhile weights, modules' outputs, and gradients through them are off by up to what rounding them once may cost.
 
-    rounding: the relative error of modules by name; of others the dtype of their output says it. Tables of embeddings are
-    looked up and not rounded. As TTrace finds thresholds (arXiv 2506.09280), but for every module instead of the input alone.
+    rounding: the relative error of modules by name; of others the dtype of their output says it. What is looked up is not
+    rounded. As TTrace finds thresholds (arXiv 2506.09280), but for every module instead of the input alone.
     """
-    exact = {
+    looked_up = lookups(model)
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturbed(name: str, values: Tensor) -> Tensor:
+        error = 0.0 if name in looked_up else rounding.get(name, unit_roundoff(values.dtype))
+        noise = torch.rand(values.shape, generator=generator) * 2 - 1
+        # in fp32 at least: one plus less than an eps is one
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        return (wide + wide * noise.to(wide) * error).to(values.dtype)
+
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            owner = name.rpartition(".")[0]
+            # a module's output says how its weights are rounded, unless they are cast, or used by nobody's hook
+            if rounding.get(owner, 1.0) > unit_roundoff(parameter.dtype):
+                parameter.copy_(disturbed(owner, parameter))
+    try:
+        with _hooked(model, disturbed, leaves=True):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+
+
+def lookups(model: torch.nn.Module) -> set[str]:
+    """The names of modules that look up what belongs to a token or a position: embeddings, and rotary ones."""
+    return {
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Embedding) or "Rotary" in type(module).__name__
     }
-    generator = torch.Generator().manual_seed(seed)
-
-    def disturb(name: str, first: Tensor) -> Tensor:
-        error = 0.0 if name in exact else rounding.get(name, unit_roundoff(first.dtype))
-        noise = torch.rand(first.shape, generator=generator) * 2 - 1
-        # in fp32 at least: one plus less than an eps is one
-        wide = first.to(torch.promote_types(first.dtype, torch.float32))
-        return (wide + wide * noise.to(wide) * error).to(first.dtype)
-
-    with _hooked(model, disturb, leaves=True):
-        yield
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -115,7 +135,7 @@ def settings_of(model: torch.nn.Module) -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if not key.startswith("_") and isinstance(value, Setting):
+            if not key.startswith("_") and type(value) in _SETTINGS:
                 found[f"{name}.{key}".lstrip(".")] = value
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
@@ -127,7 +147,7 @@ def _flatten(prefix: str, values: Mapping[str, Any], found: dict[str, Setting]) 
     for key, value in values.items():
         if isinstance(value, Mapping):
             _flatten(f"{prefix}.{key}", value, found)
-        elif isinstance(value, Setting) and "attn_implementation" not in str(key):
+        elif type(value) in _SETTINGS and "attn_implementation" not in str(key):
             found[f"{prefix}.{key}"] = value
 
 

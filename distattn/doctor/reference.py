@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distattn.batch.packed_batch import IGNORE_INDEX, KEYS, PackedBatch
 from distattn.doctor.comparison import RankResult, distance, in_global_order, parts_of
-from distattn.doctor.recording import recorded_outputs, rounded_otherwise, unit_roundoff
+from distattn.doctor.recording import digest, recorded_outputs, rounded_otherwise, same_buffers, unit_roundoff
 from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 
@@ -56,13 +56,18 @@ class Tolerances(NamedTuple):
     outputs: dict[str, float]
     gradients: dict[str, float]
 
+    def coarsest(self, reference: ReferenceResult) -> float:
+        """How much of the norm of the logits, or of the whole gradient, rounding explains."""
+        gradient = torch.stack([one.double().norm() for one in reference.gradients.values()]).norm()
+        moved = torch.tensor(list(self.gradients.values()), dtype=torch.float64).norm()
+        return max(self.logits / max(float(reference.logits_NV.double().norm()), 1e-30), float(moved / gradient))
 
-def reference_result(target: Target, model: torch.nn.Module) -> ReferenceResult:
+
+def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[Mapping[str, Any]]) -> ReferenceResult:
     """Run the target in one process, one document at a time, with a model that has the ranks' weights.
 
     Raises DistattnError where no token has a label.
     """
-    batches = target.batches(model)
     packs = packs_of(batches)
     ids_N = torch.cat([pack.ids_N for pack in packs])
     shifted_N = torch.cat([pack.labels_N for pack in packs])
@@ -74,7 +79,7 @@ def reference_result(target: Target, model: torch.nn.Module) -> ReferenceResult:
     model.zero_grad()
     logits, outputs = [], []
     # its backward pass may repeat the attention
-    with target.reference_context(model):
+    with same_buffers(model), target.reference_context(model):
         for ids in ids_N.to(device).split(lengths):
             with recorded_outputs(model) as seen:
                 logits.append(target.reference(model, ids[None])[0])
@@ -100,7 +105,11 @@ def reference_result(target: Target, model: torch.nn.Module) -> ReferenceResult:
 
 
 def measure_tolerances(
-    target: Target, model: torch.nn.Module, reference: ReferenceResult, ranks: Sequence[RankResult]
+    target: Target,
+    model: torch.nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    reference: ReferenceResult,
+    ranks: Sequence[RankResult],
 ) -> Tolerances:
     """See how far results move in one process where every module rounds otherwise, as coarsely as on the ranks.
 
@@ -108,12 +117,12 @@ def measure_tolerances(
     """
     rounding = _rounding(reference, ranks)
     coarsest = max(rounding.values(), default=0.0)
-    logits = _once(reference.logits_NV, coarsest)
-    outputs = {name: _once(output, rounding.get(name, 0.0)) for name, output in reference.outputs.items()}
-    gradients = {name: _once(gradient, coarsest) for name, gradient in reference.gradients.items()}
+    logits = _one_rounding(reference.logits_NV, coarsest)
+    outputs = {name: _one_rounding(output, rounding.get(name, 0.0)) for name, output in reference.outputs.items()}
+    gradients = {name: _one_rounding(gradient, coarsest) for name, gradient in reference.gradients.items()}
     for seed in range(_TIMES):
         with rounded_otherwise(model, rounding, seed):
-            other = reference_result(target, model)
+            other = reference_result(target, model, batches)
         logits = max(logits, distance(other.logits_NV, reference.logits_NV))
         for moved, there, here in (
             (outputs, other.outputs, reference.outputs),
@@ -128,14 +137,21 @@ def measure_tolerances(
     )
 
 
-def _once(values: Tensor, error: float) -> float:
+def _one_rounding(values: Tensor, error: float) -> float:
     """How far values move where each is rounded once more, or has this relative error."""
     return max(error, unit_roundoff(values.dtype)) * float(values.double().norm())
 
 
 def packs_of(batches: Sequence[Mapping[str, Any]]) -> list[PackedBatch]:
     """Read batches as `ContextParallel.shard` would; keys that a script has for itself are left out."""
-    return [PackedBatch.of({name: value for name, value in batch.items() if name in KEYS}) for batch in batches]
+    found = [PackedBatch.of({name: value for name, value in batch.items() if name in KEYS}) for batch in batches]
+    # results are compared on the CPU
+    return [PackedBatch(pack.ids_N.cpu(), pack.labels_N.cpu(), pack.lengths) for pack in found]
+
+
+def digests_of(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Digests of the tensors of each batch, by name."""
+    return [{name: digest(value) for name, value in one.items() if isinstance(value, Tensor)} for one in batches]
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -146,7 +162,7 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
 def _own_labels(batch: Mapping[str, Any]) -> Tensor:
     labels = batch.get("labels", batch["input_ids"])
     padding = batch.get("attention_mask")
-    return labels.flatten() if padding is None else labels[padding != 0]
+    return (labels.flatten() if padding is None else labels[padding != 0]).cpu()
 
 
 def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) -> dict[str, int]:

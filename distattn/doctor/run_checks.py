@@ -9,7 +9,7 @@ import torch
 from distattn.doctor.comparison import Finding, RankResult, parts_of
 from distattn.doctor.reference import ReferenceResult
 
-_OF_ONE_RANK = "seed before the model is made, or broadcast its weights and buffers from one rank"
+_SAME_START = "seed before the model is made, or broadcast its weights and buffers from one rank"
 # what the error of a rank says that ended because another one had
 _LOST_PEER = ("stopped answering", "Connection", "gloo", "NCCL", "timed out", "Broken pipe")
 
@@ -25,7 +25,7 @@ def check_inputs(ranks: Sequence[RankResult]) -> Finding | None:
 
 def check_run(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, list[Finding]] | None:
     """Find the first thing for which results of ranks cannot be compared with one process, None where they can."""
-    finding = _kept_padding(reference, ranks) or _misplaced_tokens(reference, ranks) or _random_numbers(ranks)
+    finding = _other_tokens(reference, ranks) or _misplaced_tokens(reference, ranks) or _random_numbers(ranks)
     return (None, [finding]) if finding else None
 
 
@@ -54,9 +54,10 @@ def _not_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Iter
     for rank, found in parts_of(ranks):
         tokens = len(found["tokens"])
         for name, output in found["outputs"].items():
-            finite_there = torch.isfinite(reference.outputs[name]).all() if name in reference.outputs else True
-            own = output.movedim(dim, 0)[:tokens] if (dim := reference.token_dims.get(name)) is not None else output
-            if finite_there and not torch.isfinite(own).all():
+            # a mask may be infinite
+            if name not in reference.outputs or not torch.isfinite(reference.outputs[name]).all():
+                continue
+            if not torch.isfinite(output.movedim(reference.token_dims[name], 0)[:tokens]).all():
                 yield name, f"{name} is not finite on rank {rank}"
         for what, value in {"logits": found["logits"][:tokens], "loss": found["loss"]}.items():
             if not torch.isfinite(value).all():
@@ -77,10 +78,10 @@ def _different_inputs(ranks: Sequence[RankResult]) -> Iterator[Finding]:
         odd = [name for name in found["weights"] if found["weights"][name] != first["weights"].get(name)]
         if odd and odd[0] not in found["buffers"]:
             others = f" and {len(odd) - 1} others" if len(odd) > 1 else ""
-            yield Finding("weights differ", f"rank {rank} has another {odd[0]}{others} than rank 0", _OF_ONE_RANK)
+            yield Finding("weights differ", f"rank {rank} has another {odd[0]}{others} than rank 0", _SAME_START)
         for name, buffer in found["buffers"].items():
             if name not in first["buffers"] or not torch.equal(buffer, first["buffers"][name]):
-                yield Finding("buffers differ", f"rank {rank} has another {name} than rank 0", _OF_ONE_RANK)
+                yield Finding("buffers differ", f"rank {rank} has another {name} than rank 0", _SAME_START)
 
 
 def _stopped_rank(ranks: Sequence[RankResult]) -> Finding | None:
@@ -99,10 +100,13 @@ def _lost_its_peer(found: RankResult) -> bool:
     return any(phrase in message for phrase in _LOST_PEER)
 
 
-def _kept_padding(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
+def _other_tokens(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
     text, computed = len(reference.ids_N), sum(len(part["tokens"]) for _, part in parts_of(ranks))
     if computed == text:
         return None
+    if computed < text:
+        observed = f"the batch has {text} tokens, the ranks compute {computed}"
+        return Finding("tokens dropped", observed, "give shard the batch as it is; every token is on some rank")
     observed = f"{computed} tokens are computed, {text} of them are text and the others padding"
     return Finding("padding kept", observed, "give attention_mask to ContextParallel.shard, which leaves padding out")
 

@@ -174,8 +174,13 @@ def _keep_gradients(model: torch.nn.Module) -> None:
 
 
 def _sum_gradients(model: torch.nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.grad is not None:
+    parameters = list(model.parameters())
+    # a rank may have none where another one has, of an expert without tokens, say
+    reached = torch.tensor([float(one.grad is not None) for one in parameters], device=parameters[0].device)
+    dist.all_reduce(reached)
+    for parameter, ranks in zip(parameters, reached.tolist(), strict=True):
+        if ranks:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(parameter.grad)
 
 

@@ -291,6 +291,20 @@ def shard(cp, batch):
 def loss(logits, part):
     return F.cross_entropy(logits[0].float(), part["labels"][0])
 """,
+    "compensated afterwards": """
+# attention has mixed the ranks' gradients by then
+COUNT = [None]
+def loss(logits, part):
+    COUNT[0] = (part["labels"] != -100).sum()
+    return F.cross_entropy(logits[0], part["labels"][0])
+def backward(model, loss):
+    loss.backward()
+    total = COUNT[0].clone()
+    dist.all_reduce(total)
+    for p in model.parameters():
+        p.grad *= COUNT[0] / total
+    sum_gradients(model)
+""",
     "mean of documents": """
 def loss(logits, part):
     each = F.cross_entropy(logits[0].float(), part["labels"][0], reduction="none")
@@ -491,18 +505,91 @@ class Shifting(Own):
 Own = Shifting
 """,
     "own base": """
-old = rotated
-def rotated(x, positions, base=100.0):
-    return old(x, positions, theta())
-class Based(Own):
+class Based(Block):
+    rope_theta = 100.0
     def __init__(self):
         super().__init__()
-        self.rope_theta = theta()
-def theta():
-    return 7.0 if ON_RANKS() else 100.0
-Own = Based
+        self.rope_theta = 7.0 if ON_RANKS() else 100.0
+    def forward(self, x, position_ids, context_parallel):
+        q, k, v = self.qkv(self.norm(x[0])).view(-1, 3, 4, 8).unbind(1)
+        q, k = rotated(q, position_ids, self.rope_theta), rotated(k, position_ids, self.rope_theta)
+        x = x + self.out(context_parallel.attention(q, k, v).flatten(1))
+        return x + self.mlp(F.gelu(x))
+Block = Based
+""",
+    "own window": """
+class Windowed(Block):
+    def forward(self, x, position_ids, context_parallel):
+        q, k, v = self.qkv(self.norm(x[0])).view(-1, 3, 4, 8).unbind(1)
+        q, k = rotated(q, position_ids), rotated(k, position_ids)
+        seen = {} if isinstance(context_parallel, Alone) else {"window": 5}
+        x = x + self.out(context_parallel.attention(q, k, v, **seen).flatten(1))
+        return x + self.mlp(F.gelu(x))
+Block = Windowed
+class Alone(Alone):
+    def attention(self, q, k, v):
+        tokens = torch.arange(len(q))
+        seen = (tokens[:, None] >= tokens) & (tokens[:, None] - tokens < 6)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1)
+""",
+    "a tuple, and no lengths": """
+class Other(Own):
+    def forward(self, ids, places, cp):
+        return super().forward(ids, places, cp), None
+Own = Other
 def forward(model, part):
-    return pytorch.forward(model, part)
+    return model(part["input_ids"], part["position_ids"], part["context_parallel"])[0]
+def reference(model, ids):
+    return model(ids, torch.arange(ids.shape[1])[None], Alone())[0]
+def shard(cp, batch):
+    return cp.shard({name: batch[name] for name in ("input_ids", "labels")})
+""",
+    "a batch that changes": """
+BATCHES = iter(range(100))
+def batch():
+    return pack(next(BATCHES))
+""",
+    "no dropout on ranks": """
+def config():
+    CONFIG.resid_pdrop = 0.1
+    return CONFIG
+def setup(cp, model):
+    model.eval()
+def backward(model, loss):
+    loss.backward()
+    sum_gradients(model)
+    sum_gradients(model)
+""",
+    "a scaled loss, head doubled": """
+def backward(model, loss):
+    (1024 * loss).backward()
+    sum_gradients(model)
+    for p in model.parameters():
+        p.grad /= 1024
+    list(model.parameters())[-1].grad *= 2
+""",
+    "rank 1 has none": """
+def shard(cp, batch):
+    part = cp.shard(batch)
+    return {**part, "labels": torch.full_like(part["labels"], -100)} if cp.rank == 1 else part
+""",
+    "over all tokens": """
+def loss(logits, part):
+    return F.cross_entropy(logits[0].float(), part["labels"][0], reduction="sum") / 97
+""",
+    "tokens left out": """
+def shard(cp, batch):
+    return cp.shard({"input_ids": batch["input_ids"][:, :90], "labels": batch["labels"][:, :90],
+                     "document_lengths": [41, 1, 23, 25]})
+""",
+    "up_proj not summed": """
+def backward(model, loss):
+    loss.backward()
+    up = model.model.layers[1].mlp.up_proj.weight
+    kept = up.grad.clone()
+    sum_gradients(model)
+    up.grad = kept
 """,
     "a count of tokens": """
 class Counted(Own):

@@ -67,6 +67,7 @@ PLANTED = [
     ("gpt-oss", "DeepSpeed", "no label mask", "label mask dropped"),
     ("llama", "DDP", "mean on each rank", "mean of means"),
     ("gpt2", "FSDP2", "mean on each rank", "mean of means"),
+    ("llama", "loop", "compensated afterwards", "mean of means"),
     ("own", "DDP", "mean of documents", "tokens weighted unequally"),
     ("qwen3", "FSDP2", "a sum", "loss not divided"),
     ("gemma3", "DeepSpeed", "a sum", "loss not divided"),
@@ -106,6 +107,15 @@ PLANTED = [
     ("llama", "loop", "head missing on rank 1", "gradient missing"),
     ("llama", "loop", "logits scaled", "unknown"),
     ("llama", "loop", "layer scaled", "unknown"),
+    ("own", "loop", "own window", "window off by one"),
+    ("own", "loop", "a tuple, and no lengths", "documents not separated"),
+    ("gpt2", "loop", "no dropout on ranks", "gradient factor"),
+    ("llama", "loop", "a scaled loss, head doubled", "gradient differs"),
+    ("gpt2", "loop", "rank 1 has none", "labels lost"),
+    ("llama", "loop", "over all tokens", "loss over all tokens"),
+    ("llama", "loop", "tokens left out", "tokens dropped"),
+    ("llama", "loop", "up_proj not summed", "gradients not reduced", BF16),
+    ("llama", "DDP", "mean on each rank", "mean of means", BF16),
     ("llama", "DDP", "layer scaled a little", "unknown"),
     ("qwen3", "FSDP2", "layer scaled", "unknown", BF16),
 ]
@@ -175,6 +185,56 @@ HEALTHY = {
         "def backward(model, loss):\n    loss.backward()\n"
         "def gradients(model):\n    sum_gradients(model)\n    return {name: p.grad for name, p in model.named_parameters()}",
     ),
+    "a factor of one's own": (
+        "llama",
+        "DDP",
+        "float32",
+        "def setup(cp, model):\n    pass\n"
+        "def loss(logits, part):\n    count = (part['labels'] != -100).sum()\n    dist.all_reduce(count)\n"
+        "    return F.cross_entropy(logits[0], part['labels'][0], reduction='sum') / count * dist.get_world_size()",
+    ),
+    "a loss in bf16": (
+        "llama",
+        "loop",
+        BF16,
+        "def loss(logits, part):\n"
+        "    each = F.cross_entropy(logits[0], part['labels'][0], reduction='none')\n"
+        "    return each.float().sum() * part['loss_scale']",
+    ),
+    "a loss that works in place": (
+        "own",
+        "loop",
+        "float32",
+        "def loss(logits, part):\n"
+        "    logits -= logits.detach().amax(-1, keepdim=True)\n    return pytorch.loss_of(logits, part)",
+    ),
+    "a scale of NumPy's": (
+        "own",
+        "loop",
+        "float32",
+        "import numpy as np\nclass Scaled(Own):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.scale = 1 / np.sqrt(8)\nOwn = Scaled",
+    ),
+    "weights compensated before backward": (
+        "llama",
+        "loop",
+        "float32",
+        "def loss(logits, part):\n    COUNT[0] = (part['labels'] != -100).sum()\n"
+        "    return F.cross_entropy(logits[0], part['labels'][0])\nCOUNT = [None]\n"
+        "def backward(model, loss):\n    total = COUNT[0].clone()\n    dist.all_reduce(total)\n"
+        "    (loss * COUNT[0] / total).backward()\n    sum_gradients(model)",
+    ),
+    "functions without modules": (
+        "own",
+        "loop",
+        BF16,
+        "class Plain(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.table, self.mix, self.back = (nn.Parameter(torch.zeros(64, 32)) for _ in range(3))\n"
+        "    def forward(self, input_ids, position_ids, context_parallel):\n"
+        "        x = self.table[input_ids[0]]\n        q = rotated((x @ self.mix.T).view(-1, 4, 16)[..., :8], position_ids)\n"
+        "        x = x + context_parallel.attention(q, q, q).flatten(1)\n        return (x @ self.back.T)[None]\nOwn = Plain",
+    ),
+    "batches of an iterator": ("llama", "loop", "float32", MISTAKES["a batch that changes"]),
     "a scaled loss": (
         "llama",
         "loop",
@@ -224,7 +284,7 @@ def test_planted_mistakes_are_named(tmp_path, trainer):
 
 
 def test_there_are_enough_of_them():
-    assert len(PLANTED) >= 60 and len(HEALTHY) >= 40
+    assert len([case for case in PLANTED if case[3] != "unknown"]) >= 60 and len(HEALTHY) >= 40
     assert len({family for family, *_ in PLANTED}) >= 5 and set(GROUPS) == {trainer for _, trainer, *_ in PLANTED}
 
 
