@@ -5,13 +5,15 @@
     trainer.train()
 
 Ranks that split a sequence get the same batches; micro-batches are what the collator makes, in the form
-`ContextParallel.shard` takes; columns of the dataset reach it as they are. Evaluation runs on whole sequences, each process with
-batches of its own. Leave `ParallelismConfig` out: its cp and sp are accelerate's own.
+`ContextParallel.shard` takes; columns of the dataset reach it as they are. Evaluation splits sequences, too, where only the
+loss is asked for; with `compute_metrics`, and in `predict`, each process has whole sequences of its own. Leave
+`ParallelismConfig` out: its cp and sp are accelerate's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -41,6 +43,9 @@ class ContextParallelTrainer(Trainer):
         self._probed: Any = None
         # of the epoch that runs: its loader, and its steps, which are sharded a step ahead
         self._epoch: tuple[Any, Iterator[list[dict[str, Any]]]] = None, iter(())
+        # the loader whose batches are split in evaluation; the loss of each of its steps, and the labels it is a mean over
+        self._split: Any = object()
+        self._evaluated: list[tuple[float, int]] = []
         args: Any = self.args
         for what, asked in {
             "label_smoothing_factor": args.label_smoothing_factor > 0,
@@ -68,18 +73,34 @@ class ContextParallelTrainer(Trainer):
         if self.train_dataset is None:
             raise DistattnError("training needs a train_dataset.")
         args: Any = self.args
-        dataset: Any = self.train_dataset
         seed = args.seed if args.data_seed is None else args.data_seed
-        how: dict[str, Any] = dict(batch_size=self._train_batch_size, collate_fn=self.data_collator)
-        how |= dict(num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory)
-        how |= dict(
-            persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor
-        )
+        dataset: Any = self.train_dataset
+        how: dict[str, Any] = dict(batch_size=self._train_batch_size)
         if not isinstance(dataset, IterableDataset):
             how["drop_last"] = args.dataloader_drop_last
             how["sampler"] = SequentialSampler(dataset)
             if args.train_sampling_strategy == "random":
                 how["sampler"] = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
+        return self._shared_out(dataset, seed, how)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The same for evaluation, where only the loss is asked for; where metrics are, each process has batches of its own."""
+        if self.compute_metrics is not None:
+            return super().get_eval_dataloader(eval_dataset)
+        given: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[given] if isinstance(given, str) else given  # type: ignore[index]
+        if dataset is None:
+            raise DistattnError("evaluation needs an eval_dataset.")
+        self._split = self._shared_out(dataset, self.args.seed, dict(batch_size=self.args.eval_batch_size))
+        return self._split
+
+    def _shared_out(self, dataset: Any, seed: int, how: dict[str, Any]) -> DataLoader:
+        args: Any = self.args
+        how |= dict(collate_fn=self.data_collator)
+        how |= dict(num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory)
+        how |= dict(
+            persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor
+        )
         cp = self.context_parallel
         return prepare_data_loader(
             DataLoader(dataset, **how),
@@ -121,10 +142,32 @@ class ContextParallelTrainer(Trainer):
             raise DistattnError("a split batch has no whole outputs to return; evaluate on whole sequences.")
         return local_loss(model, inputs)
 
-    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
-        """On whole sequences, without context parallelism."""
-        with single_process_attention(self.model):
-            return super().evaluation_loop(*given, **named)
+    def evaluation_loop(self, dataloader: DataLoader, *given: Any, **named: Any) -> Any:
+        """The loss of split sequences, a mean over all their labels; predictions of whole ones, without context parallelism."""
+        self._evaluated = []
+        whole = dataloader is not self._split
+        with single_process_attention(self.model) if whole else nullcontext():
+            done = super().evaluation_loop(dataloader, *given, **named)
+        if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # prepared for evaluation, accelerate would leave it without DDP in training: ranks would train models of their own
+            self.model._is_accelerate_prepared = self.model_wrapped is not self.model  # type: ignore[union-attr]
+        labels = sum(labels for _, labels in self._evaluated)
+        if done.metrics and labels:
+            mean = sum(loss * labels for loss, labels in self._evaluated) / labels
+            done.metrics.update({name: mean for name in done.metrics if name.endswith("_loss")})
+        return done
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
+        """Of a split batch the loss alone, over the batches of all ranks."""
+        if self.callback_handler.eval_dataloader is not self._split:
+            return super().prediction_step(model, inputs, *given, **named)
+        cp = self.context_parallel
+        with torch.no_grad(), self.compute_loss_context_manager():
+            part = cp.shard(inputs)
+            loss = local_loss(model, part)
+        mean = cp.mean_loss([loss])
+        self._evaluated.append((mean, round(cp.loss_scale() / part["loss_scale"])))
+        return torch.tensor(mean, device=loss.device), None, None
 
     def _probe_target(self) -> Any:
         if self.is_deepspeed_enabled:

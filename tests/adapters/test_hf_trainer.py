@@ -125,8 +125,7 @@ def test_the_curve_is_that_of_one_process(tmp_path, one_process, ranks, degree, 
         # logs are rounded, and transformers computes norms in fp32
         assert got == pytest.approx(curve, rel=1e-4)
         assert got_norms == pytest.approx(norms, rel=1e-4)
-        # a mean over batches, whose rows are others on several ranks
-        assert got_evaluated == pytest.approx(evaluated, rel=1e-2)
+        assert got_evaluated == pytest.approx(evaluated, rel=1e-6)
 
 
 @pytest.mark.parametrize(("ranks", "degree", "micro_batches"), [(2, 1, 1), (2, 1, 2), (4, 2, 2)])
@@ -137,7 +136,45 @@ def test_replicas_that_share_attention_have_the_curve_of_one_process(
     for curve, norms, evaluated in run_on_ranks(ranks, _train, *given):
         assert curve == pytest.approx(one_process[0], rel=1e-4)
         assert norms == pytest.approx(one_process[1], rel=1e-4)
-        assert evaluated == pytest.approx(one_process[2], rel=1e-2)
+        assert evaluated == pytest.approx(one_process[2], rel=1e-5)
+
+
+def _packs(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One pack of rows, which no model takes whole without context parallelism."""
+    return {"input_ids": torch.cat(rows)[None], "document_lengths": [len(row) for row in rows]}
+
+
+def _evaluates(rank: int, folder, degree: int, metrics: bool = False):
+    """Losses of evaluations before, in and after training, on packs; with metrics on whole rows."""
+    ranks = dist.get_world_size()
+    _as_torchrun(rank)
+    groups = [dist.new_group(range(first, first + degree)) for first in range(0, ranks, degree)]
+    cp = da.ContextParallel(groups[rank // degree], loss_group=dist.group.WORLD, strategy="ring")
+    how = dict(eval_strategy="steps", eval_steps=2, max_steps=4, per_device_eval_batch_size=8 * degree // ranks)
+    trainer = ContextParallelTrainer(
+        model=small.build(torch.float64),
+        args=arguments(folder, 1, ranks // degree, **how),
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        data_collator=padded if metrics else _packs,
+        context_parallel=cp,
+        compute_metrics=(lambda predicted: {"tokens": predicted.predictions.shape[1]}) if metrics else None,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    during = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    return [before["eval_loss"], *during, trainer.evaluate()["eval_loss"]], before.get("eval_tokens")
+
+
+@pytest.mark.parametrize(("ranks", "degree"), [(2, 2), (4, 2)])
+def test_long_sequences_are_evaluated_split(tmp_path, ranks, degree):
+    ((expected, _),) = run_on_ranks(1, _evaluates, tmp_path / "one", 1)
+    assert len(expected) == 4 and expected[-1] < expected[0]
+    for losses, _ in run_on_ranks(ranks, _evaluates, tmp_path, degree):
+        assert losses == pytest.approx(expected, rel=1e-5)
+    # metrics want logits of whole sequences
+    for _, tokens in run_on_ranks(2, _evaluates, tmp_path / "metrics", 2, True):
+        assert tokens == 15
 
 
 def _with_servers(rank: int, folder) -> str:
