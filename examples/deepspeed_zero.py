@@ -1,6 +1,7 @@
 """DeepSpeed, any ZeRO stage: torchrun --nproc-per-node 4 examples/deepspeed_zero.py [--stage 3] [--data per_rank]"""
 
 import os
+import warnings
 
 import torch.distributed as dist
 from packs import DEVICE, PACKS_PER_STEP, arguments, llama, settings, steps
@@ -13,6 +14,9 @@ import deepspeed
 
 from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups
 from distattn.adapters.pytorch import local_loss
+
+# DeepSpeed calls collectives by names that PyTorch is about to change
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 def main() -> None:

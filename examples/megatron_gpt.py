@@ -1,4 +1,4 @@
-"""Megatron-core: torchrun --nproc-per-node 4 examples/megatron_gpt.py --tp 2. On GPUs; tests bring a shim for CPUs."""
+"""Megatron-core: torchrun --nproc-per-node 4 examples/megatron_gpt.py --tp 2. It wants GPUs; tests bring a shim for CPUs."""
 
 from functools import partial
 
@@ -24,7 +24,10 @@ how = settings(given.data, ranks)
 degree = how.get("context_parallel_size", ranks)
 sizes = dict(tensor_model_parallel_size=given.tp, pipeline_model_parallel_size=given.pp, context_parallel_size=degree)
 parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
-random.model_parallel_cuda_manual_seed(0)
+try:
+    random.model_parallel_cuda_manual_seed(0)
+except AssertionError as error:
+    raise SystemExit(f"megatron_gpt.py: Megatron-core wants GPUs, and there is none here: {error}.") from None
 
 # the same weights however the model is cut
 names = ("init_method", "output_layer_init_method")

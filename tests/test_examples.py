@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from processes import run_script_on_ranks
 from waiting import LIMIT_SECONDS
 
@@ -19,6 +20,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def losses(ranks: int, example: str, *arguments: str) -> list[float]:
     before = "megatron_on_cpu" if example == "megatron_gpt" else None
     said = run_script_on_ranks(ranks, EXAMPLES / f"{example}.py", *arguments, before=before)
+    # what a user can do nothing about is not said
+    assert example != "deepspeed_zero" or "Warning" not in said[0], said[0]
     return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)$", said[0], re.M)]
 
 
@@ -91,3 +94,15 @@ def test_examples_are_short_and_start_with_torchrun():
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^step 2 loss \d", done.stdout, re.M)
+
+
+@pytest.mark.full
+def test_megatrons_example_says_that_it_wants_gpus():
+    pytest.importorskip("megatron.core")
+    if torch.cuda.is_available():
+        pytest.skip("there are GPUs")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+    how = dict(env={**os.environ, **alone}, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    done = subprocess.run([sys.executable, str(EXAMPLES / "megatron_gpt.py")], **how)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "megatron_gpt.py: Megatron-core wants GPUs, and there is none here" in done.stderr
