@@ -33,8 +33,10 @@ def attention_speed(cluster: ClusterSpec, direction: str, head_dim: int, queries
 
     The table is interpolated in the logarithms of both sides; a table of squares alone is read at the shorter side. Below the
     first point of the table the speed falls because each row of tiles takes a fixed time (prologue and epilogue of a
-    program). A table of one length says nothing about that time: then it is what FlashAttention 3 loses on an H100.
+    program). A table of one length says nothing about that time: then it is what FlashAttention 3 loses on an H100. Work is
+    counted in whole tiles, so that nothing is slower than a tile.
     """
+    queries, keys = (np.maximum(lengths, min(cluster.device.tile)) for lengths in (queries, keys))
     rows = [row for row in cluster.attention if row.direction == direction]
     nearest = min({row.head_dim for row in rows}, key=lambda dim: abs(np.log(dim / head_dim)))
     table = {(row.queries, row.keys): row.tflops * _TERA for row in rows if row.head_dim == nearest}

@@ -79,6 +79,14 @@ def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[La
     return lambda mask: kernel.prepare(mask, requirements)
 
 
+def _way_out(requirements: KernelRequirements) -> str:
+    """What to do instead: the device's own kernel where it can serve the call, else the slow one that computes everything."""
+    name = _DEFAULTS.get(requirements.device.type, "reference")
+    if load_kernel(name).unsupported_reason(requirements):
+        name = "reference"
+    return f'Use kernel="{name}".'
+
+
 def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
     """The name of the kernel of a call: `name` if it can serve the call, or the device's default ("cpu", "triton").
 
@@ -96,5 +104,5 @@ def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
         name = _DETERMINISTIC[name]
     why_not = load_kernel(name).unsupported_reason(requirements)
     if why_not:
-        raise DistattnError(f'kernel "{name}" cannot serve this call: {why_not}. Use kernel="reference".')
+        raise DistattnError(f'kernel "{name}" cannot serve this call: {why_not}. {_way_out(requirements)}')
     return name

@@ -49,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
         check_memory(
             "doctor: --ranks", given.ranks, DOCTOR_RANK_MB, "Python, torch and transformers, without the model"
         )
+        if Path(given.target).suffix == ".py" and not Path(given.target).is_file():
+            raise DistattnError(f"there is no script {given.target}.")
     found = check_machine()
     if not given.json:
         _show_checks(found)
@@ -74,6 +76,7 @@ def examine_target(path: str, ranks: int, report_progress: Callable[[str], None]
     from distattn.launch.local import run_ranks
 
     target = Target(path)
+    target.check_reference()
     with tempfile.TemporaryDirectory() as folder:
         report_progress(f"{path} on {ranks} ranks ...")
         code = run_ranks(ranks, "distattn.doctor.rank_run", path, folder)

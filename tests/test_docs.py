@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -115,11 +116,15 @@ def _own_model(names: dict[str, Any]) -> None:
     names |= dict(torch=torch)
 
 
+def _reference(names: dict[str, Any]) -> None:
+    sys.modules["my_model"] = types.SimpleNamespace(GPT=lambda: torch.nn.Embedding(8, 8))
+
+
 SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "concepts.md": [_plan, _cluster],
     "dynamic-context-parallelism.md": [_model, _schedule],
     "planning-a-cluster.md": [_cluster],
-    "trainers.md": [_model, _model, _mesh, _own_model, None],
+    "trainers.md": [_model, _model, _mesh, _own_model, None, _reference],
     "training.md": [_loop],
 }
 # what is made small, or runs on one CPU rank, where the page has more

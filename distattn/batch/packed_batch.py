@@ -42,7 +42,9 @@ class PackedBatch(NamedTuple):
         if {"labels", "shift_labels"} <= given.keys():
             raise DistattnError("batch has labels and shift_labels; give one of them.")
         ids = _whole_numbers(batch, "input_ids")
-        if ids.numel() and int(ids.min()) < 0:
+        if not ids.numel():
+            raise DistattnError(f"input_ids {tuple(ids.shape)} has no tokens.")
+        if int(ids.min()) < 0:
             raise DistattnError(f"input_ids has {int(ids.min())}; token ids count from 0.")
         for name in ("labels", "shift_labels", "position_ids", "attention_mask"):
             if name in given:

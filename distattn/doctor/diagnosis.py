@@ -129,15 +129,7 @@ class _Emulation:
 
 
 def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.nn.Module:
-    try:
-        model = target.model()
-    except DistattnError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise DistattnError(
-            f"doctor: model() fails in one process, without torch.distributed: {target.describe_error(error)}. There it "
-            "returns a plain module."
-        ) from None
+    model = target.model_here()
     try:
         model.load_state_dict(ranks[0]["state"])
     except RuntimeError as error:

@@ -126,8 +126,14 @@ def _explain_model(reference: ReferenceResult, split: Tensor, tolerance: float, 
             "attention"
         )
         return Finding("positions not sharded", observed, "have its forward take the part's position_ids, and use them")
-    observed = "attention is right, but results depend on which tokens a rank has: something else mixes tokens"
-    remedy = "a convolution, a shift or a mean over tokens cannot be split; look at the first module that differs"
+    observed = (
+        "the attention that is asked of the batch is right, but results depend on which tokens a rank has: a layer attends by "
+        "itself, or something else mixes tokens"
+    )
+    remedy = (
+        "have every attention layer ask the batch; a convolution, a shift or a mean over tokens cannot be split; look at the "
+        "first module that differs"
+    )
     return Finding("tokens mixed", observed, remedy)
 
 

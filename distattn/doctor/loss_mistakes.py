@@ -246,6 +246,10 @@ def _shifted_twice(reference: ReferenceResult, own: Tensor) -> Tensor:
     return _next_here(reference.shifted_labels_N[own])
 
 
+def _rolled_twice(reference: ReferenceResult, own: Tensor) -> Tensor:
+    return reference.shifted_labels_N[own].roll(-1)
+
+
 def _next_here(labels_T: Tensor) -> Tensor:
     return torch.cat([labels_T[1:], labels_T.new_full((1,), IGNORE_INDEX)])
 
@@ -273,6 +277,12 @@ _LABEL_MISTAKES = (
         _shifted_twice,
         "labels shifted twice",
         "tokens predict the token after the next",
+        "use the part's labels, which are shifted already, with a loss that does not shift them",
+    ),
+    _LabelMistake(
+        _rolled_twice,
+        "labels shifted twice",
+        "tokens predict the token after the next, and the last one of a part the part's first",
         "use the part's labels, which are shifted already, with a loss that does not shift them",
     ),
     _LabelMistake(

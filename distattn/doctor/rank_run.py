@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -114,6 +115,8 @@ def _is_tensor(part: Mapping[str, Any], name: str) -> bool:
 def main(path: str, folder: str) -> int:
     """Run the target on one rank and leave the result in the folder. Returns the exit code."""
     torch.set_num_threads(1)
+    # what it warns of is what the doctor looks for
+    logging.getLogger("distattn").setLevel(logging.ERROR)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -88,6 +88,18 @@ class Target:
             )
         return AutoModelForCausalLM.from_config(self._config, attn_implementation=huggingface.NAME)
 
+    def model_here(self) -> torch.nn.Module:
+        """Make the model in one process. Raises DistattnError where it cannot be made."""
+        try:
+            return self.model()
+        except DistattnError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise DistattnError(
+                f"doctor: model() fails in one process, without torch.distributed: {self.describe_error(error)}. There it "
+                "returns a plain module."
+            ) from None
+
     def batches(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         """Make the micro-batches of a step that every rank holds whole, each as `ContextParallel.shard` takes it."""
         if hasattr(self._script, "batch"):
@@ -150,6 +162,12 @@ class Target:
         """Compute the logits (1, S, V) of one document (1, S) in one process."""
         return self._function("reference", _reference)(model, ids)
 
+    def check_reference(self) -> None:
+        """Raise DistattnError where a script's own model has no reference to compare with, or cannot be made here."""
+        if self._script is None or hasattr(self._script, "reference"):
+            return
+        _check_reference(self.model_here())
+
     def reference_context(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """Make the context in which `reference` is to be run, and its backward pass."""
         ours = hasattr(model, "set_attn_implementation") and not hasattr(self._script, "reference")
@@ -190,11 +208,16 @@ def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _reference(model: Any, ids: Tensor) -> Tensor:
+    _check_reference(model)
+    return model(ids, use_cache=False).logits
+
+
+def _check_reference(model: Any) -> None:
     if not hasattr(model, "set_attn_implementation"):
         raise DistattnError(
-            f"{type(model).__name__} is not of transformers: the script has to define reference(model, ids)."
+            f"{type(model).__name__} is not of transformers: the script has to define reference(model, ids), the logits of one "
+            "document in one process; docs/trainers.md has an example."
         )
-    return model(ids, use_cache=False).logits
 
 
 def _load(path: Path) -> ModuleType:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -75,6 +76,11 @@ class ContextParallel:
                 raise DistattnError(f"{name} is a process group of torch.distributed, not a {type(value).__name__}.")
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
+        if group is None and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+            raise DistattnError(
+                f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), but torch.distributed is not initialized: "
+                "call torch.distributed.init_process_group first."
+            )
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.ranks = 1 if group is None else dist.get_world_size(group)

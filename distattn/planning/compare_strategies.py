@@ -117,14 +117,18 @@ def comparison_cells(timelines: Sequence[Timeline]) -> list[list[str]]:
     columns = [
         in_one_unit([one["forward"]["seconds"] for one in facts], "s"),
         in_one_unit([one["backward"]["seconds"] for one in facts], "s"),
-        [f"{one['forward']['tflops']:,.0f}" for one in facts],
-        [f"{one['backward']['tflops']:,.0f}" for one in facts],
+        [_three_digits(one["forward"]["tflops"]) for one in facts],
+        [_three_digits(one["backward"]["tflops"]) for one in facts],
         in_one_unit(both("bytes_inter_node"), "B"),
         in_one_unit(both("exposed_seconds"), "s"),
         [f"{one['balance']:.2f}" for one in facts],
         in_one_unit([one["peak_bytes"] for one in facts], "B"),
     ]
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def comparison_json(found: dict[str, Timeline | str], request: PlanRequest) -> str:

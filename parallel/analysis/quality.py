@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from distattn.cluster.spec import AnyCluster, ClusterSpec
+from distattn.cluster.spec import AnyCluster, ClusterSpec, resolve_cluster
 from distattn.ir.arguments import checked
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import TASK_COLUMNS, Payload, Plan, make_columns, move_bytes, select_rows, task_areas
@@ -44,8 +44,9 @@ class PassStats:
 
 
 @checked
-def quality(plan: Plan, cluster: AnyCluster | None = None) -> dict[str, PassStats]:
-    """Statistics of both passes, by direction ("forward", "backward")."""
+def quality(plan: Plan, cluster: AnyCluster | str | None = None) -> dict[str, PassStats]:
+    """Statistics of both passes, by direction ("forward", "backward"). cluster: also by name, such as "h200-8x8"."""
+    cluster = resolve_cluster(cluster)
     return {name: _pass_stats(plan, name, cluster) for name in ("forward", "backward")}
 
 

@@ -333,6 +333,18 @@ class Based(Block):
         return x + self.mlp(F.gelu(x))
 Block = Based
 """,
+    "rolled twice": """
+def shard(cp, batch):
+    part = cp.shard(batch)
+    return {**part, "labels": part["labels"].roll(-1, 1)}
+""",
+    "a layer by itself": """
+class Apart(Own):
+    def forward(self, input_ids, position_ids, context_parallel):
+        x = self.blocks[0](self.tokens(input_ids), position_ids, context_parallel)
+        return self.lm_head(self.blocks[1](x, position_ids, Alone()))
+Own = Apart
+""",
     "own window": """
 class Windowed(Block):
     def forward(self, x, position_ids, context_parallel):

@@ -108,6 +108,8 @@ PLANTED = [
     ("llama", "loop", "logits scaled", "unknown"),
     ("llama", "loop", "layer scaled", "unknown"),
     ("own", "loop", "own window", "window off by one"),
+    ("own", "loop", "rolled twice", "labels shifted twice"),
+    ("own", "DDP", "a layer by itself", "tokens mixed"),
     ("own", "loop", "a tuple, and no lengths", "documents not separated"),
     ("gpt2", "loop", "no dropout on ranks", "gradient factor"),
     ("llama", "loop", "a scaled loss, head doubled", "gradient differs"),

@@ -217,6 +217,17 @@ def test_bad_batches_and_names_are_refused(make, sentence):
         make()
 
 
+def test_one_of_several_processes_without_a_group_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(da.DistattnError, match="one of 2 processes .*call torch.distributed.init_process_group first"):
+        da.ContextParallel(strategy="ring")
+
+
+def test_a_batch_without_tokens_is_refused():
+    with da.ContextParallel(strategy="ring") as cp, pytest.raises(da.DistattnError, match="has no tokens"):
+        cp.shard({"input_ids": torch.zeros(1, 0, dtype=torch.int64)})
+
+
 def test_equal_batches_share_a_plan():
     cp = da.ContextParallel(strategy="ring")
     shape = (4, 2, 8, 8, "float32")

@@ -149,6 +149,20 @@ def test_speeds_lie_between_the_points_of_the_table():
     assert flops_per_cell("forward", 128, 128) == 4 * 128 and flops_per_cell("backward", 128, 128) == 10 * 128
 
 
+@pytest.mark.parametrize("strategy", ["ring", "allgather", "cad"])
+def test_fewer_tokens_take_no_longer(strategy):
+    cluster = describe.load("h200-1x8", None)
+    shape = dict(heads=32, kv_heads=8, head_dim=128, dtype="bfloat16")
+    seconds = []
+    for tokens in (8, 100, 1000, 4096, 16384):
+        plan = da.make_plan(da.Mask.causal(tokens), da.Layout.zigzag([tokens], 8), strategy=strategy, **shape)
+        found = simulate(plan, cluster)
+        seconds.append(found.forward.seconds + found.backward.seconds)
+    # a plan of few pieces may have a step more than one of many
+    assert all(few < 1.3 * many for few, many in zip(seconds, seconds[1:], strict=False)), seconds
+    assert seconds[0] < 2e-3
+
+
 def test_memory_is_the_proofs_and_everything_is_called_simulated():
     plan = plan_of("ulysses", 4)
     timeline, proof = simulate(plan, machine(4)), da.verify(plan)
