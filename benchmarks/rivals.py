@@ -32,7 +32,7 @@ from harness import Cell, Contestant, Unsupported, compare, table, write
 from torch import Tensor
 
 import distattn as da
-from distattn.parallel.analysis.explain import readable_bytes
+from distattn.parallel.analysis.columns import readable_bytes
 
 HEADS, DIM, DOCUMENTS = 4, 64, 64
 LAYOUTS = {"ring": "zigzag", "allgather": "zigzag", "ulysses": "contiguous", "usp": "zigzag"}

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from distattn.data.text import check_text, find_corpus
 from distattn.ir.errors import DistattnError
-from distattn.parallel.analysis.explain import explain, readable_bytes
+from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.analysis.explain import explain
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_folder import RunFolder, packs_of_run

@@ -20,11 +20,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distattn.ir.errors import DistattnError
 
 # of a rank's weight: bf16 gradients are sums of a few terms
 _TOLERANCE = 0.02
+# of a weight's norm: sums of the same numbers on unlike devices
+_SAME = 1e-6
 # of a gradient so many rows are read, at least
 _ROWS = 16
 
@@ -100,6 +103,7 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
     observed = _observe_backward(target, layer, batch, ranks, 0 if group is None else dist.get_rank(group))
     if observed is None:
         return None
+    _check_same_start(weight, group, ranks)
     weights = _solve_weights(*observed, group, ranks)
     return Reduction(_agreed_weights(weights, group, ranks))
 
@@ -143,6 +147,26 @@ def _observe_backward(
         dy_TV = seen["gradient"].flatten(0, -2)[:, :read].double()
         own = dy_TV.t() @ x_TE / seen["scale"].double()
         return own, target.gradient()[:read].double()
+
+
+def _check_same_start(weight: Tensor | None, group: dist.ProcessGroup | None, ranks: int) -> None:
+    """Raise DistattnError where a rank has other numbers in the layer's weight than rank 0, and so, likely, in all others."""
+    if weight is None:
+        return
+    values = weight.detach()
+    # parts of a weight differ by right: of DTensors, and of what ZeRO 3 has partitioned, whose weight is empty meanwhile
+    whole = not isinstance(values, DTensor) and values.numel() > 0
+    sums = [float("nan")] * 2
+    if whole:
+        wide = values.double()
+        sums = [float(wide.sum()), float(wide.square().sum())]
+    everyone_R2 = _gathered(torch.tensor(sums, dtype=torch.float64, device=values.device), group, ranks)
+    odd = ((everyone_R2 - everyone_R2[:1]).abs() > _SAME * everyone_R2[:1, 1:].abs().sqrt()).any(1).nonzero().flatten()
+    if len(odd):
+        raise DistattnError(
+            f"rank {int(odd[0])} of the loss group begins with other weights than rank 0: seed before the model is made, or "
+            "broadcast its weights from one rank."
+        )
 
 
 def _solve_weights(own: Tensor, reduced: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:

@@ -43,7 +43,11 @@ def checked(function: Function) -> Function:
         if not hints:
             # not before: hints may name what is defined further down
             hints.update(_hints(function))
-        bound = signature.bind(*given, **named)
+        try:
+            bound = signature.bind(*given, **named)
+        except TypeError:
+            # Python's own words name the function
+            return function(*given, **named)
         for name, value in bound.arguments.items():
             kind = signature.parameters[name].kind
             if name in hints and kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):

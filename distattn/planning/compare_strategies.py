@@ -12,7 +12,7 @@ from pathlib import Path
 from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
-from distattn.parallel.analysis.columns import aligned, in_one_unit
+from distattn.parallel.analysis.columns import aligned, in_one_unit, plural
 from distattn.parallel.analysis.simulate import simulate
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config import Config
@@ -44,7 +44,7 @@ class PlanRequest:
     def __str__(self) -> str:
         shape = self.settings
         return (
-            f"{sum(self.lengths):,} tokens in {len(self.lengths):,} documents on {shape.ranks} ranks, "
+            f"{sum(self.lengths):,} tokens in {plural(len(self.lengths), 'document')} on {shape.ranks} ranks, "
             f"{shape.heads} query and {shape.kv_heads} key/value heads of {shape.head_dim}, {shape.dtype}, "
             f"{shape.layout} layout"
         )

@@ -29,3 +29,18 @@ def in_one_unit(values: Sequence[float], kind: str) -> list[str]:
     size, unit = next(((size, unit) for size, unit in _UNITS[kind] if largest >= size), _UNITS[kind][-1])
     digits = {"s": 3, "B": 0}.get(unit, 2)
     return [f"{value / size:,.{digits}f} {unit}" for value in values]
+
+
+def readable_bytes(number: int) -> str:
+    """Bytes with a unit; powers of 1000."""
+    value = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def plural(number: int, what: str) -> str:
+    """A number of things, by the name of one."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -19,7 +19,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Columns, Payload, Plan, Table, move_bytes, num_rows, select_rows, task_areas, task_bands
 from distattn.parallel.analysis import quality
-from distattn.parallel.analysis.columns import aligned
+from distattn.parallel.analysis.columns import aligned, plural, readable_bytes
 from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traffic, plan_traffic
 from distattn.parallel.analysis.verify import Proof, verify
 
@@ -83,7 +83,7 @@ class Explanation:
         facts = self.as_dict()
         call = self.plan.call
         lines = [
-            f"{self.plan.strategy} on {call.ranks} ranks: {call.mask.n:,} tokens in {facts['documents']:,} documents, "
+            f"{self.plan.strategy} on {call.ranks} ranks: {call.mask.n:,} tokens in {plural(facts['documents'], 'document')}, "
             f"{call.heads} query and {call.kv_heads} key/value heads of {call.head_dim}, {call.dtype}, "
             f"backward {self.plan.policy}",
             f"work: {int(self.plan.area_by_rank().sum()):,} cells x heads, the busiest rank has "
@@ -231,13 +231,3 @@ def _outlines(plan: Plan, tasks: Columns) -> list[np.ndarray]:
 
 def _max_over_mean(values: Ints) -> float:
     return float(values.max() / values.mean()) if values.any() else 1.0
-
-
-def readable_bytes(number: int) -> str:
-    """Bytes with a unit; powers of 1000."""
-    value = float(number)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"

@@ -11,6 +11,7 @@ from distattn.cluster.spec import AnyCluster, ClusterSpec, resolve_cluster
 from distattn.ir.arguments import checked
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import TASK_COLUMNS, Payload, Plan, make_columns, move_bytes, select_rows, task_areas
+from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
 
@@ -38,8 +39,9 @@ class PassStats:
         seconds = "" if self.kernel_seconds is None else f" ({self.kernel_seconds * 1e3:.2f} ms of kernels)"
         return (
             f"busiest {self.cells_imbalance:.3f} of the mean in cells, {self.cost_imbalance:.3f} in cost{seconds}; moved "
-            f"{self.moved_bytes / 1e9:.3f} GB, {self.max_sent_bytes / 1e9:.3f} by one rank, "
-            f"{self.inter_node_bytes / 1e9:.3f} between nodes; at least {self.lower_bound_bytes / 1e9:.3f}"
+            f"{readable_bytes(self.moved_bytes)}, {readable_bytes(self.max_sent_bytes)} by one rank, "
+            f"{readable_bytes(self.inter_node_bytes)} between nodes; any plan as even moves at least "
+            f"{readable_bytes(self.lower_bound_bytes)}"
         )
 
 

@@ -287,6 +287,21 @@ def test_a_scale_that_nobody_asked_for_is_said_once():
     assert others == [[], [], []]
 
 
+def _other_weights(rank):
+    """What is said of ranks that were seeded unlike each other."""
+    cp, model = ContextParallel(strategy="ring", kernel="reference"), small.build()
+    torch.manual_seed(rank)
+    torch.nn.init.normal_(model.get_output_embeddings().weight)
+    with pytest.raises(DistattnError) as error:
+        cp.loss_scale(pytorch.ProbeTarget(model, reduce=lambda: _sum(model)))
+    return str(error.value)
+
+
+def test_ranks_that_begin_with_other_weights_are_refused():
+    for said in run_on_ranks(2, _other_weights):
+        assert "rank 1 of the loss group begins with other weights than rank 0: seed before" in said
+
+
 def _other_counts(rank):
     """A trainer that accumulates four micro-batches, and steps of two."""
     cp = ContextParallel(strategy="ring", kernel="reference")
