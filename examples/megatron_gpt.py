@@ -28,7 +28,6 @@ try:
     random.model_parallel_cuda_manual_seed(0)
 except AssertionError as error:
     raise SystemExit(f"megatron_gpt.py: Megatron-core wants GPUs, and there is none here: {error}.") from None
-
 # the same weights however the model is cut
 names = ("init_method", "output_layer_init_method")
 start = {
@@ -48,13 +47,11 @@ chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distri
 adam = OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=True)
 optimizer = get_megatron_optimizer(adam, [chunk], use_gloo_process_groups=False)
 # attention of a batch is split over the context-parallel ranks, or shared over all data- and context-parallel ranks
-everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
-cp = da.ContextParallel(everyone, **how)
-step = partial(megatron.forward_step, config=config)
+cp = da.ContextParallel(parallel_state.get_data_parallel_group(with_context_parallel=True), **how)
 for number, packs in enumerate(cp.steps(steps(given.steps, cp))):
     chunk.zero_grad_buffer()
-    batches = dict(data_iterator=iter(packs), num_microbatches=len(packs), seq_length=1)
-    run = dict(forward_step_func=step, model=[chunk], micro_batch_size=1, forward_only=False)
+    batches = dict(data_iterator=iter(packs), num_microbatches=len(packs), seq_length=1, micro_batch_size=1)
+    run = dict(forward_step_func=partial(megatron.forward_step, config=config), model=[chunk], forward_only=False)
     reports = get_forward_backward_func()(**run, **batches)
     optimizer.step()
     sums = torch.tensor([[one["loss_sum"], one["tokens"]] for one in reports] or [[0, 0]]).double().sum(0).to(DEVICE)
