@@ -43,9 +43,9 @@ class ContextParallelTrainer(Trainer):
         self._probed: Any = None
         # of the epoch that runs: its loader, and its steps, which are sharded a step ahead
         self._epoch: tuple[Any, Iterator[list[dict[str, Any]]]] = None, iter(())
-        # the loader whose batches are split in evaluation; the loss of each of its steps, and the labels it is a mean over
-        self._split: Any = object()
-        self._evaluated: list[tuple[float, int]] = []
+        # the loader whose batches are split in evaluation; while they are, the loss of each step, and over how many labels
+        self._split: Any = None
+        self._evaluated: list[tuple[float, int]] | None = None
         args: Any = self.args
         for what, asked in {
             "label_smoothing_factor": args.label_smoothing_factor > 0,
@@ -144,22 +144,22 @@ class ContextParallelTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: DataLoader, *given: Any, **named: Any) -> Any:
         """The loss of split sequences, a mean over all their labels; predictions of whole ones, without context parallelism."""
-        self._evaluated = []
-        whole = dataloader is not self._split
-        with single_process_attention(self.model) if whole else nullcontext():
+        evaluated: list[tuple[float, int]] | None = [] if dataloader is self._split else None
+        self._evaluated = evaluated
+        with nullcontext() if evaluated is not None else single_process_attention(self.model):
             done = super().evaluation_loop(dataloader, *given, **named)
         if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # prepared for evaluation, accelerate would leave it without DDP in training: ranks would train models of their own
             self.model._is_accelerate_prepared = self.model_wrapped is not self.model  # type: ignore[union-attr]
-        labels = sum(labels for _, labels in self._evaluated)
-        if done.metrics and labels:
-            mean = sum(loss * labels for loss, labels in self._evaluated) / labels
+        labels = sum(labels for _, labels in evaluated or ())
+        if evaluated and labels and done.metrics:
+            mean = sum(loss * labels for loss, labels in evaluated) / labels
             done.metrics.update({name: mean for name in done.metrics if name.endswith("_loss")})
         return done
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
         """Of a split batch the loss alone, over the batches of all ranks."""
-        if self.callback_handler.eval_dataloader is not self._split:
+        if self._evaluated is None:
             return super().prediction_step(model, inputs, *given, **named)
         cp = self.context_parallel
         with torch.no_grad(), self.compute_loss_context_manager():

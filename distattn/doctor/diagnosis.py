@@ -57,6 +57,9 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
         finding = explain_logits(reference, ranks, logits_NV, tolerances.logits, emulation)
         if finding.cause == "unknown":
             finding = explain_by_module(model, ranks, lambda: emulation.gives(logits_NV, tolerances.logits)) or finding
+        if finding.cause == "unknown" and emulation.failures:
+            tried = f"; {len(emulation.failures)} mistakes could not be tried in one process: {emulation.failures[0]}"
+            finding = finding._replace(observed=finding.observed + tried)
         return Diagnosis(measured, first, [finding])
     if first in lookups(model):
         observed = f"{first} does not put out what it does for the documents' positions"
@@ -85,16 +88,17 @@ class _Emulation:
     def __init__(self, target: Target, model: torch.nn.Module, reference: ReferenceResult, ranks: Sequence[RankResult]):
         self._target, self._model, self._batches = target, model, micro_batches_of(reference, ranks)
         self._device = next(model.parameters()).device
+        # what the model raised with which mistake
+        self.failures: list[str] = []
         # a model that takes other arguments is called as the script does
-        self._forward = next((one for one in (self._plainly, self._by_script) if self._runs(one)), None)
+        self._forward = next((one for one in (self._plainly, self._by_script) if self._runs(one)), self._plainly)
 
     def __call__(self, hypothesis: Hypothesis, on_one_rank: bool) -> Tensor | None:
-        if self._forward is None:
-            return None
         try:
             return self._logits(self._forward, hypothesis, on_one_rank)
-        except Exception:
+        except Exception as error:
             # such as positions beyond a table of them
+            self.failures.append(self._target.describe_error(error))
             return None
 
     def gives(self, logits_NV: Tensor, tolerance: float) -> bool:

@@ -92,21 +92,13 @@ class _EmulatedRank(BatchAttention):
         """Accept any positions: they may be wrong on purpose."""
 
     def attention(
-        self,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKE: Tensor,
-        scale: float | None = None,
-        *,
-        window: int | None = None,
-        layer: int | None = None,
-        **modifiers: Any,
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None, **options: Any
     ) -> Tensor:
         """Compute attention (T, H, E) as `LocalBatch.attention` does, once all ranks are here."""
         exchange, own = self._exchange, self._exchange.tokens[self._rank]
         exchange.given[self._rank] = (q_THD, k_TKD, v_TKE)
         if exchange.barrier.wait() == 0:
-            exchange.outcome = exchange.attend({"scale": scale, "window": window, **modifiers})
+            exchange.outcome = exchange.attend({"scale": scale, **options})
         exchange.barrier.wait()
         assert exchange.outcome is not None
         # padding attends to nothing

@@ -57,7 +57,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _different_setting(changed: dict[str, Any], here: dict[str, Any]) -> Finding:
     name = min(changed, key=lambda name: ("theta" not in name, name.endswith("training")))
-    observed = f"{name} is {changed[name]!r} on the ranks, and {here[name]!r} in one process"
+    others = f", and so are {len(changed) - 1} other settings" if len(changed) > 1 else ""
+    observed = f"{name} is {changed[name]!r} on the ranks, and {here[name]!r} in one process{others}"
     return Finding("RoPE base" if "theta" in name else "setting differs", observed, _REMEDY)
 
 

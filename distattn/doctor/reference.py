@@ -31,7 +31,6 @@ class ReferenceResult(NamedTuple):
     ids_N: Tensor
     labels_N: Tensor
     shifted_labels_N: Tensor
-    positions_N: Tensor
     logits_NV: Tensor
     outputs: dict[str, Tensor]
     token_dims: dict[str, int]
@@ -95,7 +94,6 @@ def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[M
         ids_N,
         torch.cat([_own_labels(batch) for batch in batches]),
         shifted_N,
-        torch.cat([torch.arange(length) for length in lengths]),
         logits_NV.detach().cpu(),
         {name: torch.cat([one[name].movedim(dim, 0) for one in outputs]) for name, dim in dims.items()},
         dims,

@@ -186,8 +186,8 @@ class ContextParallel:
 
         With a target (each adapter has one for its trainer), how it reduces gradients is probed by one synthetic backward
         pass, and the factor goes into the `loss_scale` of all later batches; all ranks call it. Without, what was found
-        last (1 at first). Raises DistattnError where the trainer leaves ranks out, or weighs them unequally. See
-        `gradient_probe`.
+        last (1 at first). Raises DistattnError where the trainer leaves ranks out, or weighs them unequally, and where ranks
+        begin with other weights. See `gradient_probe`.
         """
         if target is not None:
             if not isinstance(target, GradientProbeTarget):

@@ -158,10 +158,10 @@ def _check_same_start(weight: Tensor | None, group: dist.ProcessGroup | None, ra
     whole = not isinstance(values, DTensor) and values.numel() > 0
     sums = [float("nan")] * 2
     if whole:
-        wide = values.double()
-        sums = [float(wide.sum()), float(wide.square().sum())]
+        # no copy in fp64 of what may be gigabytes
+        sums = [float(values.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(values, dtype=torch.float64))]
     everyone_R2 = _gathered(torch.tensor(sums, dtype=torch.float64, device=values.device), group, ranks)
-    odd = ((everyone_R2 - everyone_R2[:1]).abs() > _SAME * everyone_R2[:1, 1:].abs().sqrt()).any(1).nonzero().flatten()
+    odd = ((everyone_R2 - everyone_R2[:1]).abs() > _SAME * everyone_R2[:1, 1:]).any(1).nonzero().flatten()
     if len(odd):
         raise DistattnError(
             f"rank {int(odd[0])} of the loss group begins with other weights than rank 0: seed before the model is made, or "
