@@ -100,7 +100,9 @@ class Mailbox:
     def __init__(self, hub: DelayedCopies, rank: int):
         self.hub, self.rank = hub, rank
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Mailbox.Flight:
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> Mailbox.Flight:
         done: list[Any] = []
         for packet in sends:
             self.hub.post(self.rank, packet.peer, True, packet.tensor, done)

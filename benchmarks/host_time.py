@@ -44,7 +44,7 @@ class InstantKernel:
 class Nowhere:
     """A transport that delivers nothing."""
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> Nowhere:
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = "") -> Nowhere:
         return self
 
     def wait(self) -> None:

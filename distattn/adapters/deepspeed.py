@@ -26,6 +26,7 @@ from torch import Tensor
 from distattn.adapters.pytorch import forward, full_tensor, gradients_aside, output_layer_of, trained_layer
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
+from distattn.parallel.runtime.communicator import new_group
 
 
 class SequenceGroups:
@@ -46,7 +47,7 @@ class SequenceGroups:
             )
         self._split: Any = cp.batch_group()
         self._all: Any = cp.loss_group
-        self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        self._alone = new_group([dist.get_rank()])
 
     def initialize_sequence_parallel(self, size: int) -> None:
         """DeepSpeed asks only whether this exists. The groups are those of the `ContextParallel`."""

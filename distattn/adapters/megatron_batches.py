@@ -7,19 +7,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from distattn.batch.collectives import HostGroup, shared_name
 from distattn.batch.health import HealthMonitor
 from distattn.batch.planner import AttentionShape, BatchKey, LocalBatch, Planned, Planner, PlannerConfig
-from distattn.driver.communicators import SINGLE_RANK, MonitoredTransport
+from distattn.driver.communicators import SINGLE_RANK, MonitoredTransports
 from distattn.driver.step_exchange import agree_on_plan
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import Plan
-from distattn.ops.executable import EXECUTABLES
-from distattn.parallel.runtime.transport import Transport, timeout_of
+from distattn.parallel.runtime.communicator import timeout_of
+from distattn.parallel.runtime.transport import Transport
 
 # shapes of rows that are known at a time; batches of varying length have many
 _MOST_ROWS = 64
@@ -97,21 +98,22 @@ class _GroupPlanner:
         self.planner = Planner(config, self, lambda lengths: _zigzags(lengths, dist.get_world_size(group)))
         self._batches = 0
         members = dist.get_process_group_ranks(group)
-        self._host = self._monitor = None
+        self._host = self._monitor = self._transports = None
         if len(members) > 1:
             name, timeout = shared_name(group), timeout_of(group)
             self._monitor = HealthMonitor(name, dist.get_rank(), members, timeout)
             self._host = HostGroup(name, members, self._monitor)
-            transport = EXECUTABLES.transport(group, self._monitor.wait_timeout)
-            self.transport: Transport = MonitoredTransport(transport, self._monitor, members)
-        else:
-            self.transport = SINGLE_RANK
+            self._transports = MonitoredTransports(group, self._monitor, members)
 
     def batch(self, lengths: tuple[int, ...]) -> LocalBatch:
         """The next batch, of documents of these lengths."""
         number = self._batches
         self._batches += 1
         return LocalBatch(self.planner, BatchKey(lengths), number, number % self.planner.config.verify_every == 0)
+
+    def transport(self, device: torch.device) -> Transport:
+        """See `planner.Ranks`."""
+        return SINGLE_RANK if self._transports is None else self._transports.on(device)
 
     def agree(self, batch: LocalBatch, shape: AttentionShape, make: Callable[[], Planned]) -> Planned:
         """See `planner.Ranks`."""
@@ -123,8 +125,9 @@ class _GroupPlanner:
     def close(self) -> None:
         """End the host group and the thread that gives signs of life."""
         self.planner.close()
-        if self._host is not None and self._monitor is not None:
+        if self._host is not None and self._monitor is not None and self._transports is not None:
             self._host.close()
+            self._transports.close()
             self._monitor.close()
 
 

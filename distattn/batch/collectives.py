@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from distattn.batch.health import HealthMonitor
 from distattn.parallel.runtime.attendance import default_store
+from distattn.parallel.runtime.communicator import gather_objects
 
 # a control message, padded: gloo's receiver has to know the size beforehand
 _MESSAGE_BYTES = 2048
@@ -48,7 +49,7 @@ class HostGroup:
     def all_gather(self, value: Any, what: str) -> list[Any]:
         """Every rank's value, by rank; values are pickled. what: what ranks do here, for the error of a missing one."""
         self._monitor.enter(what)
-        return list(self._guarded(lambda: self._all_gather(pickle.dumps(value)), what))
+        return list(self._guarded(lambda: gather_objects(self._gloo, value), what))
 
     def send(self, message: Any, destination: int) -> None:
         """Send a small picklable message; returns at once unless many are under way to that rank."""
@@ -108,19 +109,6 @@ class HostGroup:
     def _wait_oldest(self, pending: deque[tuple[Any, torch.Tensor]]) -> None:
         work, _ = pending.popleft()
         self._guarded(work.wait, "sending")
-
-    def _all_gather(self, data: bytes) -> list[Any]:
-        size = torch.tensor([len(data)])
-        sizes = [torch.empty_like(size) for _ in range(self.ranks)]
-        self._gloo.allgather([sizes], [size]).wait()
-        most = max(int(one) for one in sizes)
-        mine = torch.zeros(most, dtype=torch.uint8)
-        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        everyone = [torch.empty_like(mine) for _ in range(self.ranks)]
-        self._gloo.allgather([everyone], [mine]).wait()
-        return [
-            pickle.loads(part.numpy()[: int(length)].tobytes()) for part, length in zip(everyone, sizes, strict=True)
-        ]
 
 
 def _receive_all(gloo: Any, source: int, received: queue.SimpleQueue[Any]) -> None:

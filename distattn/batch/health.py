@@ -67,7 +67,7 @@ class HealthMonitor:
         except torch.OutOfMemoryError:
             # this rank's own trouble, and no message's
             raise
-        except (RuntimeError, LostRankError) as error:
+        except (RuntimeError, TimeoutError, LostRankError) as error:
             raise self._explained(error, what, members) from None
 
     def _explained(self, error: Exception, what: str, members: Sequence[int]) -> LostRankError:
@@ -100,6 +100,11 @@ class HealthMonitor:
     def verdict(self) -> str | None:
         """Why the ranks have given up, once one of them has."""
         return self._verdict
+
+    def raise_verdict(self) -> None:
+        """Raise LostRankError where the ranks have given up."""
+        if self._verdict is not None:
+            raise LostRankError(self._verdict)
 
     def report(self, reason: str) -> None:
         """Tell the others that this rank leaves, and why; the first one to leave is who they name."""

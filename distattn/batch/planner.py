@@ -134,8 +134,9 @@ class Ranks(Protocol):
 
     rank: int
 
-    @property
-    def transport(self) -> Transport: ...
+    def transport(self, device: torch.device) -> Transport:
+        """How messages between such devices travel. The first call for a device is collective."""
+        ...
 
     def agree(self, batch: LocalBatch, shape: AttentionShape, make: Callable[[], Planned]) -> Planned:
         """Plan a batch for a shape that is new to the run, by `make`, and compare the plan with the other ranks'.
@@ -295,7 +296,7 @@ class LocalBatch(BatchAttention):
             ranks = self.planner.ranks
             program = EXECUTABLES.program(plan, key, self.proven)
             observer = ranks.observer(self, plan, shape)
-            self._executables[known] = Executable(program, key, ranks.transport, observer)
+            self._executables[known] = Executable(program, key, ranks.transport(device), observer)
         return self._executables[known]
 
     def plan_ahead(self, shapes: Sequence[tuple[AttentionShape, torch.device]]) -> list[Future[Planned]]:

@@ -3,34 +3,56 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from distattn.batch.collectives import HostGroup
 from distattn.batch.health import HealthMonitor
 from distattn.driver.control_channel import ControlChannel
+from distattn.driver.message_watch import MESSAGES, MessageWatch, awaited
+from distattn.ir.errors import DistattnError
 from distattn.ops.executable import EXECUTABLES
-from distattn.parallel.runtime.transport import Packet, PendingMessages, SingleRankTransport, Transport
+from distattn.parallel.runtime.transport import (
+    GroupTransport,
+    Packet,
+    PendingMessages,
+    SingleRankTransport,
+    Transport,
+)
 
-_MESSAGES = "an exchange of attention's messages"
 SINGLE_RANK: Transport = SingleRankTransport()
 
 
 class MonitoredTransport:
-    """A transport whose failures name the rank that is to blame."""
+    """A transport whose failures name the rank that is to blame, also where waiting is left to a device's stream."""
 
-    def __init__(self, transport: Transport, monitor: HealthMonitor, members: Sequence[int]):
+    def __init__(self, transport: GroupTransport, monitor: HealthMonitor, members: Sequence[int]):
         self._transport, self._monitor, self._members = transport, monitor, members
+        self._watch = MessageWatch(monitor, members, transport.abort) if transport.waits_on_stream else None
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
-        self._monitor.enter(_MESSAGES)
-        return _MonitoredWork(self, self.guarded(lambda: self._transport.exchange(sends, receives, collective)))
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
+        # what is under way since may have been given up: its results are not to be used
+        self._monitor.raise_verdict()
+        self._monitor.enter(MESSAGES)
+        work = self.guarded(lambda: self._transport.exchange(sends, receives, collective, where))
+        if self._watch is not None and (sends or receives):
+            self._watch.add(work, awaited(sends, receives, self._members, where))
+        return _MonitoredWork(self, work)
 
     def guarded(self, work: Callable[[], Any]) -> Any:
-        return self._monitor.guarded(work, _MESSAGES, self._members)
+        return self._monitor.guarded(work, MESSAGES, self._members)
+
+    def close(self) -> None:
+        """End the watch's thread."""
+        if self._watch is not None:
+            self._watch.close()
 
 
 class _MonitoredWork(NamedTuple):
@@ -39,6 +61,32 @@ class _MonitoredWork(NamedTuple):
 
     def wait(self) -> None:
         self.transport.guarded(self.work.wait)
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()
+
+
+class MonitoredTransports:
+    """The monitored transports of a group, by kind of device."""
+
+    def __init__(self, group: dist.ProcessGroup, monitor: HealthMonitor, members: Sequence[int]):
+        self._group, self._monitor, self._members = weakref.ref(group), monitor, members
+        self._opened: dict[str, MonitoredTransport] = {}
+
+    def on(self, device: torch.device) -> Transport:
+        """The transport for such devices; the first call for a kind of them is collective."""
+        if device.type not in self._opened:
+            group = self._group()
+            if group is None:
+                raise DistattnError("the process group of this ContextParallel has been destroyed; make another one.")
+            transport = EXECUTABLES.transport(group, device, self._monitor.wait_timeout)
+            self._opened[device.type] = MonitoredTransport(transport, self._monitor, self._members)
+        return self._opened[device.type]
+
+    def close(self) -> None:
+        """End the threads that watch messages."""
+        for transport in self._opened.values():
+            transport.close()
 
 
 class Communicators:
@@ -55,8 +103,7 @@ class Communicators:
         # used on the thread that runs the model, where the exchange is used on the planning thread
         own = f"{name}/group of rank {self.members[0]}"
         self.agreement = HostGroup(f"{own}/agreement", self.members, self.monitor)
-        transport = EXECUTABLES.transport(group, self.monitor.wait_timeout)
-        self.transport: Transport = MonitoredTransport(transport, self.monitor, self.members)
+        self.transports = MonitoredTransports(group, self.monitor, self.members)
         self.control: ControlChannel | None = None
         if servers:
             host = HostGroup(f"{own}/control", self.members, self.monitor, idles=True)
@@ -69,6 +116,7 @@ class Communicators:
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self.monitor.close)
+            stack.callback(self.transports.close)
             stack.callback(self.agreement.close)
             if self.control is not None:
                 stack.callback(self.control.close, gracefully)

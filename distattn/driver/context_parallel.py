@@ -34,7 +34,8 @@ from distattn.driver.rank_table import RankTable
 from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_plan
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Plan
-from distattn.parallel.runtime.transport import timeout_of
+from distattn.parallel.runtime.communicator import new_group, sendable_device, timeout_of
+from distattn.parallel.runtime.transport import Transport
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger("distattn")
@@ -223,7 +224,7 @@ class ContextParallel:
         if self.loss_group is not None:
             what, limit = "the mean of a loss", self.wait_timeout or timeout_of(self.loss_group)
             self.begin(what)
-            total = _sendable(total, self.loss_group)
+            total = total.to(sendable_device(self.loss_group))
             work = dist.all_reduce(total, group=self.loss_group, async_op=True)
             self.guarded(lambda: work.wait(limit), what)
         return float(total)
@@ -244,7 +245,7 @@ class ContextParallel:
             return self.group
         first = self.rank - self.rank % self.block_ranks
         ranks = dist.get_process_group_ranks(self.group)[first : first + self.block_ranks]
-        return dist.new_group(ranks, use_local_synchronization=True)
+        return new_group(ranks)
 
     def close(self) -> None:
         """End threads and communicators, and let servers go. All ranks call it; a second call does nothing."""
@@ -348,10 +349,9 @@ class ContextParallel:
 
     # ---- what the planner and executables call
 
-    @property
-    def transport(self) -> Any:
-        """How attention's messages travel."""
-        return SINGLE_RANK if self._communicators is None else self._communicators.transport
+    def transport(self, device: torch.device) -> Transport:
+        """See `planner.Ranks`."""
+        return SINGLE_RANK if self._communicators is None else self._communicators.transports.on(device)
 
     def agree(self, batch: LocalBatch, shape: AttentionShape, make: Callable[[], Planned]) -> Planned:
         """See `planner.Ranks`."""
@@ -470,7 +470,7 @@ class ContextParallel:
         if given is not None or not self.config.servers or self.group is None or self.rank >= self.models:
             return self.group if given is None else given
         ranks = dist.get_process_group_ranks(self.group)[: self.models]
-        return dist.new_group(ranks, use_local_synchronization=True)
+        return new_group(ranks)
 
 
 def _packed(step: Any) -> list[PackedBatch] | None:
@@ -480,8 +480,3 @@ def _packed(step: Any) -> list[PackedBatch] | None:
     if not isinstance(step, (Mapping, list, tuple)):
         raise DistattnError(f"a loader yields batches, or lists of them (micro-batches), not a {type(step).__name__}.")
     return [PackedBatch.of(batch) for batch in ([step] if isinstance(step, Mapping) else step)]
-
-
-def _sendable(number: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The number on a device that the group's backend can send from: NCCL sends from GPUs only."""
-    return number.cuda() if dist.get_backend(group) == "nccl" else number

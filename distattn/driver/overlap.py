@@ -281,7 +281,7 @@ def _forward_together(micro_batches: list[_MicroBatch], losses: Sequence[Callabl
         torch.is_grad_enabled(),
         [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")],
     )
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 
     def work(micro_batch: _MicroBatch, loss: Callable[[], Tensor]) -> None:
         failure: BaseException | None = None
@@ -289,9 +289,8 @@ def _forward_together(micro_batches: list[_MicroBatch], losses: Sequence[Callabl
             micro_batch.turns.begin(micro_batch.number)
             INTERLEAVED.batch = micro_batch
             with ExitStack() as stack:
-                if device is not None:
-                    torch.cuda.set_device(device)
-                # both are a thread's own
+                # device, stream and modes are a thread's own
+                stack.enter_context(torch.cuda.stream(stream))
                 stack.enter_context(torch.set_grad_enabled(modes[0]))
                 for kind, enabled, dtype in modes[1]:
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
@@ -334,9 +333,11 @@ class _TracedTransport:
     def __init__(self, transport: Transport, micro_batch: int, spans: list[Span]):
         self.transport, self.micro_batch, self.spans = transport, micro_batch, spans
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
         began = time.perf_counter()
-        work = self.transport.exchange(sends, receives, collective)
+        work = self.transport.exchange(sends, receives, collective, where)
         return _TracedMessages(work, self, began) if sends or receives else work
 
 
@@ -348,3 +349,6 @@ class _TracedMessages(NamedTuple):
     def wait(self) -> None:
         self.work.wait()
         self.traced.spans.append(Span(self.traced.micro_batch, "moves", self.began, time.perf_counter()))
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()

@@ -27,9 +27,9 @@ from distattn.driver.step_exchange import GatheredStep
 from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ops.attention import attention, autocast_inputs
-from distattn.ops.executable import EXECUTABLES, Executable
+from distattn.ops.executable import EXECUTABLES, Executable, whole_device
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.runtime.transport import duplicate_group
+from distattn.parallel.runtime.transport import Packet
 
 _TICK = "a tick of the pipeline"
 StageFunction = Callable[[Tensor | None, dict[str, Any]], Tensor]
@@ -82,15 +82,13 @@ class PipelineSchedule:
         self.cp, self.stages, self.spec = cp, stages, spec
         self.replicas = cp.ranks // stages
         self.stage, self.replica = divmod(cp.rank, self.replicas)
-        self.device = torch.device(spec.device)
+        self.device = whole_device(spec.device)
         scale = spec.shape.head_dim**-0.5 if spec.scale is None else float(spec.scale)
         self.score = scale, float(spec.softcap)
         depths: list[Any] = [spec.attention_layers]
         if cp.group is not None:
             depths = [None] * cp.ranks
             dist.all_gather_object(depths, spec.attention_layers, group=cp.group)
-        # of its own, because stages send at other times than attention does; made by all ranks together
-        self.group = None if cp.group is None else duplicate_group(cp.group, cp.wait_timeout)
         # attention layers of each stage
         self.depths = [int(depth) for depth in depths[:: self.replicas]]
         self.ticks: list[Tick] = []
@@ -119,7 +117,6 @@ class PipelineSchedule:
             self.ticks = [tick.tick for tick in gathered.made]
             for tick in gathered.made:
                 step.run(tick)
-            step.finish()
             yield step.losses
 
     def _plan(self, step: GatheredStep) -> tuple[list[_PlannedTick], list[LocalBatch]]:
@@ -167,44 +164,70 @@ class _PipelineStep:
         self.entered: dict[int, Tensor | None] = {}
         self.left: dict[int, Tensor] = {}
         self.losses: list[Tensor] = []
-        self.sent: list[Any] = []
+        # what other stages have sent, by direction and micro-batch
+        self.received: dict[tuple[str, int], Tensor] = {}
+        self.local: dict[int, dict[str, Any]] = {}
 
     def run(self, planned: _PlannedTick) -> None:
         """This rank's part of a tick: its micro-batch, if it has one, and calls with nothing while others have more.
 
-        Call i is every stage's i-th layer: a backward pass begins with the calls that this stage does not have.
+        Call i is every stage's i-th layer: a backward pass begins with the calls that this stage does not have. What a
+        micro-batch gives the next stage is sent and received at the end of the tick, by all in one exchange: in a queue of
+        single messages a stage would wait for a neighbour that waits for it.
         """
         pipe, tick = self.pipeline, planned.tick
         pipe.cp.begin(_TICK)
         layers = pipe.spec.attention_layers
         pipe.batches, pipe.direction, pipe.made = planned.batches, tick.direction, 0
-        number = tick.micro_batches[pipe.stage]
-        has = number is not None and number < len(self.packed)
-        others = pipe.batches[layers if has else 0 :]
+        number = self._micro_batch(tick, pipe.stage)
+        others = pipe.batches[layers if number is not None else 0 :]
         if tick.direction == BACKWARD:
             self._participate(reversed(others), tick.direction)
-        if has:
-            assert number is not None
-            (self._forward if tick.direction == FORWARD else self._backward)(number)
+        leaves = None
+        if number is not None:
+            leaves = (self._forward if tick.direction == FORWARD else self._backward)(number)
             if pipe.made != layers:
                 raise DistattnError(
                     f"stage {pipe.stage} made {pipe.made} attention calls in a {tick.direction} pass, not {layers}."
                 )
         if tick.direction == FORWARD:
             self._participate(others, tick.direction)
+        self._pass_on(tick, leaves)
 
-    def finish(self) -> None:
-        """Wait for what was sent."""
-        for work, _ in self.sent:
-            self.pipeline.cp.guarded(work.wait, _TICK)
+    def _micro_batch(self, tick: Tick, stage: int) -> int | None:
+        """The micro-batch that a stage of this replica has in a tick."""
+        number = tick.micro_batches[stage] if 0 <= stage < self.pipeline.stages else None
+        return number if number is not None and number < len(self.packed) else None
 
-    def _forward(self, number: int) -> None:
+    def _pass_on(self, tick: Tick, leaves: Tensor | None) -> None:
+        """Send what this rank's micro-batch gives its neighbour, and receive what the other neighbour's gives this one."""
         pipe = self.pipeline
-        local = pipe.cp.local_shard(self.packed[number])
-        local |= {"loss_scale": self.scale, "context_parallel": _TickBatch(pipe)}
+        ahead = 1 if tick.direction == FORWARD else -1
+        name = "hidden states" if tick.direction == FORWARD else "gradients of hidden states"
+        sends, receives, number = [], [], self._micro_batch(tick, pipe.stage - ahead)
+        if leaves is not None and 0 <= pipe.stage + ahead < pipe.stages:
+            sends.append(Packet(self._peer(ahead), name, leaves.contiguous()))
+        if number is not None:
+            shape = (1, self._local(number)["input_ids"].shape[1], pipe.spec.hidden_size)
+            x = torch.empty(shape, dtype=pipe.spec.dtype, device=pipe.device)
+            self.received[tick.direction, number] = x
+            receives.append(Packet(self._peer(-ahead), name, x))
+        if sends or receives:
+            pipe.cp.transport(pipe.device).exchange(sends, receives, False, f"in a {tick.direction} tick").wait()
+
+    def _local(self, number: int) -> dict[str, Any]:
+        """This rank's part of a micro-batch, made once."""
+        if number not in self.local:
+            self.local[number] = self.pipeline.cp.local_shard(self.packed[number])
+        return self.local[number]
+
+    def _forward(self, number: int) -> Tensor:
+        """What the next stage is to have."""
+        pipe = self.pipeline
+        local = self._local(number) | {"loss_scale": self.scale, "context_parallel": _TickBatch(pipe)}
         hidden = None
         if pipe.stage:
-            hidden = self._received((1, local["input_ids"].shape[1], pipe.spec.hidden_size), -1).requires_grad_()
+            hidden = self.received.pop((FORWARD, number)).requires_grad_()
         out = self.stage(hidden, local)
         if pipe.stage + 1 < pipe.stages:
             wanted = (1, local["input_ids"].shape[1], pipe.spec.hidden_size)
@@ -212,19 +235,20 @@ class _PipelineStep:
                 raise DistattnError(f"stage {pipe.stage} returned {tuple(out.shape)}, the next one is given {wanted}.")
             # autocast may have left another one
             out = out.to(pipe.spec.dtype)
-        self.entered[number], self.left[number] = hidden, out
-        if pipe.stage + 1 < pipe.stages:
-            self._send(out.detach(), 1)
         else:
             self.losses.append(out.detach())
+        self.entered[number], self.left[number] = hidden, out
+        return out.detach()
 
-    def _backward(self, number: int) -> None:
+    def _backward(self, number: int) -> Tensor | None:
+        """What the stage before is to have: zeros where no gradient goes back."""
         pipe = self.pipeline
         hidden, out = self.entered.pop(number), self.left.pop(number)
-        torch.autograd.backward(out, self._received(tuple(out.shape), 1) if pipe.stage + 1 < pipe.stages else None)
-        if hidden is not None:
-            # the stage before waits for it, also where no gradient goes back
-            self._send(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad, -1)
+        last = pipe.stage + 1 == pipe.stages
+        torch.autograd.backward(out, None if last else self.received.pop((BACKWARD, number)))
+        if hidden is None:
+            return None
+        return torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
 
     def _participate(self, batches: Iterable[LocalBatch | None], direction: str) -> None:
         pipe = self.pipeline
@@ -232,22 +256,9 @@ class _PipelineStep:
             if batch is not None:
                 participate(batch, ControlMessage(direction, batch.number, pipe.spec.shape, *pipe.score), pipe.device)
 
-    def _send(self, x: Tensor, stages: int) -> None:
-        x = x.contiguous()
-        # lives until it is sent
-        pipe, peer = self.pipeline, self._peer(stages)
-        self.sent.append((pipe.cp.guarded(lambda: dist.isend(x, peer, pipe.group), _TICK), x))
-
-    def _received(self, shape: tuple[int, ...], stages: int) -> Tensor:
-        pipe, peer = self.pipeline, self._peer(stages)
-        x = torch.empty(shape, dtype=pipe.spec.dtype, device=pipe.device)
-        pipe.cp.guarded(lambda: dist.recv(x, peer, pipe.group), _TICK)
-        return x
-
     def _peer(self, stages: int) -> int:
-        cp = self.pipeline.cp
-        assert cp.group is not None
-        return dist.get_global_rank(cp.group, cp.rank + stages * self.pipeline.replicas)
+        """The rank of this replica so many stages on."""
+        return self.pipeline.cp.rank + stages * self.pipeline.replicas
 
 
 class _TickBatch(BatchAttention):

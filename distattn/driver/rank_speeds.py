@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -31,7 +33,8 @@ class RankSpeeds:
         self.log: list[Sequence[int] | None] = []
         self._work = 0
         self._seconds = 0.0
-        self._pending: list[tuple[Any, Any]] = []
+        # those whose time is not counted yet, in the order in which they run
+        self._passes: deque[_Pass] = deque()
 
     def options(self, measured: Sequence[float | None]) -> tuple[tuple[str, Any], ...]:
         """What a strategy shall know of this step, from what every rank has measured."""
@@ -44,17 +47,18 @@ class RankSpeeds:
         return () if last is None else (("speeds", tuple(last)),)
 
     def measured(self) -> float | None:
-        """Cost per second of what this rank's kernels did since the last call."""
-        for begin, end in self._pending:
-            end.synchronize()
-            self._seconds += begin.elapsed_time(end) / 1e3
+        """Cost per second of what this rank's kernels did since the last call, as far as a GPU has got: nobody waits for it."""
+        while self._passes and all(end.query() for _, end in self._passes[0].clocks[-1:]):
+            done = self._passes.popleft()
+            self._work += done.work
+            self._seconds += done.seconds + sum(begin.elapsed_time(end) for begin, end in done.clocks) / 1e3
         work, seconds = self._work, self._seconds
-        self._pending, self._work, self._seconds = [], 0, 0.0
+        self._work, self._seconds = 0, 0.0
         return work / seconds if work and seconds else None
 
     def count_pass(self, work: int) -> None:
         """This rank begins one more pass, with tasks of this cost."""
-        self._work += work
+        self._passes.append(_Pass(work))
 
     def timed(self, kernel: Kernel) -> Kernel:
         """The same kernel, its time counted."""
@@ -65,9 +69,18 @@ class RankSpeeds:
         return _Clock(self, device)
 
 
+@dataclass
+class _Pass:
+    """A pass: what its tasks cost, the seconds of its kernels on CPUs, and on a GPU the events around them."""
+
+    work: int
+    seconds: float = 0.0
+    clocks: list[tuple[Any, Any]] = field(default_factory=list)
+
+
 class _Clock:
     def __init__(self, speeds: RankSpeeds, device: torch.device):
-        self.speeds, self.event = speeds, None
+        self.running, self.event = speeds._passes[-1], None
         if device.type == "cuda":
             self.event = torch.cuda.Event(enable_timing=True)
             self.event.record()
@@ -75,11 +88,11 @@ class _Clock:
 
     def stop(self) -> None:
         if self.event is None:
-            self.speeds._seconds += time.perf_counter() - self.began
+            self.running.seconds += time.perf_counter() - self.began
         else:
             end = torch.cuda.Event(enable_timing=True)
             end.record()
-            self.speeds._pending.append((self.event, end))
+            self.running.clocks.append((self.event, end))
 
 
 class _Timed:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from distattn.driver.step_exchange import GatheredStep
 from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
+from distattn.ops.executable import whole_device
 
 
 class ServerStats(NamedTuple):
@@ -41,12 +43,12 @@ def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "
     The group's other ranks make `ContextParallel(group, servers=...)`; everything else this rank is told. Raises LostRankError
     when one of them stops answering, and what their plans raise.
     """
-    device = torch.device(device)
+    device = whole_device(device)
     if not (dist.is_available() and dist.is_initialized()):
         raise DistattnError("a server needs torch.distributed; call init_process_group first.")
     counts = {FORWARD: 0, BACKWARD: 0}
     steps: dict[int, Future[GatheredStep]] = {}
-    with _joined(group) as cp:
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _joined(group) as cp:
         communicators = cp._communicators
         assert communicators is not None and communicators.control is not None
         while (message := communicators.control.receive()).kind != CLOSE:

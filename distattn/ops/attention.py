@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, Protocol
 
@@ -212,6 +213,11 @@ def _score(executable: Executable, scale: float, softcap: float, slopes: Tensor 
     return ScoreMod(scale, softcap, slopes)
 
 
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels and communicators work on the current device of a thread, which need not be that of its tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _finite(lse: Tensor) -> Tensor:
     # -inf - -inf is not a number: an absent sink and a row without keys
     return lse.masked_fill(lse == -torch.inf, 0.0)
@@ -231,8 +237,7 @@ def forward_pass(
     """(o_THE, lse_TH, kept), pausing while messages travel; what the operator does without a pause."""
     _check_inputs(executable, q, k, v, sink, slopes)
     score = _score(executable, scale, softcap, slopes)
-    if executable.observer is not None:
-        executable.observer.on_pass_begin("forward", score)
+    executable.begin_pass("forward", score)
     run = execute.forward(executable.program, transport or executable.transport, executable.kernel, q, k, v, score)
     o, lse_TH, kept, _ = yield from run
     if sink is not None:
@@ -267,8 +272,7 @@ def backward_pass(
     if dlse_TH is not None:
         delta_TH -= dlse_TH
     score = _score(executable, scale, softcap, slopes)
-    if executable.observer is not None:
-        executable.observer.on_pass_begin("backward", score)
+    executable.begin_pass("backward", score)
     inputs = (do.contiguous(), q, k, v, lse_TH, delta_TH, kept, score)
     run = execute.backward(executable.program, transport or executable.transport, executable.kernel, *inputs)
     dq, dk, dv, _ = yield from run
@@ -294,7 +298,8 @@ torch.library.define(
 @torch.library.impl("distattn::forward", "CompositeExplicitAutograd")
 def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("forward")
-    return execute.run_to_completion(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
+    with _current(q.device):
+        return execute.run_to_completion(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
 
 
 @torch.library.register_fake("distattn::forward")
@@ -308,7 +313,8 @@ def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  
 def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
     inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
     executable = EXECUTABLES.by_handle(plan).for_direction("backward")
-    return execute.run_to_completion(backward_pass(executable, *inputs))
+    with _current(q.device):
+        return execute.run_to_completion(backward_pass(executable, *inputs))
 
 
 @torch.library.register_fake("distattn::backward")

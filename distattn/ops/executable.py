@@ -25,6 +25,12 @@ from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.attendance import attended
+from distattn.parallel.runtime.communicator import (
+    gather_objects,
+    open_communicator,
+    open_host_communicator,
+    timeout_of,
+)
 from distattn.parallel.runtime.program import Program, lower, on_device
 from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
 
@@ -66,6 +72,13 @@ class Executable:
         """What runs a "forward" or "backward" pass: itself. A pipeline schedule has another one in every tick."""
         return self
 
+    def begin_pass(self, direction: str, score: ScoreMod) -> None:
+        """A pass begins in the current stream of this thread."""
+        if self.program.uploaded is not None:
+            self.program.uploaded.join()
+        if self.observer is not None:
+            self.observer.on_pass_begin(direction, score)
+
 
 class HasExecutable(Protocol):
     """What a handle stands for: an executable, or what names the one of the next pass."""
@@ -85,9 +98,8 @@ class ExecutableCache:
         self._by_handle: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._programs: weakref.WeakKeyDictionary[Plan, dict[ExecutionKey, Program]] = weakref.WeakKeyDictionary()
         self._plan_locks: weakref.WeakKeyDictionary[Plan, threading.Lock] = weakref.WeakKeyDictionary()
-        self._transports: weakref.WeakKeyDictionary[Any, dict[timedelta | None, GroupTransport]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._transports: weakref.WeakKeyDictionary[Any, dict[Any, GroupTransport]] = weakref.WeakKeyDictionary()
+        self._hosts: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def forget_locks(self) -> None:
@@ -124,15 +136,24 @@ class ExecutableCache:
                 known[key] = on_device(lower(plan, key.rank, make, proof), key.device)
             return known[key]
 
-    def transport(self, group: dist.ProcessGroup, timeout: timedelta | None = None) -> GroupTransport:
-        """The communicator of a group's plans, made at the first call, which is collective.
+    def transport(
+        self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta | None = None
+    ) -> GroupTransport:
+        """The communicator of a group's plans for such devices, opened at the first call, which is collective.
 
         timeout: how long a message may take; by default the group's own.
         """
         known = self._transports.setdefault(group, {})
-        if timeout not in known:
-            known[timeout] = GroupTransport.with_own_group(group, timeout)
-        return known[timeout]
+        if (device.type, timeout) not in known:
+            backend = open_communicator(group, device, timeout or timeout_of(group))
+            known[device.type, timeout] = GroupTransport(group, backend)
+        return known[device.type, timeout]
+
+    def host(self, group: dist.ProcessGroup) -> Any:
+        """A communicator between the processes of a group, opened at the first call, which is collective."""
+        if group not in self._hosts:
+            self._hosts[group] = open_host_communicator(group, timeout_of(group))
+        return self._hosts[group]
 
 
 EXECUTABLES = ExecutableCache()
@@ -162,20 +183,31 @@ def prepare(
     without asking the others.
     """
     rank, group = _membership(plan, group)
-    try:
-        device = torch.device(device)
-    except (RuntimeError, ValueError):
-        raise DistattnError(f"there is no device {device!r}; write cpu, cuda or cuda:0.") from None
+    device = whole_device(device)
     refusal = program = key = None
     try:
         key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)
     except DistattnError as error:
         refusal = error
     if group is not None:
-        _agree(plan, group, device, refusal)
+        _agree(plan, group, refusal)
     if refusal is not None or program is None or key is None:
         raise refusal or DistattnError("this plan has no program.")
-    return Executable(program, key, _SINGLE_RANK if group is None else EXECUTABLES.transport(group))
+    return Executable(program, key, _SINGLE_RANK if group is None else EXECUTABLES.transport(group, device))
+
+
+def whole_device(device: torch.device | str | int) -> torch.device:
+    """The device with its index: "cuda" is the current one of this thread, which on another thread may be another one.
+
+    Raises DistattnError where there is no such device.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, ValueError):
+        raise DistattnError(f"there is no device {device!r}; write cpu, cuda or cuda:0.") from None
+    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 def checked_program(
@@ -246,22 +278,18 @@ def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.
     return dist.get_rank(group), group
 
 
-def _agree(plan: Plan, group: dist.ProcessGroup, device: torch.device, refusal: DistattnError | None) -> None:
-    """All ranks compare their plans' digests and tell of a refusal; where anything is amiss every rank raises.
+def _agree(plan: Plan, group: dist.ProcessGroup, refusal: DistattnError | None) -> None:
+    """All ranks compare their plans' digests and tell of a refusal, on the host; where anything is amiss every rank raises.
 
     They do so every time, not only where this rank has not seen the plan: what is new to one rank may be old to another.
     """
-    words = [int(plan.digest[i : i + 8], 16) for i in range(0, 32, 8)]
-    mine = torch.tensor([*words, refusal is not None], device=device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    attended(group, "the comparison of plans", lambda: dist.all_gather(everyone, mine, group=group))
-    gathered = torch.stack(everyone).tolist()
-    digests = ["".join(f"{word:08x}" for word in row[:-1]) for row in gathered]
-    if len(set(digests)) == 1 and not any(row[-1] for row in gathered):
+    host = EXECUTABLES.host(group)
+    mine = plan.digest, refusal is not None
+    everyone = attended(group, "the comparison of plans", lambda: gather_objects(host, mine))
+    if all(other == mine for other in everyone) and refusal is None:
         return
-    summaries: list[Any] = [None] * len(digests)
-    dist.all_gather_object(summaries, plan_summary(plan) | {"refusal": str(refusal or "")}, group=group)
-    raise_disagreement(digests, summaries, refusal)
+    summaries = gather_objects(host, plan_summary(plan) | {"refusal": str(refusal or "")})
+    raise_disagreement([digest for digest, _ in everyone], summaries, refusal)
 
 
 def raise_disagreement(digests: list[str], summaries: list[dict[str, Any]], refusal: DistattnError | None) -> None:

@@ -60,7 +60,7 @@ def forward(
         kernel.forward(*inputs, into=into, merge=not view.slices[0].is_first)
         return {}
 
-    yield from _run(program.forward, transport, buffers, compute)
+    yield from _run("forward", program.forward, transport, buffers, compute)
     return o_THE, lse_TH, kept, buffers.peak
 
 
@@ -102,7 +102,7 @@ def backward(
         made = {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
         return {payload: fields for payload, fields in made.items() if into[payload] is None}
 
-    yield from _run(program.backward, transport, buffers, compute)
+    yield from _run("backward", program.backward, transport, buffers, compute)
     return dq_THD.to(q_THD.dtype), dk_TKD.to(k_TKD.dtype), dv_TKE.to(v_TKE.dtype), buffers.peak
 
 
@@ -134,19 +134,24 @@ def run_in_lock_step(runs: Iterable[PausableRun[Result]]) -> list[Result]:
     return [results[rank] for rank in sorted(results)]
 
 
-def _run(steps: list[ProgramStep], transport: Transport, buffers: Buffers, compute: Compute) -> PausableRun[None]:
-    for step in steps:
+def _run(
+    direction: str, steps: list[ProgramStep], transport: Transport, buffers: Buffers, compute: Compute
+) -> PausableRun[None]:
+    for number, step in enumerate(steps):
         # a call of its own: nothing may hold on to a step's tensors when the next one allocates
-        yield from _run_step(step, transport, buffers, compute)
+        where = f"in step {number + 1} of {len(steps)} of the {direction} pass"
+        yield from _run_step(step, transport, buffers, compute, where)
 
 
-def _run_step(step: ProgramStep, transport: Transport, buffers: Buffers, compute: Compute) -> PausableRun[None]:
+def _run_step(
+    step: ProgramStep, transport: Transport, buffers: Buffers, compute: Compute, where: str
+) -> PausableRun[None]:
     for key, rows in step.allocate.items():
         buffers.allocate(key, rows)
     sends = [packet for payload, message in step.sends for packet in _outgoing(buffers, payload, message)]
     incoming = [(payload, message, buffers.receive_buffer(payload, message.view)) for payload, message in step.receives]
     receives = [Packet(m.peer, payload, tensor) for payload, m, fields in incoming for tensor in fields]
-    pending = transport.exchange(sends, receives, step.collective)
+    pending = transport.exchange(sends, receives, step.collective, where)
     for launch in step.launches:
         operands = {payload: buffers.gather(payload, view) for payload, view in launch.operands.items()}
         for payload, fields in compute(launch, operands).items():

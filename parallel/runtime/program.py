@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -78,12 +79,25 @@ class ProgramStep:
             yield from (*launch.operands.values(), *launch.results.values())
 
 
+class UploadedLists(NamedTuple):
+    """The lists of a program on a GPU: all of them in one tensor, and the event after which they are there."""
+
+    packed: Tensor
+    ready: Any
+
+    def join(self) -> None:
+        """The current stream may read the lists: it waits for them, and their memory is not reused before it is done."""
+        stream = torch.cuda.current_stream(self.packed.device)
+        stream.wait_event(self.ready)
+        self.packed.record_stream(stream)
+
+
 @dataclass(frozen=True)
 class Program:
     """One rank's share of a plan.
 
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
-    in the forward pass. proof: None where nobody has proven the plan.
+    in the forward pass. proof: None where nobody has proven the plan. uploaded: of programs whose lists are on a GPU.
     """
 
     # not the plan itself: programs are cached for as long as their plan lives
@@ -94,6 +108,7 @@ class Program:
     forward: list[ProgramStep]
     backward: list[ProgramStep]
     kept: dict[BufferKey, int]
+    uploaded: UploadedLists | None = None
 
 
 def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None) -> Program:
@@ -119,7 +134,10 @@ def kept_key(key: BufferKey) -> BufferKey:
 
 
 def on_device(program: Program, device: torch.device) -> Program:
-    """The same program with its lists on the device: one copy, from pinned memory where that exists."""
+    """The same program with its lists on the device: one copy, from pinned memory where that exists.
+
+    The copy is in the current stream of this thread, which need not be the one that runs the program: see `UploadedLists`.
+    """
     if device.type == "cpu":
         return program
     found: dict[int, Tensor] = {}
@@ -132,16 +150,23 @@ def on_device(program: Program, device: torch.device) -> Program:
     _with_tensors(program, note)
     if not found:
         return program
-    offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found.values())]).tolist()
-    packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for tensor, at in zip(found.values(), offsets, strict=False):
-        packed[at : at + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
-    copied = packed.to(device, non_blocking=True)
+    cuda = device.type == "cuda"
+    # the current device is a thread's own, and pinned memory belongs to it
+    with torch.cuda.device(device) if cuda else nullcontext():
+        offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found.values())]).tolist()
+        packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=cuda)
+        for tensor, at in zip(found.values(), offsets, strict=False):
+            packed[at : at + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+        copied = packed.to(device, non_blocking=True)
+        uploaded = None
+        if cuda:
+            uploaded = UploadedLists(copied, torch.cuda.Event())
+            uploaded.ready.record()
     on_it = {
         name: copied[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for (name, tensor), at in zip(found.items(), offsets, strict=False)
     }
-    return _with_tensors(program, lambda tensor: on_it[id(tensor)])
+    return replace(_with_tensors(program, lambda tensor: on_it[id(tensor)]), uploaded=uploaded)
 
 
 class _TableLowering:

@@ -5,177 +5,196 @@ A transport has one method, `exchange`: it starts all sends and receives of a st
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections import defaultdict, deque
-from datetime import timedelta
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.constants import default_pg_timeout
 
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Payload
-from distattn.parallel.runtime.attendance import attended
 
 
 class Packet(NamedTuple):
-    """One tensor to or from a peer (its rank in the group), contiguous where it is received, and the payload it is part of."""
+    """One tensor to or from a peer (its rank in the group), contiguous where it is received, and what it is part of."""
 
     peer: int
-    payload: Payload
+    payload: Payload | str
     tensor: Tensor
+
+    @property
+    def name(self) -> str:
+        """What it is part of, in words."""
+        return self.payload if isinstance(self.payload, str) else self.payload.name
 
 
 class PendingMessages(Protocol):
     """The messages of a step in flight."""
 
     def wait(self) -> None:
-        """Return when all have arrived. Raises DistattnError naming the peers that stopped answering."""
+        """Return when all have arrived, or on devices once the current stream is to wait for them.
+
+        Raises LostRankError naming the peers that stopped answering.
+        """
+        ...
+
+    def is_completed(self) -> bool:
+        """Whether all have arrived. May be asked on any thread."""
         ...
 
 
 class Transport(Protocol):
     """What the executor asks of a transport."""
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
         """Start all sends and receives of a step. Packets between two ranks match in order.
 
-        collective: all ranks call, also those without packets, and packets travel in one uneven all-to-all; otherwise they
-        are single messages.
+        collective: all ranks call, also those without packets, and packets may travel in one uneven all-to-all; otherwise they
+        are single messages. where: the step, for errors.
         """
         ...
 
 
 class GroupTransport:
-    """Messages on a torch.distributed process group: batched point-to-point calls, or all-to-all of packed bytes."""
+    """Messages on a communicator of its own beside a process group.
 
-    def __init__(self, group: dist.ProcessGroup):
+    NCCL takes all messages of a step in one call, from and to where they lie. gloo takes them one by one, or as an all-to-all
+    of packed bytes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, backend: Any):
+        """backend: see `open_communicator`."""
         # torch.distributed keeps the group until destroy_process_group; alive any longer, it would abort the process at its end
         self._group = weakref.ref(group)
+        self._backend = backend
+        # whether waiting only orders streams, and this process runs on
+        self.waits_on_stream = bool(backend.supports_coalescing)
 
-    @property
-    def group(self) -> dist.ProcessGroup:
-        group = self._group()
-        if group is None:
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
+        if self._group() is None:
             raise DistattnError("the process group this plan was prepared for has been destroyed; prepare it again.")
-        return group
+        if self._backend.supports_coalescing:
+            # its all-to-all is the same messages, and bytes that were packed
+            return self._all_at_once(sends, receives, where)
+        return self._all_to_all(sends, receives, where) if collective else self._one_by_one(sends, receives, where)
 
-    @staticmethod
-    def with_own_group(group: dist.ProcessGroup, timeout: timedelta | None = None) -> GroupTransport:
-        """A transport on a new group of the same ranks, so that nothing else queues in it. A collective call of these ranks.
+    def abort(self) -> None:
+        """Give up all messages under way: whatever waits for them on a device goes on."""
+        self._backend.abort()
 
-        On NCCL its stream has high priority: messages start before the kernels that they overlap with. timeout: how long a
-        message may take, by default the group's own.
-        """
-        options = None
-        if dist.get_backend(group) == "nccl":
-            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-
-        def open_group() -> dist.ProcessGroup:
-            made: dist.ProcessGroup = duplicate_group(group, timeout or timeout_of(group), pg_options=options)
-            return made
-
-        return GroupTransport(attended(group, "the making of a communicator", open_group))
-
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
-        if collective:
-            return self._all_to_all(sends, receives)
+    def _all_at_once(self, sends: list[Packet], receives: list[Packet], where: str) -> PendingMessages:
+        if not sends and not receives:
+            return _PendingRequests([], ([], []), where)
         sends = [packet._replace(tensor=packet.tensor.contiguous()) for packet in sends]
-        operations = [
-            dist.P2POp(call, packet.tensor, dist.get_global_rank(self.group, packet.peer), self.group)
-            for call, packets in ((dist.isend, sends), (dist.irecv, receives))
-            for packet in packets
-        ]
-        peers = {packet.peer for packet in (*sends, *receives)}
-        try:
-            requests = dist.batch_isend_irecv(operations) if operations else []
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise _peer_stopped(peers, error) from None
-        # the tensors live until the work is waited for
-        return _PendingRequests(requests, (sends, receives))
 
-    def _all_to_all(self, sends: list[Packet], receives: list[Packet]) -> PendingMessages:
-        size = dist.get_world_size(self.group)
+        def start() -> list[Any]:
+            self._backend._start_coalescing()
+            for packet in sends:
+                self._backend.send([packet.tensor], packet.peer, 0)
+            for packet in receives:
+                self._backend.recv([packet.tensor], packet.peer, 0)
+            return [self._backend._end_coalescing()]
+
+        return _PendingRequests(_started(start, sends, receives, where), (sends, receives), where)
+
+    def _one_by_one(self, sends: list[Packet], receives: list[Packet], where: str) -> PendingMessages:
+        sends = [packet._replace(tensor=packet.tensor.contiguous()) for packet in sends]
+
+        def start() -> list[Any]:
+            requests = [self._backend.send([packet.tensor], packet.peer, 0) for packet in sends]
+            return requests + [self._backend.recv([packet.tensor], packet.peer, 0) for packet in receives]
+
+        # the tensors live until the work is waited for
+        return _PendingRequests(_started(start, sends, receives, where), (sends, receives), where)
+
+    def _all_to_all(self, sends: list[Packet], receives: list[Packet], where: str) -> PendingMessages:
+        size = self._backend.size()
         # stable: packets of one peer keep their order
         sends, receives = (sorted(packets, key=lambda packet: packet.peer) for packets in (sends, receives))
         splits = [[0] * size, [0] * size]
         for counts, packets in zip(splits, (sends, receives), strict=True):
             for packet in packets:
                 counts[packet.peer] += packet.tensor.nbytes
-        like = next((packet.tensor for packet in (*sends, *receives)), torch.empty(0, device=self._device()))
-        outgoing = like.new_empty(sum(splits[0]), dtype=torch.uint8)
+        outgoing = torch.empty(sum(splits[0]), dtype=torch.uint8)
         for packet, part in zip(sends, outgoing.split([packet.tensor.nbytes for packet in sends]), strict=True):
             _pack(part, packet.tensor)
-        incoming = like.new_empty(sum(splits[1]), dtype=torch.uint8)
-        request = dist.all_to_all_single(incoming, outgoing, splits[1], splits[0], group=self.group, async_op=True)
-        return _PendingAllToAll(request, incoming, outgoing, receives)
+        incoming = torch.empty(sum(splits[1]), dtype=torch.uint8)
 
-    def _device(self) -> torch.device:
-        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+        def start() -> list[Any]:
+            return [self._backend.alltoall_base(incoming, outgoing, splits[1], splits[0])]
 
-
-def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """The time-out a process group was made with; the shortest where it has several backends."""
-    kinds = group._device_types  # type: ignore[attr-defined]
-    options = [group._get_backend(kind).options for kind in kinds]  # type: ignore[attr-defined]
-    # some backends have none
-    return min((one._timeout for one in options if one is not None), default=default_pg_timeout)
+        (request,) = _started(start, sends, receives, where)
+        return _PendingAllToAll(request, incoming, outgoing, receives, where)
 
 
-def duplicate_group(group: dist.ProcessGroup, timeout: timedelta | None = None, **how: Any) -> Any:
-    """Another process group of the same ranks. A collective call of these ranks alone; `how` goes to `new_group`."""
-    # PyTorch names such a group by the number of groups its maker is in: where some are in fewer, as ranks that only serve are,
-    # they would wait for each other under different names
-    counts: list[Any] = [None] * dist.get_world_size(group)
-    mine = len(dist.distributed_c10d._world.pg_names)
-    dist.all_gather_object(counts, mine, group=group)
-    for _ in range(max(counts) - mine):
-        dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    # newer PyTorch sorts ranks unless told not to; older groups are all sorted
-    if "sort_ranks" in inspect.signature(dist.new_group).parameters:
-        how["sort_ranks"] = False
-    return dist.new_group(dist.get_process_group_ranks(group), timeout, use_local_synchronization=True, **how)
+def _started(start: Callable[[], list[Any]], sends: list[Packet], receives: list[Packet], where: str) -> list[Any]:
+    """What `start` returns. Raises LostRankError where a connection is broken."""
+    try:
+        return start()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _peer_stopped([*sends, *receives], where, error) from None
 
 
 class _PendingRequests(NamedTuple):
-    requests: list[dist.Work]
+    requests: list[Any]
     alive: tuple[list[Packet], list[Packet]]
+    where: str
 
     def wait(self) -> None:
-        peers = [packet.peer for packets in self.alive for packet in packets]
+        packets = [packet for packets in self.alive for packet in packets]
         for number, request in enumerate(self.requests):
             try:
                 request.wait()
             except RuntimeError as error:
                 # NCCL gives one request for all messages
-                who = {peers[number]} if len(self.requests) == len(peers) else set(peers)
-                raise _peer_stopped(who, error) from None
+                late = [packets[number]] if len(self.requests) == len(packets) else packets
+                raise _peer_stopped(late, self.where, error) from None
+
+    def is_completed(self) -> bool:
+        return all(request.is_completed() for request in self.requests)
 
 
 class _PendingAllToAll(NamedTuple):
-    request: dist.Work
+    request: Any
     incoming: Tensor
     outgoing: Tensor
     receives: list[Packet]
+    where: str
 
     def wait(self) -> None:
         try:
             self.request.wait()
         except RuntimeError as error:
-            raise _peer_stopped({packet.peer for packet in self.receives}, error) from None
+            raise _peer_stopped(self.receives, self.where, error) from None
         sizes = [packet.tensor.nbytes for packet in self.receives]
         for packet, part in zip(self.receives, self.incoming.split(sizes), strict=True):
             _as_bytes(packet.tensor).copy_(part)
 
+    def is_completed(self) -> bool:
+        return bool(self.request.is_completed())
 
-def _peer_stopped(peers: set[int], error: RuntimeError) -> LostRankError:
-    who = ", ".join(map(str, sorted(peers)))
-    return LostRankError(f"{'ranks' if len(peers) > 1 else 'rank'} {who} of the group stopped answering: {error}")
+
+def named_ranks(ranks: Iterable[int]) -> str:
+    """ "rank 3", or "ranks 1, 3"."""
+    which = sorted(set(ranks))
+    return ("rank " if len(which) == 1 else "ranks ") + ", ".join(map(str, which))
+
+
+def _peer_stopped(packets: list[Packet], where: str, error: RuntimeError) -> LostRankError:
+    payloads = ", ".join(dict.fromkeys(packet.name for packet in packets))
+    what = f" ({payloads} {where})" if where else ""
+    return LostRankError(
+        f"{named_ranks(packet.peer for packet in packets)} of the group stopped answering{what}: {error}"
+    )
 
 
 def _pack(part: Tensor, tensor: Tensor) -> None:
@@ -227,7 +246,9 @@ class InProcessTransport(NamedTuple):
     network: InProcessNetwork
     rank: int
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
         self.network.post(
             [(self.rank, packet.peer, packet.tensor) for packet in sends],
             [(packet.peer, self.rank, packet.tensor) for packet in receives],
@@ -240,12 +261,17 @@ class _PendingInProcess(NamedTuple):
     rank: int
 
     def wait(self) -> None:
-        assert not self.network.has_pending(self.rank), f"rank {self.rank} waits for a packet that nobody has posted"
+        assert self.is_completed(), f"rank {self.rank} waits for a packet that nobody has posted"
+
+    def is_completed(self) -> bool:
+        return not self.network.has_pending(self.rank)
 
 
 class SingleRankTransport:
     """The transport of a plan for one rank: there is nobody to talk to."""
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool) -> PendingMessages:
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
         assert not sends and not receives, "a plan for one rank has no moves"
-        return _PendingRequests([], ([], []))
+        return _PendingRequests([], ([], []), where)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from imitated_nccl import by_rules
 from packs_of_ranks import model_of, shared
 from processes import run_on_ranks
 from torch import nn
@@ -101,9 +102,10 @@ def alternating_run(rank, kind, options):
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "huggingface checkpointed", "plain", "plain twice"])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_gradients_equal_the_plain_run(kind, ranks):
-    for ((losses, gradient), (turned, turned_gradient)), _ in run_on_ranks(ranks, alternating_run, kind, OPTIONS):
+@pytest.mark.parametrize(("ranks", "rules"), [(2, "gloo"), (4, "gloo"), (4, "nccl")])
+def test_gradients_equal_the_plain_run(kind, ranks, rules):
+    work = by_rules(rules, alternating_run)
+    for ((losses, gradient), (turned, turned_gradient)), _ in run_on_ranks(ranks, work, kind, OPTIONS):
         assert turned == pytest.approx(losses, rel=1e-12)
         assert (gradient - turned_gradient).abs().max() <= 1e-12 * gradient.abs().max()
 

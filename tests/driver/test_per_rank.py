@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from imitated_nccl import by_rules
 from packs_of_ranks import PACKS, documents, loader, model_of, shared, trained, whole_run
 from processes import run_on_ranks
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,14 +44,16 @@ def test_losses_and_gradients_equal_one_process(ranks, tolerance):
         assert_same(result, whole_run(ranks), 1e-11)
 
 
-def test_in_single_precision_too():
-    for result, _ in run_on_ranks(4, pooled_run, dict(options=dict(block=8)), "float32"):
+@pytest.mark.parametrize("rules", ["gloo", "nccl"])
+def test_in_single_precision_too(rules):
+    for result, _ in run_on_ranks(4, by_rules(rules, pooled_run), dict(options=dict(block=8)), "float32"):
         assert_same(result, whole_run(4, "float32"), 1e-5)
 
 
+@pytest.mark.parametrize("rules", ["gloo", "nccl"])
 @pytest.mark.parametrize("strategy", ["cad_greedy", "allgather"])
-def test_any_strategy_may_share_out_a_pool(strategy):
-    for result, _ in run_on_ranks(2, pooled_run, dict(strategy=strategy)):
+def test_any_strategy_may_share_out_a_pool(strategy, rules):
+    for result, _ in run_on_ranks(2, by_rules(rules, pooled_run), dict(strategy=strategy)):
         assert_same(result, whole_run(2), 1e-11)
 
 
@@ -151,11 +154,13 @@ def served_run(rank, servers, wrap, options):
     return out, evaluated
 
 
-@pytest.mark.parametrize("wrap", ["plain", "checkpoint", "fsdp"])
+@pytest.mark.parametrize(
+    ("wrap", "rules"), [("plain", "gloo"), ("plain", "nccl"), ("checkpoint", "gloo"), ("fsdp", "gloo")]
+)
 @pytest.mark.parametrize("servers", [1, 2])
-def test_ranks_without_a_model_serve(servers, wrap):
+def test_ranks_without_a_model_serve(servers, wrap, rules):
     options = dict(options=dict(block=8, tolerance=0.0))
-    *results, served = run_on_ranks(2 + servers, served_run, servers, wrap, options)
+    *results, served = run_on_ranks(2 + servers, by_rules(rules, served_run), servers, wrap, options)
     wanted = whole_run(2)
     for result, evaluated in results[:2]:
         assert_same(result, wanted, 1e-11)

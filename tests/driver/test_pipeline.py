@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from imitated_nccl import by_rules
 from one_process import loss_by_document
 from processes import run_on_ranks
 from torch import nn
@@ -133,10 +134,11 @@ def staged(rank, replicas, depths):
     return out
 
 
+@pytest.mark.parametrize("rules", ["gloo", "nccl"])
 @pytest.mark.parametrize(("replicas", "depths"), [(1, (2, 1)), (2, (1, 2)), (1, (1, 1, 1))])
-def test_stages_that_pool_their_attention_have_the_gradients_of_one_process(replicas, depths):
+def test_stages_that_pool_their_attention_have_the_gradients_of_one_process(replicas, depths, rules):
     wanted = plain_steps(replicas)
-    for result in run_on_ranks(replicas * len(depths), staged, replicas, depths):
+    for result in run_on_ranks(replicas * len(depths), by_rules(rules, staged), replicas, depths):
         for (loss, gradients), (wanted_loss, wanted_gradients) in zip(result, wanted, strict=True):
             assert loss == pytest.approx(wanted_loss, rel=1e-11)
             got, want = (parameters_to_vector(list(grads.values())) for grads in (gradients, wanted_gradients))

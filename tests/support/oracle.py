@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from distattn.ops.executable import kernel_requirements
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.program import lower
-from distattn.parallel.runtime.transport import InProcessNetwork, Packet
+from distattn.parallel.runtime.transport import InProcessNetwork, Packet, Transport
 
 
 class Result(NamedTuple):
@@ -103,7 +104,7 @@ class RecordingTransport:
         self.live: Counter = Counter()
         self.storages: set[int] = set()
 
-    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool):
+    def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""):
         for packet in sends:
             self.record.bytes[self.rank, packet.peer, int(packet.payload)] += packet.tensor.nbytes
         for packet in receives:
@@ -160,8 +161,18 @@ class RecordingKernel:
         return self.inner.backward(*args, **into)
 
 
-def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record: Record | None = None) -> Result:
-    """Forward and backward of every rank of a plan in lock step, put together again."""
+def run_all_ranks(
+    plan: Plan,
+    inputs: Inputs,
+    kernel: str = "reference",
+    record: Record | None = None,
+    network: Callable[[], Callable[[int], Transport]] = lambda: InProcessNetwork().transport,
+    together: Callable[..., list] = execute.run_in_lock_step,
+) -> Result:
+    """Forward and backward of every rank of a plan, put together again: in lock step, or as `together` runs them.
+
+    network: makes what joins the ranks of a pass, a function from a rank to its transport.
+    """
     record = Record() if record is None else record
     layout, ranks = plan.call.layout, range(plan.call.ranks)
     proof = verify(plan)
@@ -173,10 +184,10 @@ def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record:
     local = [[layout.shard(x.to(dtype), rank) for x in inputs] for rank in ranks]
 
     def transports():
-        hub = InProcessNetwork()
-        return [RecordingTransport(hub.transport(rank), rank, record) for rank in ranks]
+        transport = network()
+        return [RecordingTransport(transport(rank), rank, record) for rank in ranks]
 
-    forward = execute.run_in_lock_step(
+    forward = together(
         execute.forward(program, transport, kernel_, *local[program.rank][:3], score)
         for program, transport, kernel_ in zip(programs, transports(), kernels, strict=True)
     )
@@ -185,7 +196,7 @@ def run_all_ranks(plan: Plan, inputs: Inputs, kernel: str = "reference", record:
     record.peak["forward"] = peaks
     record.direction = "backward"
     delta = [(local[r][3].to(lse[r].dtype) * o[r].to(lse[r].dtype)).sum(-1) for r in ranks]
-    backward = execute.run_in_lock_step(
+    backward = together(
         execute.backward(p, t, k, local[p.rank][3], *local[p.rank][:3], lse[p.rank], delta[p.rank], kept[p.rank], score)
         for p, t, k in zip(programs, transports(), kernels, strict=True)
     )

@@ -1,0 +1,86 @@
+"""Messages that a device waits for, watched from the host: NCCL's own wait returns at once, and has no time-out to speak of.
+
+A thread asks once in a while whether the oldest message under way has arrived. Where it is late, all ranks are asked for a
+sign of life, what was found is said, and the communicator is given up, so that the device goes on and this process hears of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from distattn.batch.health import HealthMonitor
+from distattn.ir.errors import LostRankError
+from distattn.parallel.runtime.transport import Packet, PendingMessages, named_ranks
+
+MESSAGES = "an exchange of attention's messages"
+_LOG = logging.getLogger("distattn")
+# seconds between two looks
+_POLL = 0.5
+
+
+class _UnderWay(NamedTuple):
+    work: PendingMessages
+    what: str
+    since: float
+
+
+class MessageWatch:
+    """Watches the messages of one communicator, which arrive in the order in which they were started.
+
+    members: its ranks as the default group numbers them. give_up: ends what is under way.
+    """
+
+    def __init__(self, monitor: HealthMonitor, members: Sequence[int], give_up: Callable[[], None]):
+        self._monitor, self._members, self._give_up = monitor, members, give_up
+        self._under_way: deque[_UnderWay] = deque()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-messages")
+        self._thread.start()
+
+    def add(self, work: PendingMessages, what: str) -> None:
+        """Watch messages until they have arrived. what: which they are, for the error."""
+        self._under_way.append(_UnderWay(work, what, time.monotonic()))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        self._thread.join(timeout=2 * _POLL)
+        self._under_way.clear()
+
+    def _run(self) -> None:
+        limit, arrived = self._monitor.wait_timeout.total_seconds(), time.monotonic()
+        while not self._closed.wait(_POLL):
+            while self._under_way and self._under_way[0].work.is_completed():
+                self._under_way.popleft()
+                arrived = time.monotonic()
+            # a device works them off one after another: the oldest is under way since the one before has arrived
+            if self._under_way and time.monotonic() - max(self._under_way[0].since, arrived) > limit:
+                self._report(self._under_way[0].what, limit)
+                return
+
+    def _report(self, what: str, limit: float) -> None:
+        def late() -> None:
+            raise TimeoutError(f"{what} did not come within {limit:.0f} s")
+
+        try:
+            self._monitor.guarded(late, MESSAGES, self._members)
+        except LostRankError as error:
+            _LOG.error("%s", error)
+        # kernels that wait for messages end, and the next call of attention raises
+        self._give_up()
+
+
+def awaited(sends: Sequence[Packet], receives: Sequence[Packet], members: Sequence[int], where: str) -> str:
+    """Which messages a step waits for, by payload and rank (as the default group numbers them)."""
+    of = receives or sends
+    ranks: dict[str, set[int]] = {}
+    for packet in of:
+        ranks.setdefault(packet.name, set()).add(members[packet.peer])
+    direction = "from" if receives else "to"
+    moves = ", ".join(f"{name} {direction} {named_ranks(who)}" for name, who in ranks.items())
+    return f"{moves} {where}".strip()

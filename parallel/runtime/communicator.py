@@ -1,0 +1,139 @@
+"""Communicators of our own beside a process group: the same ranks, and nothing else queues in them.
+
+They are made from the job's store and the kind of backend that the group has for a device. `new_group` would not do: in a
+world that is bound to devices (`device_id=`) it splits that world's communicator, a call of ranks that know nothing of it; and
+it keeps what it has made until destroy_process_group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+
+from distattn.ir.errors import DistattnError
+from distattn.parallel.runtime.attendance import attended, default_store
+
+# how many communicators this process has opened beside a group
+_OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def open_communicator(group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> Any:
+    """A backend for messages between such devices, of the kind that the group has. A collective call of the group's ranks.
+
+    It is warm: NCCL wants all ranks in the first call of a communicator, and a step of a plan may leave some out. timeout: how
+    long ranks wait for each other, here and in each message. Raises DistattnError where the group has no backend for the
+    device, LostRankError where a rank does not come.
+    """
+    kind = backend_name(group, device)
+    if kind is None or kind != _SENDS_FROM.get(device.type):
+        raise DistattnError(
+            f"the process group has {kind or 'no backend'} for {device.type} tensors; attention's messages need gloo for the "
+            'CPU and nccl for GPUs: init_process_group("cpu:gloo,cuda:nccl").'
+        )
+    return _opened(group, _OPEN[kind], device, timeout)
+
+
+def open_host_communicator(group: dist.ProcessGroup, timeout: timedelta) -> Any:
+    """A gloo backend for words between the processes of a group, whatever its own backend. A collective call."""
+    return _opened(group, _open_gloo, torch.device("cpu"), timeout)
+
+
+def gather_objects(gloo: Any, value: Any) -> list[Any]:
+    """Every rank's value, by rank, over a gloo backend; values are pickled. A collective call."""
+    data = pickle.dumps(value)
+    size = torch.tensor([len(data)])
+    sizes = [torch.empty_like(size) for _ in range(gloo.size())]
+    gloo.allgather([sizes], [size]).wait()
+    mine = torch.zeros(max(int(one) for one in sizes), dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    everyone = [torch.empty_like(mine) for _ in range(gloo.size())]
+    gloo.allgather([everyone], [mine]).wait()
+    return [pickle.loads(part.numpy()[: int(length)].tobytes()) for part, length in zip(everyone, sizes, strict=True)]
+
+
+def backend_name(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """The kind of backend ("nccl", "gloo") that a group has for a device; None without one.
+
+    `dist.get_backend` will not do: it answers "undefined" for plain init_process_group(), and "cpu:gloo,cuda:nccl".
+    """
+    kinds = [kind.type for kind in group._device_types]  # type: ignore[attr-defined]
+    if device.type not in kinds:
+        return None
+    return str(group._get_backend(torch.device(device.type)).name()).lower()  # type: ignore[attr-defined]
+
+
+def sendable_device(group: dist.ProcessGroup) -> torch.device:
+    """A device whose tensors the group sends: the CPU where it can, otherwise the current one of this thread."""
+    if backend_name(group, torch.device("cpu")) is not None:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """The time-out a process group was made with; the shortest where it has several backends."""
+    kinds = group._device_types  # type: ignore[attr-defined]
+    options = [group._get_backend(kind).options for kind in kinds]  # type: ignore[attr-defined]
+    # some backends have none
+    return min((one._timeout for one in options if one is not None), default=default_pg_timeout)
+
+
+def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A process group of these ranks of the default one, for trainers. A collective call of these ranks alone."""
+    with _unbound_world():
+        return dist.new_group(list(ranks), use_local_synchronization=True)
+
+
+@contextmanager
+def _unbound_world() -> Iterator[None]:
+    """Groups that are made meanwhile get communicators of their own, where they would split that of a device-bound world."""
+    world = dist.group.WORLD
+    assert world is not None
+    bound = world.bound_device_id  # type: ignore[attr-defined]
+    world.bound_device_id = None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound  # type: ignore[attr-defined]
+
+
+def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.device, timeout: timedelta) -> Any:
+    members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+    # the same on all ranks, which make these calls equally often
+    number = _OPENED[group] = _OPENED.get(group, 0) + 1
+    who = hashlib.sha1(str(members).encode()).hexdigest()[:12]
+    store = dist.PrefixStore(f"distattn/communicator {number} of {group.group_name} {who}", default_store())
+
+    def work() -> Any:
+        # on the host, before anything waits on a device without a time-out
+        store.set(f"here/{rank}", "1")
+        store.wait([f"here/{other}" for other in range(len(members))], timeout)
+        backend = make(store, rank, len(members), timeout)
+        backend.allreduce([torch.zeros(1, device=device)]).wait()
+        return backend
+
+    return attended(group, "the making of a communicator", work)
+
+
+def _open_gloo(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
+    return dist.ProcessGroupGloo(store, rank, ranks, timeout)
+
+
+def _open_nccl(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
+    # messages start before the kernels that they overlap with
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, ranks, options)
+
+
+# of each kind of device, the backend that sends single messages from it
+_SENDS_FROM = {"cpu": "gloo", "cuda": "nccl"}
+_OPEN: dict[str, Callable[..., Any]] = {"gloo": _open_gloo, "nccl": _open_nccl}

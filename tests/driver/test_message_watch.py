@@ -1,0 +1,65 @@
+"""Messages that only a device waits for: a rank that is lost is named all the same."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from imitated_nccl import imitate_nccl
+from packs_of_ranks import loader, shared
+from processes import run_survivors
+
+import distattn as da
+from distattn.driver.message_watch import awaited
+from distattn.ir.plan import Payload
+from distattn.parallel.runtime.transport import Packet
+
+# of the driver: what a loaded machine takes for a step is far less
+TIMEOUT = 8.0
+SHAPES = dict(q=4, k=2, v=2)
+
+
+def attend(batch):
+    tokens = batch["input_ids"].shape[1]
+    q, k, v = (torch.ones(tokens, heads, 8, dtype=torch.float64) for heads in SHAPES.values())
+    return batch["context_parallel"].attention(q, k, v)
+
+
+def late_run(rank, lost, how):
+    """The error by which calls of attention end, none of which waits on the host."""
+    imitate_nccl(seconds=600, blocks=False)
+    with pytest.raises(da.LostRankError) as error, shared(strategy="ring", data="replicated", timeout=TIMEOUT) as cp:
+        batch = cp.shard(next(iter(loader(0)))[0])
+        for _ in range(3):
+            attend(batch)
+        dist.barrier()
+        if rank == lost:
+            os.kill(os.getpid(), how)
+        attend(batch)
+        # a loop that never looks at what comes out; the test's own limit ends it
+        while True:
+            time.sleep(0.2)
+            attend(batch)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=["stops", "dies"])
+def test_a_lost_rank_is_named_with_the_move_that_is_waited_for(how):
+    errors = run_survivors(3, 1, late_run, 1, how)
+    for error in errors.values():
+        assert "rank 1 stopped answering: killed, stopped or unreachable" in error
+    # of those who wait for it
+    assert any(
+        "KV from rank" in error and "of the forward pass did not come within 6 s" in error for error in errors.values()
+    )
+
+
+def test_moves_are_named_by_payload_rank_and_step():
+    def packets(*pairs):
+        return [Packet(peer, payload, torch.empty(0)) for peer, payload in pairs]
+
+    receives = packets((2, Payload.KV), (2, Payload.KV), (0, Payload.Q), (1, Payload.Q))
+    assert awaited([], receives, [4, 5, 6], "in step 1 of 2") == "KV from rank 6, Q from ranks 4, 5 in step 1 of 2"
+    assert awaited(packets((1, "hidden states")), [], [0, 8], "") == "hidden states to rank 8"

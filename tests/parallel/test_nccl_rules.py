@@ -1,0 +1,236 @@
+"""Every strategy over a communicator with NCCL's rules, and each rule's breach."""
+
+import threading
+
+import pytest
+import torch
+from cases import LENGTHS, layouts, masks
+from imitated_nccl import ImitatedNccl, QueueWire
+from oracle import assert_close, dense, random_inputs, run_all_ranks
+
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import POLICIES, Payload
+from distattn.parallel.make_plan import STRATEGIES, make_plan
+from distattn.parallel.runtime import execute
+from distattn.parallel.runtime.communicator import backend_name
+from distattn.parallel.runtime.transport import GroupTransport, Packet
+
+
+class Group:
+    """Stands for a process group: transports only ask whether it is still there."""
+
+
+GROUP = Group()
+# of a wait that is never to end, in tests of breaches
+SOON = 0.5
+
+
+def on_threads(runs):
+    """Every rank on a thread of its own; its result, or what it raised."""
+    runs, results = list(runs), {}
+
+    def work(rank, run):
+        try:
+            results[rank] = execute.run_to_completion(run)
+        except BaseException as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(runs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    failures = [result for result in results.values() if isinstance(result, BaseException)]
+    if failures:
+        raise failures[0]
+    return [results[rank] for rank in range(len(runs))]
+
+
+def network(ranks, seconds=60.0, warm=True, wrap=lambda backend, rank: backend):
+    """A function from a rank to its transport, opened as `open_communicator` opens it."""
+    wire = QueueWire(seconds)
+    backends = [ImitatedNccl(wire.end(rank), rank, ranks) for rank in range(ranks)]
+    if warm:
+        on_threads(warmed(backend) for backend in backends)
+    return lambda rank: GroupTransport(GROUP, wrap(backends[rank], rank))
+
+
+def warmed(backend):
+    backend.allreduce([torch.zeros(1)])
+    yield
+
+
+def together(plan, inputs, **how):
+    return run_all_ranks(
+        plan, inputs, network=lambda: network(plan.call.ranks, **how), together=on_threads, kernel="reference"
+    )
+
+
+SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
+
+
+@pytest.mark.parametrize("layout", layouts(LENGTHS, 2))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_runs_by_nccls_rules(strategy, layout):
+    inputs = random_inputs(sum(LENGTHS), 4, 2, 8)
+    for name, ranks, policy in (("documents", 4, None), ("odd", 3, None), ("window", 4, POLICIES[-1])):
+        plan = make_plan(masks()[name], layouts(LENGTHS, ranks)[layout], strategy=strategy, backward=policy, **SHAPE)
+        assert_close(together(plan, inputs), dense(masks()[name], inputs), 1e-11)
+
+
+def sparse_plan():
+    """Rank 3 has a document of its own: nobody sends it anything."""
+    lengths = (100, 40, 50)
+    layout = Layout.from_chunks(lengths, [[(0, 50)], [(50, 100)], [(100, 140)], [(140, 190)]])
+    return make_plan(Mask.documents(lengths), layout, strategy="ring", **SHAPE), random_inputs(190, 4, 2, 8)
+
+
+def test_a_communicator_that_is_not_warm_hangs_where_a_step_leaves_ranks_out():
+    plan, inputs = sparse_plan()
+    assert_close(together(plan, inputs), dense(plan.call.mask, inputs), 1e-11)
+    with pytest.raises(Exception, match=r"rank \d's first call of a communicator waits for a call of rank [23]"):
+        together(plan, inputs, warm=False, seconds=SOON)
+
+
+class Breaching:
+    """A backend that is used against the rules on rank 0: `breach(tensor)` is what becomes of a tensor that it sends."""
+
+    def __init__(self, backend, rank, breach=None, waits=True):
+        self.inner, self.rank, self.breach, self.waits = backend, rank, breach, waits
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def send(self, tensors, peer, tag):
+        given = self.breach(tensors[0]) if self.breach and self.rank == 0 else tensors[0]
+        self.inner.send([given], peer, tag)
+
+    def _end_coalescing(self):
+        call = self.inner._end_coalescing()
+        return call if self.waits or self.rank else NoWait()
+
+
+class NoWait:
+    def wait(self):
+        """Nobody waits for what comes."""
+
+
+def causal_plan(strategy="ring"):
+    return make_plan(masks()["causal"], layouts(LENGTHS, 2)["zigzag"], strategy=strategy, **SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("breach", "found"),
+    [
+        (lambda x: torch.empty_like(x, device="meta"), "a tensor on meta, the communicator is on cpu"),
+        (lambda x: x[:-1].contiguous(), r"rank 1 receives \d+ bytes from rank 0, which sends \d+"),
+    ],
+    ids=["another device", "another size"],
+)
+def test_breaches_that_end_a_run_are_named(breach, found):
+    inputs = random_inputs(sum(LENGTHS), 4, 2, 8)
+    with pytest.raises(Exception, match=found):
+        together(causal_plan(), inputs, seconds=SOON, wrap=lambda b, rank: Breaching(b, rank, breach))
+
+
+def test_what_is_received_is_not_there_before_the_wait():
+    plan, inputs = causal_plan(), random_inputs(sum(LENGTHS), 4, 2, 8)
+
+    def forward(waits):
+        hub = network(2, seconds=SOON, wrap=lambda b, rank: Breaching(b, rank, waits=waits))
+        here = torch.empty(4)
+        run_0 = receive_and_use(hub(0), here)
+        run_1 = send(hub(1), torch.arange(4.0))
+        try:
+            return on_threads([run_0, run_1])[0]
+        except Exception as error:
+            # the sender waits for whoever does not
+            assert "waits for rank 0 to receive" in str(error)
+            return here
+
+    assert forward(True).tolist() == [0, 1, 2, 3]
+    assert forward(False).isnan().all()
+    assert_close(together(plan, inputs), dense(plan.call.mask, inputs), 1e-11)
+
+
+def receive_and_use(transport, here):
+    transport.exchange([], [Packet(1, Payload.KV, here)], False).wait()
+    yield
+    return here.clone()
+
+
+def send(transport, what, spoil=False):
+    work = transport.exchange([Packet(0, Payload.KV, what)], [], False)
+    if spoil:
+        what.zero_()
+    yield
+    work.wait()
+
+
+def test_what_is_sent_is_read_at_the_wait():
+    for spoil in (False, True):
+        hub = network(2)
+        got, _ = on_threads([receive_and_use(hub(0), torch.empty(4)), send(hub(1), torch.ones(4), spoil)])
+        assert got.tolist() == [0.0 if spoil else 1.0] * 4
+
+
+def send_then_receive(transport, peer, in_one):
+    """As neighbours of a pipeline do that pass on hidden states and gradients."""
+    ours, theirs = torch.ones(4), torch.empty(4)
+    sends, receives = [Packet(peer, "hidden states", ours)], [Packet(peer, "hidden states", theirs)]
+    if in_one:
+        transport.exchange(sends, receives, False).wait()
+    else:
+        transport.exchange(sends, [], False)
+        transport.exchange([], receives, False).wait()
+    yield
+    return theirs
+
+
+def test_single_messages_in_opposite_order_wait_for_each_other():
+    for in_one in (True, False):
+        hub = network(2, seconds=SOON)
+        runs = [send_then_receive(hub(rank), 1 - rank, in_one) for rank in range(2)]
+        if in_one:
+            assert all(theirs.eq(1).all() for theirs in on_threads(runs))
+        else:
+            with pytest.raises(Exception, match=r"rank \d waits for rank \d to receive"):
+                on_threads(runs)
+
+
+def test_errors_name_rank_payload_and_step():
+    def lonely(transport):
+        yield
+        transport.exchange(
+            [], [Packet(1, Payload.KV, torch.empty(4))], False, "in step 2 of 5 of the forward pass"
+        ).wait()
+
+    with pytest.raises(
+        Exception, match=r"rank 1 of the group stopped answering \(KV in step 2 of 5 of the forward pass\)"
+    ):
+        execute.run_to_completion(lonely(network(2, seconds=SOON)(0)))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "wanted"),
+    [
+        ({"cpu": "gloo"}, {"cpu": "gloo", "cuda": None}),
+        ({"cpu": "gloo", "cuda": "nccl"}, {"cpu": "gloo", "cuda": "nccl"}),
+        ({"cuda": "nccl"}, {"cpu": None, "cuda": "nccl"}),
+    ],
+)
+def test_groups_are_asked_for_the_backend_of_a_device(kinds, wanted):
+    class Backend:
+        def __init__(self, name):
+            self.name = lambda: name
+
+    class Composite:
+        """`dist.get_backend` of it is "undefined"."""
+
+        _device_types = [torch.device(kind) for kind in kinds]
+
+        def _get_backend(self, device):
+            return Backend(kinds[device.type])
+
+    assert {kind: backend_name(Composite(), torch.device(kind)) for kind in wanted} == wanted

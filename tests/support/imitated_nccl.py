@@ -1,0 +1,230 @@
+"""A backend with NCCL's rules, for tests: over queues between threads of one process, or over gloo between processes.
+
+What NCCL does and gloo does not: the first call of a communicator blocks until all its ranks make one; tensors of another
+device are refused; messages are one call, and calls are worked off in order, each only when both ends have come to it; what is
+sent is read late, and what is received is there only after the wait. So here sends are read at the wait, what is to be received
+is NaN until then, and where ranks would wait for each other for ever a Hang says who for whom.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Hang(RuntimeError):
+    """What would never end."""
+
+
+class QueueWire:
+    """Between threads: rank r uses `end(r)`."""
+
+    def __init__(self, seconds: float = 60.0):
+        self.seconds = seconds
+        self._queues: dict[tuple[int, int, str], queue.SimpleQueue] = defaultdict(queue.SimpleQueue)
+        self._lock = threading.Lock()
+
+    def end(self, rank: int) -> QueueWire.End:
+        return QueueWire.End(self, rank)
+
+    def queue(self, *name: Any) -> queue.SimpleQueue:
+        with self._lock:
+            return self._queues[name]
+
+    class End(NamedTuple):
+        wire: QueueWire
+        rank: int
+
+        def put(self, peer: int, kind: str, data: Tensor) -> None:
+            self.wire.queue(self.rank, peer, kind).put(data)
+
+        def take(self, peer: int, kind: str) -> Tensor:
+            try:
+                return self.wire.queue(peer, self.rank, kind).get(timeout=self.wire.seconds)
+            except queue.Empty:
+                raise TimeoutError from None
+
+
+class GlooWire:
+    """Between processes."""
+
+    KINDS = ("here", "data", "taken")
+
+    def __init__(self, gloo: Any, seconds: float = 60.0):
+        self._gloo, self._kept = gloo, []
+        gloo._set_default_timeout(timedelta(seconds=seconds))
+
+    def put(self, peer: int, kind: str, data: Tensor) -> None:
+        tag = 2 * self.KINDS.index(kind)
+        self._kept = [pair for pair in self._kept if not pair[0].is_completed()]
+        for part, at in ((torch.tensor([data.numel()]), tag), (data, tag + 1)):
+            if part.numel():
+                self._kept.append((self._gloo.send([part], peer, at), part))
+
+    def take(self, peer: int, kind: str) -> Tensor:
+        tag, size = 2 * self.KINDS.index(kind), torch.zeros(1, dtype=torch.int64)
+        try:
+            self._gloo.recv([size], peer, tag).wait()
+            data = torch.empty(int(size), dtype=torch.uint8)
+            if data.numel():
+                self._gloo.recv([data], peer, tag + 1).wait()
+        except RuntimeError as error:
+            raise TimeoutError(str(error)) from None
+        return data
+
+
+class ImitatedNccl:
+    """One rank's end of a communicator: the methods of `torch.distributed`'s backends that distattn calls."""
+
+    supports_coalescing = True
+
+    def __init__(self, wire: Any, rank: int, ranks: int, device: str = "cpu", blocks: bool = True):
+        """blocks: waits return once messages have come; otherwise at once, as where a device's stream waits."""
+        self._blocks = blocks
+        self._wire, self._rank, self._ranks, self._device = wire, rank, ranks, torch.device(device)
+        self._has_called = False
+        self._group: _Call | None = None
+        # calls that are not worked off yet, oldest first
+        self._stream: list[_Call] = []
+        self._lock = threading.RLock()
+
+    def size(self) -> int:
+        return self._ranks
+
+    def name(self) -> str:
+        return "nccl"
+
+    def allreduce(self, tensors: list[Tensor]) -> _Call:
+        """Of what is only used to open a communicator: nothing is summed."""
+        self._check(*tensors)
+        self._first_call()
+        return _Call(self, [], [])
+
+    def _start_coalescing(self) -> None:
+        assert self._group is None, "a group of calls inside another"
+        self._group = _Call(self, [], [])
+
+    def _end_coalescing(self) -> _Call:
+        call, self._group = self._group, None
+        assert call is not None and (call.sends or call.receives), "a group of no calls"
+        # every message has both ends in the same group of calls, and no message is for oneself
+        assert self._rank not in {peer for peer, _ in (*call.sends, *call.receives)}
+        self._first_call()
+        for _, tensor in call.receives:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0x7F)
+        self._stream.append(call)
+        return call
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> _Call | None:
+        return self._add(tensors, peer, "sends")
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> _Call | None:
+        return self._add(tensors, peer, "receives")
+
+    def _add(self, tensors: list[Tensor], peer: int, what: str) -> _Call | None:
+        self._check(*tensors)
+        # a call of its own, where it is in no group
+        alone = self._group is None
+        if alone:
+            self._start_coalescing()
+        getattr(self._group, what).append((peer, tensors[0]))
+        return self._end_coalescing() if alone else None
+
+    def _check(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            if tensor.device != self._device:
+                raise RuntimeError(f"a tensor on {tensor.device}, the communicator is on {self._device}")
+            assert tensor.is_contiguous(), "NCCL takes contiguous tensors only"
+
+    def _first_call(self) -> None:
+        if self._has_called:
+            return
+        self._has_called = True
+        others = [rank for rank in range(self._ranks) if rank != self._rank]
+        for rank in others:
+            self._wire.put(rank, "here", torch.zeros(1, dtype=torch.uint8))
+        for rank in others:
+            try:
+                self._wire.take(rank, "here")
+            except TimeoutError:
+                raise Hang(
+                    f"rank {self._rank}'s first call of a communicator waits for a call of rank {rank}"
+                ) from None
+
+    def abort(self) -> None:
+        """Whatever waits goes on."""
+        self._stream.clear()
+
+    def work_off(self, last: _Call) -> None:
+        """All calls up to this one, in order."""
+        with self._lock:
+            while last in self._stream:
+                self._stream[0].run()
+                self._stream.pop(0)
+
+
+class _Call:
+    """Messages that are one call, and the work to be waited for."""
+
+    def __init__(self, communicator: ImitatedNccl, sends: list, receives: list):
+        self._communicator, self.sends, self.receives = communicator, sends, receives
+
+    def wait(self) -> bool:
+        if self._communicator._blocks:
+            self._communicator.work_off(self)
+        else:
+            threading.Thread(target=self._communicator.work_off, args=(self,), daemon=True).start()
+        return True
+
+    def is_completed(self) -> bool:
+        return self not in self._communicator._stream
+
+    def run(self) -> None:
+        wire, rank = self._communicator._wire, self._communicator._rank
+        for peer, tensor in self.sends:
+            wire.put(peer, "data", tensor.detach().clone().view(-1).view(torch.uint8))
+        for peer, tensor in self.receives:
+            data = self._taken(wire, rank, peer, "data")
+            if data.numel() != tensor.nbytes:
+                raise Hang(f"rank {rank} receives {tensor.nbytes} bytes from rank {peer}, which sends {data.numel()}")
+            tensor.view(-1).view(torch.uint8).copy_(data)
+            wire.put(peer, "taken", torch.zeros(1, dtype=torch.uint8))
+        # a send ends when the other end has received
+        for peer, _ in self.sends:
+            self._taken(wire, rank, peer, "taken")
+
+    def _taken(self, wire: Any, rank: int, peer: int, kind: str) -> Tensor:
+        try:
+            return wire.take(peer, kind)
+        except TimeoutError:
+            what = f"a message of rank {peer}" if kind == "data" else f"rank {peer} to receive"
+            raise Hang(f"rank {rank} waits for {what}") from None
+
+
+def imitate_nccl(seconds: float = 60.0, blocks: bool = True) -> None:
+    """From now on, communicators that this process opens beside gloo groups have NCCL's rules."""
+    from distattn.parallel.runtime import communicator
+
+    def opened(store: dist.Store, rank: int, ranks: int, timeout: Any) -> ImitatedNccl:
+        gloo = dist.ProcessGroupGloo(store, rank, ranks, timeout)
+        return ImitatedNccl(GlooWire(gloo, seconds), rank, ranks, blocks=blocks)
+
+    communicator._OPEN["gloo"] = opened
+
+
+def by_rules(rules: str, work: Any) -> Any:
+    """`work` for `run_on_ranks`, in processes whose communicators have NCCL's rules, or "gloo"'s own."""
+
+    def run(rank: int, *arguments: Any) -> Any:
+        if rules == "nccl":
+            imitate_nccl()
+        return work(rank, *arguments)
+
+    return run
