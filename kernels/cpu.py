@@ -17,7 +17,7 @@ from torch import Tensor
 from distattn.ir.bands import BK, BQ, K0, K1, Q0, Q1, areas, clip, row_key_ranges, tighten
 from distattn.ir.intervals import Ints
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows, split_even_groups
-from distattn.kernels.merge import accumulation_dtype, merge_
+from distattn.kernels.merge import accumulation_dtype, merge_, output_with_delta
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 
 # the operator takes o, not delta; a row with dO = 0 and delta != 0 cannot be told to it
@@ -141,7 +141,7 @@ def backward(
     dk, dv = (_blank(x.shape, wide, 0.0, schedule.all_keys) for x in (k_SKD, v_SKD))
     do_THD = do_THD.to(wide)
     q, k, v, do = (_heads_first(x.to(wide)) for x in (q_THD, k_SKD, v_SKD, do_THD))
-    o = _heads_first(_stand_in(do_THD, delta_TH))
+    o = _heads_first(output_with_delta(do_THD, delta_TH))
     lse = lse_TH.transpose(0, 1)[None].contiguous()
     for call in schedule.calls:
         rows, keys = (call.heads, slice(call.q0, call.q1)), (call.kv_heads, slice(call.k0, call.k1))
@@ -208,14 +208,3 @@ def _float_mask(call: SdpaCall, dtype: torch.dtype) -> Tensor | None:
 
 def _heads_first(x_THD: Tensor) -> Tensor:
     return x_THD.transpose(0, 1)[None]
-
-
-def _stand_in(do_THD: Tensor, delta_TH: Tensor) -> Tensor:
-    """Some o with rowsum(dO * o) = delta: all the operator uses o for. The true o never travels to where tasks call.
-
-    It is zero but where |dO| of the row is largest, so that nothing overflows and tiny gradients do not vanish.
-    """
-    at = do_THD.abs().argmax(-1, keepdim=True)
-    largest = do_THD.gather(-1, at)
-    value = delta_TH[..., None] / largest.masked_fill(largest == 0, 1.0)
-    return torch.zeros_like(do_THD).scatter_(-1, at, value)

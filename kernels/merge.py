@@ -1,4 +1,4 @@
-"""Joining partial attention results by their log-sum-exp."""
+"""Joining partial attention results by their log-sum-exp, and what operators want that take outputs for row sums."""
 
 # T tokens, H heads, E value head dim
 
@@ -22,3 +22,17 @@ def merge_(o_THE: Tensor, lse_TH: Tensor, other_THE: Tensor, other_lse_TH: Tenso
     o_THE.mul_(torch.exp(lse_TH - finite)[..., None])
     o_THE.add_(other_THE * torch.exp(other_lse_TH - finite)[..., None])
     lse_TH.copy_(lse)
+
+
+def output_with_delta(do_THE: Tensor, delta_TH: Tensor) -> Tensor:
+    """Some o in dO's dtype with rowsum(dO * o) = delta: all that backward operators use o for. delta may be of a wider dtype.
+
+    It is parallel to dO, so that all terms have one sign and roundings of half precision average out. Rows are scaled by their
+    largest number before they are squared: nothing overflows, and tiny gradients do not vanish.
+    """
+    largest_TH1 = do_THE.abs().amax(-1, keepdim=True).to(delta_TH.dtype)
+    largest_TH1 = largest_TH1.masked_fill(largest_TH1 == 0, 1.0)
+    direction_THE = do_THE.to(delta_TH.dtype) / largest_TH1
+    # a row of zeros stays one
+    squares_TH1 = direction_THE.square().sum(-1, keepdim=True).clamp(min=1.0)
+    return (direction_THE * (delta_TH[..., None] / largest_TH1 / squares_TH1)).to(do_THE.dtype)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 KERNELS = {
     "reference": "distattn.kernels.reference",
     "cpu": "distattn.kernels.cpu",
+    "flash": "distattn.kernels.flash.attention",
     "triton": "distattn.kernels.triton.attention",
     "triton_tf32": "distattn.kernels.triton.tf32",
     "gluon": "distattn.kernels.gluon.attention",

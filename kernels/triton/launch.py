@@ -68,11 +68,10 @@ def schedule_to_device(schedule: Any, device: torch.device) -> Any:
     """A kernel's schedule, as its `prepare` made it, with all tensors on a device."""
     if isinstance(schedule, Tensor):
         return schedule.to(device)
-    return (
-        type(schedule)(*(schedule_to_device(part, device) for part in schedule))
-        if isinstance(schedule, tuple)
-        else schedule
-    )
+    if not isinstance(schedule, tuple):
+        return schedule
+    parts = (schedule_to_device(part, device) for part in schedule)
+    return type(schedule)(*parts) if hasattr(schedule, "_fields") else tuple(parts)
 
 
 def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
@@ -96,4 +95,6 @@ def call_arguments(
 def make_launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> TritonLaunch:
     """A launch with those of the arguments that the kernel has."""
     wanted = {name: arguments[name] for name in kernel.arg_names}
-    return TritonLaunch(kernel, (programs,), wanted, {"num_warps": tile.warps, "num_stages": tile.stages})
+    # Triton 3.10 no longer joins products and sums by itself
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return TritonLaunch(kernel, (programs,), wanted, options)

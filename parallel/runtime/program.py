@@ -332,8 +332,11 @@ def _with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Progr
     def changed(value: Any) -> Any:
         if isinstance(value, Tensor):
             return change(value)
-        # named tuples of kernels, within each other
-        return type(value)(*map(changed, value)) if hasattr(value, "_fields") else value
+        if not isinstance(value, tuple):
+            return value
+        # tuples of kernels, named or not, within each other
+        parts = map(changed, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
     def messages(old: list[tuple[Payload, Message]]) -> list[tuple[Payload, Message]]:
         return [(payload, message._replace(view=view(message.view))) for payload, message in old]

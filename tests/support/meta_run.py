@@ -59,7 +59,9 @@ class Watch(TorchDispatchMode):
         assert name not in _SYNCHRONISE, f"{name} waits for the device"
         kinds = {x.device.type for x in (*given, *made)}
         assert kinds != {"cpu", "meta"}, f"{name} copies between host and device"
-        assert not (name.startswith("index") and any(x.dtype == torch.bool for x in given)), f"{name} counts on the host"
+        assert not (name.startswith("index") and any(x.dtype == torch.bool for x in given)), (
+            f"{name} counts on the host"
+        )
         before = {x.untyped_storage()._cdata for x in given}
         in_place = name.endswith("_") or name.startswith("_index_put") or "out" in (kwargs or {})
         view = bool(made) and not in_place and all(x.untyped_storage()._cdata in before for x in made)

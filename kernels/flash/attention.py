@@ -1,0 +1,146 @@
+"""Core attention by PyTorch's own variable-length flash attention (FlashAttention 2; 3 and 4 where they are activated).
+
+`torch.nn.attention.activate_flash_attention_impl("FA3")` changes what the operators run; nothing here differs. They are private
+to PyTorch (`aten::_flash_attention_forward` and `_backward`); a test watches that their arguments stay. Partial outputs come
+in the precision of the inputs, as from every library that merges them. See `pieces` for how masks are said.
+"""
+
+# T query rows, S key rows, H query heads, K key/value heads, D head dim of queries, keys and values
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distattn.kernels.flash.pieces import FlashCall, FlashSchedule, flash_schedule
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.merge import merge_, output_with_delta
+from distattn.kernels.spec import KernelRequirements, ScoreMod
+
+# the operator takes o, not delta; a row with dO = 0 and delta != 0 cannot be told to it
+DIFFERENTIABLE_LSE = False
+ACCUMULATES = True
+DTYPES = (torch.bfloat16, torch.float16)
+forward_operator: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
+backward_operator: Any = getattr(torch.ops.aten, "_flash_attention_backward", None)
+
+
+def unsupported_reason(requirements: KernelRequirements) -> str | None:
+    """Why this kernel cannot serve such a call, or None."""
+    if requirements.device.type != "cuda":
+        return f"PyTorch's variable-length flash attention runs on GPUs, not on {requirements.device.type}"
+    if forward_operator is None or backward_operator is None:
+        return "this PyTorch has no variable-length flash attention"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(requirements.device) < (8, 0):
+        return "it needs compute capability 8.0 (A100) or later"
+    if requirements.dtype not in DTYPES:
+        return f"it computes bfloat16 and float16, not {str(requirements.dtype)[6:]}"
+    if requirements.head_dim != requirements.v_head_dim or requirements.head_dim % 8 or requirements.head_dim > 256:
+        dims = f"{requirements.head_dim} and {requirements.v_head_dim}"
+        return f"its head dims are equal multiples of 8 up to 256, not {dims}"
+    if requirements.softcap or requirements.alibi:
+        return "it has no soft-capping and no ALiBi slopes"
+    return None
+
+
+def prepare(mask: LaunchMask, requirements: KernelRequirements) -> FlashSchedule:
+    """The calls that compute the mask. Raises DistattnError for masks that they cannot say."""
+    return flash_schedule(mask)
+
+
+def forward(
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    schedule: FlashSchedule,
+    score: ScoreMod,
+    into: tuple[Tensor, Tensor] | None = None,
+    merge: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(o_THD, lse_TH) in fp32; rows without keys have o = 0 and lse = -inf.
+
+    into: (o, lse) to write the result to or, with `merge`, to merge it into.
+    """
+    if into is None:
+        o_THD = q_THD.new_empty(q_THD.shape, dtype=torch.float32)
+        into = o_THD, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+    o_THD, lse_TH = into
+    if not merge and not schedule.all_rows:
+        o_THD.zero_()
+        lse_TH.fill_(-torch.inf)
+    for call in schedule.calls:
+        q, k, v = q_THD[call.rows, call.heads], k_SKD[call.keys, call.kv_heads], v_SKD[call.keys, call.kv_heads]
+        part, lse_HT, *_ = forward_operator(q, k, v, *_how(call), **_window(call, score))
+        # rows without keys have an infinite sum of nothing there
+        part_lse = lse_HT.t().masked_fill(lse_HT.t() == torch.inf, -torch.inf)
+        for stretch in call.row_stretches:
+            at = slice(stretch.start, stretch.stop), call.heads
+            own = slice(stretch.start - call.rows.start, stretch.stop - call.rows.start)
+            if stretch.first and not merge:
+                o_THD[at], lse_TH[at] = part[own], part_lse[own]
+            else:
+                merge_(o_THD[at], lse_TH[at], part[own], part_lse[own])
+    return o_THD, lse_TH
+
+
+def backward(
+    do_THD: Tensor,
+    q_THD: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    lse_TH: Tensor,
+    delta_TH: Tensor,
+    schedule: FlashSchedule,
+    score: ScoreMod,
+    into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq_THD, dk_SKD, dv_SKD) of these cells in fp32, given the final lse and delta = rowsum(dO * O) of each row.
+
+    into: dq, and (dk, dv), to which results are added.
+    """
+
+    def blank(like: Tensor, overwritten: bool) -> Tensor:
+        make = torch.empty_like if overwritten else torch.zeros_like
+        return make(like, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+    fresh_q, fresh_k = into[0] is None, into[1] is None
+    dq = blank(q_THD, schedule.all_rows) if into[0] is None else into[0]
+    dk, dv = into[1] or (blank(x, schedule.all_keys) for x in (k_SKD, v_SKD))
+    # the true o never travels to where tasks call
+    o_THD = output_with_delta(do_THD, delta_TH)
+    # weights are exp(score - lse): a row without keys has none
+    lse_HT = lse_TH.masked_fill(lse_TH == -torch.inf, torch.inf).t()
+    # of dropout, which there is none of
+    random = q_THD.new_zeros(2, dtype=torch.uint64), q_THD.new_empty(0, dtype=torch.uint64)
+    for call in schedule.calls:
+        rows, keys = (call.rows, call.heads), (call.keys, call.kv_heads)
+        lse = lse_HT[call.heads, call.rows].contiguous()
+        given = do_THD[rows], q_THD[rows], k_SKD[keys], v_SKD[keys], o_THD[rows], lse
+        starts = call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call)
+        dq_part, dk_part, dv_part = backward_operator(*given, *starts, *random, **_window(call, score))
+        for total, part, stretches, first, heads, fresh in (
+            (dq, dq_part, call.row_stretches, call.rows.start, call.heads, fresh_q),
+            (dk, dk_part, call.key_stretches, call.keys.start, call.kv_heads, fresh_k),
+            (dv, dv_part, call.key_stretches, call.keys.start, call.kv_heads, fresh_k),
+        ):
+            for stretch in stretches:
+                at = total[stretch.start : stretch.stop, heads]
+                own = part[stretch.start - first : stretch.stop - first]
+                # the first to write need not read
+                at.copy_(own) if stretch.first and fresh else at.add_(own)
+    return dq, dk, dv
+
+
+def _how(call: FlashCall) -> tuple[Any, ...]:
+    """Arguments of the forward operator behind q, k and v: no dropout, no debug mask."""
+    return call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call), False
+
+
+def _is_causal(call: FlashCall) -> bool:
+    return (call.left, call.right) == (-1, 0)
+
+
+def _window(call: FlashCall, score: ScoreMod) -> dict[str, Any]:
+    return dict(scale=score.scale, window_size_left=call.left, window_size_right=call.right)
