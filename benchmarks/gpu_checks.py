@@ -130,7 +130,7 @@ def check(call: Call, mask: da.Mask) -> list[str]:
         lse, delta = (guarded((mask.n, HEADS), torch.float32, device, PATTERN) for _ in range(2))
         call.tier.forward(q, k, v, work, score, into=(o, lse.fill_(-torch.inf)), merge=True)
         delta.copy_((do.float() * o).sum(-1))
-        call.tier.backward(do, q, k, v, lse, delta, work, score, into=(dq, (dk, dv)))
+        call.tier.backward(do, q, k, v, lse, delta, work, score, into=(dq, (dk, dv)), add=(True, True))
         results.append({"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv})
     wanted = by_reference(mask, (q, k, v, do), score)
     complaints = [text for key, x in results[0].items() if (text := difference(key, x, wanted[key], call.dtype))]

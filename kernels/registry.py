@@ -23,18 +23,23 @@ KERNELS = {
     "gluon": "distattn.kernels.gluon.attention",
     "gluon_split": "distattn.kernels.gluon.split",
 }
+# the fastest of those that a trial finds right (see `trials`)
+AUTO = "auto"
 # these run on CPUs, all others on GPUs
 CPU_KERNELS = ("reference", "cpu")
 # what replaces a kernel whose sums have no fixed order, under torch.use_deterministic_algorithms
 _DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
+# by device, the kernels among which "auto" chooses by trial, preferred ones first
+CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("gluon", "flash", "triton")}
 
 
 class Kernel(Protocol):
     """The functions and flags of a kernel module.
 
     DIFFERENTIABLE_LSE says whether `backward` is right for any delta, so that gradients may flow through the log-sum-exp.
-    ACCUMULATES says whether `forward` and `backward` also take `into`: tensors that results are merged into or added to.
+    ACCUMULATES says whether `forward` and `backward` also take `into`: tensors that results are written to, or merged into
+    (`merge`) or added to (`add`).
     `prepare` turns a launch mask into the kernel's own schedule once per plan; `forward` and `backward` take that schedule.
     """
 
@@ -67,7 +72,7 @@ class Kernel(Protocol):
 def load_kernel(name: str) -> Kernel:
     """The kernel module of that name. Raises DistattnError where there is none, or what it needs is not installed."""
     if name not in KERNELS:
-        raise DistattnError(f"kernel {name!r} does not exist; there are {', '.join(KERNELS)}.")
+        raise DistattnError(f"kernel {name!r} does not exist; there are {AUTO}, {', '.join(KERNELS)}.")
     try:
         return cast(Kernel, import_module(KERNELS[name]))
     except ModuleNotFoundError as error:
@@ -91,9 +96,11 @@ def _way_out(requirements: KernelRequirements) -> str:
 def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
     """The name of the kernel of a call: `name` if it can serve the call, or the device's default ("cpu", "triton").
 
+    What "auto" finds by trial is `ops.kernel_choice`'s matter; here it is the default.
+
     "gluon" becomes "gluon_split" under torch.use_deterministic_algorithms. Raises DistattnError.
     """
-    if name is None:
+    if name in (None, AUTO):
         if requirements.device.type not in _DEFAULTS:
             raise DistattnError(
                 f'there is no default kernel for {requirements.device.type} tensors; pass kernel="reference".'

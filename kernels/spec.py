@@ -26,7 +26,10 @@ class ScoreMod(NamedTuple):
 
 
 class KernelRequirements(NamedTuple):
-    """What a call requires of a kernel: dtype, head dims, device, and which changes of scores."""
+    """What a call requires of a kernel: dtype, head dims, device, and which changes of scores.
+
+    least_step: rows of the lowest step of its masks, where they climb in steps; 0 where they do not.
+    """
 
     dtype: torch.dtype
     head_dim: int
@@ -34,3 +37,4 @@ class KernelRequirements(NamedTuple):
     device: torch.device
     softcap: bool = False
     alibi: bool = False
+    least_step: int = 0

@@ -8,7 +8,7 @@ from distattn.cluster.spec import ClusterSpec
 from distattn.data.text import VOCABULARY
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import DTYPE_BYTES
-from distattn.kernels.registry import CPU_KERNELS
+from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.training.config import Config
 
 # 10^6 bytes that one rank has for itself (Private_Dirty), measured with torch 2.13 and transformers 5 on Linux: what
@@ -30,7 +30,8 @@ def check_run_fits(config: Config) -> None:
         TRAIN_RANK_MB + model_mb,
         f"{TRAIN_RANK_MB} MB for Python, torch and transformers, {model_mb:,.0f} MB for the model",
     )
-    if kernel not in CPU_KERNELS:
+    # "auto" is the CPU's kernel where there are no GPUs
+    if kernel not in CPU_KERNELS and (kernel != AUTO or gpu_count()):
         check_gpus("parallel.ranks", ranks, f"kernel {kernel!r} wants one for each rank")
 
 

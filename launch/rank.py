@@ -33,6 +33,10 @@ if __name__ == "__main__":
     if (logs := Path(sys.argv[1], "logs")).is_dir():
         keep_log(logs)
 
+    # packed batches want buffers of ever new sizes, and fixed segments of the allocator would leave holes between them
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
     from distattn.training.loop import main
 
     sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))

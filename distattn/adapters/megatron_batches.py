@@ -115,9 +115,16 @@ class _GroupPlanner:
         """See `planner.Ranks`."""
         return SINGLE_RANK if self._transports is None else self._transports.on(device)
 
-    def agree(self, batch: LocalBatch, shape: AttentionShape, make: Callable[[], Planned]) -> Planned:
+    def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
+        """See `planner.Ranks`: all of them have layers of their own."""
+
+    def agree(self, make: Callable[[], Planned]) -> Planned:
         """See `planner.Ranks`."""
         return agree_on_plan(self._host, make)
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        """See `planner.Ranks`."""
+        return [value] if self._host is None else self._host.all_gather(value, what)
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> None:
         """See `planner.Ranks`: nobody is told of passes."""

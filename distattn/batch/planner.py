@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -24,15 +25,18 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
-from distattn.kernels.registry import load_kernel
-from distattn.ops.attention import attention, autocast_inputs
+from distattn.kernels.registry import AUTO, CANDIDATES, load_kernel
+from distattn.kernels.trials import Trial, ranking
+from distattn.ops.attention import attention, autocast_inputs, score_modifiers
 from distattn.ops.executable import (
     EXECUTABLES,
     Executable,
     ExecutionKey,
     PassObserver,
     checked_program,
+    kernel_requirements,
 )
+from distattn.ops.kernel_choice import first_that_serves, has_trials, kernel_trials
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.parallel.runtime.transport import Transport
 
@@ -75,7 +79,7 @@ class PlannerConfig:
             raise DistattnError(f"comm_dtype is one of {', '.join(DTYPE_BYTES)}, not {self.comm_dtype!r}.")
         check_names(self.strategy, self.backward, self.options)
         checked_layout_options(self.layout, self.layout_options, self.document_mask)
-        if self.kernel is not None:
+        if self.kernel not in (None, AUTO):
             load_kernel(self.kernel)
         for name in ("verify_every", "pad_to"):
             value = getattr(self, name)
@@ -97,6 +101,7 @@ class AttentionShape(NamedTuple):
     """What one attention layer asks for, beside the batch.
 
     window: each token sees the last so many, itself among them; override: how this layer is planned otherwise than others.
+    modifiers: of its scores ("softcap", "alibi_slopes"), which not every kernel computes.
     """
 
     heads: int
@@ -106,13 +111,19 @@ class AttentionShape(NamedTuple):
     dtype: str
     window: int | None = None
     override: LayerOverride | None = None
+    modifiers: tuple[str, ...] = ()
 
     @staticmethod
     def of(
-        q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, window: int | None = None, override: LayerOverride | None = None
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKE: Tensor,
+        window: int | None = None,
+        override: LayerOverride | None = None,
+        modifiers: tuple[str, ...] = (),
     ) -> AttentionShape:
         heads, kv_heads, dtype = q_THD.shape[1], k_TKD.shape[1], str(q_THD.dtype)[6:]
-        return AttentionShape(heads, kv_heads, q_THD.shape[2], v_TKE.shape[2], dtype, window, override)
+        return AttentionShape(heads, kv_heads, q_THD.shape[2], v_TKE.shape[2], dtype, window, override, modifiers)
 
 
 class BatchKey(NamedTuple):
@@ -138,11 +149,18 @@ class Ranks(Protocol):
         """How messages between such devices travel. The first call for a device is collective."""
         ...
 
-    def agree(self, batch: LocalBatch, shape: AttentionShape, make: Callable[[], Planned]) -> Planned:
+    def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
+        """A batch is about to be planned for a shape that is new to the run; all ranks come to it."""
+
+    def agree(self, make: Callable[[], Planned]) -> Planned:
         """Plan a batch for a shape that is new to the run, by `make`, and compare the plan with the other ranks'.
 
         A collective call. Where one rank's plan differs or is refused, all raise DistattnError.
         """
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        """A value of every rank, by rank. A collective call; what: ranks do here, for the error of a missing one."""
+        ...
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> PassObserver | None:
         """Who is told of the passes of a batch, if anybody."""
@@ -161,6 +179,8 @@ class Planner:
         self.lay_out = lru_cache(maxsize=8)(lay_out)
         self.plan = lru_cache(maxsize=8)(self._plan)
         self._shapes: dict[tuple[AttentionShape, torch.device], None] = {}
+        # right kernels, fastest first, by what they were tried for
+        self._ranked: dict[tuple[AttentionShape, str], list[str]] = {}
         self._lock = threading.Lock()
 
     def register_shape(self, shape: AttentionShape, device: torch.device) -> None:
@@ -175,9 +195,37 @@ class Planner:
 
     def planned(self, batch: BatchKey, shape: AttentionShape, device: torch.device, proven: bool) -> Planned:
         """Plan, prove and lower: the plan of a batch, with this rank's program made. May be called on any thread."""
-        config, plan = self.config, self.plan(batch, shape)
-        key, _ = checked_program(plan, self.ranks.rank, config.kernel, device, config.max_buffer_bytes, proven)
+        config, plan = self.config, self.plan_of(batch, shape)
+        kernel, ranked = config.kernel, self._ranked.get(self._trial_of(shape, device))
+        if ranked is not None:
+            kernel = first_that_serves(ranked, kernel_requirements(plan.call, device, shape.modifiers))
+        key, _ = checked_program(plan, self.ranks.rank, kernel, device, config.max_buffer_bytes, proven)
         return Planned(plan, key)
+
+    def plan_of(self, batch: BatchKey, shape: AttentionShape) -> Plan:
+        """The plan of a batch for a shape. Which modifiers scores have is the kernel's matter, not the plan's."""
+        return self.plan(batch, shape._replace(modifiers=()))
+
+    def try_kernels(self, batch: BatchKey, shape: AttentionShape, device: torch.device) -> None:
+        """Find the right kernels for calls of such a shape by trial, unless one is asked for. All ranks call it for a new shape.
+
+        Raises DistattnError on all of them where none is right.
+        """
+        trial = self._trial_of(shape, device)
+        if trial in self._ranked or self.config.kernel not in (None, AUTO) or not has_trials(device):
+            return
+        own: dict[str, Trial] = {}
+        names = CANDIDATES[device.type]
+        # what a plan is refused for all ranks hear when they compare plans
+        with suppress(DistattnError):
+            plan = self.plan_of(batch, shape)
+            needed = kernel_requirements(plan.call, device, shape.modifiers)
+            own = kernel_trials(plan, self.ranks.rank, needed, names)
+        self._ranked[trial] = ranking(self.ranks.gather(own, "the trial of kernels"), names)
+
+    def _trial_of(self, shape: AttentionShape, device: torch.device) -> tuple[AttentionShape, str]:
+        """What trials of kernels are known by: windows and layers' own strategies are tried as one."""
+        return shape._replace(window=None, override=None), device.type
 
     def close(self) -> None:
         """Forget all plans."""
@@ -194,7 +242,7 @@ class Planner:
         if shape.override is not None:
             how |= shape.override.settings(mask, layout)
         of_layer = shape._asdict()
-        del of_layer["window"], of_layer["override"]
+        del of_layer["window"], of_layer["override"], of_layer["modifiers"]
         return make_plan(mask, layout, comm_dtype=config.comm_dtype, cluster=config.cluster, **how, **of_layer)
 
 
@@ -253,7 +301,9 @@ class LocalBatch(BatchAttention):
         self.used = True
         q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
         override = self.planner.overrides.of(layer, window)
-        executable = self.executable(AttentionShape.of(q_THD, k_TKD, v_TKE, window, override), q_THD.device)
+        asked = score_modifiers(modifiers.get("softcap"), modifiers.get("alibi_slopes"))
+        shape = AttentionShape.of(q_THD, k_TKD, v_TKE, window, override, asked)
+        executable = self.executable(shape, q_THD.device)
         tokens = executable.program.tokens
         padding = padded(tokens, self.planner.config.pad_to) - tokens
         if not padding or len(q_THD) != tokens + padding:
@@ -281,7 +331,7 @@ class LocalBatch(BatchAttention):
 
     def plan(self, *shape: Any) -> Plan:
         """The plan of this batch for one shape, given as the fields of `AttentionShape`; layers of equal shape share it."""
-        return self.planner.plan(self.key, AttentionShape(*shape))
+        return self.planner.plan_of(self.key, AttentionShape(*shape))
 
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
         """The executable of this batch for one shape.
@@ -306,6 +356,8 @@ class LocalBatch(BatchAttention):
 
     def _planned_now(self, shape: AttentionShape, device: torch.device) -> Planned:
         planner = self.planner
-        found = planner.ranks.agree(self, shape, lambda: planner.planned(self.key, shape, device, self.proven))
+        planner.ranks.begin_shape(self, shape)
+        planner.try_kernels(self.key, shape, device)
+        found = planner.ranks.agree(lambda: planner.planned(self.key, shape, device, self.proven))
         planner.register_shape(shape, device)
         return found

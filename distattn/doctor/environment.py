@@ -47,7 +47,7 @@ class Check(NamedTuple):
 
 def check_machine() -> list[Check]:
     """Look at versions, devices, shared memory, ports and settings of this machine."""
-    return [_python(), *_packages(), *_devices(), *_memory(), *_ports(), *_environment_variables()]
+    return [_python(), *_packages(), *_devices(), *_kernels(), *_memory(), *_ports(), *_environment_variables()]
 
 
 def _python() -> Check:
@@ -99,6 +99,23 @@ def _devices() -> Iterator[Check]:
         yield Check("Triton on GPUs", False, "missing", "pip install triton: the default kernels are written in it")
 
 
+def _kernels() -> Iterator[Check]:
+    """What kernel="auto" has found on this machine's kind of device so far."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    from distattn.kernels.trial_cache import all_trials
+
+    for key, trials in all_trials().items():
+        right = sorted((trial.seconds, name) for name, trial in trials.items() if not trial.fault)
+        faults = {name: trial.fault for name, trial in trials.items() if trial.fault}
+        wrong = [name for name, fault in faults.items() if fault.startswith("wrong")]
+        found = ", ".join(
+            [*(f"{name} {1e3 * seconds:.2f} ms" for seconds, name in right), *map(": ".join, faults.items())]
+        )
+        advice = f"please report it: {', '.join(wrong)} computed wrong numbers, and is not used" if wrong else ""
+        yield Check(f"kernels, {key}", None if wrong else True, found, advice)
+
+
 def _memory() -> Iterator[Check]:
     if os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
@@ -135,6 +152,15 @@ def _ports() -> Iterator[Check]:
 
 
 def _environment_variables() -> Iterator[Check]:
+    allocator = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if torch.cuda.is_available() and "expandable_segments" not in allocator:
+            advice = (
+                "buffers of ever new sizes leave holes; set it to expandable_segments:True, as `distattn train` does"
+            )
+            yield Check("PYTORCH_ALLOC_CONF", None, allocator or "not set", advice)
     for name, (bad, why) in _VARIABLES.items():
         if os.environ.get(name) == bad:
             yield Check(name, None, bad, why)

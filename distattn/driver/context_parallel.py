@@ -353,14 +353,20 @@ class ContextParallel:
         """See `planner.Ranks`."""
         return SINGLE_RANK if self._communicators is None else self._communicators.transports.on(device)
 
-    def agree(self, batch: LocalBatch, shape: AttentionShape, make: Callable[[], Planned]) -> Planned:
-        """See `planner.Ranks`."""
+    def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
+        """See `planner.Ranks`: servers are told."""
         self._check_live(batch)
-        if self._communicators is None:
-            return agree_on_plan(None, make)
-        if self._communicators.control is not None and self.rank < self.models:
-            self._communicators.control.send(ControlMessage(NEW_SHAPE, batch.number, shape))
-        return agree_on_plan(self._communicators.agreement, make)
+        control = None if self._communicators is None else self._communicators.control
+        if control is not None and self.rank < self.models:
+            control.send(ControlMessage(NEW_SHAPE, batch.number, shape))
+
+    def agree(self, make: Callable[[], Planned]) -> Planned:
+        """See `planner.Ranks`."""
+        return agree_on_plan(None if self._communicators is None else self._communicators.agreement, make)
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        """See `planner.Ranks`."""
+        return [value] if self._communicators is None else self._communicators.agreement.all_gather(value, what)
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> BatchObserver | None:
         """See `planner.Ranks`: servers are notified of passes, and the clock of speeds counts them."""

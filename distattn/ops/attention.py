@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
+from distattn.kernels.glue import row_products
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import choose_kernel
 from distattn.kernels.spec import ScoreMod
@@ -131,7 +132,8 @@ def attention(
     elif torch.compiler.is_compiling():
         raise DistattnError("inside torch.compile, attention takes prepare(plan, group) instead of a plan.")
     else:
-        ready = prepare(plan, group, kernel=kernel, device=q_THD.device)
+        modifiers = score_modifiers(softcap, alibi_slopes)
+        ready = prepare(plan, group, kernel=kernel, device=q_THD.device, modifiers=modifiers)
     interleaved = interleaved_batch()
     if interleaved is not None:
         # it lets the others run while its messages travel
@@ -145,6 +147,12 @@ def attention(
     if gate is not None:
         o_THE = (o_THE * gate).to(q_THD.dtype)
     return (o_THE, lse_TH.t()) if return_lse else o_THE
+
+
+def score_modifiers(softcap: Any, alibi_slopes: Any) -> tuple[str, ...]:
+    """The names of those that a call has."""
+    given = {"softcap": bool(softcap), "alibi_slopes": alibi_slopes is not None}
+    return tuple(name for name, has in given.items() if has)
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -268,7 +276,7 @@ def backward_pass(
     if dlse_TH is not None and not executable.kernel.DIFFERENTIABLE_LSE:
         raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
     # the gradient of the log-sum-exp enters where delta does: ds = p * (dp - (delta - dlse))
-    delta_TH = (do.to(lse_TH.dtype) * o.to(lse_TH.dtype)).sum(-1)
+    delta_TH = row_products(do, o)
     if dlse_TH is not None:
         delta_TH -= dlse_TH
     score = _score(executable, scale, softcap, slopes)

@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
@@ -18,10 +19,12 @@ import torch
 import torch.distributed as dist
 
 from distattn.ir.arguments import checked
+from distattn.ir.bands import BK, BQ, MAX_BLOCK
 from distattn.ir.errors import DistattnError, PlanError
 from distattn.ir.plan import Call, Plan
-from distattn.kernels.registry import Kernel, choose_kernel, kernel_preparer, load_kernel
+from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_trials
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.attendance import attended
@@ -170,13 +173,16 @@ def prepare(
     device: torch.device | str | int = "cpu",
     max_buffer_bytes: int | None = None,
     proven: bool = True,
+    modifiers: Sequence[str] = (),
 ) -> Executable:
     """Make a plan ready to run: a collective call of all its ranks, which compare their plans every time.
 
     group defaults to the default process group; a plan for one rank needs none. kernel: a name of KERNELS, by default
-    that of the device. max_buffer_bytes: bytes of buffers a rank may need at once (see `verify`). proven=False: without a
-    proof, for callers that prove every so many plans of one kind; max_buffer_bytes asks for the proof all the same.
-    Hold the result until the backward has run: under torch.compile nothing else keeps its program.
+    "auto": on GPUs the fastest of those that were right in a trial (see `kernels.trials`), alike on all ranks. modifiers:
+    "softcap" and "alibi_slopes", where calls will have them, for that choice. max_buffer_bytes: bytes of buffers a rank may
+    need at once (see `verify`). proven=False: without a proof, for callers that prove every so many plans of one kind;
+    max_buffer_bytes asks for the proof all the same. Hold the result until the backward has run: under torch.compile nothing
+    else keeps its program.
 
     Raises PlanError when the plan cannot be proven or needs more than max_buffer_bytes, or when ranks have different plans;
     DistattnError when it does not fit the kernel. Where one rank refuses, all do. A group of another size is refused
@@ -186,6 +192,10 @@ def prepare(
     device = whole_device(device)
     refusal = program = key = None
     try:
+        if has_trials(device):
+            needed = kernel_requirements(plan.call, device, modifiers)
+            ranked = agreed_ranking(plan, rank, needed, kernel, _gather_over(group))
+            kernel = first_that_serves(ranked, needed) if kernel in (None, AUTO) else kernel
         key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)
     except DistattnError as error:
         refusal = error
@@ -194,6 +204,13 @@ def prepare(
     if refusal is not None or program is None or key is None:
         raise refusal or DistattnError("this plan has no program.")
     return Executable(program, key, _SINGLE_RANK if group is None else EXECUTABLES.transport(group, device))
+
+
+def _gather_over(group: dist.ProcessGroup | None) -> Callable[[Any], list[Any]]:
+    if group is None:
+        return lambda value: [value]
+    host = EXECUTABLES.host(group)
+    return lambda value: attended(group, "the trial of kernels", lambda: gather_objects(host, value))
 
 
 def whole_device(device: torch.device | str | int) -> torch.device:
@@ -221,9 +238,19 @@ def checked_program(
     return key, program
 
 
-def kernel_requirements(call: Call, device: torch.device) -> KernelRequirements:
-    """What a call asks of a kernel, as far as its plan knows."""
-    return KernelRequirements(getattr(torch, call.dtype), call.head_dim, call.v_head_dim, device)
+def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[str] = ()) -> KernelRequirements:
+    """What a call asks of a kernel, as far as its plan knows. modifiers: of its scores, "softcap" and "alibi_slopes"."""
+    steps = call.mask.pieces[:, [BQ, BK]]
+    climbs = steps[(steps != 1).any(1), 0]
+    return KernelRequirements(
+        getattr(torch, call.dtype),
+        call.head_dim,
+        call.v_head_dim,
+        device,
+        "softcap" in modifiers,
+        "alibi_slopes" in modifiers,
+        int(climbs.min(initial=MAX_BLOCK)) if len(climbs) else 0,
+    )
 
 
 def plan_difference(digests: list[str], summaries: list[dict[str, Any]]) -> str:

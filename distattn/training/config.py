@@ -23,7 +23,7 @@ from distattn.cluster.topology import Cluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import LAYOUTS
 from distattn.ir.plan import POLICIES
-from distattn.kernels.registry import KERNELS
+from distattn.kernels.registry import AUTO, KERNELS
 from distattn.parallel.make_plan import STRATEGIES
 
 # as in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
@@ -381,7 +381,7 @@ def _name_problems(config: Config) -> Iterator[str]:
         "parallel.strategy": (parallel.strategy, list(STRATEGIES)),
         "parallel.data": (parallel.data, DATA),
         "parallel.layout": (parallel.layout, list(LAYOUTS)),
-        "parallel.kernel": (parallel.kernel, list(KERNELS)),
+        "parallel.kernel": (parallel.kernel, [AUTO, *KERNELS]),
         "parallel.backward": (parallel.backward or POLICIES[0], POLICIES),
     }
     for key, (value, known) in names.items():

@@ -24,7 +24,7 @@ from distattn.adapters import pytorch
 from distattn.data.text import VOCABULARY, read_tokens
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
-from distattn.kernels.registry import CPU_KERNELS
+from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.metrics import MetricsReporter
@@ -39,7 +39,8 @@ def main(folder: str, json_lines: bool) -> int:
     # ranks share the machine's cores; more threads than cores only wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.parallel.ranks))
     device = torch.device("cpu")
-    if config.parallel.kernel not in CPU_KERNELS:
+    kernel = config.parallel.kernel
+    if torch.cuda.is_available() if kernel == AUTO else kernel not in CPU_KERNELS:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl")

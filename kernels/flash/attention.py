@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distattn.kernels.flash.pieces import FlashCall, FlashSchedule, flash_schedule
+from distattn.kernels.flash.pieces import LEAST_STEP, FlashCall, FlashSchedule, flash_schedule
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.merge import merge_, output_with_delta
 from distattn.kernels.spec import KernelRequirements, ScoreMod
@@ -42,6 +42,8 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
         return f"its head dims are equal multiples of 8 up to 256, not {dims}"
     if requirements.softcap or requirements.alibi:
         return "it has no soft-capping and no ALiBi slopes"
+    if 0 < requirements.least_step < LEAST_STEP:
+        return f"its masks climb in steps of at least {LEAST_STEP} rows, not {requirements.least_step}"
     return None
 
 
@@ -95,19 +97,21 @@ def backward(
     schedule: FlashSchedule,
     score: ScoreMod,
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
+    add: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq_THD, dk_SKD, dv_SKD) of these cells in fp32, given the final lse and delta = rowsum(dO * O) of each row.
 
-    into: dq, and (dk, dv), to which results are added.
+    into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
     """
-
-    def blank(like: Tensor, overwritten: bool) -> Tensor:
-        make = torch.empty_like if overwritten else torch.zeros_like
-        return make(like, dtype=torch.float32, memory_format=torch.contiguous_format)
-
-    fresh_q, fresh_k = into[0] is None, into[1] is None
-    dq = blank(q_THD, schedule.all_rows) if into[0] is None else into[0]
-    dk, dv = into[1] or (blank(x, schedule.all_keys) for x in (k_SKD, v_SKD))
+    dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
+    dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKD))
+    for total, adds, overwritten in (
+        (dq, add[0], schedule.all_rows),
+        (dk, add[1], schedule.all_keys),
+        (dv, add[1], schedule.all_keys),
+    ):
+        if not adds and not overwritten:
+            total.zero_()
     # the true o never travels to where tasks call
     o_THD = output_with_delta(do_THD, delta_TH)
     # weights are exp(score - lse): a row without keys has none
@@ -120,16 +124,16 @@ def backward(
         given = do_THD[rows], q_THD[rows], k_SKD[keys], v_SKD[keys], o_THD[rows], lse
         starts = call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call)
         dq_part, dk_part, dv_part = backward_operator(*given, *starts, *random, **_window(call, score))
-        for total, part, stretches, first, heads, fresh in (
-            (dq, dq_part, call.row_stretches, call.rows.start, call.heads, fresh_q),
-            (dk, dk_part, call.key_stretches, call.keys.start, call.kv_heads, fresh_k),
-            (dv, dv_part, call.key_stretches, call.keys.start, call.kv_heads, fresh_k),
+        for total, part, stretches, first, heads, adds in (
+            (dq, dq_part, call.row_stretches, call.rows.start, call.heads, add[0]),
+            (dk, dk_part, call.key_stretches, call.keys.start, call.kv_heads, add[1]),
+            (dv, dv_part, call.key_stretches, call.keys.start, call.kv_heads, add[1]),
         ):
             for stretch in stretches:
                 at = total[stretch.start : stretch.stop, heads]
                 own = part[stretch.start - first : stretch.stop - first]
                 # the first to write need not read
-                at.copy_(own) if stretch.first and fresh else at.add_(own)
+                at.copy_(own) if stretch.first and not adds else at.add_(own)
     return dq, dk, dv
 
 

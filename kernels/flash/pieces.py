@@ -23,7 +23,7 @@ from distattn.kernels.launch_mask import LaunchMask, WrittenRows, split_even_gro
 # no limit on that side of a window
 OPEN = -1
 # a staircase is cut at every step: of fewer rows than this no kernel makes good use
-_LEAST_STEP = 16
+LEAST_STEP = 16
 
 
 class Sequence(NamedTuple):
@@ -127,7 +127,7 @@ def _steps(band: Ints) -> Iterator[Sequence]:
     """A staircase, step by step: all rows of one see the same keys."""
     q0, q1, size, origin = int(band[Q0]), int(band[Q1]), int(band[BQ]), int(band[OQ])
     at = [q0, *range(q0 + size - (q0 - origin) % size, q1, size), q1]
-    if size < _LEAST_STEP and len(at) > 2:
+    if size < LEAST_STEP and len(at) > 2:
         raise DistattnError(
             f'kernel "flash" cannot say a mask that climbs in steps of {size} rows; use kernel="triton".'
         )

@@ -103,15 +103,19 @@ def backward(
     schedule: TileSchedule,
     score: ScoreMod,
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
+    add: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq_THD, dk_SKD, dv_SKE) of these cells in fp32, given the final lse and delta = rowsum(dO * O) of each row.
 
-    into: dq, and (dk, dv), to which results are added.
+    into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
     """
-    dq = q_THD.new_zeros(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
+    dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
+    # programs add to it
+    if not add[0]:
+        dq.zero_()
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
     tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
-    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, accumulate=into[1] is not None):
+    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, accumulate=add[1]):
         run_launch(launch)
     return dq, dk, dv
 

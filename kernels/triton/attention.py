@@ -155,17 +155,17 @@ def backward(
     schedule: TileSchedule,
     score: ScoreMod,
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
+    add: tuple[bool, bool] = (False, False),
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq_THD, dk_SKD, dv_SKE) of these cells in fp32, given the final lse and delta = rowsum(dO * O) of each row.
 
-    into: dq, and (dk, dv), to which results are added.
+    into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
     """
     dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
-    accumulate = into[0] is not None, into[1] is not None
     tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
-    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, precision=precision, accumulate=accumulate):
+    for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, precision=precision, accumulate=add):
         run_launch(launch)
     return dq, dk, dv
 

@@ -7,7 +7,7 @@ lowered, all views of a table are resolved together (`resolve_views`), so that n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distattn.ir.intervals import Ints, expand_ranges, overlapping_pairs, run_starts, stable_argsort
 from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload
-from distattn.kernels.merge import merge_
+from distattn.kernels.glue import Rows, add_rows, copy_rows, merge_rows
 
 RowIndex = slice | Tensor
 # the tensors of a payload, (rows, heads, width) or (rows, heads) each; see `Call.payload_fields`
@@ -139,23 +139,34 @@ class Buffers:
     alive, peak: bytes alive now, and the most that were alive at once; own tensors and bound ones are not counted.
     """
 
-    def __init__(self, call: Call, like: Tensor):
-        """like: any tensor on the device of the pass."""
-        self.call, self.like = call, like
+    def __init__(self, call: Call, like: Tensor, blank: Container[BufferKey] = ()):
+        """like: any tensor on the device of the pass; blank: buffers of partial results that must begin as "nothing yet"."""
+        self.call, self.like, self._blank = call, like, blank
         self.fields: dict[BufferKey, Fields] = {}
         self.bound: set[BufferKey] = set()
         self.alive = self.peak = 0
 
     def new(self, payload: Payload, rows: int, heads: int, as_sent: bool = False) -> Fields:
-        """New tensors of a payload, in the dtype of memory or `as_sent`; those of partial results hold "nothing yet"."""
+        """New tensors of a payload, in the dtype of memory or `as_sent`; what is in them has no meaning."""
         out = []
         for width, dtype in self.call.comm_fields(payload) if as_sent else self.call.payload_fields(payload):
             shape = (rows, heads) if width is None else (rows, heads, width)
-            make = torch.zeros if payload in REDUCED_PAYLOADS else torch.empty
-            out.append(make(shape, dtype=getattr(torch, dtype), device=self.like.device))
-        if payload == Payload.O:
-            out[1].fill_(-torch.inf)
+            out.append(torch.empty(shape, dtype=getattr(torch, dtype), device=self.like.device))
         return tuple(out)
+
+    def new_own(self, payload: Payload, rows: int) -> Fields:
+        """New tensors for the rank's own part of a result, bound as such."""
+        heads = self.call.payload_heads(payload)
+        return self.bind_own(payload, self._made(BufferKey(payload, OWN, 0, heads), rows))
+
+    def _made(self, key: BufferKey, rows: int) -> Fields:
+        fields = self.new(key.payload, rows, key.h1 - key.h0)
+        if key in self._blank:
+            for tensor in fields:
+                tensor.zero_()
+            if key.payload == Payload.O:
+                fields[1].fill_(-torch.inf)
+        return fields
 
     def bind_own(self, payload: Payload, fields: Fields) -> Fields:
         """Use these tensors as the rank's own ones of a payload; returns them."""
@@ -178,7 +189,7 @@ class Buffers:
     def allocate(self, key: BufferKey, rows: int) -> None:
         """Make a buffer of so many rows, unless it is bound."""
         if key not in self.bound:
-            self.fields[key] = self._counted(self.new(key.payload, rows, key.h1 - key.h0))
+            self.fields[key] = self._counted(self._made(key, rows))
 
     def release(self, key: BufferKey) -> None:
         """Free a buffer."""
@@ -213,30 +224,23 @@ class Buffers:
             for tensor in out:
                 tensor.zero_()
         for piece in view.slices:
+            rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
             for whole, tensor in zip(out, self.fields[piece.buffer], strict=True):
-                whole[:, piece.view_heads][piece.view_rows] = tensor[:, piece.heads][piece.rows]
+                copy_rows(whole[:, piece.view_heads], view_rows, tensor[:, piece.heads], rows)
         return out
 
     def accumulate(self, payload: Payload, view: View, fields: Fields) -> None:
         """Accumulate the tensors of a view into its buffers: O by log-sum-exp, gradients by sum."""
         for piece in view.slices:
-            parts = tuple(tensor[piece.view_rows, piece.view_heads] for tensor in fields)
+            rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
+            parts = tuple(tensor[:, piece.view_heads] for tensor in fields)
             totals = tuple(tensor[:, piece.heads] for tensor in self.fields[piece.buffer])
-            if piece.is_first:
-                for total, part in zip(totals, parts, strict=True):
-                    # what was sent may be narrower
-                    total[piece.rows] = part.to(total.dtype)
+            if payload == Payload.O and not piece.is_first:
+                merge_rows(totals[0], totals[1], rows, parts[0], parts[1], view_rows)
                 continue
-            held = tuple(total[piece.rows] for total in totals)
-            if payload == Payload.O:
-                merge_(*held, *parts)
-            else:
-                for total, part in zip(held, parts, strict=True):
-                    total += part
-            # an index gives copies where a slice gives views
-            if not isinstance(piece.rows, slice):
-                for total, merged in zip(totals, held, strict=True):
-                    total[piece.rows] = merged
+            for total, part in zip(totals, parts, strict=True):
+                # what was sent may be narrower
+                (copy_rows if piece.is_first else add_rows)(total, rows, part, view_rows)
 
     def _counted(self, fields: Fields) -> Fields:
         self.alive += sum(tensor.nbytes for tensor in fields)

@@ -43,10 +43,10 @@ def forward(
     most bytes of buffers, beside the rank's own tensors and `kept`, that were alive at once.
     """
     call = program.call
-    buffers = Buffers(call, q_THD)
+    buffers = Buffers(call, q_THD, program.blank)
     buffers.bind_own(Payload.Q, (q_THD,))
     buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
-    o_THE, lse_TH = buffers.bind_own(Payload.O, buffers.new(Payload.O, program.tokens, call.heads))
+    o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
     kept = q_THD.new_empty(kept_elements(program))
     buffers.bind_flat(program.kept, kept)
 
@@ -82,12 +82,12 @@ def backward(
     delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp where there is one.
     """
     call = program.call
-    buffers = Buffers(call, q_THD)
+    buffers = Buffers(call, q_THD, program.blank)
     buffers.bind_own(Payload.Q, (q_THD,))
     buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
     buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
-    (dq_THD,) = buffers.bind_own(Payload.dQ, buffers.new(Payload.dQ, program.tokens, call.heads))
-    dk_TKD, dv_TKE = buffers.bind_own(Payload.dKV, buffers.new(Payload.dKV, program.tokens, call.kv_heads))
+    (dq_THD,) = buffers.new_own(Payload.dQ, program.tokens)
+    dk_TKD, dv_TKE = buffers.new_own(Payload.dKV, program.tokens)
     buffers.bind_flat({kept_key(key): rows for key, rows in program.kept.items()}, kept)
 
     def compute(launch: KernelLaunch, operands: dict[Payload, Fields]) -> dict[Payload, Fields]:
@@ -98,7 +98,8 @@ def backward(
             return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
         into = {payload: buffers.without_copy(view) for payload, view in launch.results.items()}
         into_dq, into_dkv = into[Payload.dQ], into[Payload.dKV]
-        dq, dk, dv = kernel.backward(*inputs, into=(None if into_dq is None else into_dq[0], into_dkv))
+        add = tuple(not launch.results[payload].slices[0].is_first for payload in (Payload.dQ, Payload.dKV))
+        dq, dk, dv = kernel.backward(*inputs, into=(None if into_dq is None else into_dq[0], into_dkv), add=add)
         made = {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
         return {payload: fields for payload, fields in made.items() if into[payload] is None}
 

@@ -97,7 +97,8 @@ class Program:
     """One rank's share of a plan.
 
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
-    in the forward pass. proof: None where nobody has proven the plan. uploaded: of programs whose lists are on a GPU.
+    in the forward pass. proof: None where nobody has proven the plan. blank: buffers of results that not every first write
+    reaches, in both passes. uploaded: of programs whose lists are on a GPU.
     """
 
     # not the plan itself: programs are cached for as long as their plan lives
@@ -108,6 +109,7 @@ class Program:
     forward: list[ProgramStep]
     backward: list[ProgramStep]
     kept: dict[BufferKey, int]
+    blank: frozenset[BufferKey]
     uploaded: UploadedLists | None = None
 
 
@@ -125,7 +127,8 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     kept = {key: rows for key, rows in forward.sizes.items() if keep and key.payload in (Payload.Q, Payload.KV)}
     inherited = [extent._replace(key=kept_key(extent.key)) for extent in forward.buffers if extent.key in kept]
     backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, inherited)
-    return Program(call, proof, rank, tokens, forward.steps(kept), backward.steps(), kept)
+    steps = forward.steps(kept), backward.steps()
+    return Program(call, proof, rank, tokens, *steps, kept, frozenset(forward.blank | backward.blank))
 
 
 def kept_key(key: BufferKey) -> BufferKey:
@@ -193,6 +196,8 @@ class _TableLowering:
             *self._buffers(self.incoming, HELD_PAYLOADS, "src"),
             *self._buffers(self.outgoing, REDUCED_PAYLOADS, "dst"),
         ]
+        # filled by `steps`
+        self.blank: set[BufferKey] = set()
         self.sizes = {extent.key: int((extent.t1 - extent.t0).sum()) for extent in self.buffers}
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
 
@@ -271,15 +276,14 @@ class _TableLowering:
                 steps[last[key]].release.append(key)
 
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
-        """Mark the slices that write outputs where none are yet, in the order in which the executor accumulates.
+        """Mark the slices that write results where none are yet, in the order in which the executor accumulates.
 
-        Gradients are left alone: adding to zeros costs what writing does, merging outputs five times as much.
+        A buffer that first writes do not reach everywhere is noted as blank.
         """
-        sizes = {**self.sizes, self._own(Payload.O).key: self.tokens}
-        results = [launch.results for step in steps for launch in step.launches]
-        views = [views[Payload.O] for views in results if Payload.O in views]
-        views += [message.view for step in steps for payload, message in step.receives if payload == Payload.O]
-        head_bounds: dict[BufferKey, set[int]] = {}
+        own = {self._own(payload).key: payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
+        sizes = self.sizes | dict.fromkeys(own, self.tokens)
+        views = [view for step in steps for view in _result_views(step)]
+        head_bounds = {key: {0, key.h1 - key.h0} for key in own}
         for piece in (piece for view in views for piece in view.slices):
             head_bounds.setdefault(piece.buffer, set()).update((piece.heads.start, piece.heads.stop))
         written = {key: WrittenRows(sizes[key], bounds) for key, bounds in head_bounds.items()}
@@ -293,12 +297,21 @@ class _TableLowering:
 
         for step in steps:
             for launch in step.launches:
-                if Payload.O in launch.results:
-                    launch.results[Payload.O] = marked(launch.results[Payload.O])
+                launch.results.update({payload: marked(view) for payload, view in launch.results.items()})
             step.receives = [
-                (payload, message._replace(view=marked(message.view)) if payload == Payload.O else message)
+                (payload, message._replace(view=marked(message.view)) if payload in REDUCED_PAYLOADS else message)
                 for payload, message in step.receives
             ]
+        self.blank = {key for key, rows in written.items() if rows.unwritten}
+
+
+def _result_views(step: ProgramStep) -> Iterator[View]:
+    """The views that results of a step are accumulated into: its launches' first, then what arrives."""
+    for launch in step.launches:
+        yield from launch.results.values()
+    for payload, message in step.receives:
+        if payload in REDUCED_PAYLOADS:
+            yield message.view
 
 
 def _memoized(prepare: PrepareKernel) -> PrepareKernel:

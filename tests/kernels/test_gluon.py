@@ -137,7 +137,9 @@ def test_gradients_are_added_to_what_is_there():
         work = gluon_attention.prepare(
             LaunchMask.from_mask(part, 2, 1), KernelRequirements(torch.float16, 128, 128, CPU)
         )
-        gluon_attention.backward(do, q, k, v, wanted.lse.float(), delta, work, PLAIN, into=(dq, (dk, dv)))
+        gluon_attention.backward(
+            do, q, k, v, wanted.lse.float(), delta, work, PLAIN, into=(dq, (dk, dv)), add=(True, True)
+        )
     for name, got in (("dq", dq), ("dk", dk), ("dv", dv)):
         assert relative_error(got - 1, getattr(wanted, name)) < 4e-3, name
 

@@ -116,7 +116,7 @@ def test_dispatch_is_explicit():
         == "reference"
     )
     for arguments, sentence in (
-        (("flush", torch.float32, 8, 8, CPU), "kernel 'flush' does not exist; there are reference, cpu"),
+        (("flush", torch.float32, 8, 8, CPU), "kernel 'flush' does not exist; there are auto, reference, cpu"),
         ((None, torch.float32, 8, 12, CPU), "equal head dims, not 8 and 12"),
         (("cpu", torch.float32, 8, 8, torch.device("cuda")), "runs on CPU tensors, not on cuda"),
         (("cpu", torch.float32, 8, 8, CPU, True, False), "no soft-capping and no ALiBi"),

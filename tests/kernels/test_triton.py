@@ -193,7 +193,7 @@ def test_gradients_are_added_to_what_is_there():
     for part in thirds(n):
         work = triton_attention.prepare_tiles(LaunchMask.from_mask(part, 2, 1), SMALL)
         into = (dq, (dk, dv))
-        triton_attention.backward(do, q, k, v, wanted.lse.float(), delta, work, score, into=into)
+        triton_attention.backward(do, q, k, v, wanted.lse.float(), delta, work, score, into=into, add=(True, True))
     for name, got in (("dq", dq), ("dk", dk), ("dv", dv)):
         assert relative_error(got, getattr(wanted, name)) < 1e-5, name
 

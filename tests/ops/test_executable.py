@@ -248,7 +248,7 @@ def _one_refuses(rank, change):
     ("change", "sentence"),
     [
         ({"max_buffer_bytes": 10}, "more than max_buffer_bytes = 10."),
-        ({"kernel": "nope"}, "there are reference, cpu, flash, triton, triton_tf32, gluon, gluon_split."),
+        ({"kernel": "nope"}, "there are auto, reference, cpu, flash, triton, triton_tf32, gluon, gluon_split."),
     ],
 )
 def test_where_one_rank_refuses_all_do(change, sentence):

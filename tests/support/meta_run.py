@@ -99,7 +99,7 @@ class MetaKernel:
         o = q.new_empty(*q.shape[:2], v.shape[2], dtype=torch.float32)
         return into or (o, q.new_empty(q.shape[:2], dtype=torch.float32))
 
-    def backward(self, do, q, k, v, lse, delta, schedule, score, into=(None, None)):  # noqa: ANN001
+    def backward(self, do, q, k, v, lse, delta, schedule, score, into=(None, None), add=(False, False)):  # noqa: ANN001
         self.calls += 1
         # log-sum-exp and delta by head
         lse.new_empty(2, q.shape[1], (len(q) // 256 + 2) * 256)

@@ -1,0 +1,65 @@
+"""`kernel="auto"`: which kernel computes a plan, found by trial (see `kernels.trials`); all ranks choose alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from distattn.ir.errors import DistattnError
+from distattn.ir.plan import Plan
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.registry import AUTO, CANDIDATES, load_kernel
+from distattn.kernels.spec import KernelRequirements
+from distattn.kernels.trial_cache import read_trials, trial_key, write_trials
+from distattn.kernels.trials import Trial, ranking, try_kernels
+from distattn.parallel.runtime.program import lower
+
+_LOG = logging.getLogger("distattn")
+
+
+def has_trials(device: torch.device) -> bool:
+    """Whether there is a choice of kernels on such a device."""
+    return len(CANDIDATES.get(device.type, ())) > 1
+
+
+def agreed_ranking(
+    plan: Plan,
+    rank: int,
+    requirements: KernelRequirements,
+    kernel: str | None,
+    gather: Callable[[Any], list[Any]],
+) -> list[str]:
+    """The right kernels, fastest first: this rank's trials and those of all others. A collective call.
+
+    kernel: what this rank was asked for; it tries nothing unless that is "auto" or None. gather: a value of every rank, by
+    rank. Raises DistattnError on all ranks where no kernel is right.
+    """
+    names = CANDIDATES[requirements.device.type]
+    return ranking(gather(kernel_trials(plan, rank, requirements, names) if kernel in (None, AUTO) else {}), names)
+
+
+def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple[str, ...]) -> dict[str, Trial]:
+    """This rank's trials of kernels on its launches of a plan, from the cache where they are there."""
+    masks: list[LaunchMask] = []
+    # what a plan is refused for is said where plans are compared
+    with suppress(DistattnError):
+        lower(plan, rank, masks.append)
+    key = trial_key(masks, requirements)
+    found = read_trials(key, names)
+    if found is None:
+        found = try_kernels(names, masks, requirements, _LOG.info)
+        if found:
+            write_trials(key, found)
+    for name, trial in found.items():
+        if trial.fault.startswith("wrong"):
+            _LOG.warning("kernel %s is not used on %s: %s", name, key, trial.fault)
+    return found
+
+
+def first_that_serves(ranked: list[str], requirements: KernelRequirements) -> str:
+    """The first kernel of a ranking that serves such a call, or the first of all, which then says why it does not."""
+    return next((name for name in ranked if not load_kernel(name).unsupported_reason(requirements)), ranked[0])

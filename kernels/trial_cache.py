@@ -1,0 +1,83 @@
+"""What kernels' trials found on this machine, in a file: by device, driver, PyTorch, Triton and shape."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements
+from distattn.kernels.trials import Trial
+
+
+def cache_file() -> Path:
+    """Where trials are kept; the folder is that of the XDG base directories."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "distattn", "kernels.json")
+
+
+def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
+    """What a trial depends on, as a line that people can read."""
+    largest = max((mask.rows for mask in masks), default=0)
+    first = masks[0] if masks else None
+    # within a factor of two the same kernel is the fastest
+    rows = 1 << max(largest - 1, 0).bit_length()
+    heads = f"{first.heads}:{first.kv_heads}" if first else "no heads"
+    shape = f"{str(requirements.dtype)[6:]} {heads} {requirements.head_dim}/{requirements.v_head_dim}"
+    extras = "".join(f" {name}" for name in ("softcap", "alibi") if getattr(requirements, name))
+    steps = f" steps of {requirements.least_step}" if requirements.least_step else ""
+    return f"{_machine(requirements.device)} | {shape}{extras}{steps}, {rows} rows"
+
+
+def read_trials(key: str, names: tuple[str, ...]) -> dict[str, Trial] | None:
+    """The trials of these kernels, or None where one has not been tried."""
+    found = _read().get(key, {})
+    if not all(name in found for name in names):
+        return None
+    return {name: Trial(**found[name]) for name in names}
+
+
+def write_trials(key: str, trials: dict[str, Trial]) -> None:
+    """Keep trials. A file that cannot be written is no reason to stop."""
+    path = cache_file()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        everything = _read()
+        everything[key] = everything.get(key, {}) | {name: trial._asdict() for name, trial in trials.items()}
+        # other ranks of this machine write, too: whole files or nothing
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(everything, file, indent=1)
+        os.replace(file.name, path)
+
+
+def all_trials() -> dict[str, dict[str, Trial]]:
+    """Everything that is kept, by key."""
+    return {key: {name: Trial(**trial) for name, trial in trials.items()} for key, trials in _read().items()}
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _machine(device: torch.device) -> str:
+    name, driver = "CPU", ""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        with suppress(OSError):
+            driver = Path("/proc/driver/nvidia/version").read_text().split("Module", 1)[-1].split()[0]
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return f"{name} | driver {driver or 'unknown'} | torch {torch.__version__} | triton {triton}"

@@ -1,0 +1,194 @@
+"""Kernels on trial: each that could serve a launch is compared with the reference on a sample of it, and timed on a larger one.
+
+So a kernel that is wrong on this device, with this driver or compiler, is found before it computes anything, and the fastest
+right one is taken.
+"""
+
+# T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1, areas, clip, row_key_ranges
+from distattn.ir.errors import DistattnError
+from distattn.kernels import reference
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.registry import Kernel, load_kernel
+from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.triton.launch import schedule_to_device
+
+# of a tensor's norm: what rounding of inputs and weights explains, several times over
+_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-9}
+# rows, keys and heads of samples: some for comparison, and at most so many for times
+_COMPARED, _TIMED = (384, 512, 8), (16384, 16384, 1 << 30)
+_RUNS = 3
+_SEED = 1234
+
+
+class Trial(NamedTuple):
+    """How a kernel did: the largest relative difference from the reference, and seconds of forward and backward.
+
+    fault: why it must not be used; an empty text where it is right.
+    """
+
+    difference: float = 0.0
+    seconds: float = 0.0
+    fault: str = ""
+
+
+def try_kernels(
+    names: Sequence[str],
+    masks: Sequence[LaunchMask],
+    requirements: KernelRequirements,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Trial]:
+    """The trials of kernels on launches of a plan, of which the largest is sampled. Nothing is tried without a launch."""
+    if not masks:
+        return {}
+    largest = max(masks, key=lambda mask: int(areas(mask.bands).sum()))
+    found = {}
+    for name in names:
+        report(f"trying kernel {name} ...")
+        found[name] = _tried(name, largest, requirements)
+    return found
+
+
+def sample(mask: LaunchMask, rows: int, keys: int, heads: int, at: float) -> LaunchMask:
+    """At most so many rows and keys and about so many heads of a launch, where row `at` (0 to 1) of the largest band ends."""
+    # whole groups, from the first on
+    wanted = -(-heads // mask.group_size) * mask.group_size - mask.first_head
+    count = min(max(wanted, 1), mask.heads)
+    theirs = mask.bands[mask.band_heads[:, 0] < count]
+    band = theirs[int(areas(theirs).argmax())]
+    row = int(band[Q0]) + round(at * (int(band[Q1] - band[Q0]) - 1))
+    _, end = (int(x[0]) for x in row_key_ranges(band[None], np.array([row])))
+    first_row = min(max(row - rows // 2, 0), max(mask.rows - rows, 0))
+    # the end of that row's keys, with some that it does not see
+    first_key = min(max(end - keys * 7 // 8, 0), max(mask.keys - keys, 0))
+    some = slice(first_row, min(first_row + rows, mask.rows)), slice(first_key, min(first_key + keys, mask.keys))
+    return cropped(mask, *some, count)
+
+
+def cropped(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMask:
+    """These rows and keys of the first heads of a launch, as a launch of its own."""
+    bands = clip(mask.bands, rows.start, rows.stop, keys.start, keys.stop)
+    band_heads = np.minimum(mask.band_heads, heads)
+    kept = (bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1]) & (band_heads[:, 0] < band_heads[:, 1])
+    bands, band_heads = bands[kept].copy(), band_heads[kept]
+    bands[:, [Q0, Q1, OQ]] -= rows.start
+    bands[:, [K0, K1, OK]] -= keys.start
+    shift = mask.distance_shift[kept] + keys.start - rows.start
+    sizes = rows.stop - rows.start, keys.stop - keys.start
+    kv_heads = -(-(mask.first_head + heads) // mask.group_size)
+    return LaunchMask(bands, band_heads, shift, *sizes, heads, kv_heads, mask.group_size, mask.first_head)
+
+
+def _tried(name: str, mask: LaunchMask, requirements: KernelRequirements) -> Trial:
+    try:
+        kernel = load_kernel(name)
+        if why_not := kernel.unsupported_reason(requirements):
+            return Trial(fault=why_not)
+        difference = max(_difference(kernel, sample(mask, *_COMPARED, at), requirements) for at in (0.0, 0.6))
+        # not a number is not small either
+        if not difference <= _TOLERANCE[requirements.dtype]:
+            return Trial(difference, fault=f"wrong: {difference:.1e} from the reference")
+        return Trial(difference, _seconds(kernel, sample(mask, *_TIMED, 1.0), requirements))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # a compiler's or a driver's trouble is this kernel's alone
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return Trial(fault=f"{type(error).__name__}: {reason}"[:300])
+
+
+class _Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    score: ScoreMod
+
+    @staticmethod
+    def of(mask: LaunchMask, requirements: KernelRequirements) -> _Inputs:
+        device = requirements.device
+        generator = torch.Generator(device).manual_seed(_SEED)
+
+        def tensor(rows: int, heads: int, width: int) -> Tensor:
+            return torch.randn(rows, heads, width, generator=generator, device=device).to(requirements.dtype)
+
+        dim, v_dim = requirements.head_dim, requirements.v_head_dim
+        slopes = torch.rand(mask.heads, generator=generator, device=device) / 8 if requirements.alibi else None
+        return _Inputs(
+            tensor(mask.rows, mask.heads, dim),
+            tensor(mask.keys, mask.kv_heads, dim),
+            tensor(mask.keys, mask.kv_heads, v_dim),
+            tensor(mask.rows, mask.heads, v_dim),
+            ScoreMod(dim**-0.5, 20.0 if requirements.softcap else 0.0, slopes),
+        )
+
+
+def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
+    """The largest relative difference of outputs and gradients from the reference in fp64, of the same inputs."""
+    given = _Inputs.of(mask, requirements)
+    q, k, v, do = (x.double() for x in given[:4])
+    exact = reference.prepare(mask, requirements)
+    o, lse = reference.forward(q, k, v, exact, given.score)
+    delta = (do * o).sum(-1)
+    wanted = (o, *reference.backward(do, q, k, v, lse, delta, exact, given.score))
+    schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
+    got_o, got_lse = kernel.forward(given.q, given.k, given.v, schedule, given.score)
+    # the backward's own inputs are exact, so that a fault of the forward is not seen twice
+    exactly = lse.to(got_lse.dtype), delta.to(got_lse.dtype)
+    got = (got_o, *kernel.backward(given.do, given.q, given.k, given.v, *exactly, schedule, given.score))
+    empty = lse == -torch.inf
+    if not torch.equal(empty, got_lse == -torch.inf):
+        return float("inf")
+    pairs = [*zip(got, wanted, strict=True), (got_lse.masked_fill(empty, 0.0), lse.masked_fill(empty, 0.0))]
+    return max(float((a.double() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs)
+
+
+def _seconds(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
+    """The median of a few runs of forward and backward, after one that compiles."""
+    given = _Inputs.of(mask, requirements)
+    schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
+
+    def run() -> Any:
+        o, lse = kernel.forward(given.q, given.k, given.v, schedule, given.score)
+        return kernel.backward(given.do, given.q, given.k, given.v, lse, torch.zeros_like(lse), schedule, given.score)
+
+    times = []
+    for _ in range(_RUNS + 1):
+        _wait(requirements.device)
+        began = time.perf_counter()
+        run()
+        _wait(requirements.device)
+        times.append(time.perf_counter() - began)
+    return median(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ranking(everyone: Sequence[dict[str, Trial]], names: Sequence[str]) -> list[str]:
+    """Kernels that were right on every rank that tried them, by the slowest rank's time; all ranks come to the same list.
+
+    names: the kernels in order of preference where nobody has tried any. Raises DistattnError where none is right.
+    """
+    tried = [trials for trials in everyone if trials]
+    if not tried:
+        return list(names)
+    right = [name for name in names if all(name in trials and not trials[name].fault for trials in tried)]
+    if not right:
+        reasons = "; ".join(f"{name}: {tried[0][name].fault}" for name in names if name in tried[0])
+        raise DistattnError(f'no kernel can be used here ({reasons}). Use kernel="reference", which is slow.')
+    return sorted(right, key=lambda name: max(trials[name].seconds for trials in tried))

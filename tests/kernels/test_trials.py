@@ -1,0 +1,190 @@
+"""Kernels on trial: wrong ones are found and never used, the fastest right one is taken, alike on all ranks."""
+
+import json
+import logging
+import sys
+import types
+
+import pytest
+import torch
+from cases import LENGTHS, all_masks, layouts, masks
+from oracle import dense, random_inputs
+from processes import run_on_ranks
+
+import distattn as da
+from distattn.ir.errors import DistattnError
+from distattn.ir.mask import Mask
+from distattn.kernels import cpu, reference, registry, trial_cache, trials
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements
+from distattn.kernels.trials import Trial, ranking, sample, try_kernels
+from distattn.ops.executable import kernel_requirements
+
+CPU = torch.device("cpu")
+NEEDED = KernelRequirements(torch.float64, 8, 8, CPU)
+SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
+
+
+def planted(name, monkeypatch, **changed):
+    """A kernel module of that name: the CPU kernel's functions, but for those given."""
+    module = types.ModuleType(f"planted_{name}")
+    for attribute in ("DIFFERENTIABLE_LSE", "ACCUMULATES", "unsupported_reason", "prepare", "forward", "backward"):
+        setattr(module, attribute, changed.get(attribute, getattr(cpu, attribute)))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(registry.KERNELS, name, module.__name__)
+    return name
+
+
+def wrong_gradient(*given):
+    dq, dk, dv = cpu.backward(*given)
+    # one key of one head
+    dv[3, 0] *= 1.5
+    return dq, dk, dv
+
+
+def empty_rows(*given):
+    o, lse = cpu.forward(*given)
+    return o, lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def raising(*given):
+    raise RuntimeError("an illegal memory access was encountered\nat 0x7f")
+
+
+def slow(*given):
+    for _ in range(200):
+        torch.ones(100_000).sum()
+    return cpu.forward(*given)
+
+
+WRONG = {
+    "wrong gradient": dict(backward=wrong_gradient),
+    "no number": dict(forward=lambda *given: tuple(x * torch.nan for x in cpu.forward(*given))),
+    "rows without keys": dict(forward=empty_rows),
+    "raises": dict(forward=raising),
+    "refuses": dict(unsupported_reason=lambda requirements: "it is for other chips"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_wrong_kernels_are_found(fault, monkeypatch):
+    mask = Mask.from_pieces([[2, 300, 0, 290, -400, 0]], 300)
+    masks_ = [LaunchMask.from_mask(mask, 4, 2)]
+    found = try_kernels([planted("odd", monkeypatch, **WRONG[fault]), "cpu"], masks_, NEEDED)
+    assert not found["cpu"].fault and found["cpu"].difference < 1e-12 and found["cpu"].seconds > 0
+    words = {"raises": "RuntimeError: an illegal memory access was encountered", "refuses": "it is for other chips"}
+    assert found["odd"].fault.startswith(words.get(fault, "wrong: "))
+    assert ranking([found, {}], ["odd", "cpu"]) == ["cpu"]
+
+
+@pytest.mark.parametrize("name", all_masks(4))
+def test_samples_are_parts_of_their_launch(name):
+    whole = LaunchMask.from_mask(all_masks(4)[name], 4, 2)
+    allowed = reference.prepare(whole, NEEDED).allowed_HTS.expand(4, -1, -1)
+    for at in (0.0, 0.6, 1.0):
+        part = sample(whole, 64, 48, 2, at)
+        assert (part.rows, part.keys, part.heads, part.kv_heads) == (64, 48, 2, 1)
+        seen = reference.prepare(part, NEEDED).allowed_HTS.expand(2, -1, -1)
+        assert seen.any()
+        # somewhere in the launch
+        tiles = allowed[:2].unfold(1, 64, 1).unfold(2, 48, 1)
+        assert (tiles == seen[:, None, None].transpose(-1, -2).transpose(-1, -2)).all(-1).all(-1).all(0).any()
+
+
+def test_ranks_take_the_kernel_that_is_right_on_all_of_them_and_fastest_on_the_slowest():
+    right, slower, wrong = Trial(0.0, 1.0), Trial(0.0, 2.0), Trial(1.0, 0.1, "wrong: 1.0e+00 from the reference")
+    names = ["a", "b", "c"]
+    assert ranking([dict(a=slower, b=right, c=wrong)], names) == ["b", "a"]
+    # on another rank b is slow, and c right
+    assert ranking([dict(a=slower, b=right, c=wrong), dict(a=slower, b=Trial(0.0, 3.0), c=right)], names) == ["a", "b"]
+    assert ranking([{}, {}], names) == names
+    with pytest.raises(DistattnError, match=r"no kernel can be used here \(a: wrong: 1.0e\+00 from the reference\)"):
+        ranking([dict(a=wrong)], ["a"])
+
+
+@pytest.fixture
+def candidates(monkeypatch, tmp_path):
+    """Two right kernels for the CPU, of which "tardy" is slow, and a wrong one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    planted("tardy", monkeypatch, forward=slow)
+    planted("wrong", monkeypatch, **WRONG["wrong gradient"])
+    monkeypatch.setitem(registry.CANDIDATES, "cpu", ("wrong", "tardy", "cpu"))
+    return tmp_path / "distattn" / "kernels.json"
+
+
+def plan_for(ranks, mask="documents"):
+    return da.make_plan(masks()[mask], layouts(LENGTHS, ranks)["zigzag"], strategy="ring", **SHAPE)
+
+
+def test_the_fastest_right_kernel_is_taken_and_kept(candidates, caplog, monkeypatch):
+    with caplog.at_level(logging.INFO, "distattn"):
+        assert da.prepare(plan_for(1)).key.kernel == "cpu"
+    said = caplog.text
+    assert "trying kernel tardy" in said and "kernel wrong is not used on CPU | driver unknown | torch" in said
+    ((key, kept),) = json.loads(candidates.read_text()).items()
+    assert "float64 4:2 8/8" in key and kept["wrong"]["fault"].startswith("wrong: ") and not kept["tardy"]["fault"]
+    # the next process finds it
+    monkeypatch.setattr(trials, "_tried", None)
+    assert da.prepare(plan_for(1), kernel="auto").key.kernel == "cpu"
+    # one line switches it off
+    assert da.prepare(plan_for(1), kernel="tardy").key.kernel == "tardy"
+
+
+def test_a_cache_that_cannot_be_read_is_no_cache(candidates):
+    candidates.parent.mkdir()
+    for content in ("{", "[]"):
+        candidates.write_text(content)
+        assert trial_cache.all_trials() == {}
+    assert da.prepare(plan_for(1)).key.kernel == "cpu"
+    assert len(trial_cache.all_trials()) == 1
+
+
+def chosen_run(rank, driver):
+    """The kernel of this rank; on rank 1 the fastest one is wrong."""
+    if rank == 1:
+        sys.modules["distattn.kernels.cpu"].backward = wrong_gradient_of(cpu.backward)
+    inputs = random_inputs(sum(LENGTHS), 4, 2, 8)
+    layout = layouts(LENGTHS, 2)["zigzag"]
+    q, k, v = (layout.shard(x, rank) for x in inputs[:3])
+    if driver:
+        with da.ContextParallel(strategy="ring", layout="zigzag") as cp:
+            batch = cp.shard(
+                {"input_ids": torch.zeros(1, sum(LENGTHS), dtype=torch.int64), "document_lengths": list(LENGTHS)}
+            )
+            o = batch["context_parallel"].attention(q, k, v)
+            (executable,) = batch["context_parallel"]._executables.values()
+    else:
+        executable = da.prepare(plan_for(2))
+        o = da.attention(q, k, v, executable)
+    wanted = layout.shard(dense(masks()["documents"], inputs).o, rank)
+    return executable.key.kernel, float((o - wanted).abs().max())
+
+
+def wrong_gradient_of(right):
+    def backward(*given):
+        dq, dk, dv = right(*given)
+        return dq, dk, dv * 1.5
+
+    return backward
+
+
+@pytest.mark.parametrize("driver", [False, True], ids=["prepare", "driver"])
+def test_all_ranks_choose_alike(candidates, driver, monkeypatch, tmp_path):
+    for name, difference in run_on_ranks(2, on_its_own_machine, driver, str(tmp_path)):
+        assert name == "tardy" and difference < 1e-12
+
+
+def on_its_own_machine(rank, driver, folder):
+    import os
+
+    os.environ["XDG_CACHE_HOME"] = f"{folder}/{rank}"
+    return chosen_run(rank, driver)
+
+
+def test_what_calls_add_to_scores_and_how_masks_climb_is_known_when_kernels_are_chosen():
+    call = plan_for(1).call
+    assert kernel_requirements(call, CPU).least_step == 0
+    assert kernel_requirements(call, CPU, ("softcap",)).softcap and not kernel_requirements(call, CPU).alibi
+    staircase = Mask.block_causal_documents(LENGTHS, 24)
+    plan = da.make_plan(staircase, layouts(LENGTHS, 1)["contiguous"], strategy="ring", **SHAPE)
+    assert kernel_requirements(plan.call, CPU).least_step == 24
