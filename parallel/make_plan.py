@@ -26,6 +26,7 @@ from distattn.parallel.strategies.ulysses import ulysses
 from distattn.parallel.strategies.usp import UspOptions, usp
 from distattn.parallel.tables.backward import derive_backward
 from distattn.parallel.tables.relayout import relayout_table
+from distattn.parallel.tables.written_once import written_once
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,9 @@ def make_plan(
     backwards = [
         derive_backward(call, table, policy, cluster) for table in (tables("backward") if planned_anew else forwards)
     ]
-    return Plan(call, *_fewest_bytes(call, forwards, backwards, policy), policy, strategy)
+    chosen_tables = _fewest_bytes(call, forwards, backwards, policy)
+    call = replace(call, written_once=written_once(call, *chosen_tables))
+    return Plan(call, *chosen_tables, policy, strategy)
 
 
 def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None) -> None:

@@ -119,6 +119,8 @@ class Call:
     dtype: str
     # dtype in which outputs and gradients are sent; empty: the accumulation dtype
     comm_dtype: str = ""
+    # results of which every number comes from one kernel call: they are held and sent in the inputs' dtype
+    written_once: tuple[Payload, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -168,19 +170,20 @@ class Call:
     def payload_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
         """The tensors of a payload in memory: (width, dtype) each; width None is one number per token and head."""
         wide = self.accumulation_dtype
+        result = self.dtype if payload in self.written_once else wide
         return {
             Payload.Q: ((self.head_dim, self.dtype),),
             Payload.KV: ((self.head_dim, self.dtype), (self.v_head_dim, self.dtype)),
-            Payload.O: ((self.v_head_dim, wide), (None, wide)),
+            Payload.O: ((self.v_head_dim, result), (None, wide)),
             Payload.dO: ((self.v_head_dim, self.dtype), (None, wide), (None, wide)),
-            Payload.dQ: ((self.head_dim, wide),),
-            Payload.dKV: ((self.head_dim, wide), (self.v_head_dim, wide)),
+            Payload.dQ: ((self.head_dim, result),),
+            Payload.dKV: ((self.head_dim, result), (self.v_head_dim, result)),
         }[payload]
 
     def comm_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
         """The tensors of a payload as it is sent: (width, dtype) each. One number per row (log-sum-exp, delta) stays wide."""
         fields = self.payload_fields(payload)
-        if payload not in REDUCED_PAYLOADS or not self.comm_dtype:
+        if payload not in REDUCED_PAYLOADS or payload in self.written_once or not self.comm_dtype:
             return fields
         return tuple((width, dtype if width is None else self.comm_dtype) for width, dtype in fields)
 
@@ -290,6 +293,7 @@ class Plan:
                 "policy": self.policy,
             }
             | ({"comm_dtype": call.comm_dtype} if call.comm_dtype else {})
+            | ({"written_once": [int(payload) for payload in call.written_once]} if call.written_once else {})
         )
 
     def __repr__(self) -> str:
@@ -357,7 +361,7 @@ def _unpack(head: dict, arrays: dict[str, Ints]) -> Plan:
     layout = Layout(lengths.tolist(), head["ranks"], rank[order], t0[order], t1[order])
     shape = {name: head[name] for name in ("heads", "kv_heads", "head_dim", "v_head_dim", "dtype")}
     by_head = (arrays["mask.piece_heads"], head["heads"]) if "mask.piece_heads" in arrays else ()
-    call = Call(
-        Mask(arrays["mask.pieces"], head["n"], *by_head), layout, **shape, comm_dtype=head.get("comm_dtype", "")
-    )
+    once = tuple(Payload(number) for number in head.get("written_once", ()))
+    mask = Mask(arrays["mask.pieces"], head["n"], *by_head)
+    call = Call(mask, layout, **shape, comm_dtype=head.get("comm_dtype", ""), written_once=once)
     return Plan(call, table("forward"), table("backward"), head["policy"], head["strategy"])

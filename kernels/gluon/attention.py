@@ -109,14 +109,18 @@ def backward(
 
     into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
     """
-    dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
-    # programs add to it
-    if not add[0]:
+    # programs add to it, in single precision
+    direct = into[0] is not None and into[0].dtype == torch.float32
+    dq = into[0] if direct else q_THD.new_empty(q_THD.shape, dtype=torch.float32)
+    assert dq is not None
+    if not (direct and add[0]):
         dq.zero_()
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
     tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
     for launch in plan_backward(*tensors, (dq, dk, dv), schedule, score, accumulate=add[1]):
         run_launch(launch)
+    if into[0] is not None and not direct:
+        into[0].add_(dq) if add[0] else into[0].copy_(dq)
     return dq, dk, dv
 
 

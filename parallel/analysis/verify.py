@@ -31,6 +31,7 @@ from distattn.ir.plan import (
 )
 from distattn.parallel.analysis.disjoint import first_overlap
 from distattn.parallel.analysis.holding import MAX_STEP, BufferLifetimes, check_payload, moves_of, show_row
+from distattn.parallel.tables.written_once import written_once
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
     max_buffer_bytes: bytes of buffers that a rank may need at once in one pass, beside what is kept; no limit by default.
     """
     call = plan.call
+    for payload in set(call.written_once) - set(written_once(call, plan.forward, plan.backward)):
+        raise PlanError(f"two kernel calls add to {payload.name}, which the plan says is written once.")
     forward = _verify_table(call, plan.forward, "forward", FORWARD_PAYLOADS, None)
     kept = moves_of(plan.forward.moves, (Payload.Q, Payload.KV)) if plan.policy == "keep" else None
     backward = _verify_table(call, plan.backward, "backward", BACKWARD_PAYLOADS, kept)

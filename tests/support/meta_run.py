@@ -67,7 +67,9 @@ class Watch(TorchDispatchMode):
         view = bool(made) and not in_place and all(x.untyped_storage()._cdata in before for x in made)
         if not view and name not in _FREE:
             self.traffic.launches[name] += 1
-            self.traffic.bytes[name] += sum(x.nbytes for x in given) + (0 if in_place else sum(x.nbytes for x in made))
+            self.traffic.bytes[name] += _row_bytes(name, args) or (
+                sum(x.nbytes for x in given) + (0 if in_place else sum(x.nbytes for x in made))
+            )
         for x in made:
             self._track(x)
         return out
@@ -84,6 +86,17 @@ class Watch(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self._alive -= self._storages.pop(key)
+
+
+def _row_bytes(name: str, args: tuple[Any, ...]) -> int:
+    """What the operators of `kernels.glue` read and write: some rows, not whole tensors."""
+    if name not in ("copy_rows", "add_rows", "merge_rows"):
+        return 0
+    count, tensors = args[-1], [x for x in args if isinstance(x, Tensor) and x.dtype.is_floating_point]
+    row = [x[:1].numel() * x.element_size() for x in tensors]
+    # results are read before they are added to, or merged into; they come first
+    read_too = {"copy_rows": 0, "add_rows": 1, "merge_rows": 2}[name]
+    return int(count * (sum(row) + sum(row[:read_too])))
 
 
 class MetaKernel:

@@ -64,8 +64,8 @@ def test_the_command_line_overrides_the_file():
         ("[run]\nfolder = '/'", ["run.folder: '/' names no folder"]),
         ('[run]\nfolder = "a\\u0000b"', ["names no folder"]),
         (
-            "[parallel]\nkernel = 'flash'",
-            ["parallel.kernel: there is no 'flash'; there are reference, cpu, triton"],
+            "[parallel]\nkernel = 'flush'",
+            ["parallel.kernel: there is no 'flush'; there are auto, reference, cpu, flash, triton"],
         ),
         ("[parallel", ["cannot be read as TOML"]),
         ("[parallel]\nmin_chunk = 8", ["parallel.min_chunk: belongs to parallel.layout = "]),

@@ -1,0 +1,112 @@
+"""Small calls of the kernels, the same in the process that compiles them and in the one that interprets them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from oracle import Inputs, random_inputs
+
+from distattn.ir.mask import Mask
+from distattn.kernels.gluon import attention as gluon_attention
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.triton import attention as triton_attention
+from distattn.kernels.triton.launch import TritonLaunch
+
+HOPPER = 90
+CPU = torch.device("cpu")
+
+
+class Case(NamedTuple):
+    """A call: which kernels, of what shape."""
+
+    # "forward", "merge" (the forward into what is there), "backward" or "split" (the backward of plain Triton)
+    kernels: str
+    dtype: str = "bfloat16"
+    dim: int = 64
+    heads: int = 2
+    kv_heads: int = 1
+    modifiers: bool = False
+    # tiles of queries and keys that need no mask, some that do, and some that pass the tensors' ends
+    tokens: int = 340
+    # lengths of packed documents, if there are several
+    documents: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        documents, modifiers = " documents" * bool(self.documents), " modifiers" * self.modifiers
+        heads = f"{self.heads}:{self.kv_heads} heads"
+        return f"{self.kernels} {self.dtype} {self.dim} {heads} {self.tokens} tokens{documents}{modifiers}"
+
+    @property
+    def score(self) -> ScoreMod:
+        """How scores are made."""
+        if not self.modifiers:
+            return ScoreMod(0.25)
+        return ScoreMod(0.25, 3.0, torch.arange(1, self.heads + 1, dtype=torch.float32) / 64)
+
+    @property
+    def mask(self) -> Mask:
+        """Causal, so that tiles at the diagonal need the mask and others do not; documents meet inside of tiles."""
+        return Mask.documents(list(self.documents)) if self.documents else Mask.causal(self.tokens)
+
+    def inputs(self) -> Inputs:
+        """Queries, keys, values and dO, rounded to the call's precision."""
+        inputs = random_inputs(self.tokens, self.heads, self.kv_heads, self.dim)
+        return Inputs(*(x.to(getattr(torch, self.dtype)) for x in inputs))
+
+
+class Call(NamedTuple):
+    """The launches of a case, in order, and the tensors that they fill."""
+
+    launches: list[TritonLaunch]
+    results: dict[str, torch.Tensor]
+
+
+def forward_call(case: Case, into: tuple[torch.Tensor, torch.Tensor] | None = None) -> Call:
+    """The forward; `into`: o and lse to merge into. Else they are not numbers before."""
+    q, k, v, _ = case.inputs()
+    nothing = (
+        torch.full((case.tokens, case.heads, case.dim), torch.nan),
+        torch.full((case.tokens, case.heads), torch.nan),
+    )
+    o, lse = into or nothing
+    schedule = gluon_attention.prepare(_cells(case), _requirements(case))
+    launch = gluon_attention.plan_forward(q, k, v, o, lse, schedule, case.score, merge=case.kernels == "merge")
+    return Call([launch], {"o": o, "lse": lse})
+
+
+def backward_call(case: Case, lse: torch.Tensor, delta: torch.Tensor) -> Call:
+    """The backward, given lse and rowsum(dO * O) in single precision. All gradients are added to zeros."""
+    q, k, v, do = case.inputs()
+    grads = tuple(torch.zeros(x.shape) for x in (q, k, v))
+    given = do, q, k, v, lse.contiguous(), delta.contiguous(), grads
+    if case.kernels == "backward":
+        schedule = gluon_attention.prepare(_cells(case), _requirements(case))
+        launches = gluon_attention.plan_backward(*given, schedule, case.score, accumulate=True)
+    else:
+        # as on the GPU: there, not here, tiles are fetched by the tensor-memory accelerator
+        tiles = triton_attention.tiles_for(_requirements(case), HOPPER)
+        work = triton_attention.prepare_tiles(_cells(case), tiles)
+        with mock.patch.object(triton_attention, "compute_capability", lambda device: HOPPER):
+            launches = triton_attention.plan_backward(*given, work, case.score, accumulate=(True, True))
+    return Call(launches, dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+
+
+def any_call(case: Case) -> Call:
+    """The call with numbers that do not matter, to compile it."""
+    row_numbers = torch.zeros(case.tokens, case.heads), torch.zeros(case.tokens, case.heads)
+    if case.kernels == "forward":
+        return forward_call(case)
+    if case.kernels == "merge":
+        return forward_call(case, into=(torch.zeros(case.tokens, case.heads, case.dim), row_numbers[0]))
+    return backward_call(case, *row_numbers)
+
+
+def _cells(case: Case) -> LaunchMask:
+    return LaunchMask.from_mask(case.mask, case.heads, case.kv_heads)
+
+
+def _requirements(case: Case) -> KernelRequirements:
+    return KernelRequirements(getattr(torch, case.dtype), case.dim, case.dim, CPU)

@@ -1,0 +1,123 @@
+"""The tensor-memory accelerator: maps of matrices in global memory, and boxes of them in shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .errors import OutOfBoundsError, TensorMapError
+from .memory import GlobalMemory
+from .tensor_core import swizzled
+
+# of cuTensorMapEncodeTiled, by its number in the metadata
+_SWIZZLE_WIDTHS = (0, 32, 64, 128)
+_FLOAT32 = 7
+
+
+class Box(NamedTuple):
+    """A box of a matrix: where its bytes go in shared memory, and which of them exist in global memory, and where."""
+
+    # (rows, bytes) addresses in shared memory
+    shared: np.ndarray
+    # (rows, numbers)
+    exists: np.ndarray
+    # addresses of those that do
+    addresses: np.ndarray
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """A matrix in global memory as a tensor map describes it; shapes in numbers, rows first."""
+
+    address: int
+    shape: tuple[int, int]
+    row_bytes: int
+    box: tuple[int, int]
+    element_size: int
+    element_type: int
+    swizzle: int
+
+    @staticmethod
+    def encode(address: int, shape: Any, strides: Any, metadata: dict[str, Any]) -> TensorMap:
+        """What the launcher makes of a descriptor's shape and strides and the compiler's metadata."""
+        if len(shape) != 2 or strides[1] != 1:
+            raise TensorMapError("only matrices whose rows are contiguous")
+        size, box = metadata["elem_size"], metadata["block_size"]
+        width = _SWIZZLE_WIDTHS[metadata["swizzle"]]
+        wrong = (
+            (address % 16 or strides[0] * size % 16, "an address or stride is not a multiple of 16 bytes"),
+            (box[1] * size % 16, "the rows of a box are not a multiple of 16 bytes"),
+            (width and box[1] * size > width, "the rows of a box are longer than the swizzle"),
+            (max(box) > 256, "a box has a side longer than 256"),
+            (metadata["fp4_padded"] or metadata.get("is_im2col"), "only plain boxes"),
+        )
+        for broken, sentence in wrong:
+            if broken:
+                raise TensorMapError(f"{sentence}: {metadata}")
+        kind = metadata["elem_type"]
+        return TensorMap(address, tuple(shape), strides[0] * size, tuple(box), size, kind, width)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a box; those past the matrix's edges count, too."""
+        return self.box[0] * self.box[1] * self.element_size
+
+    def at(self, target: int, coordinates: tuple[int, int]) -> Box:
+        """The box that begins at (column, row) coordinates, for a tile at this address of shared memory."""
+        if target % 128:
+            raise OutOfBoundsError("a tile in shared memory is not aligned to 128 bytes")
+        rows, columns = self.box
+        linear = target + np.arange(self.bytes).reshape(rows, columns * self.element_size)
+        column = coordinates[0] + np.arange(columns)[None, :]
+        row = coordinates[1] + np.arange(rows)[:, None]
+        exists = (row >= 0) & (row < self.shape[0]) & (column >= 0) & (column < self.shape[1])
+        addresses = self.address + row * self.row_bytes + column * self.element_size
+        return Box(swizzled(linear, self.swizzle), exists, addresses[exists])
+
+    def load(self, box: Box, memory: GlobalMemory) -> np.ndarray:
+        """(rows, bytes) of a box; zeros past the matrix's edges."""
+        out = np.zeros((*box.exists.shape, self.element_size), np.uint8)
+        out[box.exists] = memory.bytes[memory.places(box.addresses, self.element_size)]
+        return out.reshape(box.shared.shape)
+
+    def add(self, box: Box, data: np.ndarray, memory: GlobalMemory) -> None:
+        """Add (rows, bytes) to a box; what lies past the matrix's edges is left out."""
+        if self.element_type != _FLOAT32:
+            raise TensorMapError("only single precision is added")
+        values = np.ascontiguousarray(data).view(np.float32)[box.exists]
+        places = memory.places(box.addresses, 4)
+        old = memory.bytes[places].view(np.float32)[:, 0]
+        memory.bytes[places] = (old + values)[:, None].view(np.uint8)
+
+
+class Landing(NamedTuple):
+    """A copy under way into shared memory, and what happens when it is there."""
+
+    land: Callable[[], None]
+    text: str
+
+
+@dataclass
+class CopyQueue:
+    """Copies of a warp in groups: what happens when a group is waited for."""
+
+    uncommitted: list[Callable[[], None]] = field(default_factory=list)
+    groups: list[list[Callable[[], None]]] = field(default_factory=list)
+
+    def commit(self) -> None:
+        """Close a group."""
+        self.groups.append(self.uncommitted)
+        self.uncommitted = []
+
+    def wait(self, allowed: int) -> None:
+        """Finish all groups but the last few."""
+        while len(self.groups) > allowed:
+            for finish in self.groups.pop(0):
+                finish()
+
+    def busy(self) -> bool:
+        """Whether a copy has not been waited for."""
+        return bool(self.uncommitted or any(self.groups))

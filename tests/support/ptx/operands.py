@@ -1,0 +1,69 @@
+"""What instructions are given: addresses, registers, constants; and what they answer to the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .errors import MachineError, UnknownOperationError
+from .lanes import LANES, Mask, reader
+from .parse import Address, Immediate, Operand, Register, Vector
+
+if TYPE_CHECKING:
+    from .machine import Warp
+
+
+class Wait(NamedTuple):
+    """What a warp waits for: whether it is there, and its description."""
+
+    ready: Callable[[], bool]
+    what: Callable[[], str]
+
+
+# the warp ends; the warp goes on, but others may run before
+EXIT, PAUSE = object(), object()
+LANE_NUMBERS = np.arange(LANES)
+
+
+def active_lanes(mask: Mask) -> np.ndarray:
+    """The numbers of the lanes that take part."""
+    return LANE_NUMBERS if mask is None else np.flatnonzero(mask)
+
+
+def addresses_of(operand: Operand) -> Callable[[Warp], np.ndarray]:
+    """What gets the address that each lane forms."""
+    assert isinstance(operand, Address)
+    kind = operand.base.width if isinstance(operand.base, Register) else "b32"
+    base, offset = reader(operand.base, kind), operand.offset
+
+    def get(warp: Warp) -> np.ndarray:
+        return np.broadcast_to(np.asarray(base(warp)).astype(np.int64) + offset, LANES)
+
+    return get
+
+
+def same_in_all(values: Any, mask: Mask = None) -> int:
+    """The value that all active lanes have."""
+    values = np.broadcast_to(values, LANES)[active_lanes(mask)]
+    if (values != values[0]).any():
+        raise MachineError("the lanes of the warp do not agree on an operand that must be the same in all")
+    return int(values[0])
+
+
+def parts_of(operand: Operand) -> tuple[Operand, ...]:
+    """What is in braces, or the operand alone."""
+    return operand.parts if isinstance(operand, Vector) else (operand,)
+
+
+def register_numbers(operand: Operand) -> tuple[int, ...]:
+    """The numbers of registers in braces."""
+    return tuple(part.number for part in parts_of(operand) if isinstance(part, Register))
+
+
+def constant(operand: Operand) -> int:
+    """The value of an operand that must be a number in the text."""
+    if not isinstance(operand, Immediate):
+        raise UnknownOperationError("a constant is expected here")
+    return operand.bits
