@@ -26,19 +26,23 @@ def _visit(
         k1 = load_tile(k1_, n, k_col + D0, keys, k_stride, BN, D1, TMA)
         s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
     column = n + tl.arange(0, BN)
+    # plain scores are scaled after the maximum is found, in the same instruction that subtracts it
+    late = scale2
     if CAP:
         bent, _ = capped(s * scale2, cap)
         s = bent * LOG2E
-    else:
+        late = 1.0
+    elif ALIBI:
         s = s * scale2
+        late = 1.0
     if ALIBI:
         s -= slope2 * tl.abs(column[None, :] - row_shift[:, None]).to(tl.float32)
     if MASK:
         s = tl.where((column[None, :] >= low[:, None]) & (column[None, :] < high[:, None]), s, -float("inf"))
-    top = tl.maximum(m, tl.max(s, 1))
+    top = tl.maximum(m, tl.max(s, 1) * late)
     # a row that has seen no key yet: -inf - -inf is not a number
     safe = tl.where(top == -float("inf"), 0.0, top) if MASK else top
-    p = tl.math.exp2(s - safe[:, None])
+    p = tl.math.exp2(s * late - safe[:, None])
     shrink = tl.math.exp2(m - safe)
     l = l * shrink + tl.sum(p, 1)
     v0 = load_tile(v_, n, v_col, keys, v_stride, BN, E0, TMA)

@@ -98,7 +98,11 @@ def backward(
             return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
         into = {payload: buffers.without_copy(view) for payload, view in launch.results.items()}
         into_dq, into_dkv = into[Payload.dQ], into[Payload.dKV]
-        add = tuple(not launch.results[payload].slices[0].is_first for payload in (Payload.dQ, Payload.dKV))
+        # what has no place of its own is new, and is added to buffers afterwards
+        add = tuple(
+            into[payload] is not None and not launch.results[payload].slices[0].is_first
+            for payload in (Payload.dQ, Payload.dKV)
+        )
         dq, dk, dv = kernel.backward(*inputs, into=(None if into_dq is None else into_dq[0], into_dkv), add=add)
         made = {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
         return {payload: fields for payload, fields in made.items() if into[payload] is None}

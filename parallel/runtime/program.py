@@ -280,12 +280,12 @@ class _TableLowering:
 
         A buffer that first writes do not reach everywhere is noted as blank.
         """
-        own = {self._own(payload).key: payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
-        sizes = self.sizes | dict.fromkeys(own, self.tokens)
+        sizes = {key: rows for key, rows in self.sizes.items() if key.payload in REDUCED_PAYLOADS}
+        sizes |= {self._own(payload).key: self.tokens for payload in self.payloads if payload in REDUCED_PAYLOADS}
         views = [view for step in steps for view in _result_views(step)]
-        head_bounds = {key: {0, key.h1 - key.h0} for key in own}
+        head_bounds = {key: {0, key.h1 - key.h0} for key in sizes}
         for piece in (piece for view in views for piece in view.slices):
-            head_bounds.setdefault(piece.buffer, set()).update((piece.heads.start, piece.heads.stop))
+            head_bounds[piece.buffer].update((piece.heads.start, piece.heads.stop))
         written = {key: WrittenRows(sizes[key], bounds) for key, bounds in head_bounds.items()}
 
         def marked(view: View) -> View:
