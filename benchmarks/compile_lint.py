@@ -4,7 +4,8 @@
 
 Every kernel, epilogue and tile goes through the real launch path with a stand-in for the driver, then the machine code is
 read: registers, stack, spills inside the loops that multiply, shared memory, matrix instructions, products that ptxas
-made wait for each other, products that run under other work, narrow asynchronous loads. The numbers are compared with a
+made wait for each other, products that run under other work, narrow asynchronous loads; and of the shortest loop that
+multiplies, which is the unmasked one where there are two, instructions in all and by pipe. The numbers are compared with a
 committed budget, one file per version of Triton; a change that makes one worse fails, --update rewrites the file. Exit
 code 1 where something is worse.
 """
@@ -41,7 +42,42 @@ SINGLE_DIMS = ((64, 64), (128, 128), (256, 256))
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 # what multiplies matrices there
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-WORSE_IF_MORE = ("registers", "stack", "hot_spills", "shared", "narrow_loads", "serialized")
+WORSE_IF_MORE = (
+    "registers",
+    "stack",
+    "hot_spills",
+    "shared",
+    "narrow_loads",
+    "serialized",
+    "loop",
+    "fma",
+    "alu",
+    "mufu",
+    "bar",
+)
+# which pipe takes an instruction, by how its name begins (nvdisasm of sm_80 to sm_100)
+PIPES = {
+    "fma": ("FFMA", "FMUL", "FADD", "HFMA", "HADD", "HMUL", "IMAD"),
+    "alu": (
+        "IADD",
+        "LOP",
+        "FMNMX",
+        "ISETP",
+        "FSETP",
+        "PLOP",
+        "SEL",
+        "FSEL",
+        "PRMT",
+        "SHF",
+        "LEA",
+        "IMNMX",
+        "VIMNMX",
+        "F2FP",
+        "IABS",
+    ),
+    "mufu": ("MUFU",),
+    "bar": ("BAR",),
+}
 HEADS, KV_HEADS, TOKENS = 8, 2, 256
 CPU = torch.device("cpu")
 
@@ -197,6 +233,7 @@ def facts(kernel: Any, arch: int) -> dict[str, int]:
         if multiplies and not any(a < d and c < b for c, d in innermost):
             innermost.append((a, b))
     hot = [name for a, b in innermost for name in operations[a:b]]
+    shortest = operations[slice(*innermost[0])] if innermost else []
     dots = kernel.asm["ttgir"].count("warp_group_dot ")
     arrivals = sum(name == "WARPGROUP.ARRIVE" for name in operations)
     return {
@@ -210,6 +247,8 @@ def facts(kernel: Any, arch: int) -> dict[str, int]:
         # waits that leave a product running: the work until the next wait hides it
         "overlapped": len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", code)),
         "narrow_loads": sum(name.startswith("LDGSTS") and not name.endswith(("128", "64")) for name in operations),
+        "loop": len(shortest),
+        **{pipe: sum(name.startswith(begins) for name in shortest) for pipe, begins in PIPES.items()},
     }
 
 
@@ -248,7 +287,7 @@ def worse(found: dict[str, int], allowed: dict[str, int] | None) -> Iterator[str
         yield "has no budget"
         return
     for key in WORSE_IF_MORE:
-        if found[key] > allowed[key]:
+        if found[key] > allowed.get(key, found[key]):
             yield f"{key} {found[key]}, the budget is {allowed[key]}"
     if found["overlapped"] < allowed["overlapped"]:
         yield f"only {found['overlapped']} products run under other work, the budget is {allowed['overlapped']}"

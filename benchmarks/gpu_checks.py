@@ -6,8 +6,9 @@ Results, forward and backward, merged into what is there, are compared with the 
 kind, all head dims, with and without score modifiers. Every operand and result lies between guards in a larger piece of
 memory: NaN around what is read, a pattern around what is written. A kernel that reads beyond a tensor then gives NaN, one
 that writes there breaks the pattern. Where compute-sanitizer is installed it runs the same calls. Each call is made twice
-and compared bit by bit (but for dQ of "gluon", a sum of no fixed order), and the host's time per launch is told. Exit code 1
-where something is wrong. Without a GPU (TRITON_INTERPRET=1) the interpreter's kernels only, and less of them.
+and compared bit by bit (but for dQ of "gluon" and "flash", sums of no fixed order), and the host's time per launch is told.
+What runs around kernels (rows copied, added, merged) is compared with the CPU's. Exit code 1 where something is wrong.
+Without a GPU (TRITON_INTERPRET=1) the interpreter's kernels only, and less of them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import torch
 from torch import Tensor
 
 import distattn as da
-from distattn.kernels import reference
+from distattn.kernels import glue, reference
+from distattn.kernels.flash import attention as flash_attention
+from distattn.kernels.glue import Rows
 from distattn.kernels.gluon import attention as gluon_attention
 from distattn.kernels.gluon import split as gluon_split
 from distattn.kernels.launch_mask import LaunchMask
@@ -32,7 +35,9 @@ from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton.launch import schedule_to_device
 
-TIERS = {"triton": triton_attention, "gluon": gluon_attention, "gluon_split": gluon_split}
+TIERS = {"triton": triton_attention, "gluon": gluon_attention, "gluon_split": gluon_split, "flash": flash_attention}
+# whose sum in dQ has no fixed order
+LOOSE = ("gluon", "flash")
 HEADS, KV_HEADS = 4, 2
 # head dims, and whether scores are capped and biased
 SHAPES = [((dim, dim), False) for dim in (64, 80, 96, 128, 192, 256)] + [((192, 128), False), ((128, 128), True)]
@@ -59,13 +64,14 @@ def main() -> int:
             if why_not := tier.unsupported_reason(KernelRequirements(dtype, *dims, device)):
                 say(f"{name} {dims}: left out: {why_not}")
                 continue
-            call = Call(tier, name == "gluon", dims, modifiers, dtype, device)
+            call = Call(tier, name in LOOSE, dims, modifiers, dtype, device)
             began = time.perf_counter()
             chosen = dict(list(masks(device).items())[:2]) if only_run else masks(device)
             found = [f"{what}: {text}" for what, mask in chosen.items() for text in check(call, mask)]
             complaints += [f"{name} {dims} {text}" for text in found]
             host = "" if only_run or modifiers else f", {host_time(call):.0f} us of host time per forward launch"
             say(f"{name} {dims}{' softcap alibi' * modifiers}: {time.perf_counter() - began:.0f} s{host}")
+    complaints += glue_differences(device)
     if not only_run and device.type == "cuda":
         complaints += sanitized()
     say("\n".join(complaints) or "guards whole, results the same bits every time")
@@ -172,6 +178,29 @@ def whole(x: Tensor) -> bool:
     """Whether both guards of a result are as they were."""
     around = torch.as_strided(x, (x.numel() + 2 * GUARD,), (1,), 0)
     return bool((around[:GUARD] == PATTERN).all() and (around[-GUARD:] == PATTERN).all())
+
+
+def glue_differences(device: torch.device) -> list[str]:
+    """What is wrong with the operators around kernels, by the CPU's."""
+    torch.manual_seed(0)
+    listed, stretch = torch.randperm(900)[:500], Rows(7, 500)
+
+    def results(on: torch.device) -> list[Tensor]:
+        o, other, lse, other_lse = (x.to(on) for x in tensors)
+        index = Rows.of(listed.to(on))
+        glue.copy_rows(o[:, 1:3], stretch, other[:, :2], index)
+        glue.add_rows(o[:, 3:], index, other[:, 3:], stretch)
+        glue.merge_rows(o, lse, index, other, other_lse, stretch)
+        return [o, lse, glue.row_products(other, other)]
+
+    tensors = torch.randn(1000, 5, 80), torch.randn(1000, 5, 80).bfloat16(), torch.randn(1000, 5), torch.randn(1000, 5)
+    tensors[2][::3] = -torch.inf
+    pairs = zip(("o", "lse", "products"), results(device), results(torch.device("cpu")), strict=True)
+    return [
+        f"rows around kernels: {name} differs"
+        for name, a, b in pairs
+        if not torch.allclose(a.cpu(), b, atol=1e-4, rtol=1e-4)
+    ]
 
 
 def host_time(call: Call) -> float:

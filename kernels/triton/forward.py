@@ -26,13 +26,14 @@ def _visit(
         k1 = load_tile(k1_, n, k_col + D0, keys, k_stride, BN, D1, TMA)
         s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
     column = n + tl.arange(0, BN)
-    # plain scores are scaled after the maximum is found, in the same instruction that subtracts it
+    # plain scores are scaled after the maximum is found, in the same instruction that subtracts it; in single precision that
+    # would take registers that large tiles do not have
     late = scale2
     if CAP:
         bent, _ = capped(s * scale2, cap)
         s = bent * LOG2E
         late = 1.0
-    elif ALIBI:
+    elif ALIBI or q0.dtype == tl.float32:
         s = s * scale2
         late = 1.0
     if ALIBI:

@@ -1,5 +1,6 @@
 """The verifier: wrong plans are refused, whoever made them; right ones accepted, whoever made them."""
 
+import dataclasses
 import functools
 import random
 
@@ -15,6 +16,7 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import POLICIES, Call, Payload, Plan, Table
 from distattn.parallel.analysis.verify import verify
+from distattn.parallel.make_plan import make_plan
 
 pytestmark = pytest.mark.sampled(4)
 
@@ -260,3 +262,14 @@ def test_a_plan_that_needs_more_than_the_capacity_is_refused():
         verify(plan, int(proof.backward_peak.max()) - 1)
     with pytest.raises(PlanError, match="forward: rank"):
         verify(plan, 0)
+
+
+def test_a_plan_that_says_too_much_of_what_is_written_once_is_refused():
+    lengths = (60, 40)
+    shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="bfloat16")
+    mask, layout = Mask.documents(lengths), Layout.zigzag(lengths, 4)
+    plan = make_plan(mask, layout, strategy="ring", **shape)
+    assert verify(make_plan(mask, layout, strategy="ulysses", **shape)) and Payload.O not in plan.call.written_once
+    call = dataclasses.replace(plan.call, written_once=(Payload.O,))
+    with pytest.raises(PlanError, match="two kernel calls add to O, which the plan says is written once"):
+        verify(dataclasses.replace(plan, call=call))
