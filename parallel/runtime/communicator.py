@@ -110,28 +110,31 @@ def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.de
     # the same on all ranks, which make these calls equally often
     number = _OPENED[group] = _OPENED.get(group, 0) + 1
     who = hashlib.sha1(str(members).encode()).hexdigest()[:12]
-    store = dist.PrefixStore(f"distattn/communicator {number} of {group.group_name} {who}", default_store())
+    name = f"distattn/communicator {number} of {group.group_name} {who}"
+    store = dist.PrefixStore(name, default_store())
 
     def work() -> Any:
         # on the host, before anything waits on a device without a time-out
         store.set(f"here/{rank}", "1")
         store.wait([f"here/{other}" for other in range(len(members))], timeout)
-        backend = make(store, rank, len(members), timeout)
+        backend = make(store, rank, members, timeout, name)
         backend.allreduce([torch.zeros(1, device=device)]).wait()
         return backend
 
     return attended(group, "the making of a communicator", work)
 
 
-def _open_gloo(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
-    return dist.ProcessGroupGloo(store, rank, ranks, timeout)
+def _open_gloo(store: dist.Store, rank: int, members: Sequence[int], timeout: timedelta, name: str) -> Any:
+    return dist.ProcessGroupGloo(store, rank, len(members), timeout)
 
 
-def _open_nccl(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> Any:
+def _open_nccl(store: dist.Store, rank: int, members: Sequence[int], timeout: timedelta, name: str) -> Any:
     # messages start before the kernels that they overlap with
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, ranks, options)
+    # for PyTorch's flight recorder
+    options.global_ranks_in_group, options.group_name = list(members), name
+    return dist.ProcessGroupNCCL(store, rank, len(members), options)
 
 
 # of each kind of device, the backend that sends single messages from it

@@ -212,9 +212,9 @@ def imitate_nccl(seconds: float = 60.0, blocks: bool = True) -> None:
     """From now on, communicators that this process opens beside gloo groups have NCCL's rules."""
     from distattn.parallel.runtime import communicator
 
-    def opened(store: dist.Store, rank: int, ranks: int, timeout: Any) -> ImitatedNccl:
-        gloo = dist.ProcessGroupGloo(store, rank, ranks, timeout)
-        return ImitatedNccl(GlooWire(gloo, seconds), rank, ranks, blocks=blocks)
+    def opened(store: dist.Store, rank: int, members: list[int], timeout: Any, name: str) -> ImitatedNccl:
+        gloo = dist.ProcessGroupGloo(store, rank, len(members), timeout)
+        return ImitatedNccl(GlooWire(gloo, seconds), rank, len(members), blocks=blocks)
 
     communicator._OPEN["gloo"] = opened
 
