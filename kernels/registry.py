@@ -11,6 +11,7 @@ from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # names are known without importing torch
@@ -32,6 +33,15 @@ _DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
 # by device, the kernels among which "auto" chooses by trial, preferred ones first
 CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("gluon", "flash", "triton")}
+
+
+def candidates(device: torch.device) -> tuple[str, ...]:
+    """The kernels that may be chosen on a device, as things are: deterministic ones where that is asked for."""
+    import torch
+
+    names = CANDIDATES.get(device.type, ())
+    fixed = torch.are_deterministic_algorithms_enabled()
+    return tuple(_DETERMINISTIC.get(name, name) if fixed else name for name in names)
 
 
 class Kernel(Protocol):

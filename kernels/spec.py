@@ -28,7 +28,8 @@ class ScoreMod(NamedTuple):
 class KernelRequirements(NamedTuple):
     """What a call requires of a kernel: dtype, head dims, device, and which changes of scores.
 
-    least_step: rows of the lowest step of its masks, where they climb in steps; 0 where they do not.
+    lse: whether gradients go through the log-sum-exp. least_step: rows of the lowest step of its masks, where they climb in
+    steps; 0 where they do not.
     """
 
     dtype: torch.dtype
@@ -37,4 +38,5 @@ class KernelRequirements(NamedTuple):
     device: torch.device
     softcap: bool = False
     alibi: bool = False
+    lse: bool = False
     least_step: int = 0

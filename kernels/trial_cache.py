@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
-import tempfile
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distattn.ir.bands import LO, UNBOUNDED
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial
@@ -26,22 +29,24 @@ def cache_file() -> Path:
 def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
     """What a trial depends on, as a line that people can read."""
     largest = max((mask.rows for mask in masks), default=0)
-    first = masks[0] if masks else None
+    first = max(masks, key=lambda mask: mask.heads, default=None)
     # within a factor of two the same kernel is the fastest
     rows = 1 << max(largest - 1, 0).bit_length()
     heads = f"{first.heads}:{first.kv_heads}" if first else "no heads"
     shape = f"{str(requirements.dtype)[6:]} {heads} {requirements.head_dim}/{requirements.v_head_dim}"
     extras = "".join(f" {name}" for name in ("softcap", "alibi") if getattr(requirements, name))
     steps = f" steps of {requirements.least_step}" if requirements.least_step else ""
-    return f"{_machine(requirements.device)} | {shape}{extras}{steps}, {rows} rows"
+    windows = " windows" * any((mask.bands[:, LO] > -UNBOUNDED // 2).any() for mask in masks)
+    return f"{_machine(requirements.device)} | kernels {_sources()} | {shape}{extras}{steps}{windows}, {rows} rows"
 
 
 def read_trials(key: str, names: tuple[str, ...]) -> dict[str, Trial] | None:
     """The trials of these kernels, or None where one has not been tried."""
     found = _read().get(key, {})
-    if not all(name in found for name in names):
-        return None
-    return {name: Trial(**found[name]) for name in names}
+    # a file of another version, or that somebody has changed, is none
+    with suppress(TypeError, KeyError):
+        return {name: Trial(**found[name]) for name in names}
+    return None
 
 
 def write_trials(key: str, trials: dict[str, Trial]) -> None:
@@ -49,17 +54,23 @@ def write_trials(key: str, trials: dict[str, Trial]) -> None:
     path = cache_file()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        everything = _read()
-        everything[key] = everything.get(key, {}) | {name: trial._asdict() for name, trial in trials.items()}
-        # other ranks of this machine write, too: whole files or nothing
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(everything, file, indent=1)
-        os.replace(file.name, path)
+        # other ranks of this machine write, too: one at a time, and whole files or nothing
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            everything = _read()
+            everything[key] = everything.get(key, {}) | {name: trial._asdict() for name, trial in trials.items()}
+            aside = path.with_suffix(".new")
+            aside.write_text(json.dumps(everything, indent=1))
+            os.replace(aside, path)
 
 
 def all_trials() -> dict[str, dict[str, Trial]]:
     """Everything that is kept, by key."""
-    return {key: {name: Trial(**trial) for name, trial in trials.items()} for key, trials in _read().items()}
+    out = {}
+    for key, trials in _read().items():
+        with suppress(TypeError, AttributeError):
+            out[key] = {name: Trial(**trial) for name, trial in trials.items()}
+    return out
 
 
 def _read() -> dict[str, Any]:
@@ -68,6 +79,14 @@ def _read() -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+@cache
+def _sources() -> str:
+    """A short hash of the kernels' sources: what was found of others does not count."""
+    folder = Path(__file__).parent
+    texts = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
+    return hashlib.sha1(texts).hexdigest()[:8]
 
 
 def _machine(device: torch.device) -> str:

@@ -21,6 +21,7 @@ from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1, areas, clip, row_key_range
 from distattn.ir.errors import DistattnError
 from distattn.kernels import reference
 from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import Kernel, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton.launch import schedule_to_device
@@ -34,14 +35,15 @@ _SEED = 1234
 
 
 class Trial(NamedTuple):
-    """How a kernel did: the largest relative difference from the reference, and seconds of forward and backward.
+    """How a kernel did: the largest relative difference of a row from the reference, and seconds of forward and backward.
 
-    fault: why it must not be used; an empty text where it is right.
+    fault: why it must not be used; an empty text where it is right. passing: the fault may be gone another time.
     """
 
     difference: float = 0.0
     seconds: float = 0.0
     fault: str = ""
+    passing: bool = False
 
 
 def try_kernels(
@@ -96,17 +98,21 @@ def _tried(name: str, mask: LaunchMask, requirements: KernelRequirements) -> Tri
         kernel = load_kernel(name)
         if why_not := kernel.unsupported_reason(requirements):
             return Trial(fault=why_not)
-        difference = max(_difference(kernel, sample(mask, *_COMPARED, at), requirements) for at in (0.0, 0.6))
-        # not a number is not small either
+        differences = [_difference(kernel, sample(mask, *_COMPARED, at), requirements) for at in (0.0, 0.6)]
+        difference = _largest(differences)
         if not difference <= _TOLERANCE[requirements.dtype]:
             return Trial(difference, fault=f"wrong: {difference:.1e} from the reference")
         return Trial(difference, _seconds(kernel, sample(mask, *_TIMED, 1.0), requirements))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
-        # a compiler's or a driver's trouble is this kernel's alone
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return Trial(fault=f"{type(error).__name__}: {reason}"[:300])
+        # a compiler's or a driver's trouble is this kernel's alone, unless the device is lost for all
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+        try:
+            _wait(requirements.device)
+        except RuntimeError:
+            raise DistattnError(
+                f"kernel {name} has broken the device ({reason}): start again with another kernel=."
+            ) from None
+        return Trial(fault=reason, passing=True)
 
 
 class _Inputs(NamedTuple):
@@ -136,23 +142,54 @@ class _Inputs(NamedTuple):
 
 
 def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
-    """The largest relative difference of outputs and gradients from the reference in fp64, of the same inputs."""
+    """The largest relative difference of a row of outputs and gradients from the reference in fp64, of the same inputs.
+
+    Results are new, and, where the kernel takes places for them, also written in the inputs' dtype, and added to others.
+    """
     given = _Inputs.of(mask, requirements)
     q, k, v, do = (x.double() for x in given[:4])
     exact = reference.prepare(mask, requirements)
     o, lse = reference.forward(q, k, v, exact, given.score)
     delta = (do * o).sum(-1)
-    wanted = (o, *reference.backward(do, q, k, v, lse, delta, exact, given.score))
+    wanted = (o, lse, *reference.backward(do, q, k, v, lse, delta, exact, given.score))
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
-    got_o, got_lse = kernel.forward(given.q, given.k, given.v, schedule, given.score)
     # the backward's own inputs are exact, so that a fault of the forward is not seen twice
-    exactly = lse.to(got_lse.dtype), delta.to(got_lse.dtype)
-    got = (got_o, *kernel.backward(given.do, given.q, given.k, given.v, *exactly, schedule, given.score))
-    empty = lse == -torch.inf
-    if not torch.equal(empty, got_lse == -torch.inf):
+    wide = accumulation_dtype(requirements.dtype)
+    backward = (given.do, *given[:3], lse.to(wide), delta.to(wide), schedule, given.score)
+
+    def run(dtype: torch.dtype | None, add: bool) -> float:
+        if dtype is None:
+            return _far((*kernel.forward(*given[:3], schedule, given.score), *kernel.backward(*backward)), wanted)
+        places = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in wanted]
+        places[1] = torch.full(lse.shape, -torch.inf, dtype=wide, device=lse.device)
+        into = places[0], places[1]
+        kernel.forward(*given[:3], schedule, given.score, into=into, merge=add)
+        kernel.backward(*backward, into=(places[2], (places[3], places[4])), add=(add, add))
+        return _far(places, wanted)
+
+    ways: list[tuple[torch.dtype | None, bool]] = [(None, False)]
+    if kernel.ACCUMULATES:
+        ways += [(requirements.dtype, False), (wide, True)]
+    return _largest([run(*way) for way in ways])
+
+
+def _far(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest difference of a row of a head, relative to it or to a usual one. Results are (o, lse, dq, dk, dv)."""
+    empty = wanted[1] == -torch.inf
+    if not torch.equal(empty, got[1] == -torch.inf):
         return float("inf")
-    pairs = [*zip(got, wanted, strict=True), (got_lse.masked_fill(empty, 0.0), lse.masked_fill(empty, 0.0))]
-    return max(float((a.double() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs)
+    found = []
+    for a, b in zip(got, wanted, strict=True):
+        a, b = (x[..., None].masked_fill(empty[..., None], 0.0) if x.dim() == 2 else x for x in (a.double(), b))
+        size = b.norm(dim=-1)
+        usual = size.square().mean().sqrt().clamp(min=1e-12)
+        found.append(float(((a - b).norm(dim=-1) / size.clamp(min=usual)).max()))
+    return _largest(found)
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The largest of some numbers; infinite where one is none."""
+    return max((value if value == value else float("inf") for value in values), default=0.0)
 
 
 def _seconds(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
@@ -182,11 +219,11 @@ def _wait(device: torch.device) -> None:
 def ranking(everyone: Sequence[dict[str, Trial]], names: Sequence[str]) -> list[str]:
     """Kernels that were right on every rank that tried them, by the slowest rank's time; all ranks come to the same list.
 
-    names: the kernels in order of preference where nobody has tried any. Raises DistattnError where none is right.
+    names: the kernels. An empty list where nobody has tried any. Raises DistattnError where none is right.
     """
     tried = [trials for trials in everyone if trials]
     if not tried:
-        return list(names)
+        return []
     right = [name for name in names if all(name in trials and not trials[name].fault for trials in tried)]
     if not right:
         reasons = "; ".join(f"{name}: {tried[0][name].fault}" for name in names if name in tried[0])

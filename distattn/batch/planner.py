@@ -25,7 +25,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
-from distattn.kernels.registry import AUTO, CANDIDATES, load_kernel
+from distattn.kernels.registry import AUTO, candidates, load_kernel
 from distattn.kernels.trials import Trial, ranking
 from distattn.ops.attention import attention, autocast_inputs, score_modifiers
 from distattn.ops.executable import (
@@ -212,20 +212,30 @@ class Planner:
         Raises DistattnError on all of them where none is right.
         """
         trial = self._trial_of(shape, device)
-        if trial in self._ranked or self.config.kernel not in (None, AUTO) or not has_trials(device):
+        if trial in self._ranked or self.config.kernel not in (None, AUTO):
             return
         own: dict[str, Trial] = {}
-        names = CANDIDATES[device.type]
-        # what a plan is refused for all ranks hear when they compare plans
-        with suppress(DistattnError):
-            plan = self.plan_of(batch, shape)
-            needed = kernel_requirements(plan.call, device, shape.modifiers)
-            own = kernel_trials(plan, self.ranks.rank, needed, names)
-        self._ranked[trial] = ranking(self.ranks.gather(own, "the trial of kernels"), names)
+        names = candidates(device)
+        if has_trials(device):
+            # what a plan is refused for all ranks hear when they compare plans
+            with suppress(DistattnError):
+                plan = self.plan_of(batch, shape)
+                needed = kernel_requirements(plan.call, device, shape.modifiers)
+                own = kernel_trials(plan, self.ranks.rank, needed, names)
+        everyone = self.ranks.gather((device.type, own), "the trial of kernels")
+        odd = next((rank for rank, (kind, _) in enumerate(everyone) if kind != everyone[0][0]), None)
+        if odd is not None:
+            raise DistattnError(
+                f"rank {odd} of the group has its tensors on {everyone[odd][0]}, rank 0 on {everyone[0][0]}: all ranks that "
+                "share attention compute on one kind of device (serve(device=...) says that of a server)."
+            )
+        # without a launch nobody has tried anything: another batch will
+        if ranked := ranking([trials for _, trials in everyone], names):
+            self._ranked[trial] = ranked
 
     def _trial_of(self, shape: AttentionShape, device: torch.device) -> tuple[AttentionShape, str]:
-        """What trials of kernels are known by: windows and layers' own strategies are tried as one."""
-        return shape._replace(window=None, override=None), device.type
+        """What trials of kernels are known by: windows of all sizes, and layers' own strategies, are tried as one."""
+        return shape._replace(window=shape.window and 1, override=None), device.type
 
     def close(self) -> None:
         """Forget all plans."""

@@ -31,9 +31,11 @@ SINGLE_RANK: Transport = SingleRankTransport()
 class MonitoredTransport:
     """A transport whose failures name the rank that is to blame, also where waiting is left to a device's stream."""
 
-    def __init__(self, transport: GroupTransport, monitor: HealthMonitor, members: Sequence[int]):
+    def __init__(self, transport: GroupTransport, monitor: HealthMonitor, members: Sequence[int], device: torch.device):
         self._transport, self._monitor, self._members = transport, monitor, members
-        self._watch = MessageWatch(monitor, members, transport.abort) if transport.waits_on_stream else None
+        self._watch = None
+        if transport.waits_on_stream:
+            self._watch = MessageWatch(monitor, members, transport.abort, device)
 
     def exchange(
         self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
@@ -43,7 +45,7 @@ class MonitoredTransport:
         self._monitor.enter(MESSAGES)
         work = self.guarded(lambda: self._transport.exchange(sends, receives, collective, where))
         if self._watch is not None and (sends or receives):
-            self._watch.add(work, awaited(sends, receives, self._members, where))
+            self._watch.add(work.requests, awaited(sends, receives, self._members, where))
         return _MonitoredWork(self, work)
 
     def guarded(self, work: Callable[[], Any]) -> Any:
@@ -62,9 +64,6 @@ class _MonitoredWork(NamedTuple):
     def wait(self) -> None:
         self.transport.guarded(self.work.wait)
 
-    def is_completed(self) -> bool:
-        return self.work.is_completed()
-
 
 class MonitoredTransports:
     """The monitored transports of a group, by kind of device."""
@@ -80,7 +79,7 @@ class MonitoredTransports:
             if group is None:
                 raise DistattnError("the process group of this ContextParallel has been destroyed; make another one.")
             transport = EXECUTABLES.transport(group, device, self._monitor.wait_timeout)
-            self._opened[device.type] = MonitoredTransport(transport, self._monitor, self._members)
+            self._opened[device.type] = MonitoredTransport(transport, self._monitor, self._members, device)
         return self._opened[device.type]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Messages that a device waits for, watched from the host: NCCL's own wait returns at once, and has no time-out to speak of.
+"""Messages that a device waits for, watched from the host: NCCL's own wait returns at once.
 
 A thread asks once in a while whether the oldest message under way has arrived. Where it is late, all ranks are asked for a
 sign of life, what was found is said, and the communicator is given up, so that the device goes on and this process hears of it.
@@ -11,11 +11,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from distattn.batch.health import HealthMonitor
 from distattn.ir.errors import LostRankError
-from distattn.parallel.runtime.transport import Packet, PendingMessages, named_ranks
+from distattn.parallel.runtime.transport import Packet, named_ranks
 
 MESSAGES = "an exchange of attention's messages"
 _LOG = logging.getLogger("distattn")
@@ -24,7 +26,8 @@ _POLL = 0.5
 
 
 class _UnderWay(NamedTuple):
-    work: PendingMessages
+    # not what is sent and received: it is not to live longer for being watched
+    works: Sequence[Any]
     what: str
     since: float
 
@@ -32,19 +35,21 @@ class _UnderWay(NamedTuple):
 class MessageWatch:
     """Watches the messages of one communicator, which arrive in the order in which they were started.
 
-    members: its ranks as the default group numbers them. give_up: ends what is under way.
+    members: its ranks as the default group numbers them. give_up: ends what is under way. device: that waits.
     """
 
-    def __init__(self, monitor: HealthMonitor, members: Sequence[int], give_up: Callable[[], None]):
-        self._monitor, self._members, self._give_up = monitor, members, give_up
+    def __init__(
+        self, monitor: HealthMonitor, members: Sequence[int], give_up: Callable[[], None], device: torch.device
+    ):
+        self._monitor, self._members, self._give_up, self._device = monitor, members, give_up, device
         self._under_way: deque[_UnderWay] = deque()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-messages")
         self._thread.start()
 
-    def add(self, work: PendingMessages, what: str) -> None:
-        """Watch messages until they have arrived. what: which they are, for the error."""
-        self._under_way.append(_UnderWay(work, what, time.monotonic()))
+    def add(self, works: Sequence[Any], what: str) -> None:
+        """Watch messages until they have arrived. works: as the backend gave them; what: which they are, for the error."""
+        self._under_way.append(_UnderWay(works, what, time.monotonic()))
 
     def close(self) -> None:
         """End the thread."""
@@ -53,9 +58,12 @@ class MessageWatch:
         self._under_way.clear()
 
     def _run(self) -> None:
+        if self._device.type == "cuda":
+            # asking whether a message has arrived must not begin to use another device
+            torch.cuda.set_device(self._device)
         limit, arrived = self._monitor.wait_timeout.total_seconds(), time.monotonic()
         while not self._closed.wait(_POLL):
-            while self._under_way and self._under_way[0].work.is_completed():
+            while self._under_way and all(work.is_completed() for work in self._under_way[0].works):
                 self._under_way.popleft()
                 arrived = time.monotonic()
             # a device works them off one after another: the oldest is under way since the one before has arrived

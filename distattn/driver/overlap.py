@@ -349,6 +349,3 @@ class _TracedMessages(NamedTuple):
     def wait(self) -> None:
         self.work.wait()
         self.traced.spans.append(Span(self.traced.micro_batch, "moves", self.began, time.perf_counter()))
-
-    def is_completed(self) -> bool:
-        return self.work.is_completed()

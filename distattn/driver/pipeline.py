@@ -9,7 +9,7 @@ all ranks of a replica are given the same micro-batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from distattn.driver.servers import participate
 from distattn.driver.step_exchange import GatheredStep
 from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
-from distattn.ops.attention import attention, autocast_inputs
+from distattn.ops.attention import attention, autocast_inputs, score_modifiers
 from distattn.ops.executable import EXECUTABLES, Executable, whole_device
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime.transport import Packet
@@ -79,10 +79,14 @@ class PipelineSchedule:
         for name in ("pad_to", "layers"):
             if getattr(config, name) not in (None, 1, {}):
                 raise DistattnError(f"a pipeline's layers are all of one shape and unpadded: leave {name} out.")
+        shape = spec.shape._replace(modifiers=score_modifiers(spec.softcap, None))
+        spec = replace(spec, shape=shape)
         self.cp, self.stages, self.spec = cp, stages, spec
         self.replicas = cp.ranks // stages
         self.stage, self.replica = divmod(cp.rank, self.replicas)
         self.device = whole_device(spec.device)
+        # a collective call, and the first to send may be some ranks only
+        cp.transport(self.device)
         scale = spec.shape.head_dim**-0.5 if spec.scale is None else float(spec.scale)
         self.score = scale, float(spec.softcap)
         depths: list[Any] = [spec.attention_layers]
@@ -283,7 +287,10 @@ class _TickBatch(BatchAttention):
     ) -> Tensor:
         """As `LocalBatch.attention`; all layers are of one shape, whatever their number."""
         q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
-        pipe, shape = self.pipeline, AttentionShape.of(q_THD, k_TKD, v_TKE, window)
+        pipe, shape = (
+            self.pipeline,
+            AttentionShape.of(q_THD, k_TKD, v_TKE, window, None, self.pipeline.spec.shape.modifiers),
+        )
         if pipe.direction == BACKWARD:
             raise DistattnError(
                 "a pipeline's layers are not recomputed: leave activation checkpointing of attention out."

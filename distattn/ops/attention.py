@@ -87,7 +87,7 @@ def attention(
     (after the cap); no gradient. sink (H,): a logit per head that takes part in the softmax and has no value; its
     gradient is this rank's share, to be summed over ranks like any parameter's. gate (T, H) or (T, H, E): multiplies the
     output. dropout is refused. With return_lse also lse_HT, natural log (with the sink), fp32 (fp64 for fp64), -inf
-    where a row has no allowed key; gradients through it need kernel="reference".
+    where a row has no allowed key; not every kernel has gradients through it ("reference" has).
 
     plan: a Plan, which ranks then compare at every call, or what `prepare` made of one: once a batch, and the only way
     inside torch.compile. group defaults to the default
@@ -133,6 +133,8 @@ def attention(
         raise DistattnError("inside torch.compile, attention takes prepare(plan, group) instead of a plan.")
     else:
         modifiers = score_modifiers(softcap, alibi_slopes)
+        if return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q_THD, k_TKD, v_TKE)):
+            modifiers = (*modifiers, "lse")
         ready = prepare(plan, group, kernel=kernel, device=q_THD.device, modifiers=modifiers)
     interleaved = interleaved_batch()
     if interleaved is not None:
@@ -276,12 +278,14 @@ def backward_pass(
     if dlse_TH is not None and not executable.kernel.DIFFERENTIABLE_LSE:
         raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
     # the gradient of the log-sum-exp enters where delta does: ds = p * (dp - (delta - dlse))
+    # autograd may give it any strides
+    do = do.contiguous()
     delta_TH = row_products(do, o)
     if dlse_TH is not None:
         delta_TH -= dlse_TH
     score = _score(executable, scale, softcap, slopes)
     executable.begin_pass("backward", score)
-    inputs = (do.contiguous(), q, k, v, lse_TH, delta_TH, kept, score)
+    inputs = (do, q, k, v, lse_TH, delta_TH, kept, score)
     run = execute.backward(executable.program, transport or executable.transport, executable.kernel, *inputs)
     dq, dk, dv, _ = yield from run
     if sink is None:

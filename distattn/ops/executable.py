@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from distattn.ir.arguments import checked
 from distattn.ir.bands import BK, BQ, MAX_BLOCK
-from distattn.ir.errors import DistattnError, PlanError
+from distattn.ir.errors import DistattnError, LostRankError, PlanError
 from distattn.ir.plan import Call, Plan
 from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
@@ -147,7 +147,7 @@ class ExecutableCache:
         timeout: how long a message may take; by default the group's own.
         """
         known = self._transports.setdefault(group, {})
-        if (device.type, timeout) not in known:
+        if (device.type, timeout) not in known or not known[device.type, timeout].is_open:
             backend = open_communicator(group, device, timeout or timeout_of(group))
             known[device.type, timeout] = GroupTransport(group, backend)
         return known[device.type, timeout]
@@ -179,10 +179,10 @@ def prepare(
 
     group defaults to the default process group; a plan for one rank needs none. kernel: a name of KERNELS, by default
     "auto": on GPUs the fastest of those that were right in a trial (see `kernels.trials`), alike on all ranks. modifiers:
-    "softcap" and "alibi_slopes", where calls will have them, for that choice. max_buffer_bytes: bytes of buffers a rank may
-    need at once (see `verify`). proven=False: without a proof, for callers that prove every so many plans of one kind;
-    max_buffer_bytes asks for the proof all the same. Hold the result until the backward has run: under torch.compile nothing
-    else keeps its program.
+    "softcap" and "alibi_slopes" where calls will have them, "lse" where gradients go through it, for that choice.
+    max_buffer_bytes: bytes of buffers a rank may need at once (see `verify`). proven=False: without a proof, for callers
+    that prove every so many plans of one kind; max_buffer_bytes asks for the proof all the same. Hold the result until the
+    backward has run: under torch.compile nothing else keeps its program.
 
     Raises PlanError when the plan cannot be proven or needs more than max_buffer_bytes, or when ranks have different plans;
     DistattnError when it does not fit the kernel. Where one rank refuses, all do. A group of another size is refused
@@ -195,8 +195,10 @@ def prepare(
         if has_trials(device):
             needed = kernel_requirements(plan.call, device, modifiers)
             ranked = agreed_ranking(plan, rank, needed, kernel, _gather_over(group))
-            kernel = first_that_serves(ranked, needed) if kernel in (None, AUTO) else kernel
+            kernel = first_that_serves(ranked, needed) if ranked and kernel in (None, AUTO) else kernel
         key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)
+    except LostRankError:
+        raise
     except DistattnError as error:
         refusal = error
     if group is not None:
@@ -239,7 +241,7 @@ def checked_program(
 
 
 def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[str] = ()) -> KernelRequirements:
-    """What a call asks of a kernel, as far as its plan knows. modifiers: of its scores, "softcap" and "alibi_slopes"."""
+    """What a call asks of a kernel, as far as its plan knows. modifiers: "softcap" and "alibi_slopes", "lse"."""
     steps = call.mask.pieces[:, [BQ, BK]]
     climbs = steps[(steps != 1).any(1), 0]
     return KernelRequirements(
@@ -249,6 +251,7 @@ def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[st
         device,
         "softcap" in modifiers,
         "alibi_slopes" in modifiers,
+        "lse" in modifiers,
         int(climbs.min(initial=MAX_BLOCK)) if len(climbs) else 0,
     )
 

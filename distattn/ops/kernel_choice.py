@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -12,18 +13,20 @@ import torch
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.kernels.launch_mask import LaunchMask
-from distattn.kernels.registry import AUTO, CANDIDATES, load_kernel
+from distattn.kernels.registry import AUTO, candidates, load_kernel
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trial_cache import read_trials, trial_key, write_trials
 from distattn.kernels.trials import Trial, ranking, try_kernels
 from distattn.parallel.runtime.program import lower
 
+# of plans that are prepared again and again
+_TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.WeakKeyDictionary()
 _LOG = logging.getLogger("distattn")
 
 
 def has_trials(device: torch.device) -> bool:
     """Whether there is a choice of kernels on such a device."""
-    return len(CANDIDATES.get(device.type, ())) > 1
+    return len(candidates(device)) > 1
 
 
 def agreed_ranking(
@@ -38,12 +41,19 @@ def agreed_ranking(
     kernel: what this rank was asked for; it tries nothing unless that is "auto" or None. gather: a value of every rank, by
     rank. Raises DistattnError on all ranks where no kernel is right.
     """
-    names = CANDIDATES[requirements.device.type]
+    names = candidates(requirements.device)
     return ranking(gather(kernel_trials(plan, rank, requirements, names) if kernel in (None, AUTO) else {}), names)
 
 
 def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple[str, ...]) -> dict[str, Trial]:
     """This rank's trials of kernels on its launches of a plan, from the cache where they are there."""
+    known = _TRIALS.setdefault(plan, {})
+    if (rank, requirements, names) not in known:
+        known[rank, requirements, names] = _found(plan, rank, requirements, names)
+    return known[rank, requirements, names]
+
+
+def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple[str, ...]) -> dict[str, Trial]:
     masks: list[LaunchMask] = []
     # what a plan is refused for is said where plans are compared
     with suppress(DistattnError):
@@ -52,8 +62,7 @@ def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements, names
     found = read_trials(key, names)
     if found is None:
         found = try_kernels(names, masks, requirements, _LOG.info)
-        if found:
-            write_trials(key, found)
+        write_trials(key, {name: trial for name, trial in found.items() if not trial.passing})
     for name, trial in found.items():
         if trial.fault.startswith("wrong"):
             _LOG.warning("kernel %s is not used on %s: %s", name, key, trial.fault)

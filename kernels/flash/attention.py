@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.flash.pieces import LEAST_STEP, FlashCall, FlashSchedule, flash_schedule
+from distattn.kernels.glue import Rows, add_rows, copy_rows, merge_rows
 from distattn.kernels.launch_mask import LaunchMask
-from distattn.kernels.merge import merge_, output_with_delta
+from distattn.kernels.merge import output_with_delta
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 
 # the operator takes o, not delta; a row with dO = 0 and delta != 0 cannot be told to it
@@ -42,6 +43,8 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
         return f"its head dims are equal multiples of 8 up to 256, not {dims}"
     if requirements.softcap or requirements.alibi:
         return "it has no soft-capping and no ALiBi slopes"
+    if requirements.lse:
+        return "it has no gradient through the log-sum-exp"
     if 0 < requirements.least_step < LEAST_STEP:
         return f"its masks climb in steps of at least {LEAST_STEP} rows, not {requirements.least_step}"
     return None
@@ -69,21 +72,29 @@ def forward(
         o_THD = q_THD.new_empty(q_THD.shape, dtype=torch.float32)
         into = o_THD, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
     o_THD, lse_TH = into
+    # several calls meet in single precision only
+    wide_THD = o_THD if o_THD.dtype == torch.float32 else torch.empty_like(o_THD, dtype=torch.float32)
+    if wide_THD is not o_THD and merge:
+        wide_THD.copy_(o_THD)
     if not merge and not schedule.all_rows:
-        o_THD.zero_()
+        wide_THD.zero_()
         lse_TH.fill_(-torch.inf)
     for call in schedule.calls:
         q, k, v = q_THD[call.rows, call.heads], k_SKD[call.keys, call.kv_heads], v_SKD[call.keys, call.kv_heads]
         part, lse_HT, *_ = forward_operator(q, k, v, *_how(call), **_window(call, score))
         # rows without keys have an infinite sum of nothing there
         part_lse = lse_HT.t().masked_fill(lse_HT.t() == torch.inf, -torch.inf)
+        o, lse = wide_THD[:, call.heads], lse_TH[:, call.heads]
         for stretch in call.row_stretches:
-            at = slice(stretch.start, stretch.stop), call.heads
-            own = slice(stretch.start - call.rows.start, stretch.stop - call.rows.start)
+            rows = Rows(stretch.start, stretch.stop - stretch.start)
+            own = Rows(stretch.start - call.rows.start, rows.size)
             if stretch.first and not merge:
-                o_THD[at], lse_TH[at] = part[own], part_lse[own]
+                copy_rows(o, rows, part, own)
+                copy_rows(lse, rows, part_lse, own)
             else:
-                merge_(o_THD[at], lse_TH[at], part[own], part_lse[own])
+                merge_rows(o, lse, rows, part, part_lse, own)
+    if wide_THD is not o_THD:
+        o_THD.copy_(wide_THD)
     return o_THD, lse_TH
 
 
@@ -103,14 +114,12 @@ def backward(
 
     into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
     """
-    dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
-    dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKD))
-    for total, adds, overwritten in (
-        (dq, add[0], schedule.all_rows),
-        (dk, add[1], schedule.all_keys),
-        (dv, add[1], schedule.all_keys),
-    ):
-        if not adds and not overwritten:
+    places = into[0], *(into[1] or (None, None))
+    adds = add[0], add[1], add[1]
+    grads = [_single(place, x, adds_) for place, x, adds_ in zip(places, (q_THD, k_SKD, v_SKD), adds, strict=True)]
+    reached = schedule.all_rows, schedule.all_keys, schedule.all_keys
+    for total, adds_, overwritten in zip(grads, adds, reached, strict=True):
+        if not adds_ and not overwritten:
             total.zero_()
     # the true o never travels to where tasks call
     o_THD = output_with_delta(do_THD, delta_TH)
@@ -124,17 +133,30 @@ def backward(
         given = do_THD[rows], q_THD[rows], k_SKD[keys], v_SKD[keys], o_THD[rows], lse
         starts = call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call)
         dq_part, dk_part, dv_part = backward_operator(*given, *starts, *random, **_window(call, score))
-        for total, part, stretches, first, heads, adds in (
-            (dq, dq_part, call.row_stretches, call.rows.start, call.heads, add[0]),
-            (dk, dk_part, call.key_stretches, call.keys.start, call.kv_heads, add[1]),
-            (dv, dv_part, call.key_stretches, call.keys.start, call.kv_heads, add[1]),
+        rows_of = call.row_stretches, call.rows.start, call.heads
+        keys_of = call.key_stretches, call.keys.start, call.kv_heads
+        for number, part, (stretches, first, heads) in (
+            (0, dq_part, rows_of),
+            (1, dk_part, keys_of),
+            (2, dv_part, keys_of),
         ):
             for stretch in stretches:
-                at = total[stretch.start : stretch.stop, heads]
-                own = part[stretch.start - first : stretch.stop - first]
+                at = Rows(stretch.start, stretch.stop - stretch.start)
                 # the first to write need not read
-                at.copy_(own) if stretch.first and not adds else at.add_(own)
-    return dq, dk, dv
+                put = copy_rows if stretch.first and not adds[number] else add_rows
+                put(grads[number][:, heads], at, part, Rows(stretch.start - first, at.size))
+    for place, total in zip(places, grads, strict=True):
+        if place is not None and place is not total:
+            place.copy_(total)
+    return grads[0], grads[1], grads[2]
+
+
+def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
+    """Where gradients are summed in single precision: the place itself, or a tensor for the meantime."""
+    if place is not None and place.dtype == torch.float32:
+        return place
+    total = like.new_empty(like.shape, dtype=torch.float32)
+    return total.copy_(place) if place is not None and adds else total
 
 
 def _how(call: FlashCall) -> tuple[Any, ...]:

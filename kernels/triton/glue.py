@@ -100,6 +100,7 @@ def run_rows(
 ) -> None:
     """See `glue.copy_rows` and `glue.add_rows`."""
     target, source = _three_dims(target), _three_dims(source)
+    assert target.stride(2) == source.stride(2) == 1 or target.shape[2] == 1, "rows of a head lie in one piece"
     shape = _shape(target)
     if count:
         rows_kernel[_grid(shape, count, target.shape[1])](
@@ -122,6 +123,7 @@ def run_merge(
     count: int,
 ) -> None:
     """See `glue.merge_rows`."""
+    assert o.stride(2) == other_o.stride(2) == 1 or o.shape[2] == 1, "rows of a head lie in one piece"
     shape = _shape(o)
     if count:
         merge_kernel[_grid(shape, count, o.shape[1])](
@@ -136,6 +138,7 @@ def run_products(do_THE: Tensor, o_THE: Tensor) -> Tensor:
     """See `glue.row_products`."""
     out = do_THE.new_empty(do_THE.shape[:2], dtype=accumulation_dtype(o_THE.dtype))
     rows, heads, width = do_THE.shape
+    assert do_THE.stride(2) == o_THE.stride(2) == 1 or width == 1, "rows of a head lie in one piece"
     shape = _shape(do_THE)
     if rows:
         products_kernel[_grid(shape, rows, heads)](

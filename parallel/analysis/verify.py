@@ -56,11 +56,12 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
     max_buffer_bytes: bytes of buffers that a rank may need at once in one pass, beside what is kept; no limit by default.
     """
     call = plan.call
-    for payload in set(call.written_once) - set(written_once(call, plan.forward, plan.backward)):
-        raise PlanError(f"two kernel calls add to {payload.name}, which the plan says is written once.")
     forward = _verify_table(call, plan.forward, "forward", FORWARD_PAYLOADS, None)
     kept = moves_of(plan.forward.moves, (Payload.Q, Payload.KV)) if plan.policy == "keep" else None
     backward = _verify_table(call, plan.backward, "backward", BACKWARD_PAYLOADS, kept)
+    if call.written_once:
+        for payload in set(call.written_once) - set(written_once(call, plan.forward, plan.backward)):
+            raise PlanError(f"two kernel calls add to {payload.name}, which the plan says is written once.")
     kept_bytes = np.zeros(call.ranks, np.int64)
     if kept is not None:
         np.add.at(kept_bytes, kept["dst"], move_bytes(call, kept))

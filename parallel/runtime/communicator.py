@@ -22,6 +22,8 @@ from torch.distributed.constants import default_pg_timeout
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.attendance import attended, default_store
 
+# after which PyTorch's own watchdog may end a process that waits
+_WATCHDOG = timedelta(hours=1)
 # how many communicators this process has opened beside a group
 _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -131,7 +133,8 @@ def _open_gloo(store: dist.Store, rank: int, members: Sequence[int], timeout: ti
 def _open_nccl(store: dist.Store, rank: int, members: Sequence[int], timeout: timedelta, name: str) -> Any:
     # messages start before the kernels that they overlap with
     options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options._timeout = timeout
+    # lost ranks are named sooner, see `driver.message_watch`; PyTorch's watchdog would end the process without a name
+    options._timeout = max(10 * timeout, _WATCHDOG)
     # for PyTorch's flight recorder
     options.global_ranks_in_group, options.group_name = list(members), name
     return dist.ProcessGroupNCCL(store, rank, len(members), options)

@@ -41,10 +41,6 @@ class PendingMessages(Protocol):
         """
         ...
 
-    def is_completed(self) -> bool:
-        """Whether all have arrived. May be asked on any thread."""
-        ...
-
 
 class Transport(Protocol):
     """What the executor asks of a transport."""
@@ -72,6 +68,7 @@ class GroupTransport:
         # torch.distributed keeps the group until destroy_process_group; alive any longer, it would abort the process at its end
         self._group = weakref.ref(group)
         self._backend = backend
+        self.is_open = True
         # whether waiting only orders streams, and this process runs on
         self.waits_on_stream = bool(backend.supports_coalescing)
 
@@ -87,6 +84,7 @@ class GroupTransport:
 
     def abort(self) -> None:
         """Give up all messages under way: whatever waits for them on a device goes on."""
+        self.is_open = False
         self._backend.abort()
 
     def _all_at_once(self, sends: list[Packet], receives: list[Packet], where: str) -> PendingMessages:
@@ -96,10 +94,15 @@ class GroupTransport:
 
         def start() -> list[Any]:
             self._backend._start_coalescing()
-            for packet in sends:
-                self._backend.send([packet.tensor], packet.peer, 0)
-            for packet in receives:
-                self._backend.recv([packet.tensor], packet.peer, 0)
+            try:
+                for packet in sends:
+                    self._backend.send([packet.tensor], packet.peer, 0)
+                for packet in receives:
+                    self._backend.recv([packet.tensor], packet.peer, 0)
+            except BaseException:
+                # an open group of calls would swallow all that follows
+                self._backend.abort()
+                raise
             return [self._backend._end_coalescing()]
 
         return _PendingRequests(_started(start, sends, receives, where), (sends, receives), where)
@@ -159,9 +162,6 @@ class _PendingRequests(NamedTuple):
                 late = [packets[number]] if len(self.requests) == len(packets) else packets
                 raise _peer_stopped(late, self.where, error) from None
 
-    def is_completed(self) -> bool:
-        return all(request.is_completed() for request in self.requests)
-
 
 class _PendingAllToAll(NamedTuple):
     request: Any
@@ -178,9 +178,6 @@ class _PendingAllToAll(NamedTuple):
         sizes = [packet.tensor.nbytes for packet in self.receives]
         for packet, part in zip(self.receives, self.incoming.split(sizes), strict=True):
             _as_bytes(packet.tensor).copy_(part)
-
-    def is_completed(self) -> bool:
-        return bool(self.request.is_completed())
 
 
 def named_ranks(ranks: Iterable[int]) -> str:
@@ -261,10 +258,7 @@ class _PendingInProcess(NamedTuple):
     rank: int
 
     def wait(self) -> None:
-        assert self.is_completed(), f"rank {self.rank} waits for a packet that nobody has posted"
-
-    def is_completed(self) -> bool:
-        return not self.network.has_pending(self.rank)
+        assert not self.network.has_pending(self.rank), f"rank {self.rank} waits for a packet that nobody has posted"
 
 
 class SingleRankTransport:

@@ -57,7 +57,41 @@ def slow(*given):
     return cpu.forward(*given)
 
 
+def no_number_at_the_end(*given):
+    dq, dk, dv = cpu.backward(*given)
+    dv[-1] = torch.nan
+    return dq, dk, dv
+
+
+def one_wrong_row(*given):
+    o, lse = cpu.forward(*given)
+    o[-1, 0] *= 1.1
+    return o, lse
+
+
+def wrong_in_place(q, k, v, schedule, score, into=None, merge=False):
+    """Right where it makes its results, and where it adds to others it forgets what is there."""
+    o, lse = cpu.forward(q, k, v, schedule, score)
+    if into is None:
+        return o, lse
+    into[0].copy_(o)
+    into[1].copy_(lse + merge)
+    return into
+
+
+def backward_in_place(*given, into=None, add=(False, False)):
+    grads = cpu.backward(*given)
+    if into is None:
+        return grads
+    for place, grad in zip((into[0], *into[1]), grads, strict=True):
+        place.copy_(grad)
+    return into[0], *into[1]
+
+
 WRONG = {
+    "no number at the end": dict(backward=no_number_at_the_end),
+    "one wrong row": dict(forward=one_wrong_row),
+    "in place": dict(ACCUMULATES=True, forward=wrong_in_place, backward=backward_in_place),
     "wrong gradient": dict(backward=wrong_gradient),
     "no number": dict(forward=lambda *given: tuple(x * torch.nan for x in cpu.forward(*given))),
     "rows without keys": dict(forward=empty_rows),
@@ -97,7 +131,8 @@ def test_ranks_take_the_kernel_that_is_right_on_all_of_them_and_fastest_on_the_s
     assert ranking([dict(a=slower, b=right, c=wrong)], names) == ["b", "a"]
     # on another rank b is slow, and c right
     assert ranking([dict(a=slower, b=right, c=wrong), dict(a=slower, b=Trial(0.0, 3.0), c=right)], names) == ["a", "b"]
-    assert ranking([{}, {}], names) == names
+    # nobody had a launch
+    assert ranking([{}, {}], names) == []
     with pytest.raises(DistattnError, match=r"no kernel can be used here \(a: wrong: 1.0e\+00 from the reference\)"):
         ranking([dict(a=wrong)], ["a"])
 
