@@ -1,7 +1,7 @@
 """What is done around kernels: rows copied, added and merged from one tensor to another, and row sums. Each is one operator.
 
 On GPUs each is one Triton kernel that reads and writes every number once; elsewhere it is plain PyTorch. Rows are a stretch from
-`start` on, or listed. Tensors are (rows, heads, width) or (rows, heads), of any strides but that of the width.
+`start` on, or listed. Tensors are (rows, heads, width) or (rows, heads), of any strides but that of the width, which is one.
 """
 
 # T tokens, H heads, E value head dim

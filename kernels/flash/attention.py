@@ -64,7 +64,7 @@ def forward(
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(o_THD, lse_TH) in fp32; rows without keys have o = 0 and lse = -inf.
+    """(o_THD, lse_TH), in fp32 unless `into` is not; rows without keys have o = 0 and lse = -inf.
 
     into: (o, lse) to write the result to or, with `merge`, to merge it into.
     """
@@ -110,7 +110,7 @@ def backward(
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
     add: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq_THD, dk_SKD, dv_SKD) of these cells in fp32, given the final lse and delta = rowsum(dO * O) of each row.
+    """(dq_THD, dk_SKD, dv_SKD) of these cells, given the final lse and delta = rowsum(dO * O) of each row; fp32, or as `into` is.
 
     into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
     """

@@ -134,7 +134,7 @@ def forward(
     merge: bool = False,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """(o_THE, lse_TH) in fp32; rows without keys have o = 0 and lse = -inf.
+    """(o_THE, lse_TH), in fp32 unless `into` is not; rows without keys have o = 0 and lse = -inf.
 
     into: (o, lse) to write the result to or, with `merge`, to merge it into.
     """
@@ -158,7 +158,7 @@ def backward(
     add: tuple[bool, bool] = (False, False),
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq_THD, dk_SKD, dv_SKE) of these cells in fp32, given the final lse and delta = rowsum(dO * O) of each row.
+    """(dq_THD, dk_SKD, dv_SKE) of these cells, given the final lse and delta = rowsum(dO * O) of each row; fp32, or as `into` is.
 
     into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
     """
@@ -182,7 +182,7 @@ def plan_forward(
     precision: str = "ieee",
     merge: bool = False,
 ) -> TritonLaunch:
-    """The forward launch. o (T, H, E) fp32 and lse (T, H) are written, or with `merge` folded into what they hold."""
+    """The forward launch. o (T, H, E) and lse (T, H) are written, or with `merge` folded into what they hold."""
     (rows, heads, _), keys = q.shape, len(k)
     tile = schedule.tiles.forward
     arguments = _operands({"q": (q, tile.rows), "k": (k, tile.keys), "v": (v, tile.keys)})
@@ -207,7 +207,7 @@ def plan_backward(
     precision: str = "ieee",
     accumulate: tuple[bool, bool] = (False, False),
 ) -> list[TritonLaunch]:
-    """The backward launches; grads (dq, dk, dv) are fp32. accumulate: add to dq, to dk and dv, instead of writing."""
+    """The backward launches; grads: (dq, dk, dv). accumulate: add to dq, to dk and dv, instead of writing."""
     (rows, heads, _), (keys, kv_heads, _) = q.shape, k.shape
     dq, dk, dv = grads
     numbers, first_launch = plan_row_numbers(lse, delta)
