@@ -45,6 +45,7 @@ def late_run(rank, lost, how):
     return str(error.value)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=["stops", "dies"])
 def test_a_lost_rank_is_named_with_the_move_that_is_waited_for(how):
     errors = run_survivors(3, 1, late_run, 1, how)

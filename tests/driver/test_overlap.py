@@ -102,7 +102,9 @@ def alternating_run(rank, kind, options):
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "huggingface checkpointed", "plain", "plain twice"])
-@pytest.mark.parametrize(("ranks", "rules"), [(2, "gloo"), (4, "gloo"), (4, "nccl")])
+@pytest.mark.parametrize(
+    ("ranks", "rules"), [(2, "gloo"), (4, "gloo"), pytest.param(4, "nccl", marks=pytest.mark.full)]
+)
 def test_gradients_equal_the_plain_run(kind, ranks, rules):
     work = by_rules(rules, alternating_run)
     for ((losses, gradient), (turned, turned_gradient)), _ in run_on_ranks(ranks, work, kind, OPTIONS):

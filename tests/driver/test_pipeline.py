@@ -134,7 +134,7 @@ def staged(rank, replicas, depths):
     return out
 
 
-@pytest.mark.parametrize("rules", ["gloo", "nccl"])
+@pytest.mark.parametrize("rules", ["gloo", pytest.param("nccl", marks=pytest.mark.full)])
 @pytest.mark.parametrize(("replicas", "depths"), [(1, (2, 1)), (2, (1, 2)), (1, (1, 1, 1))])
 def test_stages_that_pool_their_attention_have_the_gradients_of_one_process(replicas, depths, rules):
     wanted = plain_steps(replicas)

@@ -19,7 +19,7 @@ from distattn.kernels.registry import choose_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 
-pytestmark = pytest.mark.sampled(12)
+pytestmark = pytest.mark.sampled(30)
 
 
 @pytest.fixture(autouse=True)

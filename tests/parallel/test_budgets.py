@@ -60,6 +60,7 @@ MILLION = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("heads", MILLION)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_million_tokens_take_so_much_memory(strategy, heads):

@@ -51,6 +51,7 @@ def attended_run(rank, kind):
     return dist.get_backend(group), float((o - wanted).abs().max())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", [None, "cpu:gloo", "cpu:gloo,cuda:gloo"])
 def test_plans_run_beside_any_kind_of_group(kind):
     for name, difference in run_on_ranks(2, attended_run, kind):

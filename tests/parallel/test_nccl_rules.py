@@ -70,6 +70,7 @@ def together(plan, inputs, **how):
 SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", layouts(LENGTHS, 2))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_runs_by_nccls_rules(strategy, layout):
