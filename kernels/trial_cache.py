@@ -50,7 +50,9 @@ def read_trials(key: str, names: tuple[str, ...]) -> dict[str, Trial] | None:
 
 
 def write_trials(key: str, trials: dict[str, Trial]) -> None:
-    """Keep trials. A file that cannot be written is no reason to stop."""
+    """Keep trials, if there are any. A file that cannot be written is no reason to stop."""
+    if not trials:
+        return
     path = cache_file()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from distattn.ir.errors import LostRankError
+from distattn.ir.errors import LostRankError, named_ranks
 from distattn.parallel.runtime.attendance import ask_store, default_store
 
 Result = TypeVar("Result")
@@ -162,15 +162,15 @@ class HealthMonitor:
         closed = [rank for rank in silent if self._store.check([f"closed/{rank}"])]
         gone = [rank for rank in silent if rank not in closed]
         if gone:
-            return f"{_ranks(gone)} stopped answering: killed, stopped or unreachable ({_first_line(error)})"
+            return f"{named_ranks(gone)} stopped answering: killed, stopped or unreachable ({_first_line(error)})"
         if closed:
-            return f"{_ranks(closed)} closed its ContextParallel while others still need it."
+            return f"{named_ranks(closed)} closed its ContextParallel while others still need it."
         # those furthest behind: others may wait for them in turn
         least = min(answers[rank].get(what, 0) for rank in members)
         if least < self._begun[what]:
             behind = [rank for rank in members if answers[rank].get(what, 0) == least]
             return (
-                f"{_ranks(behind)} did not come to {what} number {least + 1}: the process lives, but is elsewhere "
+                f"{named_ranks(behind)} did not come to {what} number {least + 1}: the process lives, but is elsewhere "
                 "(in its data loader or training loop, or it has left the loop)."
             )
         return f"all ranks live, but {what} failed on rank {self.rank}: {_first_line(error)}"
@@ -187,10 +187,6 @@ class HealthMonitor:
                 break
             time.sleep(0.05)
         return found
-
-
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
 def _first_line(error: Exception) -> str:

@@ -25,8 +25,8 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
-from distattn.kernels.registry import AUTO, candidates, load_kernel
-from distattn.kernels.trials import Trial, ranking
+from distattn.kernels.registry import AUTO, load_kernel
+from distattn.kernels.trials import Trial
 from distattn.ops.attention import attention, autocast_inputs, score_modifiers
 from distattn.ops.executable import (
     EXECUTABLES,
@@ -36,7 +36,7 @@ from distattn.ops.executable import (
     checked_program,
     kernel_requirements,
 )
-from distattn.ops.kernel_choice import first_that_serves, has_trials, kernel_trials
+from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, kernel_trials
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.parallel.runtime.transport import Transport
 
@@ -215,22 +215,12 @@ class Planner:
         if trial in self._ranked or self.config.kernel not in (None, AUTO):
             return
         own: dict[str, Trial] = {}
-        names = candidates(device)
-        if has_trials(device):
-            # what a plan is refused for all ranks hear when they compare plans
-            with suppress(DistattnError):
-                plan = self.plan_of(batch, shape)
-                needed = kernel_requirements(plan.call, device, shape.modifiers)
-                own = kernel_trials(plan, self.ranks.rank, needed, names)
-        everyone = self.ranks.gather((device.type, own), "the trial of kernels")
-        odd = next((rank for rank, (kind, _) in enumerate(everyone) if kind != everyone[0][0]), None)
-        if odd is not None:
-            raise DistattnError(
-                f"rank {odd} of the group has its tensors on {everyone[odd][0]}, rank 0 on {everyone[0][0]}: all ranks that "
-                "share attention compute on one kind of device (serve(device=...) says that of a server)."
-            )
+        # what a plan is refused for all ranks hear when they compare plans
+        with suppress(DistattnError):
+            plan = self.plan_of(batch, shape)
+            own = kernel_trials(plan, self.ranks.rank, kernel_requirements(plan.call, device, shape.modifiers))
         # without a launch nobody has tried anything: another batch will
-        if ranked := ranking([trials for _, trials in everyone], names):
+        if ranked := agreed_ranking(own, device, lambda value: self.ranks.gather(value, "the trial of kernels")):
             self._ranked[trial] = ranked
 
     def _trial_of(self, shape: AttentionShape, device: torch.device) -> tuple[AttentionShape, str]:

@@ -110,6 +110,7 @@ class _Emulation:
         try:
             self._logits(forward, RIGHT, False)
         except Exception:
+            # where neither way works, `failures` says why
             return False
         return True
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from distattn.batch.health import HealthMonitor
-from distattn.ir.errors import LostRankError
-from distattn.parallel.runtime.transport import Packet, named_ranks
+from distattn.ir.errors import LostRankError, named_ranks
+from distattn.parallel.runtime.transport import Packet
 
 MESSAGES = "an exchange of attention's messages"
 _LOG = logging.getLogger("distattn")

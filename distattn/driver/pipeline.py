@@ -31,7 +31,6 @@ from distattn.ops.executable import EXECUTABLES, Executable, whole_device
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime.transport import Packet
 
-_TICK = "a tick of the pipeline"
 StageFunction = Callable[[Tensor | None, dict[str, Any]], Tensor]
 
 
@@ -180,7 +179,6 @@ class _PipelineStep:
         single messages a stage would wait for a neighbour that waits for it.
         """
         pipe, tick = self.pipeline, planned.tick
-        pipe.cp.begin(_TICK)
         layers = pipe.spec.attention_layers
         pipe.batches, pipe.direction, pipe.made = planned.batches, tick.direction, 0
         number = self._micro_batch(tick, pipe.stage)
@@ -216,8 +214,8 @@ class _PipelineStep:
             x = torch.empty(shape, dtype=pipe.spec.dtype, device=pipe.device)
             self.received[tick.direction, number] = x
             receives.append(Packet(self._peer(-ahead), name, x))
-        if sends or receives:
-            pipe.cp.transport(pipe.device).exchange(sends, receives, False, f"in a {tick.direction} tick").wait()
+        # also with nothing to say: whoever has come to fewer exchanges than others counts as behind
+        pipe.cp.transport(pipe.device).exchange(sends, receives, False, f"in a {tick.direction} tick").wait()
 
     def _local(self, number: int) -> dict[str, Any]:
         """This rank's part of a micro-batch, made once."""
@@ -287,10 +285,8 @@ class _TickBatch(BatchAttention):
     ) -> Tensor:
         """As `LocalBatch.attention`; all layers are of one shape, whatever their number."""
         q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
-        pipe, shape = (
-            self.pipeline,
-            AttentionShape.of(q_THD, k_TKD, v_TKE, window, None, self.pipeline.spec.shape.modifiers),
-        )
+        pipe = self.pipeline
+        shape = AttentionShape.of(q_THD, k_TKD, v_TKE, window, modifiers=pipe.spec.shape.modifiers)
         if pipe.direction == BACKWARD:
             raise DistattnError(
                 "a pipeline's layers are not recomputed: leave activation checkpointing of attention out."

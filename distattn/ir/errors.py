@@ -1,5 +1,9 @@
 """The errors people meet. Each is one sentence that names the culprit and what would work."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class DistattnError(ValueError):
     """Something asked for cannot be done exactly, and is refused. Exit code 2 on the command line."""
@@ -19,3 +23,9 @@ class DamagedDataError(DistattnError):
     """A file is there but cannot be what it claims to be. Exit code 3 on the command line."""
 
     exit_code = 3
+
+
+def named_ranks(ranks: Iterable[int]) -> str:
+    """Ranks in words, such as "rank 3" or "ranks 1, 3"."""
+    which = sorted(set(ranks))
+    return ("rank " if len(which) == 1 else "ranks ") + ", ".join(map(str, which))

@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 from distattn.ir.arguments import checked
 from distattn.ir.bands import BK, BQ, MAX_BLOCK
-from distattn.ir.errors import DistattnError, LostRankError, PlanError
+from distattn.ir.errors import DistattnError, LostRankError, PlanError, named_ranks
 from distattn.ir.plan import Call, Plan
 from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
-from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_trials
+from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, kernel_trials
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.attendance import attended
@@ -192,10 +192,10 @@ def prepare(
     device = whole_device(device)
     refusal = program = key = None
     try:
-        if has_trials(device):
-            needed = kernel_requirements(plan.call, device, modifiers)
-            ranked = agreed_ranking(plan, rank, needed, kernel, _gather_over(group))
-            kernel = first_that_serves(ranked, needed) if ranked and kernel in (None, AUTO) else kernel
+        needed, is_chosen = kernel_requirements(plan.call, device, modifiers), kernel in (None, AUTO)
+        own = kernel_trials(plan, rank, needed) if is_chosen else {}
+        if (ranked := agreed_ranking(own, device, _gather_over(group))) and is_chosen:
+            kernel = first_that_serves(ranked, needed)
         key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)
     except LostRankError:
         raise
@@ -272,9 +272,8 @@ def plan_difference(digests: list[str], summaries: list[dict[str, Any]]) -> str:
         how += f" from rank {like}'s from number {first + 1} on"
     else:
         how += f" from rank {like}'s"
-    ranks = ("rank " if len(odd) == 1 else "ranks ") + ", ".join(map(str, odd))
     verb = "plans" if len(odd) == 1 else "plan"
-    return f"{ranks} {verb} a different call (digest {digests[odd[0]][:8]}, others {usual[:8]}): {how}."
+    return f"{named_ranks(odd)} {verb} a different call (digest {digests[odd[0]][:8]}, others {usual[:8]}): {how}."
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:

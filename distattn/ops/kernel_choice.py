@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.kernels.launch_mask import LaunchMask
-from distattn.kernels.registry import AUTO, candidates, load_kernel
+from distattn.kernels.registry import candidates, load_kernel
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trial_cache import read_trials, trial_key, write_trials
 from distattn.kernels.trials import Trial, ranking, try_kernels
@@ -24,29 +25,27 @@ _TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.
 _LOG = logging.getLogger("distattn")
 
 
-def has_trials(device: torch.device) -> bool:
-    """Whether there is a choice of kernels on such a device."""
-    return len(candidates(device)) > 1
+def agreed_ranking(own: dict[str, Trial], device: torch.device, gather: Callable[[Any], list[Any]]) -> list[str]:
+    """The right kernels, fastest first: this rank's trials and those of all others. A collective call, of ranks without any, too.
 
-
-def agreed_ranking(
-    plan: Plan,
-    rank: int,
-    requirements: KernelRequirements,
-    kernel: str | None,
-    gather: Callable[[Any], list[Any]],
-) -> list[str]:
-    """The right kernels, fastest first: this rank's trials and those of all others. A collective call.
-
-    kernel: what this rank was asked for; it tries nothing unless that is "auto" or None. gather: a value of every rank, by
-    rank. Raises DistattnError on all ranks where no kernel is right.
+    gather: a value of every rank, by rank. Empty where nobody has tried any. Raises DistattnError on all ranks where no kernel
+    is right, or where ranks compute on unlike devices.
     """
+    everyone = gather((device.type, own))
+    odd = next((rank for rank, (kind, _) in enumerate(everyone) if kind != everyone[0][0]), None)
+    if odd is not None:
+        raise DistattnError(
+            f"rank {odd} of the group has its tensors on {everyone[odd][0]}, rank 0 on {everyone[0][0]}: all ranks that "
+            "share attention compute on one kind of device (serve(device=...) says that of a server)."
+        )
+    return ranking([trials for _, trials in everyone], candidates(device))
+
+
+def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> dict[str, Trial]:
+    """This rank's trials of kernels on its launches of a plan, from the cache where they are there; none without a choice."""
     names = candidates(requirements.device)
-    return ranking(gather(kernel_trials(plan, rank, requirements, names) if kernel in (None, AUTO) else {}), names)
-
-
-def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple[str, ...]) -> dict[str, Trial]:
-    """This rank's trials of kernels on its launches of a plan, from the cache where they are there."""
+    if len(names) < 2:
+        return {}
     known = _TRIALS.setdefault(plan, {})
     if (rank, requirements, names) not in known:
         known[rank, requirements, names] = _found(plan, rank, requirements, names)
@@ -64,9 +63,15 @@ def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple
         found = try_kernels(names, masks, requirements, _LOG.info)
         write_trials(key, {name: trial for name, trial in found.items() if not trial.passing})
     for name, trial in found.items():
-        if trial.fault.startswith("wrong"):
-            _LOG.warning("kernel %s is not used on %s: %s", name, key, trial.fault)
+        if trial.passing or trial.fault.startswith("wrong"):
+            _warn(name, key, trial.fault)
     return found
+
+
+@cache
+def _warn(name: str, key: str, fault: str) -> None:
+    """Say once that a kernel is not used."""
+    _LOG.warning("kernel %s is not used on %s: %s", name, key, fault)
 
 
 def first_that_serves(ranked: list[str], requirements: KernelRequirements) -> str:

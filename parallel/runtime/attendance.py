@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from distattn.ir.errors import LostRankError
+from distattn.ir.errors import LostRankError, named_ranks
 
 Result = TypeVar("Result")
 # how often this rank has called, by group
@@ -79,5 +79,4 @@ def _missing(name: str, members: list[int], number: int, what: str, error: Runti
         return f"the process that holds the job's store (rank 0, or the launcher) stopped answering: {reason}."
     if not absent:
         return f"all ranks came to {what}, but it failed: {reason}."
-    who = ("rank " if len(absent) == 1 else "ranks ") + ", ".join(map(str, absent))
-    return f"{who} did not come to {what}: killed, stopped or elsewhere ({reason})."
+    return f"{named_ranks(absent)} did not come to {what}: killed, stopped or elsewhere ({reason})."

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.ir.errors import DistattnError, LostRankError
+from distattn.ir.errors import DistattnError, LostRankError, named_ranks
 from distattn.ir.plan import Payload
 
 
@@ -101,7 +101,7 @@ class GroupTransport:
                     self._backend.recv([packet.tensor], packet.peer, 0)
             except BaseException:
                 # an open group of calls would swallow all that follows
-                self._backend.abort()
+                self.abort()
                 raise
             return [self._backend._end_coalescing()]
 
@@ -178,12 +178,6 @@ class _PendingAllToAll(NamedTuple):
         sizes = [packet.tensor.nbytes for packet in self.receives]
         for packet, part in zip(self.receives, self.incoming.split(sizes), strict=True):
             _as_bytes(packet.tensor).copy_(part)
-
-
-def named_ranks(ranks: Iterable[int]) -> str:
-    """ "rank 3", or "ranks 1, 3"."""
-    which = sorted(set(ranks))
-    return ("rank " if len(which) == 1 else "ranks ") + ", ".join(map(str, which))
 
 
 def _peer_stopped(packets: list[Packet], where: str, error: RuntimeError) -> LostRankError:
