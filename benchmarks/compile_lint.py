@@ -34,6 +34,7 @@ from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton.launch import TritonLaunch
+from distattn.kernels.triton.sums import plan_sums, scratch_of_parts
 
 ARCHITECTURES = (80, 90, 100)
 DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -160,7 +161,8 @@ def launches(
     """The launches of one kind of call."""
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, v_dim, modifiers)
     tiles = triton_attention.tiles_for(KernelRequirements(dtype, dim, v_dim, CPU), arch)
-    work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles)
+    # for one processor no tile is cut
+    work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles, 1)
     with mock.patch.object(triton_attention, "compute_capability", lambda device: arch):
         for epilogue, how in epilogues():
             yield f"forward {epilogue}", triton_attention.plan_forward(q, k, v, o, lse, work, score, **how)
@@ -169,6 +171,8 @@ def launches(
         yield "backward numbers", numbers
         yield "backward dkdv", dkdv
         yield "backward dq", dq
+        cut = work.dkdv._replace(sums=torch.zeros(1, 3, dtype=torch.int32), slots=2)
+        yield "backward sums", plan_sums(scratch_of_parts(*grads[1:], cut, tiles.dkdv), *grads[1:], cut, True)
         if (dtype, dim, modifiers) == (torch.bfloat16, 128, False):
             _, dkdv, dq = triton_attention.plan_backward(*given)
             yield "backward dkdv, written", dkdv

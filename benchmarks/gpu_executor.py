@@ -39,7 +39,7 @@ from distattn.parallel.runtime.transport import Packet
 
 BUDGET = 150
 # our kernels in a trace; what else runs there copies or merges
-KERNELS = ("forward_kernel", "dkdv_kernel", "dq_kernel", "backward_kernel", "row_numbers_kernel")
+KERNELS = ("forward_kernel", "dkdv_kernel", "dq_kernel", "backward_kernel", "row_numbers_kernel", "sum_parts_kernel")
 # relative to the one-shot result, Frobenius norm: fp32 sums in another order, of bf16 (fp16) products
 TOLERANCE = 5e-3
 HEADS, KV_HEADS = 16, 4

@@ -17,21 +17,26 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import tile_runs, transposed_runs
 from distattn.kernels.triton.backward import dkdv_kernel, dq_kernel, row_numbers_kernel
 from distattn.kernels.triton.forward import forward_kernel
 from distattn.kernels.triton.launch import (
     TMA_LIMIT,
+    SplitTileTensors,
     Tile,
     TileRunTensors,
     TritonLaunch,
     call_arguments,
     compute_capability,
     make_launch,
+    processor_count,
     run_launch,
+    split_tile_tensors,
     tensor_arguments,
     tile_run_tensors,
 )
+from distattn.kernels.triton.sums import plan_sums, scratch_of_parts
 from distattn.kernels.triton.tiles import INTERPRETED
 
 DIFFERENTIABLE_LSE = True
@@ -78,7 +83,7 @@ class TileSchedule(NamedTuple):
     """The lists of the three kernels and the shape of the call."""
 
     forward: TileRunTensors
-    dkdv: TileRunTensors
+    dkdv: SplitTileTensors
     dq: TileRunTensors
     tiles: Tiles
     group_size: int
@@ -109,14 +114,16 @@ def tiles_for(requirements: KernelRequirements, capability: int) -> Tiles:
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
     """The lists of tiles that compute the mask."""
-    return prepare_tiles(mask, tiles_for(requirements, compute_capability(requirements.device)))
+    tiles = tiles_for(requirements, compute_capability(requirements.device))
+    return prepare_tiles(mask, tiles, processor_count(requirements.device))
 
 
-def prepare_tiles(mask: LaunchMask, tiles: Tiles) -> TileSchedule:
-    """The same with given tiles."""
+def prepare_tiles(mask: LaunchMask, tiles: Tiles, processors: int) -> TileSchedule:
+    """The same with given tiles, for a device of so many processors."""
+    by_keys = transposed_runs(mask, tiles.dkdv.keys, tiles.dkdv.rows)
     return TileSchedule(
         tile_run_tensors(tile_runs(mask, tiles.forward.rows, tiles.forward.keys)),
-        tile_run_tensors(transposed_runs(mask, tiles.dkdv.keys, tiles.dkdv.rows)),
+        split_tile_tensors(split_long_tiles(by_keys, mask, tiles.dkdv.rows, processors)),
         tile_run_tensors(tile_runs(mask, tiles.dq.rows, tiles.dq.keys)),
         tiles,
         mask.group_size,
@@ -214,10 +221,13 @@ def plan_backward(
     padded = numbers.shape[2]
     # arguments that are not used are of one alignment: another would compile another kernel
     slopes = numbers if score.slopes_H is None else score.slopes_H
+    split = schedule.dkdv
+    parts = scratch_of_parts(dk, dv, split, schedule.tiles.dkdv)
+    of_keys = tensor_arguments(dk=dk, dv=dv) | dict(part_=split.part, parts_=parts, kv_heads=kv_heads)
     launches = [first_launch]
-    for kernel, lists, tile, acc, results in (
-        (dkdv_kernel, schedule.dkdv, schedule.tiles.dkdv, accumulate[1], tensor_arguments(dk=dk, dv=dv)),
-        (dq_kernel, schedule.dq, schedule.tiles.dq, accumulate[0], tensor_arguments(dq=dq)),
+    for kernel, lists, tile, owners, acc, results in (
+        (dkdv_kernel, split.runs, schedule.tiles.dkdv, kv_heads, accumulate[1], of_keys),
+        (dq_kernel, schedule.dq, schedule.tiles.dq, heads, accumulate[0], tensor_arguments(dq=dq)),
     ):
         on_rows, on_keys = tile.rows, tile.keys
         arguments = _operands({"q": (q, on_rows), "k": (k, on_keys), "v": (v, on_keys), "do": (do, on_rows)})
@@ -225,11 +235,8 @@ def plan_backward(
         arguments |= call_arguments(lists, rows, keys, heads, schedule.group_size, schedule.first_head, score)
         arguments["PRECISION"] = precision
         arguments |= dict(BM=tile.rows, BN=tile.keys, ACC=acc)
-        if kernel is dkdv_kernel:
-            arguments["kv_heads"] = kv_heads
-        owners = kv_heads if kernel is dkdv_kernel else heads
         launches.append(make_launch(kernel, len(lists.order) * owners, arguments, tile))
-    return launches
+    return [*launches, plan_sums(parts, dk, dv, split, accumulate[1])] if split.slots else launches
 
 
 def plan_row_numbers(lse: Tensor, delta: Tensor) -> tuple[Tensor, TritonLaunch]:

@@ -100,7 +100,7 @@ def _visit_rows(
 @triton.jit(do_not_specialize=["rows", "keys", "heads", "kv_heads", "tiles", "shift"])
 def dkdv_kernel(
     q_, k_, v_, do_, q1_, k1_, v1_, do1_, numbers_, dk_, dv_, slopes_,
-    first_, run_, band_, row_band_, group_, order_,
+    first_, run_, band_, row_band_, group_, order_, part_, parts_,
     rows, keys, heads, kv_heads, tiles, shift,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, padded, plane,
     dk_row, dk_head, dv_row, dv_head, scale, cap,
@@ -108,12 +108,13 @@ def dkdv_kernel(
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dk (keys, kv_heads, D) and dv (keys, kv_heads, E), fp32."""
+    """dk (keys, kv_heads, D) and dv (keys, kv_heads, E), fp32; of tiles that are cut the parts, see kernels/split_tiles.py."""
     pid = tl.program_id(0)
     # strides of heads times heads may pass 32 bits
     kv_head = tl.cast(pid % kv_heads, tl.int64)
-    tile = tl.load(order_ + pid // kv_heads)
-    start = tile * BN
+    part = tl.load(order_ + pid // kv_heads)
+    start = tl.load(part_ + 2 * part) * BN
+    slot = tl.load(part_ + 2 * part + 1)
     column = start + tl.arange(0, BN)
     k_col, v_col = kv_head * k_head, kv_head * v_head
     k0 = load_tile(k_, start, k_col, keys, k_row, BN, D0, TMA)
@@ -135,7 +136,7 @@ def dkdv_kernel(
         q_col, do_col = far_head * q_head, far_head * do_head
         lse2_ = numbers_ + far_head * padded
         delta_ = lse2_ + plane
-        at = first_ + tl.load(group_ + head) * tiles + tile
+        at = first_ + tl.load(group_ + head) * tiles + part
         for i in range(tl.load(at), tl.load(at + 1)):
             begin, full, rest, end, band, rows_at = load_run(run_, i)
             low, high, distance = row_keys(band_, row_band_, band, rows_at, start, tl.arange(0, BN))
@@ -155,13 +156,25 @@ def dkdv_kernel(
                 )  # fmt: skip
     # under a cap the factor differs from cell to cell and is already in
     factor = 1.0 if CAP else scale
-    dk_at, dv_at = dk_ + kv_head * dk_head, dv_ + kv_head * dv_head
-    _deposit(dk_at, dk0 * factor, start, 0, keys, dk_row, BN, D0, ACC)
-    _deposit(dv_at, dv0, start, 0, keys, dv_row, BN, E0, ACC)
-    if D1 > 0:
-        _deposit(dk_at, dk1 * factor, start, D0, keys, dk_row, BN, D1, ACC)
-    if E1 > 0:
-        _deposit(dv_at, dv1, start, E0, keys, dv_row, BN, E1, ACC)
+    dk0, dk1 = dk0 * factor, dk1 * factor
+    if slot < 0:
+        dk_at, dv_at = dk_ + kv_head * dk_head, dv_ + kv_head * dv_head
+        _deposit(dk_at, dk0, start, 0, keys, dk_row, BN, D0, ACC)
+        _deposit(dv_at, dv0, start, 0, keys, dv_row, BN, E0, ACC)
+        if D1 > 0:
+            _deposit(dk_at, dk1, start, D0, keys, dk_row, BN, D1, ACC)
+        if E1 > 0:
+            _deposit(dv_at, dv1, start, E0, keys, dv_row, BN, E1, ACC)
+    else:
+        width: tl.constexpr = D0 + D1 + E0 + E1
+        row = kv_heads * width
+        at = parts_ + (slot.to(tl.int64) * BN * kv_heads + kv_head) * width
+        _deposit(at, dk0, 0, 0, BN, row, BN, D0, False)
+        _deposit(at, dv0, 0, D0 + D1, BN, row, BN, E0, False)
+        if D1 > 0:
+            _deposit(at, dk1, 0, D0, BN, row, BN, D1, False)
+        if E1 > 0:
+            _deposit(at, dv1, 0, D0 + D1 + E0, BN, row, BN, E1, False)
 
 
 @triton.jit

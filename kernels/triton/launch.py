@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.spec import ScoreMod
+from distattn.kernels.split_tiles import SplitTiles
 from distattn.kernels.tile_runs import TileRuns
 
 # coordinates of the tensor-memory accelerator have 32 bits
@@ -35,6 +36,15 @@ class TileRunTensors(NamedTuple):
     order: Tensor
 
 
+class SplitTileTensors(NamedTuple):
+    """Runs of tiles of keys by part, see `SplitTiles`."""
+
+    runs: TileRunTensors
+    part: Tensor
+    sums: Tensor
+    slots: int
+
+
 class TritonLaunch(NamedTuple):
     """One launch: what `kernel[grid](**arguments, **options)` gets. The compile lint reads the same."""
 
@@ -59,9 +69,23 @@ def compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@cache
+def processor_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a device; an H100's where there is none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def tile_run_tensors(runs: TileRuns) -> TileRunTensors:
     """Runs as tensors on the host."""
     return TileRunTensors(*(torch.from_numpy(column) for column in runs[:6]))
+
+
+def split_tile_tensors(tiles: SplitTiles) -> SplitTileTensors:
+    """The same of tiles of keys that are cut."""
+    part, sums = (torch.from_numpy(column) for column in (tiles.part, tiles.sums))
+    return SplitTileTensors(tile_run_tensors(tiles.runs), part, sums, tiles.slots)
 
 
 def schedule_to_device(schedule: Any, device: torch.device) -> Any:

@@ -3,6 +3,8 @@
 The interpreter computes bfloat16 wrongly (silently); float16 and float32 stand for it here, a GPU must do the rest.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from distattn.kernels import reference
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.registry import choose_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
 from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton import tf32 as triton_tf32
@@ -44,7 +47,7 @@ def uninitialised_memory_is_nan():
 
 def forward(mask, inputs, tiles=SMALL, score=PLAIN, dtype=torch.float32):
     q, k, v, _ = (x.to(dtype) for x in inputs)
-    work = triton_attention.prepare_tiles(LaunchMask.from_mask(mask, q.shape[1], k.shape[1]), tiles)
+    work = triton_attention.prepare_tiles(LaunchMask.from_mask(mask, q.shape[1], k.shape[1]), tiles, 132)
     return work, *triton_attention.forward(q, k, v, work, score)
 
 
@@ -55,14 +58,16 @@ def both(mask, inputs, tiles=SMALL, score=PLAIN, dtype=torch.float32) -> Result:
     return Result(o, lse, *triton_attention.backward(do, q, k, v, lse, delta, work, score))
 
 
-def visited(runs: TileRuns, heads: int, shape: tuple[int, int], block_rows: int, block_keys: int) -> np.ndarray:
-    """How often each cell is visited and found allowed, by the lists alone."""
+def visited(
+    runs: TileRuns, heads: int, shape: tuple[int, int], block_rows: int, block_keys: int, tile_of: Sequence[int] = ()
+) -> np.ndarray:
+    """How often each cell is visited and found allowed, by the lists alone; tile_of: of each part, where tiles are cut."""
     rows, keys = shape
     out = np.zeros((heads, rows, keys), int)
     for head in range(heads):
-        for tile in range(runs.tiles):
+        for part, tile in enumerate(tile_of or range(runs.tiles)):
             row = np.arange(tile * block_rows, min((tile + 1) * block_rows, rows))
-            at = runs.group[head] * runs.tiles + tile
+            at = runs.group[head] * runs.tiles + part
             for begin, full, rest, end, band, rows_at in runs.run[runs.first[at] : runs.first[at + 1]].tolist():
                 bands = np.full(len(row), band) if rows_at < 0 else runs.row_band[rows_at : rows_at + len(row)]
                 q0, q1, k0, k1, low, high, bq, bk, oq, _ = runs.band[bands].T.astype(np.int64)
@@ -85,7 +90,12 @@ def test_runs_visit_every_allowed_cell_once_and_no_other(name, blocks):
     wanted = np.broadcast_to(mask.dense(), (4, mask.n, mask.n)).astype(int)
     assert (visited(tile_runs(cells, *blocks), 4, (mask.n, mask.n), *blocks) == wanted).all()
     turned = wanted.transpose(0, 2, 1)
-    assert (visited(transposed_runs(cells, *blocks), 4, (mask.n, mask.n), *blocks) == turned).all()
+    runs = transposed_runs(cells, *blocks)
+    assert (visited(runs, 4, (mask.n, mask.n), *blocks) == turned).all()
+    # on a device of ever so many processors every tile that is worth it is cut
+    split = split_long_tiles(runs, cells, blocks[1], 10_000)
+    assert (visited(split.runs, 4, (mask.n, mask.n), *blocks, split.part[:, 0].tolist()) == turned).all()
+    assert split.slots == split.sums[:, 2].sum() == (split.part[:, 1] >= 0).sum()
 
 
 def test_runs_of_a_causal_axis_are_one_for_each_query_tile():
@@ -177,7 +187,7 @@ def test_a_ring_of_merges_equals_one_shot():
     q, k, v, _ = (x.to(torch.float16) for x in inputs)
     o, lse = torch.full((n, 2, 48), torch.nan), torch.full((n, 2), torch.nan)
     for i, part in enumerate(thirds(n)):
-        work = triton_attention.prepare_tiles(LaunchMask.from_mask(part, 2, 1), SMALL)
+        work = triton_attention.prepare_tiles(LaunchMask.from_mask(part, 2, 1), SMALL, 132)
         triton_attention.forward(q, k, v, work, score, into=(o, lse), merge=i > 0)
     wanted = wanted_of(Mask.causal(n), inputs, score)
     assert relative_error(o, wanted.o) < 4e-3 and relative_error(lse, wanted.lse) < 4e-3
@@ -191,11 +201,33 @@ def test_gradients_are_added_to_what_is_there():
     delta = (inputs.do * wanted.o).sum(-1).float()
     dq, dk, dv = torch.zeros(n, 2, 32), torch.zeros(n, 1, 32), torch.zeros(n, 1, 32)
     for part in thirds(n):
-        work = triton_attention.prepare_tiles(LaunchMask.from_mask(part, 2, 1), SMALL)
+        work = triton_attention.prepare_tiles(LaunchMask.from_mask(part, 2, 1), SMALL, 132)
         into = (dq, (dk, dv))
         triton_attention.backward(do, q, k, v, wanted.lse.float(), delta, work, score, into=into, add=(True, True))
     for name, got in (("dq", dq), ("dk", dk), ("dv", dv)):
         assert relative_error(got, getattr(wanted, name)) < 1e-5, name
+
+
+@pytest.mark.parametrize("dims", [(80, 48), (32, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_keys_that_all_rows_see_are_summed_by_several_programs(dims, dtype):
+    n, score = 400, ScoreMod(SCALE)
+    inputs = random_inputs(n, 4, 1, *dims)
+    mask = Mask.documents([n], (15, 0), sink_tokens=3)
+    work, _, _ = forward(mask, inputs)
+    assert work.dkdv.slots > 4
+    got, again = (both(mask, inputs, dtype=dtype, score=score) for _ in range(2))
+    wanted = wanted_of(mask, inputs, score)
+    assert_close(got, wanted, TOLERANCE[dtype])
+    assert torch.equal(got.dk, again.dk) and torch.equal(got.dv, again.dv)
+    # added to what is there
+    q, k, v, do = (x.to(dtype) for x in inputs)
+    delta = (inputs.do * wanted.o).sum(-1).float()
+    dk, dv = torch.ones_like(got.dk), torch.ones_like(got.dv)
+    triton_attention.backward(
+        do, q, k, v, wanted.lse.float(), delta, work, score, into=(None, (dk, dv)), add=(False, True)
+    )
+    assert relative_error(dk - 1, wanted.dk) < TOLERANCE[dtype] and relative_error(dv - 1, wanted.dv) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -243,7 +275,7 @@ def test_what_cannot_be_computed_is_refused():
 def test_half_precision_goes_by_descriptors_and_single_by_pointers():
     for dtype, tma in ((torch.float16, True), (torch.float32, False)):
         q, k, v, _ = (x.to(dtype) for x in random_inputs(20, 2, 1, 32))
-        work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(20), 2, 1), SMALL)
+        work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(20), 2, 1), SMALL, 132)
         o, lse = torch.empty(20, 2, 32), torch.empty(20, 2)
         plan = triton_attention.plan_forward
         assert plan(q, k, v, o, lse, work, ScoreMod(SCALE)).arguments["TMA"] is tma
@@ -261,7 +293,7 @@ def test_heads_may_lie_further_apart_than_32_bits_reach():
     inputs = random_inputs(n, 3, 3, 16)
     q.copy_(inputs.q)
     wanted = dense(Mask.causal(n), inputs, SCALE)
-    work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(n), 3, 3), SMALL)
+    work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(n), 3, 3), SMALL, 132)
     k, v, do = (x.to(dtype) for x in inputs[1:])
     o, lse = triton_attention.forward(q, k, v, work, PLAIN)
     assert relative_error(o, wanted.o) < TOLERANCE[dtype]

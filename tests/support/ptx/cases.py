@@ -88,7 +88,7 @@ def backward_call(case: Case, lse: torch.Tensor, delta: torch.Tensor) -> Call:
     else:
         # as on the GPU: there, not here, tiles are fetched by the tensor-memory accelerator
         tiles = triton_attention.tiles_for(_requirements(case), HOPPER)
-        work = triton_attention.prepare_tiles(_cells(case), tiles)
+        work = triton_attention.prepare_tiles(_cells(case), tiles, 132)
         with mock.patch.object(triton_attention, "compute_capability", lambda device: HOPPER):
             launches = triton_attention.plan_backward(*given, work, case.score, accumulate=(True, True))
     return Call(launches, dict(zip(("dq", "dk", "dv"), grads, strict=True)))
