@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from distattn.ir.bands import LO, UNBOUNDED
+from distattn.kernels.flash.attention import implementation
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial
@@ -101,4 +102,5 @@ def _machine(device: torch.device) -> str:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    return f"{name} | driver {driver or 'unknown'} | torch {torch.__version__} | triton {triton}"
+    flash = implementation()
+    return f"{name} | driver {driver or 'unknown'} | torch {torch.__version__} ({flash}) | triton {triton}"

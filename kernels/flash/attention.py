@@ -1,11 +1,13 @@
 """Core attention by PyTorch's own variable-length flash attention (FlashAttention 2; 3 and 4 where they are activated).
 
-`torch.nn.attention.activate_flash_attention_impl("FA3")` changes what the operators run; nothing here differs. They are private
-to PyTorch (`aten::_flash_attention_forward` and `_backward`); a test watches that their arguments stay. Partial outputs come
-in the precision of the inputs, as from every library that merges them. See `pieces` for how masks are said.
+`torch.nn.attention.activate_flash_attention_impl("FA3")` changes what the operators run; only what they serve differs here. They
+are private to PyTorch (`aten::_flash_attention_forward` and `_backward`); a test watches that their arguments stay. Partial
+outputs come in the precision of the inputs, as from every library that merges them. The operators take one head dim: where
+values have another than queries and keys (MLA: 192 and 128), the narrower are filled up with zeros. See `pieces` for how masks
+are said.
 """
 
-# T query rows, S key rows, H query heads, K key/value heads, D head dim of queries, keys and values
+# T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
 
 from __future__ import annotations
 
@@ -38,15 +40,37 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
         return "it needs compute capability 8.0 (A100) or later"
     if requirements.dtype not in DTYPES:
         return f"it computes bfloat16 and float16, not {str(requirements.dtype)[6:]}"
-    if requirements.head_dim != requirements.v_head_dim or requirements.head_dim % 8 or requirements.head_dim > 256:
-        dims = f"{requirements.head_dim} and {requirements.v_head_dim}"
-        return f"its head dims are equal multiples of 8 up to 256, not {dims}"
+    dims = requirements.head_dim, requirements.v_head_dim
+    if any(dim % 8 or dim > 256 for dim in dims):
+        return f"its head dims are multiples of 8 up to 256, not {dims[0]} and {dims[1]}"
+    if why_not := _implementation_reason(implementation(), requirements.device, max(dims)):
+        return why_not
     if requirements.softcap or requirements.alibi:
         return "it has no soft-capping and no ALiBi slopes"
     if requirements.lse:
         return "it has no gradient through the log-sum-exp"
     if 0 < requirements.least_step < LEAST_STEP:
         return f"its masks climb in steps of at least {LEAST_STEP} rows, not {requirements.least_step}"
+    return None
+
+
+def implementation() -> str:
+    """What the operators run: "FA2", or what `torch.nn.attention.activate_flash_attention_impl` has put in its place."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return (current and current()) or "FA2"
+
+
+def _implementation_reason(name: str, device: torch.device, dim: int) -> str | None:
+    """Why an activated implementation cannot serve a call (`torch/nn/attention/_fa3.py`, `_fa4.py`; FA4's own head dims)."""
+    if name not in ("FA3", "FA4") or not torch.cuda.is_available():
+        return None
+    major = torch.cuda.get_device_capability(device)[0]
+    if name == "FA3" and major != 9:
+        return "FA3, which is activated, runs on Hopper GPUs (sm_90)"
+    if name == "FA4" and major not in (9, 10):
+        return "FA4, which is activated, runs on GPUs of compute capability 9 and 10"
+    if name == "FA4" and major == 10 and dim > 128:
+        return f"FA4, which is activated, takes head dims up to 128 on this GPU, not {dim}"
     return None
 
 
@@ -58,33 +82,36 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> FlashSchedule
 def forward(
     q_THD: Tensor,
     k_SKD: Tensor,
-    v_SKD: Tensor,
+    v_SKE: Tensor,
     schedule: FlashSchedule,
     score: ScoreMod,
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(o_THD, lse_TH), in fp32 unless `into` is not; rows without keys have o = 0 and lse = -inf.
+    """(o_THE, lse_TH), in fp32 unless `into` is not; rows without keys have o = 0 and lse = -inf.
 
     into: (o, lse) to write the result to or, with `merge`, to merge it into.
     """
+    dim = v_SKE.shape[2]
     if into is None:
-        o_THD = q_THD.new_empty(q_THD.shape, dtype=torch.float32)
-        into = o_THD, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-    o_THD, lse_TH = into
+        o_THE = q_THD.new_empty(*q_THD.shape[:2], dim, dtype=torch.float32)
+        into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+    o_THE, lse_TH = into
     # several calls meet in single precision only
-    wide_THD = o_THD if o_THD.dtype == torch.float32 else torch.empty_like(o_THD, dtype=torch.float32)
-    if wide_THD is not o_THD and merge:
-        wide_THD.copy_(o_THD)
+    wide_THE = o_THE if o_THE.dtype == torch.float32 else torch.empty_like(o_THE, dtype=torch.float32)
+    if wide_THE is not o_THE and merge:
+        wide_THE.copy_(o_THE)
     if not merge and not schedule.all_rows:
-        wide_THD.zero_()
+        wide_THE.zero_()
         lse_TH.fill_(-torch.inf)
+    q_all, k_all, v_all = _of_one_dim(q_THD, k_SKD, v_SKE)
     for call in schedule.calls:
-        q, k, v = q_THD[call.rows, call.heads], k_SKD[call.keys, call.kv_heads], v_SKD[call.keys, call.kv_heads]
+        q, k, v = q_all[call.rows, call.heads], k_all[call.keys, call.kv_heads], v_all[call.keys, call.kv_heads]
         part, lse_HT, *_ = forward_operator(q, k, v, *_how(call), **_window(call, score))
+        part = part[..., :dim]
         # rows without keys have an infinite sum of nothing there
         part_lse = lse_HT.t().masked_fill(lse_HT.t() == torch.inf, -torch.inf)
-        o, lse = wide_THD[:, call.heads], lse_TH[:, call.heads]
+        o, lse = wide_THE[:, call.heads], lse_TH[:, call.heads]
         for stretch in call.row_stretches:
             rows = Rows(stretch.start, stretch.stop - stretch.start)
             own = Rows(stretch.start - call.rows.start, rows.size)
@@ -93,16 +120,16 @@ def forward(
                 copy_rows(lse, rows, part_lse, own)
             else:
                 merge_rows(o, lse, rows, part, part_lse, own)
-    if wide_THD is not o_THD:
-        o_THD.copy_(wide_THD)
-    return o_THD, lse_TH
+    if wide_THE is not o_THE:
+        o_THE.copy_(wide_THE)
+    return o_THE, lse_TH
 
 
 def backward(
-    do_THD: Tensor,
+    do_THE: Tensor,
     q_THD: Tensor,
     k_SKD: Tensor,
-    v_SKD: Tensor,
+    v_SKE: Tensor,
     lse_TH: Tensor,
     delta_TH: Tensor,
     schedule: FlashSchedule,
@@ -110,19 +137,20 @@ def backward(
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
     add: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq_THD, dk_SKD, dv_SKD) of these cells, given the final lse and delta = rowsum(dO * O) of each row; fp32, or as `into` is.
+    """(dq_THD, dk_SKD, dv_SKE) of these cells, given the final lse and delta = rowsum(dO * O) of each row; fp32, or as `into` is.
 
     into: dq, and (dk, dv), to write results to; add: whether they are added to what is there, to dq, and to dk and dv.
     """
     places = into[0], *(into[1] or (None, None))
     adds = add[0], add[1], add[1]
-    grads = [_single(place, x, adds_) for place, x, adds_ in zip(places, (q_THD, k_SKD, v_SKD), adds, strict=True)]
+    grads = [_single(place, x, adds_) for place, x, adds_ in zip(places, (q_THD, k_SKD, v_SKE), adds, strict=True)]
     reached = schedule.all_rows, schedule.all_keys, schedule.all_keys
     for total, adds_, overwritten in zip(grads, adds, reached, strict=True):
         if not adds_ and not overwritten:
             total.zero_()
     # the true o never travels to where tasks call
-    o_THD = output_with_delta(do_THD, delta_TH)
+    o_THE = output_with_delta(do_THE, delta_TH)
+    do_all, q_all, k_all, v_all, o_all = _of_one_dim(do_THE, q_THD, k_SKD, v_SKE, o_THE)
     # weights are exp(score - lse): a row without keys has none
     lse_HT = lse_TH.masked_fill(lse_TH == -torch.inf, torch.inf).t()
     # of dropout, which there is none of
@@ -130,7 +158,7 @@ def backward(
     for call in schedule.calls:
         rows, keys = (call.rows, call.heads), (call.keys, call.kv_heads)
         lse = lse_HT[call.heads, call.rows].contiguous()
-        given = do_THD[rows], q_THD[rows], k_SKD[keys], v_SKD[keys], o_THD[rows], lse
+        given = do_all[rows], q_all[rows], k_all[keys], v_all[keys], o_all[rows], lse
         starts = call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call)
         dq_part, dk_part, dv_part = backward_operator(*given, *starts, *random, **_window(call, score))
         rows_of = call.row_stretches, call.rows.start, call.heads
@@ -144,7 +172,8 @@ def backward(
                 at = Rows(stretch.start, stretch.stop - stretch.start)
                 # the first to write need not read
                 put = copy_rows if stretch.first and not adds[number] else add_rows
-                put(grads[number][:, heads], at, part, Rows(stretch.start - first, at.size))
+                total = grads[number]
+                put(total[:, heads], at, part[..., : total.shape[2]], Rows(stretch.start - first, at.size))
     for place, total in zip(places, grads, strict=True):
         if place is not None and place is not total:
             place.copy_(total)
@@ -157,6 +186,12 @@ def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
         return place
     total = like.new_empty(like.shape, dtype=torch.float32)
     return total.copy_(place) if place is not None and adds else total
+
+
+def _of_one_dim(*tensors: Tensor) -> list[Tensor]:
+    """Tensors as wide as the widest, with zeros at their ends."""
+    dim = max(x.shape[2] for x in tensors)
+    return [x if x.shape[2] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[2])) for x in tensors]
 
 
 def _how(call: FlashCall) -> tuple[Any, ...]:

@@ -107,6 +107,33 @@ def test_half_precision_stays_in_its_bounds(dtype, heads):
     assert_close(run_all_ranks(plan, inputs, "flash"), dense(masks()["window"], rounded), tolerance)
 
 
+@pytest.mark.parametrize("dims", [(24, 16), (16, 24)])
+def test_head_dims_of_values_may_differ(dims):
+    inputs = random_inputs(sum(LENGTHS), 4, 2, *dims)
+    shape = dict(strategy="ring", heads=4, kv_heads=2, head_dim=dims[0], v_head_dim=dims[1], dtype="float64")
+    plan = make_plan(masks()["window"], layouts(LENGTHS, 4)["zigzag"], **shape)
+    assert_close(run_all_ranks(plan, inputs, "flash"), dense(masks()["window"], inputs), 1e-5)
+
+
+def test_what_an_activated_implementation_cannot_do_is_refused_by_name(monkeypatch):
+    def reason(name, capability, *dims):
+        monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: name, raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return flash.unsupported_reason(KernelRequirements(torch.bfloat16, *dims, torch.device("cuda", 0)))
+
+    assert "FA3, which is activated, runs on Hopper" in reason("FA3", (8, 0), 128, 128)
+    assert "compute capability 9 and 10" in reason("FA4", (8, 0), 128, 128)
+    assert "up to 128 on this GPU, not 192" in reason("FA4", (10, 0), 192, 128)
+    for name, capability, dims in (
+        (None, (10, 0), (192, 128)),
+        ("FA3", (9, 0), (192, 128)),
+        ("FA4", (9, 0), (256, 256)),
+        ("FA4", (10, 0), (96, 96)),
+    ):
+        assert reason(name, capability, *dims) is None
+
+
 def test_packed_documents_are_one_call():
     mask = LaunchMask.from_mask(Mask.documents((300, 20, 7, 500)), 8, 2)
     (call,) = flash_schedule(mask).calls
@@ -136,7 +163,7 @@ def test_what_it_cannot_do_is_refused_by_name():
     for given_, sentence in (
         ((torch.bfloat16, 64, 64, torch.device("cpu")), "runs on GPUs, not on cpu"),
         ((torch.float32, 64, 64, cuda), "bfloat16 and float16, not float32"),
-        ((torch.bfloat16, 192, 128, cuda), "equal multiples of 8 up to 256, not 192 and 128"),
+        ((torch.bfloat16, 512, 128, cuda), "multiples of 8 up to 256, not 512 and 128"),
         ((torch.bfloat16, 64, 64, cuda, True, False), "no soft-capping and no ALiBi"),
     ):
         with pytest.raises(DistattnError, match=sentence):
