@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from imitated_nccl import by_rules
 from one_process import loss_by_document
 from processes import run_on_ranks, sum_gradients
 
@@ -270,10 +271,11 @@ def _plain(lengths: list[int]):
 
 @pytest.mark.parametrize("lengths", [[40, 1, 23, 9], [2]], ids=["pack", "fewer tokens than ranks"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_loss_and_every_gradient_equal_plain_transformers(strategy, lengths):
+@pytest.mark.parametrize("rules", ["gloo", pytest.param("nccl", marks=pytest.mark.full)])
+def test_loss_and_every_gradient_equal_plain_transformers(strategy, lengths, rules):
     loss, gradients = _plain(lengths)
     for layout in LAYOUTS:
-        for got, got_gradients in run_on_ranks(4, _gradients, strategy, layout, lengths):
+        for got, got_gradients in run_on_ranks(4, by_rules(rules, _gradients), strategy, layout, lengths):
             # the model's norms compute in fp32: a last bit may flip between shapes
             assert abs(got - loss) < 1e-9
             for a, b in zip(got_gradients, gradients, strict=True):

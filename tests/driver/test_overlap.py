@@ -12,6 +12,7 @@ from torch.nn.utils import parameters_to_vector
 import distattn as da
 from distattn.adapters.pytorch import local_loss
 from distattn.ops.attention import RECOMPUTING, interleaved_batch
+from distattn.parallel.make_plan import STRATEGIES
 
 pytestmark = pytest.mark.sampled(3)
 
@@ -108,6 +109,15 @@ def alternating_run(rank, kind, options):
 def test_gradients_equal_the_plain_run(kind, ranks, rules):
     work = by_rules(rules, alternating_run)
     for ((losses, gradient), (turned, turned_gradient)), _ in run_on_ranks(ranks, work, kind, OPTIONS):
+        assert turned == pytest.approx(losses, rel=1e-12)
+        assert (gradient - turned_gradient).abs().max() <= 1e-12 * gradient.abs().max()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_any_strategy_may_take_turns_by_nccls_rules(strategy):
+    work = by_rules("nccl", alternating_run)
+    for ((losses, gradient), (turned, turned_gradient)), _ in run_on_ranks(4, work, "plain", dict(strategy=strategy)):
         assert turned == pytest.approx(losses, rel=1e-12)
         assert (gradient - turned_gradient).abs().max() <= 1e-12 * gradient.abs().max()
 

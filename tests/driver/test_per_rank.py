@@ -17,6 +17,7 @@ from distattn.adapters.pytorch import local_loss
 from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.driver.rank_speeds import quantised
 from distattn.ops import executable
+from distattn.parallel.make_plan import STRATEGIES
 
 pytestmark = pytest.mark.sampled(3)
 
@@ -51,7 +52,7 @@ def test_in_single_precision_too(rules):
 
 
 @pytest.mark.parametrize("rules", ["gloo", "nccl"])
-@pytest.mark.parametrize("strategy", ["cad_greedy", "allgather"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_any_strategy_may_share_out_a_pool(strategy, rules):
     for result, _ in run_on_ranks(2, by_rules(rules, pooled_run), dict(strategy=strategy)):
         assert_same(result, whole_run(2), 1e-11)

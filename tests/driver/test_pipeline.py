@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import distattn as da
 from distattn.batch.planner import AttentionShape
 from distattn.driver.pipeline_ticks import one_forward_one_backward, ticks
+from distattn.parallel.make_plan import STRATEGIES
 
 WIDTH, HEADS = 32, 4
 SHAPE = AttentionShape(HEADS, HEADS, WIDTH // HEADS, WIDTH // HEADS, "float64")
@@ -102,7 +103,10 @@ def spec(layers=1):
     return da.StageSpec(shape=SHAPE, attention_layers=layers, hidden_size=WIDTH, dtype=torch.float64)
 
 
-def staged(rank, replicas, depths):
+CUT_FINELY = dict(options=dict(tolerance=0.0, block=8))
+
+
+def staged(rank, replicas, depths, settings=CUT_FINELY):
     stage, replica = divmod(rank, replicas)
     model = whole_model()
     first = sum(depths[:stage])
@@ -117,7 +121,7 @@ def staged(rank, replicas, depths):
         logits, labels = model["head"](x)[0], batch["labels"][0]
         return nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") * batch["loss_scale"]
 
-    cp = shared(options=dict(tolerance=0.0, block=8))
+    cp = shared(**settings)
     pipeline = da.PipelineSchedule(cp, stages=len(depths), spec=spec(depths[stage]))
     out = []
     data = [[rows(replica, step, n) for n in range(len(PACKS[replica][step]))] for step in range(2)]
@@ -134,15 +138,28 @@ def staged(rank, replicas, depths):
     return out
 
 
-@pytest.mark.parametrize("rules", ["gloo", pytest.param("nccl", marks=pytest.mark.full)])
-@pytest.mark.parametrize(("replicas", "depths"), [(1, (2, 1)), (2, (1, 2)), (1, (1, 1, 1))])
-def test_stages_that_pool_their_attention_have_the_gradients_of_one_process(replicas, depths, rules):
+def assert_same_gradients(results, replicas):
     wanted = plain_steps(replicas)
-    for result in run_on_ranks(replicas * len(depths), by_rules(rules, staged), replicas, depths):
+    for result in results:
         for (loss, gradients), (wanted_loss, wanted_gradients) in zip(result, wanted, strict=True):
             assert loss == pytest.approx(wanted_loss, rel=1e-11)
             got, want = (parameters_to_vector(list(grads.values())) for grads in (gradients, wanted_gradients))
             assert (got - want).abs().max() <= 1e-11 * want.abs().max()
+
+
+@pytest.mark.parametrize("rules", ["gloo", pytest.param("nccl", marks=pytest.mark.full)])
+@pytest.mark.parametrize(("replicas", "depths"), [(1, (2, 1)), (2, (1, 2)), (1, (1, 1, 1))])
+def test_stages_that_pool_their_attention_have_the_gradients_of_one_process(replicas, depths, rules):
+    ranks = replicas * len(depths)
+    assert_same_gradients(run_on_ranks(ranks, by_rules(rules, staged), replicas, depths), replicas)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_any_strategy_may_serve_a_pipeline_by_nccls_rules(strategy):
+    # what the forward keeps has no place in a pipeline
+    settings = dict(strategy=strategy, backward="refetch-home")
+    assert_same_gradients(run_on_ranks(4, by_rules("nccl", staged), 2, (1, 2), settings), 2)
 
 
 def adaptive_run(rank):
