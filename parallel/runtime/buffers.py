@@ -144,6 +144,8 @@ class Buffers:
         self.call, self.like, self._blank = call, like, blank
         self.fields: dict[BufferKey, Fields] = {}
         self.bound: set[BufferKey] = set()
+        # bytes of each buffer that count
+        self._counted: dict[BufferKey, int] = {}
         self.alive = self.peak = 0
 
     def new(self, payload: Payload, rows: int, heads: int, as_sent: bool = False) -> Fields:
@@ -186,25 +188,62 @@ class Buffers:
             self.fields[key] = tuple(fields)
             self.bound.add(key)
 
-    def allocate(self, key: BufferKey, rows: int) -> None:
-        """Make a buffer of so many rows, unless it is bound."""
+    def allocate(self, key: BufferKey, rows: int, guests: int) -> None:
+        """Make a buffer of so many rows, unless it is bound.
+
+        guests: how many of them are the rank's own; they take the place of a copy, and do not count either.
+        """
         if key not in self.bound:
-            self.fields[key] = self._counted(self._made(key, rows))
+            self.fields[key] = fields = self._made(key, rows)
+            self._counted[key] = sum(tensor[guests:].nbytes for tensor in fields)
+            self._count(self._counted[key])
+
+    def fill(self, key: BufferKey, view: View) -> None:
+        """Copy own rows into a buffer of copies."""
+        for piece in view.slices:
+            for whole, tensor in zip(self.fields[key], self.fields[piece.buffer], strict=True):
+                copy_rows(
+                    whole[:, piece.view_heads], Rows.of(piece.view_rows), tensor[:, piece.heads], Rows.of(piece.rows)
+                )
 
     def release(self, key: BufferKey) -> None:
         """Free a buffer."""
-        self.uncount(self.fields.pop(key))
+        self._count(-self._counted.pop(key))
+        del self.fields[key]
 
     def uncount(self, fields: Fields) -> None:
         """These tensors are not needed any more."""
-        self.alive -= sum(tensor.nbytes for tensor in fields)
+        self._count(-sum(tensor.nbytes for tensor in fields))
 
-    def receive_buffer(self, payload: Payload, view: View) -> Fields:
-        """Where a message is received: in its buffer itself, or for partial results in tensors of its own."""
+    def receive_buffer(self, payload: Payload, view: View, runs: tuple[slice, ...]) -> tuple[Fields, list[Fields]]:
+        """(fields of a message, the places where each of its runs is received).
+
+        Copies land in their buffer itself, which has no fields but the places; partial results in tensors of their own.
+        """
         if payload in REDUCED_PAYLOADS:
-            return self._counted(self.new(payload, view.rows, view.heads, as_sent=True))
-        (only,) = view.slices
-        return tuple(tensor[only.rows] for tensor in self.fields[only.buffer])
+            fields = self.new(payload, view.rows, view.heads, as_sent=True)
+            self._count(sum(tensor.nbytes for tensor in fields))
+            return fields, [tuple(tensor[run] for tensor in fields) for run in runs]
+        return (), self._places(view, runs)
+
+    def message_runs(self, payload: Payload, view: View, runs: tuple[slice, ...]) -> list[Fields]:
+        """The tensors of a message by run: parts of a buffer where that is possible, else of one copy."""
+        if len(runs) > 1 and [piece.view_rows for piece in view.slices if isinstance(piece.rows, slice)] == list(runs):
+            return self._places(view, runs)
+        whole = self.gather(payload, view)
+        if len(runs) == 1:
+            return [whole]
+        # a run of some heads has to be packed: all of them at once
+        packed = tuple(tensor.contiguous() for tensor in whole)
+        return [tuple(tensor[run] for tensor in packed) for run in runs]
+
+    def _places(self, view: View, runs: tuple[slice, ...]) -> list[Fields]:
+        """The parts of a buffer that the runs of a view are."""
+        if len(view.slices) == 1:
+            (only,) = view.slices
+            fields = tuple(tensor[only.rows] for tensor in self.fields[only.buffer])
+            return [tuple(tensor[run] for tensor in fields) for run in runs]
+        return [tuple(tensor[piece.rows, piece.heads] for tensor in self.fields[piece.buffer]) for piece in view.slices]
 
     def without_copy(self, view: View) -> Fields | None:
         """The part of a buffer that a view is, or None where it is not one part of one buffer."""
@@ -242,10 +281,9 @@ class Buffers:
                 # what was sent may be narrower
                 (copy_rows if piece.is_first else add_rows)(total, rows, part, view_rows)
 
-    def _counted(self, fields: Fields) -> Fields:
-        self.alive += sum(tensor.nbytes for tensor in fields)
+    def _count(self, size: int) -> None:
+        self.alive += size
         self.peak = max(self.peak, self.alive)
-        return fields
 
 
 class _ExtentIndex(NamedTuple):

@@ -151,16 +151,23 @@ def _run(
 def _run_step(
     step: ProgramStep, transport: Transport, buffers: Buffers, compute: Compute, where: str
 ) -> PausableRun[None]:
-    for key, rows in step.allocate.items():
-        buffers.allocate(key, rows)
+    for key, (rows, guests) in step.allocate.items():
+        buffers.allocate(key, rows, guests)
+    for key, view in step.fills:
+        buffers.fill(key, view)
     sends = [packet for payload, message in step.sends for packet in _outgoing(buffers, payload, message)]
-    incoming = [(payload, message, buffers.receive_buffer(payload, message.view)) for payload, message in step.receives]
-    receives = [Packet(m.peer, payload, tensor) for payload, m, fields in incoming for tensor in fields]
+    incoming, receives = [], []
+    for payload, message in step.receives:
+        fields, places = buffers.receive_buffer(payload, message.view, message.runs)
+        incoming.append((payload, message, fields))
+        receives += [Packet(message.peer, payload, tensor) for place in places for tensor in place]
     pending = transport.exchange(sends, receives, step.collective, where)
     for launch in step.launches:
         operands = {payload: buffers.gather(payload, view) for payload, view in launch.operands.items()}
         for payload, fields in compute(launch, operands).items():
             buffers.accumulate(payload, launch.results[payload], fields)
+    for key, view in step.drains:
+        buffers.accumulate(key.payload, view, buffers.fields[key])
     yield
     pending.wait()
     for payload, message, fields in incoming:
@@ -172,5 +179,9 @@ def _run_step(
 
 
 def _outgoing(buffers: Buffers, payload: Payload, message: Message) -> list[Packet]:
-    fields = zip(buffers.gather(payload, message.view), buffers.call.comm_fields(payload), strict=True)
-    return [Packet(message.peer, payload, tensor.to(getattr(torch, dtype))) for tensor, (_, dtype) in fields]
+    dtypes = [getattr(torch, dtype) for _, dtype in buffers.call.comm_fields(payload)]
+    return [
+        Packet(message.peer, payload, tensor.to(dtype))
+        for fields in buffers.message_runs(payload, message.view, message.runs)
+        for tensor, dtype in zip(fields, dtypes, strict=True)
+    ]

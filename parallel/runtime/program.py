@@ -6,7 +6,7 @@ Here the table's rows end: what is left to the layer is one loop over steps and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -34,18 +34,26 @@ from distattn.ir.plan import (
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.buffers import OWN, BufferExtent, BufferKey, View, ViewParts, resolve_views
+from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
 
 PrepareKernel = Callable[[LaunchMask], Any]
+# stretches of a message that travel by themselves, at most
+_MOST_RUNS = 4
 # bytes that lists on the device are aligned to
 _ALIGNMENT = 16
 
 
 class Message(NamedTuple):
-    """What one peer sends or receives of one payload and head range: the same rows, in the same order, at both ends."""
+    """What one peer sends or receives of one payload and head range: the same rows, in the same order, at both ends.
+
+    runs: the rows of the view, in stretches of tokens that follow one another; each travels by itself. Where there are many
+    of them, all rows are one.
+    """
 
     peer: int
     view: View
+    runs: tuple[slice, ...]
 
 
 class KernelLaunch(NamedTuple):
@@ -61,12 +69,15 @@ class KernelLaunch(NamedTuple):
 class ProgramStep:
     """What this rank does in one step of a table."""
 
-    # rows of each new buffer
-    allocate: dict[BufferKey, int] = field(default_factory=dict)
+    # rows of each new buffer, and how many of them are the rank's own (see `landing`); own rows that are copied into it
+    allocate: dict[BufferKey, tuple[int, int]] = field(default_factory=dict)
+    fills: list[tuple[BufferKey, View]] = field(default_factory=list)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
     # one launch, unless head groups need so different tokens that a tensor of all of them would be mostly unused
     launches: list[KernelLaunch] = field(default_factory=list)
+    # own rows of buffers that the launches have written, which are accumulated from there
+    drains: list[tuple[BufferKey, View]] = field(default_factory=list)
     # whether all ranks exchange the messages of this step in one all-to-all
     collective: bool = False
     release: list[BufferKey] = field(default_factory=list)
@@ -77,6 +88,7 @@ class ProgramStep:
             yield message.view
         for launch in self.launches:
             yield from (*launch.operands.values(), *launch.results.values())
+        yield from (view for _, view in self.drains)
 
 
 class UploadedLists(NamedTuple):
@@ -124,11 +136,13 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     # the backward's launches are mostly the forward's
     prepare = _memoized(prepare)
     forward = _TableLowering(call, plan.forward, rank, FORWARD_PAYLOADS, prepare)
-    kept = {key: rows for key, rows in forward.sizes.items() if keep and key.payload in (Payload.Q, Payload.KV)}
-    inherited = [extent._replace(key=kept_key(extent.key)) for extent in forward.buffers if extent.key in kept]
-    backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, inherited)
-    steps = forward.steps(kept), backward.steps()
-    return Program(call, proof, rank, tokens, *steps, kept, frozenset(forward.blank | backward.blank))
+    stays = {key for key in forward.sizes if keep and key.payload in (Payload.Q, Payload.KV)}
+    forward_steps = forward.steps(stays)
+    kept = {key: forward.sizes[key] for key in forward.sizes if key in stays}
+    backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, forward, kept)
+    backward_steps = backward.steps()
+    blank = frozenset(forward.blank | backward.blank)
+    return Program(call, proof, rank, tokens, forward_steps, backward_steps, kept, blank)
 
 
 def kept_key(key: BufferKey) -> BufferKey:
@@ -173,7 +187,7 @@ def on_device(program: Program, device: torch.device) -> Program:
 
 
 class _TableLowering:
-    """Lowers one table for one rank. `inherited`: buffers that an earlier pass left behind."""
+    """Lowers one table for one rank. `kept`: buffers that the `earlier` pass left behind."""
 
     def __init__(
         self,
@@ -182,7 +196,8 @@ class _TableLowering:
         rank: int,
         payloads: tuple[Payload, ...],
         prepare: PrepareKernel,
-        inherited: Iterable[BufferExtent] = (),
+        earlier: _TableLowering | None = None,
+        kept: Container[BufferKey] = (),
     ):
         self.call, self.table, self.rank, self.prepare = call, table, rank, prepare
         self.payloads = payloads
@@ -198,25 +213,40 @@ class _TableLowering:
         ]
         # filled by `steps`
         self.blank: set[BufferKey] = set()
+        self.landings: dict[BufferKey, Landing] = {}
+        # what of the earlier pass is there: where it lies, and which of it has become working tensors
+        inherited = (
+            []
+            if earlier is None
+            else [
+                extent._replace(key=kept_key(extent.key)) for extent in earlier.landed_buffers() if extent.key in kept
+            ]
+        )
+        self.inherited = (
+            {}
+            if earlier is None
+            else {kept_key(key): landing.inherited() for key, landing in earlier.landings.items() if key in kept}
+        )
         self.sizes = {extent.key: int((extent.t1 - extent.t0).sum()) for extent in self.buffers}
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
 
     def steps(self, kept: Container[BufferKey] = ()) -> list[ProgramStep]:
         """The steps of this rank; buffers in `kept` are never released."""
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
-        outgoing, sends = self._messages(self.outgoing, "dst")
-        incoming, receives = self._messages(self.incoming, "src")
+        outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
+        incoming, receives, cut_receives = self._messages(self.incoming, "src")
         launches = LaunchTable.of(self.tasks, self.call.gqa_group_size)
         of_payloads = [
             (launches.keys if payload in KEY_PAYLOADS else launches.rows).parts(payload) for payload in self.payloads
         ]
         # one search for all views of the table
         views = iter(resolve_views(self.extents, ViewParts.joined([sends, receives, *of_payloads])))
-        for step, peer, payload in outgoing:
-            steps[step].sends.append((Payload(payload), Message(peer, next(views))))
-        for step, peer, payload in incoming:
-            steps[step].receives.append((Payload(payload), Message(peer, next(views))))
+        for (step, peer, payload), runs in zip(outgoing, cut_sends, strict=True):
+            steps[step].sends.append((Payload(payload), Message(peer, next(views), runs)))
+        for (step, peer, payload), runs in zip(incoming, cut_receives, strict=True):
+            steps[step].receives.append((Payload(payload), Message(peer, next(views), runs)))
         self._add_launches(steps, launches, views)
+        self._land(steps)
         self._set_lifetimes(steps, kept)
         self._mark_first_writes(steps)
         return steps
@@ -239,8 +269,19 @@ class _TableLowering:
             extents.append(BufferExtent(key, moves["t0"][a:b], moves["t1"][a:b], before[a:b] - before[a]))
         return extents
 
-    def _messages(self, moves: Columns, peer: str) -> tuple[list[tuple[int, int, int]], ViewParts]:
-        """(step, peer, payload) of every message, in order, and what each carries: a view with one part."""
+    def landed_buffers(self) -> list[BufferExtent]:
+        """The buffers with their rows where they lie after `steps`."""
+        out = []
+        for extent in self.buffers:
+            landing = self.landings.get(extent.key)
+            # what lands follows its tokens: an interval stays one
+            out.append(extent if landing is None else extent._replace(row=landing.place[extent.row]))
+        return out
+
+    def _messages(
+        self, moves: Columns, peer: str
+    ) -> tuple[list[tuple[int, int, int]], ViewParts, list[tuple[slice, ...]]]:
+        """(step, peer, payload) of every message, in order, what each carries, a view with one part, and its runs."""
         moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
         each = select_rows(moves, np.array(first[:-1], np.int64))
         names = list(zip(*(each[name].tolist() for name in ("step", peer, "payload")), strict=True))
@@ -250,7 +291,28 @@ class _TableLowering:
         part = np.repeat(number, np.diff(first))
         row = before - before[np.array(first[:-1], np.int64)][part]
         intervals = part, moves["t0"], moves["t1"], row
-        return names, ViewParts(number, each["payload"], each["h0"], each["h1"], np.zeros_like(number), *intervals)
+        views = ViewParts(number, each["payload"], each["h0"], each["h1"], np.zeros_like(number), *intervals)
+        # both ends cut a message by its tokens alone, and so alike
+        begins = np.ones(len(part), bool)
+        begins[1:] = (part[1:] != part[:-1]) | (moves["t0"][1:] != moves["t1"][:-1])
+        starts = [row[a:b][begins[a:b]].tolist() for a, b in itertools.pairwise(first)]
+        sizes = np.bincount(part, length, len(names)).astype(np.int64).tolist()
+        runs = [
+            tuple(slice(a, b) for a, b in itertools.pairwise([*(some if len(some) <= _MOST_RUNS else [0]), size]))
+            for some, size in zip(starts, sizes, strict=True)
+        ]
+        return names, views, runs
+
+    def _land(self, steps: list[ProgramStep]) -> None:
+        """Let buffers be working tensors of launches where that spares copies."""
+        self.landings = land(steps, self.sizes, self.inherited)
+        for key, landing in self.landings.items():
+            self.sizes[key] = landing.rows
+            if not landing.own or key.payload not in REDUCED_PAYLOADS:
+                continue
+            for step in steps:
+                if any(key == piece.buffer for launch in step.launches for piece in launch.results[key.payload].slices):
+                    step.drains.append((key, landing.own_rows))
 
     def _add_launches(self, steps: list[ProgramStep], launches: LaunchTable, views: Iterator[View]) -> None:
         """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
@@ -271,7 +333,10 @@ class _TableLowering:
                 first.setdefault(key, index)
                 last[key] = index
         for key, rows in self.sizes.items():
-            steps[first[key]].allocate[key] = rows
+            landing = self.landings.get(key)
+            steps[first[key]].allocate[key] = rows, landing.guests if landing else 0
+            if landing and landing.own and key.payload in HELD_PAYLOADS:
+                steps[first[key]].fills.append((key, landing.own_rows))
             if key not in kept:
                 steps[last[key]].release.append(key)
 
@@ -298,6 +363,7 @@ class _TableLowering:
         for step in steps:
             for launch in step.launches:
                 launch.results.update({payload: marked(view) for payload, view in launch.results.items()})
+            step.drains = [(key, marked(view)) for key, view in step.drains]
             step.receives = [
                 (payload, message._replace(view=marked(message.view)) if payload in REDUCED_PAYLOADS else message)
                 for payload, message in step.receives
@@ -309,6 +375,7 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
     """The views that results of a step are accumulated into: its launches' first, then what arrives."""
     for launch in step.launches:
         yield from launch.results.values()
+    yield from (view for _, view in step.drains)
     for payload, message in step.receives:
         if payload in REDUCED_PAYLOADS:
             yield message.view
@@ -360,7 +427,9 @@ def _with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Progr
 
     def step(old: ProgramStep) -> ProgramStep:
         launches = [launch(part) for part in old.launches]
-        return replace(old, sends=messages(old.sends), receives=messages(old.receives), launches=launches)
+        fills, drains = ([(key, view(part)) for key, part in own] for own in (old.fills, old.drains))
+        changes: dict[str, Any] = dict(sends=messages(old.sends), receives=messages(old.receives))
+        return replace(old, launches=launches, fills=fills, drains=drains, **changes)
 
     passes = [[step(part) for part in steps] for steps in (program.forward, program.backward)]
     return replace(program, forward=passes[0], backward=passes[1])

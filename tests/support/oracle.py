@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from distattn.ir.mask import Mask
-from distattn.ir.plan import Plan
+from distattn.ir.plan import HELD_PAYLOADS, Call, Plan
 from distattn.kernels.registry import kernel_preparer, load_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.runtime import execute
-from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.program import ProgramStep, lower
 from distattn.parallel.runtime.transport import InProcessNetwork, Packet, Transport
 
 
@@ -90,6 +90,8 @@ class Record:
     bytes: Counter = field(default_factory=Counter)
     # most bytes of received tensors that were really alive, by (direction, rank, payload), payload None for all
     received: Counter = field(default_factory=Counter)
+    # bytes of a rank's own rows beside what arrives, of a pass
+    guests: Counter = field(default_factory=Counter)
     direction: str = "forward"
     events: list[tuple[int, str]] = field(default_factory=list)
     peak: dict[str, list[int]] = field(default_factory=dict)
@@ -178,6 +180,9 @@ def run_all_ranks(
     proof = verify(plan)
     make = kernel_preparer(kernel, kernel_requirements(plan.call, torch.device("cpu")))
     programs = [lower(plan, rank, make, proof) for rank in ranks]
+    for program in programs:
+        for direction, steps in (("forward", program.forward), ("backward", program.backward)):
+            record.guests[direction, program.rank] = _guest_bytes(plan.call, steps)
     kernels = [RecordingKernel(load_kernel(kernel), rank, record) for rank in ranks]
     dtype = getattr(torch, plan.call.dtype)
     score = ScoreMod(1 / math.sqrt(plan.call.head_dim))
@@ -203,6 +208,19 @@ def run_all_ranks(
     dq, dk, dv, peaks = (list(column) for column in zip(*backward, strict=True))
     record.peak["backward"] = peaks
     return Result(*(layout.unshard(parts) for parts in (o, lse, dq, dk, dv)))
+
+
+def _guest_bytes(call: Call, steps: list[ProgramStep]) -> int:
+    width = {
+        payload: sum((dim or 1) * getattr(torch, dtype).itemsize for dim, dtype in call.payload_fields(payload))
+        for payload in HELD_PAYLOADS
+    }
+    return sum(
+        guests * (key.h1 - key.h0) * width[key.payload]
+        for step in steps
+        for key, (_, guests) in step.allocate.items()
+        if key.payload in HELD_PAYLOADS
+    )
 
 
 def planned_bytes(plan: Plan) -> Counter:
