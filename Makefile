@@ -46,17 +46,13 @@ bench-disaggregation: $(VENV)/.dev
 	$(BIN)/python benchmarks/disaggregation.py --lengths $(LENGTHS) --servers 8 16 64 --heads 32:8 64:16 --hypergraph $(ARGS)
 	$(BIN)/python benchmarks/pipeline.py --lengths $(LENGTHS)
 
-# with the Python of a machine that has a GPU, torch and Triton
+# with the Python of a machine that has a GPU, torch and Triton; under 10 minutes. ARGS: of benchmarks/gpu.py, --minutes
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_checks.py
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_executor.py
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_executor.py --kernel gluon
-	PYTHONPATH=. $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node 1 benchmarks/check_cluster.py
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu.jsonl $(ARGS)
+	PYTHONPATH=. $(PYTHON) benchmarks/first_hour.py gpu $(ARGS)
 
-# on 2 to 8 GPUs of one machine
+# on 2 to 8 GPUs of one machine; under 10 minutes. ARGS: of benchmarks/check_cluster.py, --minutes
 check-cluster:
-	PYTHONPATH=. $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/check_cluster.py $(ARGS)
+	PYTHONPATH=. $(PYTHON) benchmarks/first_hour.py cluster $(ARGS)
 
 # machine code of the Triton kernels against benchmarks/budgets; ARGS=--update where it changed for the better
 lint-kernels: $(VENV)/.dev

@@ -14,72 +14,101 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from gpu_executor import HEADS, KV_HEADS, TOLERANCE, at_once, far, random_tensors
+from findings import Findings
+from gpu_executor import Case, at_once, far, too_far
 from harness import Cell, compare, table
 from torch import Tensor
 
 import distattn as da
 from distattn.parallel.make_plan import STRATEGIES
+from distattn.parallel.runtime.transport import Transport
 
 
 def main() -> int:
     """Exit code 1 where any rank has a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--findings", type=Path, help="where rank 0 keeps them, as JSON lines")
     arguments = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    tokens, dim, dtype = (arguments.tokens, 128, torch.bfloat16) if cuda else (128, 32, torch.float16)
-    lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]
-    mask, layout = da.Mask.documents(lengths), da.Layout.zigzag(lengths, ranks)
-    x = random_tensors(tokens, dim, dtype, device)
-    wanted = {name: layout.shard(part, rank) for name, part in at_once(mask, x).items()}
-    local = {name: layout.shard(part, rank) for name, part in x.items()}
+    job = Job.join(arguments.tokens)
+    findings = Findings(arguments.findings, speaks=job.rank == 0)
     contestants: dict[str, Callable[[], Callable[[], dict[str, Tensor]]]] = {}
     moved = {}
     for strategy in STRATEGIES:
-        shape = dict(heads=HEADS, kv_heads=KV_HEADS, head_dim=dim, dtype=str(dtype)[6:])
         try:
-            plan = da.make_plan(mask, layout, strategy=strategy, **shape)
+            plan = job.case.plan(strategy)
         except da.DistattnError as refusal:
-            say(rank, f"{strategy}: refused: {refusal}")
+            findings.left_out(strategy, f"refused: {refusal}")
             continue
-        contestants[strategy] = lambda plan=plan: layer(plan, local, device)
-        bytes_of = plan.bytes()
-        moved[strategy] = int(bytes_of["bytes"].sum())
-    if cuda and ranks > 1:
-        contestants["bare all-to-all"] = lambda: bare(max(moved.values()) // ranks**2, ranks, device)
+        contestants[strategy] = lambda plan=plan: layer(plan, job)
+        moved[strategy] = int(plan.bytes()["bytes"].sum())
+    if job.cuda and job.ranks > 1:
+        contestants["bare all-to-all"] = lambda: bare(max(moved.values()) // job.ranks**2, job.ranks, job.device)
+    backend = dist.get_backend()
     cells = compare(
-        f"{tokens:,} tokens, {ranks} ranks, {dist.get_backend()}",
+        f"{job.case.mask.n:,} tokens, {job.ranks} ranks, {backend}",
         contestants,
-        lambda result: check(result, wanted),
-        repeats=9 if cuda else 1,
-        progress=lambda line: say(rank, line) if cuda else None,
+        lambda result: check(result, job.wanted),
+        repeats=9 if job.cuda else 1,
+        progress=lambda line: findings.say(line) if job.cuda else None,
     )
     for cell in cells:
         cell.facts["bytes"] = moved.get(cell.contestant, max(moved.values(), default=0))
-    shown = {"bytes": lambda value: f"{value / 1e6:.0f} MB"}
-    say(rank, table(cells, shown))
-    say(rank, exposure(cells))
+        wrong = "" if cell.status == "ok" else f"{cell.status}: {cell.note}"
+        findings.check(f"{cell.contestant} on {job.ranks} ranks over {backend}", wrong)
+    findings.say(table(cells, {"bytes": lambda value: f"{value / 1e6:.0f} MB"}))
+    findings.say(exposure(cells))
     dist.destroy_process_group()
-    return int(any(cell.status != "ok" for cell in cells))
+    return findings.ended()
 
 
-def layer(plan: da.Plan, local: dict[str, Tensor], device: torch.device) -> Callable[[], dict[str, Tensor]]:
-    """Attention forward and backward of this rank's tokens."""
-    ready = da.prepare(plan, kernel="triton", device=device)
-    q, k, v = (local[name].detach().clone().requires_grad_() for name in ("q", "k", "v"))
+class Job(NamedTuple):
+    """This rank's part of the case, and what is to come out there."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    case: Case
+    local: dict[str, Tensor]
+    wanted: dict[str, Tensor]
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @staticmethod
+    def join(tokens: int) -> Job:
+        """Join the process group of the launcher; on a CPU the axis is short, whatever is asked for."""
+        cuda = torch.cuda.is_available()
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo")
+        case = Case.of(tokens if cuda else 128, 128 if cuda else 32, ranks, device)
+        local, wanted = (
+            {name: case.layout.shard(part, rank) for name, part in whole.items()}
+            for whole in (case.x, at_once(case.mask, case.x))
+        )
+        return Job(rank, ranks, device, case, local, wanted)
+
+
+def layer(
+    plan: da.Plan, job: Job, wrap: Callable[[Transport], Transport] = lambda transport: transport
+) -> Callable[[], dict[str, Tensor]]:
+    """Attention forward and backward of this rank's tokens. wrap: what becomes of the transport of its messages."""
+    ready = da.prepare(plan, kernel="triton", device=job.device)
+    ready.transport = wrap(ready.transport)
+    q, k, v = (job.local[name].detach().clone().requires_grad_() for name in ("q", "k", "v"))
 
     def run() -> dict[str, Tensor]:
         o = da.attention(q, k, v, ready)
-        dq, dk, dv = torch.autograd.grad(o, (q, k, v), local["do"])
+        dq, dk, dv = torch.autograd.grad(o, (q, k, v), job.local["do"])
         return {"o": o.detach(), "dq": dq, "dk": dk, "dv": dv}
 
     return run
@@ -98,10 +127,7 @@ def bare(share: int, ranks: int, device: torch.device) -> Callable[[], dict[str,
 
 def check(result: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
     """What is wrong with a result, or nothing. (A rank without tokens has nothing to compare.)"""
-    for name, got in result.items():
-        if got.numel() and not far(got, wanted[name]) <= TOLERANCE:
-            return f"{name} is off by {far(got, wanted[name]):.1e} (allowed: {TOLERANCE:.0e})"
-    return ""
+    return too_far({name: far(got, wanted[name]) for name, got in result.items() if got.numel()})
 
 
 def exposure(cells: list[Cell]) -> str:
@@ -113,12 +139,6 @@ def exposure(cells: list[Cell]) -> str:
     lines = [f"  {cell.contestant}: moves alone would take {cell.facts['bytes'] / rate * 1e3:.1f} ms of "
              f"{cell.median * 1e3:.1f}" for cell in cells if cell is not bare_cell and cell.median]  # fmt: skip
     return "\n".join([f"  all-to-all: {rate / 1e9:.0f} GB/s over all ranks", *lines])
-
-
-def say(rank: int, text: str) -> None:
-    if rank == 0 and text:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The attention kernels on one GPU, beside what else runs there: correctness first, then speed.
 
     python benchmarks/gpu.py [--out benchmarks/results/gpu.jsonl] [--fa3 PATH/flash_attn_3/_C.so]
-                             [--tutorial PATH/06-fused-attention.py] [--quick]
+                             [--tutorial PATH/06-fused-attention.py] [--quick] [--tiers-only] [--seconds 200]
 
 Rates are TFLOP/s of the mask's allowed cells (4 x area x heads x dim forward, 10 backward), medians over repeats; each
 timed repeat is a CUDA graph of several calls where one can be captured, and eager calls otherwise (marked). The share is of
 the matrix-product rate measured first in the same run. A contestant that is wrong is not timed; ours is wrong, too, where
-its error is more than one and a half times the best rival's. Made to end within ten
-minutes on an H200; --quick takes a third of the cases, and on a machine without a GPU (TRITON_INTERPRET=1) tiny ones.
+its error is more than one and a half times the best rival's. The trial of kernel="auto" chooses a tier for every case.
+Made to end within ten minutes on an H200; --quick takes a third of the cases, --tiers-only leaves out what epilogues cost,
+and --seconds begins no case that would take it past that time. On a machine without a GPU (TRITON_INTERPRET=1) tiny cases.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_cases import Case, Inputs, Run, contestants, inputs_of
+from findings import Findings
+from gpu_cases import Case, Inputs, Run, auto_choice, contestants, epilogues, inputs_of
 from harness import Cell, compare, table, write
 from torch import Tensor
 
@@ -45,38 +47,64 @@ def main() -> int:
     parser.add_argument("--fa3", type=Path)
     parser.add_argument("--tutorial", type=Path)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tiers-only", action="store_true")
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--findings", type=Path, help="where they are kept, as JSON lines")
     arguments = parser.parse_args()
+    findings = Findings(arguments.findings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    began = time.perf_counter()
+    began, longest = time.perf_counter(), 0.0
     ceilings = measure_ceilings(device)
-    say("  ".join(f"{name} {value:.1f}" for name, value in ceilings.items()))
+    findings.say("  ".join(f"{name} {value:.1f}" for name, value in ceilings.items()))
+    runners = contestants(arguments.fa3, arguments.tutorial) | ({} if arguments.tiers_only else epilogues())
     everything: list[Cell] = []
     for case in cases(device, arguments.quick):
-        cells = run_case(case, device, contestants(arguments.fa3, arguments.tutorial))
+        case_began = time.perf_counter()
+        if case_began - began + longest > arguments.seconds:
+            findings.left_out(f"speed of {case.name}", "no time was left")
+            continue
+        auto = auto_choice(case, device)
+        cells = run_case(case, device, runners)
         for cell in cells:
             cell.facts["tflops"] = case.flops / cell.median / 1e12 if cell.median else 0.0
             cell.facts["share"] = cell.facts["tflops"] / ceilings["product TFLOP/s"]
+            cell.facts["auto"] = cell.contestant == f"distattn {auto}"
+            note(findings, cell)
         shown: dict[str, Callable[[Any], str]] = {
             "tflops": lambda value: f"{value:.0f} TFLOP/s",
             "error": lambda value: f"{value:.1e}",
             "share": lambda value: f"{value:.0%}",
             "graph": lambda value: "graph" if value else "eager",
+            "auto": lambda value: "auto" if value else "",
         }
-        say(table(cells, shown) + f"\n  ({time.perf_counter() - began:.0f} s)")
+        findings.say(table(cells, shown) + f"\n  auto: {auto}\n  ({time.perf_counter() - began:.0f} s)")
         everything += cells
         if arguments.out:
             write(arguments.out, cells, ceilings=ceilings)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    wrong = [
-        cell for cell in everything if cell.contestant.startswith("distattn") and cell.status in ("wrong", "error")
-    ]
-    say(f"{len(everything)} cells; ours wrong or failing in {len(wrong)}")
-    return 1 if wrong else 0
+        longest = max(longest, time.perf_counter() - case_began)
+    wrong = [cell for cell in everything if is_ours(cell) and cell.status in ("wrong", "error")]
+    findings.say(f"{len(everything)} cells; ours wrong or failing in {len(wrong)}")
+    return findings.ended()
+
+
+def note(findings: Findings, cell: Cell) -> None:
+    """A tier's cell is a check, where the tier serves the case; and every cell is a speed, or why there is none."""
+    fault = f"{cell.status}: {cell.note}" if cell.status != "ok" else ""
+    if is_ours(cell) and cell.status in ("ok", "wrong", "error"):
+        findings.check(f"{cell.contestant}, {cell.case}", fault)
+    facts = {name: cell.facts[name] for name in ("tflops", "auto")}
+    findings.speed(cell.case, cell.contestant, fault, seconds=cell.median, **facts)
+
+
+def is_ours(cell: Cell) -> bool:
+    """Whether a contestant is a tier, and no rival."""
+    return cell.contestant.startswith("distattn")
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """The cases, longest last: they heat the chip most."""
+    """The cases, those that tell most first: a limit of time cuts the others."""
     if device.type == "cpu":
         for direction in ("forward", "backward"):
             for pattern in ("causal", "documents"):
@@ -84,24 +112,23 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         return
     both = ("forward", "backward")
     gqa, mha = (64, 8), (16, 16)
-    for tokens in (1024, 2048) if not quick else ():
+    order = [("causal", 8192), ("documents", 8192), ("causal", 32768), ("documents", 32768), ("window", 32768)]
+    order += [("full", 8192), ("block-causal", 8192), ("window", 8192), ("block-causal", 32768)]
+    for pattern, tokens in order:
+        for direction in both:
+            yield Case(pattern, tokens, gqa, (128, 128), direction)
+    if quick:
+        return
+    for dims in ((64, 64), (192, 128), (256, 256)):
+        for direction in both:
+            yield Case("causal", 8192, mha, dims, direction)
+    for pattern in ("prefix", "shared question", "global window"):
+        for direction in both:
+            yield Case(pattern, 16384, mha, (128, 128), direction)
+    for tokens in (1024, 2048):
         for direction in both:
             yield Case("causal", tokens, gqa, (128, 128), direction)
-    for pattern in ("full", "causal", "documents", "window", "block-causal"):
-        for direction in both:
-            yield Case(pattern, 8192, gqa, (128, 128), direction)
-    if not quick:
-        for dims in ((64, 64), (192, 128), (256, 256)):
-            for direction in both:
-                yield Case("causal", 8192, mha, dims, direction)
-        for pattern in ("prefix", "shared question", "global window"):
-            for direction in both:
-                yield Case(pattern, 16384, mha, (128, 128), direction)
-    for pattern in ("documents", "window", "block-causal", "causal"):
-        for direction in both:
-            yield Case(pattern, 32768, gqa, (128, 128), direction)
-    if not quick:
-        yield Case("causal", 65536, mha, (128, 128), "forward")
+    yield Case("causal", 65536, mha, (128, 128), "forward")
 
 
 def run_case(case: Case, device: torch.device, runners: dict[str, Callable[[Case, Inputs], Run]]) -> list[Cell]:
@@ -110,12 +137,9 @@ def run_case(case: Case, device: torch.device, runners: dict[str, Callable[[Case
     check = checker(case, x)
     makers = {name: (lambda make=make: Repeated(lambda: make(case, x), device)) for name, make in runners.items()}
     cells = compare(case.name, makers, check, repeats=7 if device.type == "cuda" else 1)
-    mine = {cell.contestant.startswith("distattn"): [] for cell in cells}
-    for cell in cells:
-        if cell.status == "ok":
-            mine[cell.contestant.startswith("distattn")].append(cell)
-    best = min((cell.facts["error"] for cell in mine.get(False, ())), default=math.inf)
-    for cell in mine[True]:
+    right = [cell for cell in cells if cell.status == "ok"]
+    best = min((cell.facts["error"] for cell in right if not is_ours(cell)), default=math.inf)
+    for cell in filter(is_ours, right):
         if cell.facts["error"] > WORST_RATIO * best:
             cell.status, cell.note = "wrong", f"error {cell.facts['error']:.1e}, the best rival's {best:.1e}"
     return cells
@@ -254,11 +278,6 @@ def timed(work: Callable[[], Any], repeats: int = 20) -> float:
         end.synchronize()
         seconds.append(begin.elapsed_time(end) / 1e3)
     return float(np.median(seconds))
-
-
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import distattn as da
 from distattn.kernels.flash import attention as flash_attention
 from distattn.kernels.gluon import attention as gluon_attention
+from distattn.kernels.gluon import split as gluon_split
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
@@ -116,7 +117,7 @@ def ours(tier: ModuleType) -> Callable[[Case, Inputs], Run]:
     def make(case: Case, x: Inputs) -> Run:
         work, score = prepared(tier, case, case.mask, x.q.device), ScoreMod(case.dims[0] ** -0.5)
         o, lse = tier.forward(x.q, x.k, x.v, work, score)
-        if case.direction == "forward" and tier is flash_attention:
+        if case.direction == "forward" and not hasattr(tier, "plan_forward"):
             return lambda: tier.forward(x.q, x.k, x.v, work, score, into=(o, lse))[0]
         if case.direction == "forward":
             launch = tier.plan_forward(x.q, x.k, x.v, o, lse, work, score)
@@ -241,15 +242,39 @@ def packed(case: Case, device: torch.device) -> tuple[Tensor, int, bool, tuple[i
     return torch.from_numpy(ends).to(device), longest, causal, window
 
 
+def flash2(case: Case, x: Inputs) -> Run:
+    """FlashAttention 2 from its own package."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise Unsupported(f"flash_attn cannot be imported ({error})") from None
+    cu, longest, causal, window = packed(case, x.q.device)
+    q, k, v = (part.detach() for part in (x.q, x.k, x.v))
+
+    def forward() -> Tensor:
+        # with causal the right end of a window is where a query stands
+        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=causal, window_size=window)
+
+    return differentiated(case, forward, (q, k, v), x.do, lambda y: y)
+
+
+def installed_flash3() -> Path | None:
+    """The loadable build inside an installed package flash_attn_3, if there is one."""
+    spec = importlib.util.find_spec("flash_attn_3")
+    folders = spec.submodule_search_locations if spec else None
+    return next((file for folder in folders or () for file in sorted(Path(folder).glob("_C*.so"))), None)
+
+
 def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
     """FlashAttention 3 from a loadable build (xformers 0.0.34: flash_attn_3/_C.so), by its operators' own schemas."""
 
     def make(case: Case, x: Inputs) -> Run:
-        if library is None:
+        found = library or installed_flash3()
+        if found is None:
             raise Unsupported("no build of FlashAttention 3: pass --fa3 PATH/_C.so")
         # the build finds the CUDA runtime among what is loaded
         ctypes.CDLL("libcudart.so.12", ctypes.RTLD_GLOBAL)
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(found))
         cu, longest, _, (left, right) = packed(case, x.q.device)
         causal = (left, right) == (-1, 0)
         values: dict[str, Any] = {
@@ -326,22 +351,48 @@ def heads_first(x: Tensor) -> Tensor:
     return x.detach().transpose(0, 1)[None].contiguous()
 
 
+# tiers by the name of their contestant
+TIERS = {
+    "distattn triton": triton_attention,
+    "distattn gluon": gluon_attention,
+    "distattn gluon_split": gluon_split,
+    "distattn flash": flash_attention,
+}
+
+
 def contestants(fa3: Path | None, tutorial_file: Path | None) -> dict[str, Callable[[Case, Inputs], Run]]:
-    """Who takes part, in the order of the table."""
+    """The tiers beside what others have, in the order of the table."""
     return {
-        "distattn triton": ours(triton_attention),
-        "distattn triton, ring of 8": ring(triton_attention),
-        "distattn triton, fp32 write": step(triton_attention, merge=False),
-        "distattn triton, fp32 merge": step(triton_attention, merge=True),
-        "distattn gluon": ours(gluon_attention),
-        "distattn flash": ours(flash_attention),
-        "distattn gluon, ring of 8": ring(gluon_attention),
-        "distattn gluon, fp32 write": step(gluon_attention, merge=False),
-        "distattn gluon, fp32 merge": step(gluon_attention, merge=True),
+        **{name: ours(tier) for name, tier in TIERS.items()},
         "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
         "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
         "flex compiled": flex,
         "varlen flash": varlen,
+        "flash attention 2": flash2,
         "flash attention 3": flash3(fa3),
         "triton tutorial": tutorial(tutorial_file),
     }
+
+
+def epilogues() -> dict[str, Callable[[Case, Inputs], Run]]:
+    """What a ring step's result costs more, by tier."""
+    return {
+        f"{name}, {what}": run
+        for name, tier in list(TIERS.items())[:2]
+        for what, run in (
+            ("ring of 8", ring(tier)),
+            ("fp32 write", step(tier, merge=False)),
+            ("fp32 merge", step(tier, merge=True)),
+        )
+    }
+
+
+def auto_choice(case: Case, device: torch.device) -> str:
+    """The kernel that kernel="auto" takes for such a call, by its trial; or why it takes none."""
+    (heads, kv_heads), (dim, v_dim) = case.heads, case.dims
+    shape = dict(heads=heads, kv_heads=kv_heads, head_dim=dim, v_head_dim=v_dim, dtype=str(case.dtype)[6:])
+    plan = da.make_plan(case.mask, da.Layout.contiguous([case.tokens], 1), strategy="ring", **shape)
+    try:
+        return da.prepare(plan, device=device, proven=False).key.kernel
+    except da.DistattnError as refusal:
+        return f"none: {refusal}"

@@ -1,6 +1,6 @@
 """What a GPU must show of the attention kernels besides speed: right results, no stray access, the same bits every time.
 
-    python benchmarks/gpu_checks.py
+    python benchmarks/gpu_checks.py [--tiers triton gluon gluon_split flash] [--seconds 200]
 
 Results, forward and backward, merged into what is there, are compared with the reference kernel in fp64: masks of every
 kind, all head dims, with and without score modifiers. Every operand and result lies between guards in a larger piece of
@@ -14,14 +14,17 @@ Without a GPU (TRITON_INTERPRET=1) the interpreter's kernels only, and less of t
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from findings import Findings
 from torch import Tensor
 
 import distattn as da
@@ -39,43 +42,77 @@ TIERS = {"triton": triton_attention, "gluon": gluon_attention, "gluon_split": gl
 # whose sum in dQ has no fixed order
 LOOSE = ("gluon", "flash")
 HEADS, KV_HEADS = 4, 2
-# head dims, and whether scores are capped and biased
-SHAPES = [((dim, dim), False) for dim in (64, 80, 96, 128, 192, 256)] + [((192, 128), False), ((128, 128), True)]
+# head dims, and whether scores are capped and biased; those of most models first, as time may end
+SHAPES = [((128, 128), False), ((64, 64), False), ((192, 128), False), ((128, 128), True)]
+SHAPES += [((dim, dim), False) for dim in (256, 96, 80, 192)]
 # relative to fp64, Frobenius norm
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 3e-3}
 GUARD = 1 << 14
 PATTERN = 12345.0
 LAUNCHES = 200
 SANITIZER_SECONDS = 120
+# in which it can find anything
+LEAST_SECONDS = 15
 
 
 def main() -> int:
     """All checks, one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only-run", action="store_true", help="a few calls, for a memory checker around them")
-    only_run = parser.parse_args().only_run
+    parser.add_argument("--tiers", nargs="+", choices=TIERS, default=list(TIERS))
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="what is not begun by then is left out, by name"
+    )
+    parser.add_argument("--findings", type=Path, help="where they are kept, as JSON lines")
+    arguments = parser.parse_args()
+    findings, ends = Findings(arguments.findings), time.monotonic() + arguments.seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    complaints = []
-    for name, tier in TIERS.items():
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-        # under a memory checker every call takes a hundred times as long
-        shapes = SHAPES if not only_run else [((64, 64), False), ((128, 128), True)]
-        for dims, modifiers in shapes if device.type == "cuda" else [((32, 32), True)]:
-            if why_not := tier.unsupported_reason(KernelRequirements(dtype, *dims, device)):
-                say(f"{name} {dims}: left out: {why_not}")
-                continue
-            call = Call(tier, name in LOOSE, dims, modifiers, dtype, device)
-            began = time.perf_counter()
-            chosen = dict(list(masks(device).items())[:2]) if only_run else masks(device)
-            found = [f"{what}: {text}" for what, mask in chosen.items() for text in check(call, mask)]
-            complaints += [f"{name} {dims} {text}" for text in found]
-            host = "" if only_run or modifiers else f", {host_time(call):.0f} us of host time per forward launch"
-            say(f"{name} {dims}{' softcap alibi' * modifiers}: {time.perf_counter() - began:.0f} s{host}")
-    complaints += glue_differences(device)
-    if not only_run and device.type == "cuda":
-        complaints += sanitized()
-    say("\n".join(complaints) or "guards whole, results the same bits every time")
-    return 1 if complaints else 0
+    # under a memory checker every call takes a hundred times as long
+    shapes = SHAPES if not arguments.only_run else [((64, 64), False), ((128, 128), True)]
+    complaints, ran = [], []
+    for dims, modifiers in shapes if device.type == "cuda" else [((32, 32), True)]:
+        for name in arguments.tiers:
+            what = f"{name} {dims}{' softcap alibi' * modifiers}"
+            call = call_of(name, dims, modifiers, device)
+            if why_not := call.tier.unsupported_reason(KernelRequirements(call.dtype, *dims, device)):
+                findings.left_out(what, why_not)
+            elif time.monotonic() > ends:
+                findings.left_out(what, "no time was left")
+            else:
+                complaints += checked(what, call, findings, arguments.only_run)
+                ran.append(name)
+    # the same whatever the tier: once, where each has a program of its own
+    if next(iter(TIERS)) in arguments.tiers:
+        differences = glue_differences(device)
+        findings.check("rows around kernels", "; ".join(differences))
+        complaints += differences
+    if ran and not arguments.only_run and device.type == "cuda":
+        complaints += sanitized(sorted(set(ran)), min(SANITIZER_SECONDS, ends - time.monotonic()), findings)
+    findings.say("\n".join(complaints) or "guards whole, results the same bits every time" * bool(ran))
+    return findings.ended()
+
+
+def checked(what: str, call: Call, findings: Findings, only_run: bool) -> list[str]:
+    """All masks with a tier and shape: what is wrong with them."""
+    began, complaints = time.perf_counter(), []
+    chosen = dict(list(masks(call.device).items())[:2]) if only_run else masks(call.device)
+    for name, mask in chosen.items():
+        try:
+            found = check(call, mask)
+        except Exception as error:
+            found = [f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"]
+            # what a compiler refuses is one call's trouble; a device that is lost ends the program here
+            if call.device.type == "cuda":
+                torch.cuda.synchronize()
+        findings.check(f"{what} {name}", "; ".join(found))
+        complaints += [f"{what} {name}: {text}" for text in found]
+    host = (
+        ""
+        if only_run or call.modifiers or complaints
+        else f", {host_time(call):.0f} us of host time per forward launch"
+    )
+    findings.say(f"{what}: {time.perf_counter() - began:.0f} s{host}")
+    return complaints
 
 
 class Call(NamedTuple):
@@ -94,6 +131,12 @@ class Call(NamedTuple):
         return schedule_to_device(
             self.tier.prepare(cells, KernelRequirements(self.dtype, *self.dims, self.device)), self.device
         )
+
+
+def call_of(name: str, dims: tuple[int, int], modifiers: bool, device: torch.device) -> Call:
+    """A tier by its name, in the precision that is used on such a device."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    return Call(TIERS[name], name in LOOSE, dims, modifiers, dtype, device)
 
 
 def masks(device: torch.device) -> dict[str, da.Mask]:
@@ -120,7 +163,7 @@ def masks(device: torch.device) -> dict[str, da.Mask]:
 
 
 def check(call: Call, mask: da.Mask) -> list[str]:
-    """What is wrong with one call, forward and backward, adding to what is there."""
+    """What is wrong with one call, forward and backward, adding to zeros, and then to what is there."""
     torch.manual_seed(0)
     (dim, v_dim), device = call.dims, call.device
     work = call.work(mask)
@@ -128,21 +171,36 @@ def check(call: Call, mask: da.Mask) -> list[str]:
     score = ScoreMod(dim**-0.5, 2.0 if call.modifiers else 0.0, slopes)
     shapes = {"q": (HEADS, dim), "k": (KV_HEADS, dim), "v": (KV_HEADS, v_dim), "do": (HEADS, v_dim)}
     q, k, v, do = (guarded((mask.n, *shape), call.dtype, device, torch.nan) for shape in shapes.values())
+
+    def forward(x: dict[str, Tensor]) -> None:
+        call.tier.forward(q, k, v, work, score, into=(x["o"], x["lse"]), merge=True)
+
+    def backward(x: dict[str, Tensor], lse: Tensor, delta: Tensor) -> None:
+        into = x["dq"], (x["dk"], x["dv"])
+        call.tier.backward(do, q, k, v, lse, delta, work, score, into=into, add=(True, True))
+
     results = []
     for _ in range(2):
         o, dq, dk, dv = (
             guarded((mask.n, *shapes[name]), torch.float32, device, PATTERN).zero_() for name in ("do", "q", "k", "v")
         )
         lse, delta = (guarded((mask.n, HEADS), torch.float32, device, PATTERN) for _ in range(2))
-        call.tier.forward(q, k, v, work, score, into=(o, lse.fill_(-torch.inf)), merge=True)
+        results.append({"o": o, "lse": lse.fill_(-torch.inf), "dq": dq, "dk": dk, "dv": dv})
+        forward(results[-1])
         delta.copy_((do.float() * o).sum(-1))
-        call.tier.backward(do, q, k, v, lse, delta, work, score, into=(dq, (dk, dv)), add=(True, True))
-        results.append({"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv})
+        backward(results[-1], lse, delta)
+    first, second = results
     wanted = by_reference(mask, (q, k, v, do), score)
-    complaints = [text for key, x in results[0].items() if (text := difference(key, x, wanted[key], call.dtype))]
-    complaints += [f"a write beyond {key}" for key, x in results[0].items() if not whole(x)]
-    fixed = [key for key in results[0] if key != "dq" or not call.loose]
-    return complaints + [f"{key} differs in bits" for key in fixed if not torch.equal(*(x[key] for x in results))]
+    complaints = [text for key, x in first.items() if (text := difference(key, x, wanted[key], call.dtype))]
+    fixed = [key for key in first if key != "dq" or not call.loose]
+    complaints += [f"{key} differs in bits" for key in fixed if not torch.equal(first[key], second[key])]
+    # a kernel that writes where it should add is right on zeros
+    backward(second, first["lse"], delta)
+    forward(second)
+    doubled = {key: {"o": x, "lse": x + math.log(2)}.get(key, 2 * x) for key, x in wanted.items()}
+    found = [text for key, x in second.items() if (text := difference(key, x, doubled[key], call.dtype))]
+    complaints += [f"added to itself, {text}" for text in found if text not in complaints]
+    return complaints + [f"a write beyond {key}" for key, x in second.items() if not whole(x)]
 
 
 def by_reference(mask: da.Mask, operands: tuple[Tensor, ...], score: ScoreMod) -> dict[str, Tensor]:
@@ -229,25 +287,25 @@ def host_time(call: Call) -> float:
     return spent() / launches * 1e6
 
 
-def sanitized() -> list[str]:
+def sanitized(tiers: list[str], seconds: float, findings: Findings) -> list[str]:
     """The same calls under compute-sanitizer."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not tool:
-        say("compute-sanitizer is not installed here: the guards alone have spoken")
+        findings.left_out("compute-sanitizer", "it is not installed here; the guards alone have spoken")
         return []
-    command = [tool, "--error-exitcode", "7", sys.executable, *sys.argv[:1], "--only-run"]
+    if seconds < LEAST_SECONDS:
+        findings.left_out("compute-sanitizer", "no time was left")
+        return []
+    command = [tool, "--error-exitcode", "7", sys.executable, *sys.argv[:1], "--only-run", "--tiers", *tiers]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        say(f"compute-sanitizer has not ended within {SANITIZER_SECONDS} s: no verdict")
+        findings.left_out("compute-sanitizer", f"it has not ended within {seconds:.0f} s: no verdict")
         return []
-    say("compute-sanitizer: " + (done.stdout.strip().splitlines() or ["no output"])[-1])
-    return [f"compute-sanitizer: {(done.stdout + done.stderr)[-1000:]}"] if done.returncode else []
-
-
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    findings.say("compute-sanitizer: " + (done.stdout.strip().splitlines() or ["no output"])[-1])
+    complaints = [f"compute-sanitizer: {(done.stdout + done.stderr)[-1000:]}"] if done.returncode else []
+    findings.check("compute-sanitizer", "".join(complaints))
+    return complaints
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from findings import Findings
 from torch import Tensor
 
 import distattn as da
@@ -128,36 +129,53 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--delay", type=float, default=200.0, help="microseconds before a move begins")
     parser.add_argument("--trace", type=Path, help="where the last strategy's trace goes")
+    parser.add_argument("--findings", type=Path, help="where they are kept, as JSON lines")
     arguments = parser.parse_args()
+    findings = Findings(arguments.findings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     tokens, dim = (arguments.tokens, 128) if cuda else (256, 32)
     demand = KernelRequirements(torch.bfloat16 if cuda else torch.float16, dim, dim, device)
     if why_not := load_kernel(arguments.kernel).unsupported_reason(demand):
-        sys.stdout.write(f"left out: {why_not}\n")
-        return 0
-    lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]
-    mask = da.Mask.documents(lengths)
-    layout = da.Layout.zigzag(lengths, arguments.ranks)
-    x = random_tensors(tokens, dim, demand.dtype, device)
-    wanted = at_once(mask, x)
+        findings.left_out(f"executor with {arguments.kernel}", why_not)
+        return findings.ended()
+    case = Case.of(tokens, dim, arguments.ranks, device)
+    wanted = at_once(case.mask, case.x)
     streams = Streams(arguments.ranks, device, arguments.delay)
-    failed = []
     for strategy in STRATEGIES:
-        dtype = str(x["q"].dtype)[6:]
-        shape = dict(heads=HEADS, kv_heads=KV_HEADS, head_dim=dim, dtype=dtype)
-        layer = Layer(da.make_plan(mask, layout, strategy=strategy, **shape), x, streams, arguments.kernel)
+        layer = Layer(case.plan(strategy), case.x, streams, arguments.kernel)
         with poisoned():
             errors = {name: far(got, wanted[name]) for name, got in layer.run().items()}
+        wrong = too_far(errors)
+        findings.check(f"executor with {arguments.kernel}, {strategy}", wrong)
         line = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
-        if max(errors.values()) > TOLERANCE or not all(error == error for error in errors.values()):
-            failed.append(strategy)
         if cuda:
             line += f"  host {layer.host_microseconds():.0f} us per rank and step (budget {BUDGET})"
             line += f"  {layer.overlap(arguments.trace):.0%} of copying under kernels"
-        sys.stdout.write(f"{strategy:12s} {line}{'  <- wrong' * (strategy in failed)}\n")
-        sys.stdout.flush()
-    return 1 if failed else 0
+        findings.say(f"{strategy:12s} {line}{'  <- wrong' * bool(wrong)}")
+    return findings.ended()
+
+
+class Case(NamedTuple):
+    """Documents of unlike lengths on a zigzag layout, with random tensors of the whole axis."""
+
+    mask: da.Mask
+    layout: da.Layout
+    x: dict[str, Tensor]
+
+    @staticmethod
+    def of(tokens: int, dim: int, ranks: int, device: torch.device) -> Case:
+        """In the precision that is used on such a device."""
+        lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+        layout = da.Layout.zigzag(lengths, ranks)
+        return Case(da.Mask.documents(lengths), layout, random_tensors(tokens, dim, dtype, device))
+
+    def plan(self, strategy: str) -> da.Plan:
+        """How a strategy splits it. Raises DistattnError where it cannot."""
+        q = self.x["q"]
+        shape = dict(heads=HEADS, kv_heads=KV_HEADS, head_dim=q.shape[2], dtype=str(q.dtype)[6:])
+        return da.make_plan(self.mask, self.layout, strategy=strategy, **shape)
 
 
 class Layer:
@@ -268,15 +286,7 @@ def random_tensors(tokens: int, dim: int, dtype: torch.dtype, device: torch.devi
 def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
     """The triton kernel on the whole axis."""
     device, dim = x["q"].device, x["q"].shape[2]
-    plan = da.make_plan(
-        mask,
-        da.Layout.contiguous([mask.n], 1),
-        strategy="ring",
-        heads=HEADS,
-        kv_heads=KV_HEADS,
-        head_dim=dim,
-        dtype=str(x["q"].dtype)[6:],
-    )
+    plan = Case(mask, da.Layout.contiguous([mask.n], 1), x).plan("ring")
     work = kernel_preparer("triton", kernel_requirements(plan.call, device))(
         LaunchMask.from_mask(mask, HEADS, KV_HEADS)
     )
@@ -299,6 +309,15 @@ def poisoned() -> Iterator[None]:
 
 def far(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def too_far(errors: dict[str, float]) -> str:
+    """What is wrong with results that are so far off, or nothing."""
+    name, error = max(
+        errors.items(), key=lambda pair: pair[1] if pair[1] == pair[1] else float("inf"), default=("", 0.0)
+    )
+    # what is no number is wrong, too
+    return "" if error <= TOLERANCE else f"{name} is off by {error:.1e} (allowed: {TOLERANCE:.0e})"
 
 
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -173,9 +173,18 @@ def _guarded(cell: Cell, work: Callable[[], Any]) -> None:
             "error",
             f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}",
         )
-    worst = int(_slowest(STATUSES.index(cell.status)))
-    if STATUSES[worst] != cell.status:
-        cell.status, cell.note = STATUSES[worst], "on another rank"
+    worst = STATUSES[int(_slowest(STATUSES.index(cell.status)))]
+    if worst != "ok" and dist.is_initialized():
+        cell.status, cell.note = worst, _named(cell, worst)
+
+
+def _named(cell: Cell, worst: str) -> str:
+    """The notes of the ranks whose status is the worst, with their numbers where they are not all alike."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (cell.status, cell.note))
+    if len(set(everyone)) == 1:
+        return cell.note
+    return "; ".join(f"rank {rank}: {note}" for rank, (status, note) in enumerate(everyone) if status == worst)
 
 
 def _timed(work: Callable[[], Any]) -> float:

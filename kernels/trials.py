@@ -8,6 +8,7 @@ right one is taken.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -144,7 +145,7 @@ class _Inputs(NamedTuple):
 def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
     """The largest relative difference of a row of outputs and gradients from the reference in fp64, of the same inputs.
 
-    Results are new, and, where the kernel takes places for them, also written in the inputs' dtype, and added to others.
+    Results are new, and, where the kernel takes places for them, also written in the inputs' dtype, and added to themselves.
     """
     given = _Inputs.of(mask, requirements)
     q, k, v, do = (x.double() for x in given[:4])
@@ -163,9 +164,11 @@ def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequiremen
         places = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in wanted]
         places[1] = torch.full(lse.shape, -torch.inf, dtype=wide, device=lse.device)
         into = places[0], places[1]
-        kernel.forward(*given[:3], schedule, given.score, into=into, merge=add)
-        kernel.backward(*backward, into=(places[2], (places[3], places[4])), add=(add, add))
-        return _far(places, wanted)
+        # a kernel that writes where it should add is right on zeros, and the second time wrong
+        for _ in range(1 + add):
+            kernel.forward(*given[:3], schedule, given.score, into=into, merge=add)
+            kernel.backward(*backward, into=(places[2], (places[3], places[4])), add=(add, add))
+        return _far(places, (o, lse + math.log(2), *(2 * x for x in wanted[2:])) if add else wanted)
 
     ways: list[tuple[torch.dtype | None, bool]] = [(None, False)]
     if kernel.ACCUMULATES:

@@ -88,7 +88,32 @@ def backward_in_place(*given, into=None, add=(False, False)):
     return into[0], *into[1]
 
 
+def written_instead_of_added(*given, into=None, add=(False, False)):
+    return added(*given, into=into, add=(add[0], False))
+
+
+def added(*given, into=None, add=(False, False)):
+    grads = cpu.backward(*given)
+    if into is None:
+        return grads
+    for place, grad, adds in zip((into[0], *into[1]), grads, (add[0], add[1], add[1]), strict=True):
+        place.add_(grad) if adds else place.copy_(grad)
+    return into[0], *into[1]
+
+
+def merged(q, k, v, schedule, score, into=None, merge=False):
+    o, lse = cpu.forward(q, k, v, schedule, score)
+    if into is None:
+        return o, lse
+    total = torch.logaddexp(into[1], lse) if merge else lse
+    share = (lse - total).exp().nan_to_num(0.0)[..., None]
+    into[0].copy_(share * o + (1 - share) * into[0] if merge else o)
+    into[1].copy_(total)
+    return into
+
+
 WRONG = {
+    "writes where it should add": dict(ACCUMULATES=True, forward=merged, backward=written_instead_of_added),
     "no number at the end": dict(backward=no_number_at_the_end),
     "one wrong row": dict(forward=one_wrong_row),
     "in place": dict(ACCUMULATES=True, forward=wrong_in_place, backward=backward_in_place),
@@ -98,6 +123,13 @@ WRONG = {
     "raises": dict(forward=raising),
     "refuses": dict(unsupported_reason=lambda requirements: "it is for other chips"),
 }
+
+
+def test_a_kernel_that_adds_to_what_is_there_is_right(monkeypatch):
+    changed = dict(ACCUMULATES=True, forward=merged, backward=added)
+    masks_ = [LaunchMask.from_mask(Mask.from_pieces([[2, 300, 0, 290, -400, 0]], 300), 4, 2)]
+    found = try_kernels([planted("adding", monkeypatch, **changed)], masks_, NEEDED)
+    assert not found["adding"].fault and found["adding"].difference < 1e-12
 
 
 @pytest.mark.parametrize("fault", WRONG)

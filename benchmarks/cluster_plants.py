@@ -1,0 +1,230 @@
+"""Faults made on purpose in communication: what `check_cluster` and the driver find must name what was done.
+
+    python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/cluster_plants.py
+    python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/cluster_plants.py --stop
+
+One rank has another plan; a message is altered on its way; the memory of a message is used again before it was waited for. With
+--stop, in a run of its own, the last rank stops, and the others must name it, with what they wait for, and leave in good order.
+Each fault is a line; exit code 1 where one is not found. Over NCCL on several GPUs, otherwise over gloo (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from check_cluster import Job, check, layer
+from findings import Findings
+from gpu_executor import HEADS, KV_HEADS
+from harness import compare
+from torch import Tensor
+
+import distattn as da
+from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
+
+TOKENS = 16384
+# of the driver whose rank stops: a step takes far less, also the first one, which compiles
+TIMEOUT = 30.0
+TIMEOUT_ON_CPU = 8.0
+# clock cycles, about 0.05 s: far longer than the host needs to go on
+LONG = 85_000_000
+
+
+def main() -> int:
+    """All faults, one line each; exit code 1 where one is not found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stop", action="store_true", help="only the rank that stops")
+    parser.add_argument("--timeout", type=float, help="seconds after which a rank that does not answer is named")
+    parser.add_argument("--findings", type=Path, help="where rank 0 keeps them, as JSON lines")
+    arguments = parser.parse_args()
+    if arguments.stop:
+        return rank_stops(arguments.timeout, arguments.findings)
+    job = Job.join(TOKENS)
+    findings = Findings(arguments.findings, speaks=job.rank == 0)
+    if job.ranks == 1:
+        findings.left_out("planted faults of communication", "one rank sends no messages")
+    else:
+        other_plan(job, findings)
+        for strategy in ("ring", "ulysses"):
+            found_by_parity(
+                f"a message of {strategy} is altered on its way", strategy, lambda t: Altered(t, job), job, findings
+            )
+        found_by_parity(
+            "memory that is being sent is used again before it was waited for",
+            "ring",
+            lambda t: Reused(t, job),
+            job,
+            findings,
+        )
+    dist.destroy_process_group()
+    return findings.ended()
+
+
+def other_plan(job: Job, findings: Findings) -> None:
+    """The last rank takes another strategy than all others: every rank must refuse, and name it."""
+    odd = job.ranks - 1
+    plan = job.case.plan("allgather" if job.rank == odd else "ring")
+    said = ""
+    try:
+        da.prepare(plan, kernel="triton", device=job.device)
+    except da.PlanError as refusal:
+        said = str(refusal)
+    everyone: list[Any] = [None] * job.ranks
+    dist.all_gather_object(everyone, said)
+    named = all(f"rank {odd} plans a different call" in text for text in everyone)
+    findings.planted("one rank has another plan", everyone[0] if named else "")
+
+
+def found_by_parity(
+    what: str, strategy: str, wrap: Callable[[Transport], Transport], job: Job, findings: Findings
+) -> None:
+    """The comparison of outputs and gradients must say that the strategy is wrong, and on which ranks."""
+    case, plan = f"{job.ranks} ranks", job.case.plan(strategy)
+
+    def judged(wrapped: Callable[[Transport], Transport]) -> str:
+        makers = {strategy: lambda: layer(plan, job, wrapped)}
+        (cell,) = compare(case, makers, lambda result: check(result, job.wanted), repeats=0)
+        return "" if cell.status == "ok" else f"{strategy} is {cell.status}: {cell.note}"
+
+    before = judged(lambda transport: transport)
+    findings.check(f"{strategy} before anything is planted", before)
+    found = judged(wrap)
+    findings.planted(what, found if not before and f"{strategy} is wrong: rank " in found else "")
+
+
+class Altered:
+    """A transport by which rank 0's first message arrives with another sign in an eighth of its numbers."""
+
+    def __init__(self, transport: Transport, job: Job):
+        self.transport, self.armed = transport, job.rank == 0
+
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
+        if sends and self.armed:
+            self.armed = False
+            sends = [sends[0]._replace(tensor=altered(sends[0].tensor)), *sends[1:]]
+        return self.transport.exchange(sends, receives, collective, where)
+
+
+def altered(x: Tensor) -> Tensor:
+    """A copy, of which the first eighth is negated."""
+    copy = x.contiguous().clone()
+    copy.view(-1)[: -(-copy.numel() // 8)].neg_()
+    return copy
+
+
+class Reused:
+    """A transport by which rank 0 overwrites what it sends before it has waited.
+
+    So that it shows every time, what is sent is read late. On a GPU the messages wait for a stream that sleeps. On a CPU they
+    are read when the other end comes to them: it comes when rank 0 tells it to, in a message of the default group.
+    """
+
+    def __init__(self, transport: Transport, job: Job):
+        self.transport, self.job = transport, job
+        self.side = torch.cuda.Stream() if job.cuda else None
+
+    def exchange(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
+        if self.job.rank == 0 and sends:
+            return self._overwriting(sends, receives, collective, where)
+        if not self.job.cuda and any(packet.peer == 0 for packet in receives):
+            dist.recv(torch.empty(1), 0)
+        return self.transport.exchange(sends, receives, collective, where)
+
+    def _overwriting(
+        self, sends: list[Packet], receives: list[Packet], collective: bool, where: str
+    ) -> PendingMessages:
+        sends = [packet._replace(tensor=packet.tensor.contiguous().clone()) for packet in sends]
+        if self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            if self.side is not None:
+                torch.cuda._sleep(LONG)
+            pending = self.transport.exchange(sends, receives, collective, where)
+        for packet in sends:
+            packet.tensor.zero_()
+        if self.side is None:
+            for peer in sorted({packet.peer for packet in sends}):
+                dist.send(torch.ones(1), peer)
+        return pending
+
+
+def rank_stops(timeout: float | None, path: Path | None) -> int:
+    """The last rank stops in a loop over attention; all others must name it and the message that does not come, and end."""
+    cuda = torch.cuda.is_available()
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    findings = Findings(path, speaks=rank == 0)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if ranks == 1:
+        findings.left_out("a rank stops", "there is no other one to name it")
+        dist.destroy_process_group()
+        return findings.ended()
+    timeout, lost = timeout or (TIMEOUT if cuda else TIMEOUT_ON_CPU), ranks - 1
+    processes: list[Any] = [None] * ranks
+    dist.all_gather_object(processes, os.getpid())
+    # each rank would say of itself what is gathered below
+    logging.getLogger("distattn").disabled = True
+    began = time.monotonic()
+    said = error_of_loop(rank == lost, timeout, device)
+    if rank == 0:
+        # the one that was stopped goes on, finds that it has been given up, and ends like all others
+        os.kill(processes[lost], signal.SIGCONT)
+    everyone: list[Any] = [None] * ranks
+    # between hosts, whatever has become of the device's messages
+    dist.all_gather_object(everyone, said)
+    named = all(f"rank {lost}" in text for text in everyone)
+    detailed = next((text for text in everyone[:-1] if "KV" in text and "in step" in text), "")
+    findings.planted("a rank stops", detailed if named else "")
+    findings.say(f"named after {time.monotonic() - began:.0f} s; all {ranks} ranks have left the loop")
+    dist.destroy_process_group()
+    return findings.ended()
+
+
+def error_of_loop(stops: bool, timeout: float, device: torch.device) -> str:
+    """The error by which a loop over attention ends, in which this rank stops or not; an empty text where none comes."""
+    cuda = device.type == "cuda"
+    tokens, dim, dtype = (4096, 128, torch.bfloat16) if cuda else (256, 32, torch.float32)
+    settings = dict(strategy="ring", layout="zigzag", kernel="triton" if cuda else "cpu", timeout=timeout)
+    try:
+        with da.ContextParallel(**settings) as cp:
+            batch = cp.shard({"input_ids": torch.zeros(1, tokens, dtype=torch.int64), "document_lengths": [tokens]})
+            count = batch["input_ids"].shape[1]
+            q, k, v = (
+                torch.ones(count, heads, dim, dtype=dtype, device=device) for heads in (HEADS, KV_HEADS, KV_HEADS)
+            )
+
+            for _ in range(2):
+                batch["context_parallel"].attention(q, k, v)
+            if cuda:
+                torch.cuda.synchronize()
+            # all are here, and nothing is under way
+            dist.all_reduce(torch.zeros(1))
+            if stops:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            ends = time.monotonic() + 4 * timeout
+            while time.monotonic() < ends:
+                batch["context_parallel"].attention(q, k, v)
+                # a loop that never looks at what comes out; kernels queue up behind the message that does not come
+                time.sleep(0.5)
+    except da.LostRankError as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The first hour on GPUs as one command: planted faults first, then the checks, then a table and a verdict in words.
+
+    python benchmarks/first_hour.py gpu [--minutes 9] [options of gpu.py]
+    python benchmarks/first_hour.py cluster [--minutes 9] [options of check_cluster.py]
+
+Every part is a program of its own and has its time: what it prints is passed on and kept, and whatever becomes of it, the
+others run. A part that passes its time is stopped, and named; what no time is left for is left out, and named. All of it is in
+build/first-hour: what was printed, the findings as JSON lines, and the trials of kernels. Exit code 1 where something is
+wrong, a planted fault was not found, or a part failed. Without GPUs the same in Triton's interpreter and over gloo, with less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import findings
+import torch
+from verdict import Outcome, speed_table, verdict
+
+from distattn.kernels.trial_cache import cache_file
+
+HERE = Path(__file__).parent
+FOLDER = HERE.parent / "build" / "first-hour"
+MINUTES = 9.0
+# below which a part is not begun
+LEAST_SECONDS = 20.0
+# of its time, what a program is told to keep to by itself
+OWN_SHARE = 0.8
+# torchrun gives its ranks 30 s to end
+GRACE_SECONDS = 35.0
+KERNELS = ("triton", "gluon", "gluon_split", "flash")
+NO_GPU = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+class Part(NamedTuple):
+    """A program, and how long it may take. keeps_time: it takes --seconds, and leaves out by itself what would take longer."""
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    keeps_time: bool = False
+
+
+def main() -> int:
+    """All parts, the table, the verdict."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("what", choices=("gpu", "cluster"))
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    arguments, more = parser.parse_known_args()
+    gpus = torch.cuda.device_count()
+    stages = one_gpu(gpus > 0, more) if arguments.what == "gpu" else cluster(gpus, more)
+    return first_hour(stages, arguments.folder / arguments.what, 60 * arguments.minutes, missing(arguments.what, gpus))
+
+
+def one_gpu(has_gpu: bool, more: Sequence[str]) -> list[list[Part]]:
+    """The parts of `make bench-gpu`. Those of one stage run side by side: compilers take most of their time."""
+    executor = [] if has_gpu else ["--ranks", "2"]
+    stages = [
+        [Part("planted faults", program("gpu_plants.py"), 150)],
+        [Part(f"kernel {name}", program("gpu_checks.py", "--tiers", name), 200, keeps_time=True) for name in KERNELS],
+        [Part("executor", program("gpu_executor.py", *executor), 90)],
+        [Part("executor with gluon", program("gpu_executor.py", "--kernel", "gluon", *executor), 90)],
+        [Part("one rank", launched(1, "check_cluster.py"), 90)],
+    ]
+    if has_gpu:
+        out = ("--out", str(HERE / "results" / "gpu.jsonl"))
+        stages.append([Part("speed", program("gpu.py", "--tiers-only", *out, *more), 60 * MINUTES, keeps_time=True)])
+    return stages
+
+
+def cluster(gpus: int, more: Sequence[str]) -> list[list[Part]]:
+    """The parts of `make check-cluster`; the one whose rank is lost is the last."""
+    ranks = gpus if gpus > 1 else 2
+    return [
+        [Part("planted faults", launched(ranks, "cluster_plants.py"), 120)],
+        [Part("all strategies", launched(ranks, "check_cluster.py", *more), 240)],
+        [Part("planted: a lost rank", launched(ranks, "cluster_plants.py", "--stop"), 120)],
+    ]
+
+
+def program(script: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(HERE / script), *arguments]
+
+
+def launched(ranks: int, script: str, *arguments: str) -> list[str]:
+    """A program on several ranks of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, str(HERE / script), *arguments]
+
+
+def missing(what: str, gpus: int) -> str:
+    """What cannot be shown with so many GPUs, as a sentence."""
+    if what == "cluster" and gpus == 1:
+        return "One GPU here: messages went over gloo, between processes on the CPU. Nothing about NCCL or about speed was shown."
+    if gpus == 0:
+        return (
+            "No GPU here: kernels ran in Triton's interpreter, messages went over gloo. Nothing about GPUs, NCCL or speed was "
+            "shown."
+        )
+    return ""
+
+
+def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, without: str) -> int:
+    """Run all parts, and say what they have shown. Returns the exit code."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began, outcomes = time.monotonic(), []
+    with (folder / "output.txt").open("w") as kept:
+
+        def say(text: str) -> None:
+            for file in (sys.stdout, kept):
+                file.write(text + "\n")
+                file.flush()
+
+        environment = os.environ | (NO_GPU if without else {})
+        for stage in stages:
+            left = began + seconds - time.monotonic()
+            say(f"\n--- {', '.join(part.name for part in stage)} ({left:.0f} s left)")
+            if left < LEAST_SECONDS:
+                outcomes += [Outcome(part.name, [], left_out="no time was left") for part in stage]
+            else:
+                outcomes += run_stage(stage, folder, left, environment, say)
+        rows = [row for outcome in outcomes for row in outcome.findings]
+        say("\n" + ("" if without else speed_table(rows)))
+        text, right = verdict(outcomes, without)
+        machine = next(
+            (row for row in rows if row["kind"] == "ended"), {"device": "unknown", "versions": {}, "commit": "?"}
+        )
+        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        say(f"\n{text}")
+        say(f"{machine['device']}; {versions}; commit {machine['commit']}; {time.monotonic() - began:.0f} s.")
+        say(f"To send something back, or only the figures: {folder}, with the output of distattn doctor --json.")
+    with suppress(FileNotFoundError):
+        shutil.copy(cache_file(), folder)
+    return 0 if right else 1
+
+
+def run_stage(
+    stage: Sequence[Part], folder: Path, left: float, environment: dict[str, str], say: Callable[[str], None]
+) -> list[Outcome]:
+    """Run parts side by side; their outcomes. None takes more than its time, or than what is left."""
+    running = [Running(part, folder, min(part.seconds, left), environment, say, len(stage) > 1) for part in stage]
+    try:
+        return [one.outcome() for one in running]
+    finally:
+        # also where somebody interrupts
+        for one in running:
+            one.stop()
+
+
+class Running:
+    """A part under way. What it prints is passed on line by line, with its name where others run beside it."""
+
+    def __init__(
+        self,
+        part: Part,
+        folder: Path,
+        seconds: float,
+        environment: dict[str, str],
+        say: Callable[[str], None],
+        named: bool,
+    ):
+        self.part, self.seconds, self.ends = part, seconds, time.monotonic() + seconds
+        self.path = folder / f"{part.name.replace(' ', '-').replace(':', '')}.jsonl"
+        limit = ["--seconds", f"{OWN_SHARE * seconds:.0f}"] if part.keeps_time else []
+        self.process = subprocess.Popen(
+            [*part.command, *limit, "--findings", str(self.path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+            # so that all it has started can be ended with it
+            start_new_session=True,
+        )
+        self.last: deque[str] = deque([""], maxlen=1)
+        prefix = f"{part.name}: " if named else ""
+        self.reader = threading.Thread(target=self._pass_on, args=(self.process.stdout, prefix, say), daemon=True)
+        self.reader.start()
+
+    def _pass_on(self, output: IO[str], prefix: str, say: Callable[[str], None]) -> None:
+        for line in output:
+            say(prefix + line.rstrip())
+            if line.strip():
+                self.last.append(line.strip())
+
+    def outcome(self) -> Outcome:
+        """What has become of it, once it has ended or its time is over."""
+        failed = ""
+        try:
+            code = self.process.wait(max(self.ends - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            failed = f"it was stopped after {self.seconds:.0f} s; its last line: {self.last[0][:200]}"
+            self.stop()
+        self.reader.join(timeout=5)
+        found = findings.read(self.path)
+        wrong = any(
+            bool(row["text"]) == (row["kind"] == "check") for row in found if row["kind"] in ("check", "planted")
+        )
+        if not failed and (not any(row["kind"] == "ended" for row in found) or code != wrong):
+            failed = f"exit code {code}; its last line: {self.last[0][:200]}"
+        return Outcome(self.part.name, found, failed)
+
+    def stop(self) -> None:
+        """End it, and all that it has started, if it still runs."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE_SECONDS)
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

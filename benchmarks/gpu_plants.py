@@ -1,0 +1,242 @@
+"""Faults made on purpose in kernels and streams: the checks of `gpu_checks`, `gpu_executor` and kernel="auto" must find each.
+
+    python benchmarks/gpu_plants.py
+
+A check that finds nothing says something only if it would have found something, on this very device. So a real tier is wrapped:
+it drops keys, scales by another number, moves the edge of a mask, forgets to add, writes or reads beyond its tensors (inside
+the guards: no access is illegal, and the device stays as it was), gives other bits each time. Then what is to be waited for is
+not: a message, and the lists of runs on their way to the device, both delayed so that the fault shows every time.
+Each fault is a line; exit code 1 where one is not found. Without a GPU (TRITON_INTERPRET=1) the kernels' faults only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import gpu_checks
+import torch
+from findings import Findings
+from gpu_executor import Case, Layer, Mailbox, Streams, at_once, far, poisoned, too_far
+from torch import Tensor
+
+import distattn as da
+from distattn.ir.bands import HI, K0, K1
+from distattn.kernels import registry
+from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.spec import KernelRequirements
+from distattn.ops.executable import EXECUTABLES, Executable, ExecutionKey, kernel_requirements
+from distattn.ops.kernel_choice import kernel_trials
+from distattn.parallel.runtime.transport import SingleRankTransport
+
+# the tier that is wrapped; what is planted does not depend on it
+TIER = "triton"
+# clock cycles, about 0.1 s: far longer than the host needs to go on
+LONG = 170_000_000
+
+
+class Plant(NamedTuple):
+    """A tier with a fault. computes: its results are wrong, so that no trial may find it right."""
+
+    what: str
+    tier: ModuleType
+    computes: bool
+
+
+def main() -> int:
+    """All faults, one line each; exit code 1 where one is not found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--findings", type=Path, help="where they are kept, as JSON lines")
+    findings = Findings(parser.parse_args().findings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dims = (128, 128) if device.type == "cuda" else (32, 32)
+    call = gpu_checks.call_of(TIER, dims, False, device)
+    if why_not := call.tier.unsupported_reason(KernelRequirements(call.dtype, *dims, device)):
+        findings.left_out("planted faults", why_not)
+        return findings.ended()
+    in_kernels(call, findings)
+    if device.type == "cpu":
+        findings.left_out("faults of streams", "there are none on a CPU")
+    else:
+        message_not_waited_for(device, findings)
+        lists_not_waited_for(device, findings)
+    return findings.ended()
+
+
+def in_kernels(call: gpu_checks.Call, findings: Findings) -> None:
+    """Faults of a kernel: found by comparison with fp64, by guards, by a second call, and by the trial of kernel="auto"."""
+    masks = dict(list(gpu_checks.masks(call.device).items())[:2])
+    # otherwise whatever is planted would be found
+    before = [f"{name}: {text}" for name, mask in masks.items() for text in gpu_checks.check(call, mask)]
+    findings.check(f"{TIER} before anything is planted", "; ".join(before))
+    planted = plants(call.tier, 128 if call.device.type == "cuda" else 16)
+    trials = faults_by_trial([plant for plant in planted if plant.computes], call)
+    for plant in planted:
+        texts = (
+            f"{name}: {text}"
+            for name, mask in masks.items()
+            for text in gpu_checks.check(call._replace(tier=plant.tier), mask)
+        )
+        found = "" if before else next(texts, "")
+        if plant.computes:
+            found = found and trials[plant.what] and f'{found}; kernel="auto" does not use it: {trials[plant.what]}'
+        findings.planted(plant.what, found)
+
+
+def plants(tier: ModuleType, tile: int) -> list[Plant]:
+    """All faults of kernels. tile: keys of the tile that is dropped."""
+
+    def fewer_keys(mask: LaunchMask, requirements: KernelRequirements) -> Any:
+        bands = mask.bands.copy()
+        bands[bands[:, K1] - bands[:, K0] > tile, K1] -= tile
+        return tier.prepare(mask._replace(bands=bands), requirements)
+
+    def edge(mask: LaunchMask, requirements: KernelRequirements) -> Any:
+        bands = mask.bands.copy()
+        bands[:, HI] += 1
+        return tier.prepare(mask._replace(bands=bands), requirements)
+
+    def scaled(function: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def run(*given: Any, **into: Any) -> Any:
+            score = given[at]._replace(scale=given[at].scale * 1.05)
+            return function(*given[:at], score, *given[at + 1 :], **into)
+
+        return run
+
+    def overwriting(*given: Any, into: Any = None, add: tuple[bool, bool] = (False, False)) -> Any:
+        return tier.backward(*given) if into is None else tier.backward(*given, into=into, add=(add[0], False))
+
+    def writing_beyond(*given: Any, **into: Any) -> Any:
+        grads = tier.backward(*given, **into)
+        beyond(grads[1]).fill_(1.0)
+        return grads
+
+    def reading_beyond(q: Tensor, k: Tensor, *given: Any, **into: Any) -> Any:
+        o, lse = tier.forward(q, k, *given, **into)
+        # as a kernel does that multiplies what it must not see by zero
+        o[-1] += beyond(k).float() * 0
+        return o, lse
+
+    calls = itertools.count()
+
+    def restless(*given: Any, **into: Any) -> Any:
+        o, lse = tier.forward(*given, **into)
+        if next(calls) % 2:
+            o[0].copy_(torch.nextafter(o[0], torch.full_like(o[0], torch.inf)))
+        return o, lse
+
+    scale = dict(forward=scaled(tier.forward, 4), backward=scaled(tier.backward, 7))
+    return [
+        Plant("the last tile of keys of every run is dropped", changed(tier, prepare=fewer_keys), True),
+        Plant("scores are scaled by 5 % too much", changed(tier, **scale), True),
+        Plant("every query sees one key more than the mask allows", changed(tier, prepare=edge), True),
+        Plant("gradients of keys and values are written, not added", changed(tier, backward=overwriting), True),
+        Plant("one number is written beyond the end of dk", changed(tier, backward=writing_beyond), False),
+        Plant("one number is read beyond the end of k", changed(tier, forward=reading_beyond), False),
+        Plant("o has other bits the second time", changed(tier, forward=restless), False),
+    ]
+
+
+def changed(tier: ModuleType, **functions: Any) -> ModuleType:
+    """A kernel module like another one, but for these functions."""
+    module = ModuleType("planted")
+    vars(module).update({name: part for name, part in vars(tier).items() if not name.startswith("__")} | functions)
+    return module
+
+
+def beyond(x: Tensor) -> Tensor:
+    """The number after the last one of a tensor that lies in a larger piece of memory."""
+    return torch.as_strided(x, (1,), (1,), x.storage_offset() + x.numel())
+
+
+def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, str]:
+    """What kernel="auto" finds of tiers with faults beside the one without; nothing of those that it would use."""
+    mask = next(iter(gpu_checks.masks(call.device).values()))
+    shape = dict(heads=gpu_checks.HEADS, kv_heads=gpu_checks.KV_HEADS, head_dim=call.dims[0], dtype=str(call.dtype)[6:])
+    plan = da.make_plan(mask, da.Layout.contiguous([mask.n], 1), strategy="ring", **shape)
+    modules = {f"planted {number}": plant.tier for number, plant in enumerate(planted)}
+    with candidates(modules, call.device):
+        chosen = da.prepare(plan, device=call.device).key.kernel
+        trials = kernel_trials(plan, 0, kernel_requirements(plan.call, call.device))
+    faults = {name: trials[name].fault for name in modules}
+    right = {name: fault if fault.startswith("wrong") and chosen == TIER else "" for name, fault in faults.items()}
+    return dict(zip((plant.what for plant in planted), right.values(), strict=True))
+
+
+@contextmanager
+def candidates(modules: dict[str, ModuleType], device: torch.device) -> Iterator[None]:
+    """kernel="auto" chooses between these and the real tier, and remembers nothing of it afterwards."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, XDG_CACHE_HOME=folder),
+        mock.patch.dict(sys.modules, modules),
+        mock.patch.dict(registry.KERNELS, {name: name for name in modules}),
+        mock.patch.dict(registry.CANDIDATES, {device.type: (*modules, TIER)}),
+        # a reader would take what it says of planted kernels for a real finding
+        mock.patch.object(logging.getLogger("distattn"), "disabled", True),
+    ):
+        yield
+
+
+def message_not_waited_for(device: torch.device, findings: Findings) -> None:
+    """A step's messages begin 20 ms late, and are used at once."""
+    case = Case.of(4096, 128, 4, device)
+    wanted = at_once(case.mask, case.x)
+    layer = Layer(case.plan("ring"), case.x, Streams(4, device, 20_000.0), TIER)
+
+    def wrong() -> str:
+        with poisoned():
+            errors = {name: far(got, wanted[name]) for name, got in layer.run().items()}
+        # what is under way still reads and writes
+        torch.cuda.synchronize()
+        return too_far(errors)
+
+    before = wrong()
+    findings.check("executor before anything is planted", before)
+    with mock.patch.object(Mailbox.Flight, "wait", lambda flight: None):
+        findings.planted("messages are read before they have come", "" if before else wrong())
+
+
+def lists_not_waited_for(device: torch.device, findings: Findings) -> None:
+    """The lists of a program are copied on another stream, 0.1 s late, and a pass begins without waiting for them.
+
+    Until then they are zeros: lists of no work.
+    """
+    case = Case.of(4096, 128, 1, device)
+    wanted = at_once(case.mask, case.x)["o"]
+    key = ExecutionKey(0, TIER, device)
+    program = EXECUTABLES.program(case.plan("ring"), key)
+    uploaded = program.uploaded
+    torch.cuda.synchronize()
+    kept, side = uploaded.packed.clone(), torch.cuda.Stream()
+
+    def wrong(executable: Executable) -> str:
+        uploaded.packed.zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(LONG)
+            uploaded.packed.copy_(kept)
+            uploaded.ready.record()
+        o = da.attention(case.x["q"], case.x["k"], case.x["v"], executable)
+        torch.cuda.synchronize()
+        return too_far({"o": far(o, wanted)})
+
+    ready, hasty = (Executable(one, key, SingleRankTransport()) for one in (program, replace(program, uploaded=None)))
+    before = wrong(ready)
+    findings.check("a late upload before anything is planted", before)
+    findings.planted("lists of runs are read before they have come", "" if before else wrong(hasty))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
