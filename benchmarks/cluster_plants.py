@@ -35,6 +35,8 @@ TOKENS = 16384
 # of the driver whose rank stops: a step takes far less, also the first one, which compiles
 TIMEOUT = 30.0
 TIMEOUT_ON_CPU = 8.0
+# seconds in which every rank hears of a verdict
+SOON = 3.0
 # clock cycles, about 0.05 s: far longer than the host needs to go on
 LONG = 85_000_000
 
@@ -190,7 +192,7 @@ def rank_stops(timeout: float | None, path: Path | None) -> int:
     named = all(f"rank {lost}" in text for text in everyone)
     detailed = next((text for text in everyone[:-1] if "KV" in text and "in step" in text), "")
     findings.planted("a rank stops", detailed if named else "")
-    findings.say(f"named after {time.monotonic() - began:.0f} s; all {ranks} ranks have left the loop")
+    findings.say(f"all {ranks} ranks have left the loop, {time.monotonic() - began:.0f} s after they began it")
     dist.destroy_process_group()
     return findings.ended()
 
@@ -216,11 +218,13 @@ def error_of_loop(stops: bool, timeout: float, device: torch.device) -> str:
             dist.all_reduce(torch.zeros(1))
             if stops:
                 os.kill(os.getpid(), signal.SIGSTOP)
+                # by then it has heard that the others have given it up: messages to them would never end
+                time.sleep(SOON)
             ends = time.monotonic() + 4 * timeout
             while time.monotonic() < ends:
                 batch["context_parallel"].attention(q, k, v)
                 # a loop that never looks at what comes out; kernels queue up behind the message that does not come
-                time.sleep(0.5)
+                time.sleep(1)
     except da.LostRankError as error:
         return str(error)
     return ""
