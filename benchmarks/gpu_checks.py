@@ -101,16 +101,14 @@ def checked(what: str, call: Call, findings: Findings, only_run: bool) -> list[s
             found = check(call, mask)
         except Exception as error:
             found = [f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"]
-            # what a compiler refuses is one call's trouble; a device that is lost ends the program here
-            if call.device.type == "cuda":
-                torch.cuda.synchronize()
         findings.check(f"{what} {name}", "; ".join(found))
         complaints += [f"{what} {name}: {text}" for text in found]
-    host = (
-        ""
-        if only_run or call.modifiers or complaints
-        else f", {host_time(call):.0f} us of host time per forward launch"
-    )
+        if call.device.type == "cuda":
+            # what a compiler refuses is one call's trouble; a device that is lost ends the program here
+            torch.cuda.synchronize()
+    host = ""
+    if not (only_run or call.modifiers or complaints):
+        host = f", {host_time(call):.0f} us of host time per forward launch"
     findings.say(f"{what}: {time.perf_counter() - began:.0f} s{host}")
     return complaints
 

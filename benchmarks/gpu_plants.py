@@ -36,12 +36,14 @@ from distattn.ir.bands import HI, K0, K1
 from distattn.kernels import registry
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements
-from distattn.ops.executable import EXECUTABLES, Executable, ExecutionKey, kernel_requirements
+from distattn.ops.executable import EXECUTABLES, Executable, ExecutionKey, kernel_requirements, whole_device
 from distattn.ops.kernel_choice import kernel_trials
 from distattn.parallel.runtime.transport import SingleRankTransport
 
 # the tier that is wrapped; what is planted does not depend on it
 TIER = "triton"
+# of faults of streams
+TOKENS, DIM, RANKS = 4096, 128, 4
 # clock cycles, about 0.1 s: far longer than the host needs to go on
 LONG = 170_000_000
 
@@ -59,7 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--findings", type=Path, help="where they are kept, as JSON lines")
     findings = Findings(parser.parse_args().findings)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = whole_device("cuda" if torch.cuda.is_available() else "cpu")
     dims = (128, 128) if device.type == "cuda" else (32, 32)
     call = gpu_checks.call_of(TIER, dims, False, device)
     if why_not := call.tier.unsupported_reason(KernelRequirements(call.dtype, *dims, device)):
@@ -191,9 +193,9 @@ def candidates(modules: dict[str, ModuleType], device: torch.device) -> Iterator
 
 def message_not_waited_for(device: torch.device, findings: Findings) -> None:
     """A step's messages begin 20 ms late, and are used at once."""
-    case = Case.of(4096, 128, 4, device)
+    case = Case.of(TOKENS, DIM, RANKS, device)
     wanted = at_once(case.mask, case.x)
-    layer = Layer(case.plan("ring"), case.x, Streams(4, device, 20_000.0), TIER)
+    layer = Layer(case.plan("ring"), case.x, Streams(RANKS, device, 20_000.0), TIER)
 
     def wrong() -> str:
         with poisoned():
@@ -213,7 +215,7 @@ def lists_not_waited_for(device: torch.device, findings: Findings) -> None:
 
     Until then they are zeros: lists of no work.
     """
-    case = Case.of(4096, 128, 1, device)
+    case = Case.of(TOKENS, DIM, 1, device)
     wanted = at_once(case.mask, case.x)["o"]
     key = ExecutionKey(0, TIER, device)
     program = EXECUTABLES.program(case.plan("ring"), key)

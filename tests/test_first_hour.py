@@ -1,5 +1,8 @@
 """The first hour on GPUs, without one: planted faults are found, a part that fails stops no other, and the verdict names it."""
 
+import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +12,7 @@ from pathlib import Path
 import findings
 import first_hour
 import pytest
+import torch
 from verdict import Outcome, speed_table, verdict
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +87,6 @@ def test_a_planted_fault_that_is_not_found_makes_the_exit_code_1(found, monkeypa
     pytest.importorskip("triton", reason="Triton is not installed")
     import gpu_checks
     import gpu_plants
-    import torch
 
     complaints, trial, before = BLIND[found]
     call = gpu_checks.call_of("triton", (32, 32), False, torch.device("cpu"))
@@ -100,6 +103,82 @@ def test_a_planted_fault_that_is_not_found_makes_the_exit_code_1(found, monkeypa
     # the trial looks at results only
     assert len(missed) == (4 if found == "comparison only" else 7)
     assert capsys.readouterr().out.count("NOT FOUND") == len(missed)
+
+
+class LateLists:
+    """The lists of a program whose copy to the device comes when the stream is made to wait for it, and not before."""
+
+    def __init__(self, packed):
+        self.real, self.packed, self.ready, self.late = packed, self, self, None
+
+    def clone(self):
+        return self.real.clone()
+
+    def zero_(self):
+        self.real.zero_()
+
+    def copy_(self, source):
+        self.late = source
+
+    def record(self):
+        """The event after the copy."""
+
+    def join(self):
+        self.real.copy_(self.late)
+
+
+def with_late_lists(program):
+    """A program whose lists are in one tensor, as on a GPU."""
+    from distattn.parallel.runtime.program import _with_tensors
+
+    lists = {}
+    _with_tensors(program, lambda tensor: lists.setdefault(id(tensor), tensor))
+    ends = list(itertools.accumulate(tensor.nbytes for tensor in lists.values()))
+    packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in lists.values()])
+    places = {
+        name: packed[end - tensor.nbytes : end].view(tensor.dtype).view(tensor.shape)
+        for (name, tensor), end in zip(lists.items(), ends, strict=True)
+    }
+    moved = _with_tensors(program, lambda tensor: places[id(tensor)])
+    return dataclasses.replace(moved, uploaded=LateLists(packed))
+
+
+def copied_at_the_wait(flight):
+    for copy in flight.done:
+        copy()
+
+
+def test_what_streams_are_not_made_to_wait_for_is_found(monkeypatch, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    import gpu_executor
+    import gpu_plants
+
+    def post(hub, src, dst, sends, tensor, done):
+        waiting = hub.posted[src, dst, not sends]
+        if not waiting:
+            hub.posted[src, dst, sends].append((tensor, None, done))
+            return
+        other, _, other_done = waiting.popleft()
+        source, target = (tensor, other) if sends else (other, tensor)
+        # the receiver's wait
+        (other_done if sends else done).append(lambda: target.copy_(source))
+
+    monkeypatch.setattr(gpu_executor.DelayedCopies, "post", post)
+    monkeypatch.setattr(gpu_executor.Mailbox.Flight, "wait", copied_at_the_wait)
+    small = {gpu_plants: dict(TOKENS=128, DIM=32, RANKS=2), gpu_executor: dict(HEADS=4, KV_HEADS=2)}
+    for module, sizes in small.items():
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
+    for name in ("synchronize", "_sleep", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    program = gpu_plants.EXECUTABLES.program
+    monkeypatch.setattr(gpu_plants.EXECUTABLES, "program", lambda plan, key: with_late_lists(program(plan, key)))
+    record = findings.Findings(tmp_path / "found.jsonl")
+    gpu_plants.message_not_waited_for(torch.device("cpu"), record)
+    gpu_plants.lists_not_waited_for(torch.device("cpu"), record)
+    rows = findings.read(tmp_path / "found.jsonl")
+    assert [(row["kind"], bool(row["text"])) for row in rows] == [("check", False), ("planted", True)] * 2, rows
 
 
 # ---- parts
