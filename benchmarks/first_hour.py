@@ -27,7 +27,7 @@ from typing import IO, NamedTuple
 
 import findings
 import torch
-from verdict import Outcome, speed_table, verdict
+from verdict import TIERS, Outcome, speed_table, verdict
 
 from distattn.kernels.trial_cache import cache_file
 
@@ -40,7 +40,6 @@ LEAST_SECONDS = 20.0
 OWN_SHARE = 0.8
 # torchrun gives its ranks 30 s to end
 GRACE_SECONDS = 35.0
-KERNELS = ("triton", "gluon", "gluon_split", "flash")
 NO_GPU = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -72,7 +71,7 @@ def one_gpu(has_gpu: bool, more: Sequence[str]) -> list[list[Part]]:
     executor = [] if has_gpu else ["--ranks", "2"]
     stages = [
         [Part("planted faults", program("gpu_plants.py"), 150)],
-        [Part(f"kernel {name}", program("gpu_checks.py", "--tiers", name), 200, keeps_time=True) for name in KERNELS],
+        [Part(f"kernel {name}", program("gpu_checks.py", "--tiers", name), 200, keeps_time=True) for name in TIERS],
         [Part("executor", program("gpu_executor.py", *executor), 90)],
         [Part("executor with gluon", program("gpu_executor.py", "--kernel", "gluon", *executor), 90)],
         [Part("one rank", launched(1, "check_cluster.py"), 90)],
@@ -129,7 +128,7 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
 
         environment = os.environ | (NO_GPU if without else {})
         for stage in stages:
-            left = began + seconds - time.monotonic()
+            left = max(began + seconds - time.monotonic(), 0.0)
             say(f"\n--- {', '.join(part.name for part in stage)} ({left:.0f} s left)")
             if left < LEAST_SECONDS:
                 outcomes += [Outcome(part.name, [], left_out="no time was left") for part in stage]
@@ -138,12 +137,10 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
         rows = [row for outcome in outcomes for row in outcome.findings]
         say("\n" + ("" if without else speed_table(rows)))
         text, right = verdict(outcomes, without)
-        machine = next(
-            (row for row in rows if row["kind"] == "ended"), {"device": "unknown", "versions": {}, "commit": "?"}
-        )
-        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         say(f"\n{text}")
-        say(f"{machine['device']}; {versions}; commit {machine['commit']}; {time.monotonic() - began:.0f} s.")
+        for machine in [row for row in rows if row["kind"] == "ended"][:1]:
+            versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+            say(f"{machine['device']}; {versions}; commit {machine['commit']}; {time.monotonic() - began:.0f} s.")
         say(f"To send something back, or only the figures: {folder}, with the output of distattn doctor --json.")
     with suppress(FileNotFoundError):
         shutil.copy(cache_file(), folder)
