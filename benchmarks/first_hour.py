@@ -59,11 +59,10 @@ def main() -> int:
     )
     parser.add_argument("what", choices=("gpu", "cluster"))
     parser.add_argument("--minutes", type=float, default=MINUTES)
-    parser.add_argument("--folder", type=Path, default=FOLDER)
     arguments, more = parser.parse_known_args()
     gpus = torch.cuda.device_count()
     stages = one_gpu(gpus > 0, more) if arguments.what == "gpu" else cluster(gpus, more)
-    return first_hour(stages, arguments.folder / arguments.what, 60 * arguments.minutes, missing(arguments.what, gpus))
+    return first_hour(stages, FOLDER / arguments.what, 60 * arguments.minutes, missing(arguments.what, gpus))
 
 
 def one_gpu(has_gpu: bool, more: Sequence[str]) -> list[list[Part]]:
