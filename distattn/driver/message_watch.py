@@ -17,6 +17,7 @@ import torch
 
 from distattn.batch.health import HealthMonitor
 from distattn.ir.errors import LostRankError, named_ranks
+from distattn.parallel.runtime.streams import has_streams
 from distattn.parallel.runtime.transport import Packet
 
 MESSAGES = "an exchange of attention's messages"
@@ -58,7 +59,7 @@ class MessageWatch:
         self._under_way.clear()
 
     def _run(self) -> None:
-        if self._device.type == "cuda":
+        if has_streams(self._device):
             # asking whether a message has arrived must not begin to use another device
             torch.cuda.set_device(self._device)
         limit, arrived = self._monitor.wait_timeout.total_seconds(), time.monotonic()

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from distattn.kernels.registry import Kernel
+from distattn.parallel.runtime.streams import has_streams
 
 # speeds are whole multiples of this share of the mean: small changes shall not change plans
 _RESOLUTION = 0.05
@@ -81,7 +82,7 @@ class _Pass:
 class _Clock:
     def __init__(self, speeds: RankSpeeds, device: torch.device):
         self.running, self.event = speeds._passes[-1], None
-        if device.type == "cuda":
+        if has_streams(device):
             self.event = torch.cuda.Event(enable_timing=True)
             self.event.record()
         self.began = time.perf_counter()

@@ -27,6 +27,7 @@ from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 from distattn.ops.executable import whole_device
+from distattn.parallel.runtime.streams import has_streams
 
 
 class ServerStats(NamedTuple):
@@ -48,7 +49,7 @@ def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "
         raise DistattnError("a server needs torch.distributed; call init_process_group first.")
     counts = {FORWARD: 0, BACKWARD: 0}
     steps: dict[int, Future[GatheredStep]] = {}
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _joined(group) as cp:
+    with torch.cuda.device(device) if has_streams(device) else nullcontext(), _joined(group) as cp:
         communicators = cp._communicators
         assert communicators is not None and communicators.control is not None
         while (message := communicators.control.receive()).kind != CLOSE:

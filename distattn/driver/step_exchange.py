@@ -15,6 +15,7 @@ from distattn.batch.packed_batch import PackedBatch, tokens_digest
 from distattn.batch.planner import AttentionShape, LocalBatch, Planned, Planner
 from distattn.ir.errors import DistattnError
 from distattn.ops.executable import plan_summary, raise_disagreement
+from distattn.parallel.runtime.streams import Handover
 
 Shapes = tuple[tuple[AttentionShape, torch.device], ...]
 
@@ -102,9 +103,12 @@ class StepExchange:
         same = self.same_batch if same_batch is None else list(same_batch)
         self.steps += 1
         future: Future[GatheredStep] = Future()
+        # this thread's stream may still have to fill a loader's tensors on a GPU
+        given = Handover.of(tensor for batch in micro_batches or () for tensor in (batch.ids_N, batch.labels_N))
 
         def gather_and_plan() -> None:
             try:
+                given.join()
                 step, batches = self._gather(number, micro_batches, make, speed, same)
                 pending = [known for batch in batches for known in batch.plan_ahead(shapes)]
             except BaseException as error:

@@ -26,6 +26,7 @@ from distattn.kernels.registry import choose_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements, prepare
 from distattn.parallel.runtime import execute
+from distattn.parallel.runtime.streams import has_streams
 from distattn.parallel.runtime.transport import Transport
 
 
@@ -225,7 +226,7 @@ def _score(executable: Executable, scale: float, softcap: float, slopes: Tensor 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Kernels and communicators work on the current device of a thread, which need not be that of its tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if has_streams(device) else nullcontext()
 
 
 def _finite(lse: Tensor) -> Tensor:
@@ -307,11 +308,13 @@ torch.library.define(
 )
 
 
-@torch.library.impl("distattn::forward", "CompositeExplicitAutograd")
 def _forward(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("forward")
     with _current(q.device):
         return execute.run_to_completion(forward_pass(executable, q, k, v, sink, slopes, scale, softcap))
+
+
+torch.library.impl("distattn::forward", "CompositeExplicitAutograd", _forward)
 
 
 @torch.library.register_fake("distattn::forward")
@@ -321,12 +324,14 @@ def _forward_fake(q, k, v, sink, slopes, plan, kept_elements, scale, softcap):  
     return o, lse, q.new_empty(kept_elements)
 
 
-@torch.library.impl("distattn::backward", "CompositeExplicitAutograd")
 def _backward(do, dlse, q, k, v, sink, slopes, o, lse, kept, plan, scale, softcap):  # noqa: ANN001
     inputs = do, dlse, q, k, v, sink, slopes, o, lse, kept, scale, softcap
     executable = EXECUTABLES.by_handle(plan).for_direction("backward")
     with _current(q.device):
         return execute.run_to_completion(backward_pass(executable, *inputs))
+
+
+torch.library.impl("distattn::backward", "CompositeExplicitAutograd", _backward)
 
 
 @torch.library.register_fake("distattn::backward")

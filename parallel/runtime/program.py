@@ -36,6 +36,7 @@ from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.buffers import OWN, BufferExtent, BufferKey, View, ViewParts, resolve_views
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
+from distattn.parallel.runtime.streams import Handover, has_streams
 
 PrepareKernel = Callable[[LaunchMask], Any]
 # stretches of a message that travel by themselves, at most
@@ -91,26 +92,13 @@ class ProgramStep:
         yield from (view for _, view in self.drains)
 
 
-class UploadedLists(NamedTuple):
-    """The lists of a program on a GPU: all of them in one tensor, and the event after which they are there."""
-
-    packed: Tensor
-    ready: Any
-
-    def join(self) -> None:
-        """The current stream may read the lists: it waits for them, and their memory is not reused before it is done."""
-        stream = torch.cuda.current_stream(self.packed.device)
-        stream.wait_event(self.ready)
-        self.packed.record_stream(stream)
-
-
 @dataclass(frozen=True)
 class Program:
     """One rank's share of a plan.
 
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
     in the forward pass. proof: None where nobody has proven the plan. blank: buffers of results that not every first write
-    reaches, in both passes. uploaded: of programs whose lists are on a GPU.
+    reaches, in both passes. uploaded: the lists, where they are on a GPU.
     """
 
     # not the plan itself: programs are cached for as long as their plan lives
@@ -122,7 +110,7 @@ class Program:
     backward: list[ProgramStep]
     kept: dict[BufferKey, int]
     blank: frozenset[BufferKey]
-    uploaded: UploadedLists | None = None
+    uploaded: Handover | None = None
 
 
 def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None) -> Program:
@@ -153,7 +141,8 @@ def kept_key(key: BufferKey) -> BufferKey:
 def on_device(program: Program, device: torch.device) -> Program:
     """The same program with its lists on the device: one copy, from pinned memory where that exists.
 
-    The copy is in the current stream of this thread, which need not be the one that runs the program: see `UploadedLists`.
+    The copy is in the current stream of this thread, which need not be the one that runs the program: whoever does joins
+    `Program.uploaded`.
     """
     if device.type == "cpu":
         return program
@@ -167,18 +156,16 @@ def on_device(program: Program, device: torch.device) -> Program:
     _with_tensors(program, note)
     if not found:
         return program
-    cuda = device.type == "cuda"
+    streams = has_streams(device)
     # the current device is a thread's own, and pinned memory belongs to it
-    with torch.cuda.device(device) if cuda else nullcontext():
+    with torch.cuda.device(device) if streams else nullcontext():
         offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found.values())]).tolist()
-        packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=cuda)
+        packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=streams)
         for tensor, at in zip(found.values(), offsets, strict=False):
-            packed[at : at + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+            # numpy gives empty lists strides that bytes cannot be viewed by
+            packed[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         copied = packed.to(device, non_blocking=True)
-        uploaded = None
-        if cuda:
-            uploaded = UploadedLists(copied, torch.cuda.Event())
-            uploaded.ready.record()
+        uploaded = Handover.of([copied])
     on_it = {
         name: copied[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for (name, tensor), at in zip(found.items(), offsets, strict=False)

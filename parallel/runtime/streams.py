@@ -1,0 +1,38 @@
+"""Devices whose work is queued on streams: events and waits put it in order, not the order of calls in several threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# kinds of devices whose streams and events are those of torch.cuda
+_KINDS = {"cuda"}
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether a device works off streams: a call returns before its work is done."""
+    return device.type in _KINDS
+
+
+class Handover(NamedTuple):
+    """Tensors that one thread makes in its current stream, and others use in theirs: with the event after which they are there."""
+
+    tensors: list[Tensor]
+    ready: Any
+
+    @staticmethod
+    def of(tensors: Iterable[Tensor]) -> Handover:
+        """From the current stream of this thread, as far as the tensors are on a device with streams, which is the same of all."""
+        streamed = [tensor for tensor in tensors if has_streams(tensor.device)]
+        return Handover(streamed, torch.cuda.current_stream(streamed[0].device).record_event() if streamed else None)
+
+    def join(self) -> None:
+        """The current stream may read the tensors: it waits for them, and their memory is not reused before it is done."""
+        if self.tensors:
+            stream = torch.cuda.current_stream(self.tensors[0].device)
+            stream.wait_event(self.ready)
+            for tensor in self.tensors:
+                tensor.record_stream(stream)

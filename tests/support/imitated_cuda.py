@@ -1,0 +1,371 @@
+"""CUDA's streams and events on a machine without a GPU: the device is "meta", nothing is computed, and clocks watch.
+
+Inside `imitated_cuda` there is a stand-in for what distattn asks of torch.cuda; every operator is watched, in every thread that is
+started; Triton's launches are recorded instead of compiled; and communicators queue messages as NCCL does: after what the current
+stream has when they start, on a stream of their own, which the current stream waits for at `wait`.
+
+A number that is asked of the device is one, and a tensor copied from it is zeros; the host waits for both.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from stream_clocks import Clock, StreamClocks, Timeline
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from distattn.kernels.registry import KERNELS
+from distattn.kernels.spec import KernelRequirements
+from distattn.kernels.triton import attention as triton_attention
+
+# the kernel that is registered as KERNEL: Triton's, whose launches are recorded
+from distattn.kernels.triton.attention import ACCUMULATES, DIFFERENTIABLE_LSE, backward, forward, prepare
+from distattn.kernels.triton.launch import TritonLaunch
+from distattn.ops import attention
+from distattn.parallel.runtime import communicator, streams
+
+__all__ = ["ACCUMULATES", "DEVICE", "DIFFERENTIABLE_LSE", "KERNEL", "StreamNccl", "backward", "forward", "prepare"]
+
+DEVICE = torch.device("meta")
+KERNEL = "recorded"
+# of Triton's launches, the arguments that are written; all others are read
+_WRITTEN = {
+    "forward_kernel": ("o_", "lse_"),
+    "row_numbers_kernel": ("numbers_",),
+    "dkdv_kernel": ("dk_", "dv_"),
+    "dq_kernel": ("dq_",),
+}
+_ALLOCATE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+# of meta tensors PyTorch would only have the shapes: it has other code for them
+_PASSES = {"distattn::forward": attention._forward, "distattn::backward": attention._backward}
+
+
+def unsupported_reason(requirements: KernelRequirements) -> str | None:
+    """A recorded launch serves every call."""
+    return None
+
+
+@contextmanager
+def imitated_cuda() -> Iterator[Cuda]:
+    """In here "meta" is a device with streams. This thread is watched, and those that it starts."""
+    cuda = Cuda()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "_KINDS", {"cuda", DEVICE.type})
+        stands_for = {
+            "Stream": partial(Stream, cuda),
+            "Event": partial(Event, cuda),
+            "current_stream": cuda.current_stream,
+            "stream": cuda.stream,
+            "device": lambda device: nullcontext(),
+            "set_device": lambda device: None,
+            "current_device": lambda: 0,
+            "is_available": lambda: True,
+        }
+        for name, stand_in in stands_for.items():
+            patch.setattr(torch.cuda, name, stand_in)
+        patch.setattr(Tensor, "record_stream", lambda x, stream: cuda.clocks.record(x, stream.timeline))
+        is_enabled = torch.is_autocast_enabled
+        patch.setattr(torch, "is_autocast_enabled", lambda kind: is_enabled("cuda" if kind == DEVICE.type else kind))
+        kind_of = communicator.backend_name
+        patch.setattr(
+            communicator, "backend_name", lambda group, device: "nccl" if device == DEVICE else kind_of(group, device)
+        )
+        patch.setitem(communicator._SENDS_FROM, DEVICE.type, "nccl")
+        patch.setitem(communicator._OPEN, "nccl", lambda store, rank, members, *_: StreamNccl(cuda, len(members)))
+        patch.setitem(KERNELS, KERNEL, __name__)
+        patch.setattr(triton_attention, "run_launch", partial(_record_launch, cuda))
+        _follow_hosts(patch, cuda)
+        with _Watch(cuda):
+            yield cuda
+
+
+class Cuda:
+    """One device, its default stream, and which stream is current in which thread."""
+
+    def __init__(self) -> None:
+        self.clocks = StreamClocks()
+        self.default = Stream(self, name="the default stream")
+        self._per_thread = threading.local()
+
+    def current_stream(self, device: Any = None) -> Stream:
+        """Of this thread; that of a new thread is the default one."""
+        return getattr(self._per_thread, "current", self.default)
+
+    @contextmanager
+    def stream(self, stream: Stream | None) -> Iterator[None]:
+        """Another current stream for this thread, unless it is None."""
+        before = self.current_stream()
+        self._per_thread.current = before if stream is None else stream
+        try:
+            yield
+        finally:
+            self._per_thread.current = before
+
+    def wait_on_host(self, clock: Clock) -> None:
+        """This thread of the host waits until all that a clock knows of is done."""
+        self.clocks.join(self.clocks.host(), clock)
+
+
+class Stream:
+    """See torch.cuda.Stream."""
+
+    def __init__(self, cuda: Cuda, device: Any = None, priority: int = 0, name: str = "a side stream"):
+        self.cuda, self.timeline = cuda, cuda.clocks.new_stream(name)
+
+    def record_event(self) -> Event:
+        event = Event(self.cuda)
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        """Nothing to wait for where the event has not been recorded, as in CUDA."""
+        self.cuda.clocks.join(self.timeline, event.clock)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.record_event())
+
+    def synchronize(self) -> None:
+        self.record_event().synchronize()
+
+
+class Event:
+    """See torch.cuda.Event. Whatever is asked about is over."""
+
+    def __init__(self, cuda: Cuda, enable_timing: bool = False):
+        self.cuda = cuda
+        self.clock: Clock = {}
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.clock = self.cuda.clocks.snapshot((stream or self.cuda.current_stream()).timeline)
+
+    def wait(self, stream: Stream | None = None) -> None:
+        (stream or self.cuda.current_stream()).wait_event(self)
+
+    def synchronize(self) -> None:
+        self.cuda.wait_on_host(self.clock)
+
+    def query(self) -> bool:
+        self.synchronize()
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1.0
+
+
+class _Watch(TorchDispatchMode):
+    """Tells the clocks of every operator of its thread."""
+
+    def __init__(self, cuda: Cuda):
+        super().__init__()
+        self.cuda, self.clocks = cuda, cuda.clocks
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        kwargs = dict(kwargs or {})
+        if func.name() in _PASSES:
+            with _Watch(self.cuda):
+                return _PASSES[func.name()](*args, **kwargs)
+        # there is none to be had
+        pins = bool(kwargs.pop("pin_memory", False))
+        name = func.overloadpacket.__name__
+        given, written = _tensors((args, kwargs)), _written(func, args, kwargs)
+        to_host = any(x.device == DEVICE for x in given) and self._comes_to_host(name, written, kwargs)
+        if to_host:
+            out = self._of_device(name, given[-1], args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        storages = {x.untyped_storage()._cdata for x in given}
+        new = [x for x in _tensors(out) if x.untyped_storage()._cdata not in storages]
+        stream = self.cuda.current_stream().timeline
+        is_queued = any(x.device == DEVICE for x in (*given, *new))
+        for x in (*given, *new):
+            if x.device == DEVICE or (pins and x in new):
+                self.clocks.allocated(x, stream if x.device == DEVICE else self.clocks.host())
+        if name in _ALLOCATE or not (new or written or to_host):
+            # views touch nothing
+            return out
+        reads = [x for x in given if all(x is not other for other in written)]
+        if not is_queued:
+            self.clocks.on_host(name, reads, [*written, *new])
+            return out
+        self.clocks.queue(stream, name, reads, [*written, *new])
+        # a copy from memory that is not pinned is over when the call returns
+        from_host = [x for x in given if x.device != DEVICE and x.dim() and not self.clocks.is_tracked(x)]
+        if to_host or from_host:
+            self.cuda.wait_on_host(self.clocks.snapshot(stream))
+        return out
+
+    @staticmethod
+    def _comes_to_host(name: str, written: Sequence[Tensor], kwargs: dict[str, Any]) -> bool:
+        if name == "copy_":
+            return written[0].device != DEVICE
+        return name in ("_local_scalar_dense", "equal") or torch.device(kwargs.get("device") or DEVICE) != DEVICE
+
+    @staticmethod
+    def _of_device(name: str, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+        if name == "copy_":
+            return args[0]
+        if name == "equal":
+            return True
+        if name == "_local_scalar_dense":
+            return torch.ones((), dtype=x.dtype).item()
+        assert name == "_to_copy", f"{name} makes host tensors of tensors on the device"
+        return torch.zeros(x.shape, dtype=kwargs.get("dtype") or x.dtype)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operator's schema says are changed."""
+    found = []
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += _tensors(args[number] if number < len(args) else kwargs.get(argument.name))
+    return found
+
+
+def _record_launch(cuda: Cuda, launch: TritonLaunch) -> None:
+    if not launch.grid[0]:
+        return
+    name = launch.kernel.fn.__name__
+    # descriptors have their tensor as `base`
+    tensors = {argument: getattr(x, "base", x) for argument, x in launch.arguments.items()}
+    tensors = {argument: x for argument, x in tensors.items() if isinstance(x, Tensor)}
+    written = [tensors[argument] for argument in _WRITTEN[name]]
+    reads = [x for argument, x in tensors.items() if argument not in _WRITTEN[name]]
+    cuda.clocks.queue(cuda.current_stream().timeline, name, reads, written)
+
+
+class StreamNccl:
+    """One rank's end of a communicator: what distattn calls of ProcessGroupNCCL. Nothing is sent."""
+
+    supports_coalescing = True
+
+    def __init__(self, cuda: Cuda, ranks: int):
+        self._cuda, self._ranks = cuda, ranks
+        self._timeline = cuda.clocks.new_stream("a communicator's stream")
+        # messages of one call travel side by side
+        self._lanes: list[Timeline] = []
+        self._used: list[Tensor] = []
+
+    def size(self) -> int:
+        return self._ranks
+
+    def allreduce(self, tensors: list[Tensor]) -> _Work:
+        self._start_coalescing()
+        self._add("all_reduce", tensors, tensors)
+        return self._end_coalescing()
+
+    def _start_coalescing(self) -> None:
+        self._used = []
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> None:
+        self._add(f"send to rank {peer}", tensors, [])
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> None:
+        self._add(f"receive from rank {peer}", [], tensors)
+
+    def _add(self, what: str, reads: list[Tensor], writes: list[Tensor]) -> None:
+        clocks = self._cuda.clocks
+        assert all(x.device == DEVICE and x.is_contiguous() for x in (*reads, *writes))
+        number = len(self._used)
+        if number == len(self._lanes):
+            self._lanes.append(clocks.new_stream(f"message {number} of a communicator's stream"))
+        lane = self._lanes[number]
+        self._used += writes or reads
+        clocks.join(lane, clocks.snapshot(self._timeline))
+        clocks.join(lane, clocks.snapshot(self._cuda.current_stream().timeline))
+        clocks.queue(lane, what, reads, writes)
+
+    def _end_coalescing(self) -> _Work:
+        clocks = self._cuda.clocks
+        for lane in self._lanes[: len(self._used)]:
+            clocks.join(self._timeline, clocks.snapshot(lane))
+        used, self._used = self._used, []
+        return _Work(self._cuda, clocks.snapshot(self._timeline), used)
+
+    def abort(self) -> None:
+        """Nothing is under way."""
+
+
+class _Work:
+    """What a call of a communicator returns. As NCCL's it keeps its tensors until it is waited for."""
+
+    def __init__(self, cuda: Cuda, clock: Clock, tensors: list[Tensor]):
+        self.cuda, self.clock, self._tensors = cuda, clock, tensors
+
+    def wait(self) -> None:
+        self.cuda.clocks.join(self.cuda.current_stream().timeline, self.clock)
+        self._tensors = []
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def _follow_hosts(patch: pytest.MonkeyPatch, cuda: Cuda) -> None:
+    """What one thread of the host knows when it starts, ends, or tells another something, the other one knows, too."""
+    clocks = cuda.clocks
+
+    def start(thread: threading.Thread, original: Callable[..., None] = threading.Thread.start) -> None:
+        known, run = clocks.snapshot(clocks.host()), thread.run
+
+        def watched() -> None:
+            clocks.host().name = f"thread {thread.name}"
+            cuda.wait_on_host(known)
+            with _Watch(cuda):
+                run()
+            thread.known = clocks.snapshot(clocks.host())
+
+        thread.run = watched
+        original(thread)
+
+    def join(thread: threading.Thread, timeout: float | None = None, original: Any = threading.Thread.join) -> None:
+        original(thread, timeout)
+        cuda.wait_on_host(getattr(thread, "known", {}))
+
+    # futures, events and queues have one inside
+    def told(condition: Any) -> None:
+        cuda.wait_on_host(getattr(condition, "known", {}))
+
+    def tell(condition: Any) -> None:
+        condition.known = clocks.snapshot(clocks.host())
+
+    def enter(condition: Any, original: Any = threading.Condition.__enter__) -> Any:
+        out = original(condition)
+        told(condition)
+        return out
+
+    def leave(condition: Any, *error: Any, original: Any = threading.Condition.__exit__) -> Any:
+        tell(condition)
+        return original(condition, *error)
+
+    def wait(condition: Any, timeout: float | None = None, original: Any = threading.Condition.wait) -> bool:
+        tell(condition)
+        out = original(condition, timeout)
+        told(condition)
+        return out
+
+    class SimpleQueue(queue.SimpleQueue):
+        def put(self, item: Any, *rest: Any, **how: Any) -> None:
+            super().put((clocks.snapshot(clocks.host()), item), *rest, **how)
+
+        def get(self, *rest: Any, **how: Any) -> Any:
+            known, item = super().get(*rest, **how)
+            cuda.wait_on_host(known)
+            return item
+
+    patch.setattr(threading.Thread, "start", start)
+    patch.setattr(threading.Thread, "join", join)
+    for name, stand_in in (("__enter__", enter), ("__exit__", leave), ("wait", wait)):
+        patch.setattr(threading.Condition, name, stand_in)
+    patch.setattr(queue, "SimpleQueue", SimpleQueue)
