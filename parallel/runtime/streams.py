@@ -18,14 +18,14 @@ def has_streams(device: torch.device) -> bool:
 
 
 class Handover(NamedTuple):
-    """Tensors that one thread makes in its current stream, and others use in theirs: with the event after which they are there."""
+    """Tensors that one thread makes in its current stream and others use in theirs, with the event after which they are there."""
 
     tensors: list[Tensor]
     ready: Any
 
     @staticmethod
     def of(tensors: Iterable[Tensor]) -> Handover:
-        """From the current stream of this thread, as far as the tensors are on a device with streams, which is the same of all."""
+        """From the current stream of this thread. Tensors on the host are there anyway; all others are on one device."""
         streamed = [tensor for tensor in tensors if has_streams(tensor.device)]
         return Handover(streamed, torch.cuda.current_stream(streamed[0].device).record_event() if streamed else None)
 

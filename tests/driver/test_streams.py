@@ -1,47 +1,75 @@
-"""The driver on streams: every read of a tensor comes after its write, in all threads. See `stream_clocks` and `imitated_cuda`."""
+"""The driver on streams: every access to a tensor comes after those that it depends on, in all threads.
+
+See `stream_clocks` for what is checked, and `imitated_cuda` for what stands for a GPU here. Every run trains in a side stream.
+"""
 
 import gc
+import re
+import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
-from imitated_cuda import DEVICE, KERNEL, imitated_cuda
+import torch.distributed as dist
+from imitated_cuda import DEVICE, KERNEL, Cuda, Event, Stream, imitated_cuda
 from processes import run_on_ranks
+from stream_clocks import StreamClocks
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import distattn as da
+from distattn.batch.planner import AttentionShape
+from distattn.driver import step_exchange
+from distattn.ops.executable import Executable
+from distattn.parallel.make_plan import STRATEGIES
+from distattn.parallel.runtime.streams import Handover
+from distattn.parallel.runtime.transport import GroupTransport, _PendingRequests
 
 WIDTH, HEADS = 64, 4
+SHAPE = AttentionShape(HEADS, HEADS, WIDTH // HEADS, WIDTH // HEADS, "float32")
 # of each rank, for each step, the documents of its micro-batches
 PACKS = [
-    [[[200, 9], [40, 60]], [[70, 70]], [[100, 31]]],
+    [[[200, 9], [40, 60]], [[70, 70], [9, 80]], [[100, 31], [150]]],
     [[[30, 30], [5, 50]], [[128]], [[16] * 6]],
     [[[64], [1, 1, 90]], [[20, 3]], [[200]]],
     [[[100], [8] * 9]],
 ]
+POOLED = dict(strategy="cad", data="per_rank", options=dict(tolerance=0.0, block=8))
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, has_sink=True):
         super().__init__()
         self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.sink = nn.Parameter(torch.zeros(HEADS)) if has_sink else None
 
     def forward(self, x, batch):
         q, k, v = (part[0].unflatten(-1, (HEADS, -1)) for part in self.qkv(self.norm(x)).chunk(3, -1))
-        return x + self.out(batch.attention(q, k, v).flatten(1)[None])
+        how = {} if self.sink is None else {"sink": self.sink}
+        return x + self.out(batch.attention(q, k, v, **how).flatten(1)[None])
 
 
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self, is_checkpointed=False):
         super().__init__()
         self.embed, self.head = nn.Embedding(256, WIDTH), nn.Linear(WIDTH, 256)
         self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.is_checkpointed = is_checkpointed
 
-    def loss(self, local):
-        x = self.embed(local["input_ids"].to(DEVICE))
+    def forward(self, local):
+        x = self.embed(local["input_ids"].to(DEVICE, non_blocking=True))
         for layer in self.layers:
-            x = layer(x, local["context_parallel"])
-        logits, labels = self.head(x)[0], local["labels"][0].to(DEVICE)
-        return nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") * local["loss_scale"]
+            if self.is_checkpointed:
+                # random numbers are CUDA's, of which there is no imitation
+                x = checkpoint(layer, x, local["context_parallel"], use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, local["context_parallel"])
+        return loss_of(self.head(x), local)
+
+
+def loss_of(logits, local):
+    labels = local["labels"][0].to(DEVICE, non_blocking=True)
+    return nn.functional.cross_entropy(logits[0], labels, ignore_index=-100, reduction="sum") * local["loss_scale"]
 
 
 def loader(rank, device):
@@ -53,30 +81,170 @@ def loader(rank, device):
 
 
 def watched(rank, work, *arguments):
-    """What was found while `work` ran on a side stream, and how much was looked at."""
+    """What was found while `work` ran in a side stream, and how much was looked at."""
     with imitated_cuda() as cuda:
         with torch.cuda.stream(torch.cuda.Stream()):
             work(rank, *arguments)
-        # memory counts as well
+        # tensors that are freed count as well
         gc.collect()
         return cuda.clocks.violations, cuda.clocks.counts
 
 
-def trained(rank, settings, loads=DEVICE):
-    model = Model().to(DEVICE)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    replicated = settings.get("data", "replicated") == "replicated"
+def assert_none_found(results):
+    """And that there was something to be found: streams that depend on each other, memory that passes between them."""
+    for found, counts in results:
+        assert not found, "\n".join(found)
+        assert counts["accesses after another stream's"] > 20 and counts["freed after another stream's use"] > 5
+
+
+def trained(rank, settings, loads="cpu", takes_turns=False, is_checkpointed=False):
+    """A few steps of micro-batches, one after another or taking turns. loads: the device of what the loader yields."""
+    model = Model(is_checkpointed).to(DEVICE)
+    optimizer, schedule = torch.optim.SGD(model.parameters(), lr=0.1), da.OverlapSchedule(model.layers)
+    is_first_over = False
+    own = rank if settings.get("data") == "per_rank" else 0
     with da.ContextParallel(kernel=KERNEL, **settings) as cp:
-        for micro_batches in cp.steps(loader(0 if replicated else rank, loads)):
-            losses = [model.loss(batch) for batch in micro_batches]
-            for loss in losses:
-                loss.backward()
+        for micro_batches in cp.steps(loader(own, loads)):
+            if takes_turns:
+                losses = schedule.step([lambda batch=batch: model(batch) for batch in micro_batches])
+            else:
+                losses = [model(batch) for batch in micro_batches]
+                for loss in losses:
+                    loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            cp.mean_loss(losses)
+            # the host waits for the device as seldom as it may
+            if not is_first_over:
+                cp.mean_loss(losses)
+            is_first_over = True
 
 
-def test_smoke():
-    for found, counts in run_on_ranks(2, watched, trained, dict(strategy="ring")):
-        print(counts)
-        assert not found, "\n".join(found)
+@pytest.mark.parametrize(("ranks", "loads"), [(3, DEVICE), pytest.param(4, "cpu", marks=pytest.mark.full)])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_trains_without_a_race(strategy, ranks, loads):
+    assert_none_found(run_on_ranks(ranks, watched, trained, dict(strategy=strategy), loads))
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("settings", [dict(strategy="usp"), POOLED], ids=["usp", "pooled"])
+def test_batches_that_take_turns_have_no_race(settings, is_checkpointed):
+    assert_none_found(run_on_ranks(2, watched, trained, settings, DEVICE, True, is_checkpointed))
+
+
+def test_a_pool_whose_speeds_are_measured_has_no_race():
+    assert_none_found(run_on_ranks(3, watched, trained, POOLED | dict(adaptive=True, pad_to=16), DEVICE))
+
+
+def test_layers_of_another_layout_have_no_race():
+    layers = {"full": dict(strategy="ulysses", layout="contiguous")}
+    assert_none_found(run_on_ranks(2, watched, trained, dict(strategy="ring", layers=layers), DEVICE))
+
+
+def served(rank, servers):
+    models = dist.get_world_size() - servers
+    if rank >= models:
+        da.serve(device=DEVICE)
+    else:
+        trained(rank, POOLED | dict(servers=servers), DEVICE)
+
+
+@pytest.mark.parametrize("servers", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_attention_servers_have_no_race(servers):
+    assert_none_found(run_on_ranks(2 + servers, watched, served, servers))
+
+
+def staged(rank, stages):
+    stage, replica = divmod(rank, dist.get_world_size() // stages)
+    embed, block, head = (part.to(DEVICE) for part in (nn.Embedding(256, WIDTH), Block(False), nn.Linear(WIDTH, 256)))
+
+    def run(hidden, local):
+        x = block(
+            embed(local["input_ids"].to(DEVICE, non_blocking=True)) if hidden is None else hidden,
+            local["context_parallel"],
+        )
+        return x if stage + 1 < stages else loss_of(head(x), local)
+
+    spec = da.StageSpec(shape=SHAPE, attention_layers=1, hidden_size=WIDTH, dtype=torch.float32, device=DEVICE)
+    with da.ContextParallel(kernel=KERNEL, **POOLED) as cp:
+        pipeline = da.PipelineSchedule(cp, stages=stages, spec=spec)
+        for losses in pipeline.train(loader(replica, DEVICE), run):
+            assert bool(losses) == (stage + 1 == stages)
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(2, 2), pytest.param(3, 3, marks=pytest.mark.full), (4, 2)])
+def test_pipeline_stages_have_no_race(ranks, stages):
+    assert_none_found(run_on_ranks(ranks, watched, staged, stages))
+
+
+# breaches: what each changes in a process that is thrown away afterwards
+
+
+def lists_are_not_joined():
+    Executable.begin_pass = lambda *arguments: None
+
+
+def upload_is_not_recorded():
+    Stream.record_event = lambda stream: Event(stream.cuda)
+
+
+def allocator_is_not_told():
+    StreamClocks.record = lambda *arguments: None
+
+
+def batches_are_not_handed_over():
+    class Nothing:
+        of = staticmethod(lambda tensors: Handover([], None))
+
+    step_exchange.Handover = Nothing
+
+
+def threads_keep_their_stream():
+    taken_over = Cuda.stream
+    on_main = threading.main_thread()
+    Cuda.stream = lambda cuda, stream: (
+        taken_over(cuda, stream) if threading.current_thread() is on_main else nullcontext()
+    )
+
+
+def messages_are_not_awaited():
+    _PendingRequests.wait = lambda pending: None
+
+
+def sends_are_overwritten():
+    exchange = GroupTransport.exchange
+
+    def spoiling(transport, sends, *rest):
+        pending = exchange(transport, sends, *rest)
+        for packet in sends:
+            packet.tensor.zero_()
+        return pending
+
+    GroupTransport.exchange = spoiling
+
+
+def breached(rank, breach, *arguments):
+    breach()
+    return watched(rank, trained, *arguments)[0]
+
+
+MAIN, PLANNING = r"on a side stream \(the main thread\)", r"on the default stream \(thread distattn-planning\)"
+MESSAGE = r"on message \d+ of a communicator's stream \(the main thread\)"
+BREACHES = {
+    lists_are_not_joined: rf"forward_kernel \(\d+,\) reads {MAIN} what _to_copy \(\d+,\) writes {PLANNING}",
+    upload_is_not_recorded: rf"forward_kernel \(\d+,\) reads {MAIN} what _to_copy \(\d+,\) writes {PLANNING}",
+    allocator_is_not_told: r"memory \(\d+,\) uint8 of the default stream is freed while \w+_kernel \(.*\) may still use it "
+    rf"{MAIN}, without record_stream",
+    batches_are_not_handed_over: rf"ne \(\d+,\) reads {PLANNING} what index_put_ \(\d+,\) writes {MAIN}",
+    threads_keep_their_stream: rf"ones_like \(\) reads {MAIN} what mul \(\) writes on the default stream "
+    r"\(thread Thread-\d+ \(work\)\)",
+    messages_are_not_awaited: rf"\w+_kernel \(.*\) reads {MAIN} what receive from rank 1 \(.*\) writes {MESSAGE}",
+    sends_are_overwritten: rf"zero_ \(.*\) writes {MAIN} what send to rank 1 \(.*\) reads {MESSAGE}",
+}
+
+
+@pytest.mark.parametrize("breach", BREACHES, ids=lambda breach: breach.__name__)
+def test_breaches_are_found_and_named(breach):
+    loads = DEVICE if breach is batches_are_not_handed_over else "cpu"
+    settings = dict(strategy="ring"), loads, breach is threads_keep_their_stream
+    found = run_on_ranks(2, breached, breach, *settings)[0]
+    assert any(re.search(BREACHES[breach], text) for text in found), "\n".join(found)

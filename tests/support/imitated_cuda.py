@@ -1,10 +1,11 @@
 """CUDA's streams and events on a machine without a GPU: the device is "meta", nothing is computed, and clocks watch.
 
-Inside `imitated_cuda` there is a stand-in for what distattn asks of torch.cuda; every operator is watched, in every thread that is
-started; Triton's launches are recorded instead of compiled; and communicators queue messages as NCCL does: after what the current
-stream has when they start, on a stream of their own, which the current stream waits for at `wait`.
+Inside `imitated_cuda` there is a stand-in for what distattn asks of torch.cuda; every operator is watched, in every thread that
+is started; Triton's launches are recorded instead of compiled; and communicators queue messages as NCCL does: after what the
+current stream has when they start, on a stream of their own, which the current stream waits for at `wait`.
 
-A number that is asked of the device is one, and a tensor copied from it is zeros; the host waits for both.
+A number that is asked of the device is one, and a tensor copied from it is zeros; the host waits for both, and for copies to the
+device unless they are non_blocking.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+
+# modes import it at the first operator: once, before ranks are forked
+import torch._dynamo
 from stream_clocks import Clock, StreamClocks, Timeline
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,9 +201,9 @@ class _Watch(TorchDispatchMode):
             self.clocks.on_host(name, reads, [*written, *new])
             return out
         self.clocks.queue(stream, name, reads, [*written, *new])
-        # a copy from memory that is not pinned is over when the call returns
-        from_host = [x for x in given if x.device != DEVICE and x.dim() and not self.clocks.is_tracked(x)]
-        if to_host or from_host:
+        from_host = name in ("_to_copy", "copy_") and any(x.device != DEVICE for x in given)
+        blocks = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
+        if to_host or (from_host and blocks):
             self.cuda.wait_on_host(self.clocks.snapshot(stream))
         return out
 

@@ -136,10 +136,6 @@ class StreamClocks:
             self._storages[storage._cdata] = _Storage(stream, f"{tuple(tensor.shape)} {str(tensor.dtype)[6:]}")
         weakref.finalize(storage, self._freed, storage._cdata).atexit = False
 
-    def is_tracked(self, tensor: Tensor) -> bool:
-        """Whether a tensor's storage is known."""
-        return tensor.untyped_storage()._cdata in self._storages
-
     def record(self, tensor: Tensor, stream: Timeline) -> None:
         """The allocator is told that a stream uses a tensor."""
         with self._lock:

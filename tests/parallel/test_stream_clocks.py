@@ -1,0 +1,204 @@
+"""Clocks of streams: what each kind of wait orders, and what is found where it is missing; messages of a transport."""
+
+import re
+from concurrent.futures import Future
+from threading import Thread
+
+import pytest
+import torch
+from imitated_cuda import DEVICE, StreamNccl, imitated_cuda
+
+from distattn.ir.plan import Payload
+from distattn.parallel.runtime.streams import Handover
+from distattn.parallel.runtime.transport import GroupTransport, Packet
+
+
+def violations(work):
+    """Of `work`, which is given a side stream."""
+    with imitated_cuda() as cuda:
+        work(torch.cuda.Stream())
+        return cuda.clocks.violations
+
+
+def event(side, x):
+    done = torch.cuda.Event()
+    done.record()
+    side.wait_event(done)
+
+
+def handover(side, x):
+    given = Handover.of([x])
+    with torch.cuda.stream(side):
+        given.join()
+
+
+WAITS = {
+    "event": event,
+    "stream": lambda side, x: side.wait_stream(torch.cuda.current_stream()),
+    "host": lambda side, x: torch.cuda.current_stream().synchronize(),
+    "number": lambda side, x: x[0].item(),
+    "handover": handover,
+}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS.keys())
+def test_a_read_on_another_stream_must_wait_for_the_write(wait):
+    def work(side, wait=wait):
+        x = torch.ones(4, device=DEVICE)
+        wait(side, x)
+        with torch.cuda.stream(side):
+            x.sum()
+        side.synchronize()
+
+    assert not violations(work)
+    (text,) = violations(lambda side: work(side, lambda side, x: torch.cuda.Event()))
+    assert text == (
+        "sum (4,) reads on a side stream (the main thread) what ones (4,) writes on the default stream (the main thread), "
+        "without waiting for it"
+    )
+
+
+def test_an_event_knows_of_what_was_queued_before_it_was_recorded_only():
+    def work(side):
+        x, y, done = torch.ones(4, device=DEVICE), torch.ones(4, device=DEVICE), torch.cuda.Event()
+        # not recorded yet: nothing is waited for
+        side.wait_event(done)
+        with torch.cuda.stream(side):
+            x.sum()
+        done.record()
+        y.zero_()
+        side.wait_event(done)
+        with torch.cuda.stream(side):
+            x.amin()
+            y.amax()
+        side.synchronize()
+
+    found = [re.match(r"(\w+) .* what (\w+) ", text).groups() for text in violations(work)]
+    assert found == [("sum", "ones"), ("amax", "zero_")]
+
+
+def test_a_write_must_wait_for_reads_of_the_same_elements_only():
+    def work(side, rows):
+        x = torch.ones(8, 4, device=DEVICE)
+        side.wait_stream(torch.cuda.current_stream())
+        x[:4].sum()
+        with torch.cuda.stream(side):
+            x[rows].zero_()
+        side.synchronize()
+
+    assert not violations(lambda side: work(side, slice(4, 8)))
+    (text,) = violations(lambda side: work(side, slice(3, 8)))
+    assert text.startswith("zero_ (5, 4) writes on a side stream (the main thread) what sum (4, 4) reads")
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_what_a_thread_has_waited_for_others_know_by_its_future(tells):
+    def work(side):
+        done, x = Future(), torch.ones(4, device=DEVICE)
+
+        def wait():
+            if tells:
+                torch.cuda.current_stream().synchronize()
+            done.set_result(None)
+
+        Thread(target=wait).start()
+        done.result()
+        with torch.cuda.stream(side):
+            x.sum()
+        side.synchronize()
+
+    assert bool(violations(work)) != tells
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_memory_used_on_another_stream_is_not_freed_untold(tells):
+    def work(side):
+        x = torch.ones(4, device=DEVICE)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x.sum()
+        if tells:
+            x.record_stream(side)
+
+    assert (
+        violations(work) == []
+        if tells
+        else [
+            "memory (4,) float32 of the default stream is freed while sum (4,) may still use it on a side stream (the main "
+            "thread), without record_stream"
+        ]
+    )
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_pinned_memory_is_not_written_while_it_is_copied(waits):
+    def work(side):
+        pinned = torch.zeros(4, pin_memory=True)
+        pinned.to(DEVICE, non_blocking=True)
+        if waits:
+            torch.cuda.current_stream().synchronize()
+        pinned.fill_(1)
+
+    found = violations(work)
+    assert bool(found) != waits and all("fill_ (4,) writes on the main thread what _to_copy" in text for text in found)
+
+
+class Group:
+    """Stands for a process group: transports only ask whether it is still there."""
+
+
+GROUP = Group()
+
+
+def messages(work):
+    """The violations of `work`, which is given a transport."""
+    with imitated_cuda() as cuda:
+        work(GroupTransport(GROUP, StreamNccl(cuda, 2)))
+        return cuda.clocks.violations
+
+
+@pytest.mark.parametrize("reads_early", [True, False])
+def test_what_is_received_is_read_after_the_wait(reads_early):
+    def work(transport):
+        x = torch.empty(4, device=DEVICE)
+        pending = transport.exchange([], [Packet(1, Payload.KV, x)], False)
+        if reads_early:
+            x.sum()
+        pending.wait()
+        x.sum()
+
+    found = messages(work)
+    assert bool(found) == reads_early
+    assert all(
+        "sum (4,) reads on the default stream" in one and "receive from rank 1 (4,) writes" in one for one in found
+    )
+
+
+@pytest.mark.parametrize("writes_early", [True, False])
+def test_what_is_sent_is_written_after_the_wait(writes_early):
+    def work(transport):
+        x = torch.ones(4, device=DEVICE)
+        pending = transport.exchange([Packet(1, Payload.KV, x)], [], False)
+        # reading it is no matter
+        x.sum()
+        if writes_early:
+            x.zero_()
+        pending.wait()
+        x.zero_()
+
+    found = messages(work)
+    assert bool(found) == writes_early
+    assert all("zero_ (4,) writes on the default stream" in one and "send to rank 1 (4,) reads" in one for one in found)
+
+
+def test_messages_of_one_call_are_in_no_order():
+    def work(transport, count):
+        x = torch.ones(8, device=DEVICE)
+        packets = [Packet(1, Payload.KV, x[:4])], [Packet(1, Payload.KV, x[count:])]
+        transport.exchange(*packets, False).wait()
+
+    assert not messages(lambda transport: work(transport, 4))
+    (text,) = messages(lambda transport: work(transport, 3))
+    assert re.match(
+        r"receive from rank 1 \(5,\) writes on message 1 .* what send to rank 1 \(4,\) reads on message 0", text
+    )
