@@ -1,11 +1,14 @@
 """The driver on streams: every access to a tensor comes after those that it depends on, in all threads.
 
-See `stream_clocks` for what is checked, and `imitated_cuda` for what stands for a GPU here. Every run trains in a side stream.
+See `stream_clocks` for what is checked, and `imitated_cuda` for what stands for a GPU here. Runs train in a side stream, unless
+they say otherwise.
 """
 
 import gc
 import re
 import threading
+import time
+from concurrent import futures
 from contextlib import nullcontext
 
 import pytest
@@ -131,6 +134,16 @@ def test_batches_that_take_turns_have_no_race(settings, is_checkpointed):
     assert_none_found(run_on_ranks(2, watched, trained, settings, DEVICE, True, is_checkpointed))
 
 
+def trained_by_default(rank, *arguments):
+    with torch.cuda.stream(torch.cuda.default_stream()):
+        trained(rank, *arguments)
+
+
+def test_threads_that_all_use_the_default_stream_have_an_order():
+    for found, _ in run_on_ranks(2, watched, trained_by_default, POOLED, DEVICE, True):
+        assert not found, "\n".join(found)
+
+
 def test_a_pool_whose_speeds_are_measured_has_no_race():
     assert_none_found(run_on_ranks(3, watched, trained, POOLED | dict(adaptive=True, pad_to=16), DEVICE))
 
@@ -206,6 +219,18 @@ def threads_keep_their_stream():
     )
 
 
+def plans_are_taken_unasked():
+    def result(future):
+        while not future.done():
+            time.sleep(0.001)
+        return future._result
+
+    def done(future):
+        return future._state == "FINISHED"
+
+    futures.Future.result, futures.Future.done = result, done
+
+
 def messages_are_not_awaited():
     _PendingRequests.wait = lambda pending: None
 
@@ -237,6 +262,7 @@ BREACHES = {
     batches_are_not_handed_over: rf"ne \(\d+,\) reads {PLANNING} what index_put_ \(\d+,\) writes {MAIN}",
     threads_keep_their_stream: rf"ones_like \(\) reads {MAIN} what mul \(\) writes on the default stream "
     r"\(thread Thread-\d+ \(work\)\)",
+    plans_are_taken_unasked: "the main thread waits for an event that thread distattn-planning may not have recorded yet",
     messages_are_not_awaited: rf"\w+_kernel \(.*\) reads {MAIN} what receive from rank 1 \(.*\) writes {MESSAGE}",
     sends_are_overwritten: rf"zero_ \(.*\) writes {MAIN} what send to rank 1 \(.*\) reads {MESSAGE}",
 }

@@ -160,6 +160,15 @@ def test_index_lists_move_to_the_device_together():
     assert {torch.bool, torch.int64} <= {tensor.dtype for tensor in found}
 
 
+def test_empty_lists_move_to_the_device_whatever_their_strides():
+    plan = plan_for(masks()["causal"], 1)
+    # as torch.from_numpy makes them of empty arrays
+    lists = torch.empty_strided((0,), (0,), dtype=torch.int32), torch.arange(3)[:, None].expand(3, 2)
+    program = on_device(lower(plan, 0, lambda mask: lists), torch.device("meta"))
+    (schedule,) = [launch.schedule for step in program.forward for launch in step.launches]
+    assert [(tuple(x.shape), x.dtype) for x in schedule] == [((0,), torch.int32), ((3, 2), torch.int64)]
+
+
 def _owns_a_communicator(rank):
     plan = plan_for(masks()["causal"], 2)
     transport = da.prepare(plan).transport

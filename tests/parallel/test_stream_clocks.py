@@ -23,7 +23,7 @@ def violations(work):
 def event(side, x):
     done = torch.cuda.Event()
     done.record()
-    side.wait_event(done)
+    done.wait(side)
 
 
 def handover(side, x):
@@ -108,6 +108,36 @@ def test_what_a_thread_has_waited_for_others_know_by_its_future(tells):
         side.synchronize()
 
     assert bool(violations(work)) != tells
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_threads_that_use_one_stream_have_an_order(joins):
+    def work(side):
+        x, done = torch.empty(4, device=DEVICE), torch.cuda.Event()
+
+        def write():
+            x.zero_()
+            done.record()
+
+        thread = Thread(target=write, name="W")
+        thread.start()
+        # which is no order that the two have told each other
+        while not done.clock:
+            pass
+        if joins:
+            thread.join()
+        x.sum()
+        side.wait_event(done)
+
+    assert (
+        violations(work) == []
+        if joins
+        else [
+            "sum (4,) reads on the default stream (the main thread) what zero_ (4,) writes on the default stream (thread W), "
+            "and the threads have no order",
+            "the main thread waits for an event that thread W may not have recorded yet",
+        ]
+    )
 
 
 @pytest.mark.parametrize("tells", [True, False])

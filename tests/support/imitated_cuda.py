@@ -68,6 +68,7 @@ def imitated_cuda() -> Iterator[Cuda]:
             "Stream": partial(Stream, cuda),
             "Event": partial(Event, cuda),
             "current_stream": cuda.current_stream,
+            "default_stream": lambda device=None: cuda.default,
             "stream": cuda.stream,
             "device": lambda device: nullcontext(),
             "set_device": lambda device: None,
@@ -122,7 +123,7 @@ class Cuda:
 class Stream:
     """See torch.cuda.Stream."""
 
-    def __init__(self, cuda: Cuda, device: Any = None, priority: int = 0, name: str = "a side stream"):
+    def __init__(self, cuda: Cuda, name: str = "a side stream"):
         self.cuda, self.timeline = cuda, cuda.clocks.new_stream(name)
 
     def record_event(self) -> Event:
@@ -132,6 +133,11 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         """Nothing to wait for where the event has not been recorded, as in CUDA."""
+        waiting = self.cuda.clocks.host()
+        if not waiting.knows(event.host, event.tick):
+            self.cuda.clocks.violation(
+                f"{waiting.name} waits for an event that {event.host.name} may not have recorded yet"
+            )
         self.cuda.clocks.join(self.timeline, event.clock)
 
     def wait_stream(self, other: Stream) -> None:
@@ -147,8 +153,12 @@ class Event:
     def __init__(self, cuda: Cuda, enable_timing: bool = False):
         self.cuda = cuda
         self.clock: Clock = {}
+        # who recorded it, and when
+        self.host, self.tick = cuda.clocks.host(), 0
 
     def record(self, stream: Stream | None = None) -> None:
+        self.host = self.cuda.clocks.host()
+        self.tick = self.host.advance()
         self.clock = self.cuda.clocks.snapshot((stream or self.cuda.current_stream()).timeline)
 
     def wait(self, stream: Stream | None = None) -> None:
