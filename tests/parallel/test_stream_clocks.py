@@ -183,7 +183,7 @@ GROUP = Group()
 def messages(work):
     """The violations of `work`, which is given a transport."""
     with imitated_cuda() as cuda:
-        work(GroupTransport(GROUP, StreamNccl(cuda, 2)))
+        work(GroupTransport(GROUP, StreamNccl(cuda)))
         return cuda.clocks.violations
 
 

@@ -85,7 +85,7 @@ def imitated_cuda() -> Iterator[Cuda]:
             communicator, "backend_name", lambda group, device: "nccl" if device == DEVICE else kind_of(group, device)
         )
         patch.setitem(communicator._SENDS_FROM, DEVICE.type, "nccl")
-        patch.setitem(communicator._OPEN, "nccl", lambda store, rank, members, *_: StreamNccl(cuda, len(members)))
+        patch.setitem(communicator._OPEN, "nccl", lambda *arguments: StreamNccl(cuda))
         patch.setitem(KERNELS, KERNEL, __name__)
         patch.setattr(triton_attention, "run_launch", partial(_record_launch, cuda))
         _follow_hosts(patch, cuda)
@@ -265,15 +265,12 @@ class StreamNccl:
 
     supports_coalescing = True
 
-    def __init__(self, cuda: Cuda, ranks: int):
-        self._cuda, self._ranks = cuda, ranks
+    def __init__(self, cuda: Cuda):
+        self._cuda = cuda
         self._timeline = cuda.clocks.new_stream("a communicator's stream")
         # messages of one call travel side by side
         self._lanes: list[Timeline] = []
         self._used: list[Tensor] = []
-
-    def size(self) -> int:
-        return self._ranks
 
     def allreduce(self, tensors: list[Tensor]) -> _Work:
         self._start_coalescing()
