@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -9,6 +10,9 @@ import numpy as np
 
 from distattn.ir.intervals import Ints
 from distattn.ir.mask import Mask
+
+# of rows that are written in part, into stretches that are or are not
+_MOST_CUTS = 4
 
 
 class LaunchMask(NamedTuple):
@@ -65,6 +69,13 @@ class WrittenRows:
         self.written = np.zeros((len(cuts) - 1, rows), bool)
         # number of (row, head) that no first write has reached; where it is 0 nothing needs clearing beforehand
         self.unwritten = rows * (cuts[-1] - cuts[0])
+
+    def stretches(self, heads: slice, rows: slice) -> list[slice]:
+        """Rows cut where some that have been written meet others that have not; as they are where that is often."""
+        before: Ints = np.logical_or.reduce(self.written[self.index[heads.start] : self.index[heads.stop], rows])
+        cuts = (rows.start + 1 + np.flatnonzero(before[1:] != before[:-1])).tolist()
+        bounds = [rows.start, *(cuts if len(cuts) <= _MOST_CUTS else ()), rows.stop]
+        return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
     def mark(self, heads: slice, rows: slice | Ints) -> bool:
         """Record a write; returns True when nothing of it had been written before."""

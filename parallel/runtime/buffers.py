@@ -130,7 +130,34 @@ def resolve_views(extents: Iterable[BufferExtent], parts: ViewParts) -> list[Vie
             both_heads = slice(h0, h0 + heads), slice(view_h0, view_h0 + heads)
             slices[view].append(BufferSlice(index.keys[key], row, both_heads[0], view_row, both_heads[1]))
     is_complete = (found_cells == shapes[0] * shapes[1]).tolist()
-    return [View(*view) for view in zip(*shapes.tolist(), slices, is_complete, strict=True)]
+    return [View(*view) for view in zip(*shapes.tolist(), map(_joined_heads, slices), is_complete, strict=True)]
+
+
+def _joined_heads(slices: list[BufferSlice]) -> list[BufferSlice]:
+    """The same slices, neighbouring heads of the same rows as one: parts of a view are cut wherever heads differ anywhere."""
+    out: dict[tuple[object, ...], BufferSlice] = {}
+    for piece in sorted(slices, key=lambda piece: piece.view_heads.start) if len(slices) > 1 else slices:
+        # heads of the buffer and of the view run alike
+        same = (
+            piece.buffer,
+            piece.heads.start - piece.view_heads.start,
+            _identity(piece.rows),
+            _identity(piece.view_rows),
+        )
+        last = out.get((*same, piece.view_heads.start))
+        if last is not None:
+            del out[(*same, piece.view_heads.start)]
+            piece = piece._replace(
+                heads=slice(last.heads.start, piece.heads.stop),
+                view_heads=slice(last.view_heads.start, piece.view_heads.stop),
+            )
+        out[(*same, piece.view_heads.stop)] = piece
+    return list(out.values())
+
+
+def _identity(rows: RowIndex) -> tuple[object, ...]:
+    """What two equal row indices have in common, and others not."""
+    return (rows.start, rows.stop) if isinstance(rows, slice) else (rows.numpy().tobytes(),)
 
 
 class Buffers:
@@ -139,19 +166,24 @@ class Buffers:
     alive, peak: bytes alive now, and the most that were alive at once; own tensors and bound ones are not counted.
     """
 
-    def __init__(self, call: Call, like: Tensor, blank: Container[BufferKey] = ()):
-        """like: any tensor on the device of the pass; blank: buffers of partial results that must begin as "nothing yet"."""
-        self.call, self.like, self._blank = call, like, blank
+    def __init__(self, call: Call, like: Tensor, blank: Container[BufferKey] = (), settled: Container[Payload] = ()):
+        """like: any tensor on the device of the pass; blank: buffers of partial results that must begin as "nothing yet".
+
+        settled: payloads of which the rank's own tensor is in the inputs' dtype, since nothing is added to it.
+        """
+        self.call, self.like, self._blank, self._settled = call, like, blank, settled
         self.fields: dict[BufferKey, Fields] = {}
         self.bound: set[BufferKey] = set()
         # bytes of each buffer that count
         self._counted: dict[BufferKey, int] = {}
         self.alive = self.peak = 0
 
-    def new(self, payload: Payload, rows: int, heads: int, as_sent: bool = False) -> Fields:
-        """New tensors of a payload, in the dtype of memory or `as_sent`; what is in them has no meaning."""
+    def new(self, payload: Payload, rows: int, heads: int, as_sent: bool = False, settled: bool = False) -> Fields:
+        """New tensors of a payload, in the dtype of memory, `as_sent` or `settled`; what is in them has no meaning."""
         out = []
         for width, dtype in self.call.comm_fields(payload) if as_sent else self.call.payload_fields(payload):
+            if settled and width is not None:
+                dtype = self.call.dtype
             shape = (rows, heads) if width is None else (rows, heads, width)
             out.append(torch.empty(shape, dtype=getattr(torch, dtype), device=self.like.device))
         return tuple(out)
@@ -162,7 +194,7 @@ class Buffers:
         return self.bind_own(payload, self._made(BufferKey(payload, OWN, 0, heads), rows))
 
     def _made(self, key: BufferKey, rows: int) -> Fields:
-        fields = self.new(key.payload, rows, key.h1 - key.h0)
+        fields = self.new(key.payload, rows, key.h1 - key.h0, settled=key.step == OWN and key.payload in self._settled)
         if key in self._blank:
             for tensor in fields:
                 tensor.zero_()

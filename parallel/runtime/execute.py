@@ -37,13 +37,15 @@ def forward(
     v_TKE: Tensor,
     score: ScoreMod,
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor, int]]:
-    """Core attention of this rank's tokens: (o_THE and lse_TH in the accumulation dtype, kept, peak).
+    """Core attention of this rank's tokens: (o_THE, lse_TH, kept, peak).
+
+    lse is in the accumulation dtype, and so is o, or in the inputs' where it is settled.
 
     `kept` is one flat tensor of everything the backward will find again (empty unless the policy is "keep"); `peak` is the
     most bytes of buffers, beside the rank's own tensors and `kept`, that were alive at once.
     """
     call = program.call
-    buffers = Buffers(call, q_THD, program.blank)
+    buffers = Buffers(call, q_THD, program.blank, program.settled)
     buffers.bind_own(Payload.Q, (q_THD,))
     buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
     o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
@@ -82,7 +84,7 @@ def backward(
     delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp where there is one.
     """
     call = program.call
-    buffers = Buffers(call, q_THD, program.blank)
+    buffers = Buffers(call, q_THD, program.blank, program.settled)
     buffers.bind_own(Payload.Q, (q_THD,))
     buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
     buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
@@ -163,9 +165,7 @@ def _run_step(
         receives += [Packet(message.peer, payload, tensor) for place in places for tensor in place]
     pending = transport.exchange(sends, receives, step.collective, where)
     for launch in step.launches:
-        operands = {payload: buffers.gather(payload, view) for payload, view in launch.operands.items()}
-        for payload, fields in compute(launch, operands).items():
-            buffers.accumulate(payload, launch.results[payload], fields)
+        _launch(launch, buffers, compute)
     for key, view in step.drains:
         buffers.accumulate(key.payload, view, buffers.fields[key])
     yield
@@ -176,6 +176,13 @@ def _run_step(
             buffers.uncount(fields)
     for key in step.release:
         buffers.release(key)
+
+
+def _launch(launch: KernelLaunch, buffers: Buffers, compute: Compute) -> None:
+    # a call of its own, again: the next launch's tensors take the place of these
+    operands = {payload: buffers.gather(payload, view) for payload, view in launch.operands.items()}
+    for payload, fields in compute(launch, operands).items():
+        buffers.accumulate(payload, launch.results[payload], fields)
 
 
 def _outgoing(buffers: Buffers, payload: Payload, message: Message) -> list[Packet]:

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1
-from distattn.ir.intervals import Ints, expand_ranges, merge_intervals, sorted_unique
-from distattn.ir.plan import Columns, Payload
+from distattn.ir.intervals import Ints, expand_ranges, merge_intervals, sorted_unique, stable_argsort
+from distattn.ir.plan import Columns, Payload, select_rows
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.parallel.runtime.buffers import ViewParts
 
-# one launch per step takes working tensors at most this many times as large as what its tasks need
-_MAX_PADDING = 2
+# one launch per step takes working tensors at most this many times as large as what its tasks need; and query rows that lie
+# in several buffers are one launch where all of them are needed in the same heads, but for this much
+_MAX_PADDING, _MAX_HOLES = 2, 1.1
 
 
 class TokenIntervals(NamedTuple):
@@ -80,7 +81,9 @@ class TokenIntervals(NamedTuple):
 
 
 class LaunchTable(NamedTuple):
-    """All kernel launches of a table, sorted by step: the tasks of one step are one launch, or one for each head range."""
+    """All kernel launches of a table, sorted by step: the tasks of one step are one launch, or one for each place of their query
+    rows, or one for each head range.
+    """
 
     # by launch: its step and its query heads [h0, h1)
     steps: list[int]
@@ -93,21 +96,28 @@ class LaunchTable(NamedTuple):
     group_size: int
 
     @staticmethod
-    def of(tasks: Columns, group_size: int) -> LaunchTable:
-        """The launches of one rank's tasks, which are sorted by step and head range."""
+    def of(tasks: Columns, group_size: int, place: Ints) -> LaunchTable:
+        """The launches of one rank's tasks; place: a number for the buffer in which the query rows of each task lie."""
         head_range = np.unique(np.stack([tasks["h0"], tasks["h1"]], 1), axis=0, return_inverse=True)[1].reshape(-1)
+        tasks = {**tasks, "place": place, "head_range": head_range}
         together = LaunchTable._numbered(tasks, group_size, tasks["step"])
-        wasteful = (together.rows.padding() > _MAX_PADDING) | (together.keys.padding() > _MAX_PADDING)
-        if not wasteful.any():
-            return together
+        # own rows and rows that came with fewer heads would be one tensor of mostly unused heads
+        label = together._split(together.rows.padding() > _MAX_HOLES, "place")
+        by_place = LaunchTable._numbered(together.tasks, group_size, label)
+        wasteful = (by_place.rows.padding() > _MAX_PADDING) | (by_place.keys.padding() > _MAX_PADDING)
         # head ranges that need too different tokens are launched one by one
-        apart = np.where(wasteful[together.launch], head_range, 0)
-        return LaunchTable._numbered(tasks, group_size, tasks["step"] * (len(head_range) + 1) + apart)
+        return LaunchTable._numbered(by_place.tasks, group_size, by_place._split(wasteful, "head_range"))
+
+    def _split(self, which: np.ndarray, column: str) -> Ints:
+        """A label for each task: its launch, of some launches divided by what a column says."""
+        value = self.tasks[column]
+        return self.launch * (int(value.max(initial=0)) + 1) + np.where(which[self.launch], value, 0)
 
     @staticmethod
     def _numbered(tasks: Columns, group_size: int, label: Ints) -> LaunchTable:
         """One launch for each label, in the order of the labels."""
-        _, first, launch = np.unique(label, return_index=True, return_inverse=True)
+        tasks = select_rows(tasks, stable_argsort(label))
+        _, first, launch = np.unique(np.sort(label), return_index=True, return_inverse=True)
         low, high = tasks["h0"], tasks["h1"]
         rows = TokenIntervals.of(launch, tasks["q0"], tasks["q1"], low, high)
         keys = TokenIntervals.of(launch, tasks["k0"], tasks["k1"], low // group_size, -(-high // group_size))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distattn.ir.intervals import lexicographic_argsort, run_starts, sorted_unique
+from distattn.ir.intervals import Ints, lexicographic_argsort, run_starts, sorted_unique, stable_argsort
 from distattn.ir.plan import (
     BACKWARD_PAYLOADS,
     FORWARD_PAYLOADS,
@@ -33,7 +33,7 @@ from distattn.ir.plan import (
 )
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
-from distattn.parallel.runtime.buffers import OWN, BufferExtent, BufferKey, View, ViewParts, resolve_views
+from distattn.parallel.runtime.buffers import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
 from distattn.parallel.runtime.streams import Handover, has_streams
@@ -98,7 +98,8 @@ class Program:
 
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
     in the forward pass. proof: None where nobody has proven the plan. blank: buffers of results that not every first write
-    reaches, in both passes. uploaded: the lists, where they are on a GPU.
+    reaches, in both passes. settled: own results to which nothing is added on this rank, and which need no wider numbers than
+    the inputs. uploaded: the lists, where they are on a GPU.
     """
 
     # not the plan itself: programs are cached for as long as their plan lives
@@ -110,6 +111,7 @@ class Program:
     backward: list[ProgramStep]
     kept: dict[BufferKey, int]
     blank: frozenset[BufferKey]
+    settled: frozenset[Payload]
     uploaded: Handover | None = None
 
 
@@ -130,7 +132,8 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, forward, kept)
     backward_steps = backward.steps()
     blank = frozenset(forward.blank | backward.blank)
-    return Program(call, proof, rank, tokens, forward_steps, backward_steps, kept, blank)
+    settled = frozenset(forward.settled | backward.settled)
+    return Program(call, proof, rank, tokens, forward_steps, backward_steps, kept, blank, settled)
 
 
 def kept_key(key: BufferKey) -> BufferKey:
@@ -200,6 +203,7 @@ class _TableLowering:
         ]
         # filled by `steps`
         self.blank: set[BufferKey] = set()
+        self.settled: set[Payload] = set()
         self.landings: dict[BufferKey, Landing] = {}
         # what of the earlier pass is there: where it lies, and which of it has become working tensors
         inherited = (
@@ -222,7 +226,7 @@ class _TableLowering:
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
-        launches = LaunchTable.of(self.tasks, self.call.gqa_group_size)
+        launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._places())
         of_payloads = [
             (launches.keys if payload in KEY_PAYLOADS else launches.rows).parts(payload) for payload in self.payloads
         ]
@@ -237,6 +241,18 @@ class _TableLowering:
         self._set_lifetimes(steps, kept)
         self._mark_first_writes(steps)
         return steps
+
+    def _places(self) -> Ints:
+        """For each task, in which buffer its query rows lie: 0 for the rank's own tensor."""
+        token, head = self.tasks["q0"], self.tasks["h0"]
+        place = np.zeros_like(token)
+        arrived = (extent for extent in self.extents if extent.key.payload == Payload.Q and extent.key.step != OWN)
+        for number, extent in enumerate(arrived, start=1):
+            order = stable_argsort(extent.t0)
+            i = np.searchsorted(extent.t0[order], token, "right") - 1
+            inside = (i >= 0) & (token < extent.t1[order][i]) & (extent.key.h0 <= head) & (head < extent.key.h1)
+            place[inside] = number
+        return place
 
     def _own(self, payload: Payload) -> BufferExtent:
         """The rank's own tensor of a payload."""
@@ -304,7 +320,7 @@ class _TableLowering:
     def _add_launches(self, steps: list[ProgramStep], launches: LaunchTable, views: Iterator[View]) -> None:
         """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
         of_payload = {payload: list(itertools.islice(views, len(launches.steps))) for payload in self.payloads}
-        masks = launches.launch_masks(task_bands(self.call.mask, self.tasks))
+        masks = launches.launch_masks(task_bands(self.call.mask, launches.tasks))
         for i, step in enumerate(launches.steps):
             operands = {payload: of_payload[payload][i] for payload in self.payloads if payload in HELD_PAYLOADS}
             results = {payload: of_payload[payload][i] for payload in self.payloads if payload in REDUCED_PAYLOADS}
@@ -330,26 +346,43 @@ class _TableLowering:
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
         """Mark the slices that write results where none are yet, in the order in which the executor accumulates.
 
-        A buffer that first writes do not reach everywhere is noted as blank.
+        A buffer that first writes do not reach everywhere is noted as blank, an own result with no other writes as settled.
         """
+        own = {payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
+        self.settled = set(own)
         sizes = {key: rows for key, rows in self.sizes.items() if key.payload in REDUCED_PAYLOADS}
-        sizes |= {self._own(payload).key: self.tokens for payload in self.payloads if payload in REDUCED_PAYLOADS}
+        sizes |= {self._own(payload).key: self.tokens for payload in own}
         views = [view for step in steps for view in _result_views(step)]
         head_bounds = {key: {0, key.h1 - key.h0} for key in sizes}
         for piece in (piece for view in views for piece in view.slices):
             head_bounds[piece.buffer].update((piece.heads.start, piece.heads.stop))
         written = {key: WrittenRows(sizes[key], bounds) for key, bounds in head_bounds.items()}
 
-        def marked(view: View) -> View:
+        def marked(view: View, cut: bool = True) -> View:
             slices = []
-            for piece in view.slices:
+            for piece in (part for whole in view.slices for part in (cut_by_writes(whole) if cut else [whole])):
                 rows = piece.rows if isinstance(piece.rows, slice) else piece.rows.numpy()
                 slices.append(piece._replace(is_first=written[piece.buffer].mark(piece.heads, rows)))
+                if piece.buffer.step == OWN and not slices[-1].is_first:
+                    self.settled.discard(piece.buffer.payload)
             return view._replace(slices=slices)
+
+        def cut_by_writes(piece: BufferSlice) -> list[BufferSlice]:
+            if not (isinstance(piece.rows, slice) and isinstance(piece.view_rows, slice)):
+                return [piece]
+            shift = piece.view_rows.start - piece.rows.start
+            parts = written[piece.buffer].stretches(piece.heads, piece.rows)
+            return [piece._replace(rows=r, view_rows=slice(r.start + shift, r.stop + shift)) for r in parts]
 
         for step in steps:
             for launch in step.launches:
-                launch.results.update({payload: marked(view) for payload, view in launch.results.items()})
+                # a kernel writes or adds to all of a tensor
+                direct = {
+                    payload for payload, view in launch.results.items() if view.is_complete and len(view.slices) == 1
+                }
+                launch.results.update(
+                    {payload: marked(view, payload not in direct) for payload, view in launch.results.items()}
+                )
             step.drains = [(key, marked(view)) for key, view in step.drains]
             step.receives = [
                 (payload, message._replace(view=marked(message.view)) if payload in REDUCED_PAYLOADS else message)

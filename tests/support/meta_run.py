@@ -9,19 +9,20 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import meta_kernel
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distattn.ir.plan import Plan
+from distattn.kernels.registry import KERNELS
 from distattn.ops.attention import backward_pass, forward_pass
-from distattn.parallel.analysis.verify import Proof
+from distattn.ops.executable import Executable, checked_program
 from distattn.parallel.runtime import execute
-from distattn.parallel.runtime.program import lower, on_device
 from distattn.parallel.runtime.transport import GroupTransport
 
 META = torch.device("meta")
@@ -50,6 +51,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, traffic: Traffic):
         super().__init__()
         self.traffic, self._alive, self._storages = traffic, 0, {}
+        self._older: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
         out = func(*args, **(kwargs or {}))
@@ -63,6 +65,8 @@ class Watch(TorchDispatchMode):
             f"{name} counts on the host"
         )
         before = {x.untyped_storage()._cdata for x in given}
+        # a view of what was there is not new
+        self._older |= before - self._storages.keys()
         in_place = name.endswith("_") or name.startswith("_index_put") or "out" in (kwargs or {})
         view = bool(made) and not in_place and all(x.untyped_storage()._cdata in before for x in made)
         if not view and name not in _FREE:
@@ -77,7 +81,7 @@ class Watch(TorchDispatchMode):
     def _track(self, x: Tensor) -> None:
         storage = x.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._storages:
+        if key in self._storages or key in self._older:
             return
         self._storages[key] = size
         self._alive += size
@@ -97,28 +101,6 @@ def _row_bytes(name: str, args: tuple[Any, ...]) -> int:
     # results are read before they are added to, or merged into; they come first
     read_too = {"copy_rows": 0, "add_rows": 1, "merge_rows": 2}[name]
     return int(count * (sum(row) + sum(row[:read_too])))
-
-
-class MetaKernel:
-    """Results of the right shapes, in the way of the GPU kernels."""
-
-    DIFFERENTIABLE_LSE = ACCUMULATES = True
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def forward(self, q, k, v, schedule, score, into=None, merge=False):  # noqa: ANN001
-        self.calls += 1
-        o = q.new_empty(*q.shape[:2], v.shape[2], dtype=torch.float32)
-        return into or (o, q.new_empty(q.shape[:2], dtype=torch.float32))
-
-    def backward(self, do, q, k, v, lse, delta, schedule, score, into=(None, None), add=(False, False)):  # noqa: ANN001
-        self.calls += 1
-        # log-sum-exp and delta by head
-        lse.new_empty(2, q.shape[1], (len(q) // 256 + 2) * 256)
-        dq = q.new_empty(q.shape, dtype=torch.float32) if into[0] is None else into[0]
-        dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k, v))
-        return dq, dk, dv
 
 
 class MetaBackend:
@@ -152,17 +134,12 @@ class _Group:
 _GROUP = _Group()
 
 
-def layer_call(plan: Plan, rank: int, proof: Proof | None = None) -> tuple[Traffic, Traffic, int]:
-    """(forward, backward, bytes that stay from the one to the other) of a rank's layer call."""
-    program = on_device(lower(plan, rank, lambda mask: None, proof), META)
-    call, kernel, backend = plan.call, MetaKernel(), MetaBackend()
-    ready: Any = SimpleNamespace(
-        program=program,
-        key=SimpleNamespace(device=META, kernel="triton"),
-        kernel=kernel,
-        transport=GroupTransport(_GROUP, backend),  # type: ignore[arg-type]
-        begin_pass=lambda direction, score: None,
-    )
+def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
+    """(forward, backward, bytes that stay from the one to the other) of a rank's layer call, made ready as `prepare` does."""
+    call, backend = plan.call, MetaBackend()
+    with mock.patch.dict(KERNELS, {"meta": "meta_kernel"}):
+        key, program = checked_program(plan, rank, "meta", META, max_buffer_bytes=None, proven=True)
+        ready = Executable(program, key, GroupTransport(_GROUP, backend))  # type: ignore[arg-type]
 
     def tensor(heads: int, width: int) -> Tensor:
         return torch.empty(program.tokens, heads, width, dtype=getattr(torch, call.dtype), device=META)
@@ -172,11 +149,11 @@ def layer_call(plan: Plan, rank: int, proof: Proof | None = None) -> tuple[Traff
     passes = []
 
     def watched(run: execute.PausableRun[Any]) -> Any:
-        traffic, before = Traffic(), (kernel.calls, backend.messages)
+        traffic, before = Traffic(), (len(meta_kernel.CALLS), backend.messages)
         with Watch(traffic) as watch:
             result = execute.run_to_completion(run)
             kept = watch._alive
-        traffic.kernels, traffic.messages = kernel.calls - before[0], backend.messages - before[1]
+        traffic.kernels, traffic.messages = len(meta_kernel.CALLS) - before[0], backend.messages - before[1]
         passes.append(traffic)
         return result, kept
 

@@ -1,0 +1,114 @@
+"""Buffers that are working tensors: where kernels read and write in place, and where they still get copies."""
+
+import numpy as np
+import pytest
+from cases import LENGTHS, layouts
+
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import REDUCED_PAYLOADS, Payload
+from distattn.kernels.launch_mask import WrittenRows
+from distattn.parallel.make_plan import make_plan
+from distattn.parallel.runtime.buffers import OWN
+from distattn.parallel.runtime.program import lower
+
+TOKENS = sum(LENGTHS)
+
+
+def programs(strategy, layout, mask=None, ranks=4, **how):
+    shape = dict(heads=8, kv_heads=4, head_dim=8, dtype="bfloat16", **how)
+    plan = make_plan(mask or Mask.causal(TOKENS), layouts(LENGTHS, ranks)[layout], strategy=strategy, **shape)
+    return [lower(plan, rank, lambda mask: None) for rank in range(ranks)]
+
+
+def launches(program):
+    return [launch for step in (*program.forward, *program.backward) for launch in step.launches]
+
+
+def is_direct(view):
+    return view.is_complete and len(view.slices) == 1 and isinstance(view.slices[0].rows, slice)
+
+
+@pytest.mark.parametrize("policy", ["keep", "refetch-home"])
+def test_ulysses_reads_and_writes_in_place(policy):
+    for program in programs("ulysses", "zigzag", backward=policy):
+        (forward, backward) = launches(program)
+        for launch in (forward, backward):
+            assert all(is_direct(view) for view in (*launch.operands.values(), *launch.results.values()))
+        # the two chunks of a peer travel by themselves (the last rank's touch), none is gathered from where a kernel wrote
+        steps = (*program.forward, *program.backward)
+        received = [m for step in steps for payload, m in step.receives]
+        assert {len(message.runs) for message in received} == {1, 2} or program.rank == 3
+        sent = [m.view for step in steps for payload, m in step.sends if payload in REDUCED_PAYLOADS]
+        assert all(isinstance(piece.rows, slice) for view in sent for piece in view.slices)
+
+
+def test_own_rows_lie_among_those_that_arrive():
+    for program in programs("ulysses", "zigzag", backward="refetch-home"):
+        for step in program.forward:
+            for key, (rows, guests) in step.allocate.items():
+                assert (rows, guests) == (TOKENS, program.tokens), key
+            assert {key.payload for key, _ in step.fills} <= {Payload.Q, Payload.KV}
+        (fills,) = (step.fills for step in program.forward if step.fills)
+        filled = {key.payload: sum(piece.view_rows.stop - piece.view_rows.start if isinstance(piece.view_rows, slice)
+                                   else len(piece.view_rows) for piece in view.slices) for key, view in fills}  # fmt: skip
+        assert filled == {Payload.Q: program.tokens, Payload.KV: program.tokens}
+        (drains,) = (step.drains for step in program.forward if step.drains)
+        assert [key.payload for key, _ in drains] == [Payload.O]
+        assert all(piece.is_first and piece.buffer.step == OWN for _, view in drains for piece in view.slices)
+
+
+def test_messages_in_many_stretches_are_gathered_as_before():
+    layout = Layout.block_cyclic(LENGTHS, 4, block=5)
+    shape = dict(heads=8, kv_heads=4, head_dim=8, dtype="bfloat16", backward="refetch-home")
+    plan = make_plan(Mask.causal(TOKENS), layout, strategy="ulysses", **shape)
+    for program in (lower(plan, rank, lambda mask: None) for rank in range(4)):
+        assert not any(step.fills or step.drains for step in (*program.forward, *program.backward))
+        assert not all(is_direct(view) for launch in launches(program) for view in launch.operands.values())
+
+
+def test_both_ends_cut_a_message_alike():
+    for strategy, layout in (
+        ("ulysses", "zigzag"),
+        ("allgather", "balanced"),
+        ("cad", "contiguous"),
+        ("usp", "from_chunks"),
+    ):
+        every = programs(strategy, layout)
+        for direction in ("forward", "backward"):
+            sent, received = {}, {}
+            for program in every:
+                for number, step in enumerate(getattr(program, direction)):
+                    for payload, message in step.sends:
+                        sent.setdefault((program.rank, message.peer, number, payload), []).append(message.runs)
+                    for payload, message in step.receives:
+                        received.setdefault((message.peer, program.rank, number, payload), []).append(message.runs)
+            assert sent == received
+
+
+def test_rows_that_came_with_some_heads_are_a_launch_of_their_own():
+    lengths = (4000, 100, 60, 40)
+    layout = layouts(lengths, 4)["contiguous"]
+    shape = dict(heads=8, kv_heads=4, head_dim=8, dtype="bfloat16", options=dict(block=64, tolerance=0.0))
+    plan = make_plan(Mask.documents(lengths), layout, strategy="cad", **shape)
+    found = 0
+    for rank in range(4):
+        for launch in launches(lower(plan, rank, lambda mask: None)):
+            view = launch.operands[Payload.Q]
+            cells = sum((piece.heads.stop - piece.heads.start) * _count(piece.rows) for piece in view.slices)
+            assert view.rows * view.heads <= 2 * cells
+            found += is_direct(view) and view.slices[0].buffer.step != OWN
+    assert found
+
+
+def _count(rows):
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def test_rows_written_in_part_are_cut_where_that_changes():
+    written = WrittenRows(20, [0, 2, 4])
+    assert written.mark(slice(0, 2), slice(5, 8))
+    assert written.stretches(slice(0, 4), slice(2, 12)) == [slice(2, 5), slice(5, 8), slice(8, 12)]
+    assert written.stretches(slice(2, 4), slice(2, 12)) == [slice(2, 12)]
+    written.mark(slice(0, 4), np.arange(0, 20, 2))
+    assert written.stretches(slice(0, 4), slice(0, 20)) == [slice(0, 20)]

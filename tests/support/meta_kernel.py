@@ -1,0 +1,38 @@
+"""A kernel for meta tensors: Triton's lists of tiles, and results of the right shapes, in the way of the GPU kernels."""
+
+import torch
+
+from distattn.kernels.triton.attention import prepare_tiles, tiles_for
+
+DIFFERENTIABLE_LSE = ACCUMULATES = True
+CAPABILITY, PROCESSORS = 90, 132
+# directions, in order
+CALLS: list[str] = []
+
+
+def unsupported_reason(requirements):
+    return None
+
+
+def prepare(mask, requirements):
+    return prepare_tiles(mask, tiles_for(requirements, CAPABILITY), PROCESSORS)
+
+
+def forward(q, k, v, schedule, score, into=None, merge=False):
+    assert all(column.device == q.device for column in schedule.forward)
+    CALLS.append("forward")
+    if into is None:
+        o = q.new_empty(*q.shape[:2], v.shape[2], dtype=torch.float32)
+        return o, q.new_empty(q.shape[:2], dtype=torch.float32)
+    return into
+
+
+def backward(do, q, k, v, lse, delta, schedule, score, into=(None, None), add=(False, False)):
+    CALLS.append("backward")
+    # log-sum-exp and delta by head
+    lse.new_empty(2, q.shape[1], (len(q) // 256 + 2) * 256)
+    # parts of the tiles that are cut
+    lse.new_empty(schedule.dkdv.slots, 128, k.shape[1], k.shape[2] + v.shape[2])
+    dq = q.new_empty(q.shape, dtype=torch.float32) if into[0] is None else into[0]
+    dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k, v))
+    return dq, dk, dv
