@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 # DeepSpeed compiles nothing when it is installed
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-all check docs bench bench-rivals bench-adapters bench-disaggregation bench-gpu check-cluster lint-kernels triton-3.6 clean
+.PHONY: demo test test-all check docs bench bench-rivals bench-adapters bench-disaggregation bench-gpu check-cluster lint-kernels tritons clean
 
 demo: $(VENV)/.train
 	$(BIN)/distattn train configs/tiny.toml $(ARGS)
@@ -58,9 +58,11 @@ check-cluster:
 lint-kernels: $(VENV)/.dev
 	$(BIN)/python benchmarks/compile_lint.py $(ARGS)
 
-# beside the environment, for the lint only: the Triton of machines with torch 2.11
-triton-3.6: $(VENV)/.dev
-	test -d $(VENV)/triton-3.6.0 || $(PIP) --no-deps --target $(VENV)/triton-3.6.0 triton==3.6.0
+# beside the environment, for the lint and the PTX interpreter only: the Triton that torch 2.11, 2.12 and 2.13 bring on GPU machines
+tritons: $(VENV)/.dev
+	for version in 3.6.0 3.7.0 3.7.1; do \
+	  test -d $(VENV)/triton-$$version || $(PIP) --no-deps --target $(VENV)/triton-$$version triton==$$version || exit 1; \
+	done
 
 # torch first: another package would draw a larger build of it
 $(VENV)/.torch: constraints.txt

@@ -29,11 +29,11 @@ def test_no_kernel_is_worse_than_its_budget(arch):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("arch", [90])
-def test_nor_with_the_triton_that_gpu_machines_have(arch):
-    # .ci/run and `make triton-3.6` put it there; the interpreter's own version stays the newest
-    older = ROOT / ".venv" / "triton-3.6.0"
+# of torch 2.11, 2.12 and 2.13; .ci/run and `make tritons` put them there, the interpreter's own version stays the newest
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.1"])
+def test_nor_with_the_tritons_that_gpu_machines_have(version):
+    older = ROOT / ".venv" / f"triton-{version}"
     if not older.exists():
-        pytest.skip("Triton 3.6.0 is not beside the environment; `make triton-3.6` puts it there")
-    done = lint(arch, PYTHONPATH=f"{older}:{ROOT}")
+        pytest.skip(f"Triton {version} is not beside the environment; `make tritons` puts it there")
+    done = lint(90, PYTHONPATH=f"{older}:{ROOT}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

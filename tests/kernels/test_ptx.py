@@ -47,7 +47,7 @@ CASES = [
     Case("split"),
     Case("split", dim=128),
 ]
-# `make triton-3.6` puts it there
+# `make tritons` puts it there
 OLDER_TRITON = ROOT / ".venv" / "triton-3.6.0"
 
 
@@ -104,7 +104,7 @@ def test_all_programs_equal_the_reference(case):
 @pytest.mark.parametrize("case", [FORWARD, Case("backward", dim=128), Case("split", dim=128)], ids=str)
 def test_so_do_those_of_the_triton_that_gpu_machines_have(case):
     if not OLDER_TRITON.exists():
-        pytest.skip("Triton 3.6.0 is not beside the environment; `make triton-3.6` puts it there")
+        pytest.skip("Triton 3.6.0 is not beside the environment; `make tritons` puts it there")
     assert_close_to_the_reference(case, run(case, compiled(case, OLDER_TRITON)))
 
 
