@@ -4,6 +4,8 @@ Scores are computed once for all three gradients (five products instead of the s
 is summed over programs in global memory, by whole tiles and in no fixed order: results are not the same bits every time;
 the split kernels of distattn.kernels.triton are the alternative. Two warpgroups own 64 keys each and hold dK and dV; for dQ they
 exchange dS through shared memory, and each makes half of its columns (FlashAttention-3, Shah et al. 2024, arXiv 2407.08608).
+The scores of the next tile are computed while dQ of this one is waited for and added, so that a product is under way at any
+time.
 
 Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it; ds_full and
 ds_free are the same for dS, whose writers are the warpgroups.
@@ -55,6 +57,10 @@ def _fetch(
                 mbarrier.expect(do_full.index(stage), BM * E * 2)
                 copy_in(do_, [n, head * do_head], do_full.index(stage), do_s.index(stage))
                 t += 1
+    # the warps that multiply are one product ahead: after the last tile they are let go on, and use nothing of what they read
+    stage = t % STAGES
+    mbarrier.wait(q_free.index(stage), ((t // STAGES) & 1) ^ 1)
+    mbarrier.arrive(q_full.index(stage), count=1)
 
 
 @gluon.jit
@@ -85,6 +91,8 @@ def _multiply(
     factor = 1.0 if CAP else scale
     slope2 = 0.0
     mbarrier.wait(kv_full, 0)
+    mbarrier.wait(q_full.index(0), 0)
+    x_later = warpgroup_mma(k, q_s.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
     t = 0
     for head in range(first_head, last_head):
         if ALIBI:
@@ -99,11 +107,9 @@ def _multiply(
                 odd = (t // STAGES) & 1
                 q = q_s.index(stage)
                 do = do_s.index(stage)
-                mbarrier.wait(q_full.index(stage), odd)
-                x_later = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                x = warpgroup_mma_wait(0, deps=(x_later,))
                 mbarrier.wait(do_full.index(stage), odd)
                 dp_later = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
-                x = warpgroup_mma_wait(1, deps=(x_later,))
                 lse2 = numbers_s.index(2 * stage).load(S)
                 r = n + i_row
                 apart = (key + i_key + distance)[:, None] - r[None, :]
@@ -135,10 +141,15 @@ def _multiply(
                 dk = warpgroup_mma_wait(2, deps=(dk_later,))
                 # dO has been read before
                 mbarrier.arrive(q_free.index(stage), count=1)
-                dq = warpgroup_mma_wait(0, deps=(dq_later,))
+                # the scores of the next tile are computed while dQ of this one is waited for and added
+                t += 1
+                ahead = t % STAGES
+                mbarrier.wait(q_full.index(ahead), (t // STAGES) & 1)
+                x_later = warpgroup_mma(k, q_s.index(ahead).permute((1, 0)), nothing, use_acc=False, is_async=True)
+                dq = warpgroup_mma_wait(1, deps=(dq_later,))
                 mbarrier.arrive(ds_free, count=1)
                 add_out(dq_, [n, head * dq_head + HALF * WIDTH], dq * factor, dq_s.index(HALF))
-                t += 1
+    warpgroup_mma_wait(0, deps=(x_later,))
     tma.store_wait(0)
     _deposit(dk_, dk * factor, key, keys, dk_row, HN, D, K, ACC)
     _deposit(dv_, dv, key, keys, dv_row, HN, E, V, ACC)

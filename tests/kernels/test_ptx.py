@@ -262,7 +262,7 @@ def test_every_barrier_and_fence_is_needed(case, program):
     good = run(case, [*before, last], programs=[program])
     unnoticed = []
     for place in NEEDED.finditer(last.ptx):
-        for seed in range(6):
+        for seed in range(16):
             try:
                 got = run(case, [*before, without(last, place)], seed, programs=[program])
             except MachineError:
