@@ -4,11 +4,12 @@ Scores are computed once for all three gradients (five products instead of the s
 is summed over programs in global memory, by whole tiles and in no fixed order: results are not the same bits every time;
 the split kernels of distattn.kernels.triton are the alternative. Two warpgroups own 64 keys each and hold dK and dV; for dQ they
 exchange dS through shared memory, and each makes half of its columns (FlashAttention-3, Shah et al. 2024, arXiv 2407.08608).
-The scores of the next tile are computed while dQ of this one is waited for and added, so that a product is under way at any
-time.
+One warp fetches tiles, another adds dQ to global memory. The scores of the next tile are computed while dQ of this one is
+waited for and put into shared memory, so that a product is under way at any time.
 
 Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it; ds_full and
-ds_free are the same for dS, whose writers are the warpgroups.
+ds_free are the same for dS, whose writers are the warpgroups, and dq_full and dq_free for each half of dQ, which a
+warpgroup writes and the adding warp reads.
 """
 
 # keys of a warpgroup HN = BN / 2, BM query rows; head dim D, value head dim E
@@ -34,7 +35,7 @@ def _fetch(
     start, k_col, v_col, q_head, do_head, first_head, last_head, heads, tile, tiles, first_, group_, run_,
     BM: gl.constexpr, HN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warps that fetch: keys and values once, then every tile of queries as soon as its buffer is free."""
+    """The warp that fetches: keys and values once, then every tile of queries as soon as its buffer is free."""
     mbarrier.expect(kv_full, 2 * HN * (D + E) * 2)
     for half in gl.static_range(2):
         copy_in(k_, [start + half * HN, k_col], kv_full, k_s.index(half))
@@ -65,9 +66,10 @@ def _fetch(
 
 @gluon.jit
 def _multiply(
-    dq_, q_s, k_s, v_s, do_s, ds_s, dq_s, numbers_s, kv_full, q_full, q_free, do_full, ds_full, ds_free,
+    q_s, k_s, v_s, do_s, ds_s, dq_s, numbers_s,
+    kv_full, q_full, q_free, do_full, ds_full, ds_free, dq_full, dq_free,
     dk_, dv_, slopes_, first_, run_, band_, row_band_, group_,
-    start, keys, dq_head, first_head, last_head, tile, tiles, dk_row, dv_row, scale, cap,
+    start, keys, first_head, last_head, tile, tiles, dk_row, dv_row, scale, cap,
     HALF: gl.constexpr, BM: gl.constexpr, HN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAP: gl.constexpr, ALIBI: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
@@ -148,11 +150,37 @@ def _multiply(
                 x_later = warpgroup_mma(k, q_s.index(ahead).permute((1, 0)), nothing, use_acc=False, is_async=True)
                 dq = warpgroup_mma_wait(1, deps=(dq_later,))
                 mbarrier.arrive(ds_free, count=1)
-                add_out(dq_, [n, head * dq_head + HALF * WIDTH], dq * factor, dq_s.index(HALF))
+                # what was there has been added to global memory
+                mbarrier.wait(dq_free.index(HALF), t & 1)
+                dq_s.index(HALF).store(dq * factor)
+                fence_async_shared()
+                mbarrier.arrive(dq_full.index(HALF), count=1)
     warpgroup_mma_wait(0, deps=(x_later,))
-    tma.store_wait(0)
     _deposit(dk_, dk * factor, key, keys, dk_row, HN, D, K, ACC)
     _deposit(dv_, dv, key, keys, dv_row, HN, E, V, ACC)
+
+
+@gluon.jit
+def _add_out(
+    dq_, dq_s, dq_full, dq_free, dq_head, first_head, last_head, tile, tiles, first_, group_, run_,
+    BM: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """The warp that adds both halves of every tile of dQ to global memory."""
+    t = 0
+    for head in range(first_head, last_head):
+        at = first_ + gl.load(group_ + head) * tiles + tile
+        for i in range(gl.load(at), gl.load(at + 1)):
+            begin = gl.load(run_ + i * 6)
+            end = gl.load(run_ + i * 6 + 3)
+            for n in range(begin, end, BM):
+                for half in gl.static_range(2):
+                    mbarrier.wait(dq_full.index(half), t & 1)
+                    add_out(dq_, [n, head * dq_head + half * WIDTH], dq_s.index(half))
+                # a buffer is free when it has been read
+                for half in gl.static_range(2):
+                    tma.store_wait(1 - half)
+                    mbarrier.arrive(dq_free.index(half), count=1)
+                t += 1
 
 
 @gluon.jit
@@ -197,12 +225,17 @@ def backward_kernel(
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     ds_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     ds_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    dq_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     mbarrier.init(kv_full, count=1)
     mbarrier.init(ds_full, count=2)
     mbarrier.init(ds_free, count=2)
+    for half in gl.static_range(2):
+        mbarrier.init(dq_full.index(half), count=1)
+        mbarrier.init(dq_free.index(half), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=1)
         mbarrier.init(q_free.index(stage), count=2)
@@ -214,17 +247,17 @@ def backward_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                dq_, q_s, k_s, v_s, do_s, ds_s, dq_s, numbers_s,
-                kv_full, q_full, q_free, do_full, ds_full, ds_free,
+                q_s, k_s, v_s, do_s, ds_s, dq_s, numbers_s,
+                kv_full, q_full, q_free, do_full, ds_full, ds_free, dq_full, dq_free,
                 dk_at, dv_at, slopes_, first_, run_, band_, row_band_, group_,
-                start, keys, dq_head, first_head, last_head, tile, tiles, dk_row, dv_row, scale, cap,
+                start, keys, first_head, last_head, tile, tiles, dk_row, dv_row, scale, cap,
                 0, BM, HN, D, E, STAGES, CAP, ALIBI, ACC,
             )),
             (_multiply, (
-                dq_, q_s, k_s, v_s, do_s, ds_s, dq_s, numbers_s,
-                kv_full, q_full, q_free, do_full, ds_full, ds_free,
+                q_s, k_s, v_s, do_s, ds_s, dq_s, numbers_s,
+                kv_full, q_full, q_free, do_full, ds_full, ds_free, dq_full, dq_free,
                 dk_at, dv_at, slopes_, first_, run_, band_, row_band_, group_,
-                start, keys, dq_head, first_head, last_head, tile, tiles, dk_row, dv_row, scale, cap,
+                start, keys, first_head, last_head, tile, tiles, dk_row, dv_row, scale, cap,
                 1, BM, HN, D, E, STAGES, CAP, ALIBI, ACC,
             )),
             (_fetch, (
@@ -233,7 +266,10 @@ def backward_kernel(
                 start, kv_head * k_head, kv_head * v_head, q_head, do_head, first_head, last_head, heads,
                 tile, tiles, first_, group_, run_, BM, HN, D, E, STAGES,
             )),
+            (_add_out, (
+                dq_, dq_s, dq_full, dq_free, dq_head, first_head, last_head, tile, tiles, first_, group_, run_, BM, D // 2,
+            )),
         ],
-        [4, 4],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip

@@ -222,7 +222,10 @@ def without(function, line: int):
 
 MUTANTS = [
     (kernel, line)
-    for kernel in (gluon_forward._fetch, gluon_forward._multiply, gluon_backward._fetch, gluon_backward._multiply)
+    for kernel in (
+        *(gluon_forward._fetch, gluon_forward._multiply),
+        *(gluon_backward._fetch, gluon_backward._multiply, gluon_backward._add_out),
+    )
     for line in statements_that_synchronise(kernel.fn)
 ]
 

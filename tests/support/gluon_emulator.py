@@ -86,6 +86,8 @@ class Group:
         self.error: BaseException | None = None
         # asynchronous products that have not been waited for, oldest first
         self.products: list[Product] = []
+        # copies out of shared memory, oldest first
+        self.stores: list[tuple[str | None, object]] = []
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self.main, args=(function, given), daemon=True)
         self.thread.start()
@@ -281,7 +283,7 @@ def copy_in(source, place, barrier, target):
     ACTIVE[0].copies.append((None, land))
 
 
-def add_from_shared(target, place, source):
+def add_out(target, place, source):
     machine = ACTIVE[0]
     machine.pause()
 
@@ -290,17 +292,13 @@ def add_from_shared(target, place, source):
         part += source.read()[: part.shape[0], : part.shape[1]]
 
     machine.copies.append((machine.me().name, land))
-
-
-def add_from_registers(target, place, value, buffer):
-    ACTIVE[0].pause()
-    part = target.part(place)
-    part += value[: part.shape[0], : part.shape[1]]
+    machine.me().stores.append(machine.copies[-1])
 
 
 def store_wait(count):
-    machine, me = ACTIVE[0], ACTIVE[0].me()
-    machine.pause(lambda: sum(name == me.name for name, _ in machine.copies) <= count, "copies out of shared memory")
+    machine, stores = ACTIVE[0], ACTIVE[0].me().stores
+    before = stores[: len(stores) - count]
+    machine.pause(lambda: not any(copy in machine.copies for copy in before), "copies out of shared memory")
 
 
 def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False):
@@ -365,7 +363,7 @@ MODULES = {
         arrive=lambda barrier, count: barrier.arrive(count),
         wait=lambda barrier, parity: barrier.wait(parity),
     ),
-    "tma": SimpleNamespace(store_wait=store_wait, async_atomic_add=add_from_shared),
+    "tma": SimpleNamespace(store_wait=store_wait),
     "gl": LANGUAGE,
     "tl": LANGUAGE,
 }
@@ -375,7 +373,7 @@ FUNCTIONS = {
     "warpgroup_mma_wait": warpgroup_mma_wait,
     "copy_in": copy_in,
     "product_layout": lambda columns: None,
-    "add_out": add_from_registers,
+    "add_out": add_out,
 }
 
 

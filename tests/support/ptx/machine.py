@@ -23,9 +23,9 @@ from .errors import (
     SharedMemoryRaceError,
     UnknownOperationError,
 )
-from .lanes import DTYPES, LANES, Mask, Run, arithmetic
+from .lanes import DTYPES, LANES, Mask, Run, arithmetic, reader
 from .memory import SHARED_BASE, GlobalMemory, SharedMemory
-from .operands import EXIT, PAUSE, Wait
+from .operands import EXIT, PAUSE, Wait, same_in_all
 from .operations import operation
 from .parse import Address, Instruction, Kernel, Operand, Symbol, registers_of
 from .tensor_core import ProductQueue
@@ -66,6 +66,8 @@ def _step(kernel: Kernel, instruction: Instruction) -> Step:
         (label,) = operands
         assert isinstance(label, Symbol)
         return Step(instruction, None, kernel.labels[label.name], frozenset(), frozenset(), False, False)
+    if opcode == "brx.idx":
+        return Step(instruction, _indexed_branch(kernel, instruction), None, _words(operands), frozenset(), True, False)
     # what begins with an address stores
     results = () if operands and isinstance(operands[0], Address) else operands[:1]
     uses, writes = _words(operands), _words(results)
@@ -75,6 +77,24 @@ def _step(kernel: Kernel, instruction: Instruction) -> Step:
     except MachineError as error:
         raise _located(error, instruction.where()) from error
     return Step(instruction, run, None, uses, writes, collective, opcode.startswith("wgmma.mma_async"))
+
+
+def _indexed_branch(kernel: Kernel, instruction: Instruction) -> Run:
+    """brx.idx: go on at a label of a list, by its number."""
+    number, table = instruction.operands
+    assert isinstance(table, Symbol)
+    labels = kernel.instructions[kernel.labels[table.name]].operands
+    targets = [kernel.labels[label.name] for label in labels if isinstance(label, Symbol)]
+    read = reader(number, "u32")
+
+    def run(warp: Warp, mask: Mask) -> None:
+        which = same_in_all(read(warp))
+        if which >= len(targets):
+            raise MachineError(f"number {which} of {len(targets)} labels")
+        # the warp goes on after it
+        warp.at = targets[which] - 1
+
+    return run
 
 
 def _words(operands: tuple[Operand, ...]) -> frozenset[int]:
@@ -177,13 +197,15 @@ class Program:
         }
         self.warps = [Warp(self, i, kernel.widths) for i in range(kernel.warps)]
         self.chance = random.Random(f"{seed} {number}")
-        # how likely a copy lands although somebody could go on, and whether those that began last land first
-        self.eagerness, self.newest_first = self.chance.choice([0.0, 0.02, 0.3]), self.chance.random() < 0.5
+        # how likely a copy lands although somebody could go on, and which one: that which began last, first, or any
+        self.eagerness, self.lands = self.chance.choice([0.0, 0.02, 0.3]), self.chance.choice([-1, 0, None])
         # the lane that elect.sync picks: any, but always the same
         self.leader = self.chance.randrange(LANES)
-        for group in range(0, kernel.warps, 4):
+        # whether whole warpgroups or single warps run far apart
+        size = self.chance.choice([1, 4])
+        for first in range(0, kernel.warps, size):
             speed = self.chance.choice([1, 1, 20])
-            for warp in self.warps[group : group + 4]:
+            for warp in self.warps[first : first + size]:
                 warp.speed = speed
 
     def address_of(self, name: str) -> int:
@@ -212,7 +234,7 @@ class Program:
             while not all(warp.ended for warp in self.warps):
                 able = [warp for warp in self.warps if warp.ready()]
                 if self.landings and (not able or self.chance.random() < self.eagerness):
-                    which = -1 if self.newest_first else self.chance.randrange(len(self.landings))
+                    which = self.chance.randrange(len(self.landings)) if self.lands is None else self.lands
                     self.landings.pop(which).land()
                 elif able:
                     (warp,) = self.chance.choices(able, [warp.speed for warp in able])

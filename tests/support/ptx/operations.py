@@ -58,10 +58,11 @@ def _load_parameter(instruction: Instruction) -> Run:
 
 def _element(opcode: str) -> np.dtype:
     """The type of one element that a load or store moves."""
-    bits = opcode.rpartition(".b")[2]
-    if bits not in ("8", "16", "32", "64"):
+    kind = opcode.rpartition(".")[2]
+    if kind[0] not in "bus" or kind[1:] not in ("8", "16", "32", "64"):
         raise UnknownOperationError(f"the instruction {opcode}")
-    return np.dtype(f"u{int(bits) // 8}")
+    # a signed number is made wider where its register is
+    return np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}")
 
 
 def _load(instruction: Instruction) -> Run:
@@ -138,6 +139,8 @@ def _elect(instruction: Instruction) -> Run:
 # by opcode, or by its beginning where that ends in a dot
 _BUILDERS: dict[str, Callable[[Instruction], Run]] = {
     "ret": _exit,
+    # a list of labels for brx.idx
+    ".branchtargets": _nothing,
     "setmaxnreg.": _nothing,
     "cvta.param.u64": _generic_parameter,
     "ld.param.": _load_parameter,
@@ -149,6 +152,8 @@ _BUILDERS: dict[str, Callable[[Instruction], Run]] = {
     "shfl.sync.bfly.b32": _shuffle,
     "shfl.sync.idx.b32": _shuffle,
     "elect.sync": _elect,
+    # the lanes of a warp go in step
+    "bar.warp.sync": _nothing,
     "bar.sync": asynchronous.named_barrier,
     "barrier.sync": asynchronous.named_barrier,
     "fence.proxy.async.shared": asynchronous.proxy_fence,
