@@ -29,6 +29,7 @@ from distattn.kernels.triton.launch import (
     call_arguments,
     compute_capability,
     make_launch,
+    multiprocessors,
     run_launch,
     tensor_arguments,
     tile_run_tensors,
@@ -143,7 +144,8 @@ def plan_forward(
     arguments |= call_arguments(schedule.forward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
     arguments |= dict(BM=tile.rows, BN=tile.keys, D=dim, E=v.shape[2], STAGES=tile.stages)
     arguments["MERGE"] = merge
-    return make_launch(forward_kernel, len(schedule.forward.order) * heads, arguments, tile)
+    programs = min(len(schedule.forward.order) * heads, multiprocessors(q.device))
+    return make_launch(forward_kernel, programs, arguments, tile)
 
 
 def plan_backward(

@@ -1,11 +1,14 @@
-"""Forward kernel in Gluon for Hopper: one program owns 128 query rows of one head, in three groups of warps.
+"""Forward kernel in Gluon for Hopper: a program takes 128 query rows of one head at a time, in three groups of warps.
 
-One group of warps fetches tiles of keys and values ahead by the tensor-memory accelerator; two warpgroups of 64 rows each
-multiply and take the softmax. The product with the values of one tile runs while the softmax of the next is computed
-(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). Run lists, log-sum-exp and merging are those of the plain Triton
-kernel; results are deterministic.
+One warp fetches queries, keys and values ahead by the tensor-memory accelerator; two warpgroups of 64 rows each multiply
+and take the softmax. The product with the values of one tile runs while the softmax of the next is computed
+(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). There are no more programs than multiprocessors: a program goes on
+to other rows, and while a warpgroup writes its results, what the next rows need is fetched. Run lists, log-sum-exp and
+merging are those of the plain Triton kernel; results are deterministic.
 
-Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it.
+Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it; those of queries
+are of one warpgroup each. Tiles of keys (t) and of queries (done) are counted from the program's first to its last: the
+count says which buffer is used, and which phase of its barriers.
 """
 
 # rows of a warpgroup HM = BM / 2, BN keys; head dim D, value head dim E
@@ -24,29 +27,59 @@ from distattn.kernels.triton.tiles import LN2, LOG2E, capped, load_run, merge_sh
 
 
 @gluon.jit
+def _rounds(program, programs, all_tiles):
+    """How many tiles of queries a program takes."""
+    whole = all_tiles // programs
+    return whole + gl.where(_number(whole, program, programs) < all_tiles, 1, 0)
+
+
+@gluon.jit
+def _number(round, program, programs):
+    """Which of all tiles a program takes in a round: the order turns, or the same programs would get the longest each time."""
+    return round * programs + gl.where(round % 2 == 0, program, programs - 1 - program)
+
+
+@gluon.jit
+def _tile(number, first_, group_, order_, heads, tiles):
+    """(head, tile, first run, end of runs). Heads of one tile are neighbours: they share keys and values in the cache."""
+    head = number % heads
+    tile = gl.load(order_ + number // heads)
+    at = first_ + gl.load(group_ + head) * tiles + tile
+    return head, tile, gl.load(at), gl.load(at + 1)
+
+
+@gluon.jit
 def _fetch(
-    q_, k_, v_, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
-    row, q_col, k_col, v_col, first, last, run_,
-    HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    q_, k_, v_, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
+    program, programs, rounds, first_, run_, group_, order_, heads, tiles, shift, q_head, k_head, v_head,
+    GROUP: gl.constexpr, HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warps that fetch: queries once, then every tile of keys and values as soon as its buffer is free."""
-    for half in gl.static_range(2):
-        mbarrier.expect(q_full.index(half), HM * D * 2)
-        copy_in(q_, [row + half * HM, q_col], q_full.index(half), q_s.index(half))
+    """The warp that fetches: queries, then every tile of their keys and values, as soon as a buffer is free."""
     t = 0
-    for i in range(first, last):
-        begin = gl.load(run_ + i * 6)
-        end = gl.load(run_ + i * 6 + 3)
-        for n in range(begin, end, BN):
-            at = t % STAGES
-            odd = (t // STAGES) & 1
-            mbarrier.wait(k_free.index(at), odd ^ 1)
-            mbarrier.expect(k_full.index(at), BN * D * 2)
-            copy_in(k_, [n, k_col], k_full.index(at), k_s.index(at))
-            mbarrier.wait(v_free.index(at), odd ^ 1)
-            mbarrier.expect(v_full.index(at), BN * E * 2)
-            copy_in(v_, [n, v_col], v_full.index(at), v_s.index(at))
-            t += 1
+    done = 0
+    for round in range(rounds):
+        head, tile, first, last = _tile(_number(round, program, programs), first_, group_, order_, heads, tiles)
+        if first < last:
+            for half in gl.static_range(2):
+                buffer = done % 2 * 2 + half
+                mbarrier.wait(q_free.index(buffer), (done // 2 & 1) ^ 1)
+                mbarrier.expect(q_full.index(buffer), HM * D * 2)
+                copy_in(q_, [(tile * 2 + half) * HM, head * q_head], q_full.index(buffer), q_s.index(buffer))
+            done += 1
+        kv_head = (head + shift) // GROUP
+        for i in range(first, last):
+            begin = gl.load(run_ + i * 6)
+            end = gl.load(run_ + i * 6 + 3)
+            for n in range(begin, end, BN):
+                at = t % STAGES
+                odd = (t // STAGES) & 1
+                mbarrier.wait(k_free.index(at), odd ^ 1)
+                mbarrier.expect(k_full.index(at), BN * D * 2)
+                copy_in(k_, [n, kv_head * k_head], k_full.index(at), k_s.index(at))
+                mbarrier.wait(v_free.index(at), odd ^ 1)
+                mbarrier.expect(v_full.index(at), BN * E * 2)
+                copy_in(v_, [n, kv_head * v_head], v_full.index(at), v_s.index(at))
+                t += 1
 
 
 @gluon.jit
@@ -75,85 +108,105 @@ def _softmax(
 
 @gluon.jit
 def _multiply(
-    q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
-    o_, lse_, run_, band_, row_band_, start, head, rows, first, last,
-    o_row, o_head, lse_row, lse_head, scale, cap, slope,
+    q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
+    o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
+    o_row, o_head, lse_row, lse_head, scale, cap,
     HALF: gl.constexpr, HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: rows [HALF * HM, (HALF + 1) * HM) of the tile. A step multiplies by keys t and by values t - 1."""
+    """A warpgroup: rows [HALF * HM, (HALF + 1) * HM) of each tile. A step multiplies by keys t and by values t - 1."""
     S: gl.constexpr = product_layout(BN)
     O: gl.constexpr = product_layout(E)
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
-    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, O)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     i_row = gl.arange(0, HM, ROWS)
-    row = start + HALF * HM
-    m = gl.full([HM], -float("inf"), gl.float32, ROWS)
-    l = gl.zeros([HM], gl.float32, ROWS)
-    acc = gl.zeros([HM, E], gl.float32, O)
     nothing = gl.zeros([HM, BN], gl.float32, S)
-    q = q_s.index(HALF)
-    mbarrier.wait(q_full.index(HALF), 0)
-    if first < last:
-        # the first tile of keys: there are no values to multiply by yet
-        begin, full, rest, end, band, rows_at = load_run(run_, first)
-        rows_at = gl.where(rows_at < 0, rows_at, rows_at + HALF * HM)
-        low, high, distance = row_keys(band_, row_band_, band, rows_at, row, i_row)
-        mbarrier.wait(k_full.index(0), 0)
-        x = warpgroup_mma(q, k_s.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        x = warpgroup_mma_wait(0, deps=(x,))
-        mbarrier.arrive(k_free.index(0), count=1)
-        masked = (begin < full) | (begin >= rest)
-        p, _, m = _softmax(
-            x, m, begin, masked, low, high, row + i_row - distance, scale, cap, slope, BN, S, CAP, ALIBI
-        )  # fmt: skip
-        l = gl.sum(p, 1)
-        weights = gl.convert_layout(p.to(q.dtype), WEIGHTS)
-        t = 1
-        for i in range(first, last):
-            begin, full, rest, end, band, rows_at = load_run(run_, i)
+    slope = 0.0
+    t = 0
+    done = 0
+    for round in range(rounds):
+        head, tile, first, last = _tile(_number(round, program, programs), first_, group_, order_, heads, tiles)
+        if ALIBI:
+            slope = gl.load(slopes_ + head).to(gl.float32)
+        row = (tile * 2 + HALF) * HM
+        m = gl.full([HM], -float("inf"), gl.float32, ROWS)
+        l = gl.zeros([HM], gl.float32, ROWS)
+        acc = gl.zeros([HM, E], gl.float32, O)
+        if first < last:
+            buffer = done % 2 * 2 + HALF
+            q = q_s.index(buffer)
+            mbarrier.wait(q_full.index(buffer), done // 2 & 1)
+            # the first tile of keys: there are no values to multiply by yet
+            begin, full, rest, end, band, rows_at = load_run(run_, first)
             rows_at = gl.where(rows_at < 0, rows_at, rows_at + HALF * HM)
             low, high, distance = row_keys(band_, row_band_, band, rows_at, row, i_row)
-            row_shift = row + i_row - distance
-            begin = gl.where(i == first, begin + BN, begin)
-            for n in range(begin, end, BN):
-                at = t % STAGES
-                last_at = (t - 1) % STAGES
-                mbarrier.wait(k_full.index(at), (t // STAGES) & 1)
-                x_later = warpgroup_mma(q, k_s.index(at).permute((1, 0)), nothing, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(last_at), ((t - 1) // STAGES) & 1)
-                acc_later = warpgroup_mma(weights, v_s.index(last_at), acc, is_async=True)
-                x = warpgroup_mma_wait(1, deps=(x_later,))
-                mbarrier.arrive(k_free.index(at), count=1)
-                masked = (n < full) | (n >= rest)
-                p, shrink, m = _softmax(
-                    x, m, n, masked, low, high, row_shift, scale, cap, slope, BN, S, CAP, ALIBI
-                )  # fmt: skip
-                l = l * shrink + gl.sum(p, 1)
-                acc = warpgroup_mma_wait(0, deps=(acc_later,))
-                mbarrier.arrive(v_free.index(last_at), count=1)
-                acc = acc * gl.convert_layout(shrink, OUT_ROWS)[:, None]
-                weights = gl.convert_layout(p.to(q.dtype), WEIGHTS)
-                t += 1
-        last_at = (t - 1) % STAGES
-        mbarrier.wait(v_full.index(last_at), ((t - 1) // STAGES) & 1)
-        acc_later = warpgroup_mma(weights, v_s.index(last_at), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc_later,))
+            at = t % STAGES
+            mbarrier.wait(k_full.index(at), (t // STAGES) & 1)
+            x = warpgroup_mma(q, k_s.index(at).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            x = warpgroup_mma_wait(0, deps=(x,))
+            mbarrier.arrive(k_free.index(at), count=1)
+            masked = (begin < full) | (begin >= rest)
+            p, _, m = _softmax(
+                x, m, begin, masked, low, high, row + i_row - distance, scale, cap, slope, BN, S, CAP, ALIBI
+            )  # fmt: skip
+            l = gl.sum(p, 1)
+            weights = gl.convert_layout(p.to(q.dtype), WEIGHTS)
+            t += 1
+            for i in range(first, last):
+                begin, full, rest, end, band, rows_at = load_run(run_, i)
+                rows_at = gl.where(rows_at < 0, rows_at, rows_at + HALF * HM)
+                low, high, distance = row_keys(band_, row_band_, band, rows_at, row, i_row)
+                row_shift = row + i_row - distance
+                begin = gl.where(i == first, begin + BN, begin)
+                for n in range(begin, end, BN):
+                    at = t % STAGES
+                    last_at = (t - 1) % STAGES
+                    mbarrier.wait(k_full.index(at), (t // STAGES) & 1)
+                    x_later = warpgroup_mma(q, k_s.index(at).permute((1, 0)), nothing, use_acc=False, is_async=True)
+                    mbarrier.wait(v_full.index(last_at), ((t - 1) // STAGES) & 1)
+                    acc_later = warpgroup_mma(weights, v_s.index(last_at), acc, is_async=True)
+                    x = warpgroup_mma_wait(1, deps=(x_later,))
+                    mbarrier.arrive(k_free.index(at), count=1)
+                    masked = (n < full) | (n >= rest)
+                    p, shrink, m = _softmax(
+                        x, m, n, masked, low, high, row_shift, scale, cap, slope, BN, S, CAP, ALIBI
+                    )  # fmt: skip
+                    l = l * shrink + gl.sum(p, 1)
+                    acc = warpgroup_mma_wait(0, deps=(acc_later,))
+                    mbarrier.arrive(v_free.index(last_at), count=1)
+                    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+                    weights = gl.convert_layout(p.to(q.dtype), WEIGHTS)
+                    t += 1
+            mbarrier.arrive(q_free.index(buffer), count=1)
+            done += 1
+            last_at = (t - 1) % STAGES
+            mbarrier.wait(v_full.index(last_at), ((t - 1) // STAGES) & 1)
+            acc_later = warpgroup_mma(weights, v_s.index(last_at), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc_later,))
+            mbarrier.arrive(v_free.index(last_at), count=1)
+        _write(o_, lse_, acc, m, l, row, head, rows, o_row, o_head, lse_row, lse_head, HM, E, S, O, MERGE)
 
+
+@gluon.jit
+def _write(
+    o_, lse_, acc, m, l, row, head, rows, o_row, o_head, lse_row, lse_head,
+    HM: gl.constexpr, E: gl.constexpr, S: gl.constexpr, O: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """The results of a warpgroup's rows, given the sums of weighted values and of weights (l), and the maxima in base 2 (m)."""
+    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, O)
     some = l > 0
     inverse = gl.where(some, 1.0 / gl.where(some, l, 1.0), 0.0)
     lse = gl.where(some, (m + gl.log2(gl.where(some, l, 1.0))) * LN2, -float("inf"))
-    r = row + i_row
+    r = row + gl.arange(0, HM, gl.SliceLayout(1, S))
     # strides of heads times heads may pass 32 bits
     far_head = gl.cast(head, gl.int64)
     lse_at = lse_ + r.to(gl.int64) * lse_row + far_head * lse_head
-    o = acc
     r_out = row + gl.arange(0, HM, OUT_ROWS)
     far = r_out.to(gl.int64)
     column = gl.arange(0, E, gl.SliceLayout(0, O))
     inside = (r_out < rows)[:, None]
     at = far[:, None] * o_row + far_head * o_head + column[None, :]
+    o = acc
     if MERGE:
         old, fresh, lse = merge_shares(gl.load(lse_at, mask=r < rows, other=-float("inf")), lse)
         inverse = inverse * fresh
@@ -176,54 +229,49 @@ def forward_kernel(
 ):  # fmt: skip
     """o (rows, heads, E) and natural lse (rows, heads) of the runs, like the plain Triton kernel of that name."""
     HM: gl.constexpr = BM // 2
-    # heads of one tile are neighbours: they share keys and values in the cache
-    pid = gl.program_id(0)
-    head = pid % heads
-    tile = gl.load(order_ + pid // heads)
-    kv_head = (head + shift) // GROUP
-    at = first_ + gl.load(group_ + head) * tiles + tile
-    first = gl.load(at)
-    last = gl.load(at + 1)
-    slope = 0.0
-    if ALIBI:
-        slope = gl.load(slopes_ + head).to(gl.float32)
-    q_s = gl.allocate_shared_memory(q_.dtype, [2, HM, D], q_.layout)
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    rounds = _rounds(program, programs, heads * tiles)
+    # two buffers for each warpgroup's queries
+    q_s = gl.allocate_shared_memory(q_.dtype, [4, HM, D], q_.layout)
     k_s = gl.allocate_shared_memory(k_.dtype, [STAGES, BN, D], k_.layout)
     v_s = gl.allocate_shared_memory(v_.dtype, [STAGES, BN, E], v_.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [4, 1], BARRIER)
+    q_free = gl.allocate_shared_memory(gl.int64, [4, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    for half in gl.static_range(2):
-        mbarrier.init(q_full.index(half), count=1)
+    for buffer in gl.static_range(4):
+        mbarrier.init(q_full.index(buffer), count=1)
+        mbarrier.init(q_free.index(buffer), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_free.index(stage), count=2)
     fence_async_shared()
-    start = tile * BM
     gl.warp_specialize(
         [
             (_multiply, (
-                q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
-                o_, lse_, run_, band_, row_band_, start, head, rows, first, last,
-                o_row, o_head, lse_row, lse_head, scale, cap, slope,
+                q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
+                o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
+                o_row, o_head, lse_row, lse_head, scale, cap,
                 0, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE,
             )),
             (_multiply, (
-                q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
-                o_, lse_, run_, band_, row_band_, start, head, rows, first, last,
-                o_row, o_head, lse_row, lse_head, scale, cap, slope,
+                q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
+                o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
+                o_row, o_head, lse_row, lse_head, scale, cap,
                 1, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE,
             )),
             (_fetch, (
-                q_, k_, v_, q_s, k_s, v_s, q_full, k_full, k_free, v_full, v_free,
-                start, head * q_head, kv_head * k_head, kv_head * v_head, first, last, run_, HM, BN, D, E, STAGES,
+                q_, k_, v_, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
+                program, programs, rounds, first_, run_, group_, order_, heads, tiles, shift, q_head, k_head, v_head,
+                GROUP, HM, BN, D, E, STAGES,
             )),
         ],
-        [4, 4],
+        [4, 1],
         [240, 24],
     )  # fmt: skip

@@ -30,7 +30,7 @@ from distattn.kernels.triton.launch import (
     call_arguments,
     compute_capability,
     make_launch,
-    processor_count,
+    multiprocessors,
     run_launch,
     split_tile_tensors,
     tensor_arguments,
@@ -115,7 +115,7 @@ def tiles_for(requirements: KernelRequirements, capability: int) -> Tiles:
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
     """The lists of tiles that compute the mask."""
     tiles = tiles_for(requirements, compute_capability(requirements.device))
-    return prepare_tiles(mask, tiles, processor_count(requirements.device))
+    return prepare_tiles(mask, tiles, multiprocessors(requirements.device))
 
 
 def prepare_tiles(mask: LaunchMask, tiles: Tiles, processors: int) -> TileSchedule:

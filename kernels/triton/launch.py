@@ -70,8 +70,8 @@ def compute_capability(device: torch.device) -> int:
 
 
 @cache
-def processor_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a device; an H100's where there is none."""
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has; those of an H100 where there is no GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

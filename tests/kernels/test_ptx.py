@@ -33,7 +33,11 @@ LSE_TOLERANCE = 1e-6
 LONG = 600
 DOCUMENTS = 100, 7, 150, 83
 FORWARD = Case("forward", tokens=LONG)
+# programs take five tiles, the last two of a single tile of keys each, so that queries may be fetched too early
+SEVERAL = FORWARD._replace(documents=(300, 84, 128, 88), multiprocessors=2)
 CASES = [
+    SEVERAL,
+    Case("forward", dim=128, tokens=LONG, multiprocessors=3),
     Case("forward", dim=128, tokens=LONG),
     Case("forward", "float16", tokens=LONG),
     Case("forward", "float16", dim=128, heads=4, kv_heads=2),
@@ -165,8 +169,8 @@ BUGS = {
     "a descriptor of values has half its offset": ("forward", replaced("67108864", "33554432"), "mismatch"),
     "a descriptor begins elsewhere": (
         "forward",
-        replaced(DESCRIPTOR, str(0x4000004000002000), 3),
-        "mismatch",
+        replaced(DESCRIPTOR, str(0x4000004000000080), 3),
+        "mismatch|while a copy is landing",
     ),
     "dS is not fenced": (
         "backward",
@@ -198,10 +202,10 @@ BUGS = {
         replaced(r"cp\.async\.bulk\.wait_group\.read.*", ""),
         "SharedMemoryRaceError.*written while",
     ),
-    "the fetching warps wait for the other parity": (
+    "the fetching warp waits for the other parity": (
         "forward",
-        replaced(r"not\.b32( +\t?)(%r\d+), (%r\d+);", r"mov.b32\1\2, \3;"),
-        "DeadlockError.*parity 0 of the mbarrier.*: warp 8, 9, 10, 11",
+        replaced(r"not\.b32( +\t?)(%r\d+), (%r\d+);", r"mov.b32\1\2, \3;", -1),
+        "DeadlockError.*parity 0 of the mbarrier.*: warp 8",
     ),
     "the queries are waited for by the other parity": (
         "forward",
@@ -255,7 +259,7 @@ def without(kernel: Compiled, place: re.Match) -> Compiled:
 
 
 @full
-@pytest.mark.parametrize(("case", "program"), [(FORWARD, 0), (Case("backward"), 0)], ids=["forward", "backward"])
+@pytest.mark.parametrize(("case", "program"), [(SEVERAL, 0), (Case("backward"), 0)], ids=["forward", "backward"])
 def test_every_barrier_and_fence_is_needed(case, program):
     # also the proof that the interpreter sees what it is for
     *before, last = compiled(case)

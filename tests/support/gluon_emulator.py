@@ -26,8 +26,9 @@ def emulate(launch, seed: int) -> None:
     """Run all programs of a launch."""
     code = emulated(launch.kernel, {})
     arguments = {name: stand_in(value) for name, value in launch.arguments.items()}
-    for number in range(launch.grid[0]):
-        ACTIVE[:] = [Machine(number, random.Random(f"{seed} {number}"))]
+    programs = launch.grid[0]
+    for number in range(programs):
+        ACTIVE[:] = [Machine(number, programs, random.Random(f"{seed} {number}"))]
         code(**arguments)
         assert not ACTIVE[0].copies, "the program ended before its copies did"
 
@@ -35,8 +36,8 @@ def emulate(launch, seed: int) -> None:
 class Machine:
     """One program: its groups of warps, and copies under way."""
 
-    def __init__(self, number: int, chance: random.Random):
-        self.number, self.chance = number, chance
+    def __init__(self, number: int, programs: int, chance: random.Random):
+        self.number, self.programs, self.chance = number, programs, chance
         self.copies: list[tuple[str | None, object]] = []
         self.shared: list[Shared] = []
         self.groups: list[Group] = []
@@ -345,6 +346,7 @@ LANGUAGE = SimpleNamespace(
     convert_layout=lambda x, layout: x,
     static_range=range,
     program_id=lambda axis: ACTIVE[0].number,
+    num_programs=lambda axis: ACTIVE[0].programs,
     allocate_shared_memory=allocate,
     warp_specialize=lambda *given: ACTIVE[0].run(*given),
     SliceLayout=lambda *given: None,

@@ -33,11 +33,14 @@ class Case(NamedTuple):
     tokens: int = 340
     # lengths of packed documents, if there are several
     documents: tuple[int, ...] = ()
+    # of the GPU: where they are few, programs of the forward take several tiles
+    multiprocessors: int = 132
 
     def __str__(self) -> str:
         documents, modifiers = " documents" * bool(self.documents), " modifiers" * self.modifiers
+        few = f" {self.multiprocessors} multiprocessors" * (self.multiprocessors < 132)
         heads = f"{self.heads}:{self.kv_heads} heads"
-        return f"{self.kernels} {self.dtype} {self.dim} {heads} {self.tokens} tokens{documents}{modifiers}"
+        return f"{self.kernels} {self.dtype} {self.dim} {heads} {self.tokens} tokens{documents}{modifiers}{few}"
 
     @property
     def score(self) -> ScoreMod:
@@ -73,7 +76,8 @@ def forward_call(case: Case, into: tuple[torch.Tensor, torch.Tensor] | None = No
     )
     o, lse = into or nothing
     schedule = gluon_attention.prepare(_cells(case), _requirements(case))
-    launch = gluon_attention.plan_forward(q, k, v, o, lse, schedule, case.score, merge=case.kernels == "merge")
+    with mock.patch.object(gluon_attention, "multiprocessors", lambda device: case.multiprocessors):
+        launch = gluon_attention.plan_forward(q, k, v, o, lse, schedule, case.score, merge=case.kernels == "merge")
     return Call([launch], {"o": o, "lse": lse})
 
 

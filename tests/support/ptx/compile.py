@@ -39,8 +39,8 @@ class Compiled(NamedTuple):
 
 def compiled(case: Case, triton: Path | None = None) -> list[Compiled]:
     """The compiled launches of a case; `triton`: the folder of another version of Triton than the environment's."""
-    # lengths and masks are data: another compiles nothing
-    data = {name: Case._field_defaults[name] for name in ("tokens", "documents")}
+    # lengths, masks and the grid are data: another compiles nothing
+    data = {name: Case._field_defaults[name] for name in ("tokens", "documents", "multiprocessors")}
     return _compiled(case._replace(**data), triton)
 
 

@@ -38,7 +38,7 @@ def interpret(
     parameters = {parameter.name: value for parameter, value in zip(parsed.parameters, values, strict=True)}
     loaded = LoadedKernel(parsed, prepare(parsed), parameters, memory, kernel.shared, fenced_barriers)
     for number in range(launch.grid[0]) if programs is None else programs:
-        Program(loaded, number, seed).run()
+        Program(loaded, number, seed, launch.grid[0]).run()
     memory.write_back()
 
 

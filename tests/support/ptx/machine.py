@@ -130,6 +130,7 @@ class Warp:
         values = {
             "%tid.x": _LANE + LANES * self.number,
             "%ctaid.x": np.full(LANES, self.program.number),
+            "%nctaid.x": np.full(LANES, self.program.programs),
         }
         if name not in values:
             raise UnknownOperationError(f"the special register {name}")
@@ -180,10 +181,10 @@ class LoadedKernel:
 class Program:
     """One program of a launch."""
 
-    def __init__(self, loaded: LoadedKernel, number: int, seed: int):
+    def __init__(self, loaded: LoadedKernel, number: int, seed: int, programs: int = 1):
         kernel, parameters = loaded.kernel, loaded.parameters
         self.steps, self.memory, self.parameters = loaded.steps, loaded.memory, parameters
-        self.number, self.fenced_barriers = number, loaded.fenced_barriers
+        self.number, self.programs, self.fenced_barriers = number, programs, loaded.fenced_barriers
         self.shared = SharedMemory(loaded.shared_size)
         self.barriers: dict[int, MBarrier] = {}
         self.named = {i: NamedBarrier(i) for i in range(16)}
