@@ -8,7 +8,8 @@ merging are those of the plain Triton kernel; results are deterministic.
 
 Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it; those of queries
 are of one warpgroup each. Tiles of keys (t) and of queries (done) are counted from the program's first to its last: the
-count says which buffer is used, and which phase of its barriers.
+count says which buffer is used, and which phase of its barriers. A warpgroup waits for its `turn` to begin products: the
+other does, then, its softmax, not both the same (section 3.1 of the paper).
 """
 
 # rows of a warpgroup HM = BM / 2, BN keys; head dim D, value head dim E
@@ -108,7 +109,7 @@ def _softmax(
 
 @gluon.jit
 def _multiply(
-    q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
+    q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, turn,
     o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
     o_row, o_head, lse_row, lse_head, scale, cap,
     HALF: gl.constexpr, HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
@@ -141,8 +142,12 @@ def _multiply(
             rows_at = gl.where(rows_at < 0, rows_at, rows_at + HALF * HM)
             low, high, distance = row_keys(band_, row_band_, band, rows_at, row, i_row)
             at = t % STAGES
-            mbarrier.wait(k_full.index(at), (t // STAGES) & 1)
+            # the others get their turn from one that has waited
+            if HALF == 0:
+                mbarrier.wait(k_full.index(at), (t // STAGES) & 1)
+            mbarrier.wait(turn.index(HALF), (t & 1) ^ (1 - HALF))
             x = warpgroup_mma(q, k_s.index(at).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            mbarrier.arrive(turn.index(1 - HALF), count=1)
             x = warpgroup_mma_wait(0, deps=(x,))
             mbarrier.arrive(k_free.index(at), count=1)
             masked = (begin < full) | (begin >= rest)
@@ -161,10 +166,14 @@ def _multiply(
                 for n in range(begin, end, BN):
                     at = t % STAGES
                     last_at = (t - 1) % STAGES
-                    mbarrier.wait(k_full.index(at), (t // STAGES) & 1)
+                    if HALF == 0:
+                        mbarrier.wait(k_full.index(at), (t // STAGES) & 1)
+                    mbarrier.wait(turn.index(HALF), (t & 1) ^ (1 - HALF))
                     x_later = warpgroup_mma(q, k_s.index(at).permute((1, 0)), nothing, use_acc=False, is_async=True)
-                    mbarrier.wait(v_full.index(last_at), ((t - 1) // STAGES) & 1)
+                    if HALF == 0:
+                        mbarrier.wait(v_full.index(last_at), ((t - 1) // STAGES) & 1)
                     acc_later = warpgroup_mma(weights, v_s.index(last_at), acc, is_async=True)
+                    mbarrier.arrive(turn.index(1 - HALF), count=1)
                     x = warpgroup_mma_wait(1, deps=(x_later,))
                     mbarrier.arrive(k_free.index(at), count=1)
                     masked = (n < full) | (n >= rest)
@@ -243,6 +252,9 @@ def forward_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for half in gl.static_range(2):
+        mbarrier.init(turn.index(half), count=1)
     for buffer in gl.static_range(4):
         mbarrier.init(q_full.index(buffer), count=1)
         mbarrier.init(q_free.index(buffer), count=1)
@@ -255,13 +267,13 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
+                q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, turn,
                 o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
                 o_row, o_head, lse_row, lse_head, scale, cap,
                 0, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE,
             )),
             (_multiply, (
-                q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
+                q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, turn,
                 o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
                 o_row, o_head, lse_row, lse_head, scale, cap,
                 1, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE,

@@ -22,15 +22,17 @@ from triton.runtime.interpreter import InterpretedFunction
 ACTIVE: list[Machine] = []
 
 
-def emulate(launch, seed: int) -> None:
-    """Run all programs of a launch."""
+def emulate(launch, seed: int) -> list[list[str]]:
+    """Run all programs of a launch; returns, for each, the groups of warps that began products which add to nothing, in order."""
     code = emulated(launch.kernel, {})
     arguments = {name: stand_in(value) for name, value in launch.arguments.items()}
-    programs = launch.grid[0]
+    programs, begun = launch.grid[0], []
     for number in range(programs):
         ACTIVE[:] = [Machine(number, programs, random.Random(f"{seed} {number}"))]
         code(**arguments)
         assert not ACTIVE[0].copies, "the program ended before its copies did"
+        begun.append(ACTIVE[0].begun)
+    return begun
 
 
 class Machine:
@@ -41,6 +43,7 @@ class Machine:
         self.copies: list[tuple[str | None, object]] = []
         self.shared: list[Shared] = []
         self.groups: list[Group] = []
+        self.begun: list[str] = []
 
     def run(self, functions, warps, registers) -> None:
         """warp_specialize: all groups until their ends."""
@@ -308,6 +311,8 @@ def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False):
     machine.pause()
     product = Product(a, b, acc, use_acc)
     machine.me().products.append(product)
+    if not use_acc:
+        machine.begun.append(machine.me().name)
     if machine.chance.random() < 0.5:
         product.compute()
     return product

@@ -234,6 +234,8 @@ def product(instruction: Instruction) -> Run:
             operand = rows.places(ROWS, ROWS * (warp.number % 4), bool(transposed[0]))
         places = Descriptor.decode(same_in_all(right_at(warp))).places(columns, 0, bool(transposed[-1]))
         add = bool(same_in_all(adds(warp)))
+        if not add and not warp.number % 4:
+            warp.program.begun.append(warp.number // 4)
         issued = Product(accumulators, operand, places, kinds[1], add, float(sign_left * sign_right))
         warp.products.start(issued, warp.program.shared)
 

@@ -24,9 +24,10 @@ def interpret(
     *,
     seed: int = 0,
     fenced_barriers: bool = True,
-) -> None:
+) -> list[list[int]]:
     """Run some programs of a launch, by default all, one after the other; results go to the launch's tensors.
 
+    Returns, for each program, its warpgroups in the order in which they began products that add to nothing.
     seed: of the order in which warps run and copies land. fenced_barriers: see `LoadedKernel`.
     """
     _refuse_other_arguments(launch, kernel)
@@ -37,9 +38,14 @@ def interpret(
     values += [0] * (len(parsed.parameters) - len(values))
     parameters = {parameter.name: value for parameter, value in zip(parsed.parameters, values, strict=True)}
     loaded = LoadedKernel(parsed, prepare(parsed), parameters, memory, kernel.shared, fenced_barriers)
-    for number in range(launch.grid[0]) if programs is None else programs:
-        Program(loaded, number, seed, launch.grid[0]).run()
+    programs = range(launch.grid[0]) if programs is None else programs
+    begun = []
+    for number in programs:
+        program = Program(loaded, number, seed, launch.grid[0])
+        program.run()
+        begun.append(program.begun)
     memory.write_back()
+    return begun
 
 
 def _refuse_other_arguments(launch: TritonLaunch, kernel: Compiled) -> None:

@@ -190,6 +190,8 @@ class Program:
         self.named = {i: NamedBarrier(i) for i in range(16)}
         # bulk copies into shared memory that have not landed
         self.landings: list[Landing] = []
+        # warpgroups in the order in which their first warps began products that add to nothing
+        self.begun: list[int] = []
         self.addresses = {name: _PARAMETERS + 256 * i for i, name in enumerate(parameters)}
         self.maps = {
             self.addresses[name] + _GENERIC_PARAMETERS: value
