@@ -35,7 +35,10 @@ class SplitTiles(NamedTuple):
 
 def split_long_tiles(runs: TileRuns, mask: LaunchMask, step: int, processors: int) -> SplitTiles:
     """Runs of `transposed_runs`, their long tiles cut; step: query rows that a program takes at a time."""
-    tiles, groups = runs.tiles, (len(runs.first) - 1) // max(runs.tiles, 1)
+    tiles = runs.tiles
+    if not tiles:
+        return SplitTiles(runs, np.zeros((0, 2), np.int32), np.zeros((0, 3), np.int32), 0)
+    groups = (len(runs.first) - 1) // tiles
     run = runs.run.astype(np.int64)
     place = np.repeat(np.arange(groups * tiles), np.diff(runs.first))
     size = -(-(run[:, 3] - run[:, 0]) // step)
@@ -50,7 +53,7 @@ def split_long_tiles(runs: TileRuns, mask: LaunchMask, step: int, processors: in
     slot[np.isin(tile, split)] = np.arange(slots)
     sums = np.stack([split, slot[first_part[split]], count[split]], 1)
     # the tile's blocks of rows, one head group after the other, go to its parts in equal shares
-    group, tile_of = np.divmod(place, max(tiles, 1))
+    group, tile_of = np.divmod(place, tiles)
     before = np.cumsum(size) - size
     begin = before - before[runs.first[place]]
     end, total, among = begin + size, blocks[group, tile_of], count[tile_of]

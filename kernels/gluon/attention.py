@@ -19,10 +19,12 @@ from distattn.kernels.gluon.backward import backward_kernel
 from distattn.kernels.gluon.forward import forward_kernel
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import tile_runs, transposed_runs
 from distattn.kernels.triton.attention import plan_row_numbers
 from distattn.kernels.triton.launch import (
     TMA_LIMIT,
+    SplitTileTensors,
     Tile,
     TileRunTensors,
     TritonLaunch,
@@ -31,9 +33,11 @@ from distattn.kernels.triton.launch import (
     make_launch,
     multiprocessors,
     run_launch,
+    split_tile_tensors,
     tensor_arguments,
     tile_run_tensors,
 )
+from distattn.kernels.triton.sums import plan_sums, scratch_of_parts
 
 DIFFERENTIABLE_LSE = True
 ACCUMULATES = True
@@ -47,7 +51,7 @@ class TileSchedule(NamedTuple):
     """The lists of both kernels and the shape of the call."""
 
     forward: TileRunTensors
-    backward: TileRunTensors
+    backward: SplitTileTensors
     group_size: int
     first_head: int
 
@@ -66,9 +70,10 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
     """The lists of tiles that compute the mask."""
     forward, backward = FORWARD[requirements.head_dim], BACKWARD[requirements.head_dim]
+    by_keys = transposed_runs(mask, backward.keys, backward.rows)
     return TileSchedule(
         tile_run_tensors(tile_runs(mask, forward.rows, forward.keys)),
-        tile_run_tensors(transposed_runs(mask, backward.keys, backward.rows)),
+        split_tile_tensors(split_long_tiles(by_keys, mask, backward.rows, multiprocessors(requirements.device))),
         mask.group_size,
         mask.first_head,
     )
@@ -173,10 +178,14 @@ def plan_backward(
     arguments["numbers_"] = TensorDescriptor.from_tensor(numbers.flatten(0, 1), [1, tile.rows], plain)
     arguments |= tensor_arguments(dk=dk, dv=dv)
     arguments["slopes_"] = numbers if score.slopes_H is None else score.slopes_H
-    arguments |= call_arguments(schedule.backward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
+    split = schedule.backward
+    parts = scratch_of_parts(dk, dv, split, tile)
+    arguments |= dict(part_=split.part, parts_=parts)
+    arguments |= call_arguments(split.runs, rows, keys, heads, schedule.group_size, schedule.first_head, score)
     arguments |= dict(kv_heads=kv_heads, BM=tile.rows, BN=tile.keys, D=dim, E=v.shape[2], STAGES=tile.stages)
     arguments["ACC"] = accumulate
-    return [first_launch, make_launch(backward_kernel, len(schedule.backward.order) * kv_heads, arguments, tile)]
+    launches = [first_launch, make_launch(backward_kernel, len(split.runs.order) * kv_heads, arguments, tile)]
+    return [*launches, plan_sums(parts, dk, dv, split, accumulate)] if split.slots else launches
 
 
 def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:

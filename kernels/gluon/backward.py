@@ -32,7 +32,7 @@ from distattn.kernels.triton.tiles import LOG2E, load_run, row_keys
 @gluon.jit
 def _fetch(
     q_, k_, v_, do_, numbers_, q_s, k_s, v_s, do_s, numbers_s, kv_full, q_full, q_free, do_full,
-    start, k_col, v_col, q_head, do_head, first_head, last_head, heads, tile, tiles, first_, group_, run_,
+    start, k_col, v_col, q_head, do_head, first_head, last_head, heads, part, parts, first_, group_, run_,
     BM: gl.constexpr, HN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches: keys and values once, then every tile of queries as soon as its buffer is free."""
@@ -42,7 +42,7 @@ def _fetch(
         copy_in(v_, [start + half * HN, v_col], kv_full, v_s.index(half))
     t = 0
     for head in range(first_head, last_head):
-        at = first_ + gl.load(group_ + head) * tiles + tile
+        at = first_ + gl.load(group_ + head) * parts + part
         for i in range(gl.load(at), gl.load(at + 1)):
             begin = gl.load(run_ + i * 6)
             end = gl.load(run_ + i * 6 + 3)
@@ -68,8 +68,8 @@ def _fetch(
 def _multiply(
     q_s, k_s, v_s, do_s, ds_s, dq_s, numbers_s,
     kv_full, q_full, q_free, do_full, ds_full, ds_free, dq_full, dq_free,
-    dk_, dv_, slopes_, first_, run_, band_, row_band_, group_,
-    start, keys, first_head, last_head, tile, tiles, dk_row, dv_row, scale, cap,
+    dk_, dv_, parts_, slopes_, first_, run_, band_, row_band_, group_,
+    start, keys, slot, first_head, last_head, part, parts, dk_row, dv_row, parts_row, scale, cap,
     HALF: gl.constexpr, BM: gl.constexpr, HN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAP: gl.constexpr, ALIBI: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def _multiply(
     for head in range(first_head, last_head):
         if ALIBI:
             slope2 = gl.load(slopes_ + head).to(gl.float32) * LOG2E
-        place = first_ + gl.load(group_ + head) * tiles + tile
+        place = first_ + gl.load(group_ + head) * parts + part
         for i in range(gl.load(place), gl.load(place + 1)):
             begin, full, rest, end, band, rows_at = load_run(run_, i)
             rows_at = gl.where(rows_at < 0, rows_at, rows_at + HALF * HN)
@@ -156,19 +156,24 @@ def _multiply(
                 fence_async_shared()
                 mbarrier.arrive(dq_full.index(HALF), count=1)
     warpgroup_mma_wait(0, deps=(x_later,))
-    _deposit(dk_, dk * factor, key, keys, dk_row, HN, D, K, ACC)
-    _deposit(dv_, dv, key, keys, dv_row, HN, E, V, ACC)
+    dk = dk * factor
+    if slot < 0:
+        _deposit(dk_, dk, key, keys, dk_row, HN, D, K, ACC)
+        _deposit(dv_, dv, key, keys, dv_row, HN, E, V, ACC)
+    else:
+        _deposit(parts_, dk, HALF * HN, 2 * HN, parts_row, HN, D, K, False)
+        _deposit(parts_ + D, dv, HALF * HN, 2 * HN, parts_row, HN, E, V, False)
 
 
 @gluon.jit
 def _add_out(
-    dq_, dq_s, dq_full, dq_free, dq_head, first_head, last_head, tile, tiles, first_, group_, run_,
+    dq_, dq_s, dq_full, dq_free, dq_head, first_head, last_head, part, parts, first_, group_, run_,
     BM: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """The warp that adds both halves of every tile of dQ to global memory."""
     t = 0
     for head in range(first_head, last_head):
-        at = first_ + gl.load(group_ + head) * tiles + tile
+        at = first_ + gl.load(group_ + head) * parts + part
         for i in range(gl.load(at), gl.load(at + 1)):
             begin = gl.load(run_ + i * 6)
             end = gl.load(run_ + i * 6 + 3)
@@ -199,18 +204,22 @@ def _deposit(
 @gluon.jit(do_not_specialize=["keys", "heads", "kv_heads", "tiles", "shift"])
 def backward_kernel(
     q_, k_, v_, do_, numbers_, dq_, dk_, dv_, slopes_,
-    first_, run_, band_, row_band_, group_, order_,
+    first_, run_, band_, row_band_, group_, order_, part_, parts_,
     keys, heads, kv_heads, tiles, shift,
     q_head, k_head, v_head, do_head, dq_head, dk_row, dk_head, dv_row, dv_head, scale, cap,
     GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAP: gl.constexpr, ALIBI: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
-    """dk (keys, kv_heads, D) and dv (keys, kv_heads, E) in fp32; dq (rows, heads, D) in fp32 is added to."""
+    """dk (keys, kv_heads, D) and dv (keys, kv_heads, E); dq (rows, heads, D) in fp32 is added to.
+
+    Of tiles that are cut (kernels/split_tiles.py) dk and dv of each part go to parts (slots, BN, kv_heads, D + E), in fp32.
+    """
     HN: gl.constexpr = BN // 2
     pid = gl.program_id(0)
     kv_head = pid % kv_heads
-    tile = gl.load(order_ + pid // kv_heads)
-    start = tile * BN
+    part = gl.load(order_ + pid // kv_heads)
+    start = gl.load(part_ + 2 * part) * BN
+    slot = gl.load(part_ + 2 * part + 1)
     first_head = gl.maximum(kv_head * GROUP - shift, 0)
     last_head = gl.minimum((kv_head + 1) * GROUP - shift, heads)
     k_s = gl.allocate_shared_memory(k_.dtype, [2, HN, D], k_.layout)
@@ -244,30 +253,32 @@ def backward_kernel(
     # strides of heads times heads may pass 32 bits
     far_head = gl.cast(kv_head, gl.int64)
     dk_at, dv_at = dk_ + far_head * dk_head, dv_ + far_head * dv_head
+    parts_row = kv_heads * (D + E)
+    parts_at = parts_ + (gl.cast(slot, gl.int64) * BN * kv_heads + kv_head) * (D + E)
     gl.warp_specialize(
         [
             (_multiply, (
                 q_s, k_s, v_s, do_s, ds_s, dq_s, numbers_s,
                 kv_full, q_full, q_free, do_full, ds_full, ds_free, dq_full, dq_free,
-                dk_at, dv_at, slopes_, first_, run_, band_, row_band_, group_,
-                start, keys, first_head, last_head, tile, tiles, dk_row, dv_row, scale, cap,
+                dk_at, dv_at, parts_at, slopes_, first_, run_, band_, row_band_, group_,
+                start, keys, slot, first_head, last_head, part, tiles, dk_row, dv_row, parts_row, scale, cap,
                 0, BM, HN, D, E, STAGES, CAP, ALIBI, ACC,
             )),
             (_multiply, (
                 q_s, k_s, v_s, do_s, ds_s, dq_s, numbers_s,
                 kv_full, q_full, q_free, do_full, ds_full, ds_free, dq_full, dq_free,
-                dk_at, dv_at, slopes_, first_, run_, band_, row_band_, group_,
-                start, keys, first_head, last_head, tile, tiles, dk_row, dv_row, scale, cap,
+                dk_at, dv_at, parts_at, slopes_, first_, run_, band_, row_band_, group_,
+                start, keys, slot, first_head, last_head, part, tiles, dk_row, dv_row, parts_row, scale, cap,
                 1, BM, HN, D, E, STAGES, CAP, ALIBI, ACC,
             )),
             (_fetch, (
                 q_, k_, v_, do_, numbers_, q_s, k_s, v_s, do_s, numbers_s,
                 kv_full, q_full, q_free, do_full,
                 start, kv_head * k_head, kv_head * v_head, q_head, do_head, first_head, last_head, heads,
-                tile, tiles, first_, group_, run_, BM, HN, D, E, STAGES,
+                part, tiles, first_, group_, run_, BM, HN, D, E, STAGES,
             )),
             (_add_out, (
-                dq_, dq_s, dq_full, dq_free, dq_head, first_head, last_head, tile, tiles, first_, group_, run_, BM, D // 2,
+                dq_, dq_s, dq_full, dq_free, dq_head, first_head, last_head, part, tiles, first_, group_, run_, BM, D // 2,
             )),
         ],
         [4, 1, 1],

@@ -282,3 +282,13 @@ def test_rows_past_the_end_of_the_keys_do_not_overflow(dtype, low):
     got, wanted = both(LaunchMask.from_mask(Mask.full(n), 1, 1), inputs, dtype=dtype), dense(Mask.full(n), inputs, 0.25)
     assert got.lse.max() < low + 8 and torch.isfinite(got.dq).all()
     assert relative_error(got.dv, wanted.dv) < 0.05
+
+
+def test_keys_that_all_rows_see_are_summed_by_several_programs(monkeypatch):
+    monkeypatch.setattr(gluon_attention, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(gluon_attention, "run_launch", lambda launch: run_emulated(launch, 3))
+    mask = Mask.documents([520], (40, 0), sink_tokens=3)
+    cells, inputs = LaunchMask.from_mask(mask, 4, 1), random_inputs(520, 4, 1, 64)
+    work = gluon_attention.prepare(cells, KernelRequirements(torch.float16, 64, 64, CPU))
+    assert work.backward.slots > 2
+    assert_close(both(cells, inputs), wanted_of(mask, inputs, PLAIN), TOLERANCES[torch.float16])
