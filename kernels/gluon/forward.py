@@ -1,18 +1,18 @@
-"""Forward kernel in Gluon for Hopper: a program takes 128 query rows of one head at a time, in three groups of warps.
+"""Forward kernel in Gluon for Hopper: a program takes 128 or 192 query rows of one head at a time.
 
-One warp fetches queries, keys and values ahead by the tensor-memory accelerator; two warpgroups of 64 rows each multiply
-and take the softmax. The product with the values of one tile runs while the softmax of the next is computed
+One warp fetches queries, keys and values ahead by the tensor-memory accelerator; two or three warpgroups of 64 rows each
+multiply and take the softmax. The product with the values of one tile runs while the softmax of the next is computed
 (FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). There are no more programs than multiprocessors: a program goes on
 to other rows, and while a warpgroup writes its results, what the next rows need is fetched. Run lists, log-sum-exp and
 merging are those of the plain Triton kernel; results are deterministic.
 
-Barriers: `full` is passed by the bytes of a fetched tile, `free` by both warpgroups when they have read it; those of queries
+Barriers: `full` is passed by the bytes of a fetched tile, `free` by all warpgroups when they have read it; those of queries
 are of one warpgroup each. Tiles of keys (t) and of queries (done) are counted from the program's first to its last: the
 count says which buffer is used, and which phase of its barriers. A warpgroup waits for its `turn` to begin products: the
-other does, then, its softmax, not both the same (section 3.1 of the paper).
+others do, then, their softmax, not all the same (section 3.1 of the paper).
 """
 
-# rows of a warpgroup HM = BM / 2, BN keys; head dim D, value head dim E
+# rows of a warpgroup HM, BN keys; head dim D, value head dim E
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -51,21 +51,25 @@ def _tile(number, first_, group_, order_, heads, tiles):
 
 @gluon.jit
 def _fetch(
-    q_, k_, v_, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
-    program, programs, rounds, first_, run_, group_, order_, heads, tiles, shift, q_head, k_head, v_head,
-    GROUP: gl.constexpr, HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    given,
+    GROUP: gl.constexpr, WARPGROUPS: gl.constexpr, HM: gl.constexpr,
+    BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches: queries, then every tile of their keys and values, as soon as a buffer is free."""
+    (
+        q_, k_, v_, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
+        program, programs, rounds, first_, run_, group_, order_, heads, tiles, shift, q_head, k_head, v_head,
+    ) = given  # fmt: skip
     t = 0
     done = 0
     for round in range(rounds):
         head, tile, first, last = _tile(_number(round, program, programs), first_, group_, order_, heads, tiles)
         if first < last:
-            for half in gl.static_range(2):
-                buffer = done % 2 * 2 + half
+            for part in gl.static_range(WARPGROUPS):
+                buffer = done % 2 * WARPGROUPS + part
                 mbarrier.wait(q_free.index(buffer), (done // 2 & 1) ^ 1)
                 mbarrier.expect(q_full.index(buffer), HM * D * 2)
-                copy_in(q_, [(tile * 2 + half) * HM, head * q_head], q_full.index(buffer), q_s.index(buffer))
+                copy_in(q_, [(tile * WARPGROUPS + part) * HM, head * q_head], q_full.index(buffer), q_s.index(buffer))
             done += 1
         kv_head = (head + shift) // GROUP
         for i in range(first, last):
@@ -109,13 +113,17 @@ def _softmax(
 
 @gluon.jit
 def _multiply(
-    q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, turn,
-    o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
-    o_row, o_head, lse_row, lse_head, scale, cap,
-    HALF: gl.constexpr, HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    given,
+    PART: gl.constexpr, WARPGROUPS: gl.constexpr, HM: gl.constexpr,
+    BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: rows [HALF * HM, (HALF + 1) * HM) of each tile. A step multiplies by keys t and by values t - 1."""
+    """A warpgroup: rows [PART * HM, (PART + 1) * HM) of each tile. A step multiplies by keys t and by values t - 1."""
+    (
+        q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, turn,
+        o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
+        o_row, o_head, lse_row, lse_head, scale, cap,
+    ) = given  # fmt: skip
     S: gl.constexpr = product_layout(BN)
     O: gl.constexpr = product_layout(E)
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
@@ -129,25 +137,25 @@ def _multiply(
         head, tile, first, last = _tile(_number(round, program, programs), first_, group_, order_, heads, tiles)
         if ALIBI:
             slope = gl.load(slopes_ + head).to(gl.float32)
-        row = (tile * 2 + HALF) * HM
+        row = (tile * WARPGROUPS + PART) * HM
         m = gl.full([HM], -float("inf"), gl.float32, ROWS)
         l = gl.zeros([HM], gl.float32, ROWS)
         acc = gl.zeros([HM, E], gl.float32, O)
         if first < last:
-            buffer = done % 2 * 2 + HALF
+            buffer = done % 2 * WARPGROUPS + PART
             q = q_s.index(buffer)
             mbarrier.wait(q_full.index(buffer), done // 2 & 1)
             # the first tile of keys: there are no values to multiply by yet
             begin, full, rest, end, band, rows_at = load_run(run_, first)
-            rows_at = gl.where(rows_at < 0, rows_at, rows_at + HALF * HM)
+            rows_at = gl.where(rows_at < 0, rows_at, rows_at + PART * HM)
             low, high, distance = row_keys(band_, row_band_, band, rows_at, row, i_row)
             at = t % STAGES
             # the others get their turn from one that has waited
-            if HALF == 0:
+            if PART == 0:
                 mbarrier.wait(k_full.index(at), (t // STAGES) & 1)
-            mbarrier.wait(turn.index(HALF), (t & 1) ^ (1 - HALF))
+            mbarrier.wait(turn.index(PART), (t & 1) ^ (PART == 0))
             x = warpgroup_mma(q, k_s.index(at).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.arrive(turn.index(1 - HALF), count=1)
+            mbarrier.arrive(turn.index((PART + 1) % WARPGROUPS), count=1)
             x = warpgroup_mma_wait(0, deps=(x,))
             mbarrier.arrive(k_free.index(at), count=1)
             masked = (begin < full) | (begin >= rest)
@@ -159,21 +167,21 @@ def _multiply(
             t += 1
             for i in range(first, last):
                 begin, full, rest, end, band, rows_at = load_run(run_, i)
-                rows_at = gl.where(rows_at < 0, rows_at, rows_at + HALF * HM)
+                rows_at = gl.where(rows_at < 0, rows_at, rows_at + PART * HM)
                 low, high, distance = row_keys(band_, row_band_, band, rows_at, row, i_row)
                 row_shift = row + i_row - distance
                 begin = gl.where(i == first, begin + BN, begin)
                 for n in range(begin, end, BN):
                     at = t % STAGES
                     last_at = (t - 1) % STAGES
-                    if HALF == 0:
+                    if PART == 0:
                         mbarrier.wait(k_full.index(at), (t // STAGES) & 1)
-                    mbarrier.wait(turn.index(HALF), (t & 1) ^ (1 - HALF))
+                    mbarrier.wait(turn.index(PART), (t & 1) ^ (PART == 0))
                     x_later = warpgroup_mma(q, k_s.index(at).permute((1, 0)), nothing, use_acc=False, is_async=True)
-                    if HALF == 0:
+                    if PART == 0:
                         mbarrier.wait(v_full.index(last_at), ((t - 1) // STAGES) & 1)
                     acc_later = warpgroup_mma(weights, v_s.index(last_at), acc, is_async=True)
-                    mbarrier.arrive(turn.index(1 - HALF), count=1)
+                    mbarrier.arrive(turn.index((PART + 1) % WARPGROUPS), count=1)
                     x = warpgroup_mma_wait(1, deps=(x_later,))
                     mbarrier.arrive(k_free.index(at), count=1)
                     masked = (n < full) | (n >= rest)
@@ -237,53 +245,62 @@ def forward_kernel(
     CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """o (rows, heads, E) and natural lse (rows, heads) of the runs, like the plain Triton kernel of that name."""
-    HM: gl.constexpr = BM // 2
+    HM: gl.constexpr = 64
+    WARPGROUPS: gl.constexpr = BM // HM
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     rounds = _rounds(program, programs, heads * tiles)
     # two buffers for each warpgroup's queries
-    q_s = gl.allocate_shared_memory(q_.dtype, [4, HM, D], q_.layout)
+    q_s = gl.allocate_shared_memory(q_.dtype, [2 * WARPGROUPS, HM, D], q_.layout)
     k_s = gl.allocate_shared_memory(k_.dtype, [STAGES, BN, D], k_.layout)
     v_s = gl.allocate_shared_memory(v_.dtype, [STAGES, BN, E], v_.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [4, 1], BARRIER)
-    q_free = gl.allocate_shared_memory(gl.int64, [4, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [2 * WARPGROUPS, 1], BARRIER)
+    q_free = gl.allocate_shared_memory(gl.int64, [2 * WARPGROUPS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    for half in gl.static_range(2):
-        mbarrier.init(turn.index(half), count=1)
-    for buffer in gl.static_range(4):
+    turn = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
+    for part in gl.static_range(WARPGROUPS):
+        mbarrier.init(turn.index(part), count=1)
+    for buffer in gl.static_range(2 * WARPGROUPS):
         mbarrier.init(q_full.index(buffer), count=1)
         mbarrier.init(q_free.index(buffer), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=2)
-        mbarrier.init(v_free.index(stage), count=2)
+        mbarrier.init(k_free.index(stage), count=WARPGROUPS)
+        mbarrier.init(v_free.index(stage), count=WARPGROUPS)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (_multiply, (
-                q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, turn,
-                o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
-                o_row, o_head, lse_row, lse_head, scale, cap,
-                0, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE,
-            )),
-            (_multiply, (
-                q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, turn,
-                o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
-                o_row, o_head, lse_row, lse_head, scale, cap,
-                1, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE,
-            )),
-            (_fetch, (
-                q_, k_, v_, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
-                program, programs, rounds, first_, run_, group_, order_, heads, tiles, shift, q_head, k_head, v_head,
-                GROUP, HM, BN, D, E, STAGES,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
+    multiply = (
+        q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, turn,
+        o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
+        o_row, o_head, lse_row, lse_head, scale, cap,
     )  # fmt: skip
+    fetch = (
+        q_, k_, v_, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
+        program, programs, rounds, first_, run_, group_, order_, heads, tiles, shift, q_head, k_head, v_head,
+    )  # fmt: skip
+    # constants are named here: a variable would not keep them constant
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_multiply, (multiply, 0, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE)),
+                (_multiply, (multiply, 1, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE)),
+                (_fetch, (fetch, GROUP, WARPGROUPS, HM, BN, D, E, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (multiply, 0, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE)),
+                (_multiply, (multiply, 1, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE)),
+                (_multiply, (multiply, 2, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE)),
+                (_fetch, (fetch, GROUP, WARPGROUPS, HM, BN, D, E, STAGES)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )

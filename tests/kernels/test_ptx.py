@@ -33,8 +33,8 @@ LSE_TOLERANCE = 1e-6
 LONG = 600
 DOCUMENTS = 100, 7, 150, 83
 FORWARD = Case("forward", tokens=LONG)
-# programs take five tiles, the last two of a single tile of keys each, so that queries may be fetched too early
-SEVERAL = FORWARD._replace(documents=(300, 84, 128, 88), multiprocessors=2)
+# programs take several tiles, the last two of a single tile of keys each, so that queries may be fetched too early
+SEVERAL = Case("forward", heads=3, tokens=408, documents=(384, 24), multiprocessors=2)
 CASES = [
     SEVERAL,
     Case("forward", dim=128, tokens=LONG, multiprocessors=3),
@@ -272,7 +272,7 @@ def test_every_barrier_and_fence_is_needed(case, program):
     good = run(case, [*before, last], programs=[program])
     unnoticed = []
     for place in NEEDED.finditer(last.ptx):
-        for seed in range(16):
+        for seed in range(48):
             try:
                 got = run(case, [*before, without(last, place)], seed, programs=[program])
             except (MachineError, AssertionError):

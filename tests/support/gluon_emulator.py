@@ -44,6 +44,8 @@ class Machine:
         self.shared: list[Shared] = []
         self.groups: list[Group] = []
         self.begun: list[str] = []
+        # how likely a copy lands although somebody could go on, and which one: that which began last, first, or any
+        self.eagerness, self.lands = chance.choice([0.02, 0.3]), chance.choice([-1, 0, None])
 
     def run(self, functions, warps, registers) -> None:
         """warp_specialize: all groups until their ends."""
@@ -56,8 +58,9 @@ class Machine:
             if not able and not self.copies:
                 self.stop()
                 raise AssertionError("deadlock: " + ", ".join(group.where for group in self.groups if not group.ended))
-            if self.copies and (not able or self.chance.random() < 0.3):
-                self.copies.pop(self.chance.randrange(len(self.copies)))[1]()
+            if self.copies and (not able or self.chance.random() < self.eagerness):
+                which = self.chance.randrange(len(self.copies)) if self.lands is None else self.lands
+                self.copies.pop(which)[1]()
                 continue
             (group,) = self.chance.choices(able, [group.speed for group in able])
             group.step()
