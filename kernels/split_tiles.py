@@ -42,7 +42,7 @@ def split_long_tiles(runs: TileRuns, mask: LaunchMask, step: int, processors: in
     run = runs.run.astype(np.int64)
     place = np.repeat(np.arange(groups * tiles), np.diff(runs.first))
     size = -(-(run[:, 3] - run[:, 0]) // step)
-    blocks = np.bincount(place, size, groups * tiles).astype(np.int64).reshape(groups, tiles)
+    blocks = runs.work(step)
     count = _parts_of(blocks, runs, mask, processors)
     first_part = np.cumsum(count) - count
     parts = int(count.sum())

@@ -52,6 +52,14 @@ class TileRuns(NamedTuple):
         """Number of query tiles."""
         return len(self.order)
 
+    def work(self, step: int) -> Ints:
+        """(head groups, tiles): how many times a program takes `step` keys for a tile of each head of a group."""
+        run = self.run.astype(np.int64)
+        places = len(self.first) - 1
+        size = -(-(run[:, 3] - run[:, 0]) // step)
+        total = np.bincount(np.repeat(np.arange(places), np.diff(self.first)), size, places)
+        return total.astype(np.int64).reshape(-1, max(self.tiles, 1))
+
 
 def tile_runs(mask: LaunchMask, block_rows: int, block_keys: int) -> TileRuns:
     """Runs for programs that own `block_rows` query rows of one head and take `block_keys` keys at a time."""

@@ -227,7 +227,7 @@ FAILING = {
     "a crash of another rank": ("note('check', 'a sum')\nended()\nsys.exit(1)", "exit code 1"),
     "a hang": (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('step 3', flush=True)\ntime.sleep(60)",
-        "it was stopped after 2 s; its last line: step 3",
+        "it was stopped after 10 s; its last line: step 3",
     ),
 }  # fmt: skip
 
@@ -236,7 +236,7 @@ FAILING = {
 def test_a_part_that_fails_is_named_and_the_others_run(fault, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(first_hour, "GRACE_SECONDS", 0.5)
     body, wanted = FAILING[fault]
-    seconds = 2.0 if fault == "a hang" else 20.0
+    seconds = 10.0 if fault == "a hang" else 60.0
     stages = [[part("planted faults", PLANTED)], [part("the odd one", body, seconds)], [part("the last one", RIGHT)]]
     code, said = hour(stages, tmp_path, capsys)
     assert code == 1 and "Verdict: NOT right." in said and wanted in said and "to send back:" in said
@@ -245,15 +245,17 @@ def test_a_part_that_fails_is_named_and_the_others_run(fault, tmp_path, capsys, 
         assert "The part the odd one failed: " in said
 
 
+@pytest.mark.full
 def test_what_no_time_is_left_for_is_left_out_by_name(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(first_hour, "LEAST_SECONDS", 3.0)
+    # Python starts within a fifth of what is left, on a loaded machine too
+    monkeypatch.setattr(first_hour, "LEAST_SECONDS", 10.0)
     slow = "time.sleep(float(sys.argv[sys.argv.index('--seconds') + 1]))\n"
     stages = [
         [part("planted faults", PLANTED)],
         [part("long", slow + RIGHT, 99, keeps_time=True)],
         [part("late", RIGHT)],
     ]
-    code, said = hour(stages, tmp_path, capsys, seconds=5.0)
+    code, said = hour(stages, tmp_path, capsys, seconds=20.0)
     assert code == 0 and "Left out (no time was left): late." in said and "1 of 1 checks are right" in said
 
 

@@ -215,12 +215,21 @@ class Planner:
         if trial in self._ranked or self.config.kernel not in (None, AUTO):
             return
         own: dict[str, Trial] = {}
+        plan = broken = None
         # what a plan is refused for all ranks hear when they compare plans
         with suppress(DistattnError):
             plan = self.plan_of(batch, shape)
-            own = kernel_trials(plan, self.ranks.rank, kernel_requirements(plan.call, device, shape.modifiers))
+        if plan is not None:
+            try:
+                own = kernel_trials(plan, self.ranks.rank, kernel_requirements(plan.call, device, shape.modifiers))
+            except DistattnError as error:
+                # the others wait for this rank's trials, whatever has become of them
+                broken = error
+        ranked = agreed_ranking(own, device, lambda value: self.ranks.gather(value, "the trial of kernels"))
+        if broken is not None:
+            raise broken
         # without a launch nobody has tried anything: another batch will
-        if ranked := agreed_ranking(own, device, lambda value: self.ranks.gather(value, "the trial of kernels")):
+        if ranked:
             self._ranked[trial] = ranked
 
     def _trial_of(self, shape: AttentionShape, device: torch.device) -> tuple[AttentionShape, str]:

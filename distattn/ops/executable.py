@@ -24,6 +24,7 @@ from distattn.ir.errors import DistattnError, LostRankError, PlanError, named_ra
 from distattn.ir.plan import Call, Plan
 from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.trials import Trial
 from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, kernel_trials
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime import execute
@@ -191,16 +192,22 @@ def prepare(
     rank, group = _membership(plan, group)
     device = whole_device(device)
     refusal = program = key = None
+    own: dict[str, Trial] = {}
+    needed, is_chosen = kernel_requirements(plan.call, device, modifiers), kernel in (None, AUTO)
     try:
-        needed, is_chosen = kernel_requirements(plan.call, device, modifiers), kernel in (None, AUTO)
         own = kernel_trials(plan, rank, needed) if is_chosen else {}
+    except DistattnError as error:
+        # the others wait for this rank's trials, whatever has become of them
+        refusal = error
+    try:
         if (ranked := agreed_ranking(own, device, _gather_over(group))) and is_chosen:
             kernel = first_that_serves(ranked, needed)
-        key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)
+        if refusal is None:
+            key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)
     except LostRankError:
         raise
     except DistattnError as error:
-        refusal = error
+        refusal = refusal or error
     if group is not None:
         _agree(plan, group, refusal)
     if refusal is not None or program is None or key is None:
@@ -317,7 +324,8 @@ def _agree(plan: Plan, group: dist.ProcessGroup, refusal: DistattnError | None) 
     everyone = attended(group, "the comparison of plans", lambda: gather_objects(host, mine))
     if all(other == mine for other in everyone) and refusal is None:
         return
-    summaries = gather_objects(host, plan_summary(plan) | {"refusal": str(refusal or "")})
+    own = plan_summary(plan) | {"refusal": str(refusal or "")}
+    summaries = attended(group, "the comparison of plans", lambda: gather_objects(host, own))
     raise_disagreement([digest for digest, _ in everyone], summaries, refusal)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
+from distattn.kernels.flash.attention import implementation
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.registry import candidates, load_kernel
 from distattn.kernels.spec import KernelRequirements
@@ -47,9 +48,11 @@ def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> di
     if len(names) < 2:
         return {}
     known = _TRIALS.setdefault(plan, {})
-    if (rank, requirements, names) not in known:
-        known[rank, requirements, names] = _found(plan, rank, requirements, names)
-    return known[rank, requirements, names]
+    # what "flash" runs may be another one later
+    trial = rank, requirements, names, implementation()
+    if trial not in known:
+        known[trial] = _found(plan, rank, requirements, names)
+    return known[trial]
 
 
 def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple[str, ...]) -> dict[str, Trial]:

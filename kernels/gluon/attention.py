@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16, float32
@@ -20,7 +21,7 @@ from distattn.kernels.gluon.forward import forward_kernel
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.split_tiles import split_long_tiles
-from distattn.kernels.tile_runs import tile_runs, transposed_runs
+from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
 from distattn.kernels.triton.attention import plan_row_numbers
 from distattn.kernels.triton.launch import (
     TMA_LIMIT,
@@ -44,13 +45,16 @@ ACCUMULATES = True
 # by head dim; 128 query rows at a time spill more in the backward (64 at head dim 128: 35 in Triton 3.6, 44 in 3.9)
 FORWARD = {64: Tile(192, 128, 4, 3), 128: Tile(128, 128, 4, 2)}
 BACKWARD = {64: Tile(64, 128, 4, 3), 128: Tile(64, 128, 4, 3)}
+# the slowest program's work, as a multiple of the mean, up to which tiles are dealt out in advance
+_UNEVEN = 1.15
 _TYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
 
 
 class TileSchedule(NamedTuple):
-    """The lists of both kernels and the shape of the call."""
+    """The lists of both kernels, programs of the forward, and the shape of the call."""
 
     forward: TileRunTensors
+    programs: int
     backward: SplitTileTensors
     group_size: int
     first_head: int
@@ -70,13 +74,28 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
     """The lists of tiles that compute the mask."""
     forward, backward = FORWARD[requirements.head_dim], BACKWARD[requirements.head_dim]
+    processors = multiprocessors(requirements.device)
+    by_rows = tile_runs(mask, forward.rows, forward.keys)
     by_keys = transposed_runs(mask, backward.keys, backward.rows)
     return TileSchedule(
-        tile_run_tensors(tile_runs(mask, forward.rows, forward.keys)),
-        split_tile_tensors(split_long_tiles(by_keys, mask, backward.rows, multiprocessors(requirements.device))),
+        tile_run_tensors(by_rows),
+        forward_programs(by_rows, forward.keys, processors),
+        split_tile_tensors(split_long_tiles(by_keys, mask, backward.rows, processors)),
         mask.group_size,
         mask.first_head,
     )
+
+
+def forward_programs(runs: TileRuns, keys: int, processors: int) -> int:
+    """One for each processor, to which tiles are dealt out, to and fro; or for each tile, where some would get far more."""
+    work = runs.work(keys)[runs.group][:, runs.order].T.ravel()
+    programs = min(processors, len(work))
+    if not programs:
+        return 0
+    dealt = np.pad(work, (0, -len(work) % programs)).reshape(-1, programs)
+    dealt[1::2] = dealt[1::2, ::-1]
+    # as many as there are at a time take what is left as soon as they are done
+    return programs if dealt.sum(0).max() * programs <= _UNEVEN * work.sum() else len(work)
 
 
 def forward(
@@ -149,8 +168,7 @@ def plan_forward(
     arguments |= call_arguments(schedule.forward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
     arguments |= dict(BM=tile.rows, BN=tile.keys, D=dim, E=v.shape[2], STAGES=tile.stages)
     arguments["MERGE"] = merge
-    programs = min(len(schedule.forward.order) * heads, multiprocessors(q.device))
-    return make_launch(forward_kernel, programs, arguments, tile)
+    return make_launch(forward_kernel, schedule.programs, arguments, tile)
 
 
 def plan_backward(

@@ -220,14 +220,14 @@ class Buffers:
             self.fields[key] = tuple(fields)
             self.bound.add(key)
 
-    def allocate(self, key: BufferKey, rows: int, guests: int) -> None:
+    def allocate(self, key: BufferKey, rows: int, own_rows: int) -> None:
         """Make a buffer of so many rows, unless it is bound.
 
-        guests: how many of them are the rank's own; they take the place of a copy, and do not count either.
+        own_rows: how many of them are the rank's own; they take the place of a copy, and do not count either.
         """
         if key not in self.bound:
             self.fields[key] = fields = self._made(key, rows)
-            self._counted[key] = sum(tensor[guests:].nbytes for tensor in fields)
+            self._counted[key] = sum(tensor[own_rows:].nbytes for tensor in fields)
             self._count(self._counted[key])
 
     def fill(self, key: BufferKey, view: View) -> None:
@@ -247,34 +247,36 @@ class Buffers:
         """These tensors are not needed any more."""
         self._count(-sum(tensor.nbytes for tensor in fields))
 
-    def receive_buffer(self, payload: Payload, view: View, runs: tuple[slice, ...]) -> tuple[Fields, list[Fields]]:
-        """(fields of a message, the places where each of its runs is received).
+    def receive_buffer(self, payload: Payload, view: View, stretches: tuple[slice, ...]) -> tuple[Fields, list[Fields]]:
+        """(fields of a message, the places where each of its stretches is received).
 
         Copies land in their buffer itself, which has no fields but the places; partial results in tensors of their own.
         """
         if payload in REDUCED_PAYLOADS:
             fields = self.new(payload, view.rows, view.heads, as_sent=True)
             self._count(sum(tensor.nbytes for tensor in fields))
-            return fields, [tuple(tensor[run] for tensor in fields) for run in runs]
-        return (), self._places(view, runs)
+            return fields, [tuple(tensor[stretch] for tensor in fields) for stretch in stretches]
+        return (), self._parts(view, stretches)
 
-    def message_runs(self, payload: Payload, view: View, runs: tuple[slice, ...]) -> list[Fields]:
+    def message_parts(self, payload: Payload, view: View, stretches: tuple[slice, ...]) -> list[Fields]:
         """The tensors of a message by run: parts of a buffer where that is possible, else of one copy."""
-        if len(runs) > 1 and [piece.view_rows for piece in view.slices if isinstance(piece.rows, slice)] == list(runs):
-            return self._places(view, runs)
+        rows = [piece.view_rows for piece in view.slices if isinstance(piece.rows, slice)]
+        whole_heads = all(piece.view_heads == slice(0, view.heads) for piece in view.slices)
+        if len(view.slices) == len(stretches) > 1 and rows == list(stretches) and whole_heads:
+            return self._parts(view, stretches)
         whole = self.gather(payload, view)
-        if len(runs) == 1:
+        if len(stretches) == 1:
             return [whole]
         # a run of some heads has to be packed: all of them at once
         packed = tuple(tensor.contiguous() for tensor in whole)
-        return [tuple(tensor[run] for tensor in packed) for run in runs]
+        return [tuple(tensor[stretch] for tensor in packed) for stretch in stretches]
 
-    def _places(self, view: View, runs: tuple[slice, ...]) -> list[Fields]:
-        """The parts of a buffer that the runs of a view are."""
+    def _parts(self, view: View, stretches: tuple[slice, ...]) -> list[Fields]:
+        """The parts of a buffer that the stretches of a view are."""
         if len(view.slices) == 1:
             (only,) = view.slices
             fields = tuple(tensor[only.rows] for tensor in self.fields[only.buffer])
-            return [tuple(tensor[run] for tensor in fields) for run in runs]
+            return [tuple(tensor[stretch] for tensor in fields) for stretch in stretches]
         return [tuple(tensor[piece.rows, piece.heads] for tensor in self.fields[piece.buffer]) for piece in view.slices]
 
     def without_copy(self, view: View) -> Fields | None:

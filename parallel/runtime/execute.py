@@ -153,14 +153,14 @@ def _run(
 def _run_step(
     step: ProgramStep, transport: Transport, buffers: Buffers, compute: Compute, where: str
 ) -> PausableRun[None]:
-    for key, (rows, guests) in step.allocate.items():
-        buffers.allocate(key, rows, guests)
+    for key, (rows, own_rows) in step.allocate.items():
+        buffers.allocate(key, rows, own_rows)
     for key, view in step.fills:
         buffers.fill(key, view)
     sends = [packet for payload, message in step.sends for packet in _outgoing(buffers, payload, message)]
     incoming, receives = [], []
     for payload, message in step.receives:
-        fields, places = buffers.receive_buffer(payload, message.view, message.runs)
+        fields, places = buffers.receive_buffer(payload, message.view, message.stretches)
         incoming.append((payload, message, fields))
         receives += [Packet(message.peer, payload, tensor) for place in places for tensor in place]
     pending = transport.exchange(sends, receives, step.collective, where)
@@ -189,6 +189,6 @@ def _outgoing(buffers: Buffers, payload: Payload, message: Message) -> list[Pack
     dtypes = [getattr(torch, dtype) for _, dtype in buffers.call.comm_fields(payload)]
     return [
         Packet(message.peer, payload, tensor.to(dtype))
-        for fields in buffers.message_runs(payload, message.view, message.runs)
+        for fields in buffers.message_parts(payload, message.view, message.stretches)
         for tensor, dtype in zip(fields, dtypes, strict=True)
     ]

@@ -2,8 +2,8 @@
 
 Where a launch needs one arrival and the rank's own tokens, the arrival's buffer is made as large as the working tensor that
 both would be gathered into, in the same order of tokens: messages land between the own rows, which are copied in beforehand.
-The same for results: the kernel writes one tensor, messages leave from it, and the own rows are accumulated from it. The own
-rows in such a buffer are *guests*.
+The same for results: the kernel writes one tensor, messages leave from it, and the own rows are accumulated from it. Buffers
+that stay until the backward pass are left as they are: own rows beside them would stay, too.
 """
 
 from __future__ import annotations
@@ -34,26 +34,20 @@ class Landing(NamedTuple):
     own: tuple[BufferSlice, ...]
 
     @property
-    def guests(self) -> int:
+    def own_rows(self) -> int:
         """How many rows are the rank's own."""
         return self.rows - len(self.place)
 
     @property
-    def own_rows(self) -> View:
+    def own_view(self) -> View:
         """The own rows in the buffer's order, as a view that does not reach all of it."""
         return View(self.rows, self.own[0].view_heads.stop if self.own else 0, list(self.own), False)
 
-    def inherited(self) -> Landing:
-        """The same for a later pass, in which rows are where they lie."""
-        return self._replace(place=np.arange(self.rows))
 
-
-def land(
-    steps: list[ProgramStep], sizes: Mapping[BufferKey, int], inherited: Mapping[BufferKey, Landing]
-) -> dict[BufferKey, Landing]:
+def land(steps: list[ProgramStep], sizes: Mapping[BufferKey, int]) -> dict[BufferKey, Landing]:
     """Let buffers be working tensors where that spares copies; changes the views of the steps. Returns what each has become.
 
-    inherited: what buffers of an earlier pass have become there; their rows are in place already.
+    sizes: rows of the buffers that may.
     """
     launches: dict[BufferKey, list[tuple[BufferSlice, View]]] = defaultdict(list)
     messages: dict[BufferKey, list[tuple[BufferSlice, tuple[slice, ...]]]] = defaultdict(list)
@@ -66,15 +60,15 @@ def land(
             # what is in several buffers is gathered before it is sent, wherever it lies
             if len(message.view.slices) == 1:
                 (piece,) = message.view.slices
-                messages[piece.buffer].append((piece, message.runs))
-    found = dict(inherited)
+                messages[piece.buffer].append((piece, message.stretches))
+    found: dict[BufferKey, Landing] = {}
     for key, rows in sizes.items():
         landing = next((one for _, view in launches[key] if (one := _landing(key, rows, view))), None)
         if landing and _fits(key, landing, launches[key], messages[key]):
             found[key] = landing
     for step in steps:
         _change(step, found)
-    return {key: landing for key, landing in found.items() if key in sizes}
+    return found
 
 
 def _landing(key: BufferKey, rows: int, view: View) -> Landing | None:
@@ -98,7 +92,7 @@ def _fits(
     launches: list[tuple[BufferSlice, View]],
     messages: list[tuple[BufferSlice, tuple[slice, ...]]],
 ) -> bool:
-    """Whether messages land in whole runs, and nobody else needs the buffer as it was."""
+    """Whether messages land in whole stretches, and nobody else needs the buffer as it was."""
     if key.payload in REDUCED_PAYLOADS and len(launches) != 1:
         # what several kernels add to is not ready before the last of them
         return False
@@ -107,8 +101,8 @@ def _fits(
         if was_direct and not _is_run(landing.place[_numbers(piece.rows)]):
             return False
     return all(
-        isinstance(piece.rows, slice) and all(_is_run(landing.place[piece.rows][run]) for run in runs)
-        for piece, runs in messages
+        isinstance(piece.rows, slice) and all(_is_run(landing.place[piece.rows][stretch]) for stretch in stretches)
+        for piece, stretches in messages
     )
 
 
@@ -121,7 +115,7 @@ def _change(step: ProgramStep, found: Mapping[BufferKey, Landing]) -> None:
         for i, (payload, message) in enumerate(messages):
             slices = [_moved(piece, found) for piece in message.view.slices]
             if len(slices) == 1:
-                slices = _in_runs(message.view.slices[0], message.runs, found)
+                slices = _in_stretches(message.view.slices[0], message.stretches, found)
             messages[i] = payload, message._replace(view=message.view._replace(slices=slices))
 
 
@@ -137,8 +131,8 @@ def _as_landed(view: View, found: Mapping[BufferKey, Landing]) -> View:
             and _same_rows(piece.rows, piece.view_rows)
             and _same(own, landing.own)
         ):
-            whole = slice(0, view.rows), slice(0, view.heads)
-            return view._replace(slices=[BufferSlice(piece.buffer, *whole, *whole)])
+            rows = slice(0, view.rows)
+            return view._replace(slices=[piece._replace(rows=rows, view_rows=rows)])
     return view._replace(slices=slices)
 
 
@@ -149,12 +143,14 @@ def _moved(piece: BufferSlice, found: Mapping[BufferKey, Landing]) -> BufferSlic
     return piece._replace(rows=_index(found[piece.buffer].place[_numbers(piece.rows)]))
 
 
-def _in_runs(piece: BufferSlice, runs: tuple[slice, ...], found: Mapping[BufferKey, Landing]) -> list[BufferSlice]:
-    """The slices of a message: one for each of its runs, where the buffer has changed."""
+def _in_stretches(
+    piece: BufferSlice, stretches: tuple[slice, ...], found: Mapping[BufferKey, Landing]
+) -> list[BufferSlice]:
+    """The slices of a message: one for each of its stretches, where the buffer has changed."""
     if piece.buffer not in found:
         return [piece]
     rows = found[piece.buffer].place[_numbers(piece.rows)]
-    return [piece._replace(rows=_index(rows[run]), view_rows=run) for run in runs]
+    return [piece._replace(rows=_index(rows[stretch]), view_rows=stretch) for stretch in stretches]
 
 
 def _same(these: tuple[BufferSlice, ...], those: tuple[BufferSlice, ...]) -> bool:

@@ -6,7 +6,7 @@ Here the table's rows end: what is left to the layer is one loop over steps and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from distattn.parallel.runtime.streams import Handover, has_streams
 
 PrepareKernel = Callable[[LaunchMask], Any]
 # stretches of a message that travel by themselves, at most
-_MOST_RUNS = 4
+_MOST_STRETCHES = 4
 # bytes that lists on the device are aligned to
 _ALIGNMENT = 16
 
@@ -48,13 +48,13 @@ _ALIGNMENT = 16
 class Message(NamedTuple):
     """What one peer sends or receives of one payload and head range: the same rows, in the same order, at both ends.
 
-    runs: the rows of the view, in stretches of tokens that follow one another; each travels by itself. Where there are many
-    of them, all rows are one.
+    stretches: the rows of the view, cut where tokens do not follow one another; each travels by itself. Where there are many of
+    them, all rows are one.
     """
 
     peer: int
     view: View
-    runs: tuple[slice, ...]
+    stretches: tuple[slice, ...]
 
 
 class KernelLaunch(NamedTuple):
@@ -129,7 +129,8 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     stays = {key for key in forward.sizes if keep and key.payload in (Payload.Q, Payload.KV)}
     forward_steps = forward.steps(stays)
     kept = {key: forward.sizes[key] for key in forward.sizes if key in stays}
-    backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, forward, kept)
+    inherited = [extent._replace(key=kept_key(extent.key)) for extent in forward.buffers if extent.key in kept]
+    backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, inherited)
     backward_steps = backward.steps()
     blank = frozenset(forward.blank | backward.blank)
     settled = frozenset(forward.settled | backward.settled)
@@ -177,7 +178,7 @@ def on_device(program: Program, device: torch.device) -> Program:
 
 
 class _TableLowering:
-    """Lowers one table for one rank. `kept`: buffers that the `earlier` pass left behind."""
+    """Lowers one table for one rank. `inherited`: buffers that an earlier pass left behind."""
 
     def __init__(
         self,
@@ -186,8 +187,7 @@ class _TableLowering:
         rank: int,
         payloads: tuple[Payload, ...],
         prepare: PrepareKernel,
-        earlier: _TableLowering | None = None,
-        kept: Container[BufferKey] = (),
+        inherited: Iterable[BufferExtent] = (),
     ):
         self.call, self.table, self.rank, self.prepare = call, table, rank, prepare
         self.payloads = payloads
@@ -205,19 +205,6 @@ class _TableLowering:
         self.blank: set[BufferKey] = set()
         self.settled: set[Payload] = set()
         self.landings: dict[BufferKey, Landing] = {}
-        # what of the earlier pass is there: where it lies, and which of it has become working tensors
-        inherited = (
-            []
-            if earlier is None
-            else [
-                extent._replace(key=kept_key(extent.key)) for extent in earlier.landed_buffers() if extent.key in kept
-            ]
-        )
-        self.inherited = (
-            {}
-            if earlier is None
-            else {kept_key(key): landing.inherited() for key, landing in earlier.landings.items() if key in kept}
-        )
         self.sizes = {extent.key: int((extent.t1 - extent.t0).sum()) for extent in self.buffers}
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
 
@@ -226,23 +213,23 @@ class _TableLowering:
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
-        launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._places())
+        launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._buffers_of_rows())
         of_payloads = [
             (launches.keys if payload in KEY_PAYLOADS else launches.rows).parts(payload) for payload in self.payloads
         ]
         # one search for all views of the table
         views = iter(resolve_views(self.extents, ViewParts.joined([sends, receives, *of_payloads])))
-        for (step, peer, payload), runs in zip(outgoing, cut_sends, strict=True):
-            steps[step].sends.append((Payload(payload), Message(peer, next(views), runs)))
-        for (step, peer, payload), runs in zip(incoming, cut_receives, strict=True):
-            steps[step].receives.append((Payload(payload), Message(peer, next(views), runs)))
+        for (step, peer, payload), stretches in zip(outgoing, cut_sends, strict=True):
+            steps[step].sends.append((Payload(payload), Message(peer, next(views), stretches)))
+        for (step, peer, payload), stretches in zip(incoming, cut_receives, strict=True):
+            steps[step].receives.append((Payload(payload), Message(peer, next(views), stretches)))
         self._add_launches(steps, launches, views)
-        self._land(steps)
+        self._land(steps, kept)
         self._set_lifetimes(steps, kept)
         self._mark_first_writes(steps)
         return steps
 
-    def _places(self) -> Ints:
+    def _buffers_of_rows(self) -> Ints:
         """For each task, in which buffer its query rows lie: 0 for the rank's own tensor."""
         token, head = self.tasks["q0"], self.tasks["h0"]
         place = np.zeros_like(token)
@@ -272,19 +259,10 @@ class _TableLowering:
             extents.append(BufferExtent(key, moves["t0"][a:b], moves["t1"][a:b], before[a:b] - before[a]))
         return extents
 
-    def landed_buffers(self) -> list[BufferExtent]:
-        """The buffers with their rows where they lie after `steps`."""
-        out = []
-        for extent in self.buffers:
-            landing = self.landings.get(extent.key)
-            # what lands follows its tokens: an interval stays one
-            out.append(extent if landing is None else extent._replace(row=landing.place[extent.row]))
-        return out
-
     def _messages(
         self, moves: Columns, peer: str
     ) -> tuple[list[tuple[int, int, int]], ViewParts, list[tuple[slice, ...]]]:
-        """(step, peer, payload) of every message, in order, what each carries, a view with one part, and its runs."""
+        """(step, peer, payload) of every message, in order, what each carries, a view with one part, and its stretches."""
         moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
         each = select_rows(moves, np.array(first[:-1], np.int64))
         names = list(zip(*(each[name].tolist() for name in ("step", peer, "payload")), strict=True))
@@ -300,22 +278,22 @@ class _TableLowering:
         begins[1:] = (part[1:] != part[:-1]) | (moves["t0"][1:] != moves["t1"][:-1])
         starts = [row[a:b][begins[a:b]].tolist() for a, b in itertools.pairwise(first)]
         sizes = np.bincount(part, length, len(names)).astype(np.int64).tolist()
-        runs = [
-            tuple(slice(a, b) for a, b in itertools.pairwise([*(some if len(some) <= _MOST_RUNS else [0]), size]))
+        stretches = [
+            tuple(slice(a, b) for a, b in itertools.pairwise([*(some if len(some) <= _MOST_STRETCHES else [0]), size]))
             for some, size in zip(starts, sizes, strict=True)
         ]
-        return names, views, runs
+        return names, views, stretches
 
-    def _land(self, steps: list[ProgramStep]) -> None:
-        """Let buffers be working tensors of launches where that spares copies."""
-        self.landings = land(steps, self.sizes, self.inherited)
+    def _land(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
+        """Let buffers be working tensors of launches where that spares copies; not those that are kept."""
+        self.landings = land(steps, {key: rows for key, rows in self.sizes.items() if key not in kept})
         for key, landing in self.landings.items():
             self.sizes[key] = landing.rows
             if not landing.own or key.payload not in REDUCED_PAYLOADS:
                 continue
             for step in steps:
                 if any(key == piece.buffer for launch in step.launches for piece in launch.results[key.payload].slices):
-                    step.drains.append((key, landing.own_rows))
+                    step.drains.append((key, landing.own_view))
 
     def _add_launches(self, steps: list[ProgramStep], launches: LaunchTable, views: Iterator[View]) -> None:
         """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
@@ -337,9 +315,9 @@ class _TableLowering:
                 last[key] = index
         for key, rows in self.sizes.items():
             landing = self.landings.get(key)
-            steps[first[key]].allocate[key] = rows, landing.guests if landing else 0
+            steps[first[key]].allocate[key] = rows, landing.own_rows if landing else 0
             if landing and landing.own and key.payload in HELD_PAYLOADS:
-                steps[first[key]].fills.append((key, landing.own_rows))
+                steps[first[key]].fills.append((key, landing.own_view))
             if key not in kept:
                 steps[last[key]].release.append(key)
 

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from cases import all_masks, layouts
 
+pytest.importorskip("triton", reason="Triton is not installed")
+
 from distattn.ir.errors import DistattnError
 from distattn.ir.mask import Mask
+from distattn.kernels.gluon.attention import forward_programs
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
@@ -79,6 +82,22 @@ def test_processors_finish_together(name, strategy):
         for kernel in KERNELS:
             # a hundred tiles are a tenth of a millisecond: less than that is in the hands of latencies
             assert spans[kernel] <= 1.2 * means[kernel] or means[kernel] < 100, f"{kernel} on {layout}"
+
+
+def test_gluons_forward_deals_tiles_out_where_that_is_even():
+    for name, mask in ALL_MASKS.items():
+        runs = tile_runs(LaunchMask.from_mask(mask, 4, 1), ROWS, KEYS)
+        work = programs(runs, LaunchMask.from_mask(mask, 4, 1), KEYS, False)
+        count = forward_programs(runs, KEYS, PROCESSORS)
+        assert count in (PROCESSORS, len(work))
+        rounds = [work[a : a + PROCESSORS] for a in range(0, len(work), PROCESSORS)]
+        dealt = np.zeros(PROCESSORS)
+        for i, part in enumerate(rounds):
+            dealt[np.arange(len(part)) if i % 2 == 0 else PROCESSORS - 1 - np.arange(len(part))] += part
+        is_even = dealt.max() <= 1.15 * work.sum() / PROCESSORS
+        assert (count == PROCESSORS) == is_even, name
+    few = tile_runs(LaunchMask.from_mask(Mask.causal(300), 4, 1), ROWS, KEYS)
+    assert forward_programs(few, KEYS, PROCESSORS) == 12
 
 
 def test_without_the_cut_sink_tokens_keep_one_processor_busy():

@@ -34,7 +34,7 @@ def plan_of(strategy, lengths, heads, kv_heads, **how):
 PACK = {
     "ring": ((2, 0.41), (12, 0.95)),
     "allgather": ((7, 0.75), (20, 1.65)),
-    "ulysses": ((44, 0.64), (54, 0.92)),
+    "ulysses": ((47, 0.93), (60, 1.27)),
     "usp": ((44, 0.64), (78, 1.27)),
     "cad": ((15, 0.06), (35, 0.72)),
 }
@@ -53,7 +53,7 @@ MILLION = {
     (32, 8): {
         "ring": (3.3, 7.6),
         "allgather": (5.2, 14.6),
-        "ulysses": (4.8, 4.7),
+        "ulysses": (5.3, 6.0),
         "usp": (4.2, 6.8),
         "cad": (5.8, 13.1),
     },
@@ -61,7 +61,7 @@ MILLION = {
     (8, 1): {
         "ring": (0.82, 1.25),
         "allgather": (0.8, 2.0),
-        "ulysses": (1.6, 3.0),
+        "ulysses": (2.1, 3.0),
         "usp": (0.82, 1.25),
         "cad": (1.9, 3.3),
     },
@@ -69,7 +69,7 @@ MILLION = {
 
 
 # beside what the proof and the tensors themselves need
-MOST = {"ring": (1.02, 1.02), "allgather": (1.15, 1.1), "ulysses": (1.1, 1.1), "usp": (1.2, 1.25), "cad": (1.5, 1.3)}
+MOST = {"ring": (1.02, 1.02), "allgather": (1.15, 1.1), "ulysses": (1.45, 1.4), "usp": (1.2, 1.25), "cad": (1.5, 1.3)}
 
 
 def needed(plan, proof, rank):

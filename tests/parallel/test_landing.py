@@ -1,16 +1,19 @@
 """Buffers that are working tensors: where kernels read and write in place, and where they still get copies."""
 
+import itertools
+
 import numpy as np
-import pytest
 from cases import LENGTHS, layouts
+from oracle import assert_close, dense, random_inputs, run_all_ranks
 
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.plan import REDUCED_PAYLOADS, Payload
+from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload, Plan, Table
 from distattn.kernels.launch_mask import WrittenRows
 from distattn.parallel.make_plan import make_plan
 from distattn.parallel.runtime.buffers import OWN
 from distattn.parallel.runtime.program import lower
+from distattn.parallel.tables.backward import derive_backward
 
 TOKENS = sum(LENGTHS)
 
@@ -29,16 +32,15 @@ def is_direct(view):
     return view.is_complete and len(view.slices) == 1 and isinstance(view.slices[0].rows, slice)
 
 
-@pytest.mark.parametrize("policy", ["keep", "refetch-home"])
-def test_ulysses_reads_and_writes_in_place(policy):
-    for program in programs("ulysses", "zigzag", backward=policy):
+def test_ulysses_reads_and_writes_in_place():
+    for program in programs("ulysses", "zigzag", backward="refetch-home"):
         (forward, backward) = launches(program)
         for launch in (forward, backward):
             assert all(is_direct(view) for view in (*launch.operands.values(), *launch.results.values()))
         # the two chunks of a peer travel by themselves (the last rank's touch), none is gathered from where a kernel wrote
         steps = (*program.forward, *program.backward)
         received = [m for step in steps for payload, m in step.receives]
-        assert {len(message.runs) for message in received} == {1, 2} or program.rank == 3
+        assert {len(message.stretches) for message in received} == {1, 2} or program.rank == 3
         sent = [m.view for step in steps for payload, m in step.sends if payload in REDUCED_PAYLOADS]
         assert all(isinstance(piece.rows, slice) for view in sent for piece in view.slices)
 
@@ -46,8 +48,8 @@ def test_ulysses_reads_and_writes_in_place(policy):
 def test_own_rows_lie_among_those_that_arrive():
     for program in programs("ulysses", "zigzag", backward="refetch-home"):
         for step in program.forward:
-            for key, (rows, guests) in step.allocate.items():
-                assert (rows, guests) == (TOKENS, program.tokens), key
+            for key, (rows, own_rows) in step.allocate.items():
+                assert (rows, own_rows) == (TOKENS, program.tokens), key
             assert {key.payload for key, _ in step.fills} <= {Payload.Q, Payload.KV}
         (fills,) = (step.fills for step in program.forward if step.fills)
         filled = {key.payload: sum(piece.view_rows.stop - piece.view_rows.start if isinstance(piece.view_rows, slice)
@@ -56,6 +58,13 @@ def test_own_rows_lie_among_those_that_arrive():
         (drains,) = (step.drains for step in program.forward if step.drains)
         assert [key.payload for key, _ in drains] == [Payload.O]
         assert all(piece.is_first and piece.buffer.step == OWN for _, view in drains for piece in view.slices)
+
+
+def test_what_is_kept_is_no_larger_than_what_arrived():
+    for program in programs("ulysses", "zigzag", backward="keep"):
+        assert program.kept and set(program.kept.values()) == {TOKENS - program.tokens}
+        # results leave from where they are computed all the same
+        assert any(step.drains for step in program.forward) and not any(step.fills for step in program.forward)
 
 
 def test_messages_in_many_stretches_are_gathered_as_before():
@@ -80,9 +89,9 @@ def test_both_ends_cut_a_message_alike():
             for program in every:
                 for number, step in enumerate(getattr(program, direction)):
                     for payload, message in step.sends:
-                        sent.setdefault((program.rank, message.peer, number, payload), []).append(message.runs)
+                        sent.setdefault((program.rank, message.peer, number, payload), []).append(message.stretches)
                     for payload, message in step.receives:
-                        received.setdefault((message.peer, program.rank, number, payload), []).append(message.runs)
+                        received.setdefault((message.peer, program.rank, number, payload), []).append(message.stretches)
             assert sent == received
 
 
@@ -112,3 +121,30 @@ def test_rows_written_in_part_are_cut_where_that_changes():
     assert written.stretches(slice(2, 4), slice(2, 12)) == [slice(2, 12)]
     written.mark(slice(0, 4), np.arange(0, 20, 2))
     assert written.stretches(slice(0, 4), slice(0, 20)) == [slice(0, 20)]
+
+
+def test_launches_that_need_some_heads_of_what_has_landed_get_those():
+    # keys of ranks 1 and 2 lie between each other; rank 0 needs them with all heads, then with half of them each
+    n, heads, kv_heads = 12, 4, 2
+    own = {0: [(0, 4)], 1: [(4, 6), (8, 10)], 2: [(6, 8), (10, 12)]}
+    call = Call(Mask.full(n), Layout.from_chunks([n], list(own.values())), heads, kv_heads, 8, 8, "float64")
+    moves = [
+        (0, src, dst, int(Payload.KV), a, b, 0, kv_heads)
+        for dst in own
+        for src in own
+        if src != dst
+        for a, b in own[src]
+    ]
+    tasks = []
+    for rank, rows in own.items():
+        for (q0, q1), other in itertools.product(rows, own):
+            for k0, k1 in own[other]:
+                parts = [(int(other != rank), q0, q1, 0, heads)]
+                if rank == 0 != other:
+                    parts = [(1, q0, 2, 0, heads), (2, 2, q1, 0, 2), (3, 2, q1, 2, heads)]
+                tasks += [(step, rank, 0, a, b, k0, k1, h0, h1) for step, a, b, h0, h1 in parts]
+    forward = Table.from_rows(tasks, moves)
+    inputs = random_inputs(n, heads, kv_heads, 8)
+    for policy in ("refetch-home", "keep"):
+        plan = Plan(call, forward, derive_backward(call, forward, policy), policy, "by hand")
+        assert_close(run_all_ranks(plan, inputs), dense(call.mask, inputs), 1e-11)

@@ -226,7 +226,7 @@ def test_every_policy_is_right_moves_what_it_says_and_stays_in_memory(strategy, 
                 for rank in range(ranks):
                     # tensors the pass received and PyTorch had not freed yet, the rank's own rows beside them left out
                     ahead, back = (
-                        record.received[direction, rank, None] - record.guests[direction, rank]
+                        record.received[direction, rank, None] - record.own_rows[direction, rank]
                         for direction in ("forward", "backward")
                     )
                     assert ahead <= proof.forward_peak[rank] + proof.kept[rank] and back <= proof.backward_peak[rank]

@@ -122,7 +122,7 @@ def test_threads_that_use_one_stream_have_an_order(joins):
         thread = Thread(target=write, name="W")
         thread.start()
         # which is no order that the two have told each other
-        while not done.clock:
+        while not done.clock and thread.is_alive():
             pass
         if joins:
             thread.join()

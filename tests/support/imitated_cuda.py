@@ -45,8 +45,9 @@ KERNEL = "recorded"
 _WRITTEN = {
     "forward_kernel": ("o_", "lse_"),
     "row_numbers_kernel": ("numbers_",),
-    "dkdv_kernel": ("dk_", "dv_"),
+    "dkdv_kernel": ("dk_", "dv_", "parts_"),
     "dq_kernel": ("dq_",),
+    "sum_parts_kernel": ("dk_", "dv_"),
 }
 _ALLOCATE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 # of meta tensors PyTorch would only have the shapes: it has other code for them

@@ -91,7 +91,7 @@ class Record:
     # most bytes of received tensors that were really alive, by (direction, rank, payload), payload None for all
     received: Counter = field(default_factory=Counter)
     # bytes of a rank's own rows beside what arrives, of a pass
-    guests: Counter = field(default_factory=Counter)
+    own_rows: Counter = field(default_factory=Counter)
     direction: str = "forward"
     events: list[tuple[int, str]] = field(default_factory=list)
     peak: dict[str, list[int]] = field(default_factory=dict)
@@ -182,7 +182,7 @@ def run_all_ranks(
     programs = [lower(plan, rank, make, proof) for rank in ranks]
     for program in programs:
         for direction, steps in (("forward", program.forward), ("backward", program.backward)):
-            record.guests[direction, program.rank] = _guest_bytes(plan.call, steps)
+            record.own_rows[direction, program.rank] = _own_bytes(plan.call, steps)
     kernels = [RecordingKernel(load_kernel(kernel), rank, record) for rank in ranks]
     dtype = getattr(torch, plan.call.dtype)
     score = ScoreMod(1 / math.sqrt(plan.call.head_dim))
@@ -210,15 +210,15 @@ def run_all_ranks(
     return Result(*(layout.unshard(parts) for parts in (o, lse, dq, dk, dv)))
 
 
-def _guest_bytes(call: Call, steps: list[ProgramStep]) -> int:
+def _own_bytes(call: Call, steps: list[ProgramStep]) -> int:
     width = {
         payload: sum((dim or 1) * getattr(torch, dtype).itemsize for dim, dtype in call.payload_fields(payload))
         for payload in HELD_PAYLOADS
     }
     return sum(
-        guests * (key.h1 - key.h0) * width[key.payload]
+        own_rows * (key.h1 - key.h0) * width[key.payload]
         for step in steps
-        for key, (_, guests) in step.allocate.items()
+        for key, (_, own_rows) in step.allocate.items()
         if key.payload in HELD_PAYLOADS
     )
 
