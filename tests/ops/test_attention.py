@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distattn as da
 from distattn.ops import attention as functional  # noqa: F401  (defines the operators)
+from distattn.ops import executable
 from distattn.ops.executable import ExecutableCache
 from distattn.parallel.make_plan import STRATEGIES
 
@@ -243,6 +245,23 @@ def _wrong_group(rank: int):
 
 def test_a_group_of_another_size_is_refused():
     assert run_on_ranks(2, _wrong_group) == [0, 1]
+
+
+def _breaks_in_a_trial(rank: int):
+    def trials(*_):
+        raise da.DistattnError("kernel gluon has broken the device")
+
+    with mock.patch.object(executable, "kernel_trials", trials) if rank == 0 else nullcontext():
+        with pytest.raises(da.DistattnError) as error:
+            da.prepare(plan_for(2))
+    # all are in step: the next call is as good as any
+    da.prepare(plan_for(2))
+    return str(error.value)
+
+
+def test_a_trial_that_breaks_one_rank_is_heard_of_by_all():
+    first, second = run_on_ranks(2, _breaks_in_a_trial)
+    assert first == "kernel gluon has broken the device" and second == f"rank 0 refuses this plan: {first}"
 
 
 def _count_bytes(rank: int, plan: da.Plan, inputs: Inputs):
