@@ -135,29 +135,29 @@ def resolve_views(extents: Iterable[BufferExtent], parts: ViewParts) -> list[Vie
 
 def _joined_heads(slices: list[BufferSlice]) -> list[BufferSlice]:
     """The same slices, neighbouring heads of the same rows as one: parts of a view are cut wherever heads differ anywhere."""
-    out: dict[tuple[object, ...], BufferSlice] = {}
-    for piece in sorted(slices, key=lambda piece: piece.view_heads.start) if len(slices) > 1 else slices:
-        # heads of the buffer and of the view run alike
-        same = (
-            piece.buffer,
-            piece.heads.start - piece.view_heads.start,
-            _identity(piece.rows),
-            _identity(piece.view_rows),
-        )
-        last = out.get((*same, piece.view_heads.start))
-        if last is not None:
-            del out[(*same, piece.view_heads.start)]
-            piece = piece._replace(
-                heads=slice(last.heads.start, piece.heads.stop),
-                view_heads=slice(last.view_heads.start, piece.view_heads.stop),
-            )
-        out[(*same, piece.view_heads.stop)] = piece
-    return list(out.values())
+    if len(slices) < 2:
+        return slices
+    # by where the heads of the next one would begin
+    out: dict[tuple[BufferKey, int, int], list[BufferSlice]] = {}
+    for piece in sorted(slices, key=lambda piece: piece.view_heads.start):
+        before = out.get((piece.buffer, piece.heads.start, piece.view_heads.start), [])
+        for last in before:
+            if same_rows(last.rows, piece.rows) and same_rows(last.view_rows, piece.view_rows):
+                before.remove(last)
+                piece = piece._replace(
+                    heads=slice(last.heads.start, piece.heads.stop),
+                    view_heads=slice(last.view_heads.start, piece.view_heads.stop),
+                )
+                break
+        out.setdefault((piece.buffer, piece.heads.stop, piece.view_heads.stop), []).append(piece)
+    return [piece for pieces in out.values() for piece in pieces]
 
 
-def _identity(rows: RowIndex) -> tuple[object, ...]:
-    """What two equal row indices have in common, and others not."""
-    return (rows.start, rows.stop) if isinstance(rows, slice) else (rows.numpy().tobytes(),)
+def same_rows(these: RowIndex, those: RowIndex) -> bool:
+    """Whether two indices are of the same rows; what is a run of rows is a slice."""
+    if isinstance(these, slice) or isinstance(those, slice):
+        return isinstance(these, slice) and isinstance(those, slice) and these == those
+    return torch.equal(these, those)
 
 
 class Buffers:

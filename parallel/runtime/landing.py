@@ -17,7 +17,7 @@ import torch
 
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import REDUCED_PAYLOADS
-from distattn.parallel.runtime.buffers import OWN, BufferKey, BufferSlice, RowIndex, View
+from distattn.parallel.runtime.buffers import OWN, BufferKey, BufferSlice, RowIndex, View, same_rows
 
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import ProgramStep
@@ -125,12 +125,7 @@ def _as_landed(view: View, found: Mapping[BufferKey, Landing]) -> View:
     for i, piece in enumerate(slices):
         landing = found.get(piece.buffer)
         own = (*view.slices[:i], *view.slices[i + 1 :])
-        if (
-            landing
-            and view.rows == landing.rows
-            and _same_rows(piece.rows, piece.view_rows)
-            and _same(own, landing.own)
-        ):
+        if landing and view.rows == landing.rows and same_rows(piece.rows, piece.view_rows) and _same(own, landing.own):
             rows = slice(0, view.rows)
             return view._replace(slices=[piece._replace(rows=rows, view_rows=rows)])
     return view._replace(slices=slices)
@@ -157,14 +152,10 @@ def _same(these: tuple[BufferSlice, ...], those: tuple[BufferSlice, ...]) -> boo
     """Whether slices are of the same rows and heads."""
     return len(these) == len(those) and all(
         (a.buffer, a.heads, a.view_heads) == (b.buffer, b.heads, b.view_heads)
-        and _same_rows(a.rows, b.rows)
-        and _same_rows(a.view_rows, b.view_rows)
+        and same_rows(a.rows, b.rows)
+        and same_rows(a.view_rows, b.view_rows)
         for a, b in zip(these, those, strict=True)
     )
-
-
-def _same_rows(these: RowIndex, those: RowIndex) -> bool:
-    return np.array_equal(_numbers(these), _numbers(those))
 
 
 def _numbers(rows: RowIndex) -> Ints:
