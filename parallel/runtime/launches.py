@@ -102,11 +102,23 @@ class LaunchTable(NamedTuple):
         tasks = {**tasks, "place": place, "head_range": head_range}
         together = LaunchTable._numbered(tasks, group_size, tasks["step"])
         # own rows and rows that came with fewer heads would be one tensor of mostly unused heads
-        label = together._split(together.rows.padding() > _MAX_HOLES, "place")
+        label = together._split(together._smaller_by_place(), "place")
         by_place = LaunchTable._numbered(together.tasks, group_size, label)
         wasteful = (by_place.rows.padding() > _MAX_PADDING) | (by_place.keys.padding() > _MAX_PADDING)
         # head ranges that need too different tokens are launched one by one
         return LaunchTable._numbered(by_place.tasks, group_size, by_place._split(wasteful, "head_range"))
+
+    def _smaller_by_place(self) -> np.ndarray:
+        """Of which launches the query tensors are clearly smaller, all together, if each place has a launch of its own."""
+        label = self._split(np.ones(len(self.steps), bool), "place")
+        apart = LaunchTable._numbered(self.tasks, self.group_size, label)
+        parent = np.unique(label) // (int(self.tasks["place"].max(initial=0)) + 1)
+        cells = np.bincount(parent, apart._query_cells(), len(self.steps))
+        return cells * _MAX_HOLES < self._query_cells()
+
+    def _query_cells(self) -> Ints:
+        """Rows times heads of each launch's query tensor."""
+        return self.rows.rows() * (self.rows.h1 - self.rows.h0)
 
     def _split(self, which: np.ndarray, column: str) -> Ints:
         """A label for each task: its launch, of some launches divided by what a column says."""
