@@ -17,6 +17,8 @@ from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
 from distattn.parallel.make_plan import make_plan
 from distattn.parallel.runtime.program import lower
 
+pytestmark = pytest.mark.sampled(4)
+
 PROCESSORS = 132
 # query rows and keys of a tile at head dim 128, of Triton's and of Gluon's kernels alike
 ROWS, KEYS, STEP = 128, 128, 64
