@@ -166,23 +166,23 @@ class Buffers:
     alive, peak: bytes alive now, and the most that were alive at once; own tensors and bound ones are not counted.
     """
 
-    def __init__(self, call: Call, like: Tensor, blank: Container[BufferKey] = (), settled: Container[Payload] = ()):
+    def __init__(self, call: Call, like: Tensor, blank: Container[BufferKey] = (), unadded: Container[Payload] = ()):
         """like: any tensor on the device of the pass; blank: buffers of partial results that must begin as "nothing yet".
 
-        settled: payloads of which the rank's own tensor is in the inputs' dtype, since nothing is added to it.
+        unadded: payloads of which the rank's own tensor is in the inputs' dtype, since nothing is added to it.
         """
-        self.call, self.like, self._blank, self._settled = call, like, blank, settled
+        self.call, self.like, self._blank, self._unadded = call, like, blank, unadded
         self.fields: dict[BufferKey, Fields] = {}
         self.bound: set[BufferKey] = set()
         # bytes of each buffer that count
         self._counted: dict[BufferKey, int] = {}
         self.alive = self.peak = 0
 
-    def new(self, payload: Payload, rows: int, heads: int, as_sent: bool = False, settled: bool = False) -> Fields:
-        """New tensors of a payload, in the dtype of memory, `as_sent` or `settled`; what is in them has no meaning."""
+    def new(self, payload: Payload, rows: int, heads: int, as_sent: bool = False, unadded: bool = False) -> Fields:
+        """New tensors of a payload, in the dtype of memory, `as_sent` or `unadded`; what is in them has no meaning."""
         out = []
         for width, dtype in self.call.comm_fields(payload) if as_sent else self.call.payload_fields(payload):
-            if settled and width is not None:
+            if unadded and width is not None:
                 dtype = self.call.dtype
             shape = (rows, heads) if width is None else (rows, heads, width)
             out.append(torch.empty(shape, dtype=getattr(torch, dtype), device=self.like.device))
@@ -194,7 +194,7 @@ class Buffers:
         return self.bind_own(payload, self._made(BufferKey(payload, OWN, 0, heads), rows))
 
     def _made(self, key: BufferKey, rows: int) -> Fields:
-        fields = self.new(key.payload, rows, key.h1 - key.h0, settled=key.step == OWN and key.payload in self._settled)
+        fields = self.new(key.payload, rows, key.h1 - key.h0, unadded=key.step == OWN and key.payload in self._unadded)
         if key in self._blank:
             for tensor in fields:
                 tensor.zero_()
@@ -230,7 +230,7 @@ class Buffers:
             self._counted[key] = sum(tensor[own_rows:].nbytes for tensor in fields)
             self._count(self._counted[key])
 
-    def fill(self, key: BufferKey, view: View) -> None:
+    def copy_own(self, key: BufferKey, view: View) -> None:
         """Copy own rows into a buffer of copies."""
         for piece in view.slices:
             for whole, tensor in zip(self.fields[key], self.fields[piece.buffer], strict=True):
@@ -259,7 +259,7 @@ class Buffers:
         return (), self._parts(view, stretches)
 
     def message_parts(self, payload: Payload, view: View, stretches: tuple[slice, ...]) -> list[Fields]:
-        """The tensors of a message by run: parts of a buffer where that is possible, else of one copy."""
+        """The tensors of a message by stretch: parts of a buffer where that is possible, else of one copy."""
         rows = [piece.view_rows for piece in view.slices if isinstance(piece.rows, slice)]
         whole_heads = all(piece.view_heads == slice(0, view.heads) for piece in view.slices)
         if len(view.slices) == len(stretches) > 1 and rows == list(stretches) and whole_heads:
@@ -267,7 +267,7 @@ class Buffers:
         whole = self.gather(payload, view)
         if len(stretches) == 1:
             return [whole]
-        # a run of some heads has to be packed: all of them at once
+        # a stretch of some heads has to be packed: all of them at once
         packed = tuple(tensor.contiguous() for tensor in whole)
         return [tuple(tensor[stretch] for tensor in packed) for stretch in stretches]
 

@@ -39,13 +39,13 @@ def forward(
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor, int]]:
     """Core attention of this rank's tokens: (o_THE, lse_TH, kept, peak).
 
-    lse is in the accumulation dtype, and so is o, or in the inputs' where it is settled.
+    lse is in the accumulation dtype, and so is o, or in the inputs' where nothing is added to it.
 
     `kept` is one flat tensor of everything the backward will find again (empty unless the policy is "keep"); `peak` is the
     most bytes of buffers, beside the rank's own tensors and `kept`, that were alive at once.
     """
     call = program.call
-    buffers = Buffers(call, q_THD, program.blank, program.settled)
+    buffers = Buffers(call, q_THD, program.blank, program.unadded)
     buffers.bind_own(Payload.Q, (q_THD,))
     buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
     o_THE, lse_TH = buffers.new_own(Payload.O, program.tokens)
@@ -84,7 +84,7 @@ def backward(
     delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp where there is one.
     """
     call = program.call
-    buffers = Buffers(call, q_THD, program.blank, program.settled)
+    buffers = Buffers(call, q_THD, program.blank, program.unadded)
     buffers.bind_own(Payload.Q, (q_THD,))
     buffers.bind_own(Payload.KV, (k_TKD, v_TKE))
     buffers.bind_own(Payload.dO, (do_THE, lse_TH, delta_TH))
@@ -155,8 +155,8 @@ def _run_step(
 ) -> PausableRun[None]:
     for key, (rows, own_rows) in step.allocate.items():
         buffers.allocate(key, rows, own_rows)
-    for key, view in step.fills:
-        buffers.fill(key, view)
+    for key, view in step.own_copies:
+        buffers.copy_own(key, view)
     sends = [packet for payload, message in step.sends for packet in _outgoing(buffers, payload, message)]
     incoming, receives = [], []
     for payload, message in step.receives:
@@ -166,7 +166,7 @@ def _run_step(
     pending = transport.exchange(sends, receives, step.collective, where)
     for launch in step.launches:
         _launch(launch, buffers, compute)
-    for key, view in step.drains:
+    for key, view in step.own_results:
         buffers.accumulate(key.payload, view, buffers.fields[key])
     yield
     pending.wait()

@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 class Landing(NamedTuple):
-    """A buffer that is a launch's working tensor. rows: of both; place: where each row of the buffer as it was lies now.
+    """A buffer that is a launch's working tensor. rows: of both; new_row: where each row of the buffer as it was lies now.
 
     own: the slices of the rank's own tensor among its rows.
     """
 
     rows: int
-    place: Ints
+    new_row: Ints
     own: tuple[BufferSlice, ...]
 
     @property
     def own_rows(self) -> int:
         """How many rows are the rank's own."""
-        return self.rows - len(self.place)
+        return self.rows - len(self.new_row)
 
     @property
     def own_view(self) -> View:
@@ -80,10 +80,10 @@ def _landing(key: BufferKey, rows: int, view: View) -> Landing | None:
     (piece,) = there
     if _length(piece) != rows or any(other.view_heads != slice(0, view.heads) for other in view.slices):
         return None
-    place = np.empty(rows, np.int64)
-    place[_numbers(piece.rows)] = _numbers(piece.view_rows)
+    new_row = np.empty(rows, np.int64)
+    new_row[_numbers(piece.rows)] = _numbers(piece.view_rows)
     # nothing to gain where the working tensor is the buffer already
-    return None if not own and (place == np.arange(rows)).all() else Landing(view.rows, place, own)
+    return None if not own and (new_row == np.arange(rows)).all() else Landing(view.rows, new_row, own)
 
 
 def _fits(
@@ -98,10 +98,10 @@ def _fits(
         return False
     for piece, view in launches:
         was_direct = len(view.slices) == 1 and isinstance(piece.rows, slice)
-        if was_direct and not _is_run(landing.place[_numbers(piece.rows)]):
+        if was_direct and not _is_run(landing.new_row[_numbers(piece.rows)]):
             return False
     return all(
-        isinstance(piece.rows, slice) and all(_is_run(landing.place[piece.rows][stretch]) for stretch in stretches)
+        isinstance(piece.rows, slice) and all(_is_run(landing.new_row[piece.rows][stretch]) for stretch in stretches)
         for piece, stretches in messages
     )
 
@@ -135,7 +135,7 @@ def _moved(piece: BufferSlice, found: Mapping[BufferKey, Landing]) -> BufferSlic
     """A slice with its rows where they lie now."""
     if piece.buffer not in found:
         return piece
-    return piece._replace(rows=_index(found[piece.buffer].place[_numbers(piece.rows)]))
+    return piece._replace(rows=_index(found[piece.buffer].new_row[_numbers(piece.rows)]))
 
 
 def _in_stretches(
@@ -144,7 +144,7 @@ def _in_stretches(
     """The slices of a message: one for each of its stretches, where the buffer has changed."""
     if piece.buffer not in found:
         return [piece]
-    rows = found[piece.buffer].place[_numbers(piece.rows)]
+    rows = found[piece.buffer].new_row[_numbers(piece.rows)]
     return [piece._replace(rows=_index(rows[stretch]), view_rows=stretch) for stretch in stretches]
 
 

@@ -81,8 +81,9 @@ class TokenIntervals(NamedTuple):
 
 
 class LaunchTable(NamedTuple):
-    """All kernel launches of a table, sorted by step: the tasks of one step are one launch, or one for each place of their query
-    rows, or one for each head range.
+    """All kernel launches of a table, sorted by step.
+
+    The tasks of one step are one launch, or one for each buffer that their query rows lie in, or one for each head range.
     """
 
     # by launch: its step and its query heads [h0, h1)
@@ -96,34 +97,40 @@ class LaunchTable(NamedTuple):
     group_size: int
 
     @staticmethod
-    def of(tasks: Columns, group_size: int, place: Ints) -> LaunchTable:
-        """The launches of one rank's tasks; place: a number for the buffer in which the query rows of each task lie."""
+    def of(tasks: Columns, group_size: int, buffer: Ints) -> LaunchTable:
+        """The launches of one rank's tasks; buffer: a number for where the query rows of each lie, -1 for in several."""
         head_range = np.unique(np.stack([tasks["h0"], tasks["h1"]], 1), axis=0, return_inverse=True)[1].reshape(-1)
-        tasks = {**tasks, "place": place, "head_range": head_range}
-        together = LaunchTable._numbered(tasks, group_size, tasks["step"])
+        tasks = {**tasks, "buffer": buffer, "head_range": head_range}
         # own rows and rows that came with fewer heads would be one tensor of mostly unused heads
-        label = together._split(together._smaller_by_place(), "place")
-        by_place = LaunchTable._numbered(together.tasks, group_size, label)
-        wasteful = (by_place.rows.padding() > _MAX_PADDING) | (by_place.keys.padding() > _MAX_PADDING)
+        table = LaunchTable._numbered(tasks, group_size, tasks["step"])
+        table = table._divided(table._smaller_by_buffer(), "buffer")
         # head ranges that need too different tokens are launched one by one
-        return LaunchTable._numbered(by_place.tasks, group_size, by_place._split(wasteful, "head_range"))
+        wasteful = (table.rows.padding() > _MAX_PADDING) | (table.keys.padding() > _MAX_PADDING)
+        return table._divided(wasteful, "head_range")
 
-    def _smaller_by_place(self) -> np.ndarray:
-        """Of which launches the query tensors are clearly smaller, all together, if each place has a launch of its own."""
-        label = self._split(np.ones(len(self.steps), bool), "place")
-        apart = LaunchTable._numbered(self.tasks, self.group_size, label)
-        parent = np.unique(label) // (int(self.tasks["place"].max(initial=0)) + 1)
-        cells = np.bincount(parent, apart._query_cells(), len(self.steps))
-        return cells * _MAX_HOLES < self._query_cells()
+    def _divided(self, which: np.ndarray, column: str) -> LaunchTable:
+        """The same launches, some of them divided by what a column says of their tasks."""
+        if not which.any():
+            return self
+        value = np.where(which[self.launch], self.tasks[column], 0)
+        return LaunchTable._numbered(self.tasks, self.group_size, self.launch * (int(value.max()) + 1) + value)
+
+    def _smaller_by_buffer(self) -> np.ndarray:
+        """Of which launches the query tensors are clearly smaller, all together, if each buffer has a launch of its own."""
+        low, high = (np.full(len(self.steps), edge) for edge in (np.iinfo(np.int64).max, -1))
+        np.minimum.at(low, self.launch, self.tasks["buffer"])
+        np.maximum.at(high, self.launch, self.tasks["buffer"])
+        several = (low >= 0) & (low < high)
+        apart = self._divided(several, "buffer")
+        if apart is self:
+            return several
+        # the first task of each launch says which it was part of
+        parent = np.searchsorted(self.steps, apart.steps)
+        return several & (np.bincount(parent, apart._query_cells(), len(self.steps)) * _MAX_HOLES < self._query_cells())
 
     def _query_cells(self) -> Ints:
         """Rows times heads of each launch's query tensor."""
         return self.rows.rows() * (self.rows.h1 - self.rows.h0)
-
-    def _split(self, which: np.ndarray, column: str) -> Ints:
-        """A label for each task: its launch, of some launches divided by what a column says."""
-        value = self.tasks[column]
-        return self.launch * (int(value.max(initial=0)) + 1) + np.where(which[self.launch], value, 0)
 
     @staticmethod
     def _numbered(tasks: Columns, group_size: int, label: Ints) -> LaunchTable:

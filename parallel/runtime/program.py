@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distattn.ir.intervals import Ints, lexicographic_argsort, run_starts, sorted_unique, stable_argsort
+from distattn.ir.intervals import Ints, lexicographic_argsort, merge_intervals, run_starts, sorted_unique
 from distattn.ir.plan import (
     BACKWARD_PAYLOADS,
     FORWARD_PAYLOADS,
@@ -72,13 +72,13 @@ class ProgramStep:
 
     # rows of each new buffer, and how many of them are the rank's own (see `landing`); own rows that are copied into it
     allocate: dict[BufferKey, tuple[int, int]] = field(default_factory=dict)
-    fills: list[tuple[BufferKey, View]] = field(default_factory=list)
+    own_copies: list[tuple[BufferKey, View]] = field(default_factory=list)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
     # one launch, unless head groups need so different tokens that a tensor of all of them would be mostly unused
     launches: list[KernelLaunch] = field(default_factory=list)
     # own rows of buffers that the launches have written, which are accumulated from there
-    drains: list[tuple[BufferKey, View]] = field(default_factory=list)
+    own_results: list[tuple[BufferKey, View]] = field(default_factory=list)
     # whether all ranks exchange the messages of this step in one all-to-all
     collective: bool = False
     release: list[BufferKey] = field(default_factory=list)
@@ -89,7 +89,7 @@ class ProgramStep:
             yield message.view
         for launch in self.launches:
             yield from (*launch.operands.values(), *launch.results.values())
-        yield from (view for _, view in self.drains)
+        yield from (view for _, view in self.own_results)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Program:
 
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
     in the forward pass. proof: None where nobody has proven the plan. blank: buffers of results that not every first write
-    reaches, in both passes. settled: own results to which nothing is added on this rank, and which need no wider numbers than
+    reaches, in both passes. unadded: own results to which nothing is added on this rank, and which need no wider numbers than
     the inputs. uploaded: the lists, where they are on a GPU.
     """
 
@@ -111,7 +111,7 @@ class Program:
     backward: list[ProgramStep]
     kept: dict[BufferKey, int]
     blank: frozenset[BufferKey]
-    settled: frozenset[Payload]
+    unadded: frozenset[Payload]
     uploaded: Handover | None = None
 
 
@@ -126,15 +126,13 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     # the backward's launches are mostly the forward's
     prepare = _memoized(prepare)
     forward = _TableLowering(call, plan.forward, rank, FORWARD_PAYLOADS, prepare)
-    stays = {key for key in forward.sizes if keep and key.payload in (Payload.Q, Payload.KV)}
-    forward_steps = forward.steps(stays)
-    kept = {key: forward.sizes[key] for key in forward.sizes if key in stays}
+    kept = {key: rows for key, rows in forward.sizes.items() if keep and key.payload in (Payload.Q, Payload.KV)}
     inherited = [extent._replace(key=kept_key(extent.key)) for extent in forward.buffers if extent.key in kept]
     backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, inherited)
-    backward_steps = backward.steps()
+    steps = forward.steps(kept), backward.steps()
     blank = frozenset(forward.blank | backward.blank)
-    settled = frozenset(forward.settled | backward.settled)
-    return Program(call, proof, rank, tokens, forward_steps, backward_steps, kept, blank, settled)
+    unadded = frozenset(forward.unadded | backward.unadded)
+    return Program(call, proof, rank, tokens, *steps, kept, blank, unadded)
 
 
 def kept_key(key: BufferKey) -> BufferKey:
@@ -203,7 +201,7 @@ class _TableLowering:
         ]
         # filled by `steps`
         self.blank: set[BufferKey] = set()
-        self.settled: set[Payload] = set()
+        self.unadded: set[Payload] = set()
         self.landings: dict[BufferKey, Landing] = {}
         self.sizes = {extent.key: int((extent.t1 - extent.t0).sum()) for extent in self.buffers}
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
@@ -213,7 +211,7 @@ class _TableLowering:
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
-        launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._buffers_of_rows())
+        launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._query_buffers())
         of_payloads = [
             (launches.keys if payload in KEY_PAYLOADS else launches.rows).parts(payload) for payload in self.payloads
         ]
@@ -229,17 +227,18 @@ class _TableLowering:
         self._mark_first_writes(steps)
         return steps
 
-    def _buffers_of_rows(self) -> Ints:
-        """For each task, in which buffer its query rows lie: 0 for the rank's own tensor."""
-        token, head = self.tasks["q0"], self.tasks["h0"]
-        place = np.zeros_like(token)
-        arrived = (extent for extent in self.extents if extent.key.payload == Payload.Q and extent.key.step != OWN)
-        for number, extent in enumerate(arrived, start=1):
-            order = stable_argsort(extent.t0)
-            i = np.searchsorted(extent.t0[order], token, "right") - 1
-            inside = (i >= 0) & (token < extent.t1[order][i]) & (extent.key.h0 <= head) & (head < extent.key.h1)
-            place[inside] = number
-        return place
+    def _query_buffers(self) -> Ints:
+        """For each task, a number for the buffer in which its query rows lie with its first head; -1 where in several."""
+        q0, q1, head = (self.tasks[name] for name in ("q0", "q1", "h0"))
+        found = np.full_like(q0, -1)
+        queries = (extent for extent in self.extents if extent.key.payload == Payload.Q)
+        for number, extent in enumerate(queries):
+            _, begin, end = merge_intervals(np.zeros_like(extent.t0), extent.t0, extent.t1)
+            i = np.searchsorted(begin, q0, "right") - 1
+            inside = (i >= 0) & (extent.key.h0 <= head) & (head < extent.key.h1)
+            inside[inside] = q1[inside] <= end[i[inside]]
+            found[inside] = number
+        return found
 
     def _own(self, payload: Payload) -> BufferExtent:
         """The rank's own tensor of a payload."""
@@ -293,7 +292,7 @@ class _TableLowering:
                 continue
             for step in steps:
                 if any(key == piece.buffer for launch in step.launches for piece in launch.results[key.payload].slices):
-                    step.drains.append((key, landing.own_view))
+                    step.own_results.append((key, landing.own_view))
 
     def _add_launches(self, steps: list[ProgramStep], launches: LaunchTable, views: Iterator[View]) -> None:
         """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
@@ -317,17 +316,17 @@ class _TableLowering:
             landing = self.landings.get(key)
             steps[first[key]].allocate[key] = rows, landing.own_rows if landing else 0
             if landing and landing.own and key.payload in HELD_PAYLOADS:
-                steps[first[key]].fills.append((key, landing.own_view))
+                steps[first[key]].own_copies.append((key, landing.own_view))
             if key not in kept:
                 steps[last[key]].release.append(key)
 
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
         """Mark the slices that write results where none are yet, in the order in which the executor accumulates.
 
-        A buffer that first writes do not reach everywhere is noted as blank, an own result with no other writes as settled.
+        A buffer that first writes do not reach everywhere is noted as blank, an own result with no other writes as unadded.
         """
         own = {payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
-        self.settled = set(own)
+        self.unadded = set(own)
         sizes = {key: rows for key, rows in self.sizes.items() if key.payload in REDUCED_PAYLOADS}
         sizes |= {self._own(payload).key: self.tokens for payload in own}
         views = [view for step in steps for view in _result_views(step)]
@@ -342,7 +341,7 @@ class _TableLowering:
                 rows = piece.rows if isinstance(piece.rows, slice) else piece.rows.numpy()
                 slices.append(piece._replace(is_first=written[piece.buffer].mark(piece.heads, rows)))
                 if piece.buffer.step == OWN and not slices[-1].is_first:
-                    self.settled.discard(piece.buffer.payload)
+                    self.unadded.discard(piece.buffer.payload)
             return view._replace(slices=slices)
 
         def cut_by_writes(piece: BufferSlice) -> list[BufferSlice]:
@@ -361,7 +360,7 @@ class _TableLowering:
                 launch.results.update(
                     {payload: marked(view, payload not in direct) for payload, view in launch.results.items()}
                 )
-            step.drains = [(key, marked(view)) for key, view in step.drains]
+            step.own_results = [(key, marked(view)) for key, view in step.own_results]
             step.receives = [
                 (payload, message._replace(view=marked(message.view)) if payload in REDUCED_PAYLOADS else message)
                 for payload, message in step.receives
@@ -373,7 +372,7 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
     """The views that results of a step are accumulated into: its launches' first, then what arrives."""
     for launch in step.launches:
         yield from launch.results.values()
-    yield from (view for _, view in step.drains)
+    yield from (view for _, view in step.own_results)
     for payload, message in step.receives:
         if payload in REDUCED_PAYLOADS:
             yield message.view
@@ -425,9 +424,11 @@ def _with_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Progr
 
     def step(old: ProgramStep) -> ProgramStep:
         launches = [launch(part) for part in old.launches]
-        fills, drains = ([(key, view(part)) for key, part in own] for own in (old.fills, old.drains))
+        own_copies, own_results = (
+            [(key, view(part)) for key, part in own] for own in (old.own_copies, old.own_results)
+        )
         changes: dict[str, Any] = dict(sends=messages(old.sends), receives=messages(old.receives))
-        return replace(old, launches=launches, fills=fills, drains=drains, **changes)
+        return replace(old, launches=launches, own_copies=own_copies, own_results=own_results, **changes)
 
     passes = [[step(part) for part in steps] for steps in (program.forward, program.backward)]
     return replace(program, forward=passes[0], backward=passes[1])

@@ -50,21 +50,23 @@ def test_own_rows_lie_among_those_that_arrive():
         for step in program.forward:
             for key, (rows, own_rows) in step.allocate.items():
                 assert (rows, own_rows) == (TOKENS, program.tokens), key
-            assert {key.payload for key, _ in step.fills} <= {Payload.Q, Payload.KV}
-        (fills,) = (step.fills for step in program.forward if step.fills)
+            assert {key.payload for key, _ in step.own_copies} <= {Payload.Q, Payload.KV}
+        (own_copies,) = (step.own_copies for step in program.forward if step.own_copies)
         filled = {key.payload: sum(piece.view_rows.stop - piece.view_rows.start if isinstance(piece.view_rows, slice)
-                                   else len(piece.view_rows) for piece in view.slices) for key, view in fills}  # fmt: skip
+                                   else len(piece.view_rows) for piece in view.slices) for key, view in own_copies}  # fmt: skip
         assert filled == {Payload.Q: program.tokens, Payload.KV: program.tokens}
-        (drains,) = (step.drains for step in program.forward if step.drains)
-        assert [key.payload for key, _ in drains] == [Payload.O]
-        assert all(piece.is_first and piece.buffer.step == OWN for _, view in drains for piece in view.slices)
+        (own_results,) = (step.own_results for step in program.forward if step.own_results)
+        assert [key.payload for key, _ in own_results] == [Payload.O]
+        assert all(piece.is_first and piece.buffer.step == OWN for _, view in own_results for piece in view.slices)
 
 
 def test_what_is_kept_is_no_larger_than_what_arrived():
     for program in programs("ulysses", "zigzag", backward="keep"):
         assert program.kept and set(program.kept.values()) == {TOKENS - program.tokens}
         # results leave from where they are computed all the same
-        assert any(step.drains for step in program.forward) and not any(step.fills for step in program.forward)
+        assert any(step.own_results for step in program.forward) and not any(
+            step.own_copies for step in program.forward
+        )
 
 
 def test_messages_in_many_stretches_are_gathered_as_before():
@@ -72,7 +74,7 @@ def test_messages_in_many_stretches_are_gathered_as_before():
     shape = dict(heads=8, kv_heads=4, head_dim=8, dtype="bfloat16", backward="refetch-home")
     plan = make_plan(Mask.causal(TOKENS), layout, strategy="ulysses", **shape)
     for program in (lower(plan, rank, lambda mask: None) for rank in range(4)):
-        assert not any(step.fills or step.drains for step in (*program.forward, *program.backward))
+        assert not any(step.own_copies or step.own_results for step in (*program.forward, *program.backward))
         assert not all(is_direct(view) for launch in launches(program) for view in launch.operands.values())
 
 
