@@ -215,7 +215,7 @@ class Layer:
                 torch.cuda.set_sync_debug_mode("default")
                 for stream in (*self.streams.compute, *self.streams.copy):
                     torch.cuda.current_stream().wait_stream(stream)
-        return [{"o": o, "dq": dq, "dk": dk, "dv": dv} for (o, *_), (dq, dk, dv, _) in zip(done, grads, strict=True)]
+        return [{"o": o, "dq": dq, "dk": dk, "dv": dv} for (o, *_), (dq, dk, dv) in zip(done, grads, strict=True)]
 
     def _together(self, runs: Iterator[Generator[None, None, Any]]) -> list[Any]:
         return execute.run_in_lock_step(
@@ -234,7 +234,7 @@ class Layer:
     def _forward(self, rank: int, transport: Mailbox) -> Generator[None, None, Any]:
         x = self.local[rank]
         run = execute.forward(self.programs[rank], transport, self.kernel, x["q"], x["k"], x["v"], self.score)
-        o, lse, kept, _ = yield from run
+        o, lse, kept = yield from run
         return o.to(self.dtype), lse, kept
 
     def _backward(self, rank: int, transport: Mailbox, done: tuple[Tensor, ...]) -> Generator[None, None, Any]:

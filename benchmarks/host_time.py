@@ -84,9 +84,7 @@ def layer(program: Program):  # noqa: ANN201
     lse, delta = (torch.empty(program.tokens, HEADS) for _ in range(2))
 
     def run() -> None:
-        *_, kept, _ = execute.run_to_completion(
-            execute.forward(program, Nowhere(), InstantKernel, q, k, v, ScoreMod(1.0))
-        )
+        *_, kept = execute.run_to_completion(execute.forward(program, Nowhere(), InstantKernel, q, k, v, ScoreMod(1.0)))
         inputs = (do, q, k, v, lse, delta, kept, ScoreMod(1.0))
         execute.run_to_completion(execute.backward(program, Nowhere(), InstantKernel, *inputs))
 

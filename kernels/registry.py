@@ -51,6 +51,7 @@ class Kernel(Protocol):
     ACCUMULATES says whether `forward` and `backward` also take `into`: tensors that results are written to, or merged into
     (`merge`) or added to (`add`).
     `prepare` turns a launch mask into the kernel's own schedule once per plan; `forward` and `backward` take that schedule.
+    A kernel whose own memory is known beforehand has `workspace_bytes(direction, shape, schedule)`, too.
     """
 
     DIFFERENTIABLE_LSE: bool

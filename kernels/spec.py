@@ -40,3 +40,15 @@ class KernelRequirements(NamedTuple):
     alibi: bool = False
     lse: bool = False
     least_step: int = 0
+
+
+class LaunchShape(NamedTuple):
+    """How large the tensors of a kernel launch are; dq_bytes: of one number of the tensor that dQ is written to."""
+
+    rows: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dq_bytes: int = 4

@@ -250,7 +250,7 @@ def forward_pass(
     score = _score(executable, scale, softcap, slopes)
     executable.begin_pass("forward", score)
     run = execute.forward(executable.program, transport or executable.transport, executable.kernel, q, k, v, score)
-    o, lse_TH, kept, _ = yield from run
+    o, lse_TH, kept = yield from run
     if sink is not None:
         # a key without value: it only widens the softmax
         wider_TH = torch.logaddexp(lse_TH, sink.to(lse_TH.dtype))
@@ -288,7 +288,7 @@ def backward_pass(
     executable.begin_pass("backward", score)
     inputs = (do, q, k, v, lse_TH, delta_TH, kept, score)
     run = execute.backward(executable.program, transport or executable.transport, executable.kernel, *inputs)
-    dq, dk, dv, _ = yield from run
+    dq, dk, dv = yield from run
     if sink is None:
         return dq, dk, dv, q.new_empty(0)
     # as for a key whose value is zero: dp = 0

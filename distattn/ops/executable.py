@@ -27,7 +27,6 @@ from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.trials import Trial
 from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, kernel_trials
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
-from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.attendance import attended
 from distattn.parallel.runtime.communicator import (
     gather_objects,
@@ -35,6 +34,7 @@ from distattn.parallel.runtime.communicator import (
     open_host_communicator,
     timeout_of,
 )
+from distattn.parallel.runtime.memory import PassMemory, backward_memory, forward_memory, kept_elements
 from distattn.parallel.runtime.program import Program, lower, on_device
 from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
 
@@ -69,8 +69,16 @@ class Executable:
         self.program, self.key, self.transport, self.observer = program, key, transport, observer
         kernel: Kernel = load_kernel(key.kernel)
         self.kernel = kernel if observer is None else observer.wrap_kernel(kernel)
-        self.kept_elements = execute.kept_elements(program)
+        self.kept_elements = kept_elements(program)
         self.handle = EXECUTABLES.add(self)
+
+    def memory(self) -> dict[str, PassMemory]:
+        """What a layer's "forward" and "backward" pass need on this rank's device; exact for the triton and gluon kernels."""
+        workspace = getattr(load_kernel(self.key.kernel), "workspace_bytes", None)
+        return {
+            "forward": forward_memory(self.program, workspace),
+            "backward": backward_memory(self.program, workspace),
+        }
 
     def for_direction(self, direction: str) -> Executable:
         """What runs a "forward" or "backward" pass: itself. A pipeline schedule has another one in every tick."""

@@ -19,10 +19,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from distattn.kernels.gluon.backward import backward_kernel
 from distattn.kernels.gluon.forward import forward_kernel
 from distattn.kernels.launch_mask import LaunchMask
-from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
 from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
-from distattn.kernels.triton.attention import plan_row_numbers
+from distattn.kernels.triton.attention import plan_row_numbers, row_number_bytes
 from distattn.kernels.triton.launch import (
     TMA_LIMIT,
     SplitTileTensors,
@@ -38,7 +38,7 @@ from distattn.kernels.triton.launch import (
     tensor_arguments,
     tile_run_tensors,
 )
-from distattn.kernels.triton.sums import plan_sums, scratch_of_parts
+from distattn.kernels.triton.sums import part_bytes, plan_sums, scratch_of_parts
 
 DIFFERENTIABLE_LSE = True
 ACCUMULATES = True
@@ -147,6 +147,16 @@ def backward(
     if into[0] is not None and not direct:
         into[0].add_(dq) if add[0] else into[0].copy_(dq)
     return dq, dk, dv
+
+
+def workspace_bytes(direction: str, shape: LaunchShape, schedule: TileSchedule) -> int:
+    """Bytes that a pass allocates on the device beside its operands and results."""
+    if direction == "forward":
+        return 0
+    parts = part_bytes(shape, schedule.backward, BACKWARD[shape.head_dim])
+    # programs add to dQ in single precision
+    dq = 0 if shape.dq_bytes == 4 else shape.rows * shape.heads * shape.head_dim * 4
+    return row_number_bytes(shape) + parts + dq
 
 
 def plan_forward(

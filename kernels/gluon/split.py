@@ -9,7 +9,7 @@ from torch import Tensor
 from distattn.kernels.gluon import attention as gluon_attention
 from distattn.kernels.gluon.attention import unsupported_reason
 from distattn.kernels.launch_mask import LaunchMask
-from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
 
 DIFFERENTIABLE_LSE = True
@@ -50,4 +50,17 @@ def backward(
     return triton_attention.backward(do, q, k, v, lse, delta, schedule.backward, score, **into)
 
 
-__all__ = ["ACCUMULATES", "DIFFERENTIABLE_LSE", "backward", "forward", "prepare", "unsupported_reason"]
+def workspace_bytes(direction: str, shape: LaunchShape, schedule: SplitTileSchedule) -> int:
+    """See `triton_attention.workspace_bytes`."""
+    return triton_attention.workspace_bytes(direction, shape, schedule.backward)
+
+
+__all__ = [
+    "ACCUMULATES",
+    "DIFFERENTIABLE_LSE",
+    "backward",
+    "forward",
+    "prepare",
+    "unsupported_reason",
+    "workspace_bytes",
+]

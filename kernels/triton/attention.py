@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distattn.kernels.launch_mask import LaunchMask
-from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
 from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import tile_runs, transposed_runs
 from distattn.kernels.triton.backward import dkdv_kernel, dq_kernel, row_numbers_kernel
@@ -36,7 +36,7 @@ from distattn.kernels.triton.launch import (
     tensor_arguments,
     tile_run_tensors,
 )
-from distattn.kernels.triton.sums import plan_sums, scratch_of_parts
+from distattn.kernels.triton.sums import part_bytes, plan_sums, scratch_of_parts
 from distattn.kernels.triton.tiles import INTERPRETED
 
 DIFFERENTIABLE_LSE = True
@@ -242,13 +242,34 @@ def plan_backward(
 def plan_row_numbers(lse: Tensor, delta: Tensor) -> tuple[Tensor, TritonLaunch]:
     """(2, H, more than T): log-sum-exp in base 2 and delta as backward kernels read them, and the launch that fills it."""
     rows, heads = lse.shape
-    # programs read a tile beyond the last row
-    padded = (-(-rows // _ROW_BLOCK) + 1) * _ROW_BLOCK
-    numbers = lse.new_empty(2, heads, padded)
+    numbers = scratch_of_numbers(lse)
+    padded = numbers.shape[2]
     arguments = tensor_arguments(lse=lse, delta=delta) | dict(numbers_=numbers, rows=rows, heads=heads, padded=padded)
     arguments |= dict(plane=heads * padded, BLOCK=_ROW_BLOCK)
     tile = Tile(_ROW_BLOCK, 0, 4, 1)
     return numbers, make_launch(row_numbers_kernel, padded // _ROW_BLOCK * heads, arguments, tile)
+
+
+def scratch_of_numbers(lse: Tensor) -> Tensor:
+    """Where the row numbers of a launch go."""
+    return lse.new_empty(2, lse.shape[1], _padded(len(lse)))
+
+
+def workspace_bytes(direction: str, shape: LaunchShape, schedule: TileSchedule) -> int:
+    """Bytes that a pass allocates on the device beside its operands and results."""
+    if direction == "forward":
+        return 0
+    return row_number_bytes(shape) + part_bytes(shape, schedule.dkdv, schedule.tiles.dkdv)
+
+
+def row_number_bytes(shape: LaunchShape) -> int:
+    """Bytes of the row numbers of a backward launch."""
+    return 2 * shape.heads * _padded(shape.rows) * 4
+
+
+def _padded(rows: int) -> int:
+    # programs read a tile beyond the last row
+    return (-(-rows // _ROW_BLOCK) + 1) * _ROW_BLOCK
 
 
 @cache

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distattn.kernels.spec import LaunchShape
 from distattn.kernels.triton.launch import SplitTileTensors, Tile, TritonLaunch, make_launch, tensor_arguments
 
 # rows of a program
@@ -54,6 +55,11 @@ def sum_parts_kernel(
 def scratch_of_parts(dk: Tensor, dv: Tensor, lists: SplitTileTensors, tile: Tile) -> Tensor:
     """Where the parts of cut tiles leave their sums: (slots, keys of a tile, kv_heads, D + E)."""
     return lists.part.new_empty(lists.slots, tile.keys, dk.shape[1], dk.shape[2] + dv.shape[2], dtype=torch.float32)
+
+
+def part_bytes(shape: LaunchShape, lists: SplitTileTensors, tile: Tile) -> int:
+    """Bytes of these sums for a launch of that shape."""
+    return lists.slots * tile.keys * shape.kv_heads * (shape.head_dim + shape.v_head_dim) * 4
 
 
 def plan_sums(parts: Tensor, dk: Tensor, dv: Tensor, lists: SplitTileTensors, accumulate: bool) -> TritonLaunch:

@@ -3,7 +3,7 @@
 from functools import partial
 
 from distattn.kernels.triton import attention as triton_attention
-from distattn.kernels.triton.attention import prepare, unsupported_reason
+from distattn.kernels.triton.attention import prepare, unsupported_reason, workspace_bytes
 
 DIFFERENTIABLE_LSE = triton_attention.DIFFERENTIABLE_LSE
 ACCUMULATES = triton_attention.ACCUMULATES
@@ -11,4 +11,12 @@ ACCUMULATES = triton_attention.ACCUMULATES
 forward = partial(triton_attention.forward, precision="tf32")
 backward = partial(triton_attention.backward, precision="tf32")
 
-__all__ = ["ACCUMULATES", "DIFFERENTIABLE_LSE", "backward", "forward", "prepare", "unsupported_reason"]
+__all__ = [
+    "ACCUMULATES",
+    "DIFFERENTIABLE_LSE",
+    "backward",
+    "forward",
+    "prepare",
+    "unsupported_reason",
+    "workspace_bytes",
+]

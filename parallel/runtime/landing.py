@@ -17,7 +17,7 @@ import torch
 
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import REDUCED_PAYLOADS
-from distattn.parallel.runtime.buffers import OWN, BufferKey, BufferSlice, RowIndex, View, same_rows
+from distattn.parallel.runtime.views import OWN, BufferKey, BufferSlice, RowIndex, View, same_rows
 
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import ProgramStep
@@ -32,11 +32,6 @@ class Landing(NamedTuple):
     rows: int
     new_row: Ints
     own: tuple[BufferSlice, ...]
-
-    @property
-    def own_rows(self) -> int:
-        """How many rows are the rank's own."""
-        return self.rows - len(self.new_row)
 
     @property
     def own_view(self) -> View:

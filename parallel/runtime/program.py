@@ -33,10 +33,11 @@ from distattn.ir.plan import (
 )
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
-from distattn.parallel.runtime.buffers import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
+from distattn.parallel.runtime.memory import PlacedTensor, PlaceKey, lay_out
 from distattn.parallel.runtime.streams import Handover, has_streams
+from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
 
 PrepareKernel = Callable[[LaunchMask], Any]
 # stretches of a message that travel by themselves, at most
@@ -70,8 +71,8 @@ class KernelLaunch(NamedTuple):
 class ProgramStep:
     """What this rank does in one step of a table."""
 
-    # rows of each new buffer, and how many of them are the rank's own (see `landing`); own rows that are copied into it
-    allocate: dict[BufferKey, tuple[int, int]] = field(default_factory=dict)
+    # rows of each new buffer; own rows that are copied into it (see `landing`)
+    allocate: dict[BufferKey, int] = field(default_factory=dict)
     own_copies: list[tuple[BufferKey, View]] = field(default_factory=list)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
@@ -82,6 +83,8 @@ class ProgramStep:
     # whether all ranks exchange the messages of this step in one all-to-all
     collective: bool = False
     release: list[BufferKey] = field(default_factory=list)
+    # where the tensors of the step lie (see `memory`)
+    places: dict[PlaceKey, list[PlacedTensor]] = field(default_factory=dict)
 
     def views(self) -> Iterator[View]:
         """All views of the step."""
@@ -99,7 +102,7 @@ class Program:
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
     in the forward pass. proof: None where nobody has proven the plan. blank: buffers of results that not every first write
     reaches, in both passes. unadded: own results to which nothing is added on this rank, and which need no wider numbers than
-    the inputs. uploaded: the lists, where they are on a GPU.
+    the inputs. forward_bytes, backward_bytes: of each pass's arena (see `memory`). uploaded: the lists, where they are on a GPU.
     """
 
     # not the plan itself: programs are cached for as long as their plan lives
@@ -112,6 +115,8 @@ class Program:
     kept: dict[BufferKey, int]
     blank: frozenset[BufferKey]
     unadded: frozenset[Payload]
+    forward_bytes: int
+    backward_bytes: int
     uploaded: Handover | None = None
 
 
@@ -129,10 +134,11 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     kept = {key: rows for key, rows in forward.sizes.items() if keep and key.payload in (Payload.Q, Payload.KV)}
     inherited = [extent._replace(key=kept_key(extent.key)) for extent in forward.buffers if extent.key in kept]
     backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, inherited)
-    steps = forward.steps(kept), backward.steps()
+    ahead, back = forward.steps(kept), backward.steps()
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
-    return Program(call, proof, rank, tokens, *steps, kept, blank, unadded)
+    sizes = lay_out(call, ahead), lay_out(call, back)
+    return Program(call, proof, rank, tokens, ahead, back, kept, blank, unadded, *sizes)
 
 
 def kept_key(key: BufferKey) -> BufferKey:
@@ -207,7 +213,7 @@ class _TableLowering:
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
 
     def steps(self, kept: Container[BufferKey] = ()) -> list[ProgramStep]:
-        """The steps of this rank; buffers in `kept` are never released."""
+        """The steps of this rank; buffers in `kept` have a place already."""
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
@@ -305,7 +311,7 @@ class _TableLowering:
             steps[step].launches.append(KernelLaunch(heads, operands, self.prepare(masks[i]), results))
 
     def _set_lifetimes(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
-        """Allocate each buffer in the first step that uses it, and release it in the last one."""
+        """Allocate each buffer in the first step that uses it, and release it in the last one; those in `kept` have a place."""
         first: dict[BufferKey, int] = {}
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
@@ -313,12 +319,13 @@ class _TableLowering:
                 first.setdefault(key, index)
                 last[key] = index
         for key, rows in self.sizes.items():
+            if key in kept:
+                continue
             landing = self.landings.get(key)
-            steps[first[key]].allocate[key] = rows, landing.own_rows if landing else 0
+            steps[first[key]].allocate[key] = rows
+            steps[last[key]].release.append(key)
             if landing and landing.own and key.payload in HELD_PAYLOADS:
                 steps[first[key]].own_copies.append((key, landing.own_view))
-            if key not in kept:
-                steps[last[key]].release.append(key)
 
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
         """Mark the slices that write results where none are yet, in the order in which the executor accumulates.

@@ -11,8 +11,8 @@ from distattn.ir.mask import Mask
 from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload, Plan, Table
 from distattn.kernels.launch_mask import WrittenRows
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.runtime.buffers import OWN
 from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.views import OWN
 from distattn.parallel.tables.backward import derive_backward
 
 TOKENS = sum(LENGTHS)
@@ -48,8 +48,7 @@ def test_ulysses_reads_and_writes_in_place():
 def test_own_rows_lie_among_those_that_arrive():
     for program in programs("ulysses", "zigzag", backward="refetch-home"):
         for step in program.forward:
-            for key, (rows, own_rows) in step.allocate.items():
-                assert (rows, own_rows) == (TOKENS, program.tokens), key
+            assert set(step.allocate.values()) <= {TOKENS}
             assert {key.payload for key, _ in step.own_copies} <= {Payload.Q, Payload.KV}
         (own_copies,) = (step.own_copies for step in program.forward if step.own_copies)
         filled = {key.payload: sum(piece.view_rows.stop - piece.view_rows.start if isinstance(piece.view_rows, slice)

@@ -2,7 +2,18 @@
 
 import torch
 
-from distattn.kernels.triton.attention import prepare_tiles, tiles_for
+from distattn.kernels.triton.attention import prepare_tiles, scratch_of_numbers, tiles_for, workspace_bytes
+from distattn.kernels.triton.sums import scratch_of_parts
+
+__all__ = [
+    "ACCUMULATES",
+    "DIFFERENTIABLE_LSE",
+    "backward",
+    "forward",
+    "prepare",
+    "unsupported_reason",
+    "workspace_bytes",
+]
 
 DIFFERENTIABLE_LSE = ACCUMULATES = True
 CAPABILITY, PROCESSORS = 90, 132
@@ -29,10 +40,8 @@ def forward(q, k, v, schedule, score, into=None, merge=False):
 
 def backward(do, q, k, v, lse, delta, schedule, score, into=(None, None), add=(False, False)):
     CALLS.append("backward")
-    # log-sum-exp and delta by head
-    lse.new_empty(2, q.shape[1], (len(q) // 256 + 2) * 256)
-    # parts of the tiles that are cut
-    lse.new_empty(schedule.dkdv.slots, 128, k.shape[1], k.shape[2] + v.shape[2])
     dq = q.new_empty(q.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k, v))
+    scratch = scratch_of_numbers(lse), scratch_of_parts(dk, dv, schedule.dkdv, schedule.tiles.dkdv)
+    assert all(x.device == q.device for x in scratch)
     return dq, dk, dv

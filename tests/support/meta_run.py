@@ -33,11 +33,15 @@ _FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided
 
 @dataclass
 class Traffic:
-    """What one pass does around its kernels. launches: of operators; bytes: read and written by them; peak: of new tensors."""
+    """What one pass does around its kernels. launches: of operators; bytes: read and written by them; peak: of new tensors.
+
+    said: the peak that is known before the pass.
+    """
 
     launches: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     peak: int = 0
+    said: int = 0
     kernels: int = 0
     messages: int = 0
 
@@ -140,6 +144,7 @@ def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
     with mock.patch.dict(KERNELS, {"meta": "meta_kernel"}):
         key, program = checked_program(plan, rank, "meta", META, max_buffer_bytes=None, proven=True)
         ready = Executable(program, key, GroupTransport(_GROUP, backend))  # type: ignore[arg-type]
+        said = ready.memory()
 
     def tensor(heads: int, width: int) -> Tensor:
         return torch.empty(program.tokens, heads, width, dtype=getattr(torch, call.dtype), device=META)
@@ -159,4 +164,6 @@ def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
 
     (o, lse, kept), stays = watched(forward_pass(ready, q, k, v, None, None, 0.1, 0.0))
     watched(backward_pass(ready, do, None, q, k, v, None, None, o, lse, kept, 0.1, 0.0))
+    for direction, traffic in zip(said, passes, strict=True):
+        traffic.said = said[direction].peak
     return passes[0], passes[1], stays

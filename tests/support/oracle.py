@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,14 +12,15 @@ import torch
 from torch import Tensor
 
 from distattn.ir.mask import Mask
-from distattn.ir.plan import HELD_PAYLOADS, Call, Plan
+from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload, Plan
 from distattn.kernels.registry import kernel_preparer, load_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import kernel_requirements
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.runtime import execute
-from distattn.parallel.runtime.program import ProgramStep, lower
+from distattn.parallel.runtime.program import Program, ProgramStep, lower
 from distattn.parallel.runtime.transport import InProcessNetwork, Packet, Transport
+from distattn.parallel.runtime.views import BufferKey, View
 
 
 class Result(NamedTuple):
@@ -85,16 +85,11 @@ def assert_close(got: Result, wanted: Result, tolerance: float) -> None:
 
 @dataclass
 class Record:
-    """What really happened: bytes per (src, dst, payload), events per rank in order, peak bytes per direction and rank."""
+    """What really happened: bytes per (src, dst, payload), events per rank in order; programs by rank."""
 
     bytes: Counter = field(default_factory=Counter)
-    # most bytes of received tensors that were really alive, by (direction, rank, payload), payload None for all
-    received: Counter = field(default_factory=Counter)
-    # bytes of a rank's own rows beside what arrives, of a pass
-    own_rows: Counter = field(default_factory=Counter)
-    direction: str = "forward"
     events: list[tuple[int, str]] = field(default_factory=list)
-    peak: dict[str, list[int]] = field(default_factory=dict)
+    programs: list[Program] = field(default_factory=list)
 
 
 class RecordingTransport:
@@ -102,37 +97,15 @@ class RecordingTransport:
 
     def __init__(self, inner, rank: int, record: Record):
         self.inner, self.rank, self.record = inner, rank, record
-        self.direction = record.direction
-        self.live: Counter = Counter()
-        self.storages: set[int] = set()
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""):
         for packet in sends:
             self.record.bytes[self.rank, packet.peer, int(packet.payload)] += packet.tensor.nbytes
-        for packet in receives:
-            self._watch(packet)
         if sends or receives:
             self.record.events.append((self.rank, "post"))
         return RecordingWork(
             self.inner.exchange(sends, receives, collective), self.rank, self.record, bool(sends or receives)
         )
-
-    def _watch(self, packet: Packet) -> None:
-        """Count the storage a packet arrives in until PyTorch frees it."""
-        storage = packet.tensor.untyped_storage()
-        if not storage.nbytes() or storage.data_ptr() in self.storages:
-            return
-        self.storages.add(storage.data_ptr())
-        weakref.finalize(storage, self._change, packet.payload, -storage.nbytes(), storage.data_ptr())
-        self._change(packet.payload, storage.nbytes(), storage.data_ptr())
-
-    def _change(self, payload: int, size: int, pointer: int) -> None:
-        if size < 0:
-            self.storages.discard(pointer)
-        for kind in (payload, None):
-            self.live[kind] += size
-            key = (self.direction, self.rank, kind)
-            self.record.received[key] = max(self.record.received[key], self.live[kind])
 
 
 class RecordingWork(NamedTuple):
@@ -180,9 +153,7 @@ def run_all_ranks(
     proof = verify(plan)
     make = kernel_preparer(kernel, kernel_requirements(plan.call, torch.device("cpu")))
     programs = [lower(plan, rank, make, proof) for rank in ranks]
-    for program in programs:
-        for direction, steps in (("forward", program.forward), ("backward", program.backward)):
-            record.own_rows[direction, program.rank] = _own_bytes(plan.call, steps)
+    record.programs = programs
     kernels = [RecordingKernel(load_kernel(kernel), rank, record) for rank in ranks]
     dtype = getattr(torch, plan.call.dtype)
     score = ScoreMod(1 / math.sqrt(plan.call.head_dim))
@@ -196,30 +167,39 @@ def run_all_ranks(
         execute.forward(program, transport, kernel_, *local[program.rank][:3], score)
         for program, transport, kernel_ in zip(programs, transports(), kernels, strict=True)
     )
-    o, lse, kept, peaks = (list(column) for column in zip(*forward, strict=True))
+    o, lse, kept = (list(column) for column in zip(*forward, strict=True))
     o = [part.to(dtype) for part in o]
-    record.peak["forward"] = peaks
-    record.direction = "backward"
     delta = [(local[r][3].to(lse[r].dtype) * o[r].to(lse[r].dtype)).sum(-1) for r in ranks]
     backward = together(
         execute.backward(p, t, k, local[p.rank][3], *local[p.rank][:3], lse[p.rank], delta[p.rank], kept[p.rank], score)
         for p, t, k in zip(programs, transports(), kernels, strict=True)
     )
-    dq, dk, dv, peaks = (list(column) for column in zip(*backward, strict=True))
-    record.peak["backward"] = peaks
+    dq, dk, dv = (list(column) for column in zip(*backward, strict=True))
     return Result(*(layout.unshard(parts) for parts in (o, lse, dq, dk, dv)))
 
 
-def _own_bytes(call: Call, steps: list[ProgramStep]) -> int:
-    width = {
-        payload: sum((dim or 1) * getattr(torch, dtype).itemsize for dim, dtype in call.payload_fields(payload))
-        for payload in HELD_PAYLOADS
-    }
+def alive_bytes(call: Call, steps: list[ProgramStep], payloads: Container[Payload] = tuple(Payload)) -> int:
+    """The most bytes that buffers and arriving partial results of a pass have at once, own rows among them left out."""
+    alive = peak = 0
+    sizes: dict[BufferKey, int] = {}
+    for step in steps:
+        own = Counter({key: _rows(view) for key, view in (*step.own_copies, *step.own_results)})
+        for key, rows in step.allocate.items():
+            sizes[key] = (rows - own[key]) * (key.h1 - key.h0) * call.token_head_bytes(key.payload, in_memory=True)
+            alive += sizes[key] if key.payload in payloads else 0
+        arriving = sum(
+            message.view.rows * message.view.heads * call.token_head_bytes(payload)
+            for payload, message in step.receives
+            if payload in REDUCED_PAYLOADS and payload in payloads
+        )
+        peak = max(peak, alive + arriving)
+        alive -= sum(sizes[key] for key in step.release if key.payload in payloads)
+    return peak
+
+
+def _rows(view: View) -> int:
     return sum(
-        own_rows * (key.h1 - key.h0) * width[key.payload]
-        for step in steps
-        for key, (_, own_rows) in step.allocate.items()
-        if key.payload in HELD_PAYLOADS
+        len(range(view.rows)[p.view_rows]) if isinstance(p.view_rows, slice) else len(p.view_rows) for p in view.slices
     )
 
 
