@@ -254,7 +254,8 @@ def forward_pass(
     if sink is not None:
         # a key without value: it only widens the softmax
         wider_TH = torch.logaddexp(lse_TH, sink.to(lse_TH.dtype))
-        o = o * torch.exp(lse_TH - _finite(wider_TH))[..., None]
+        # in place: nobody else has it yet
+        o *= torch.exp(lse_TH - _finite(wider_TH))[..., None]
         lse_TH = wider_TH
     return o.to(q.dtype), lse_TH, kept
 

@@ -60,9 +60,12 @@ class Buffers:
 
     def place(self, places: Places) -> Fields:
         """Tensors in the arena; what is in them has no meaning."""
-        return tuple(
-            self._numbers(dtype).as_strided(shape, strides, offset) for dtype, shape, strides, offset in places
-        )
+        out = tuple(self._numbers(dtype).as_strided(shape, strides, offset) for dtype, shape, strides, offset in places)
+        if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+            # as torch.empty does then
+            for tensor in out:
+                tensor.fill_(torch.nan)
+        return out
 
     def allocate(self, key: BufferKey, places: Places) -> None:
         """Make a buffer."""

@@ -1,9 +1,9 @@
 """Where the tensors of a pass lie: in one arena, laid out when a plan is lowered.
 
 All that a pass makes beside its results is known beforehand, with its size and the steps it lives for: buffers, packed messages,
-gathered operands and what kernels compute. So the allocator sees one request a pass, of one of few sizes, and buffers of ever new
-sizes cannot fragment its memory. Places are given largest first, each the lowest that is free for as long as the tensor lives
-(greedy by size, https://arxiv.org/abs/2001.03288).
+gathered operands and what kernels compute. So the allocator sees one request a pass, and what a pass needs is known to the byte.
+Places are given largest first, each the lowest that is free for as long as the tensor lives (greedy by size,
+https://arxiv.org/abs/2001.03288).
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ def result_fields(call: Call, payload: Payload) -> Widths:
 
 
 class PassMemory(NamedTuple):
-    """Bytes that a pass has on the device beside q, k, v and dO: `peak` at once, and what that is made of.
+    """Bytes that a pass has on the device beside q, k, v and a contiguous dO: `peak` at once, and what that is made of.
 
     arena: buffers, packed messages, gathered operands, partial results. results: the rank's own, as they are summed up, with
     what the backward finds again, or delta. workspace: the kernel's own, of the launch that needs most; 0 where the kernel does
-    not know. returned: results in the inputs' dtype, where they were summed up in another.
+    not know. returned: results in the inputs' dtype, where they were summed up in another. A sink's few numbers a row are left
+    out.
     """
 
     arena: int
@@ -209,7 +210,7 @@ def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int,
 
 
 def _workspace(program: Program, direction: str, steps: list[ProgramStep], workspace: Workspace | None) -> int:
-    """Of the launch that needs most."""
+    """Bytes that the kernel allocates in the launch that needs most."""
     if workspace is None:
         return 0
     call, most = program.call, 0
@@ -222,7 +223,7 @@ def _workspace(program: Program, direction: str, steps: list[ProgramStep], works
 
 
 def _dq_bytes(program: Program, launch: KernelLaunch) -> int:
-    """Of a number of the tensor that the kernel writes dQ to."""
+    """Bytes of a number of the tensor that the kernel writes dQ to."""
     call, view = program.call, launch.results[Payload.dQ]
     name = call.accumulation_dtype
     if view.is_part:

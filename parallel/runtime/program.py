@@ -123,7 +123,8 @@ class Program:
 def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None) -> Program:
     """Lower a plan for one rank. `prepare` turns the mask of a launch into the kernel's own schedule.
 
-    The proof is stored with the program; running an unproven plan is at the caller's risk.
+    The proof is stored with the program; running an unproven plan is at the caller's risk. The arenas have room for results of
+    kernels that take `into`; others make their own, and leave it unused.
     """
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])

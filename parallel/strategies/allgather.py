@@ -26,7 +26,7 @@ from distattn.ir.plan import (
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
 from distattn.parallel.tables.routes import remote_users, send_direct, send_hierarchical
 
-# of a rank's work, that needs no foreign keys, from which on it is a kernel call of its own
+# the part of a rank's work that its own keys suffice for, from which on that is a kernel call of its own
 _LEAST_EARLY = 1 / 8
 
 
