@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import as_int64
+from distattn.ir.intervals import Ints, as_int64
 from distattn.ir.layout import LAYOUTS, Layout, make_layout
 from distattn.ir.mask import Mask
 
@@ -22,6 +22,44 @@ IGNORE_INDEX = -100
 # what transformers' collators add with return_flash_attn_kwargs
 _FLASH_KEYS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 KEYS = ("input_ids", "labels", "shift_labels", "document_lengths", "position_ids", "attention_mask")
+
+
+class Batch(Protocol):
+    """A micro-batch as a driver needs it: what is known of it, and a rank's part of it.
+
+    lengths: tokens of each document. valid_labels: how many tokens have a label. digest: equal on ranks with the same batch.
+    tensors: what its maker may still be filling on a GPU. device: of a rank's part.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+
+    @property
+    def valid_labels(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+    def read_ahead(self, layout: Layout, rank: int) -> None:
+        """This rank will ask for its part soon. Called on another thread than `local_shard`."""
+
+    def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
+        """`input_ids`, `labels` and `position_ids` (1, T) of a rank; padded to a multiple, and where it has no tokens."""
+        ...
+
+
+class BatchFacts(NamedTuple):
+    """What is known of a micro-batch before it is read: tokens of each document, a digest, how many tokens have a label."""
+
+    lengths: tuple[int, ...]
+    digest: str
+    valid_labels: int
 
 
 class PackedBatch(NamedTuple):
@@ -64,28 +102,53 @@ class PackedBatch(NamedTuple):
         """How many tokens have a label."""
         return int((self.labels_N != IGNORE_INDEX).sum())
 
+    @property
+    def digest(self) -> str:
+        """128-bit hash of the token ids and labels."""
+        found = hashlib.blake2b(digest_size=16)
+        for tensor in self.tensors:
+            found.update(len(tensor).to_bytes(8, "little"))
+            found.update(tensor.cpu().numpy().tobytes())
+        return found.hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        """Of the token ids and labels."""
+        return self.ids_N.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Token ids and labels."""
+        return self.ids_N, self.labels_N
+
+    def read_ahead(self, layout: Layout, rank: int) -> None:
+        """All of it has been read."""
+
     def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
         """`input_ids`, `labels` and `position_ids` (1, T) of a rank; padded to a multiple, and where it has no tokens."""
         tokens = layout.tokens(rank)
-        device = self.ids_N.device
-        index = torch.from_numpy(tokens).to(device)
-        positions = torch.from_numpy(layout.positions_of(tokens)).to(device)
-        padding = padded(len(tokens), pad_to) - len(tokens)
-        ids, labels = self.ids_N[index], self.labels_N[index]
-        if padding:
-            ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
-            labels = F.pad(labels, (0, padding), value=IGNORE_INDEX)
-        return {"input_ids": ids[None], "labels": labels[None], "position_ids": positions[None]}
+        index = torch.from_numpy(tokens).to(self.ids_N.device)
+        return local_tensors(self.ids_N[index], self.labels_N[index], layout, tokens, pad_to)
 
 
-def tokens_digest(micro_batches: Sequence[PackedBatch]) -> str:
-    """128-bit hash of the token ids and labels of a step's micro-batches, in their order."""
-    found = hashlib.blake2b(digest_size=16)
-    for batch in micro_batches:
-        for tensor in (batch.ids_N, batch.labels_N):
-            found.update(len(tensor).to_bytes(8, "little"))
-            found.update(tensor.cpu().numpy().tobytes())
-    return found.hexdigest()
+def micro_batches_of(step: Any) -> list[Batch] | None:
+    """A loader's step: batches as `ContextParallel.shard` takes them, or that read themselves; None where it has no more."""
+    if step is None:
+        return None
+    if not isinstance(step, (Mapping, list, tuple)):
+        raise DistattnError(f"a loader yields batches, or lists of them (micro-batches), not a {type(step).__name__}.")
+    given = [step] if isinstance(step, Mapping) else step
+    return [cast(Batch, batch) if hasattr(batch, "local_shard") else PackedBatch.of(batch) for batch in given]
+
+
+def local_tensors(ids: Tensor, labels: Tensor, layout: Layout, tokens: Ints, pad_to: int) -> dict[str, Tensor]:
+    """`input_ids`, `labels` and `position_ids` (1, T) of these tokens of a layout, padded to a multiple; ids, labels: (T,)."""
+    positions = torch.from_numpy(layout.positions_of(tokens)).to(ids.device)
+    padding = padded(len(tokens), pad_to) - len(tokens)
+    if padding:
+        ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
+        labels = F.pad(labels, (0, padding), value=IGNORE_INDEX)
+    return {"input_ids": ids[None], "labels": labels[None], "position_ids": positions[None]}
 
 
 def _whole_numbers(batch: Mapping[str, Any], name: str) -> Tensor:

@@ -21,13 +21,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from distattn.batch.packed_batch import IGNORE_INDEX, PackedBatch, padded
+from distattn.batch.packed_batch import IGNORE_INDEX, Batch, PackedBatch, micro_batches_of, padded
 from distattn.batch.planner import AttentionShape, BatchKey, LocalBatch, Planned, Planner
 from distattn.batch.pooled_layout import BlockLayouts, Documents
 from distattn.driver.communicators import SINGLE_RANK, Communicators
 from distattn.driver.control_channel import ANNOUNCE_STEP, NEW_SHAPE, RELEASE_STEP, ControlMessage
 from distattn.driver.driver_config import DriverConfig
 from distattn.driver.gradient_probe import GradientProbeTarget, Reduction, probe
+from distattn.driver.known_steps import KnownInfos, KnownSteps, share_numbers
 from distattn.driver.pass_observer import BatchObserver
 from distattn.driver.rank_speeds import RankSpeeds
 from distattn.driver.rank_table import RankTable
@@ -164,8 +165,9 @@ class ContextParallel:
     def steps(self, loader: Iterable[Any], *, even: bool = False) -> Iterator[list[dict[str, Any]]]:
         """For each step of a loader its micro-batches, sharded a step ahead; as many steps as the longest loader.
 
-        loader yields a batch as `shard` takes it, or a list of them (micro-batches). While a step runs, the next one is announced
-        to the other ranks, and its plans are made and compared. Loops may be left, and be inside one another, on all ranks
+        loader yields a batch as `shard` takes it, or a list of them (micro-batches), or is a `PackLoader`: then each rank reads
+        its own tokens alone, and nobody is asked what comes. While a step runs, the next one is announced to the other ranks, and
+        its plans are made and compared. Loops may be left, and be inside one another, on all ranks
         alike. With servers, a step's batches are used before the next step is asked for. even: all ranks raise DistattnError
         where they have unequally many micro-batches, for trainers that count their own.
         """
@@ -283,28 +285,36 @@ class ContextParallel:
         loader: Iterable[Any],
         make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
         same_batch: Sequence[int] | None = None,
-    ) -> Iterator[tuple[list[PackedBatch], GatheredStep]]:
+    ) -> Iterator[tuple[list[Batch], GatheredStep]]:
         """For each step of a loader this rank's packed micro-batches, and the gathered step, one step ahead.
 
         make: what is to be made of a gathered step, and the batches in it. same_batch: of each rank of the group, the rank
         whose data it has as well.
         """
+        known = None
+        if isinstance(loader, KnownSteps):
+            same = self._table.first_of_block if same_batch is None else same_batch
+            # ranks that only serve, and speeds, are not in a plan of packs
+            ask = bool(self.config.servers) or self.speeds is not None
+            known = KnownInfos(loader, share_numbers(same, self._table.has_model), self._table.rank, ask)
         try:
             given = iter(loader)
         except TypeError as error:
             # such as an array without a dimension
             raise DistattnError(f"this loader cannot be iterated over: {error}.") from None
-        packed = _packed(next(given, None))
-        number, future = self._announce(packed, make, same_batch)
+        packed = micro_batches_of(next(given, None))
+        number, future = self._announce(packed, make, same_batch, known)
         running = None
         try:
             while True:
                 step, this = future.result(), packed
+                if running is None and known is not None:
+                    known.confirm(step.infos)
                 running = number
                 if all(info.ended for info in self._table.of_models(step.infos)):
                     return
-                packed = _packed(next(given, None))
-                number, future = self._announce(packed, make, same_batch)
+                packed = micro_batches_of(next(given, None))
+                number, future = self._announce(packed, make, same_batch, known)
                 yield this or [], step
                 self._release(running)
         finally:
@@ -338,7 +348,7 @@ class ContextParallel:
         counted = self._table.blocks if first_of_blocks is None else first_of_blocks
         return self._factor / max(sum(step.infos[rank].valid_labels for rank in counted), 1)
 
-    def local_shard(self, packed: PackedBatch | None) -> dict[str, Any]:
+    def local_shard(self, packed: Batch | None) -> dict[str, Any]:
         """`input_ids`, `labels` and `position_ids` (1, T) of this rank; padding where it has no micro-batch."""
         if packed is None:
             tokens = padded(0, self.config.pad_to)
@@ -346,6 +356,10 @@ class ContextParallel:
             return {"input_ids": nothing, "labels": nothing + IGNORE_INDEX, "position_ids": nothing}
         layout = self._layouts.of_block(packed.lengths)
         return dict(packed.local_shard(layout, self.rank % self.block_ranks, self.config.pad_to))
+
+    def _read_ahead(self, packed: Sequence[Batch] | None) -> None:
+        for batch in packed or ():
+            batch.read_ahead(self._layouts.of_block(batch.lengths), self.rank % self.block_ranks)
 
     # ---- what the planner and executables call
 
@@ -391,20 +405,27 @@ class ContextParallel:
 
     def _announce(
         self,
-        packed: list[PackedBatch] | None,
+        packed: Sequence[Batch] | None,
         make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
         same_batch: Sequence[int] | None,
+        known: KnownInfos | None = None,
     ) -> tuple[int, Future[GatheredStep]]:
         if self._closed:
             raise DistattnError("this ContextParallel has been closed.")
         if packed:
-            self._device = packed[0].ids_N.device
+            self._device = packed[0].device
         number = self._exchange.steps
         self._live.add(number)
         if self._communicators is not None and self._communicators.control is not None:
             self._communicators.control.send(ControlMessage(ANNOUNCE_STEP, number))
-        speed = self._measured_speed()
-        return number, self._exchange.announce(packed, make, self.planner, speed, same_batch)
+
+        def read_and_make(step: GatheredStep) -> tuple[Any, list[LocalBatch]]:
+            self._read_ahead(packed)
+            return make(step)
+
+        how = (read_and_make, self.planner, self._measured_speed(), same_batch)
+        infos = None if known is None else known.next()
+        return number, self._exchange.announce(packed, *how, "" if known is None else known.name, infos)
 
     def _release(self, number: int) -> None:
         """The batches of a step will not be used any more."""
@@ -425,7 +446,7 @@ class ContextParallel:
         made = [batch for batch in self.batches(step, each) if batch is not None]
         return made, made
 
-    def _local_batches(self, packed: Sequence[PackedBatch], step: GatheredStep) -> list[dict[str, Any]]:
+    def _local_batches(self, packed: Sequence[Batch], step: GatheredStep) -> list[dict[str, Any]]:
         self._check_scale(len(step.made))
         scale, out = self.loss_scale_of(step), []
         for index, batch in enumerate(step.made):
@@ -477,12 +498,3 @@ class ContextParallel:
             return self.group if given is None else given
         ranks = dist.get_process_group_ranks(self.group)[: self.models]
         return new_group(ranks)
-
-
-def _packed(step: Any) -> list[PackedBatch] | None:
-    """A loader's step; None where it has no more."""
-    if step is None:
-        return None
-    if not isinstance(step, (Mapping, list, tuple)):
-        raise DistattnError(f"a loader yields batches, or lists of them (micro-batches), not a {type(step).__name__}.")
-    return [PackedBatch.of(batch) for batch in ([step] if isinstance(step, Mapping) else step)]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.batch.packed_batch import PackedBatch
+from distattn.batch.packed_batch import Batch
 from distattn.batch.planner import AttentionShape, BatchAttention, LocalBatch
 from distattn.batch.pooled_layout import Documents
 from distattn.driver.context_parallel import ContextParallel
@@ -162,7 +162,7 @@ class _PlannedTick(NamedTuple):
 class _PipelineStep:
     """One step on one rank: hidden states that wait for their backward, by micro-batch."""
 
-    def __init__(self, pipeline: PipelineSchedule, stage: StageFunction, packed: list[PackedBatch], scale: float):
+    def __init__(self, pipeline: PipelineSchedule, stage: StageFunction, packed: list[Batch], scale: float):
         self.pipeline, self.stage, self.packed, self.scale = pipeline, stage, packed, scale
         self.entered: dict[int, Tensor | None] = {}
         self.left: dict[int, Tensor] = {}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distattn.batch.collectives import HostGroup
-from distattn.batch.packed_batch import PackedBatch, tokens_digest
+from distattn.batch.packed_batch import Batch
 from distattn.batch.planner import AttentionShape, LocalBatch, Planned, Planner
 from distattn.ir.errors import DistattnError
 from distattn.ops.executable import plan_summary, raise_disagreement
@@ -23,7 +23,8 @@ Shapes = tuple[tuple[AttentionShape, torch.device], ...]
 class StepInfo(NamedTuple):
     """What a rank tells of a step: of each micro-batch its documents and a digest of its tokens; how many labels in all.
 
-    ended: the rank has no more steps. speed: how fast its kernels have been (see `RankSpeeds`).
+    ended: the rank has no more steps. speed: how fast its kernels have been (see `RankSpeeds`). loader: what its loader is known
+    by, where that knows all steps (see `known_steps`).
     """
 
     documents: tuple[tuple[int, ...], ...]
@@ -31,14 +32,15 @@ class StepInfo(NamedTuple):
     valid_labels: int
     ended: bool = False
     speed: float | None = None
+    loader: str = ""
 
     @staticmethod
-    def of(micro_batches: Sequence[PackedBatch] | None, speed: float | None, compared: bool) -> StepInfo:
+    def of(micro_batches: Sequence[Batch] | None, speed: float | None, compared: bool, loader: str) -> StepInfo:
         """Of a step's micro-batches; None: there are no more steps. compared: other ranks are to have the same tokens."""
         given = micro_batches or ()
-        digests = tuple(tokens_digest([batch]) for batch in given) if compared else ("",) * len(given)
+        digests = tuple(batch.digest for batch in given) if compared else ("",) * len(given)
         labels = sum(batch.valid_labels for batch in given)
-        return StepInfo(tuple(batch.lengths for batch in given), digests, labels, micro_batches is None, speed)
+        return StepInfo(tuple(batch.lengths for batch in given), digests, labels, micro_batches is None, speed, loader)
 
 
 class GatheredStep(NamedTuple):
@@ -88,14 +90,17 @@ class StepExchange:
 
     def announce(
         self,
-        micro_batches: Sequence[PackedBatch] | None,
+        micro_batches: Sequence[Batch] | None,
         make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
         planner: Planner,
         speed: float | None = None,
         same_batch: Sequence[int] | None = None,
+        loader: str = "",
+        known: list[StepInfo] | None = None,
     ) -> Future[GatheredStep]:
         """Tell the others of this rank's next step, and hear of theirs; all ranks call it in the same order.
 
+        loader: see `StepInfo`; known: what they would tell, where every rank knows it, so that nobody is asked.
         make: what is to be made of the gathered step, and all batches in it; called on the thread, where the batches' plans
         follow for the shapes that are known now.
         """
@@ -104,12 +109,17 @@ class StepExchange:
         self.steps += 1
         future: Future[GatheredStep] = Future()
         # this thread's stream may still have to fill a loader's tensors on a GPU
-        given = Handover.of(tensor for batch in micro_batches or () for tensor in (batch.ids_N, batch.labels_N))
+        given = Handover.of(tensor for batch in micro_batches or () for tensor in batch.tensors)
 
         def gather_and_plan() -> None:
             try:
                 given.join()
-                step, batches = self._gather(number, micro_batches, make, speed, same)
+                infos = known
+                if infos is None:
+                    compared = any(rank != first for rank, first in enumerate(same))
+                    infos = self._gather(StepInfo.of(micro_batches, speed, compared, loader), same)
+                made, batches = make(GatheredStep(number, infos))
+                step = GatheredStep(number, infos, made)
                 pending = [known for batch in batches for known in batch.plan_ahead(shapes)]
             except BaseException as error:
                 future.set_exception(error)
@@ -127,19 +137,10 @@ class StepExchange:
         if self._host is not None:
             self._host.close()
 
-    def _gather(
-        self,
-        number: int,
-        micro_batches: Sequence[PackedBatch] | None,
-        make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
-        speed: float | None,
-        same: Sequence[int],
-    ) -> tuple[GatheredStep, list[LocalBatch]]:
-        info = StepInfo.of(micro_batches, speed, any(rank != first for rank, first in enumerate(same)))
+    def _gather(self, info: StepInfo, same: Sequence[int]) -> list[StepInfo]:
         infos = [info] if self._host is None else self._host.all_gather(info, "the exchange of a step")
         self._check(infos, same)
-        made, batches = make(GatheredStep(number, infos))
-        return GatheredStep(number, infos, made), batches
+        return infos
 
     def _check(self, infos: list[StepInfo], same: Sequence[int]) -> None:
         """Raise DistattnError where ranks that are to have the same batches have others."""
