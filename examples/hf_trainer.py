@@ -2,14 +2,14 @@
 
 import os
 import tempfile
-from itertools import islice
 
 import torch
-from packs import PACKS_PER_STEP, arguments, llama, packs, settings
+from packs import PACKS_PER_STEP, arguments, llama, planned, settings
 from transformers import TrainerCallback, TrainingArguments
 
 import distattn as da
 from distattn.adapters.hf_trainer import ContextParallelTrainer
+from distattn.data.pack_dataset import PackDataset
 
 
 class Say(TrainerCallback):
@@ -46,7 +46,7 @@ def main() -> None:
         trainer = ContextParallelTrainer(
             model=llama(getattr(torch, given.dtype)),
             args=args,
-            train_dataset=list(islice(packs(), PACKS_PER_STEP * given.steps)),
+            train_dataset=PackDataset(*planned(given.steps)),
             # a row is a whole pack
             data_collator=lambda rows: rows[0],
             callbacks=[Say()],

@@ -2,35 +2,42 @@
 
 import argparse
 import os
-from collections.abc import Iterator
+import tempfile
+from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distattn.adapters import huggingface
-from distattn.data.packing import pack_epoch
-from distattn.data.text import VOCABULARY, find_corpus, read_tokens
-from distattn.driver.context_parallel import ContextParallel
+from distattn.data.byte_corpus import byte_corpus
+from distattn.data.loader import PackLoader
+from distattn.data.make_pack_plan import make_pack_plan
+from distattn.data.pack_rule import PackRule
+from distattn.data.text import VOCABULARY, find_corpus
 
 PACKS_PER_STEP = 2
+FOLDER = tempfile.TemporaryDirectory()
 DEVICE = torch.device("cpu")
 if torch.cuda.is_available():
     torch.cuda.set_device(DEVICE := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
 
 
-def packs(pack_tokens: int = 1024) -> Iterator[dict[str, Any]]:
-    """Batches as `ContextParallel.shard` takes them, the same on all ranks: token ids (1, N) and document lengths."""
-    corpus = find_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=700)
-    for pack in pack_epoch([one.length for one in corpus.documents], pack_tokens, seed=1, epoch=0):
-        tokens = [read_tokens(corpus.documents[number]) for number in pack]
-        ids = torch.from_numpy(np.concatenate(tokens))[None]
-        yield {"input_ids": ids.to(DEVICE), "document_lengths": [len(document) for document in tokens]}
+@cache
+def planned(count: int) -> tuple[Any, ...]:
+    """A plan of so many steps, and its corpora: the standard library's bytes. `distattn data` makes real ones."""
+    text = find_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=700)
+    rule, corpora = PackRule(((0, 1024),), PACKS_PER_STEP * 1024), [byte_corpus(text, f"{FOLDER.name}/text")]
+    return make_pack_plan(f"{FOLDER.name}/packs", corpora, seed=1, rule=rule, steps=count), corpora
+
+
+def steps(count: int, cp: Any) -> PackLoader:
+    """This rank's share of the packs, of which it reads its own tokens. Trainers with loaders take a `PackDataset`."""
+    return PackLoader(*planned(count), rank=cp.data_parallel_rank, size=cp.data_parallel_size, device=DEVICE)
 
 
 def arguments(**options: Any) -> argparse.Namespace:
-    """The command line: --steps, --data (replicated, or per_rank: ranks with packs of their own), and further options."""
+    """The command line: --steps, --data (replicated, or per_rank: ranks with packs of their own), and more."""
     parser = argparse.ArgumentParser()
     for name, default in {"steps": 20, "data": "replicated", **options}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
@@ -39,16 +46,9 @@ def arguments(**options: Any) -> argparse.Namespace:
 
 def settings(data: str, ranks: int) -> dict[str, Any]:
     """Settings of `ContextParallel`: all ranks split every pack, or two shares of the ranks have a pack each."""
-    if data == "replicated":
-        return dict(strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 64})
-    return dict(strategy="cad", data=data, context_parallel_size=max(ranks // PACKS_PER_STEP, 1))
-
-
-def steps(count: int, cp: ContextParallel) -> Iterator[list[dict[str, Any]]]:
-    """Of so many steps this rank's share of the packs."""
-    batches = packs()
-    for _ in range(count):
-        yield [next(batches) for _ in range(PACKS_PER_STEP)][cp.data_parallel_rank :: cp.data_parallel_size]
+    split = dict(strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 64})
+    shared = dict(strategy="cad", data=data, context_parallel_size=max(ranks // PACKS_PER_STEP, 1))
+    return split if data == "replicated" else shared
 
 
 def llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:

@@ -24,6 +24,8 @@ commands:
       check this machine, and whether a model computes on several ranks what it does on one; distattn doctor --help
   plan CONFIG | --docs LENGTHS --cluster h200-8x8
       plan one attention call with every strategy and time it on a described cluster (simulated)
+  data {tokenize,verify,pack,stats,show}
+      from text to the packs of every step of a run; distattn data --help
 
   --version
 
@@ -31,7 +33,7 @@ exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3
 """
 
 # each is a module distattn.launch.NAME_command with a function main
-_COMMANDS = ("train", "plan", "calibrate", "doctor", "launch")
+_COMMANDS = ("train", "plan", "calibrate", "doctor", "launch", "data")
 
 
 def entry() -> None:
@@ -60,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             known = f"{', '.join(_COMMANDS[:-1])} and {_COMMANDS[-1]}"
             raise DistattnError(f"there is no command {command!r}; there are {known}. See distattn --help.")
         # one command's imports need not be another's: some need torch, and that takes seconds
-        return importlib.import_module(f"distattn.launch.{command}_command").main(rest)
+        code: int = importlib.import_module(f"distattn.launch.{command}_command").main(rest)
+        # what is still buffered may find that nobody reads any more
+        sys.stdout.flush()
+        return code
     except DistattnError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"distattn: {line}\n")
@@ -68,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("distattn: stopped.\n")
         return 130
+    except BrokenPipeError:
+        # whoever read has had enough, as head has; what is still buffered shall not raise at the end of the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

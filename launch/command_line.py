@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from rich.console import Console
+
 from distattn.ir.errors import DistattnError
 
 
@@ -28,6 +30,14 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raise what argparse has to say, in the name of the command."""
         raise DistattnError(f"{self.prog}: {message}. See distattn {self.prog} --help.")
+
+
+class ResultConsole(Console):
+    """Prints results. Raises BrokenPipeError where nobody reads them any more, as print does; rich would exit with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what rich has caught."""
+        raise
 
 
 def print_line(line: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distattn.doctor.environment import Check, check_machine
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import CommandParser, no_progress, print_line
+from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_line
 from distattn.launch.machine_limits import DOCTOR_RANK_MB, check_memory
 
 if TYPE_CHECKING:
@@ -90,7 +90,6 @@ def examine_target(path: str, ranks: int, report_progress: Callable[[str], None]
 
 
 def _show_checks(found: list[Check]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -99,14 +98,13 @@ def _show_checks(found: list[Check]) -> None:
     marks = {True: "[green]ok[/]", False: "[red]wrong[/]", None: "note"}
     for check in found:
         table.add_row(marks[check.ok], check.name, check.found, check.advice)
-    Console().print(table)
+    ResultConsole().print(table)
 
 
 def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False)
+    console = ResultConsole(highlight=False)
     sentences = {
         "logits": "relative difference of logits {:.1e}",
         "rounding": "rounding explains differences of {:.1e}",

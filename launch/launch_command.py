@@ -19,6 +19,7 @@ from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
+from distattn.training.run_data import pack_config, planned_packs
 from distattn.training.run_folder import RunFolder
 
 USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value ...] [--dry-run] [--json]
@@ -80,7 +81,11 @@ def _dry_run(where: str, config: Config, json_output: bool) -> int:
     if where == "local":
         check_run_fits(config)
     PlanSettings.of_config(config).plan([config.data.max_document_tokens])
-    find_files(config.data.path, config.data.suffix, config.data.exclude)
+    if pack_config(config) is None:
+        find_files(config.data.path, config.data.suffix, config.data.exclude)
+    else:
+        with planned_packs(config):
+            pass
     folder = Path(config.run.folder).absolute()
     text = slurm.batch_script(config, folder)
     if where == "local":

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from distattn.cluster.spec import ClusterSpec
-from distattn.data.text import VOCABULARY
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import DTYPE_BYTES
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.training.config import Config
+from distattn.training.run_data import vocabulary_size
 
 # 10^6 bytes that one rank has for itself (Private_Dirty), measured with torch 2.13 and transformers 5 on Linux: what
 # ranks share, such as the libraries' code, is not in it
@@ -94,7 +94,7 @@ def model_parameters(config: Config) -> int:
     model = config.model
     attention = model.hidden_size * model.head_dim * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
     layer = attention + 3 * model.hidden_size * model.intermediate_size + 2 * model.hidden_size
-    return 2 * VOCABULARY * model.hidden_size + model.num_layers * layer + model.hidden_size
+    return 2 * vocabulary_size(config) * model.hidden_size + model.num_layers * layer + model.hidden_size
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from distattn.cluster import spec as describe
-from distattn.data.text import find_corpus
+from distattn.data.shares import deal_packs
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import LAYOUTS
-from distattn.launch.command_line import CommandParser, no_progress, print_to_stderr
+from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_to_stderr
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.planning.compare_strategies import (
@@ -33,7 +31,7 @@ from distattn.planning.comparison_page import write_comparison_page
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_folder import packs_of_run
+from distattn.training.run_data import planned_packs
 
 USAGE = """usage: distattn plan CONFIG [--section.key value ...] [options]
        distattn plan --docs FILE_OR_LENGTHS --cluster h200-8x8 [--ranks 64] [options]
@@ -96,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _show_table(lines: Sequence[str]) -> None:
     """Print a comparison, with the fastest strategy in colour where there is one."""
-    console = Console(highlight=False)
+    console = ResultConsole(highlight=False)
     for line in lines:
         style = "bold green" if line.endswith("<- fastest") else "dim" if " is refused: " in line else ""
         # a line that is folded is no line of a table
@@ -104,13 +102,10 @@ def _show_table(lines: Sequence[str]) -> None:
 
 
 def first_step_packs(config: Config) -> list[list[int]]:
-    """Look up the document lengths of each pack of a run's first step. No file is read."""
-    data = config.data
-    corpus = find_corpus(
-        data.path, suffix=data.suffix, exclude=data.exclude, max_document_tokens=data.max_document_tokens
-    )
-    packs = itertools.islice(packs_of_run(config, corpus), config.parallel.data_parallel_size)
-    return [[document.length for document in pack] for pack in packs]
+    """Look up the document lengths of each share's first pack in a run's first step. No text is read."""
+    with planned_packs(config) as plan:
+        first = plan.step(0)
+        return [first.packs[share[0]].lengths for share in deal_packs(first, config.parallel.data_parallel_size)]
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
+import shutil
 from collections.abc import Callable
 
-from distattn.data.text import check_text, find_corpus
+from distattn.data.shares import deal_packs
 from distattn.ir.errors import DistattnError
 from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.analysis.explain import explain
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_folder import RunFolder, packs_of_run
+from distattn.training.run_data import RunData, find_text, open_data, pack_config, write_text
+from distattn.training.run_folder import RunFolder
 
 
 def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFolder:
@@ -20,28 +21,39 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
 
     Raises DistattnError for all that can go wrong before ranks start; nothing is left behind then.
     """
-    data, settings = config.data, PlanSettings.of_config(config)
-    corpus = find_corpus(
-        data.path, suffix=data.suffix, exclude=data.exclude, max_document_tokens=data.max_document_tokens
-    )
-    packs = packs_of_run(config, corpus)
-    first = list(itertools.islice(packs, settings.data_parallel_size))
-    explanation = explain(settings.plan(*([document.length for document in pack] for pack in first)), settings.cluster)
-    check_text(corpus)
-    run = RunFolder.create(config, itertools.chain(first, packs))
-    text = str(explanation)
-    explanation.plan.save(run.plan_file)
-    run.explanation_file.write_text(text + "\n", "utf-8")
-    size = sum(document.length for document in corpus.documents)
-    others = {"empty": corpus.empty_files, "binary": corpus.binary_files}
-    counts = ", ".join(f"{count} {kind}" for kind, count in others.items() if count)
-    skipped = f" ({counts} skipped)" if counts else ""
-    report_progress(
-        f"data: {corpus.files:,} files{skipped}, {readable_bytes(size)}, {len(corpus.documents):,} documents"
-    )
-    report_progress(text.splitlines()[0])
+    text = None if pack_config(config) else find_text(config)
+    run = RunFolder.create(config)
+    try:
+        if text is not None:
+            write_text(run, config, text)
+        data = open_data(run, config)
+        _explain_first_step(run, config, data)
+    except BaseException:
+        shutil.rmtree(run.folder)
+        raise
+    if text is not None:
+        others = {"empty": text.empty_files, "binary": text.binary_files}
+        counts = ", ".join(f"{count} {kind}" for kind, count in others.items() if count)
+        skipped = f" ({counts} skipped)" if counts else ""
+        size = sum(document.length for document in text.documents)
+        found = f"{text.files:,} files{skipped}, {readable_bytes(size)}, {len(text.documents):,} documents"
+    else:
+        corpora = ", ".join(corpus.name for corpus in data.corpora)
+        found = f"{data.plan.steps:,} planned steps of {corpora}, {data.plan.tokens:,} tokens"
+    report_progress(f"data: {found}")
+    report_progress(run.explanation_file.read_text("utf-8").splitlines()[0])
     report_progress(f"run folder: {run.folder}")
     return run
+
+
+def _explain_first_step(run: RunFolder, config: Config, data: RunData) -> None:
+    """Plan the first step's first micro-batch, and leave the plan and its explanation in the run folder."""
+    settings = PlanSettings.of_config(config)
+    shares = deal_packs(data.plan.step(0), settings.data_parallel_size)
+    packs = data.plan.step(0).packs
+    explanation = explain(settings.plan(*(packs[share[0]].lengths for share in shares)), settings.cluster)
+    explanation.plan.save(run.plan_file)
+    run.explanation_file.write_text(f"{explanation}\n", "utf-8")
 
 
 def require_packages(*names: str) -> None:

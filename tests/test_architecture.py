@@ -25,7 +25,7 @@ LEVELS = {
     "parallel": 5,
     "ops": 6,
     "batch": 7,
-    "data": 7,
+    "data": 8,
     "driver": 8,
     "adapters": 9,
     "pages": 9,

@@ -78,12 +78,33 @@ def test_records_and_tables_hold_every_cell(cells, tmp_path):
     assert "<- fastest" in text and "wrong: 41 is not 42" in text and "7 B" in text
 
 
+DATA = ["--documents", "3000", "--context", "2048"]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "wanted"),
     [
         ("planning.py", ["--tokens", "20000", "--documents", "20", "--ranks", "4"], ["balanced", "double_ring", "usp"]),
+        ("pack_planning.py", ["--documents", "3000"], ["plan, level", "first-fit", "utilisation"]),
+        (
+            "data_loading.py",
+            [*DATA, "--packs", "4", "--repeats", "2", "--only", "distattn, a rank's part", "distattn, no digests"],
+            ["resumed at step", "(1.0x)", "no digests"],
+        ),
+        ("data_packers.py", ["--documents", "500"], ["distattn plan", "utilisation", "0.000%"]),
+        (
+            "data_ranks.py",
+            [*DATA, "--open-documents", "20000", "--processes", "2", "--ranks", "16", "--micro-batches", "2"],
+            ["all together", "2 processes at once", "simulated: 16 ranks"],
+        ),
         ("host_time.py", ["--tokens", "256", "--ranks", "4"], ["us_per_step", "double_ring"]),
         ("adapter_overhead.py", ["--repeats", "1", "--tokens", "256"], ["transformers beyond the operators", "aim 2%"]),
+        (
+            "tokenize_throughput.py",
+            ["--megabytes", "0.5", "--vocabulary", "500", "--repeats", "1"],
+            ["distattn, 2 processes"],
+        ),
+        ("indexed_reading.py", ["--megabytes", "2", "--documents", "50", "--repeats", "1"], ["with digests", "cold, "]),
         ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),
     ],
 )

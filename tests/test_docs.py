@@ -4,15 +4,17 @@ import ast
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +24,12 @@ from transformers import AutoModelForCausalLM
 
 import distattn as da
 from distattn.adapters import huggingface, pytorch
+from distattn.data.corpus import Corpus
+from distattn.data.indexed_file import IndexedFileWriter
+from distattn.data.label_masks import LabelMasks
+from distattn.data.pack_config import CorpusConfig, PackConfig, load_pack_config, make_configured_plan, open_corpora
+from distattn.data.pack_rule import PackCost, PackRule
+from distattn.launch import cli
 from distattn.training.config import RENAMED, Config
 
 ROOT = Path(__file__).parents[1]
@@ -120,8 +128,43 @@ def _reference(names: dict[str, Any]) -> None:
     sys.modules["my_model"] = types.SimpleNamespace(GPT=lambda: torch.nn.Embedding(8, 8))
 
 
+def _packs(names: dict[str, Any]) -> None:
+    """An indexed file that the model has a token for each id of, and a plan of it."""
+    _model(names)
+    os.mkdir("data")
+    with IndexedFileWriter("data/code", "uint8") as writer:
+        for length in range(5, 65):
+            writer.add(np.arange(length) % 64)
+    Path("packs.toml").write_text(
+        'plan = "data/run.packs"\nsteps = 4\n[[corpus]]\nname = "code"\nfiles = ["data/code"]\n'
+        "[rule]\ncontext = [[0, 48]]\ntokens_per_step = 96\nwindow = 2\n"
+    )
+    config = load_pack_config("packs.toml")
+    names |= dict(step=1, made=make_configured_plan(config, open_corpora(config)))
+
+
+def _masks(names: dict[str, Any]) -> None:
+    os.mkdir("data")
+    with IndexedFileWriter("data/chat", "uint16") as writer:
+        for length in (9, 4):
+            writer.add(np.arange(length))
+    names |= dict(prompt_tokens=[3, 1], image_spans=[[4, 6], []])
+
+
+def _stream(names: dict[str, Any]) -> None:
+    _model(names)
+    names |= dict(cp=da.ContextParallel(strategy="ring"), stream=[list(range(64))] * 5000)
+
+
+def _tokens(names: dict[str, Any]) -> None:
+    """The snippet goes on where the one before it ended."""
+    _packs(names)
+    exec(python_snippets((ROOT / "docs" / "data.md").read_text())[3], names)
+
+
 SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "concepts.md": [_plan, _cluster],
+    "data.md": [_packs, _masks, _stream, _packs, _tokens],
     "dynamic-context-parallelism.md": [_model, _schedule],
     "planning-a-cluster.md": [_cluster],
     "trainers.md": [_model, _model, _mesh, _own_model, None, _reference],
@@ -142,7 +185,8 @@ def test_every_snippet_is_listed_here():
 
 
 @pytest.mark.parametrize(("page", "number"), ALL, ids=[f"{page} {number}" for page, number in ALL])
-def test_snippets_run_as_written(page, number, capsys):
+def test_snippets_run_as_written(page, number, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code = python_snippets((ROOT / "docs" / page).read_text())[number]
     given = SNIPPETS[page][number]
     if given is None:
@@ -166,6 +210,55 @@ def test_snippets_run_as_written(page, number, capsys):
         assert ["ring on 1 ranks", "the least for these tasks"][number] in printed
     if "o" in names:
         assert names["o"].shape == (80, 32, 128)
+    if page == "data.md":
+        _check_data(number, names)
+
+
+def _check_data(number: int, names: dict[str, Any]) -> None:
+    """What the snippets of the page on data have found is what the library finds."""
+    if number == 0:
+        assert names["step"] == names["made"].steps == 4
+    elif number == 1:
+        masks = LabelMasks.open(Corpus.open("chat", ["data/chat"]))
+        assert masks.may_be_labels(0, 0, 9).tolist() == [False] * 3 + [True, False, False] + [True] * 3
+    elif number == 2:
+        # 320,000 tokens in packs of 8,192, 16 a step
+        assert names["trained"] == names["loader"].step == 3 and names["state"]["step"] == 3
+    else:
+        found = names["made"].step(names["step"])
+        assert np.array_equal(names["tokens"], found.rows["length"])
+        assert np.array_equal(names["ends_document"], found.rows["ends_document"])
+        assert all(
+            np.array_equal(names["pieces"][key], found.rows[key]) for key in ("document", "start", "corpus", "epoch")
+        )
+        assert np.array_equal(np.cumsum(names["pieces_of_pack"]), found.ends)
+        if number == 4:
+            _, start, length, *_ = found.rows[0].item()
+            assert names["ids"].tolist() == list(range(start, start + length))
+
+
+def test_the_commands_of_the_page_on_data_run(capsys, tmp_path, monkeypatch):
+    """On the files that the page names; the plan has all keys that there are."""
+    tokenizers, zstandard = pytest.importorskip("tokenizers"), pytest.importorskip("zstandard")
+    for name in ("tests", "parallel", "kernels", "launch", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("data")
+    os.mkdir("web")
+    Path("web", "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(b'{"text": "abc"}\n{"text": "c"}\n'))
+    model = tokenizers.models.WordLevel({"abc": 0, "c": 1, "<|end|>": 2}, unk_token="c")
+    tokenizers.Tokenizer(model).save("tokenizer.json")
+    page = (ROOT / "docs" / "data.md").read_text()
+    (toml,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    Path("packs.toml").write_text(toml)
+    keys = set(re.findall(r"^(\w+) =", toml, re.MULTILINE))
+    sections = (PackConfig, CorpusConfig, PackRule, PackCost)
+    assert keys == {one.name for section in sections for one in fields(section)} - {"corpus", "rule", "cost"}
+    commands = re.findall(r"^    distattn (data .*)$", page, re.MULTILINE)
+    assert [command.split()[1] for command in commands] == ["tokenize"] * 3 + ["pack", "stats", "show", "verify"]
+    for command in commands:
+        assert cli.main(shlex.split(command)) == 0, capsys.readouterr().err
+    assert "data/run.packs: " in capsys.readouterr().out and Path("data/stats.svg").exists()
 
 
 # ---- private names of other projects

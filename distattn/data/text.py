@@ -40,7 +40,7 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Corpus:
+class TextCorpus:
     """All documents of a set of files, in order; together they cover every byte of every file."""
 
     documents: list[Document]
@@ -49,7 +49,7 @@ class Corpus:
     binary_files: int
 
 
-def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max_document_tokens: int) -> Corpus:
+def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max_document_tokens: int) -> TextCorpus:
     """Find the files of `path` (folder, file or glob) and cut them into documents of at most so many tokens (bytes).
 
     Of each file the size and the first bytes are looked up; `check_text` reads them. Empty files, and among several files
@@ -78,10 +78,10 @@ def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
         raise DistattnError(
             f"data.path: {path!r} holds no text ({len(files)} files, all empty or binary); name a folder with UTF-8 text files."
         )
-    return Corpus(documents, len(files), empty, binary)
+    return TextCorpus(documents, len(files), empty, binary)
 
 
-def check_text(corpus: Corpus) -> None:
+def check_text(corpus: TextCorpus) -> None:
     """Read every file of a corpus once, a part at a time, and check that it is UTF-8 of the size that was found.
 
     Raises DamagedDataError naming the first file that is not.
@@ -112,8 +112,13 @@ def read_tokens(document: Document) -> np.ndarray:
     return np.frombuffer(content, np.uint8).astype(np.int64)
 
 
-def find_files(path: str, suffix: str, exclude: Sequence[str]) -> list[str]:
-    """The files of a folder, a file or a glob. Raises DistattnError where there are none."""
+def find_files(
+    path: str, suffix: str, exclude: Sequence[str], options: tuple[str, str] = ("data.path", "data.exclude")
+) -> list[str]:
+    """The files of a folder, a file or a glob, by name. Raises DistattnError where there are none.
+
+    options: what `path` and `exclude` are called where a person gives them.
+    """
     literal = path.replace("{stdlib}", sysconfig.get_path("stdlib"))
     if os.path.exists(literal):
         roots, anchor = [literal], literal
@@ -124,18 +129,18 @@ def find_files(path: str, suffix: str, exclude: Sequence[str]) -> list[str]:
         anchor = os.path.dirname(pattern[: re.search(r"[*?[]|$", pattern).start()])  # type: ignore[union-attr]
     if not roots:
         raise DistattnError(
-            f"data.path: there is no file or folder {path!r}; name a folder, a file or a glob of text files."
+            f"{options[0]}: there is no file or folder {path!r}; name a folder, a file or a glob of text files."
         )
     found = {
         os.path.join(root, name)
         for root in roots
         if not _excluded(os.path.relpath(root, anchor or "."), exclude)
-        for name in (_walk(root, exclude) if os.path.isdir(root) else [""])
+        for name in (_walk(root, exclude, options) if os.path.isdir(root) else [""])
     }
     kept = sorted(file.rstrip(os.sep) for file in found if file.rstrip(os.sep).endswith(suffix))
     if not kept:
         raise DistattnError(
-            f"data.path: {path!r} holds no files"
+            f"{options[0]}: {path!r} holds no files"
             + (f" ending in {suffix!r}" if suffix else "")
             + (f" outside {', '.join(exclude)}" if exclude else "")
             + "; name a folder with UTF-8 text files."
@@ -143,12 +148,12 @@ def find_files(path: str, suffix: str, exclude: Sequence[str]) -> list[str]:
     return kept
 
 
-def _walk(root: str, exclude: Sequence[str]) -> Iterator[str]:
+def _walk(root: str, exclude: Sequence[str], options: tuple[str, str]) -> Iterator[str]:
     """Paths of all files below root, relative to it; links are followed, each folder entered once."""
 
     def refuse(error: OSError) -> None:
         raise DistattnError(
-            f"data.path: {error.filename} cannot be read: {error.strerror}; leave it out with data.exclude."
+            f"{options[0]}: {error.filename} cannot be read: {error.strerror}; leave it out with {options[1]}."
         )
 
     entered = {os.path.realpath(root)}

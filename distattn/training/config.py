@@ -45,13 +45,14 @@ class RunConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str = "{stdlib}/*.py"
-    """A folder, a file or a glob of UTF-8 text files; {stdlib} is the Python standard library's source folder."""
+    """A folder, a file or a glob of UTF-8 text files, whose bytes are tokens; {stdlib} is the Python standard library's source
+    folder. Or the TOML file of a plan made by `distattn data pack`, to which the other keys of [data] do not apply."""
     suffix: str = ""
     """Only files that end so; empty for all."""
     exclude: tuple[str, ...] = ()
     """Names of folders and files to leave out; * and ? are wildcards."""
     tokens_per_step: int = 8192
-    """Tokens (bytes) of one step, at most: documents are packed first-fit."""
+    """Tokens (bytes) of one step, at most: documents are packed by best fit."""
     max_document_tokens: int = 3000
     """Longer files are cut into documents of this many tokens (bytes)."""
 
@@ -66,6 +67,8 @@ class ModelConfig:
     num_key_value_heads: int = 4
     intermediate_size: int = 384
     """Width of the gated feed-forward layer."""
+    vocab_size: int = 0
+    """Token ids are below it; 0 for what the data's tokenizer has."""
     dtype: str = "float32"
     """float32, float64 or bfloat16."""
 
@@ -307,7 +310,7 @@ def _number_problems(config: Config) -> Iterator[str]:
     least = {
         "data.tokens_per_step": (data.tokens_per_step, 2),
         "data.max_document_tokens": (data.max_document_tokens, 16),
-        **{f"model.{name}": (value, 1) for name, value in asdict(model).items() if name != "dtype"},
+        **{f"model.{name}": (value, name != "vocab_size") for name, value in asdict(model).items() if name != "dtype"},
         "parallel.ranks": (parallel.ranks, 1),
         "parallel.min_chunk": (parallel.min_chunk, 0),
         "parallel.devices_per_node": (parallel.devices_per_node, 0),
@@ -341,7 +344,10 @@ def _shape_problems(config: Config) -> Iterator[str]:
         yield 'parallel.context_parallel_size: belongs to parallel.data = "per_rank"; otherwise all ranks split a pack.'
     elif size < 0 or parallel.ranks % (size or 1):
         yield f"parallel.context_parallel_size: {size} does not divide {parallel.ranks} ranks."
-    elif data.max_document_tokens * parallel.data_parallel_size > data.tokens_per_step:
+    elif (
+        not data.path.endswith(".toml")
+        and data.max_document_tokens * parallel.data_parallel_size > data.tokens_per_step
+    ):
         shares = f" over {parallel.data_parallel_size} packs" if parallel.data_parallel_size > 1 else ""
         yield (
             f"data.max_document_tokens: {data.max_document_tokens} tokens do not fit into a step of {data.tokens_per_step}"

@@ -1,27 +1,25 @@
-"""The training loop: a small Llama on packed text, every step's tokens and all parameters split over the ranks.
+"""The training loop: a small Llama on packed documents, every step's tokens and all parameters split over the ranks.
 
 `main` is one rank of a run, started by `distattn.launch`. The run folder holds the resolved
-configuration and the list of documents of every pack; nothing else is shared but the process group.
+configuration and, of a run on text, tokens and the plan of packs; nothing else is shared but the process group.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import clip_grad_norm_
 
 from distattn.adapters import pytorch
-from distattn.data.text import VOCABULARY, read_tokens
+from distattn.data.loader import PackLoader
+from distattn.data.text import VOCABULARY
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.kernels.registry import AUTO, CPU_KERNELS
@@ -29,6 +27,7 @@ from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.metrics import MetricsReporter
 from distattn.training.plan_settings import PlanSettings
+from distattn.training.run_data import open_data, piece_rows
 from distattn.training.run_folder import RunFolder, StepMetrics
 
 
@@ -66,7 +65,17 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
 def _train_steps(
     run: RunFolder, config: Config, json_lines: bool, device: torch.device, mesh: DeviceMesh, cp: ContextParallel
 ) -> None:
-    model = build_model(config, "distattn").to(device)
+    data = open_data(run, config)
+    loader = PackLoader(
+        data.plan,
+        data.corpora,
+        rank=cp.data_parallel_rank,
+        size=cp.data_parallel_size,
+        steps=config.train.steps,
+        vocabulary=data.vocabulary,
+        device=device,
+    )
+    model = build_model(config, "distattn", data.vocabulary, data.context).to(device)
     if cp.rank == 0:
         model.config.save_pretrained(run.folder)
     pytorch.shard_parameters(model, mesh)
@@ -75,19 +84,28 @@ def _train_steps(
     optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
     with MetricsReporter(run, config.train.steps, json_lines, visible=cp.rank == 0) as reporter:
         began = time.perf_counter()
-        for number, (local,) in enumerate(cp.steps(itertools.islice(batches(run, cp, device), config.train.steps))):
-            loss = pytorch.local_loss(model, local)
-            loss.backward()
+        for number, micro_batches in enumerate(cp.steps(loader)):
+            if cp.rank == 0:
+                # before anything can go wrong with them
+                run.append(run.documents_file, *piece_rows(data, number))
+            losses = []
+            for local in micro_batches:
+                losses.append(pytorch.local_loss(model, local))
+                losses[-1].backward()
             norm = pytorch.full_tensor(clip_grad_norm_(parameters, config.train.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()
-            mean, tokens = cp.mean_loss([loss]), local["context_parallel"].tokens
+            mean = cp.mean_loss(losses)
+            tokens = sum(local["context_parallel"].tokens for local in micro_batches)
             seconds, began = time.perf_counter() - began, time.perf_counter()
             reporter.report(StepMetrics(number + 1, mean, float(norm), tokens, seconds))
 
 
-def build_model(config: Config, attention: str) -> Any:
-    """Make a Llama from its shape, seeded; nothing is downloaded. attention: a transformers attention implementation."""
+def build_model(config: Config, attention: str, vocabulary: int = VOCABULARY, context: int = 0) -> Any:
+    """Make a Llama from its shape, seeded; nothing is downloaded. attention: a transformers attention implementation.
+
+    vocabulary: token ids are below it. context: tokens of the longest pack; by default those of the longest document.
+    """
     # 2 s to import, and only here
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -96,13 +114,13 @@ def build_model(config: Config, attention: str) -> Any:
     huggingface.register()
     shape = config.model
     llama = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads,
-        max_position_embeddings=config.data.max_document_tokens,
+        max_position_embeddings=context or config.data.max_document_tokens,
         # transformers' 0.02 suits widths of thousands; this narrow model learns half as fast with it
         initializer_range=shape.hidden_size**-0.5,
         tie_word_embeddings=False,
@@ -112,19 +130,3 @@ def build_model(config: Config, attention: str) -> Any:
     torch.manual_seed(config.run.seed)
     model = AutoModelForCausalLM.from_config(llama, attn_implementation=attention)
     return model.to(getattr(torch, shape.dtype))
-
-
-def batches(run: RunFolder, cp: ContextParallel, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Read this rank's pack of every step of the run's document list: token ids (1, N) and document lengths.
-
-    Every rank reads the documents of its own packs whole, and nothing else of their files.
-    """
-    for packs in run.steps():
-        share = cp.data_parallel_rank
-        if share >= len(packs):
-            raise DistattnError(
-                f"{run.documents_file}: a step has {len(packs)} packs, {cp.data_parallel_size} are needed."
-            )
-        tokens = [read_tokens(document) for document in packs[share]]
-        ids = torch.from_numpy(np.concatenate(tokens))[None].to(device)
-        yield {"input_ids": ids, "document_lengths": [len(document) for document in tokens]}

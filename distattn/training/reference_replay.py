@@ -12,6 +12,7 @@ import tomllib
 from itertools import groupby, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -38,9 +39,10 @@ def main(folder: Path) -> None:
 
 
 def document_tokens(row: dict) -> torch.Tensor:
-    """Bytes [start, end) of the file, as tokens (1, L)."""
-    content = Path(row["file"]).read_bytes()[row["start"] : row["end"]]
-    return torch.tensor(list(content))[None]
+    """The tokens of a piece (1, L), and one more where its document goes on."""
+    count = row["length"] + row["follows"]
+    found = np.fromfile(row["file"], row["dtype"], count, offset=row["byte"])
+    return torch.from_numpy(found.astype(np.int64))[None]
 
 
 def accumulate(model: PreTrainedModel, documents: list[torch.Tensor]) -> float:
@@ -48,7 +50,9 @@ def accumulate(model: PreTrainedModel, documents: list[torch.Tensor]) -> float:
     valid = max(sum(ids.shape[1] - 1 for ids in documents), 1)
     total = 0.0
     for ids in documents:
-        logits = model(ids, use_cache=False).logits[0, :-1]
+        if ids.shape[1] == 1:
+            continue
+        logits = model(ids[:, :-1], use_cache=False).logits[0]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(wide, ids[0, 1:], reduction="sum") / valid
         loss.backward()

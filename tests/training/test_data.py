@@ -1,71 +1,79 @@
 """Text in, packs out: every byte exactly once, in an order the seed alone decides."""
 
 import contextlib
-import json
 import os
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from distattn.data import text
-from distattn.data.packing import pack_epoch
+from distattn.data.byte_corpus import byte_corpus
+from distattn.data.pack_config import load_pack_config, make_configured_plan, open_corpora
 from distattn.data.text import Document, check_text, find_corpus, read_tokens
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.training.config import Config, DataConfig, RunConfig
-from distattn.training.run_folder import RunFolder, packs_of_run
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(50, 120), st.integers(0, 5))
-def test_packs_hold_every_document_once_and_fit(lengths, pack_tokens, seed):
-    packs = pack_epoch(lengths, pack_tokens, seed, epoch=0)
-    assert sorted(document for pack in packs for document in pack) == list(range(len(lengths)))
-    sizes = [sum(lengths[document] for document in pack) for pack in packs]
-    assert max(sizes) <= pack_tokens
-    # first fit: no document of a later pack would have fitted what an earlier one had free at its end
-    for earlier, size in enumerate(sizes):
-        assert all(lengths[document] > pack_tokens - size for pack in packs[earlier + 1 :] for document in pack[:1])
-    assert packs == pack_epoch(lengths, pack_tokens, seed, epoch=0)
-
-
-def test_epochs_and_seeds_shuffle_differently():
-    lengths = list(range(1, 40))
-    assert len({str(pack_epoch(lengths, 60, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+from distattn.training.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from distattn.training.run_data import find_text, open_data, piece_rows, planned_packs, write_text
+from distattn.training.run_folder import RunFolder
 
 
 def test_an_epoch_tiles_every_file(tmp_path):
     rng = np.random.default_rng(0)
-    sizes = {}
+    contents = {}
     for i in range(30):
         file = tmp_path / "text" / f"{i % 4}" / f"{i}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         # two bytes a character: documents are cut in bytes
-        file.write_text("é" * int(rng.integers(0, 400)))
-        sizes[str(file)] = file.stat().st_size
+        file.write_text("é" * int(rng.integers(0, 400)) + str(i))
+        contents[str(file)] = file.read_bytes()
     config = Config(
         run=RunConfig(folder=str(tmp_path / "run")),
         data=DataConfig(path=str(tmp_path / "text"), tokens_per_step=300, max_document_tokens=170),
+        train=TrainConfig(steps=120),
     )
-    corpus = find_corpus(config.data.path, max_document_tokens=config.data.max_document_tokens)
-    assert corpus.files == 30 and corpus.empty_files == sum(not size for size in sizes.values())
-    run = RunFolder.create(config, packs_of_run(config, corpus))
-    rows = [json.loads(line) for line in run.documents_file.read_text().splitlines()]
-    per_epoch = len(corpus.documents)
-    assert len(rows) % per_epoch == 0
-    for epoch in range(len(rows) // per_epoch):
-        spans = defaultdict(list)
-        for row in rows[epoch * per_epoch : (epoch + 1) * per_epoch]:
-            spans[row["file"]].append((row["start"], row["end"]))
-        for file, size in sizes.items():
-            ends = [0, *(end for _, end in sorted(spans[file]))]
-            assert [start for start, _ in sorted(spans[file])] == ends[:-1] and ends[-1] == size
-    tokens = np.concatenate(
-        [read_tokens(document) for document in corpus.documents if document.file == rows[0]["file"]]
-    )
-    assert bytes(tokens.astype(np.uint8)) == Path(rows[0]["file"]).read_bytes()
+    text_ = find_text(config)
+    run = RunFolder.create(config)
+    write_text(run, config, text_)
+    data = open_data(run, config)
+    assert data.plan.sources[0].epochs > 1
+    # the pieces of the first epoch are its documents, whole, and these are the files
+    rows = [row for step in range(120) for row in piece_rows(data, step) if row["epoch"] == 0]
+    assert sorted(row["document"] for row in rows) == list(range(len(text_.documents)))
+    found = defaultdict(bytes)
+    for row in sorted(rows, key=lambda row: row["document"]):
+        assert row["start"] == 0 and not row["follows"]
+        tokens = np.fromfile(row["file"], row["dtype"], row["length"], offset=row["byte"])
+        found[text_.documents[row["document"]].file] += tokens.tobytes()
+    assert found == contents
+
+
+def test_a_run_on_a_plan_has_its_steps_and_its_vocabulary(tmp_path):
+    for name, text_ in (("a", "x" * 900), ("b", "y" * 500)):
+        (tmp_path / f"{name}.txt").write_text(text_)
+        corpus = find_corpus(str(tmp_path / f"{name}.txt"), max_document_tokens=1000)
+        byte_corpus(corpus, str(tmp_path / name))
+    file = tmp_path / "packs.toml"
+    lines = ['plan = "p"', "steps = 9", "[rule]", "context = [[0, 64]]", "tokens_per_step = 128"]
+    for name in "ab":
+        lines += ["[[corpus]]", f'name = "{name}"', f'files = ["{name}"]']
+    file.write_text("\n".join(lines))
+    planned = load_pack_config(file)
+    config = Config(data=DataConfig(path=str(file)), train=TrainConfig(steps=9))
+    run = RunFolder(tmp_path)
+    with pytest.raises(DistattnError, match=r"p: there is no such plan yet; make it with distattn data pack"):
+        open_data(run, config)
+    make_configured_plan(planned, open_corpora(planned))
+    with pytest.raises(DistattnError, match=r"vocab_size: is not given, and .*a has no .json"):
+        open_data(run, config)
+    config = replace(config, model=ModelConfig(vocab_size=256))
+    data = open_data(run, config)
+    assert (data.vocabulary, data.context, data.plan.steps) == (256, 64, 9)
+    with pytest.raises(DistattnError, match="train.steps: 10, but .*p has 9 steps; plan more"):
+        open_data(run, replace(config, train=TrainConfig(steps=10)))
+    with planned_packs(config) as plan:
+        assert plan.digest == data.plan.digest
 
 
 def test_a_glob_a_file_a_suffix_and_exclusions(tmp_path):

@@ -3,7 +3,6 @@
 import dataclasses
 import html
 import html.parser
-import itertools
 import json
 import os
 import pty
@@ -17,7 +16,7 @@ import torch
 from processes import run_on_ranks
 from waiting import LIMIT_SECONDS, eventually
 
-from distattn.data.text import find_corpus
+from distattn.data.loader import PackLoader
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.ir.plan import Plan
@@ -36,10 +35,11 @@ from distattn.training.config import (
     RunConfig,
     TrainConfig,
 )
-from distattn.training.loop import batches, train
+from distattn.training.loop import train
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.reference_check import compare_with_reference, run_reference_check
-from distattn.training.run_folder import RunFolder, StepMetrics, packs_of_run
+from distattn.training.run_data import find_text, open_data, write_text
+from distattn.training.run_folder import RunFolder, StepMetrics
 
 pytestmark = pytest.mark.sampled(7)
 
@@ -78,8 +78,9 @@ def _train(rank: int, folder: Path, config: Config) -> None:
 
 
 def created(config: Config) -> RunFolder:
-    corpus = find_corpus(config.data.path, max_document_tokens=config.data.max_document_tokens)
-    return RunFolder.create(config, packs_of_run(config, corpus))
+    run = RunFolder.create(config)
+    write_text(run, config, find_text(config))
+    return run
 
 
 def curve(texts: Path, folder: Path, dtype: str, ranks: int, strategy: str) -> list[float]:
@@ -109,7 +110,8 @@ def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_pa
     check = ReferenceCheckConfig(steps=STEPS, tolerance=1e-9)
     config = dataclasses.replace(small(texts, tmp_path / "run", "float64"), parallel=parallel, reference_check=check)
     run = created(config)
-    assert all(len(packs) == 2 for packs in itertools.islice(run.steps(), STEPS))
+    plan = open_data(run, config).plan
+    assert all(len(plan.step(step).packs) == 2 for step in range(STEPS))
     run_on_ranks(ranks, _train, run.folder, config)
     verdict = run_reference_check(run, config)
     # the gradient norm of float64 parameters is computed in another order of summation
@@ -265,7 +267,7 @@ def test_ctrl_c_ends_everything_with_one_sentence(config_file, tmp_path, when, o
     done = interrupted(config_file, tmp_path, when, *overrides)
     assert done.returncode == 130
     assert done.stderr.startswith("distattn: stopped") and done.stderr.count("\n") == 1, done.stderr
-    assert (tmp_path / "out" / "documents.jsonl").exists()
+    assert (tmp_path / "out" / "corpus.packs").exists()
 
 
 def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path):
@@ -299,7 +301,9 @@ def test_the_plan_in_the_run_folder_is_the_one_that_trains(texts, tmp_path):
     cp = ContextParallel(**PlanSettings.of_config(config).context_parallel_arguments())
     model = config.model
     shape = model.num_attention_heads, model.num_key_value_heads, model.head_dim, model.head_dim, model.dtype
-    sharded = cp.shard(next(batches(run, cp, torch.device("cpu"))))["context_parallel"]
+    data = open_data(run, config)
+    ((local,),) = cp.steps(PackLoader(data.plan, data.corpora, rank=0, size=1, steps=1))
+    sharded = local["context_parallel"]
     assert sharded.plan(*shape).digest == Plan.load(run.plan_file).digest
 
 

@@ -1,0 +1,248 @@
+"""Resuming, packing and reading of long documents: ours beside Megatron, torchtitan, mosaicml-streaming and litdata, one run.
+
+    python benchmarks/data_loading.py [--documents 200000] [--context 32768] [--rivals FOLDER] [--out FILE.jsonl]
+
+FOLDER is where `pip install --target FOLDER mosaicml-streaming litdata torchtitan datasets torchdata` put the rivals that the
+environment does not have; what is missing is left out with the reason. The corpus is synthetic: lengths from quantiles of a
+long-context corpus (`pack_planning.py`) over --scale, ids of 16 bits. Each measurement is taken in a process of its own.
+
+"plan": what is done once before a run, wall clock, CPU seconds and peak memory. "resume": from making the loader (imports
+excluded) to the token ids of the first sequence of a step in the middle, with files in the page cache: the median, the least, the
+median of the CPU time (which is less where a loader waits, and more where others wait for the machine), and the peak memory
+beyond the imports', mapped pages included. Contestants are refused unless they yield there what they
+yield without an interruption. "state": bytes of the state, pickled. "next": median of the sequences after it. "filled": tokens
+over room; "cuts": of documents; "dropped": share of the tokens that no sequence has. "read/used": bytes
+that one of --cp ranks reads in a step, over those of the tokens that it computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# numpy imports it at the first np.unique
+import numpy.ma  # noqa: F401
+import xxhash
+from data_contestants import CONTESTANTS, END_OF_DOCUMENT, TOKEN, VOCABULARY, Case, Contestant
+from harness import Unsupported, environment
+from pack_planning import LENGTHS, QUANTILES
+
+from distattn.data.indexed_file import IndexedFileWriter
+
+SCALE = 4
+PART = 10_000
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=200_000)
+    parser.add_argument("--scale", type=float, default=SCALE, help="lengths are divided by it")
+    parser.add_argument("--context", type=int, default=32_768)
+    parser.add_argument("--packs", type=int, default=32, help="of a step")
+    parser.add_argument("--cp", type=int, default=8, help="ranks that share a pack")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rivals", help="folder of packages that are not in the environment")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--folder", help="where files are written; by default a temporary folder")
+    parser.add_argument("--out", type=Path, help="append the rows to this file, as JSON lines")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        case = Case(os.path.join(folder, "corpus"), folder, arguments.context, arguments.packs, arguments.cp)
+        tokens = write_corpus(case.corpus, arguments.documents, arguments.scale)
+        step = tokens // (arguments.packs * arguments.context) // 2
+        say(
+            f"{arguments.documents:,} documents, {tokens:,} tokens; {arguments.packs} packs of {arguments.context:,} tokens a "
+            f"step; resumed at step {step}\n{HEAD}"
+        )
+        ready, rows = [], {}
+        for name in arguments.only:
+            rows[name] = in_a_process(prepare, CONTESTANTS[name], case, step, arguments.rivals)
+            if "left out" not in rows[name]:
+                ready.append(name)
+        resumed: dict[str, list[dict[str, Any]]] = {name: [] for name in ready}
+        for repeat in range(arguments.repeats):
+            # another one begins each time
+            for name in ready[repeat % len(ready) :] + ready[: repeat % len(ready)]:
+                resumed[name].append(in_a_process(resume, CONTESTANTS[name], case, rows[name], arguments.rivals))
+        for name, row in rows.items():
+            row |= summary(resumed.get(name, []))
+            say(line(name, row, rows[arguments.only[0]]))
+        if arguments.out:
+            with arguments.out.open("a") as file:
+                for name, row in rows.items():
+                    kept = {key: value for key, value in row.items() if key != "state"}
+                    file.write(json.dumps({"contestant": name} | kept | environment()) + "\n")
+
+
+def write_corpus(prefix: str, documents: int, scale: float = SCALE) -> int:
+    """Documents of random ids, each with an end; lengths are divided by `scale`. Returns their tokens."""
+    rng = np.random.default_rng(0)
+    total = 0
+    with IndexedFileWriter(prefix, TOKEN) as writer:
+        for first in range(0, documents, PART):
+            drawn = np.exp(np.interp(rng.random(min(PART, documents - first)), QUANTILES, np.log(LENGTHS)))
+            lengths = np.maximum(2, drawn / scale).astype(np.int64)
+            tokens = rng.integers(END_OF_DOCUMENT + 1, VOCABULARY, lengths.sum(), TOKEN)
+            tokens[np.cumsum(lengths) - 1] = END_OF_DOCUMENT
+            writer.add_many(tokens, lengths)
+            total += len(tokens)
+    return total
+
+
+def prepare(contestant: Contestant, case: Case, step: int) -> dict[str, Any]:
+    """Convert and plan, say how full sequences are, and find the state and the sequence of a step without interruption."""
+    began = time.perf_counter()
+    contestant.convert(case)
+    row: dict[str, Any] = {"convert s": time.perf_counter() - began}
+    peak = PeakMemory()
+    began, cpu = time.perf_counter(), time.process_time()
+    contestant.plan(case)
+    if contestant.planned:
+        row |= {
+            "plan s": time.perf_counter() - began,
+            "plan CPU s": time.process_time() - cpu,
+            "plan MB": peak.megabytes(),
+        }
+    row |= contestant.filled(case)._asdict()
+    sequences = contestant.sequences(case)
+    for _ in range(step * case.packs):
+        next(sequences)
+    row["digest"] = digest(next(sequences))
+    sequences.close()
+    row["state"] = pickle.dumps(contestant.state(case, step))
+    return row
+
+
+def resume(contestant: Contestant, case: Case, row: dict[str, Any]) -> dict[str, Any]:
+    """Time the first sequence after a state, and those of the step after it."""
+    state = pickle.loads(row["state"])
+    peak = PeakMemory()
+    began, cpu = time.perf_counter(), time.process_time()
+    sequences = contestant.sequences(case, state)
+    first = next(sequences)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    found: dict[str, Any] = {"resume": seconds, "resume CPU": cpu_seconds, "resume MB": peak.megabytes()}
+    if digest(first) != row["digest"]:
+        raise AssertionError("resumed with another sequence than an uninterrupted run has")
+    each, before, delivered = [], bytes_read(), 0
+    for _ in range(case.packs):
+        began = time.perf_counter()
+        delivered += len(next(sequences))
+        each.append(time.perf_counter() - began)
+    # what is mapped is no read, but at least what was delivered
+    read = max(bytes_read() - before, delivered * TOKEN().itemsize)
+    used = case.packs * case.context / case.cp * TOKEN().itemsize
+    return found | {"next": statistics.median(each), "read/used": read / used}
+
+
+def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of some resumptions, and the least of their seconds."""
+    if not found:
+        return {}
+    medians = {key: statistics.median(row[key] for row in found) for key in found[0]}
+    return medians | {"least": min(row["resume"] for row in found), "repeats": len(found)}
+
+
+HEAD = (
+    f"{'':26s}{'plan s':>7s}{'CPU s':>7s}{'MB':>5s} | {'resume ms':>10s}{'least':>7s}{'CPU':>8s}{'':>8s}{'MB':>6s}"
+    f"{'state B':>10s} | {'next ms':>8s}{'filled':>9s}{'cuts':>8s}{'dropped':>9s}{'read/used':>10s}"
+)
+
+
+def line(name: str, row: dict[str, Any], first: dict[str, Any]) -> str:
+    """A row of the table; CPU times of resuming beside those of the first."""
+    if "left out" in row:
+        return f"{name:26s}left out: {row['left out']}"
+    plan = f"{row['plan s']:7.2f}{row['plan CPU s']:7.2f}{row['plan MB']:5.0f}" if "plan s" in row else f"{'none':>19s}"
+    resume, least, cpu = (row[what] * 1e3 for what in ("resume", "least", "resume CPU"))
+    ratio = f"({row['resume CPU'] / first['resume CPU']:.1f}x)" if "resume" in first else ""
+    return (
+        f"{name:26s}{plan} | {resume:10.1f}{least:7.1f}{cpu:8.1f}{ratio:>8s}{row['resume MB']:6.1f}{len(row['state']):10,d} | "
+        f"{row['next'] * 1e3:8.2f}{row['utilisation']:9.3%}{row['cuts']:8,d}{row['dropped']:9.4%}{row['read/used']:10.2f}"
+    )
+
+
+class PeakMemory:
+    """The most memory that this process has beyond what it has now."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = _status("VmRSS")
+
+    def megabytes(self) -> float:
+        return (_status("VmHWM") - self._before) * 1024 / 1e6
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def bytes_read() -> int:
+    """Bytes that this process got by reading so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def digest(sequence: np.ndarray) -> str:
+    """Tells sequences apart."""
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(sequence, np.int64).tobytes())
+
+
+def in_a_process(work: Callable[..., dict[str, Any]], contestant: Contestant, *arguments: Any) -> dict[str, Any]:
+    """What `work` returns, done in a process of its own. Of one that fails: {"left out": why}.
+
+    The last argument is the rivals' folder.
+    """
+    receive, send = multiprocessing.Pipe(duplex=False)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_run, args=(send, work, contestant, *arguments))
+    process.start()
+    send.close()
+    try:
+        found: dict[str, Any] = receive.recv()
+    finally:
+        process.join()
+    return found
+
+
+def _run(send: Any, work: Callable[..., dict[str, Any]], contestant: Contestant, *arguments: Any) -> None:
+    *arguments, rivals = arguments
+    # rivals' packages come after those of the environment, and what they say goes nowhere
+    sys.path += [rivals] if rivals else []
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    try:
+        contestant.load()
+        found = work(contestant, *arguments)
+    except Unsupported as error:
+        found = {"left out": str(error)}
+    except Exception as error:
+        found = {"left out": f"failed: {type(error).__name__}: {error}"}
+    send.send(found)
+    send.close()
+    # threads of rivals are not waited for
+    os._exit(0)
+
+
+def say(text: str) -> None:
+    """Benchmarks print; the library does not."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

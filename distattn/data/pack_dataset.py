@@ -1,0 +1,66 @@
+"""The packs of a plan as a dataset of PyTorch's, for trainers that have a loader of their own."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from distattn.data.corpus import Corpus
+from distattn.data.loader import PackLoader
+from distattn.data.pack_plan import PackPlan
+from distattn.ir.errors import DistattnError
+
+
+class PackDataset(Dataset[dict[str, Any]]):
+    """Pack number i of a plan as a batch that `ContextParallel.shard` takes: token ids, labels, tokens of each document.
+
+    Give it to a trainer that draws in order, such as `ContextParallelTrainer` with train_sampling_strategy="sequential",
+    per_device_train_batch_size=1, a data_collator that returns the only row, and as many packs a step (over all shares) as the
+    plan has. Every rank reads whole packs; with `PackLoader` it would read its own tokens alone.
+    """
+
+    def __init__(self, plan: PackPlan | str | Path, corpora: Sequence[Corpus], *, steps: int | None = None):
+        """steps: of how many steps; by default all that have all their packs.
+
+        Raises DistattnError where a document that is kept whole may take the place of several packs: steps have unequally many.
+        """
+        self._loader = PackLoader(plan, corpora, rank=0, size=1, steps=steps)
+        self.plan = self._loader.plan
+        if self.plan.rule.long_documents == "keep":
+            raise DistattnError(
+                f'{self.plan.path}: with long_documents = "keep" steps have unequally many packs; use PackLoader, or "cut".'
+            )
+        changes = [first for first, _ in self.plan.rule.context if first < self._loader.end]
+        # the first step of each context length, and packs before it
+        self._first = [*changes, self._loader.end]
+        counts = [
+            (end - begin) * self.plan.rule.packs_at(begin) for begin, end in zip(changes, self._first[1:], strict=True)
+        ]
+        self._before = [0, *accumulate(counts)]
+        last = self._loader.end - 1
+        missing = self.plan.rule.packs_at(last) - len(self.plan.step(last).packs)
+        if missing and steps is not None:
+            raise DistattnError(f"{self.plan.path}: step {last:,} lacks {missing:,} packs; take fewer steps.")
+        self._packs = self._before[-1] - (self.plan.rule.packs_at(last) if missing else 0)
+
+    def __len__(self) -> int:
+        """How many packs there are."""
+        return self._packs
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """`input_ids` and `shift_labels`, int64 (1, N), and `document_lengths`. Raises IndexError behind the last pack."""
+        if not 0 <= number < self._packs:
+            raise IndexError(f"there is no pack {number}; there are {self._packs}.")
+        part = bisect_right(self._before, number) - 1
+        first = self._first[part]
+        step, pack = divmod(number - self._before[part], self.plan.rule.packs_at(first))
+        batch = self._loader.batches(first + step)[pack]
+        ids, labels = batch.read_tensors(np.arange(batch.tokens))
+        return {"input_ids": ids[None], "shift_labels": labels[None], "document_lengths": torch.tensor(batch.lengths)}

@@ -1,0 +1,150 @@
+"""The data of a run: text, whose bytes become an indexed file in the run folder, or a plan of packs that is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distattn.data.byte_corpus import byte_corpus
+from distattn.data.corpus import Corpus
+from distattn.data.make_pack_plan import CorpusLengths, make_pack_plan
+from distattn.data.pack_config import PackConfig, load_pack_config, open_configured_plan, open_corpora, vocabulary_of
+from distattn.data.pack_plan import PackPlan
+from distattn.data.pack_rule import PackRule
+from distattn.data.text import VOCABULARY, TextCorpus, find_corpus
+from distattn.ir.errors import DistattnError
+from distattn.training.config import Config
+from distattn.training.run_folder import RunFolder
+
+# packs among which a document finds its place, at most
+_MOST_WINDOW = 1024
+# what the corpus of a folder of text is called
+_TEXT = "text"
+
+
+class RunData(NamedTuple):
+    """A plan of packs and the corpora it was made of. vocabulary: token ids are below it."""
+
+    plan: PackPlan
+    corpora: list[Corpus]
+    vocabulary: int
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest pack."""
+        return max(tokens for _, tokens in self.plan.rule.context)
+
+
+def pack_config(config: Config) -> PackConfig | None:
+    """What data.path says of a plan of packs; None where it names text."""
+    return load_pack_config(config.data.path) if config.data.path.endswith(".toml") else None
+
+
+def find_text(config: Config) -> TextCorpus:
+    """The documents of the run's text. Raises DistattnError where there is none; no file is read."""
+    data = config.data
+    return find_corpus(
+        data.path, suffix=data.suffix, exclude=data.exclude, max_document_tokens=data.max_document_tokens
+    )
+
+
+def write_text(run: RunFolder, config: Config, text: TextCorpus) -> None:
+    """Write the bytes of the run's text, and the plan of its packs, into the run folder. Raises DamagedDataError for no text."""
+    _plan_text(config, byte_corpus(text, str(run.corpus_prefix), _TEXT), run.packs_file)
+
+
+def open_data(run: RunFolder, config: Config) -> RunData:
+    """The data of a run. Raises DistattnError where they are not what they were, or are too few for all steps."""
+    planned = pack_config(config)
+    if planned is None:
+        corpora = [Corpus.open(_TEXT, [str(run.corpus_prefix)])]
+        return RunData(PackPlan.open(run.packs_file), corpora, vocabulary_size(config))
+    return _planned_data(config, planned)
+
+
+def vocabulary_size(config: Config, corpora: Sequence[Corpus] | None = None) -> int:
+    """Token ids of a run are below it; 0 where neither the run nor its files say so. corpora: of its plan, if they are open."""
+    planned = pack_config(config)
+    if config.model.vocab_size or planned is None:
+        return config.model.vocab_size or VOCABULARY
+    return vocabulary_of(open_corpora(planned) if corpora is None else corpora) or 0
+
+
+@contextmanager
+def planned_packs(config: Config) -> Iterator[PackPlan]:
+    """The plan of a run's packs before there is a run: of text, by the sizes of its files."""
+    planned = pack_config(config)
+    if planned is not None:
+        yield _planned_data(config, planned).plan
+        return
+    lengths = np.array([document.length for document in find_text(config).documents], np.int32)
+    with TemporaryDirectory() as folder:
+        yield _plan_text(config, _Lengths(_TEXT, lengths, ""), Path(folder, "packs"))
+
+
+def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:
+    """What a step has been trained on: of each piece of a document where it lies, enough to read it without this package.
+
+    file, dtype, byte: where its tokens begin. follows: whether the document goes on, so that its last token has a label.
+    """
+    for number, pack in enumerate(data.plan.step(step).packs):
+        for row in pack.rows:
+            corpus, document = data.corpora[row["corpus"]], int(row["document"])
+            file, within = corpus.file_of(document)
+            start, length = int(row["start"]), int(row["length"])
+            yield {
+                "step": step,
+                "pack": number,
+                "corpus": corpus.name,
+                "document": document,
+                "epoch": int(row["epoch"]),
+                "start": start,
+                "length": length,
+                "follows": start + length < int(corpus.lengths_of(np.array([document]))[0]),
+                "file": f"{file.prefix}.bin",
+                "dtype": file.dtype.name,
+                "byte": file.first_byte(within) + start * file.dtype.itemsize,
+            }
+
+
+class _Lengths(NamedTuple):
+    """As much of a corpus as a plan needs."""
+
+    name: str
+    lengths: np.ndarray
+    digest: str
+
+
+def _plan_text(config: Config, corpus: CorpusLengths, file: Path) -> PackPlan:
+    """A pack for each data-parallel share in each step."""
+    shares = config.parallel.data_parallel_size
+    context = config.data.tokens_per_step // shares
+    # a window of several epochs would mix them, and a plan that ends within it repeat documents
+    window = min(_MOST_WINDOW, config.train.steps * shares, -(-int(corpus.lengths.sum(dtype=np.int64)) // context))
+    rule = PackRule(((0, context),), context * shares, window)
+    return make_pack_plan(file, [corpus], seed=config.run.seed, rule=rule, steps=config.train.steps)
+
+
+def _planned_data(config: Config, planned: PackConfig) -> RunData:
+    corpora = open_corpora(planned)
+    plan = open_configured_plan(planned, corpora)
+    if plan.steps < config.train.steps:
+        raise DistattnError(
+            f"train.steps: {config.train.steps:,}, but {plan.path} has {plan.steps:,} steps; plan more with distattn data pack."
+        )
+    vocabulary = vocabulary_size(config, corpora)
+    if not vocabulary:
+        raise DistattnError(
+            f"model.vocab_size: is not given, and {_without_manifest(corpora)} has no .json that says its tokenizer's; give it."
+        )
+    return RunData(plan, corpora, vocabulary)
+
+
+def _without_manifest(corpora: Sequence[Corpus]) -> str:
+    prefixes = [file.prefix for corpus in corpora for file in corpus.files]
+    return next(prefix for prefix in prefixes if not Path(f"{prefix}.json").exists())

@@ -1,0 +1,159 @@
+"""The processes of `distattn data tokenize`: each works on one shard at a time; one that dies is named."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from distattn.data.manifest import Manifest
+from distattn.data.tokenize import (
+    Progress,
+    TokenizeJob,
+    finished_manifest,
+    finished_parts,
+    locked,
+    publish,
+    remove_parts,
+)
+from distattn.ir.errors import DamagedDataError, DistattnError
+
+_WRAPPER = "distattn.launch.die_with_launcher"
+_WORKER = "distattn.data.tokenize_worker"
+
+
+class LostProcessError(DistattnError):
+    """A process ended that should not have; the message names it. Exit code 1 on the command line."""
+
+    exit_code = 1
+
+
+def tokenize(job: TokenizeJob, processes: int, report: Callable[[Progress], None]) -> Manifest:
+    """Tokenize all shards of a job that are not done yet by so many processes, and put them together. Returns the manifest.
+
+    report: is told what was done, first what an earlier command had done. Where the very same command has finished before,
+    nothing is done. Raises DistattnError with what went wrong; what is finished is kept, and the same job goes on from there.
+    """
+    with locked(job) as lock:
+        manifest = finished_manifest(job)
+        if manifest is None:
+            done = finished_parts(job)
+            report(_progress_of(job, done))
+            waiting = [shard for shard in range(len(job.shards)) if shard not in done]
+            try:
+                run_workers(job, waiting, processes, lock, report)
+                manifest = publish(job, finished_parts(job))
+            except DistattnError as error:
+                if not any(part.tokens for part in finished_parts(job).values()):
+                    raise
+                raise type(error)(f"{error} Finished shards are kept: the same command goes on from there.") from None
+        remove_parts(job)
+    return manifest
+
+
+def run_workers(
+    job: TokenizeJob, shards: Sequence[int], processes: int, lock: int, report: Callable[[Progress], None]
+) -> None:
+    """Have shards tokenized by at most so many processes. Raises DistattnError where one of them fails; then none is left."""
+    waiting = deque(shards)
+    if not waiting:
+        return
+    job_file = job.save()
+    workers: list[_Worker] = []
+    try:
+        with selectors.DefaultSelector() as selector:
+            for number in range(min(processes, len(waiting))):
+                workers.append(_Worker(number, job_file, lock))
+                selector.register(workers[-1].messages, selectors.EVENT_READ, workers[-1])
+                workers[-1].give(waiting)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    worker: _Worker = key.data
+                    for message in worker.read():
+                        if "progress" in message:
+                            report(Progress(*message["progress"]))
+                        elif "done" in message:
+                            worker.give(waiting)
+                        else:
+                            raise (DamagedDataError if message["damaged"] else DistattnError)(message["error"])
+                    if worker.ended:
+                        selector.unregister(worker.messages)
+                        worker.check_end(job)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Worker:
+    """One process. shard: what it works on, or None. ended: whether it will send no more."""
+
+    def __init__(self, number: int, job_file: str, lock: int):
+        self.number = number
+        self.shard: int | None = None
+        self.ended = False
+        self._rest = b""
+        command = [sys.executable, "-m", _WRAPPER, str(os.getpid()), _WORKER, job_file]
+        # processes share the cores: none has threads of its own
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pass_fds=[lock]
+        )
+        assert self._process.stdin and self._process.stdout
+        self._orders, self.messages = self._process.stdin, self._process.stdout
+
+    def give(self, waiting: deque[int]) -> None:
+        """Give it the next shard, or, where none waits, let it end."""
+        self.shard = waiting.popleft() if waiting else None
+        # where it has died its messages end, too
+        with contextlib.suppress(BrokenPipeError):
+            if self.shard is None:
+                self._orders.close()
+            else:
+                self._orders.write(f"{self.shard}\n".encode())
+                self._orders.flush()
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The messages that have arrived."""
+        content = os.read(self.messages.fileno(), 1 << 16)
+        self.ended = not content
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        for line in lines:
+            yield json.loads(line)
+
+    def check_end(self, job: TokenizeJob) -> None:
+        """Raise LostProcessError unless it ended well with nothing to do."""
+        code = self._process.wait()
+        if code == 0 and self.shard is None:
+            return
+        killed = code < 0
+        how = f"was killed by {signal.Signals(-code).name}" if killed else f"ended with exit code {code}"
+        where = "after its last shard" if self.shard is None else f"while it worked on {job.describe(self.shard)}"
+        # the kernel ends whoever takes the last memory
+        hint = " Where memory ran out, take fewer --processes." if code == -signal.SIGKILL else ""
+        raise LostProcessError(
+            f"tokenize: process {self.number} ({self._process.pid}) {how} {where}; the others were stopped.{hint}"
+        )
+
+    def stop(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        self.messages.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._orders.close()
+
+
+def _progress_of(job: TokenizeJob, parts: dict[int, Any]) -> Progress:
+    """What finished shards add up to."""
+    total = Progress()
+    for shard, part in parts.items():
+        stored = sum(piece.bytes for piece in job.shards[shard])
+        total = total.plus(Progress(stored, sum(part.documents), part.tokens, part.text_bytes))
+    return total

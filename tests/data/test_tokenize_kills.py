@@ -1,0 +1,241 @@
+"""distattn data tokenize after kills and on full disks: nothing hangs, nothing is lost, and the result is the same to the bit."""
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from waiting import LIMIT_SECONDS, eventually
+
+ROOT = Path(__file__).parents[2]
+SUFFIXES = (".bin", ".idx", ".xxh3", ".json")
+SHARDS = 40
+# shards small enough that there are many; the process kills itself before the n-th time that it gives a file its name
+DRIVER = """
+import os, signal, sys
+from distattn.data import document_sources
+from distattn.launch import cli
+
+document_sources._shard_bytes = lambda sources: 60_000
+left = int(sys.argv[1])
+rename = os.rename
+
+def fatal_rename(*names):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*names)
+
+os.rename = fatal_rename
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A file of about 40 shards, and what an uninterrupted command makes of it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(5)
+    with open(folder / "a.jsonl", "w") as file:
+        while file.tell() < SHARDS * 60_000 - 30_000:
+            text = "".join(rng.choices("some text of letters äöü", k=rng.randrange(3000)))
+            file.write(json.dumps({"text": text}) + "\n")
+    done = finish(folder, folder / "whole")
+    assert done.returncode == 0, done.stderr
+    return folder, contents(folder / "whole")
+
+
+def start(folder, out, die_at=0, **more):
+    command = [
+        "data",
+        "tokenize",
+        str(folder / "a.jsonl"),
+        "--out",
+        str(out),
+        "--tokenizer",
+        "bytes",
+        "--processes",
+        "2",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(die_at), *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+
+
+def finish(folder, out, die_at=0, **more):
+    process = start(folder, out, die_at, **more)
+    stdout, stderr = process.communicate(timeout=LIMIT_SECONDS)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def contents(prefix):
+    return {suffix: Path(f"{prefix}{suffix}").read_bytes() for suffix in SUFFIXES}
+
+
+def finished(out):
+    return len([file for file in Path(f"{out}.parts").glob("*.json") if file.name != "job.json"])
+
+
+def workers(process):
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in listed.split()]
+
+
+def alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def reached(condition, process):
+    """Wait until a condition holds; False where the command ended first."""
+    while not condition():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def test_a_command_that_is_killed_again_and_again_goes_on(corpus, tmp_path):
+    folder, whole = corpus
+    rng = random.Random(1)
+    out = tmp_path / "out"
+    kills = 0
+    # each time a few shards further
+    for goal in sorted(rng.sample(range(1, SHARDS), 6)):
+        process, wait = start(folder, out), rng.random() * 0.02
+        before = finished(out)
+        if reached(lambda goal=goal: finished(out) >= goal, process):
+            time.sleep(wait)
+            process.kill()
+        process.communicate(timeout=LIMIT_SECONDS)
+        kills += process.returncode == -signal.SIGKILL
+        assert finished(out) >= before
+    done = finish(folder, out)
+    assert done.returncode == 0, done.stderr
+    assert kills >= 3 and "by an earlier command" in done.stdout
+    assert contents(out) == whole
+    assert not Path(f"{out}.parts").exists()
+
+
+def test_workers_end_with_a_command_that_is_killed(corpus, tmp_path):
+    folder, _ = corpus
+    process = start(folder, tmp_path / "out")
+    eventually(lambda: len(workers(process)) == 2, "no workers")
+    found = workers(process)
+    process.kill()
+    process.communicate()
+    eventually(lambda: not any(map(alive, found)), "workers live on")
+
+
+@pytest.mark.parametrize("die_at", range(1, 6))
+def test_a_command_that_is_killed_while_it_gives_files_their_names_goes_on(corpus, tmp_path, die_at):
+    folder, whole = corpus
+    # the job's file, then the tokens, the digests, the index and the manifest
+    killed = finish(folder, tmp_path / "out", die_at)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "out.json").exists()
+    assert (tmp_path / "out.idx").exists() == (die_at == 5) and (tmp_path / "out.bin").exists() == (die_at > 2)
+    done = finish(folder, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == whole
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json", "out.xxh3"]
+
+
+def test_a_worker_that_is_killed_is_named_and_the_command_goes_on(corpus, tmp_path):
+    folder, whole = corpus
+    out = tmp_path / "out"
+    process = start(folder, out)
+    assert reached(lambda: finished(out) >= 2, process)
+    victim = workers(process)[-1]
+    os.kill(victim, signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 1, stderr
+    assert re.fullmatch(
+        rf"distattn: tokenize: process [01] \({victim}\) was killed by SIGKILL while it worked on bytes [\d,]+ to [\d,]+ of "
+        r".*a\.jsonl; the others were stopped\. Where memory ran out, take fewer --processes\. Finished shards are kept: .*\n",
+        stderr,
+    ), stderr
+    done = finish(folder, out)
+    assert done.returncode == 0 and contents(out) == whole, done.stderr
+
+
+def test_two_commands_do_not_work_in_one_place(corpus, tmp_path, monkeypatch):
+    from distattn.data import tokenize
+
+    folder, whole = corpus
+    monkeypatch.setattr(tokenize, "_LOCK_SECONDS", 0.3)
+    job = tokenize.plan_job(str(tmp_path / "out"), [str(folder / "a.jsonl")], "bytes")
+    with (
+        tokenize.locked(job),
+        pytest.raises(tokenize.DistattnError, match="another tokenize is at work there"),
+        tokenize.locked(job),
+    ):
+        pass
+    # started together, the later one waits, and finds everything done
+    both = [start(folder, tmp_path / "out") for _ in range(2)]
+    outputs = [process.communicate(timeout=LIMIT_SECONDS) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert sum("nothing was to do" in stdout for stdout, _ in outputs) == 1
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("limit", [30_000, 500_000], ids=["in a shard", "putting shards together"])
+def test_a_limit_on_files_is_a_sentence_and_nothing_is_lost(corpus, tmp_path, limit):
+    folder, whole = corpus
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    full = finish(folder, tmp_path / "out", preexec_fn=limited)
+    assert full.returncode == 2, full.stderr
+    assert re.fullmatch(
+        r"distattn: .*/out.*: cannot be written after [\d,]+ tokens: File too large; make room, or write elsewhere\..*\n",
+        full.stderr,
+    ), full.stderr
+    assert not list(tmp_path.rglob("*.tmp"))
+    kept = finished(tmp_path / "out")
+    assert ("Finished shards are kept: the same command goes on from there." in full.stderr) == (kept > 0)
+    # no shard fits into the lower limit, and every shard into the higher one
+    assert kept == 0 if limit == 30_000 else kept > SHARDS // 2
+    done = finish(folder, tmp_path / "out")
+    assert done.returncode == 0 and contents(tmp_path / "out") == whole, done.stderr
+
+
+def test_a_full_disk_is_a_sentence_and_nothing_is_lost(corpus, tmp_path):
+    folder, whole = corpus
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        full = finish(folder, disk / "out")
+        assert full.returncode == 2, full.stderr
+        assert re.search(
+            r"cannot be written.*: No space left on device; make room.*Finished shards are kept", full.stderr
+        )
+        assert len(full.stderr.splitlines()) == 1
+        kept = finished(disk / "out")
+        assert kept > 5
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        done = finish(folder, disk / "out")
+        assert done.returncode == 0, done.stderr
+        assert "by an earlier command" in done.stdout and contents(disk / "out") == whole
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -1,0 +1,121 @@
+"""distattn data verify: what is right is called so, and the first fault of what is not is named."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distattn.data import extra_packages
+from distattn.data.indexed_file import IndexedFile, IndexedFileWriter
+from distattn.ir.errors import DistattnError
+from distattn.launch import cli
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    prefix = str(
+        tmp_path / "a folder with a name that is longer than a terminal is wide, and [brackets] in it" / "file"
+    )
+    Path(prefix).parent.mkdir()
+    rng = np.random.default_rng(0)
+    with IndexedFileWriter(prefix, "uint16") as writer:
+        for length in (5, 0, 70_000, 12_345):
+            writer.add(rng.integers(0, 1000, length))
+    return prefix
+
+
+def verify(capsys, *arguments):
+    code = cli.main(["data", "verify", *map(str, arguments)])
+    return code, capsys.readouterr()
+
+
+def alter(file, at, value):
+    content = bytearray(Path(file).read_bytes())
+    content[at] = value
+    Path(file).write_bytes(content)
+
+
+def test_what_is_right_is_called_right(prefix, capsys):
+    code, shown = verify(capsys, prefix, "--vocabulary", "1000")
+    assert code == 0
+    row = shown.out.splitlines()[1]
+    assert row.split()[:8] == [
+        "right",
+        "4",
+        "82,350",
+        "164.7",
+        "kB",
+        "uint16",
+        "1,000",
+        "yes",
+    ] and row.rstrip().endswith(prefix)
+    Path(f"{prefix}.xxh3").unlink()
+    code, shown = verify(capsys, f"{prefix}.idx")
+    assert code == 0 and "not known" in shown.out and "none" in shown.out
+
+
+def test_faults_are_named_and_end_with_exit_code_1(prefix, tmp_path, capsys):
+    with IndexedFileWriter(str(tmp_path / "right"), "int32") as writer:
+        writer.add([1, 2, 3])
+    alter(f"{prefix}.bin", 100_000, 7)
+    code, shown = verify(capsys, prefix, tmp_path / "right")
+    assert code == 1
+    assert [line.split()[0] for line in shown.out.splitlines()[1:3]] == ["wrong", "right"]
+    assert shown.out.splitlines()[3].startswith(f"{prefix}.bin: bytes 98,304 to 114,688 are not what was written")
+    code, shown = verify(capsys, prefix, tmp_path / "right", "--json")
+    rows = [json.loads(line) for line in shown.out.splitlines()]
+    assert code == 1 and "98,304" in rows[0]["fault"] and rows[1]["fault"] is None and rows[1]["tokens"] == 3
+
+
+def test_tables_of_digests_manifests_and_ids_are_checked(prefix, capsys):
+    table = Path(f"{prefix}.xxh3").read_bytes()
+    alter(f"{prefix}.xxh3", len(table) - 20, table[-20] ^ 1)
+    code, shown = verify(capsys, prefix)
+    assert code == 1 and "a table of digests was altered" in shown.out
+    Path(f"{prefix}.xxh3").write_bytes(table)
+    largest = max(int(part.max()) for part in IndexedFile.open(prefix).iterate_tokens())
+    code, shown = verify(capsys, prefix, "--vocabulary", largest)
+    assert code == 1 and f"token id {largest} is not below {largest}" in shown.out
+    for manifest, why in (
+        ("{}", "is not what distattn data tokenize writes"),
+        ("[]", "is not what distattn data tokenize writes"),
+        ("{", "cannot be read: it is no JSON"),
+    ):
+        Path(f"{prefix}.json").write_text(manifest)
+        code, shown = verify(capsys, prefix)
+        assert code == 1 and f"file.json: {why}" in shown.out
+
+
+def test_a_manifest_of_another_file_is_found(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("text" * (1 + len(name) + ord(name)))
+        given = ["data", "tokenize", tmp_path / f"{name}.txt", "--out", tmp_path / name, "--tokenizer", "bytes"]
+        assert cli.main(list(map(str, given))) == 0
+    capsys.readouterr()
+    (tmp_path / "b.json").rename(tmp_path / "a.json")
+    code, shown = verify(capsys, tmp_path / "a")
+    assert code == 1 and "a.json: 400 tokens, but" in shown.out and "a.idx has 396" in shown.out
+
+
+def test_what_cannot_be_verified_is_refused(tmp_path, capsys):
+    for arguments, why in (
+        ([], "usage: distattn data verify"),
+        ([tmp_path / "nothing"], "nothing.idx: cannot be read: No such file or directory; name the prefix"),
+        ([tmp_path / "nothing", "--vocabulary", "0"], "--vocabulary: at least 1, not 0"),
+        (["--json"], "the following arguments are required: prefixes"),
+    ):
+        code, shown = verify(capsys, *arguments)
+        assert code == 2 and why in shown.out + shown.err
+    assert cli.main(["data", "vrfy"]) == 2
+    assert "data: there is no command 'vrfy'; there are tokenize and verify" in capsys.readouterr().err
+
+
+def test_packages_that_are_missing_are_named_with_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    with pytest.raises(DistattnError, match=r"needs xxhash: pip install 'distattn\[data\]'"):
+        extra_packages.import_extra("xxhash", "checking digests of blocks")
+    with pytest.raises(DistattnError, match="needs xxhash"), IndexedFileWriter(str(tmp_path / "file"), "uint8"):
+        pass
+    assert not list(tmp_path.iterdir())

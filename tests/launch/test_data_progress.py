@@ -1,0 +1,33 @@
+"""Progress of data commands: a line now and then where there is no terminal, and time left by the rate of this command only."""
+
+import re
+
+import pytest
+
+from distattn.launch import data_progress
+from distattn.launch.data_progress import ProgressReporter
+
+
+def test_lines_tell_how_far_it_is_and_how_long_it_takes(monkeypatch, capsys):
+    clock = iter([0.0, 10.0, 10.0, 11.0, 20.0, 20.0])
+    monkeypatch.setattr(data_progress.time, "monotonic", lambda: next(clock))
+    with ProgressReporter("verify", 1000) as reporter:
+        reporter.begin_at(500)
+        reporter.advance(100, "7 tokens/s")
+        # too soon for another line
+        reporter.advance(100)
+        reporter.advance(100)
+    lines = capsys.readouterr().err.splitlines()
+    # 100 in 10 seconds, 400 are left; then 300 in 20 seconds, 200 are left
+    assert lines == ["verify: 60.0%  7 tokens/s  about 40 s left", "verify: 80.0%  about 13 s left"]
+
+
+@pytest.mark.parametrize("total", [0, 1000])
+def test_a_terminal_has_a_bar(monkeypatch, capsys, total):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with ProgressReporter("tokenize", total) as reporter:
+        reporter.begin_at(0)
+        reporter.advance(total, "9 tokens/s")
+    shown = capsys.readouterr().err
+    assert re.search("tokenize .*100%.* 9 tokens/s", shown) or not total

@@ -1,0 +1,43 @@
+"""A training process for tests that is killed: reads a plan's steps, and notes in a journal what each share had of each.
+
+python loading_process.py FOLDER SIZE AHEAD BATCHES. FOLDER has plan.packs, web-0 and books-0; FOLDER/step says where to begin.
+After so many batches the process kills itself (SIGKILL), which does not depend on how fast the machine is.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from distattn.data.corpus import Corpus
+from distattn.data.loader import PackLoader
+
+
+def main(folder: Path, size: int, ahead: int, batches: int) -> None:
+    """Note for every share and step which tokens it read, then how many steps are done."""
+    corpora = [Corpus.open(name, [str(folder / f"{name}-0")]) for name in ("books", "web")]
+    done = int((folder / "step").read_text()) if (folder / "step").exists() else 0
+    # a step is done when all its shares are: one process plays them in turn
+    loaders = [
+        PackLoader(str(folder / "plan.packs"), corpora, rank=rank, size=size, start_step=done, ahead=ahead)
+        for rank in range(size)
+    ]
+    with open(folder / "journal", "a") as journal:
+        for step, shares in enumerate(zip(*loaders, strict=True), done):
+            for batch in (batch for share in shares for batch in share):
+                tokens = np.arange(batch.tokens)
+                batch.start_reading(tokens)
+                ids, labels = batch.read(tokens)
+                journal.write(f"{step} {batch.digest} {ids.sum()} {labels.sum()}\n")
+                journal.flush()
+                batches -= 1
+                if not batches:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            (folder / "step.tmp").write_text(str(step + 1))
+            os.replace(folder / "step.tmp", folder / "step")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

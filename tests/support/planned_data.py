@@ -1,0 +1,44 @@
+"""Small corpora in indexed files, and plans of them. Token t of document d is a number that tells both."""
+
+from pathlib import Path
+
+import numpy as np
+
+from distattn.data.corpus import Corpus
+from distattn.data.indexed_file import IndexedFileWriter
+from distattn.data.make_pack_plan import make_pack_plan
+from distattn.data.pack_plan import PackPlan
+from distattn.data.pack_rule import PackRule
+
+
+def document_tokens(document: int, length: int) -> np.ndarray:
+    """Ids of a document, int32 (length,)."""
+    return ((document * 7919 + np.arange(length) * 13) % 50_000).astype(np.int32)
+
+
+def write_corpus(folder: Path, name: str, lengths: list[list[int]], dtype: str = "int32") -> Corpus:
+    """A corpus of a file for each list of lengths; documents are numbered through."""
+    prefixes, first = [], 0
+    for number, of_file in enumerate(lengths):
+        prefix = str(folder / f"{name}-{number}")
+        with IndexedFileWriter(prefix, dtype) as writer:
+            for document, length in enumerate(of_file, first):
+                writer.add(document_tokens(document, length).astype(dtype))
+        prefixes.append(prefix)
+        first += len(of_file)
+    return Corpus.open(name, prefixes)
+
+
+def write_mask(prefix: str, kind: str, documents: list[np.ndarray]) -> None:
+    """PREFIX.loss or PREFIX.spans."""
+    with IndexedFileWriter(f"{prefix}.{kind}", "uint8" if kind == "loss" else "int32") as writer:
+        for document in documents:
+            writer.add(np.asarray(document, np.int64).reshape(-1))
+
+
+def small_plan(folder: Path, corpora: list[Corpus], context: int = 64, packs: int = 16, **more) -> PackPlan:
+    """A plan of one epoch (or of `steps`)."""
+    rule = PackRule(((0, context),), context * packs, **{"window": 64, **more.pop("rule", {})})
+    if "steps" not in more:
+        more["max_epochs"] = [1.0] * len(corpora)
+    return make_pack_plan(folder / "plan.packs", corpora, seed=3, rule=rule, **more)
