@@ -8,11 +8,11 @@ long-context corpus (`pack_planning.py`) over --scale, ids of 16 bits. Each meas
 
 "plan": what is done once before a run, wall clock, CPU seconds and peak memory. "resume": from making the loader (imports
 excluded) to the token ids of the first sequence of a step in the middle, with files in the page cache: the median, the least, the
-median of the CPU time (which is less where a loader waits, and more where others wait for the machine), and the peak memory
-beyond the imports', mapped pages included. Contestants are refused unless they yield there what they
-yield without an interruption. "state": bytes of the state, pickled. "next": median of the sequences after it. "filled": tokens
-over room; "cuts": of documents; "dropped": share of the tokens that no sequence has. "read/used": bytes
-that one of --cp ranks reads in a step, over those of the tokens that it computes.
+median of the CPU time (which is less where a loader waits, and does not count other programs), and the peak memory beyond the
+imports', mapped pages included. Contestants are refused unless they yield there what they yield without an interruption.
+"state": bytes of the state, pickled. "next": median of the sequences after it. "filled": tokens over room; "cuts": of documents;
+"dropped": share of the tokens that no sequence has. "read/used": bytes that one of --cp ranks reads in a step, blocks that are
+read to check their digests included, over those of the tokens that it computes.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ USAGE = """usage: distattn data COMMAND ...
 
   tokenize PATH... --out PREFIX --tokenizer NAME
       text, JSON lines and Parquet become one indexed file of tokens; distattn data tokenize --help
-  verify PREFIX...
-      read indexed files from end to end and check all that can be; distattn data verify --help
+  verify PREFIX|PACKS.toml...
+      read indexed files and plans from end to end and check all that can be; distattn data verify --help
   pack PACKS.toml
       plan which documents every step of a run has, in which packs; distattn data pack --help
   stats PACKS.toml

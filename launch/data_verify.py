@@ -1,34 +1,51 @@
-"""`distattn data verify`: indexed files are read from end to end, and the first fault of each is named."""
+"""`distattn data verify`: indexed files and pack plans are read from end to end, and the first fault of each is named."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
+from distattn.data.pack_config import load_pack_config, open_configured_plan, open_corpora
+from distattn.data.plan_coverage import CorpusCoverage, check_coverage
 from distattn.data.verify_files import VerifiedFile, verify_file
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data_progress import ProgressReporter
 from distattn.parallel.analysis.columns import readable_bytes
 
-USAGE = """usage: distattn data verify PREFIX... [--vocabulary N] [--json]
+USAGE = """usage: distattn data verify PREFIX|PACKS.toml... [--vocabulary N] [--json]
 
 Reads PREFIX.bin and PREFIX.idx from end to end. Checks sizes, every entry of the index, and where they are there the digests
 of all blocks (PREFIX.xxh3) and the manifest (PREFIX.json). Without digests a token that was altered to another one of the
 vocabulary, and the border between two documents, cannot be checked. Exit code 1 where something is wrong.
 
+Of PACKS.toml the plan is read from end to end, and compared with its digests, with its corpora's indices and digests, and with
+what a plan is: it has every token of every document of each completed epoch once. Name the corpora's files to have their tokens
+read, too.
+
   --vocabulary N   ids must be below N (default: what PREFIX.json says)
-  --json           the result as JSON, one line a file
+  --json           the result as JSON, one line for each file or plan
 """
 
 
 # of a table's columns without the files' names, in characters
 _NUMBERS_WIDTH = 100
+
+
+class VerifiedPlan(NamedTuple):
+    """A plan that is right. plan: its file. coverage: what it reads of each corpus."""
+
+    plan: str
+    digest: str
+    steps: int
+    tokens: int
+    coverage: list[CorpusCoverage]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,25 +60,61 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if given.vocabulary is not None and given.vocabulary < 1:
         raise DistattnError(f"data verify: --vocabulary: at least 1, not {given.vocabulary}.")
-    found: dict[str, VerifiedFile | str] = {}
-    with ProgressReporter("verify", sum(map(_bin_bytes, given.prefixes))) as reporter:
-        for prefix in given.prefixes:
+    files: dict[str, VerifiedFile | str] = {}
+    plans: dict[str, VerifiedPlan | str] = {}
+    with ProgressReporter("verify", sum(map(_bytes_to_read, given.prefixes))) as reporter:
+        for name in given.prefixes:
             try:
-                found[prefix] = verify_file(prefix, given.vocabulary, reporter.advance)
+                if name.endswith(".toml"):
+                    plans[name] = _verify_plan(name, reporter.advance)
+                else:
+                    files[name] = verify_file(name, given.vocabulary, reporter.advance)
             except DamagedDataError as fault:
-                found[prefix] = str(fault)
+                (plans if name.endswith(".toml") else files)[name] = str(fault)
     if given.json:
-        for prefix, result in found.items():
-            facts = {"fault": result} if isinstance(result, str) else {"fault": None} | result._asdict()
-            sys.stdout.write(json.dumps({"prefix": prefix} | facts) + "\n")
+        for name, result in (files | plans).items():
+            facts: dict[str, Any] = {"fault": result} if isinstance(result, str) else {"fault": None} | result._asdict()
+            if isinstance(result, VerifiedPlan):
+                facts["coverage"] = [corpus._asdict() for corpus in result.coverage]
+            sys.stdout.write(json.dumps({"config" if name in plans else "prefix": name} | facts) + "\n")
     else:
-        _show(found)
-    return 1 if any(isinstance(result, str) for result in found.values()) else 0
+        if files:
+            _show(files)
+        for name, found in plans.items():
+            _show_plan(name, found)
+    return 1 if any(isinstance(result, str) for result in (files | plans).values()) else 0
 
 
-def _bin_bytes(prefix: str) -> int:
-    file = f"{prefix.removesuffix('.idx').removesuffix('.bin')}.bin"
+def _bytes_to_read(name: str) -> int:
+    if name.endswith(".toml"):
+        # twice: for the digests, and step by step
+        plan = load_pack_config(name).plan
+        return 2 * os.path.getsize(plan) if os.path.exists(plan) else 0
+    file = f"{name.removesuffix('.idx').removesuffix('.bin')}.bin"
     return os.path.getsize(file) if os.path.exists(file) else 0
+
+
+def _verify_plan(path: str, report: Callable[[int], None]) -> VerifiedPlan:
+    """Check a plan's file, that it was made of these corpora, and that it reads them whole. report: is told of bytes read.
+
+    Raises DamagedDataError naming the first fault, DistattnError where there is no plan, or where it is of other corpora.
+    """
+    config = load_pack_config(path)
+    corpora = open_corpora(config)
+    plan = open_configured_plan(config, corpora)
+    size = os.path.getsize(config.plan)
+    done = 0
+
+    def read(part: int, whole: int) -> None:
+        nonlocal done
+        now = size * part // whole
+        report(now - done)
+        done = now
+
+    plan.verify(read)
+    done = 0
+    coverage = check_coverage(plan, corpora, read)
+    return VerifiedPlan(config.plan, plan.digest, plan.steps, plan.tokens, coverage)
 
 
 def _show(found: dict[str, VerifiedFile | str]) -> None:
@@ -85,3 +138,23 @@ def _show(found: dict[str, VerifiedFile | str]) -> None:
     for result in found.values():
         if isinstance(result, str):
             console.print(result, markup=False, soft_wrap=True)
+
+
+def _show_plan(name: str, result: VerifiedPlan | str) -> None:
+    """Print what a plan is, or what is wrong with it."""
+    console = ResultConsole(highlight=False)
+    if isinstance(result, str):
+        console.print(f"[red]wrong[/] {escape(name)}", soft_wrap=True)
+        console.print(result, markup=False, soft_wrap=True)
+        return
+    console.print(
+        f"[green]right[/] {escape(name)}: {escape(result.plan)}, {result.steps:,} steps, {result.tokens:,} tokens, digest "
+        f"{result.digest}",
+        soft_wrap=True,
+    )
+    for corpus in result.coverage:
+        epochs = (
+            f"{corpus.epochs:,} whole epoch{'s' * (corpus.epochs != 1)}, every token of every document once in each"
+        )
+        more = f", and {corpus.documents:,} documents of what comes after" if corpus.documents else ""
+        console.print(f"  {escape(corpus.corpus)}: {epochs}{more}", soft_wrap=True)

@@ -65,7 +65,7 @@ class Source:
     @property
     def most_documents(self) -> int | None:
         """Documents that may be read in all epochs together."""
-        return None if self.max_epochs is None else math.floor(Fraction(self.max_epochs) * self.documents)
+        return most_documents(self.documents, self.max_epochs)
 
 
 class DocumentColumns(NamedTuple):
@@ -79,6 +79,11 @@ class DocumentColumns(NamedTuple):
     def rows(self, chosen: slice | np.ndarray) -> DocumentColumns:
         """Some of the rows."""
         return DocumentColumns(*(column[chosen] for column in self))
+
+
+def most_documents(documents: int, max_epochs: float | None) -> int | None:
+    """How many of a corpus's documents may be read in all epochs together; None where there is no limit."""
+    return None if max_epochs is None else math.floor(Fraction(max_epochs) * documents)
 
 
 def weight_units(sources: Sequence[Source]) -> list[int]:
@@ -118,6 +123,11 @@ def blend_documents(
         if len(turns):
             yield columns
         readers = [reader for reader in readers if reader.waiting or not reader.ended]
+
+
+def epoch_order(seed: int, corpus: int, epoch: int, documents: int, positions: np.ndarray) -> np.ndarray:
+    """The documents at some positions of an epoch of a corpus that has so many, by numbers of both; int64 (N,)."""
+    return permuted(positions, documents, derived_key(seed, corpus, epoch))
 
 
 class _CorpusReader:
@@ -175,7 +185,7 @@ class _CorpusReader:
         count = min(self._block, documents - first)
         if self._source.most_documents is not None:
             count = min(count, self._source.most_documents - self._position)
-        document = permuted(np.arange(first, first + count), documents, derived_key(self._seed, self._number, epoch))
+        document = epoch_order(self._seed, self._number, epoch, documents, np.arange(first, first + count))
         length = self._lengths[document].astype(np.int64)
         self._position += count
         full = length > 0

@@ -107,7 +107,13 @@ def make_pack_plan(
             )
             for number, (source, corpus, one) in enumerate(zip(sources, corpora, masks, strict=True))
         ]
-        digest = writer.finish(seed=seed, rule=rule, sources=planned, longest_wait=totals.longest_wait)
+        digest = writer.finish(
+            seed=seed,
+            rule=rule,
+            sources=planned,
+            longest_wait=totals.longest_wait,
+            ends_with_corpora=steps is None,
+        )
     return PackPlan.open(path, digest)
 
 

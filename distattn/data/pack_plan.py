@@ -147,6 +147,8 @@ class PackPlan:
         self.tokens: int = header["tokens"]
         # windows that a document was carried through at most
         self.longest_wait: int = header["longest_wait"]
+        # all documents of all epochs are in it: it was not ended by a number of steps
+        self.ends_with_corpora: bool = header["ends_with_corpora"]
         self.rule = PackRule.from_dict(header["rule"])
         self.sources = tuple(PlannedSource(**source) for source in header["sources"])
         self._file = file

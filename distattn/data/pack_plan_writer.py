@@ -87,7 +87,9 @@ class PackPlanWriter:
         self._pieces += len(window.rows)
         self._tokens += int(window.rows["length"].sum(dtype=np.int64))
 
-    def finish(self, *, seed: int, rule: PackRule, sources: list[PlannedSource], longest_wait: int) -> str:
+    def finish(
+        self, *, seed: int, rule: PackRule, sources: list[PlannedSource], longest_wait: int, ends_with_corpora: bool
+    ) -> str:
         """Write index and header, and give the file its name. Returns the plan's digest."""
         index = self._offsets[-1]
         for numbers in (self._offsets, self._checksums):
@@ -103,6 +105,7 @@ class PackPlanWriter:
             "pieces": self._pieces,
             "tokens": self._tokens,
             "longest_wait": longest_wait,
+            "ends_with_corpora": ends_with_corpora,
             "index": index,
             "blocks": self._blocks,
         }

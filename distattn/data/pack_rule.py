@@ -72,8 +72,8 @@ class PackRule:
       packs of long documents are left partly empty. A single piece may always be alone in a pack, whatever it costs.
     long_documents: "cut" makes pieces of exactly the context length, and a rest. "keep" leaves a longer document whole: its pack
       is as large as several, and takes their place in its step. Where all ranks split every pack, they have as many tokens as
-      before; of several data-parallel shares one has it alone, and so many more tokens. What it has free is filled as in other packs, and its caps are as many times higher. A document that is
-      longer than a step is refused.
+      before; of several data-parallel shares one has it alone, and so many more tokens. What it has free is filled as in other
+      packs, and its caps are as many times higher. A document that is longer than a step is refused.
     level: each step gets packs with nearly equal attention work (sum of squared lengths), for strategies that do not move work
       between ranks. Without it packs of a window are shuffled.
     """

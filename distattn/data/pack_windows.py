@@ -32,6 +32,8 @@ PIECE = np.dtype(
 )
 # tells keys of windows from those of corpora, whose numbers are lower
 _WINDOW = 1 << 32
+# a document leaves in one of so many windows after that it was read for, whatever the rule (`plan_windows`)
+MOST_WINDOWS_WAITED = 12
 # so much more is read than fills a window: what is packed worst is carried, where it can be filled further
 _MORE_PART = 64
 # small numbers are sorted faster: numpy sorts 16 bits by radix

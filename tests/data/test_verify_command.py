@@ -109,7 +109,9 @@ def test_what_cannot_be_verified_is_refused(tmp_path, capsys):
         code, shown = verify(capsys, *arguments)
         assert code == 2 and why in shown.out + shown.err
     assert cli.main(["data", "vrfy"]) == 2
-    assert "data: there is no command 'vrfy'; there are tokenize and verify" in capsys.readouterr().err
+    assert (
+        "data: there is no command 'vrfy'; there are tokenize, verify, pack, stats and show" in capsys.readouterr().err
+    )
 
 
 def test_packages_that_are_missing_are_named_with_the_extra(monkeypatch, tmp_path):
@@ -119,3 +121,55 @@ def test_packages_that_are_missing_are_named_with_the_extra(monkeypatch, tmp_pat
     with pytest.raises(DistattnError, match="needs xxhash"), IndexedFileWriter(str(tmp_path / "file"), "uint8"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def packs(tmp_path, prefix):
+    """A TOML file and its plan: an epoch of one corpus and a bit more."""
+    (tmp_path / "packs.toml").write_text(
+        f"""
+plan = "run.packs"
+[rule]
+context = [[0, 4096]]
+tokens_per_step = 16384
+[[corpus]]
+name = "web"
+files = ["{Path(prefix).parent.name}/file"]
+max_epochs = 1.5
+"""
+    )
+    assert cli.main(["data", "pack", str(tmp_path / "packs.toml")]) == 0
+    return tmp_path / "packs.toml"
+
+
+def test_a_right_plan_is_called_right(packs, prefix, capsys):
+    capsys.readouterr()
+    code, shown = verify(capsys, packs, prefix)
+    lines = shown.out.splitlines()
+    assert code == 0 and lines[1].startswith("right")
+    assert lines[2].startswith(f"right {packs}: {packs.parent / 'run.packs'}, ") and "digest" in lines[2]
+    assert lines[3].startswith("  web: 1 whole epoch, every token of every document once in each, and ")
+    code, shown = verify(capsys, packs, "--json")
+    (row,) = map(json.loads, shown.out.splitlines())
+    assert code == 0 and row["config"] == str(packs) and row["fault"] is None and row["coverage"][0]["epochs"] == 1
+
+
+def test_a_plan_that_is_damaged_or_of_other_files_is_not(packs, prefix, capsys):
+    content = (packs.parent / "run.packs").read_bytes()
+    alter(packs.parent / "run.packs", 70, content[70] ^ 1)
+    capsys.readouterr()
+    code, shown = verify(capsys, packs)
+    assert code == 1 and shown.out.splitlines()[0] == f"wrong {packs}"
+    assert "run.packs: " in shown.out and "are not what was written (byte 64)" in shown.out
+    code, shown = verify(capsys, packs, "--json")
+    assert code == 1 and "byte 64" in json.loads(shown.out)["fault"]
+    (packs.parent / "run.packs").write_bytes(content)
+    for suffix in (".bin", ".idx", ".xxh3"):
+        Path(prefix + suffix).unlink()
+    with IndexedFileWriter(prefix, "uint16") as writer:
+        writer.add([1, 2, 3])
+    code, shown = verify(capsys, packs)
+    assert code == 2 and "have changed since" in shown.err
+    (packs.parent / "run.packs").unlink()
+    code, shown = verify(capsys, packs)
+    assert code == 2 and "there is no such plan yet" in shown.err
