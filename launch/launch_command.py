@@ -19,7 +19,7 @@ from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_data import pack_config, planned_packs
+from distattn.training.run_data import first_packs, pack_config
 from distattn.training.run_folder import RunFolder
 
 USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value ...] [--dry-run] [--json]
@@ -80,12 +80,11 @@ def _dry_run(where: str, config: Config, json_output: bool) -> int:
     """Print what would be started. Nothing is left behind, and what a run would refuse is refused."""
     if where == "local":
         check_run_fits(config)
-    PlanSettings.of_config(config).plan([config.data.max_document_tokens])
     if pack_config(config) is None:
+        PlanSettings.of_config(config).plan([config.data.max_document_tokens])
         find_files(config.data.path, config.data.suffix, config.data.exclude)
     else:
-        with planned_packs(config):
-            pass
+        PlanSettings.of_config(config).plan(*first_packs(config))
     folder = Path(config.run.folder).absolute()
     text = slurm.batch_script(config, folder)
     if where == "local":

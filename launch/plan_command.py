@@ -12,7 +12,6 @@ from pathlib import Path
 from rich.text import Text
 
 from distattn.cluster import spec as describe
-from distattn.data.shares import deal_packs
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import LAYOUTS
 from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_to_stderr
@@ -31,7 +30,7 @@ from distattn.planning.comparison_page import write_comparison_page
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_data import planned_packs
+from distattn.training.run_data import first_packs
 
 USAGE = """usage: distattn plan CONFIG [--section.key value ...] [options]
        distattn plan --docs FILE_OR_LENGTHS --cluster h200-8x8 [--ranks 64] [options]
@@ -101,13 +100,6 @@ def _show_table(lines: Sequence[str]) -> None:
         console.print(Text(line, style=style), soft_wrap=True)
 
 
-def first_step_packs(config: Config) -> list[list[int]]:
-    """Look up the document lengths of each share's first pack in a run's first step. No text is read."""
-    with planned_packs(config) as plan:
-        first = plan.step(0)
-        return [first.packs[share[0]].lengths for share in deal_packs(first, config.parallel.data_parallel_size)]
-
-
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:
     """Parse the options, and load the configuration where the first word names one."""
     parser = CommandParser("plan")
@@ -160,7 +152,7 @@ def _packs(given: argparse.Namespace, config: Config | None) -> list[list[int]]:
         return [truncate_documents(lengths, given.tokens) if given.tokens else lengths]
     if config is None:
         raise DistattnError("plan: a configuration or --docs is wanted. See distattn plan --help.")
-    return first_step_packs(config)
+    return first_packs(config)
 
 
 def _settings(given: argparse.Namespace, cluster: describe.ClusterSpec) -> PlanSettings:

@@ -29,7 +29,8 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
         data = open_data(run, config)
         _explain_first_step(run, config, data)
     except BaseException:
-        shutil.rmtree(run.folder)
+        # what went wrong matters, not what may be left
+        shutil.rmtree(run.folder, ignore_errors=True)
         raise
     if text is not None:
         others = {"empty": text.empty_files, "binary": text.binary_files}

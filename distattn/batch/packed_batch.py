@@ -127,7 +127,7 @@ class PackedBatch(NamedTuple):
     def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
         """`input_ids`, `labels` and `position_ids` (1, T) of a rank; padded to a multiple, and where it has no tokens."""
         tokens = layout.tokens(rank)
-        index = torch.from_numpy(tokens).to(self.ids_N.device)
+        index = _on_device(tokens, self.ids_N.device)
         return local_tensors(self.ids_N[index], self.labels_N[index], layout, tokens, pad_to)
 
 
@@ -143,7 +143,7 @@ def micro_batches_of(step: Any) -> list[Batch] | None:
 
 def local_tensors(ids: Tensor, labels: Tensor, layout: Layout, tokens: Ints, pad_to: int) -> dict[str, Tensor]:
     """`input_ids`, `labels` and `position_ids` (1, T) of these tokens of a layout, padded to a multiple; ids, labels: (T,)."""
-    positions = torch.from_numpy(layout.positions_of(tokens)).to(ids.device)
+    positions = _on_device(layout.positions_of(tokens), ids.device)
     padding = padded(len(tokens), pad_to) - len(tokens)
     if padding:
         ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
@@ -184,6 +184,12 @@ def _shifted(labels_N: Tensor, lengths: tuple[int, ...]) -> Tensor:
     ends = torch.tensor(lengths, device=labels_N.device).cumsum(0)
     out[ends - 1] = IGNORE_INDEX
     return out
+
+
+def _on_device(numbers: Ints, device: torch.device) -> Tensor:
+    """Whole numbers as a tensor; from pageable memory a copy to a GPU would wait for all that its stream has to do."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def padded(tokens: int, pad_to: int) -> int:

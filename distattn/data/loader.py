@@ -21,7 +21,7 @@ from distattn.data.label_masks import check_planned_masks
 from distattn.data.pack_plan import Pack, PackPlan, StepPacks
 from distattn.data.planned_batch import PlannedBatch
 from distattn.data.reading_thread import ReadingThread, Started
-from distattn.data.shares import deal_packs
+from distattn.data.shares import check_counts, check_shares, deal_packs
 from distattn.ir.errors import DistattnError
 
 
@@ -49,12 +49,14 @@ class PackLoader:
         drop_last: bool = False,
         vocabulary: int | None = None,
         device: torch.device | str = "cpu",
+        pin_memory: bool = True,
     ) -> None:
         """rank, size: the share and the number of shares. steps: how many to yield; by default all that the plan has.
 
         ahead: steps whose records are read and checked before they are asked for. even: refuse steps whose packs cannot be dealt
         out in equal numbers. drop_last: leave out the plan's last step where it is not full (`PackPlan.full_steps`), whatever the
-        number of shares. vocabulary: token ids are below it; looked at when tokens are read. device: of what ranks read.
+        number of shares. vocabulary: token ids are below it; looked at when tokens are read. device: of what ranks read;
+        pin_memory: whether through pinned memory, where CUDA is available.
 
         Raises DistattnError naming what cannot be: corpora or masks that the plan was not made of, steps that it does not have,
         and more shares than a step has packs. Where a document kept whole takes the place of several packs, a step may turn out
@@ -86,13 +88,21 @@ class PackLoader:
             )
         self._corpora = _corpora_of(self.plan, corpora)
         self._masks = [corpus.masks for corpus in self._corpora]
-        self._vocabulary, self._device = vocabulary, device
+        self._vocabulary, self._device, self._pins = vocabulary, device, pin_memory
         self._thread = ReadingThread()
         # of steps that were begun ahead
         self._started: dict[int, Started[StepPacks]] = {}
         # the same batch is yielded that was prepared, as long as somebody holds it
         self._batches: weakref.WeakValueDictionary[tuple[int, int], PlannedBatch] = weakref.WeakValueDictionary()
-        self._check_packs_of_range()
+        check_shares(self.plan, self.size, self.step, self.end, self.even)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Other processes open the plan and the files themselves, and go on from the same step."""
+        settings: dict[str, Any] = dict(
+            start_step=self.step, steps=self.end - self.step, ahead=self.ahead, even=self.even
+        )
+        settings |= dict(vocabulary=self._vocabulary, device=self._device, pin_memory=self._pins)
+        return partial(PackLoader, rank=self.rank, size=self.size, **settings), (self.plan, self._corpora)
 
     def __iter__(self) -> Iterator[list[PlannedBatch]]:
         """Yield this share's batches from `step` on, and count `step` up before each is given out."""
@@ -116,8 +126,13 @@ class PackLoader:
 
     @property
     def known_by(self) -> str:
-        """A digest of all that batches depend on; empty where there are masks, since labels are counted by reading them."""
-        return "" if any(self._masks) else combined_digest(self.plan.digest, self.size)
+        """A digest of all that batches depend on."""
+        return combined_digest(self.plan.digest, self.size)
+
+    @property
+    def labels_are_known(self) -> bool:
+        """Whether labels are counted without reading; where there are masks, these are read."""
+        return not any(self._masks)
 
     def facts(self, step: int) -> list[list[BatchFacts]]:
         """Of any step, what is known of the batches of each share without reading tokens."""
@@ -153,11 +168,12 @@ class PackLoader:
                 f"{self.plan.path}: the state's next step is {state['step']:,}, but this loader ends after step {self.end:,}."
             )
         self.step = int(state["step"])
-        self._check_packs_of_range()
+        check_shares(self.plan, self.size, self.step, self.end, self.even)
 
     def _record(self, step: int) -> StepPacks:
         """The record of a step. Those of the next steps are begun."""
-        for done in [done for done in self._started if done < self.step]:
+        # of the one that was yielded last somebody may ask the facts
+        for done in [done for done in self._started if done < self.step - 1]:
             del self._started[done]
         started = self._started.get(step)
         record = started.result() if started else self.plan.step(step)
@@ -180,6 +196,7 @@ class PackLoader:
                 thread=self._thread,
                 vocabulary=self._vocabulary,
                 device=self._device,
+                pin_memory=self._pins,
             )
             self._batches[step, number] = batch
         return batch
@@ -187,36 +204,8 @@ class PackLoader:
     def _deal(self, record: StepPacks) -> list[list[int]]:
         shares = deal_packs(record, self.size)
         counts = [len(share) for share in shares]
-        self._check_counts(record.step, sum(counts), max(counts) == min(counts))
+        check_counts(self.plan, self.size, record.step, sum(counts), self.even and max(counts) != min(counts))
         return shares
-
-    def _check_packs_of_range(self) -> None:
-        """Look at the last step, which may have fewer packs than others, and at full steps of each context length."""
-        if self.step == self.end:
-            return
-        contexts = [first for first, _ in self.plan.rule.context if self.step < first < self.end]
-        for step in [self.step, *contexts]:
-            packs = self.plan.rule.packs_at(step)
-            self._check_counts(step, packs, packs % self.size == 0)
-        self._deal(self.plan.step(self.end - 1))
-
-    def _check_counts(self, step: int, packs: int, equal: bool) -> None:
-        if packs < self.size:
-            raise DistattnError(
-                f"{self.plan.path}: step {step:,} has {packs:,} packs, too few for {self.size:,} shares; "
-                f"{self._ending_before(step)}, use at most {packs:,} shares with more ranks each, or plan more tokens_per_step."
-            )
-        if self.even and not equal:
-            raise DistattnError(
-                f"{self.plan.path}: {packs:,} packs of step {step:,} cannot be dealt out evenly to {self.size:,} shares; "
-                f"{self._ending_before(step)}, use another number of shares, or leave out even."
-            )
-
-    def _ending_before(self, step: int) -> str:
-        """How to do without a step, in words."""
-        if step == self.plan.full_steps:
-            return f"leave out step {step:,}, the plan's last and not a full one (drop_last=True)"
-        return f"end before step {step:,} (steps)"
 
 
 def _corpora_of(plan: PackPlan, corpora: Sequence[Corpus]) -> list[Corpus]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ class PackDataset(Dataset[dict[str, Any]]):
 
         Raises DistattnError where a document that is kept whole may take the place of several packs: steps have unequally many.
         """
-        self._loader = PackLoader(plan, corpora, rank=0, size=1, steps=steps)
+        self._given, self._steps = (plan, list(corpora)), steps
+        # items are made in processes that shall not touch a GPU; their loader pins
+        self._loader = PackLoader(plan, corpora, rank=0, size=1, steps=steps, pin_memory=False)
         self.plan = self._loader.plan
         if self.plan.rule.long_documents == "keep":
             raise DistattnError(
@@ -49,6 +52,10 @@ class PackDataset(Dataset[dict[str, Any]]):
         if missing and steps is not None:
             raise DistattnError(f"{self.plan.path}: step {last:,} lacks {missing:,} packs; take fewer steps.")
         self._packs = self._before[-1] - (self.plan.rule.packs_at(last) if missing else 0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A loader's processes open the plan and the files themselves."""
+        return partial(PackDataset, steps=self._steps), self._given
 
     def __len__(self) -> int:
         """How many packs there are."""

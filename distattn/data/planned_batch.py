@@ -46,12 +46,14 @@ class PlannedBatch:
         thread: ReadingThread | None = None,
         vocabulary: int | None = None,
         device: torch.device | str = "cpu",
+        pin_memory: bool = True,
     ) -> None:
         """corpora: in the order of the plan's sources. masks: of each corpus; by default those that lie beside its files.
 
         thread: does what `start_reading` begins; without one it is done at once. vocabulary: all ids must be below it. device: of
-        a rank's part.
+        a rank's part. pin_memory: read into pinned memory where CUDA is available.
         """
+        self._pins = pin_memory
         self.device = torch.device(device)
         self.digest = digest
         self.lengths: tuple[int, ...] = tuple(pack.lengths)
@@ -103,7 +105,7 @@ class PlannedBatch:
     def start_reading(self, tokens: np.ndarray) -> None:
         """Have the token ids and labels at these positions read ahead: the next `read` of the same positions returns them.
 
-        Memory is allocated here, on the caller's device; errors of reading are raised by `read`.
+        Memory is allocated here; errors of reading are raised by `read`.
         """
         work = self._prepared(tokens)
         started = self._thread.start(work) if self._thread else Started(work)
@@ -140,8 +142,8 @@ class PlannedBatch:
             raise DistattnError(
                 f"tokens has positions {tokens.min():,} to {tokens.max():,}, but the pack has {self.tokens:,} tokens."
             )
-        # on a thread of its own CUDA would take the first device
-        ids, labels = (torch.empty(len(tokens), dtype=torch.int64, pin_memory=_pins_memory()) for _ in range(2))
+        pinned = self._pins and _pins_memory()
+        ids, labels = (torch.empty(len(tokens), dtype=torch.int64, pin_memory=pinned) for _ in range(2))
         tokens = tokens.astype(np.int64)
 
         def fill() -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from distattn.driver.communicators import SINGLE_RANK, Communicators
 from distattn.driver.control_channel import ANNOUNCE_STEP, NEW_SHAPE, RELEASE_STEP, ControlMessage
 from distattn.driver.driver_config import DriverConfig
 from distattn.driver.gradient_probe import GradientProbeTarget, Reduction, probe
-from distattn.driver.known_steps import KnownInfos, KnownSteps, share_numbers
+from distattn.driver.known_steps import KnownInfos, KnownSteps
 from distattn.driver.pass_observer import BatchObserver
 from distattn.driver.rank_speeds import RankSpeeds
 from distattn.driver.rank_table import RankTable
@@ -291,12 +291,9 @@ class ContextParallel:
         make: what is to be made of a gathered step, and the batches in it. same_batch: of each rank of the group, the rank
         whose data it has as well.
         """
-        known = None
-        if isinstance(loader, KnownSteps):
-            same = self._table.first_of_block if same_batch is None else same_batch
-            # ranks that only serve, and speeds, are not in a plan of packs
-            ask = bool(self.config.servers) or self.speeds is not None
-            known = KnownInfos(loader, share_numbers(same, self._table.has_model), self._table.rank, ask)
+        # ranks that only serve, and speeds, are not in a plan of packs
+        ask = bool(self.config.servers) or self.speeds is not None
+        known = KnownInfos(loader, self._table, same_batch, ask) if isinstance(loader, KnownSteps) else None
         try:
             given = iter(loader)
         except TypeError as error:
@@ -317,6 +314,10 @@ class ContextParallel:
                 number, future = self._announce(packed, make, same_batch, known)
                 yield this or [], step
                 self._release(running)
+        except GeneratorExit:
+            if known is not None:
+                known.rewind()
+            raise
         finally:
             # a generator that is closed must not raise: a lost rank is named where it is waited for
             with contextlib.suppress(LostRankError):
@@ -356,10 +357,6 @@ class ContextParallel:
             return {"input_ids": nothing, "labels": nothing + IGNORE_INDEX, "position_ids": nothing}
         layout = self._layouts.of_block(packed.lengths)
         return dict(packed.local_shard(layout, self.rank % self.block_ranks, self.config.pad_to))
-
-    def _read_ahead(self, packed: Sequence[Batch] | None) -> None:
-        for batch in packed or ():
-            batch.read_ahead(self._layouts.of_block(batch.lengths), self.rank % self.block_ranks)
 
     # ---- what the planner and executables call
 
@@ -420,12 +417,14 @@ class ContextParallel:
             self._communicators.control.send(ControlMessage(ANNOUNCE_STEP, number))
 
         def read_and_make(step: GatheredStep) -> tuple[Any, list[LocalBatch]]:
-            self._read_ahead(packed)
+            for batch in packed or ():
+                batch.read_ahead(self._layouts.of_block(batch.lengths), self.rank % self.block_ranks)
             return make(step)
 
-        how = (read_and_make, self.planner, self._measured_speed(), same_batch)
-        infos = None if known is None else known.next()
-        return number, self._exchange.announce(packed, *how, "" if known is None else known.name, infos)
+        how = (packed, read_and_make, self.planner, self._measured_speed(), same_batch)
+        return number, self._exchange.announce(
+            *how, *(("", None) if known is None else (known.name, known.next(packed)))
+        )
 
     def _release(self, number: int) -> None:
         """The batches of a step will not be used any more."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from distattn.batch.packed_batch import BatchFacts
+from distattn.batch.packed_batch import Batch, BatchFacts
+from distattn.driver.rank_table import RankTable
 from distattn.driver.step_exchange import StepInfo
 from distattn.ir.errors import DistattnError
 
@@ -19,7 +20,7 @@ class KnownSteps(Protocol):
     """A loader of one share of the data that knows the batches of all shares. Iterating yields a step's micro-batches.
 
     rank, size: the share, and of how many. step, end: the next step that it yields, and the one before which it ends. known_by: a
-    digest of all that the batches depend on; empty where what they have is only known once they are read.
+    digest of all that the batches depend on. labels_are_known: whether labels are counted without reading.
     """
 
     rank: int
@@ -29,6 +30,9 @@ class KnownSteps(Protocol):
 
     @property
     def known_by(self) -> str: ...
+
+    @property
+    def labels_are_known(self) -> bool: ...
 
     def __iter__(self) -> Iterator[list[Any]]: ...
 
@@ -40,43 +44,68 @@ class KnownSteps(Protocol):
 class KnownInfos:
     """What all ranks of an exchange will tell of each step, as far as this rank knows it.
 
-    share_of: of each rank, the share it reads. ask: ranks have to be asked all the same, since they tell more than that.
     Raises DistattnError where the loader is not that of this rank.
     """
 
-    def __init__(self, loader: KnownSteps, share_of: Sequence[int], rank: int, ask: bool = False):
-        mine = share_of[rank], max(share_of) + 1
+    def __init__(self, loader: KnownSteps, table: RankTable, same_batch: Sequence[int] | None, ask: bool):
+        """same_batch: of each rank, the rank whose data it has, by default that of the table. ask: whatever the loader knows."""
+        self._loader, self._table = loader, table
+        self._share_of = share_numbers(same_batch or table.first_of_block, table.has_model)
+        mine = self._share_of[table.rank], max(self._share_of) + 1
         if (loader.rank, loader.size) != mine:
             raise DistattnError(
                 f"this loader reads share {loader.rank} of {loader.size}, but this rank has share {mine[0]} of {mine[1]}; "
-                "make it with the driver's data_parallel_rank and data_parallel_size."
+                f"make it with rank={mine[0]}, size={mine[1]}."
             )
-        self._loader, self._share_of, self._next = loader, share_of, loader.step
         # the loader goes on meanwhile
-        self.name = f"{loader.known_by} from {loader.step} to {loader.end}" if loader.known_by and not ask else ""
-        # whether all ranks have said that they know the same
-        self._agreed = False
+        self.name = f"{loader.known_by} from step {loader.step} to {loader.end}"
+        self._next = loader.step
+        # whether ranks have to be asked, which they are until all have said that they read the same
+        self._may_know, self._asks = loader.labels_are_known and not ask, True
 
     def confirm(self, infos: Sequence[StepInfo]) -> None:
-        """Hear what all ranks have told of the first step."""
-        self._agreed = bool(self.name) and all(info.loader == self.name for info in infos)
+        """Hear what all ranks have told of the first step. Raises DistattnError where they read other plans or other steps."""
+        names = {info.loader: rank for rank, info in reversed(list(enumerate(infos))) if info.loader}
+        if len(names) > 1:
+            (one, first), (other, second) = sorted(names.items(), key=lambda item: item[1])[:2]
+            members = self._table.members
+            raise DistattnError(
+                f"rank {members[second]} reads the plan {other}, rank {members[first]} {one}: begin all ranks with one plan and "
+                "step."
+            )
+        self._asks = not self._may_know or any(not info.loader for info in self._table.of_models(list(infos)))
 
-    def next(self) -> list[StepInfo] | None:
-        """What all ranks would tell of the next step; None where they have to be asked."""
+    def next(self, batches: Sequence[Batch] | None) -> list[StepInfo] | None:
+        """What all ranks would tell of the next step, of which this one has these batches; None where they have to be asked.
+
+        Raises DistattnError where the loader has given another step.
+        """
         step, self._next = self._next, self._next + 1
-        if not self._agreed:
+        if self._asks:
             return None
         if step >= self._loader.end:
-            return [StepInfo((), (), 0, ended=True) for _ in self._share_of]
-        of_shares = [
-            StepInfo(
-                tuple(batch.lengths for batch in batches),
-                tuple(batch.digest for batch in batches),
-                sum(batch.valid_labels for batch in batches),
+            infos = [StepInfo((), (), 0, ended=True) for _ in self._share_of]
+        else:
+            of_shares = [
+                StepInfo(
+                    tuple(batch.lengths for batch in share),
+                    tuple(batch.digest for batch in share),
+                    sum(batch.valid_labels for batch in share),
+                )
+                for share in self._loader.facts(step)
+            ]
+            infos = [of_shares[share] for share in self._share_of]
+        mine = infos[self._table.rank]
+        if mine.ended != (batches is None) or mine.digests != tuple(batch.digest for batch in batches or ()):
+            raise DistattnError(
+                f"the loader has given another step than step {step:,}: something else went on with it, such as a loop inside "
+                "this one or load_state_dict; give each loop a loader of its own."
             )
-            for batches in self._loader.facts(step)
-        ]
-        return [of_shares[share] for share in self._share_of]
+        return infos
+
+    def rewind(self) -> None:
+        """The loop was left: the loader goes on with the step that was taken ahead, and not given out."""
+        self._loader.step = self._next - 1
 
 
 def share_numbers(same_batch: Sequence[int], has_model: Sequence[bool]) -> list[int]:

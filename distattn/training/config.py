@@ -321,7 +321,7 @@ def _number_problems(config: Config) -> Iterator[str]:
         "reference_check.steps": (config.reference_check.steps, 0),
         "reference_check.tolerance": (config.reference_check.tolerance, 0),
     }
-    # a run's documents are listed step by step when it begins
+    # the packs of a run on text are planned when it begins
     most = {"train.steps": _MOST_STEPS}
     for key, (value, low) in least.items():
         if value < low:
@@ -353,6 +353,8 @@ def _shape_problems(config: Config) -> Iterator[str]:
             f"data.max_document_tokens: {data.max_document_tokens} tokens do not fit into a step of {data.tokens_per_step}"
             f"{shares}; at most data.tokens_per_step{' / packs' if shares else ''}."
         )
+    if not data.path.endswith(".toml") and 0 < model.vocab_size < 256:
+        yield f"model.vocab_size: {model.vocab_size}, but tokens of text are bytes: at least 256, or 0."
     if parallel.min_chunk and parallel.layout != "document_zigzag":
         yield f'parallel.min_chunk: belongs to parallel.layout = "document_zigzag", not to {parallel.layout}.'
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from distattn.data.make_pack_plan import CorpusLengths, make_pack_plan
 from distattn.data.pack_config import PackConfig, load_pack_config, open_configured_plan, open_corpora, vocabulary_of
 from distattn.data.pack_plan import PackPlan
 from distattn.data.pack_rule import PackRule
+from distattn.data.shares import check_shares, deal_packs
 from distattn.data.text import VOCABULARY, TextCorpus, find_corpus
 from distattn.ir.errors import DistattnError
 from distattn.training.config import Config
@@ -87,6 +89,13 @@ def planned_packs(config: Config) -> Iterator[PackPlan]:
         yield _plan_text(config, _Lengths(_TEXT, lengths, ""), Path(folder, "packs"))
 
 
+def first_packs(config: Config) -> list[list[int]]:
+    """Tokens of each piece of each share's first pack in a run's first step. No text is read."""
+    with planned_packs(config) as plan:
+        first = plan.step(0)
+        return [first.packs[share[0]].lengths for share in deal_packs(first, config.parallel.data_parallel_size)]
+
+
 def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:
     """What a step has been trained on: of each piece of a document where it lies, enough to read it without this package.
 
@@ -105,8 +114,8 @@ def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:
                 "epoch": int(row["epoch"]),
                 "start": start,
                 "length": length,
-                "follows": start + length < int(corpus.lengths_of(np.array([document]))[0]),
-                "file": f"{file.prefix}.bin",
+                "follows": not row["ends_document"],
+                "file": os.path.abspath(f"{file.prefix}.bin"),
                 "dtype": file.dtype.name,
                 "byte": file.first_byte(within) + start * file.dtype.itemsize,
             }
@@ -136,6 +145,13 @@ def _planned_data(config: Config, planned: PackConfig) -> RunData:
     if plan.steps < config.train.steps:
         raise DistattnError(
             f"train.steps: {config.train.steps:,}, but {plan.path} has {plan.steps:,} steps; plan more with distattn data pack."
+        )
+    check_shares(plan, config.parallel.data_parallel_size, 0, config.train.steps)
+    masked = [source.name for source in plan.sources if source.masks is not None]
+    if masked and config.reference_check.steps:
+        raise DistattnError(
+            f"reference_check.steps: {config.reference_check.steps}, but the check knows no masks, and corpus {masked[0]} has "
+            "some; use 0."
         )
     vocabulary = vocabulary_size(config, corpora)
     if not vocabulary:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from planned_data import small_plan, write_corpus
 import distattn
 from distattn.data.corpus import Corpus
 from distattn.data.loader import PackLoader
+from distattn.data.pack_dataset import PackDataset
 from distattn.data.pack_plan import PackPlan, StepPacks
 from distattn.data.pack_windows import PIECE
 from distattn.data.shares import deal_packs
@@ -281,6 +283,7 @@ def test_a_process_ends_while_its_loader_has_work_begun(folder):
 import threading, numpy as np
 from distattn.data.corpus import Corpus
 from distattn.data.loader import PackLoader
+from distattn.data.pack_dataset import PackDataset
 corpora = [Corpus.open(name, [r"{folder}/" + name + "-0"]) for name in ("web", "books")]
 loader = PackLoader(r"{folder / "plan.packs"}", corpora, rank=0, size=1, ahead=3)
 loader._thread.start(threading.Event().wait)
@@ -305,3 +308,31 @@ def test_a_forked_process_reads_what_was_begun_before(plan, corpora):
         os._exit(0 if len(ids) == batch.tokens and len(batch.read(np.arange(7))[0]) == 7 else 1)
     assert os.waitpid(child, 0)[1] == 0
     release.set()
+
+
+def test_a_loader_and_a_dataset_go_to_other_processes(plan, corpora, reference):
+    loader = PackLoader(plan, corpora, rank=1, size=4, start_step=3, steps=5)
+    next(iter(loader))
+    other = pickle.loads(pickle.dumps(loader))
+    assert (other.rank, other.size, other.step, other.end) == (1, 4, 4, 8) and other.known_by == loader.known_by
+    assert [[one.digest for one in step] for step in other] == [[one.digest for one in step] for step in loader]
+    dataset = pickle.loads(pickle.dumps(PackDataset(plan, corpora, steps=2)))
+    assert len(dataset) == 2 * PACKS
+    found = [
+        (int(row["input_ids"].sum()), int(row["shift_labels"].sum()))
+        for row in map(dataset.__getitem__, range(len(dataset)))
+    ]
+    assert sorted(found) == sorted(sums for step in reference[:2] for sums in step.values())
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_what_a_loader_says_of_a_step_is_what_its_batches_have(plan, corpora):
+    loaders = shares_of(plan, corpora, 3)
+    for step in (0, 7):
+        for loader in loaders:
+            for share, facts in zip(loaders, loader.facts(step), strict=True):
+                batches = share.batches(step)
+                assert [(one.lengths, one.digest) for one in facts] == [(one.lengths, one.digest) for one in batches]
+                labels = [int((one.read(np.arange(one.tokens))[1] >= 0).sum()) for one in batches]
+                assert [one.valid_labels for one in facts] == labels

@@ -8,6 +8,7 @@ from test_per_rank import assert_same
 from distattn.batch.collectives import HostGroup
 from distattn.batch.packed_batch import BatchFacts, PackedBatch
 from distattn.driver.known_steps import KnownInfos, share_numbers
+from distattn.driver.rank_table import RankTable
 from distattn.ir.errors import DistattnError
 
 pytestmark = pytest.mark.sampled(3)
@@ -18,6 +19,7 @@ class KnownLoader:
 
     def __init__(self, rank, size, known_by="plan"):
         self.rank, self.size, self.known_by, self.step = rank, size, known_by, 0
+        self.labels_are_known = True
         self.end = max(len(PACKS[share]) for share in range(size))
 
     def __iter__(self):
@@ -64,11 +66,43 @@ def test_ranks_that_split_a_batch_read_the_same_share():
         assert asked == 1
 
 
-def test_ranks_with_other_plans_ask_each_time():
-    steps = max(len(PACKS[rank]) for rank in range(2))
-    for result, asked in run_on_ranks(2, trained_run, 2, dict(options=dict(block=8)), ["one plan", "another"]):
-        assert_same(result, whole_run(2), 1e-11)
-        assert asked == steps + 1
+def test_ranks_with_other_plans_are_refused():
+    said = "rank 1 reads the plan another from step 0 to 3, rank 0 one plan from step 0 to 3: begin all ranks"
+    with pytest.raises(AssertionError, match=said):
+        run_on_ranks(2, trained_run, 2, dict(options=dict(block=8)), ["one plan", "another"])
+
+
+def left_run(rank):
+    """Numbers of the loader's next step: after a loop that is left in its second step, and after a loop over the rest."""
+    model = model_of()
+    with shared(options=dict(block=8)) as cp:
+        loader, seen = KnownLoader(rank, 2), []
+        for step in cp.steps(loader):
+            seen.append(trained(model, step))
+            if len(seen) == 2:
+                break
+        middle = loader.step
+        seen += [trained(model, step) for step in cp.steps(loader)]
+        return seen, middle, loader.step
+
+
+def test_a_loop_that_is_left_loses_no_step():
+    for seen, middle, end in run_on_ranks(2, left_run):
+        assert_same(seen, whole_run(2), 1e-11)
+        assert (middle, end) == (2, 3)
+
+
+def nested_run(rank):
+    with shared(options=dict(block=8)) as cp:
+        loader = KnownLoader(rank, 2)
+        for _ in cp.steps(loader):
+            for _ in cp.steps(loader):
+                pass
+
+
+def test_one_loader_in_two_loops_at_once_is_refused():
+    with pytest.raises(AssertionError, match="something else went on with it, such as a loop inside this one"):
+        run_on_ranks(2, nested_run)
 
 
 def test_measured_speeds_are_told_each_time():
@@ -77,7 +111,9 @@ def test_measured_speeds_are_told_each_time():
 
 
 def test_a_loader_of_another_share_is_refused():
-    share_of = share_numbers([0, 0, 2, 2, 4], [True, True, True, True, False])
-    assert share_of == [0, 0, 1, 1, -1]
-    with pytest.raises(DistattnError, match="share 1 of 2, but this rank has share 0 of 2; make it with"):
-        KnownInfos(KnownLoader(1, 2), share_of, 1)
+    assert share_numbers([0, 0, 2, 2, 4], [True, True, True, True, False]) == [0, 0, 1, 1, -1]
+    table = RankTable(None, "", [0, 1], 1, [0, 1], [0, 1], [True, True])
+    with pytest.raises(
+        DistattnError, match="share 0 of 2, but this rank has share 1 of 2; make it with rank=1, size=2"
+    ):
+        KnownInfos(KnownLoader(0, 2), table, None, ask=False)

@@ -11,10 +11,21 @@ import pytest
 
 from distattn.data import text
 from distattn.data.byte_corpus import byte_corpus
+from distattn.data.indexed_file import IndexedFileWriter
 from distattn.data.pack_config import load_pack_config, make_configured_plan, open_corpora
 from distattn.data.text import Document, check_text, find_corpus, read_tokens
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.training.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from distattn.launch.command_line import no_progress
+from distattn.launch.start_run import start_run
+from distattn.training.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReferenceCheckConfig,
+    RunConfig,
+    TrainConfig,
+)
 from distattn.training.run_data import find_text, open_data, piece_rows, planned_packs, write_text
 from distattn.training.run_folder import RunFolder
 
@@ -74,6 +85,10 @@ def test_a_run_on_a_plan_has_its_steps_and_its_vocabulary(tmp_path):
         open_data(run, replace(config, train=TrainConfig(steps=10)))
     with planned_packs(config) as plan:
         assert plan.digest == data.plan.digest
+    three = ParallelConfig(ranks=3, data="per_rank", strategy="cad")
+    with pytest.raises(DistattnError, match="step 0 has 2 packs, too few for 3 shares"):
+        start_run(replace(config, parallel=three, run=RunConfig(folder=str(tmp_path / "out"))), no_progress)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_glob_a_file_a_suffix_and_exclusions(tmp_path):
@@ -250,3 +265,23 @@ def test_a_file_that_shrank_is_noticed(tmp_path):
         read_tokens(Document(str(tmp_path / "a.txt"), 0, 9))
     with pytest.raises(DamagedDataError, match="could be read when the run began"):
         read_tokens(Document(str(tmp_path / "gone.txt"), 0, 9))
+
+
+def test_masks_and_the_reference_check_do_not_go_together(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 900)
+    corpus = byte_corpus(find_corpus(str(tmp_path / "a.txt"), max_document_tokens=300), str(tmp_path / "a"))
+    with IndexedFileWriter(str(tmp_path / "a.loss"), np.uint8) as masks:
+        for length in corpus.lengths:
+            masks.add(np.arange(length) > 100)
+    file = tmp_path / "packs.toml"
+    rule = "[rule]\ncontext = [[0, 300]]\ntokens_per_step = 300\n"
+    file.write_text(f'plan = "p"\nsteps = 3\n{rule}[[corpus]]\nname = "a"\nfiles = ["a"]\n')
+    planned = load_pack_config(file)
+    make_configured_plan(planned, open_corpora(planned))
+    data, model, train = DataConfig(path=str(file)), ModelConfig(vocab_size=256), TrainConfig(steps=3)
+    with pytest.raises(
+        DistattnError, match="reference_check.steps: 5, but the check knows no masks, and corpus a has some"
+    ):
+        open_data(RunFolder(tmp_path), Config(data=data, model=model, train=train))
+    unchecked = Config(data=data, model=model, train=train, reference_check=ReferenceCheckConfig(steps=0))
+    assert open_data(RunFolder(tmp_path), unchecked).vocabulary == 256
