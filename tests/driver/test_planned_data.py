@@ -1,0 +1,93 @@
+"""Packs of a plan over real ranks: each reads its own tokens alone, and damage on one of them ends all, with its name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from planned_data import small_plan, write_corpus
+from processes import run_on_ranks, run_survivors
+
+import distattn as da
+from distattn.data.corpus import Corpus
+from distattn.data.loader import PackLoader
+from distattn.data.pack_plan import PackPlan
+from distattn.ir.errors import DamagedDataError, LostRankError
+
+# of int32: eight blocks of 16 KiB, each with a digest of its own
+TOKENS = 32_768
+STEPS = 6
+
+
+@pytest.fixture
+def folder(tmp_path):
+    corpora = [write_corpus(tmp_path, "web", [[TOKENS] * STEPS])]
+    small_plan(tmp_path, corpora, context=TOKENS, packs=1)
+    return tmp_path
+
+
+def opened(folder: Path):
+    # of each process: blocks that were checked are remembered with the file
+    return PackPlan.open(folder / "plan.packs"), [Corpus.open("web", [str(folder / "web-0")])]
+
+
+def sharded(rank, folder, layout, digests):
+    """(token ids, labels and positions of each step, bytes read)."""
+    plan, corpora = opened(folder)
+    if not digests:
+        corpora = [Corpus.open("web", [str(folder / "web-0")], check_tokens=False)]
+    with da.ContextParallel(strategy="ring", layout=layout) as cp:
+        loader = PackLoader(plan, corpora, rank=cp.data_parallel_rank, size=cp.data_parallel_size)
+        batches = [loader.batches(step) for step in range(plan.steps)]
+        out = [
+            torch.cat([local[name] for name in ("input_ids", "labels", "position_ids")])
+            for (local,) in cp.steps(loader)
+        ]
+        return out, sum(batch.bytes_read for (batch,) in batches)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_ranks_read_their_own_tokens_and_together_all(folder, layout):
+    plan, corpora = opened(folder)
+    results = run_on_ranks(4, sharded, folder, layout, False)
+    for step in range(STEPS):
+        parts = torch.cat([out[step] for out, _ in results], 1)
+        ids, labels, positions = parts[:, parts[2].argsort()]
+        row = plan.step(step).packs[0].rows[0]
+        wanted = torch.from_numpy(corpora[0].read(int(row["document"]), 0, TOKENS).astype(np.int64))
+        assert torch.equal(ids, wanted) and torch.equal(positions, torch.arange(TOKENS))
+        assert torch.equal(labels[:-1], wanted[1:]) and labels[-1] == -100
+    # int32, and one token more for the label of each stretch but the last of the document
+    stretches = 4 if layout == "contiguous" else 7
+    assert sum(size for _, size in results) == 4 * STEPS * (TOKENS + stretches - 1)
+
+
+def trained(rank, folder):
+    """How this rank's loop ends: after how many steps, and by which error."""
+    plan, corpora = opened(folder)
+    steps = 0
+    try:
+        with da.ContextParallel(strategy="ring", layout="contiguous", timeout=20.0) as cp:
+            for _ in cp.steps(PackLoader(plan, corpora, rank=0, size=1)):
+                cp.mean_loss([torch.zeros(())])
+                steps += 1
+    except DamagedDataError as error:
+        (folder / "said").write_text(f"{rank} in step {steps}: {error}")
+    except LostRankError as error:
+        return str(error)
+
+
+def test_a_file_that_is_damaged_where_one_rank_reads_ends_all_ranks(folder):
+    plan, _ = opened(folder)
+    document = int(plan.step(3).packs[0].rows[0]["document"])
+    # in the last block, which is rank 3's alone
+    place = 4 * (TOKENS * document + TOKENS - 5)
+    with open(folder / "web-0.bin", "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    others = run_survivors(4, 3, trained, folder)
+    said = (folder / "said").read_text()
+    assert said.startswith("3 in step 3: ") and "web-0.bin" in said and "byte" in said
+    assert all(error and "rank 3" in error for error in others.values()), others
