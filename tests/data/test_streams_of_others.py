@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from test_streams import SETTINGS, documents, flat, pieces_of
+from test_stream_loader import SETTINGS, documents, flat, pieces_of
 
 from distattn.data.streams import StreamLoader
 
