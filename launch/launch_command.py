@@ -19,7 +19,7 @@ from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_data import first_packs, pack_config
+from distattn.training.run_data import first_packs, pack_config, planned_packs
 from distattn.training.run_folder import RunFolder
 
 USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value ...] [--dry-run] [--json]
@@ -84,7 +84,8 @@ def _dry_run(where: str, config: Config, json_output: bool) -> int:
         PlanSettings.of_config(config).plan([config.data.max_document_tokens])
         find_files(config.data.path, config.data.suffix, config.data.exclude)
     else:
-        PlanSettings.of_config(config).plan(*first_packs(config))
+        with planned_packs(config) as plan:
+            PlanSettings.of_config(config).plan(*first_packs(plan, config.parallel.data_parallel_size))
     folder = Path(config.run.folder).absolute()
     text = slurm.batch_script(config, folder)
     if where == "local":

@@ -30,7 +30,7 @@ from distattn.planning.comparison_page import write_comparison_page
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_data import first_packs
+from distattn.training.run_data import first_packs, planned_packs
 
 USAGE = """usage: distattn plan CONFIG [--section.key value ...] [options]
        distattn plan --docs FILE_OR_LENGTHS --cluster h200-8x8 [--ranks 64] [options]
@@ -152,7 +152,8 @@ def _packs(given: argparse.Namespace, config: Config | None) -> list[list[int]]:
         return [truncate_documents(lengths, given.tokens) if given.tokens else lengths]
     if config is None:
         raise DistattnError("plan: a configuration or --docs is wanted. See distattn plan --help.")
-    return first_packs(config)
+    with planned_packs(config) as plan:
+        return first_packs(plan, config.parallel.data_parallel_size)
 
 
 def _settings(given: argparse.Namespace, cluster: describe.ClusterSpec) -> PlanSettings:

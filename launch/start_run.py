@@ -6,13 +6,12 @@ import importlib.util
 import shutil
 from collections.abc import Callable
 
-from distattn.data.shares import deal_packs
 from distattn.ir.errors import DistattnError
 from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.analysis.explain import explain
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_data import RunData, find_text, open_data, pack_config, write_text
+from distattn.training.run_data import RunData, find_text, first_packs, open_data, pack_config, write_text
 from distattn.training.run_folder import RunFolder
 
 
@@ -50,9 +49,7 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
 def _explain_first_step(run: RunFolder, config: Config, data: RunData) -> None:
     """Plan the first step's first micro-batch, and leave the plan and its explanation in the run folder."""
     settings = PlanSettings.of_config(config)
-    shares = deal_packs(data.plan.step(0), settings.data_parallel_size)
-    packs = data.plan.step(0).packs
-    explanation = explain(settings.plan(*(packs[share[0]].lengths for share in shares)), settings.cluster)
+    explanation = explain(settings.plan(*first_packs(data.plan, settings.data_parallel_size)), settings.cluster)
     explanation.plan.save(run.plan_file)
     run.explanation_file.write_text(f"{explanation}\n", "utf-8")
 

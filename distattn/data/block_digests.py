@@ -12,11 +12,11 @@ import json
 import mmap
 import os
 import struct
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
+import xxhash
 
-from distattn.data.extra_packages import import_extra
 from distattn.ir.errors import DamagedDataError
 
 # large enough that digests cost little of reading, small enough that little is read that nobody asked for: benchmarks/LOG.md
@@ -37,7 +37,7 @@ class BlockDigests:
         self.file = file
         self.bin_root, self.idx_root = roots
         self.bin_table, self.idx_table = tables[:bin_blocks], tables[bin_blocks:]
-        self._digest = _xxhash().xxh3_64_intdigest
+        self._digest = xxhash.xxh3_64_intdigest
 
     @classmethod
     def open(cls, prefix: str, bin_bytes: int, idx_bytes: int) -> BlockDigests | None:
@@ -50,7 +50,7 @@ class BlockDigests:
             size = os.fstat(opened.fileno()).st_size
             if len(head) < _TABLES_OFFSET or not head.startswith(_MAGIC):
                 raise DamagedDataError(f"{file}: byte 0: no digests of blocks; remove it, or write {prefix}.bin again.")
-            if head[_HEADER.size :] != _CHECKSUM.pack(_xxhash().xxh3_64_intdigest(head[: _HEADER.size])):
+            if head[_HEADER.size :] != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(head[: _HEADER.size])):
                 raise DamagedDataError(f"{file}: byte 0: the header was altered; write {prefix}.bin again.")
             _, block, bin_size, idx_size, bin_root, idx_root = _HEADER.unpack(head[: _HEADER.size])
             if block != BLOCK_BYTES:
@@ -89,7 +89,7 @@ class BlockDigests:
     def check_roots(self) -> None:
         """Check both tables, whole, against their roots. Raises DamagedDataError."""
         for table, root in ((self.bin_table, self.bin_root), (self.idx_table, self.idx_root)):
-            if self._digest(table) != root:
+            if self._digest(table.data) != root:
                 raise DamagedDataError(f"{self.file}: a table of digests was altered; write the file again.")
 
 
@@ -118,7 +118,7 @@ class BlockDigestsWriter:
 
     def __init__(self, file: IO[bytes]):
         self._file = file
-        self._new_hash = _xxhash().xxh3_64
+        self._new_hash = xxhash.xxh3_64
         self._sizes, self._roots = [0], [self._new_hash()]
         self._block, self._filled = self._new_hash(), 0
         self._file.write(bytes(_TABLES_OFFSET))
@@ -147,7 +147,7 @@ class BlockDigestsWriter:
         self._end_block()
         header = _HEADER.pack(_MAGIC, BLOCK_BYTES, *self._sizes, *(root.intdigest() for root in self._roots))
         self._file.seek(0)
-        self._file.write(header + _CHECKSUM.pack(_xxhash().xxh3_64_intdigest(header)))
+        self._file.write(header + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(header)))
 
     def _end_block(self) -> None:
         if self._filled:
@@ -160,7 +160,7 @@ class BlockDigestsWriter:
 
 def root_digest(file: str) -> int:
     """The root digest of a file's blocks, as the side file has it, by reading the whole file."""
-    digest, root = _xxhash().xxh3_64_digest, _xxhash().xxh3_64()
+    digest, root = xxhash.xxh3_64_digest, xxhash.xxh3_64()
     with open(file, "rb") as opened:
         while part := opened.read(_PART_BYTES):
             view = memoryview(part)
@@ -172,8 +172,4 @@ def root_digest(file: str) -> int:
 
 def combined_digest(*facts: object) -> str:
     """A digest of facts (numbers, words, lists of them) as 32 hexadecimal digits: xxh3-128 of their JSON."""
-    return str(_xxhash().xxh3_128_hexdigest(json.dumps(facts, separators=(",", ":")).encode()))
-
-
-def _xxhash() -> Any:
-    return import_extra("xxhash", "checking digests of blocks")
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(facts, separators=(",", ":")).encode()))

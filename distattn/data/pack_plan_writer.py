@@ -13,6 +13,7 @@ from types import TracebackType
 import numpy as np
 import xxhash
 
+from distattn.data.indexed_file import synchronise_folder
 from distattn.data.pack_plan import PlannedSource
 from distattn.data.pack_plan_format import BLOCK_BYTES, PIECE_BYTES, RECORDS_BEGIN, preamble_of, stored_pieces
 from distattn.data.pack_rule import PackRule
@@ -117,11 +118,7 @@ class PackPlanWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         os.replace(self._aside, self.path)
-        folder = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        synchronise_folder(self.path)
         return xxhash.xxh3_128_hexdigest(header)
 
     def _write(self, content: bytes) -> None:

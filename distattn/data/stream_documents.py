@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.ir.errors import DistattnError
 
-IGNORE_INDEX = -100
 _MOST_ID = (1 << 31) - 1
 
 

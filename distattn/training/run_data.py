@@ -89,11 +89,10 @@ def planned_packs(config: Config) -> Iterator[PackPlan]:
         yield _plan_text(config, _Lengths(_TEXT, lengths, ""), Path(folder, "packs"))
 
 
-def first_packs(config: Config) -> list[list[int]]:
-    """Tokens of each piece of each share's first pack in a run's first step. No text is read."""
-    with planned_packs(config) as plan:
-        first = plan.step(0)
-        return [first.packs[share[0]].lengths for share in deal_packs(first, config.parallel.data_parallel_size)]
+def first_packs(plan: PackPlan, shares: int) -> list[list[int]]:
+    """Tokens of each piece of each share's first pack in the first step."""
+    first = plan.step(0)
+    return [first.packs[share[0]].lengths for share in deal_packs(first, shares)]
 
 
 def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:

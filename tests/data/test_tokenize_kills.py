@@ -141,6 +141,7 @@ def test_workers_end_with_a_command_that_is_killed(corpus, tmp_path):
     process.kill()
     process.communicate()
     eventually(lambda: not any(map(alive, found)), "workers live on")
+    assert not any(map(alive, found))
 
 
 @pytest.mark.parametrize("die_at", range(1, 6))
