@@ -53,7 +53,7 @@ class DataConfig:
     """Names of folders and files to leave out; * and ? are wildcards."""
     tokens_per_step: int = 8192
     """Tokens (bytes) of one step, at most: documents are packed by best fit."""
-    max_document_tokens: int = 3000
+    max_document_tokens: int = 2700
     """Longer files are cut into documents of this many tokens (bytes)."""
 
 

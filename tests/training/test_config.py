@@ -56,7 +56,7 @@ def test_the_command_line_overrides_the_file():
             "[model]\nnum_attention_heads = 3",
             ["model.num_attention_heads: hidden_size 128 does not give 3 heads", "3 query heads do not divide among 4"],
         ),
-        ("[data]\ntokens_per_step = 100", ["data.max_document_tokens: 3000 tokens do not fit into a step of 100"]),
+        ("[data]\ntokens_per_step = 100", ["data.max_document_tokens: 2700 tokens do not fit into a step of 100"]),
         ("[parallel]\ncomm_dtype = 'int8'", ["parallel.comm_dtype: there is no 'int8'"]),
         ("parallel = 3", ["parallel: "]),
         ("[run]\nfolder = 2020-01-01", ["run.folder: input should be a valid string"]),
