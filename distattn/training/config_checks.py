@@ -1,0 +1,126 @@
+"""What cannot be of a run file: one sentence for each key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from distattn.ir.layout import LAYOUTS
+from distattn.ir.plan import POLICIES
+from distattn.kernels.registry import AUTO, KERNELS
+from distattn.parallel.make_plan import STRATEGIES
+from distattn.training.config_sections import Config, SlurmConfig
+
+# as in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
+_SLURM_TIME = r"\d+(:\d{2}){0,2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE|infinite|unlimited"
+_MOST, _MOST_STEPS = 1 << 40, 1_000_000
+DTYPES = ("float32", "float64", "bfloat16")
+DATA = ("replicated", "per_rank")
+
+
+def problems_of(config: Config) -> list[str]:
+    """Find what cannot be, one sentence per key."""
+    return [
+        *_number_problems(config),
+        *_shape_problems(config),
+        *_name_problems(config),
+        *_slurm_problems(config.slurm),
+    ]
+
+
+def _number_problems(config: Config) -> Iterator[str]:
+    """Find numbers that are out of range, and a folder that is none."""
+    model, data, parallel, train = config.model, config.data, config.parallel, config.train
+    least = {
+        "data.tokens_per_step": (data.tokens_per_step, 2),
+        "data.max_document_tokens": (data.max_document_tokens, 16),
+        **{f"model.{name}": (value, name != "vocab_size") for name, value in asdict(model).items() if name != "dtype"},
+        "parallel.ranks": (parallel.ranks, 1),
+        "parallel.min_chunk": (parallel.min_chunk, 0),
+        "parallel.devices_per_node": (parallel.devices_per_node, 0),
+        "parallel.max_buffer_bytes": (parallel.max_buffer_bytes, 0),
+        "train.steps": (train.steps, 1),
+        "train.learning_rate": (train.learning_rate, 0),
+        "train.weight_decay": (train.weight_decay, 0),
+        "reference_check.steps": (config.reference_check.steps, 0),
+        "reference_check.tolerance": (config.reference_check.tolerance, 0),
+    }
+    # the packs of a run on text are planned when it begins
+    most = {"train.steps": _MOST_STEPS}
+    for key, (value, low) in least.items():
+        if value < low:
+            yield f"{key}: at least {low}, not {value}."
+        elif value > most.get(key, _MOST):
+            yield f"{key}: at most {most.get(key, _MOST):,}, not {value}."
+    if train.max_grad_norm <= 0:
+        yield f"train.max_grad_norm: above 0, not {train.max_grad_norm}."
+    if not 0 <= config.run.seed < 1 << 63:
+        yield f"run.seed: 0 to 2^63 - 1, not {config.run.seed}."
+    if not Path(config.run.folder).name or "\0" in config.run.folder:
+        yield f"run.folder: {config.run.folder!r} names no folder."
+
+
+def _shape_problems(config: Config) -> Iterator[str]:
+    """Find sizes that do not go together."""
+    model, data, parallel = config.model, config.data, config.parallel
+    size = parallel.context_parallel_size
+    if parallel.data == "replicated" and size:
+        yield 'parallel.context_parallel_size: belongs to parallel.data = "per_rank"; otherwise all ranks split a pack.'
+    elif size < 0 or parallel.ranks % (size or 1):
+        yield f"parallel.context_parallel_size: {size} does not divide {parallel.ranks} ranks."
+    elif (
+        not data.path.endswith(".toml")
+        and data.max_document_tokens * parallel.data_parallel_size > data.tokens_per_step
+    ):
+        shares = f" over {parallel.data_parallel_size} packs" if parallel.data_parallel_size > 1 else ""
+        yield (
+            f"data.max_document_tokens: {data.max_document_tokens} tokens do not fit into a step of {data.tokens_per_step}"
+            f"{shares}; at most data.tokens_per_step{' / packs' if shares else ''}."
+        )
+    if not data.path.endswith(".toml") and 0 < model.vocab_size < 256:
+        yield f"model.vocab_size: {model.vocab_size}, but tokens of text are bytes: at least 256, or 0."
+    if parallel.min_chunk and parallel.layout != "document_zigzag":
+        yield f'parallel.min_chunk: belongs to parallel.layout = "document_zigzag", not to {parallel.layout}.'
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    if min(model.hidden_size, heads, kv_heads) >= 1:
+        if model.hidden_size % heads or model.head_dim % 2:
+            yield f"model.num_attention_heads: hidden_size {model.hidden_size} does not give {heads} heads of an even size."
+        if heads % kv_heads:
+            yield f"model.num_key_value_heads: {heads} query heads do not divide among {kv_heads} key/value heads."
+    if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
+        yield f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
+
+
+def _slurm_problems(slurm: SlurmConfig) -> Iterator[str]:
+    """Find what sbatch would refuse, or read as something else."""
+    for name in ("partition", "account"):
+        value = getattr(slurm, name)
+        if value and not re.fullmatch(r"[^\s#-]\S*", value):
+            yield f"slurm.{name}: {value!r} is no name of Slurm's: one word, without spaces."
+    if slurm.time and not re.fullmatch(_SLURM_TIME, slurm.time):
+        yield f"slurm.time: {slurm.time!r} is no time limit; write minutes, 12:00:00 or 2-00:00:00."
+    for option in slurm.options:
+        if not re.fullmatch(r"--?[A-Za-z].*", option):
+            yield f"slurm.options: {option!r} is no option of sbatch; it begins with a dash, such as --qos=long."
+
+
+def _name_problems(config: Config) -> Iterator[str]:
+    """Find names that do not exist."""
+    model, parallel = config.model, config.parallel
+    names: dict[str, tuple[str, Sequence[str]]] = {
+        "model.dtype": (model.dtype, DTYPES),
+        "parallel.comm_dtype": (parallel.comm_dtype or DTYPES[0], DTYPES),
+        "parallel.strategy": (parallel.strategy, list(STRATEGIES)),
+        "parallel.data": (parallel.data, DATA),
+        "parallel.layout": (parallel.layout, list(LAYOUTS)),
+        "parallel.kernel": (parallel.kernel, [AUTO, *KERNELS]),
+        "parallel.backward": (parallel.backward or POLICIES[0], POLICIES),
+    }
+    for key, (value, known) in names.items():
+        if value not in known:
+            near = difflib.get_close_matches(value, known, 1, 0.5)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            yield f"{key}: there is no {value!r}; there are {', '.join(known)}.{hint}"
