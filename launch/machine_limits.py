@@ -92,7 +92,7 @@ def model_bytes(config: Config) -> int:
 def model_parameters(config: Config) -> int:
     """How many numbers the model has."""
     model = config.model
-    attention = model.hidden_size * model.head_dim * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
+    attention = model.hidden_size * model.head_size * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
     layer = attention + 3 * model.hidden_size * model.intermediate_size + 2 * model.hidden_size
     return 2 * vocabulary_size(config) * model.hidden_size + model.num_layers * layer + model.hidden_size
 

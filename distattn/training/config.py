@@ -45,6 +45,17 @@ RENAMED = {
     "proof.tolerance": "reference_check.tolerance",
 }
 
+# keys of the shape, and what config.json calls them
+_FOLDER_NAMES: dict[str, tuple[str, ...]] = {
+    "num_layers": ("num_hidden_layers", "n_layer"),
+    "hidden_size": ("n_embd",),
+    "num_attention_heads": ("n_head",),
+    "num_key_value_heads": (),
+    "head_dim": (),
+    "intermediate_size": ("n_inner",),
+    "vocab_size": (),
+}
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read the configuration of a file, with command-line overrides. Raises DistattnError naming every bad key at once."""
@@ -85,12 +96,36 @@ def _validated(source: str, content: dict[str, Any]) -> Config:
         # through JSON: strict about types, yet a TOML array is a tuple; a TOML date becomes a table, which fits nowhere
         text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
         config = TypeAdapter(Config).validate_json(text, strict=True)
+        config = replace(config, model=_with_folder_s_shape(config.model))
         problems = problems_of(config)
     except ValidationError as error:
         problems = [_sentence(one) for one in error.errors()]
     if problems:
         raise DistattnError("\n".join(f"{source}: {problem}" for problem in problems))
     return config
+
+
+def _with_folder_s_shape(model: ModelConfig) -> ModelConfig:
+    """The model of a folder: its shape is that of the config.json there. Raises DistattnError where that says too little."""
+    if not model.path:
+        return model
+    file = Path(model.path, "config.json")
+    try:
+        said = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise DistattnError(f"model.path: there is no {file}; name a folder of a transformers model.") from None
+    except (OSError, ValueError) as error:
+        raise DistattnError(f"model.path: {file} cannot be read: {error}.") from None
+    shape: dict[str, int] = {}
+    for name, others in _FOLDER_NAMES.items():
+        found = next((said[one] for one in (name, *others) if isinstance(said, dict) and said.get(one)), None)
+        if isinstance(found, int):
+            shape[name] = found
+    if missing := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in shape]:
+        raise DistattnError(f"model.path: {file} does not say {missing[0]} as configurations of language models do.")
+    usual = {"num_key_value_heads": shape["num_attention_heads"], "intermediate_size": 4 * shape["hidden_size"]}
+    filled: dict[str, Any] = usual | {"head_dim": 0} | shape
+    return replace(model, **filled)
 
 
 def _check_overrides(config: Config, overrides: Sequence[str]) -> None:

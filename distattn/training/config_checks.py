@@ -12,13 +12,16 @@ from distattn.ir.layout import LAYOUTS
 from distattn.ir.plan import POLICIES
 from distattn.kernels.registry import AUTO, KERNELS
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.training.config_sections import Config, SlurmConfig
+from distattn.training.config_sections import Config, EngineConfig, SlurmConfig
 
 # as in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
 _SLURM_TIME = r"\d+(:\d{2}){0,2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE|infinite|unlimited"
 _MOST, _MOST_STEPS = 1 << 40, 1_000_000
 DTYPES = ("float32", "float64", "bfloat16")
 DATA = ("replicated", "per_rank")
+ENGINES = ("fsdp2", "deepspeed", "megatron")
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
+CHECKPOINTING = ("none", "layer", "layer_save_attention")
 
 
 def problems_of(config: Config) -> list[str]:
@@ -37,26 +40,57 @@ def _number_problems(config: Config) -> Iterator[str]:
     least = {
         "data.tokens_per_step": (data.tokens_per_step, 2),
         "data.max_document_tokens": (data.max_document_tokens, 16),
-        **{f"model.{name}": (value, name != "vocab_size") for name, value in asdict(model).items() if name != "dtype"},
+        **{
+            f"model.{name}": (value, name not in ("vocab_size", "head_dim"))
+            for name, value in asdict(model).items()
+            if isinstance(value, int)
+        },
         "parallel.ranks": (parallel.ranks, 1),
         "parallel.min_chunk": (parallel.min_chunk, 0),
         "parallel.devices_per_node": (parallel.devices_per_node, 0),
         "parallel.max_buffer_bytes": (parallel.max_buffer_bytes, 0),
+        "parallel.tensor_parallel_size": (parallel.tensor_parallel_size, 1),
+        "parallel.pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
+        "engine.shard_size": (config.engine.shard_size, 0),
+        "engine.zero_stage": (config.engine.zero_stage, 0),
         "train.steps": (train.steps, 1),
         "train.learning_rate": (train.learning_rate, 0),
+        "train.warmup_steps": (train.warmup_steps, 0),
+        "train.min_learning_rate": (train.min_learning_rate, 0),
         "train.weight_decay": (train.weight_decay, 0),
+        "train.beta1": (train.beta1, 0),
+        "train.beta2": (train.beta2, 0),
+        "train.z_loss": (train.z_loss, 0),
+        "train.histogram_every": (train.histogram_every, 0),
+        "checkpoint.every_steps": (config.checkpoint.every_steps, -1),
+        "checkpoint.keep_last": (config.checkpoint.keep_last, 1),
+        "checkpoint.keep_every_hours": (config.checkpoint.keep_every_hours, 0),
+        "memory.loss_tile_tokens": (config.memory.loss_tile_tokens, 0),
+        "memory.mlp_tile_tokens": (config.memory.mlp_tile_tokens, 0),
+        "watch.spike_deviations": (config.watch.spike_deviations, 0),
+        "watch.spike_window": (config.watch.spike_window, 8),
+        "watch.replay_every": (config.watch.replay_every, 0),
+        "evaluation.every_steps": (config.evaluation.every_steps, 0),
+        "evaluation.steps": (config.evaluation.steps, 1),
         "reference_check.steps": (config.reference_check.steps, 0),
         "reference_check.tolerance": (config.reference_check.tolerance, 0),
     }
     # the packs of a run on text are planned when it begins
-    most = {"train.steps": _MOST_STEPS}
+    most = {"train.steps": _MOST_STEPS, "train.beta1": 1, "train.beta2": 1, "engine.zero_stage": 3}
     for key, (value, low) in least.items():
         if value < low:
             yield f"{key}: at least {low}, not {value}."
         elif value > most.get(key, _MOST):
             yield f"{key}: at most {most.get(key, _MOST):,}, not {value}."
-    if train.max_grad_norm <= 0:
-        yield f"train.max_grad_norm: above 0, not {train.max_grad_norm}."
+    for name in ("max_grad_norm", "epsilon"):
+        if getattr(train, name) <= 0:
+            yield f"train.{name}: above 0, not {getattr(train, name)}."
+    if train.min_learning_rate > train.learning_rate:
+        yield f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate, {train.learning_rate}."
+    if not 0 < train.decay_fraction <= 1:
+        yield f"train.decay_fraction: above 0 and at most 1, not {train.decay_fraction}."
+    if train.warmup_steps > train.steps:
+        yield f"train.warmup_steps: {train.warmup_steps} of {train.steps} steps; at most as many."
     if not 0 <= config.run.seed < 1 << 63:
         yield f"run.seed: 0 to 2^63 - 1, not {config.run.seed}."
     if not Path(config.run.folder).name or "\0" in config.run.folder:
@@ -66,11 +100,16 @@ def _number_problems(config: Config) -> Iterator[str]:
 def _shape_problems(config: Config) -> Iterator[str]:
     """Find sizes that do not go together."""
     model, data, parallel = config.model, config.data, config.parallel
-    size = parallel.context_parallel_size
-    if parallel.data == "replicated" and size:
-        yield 'parallel.context_parallel_size: belongs to parallel.data = "per_rank"; otherwise all ranks split a pack.'
-    elif size < 0 or parallel.ranks % (size or 1):
-        yield f"parallel.context_parallel_size: {size} does not divide {parallel.ranks} ranks."
+    size, model_parallel = (
+        parallel.context_parallel_size,
+        parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
+    )
+    if min(model_parallel, parallel.ranks) < 1:
+        return
+    if parallel.ranks % model_parallel:
+        yield f"parallel.tensor_parallel_size: with pipelines {model_parallel} ranks, which do not divide {parallel.ranks}."
+    elif size < 0 or parallel.data_ranks % (size or 1):
+        yield f"parallel.context_parallel_size: {size} does not divide {parallel.data_ranks} ranks."
     elif (
         not data.path.endswith(".toml")
         and data.max_document_tokens * parallel.data_parallel_size > data.tokens_per_step
@@ -86,12 +125,39 @@ def _shape_problems(config: Config) -> Iterator[str]:
         yield f'parallel.min_chunk: belongs to parallel.layout = "document_zigzag", not to {parallel.layout}.'
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     if min(model.hidden_size, heads, kv_heads) >= 1:
-        if model.hidden_size % heads or model.head_dim % 2:
+        if not model.path and ((not model.head_dim and model.hidden_size % heads) or model.head_size % 2):
             yield f"model.num_attention_heads: hidden_size {model.hidden_size} does not give {heads} heads of an even size."
         if heads % kv_heads:
             yield f"model.num_key_value_heads: {heads} query heads do not divide among {kv_heads} key/value heads."
+    yield from _engine_problems(config)
     if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
         yield f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
+
+
+def _engine_problems(config: Config) -> Iterator[str]:
+    """Find what the engine does not have, or has in another way."""
+    engine, parallel, memory = config.engine, config.parallel, config.memory
+    of_engines = {
+        "parallel.tensor_parallel_size": (parallel.tensor_parallel_size, 1, ("megatron",)),
+        "parallel.pipeline_parallel_size": (parallel.pipeline_parallel_size, 1, ("megatron",)),
+        "engine.shard_size": (engine.shard_size, 0, ("fsdp2",)),
+        "engine.zero_stage": (engine.zero_stage, EngineConfig().zero_stage, ("deepspeed",)),
+        "engine.compile": (engine.compile, False, ("fsdp2",)),
+        "train.z_loss": (config.train.z_loss, 0.0, ("fsdp2", "deepspeed")),
+        "memory.loss_tile_tokens": (memory.loss_tile_tokens, 0, ("fsdp2", "deepspeed")),
+        "memory.mlp_tile_tokens": (memory.mlp_tile_tokens, 0, ("fsdp2",)),
+        "memory.activation_checkpointing": (memory.activation_checkpointing, "none", ("fsdp2", "deepspeed")),
+        "memory.offload_activations": (memory.offload_activations, False, ("fsdp2",)),
+    }
+    for key, (value, plain, engines) in of_engines.items():
+        if value != plain and engine.name in ENGINES and engine.name not in engines:
+            yield f"{key}: engine {engine.name} does not have it here; it belongs to {' and '.join(engines)}."
+    if engine.shard_size < 0 or parallel.ranks % (engine.shard_size or 1):
+        yield f"engine.shard_size: {engine.shard_size} does not divide {parallel.ranks} ranks."
+    if memory.offload_activations and memory.activation_checkpointing == "none":
+        yield "memory.offload_activations: belongs to memory.activation_checkpointing: checkpointed layers' inputs are put aside."
+    if config.model.weights == "pretrained" and not config.model.path:
+        yield "model.weights: pretrained weights are those of a folder; name it in model.path."
 
 
 def _slurm_problems(slurm: SlurmConfig) -> Iterator[str]:
@@ -112,6 +178,11 @@ def _name_problems(config: Config) -> Iterator[str]:
     model, parallel = config.model, config.parallel
     names: dict[str, tuple[str, Sequence[str]]] = {
         "model.dtype": (model.dtype, DTYPES),
+        "model.weights": (model.weights, ("random", "pretrained")),
+        "engine.name": (config.engine.name, ENGINES),
+        "train.schedule": (config.train.schedule, SCHEDULES),
+        "watch.action": (config.watch.action, ("stop", "skip", "rollback", "none")),
+        "memory.activation_checkpointing": (config.memory.activation_checkpointing, CHECKPOINTING),
         "parallel.comm_dtype": (parallel.comm_dtype or DTYPES[0], DTYPES),
         "parallel.strategy": (parallel.strategy, list(STRATEGIES)),
         "parallel.data": (parallel.data, DATA),

@@ -37,35 +37,45 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama, in the terms of its transformers configuration."""
+    """A model of transformers: that of a folder, or a Llama of a shape, in the terms of its transformers configuration."""
 
+    path: str = ""
+    """A folder with a config.json, of any causal language model; the keys of the shape below do not apply then."""
+    weights: str = "random"
+    """random, seeded by run.seed; or pretrained: those of the safetensors files in model.path."""
     num_layers: int = 4
     hidden_size: int = 128
     num_attention_heads: int = 8
     num_key_value_heads: int = 4
+    head_dim: int = 0
+    """Width of one attention head; 0 for hidden_size / num_attention_heads."""
     intermediate_size: int = 384
     """Width of the gated feed-forward layer."""
     vocab_size: int = 0
     """Token ids are below it; 0 for what the data's tokenizer has."""
     dtype: str = "float32"
-    """float32, float64 or bfloat16."""
+    """What is computed in: float32, float64 or bfloat16. With bfloat16 weights, gradients and the optimizer are float32."""
 
     @property
-    def head_dim(self) -> int:
+    def head_size(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     ranks: int = 4
-    """Processes; they share each step's tokens."""
+    """Processes. Those that are left after tensor and pipeline parallelism share each step's tokens."""
     strategy: str = "ring"
     """How attention is split: a name of distattn's strategies."""
     data: str = "replicated"
     """replicated: all ranks split one pack; per_rank: each rank, or block of ranks, has its own, and attention is shared."""
     context_parallel_size: int = 0
-    """With data = "per_rank": neighbouring ranks that split one pack; 0 for one."""
+    """Neighbouring ranks that split one pack; 0 for all of them, or for one with data = "per_rank"."""
+    tensor_parallel_size: int = 1
+    """Ranks that split each layer's weights; engine megatron."""
+    pipeline_parallel_size: int = 1
+    """Stages that have some of the layers each; engine megatron."""
     layout: str = "zigzag"
     """Which rank owns which tokens: a name of distattn's layouts."""
     min_chunk: int = 0
@@ -82,9 +92,24 @@ class ParallelConfig:
     """Bytes of attention buffers a rank may need at once; a batch that needs more is refused. 0 for no limit."""
 
     @property
+    def data_ranks(self) -> int:
+        """Ranks that have tokens of their own: tensor- and pipeline-parallel ones work on the same."""
+        return self.ranks // (self.tensor_parallel_size * self.pipeline_parallel_size)
+
+    @property
+    def split_ranks(self) -> int:
+        """Ranks that split one pack."""
+        return self.context_parallel_size or (self.data_ranks if self.data == "replicated" else 1)
+
+    @property
+    def attention_ranks(self) -> int:
+        """Ranks that share attention: those that split a pack, or, with data = "per_rank", all that have tokens."""
+        return self.split_ranks if self.data == "replicated" else self.data_ranks
+
+    @property
     def data_parallel_size(self) -> int:
-        """How many packs a step has: one that all ranks split, or one for each rank or block of ranks."""
-        return 1 if self.data == "replicated" else self.ranks // (self.context_parallel_size or 1)
+        """Into how many shares the packs of a step are dealt."""
+        return self.data_ranks // self.split_ranks
 
     @property
     def layout_options(self) -> dict[str, int]:
@@ -93,8 +118,11 @@ class ParallelConfig:
 
     @property
     def cluster(self) -> Cluster | None:
-        """How ranks are spread over nodes, None where that is not given."""
-        return Cluster(self.ranks // self.devices_per_node, self.devices_per_node) if self.devices_per_node else None
+        """How the ranks that share attention are spread over nodes, None where that is not given, or where one holds them."""
+        per_node = self.devices_per_node // self.tensor_parallel_size
+        if not per_node or self.attention_ranks % per_node:
+            return None
+        return Cluster(self.attention_ranks // per_node, per_node)
 
 
 @dataclass(frozen=True)
@@ -118,12 +146,99 @@ class SlurmConfig:
 
 
 @dataclass(frozen=True)
+class EngineConfig:
+    """What holds the model over the ranks."""
+
+    name: str = "fsdp2"
+    """fsdp2 (PyTorch's own), deepspeed or megatron."""
+    shard_size: int = 0
+    """fsdp2: neighbouring ranks that parameters are sharded over, while groups of them hold copies; 0 for all ranks."""
+    zero_stage: int = 2
+    """deepspeed: 0 to 3."""
+    compile: bool = False
+    """fsdp2: compile each layer by torch.compile."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
+    """AdamW, its schedule, and what is logged."""
+
     steps: int = 60
     learning_rate: float = 3e-3
+    """The highest one of the schedule."""
+    schedule: str = "constant"
+    """After the warm-up: constant, cosine, linear, or wsd (stable, then a linear decay)."""
+    warmup_steps: int = 0
+    """The learning rate rises linearly over so many steps."""
+    min_learning_rate: float = 0.0
+    """The learning rate at the end of cosine, linear and wsd."""
+    decay_fraction: float = 0.1
+    """wsd: the part of the steps, at their end, in which the learning rate decays."""
     weight_decay: float = 0.01
+    """Of weight matrices; norms, biases and other vectors are left out."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's denominator, which keeps logits small."""
+    histogram_every: int = 0
+    """Weights and gradients are drawn as histograms in TensorBoard every so many steps; 0 for never."""
+    wandb: str = ""
+    """A project of Weights & Biases to log to, beside the run folder."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and how long it is kept."""
+
+    every_steps: int = 0
+    """Save every so many steps, and at the end; 0 for at the end only, -1 for never."""
+    keep_last: int = 3
+    """The newest so many stay."""
+    keep_every_hours: float = 0.0
+    """One of each so many hours stays for good; 0 for none."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What is computed again or put aside, so that longer sequences fit."""
+
+    loss_tile_tokens: int = 0
+    """Logits and loss for so many tokens at a time; 0 for all at once."""
+    mlp_tile_tokens: int = 0
+    """Feed-forward layers for so many tokens at a time; 0 for all at once."""
+    activation_checkpointing: str = "none"
+    """none; layer: only each layer's input is kept; layer_save_attention: and what attention computed."""
+    offload_activations: bool = False
+    """Kept inputs of layers go to the host's memory, and come back ahead of the backward pass."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """What happens when numbers go wrong: NaN, infinity, or a loss or gradient norm far above the last ones."""
+
+    action: str = "stop"
+    """stop the run; skip the step's update; or rollback to the newest checkpoint and leave the step out; none to look away."""
+    spike_deviations: float = 0.0
+    """A spike lies so many median absolute deviations above the median of the last steps; 0 watches for NaN and infinity only."""
+    spike_window: int = 100
+    """So many last steps."""
+    replay_every: int = 0
+    """Every so many steps the first micro-batch is computed twice and compared bit by bit; 0 for never."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out documents."""
+
+    every_steps: int = 0
+    """Evaluate every so many steps, and at the end; 0 for never."""
+    path: str = ""
+    """The TOML file of a plan made by `distattn data pack`; empty for the steps of the run's own plan after those it trains."""
+    steps: int = 8
+    """So many steps of packs are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +259,12 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     reference_check: ReferenceCheckConfig = field(default_factory=ReferenceCheckConfig)
 
 
@@ -155,7 +275,12 @@ for _section in (
     ParallelConfig,
     ClusterConfig,
     SlurmConfig,
+    EngineConfig,
     TrainConfig,
+    CheckpointConfig,
+    MemoryConfig,
+    WatchConfig,
+    EvaluationConfig,
     ReferenceCheckConfig,
 ):
     setattr(_section, "__pydantic_config__", _STRICT)  # noqa: B010

@@ -42,14 +42,14 @@ class PlanSettings:
         """The settings of a run."""
         model, parallel = config.model, config.parallel
         return PlanSettings(
-            ranks=parallel.ranks,
-            heads=model.num_attention_heads,
-            kv_heads=model.num_key_value_heads,
-            head_dim=model.head_dim,
+            ranks=parallel.attention_ranks,
+            heads=model.num_attention_heads // parallel.tensor_parallel_size,
+            kv_heads=max(model.num_key_value_heads // parallel.tensor_parallel_size, 1),
+            head_dim=model.head_size,
             dtype=model.dtype,
             strategy=parallel.strategy,
             data=parallel.data,
-            context_parallel_size=parallel.context_parallel_size or None,
+            context_parallel_size=parallel.split_ranks if parallel.data == "per_rank" else None,
             layout=parallel.layout,
             layout_options=parallel.layout_options,
             kernel=parallel.kernel,
@@ -61,7 +61,7 @@ class PlanSettings:
 
     @property
     def data_parallel_size(self) -> int:
-        """How many packs a step has: one that all ranks split, or one for each rank or block of ranks."""
+        """How many packs one attention call has: one that all ranks split, or one for each rank or block of ranks."""
         return 1 if self.data == "replicated" else self.ranks // (self.context_parallel_size or 1)
 
     def plan(self, *packs: Sequence[int]) -> Plan:
