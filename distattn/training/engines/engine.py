@@ -1,0 +1,66 @@
+"""What a training loop asks of whatever holds a model, its gradients and its optimizer over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distattn.driver.context_parallel import ContextParallel
+
+# a sharded micro-batch, as `ContextParallel.steps` yields it
+Batch = Mapping[str, Any]
+# called with the losses of a micro-batch's tokens (T,), detached, and the micro-batch
+OnTokenLosses = Callable[[Tensor, Batch], None]
+
+
+class EngineState(NamedTuple):
+    """All that training changes, under names that every engine uses alike.
+
+    model: parameters by their names in transformers. exp_avg, exp_avg_sq: AdamW's averages by the same names. updates: how
+    often parameters have been updated.
+    """
+
+    model: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    updates: int
+
+
+class Engine(Protocol):
+    """A model, its gradients and its optimizer, over all ranks of a run. All methods are collective calls.
+
+    cp: shards batches. model: the module that runs on this rank, for hooks.
+    """
+
+    cp: ContextParallel
+    model: torch.nn.Module
+
+    def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
+        """Forward and backward of a step's micro-batches; gradients are added up. Returns their losses, detached."""
+
+    def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
+        """Losses of micro-batches, without gradients."""
+
+    def clip(self, limit: float) -> float:
+        """Scale gradients down to a global norm; returns what it was before. `update` or `drop` follows."""
+
+    def update(self, learning_rate: float) -> None:
+        """Take the optimizer's step, and drop the gradients."""
+
+    def drop(self) -> None:
+        """Drop the gradients without a step."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's parameters by their names in transformers, gradients beside them where the engine shows them."""
+
+    def state(self) -> EngineState:
+        """What is saved: references or copies; a checkpoint is read into the tensors, and then given to `load`."""
+
+    def load(self, state: EngineState) -> None:
+        """Take over what was read into the tensors of `state`."""
+
+    def close(self) -> None:
+        """End what the engine began."""
