@@ -29,10 +29,11 @@ LEVELS = {
     "driver": 8,
     "adapters": 9,
     "pages": 9,
-    "training": 10,
-    "doctor": 10,
-    "planning": 11,
-    "launch": 12,
+    "models": 10,
+    "training": 11,
+    "doctor": 11,
+    "planning": 12,
+    "launch": 13,
 }
 NUMPY_ONLY = ("ir",)
 

@@ -1,0 +1,315 @@
+"""Models of transformers, from a configuration to this rank's shards of the initial weights.
+
+    model = meta_model(model_config("folder/of/a/model"), dtype=torch.bfloat16)
+    pytorch.shard_parameters(model, mesh)
+    materialise(model, seed=1)          # or load_pretrained(model, "folder/of/a/model")
+
+The model is built on the meta device, where tensors have shapes and no bytes. `materialise` gives each rank its shards and
+fills them one module at a time, so that the model exists whole on no rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from distattn.adapters import huggingface
+from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.models.shards import copy_part, local_tensor
+
+_OTHER_INPUTS = ("vision_config", "audio_config")
+
+
+def model_config(folder: str | Path) -> PretrainedConfig:
+    """Read the configuration of a causal language model from a folder's config.json; nothing is downloaded.
+
+    Raises DistattnError where there is none, where transformers knows no causal language model of its `model_type`, or where its
+    attention cannot be split; DamagedDataError where it is not JSON.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except OSError:
+        raise DistattnError(f"{folder}: there is no config.json; give the folder of a Hugging Face model.") from None
+    except ValueError as error:
+        raise DamagedDataError(f"{file}: cannot be read as JSON: {error}.") from None
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise DistattnError(f"{file}: it has no model_type, so it is not the configuration of a Hugging Face model.")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        kind = content["model_type"]
+        raise DistattnError(
+            f"{file}: transformers cannot read it (model_type {kind!r}): {_first_line(error)}"
+        ) from None
+    check_model(config)
+    return config
+
+
+def llama_config(
+    *,
+    num_layers: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    intermediate_size: int,
+    vocab_size: int,
+    max_position_embeddings: int,
+) -> PretrainedConfig:
+    """Make the configuration of a Llama from its shape, in the terms of a run file's [model]."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        max_position_embeddings=max_position_embeddings,
+        # transformers' 0.02 suits widths of thousands; narrow models learn half as fast with it
+        initializer_range=hidden_size**-0.5,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def check_model(config: PretrainedConfig) -> None:
+    """Raise DistattnError, naming the reason, where a configuration is of no causal language model that can be split."""
+    kind = config.model_type
+    other = [name for name in _OTHER_INPUTS if getattr(config, name, None) is not None]
+    if other:
+        raise DistattnError(
+            f"{kind} takes more than text ({other[0]}); give the configuration of its language model only."
+        )
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise DistattnError(f"transformers has no causal language model of type {kind!r}.")
+    huggingface.check_config(config)
+
+
+def meta_model(
+    config: PretrainedConfig, attention: str = huggingface.NAME, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Build a causal language model on the meta device; no tensor of it has bytes.
+
+    attention: a transformers attention implementation. dtype: of parameters; rotary frequencies stay in float32. Raises
+    DistattnError, naming the reason, where the model's attention cannot be split.
+    """
+    check_model(config)
+    if attention == huggingface.NAME:
+        huggingface.register()
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), attn_implementation=attention, dtype=dtype
+        )
+    return model
+
+
+def untied_meta_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model on the meta device, neither sharded nor wrapped, every name with a tensor of its own."""
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    # parameters do not depend on what computes attention
+    return meta_model(config, "eager", model.dtype)
+
+
+def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = "cpu") -> None:
+    """Give a model of the meta device its initial weights, on each rank its shards of them.
+
+    Each module is initialised by transformers' own `_init_weights`, whole, from numbers seeded by (seed, the module's name); a
+    rank keeps its part. So the weights do not depend on the number of ranks or on the sharding, and beside its shards a rank
+    holds one module's weights at a time; of the largest, an embedding of 128,256 x 8,192, 2.1 GB in bfloat16. device: where
+    the shards are, and where numbers are drawn: a CPU and a GPU draw different ones. torch's own seeds are left as they
+    were. Raises DistattnError, naming the tensor, where tensors would stay without values.
+    """
+    blueprint = untied_meta_model(model)
+    targets = own_tensors(model)
+    _check_names(model, targets, blueprint)
+    initialisations = _initialisations(blueprint, targets)
+    allocate(model, device)
+    _initialise(own_tensors(model), blueprint, initialisations, seed, torch.device(device))
+
+
+def materialise_buffers(model: PreTrainedModel, blueprint: PreTrainedModel, device: str | torch.device) -> None:
+    """Allocate all tensors of a model of the meta device, and fill those buffers that its files do not hold.
+
+    Such are rotary frequencies, with the scaling that the configuration asks for. blueprint: its `untied_meta_model`.
+    """
+    in_files = set(blueprint.state_dict())
+    targets = {name: tensor for name, tensor in own_tensors(model).items() if name not in in_files}
+    initialisations = _initialisations(blueprint, targets)
+    allocate(model, device)
+    targets = {name: tensor for name, tensor in own_tensors(model).items() if name in targets}
+    _initialise(targets, blueprint, initialisations, 0, torch.device(device))
+
+
+def allocate(model: PreTrainedModel, device: str | torch.device) -> None:
+    """Allocate all tensors of a model of the meta device; tied ones stay tied. Raises DistattnError where sharding parted them."""
+    for target, source in model.all_tied_weights_keys.items():
+        if model.get_parameter(target) is not model.get_parameter(source):
+            raise DistattnError(
+                f"{target} and {source} are tied, but were sharded apart; shard both modules in one fully_shard call."
+            )
+    model.to_empty(device=device)
+    for target, source in model.all_tied_weights_keys.items():
+        # plain parameters are replaced by to_empty, one by one
+        if model.get_parameter(target) is not model.get_parameter(source):
+            module, _, leaf = target.rpartition(".")
+            setattr(model.get_submodule(module), leaf, model.get_parameter(source))
+
+
+def own_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; tied ones once."""
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+class _Initialisation(NamedTuple):
+    """Modules that write the same tensors when they are initialised, in order, and these tensors."""
+
+    modules: list[tuple[str, PreTrainedModel, torch.nn.Module]]
+    tensors: set[str]
+
+
+def _initialisations(blueprint: PreTrainedModel, wanted: Collection[str]) -> list[_Initialisation]:
+    """Find what has to be initialised together, by initialising the model on the meta device.
+
+    A module mostly writes tensors of its own. Some write their children's, too: GPT-2 scales projections in the module
+    above. blueprint: on the meta device. Raises DistattnError where nothing writes one of the wanted tensors.
+    """
+    found: list[_Initialisation] = []
+    with torch.no_grad():
+        for name, owner, module in _modules_from_below("", blueprint, blueprint):
+            tensors = {f"{name}.{one}" if name else one: tensor for one, tensor in own_tensors(module).items()}
+            # in-place operations count a tensor's version up, those on views of it, too
+            before = {one: tensor._version for one, tensor in tensors.items()}
+            try:
+                owner._init_weights(module)
+            except (RuntimeError, NotImplementedError) as error:
+                raise DistattnError(f"{name} cannot be initialised on the meta device: {_first_line(error)}") from None
+            written = {one for one, tensor in tensors.items() if tensor._version != before[one]}
+            if not written:
+                continue
+            others = [one for one in found if one.tensors & written]
+            found = [one for one in found if not one.tensors & written]
+            modules = [module for one in others for module in one.modules]
+            tensors_of_all = written.union(*(one.tensors for one in others))
+            found.append(_Initialisation([*modules, (name, owner, module)], tensors_of_all))
+    found = [one for one in found if one.tensors & set(wanted)]
+    missing = sorted(set(wanted).difference(*(one.tensors for one in found)))
+    if missing:
+        raise DistattnError(
+            f"{type(blueprint).__name__} does not say how {missing[0]} is initialised (its _init_weights leaves it out)."
+        )
+    return found
+
+
+def _modules_from_below(
+    name: str, module: torch.nn.Module, owner: PreTrainedModel
+) -> Iterator[tuple[str, PreTrainedModel, torch.nn.Module]]:
+    """Every module after its children, with the model whose `_init_weights` is for it: the innermost, as in transformers."""
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    for leaf, child in module.named_children():
+        yield from _modules_from_below(f"{name}.{leaf}" if name else leaf, child, owner)
+    yield name, owner, module
+
+
+def _initialise(
+    targets: dict[str, Tensor],
+    blueprint: PreTrainedModel,
+    initialisations: list[_Initialisation],
+    seed: int,
+    device: torch.device,
+) -> None:
+    """Fill this rank's parts of the targets, one initialisation after the other."""
+    accelerator = device.type != "cpu"
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng([device] if accelerator else [], device_type=device.type if accelerator else "cuda"),
+    ):
+        for one in initialisations:
+            held = {name: targets[name] for name in sorted(one.tensors & targets.keys())}
+            if all(local_tensor(tensor).numel() == 0 for tensor in held.values()):
+                continue
+            with _real_tensors(blueprint, one.tensors, targets, device):
+                for name, owner, module in one.modules:
+                    _seed_generators(_seed_of(seed, name), device)
+                    owner._init_weights(module)
+                values = own_tensors(blueprint)
+                for name, tensor in held.items():
+                    copy_part(name, tensor, values[name])
+
+
+@contextmanager
+def _real_tensors(
+    blueprint: PreTrainedModel, names: Collection[str], targets: dict[str, Tensor], device: torch.device
+) -> Iterator[None]:
+    """Meanwhile these tensors of a model on the meta device have bytes; parameters in the dtype of the target."""
+    meta = own_tensors(blueprint)
+    for name in names:
+        if isinstance(meta[name], torch.nn.Parameter):
+            dtype = targets[name].dtype if name in targets else meta[name].dtype
+            empty = torch.empty(meta[name].shape, dtype=dtype, device=device)
+            _set(blueprint, name, torch.nn.Parameter(empty, requires_grad=False))
+        else:
+            _set(blueprint, name, torch.empty_like(meta[name], device=device))
+    try:
+        yield
+    finally:
+        for name in names:
+            _set(blueprint, name, meta[name])
+
+
+def _set(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, tensor)
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """A seed for torch, of 63 bits, from a run's seed and a module's name."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators that initialisation draws from, and no others."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def _check_names(model: PreTrainedModel, targets: dict[str, Tensor], blueprint: PreTrainedModel) -> None:
+    """Refuse models whose names or shapes are not those of their configuration."""
+    wanted = own_tensors(blueprint)
+    tied = set(model.all_tied_weights_keys)
+    strange = sorted(targets.keys() ^ (wanted.keys() - tied))
+    if strange:
+        raise DistattnError(
+            f"{strange[0]} is only in one of the model and its configuration; give weights before adding modules or wrapping "
+            "them (LoRA, torch.compile)."
+        )
+    for name, tensor in targets.items():
+        if tensor.shape != wanted[name].shape:
+            raise DistattnError(
+                f"{name} is {tuple(tensor.shape)}, but {tuple(wanted[name].shape)} by the model's configuration."
+            )
+        if not local_tensor(tensor).is_meta:
+            raise DistattnError(f"{name} has values already; materialise takes models of the meta device (meta_model).")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".") + "."
