@@ -50,13 +50,15 @@ class PackLoader:
         vocabulary: int | None = None,
         device: torch.device | str = "cpu",
         pin_memory: bool = True,
+        corpus_ids: bool = False,
     ) -> None:
         """rank, size: the share and the number of shares. steps: how many to yield; by default all that the plan has.
 
         ahead: steps whose records are read and checked before they are asked for. even: refuse steps whose packs cannot be dealt
         out in equal numbers. drop_last: leave out the plan's last step where it is not full (`PackPlan.full_steps`), whatever the
         number of shares. vocabulary: token ids are below it; looked at when tokens are read. device: of what ranks read;
-        pin_memory: whether through pinned memory, where CUDA is available.
+        pin_memory: whether through pinned memory, where CUDA is available. corpus_ids: ranks also read `corpus_ids` (1, T), the
+        number of each token's corpus in the plan's `sources`, -1 of padding.
 
         Raises DistattnError naming what cannot be: corpora or masks that the plan was not made of, steps that it does not have,
         and more shares than a step has packs. Where a document kept whole takes the place of several packs, a step may turn out
@@ -89,6 +91,7 @@ class PackLoader:
         self._corpora = _corpora_of(self.plan, corpora)
         self._masks = [corpus.masks for corpus in self._corpora]
         self._vocabulary, self._device, self._pins = vocabulary, device, pin_memory
+        self._corpus_ids = corpus_ids
         self._thread = ReadingThread()
         # of steps that were begun ahead
         self._started: dict[int, Started[StepPacks]] = {}
@@ -102,6 +105,7 @@ class PackLoader:
             start_step=self.step, steps=self.end - self.step, ahead=self.ahead, even=self.even
         )
         settings |= dict(vocabulary=self._vocabulary, device=self._device, pin_memory=self._pins)
+        settings |= dict(corpus_ids=self._corpus_ids)
         return partial(PackLoader, rank=self.rank, size=self.size, **settings), (self.plan, self._corpora)
 
     def __iter__(self) -> Iterator[list[PlannedBatch]]:
@@ -197,6 +201,7 @@ class PackLoader:
                 vocabulary=self._vocabulary,
                 device=self._device,
                 pin_memory=self._pins,
+                corpus_ids=self._corpus_ids,
             )
             self._batches[step, number] = batch
         return batch

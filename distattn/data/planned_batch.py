@@ -47,13 +47,15 @@ class PlannedBatch:
         vocabulary: int | None = None,
         device: torch.device | str = "cpu",
         pin_memory: bool = True,
+        corpus_ids: bool = False,
     ) -> None:
         """corpora: in the order of the plan's sources. masks: of each corpus; by default those that lie beside its files.
 
         thread: does what `start_reading` begins; without one it is done at once. vocabulary: all ids must be below it. device: of
-        a rank's part. pin_memory: read into pinned memory where CUDA is available.
+        a rank's part. pin_memory: read into pinned memory where CUDA is available. corpus_ids: a rank's part says of which corpus
+        each token is.
         """
-        self._pins = pin_memory
+        self._pins, self._has_corpus_ids = pin_memory, corpus_ids
         self.device = torch.device(device)
         self.digest = digest
         self.lengths: tuple[int, ...] = tuple(pack.lengths)
@@ -97,10 +99,17 @@ class PlannedBatch:
         self.start_reading(layout.tokens(rank))
 
     def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
-        """`input_ids`, `labels` and `position_ids` (1, T) of a rank, read now or ahead; padded to a multiple."""
+        """`input_ids`, `labels` and `position_ids` (1, T) of a rank, read now or ahead; padded to a multiple.
+
+        With corpus_ids also these (1, T): the number of each token's corpus in the plan's sources, -1 of padding.
+        """
         tokens = layout.tokens(rank)
         ids, labels = (read.to(self.device, non_blocking=True) for read in self.read_tensors(tokens))
-        return local_tensors(ids, labels, layout, tokens, pad_to)
+        part = local_tensors(ids, labels, layout, tokens, pad_to)
+        if self._has_corpus_ids:
+            padded_tokens = part["input_ids"].shape[1]
+            part["corpus_ids"] = self._corpus_ids(tokens, padded_tokens).to(self.device, non_blocking=True)[None]
+        return part
 
     def start_reading(self, tokens: np.ndarray) -> None:
         """Have the token ids and labels at these positions read ahead: the next `read` of the same positions returns them.
@@ -130,6 +139,13 @@ class PlannedBatch:
                 del self._started[at]
                 return started.result()
         return self._prepared(tokens)()
+
+    def _corpus_ids(self, tokens: np.ndarray, padded_tokens: int) -> Tensor:
+        """The corpus of each of these positions, then -1: int64 (padded_tokens,)."""
+        found = torch.full((padded_tokens,), -1, dtype=torch.int64, pin_memory=self._pins and _pins_memory())
+        pieces = np.searchsorted(self._begins, tokens, "right") - 1
+        found.numpy()[: len(tokens)] = self._pack.corpus[pieces]
+        return found
 
     def _prepared(self, tokens: np.ndarray) -> Callable[[], tuple[Tensor, Tensor]]:
         """What reads these positions into memory that is allocated now."""

@@ -1,0 +1,136 @@
+"""Loss by position and by corpus: does it keep falling with context, and where?
+
+Sums are kept on the device and added up without waiting for it; ranks are asked only when somebody wants to read them.
+"""
+
+# T tokens on this rank, C corpora, B buckets of positions
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from distattn.adapters import pytorch
+from distattn.batch.packed_batch import IGNORE_INDEX
+from distattn.kernels.merge import accumulation_dtype
+from distattn.parallel.runtime.communicator import sendable_device
+
+
+@dataclass(frozen=True)
+class PositionBucket:
+    """Tokens at positions first to last of their documents. loss: their mean in nats, None where there are none."""
+
+    first: int
+    last: int
+    tokens: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class CorpusLoss:
+    """Tokens of one corpus. loss: their mean in nats, None where there are none."""
+
+    name: str
+    tokens: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """Mean losses over some steps and all ranks.
+
+    loss: of all tokens with a label and a finite loss, None where there are none. not_finite: tokens with another loss, which are
+    in no mean. by_corpus: empty where nobody said of which corpus tokens are.
+    """
+
+    loss: float | None
+    tokens: int
+    not_finite: int
+    by_position: tuple[PositionBucket, ...]
+    by_corpus: tuple[CorpusLoss, ...]
+
+
+class LossByPosition:
+    """Adds up token losses by bucket of positions and by corpus.
+
+    Buckets: position 0, then [1, 1], [2, 3], [4, 7] and so on in powers of two, up to `context` tokens; what lies beyond is in
+    the last. A position counts from the begin of the piece of a document that a pack has, as the model sees it. corpora: their
+    names, in the order of their numbers.
+    """
+
+    def __init__(self, context: int, corpora: Sequence[str] = (), device: torch.device | str = "cpu"):
+        self.corpora = tuple(corpora)
+        # first positions of the buckets after the first
+        self._edges = [1 << power for power in range(max(context - 1, 0).bit_length())]
+        self._edges_B = torch.tensor(self._edges, dtype=torch.int64, device=device)
+        self._buckets = len(self._edges) + 1
+        # sums of losses, numbers of tokens, and of those whose loss is not finite; row 0 is of tokens of no known corpus. fp64 is
+        # exact for numbers up to 2^53
+        self._sums = torch.zeros(3, (len(self.corpora) + 1) * self._buckets, dtype=torch.float64, device=device)
+
+    def add(self, losses_T: Tensor, labels_T: Tensor, positions_T: Tensor, corpus_ids_T: Tensor | None = None) -> None:
+        """Add one micro-batch; nothing waits for the device.
+
+        losses_T: each token's loss in nats, any float dtype. labels_T: -100 where a token has none, and its loss does not count.
+        positions_T: of each token in its document. corpus_ids_T: the number of its corpus, -1 for none. Any shape of T elements.
+        """
+        losses_T, labels_T, positions_T = losses_T.detach().flatten(), labels_T.flatten(), positions_T.flatten()
+        place_T = torch.bucketize(positions_T, self._edges_B, right=True)
+        if corpus_ids_T is not None and self.corpora:
+            place_T = place_T + (corpus_ids_T.flatten() + 1) * self._buckets
+        counts_T = labels_T != IGNORE_INDEX
+        finite_T = counts_T & losses_T.isfinite()
+        kept_T = torch.where(finite_T, losses_T, 0).double()
+        rows_3T = torch.stack([kept_T, finite_T.double(), (counts_T & ~finite_T).double()])
+        self._sums.index_add_(1, place_T, rows_3T)
+
+    def add_batch(self, losses_T: Tensor, batch: Mapping[str, Any]) -> None:
+        """`add` for a local batch as the driver gives it; `corpus_ids` are there where `PackLoader(corpus_ids=True)` read it."""
+        self.add(losses_T, batch["labels"], batch["position_ids"], batch.get("corpus_ids"))
+
+    def reset(self) -> None:
+        """Forget all sums."""
+        self._sums.zero_()
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> LossTable:
+        """The table over all ranks of the group, which have tokens of their own; None: of this rank. Sums are kept.
+
+        A collective call, which waits for the device.
+        """
+        total = self._sums.clone()
+        if group is not None and dist.get_world_size(group) > 1:
+            total = total.to(sendable_device(group))
+            dist.all_reduce(total, group=group)
+        sums, tokens, not_finite = total.cpu().view(3, len(self.corpora) + 1, self._buckets).unbind()
+        edges = [0, *self._edges]
+        by_position = tuple(
+            PositionBucket(first, last - 1, int(count), _mean(part, count))
+            for first, last, part, count in zip(
+                edges, [*self._edges, 2 * edges[-1] or 1], sums.sum(0).tolist(), tokens.sum(0).tolist(), strict=True
+            )
+        )
+        parts = zip(self.corpora, sums.sum(1).tolist()[1:], tokens.sum(1).tolist()[1:], strict=True)
+        return LossTable(
+            _mean(float(sums.sum()), float(tokens.sum())),
+            int(tokens.sum()),
+            int(not_finite.sum()),
+            by_position,
+            tuple(CorpusLoss(name, int(count), _mean(part, count)) for name, part, count in parts),
+        )
+
+
+def token_losses(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss of each token of a local batch (T,), in nats, 0 where it has no label; without the batch's loss scale."""
+    logits_TV = pytorch.forward(model, batch).flatten(0, -2)
+    wide_TV = logits_TV.to(accumulation_dtype(logits_TV.dtype))
+    return F.cross_entropy(wide_TV, batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
