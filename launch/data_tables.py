@@ -37,6 +37,8 @@ def plan_facts(plan: PackPlan) -> dict[str, Any]:
         "filled": filled(plan),
         "longest_wait": plan.longest_wait,
         "rule": plan.rule.as_dict(),
+        # of a pack that one document fills; none where no device was named
+        "full_pack_seconds": [plan.rule.cost.seconds(tokens) or None for tokens in _context_lengths(plan)],
         "corpora": corpora,
     }
 
@@ -61,14 +63,18 @@ def print_plan(plan: PackPlan) -> None:
         table.add_row(escape(source.name), *numbers)
     console = ResultConsole(highlight=False, width=max(_WIDTH, *(len(source.name) + 100 for source in plan.sources)))
     console.print(table)
-    # a plan may end before its rule's last context length
-    lengths = sorted({tokens for first, tokens in plan.rule.context if first < plan.steps})
+    lengths = _context_lengths(plan)
     console.print(
         f"{plan.steps:,} steps of {plan.rule.tokens_per_step:,} tokens, {filled(plan):.2%} filled; {plan.packs:,} packs of "
         f"{', '.join(f'{tokens:,}' for tokens in lengths)} tokens, {plan.pieces / plan.packs:.1f} documents or pieces each; "
         f"digest {plan.digest}",
         soft_wrap=True,
     )
+    if plan.rule.cost.cell_femtoseconds:
+        seconds = ", ".join(f"{plan.rule.cost.seconds(tokens):.3g}" for tokens in lengths)
+        console.print(
+            f"a pack that one document fills: {seconds} s of a training step on one device (estimated)", soft_wrap=True
+        )
     mixed = [(source.name, epochs) for source in plan.sources if (epochs := _epochs_of_window(plan, source)) > 1]
     if mixed:
         console.print(
@@ -90,6 +96,11 @@ def print_plan(plan: PackPlan) -> None:
 def filled(plan: PackPlan) -> float:
     """Tokens of all steps, as a part of what they have room for."""
     return plan.tokens / (plan.steps * plan.rule.tokens_per_step)
+
+
+def _context_lengths(plan: PackPlan) -> list[int]:
+    """Tokens of packs, rising. A plan may end before its rule's last context length."""
+    return sorted({tokens for first, tokens in plan.rule.context if first < plan.steps})
 
 
 def _share(plan: PackPlan, source: PlannedSource) -> float:

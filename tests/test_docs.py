@@ -27,7 +27,14 @@ from distattn.adapters import huggingface, pytorch
 from distattn.data.corpus import Corpus
 from distattn.data.indexed_file import IndexedFileWriter
 from distattn.data.label_masks import LabelMasks
-from distattn.data.pack_config import CorpusConfig, PackConfig, load_pack_config, make_configured_plan, open_corpora
+from distattn.data.pack_config import (
+    CorpusConfig,
+    CostConfig,
+    PackConfig,
+    load_pack_config,
+    make_configured_plan,
+    open_corpora,
+)
 from distattn.data.pack_rule import PackCost, PackRule
 from distattn.launch import cli
 from distattn.training.config import RENAMED, Config
@@ -249,16 +256,22 @@ def test_the_commands_of_the_page_on_data_run(capsys, tmp_path, monkeypatch):
     model = tokenizers.models.WordLevel({"abc": 0, "c": 1, "<|end|>": 2}, unk_token="c")
     tokenizers.Tokenizer(model).save("tokenizer.json")
     page = (ROOT / "docs" / "data.md").read_text()
-    (toml,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    toml, cost = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     Path("packs.toml").write_text(toml)
     keys = set(re.findall(r"^(\w+) =", toml, re.MULTILINE))
     sections = (PackConfig, CorpusConfig, PackRule, PackCost)
     assert keys == {one.name for section in sections for one in fields(section)} - {"corpus", "rule", "cost"}
+    keys = set(re.findall(r"^(\w+) =", cost, re.MULTILINE))
+    assert keys | {"model"} == {one.name for one in fields(CostConfig)}
     commands = re.findall(r"^    distattn (data .*)$", page, re.MULTILINE)
     assert [command.split()[1] for command in commands] == ["tokenize"] * 3 + ["pack", "stats", "show", "verify"]
     for command in commands:
         assert cli.main(shlex.split(command)) == 0, capsys.readouterr().err
     assert "data/run.packs: " in capsys.readouterr().out and Path("data/stats.svg").exists()
+    # the numbers of the other section in place of those of [rule.cost]
+    Path("packs.toml").write_text(toml.partition("[rule.cost]")[0] + cost)
+    loaded = load_pack_config("packs.toml").rule
+    assert f"{loaded.cost.seconds(131_072):.1f} s on one H100" in page
 
 
 # ---- private names of other projects

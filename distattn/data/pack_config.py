@@ -7,9 +7,10 @@ import glob
 import json
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from distattn.data.make_pack_plan import make_pack_plan
 from distattn.data.manifest import Manifest
 from distattn.data.pack_plan import PackPlan, PlannedSource
 from distattn.data.pack_rule import PackCost, PackRule
+from distattn.data.training_cost import ModelShape, load_device, training_cost
 from distattn.ir.errors import DistattnError
+from distattn.ir.toml_lines import Key, TomlLines, syntax_place
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _MOST_SEED = (1 << 64) - 1
@@ -56,10 +59,29 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True)
+class CostConfig:
+    """What the cost of a pack is estimated for. device: such as "h100", a cluster's name, or the TOML file of one.
+
+    model: a config.json that has the sizes. Without it all others are given, as in `ModelShape`; head_dim and
+    num_key_value_heads may be left out.
+    """
+
+    device: str
+    model: str | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
 class PackConfig:
     """What a pack plan is made of. plan: its file; steps: how many, or none to go on until all corpora have ended.
 
-    Paths are relative to the folder of the TOML file.
+    cost: what `rule.cost` is estimated from, in place of numbers there. Paths are relative to the folder of the TOML file.
     """
 
     plan: str
@@ -67,45 +89,65 @@ class PackConfig:
     rule: PackRule
     seed: int = 1
     steps: int | None = None
+    cost: CostConfig | None = None
 
 
-for _section in (CorpusConfig, PackConfig, PackRule, PackCost):
+for _section in (CorpusConfig, CostConfig, PackConfig, PackRule, PackCost):
     setattr(_section, "__pydantic_config__", _STRICT)  # noqa: B010
 
 
 def load_pack_config(path: str | Path) -> PackConfig:
-    """Read such a file; paths in the result are relative to the current folder. Raises DistattnError naming file and key."""
+    """Read such a file; paths in the result are relative to the current folder.
+
+    Raises DistattnError naming file, line and key.
+    """
     try:
-        content = tomllib.loads(Path(path).read_text("utf-8"))
+        text = Path(path).read_text("utf-8")
+        content = tomllib.loads(text)
     except OSError as error:
         raise DistattnError(f"{path}: cannot be read: {error.strerror}; name the TOML file of a pack plan.") from None
     except tomllib.TOMLDecodeError as error:
-        raise DistattnError(f"{path}: cannot be read as TOML: {error}.") from None
+        raise DistattnError(f"{syntax_place(path, error)}: cannot be read as TOML: {error}.") from None
     except UnicodeDecodeError as error:
         raise DistattnError(f"{path}: cannot be read as TOML: byte {error.start:,} is no UTF-8.") from None
+    lines = TomlLines(text)
     try:
         # dates and times, which no key has, become strings
         config = TypeAdapter(PackConfig).validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
-        found = [(one, *_described(one["loc"], content)) for one in error.errors()]
-        raise DistattnError("\n".join(f"{path}: {_sentence(*one)}" for one in found)) from None
-    if wrong := list(_impossible(config)):
-        raise DistattnError("\n".join(f"{path}: {sentence}" for sentence in wrong))
+        raise DistattnError(
+            "\n".join(
+                f"{lines.place(path, _key_of(one))}: {_sentence(one, *_described(one['loc'], content))}"
+                for one in error.errors()
+            )
+        ) from None
+    if wrong := list(_impossible(config, content)):
+        raise DistattnError("\n".join(f"{lines.place(path, key)}: {sentence}" for key, sentence in wrong))
     folder = os.path.dirname(path)
-    corpora = tuple(
-        replace(one, files=_found(f"{path}: corpus {one.name}", folder, one.files)) for one in config.corpus
-    )
+    corpora = []
     owners: dict[str, str] = {}
-    for one in corpora:
-        for prefix in one.files:
-            real = os.path.realpath(f"{prefix}.idx")
-            if real in owners:
-                of = "twice" if owners[real] == one.name else f"by {owners[real]} already"
-                raise DistattnError(
-                    f"{path}: corpus {one.name}: {prefix} is named {of}; its documents would be read twice in an epoch."
-                )
-            owners[real] = one.name
-    return replace(config, plan=os.path.join(folder, config.plan), corpus=corpora)
+    for at, one in enumerate(config.corpus):
+        prefixes: list[str] = []
+        for entry, pattern in enumerate(one.files):
+            where = f"{lines.place(path, ('corpus', at, 'files', entry))}: corpus {one.name}"
+            for prefix in _found(where, folder, pattern):
+                real = os.path.realpath(f"{prefix}.idx")
+                if real in owners:
+                    of = "twice" if owners[real] == one.name else f"by {owners[real]} already"
+                    raise DistattnError(
+                        f"{where}: {prefix} is named {of}; its documents would be read twice in an epoch."
+                    )
+                owners[real] = one.name
+                prefixes.append(prefix)
+        corpora.append(replace(one, files=tuple(prefixes)))
+    rule = config.rule
+    if config.cost is not None:
+        try:
+            rule = replace(rule, cost=_estimated_cost(config.cost, folder))
+        except DistattnError as error:
+            key = str(error).partition(":")[0]
+            raise DistattnError(f"{lines.place(path, ('cost', key))}: cost.{error}") from None
+    return replace(config, plan=os.path.join(folder, config.plan), corpus=tuple(corpora), rule=rule)
 
 
 def open_corpora(config: PackConfig) -> list[Corpus]:
@@ -177,32 +219,62 @@ def open_configured_plan(config: PackConfig, corpora: Sequence[Corpus]) -> PackP
     return plan
 
 
-def _impossible(config: PackConfig) -> Iterator[str]:
-    """What is wrong with values that have the right types, a sentence each."""
+def _impossible(config: PackConfig, content: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """(Key, a sentence) of what is wrong with values that have the right types."""
     if not config.plan:
-        yield "plan: is empty; name the plan's file."
+        yield ("plan",), "plan: is empty; name the plan's file."
     if not 0 <= config.seed <= _MOST_SEED:
-        yield f"seed: {config.seed} is none; name an integer from 0 to 2^64 - 1."
+        yield ("seed",), f"seed: {config.seed} is none; name an integer from 0 to 2^64 - 1."
     if config.steps is not None and config.steps < 1:
-        yield f"steps: {config.steps} is too few; a plan has at least 1."
+        yield ("steps",), f"steps: {config.steps} is too few; a plan has at least 1."
     if not config.corpus:
-        yield "corpus: there is none; add a [[corpus]] with a name and files."
+        yield ("corpus",), "corpus: there is none; add a [[corpus]] with a name and files."
     names = [one.name for one in config.corpus]
+    weighted = [one.name for one in config.corpus if one.weight is not None]
     for number, one in enumerate(config.corpus):
+        table: Key = ("corpus", number)
         where = f"corpus {one.name}"
         if one.name in names[:number]:
-            yield f"{where}: two corpora have this name; give each a name of its own."
+            yield (*table, "name"), f"{where}: two corpora have this name; give each a name of its own."
         if not one.files:
-            yield f"{where}: files: there are none; name prefixes of indexed files."
+            yield (*table, "files"), f"{where}: files: there are none; name prefixes of indexed files."
         for key, value in (("weight", one.weight), ("max_epochs", one.max_epochs)):
             if value is not None and value <= 0:
-                yield f"{where}: {key} is {value}; it must be a number above 0."
+                yield (*table, key), f"{where}: {key} is {value}; it must be a number above 0."
         if config.steps is None and one.max_epochs is None:
-            yield f"{where}: max_epochs is missing: without steps a plan ends when all corpora have ended; give one of both."
-    weighted = [one.name for one in config.corpus if one.weight is not None]
-    if len(weighted) < len(names):
-        for other in (one.name for one in config.corpus if one.weight is None and weighted):
-            yield f"corpus {other}: weight is missing, but {weighted[0]} has one; give all or none."
+            yield (
+                table,
+                f"{where}: max_epochs is missing: without steps a plan ends when all corpora have ended; give one of both.",
+            )
+        if weighted and one.weight is None:
+            yield table, f"{where}: weight is missing, but {weighted[0]} has one; give all or none."
+    if config.cost is not None and "cost" in content["rule"]:
+        yield ("cost",), "cost: is estimated for a device, but [rule.cost] names numbers; leave out one of both."
+
+
+def _estimated_cost(cost: CostConfig, folder: str) -> PackCost:
+    """The cost of a model on a device. Raises DistattnError whose sentence begins with a key of [cost]."""
+    given = {
+        name: value for name, value in asdict(cost).items() if name not in ("device", "model") and value is not None
+    }
+    if cost.model is not None and given:
+        raise DistattnError(f"{next(iter(given))}: is given beside model, which has all sizes; leave out one of both.")
+    try:
+        # a device or a cluster has a name, anything else is a file
+        device = load_device(os.path.join(folder, cost.device) if cost.device.endswith(".toml") else cost.device)
+    except DistattnError as error:
+        raise DistattnError(f"device: {error}") from None
+    if cost.model is not None:
+        try:
+            shape = ModelShape.of_configuration(os.path.join(folder, cost.model))
+        except DistattnError as error:
+            raise DistattnError(f"model: {error}") from None
+    else:
+        missing = [one.name for one in fields(ModelShape) if one.default is MISSING and one.name not in given]
+        if missing:
+            raise DistattnError(f"{missing[0]}: is missing; name all sizes of the model, or model = its config.json.")
+        shape = ModelShape(**given)
+    return training_cost(shape, device)
 
 
 def _settings(config: PackConfig, plan: PackPlan) -> Iterator[tuple[str, Any, Any]]:
@@ -229,23 +301,27 @@ def _is_short(source: PlannedSource) -> bool:
     return source.planned_documents < least
 
 
-def _found(where: str, folder: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    """The prefixes that patterns name, in their order. Raises DistattnError for a pattern that names none."""
-    prefixes: list[str] = []
-    for pattern in patterns:
-        name = pattern.removesuffix(".idx").removesuffix(".bin") + ".idx"
-        # a name with brackets is itself
-        files = (
-            [name] if os.path.exists(os.path.join(folder, name)) else sorted(glob.glob(name, root_dir=folder or None))
-        )
-        # masks lie beside tokens, and are none
-        masks = tuple(f".{kind}.idx" for kind in FileMasks._fields)
-        files = [file for file in files if file == name or not file.endswith(masks)]
-        if not files:
-            missing = os.path.join(folder, name)
-            raise DistattnError(f"{where}: there is no {missing}; make it with distattn data tokenize.")
-        prefixes += [os.path.join(folder, file.removesuffix(".idx")) for file in files]
-    return tuple(prefixes)
+def _found(where: str, folder: str, pattern: str) -> Iterator[str]:
+    """The prefixes that a pattern names, in their order. Raises DistattnError where it names none."""
+    name = pattern.removesuffix(".idx").removesuffix(".bin") + ".idx"
+    # a name with brackets is itself
+    files = [name] if os.path.exists(os.path.join(folder, name)) else sorted(glob.glob(name, root_dir=folder or None))
+    # masks lie beside tokens, and are none
+    masks = tuple(f".{kind}.idx" for kind in FileMasks._fields)
+    files = [file for file in files if file == name or not file.endswith(masks)]
+    if not files:
+        missing = os.path.join(folder, name)
+        raise DistattnError(f"{where}: there is no {missing}; make it with distattn data tokenize.")
+    yield from (os.path.join(folder, file.removesuffix(".idx")) for file in files)
+
+
+def _key_of(error: Any) -> Key:
+    """The key that an error is about."""
+    if error["type"] != "value_error":
+        return tuple(error["loc"])
+    # a sentence of the rule, which begins with a key
+    found = re.match(r"[\w.]+", str(error["ctx"]["error"]))
+    return ("rule", *(found[0].split(".") if found else ()))
 
 
 def _described(loc: Sequence[str | int], content: Mapping[str, Any]) -> tuple[str, str]:
@@ -302,5 +378,6 @@ _SECTIONS: dict[tuple[str, ...], list[str]] = {
         (("corpus",), CorpusConfig),
         (("rule",), PackRule),
         (("rule", "cost"), PackCost),
+        (("cost",), CostConfig),
     )
 }

@@ -24,21 +24,31 @@ class PackCost:
     token_cells: cells that take as long as everything else of a token (products with weights), by default in an 8B Llama: 436
     million operations of a layer for a token, beside 16 thousand for a cell. document_cells: what a document costs besides: by
     default a tile of 128 rows and 1,024 keys, which is about what a kernel's programs take to begin and end (`overhead_keys` and
-    `padded_cells` in `distattn.cluster.cost`) and the half-empty tile at its end. Whole numbers: costs are the same everywhere.
+    `padded_cells` in `distattn.cluster.cost`) and the half-empty tile at its end. cell_femtoseconds: what a cell takes, or 0
+    where no device was named. `distattn.data.training_cost` has all three of a model and a device. Whole numbers: costs are the
+    same everywhere.
     """
 
     token_cells: int = 26_600
     document_cells: int = 128 * 1024
+    cell_femtoseconds: int = 0
 
     def __post_init__(self) -> None:
         """Raises DistattnError where a number is negative or absurdly large."""
-        for name, cells in asdict(self).items():
+        for name in ("token_cells", "document_cells"):
+            cells = getattr(self, name)
             if not 0 <= cells <= _MOST_CELLS:
                 raise DistattnError(f"cost.{name} is {cells:,}; it must be 0 to {_MOST_CELLS:,} cells of attention.")
+        if self.cell_femtoseconds < 0:
+            raise DistattnError(f"cost.cell_femtoseconds is {self.cell_femtoseconds:,}; it must be 0 or more.")
 
     def of(self, length: Any) -> Any:
         """Cells of a document with so many tokens (a number, or int64 (N,))."""
         return length * (length + 1) // 2 + self.token_cells * length + self.document_cells
+
+    def seconds(self, length: int) -> float:
+        """Estimated seconds of a training step that a document takes on one device; 0 where no device was named."""
+        return float(self.of(length)) * self.cell_femtoseconds * 1e-15
 
     def longest(self, cells: int) -> int:
         """The longest document that costs at most so many cells; below 1 if none does."""
@@ -125,7 +135,11 @@ class PackRule:
 
     def as_dict(self) -> dict[str, Any]:
         """The rule in terms of JSON."""
-        return asdict(self)
+        facts = asdict(self)
+        # a plan whose cost is not that of a device is the same file as those of earlier versions
+        if not self.cost.cell_femtoseconds:
+            del facts["cost"]["cell_femtoseconds"]
+        return facts
 
     def context_at(self, step: int) -> int:
         """Tokens of a pack of this step."""

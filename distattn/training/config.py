@@ -8,7 +8,7 @@ import io
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.toml_lines import Key, TomlLines, syntax_place
 from distattn.training.config_checks import problems_of
 from distattn.training.config_sections import Config as Config
 from distattn.training.config_sections import DataConfig as DataConfig
@@ -58,14 +59,18 @@ _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the configuration of a file, with command-line overrides. Raises DistattnError naming every bad key at once."""
+    """Read the configuration of a file, with command-line overrides. Raises DistattnError naming every bad key and its line."""
     try:
-        content = tomllib.loads(Path(path).read_text("utf-8"))
+        text = Path(path).read_text("utf-8")
+        content = tomllib.loads(text)
     except FileNotFoundError:
         raise DistattnError(f"{path}: there is no such configuration file; try configs/tiny.toml.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except tomllib.TOMLDecodeError as error:
+        raise DistattnError(f"{syntax_place(path, error)}: cannot be read as TOML: {error}.") from None
+    except (UnicodeDecodeError, OSError) as error:
         raise DistattnError(f"{path}: cannot be read as TOML: {error}.") from None
-    config = _validated(str(path), content)
+    lines = TomlLines(text)
+    config = _validated(content, lambda key: lines.place(path, key))
     if overrides:
         _check_overrides(config, overrides)
         changed = tyro.cli(Config, default=config, args=list(overrides))
@@ -73,7 +78,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not named and changed.parallel.layout != config.parallel.layout:
             # the file's belongs to the file's layout
             changed = replace(changed, parallel=replace(changed.parallel, min_chunk=0))
-        config = _validated("command line", asdict(changed))
+        config = _validated(asdict(changed), lambda _: "command line")
     return config
 
 
@@ -90,8 +95,11 @@ def save(config: Config, path: Path) -> None:
     path.write_text(tomli_w.dumps(asdict(config)), "utf-8")
 
 
-def _validated(source: str, content: dict[str, Any]) -> Config:
-    """Make the configuration a nested dict describes. Raises DistattnError with all mistakes, each line beginning with source."""
+def _validated(content: dict[str, Any], place: Callable[[Key], str]) -> Config:
+    """Make the configuration a nested dict describes. place: where a key was given, such as a file and its line.
+
+    Raises DistattnError with all mistakes, each on a line that begins with its place.
+    """
     try:
         # through JSON: strict about types, yet a TOML array is a tuple; a TOML date becomes a table, which fits nowhere
         text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})

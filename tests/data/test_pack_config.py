@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,10 @@ def written(folder: Path, *parts: str) -> Path:
 def refusal(folder: Path, *parts: str) -> str:
     with pytest.raises(DistattnError) as caught:
         load_pack_config(written(folder, *parts))
+    place = re.compile(re.escape(f"{folder}/packs.toml") + r"(:\d+)?: ")
     lines = str(caught.value).splitlines()
-    assert all(line.startswith(f"{folder}/packs.toml: ") and line.endswith((".", "?")) for line in lines), lines
-    return "\n".join(line.removeprefix(f"{folder}/packs.toml: ") for line in lines)
+    assert all(place.match(line) and line.endswith((".", "?")) for line in lines), lines
+    return "\n".join(place.sub("", line, count=1) for line in lines)
 
 
 def manifest(tokenizer: str, vocabulary: int = 50_000) -> Manifest:
@@ -128,6 +130,25 @@ def test_names_with_brackets_are_themselves_and_masks_are_no_tokens(folder):
 )  # fmt: skip
 def test_bad_input_is_refused_with_its_key(folder, text, sentence):
     assert refusal(folder, text).startswith(sentence)
+
+
+def test_refusals_name_the_line(folder):
+    def places(*parts: str) -> list[str]:
+        with pytest.raises(DistattnError) as caught:
+            load_pack_config(written(folder, *parts))
+        return [line.removeprefix(f"{folder}/packs.toml").partition(": ")[0] for line in str(caught.value).splitlines()]
+
+    # HEAD has lines 1 to 3, RULE 4 to 7, WEB 8 to 11, BOOKS 12 to 15
+    assert places(HEAD, RULE, WEB, BOOKS.replace("1.5", '"x"')) == [":15"]
+    assert places(HEAD, RULE, WEB, "nix = 1\n", BOOKS) == [":12"]
+    assert places(HEAD, RULE, WEB, BOOKS.replace("weight = 1.5", "")) == [":12"]
+    assert places(HEAD, RULE, WEB, BOOKS.replace('"books-0"', '\n"books-0", \n"nix"')) == [":16"]
+    assert places(HEAD, RULE.replace("64", '"x"').replace("512", "1.5"), WEB, BOOKS) == [":5", ":6"]
+    assert places(HEAD, RULE.replace("512", "500"), WEB) == [":6"]
+    assert places(HEAD, RULE, "[rule.cost]\ntoken_cells = -1\n", WEB) == [":9"]
+    assert places(HEAD, RULE.replace("=", "", 1), WEB) == [":5"]
+    assert places(HEAD.replace("7", "-1"), RULE, WEB, WEB) == [":2", ":13"]
+    assert places(RULE, WEB) == [""]
 
 
 def test_all_unknown_keys_are_named_at_once(folder):

@@ -91,6 +91,23 @@ def test_every_mistake_is_named_at_once(text, sentences, tmp_path):
     assert all(line.startswith(str(file)) for line in str(refusal.value).splitlines())
 
 
+def test_mistakes_name_the_line_of_the_file_and_overrides_the_command_line(tmp_path):
+    file = tmp_path / "bad.toml"
+    file.write_text("[train]\n# none\nsteps = 0\n\n[data]\nexclude = [\n 'a',\n 3]\n")
+    with pytest.raises(DistattnError, match=f"^{file}:8: data.exclude.1: input should be a valid string"):
+        configuration.load(file)
+    file.write_text(file.read_text().replace("3]", "'b']\n[parallel]\nranks = 0\n[model]"))
+    with pytest.raises(DistattnError) as refusal:
+        configuration.load(file)
+    lines = str(refusal.value).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [f"{file}:10", f"{file}:3"]
+    file.write_text("[train]\nsteps 0\n")
+    with pytest.raises(DistattnError, match=f"^{file}:2: cannot be read as TOML"):
+        configuration.load(file)
+    with pytest.raises(DistattnError, match=r"^command line: train.steps: at least 1, not 0\.$"):
+        configuration.load(TINY, ["--train.steps", "0"])
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "distattn.launch.cli", *arguments]
     return subprocess.run(
@@ -172,7 +189,8 @@ def test_a_key_s_earlier_name_is_refused_with_the_present_one(old, new, tmp_path
     shown = section if section in configuration.RENAMED else old
     with pytest.raises(DistattnError) as refusal:
         configuration.load(file)
-    assert str(refusal.value) == f"{file}: {shown}: unknown key. Did you mean {configuration.RENAMED[shown]}?"
+    place = f"{file}:{1 if shown == section else 2}"
+    assert str(refusal.value) == f"{place}: {shown}: unknown key. Did you mean {configuration.RENAMED[shown]}?"
     with pytest.raises(DistattnError) as refusal:
         configuration.load(TINY, [f"--{old}", "3"])
     assert str(refusal.value) == f"command line: {old}: unknown key. Did you mean {new}?"
