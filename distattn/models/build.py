@@ -159,7 +159,7 @@ def materialise_buffers(model: PreTrainedModel, blueprint: PreTrainedModel, devi
 
 
 def allocate(model: PreTrainedModel, device: str | torch.device) -> None:
-    """Allocate all tensors of a model of the meta device; tied ones stay tied. Raises DistattnError where sharding parted them."""
+    """Allocate all tensors of a model of the meta device; tied ones stay tied. Raises DistattnError where shards parted them."""
     for target, source in model.all_tied_weights_keys.items():
         if model.get_parameter(target) is not model.get_parameter(source):
             raise DistattnError(

@@ -109,8 +109,14 @@ def _validated(content: dict[str, Any], place: Callable[[Key], str]) -> Config:
     except ValidationError as error:
         problems = [_sentence(one) for one in error.errors()]
     if problems:
-        raise DistattnError("\n".join(f"{source}: {problem}" for problem in problems))
+        # each begins with its key
+        raise DistattnError("\n".join(f"{place(_key_of(problem))}: {problem}" for problem in problems))
     return config
+
+
+def _key_of(problem: str) -> Key:
+    """The key that a problem begins with; entries of lists are numbers."""
+    return tuple(int(part) if part.isdecimal() else part for part in problem.partition(":")[0].split("."))
 
 
 def _with_folder_s_shape(model: ModelConfig) -> ModelConfig:
