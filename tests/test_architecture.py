@@ -27,6 +27,7 @@ LEVELS = {
     "batch": 7,
     "data": 8,
     "driver": 8,
+    "memory": 8,
     "adapters": 9,
     "pages": 9,
     "models": 10,

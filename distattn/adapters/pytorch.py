@@ -30,6 +30,7 @@ from distattn.batch.planner import LocalBatch
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
+from distattn.memory.tiled_loss import LogitChange, TiledLoss
 
 # as models of one's own call the layer that makes logits
 _OUTPUT_LAYERS = ("lm_head", "head", "output", "unembedding")
@@ -98,9 +99,31 @@ def _accepted(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names}
 
 
-def local_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """This rank's share of the loss: its token losses summed, times the batch's loss scale."""
-    return loss_of(forward(model, batch), batch)
+def local_loss(model: torch.nn.Module, batch: Mapping[str, Any], loss: TiledLoss | None = None) -> Tensor:
+    """This rank's share of the loss: its token losses summed, times the batch's loss scale.
+
+    loss: computes it over tiles of tokens, so that logits of all tokens are never there. Raises DistattnError for a model whose
+    output layer is unknown or not linear, or that changes logits in a way that a tiled loss does not know.
+    """
+    if loss is None:
+        return loss_of(forward(model, batch), batch)
+    if hasattr(model, "_orig_mod"):
+        raise DistattnError(
+            "a tiled loss is computed inside the model's forward: compile the layers, not the whole model."
+        )
+    inner = unwrapped(model)
+    with loss.instead_of_logits(output_layer_of(inner), batch["labels"], logit_change(inner)) as output:
+        given = forward(model, batch)
+    return output.loss_sum(given, inner) * batch["loss_scale"]
+
+
+def logit_change(model: torch.nn.Module) -> LogitChange:
+    """What a transformers model does to logits behind its output layer, by its configuration."""
+    config = getattr(model, "config", None)
+    scale = getattr(config, "logit_scale", None) or 1.0
+    # Granite divides by what it calls so
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return LogitChange(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
 
 
 def loss_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:

@@ -1,0 +1,24 @@
+"""Whatever saves memory changes no gradient: every setting beside plain PyTorch in one process, ranks with unequally many labels."""
+
+import memory_run
+import pytest
+import small
+import torch
+from processes import run_on_ranks
+
+
+def every_variant(rank, ranks, fsdp, tied):
+    return {name: memory_run.step(rank, ranks, fsdp, name, tie_word_embeddings=tied) for name in memory_run.VARIANTS}
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fsdp", [True, False], ids=["fsdp2", "summed"])
+@pytest.mark.parametrize("ranks", [4, 2])
+def test_gradients_are_those_of_one_process_where_ranks_have_no_labels(ranks, fsdp, tied):
+    loss, gradients = small.in_one_process(small.build(tie_word_embeddings=tied), memory_run.batches())
+    for found in run_on_ranks(ranks, every_variant, ranks, fsdp, tied):
+        for name, (got_loss, got) in found.items():
+            assert got_loss == pytest.approx(float(loss), rel=1e-12), name
+            for a, b in zip(got, gradients, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
