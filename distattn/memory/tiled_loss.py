@@ -96,7 +96,7 @@ class TiledLoss:
                 "multiply by a tile of tokens."
             )
         if not isinstance(layer.__dict__.get("forward"), _OutputForward):
-            layer.forward = _OutputForward(layer.forward)
+            layer.__dict__["forward"] = _OutputForward(layer.forward)
         output = TiledOutput(self, layer, labels.flatten(), change)
         before, _CURRENT.output = _CURRENT.output, output
         try:

@@ -59,8 +59,8 @@ class TiledForward:
         # every rank refuses, however few its tokens are
         if any(hasattr(one, "ds_id") for one in self.module.parameters()):
             raise DistattnError(
-                f"{type(self.module).__name__}: ZeRO 3 would gather its weights for every tile, and wait for ranks that have fewer "
-                "tiles; use ZeRO 1 or 2, or FSDP2."
+                f"{type(self.module).__name__}: ZeRO 3 would gather its weights for every tile, and wait for ranks that "
+                "have fewer tiles; use ZeRO 1 or 2, or FSDP2."
             )
         if x.shape[-2] <= self.tile_tokens:
             # no tokens at all have their place in the graph as well: hooks on gradients run on every rank

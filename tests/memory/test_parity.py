@@ -1,4 +1,4 @@
-"""Whatever saves memory changes no gradient: every setting beside plain PyTorch in one process, ranks with unequally many labels."""
+"""Whatever saves memory changes no gradient: beside plain PyTorch in one process, with ranks without labels."""
 
 import memory_run
 import pytest

@@ -214,7 +214,9 @@ class _Watch(TorchDispatchMode):
         self.clocks.queue(stream, name, reads, [*written, *new])
         from_host = name in ("_to_copy", "copy_") and any(x.device != DEVICE for x in given)
         blocks = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
-        if to_host or (from_host and blocks):
+        # of the device's copies into memory of the host only those into pinned memory need not be waited for
+        leaves = name == "copy_" and to_host and not blocks and self.clocks.knows(written[0])
+        if (to_host and not leaves) or (from_host and blocks):
             self.cuda.wait_on_host(self.clocks.snapshot(stream))
         return out
 

@@ -139,6 +139,11 @@ class StreamClocks:
             self._storages[storage._cdata] = _Storage(stream, f"{tuple(tensor.shape)} {str(tensor.dtype)[6:]}")
         weakref.finalize(storage, self._freed, storage._cdata).atexit = False
 
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether accesses to a tensor are watched: of host tensors those to pinned memory."""
+        with self._lock:
+            return tensor.untyped_storage()._cdata in self._storages
+
     def record(self, tensor: Tensor, stream: Timeline) -> None:
         """The allocator is told that a stream uses a tensor."""
         with self._lock:

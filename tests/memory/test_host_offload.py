@@ -1,0 +1,121 @@
+"""Tensors that wait on the host: no race on streams, few at once on the device, and all of it really gone from there."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from imitated_cuda import DEVICE, imitated_cuda
+from torch import nn
+
+from distattn.ir.errors import DistattnError
+from distattn.memory.activation_checkpointing import checkpoint_layers
+from distattn.memory.host_offload import HostOffload, Ticket
+
+WIDTH, LAYERS = 16, 6
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
+
+
+def watched(in_flight, work):
+    """What was found while a side stream worked on layers whose inputs are offloaded."""
+    with imitated_cuda() as cuda:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            work(in_flight)
+        gc.collect()
+        return cuda.clocks.violations, cuda.clocks.counts
+
+
+def trained(in_flight, steps=2, micro_batches=2):
+    layers = nn.Sequential(*(Layer() for _ in range(LAYERS))).to(DEVICE)
+    checkpoint_layers(layers, offload=HostOffload(in_flight))
+    for _ in range(steps):
+        # both are alive before either goes backward
+        losses = [layers(torch.ones(8, WIDTH, device=DEVICE)).sum() for _ in range(micro_batches)]
+        for loss in losses:
+            loss.backward()
+
+
+def dropped(in_flight):
+    """The graph is given up in the middle of the backward pass, while copies are under way."""
+    layers = nn.Sequential(*(Layer() for _ in range(LAYERS))).to(DEVICE)
+    checkpoint_layers(layers, offload=HostOffload(in_flight))
+    out = layers(torch.ones(8, WIDTH, device=DEVICE))
+    torch.autograd.grad(out.sum(), layers[LAYERS - 2].linear.weight)
+    del out
+    torch.ones(8, WIDTH, device=DEVICE).sum()
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 9])
+@pytest.mark.parametrize("work", [trained, dropped])
+def test_copies_that_overlap_have_no_race(work, in_flight):
+    found, counts = watched(in_flight, work)
+    assert not found, "\n".join(found)
+    assert counts["accesses after another stream's"] > 5
+
+
+@pytest.mark.parametrize("forgotten", ["leave", "arrive"])
+def test_the_watch_finds_a_copy_that_is_not_waited_for(forgotten, monkeypatch):
+    right = getattr(Ticket, forgotten)
+
+    def wrong(ticket):
+        ticket._event = None
+        if forgotten == "arrive" and ticket._device is None:
+            ticket.fetch()
+            ticket._event = None
+        return right(ticket)
+
+    monkeypatch.setattr(Ticket, forgotten, wrong)
+    found, _ = watched(1, trained)
+    assert found
+
+
+def test_no_more_inputs_are_on_the_device_than_may_be_in_flight():
+    alive, most = weakref.WeakSet(), []
+    offload, tickets = HostOffload(2), []
+    for _ in range(7):
+        x = torch.ones(5)
+        alive.add(x)
+        tickets.append(offload.put(x))
+        del x
+        most.append(len(alive))
+    assert max(most) == 2 and offload.host_bytes == 7 * 20
+    for ticket in reversed(tickets):
+        assert torch.equal(ticket.get(), torch.ones(5))
+        assert sum(one._device is not None for one in tickets) <= 2
+    assert torch.equal(tickets[3].get(), torch.ones(5))
+    del tickets, ticket
+    assert offload.host_bytes == 0
+
+
+def test_layers_keep_nothing_of_their_inputs():
+    layers = nn.Sequential(*(Layer() for _ in range(LAYERS)))
+    checkpoint_layers(layers, offload=HostOffload(1))
+    inputs = []
+    hooks = [layer.register_forward_pre_hook(lambda _, given: inputs.append(weakref.ref(given[0]))) for layer in layers]
+    x = torch.ones(8, WIDTH, requires_grad=True)
+    out = layers(x)
+    # the first is the caller's
+    assert not any(one() is not None for one in inputs[1:])
+    out.sum().backward()
+    for hook in hooks:
+        hook.remove()
+    wanted = [parameter.grad.clone() for parameter in layers.parameters()] + [x.grad]
+    plain = nn.Sequential(*(Layer() for _ in range(LAYERS)))
+    plain.load_state_dict(layers.state_dict())
+    y = torch.ones(8, WIDTH, requires_grad=True)
+    plain(y).sum().backward()
+    for a, b in zip(wanted, [*(parameter.grad for parameter in plain.parameters()), y.grad], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_bound_below_one_is_refused():
+    with pytest.raises(DistattnError, match="in_flight is at least 1, not 0"):
+        HostOffload(0)
