@@ -28,6 +28,7 @@ LEVELS = {
     "data": 8,
     "driver": 8,
     "memory": 8,
+    "checkpoints": 9,
     "adapters": 9,
     "pages": 9,
     "models": 10,

@@ -1,0 +1,237 @@
+"""A folder of checkpoints: which there are, which are good, and what is wrong with the others. Needs no torch.
+
+A checkpoint is a folder `step-00000100` with the files of torch.distributed.checkpoint and a manifest. While it is written it is
+called `step-00000100.tmp-...`; the name is given last, so a folder with the name is whole, unless it was damaged later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from distattn.checkpoints.digested_files import read_block
+from distattn.checkpoints.manifest import BLOCK_BYTES, FileDigests, Manifest
+from distattn.checkpoints.owner import Owner, file_age
+from distattn.data.indexed_file import synchronise_folder
+from distattn.ir.errors import DamagedDataError, DistattnError
+
+# of a folder that is being written: who writes
+WRITER_FILE = "writer.json"
+# a writer on another machine, whose process cannot be looked up, counts as dead after so long without a byte
+WRITER_SILENCE_SECONDS = 3600.0
+# a writer says who it is at once; without that its folder is left of one that was killed before
+_NAMELESS_SECONDS = 10.0
+_CHECKPOINT = re.compile(r"step-(\d{8,})")
+_UNFINISHED = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]+")
+_OUTDATED = re.compile(r"step-\d{8,}\.removed-[0-9a-f]+")
+_REPLACED = re.compile(r"(step-\d{8,})\.replaced-[0-9a-f]+")
+
+
+class Problem(NamedTuple):
+    """What is wrong with a checkpoint. offset: the first byte of the file that is concerned; None where it is all of it."""
+
+    file: str
+    offset: int | None
+    what: str
+
+    def __str__(self) -> str:
+        return self.what
+
+
+class Checkpoint(NamedTuple):
+    """A folder that has the name of a checkpoint. manifest: None where it cannot be trusted, and why stands in `problem`."""
+
+    step: int
+    folder: Path
+    manifest: Manifest | None
+    problem: str
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of a checkpoint's folder, such as step-00000100."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The checkpoints of a folder, from the one saved first to the newest; those without a manifest at the end, by step.
+
+    Their files are not read. Raises DistattnError where the folder cannot be read; where there is none there are no checkpoints.
+    """
+    found = []
+    for name in _names(folder):
+        if not (match := _CHECKPOINT.fullmatch(name)) or not (folder / name).is_dir():
+            continue
+        step = int(match[1])
+        try:
+            found.append(Checkpoint(step, folder / name, _manifest_of(folder / name, step), ""))
+        except DamagedDataError as error:
+            found.append(Checkpoint(step, folder / name, None, str(error)))
+    return sorted(found, key=lambda one: (one.manifest is None, one.manifest.serial if one.manifest else 0, one.step))
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint all of whose files are what was written; None where there is none. Reads it from end to end."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if checkpoint.manifest is not None and first_problem(checkpoint.folder, checkpoint.manifest) is None:
+            return checkpoint.folder
+    return None
+
+
+def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: None) -> list[Problem]:
+    """Read a checkpoint from end to end and name everything that is not what was written. report: is told of bytes read."""
+    match = _CHECKPOINT.fullmatch(folder.name)
+    try:
+        manifest = _manifest_of(folder, int(match[1])) if match else Manifest.read(folder)
+    except DamagedDataError as error:
+        return [Problem("manifest.json", None, str(error))]
+    return list(problems_of(folder, manifest, report=report))
+
+
+def first_problem(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> Problem | None:
+    """The first problem of a part of a checkpoint's blocks, see `problems_of`."""
+    return next(problems_of(folder, manifest, part, parts), None)
+
+
+def problems_of(
+    folder: Path, manifest: Manifest, part: int = 0, parts: int = 1, report: Callable[[int], None] = lambda _: None
+) -> Iterator[Problem]:
+    """What is wrong with the files of a checkpoint, of whose blocks this is one of so many equal parts."""
+    total = sum(len(file.blocks) for file in manifest.files)
+    begin, end = total * part // parts, total * (part + 1) // parts
+    before = 0
+    for file in manifest.files:
+        mine = range(max(0, begin - before), min(len(file.blocks), end - before))
+        before += len(file.blocks)
+        if mine:
+            yield from _problems_of_file(folder / file.name, file, mine, report)
+
+
+def sizes_are_right(checkpoint: Checkpoint) -> bool:
+    """Whether the manifest is whole and every file is there with its size; their content is not read."""
+    if checkpoint.manifest is None:
+        return False
+    with contextlib.suppress(OSError):
+        return all(os.stat(checkpoint.folder / file.name).st_size == file.bytes for file in checkpoint.manifest.files)
+    return False
+
+
+def new_unfinished(folder: Path, step: int) -> Path:
+    """Make the folder that a checkpoint is written into, with this process's name in it. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / f"{checkpoint_name(step)}.tmp-{secrets.token_hex(4)}"
+    made.mkdir()
+    try:
+        Owner.of_this_process().write(made / WRITER_FILE)
+    except OSError:
+        remove_folder(made)
+        raise
+    return made
+
+
+def commit(unfinished: Path, step: int) -> Path:
+    """Give a written folder its name; a checkpoint of that name is replaced. Returns its path. Raises OSError.
+
+    All files are on the disk before, the name is after.
+    """
+    folder = unfinished.parent
+    final = folder / checkpoint_name(step)
+    (unfinished / WRITER_FILE).unlink(missing_ok=True)
+    synchronise_folder(str(unfinished / "."))
+    replaced = None
+    if final.exists():
+        # killed before the second renaming, the next one to start gives the old folder its name back
+        replaced = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
+        final.rename(replaced)
+    unfinished.rename(final)
+    synchronise_folder(str(final))
+    if replaced is not None:
+        remove_folder(replaced)
+    return final
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint. It loses its name first, so that nobody takes what is left for a damaged one. Raises OSError."""
+    outdated = folder.with_name(f"{folder.name}.removed-{secrets.token_hex(4)}")
+    folder.rename(outdated)
+    shutil.rmtree(outdated)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and what is in it, as far as that is possible."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def clean_leftovers(folder: Path) -> list[str]:
+    """Remove what dead writers have left, and give a folder its name back that was being replaced. Returns what was removed.
+
+    What a living process writes stays. On the same machine that is looked up; a writer elsewhere is dead once nothing in its
+    folder has changed for WRITER_SILENCE_SECONDS. What cannot be removed stays.
+    """
+    removed = []
+    for name in _names(folder):
+        path = folder / name
+        if match := _REPLACED.fullmatch(name):
+            if (folder / match[1]).exists():
+                remove_folder(path)
+            else:
+                with contextlib.suppress(OSError):
+                    path.rename(folder / match[1])
+        elif _OUTDATED.fullmatch(name) or (_UNFINISHED.fullmatch(name) and _writer_is_dead(path)):
+            remove_folder(path)
+            removed.append(name)
+    return removed
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DistattnError(f"{folder}: cannot be read: {error.strerror}; name a folder of checkpoints.") from None
+
+
+def _manifest_of(folder: Path, step: int) -> Manifest:
+    """Raises DamagedDataError also where the manifest is that of another checkpoint."""
+    manifest = Manifest.read(folder)
+    if manifest.step != step:
+        raise DamagedDataError(f"{folder / 'manifest.json'}: is that of step {manifest.step}, not of {folder.name}.")
+    return manifest
+
+
+def _problems_of_file(
+    path: Path, expected: FileDigests, blocks: range, report: Callable[[int], None]
+) -> Iterator[Problem]:
+    try:
+        with open(path, "rb", buffering=0) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size != expected.bytes:
+                what = f"{path}: has {size:,} bytes, but {expected.bytes:,} were written."
+                yield Problem(expected.name, min(size, expected.bytes), what)
+                return
+            for block in blocks:
+                try:
+                    report(len(read_block(opened.fileno(), path, expected, block)))
+                except DamagedDataError as error:
+                    yield Problem(expected.name, block * BLOCK_BYTES, str(error))
+    except FileNotFoundError:
+        yield Problem(expected.name, None, f"{path}: is missing.")
+    except OSError as error:
+        yield Problem(expected.name, None, f"{path}: cannot be read: {error.strerror}.")
+
+
+def _writer_is_dead(unfinished: Path) -> bool:
+    writer = Owner.read(unfinished / WRITER_FILE)
+    if writer is not None and (alive := writer.is_alive()) is not None:
+        return not alive
+    silence = WRITER_SILENCE_SECONDS if writer is not None else _NAMELESS_SECONDS
+    try:
+        return all(file_age(path) > silence for path in [unfinished, *unfinished.iterdir()])
+    except OSError:
+        return False

@@ -1,0 +1,373 @@
+"""Saving a training run's state beside the training, and resuming from the newest checkpoint that is whole.
+
+The files are those of torch.distributed.checkpoint; what is our own is when a checkpoint counts as one (docs/checkpoints.md): it
+is written into a folder with another name, synchronised, described by a manifest with digests, and renamed last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
+from distattn.checkpoints.checkpoint_folder import (
+    Problem,
+    checkpoint_name,
+    clean_leftovers,
+    commit,
+    first_problem,
+    list_checkpoints,
+    new_unfinished,
+    remove_checkpoint,
+    remove_folder,
+)
+from distattn.checkpoints.dcp_storage import file_writer, read_state
+from distattn.checkpoints.manifest import FileDigests, Manifest
+from distattn.checkpoints.rank_exchange import RankExchange, RankFailure
+from distattn.checkpoints.retention import KeepRule
+from distattn.checkpoints.staging import HostBuffers, StagedState
+from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
+
+# waiting for an earlier save that is worth a warning, in seconds
+_LONG_WAIT = 1.0
+
+
+class Loaded(NamedTuple):
+    """What a state was loaded from. step: training steps done. facts: those that it was saved with."""
+
+    step: int
+    folder: Path
+    facts: Mapping[str, str]
+
+
+@dataclass
+class _Save:
+    step: int
+    state: StagedState
+    staged: threading.Event = field(default_factory=threading.Event)
+    written: threading.Event = field(default_factory=threading.Event)
+
+
+class _Start(NamedTuple):
+    """What rank 0 answers before a rank writes. plan: None where it is the one of the save before."""
+
+    folder: Path
+    serial: int
+    plan: SavePlan | None
+
+
+class _Written(NamedTuple):
+    """What a rank has written."""
+
+    results: list[WriteResult]
+    files: list[FileDigests]
+
+
+class _Candidate(NamedTuple):
+    """A checkpoint that all ranks are to verify. unreadable: what is wrong with those that have no manifest to be trusted."""
+
+    folder: Path
+    manifest: Manifest
+    unreadable: list[str]
+
+
+class Checkpoints:
+    """The checkpoints of a run. Made, used and closed by all ranks of a group together, from one thread of each.
+
+    folder: the same on all ranks, on a file system that they share; made by the first save. group: the ranks that save, of any
+    backend; None for one process. facts: names to digests or other words that are written into every manifest. keep: which
+    checkpoints stay. warn: is called on rank 0 with one sentence about what went wrong though the run goes on; also from the
+    thread that writes.
+
+    Making it removes what dead writers have left in the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        group: dist.ProcessGroup | None,
+        facts: Mapping[str, str],
+        keep: KeepRule,
+        warn: Callable[[str], None],
+    ):
+        self._folder, self._facts, self._keep, self._warn = Path(folder), dict(facts), keep, warn
+        self._exchange = RankExchange(group)
+        self._is_root = self._exchange.rank == 0
+        self._buffers = HostBuffers()
+        # of the last save that was begun: what its plan depends on, and what this rank writes
+        self._signature: tuple[Any, ...] | None = None
+        self._plan: SavePlan | None = None
+        # on rank 0: of all ranks
+        self._local_plans: list[SavePlan] = []
+        self._metadata: Metadata | None = None
+        self._error: DistattnError | None = None
+        self._last: _Save | None = None
+        self._queue: queue.SimpleQueue[_Save | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_all, daemon=True, name="distattn-checkpoints")
+        self._writer.start()
+        if self._is_root:
+            # a folder that cannot be read is told of by whoever saves or loads
+            with contextlib.suppress(DistattnError):
+                clean_leftovers(self._folder)
+
+    def save(self, step: int, state: dict[str, Any], *, overlap: bool = False) -> None:
+        """Save a state after `step` training steps; a thread writes it. Collective, and all ranks must save the same steps.
+
+        state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them. Returns once the tensors are
+        copied to host memory; with `overlap` at once, and then `wait_staged` must be called before a tensor changes.
+
+        An earlier save that still runs is waited for, with a warning: skipping this one would need all ranks to agree, at every
+        save, and a second copy of the state would need as much memory again. A disk that is full or cannot be written costs one
+        warning, and the next save tries again. Raises LostRankError where another rank ended during the save before, and
+        DistattnError where the save before could not be made for another reason.
+        """
+        self._wait_for_earlier(step)
+        staged = StagedState(state, self._is_root, self._buffers)
+        self._last = _Save(step, staged)
+        self._queue.put(self._last)
+        if not overlap:
+            self.wait_staged()
+
+    def wait_staged(self) -> None:
+        """Return once the tensors of the last save are copied, and may change."""
+        if self._last is not None:
+            self._last.staged.wait()
+
+    def wait(self) -> None:
+        """Return once the last save is written, or has failed. Raises as `save` does."""
+        if self._last is not None:
+            self._last.written.wait()
+        self._raise_error()
+
+    def close(self) -> None:
+        """Wait for the last save and end the thread that writes. Raises as `save` does."""
+        self._queue.put(None)
+        self._writer.join()
+        self._exchange.close()
+        self._raise_error()
+
+    def load_newest(self, state: dict[str, Any], *, required: Mapping[str, str] | None = None) -> Loaded | None:
+        """Load the newest checkpoint that is whole into a state, in place as `dcp.load` does. Collective.
+
+        Each rank reads a share of the checkpoint's blocks and compares their digests, before anything is unpickled. One that is
+        not whole is passed over, with one warning that says what is wrong with it. required: facts that must be those of the
+        checkpoint. The number of ranks and how tensors are sharded need not be those of the save.
+
+        Returns None where there is no checkpoint. Raises DamagedDataError where there are some and none is whole, DistattnError
+        where a required fact differs or the state does not fit.
+        """
+        self.wait()
+        tried: set[Path] = set()
+        passed: list[str] = []
+        while (candidate := self._next_candidate(tried, passed)) is not None:
+            tried.add(candidate.folder)
+            passed += candidate.unreadable
+            _check_facts(candidate, required or {})
+            problem = self._verify_and_read(candidate, state)
+            if problem is None:
+                if passed and self._is_root:
+                    self._warn(f"{' '.join(passed)} Resuming from {candidate.folder.name} instead.")
+                return Loaded(candidate.manifest.step, candidate.folder, dict(candidate.manifest.facts))
+            passed.append(problem)
+        return None
+
+    # ---- loading
+
+    def _next_candidate(self, tried: set[Path], passed: list[str]) -> _Candidate | None:
+        """The newest checkpoint that was not tried, the same on all ranks. passed: what is wrong with those that were."""
+
+        def choose(_: Sequence[None]) -> Sequence[_Candidate | None]:
+            clean_leftovers(self._folder)
+            found = list_checkpoints(self._folder)
+            unreadable = [] if tried else [one.problem for one in found if one.manifest is None]
+            left = [one for one in found if one.manifest is not None and one.folder not in tried]
+            if left:
+                newest = left[-1]
+                assert newest.manifest is not None
+                return [_Candidate(newest.folder, newest.manifest, unreadable)] * self._exchange.ranks
+            if found:
+                raise DamagedDataError(
+                    f"{self._folder}: none of its {len(found)} checkpoints is whole. {' '.join([*passed, *unreadable])} Put "
+                    "back a copy of one, or name another folder to begin anew."
+                )
+            return [None] * self._exchange.ranks
+
+        found: _Candidate | None = self._decided(lambda: None, choose)
+        return found
+
+    def _verify_and_read(self, candidate: _Candidate, state: dict[str, Any]) -> str | None:
+        """Verify and read a checkpoint; what is wrong with it, or None. The same on all ranks."""
+        part, parts = self._exchange.rank, self._exchange.ranks
+        problem: Problem | None = self._decided(
+            lambda: first_problem(candidate.folder, candidate.manifest, part, parts),
+            lambda found: [next((one for one in found if one is not None), None)] * parts,
+        )
+        if problem is not None:
+            return str(problem)
+        try:
+            # every block is checked again as it is read: nothing lies between the check and the use
+            self._exchange.decide(
+                lambda: read_state(candidate.folder, candidate.manifest.files, state), lambda _: [None] * parts
+            )
+        except RankFailure as failure:
+            if failure.kind not in ("damaged", "files"):
+                raise failure.raised() from None
+            return failure.what
+        return None
+
+    def _decided(self, work: Callable[[], Any], decision: Callable[[list[Any]], Sequence[Any]]) -> Any:
+        try:
+            return self._exchange.decide(work, decision)
+        except RankFailure as failure:
+            raise failure.raised() from None
+
+    # ---- saving
+
+    def _wait_for_earlier(self, step: int) -> None:
+        self._raise_error()
+        if self._last is None or self._last.written.is_set():
+            return
+        began = time.monotonic()
+        self._last.written.wait()
+        waited = time.monotonic() - began
+        if waited > _LONG_WAIT and self._is_root:
+            self._warn(
+                f"{checkpoint_name(step)} waited {waited:.1f} s until {checkpoint_name(self._last.step)} was written; "
+                "save less often, or write to a faster disk."
+            )
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            error = self._error
+            # ranks that are lost stay lost
+            if not isinstance(error, LostRankError):
+                self._error = None
+            raise error
+
+    def _write_all(self) -> None:
+        while (save := self._queue.get()) is not None:
+            try:
+                self._write(save)
+            except RankFailure as failure:
+                if failure.kind != "files":
+                    self._error = failure.raised()
+                elif self._is_root:
+                    self._warn(
+                        f"{checkpoint_name(save.step)} was not saved: rank {failure.rank}: {failure.what}; the run goes on, and "
+                        "the next save tries again."
+                    )
+            finally:
+                save.staged.set()
+                save.written.set()
+
+    def _write(self, save: _Save) -> None:
+        """Copy, plan, write, and commit on rank 0. Raises RankFailure, the same on all ranks."""
+        start: _Start | None = None
+        try:
+            start = self._exchange.decide(lambda: self._stage(save), lambda plans: self._start(save.step, plans))
+            assert start is not None
+            self._plan, self._signature = start.plan or self._plan, save.state.signature
+            folder, serial = start.folder, start.serial
+            self._exchange.decide(
+                lambda: self._write_files(save.state, folder),
+                lambda parts: self._commit(save.step, folder, serial, parts),
+            )
+        finally:
+            if self._is_root and start is not None:
+                # there is nothing where it was renamed
+                remove_folder(start.folder)
+
+    def _stage(self, save: _Save) -> SavePlan | None:
+        """Copy the tensors; DCP's plan of this rank's part, or None where it is that of the save before."""
+        try:
+            save.state.copy_tensors()
+        finally:
+            save.staged.set()
+        plan = None if save.state.signature == self._signature else save.state.create_local_plan()
+        save.state.forget_originals()
+        return plan
+
+    def _start(self, step: int, plans: list[SavePlan | None]) -> Sequence[_Start]:
+        """On rank 0: make the folder, and plan what each rank writes where that has changed."""
+        folder = new_unfinished(self._folder, step)
+        try:
+            serials = [one.manifest.serial for one in list_checkpoints(self._folder) if one.manifest is not None]
+            serial = 1 + max(serials, default=0)
+            if all(plan is None for plan in plans):
+                return [_Start(folder, serial, None)] * len(plans)
+            local = [plan or self._local_plans[rank] for rank, plan in enumerate(plans)]
+            written, self._metadata = DefaultSavePlanner().create_global_plan(local)
+            written = file_writer(folder)[0].prepare_global_plan(written)
+            self._local_plans = local
+        except BaseException:
+            remove_folder(folder)
+            raise
+        return [_Start(folder, serial, plan) for plan in written]
+
+    def _write_files(self, state: StagedState, folder: Path) -> _Written:
+        """Write this rank's part, synchronised with the disk. Raises OSError."""
+        assert self._plan is not None
+        writer, files = file_writer(folder)
+        writer.set_up_storage_writer(self._is_root)
+        try:
+            results = writer.write_data(state.finish_plan(self._plan), state).wait()
+        except Exception:
+            # torch.save turns an OSError into an error of its own
+            if files.failure is not None:
+                raise files.failure from None
+            raise
+        return _Written(results, files.digests())
+
+    def _commit(self, step: int, folder: Path, serial: int, parts: list[_Written]) -> Sequence[None]:
+        """On rank 0, once all parts are on the disk: write the rest, and give the folder its name."""
+        assert self._metadata is not None
+        writer, files = file_writer(folder)
+        writer.finish(self._metadata, [part.results for part in parts])
+        digests = sorted([*files.digests(), *(file for part in parts for file in part.files)])
+        Manifest(
+            serial=serial,
+            step=step,
+            saved_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            world_size=self._exchange.ranks,
+            torch=torch.__version__,
+            facts=self._facts,
+            files=digests,
+        ).write(folder)
+        commit(folder, step)
+        self._remove_old()
+        return [None] * len(parts)
+
+    def _remove_old(self) -> None:
+        """Remove what the rule does not keep. What cannot be removed costs a warning: the new checkpoint is there."""
+        try:
+            for old in self._keep.removable(list_checkpoints(self._folder)):
+                remove_checkpoint(old.folder)
+        except OSError as error:
+            self._warn(f"{error.filename}: an old checkpoint cannot be removed: {error.strerror}.")
+
+
+def _check_facts(candidate: _Candidate, required: Mapping[str, str]) -> None:
+    """Raises DistattnError naming the first fact that differs; the same on all ranks."""
+    for name, wanted in required.items():
+        found = candidate.manifest.facts.get(name)
+        if found != wanted:
+            has = f"has {name} {found}" if found is not None else f"does not say its {name}"
+            raise DistattnError(
+                f"{candidate.folder}: {has}, but this run has {name} {wanted}; resume with what it was saved with, or name "
+                "another folder to begin anew."
+            )

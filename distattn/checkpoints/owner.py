@@ -1,0 +1,85 @@
+"""Who writes: a process, so named that others can tell whether it still lives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process. host: its name; machine: what tells this boot of this machine (or container) from all others.
+
+    pid: within the machine; started: when, in clock ticks after the boot, since numbers of processes are used again. job: the
+    Slurm job, "" without one. since: ISO 8601, UTC, when it became the owner. token: of this ownership alone.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    started: int
+    job: str
+    since: str
+    token: str
+
+    @classmethod
+    def of_this_process(cls) -> Owner:
+        """This process, as an owner from now on."""
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        job = os.environ.get("SLURM_JOB_ID", "")
+        pid = os.getpid()
+        return cls(socket.gethostname(), _machine(), pid, _started(pid), job, since, secrets.token_hex(8))
+
+    @classmethod
+    def read(cls, file: Path) -> Owner | None:
+        """The owner that a file names; None where it names none."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return cls(**json.loads(file.read_bytes()))
+        return None
+
+    def write(self, file: Path) -> None:
+        """Name this owner in a file, whole or not at all. Raises OSError."""
+        aside = file.with_name(f"{file.name}.{self.token}")
+        aside.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
+        aside.rename(file)
+
+    def is_alive(self) -> bool | None:
+        """Whether the process still runs; None where it ran on another machine, or before this one was started again."""
+        if self.machine != _machine():
+            return None
+        return _started(self.pid) == self.started
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+
+def file_age(path: Path) -> float:
+    """Seconds since a file was changed, by the clock of its file system. Raises OSError."""
+    with tempfile.TemporaryFile(dir=path.parent) as now:
+        return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
+
+
+@cache
+def _machine() -> str:
+    """The boot of this machine, and the numbering of processes that this one sees: containers have their own."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _started(pid: int) -> int:
+    """When a process was started, in clock ticks after the boot; 0 where there is none, or only what is left of one."""
+    try:
+        # the name, in brackets, may have blanks in it
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])

@@ -1,0 +1,53 @@
+"""Which checkpoints of a folder are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from distattn.checkpoints.checkpoint_folder import Checkpoint, sizes_are_right
+from distattn.ir.errors import DistattnError
+
+
+@dataclass(frozen=True)
+class KeepRule:
+    """What is kept: the `last` newest checkpoints, and besides one of every `every_hours` hours.
+
+    last: at least 1. Raises DistattnError where a number is too small.
+    """
+
+    last: int = 3
+    every_hours: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.last < 1:
+            raise DistattnError(f"last: {self.last} checkpoints would be kept; at least 1 must be.")
+        if self.every_hours is not None and not self.every_hours > 0:
+            raise DistattnError(f"every_hours: {self.every_hours} hours; give more than 0.")
+
+    def removable(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """Those that need not be kept, of checkpoints in the order in which they were saved.
+
+        None is, where no newer one that is kept has its manifest and all files in their sizes: never the only good one. What has
+        no manifest that can be trusted is not removed: a person may want to look at it.
+        """
+        whole = [one for one in checkpoints if one.manifest is not None]
+        newest = whole[-self.last :]
+        if not any(map(sizes_are_right, newest)):
+            return []
+        kept = {one.folder for one in [*newest, *self._spaced(whole)]}
+        return [one for one in whole if one.folder not in kept]
+
+    def _spaced(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """The first checkpoint, and after each the first that is `every_hours` younger."""
+        kept: list[tuple[datetime, Checkpoint]] = []
+        if self.every_hours is None:
+            return []
+        gap = timedelta(hours=self.every_hours)
+        for one in checkpoints:
+            assert one.manifest is not None
+            when = datetime.fromisoformat(one.manifest.saved_at)
+            if not kept or when - kept[-1][0] >= gap:
+                kept.append((when, one))
+        return [one for _, one in kept]

@@ -1,0 +1,100 @@
+"""Copies of a state's tensors in host memory, which is kept from one save to the next."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.tensor import DTensor
+
+from distattn.ir.errors import DistattnError
+
+# values that nothing can change
+_PLAIN = (int, float, complex, bool, str, bytes, type(None))
+
+
+class HostBuffers:
+    """The memory that tensors are copied into, by the tensors' names; pinned for tensors of GPUs."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def like(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The buffer of a tensor: on the host, of its shape, dtype and strides."""
+        found = self._buffers.get(name)
+        shape = (tensor.shape, tensor.dtype, tensor.stride())
+        if found is None or (found.shape, found.dtype, found.stride()) != shape:
+            found = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._buffers[name] = found
+        return found
+
+    def forget_others(self, names: set[str]) -> None:
+        """Let go of the buffers of other names."""
+        self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in names}
+
+
+class StagedState(DefaultSavePlanner):
+    """A state as it was when this was made: DCP's plan of what to write, resolved from copies in host memory.
+
+    Made on the thread that trains. `copy_tensors` may run on another thread, and until it has returned no tensor may change.
+    """
+
+    def __init__(self, state: dict[str, Any], is_coordinator: bool, buffers: HostBuffers):
+        super().__init__()
+        self.set_up_planner(state, is_coordinator=is_coordinator)
+        self._staged: dict[str, Any] = {}
+        self._buffers = buffers
+        # each with the count of changes made in place
+        self._sources: list[tuple[str, torch.Tensor, int]] = []
+        signature = []
+        for name, value in self.state_dict.items():
+            if not isinstance(value, torch.Tensor):
+                self._staged[name] = value if type(value) in _PLAIN else copy.deepcopy(value)
+                signature.append((name,))
+                continue
+            local = value.detach()
+            local = local.to_local() if isinstance(local, DTensor) else local
+            self._sources.append((name, local, local._version))
+            where = (value.device_mesh, value.placements) if isinstance(value, DTensor) else ()
+            signature.append((name, value.shape, value.dtype, local.shape, *where))
+        # equal for states that DCP plans alike
+        self.signature = tuple(signature)
+        # copies start after what the device has been given to do so far, and beside what it is given later
+        self._streams = {
+            local.device: torch.cuda.Stream(local.device) for _, local, _ in self._sources if local.is_cuda
+        }
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+
+    def copy_tensors(self) -> None:
+        """Copy all tensors. Raises DistattnError where one was changed meanwhile."""
+        sources = self._sources
+        for name, local, _ in sources:
+            buffer = self._buffers.like(name, local)
+            if local.is_cuda:
+                with torch.cuda.stream(self._streams[local.device]):
+                    buffer.copy_(local, non_blocking=True)
+            else:
+                buffer.copy_(local)
+            self._staged[name] = buffer
+        for stream in self._streams.values():
+            stream.synchronize()
+        changed = [name for name, local, version in sources if local._version != version]
+        # nothing of the device's memory is held longer than this
+        self._sources = []
+        self._buffers.forget_others({name for name, _, _ in sources})
+        if changed:
+            raise DistattnError(
+                f"{changed[0]} was changed while it was copied for a checkpoint; call wait_staged() before the optimizer steps."
+            )
+
+    def forget_originals(self) -> None:
+        """Let go of the state's own tensors; `create_local_plan` needs them, writing does not."""
+        self.state_dict = {}
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The copy of what DCP writes. A tensor sharded over ranks has one part on this rank, and that is what was copied."""
+        return self._staged[index.fqn]
