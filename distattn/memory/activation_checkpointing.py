@@ -33,9 +33,10 @@ def checkpoint_layers(
     are. save: "nothing" more, or "attention", its outputs, which are then not computed again. offload: takes inputs to the host
     and brings them back in time.
 
-    Call it before or after `fully_shard`; parameters are gathered around it. To compile a layer, do so before:
-    `layer.forward = torch.compile(layer.forward)`; with save="attention" compile the layer after (`layer.compile()`) and without
-    offload. Leave a trainer's own checkpointing off. Raises DistattnError for what cannot be.
+    Call it before or after `fully_shard`; parameters are gathered around it. To compile a layer, do so after, `layer.compile()`;
+    with offload before, `layer.forward = torch.compile(layer.forward)`, as copies to the host are not compiled (with
+    save="attention", too, as a policy does not see what is compiled inside of it: leave such layers uncompiled). Leave a
+    trainer's own checkpointing off. Raises DistattnError for what cannot be.
     """
     if save not in SAVED:
         raise DistattnError(f"save is one of {', '.join(SAVED)}, not {save!r}.")
@@ -58,22 +59,23 @@ class CheckpointedForward:
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Any], save: str, offload: HostOffload | None):
         self._name, self._forward, self._offload = type(layer).__name__, forward, offload
-        self._contexts: Contexts = noop_context_fn
+        # torch.compile takes no context_fn that does nothing
+        self._how: dict[str, Contexts] = {}
         if save == "attention":
-            self._contexts = partial(create_selective_checkpoint_contexts, save_attention)
+            self._how["context_fn"] = partial(create_selective_checkpoint_contexts, save_attention)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
         if self._offload is None:
-            return checkpoint(self._forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+            return checkpoint(self._forward, *args, use_reentrant=False, **self._how, **kwargs)
         if not args or not isinstance(args[0], Tensor):
             raise DistattnError(f"{self._name}: its input is to be offloaded, but its first argument is no tensor.")
         return self._offloaded(self._offload, *args, **kwargs)
 
     @torch.compiler.disable
     def _offloaded(self, offload: HostOffload, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        source = _Source(offload.put(x.detach()), x.requires_grad, self._contexts)
+        source = _Source(offload.put(x.detach()), x.requires_grad, self._how.get("context_fn", noop_context_fn))
         # the first call is the forward pass; what it was given nobody keeps
         source.given = x
         del x
