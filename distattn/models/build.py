@@ -53,11 +53,10 @@ def model_config(folder: str | Path) -> PretrainedConfig:
         raise DistattnError(f"{file}: it has no model_type, so it is not the configuration of a Hugging Face model.")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:
+        # whatever its classes raise for values that do not fit
         kind = content["model_type"]
-        raise DistattnError(
-            f"{file}: transformers cannot read it (model_type {kind!r}): {_first_line(error)}"
-        ) from None
+        raise DistattnError(f"{file}: transformers cannot read it (model_type {kind!r}): {_one_line(error)}") from error
     check_model(config)
     return config
 
@@ -137,6 +136,7 @@ def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = 
     the shards are, and where numbers are drawn: a CPU and a GPU draw different ones. torch's own seeds are left as they
     were. Raises DistattnError, naming the tensor, where tensors would stay without values.
     """
+    check_tied(model)
     blueprint = untied_meta_model(model)
     targets = own_tensors(model)
     _check_names(model, targets, blueprint)
@@ -150,6 +150,7 @@ def materialise_buffers(model: PreTrainedModel, blueprint: PreTrainedModel, devi
 
     Such are rotary frequencies, with the scaling that the configuration asks for. blueprint: its `untied_meta_model`.
     """
+    check_tied(model)
     in_files = set(blueprint.state_dict())
     targets = {name: tensor for name, tensor in own_tensors(model).items() if name not in in_files}
     initialisations = _initialisations(blueprint, targets)
@@ -165,12 +166,22 @@ def allocate(model: PreTrainedModel, device: str | torch.device) -> None:
             raise DistattnError(
                 f"{target} and {source} are tied, but were sharded apart; shard both modules in one fully_shard call."
             )
+    """Allocate all tensors of a model of the meta device; tied ones stay tied."""
     model.to_empty(device=device)
     for target, source in model.all_tied_weights_keys.items():
         # plain parameters are replaced by to_empty, one by one
         if model.get_parameter(target) is not model.get_parameter(source):
             module, _, leaf = target.rpartition(".")
             setattr(model.get_submodule(module), leaf, model.get_parameter(source))
+
+
+def check_tied(model: PreTrainedModel) -> None:
+    """Raise DistattnError where tensors that are tied were sharded apart."""
+    for target, source in model.all_tied_weights_keys.items():
+        if model.get_parameter(target) is not model.get_parameter(source):
+            raise DistattnError(
+                f"{target} and {source} are tied, but were sharded apart; shard both modules in one fully_shard call."
+            )
 
 
 def own_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -200,7 +211,7 @@ def _initialisations(blueprint: PreTrainedModel, wanted: Collection[str]) -> lis
             try:
                 owner._init_weights(module)
             except (RuntimeError, NotImplementedError) as error:
-                raise DistattnError(f"{name} cannot be initialised on the meta device: {_first_line(error)}") from None
+                raise DistattnError(f"{name} cannot be initialised on the meta device: {_one_line(error)}") from None
             written = {one for one, tensor in tensors.items() if tensor._version != before[one]}
             if not written:
                 continue
@@ -311,5 +322,6 @@ def _check_names(model: PreTrainedModel, targets: dict[str, Tensor], blueprint: 
             raise DistattnError(f"{name} has values already; materialise takes models of the meta device (meta_model).")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".") + "."
+def _one_line(error: Exception) -> str:
+    """What an error says, without line breaks, as the end of a sentence."""
+    return " ".join(str(error).split())[:300].rstrip(".") + "."

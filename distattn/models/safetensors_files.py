@@ -144,7 +144,7 @@ class PretrainedWeights:
         converter: Any = copy.deepcopy(sources.converter)
         for pattern, tensors in stored.items():
             for one in tensors:
-                whole = self._read_stored(one, tuple(slice(0, size) for size in one.shape))
+                whole: Any = self._read_stored(one, tuple(slice(0, size) for size in one.shape))
                 converter.add_tensor(name, one.name, pattern, whole)
         made = converter.convert(name, model=self._blueprint, config=self._blueprint.config)
         tensor = made[name][0] if isinstance(made[name], list) else made[name]
@@ -199,6 +199,7 @@ class PretrainedWeights:
                     continue
                 raise DistattnError(
                     f"{self.folder / one.file}: {one.name} is no tensor of {type(model).__name__}; is config.json of another?"
+                    f"{self.folder / one.file}: {one.name} is no tensor of {type(model).__name__}; is its config.json here?"
                 )
             converter = (
                 next((each for each in converters if pattern in each.source_patterns), None) if pattern else None

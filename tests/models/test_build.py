@@ -1,0 +1,179 @@
+"""Initial weights: the same however a model is sharded, those that transformers draws, and never whole on a rank."""
+
+from pathlib import Path
+
+import model_shapes
+import pytest
+import torch
+from live_bytes import LiveBytes
+from processes import run_on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, MambaConfig, T5Config
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+from distattn.adapters import pytorch
+from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.models.build import llama_config, materialise, meta_model, model_config
+
+
+@pytest.mark.parametrize("name", model_shapes.NAMES)
+def test_tensors_have_the_distribution_that_transformers_gives_them(name):
+    torch.manual_seed(0)
+    config = model_shapes.config(name)
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    ours = model_shapes.materialised(name)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for key, tensor in theirs.state_dict().items():
+        got = ours.state_dict()[key]
+        assert got.dtype == tensor.dtype
+        if tensor.unique().numel() <= 1:
+            assert torch.equal(got, tensor), key
+        elif tensor.numel() > 100:
+            # the standard error of a standard deviation is 1 / sqrt(2 n)
+            assert abs(got.std() / tensor.std() - 1) < 5 * tensor.numel() ** -0.5, key
+            assert not torch.equal(got, tensor), key
+    for (key, got), (other, wanted) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert key == other and got.dtype == wanted.dtype and torch.equal(got, wanted), key
+
+
+def test_a_tied_embedding_is_drawn_once_and_keeps_its_padding_row():
+    model = model_shapes.materialised("llama-tied")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.lm_head.weight[3].any() and model.lm_head.weight[2].all()
+
+
+def test_rotary_frequencies_are_float32_in_a_bfloat16_model():
+    model = meta_model(model_shapes.config("yarn"), dtype=torch.bfloat16)
+    materialise(model, 1)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.model.rotary_emb.inv_freq, model_shapes.materialised("yarn").model.rotary_emb.inv_freq)
+
+
+def test_seeds_matter_and_torchs_own_generator_is_left_alone():
+    before = torch.get_rng_state()
+    one, two = (meta_model(model_shapes.config("llama")) for _ in range(2))
+    materialise(one, 1)
+    materialise(two, 2)
+    assert torch.equal(before, torch.get_rng_state())
+    layers = one.model.layers
+    assert not torch.equal(one.lm_head.weight, two.lm_head.weight)
+    assert not torch.equal(layers[0].self_attn.q_proj.weight, layers[1].self_attn.q_proj.weight)
+
+
+def _gathered(rank: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicas", "shards")[-len(sizes) :])
+    found = {}
+    for name in names:
+        model = meta_model(model_shapes.config(name))
+        for layer in model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        materialise(model, 1)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        whole = {key: tensor.full_tensor() for key, tensor in model.named_parameters()}
+        found[name] = whole | {"logits": model_shapes.logits(model)} | dict(model.named_buffers())
+    return found
+
+
+# 3 ranks do not divide any of the sizes
+@pytest.mark.parametrize("sizes", [(1,), (3,), (2, 2)], ids=str)
+def test_weights_do_not_depend_on_the_sharding(sizes):
+    names = ("llama-tied", "llama3-rope", "qwen3", "gemma", "gpt-oss", "qwen3-moe", "gpt2")
+    for found in run_on_ranks(int(torch.tensor(sizes).prod()), _gathered, sizes, names):
+        for name, tensors in found.items():
+            model = model_shapes.materialised(name)
+            logits = tensors.pop("logits")
+            model_shapes.assert_equal(tensors, dict(model.named_parameters()) | dict(model.named_buffers()))
+            assert torch.equal(logits, model_shapes.logits(model)), name
+
+
+def _peak(rank: int, config: LlamaConfig) -> tuple[int, int, int, int]:
+    mesh = init_device_mesh("cpu", (4,))
+    with LiveBytes() as live:
+        model = meta_model(config)
+        pytorch.shard_parameters(model, mesh)
+        built = live.peak
+        materialise(model, 1)
+    sizes = [sum(p.numel() * 4 for p in module.parameters(recurse=False)) for module in model.modules()]
+    return built, live.peak, sum(p.numel() * 4 for p in model.parameters()), max(sizes)
+
+
+def test_a_rank_holds_its_share_and_one_module_of_a_narrow_70b():
+    # 80 layers and the proportions of Llama 3 70B, 64 times narrower
+    shape = dict(num_layers=80, hidden_size=128, num_attention_heads=64, num_key_value_heads=8, intermediate_size=448)
+    config = llama_config(**shape, vocab_size=2004, max_position_embeddings=64)
+    for built, peak, whole, largest in run_on_ranks(4, _peak, config):
+        assert built < 0.001 * whole
+        # of norms and rotary frequencies there is a little more
+        assert whole / 4 + largest <= peak < 1.01 * (whole / 4 + largest)
+
+
+def test_tied_tensors_that_are_sharded_apart_are_refused():
+    for sentence in run_on_ranks(2, _tied_apart):
+        assert "lm_head.weight and model.embed_tokens.weight are tied, but were sharded apart" in sentence
+
+
+def _tied_apart(rank: int) -> str:
+    model = meta_model(model_shapes.config("llama-tied"))
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model.model.embed_tokens, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(DistattnError) as caught:
+        materialise(model, 1)
+    return str(caught.value)
+
+
+def test_a_tensor_that_nothing_initialises_is_refused_by_name(monkeypatch):
+    theirs = LlamaPreTrainedModel._init_weights
+    skip = lambda self, module: None if "Norm" in type(module).__name__ else theirs(self, module)  # noqa: E731
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", skip)
+    with pytest.raises(DistattnError, match="does not say how model.layers.0.input_layernorm.weight is initialised"):
+        model_shapes.materialised("llama")
+
+
+def test_what_cannot_be_filled_is_refused_by_name():
+    with pytest.raises(DistattnError, match="has values already"):
+        materialise(model_shapes.materialised("llama"), 1)
+    model = meta_model(model_shapes.config("llama"))
+    model.lm_head = torch.nn.Linear(32, 65, bias=False, device="meta")
+    with pytest.raises(DistattnError, match=r"lm_head.weight is \(65, 32\), but \(64, 32\) by the model's config"):
+        materialise(model, 1)
+    model = meta_model(model_shapes.config("llama"))
+    model.extra = torch.nn.Linear(2, 2, device="meta")
+    with pytest.raises(DistattnError, match="extra.bias is only in one of the model and its configuration"):
+        materialise(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (T5Config(), "no causal language model of type 't5'"),
+        (MambaConfig(num_hidden_layers=1), "layer 0 is a linear_attention layer"),
+        (FalconConfig(num_hidden_layers=1), "falcon models have attention classes of their own"),
+        (LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "dynamic RoPE"),
+    ],
+    ids=lambda one: getattr(one, "model_type", ""),
+)
+def test_models_that_cannot_be_split_are_refused_by_name(config, sentence):
+    with pytest.raises(DistattnError, match=sentence):
+        meta_model(config)
+
+
+def test_configurations_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
+    with pytest.raises(DistattnError, match="there is no config.json"):
+        model_config(tmp_path)
+    file = tmp_path / "config.json"
+    for text, error, sentence in [
+        ("{", DamagedDataError, "cannot be read as JSON"),
+        ("{}", DistattnError, "has no model_type"),
+        ('{"model_type": "no_such"}', DistattnError, "model_type 'no_such'"),
+        ('{"model_type": "gemma3"}', DistattnError, "takes more than text"),
+        ('{"model_type": "llama", "num_attention_heads": "x"}', DistattnError, "cannot read it"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(error, match=sentence):
+            model_config(tmp_path)
+    model_shapes.config("gpt-oss").save_pretrained(tmp_path)
+    assert model_config(str(tmp_path)).num_local_experts == 4
