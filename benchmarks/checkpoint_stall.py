@@ -1,0 +1,276 @@
+"""How long a training step waits for a checkpoint: ours beside plain torch.distributed.checkpoint (DCP), sync and async.
+
+    python benchmarks/checkpoint_stall.py --folder FOLDER [--megabytes 400] [--tensors 150] [--ranks 1] [--repeats 5]
+
+A loop of steps (matrix products, then an in-place update of every tensor of the state, as an optimizer's) saves its state once.
+Stall: seconds that the loop's thread waits in calls of the checkpoint, the longest of all ranks. Save: seconds from the call
+until the checkpoint is complete and synchronised with the disk. Steps amid it: what they take more than without a save, since
+the writer uses the same processor and disk. A contestant whose checkpoint does not load bitwise is not timed.
+
+  ours             save(), returns when the tensors are copied
+  ours, overlap    save(overlap=True), and wait_staged() before the update
+  dcp              dcp.save
+  dcp async        dcp.async_save
+  dcp async, kept  dcp.async_save whose writer keeps its copies from one save to the next; for GPUs only
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from distattn.checkpoints.checkpoints import Checkpoints
+from distattn.checkpoints.retention import KeepRule
+
+# of the loop: what a step multiplies, and the least that it takes
+_WIDTH, _STEP_SECONDS = 1024, 0.25
+
+
+class Timed(NamedTuple):
+    """Seconds of one loop with a save in it, and where the checkpoint lies."""
+
+    stall: float
+    save: float
+    steps: list[float]
+    folder: Path
+
+
+# begins a save of a step: what must be called before the update, and what waits until all is written
+Begin = Callable[[int, dict], tuple[Callable[[], Any], Callable[[], Any], Path]]
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="a folder on the disk to measure")
+    parser.add_argument("--megabytes", type=int, default=400, help="of a rank's state")
+    parser.add_argument("--tensors", type=int, default=150)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    if given.ranks == 1:
+        _run(0, given, None)
+        return 0
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as store:
+        ranks = [context.Process(target=_run, args=(rank, given, store)) for rank in range(given.ranks)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+    return max(abs(process.exitcode or 0) for process in ranks)
+
+
+def _run(rank: int, given: argparse.Namespace, store: str | None) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    method = f"file://{store or tempfile.mkdtemp()}/store"
+    dist.init_process_group("gloo", rank=rank, world_size=given.ranks, init_method=method)
+    state = {"step": 0, "model": _tensors(given, rank)}
+    saved: dict[str, Any] = {}
+    found: dict[str, list[Timed]] = defaultdict(list)
+    with contextlib.ExitStack() as stack:
+        contestants = {}
+        for name, open_one in _CONTESTANTS.items():
+            folder = given.folder / name.replace(" ", "-").replace(",", "")
+            if rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            dist.barrier()
+            begin = stack.enter_context(open_one(folder))
+
+            def ready(name: str = name, begin: Begin = begin) -> Timed:
+                timed = _loop(state, saved, begin)
+                found[name].append(timed)
+                return timed
+
+            contestants[name] = lambda ready=ready: ready
+
+        def check(timed: Timed) -> str:
+            found.clear()
+            loaded = {"step": 0, "model": {key: torch.empty_like(value) for key, value in state["model"].items()}}
+            dcp.load(loaded, checkpoint_id=timed.folder)
+            same = all(torch.equal(loaded["model"][key], value) for key, value in saved.items())
+            return "" if same else "loads other tensors than were saved"
+
+        quiet = statistics.median(_step(state) for _ in range(20))
+        cells = harness.compare("a save", contestants, check, repeats=given.repeats)
+    rows = [None] * given.ranks
+    dist.all_gather_object(rows, {name: found[name][-given.repeats :] for name in found})
+    if rank == 0:
+        _print(given, cells, rows, quiet)
+    dist.destroy_process_group()
+
+
+def _tensors(given: argparse.Namespace, rank: int) -> dict[str, torch.Tensor]:
+    """The rank's own tensors: one in five is four times as large as the others."""
+    generator = torch.Generator().manual_seed(rank)
+    shares = [4 if number % 5 == 0 else 1 for number in range(given.tensors)]
+    unit = given.megabytes * 250_000 // sum(shares)
+    return {
+        f"rank {rank} tensor {number}": torch.rand(share * unit, generator=generator)
+        for number, share in enumerate(shares)
+    }
+
+
+def _step(state: dict, before_update: Callable[[], Any] | None = None) -> float:
+    """Products, then an update in place. Returns the seconds without those of `before_update`."""
+    began = time.perf_counter()
+    a = torch.rand(_WIDTH, _WIDTH)
+    while time.perf_counter() - began < _STEP_SECONDS:
+        a = torch.mm(a, a).clamp_(-1, 1)
+    middle = time.perf_counter()
+    if before_update is not None:
+        before_update()
+    update = time.perf_counter()
+    torch._foreach_mul_(list(state["model"].values()), 0.999)
+    return middle - began + time.perf_counter() - update
+
+
+def _loop(state: dict, saved: dict, begin: Begin) -> Timed:
+    """Save once, amid steps, until the checkpoint is complete."""
+    dist.barrier()
+    state["step"] += 1
+    saved |= {key: value.clone() for key, value in state["model"].items()}
+    steps: list[float] = []
+    began = time.perf_counter()
+    before_update, done, folder = begin(state["step"], state)
+    stall = time.perf_counter() - began
+    finished: list[float] = []
+    waiter = _Waiter(done, finished)
+    waiter.start()
+
+    def staged() -> None:
+        nonlocal stall
+        at = time.perf_counter()
+        before_update()
+        stall += time.perf_counter() - at
+
+    while not finished:
+        steps.append(_step(state, staged))
+    waiter.join()
+    if waiter.error is not None:
+        raise waiter.error
+    return Timed(stall, finished[0] - began, steps, folder)
+
+
+class _Waiter:
+    """Notes when a save is complete, on a thread that only waits."""
+
+    def __init__(self, done: Callable[[], Any], finished: list[float]):
+        self.error: Exception | None = None
+
+        def wait() -> None:
+            try:
+                done()
+            except Exception as error:
+                self.error = error
+            finished.append(time.perf_counter())
+
+        thread = threading.Thread(target=wait)
+        self.start, self.join = thread.start, thread.join
+
+
+@contextlib.contextmanager
+def _ours(folder: Path, overlap: bool = False) -> Iterator[Begin]:
+    def warn(line: str) -> None:
+        raise AssertionError(line)
+
+    checkpoints = Checkpoints(folder, group=dist.group.WORLD, facts={}, keep=KeepRule(last=1), warn=warn)
+
+    def begin(step: int, state: dict) -> Any:
+        checkpoints.save(step, state, overlap=overlap)
+        return checkpoints.wait_staged, checkpoints.wait, folder / f"step-{step:08d}"
+
+    yield begin
+    checkpoints.close()
+
+
+@contextlib.contextmanager
+def _dcp(folder: Path) -> Iterator[Begin]:
+    def begin(step: int, state: dict) -> Any:
+        dcp.save(state, checkpoint_id=_fresh(folder, step))
+        return _nothing, _nothing, folder / str(step)
+
+    yield begin
+
+
+@contextlib.contextmanager
+def _dcp_async(folder: Path, keep: bool = False) -> Iterator[Begin]:
+    if keep and not torch.cuda.is_available():
+        yield _unsupported
+        return
+    writer = dcp.FileSystemWriter(folder, cache_staged_state_dict=True) if keep else None
+    group = dist.new_group(backend="gloo")
+
+    def begin(step: int, state: dict) -> Any:
+        path = _fresh(folder, step)
+        how: dict[str, Any] = {} if writer is None else {"storage_writer": writer}
+        future = dcp.async_save(state, checkpoint_id=path, process_group=group, **how)
+        return _nothing, future.result, path
+
+    yield begin
+
+
+def _fresh(folder: Path, step: int) -> Path:
+    """The folder of a step; those before it go, as with a rule that keeps one."""
+    if dist.get_rank() == 0:
+        for old in folder.glob("*"):
+            shutil.rmtree(old)
+        (folder / str(step)).mkdir(parents=True)
+    return folder / str(step)
+
+
+def _unsupported(step: int, state: dict) -> Any:
+    raise harness.Unsupported("it pins its copies for a GPU")
+
+
+def _nothing() -> None:
+    return
+
+
+_CONTESTANTS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Begin]]] = {
+    "ours": _ours,
+    "ours, overlap": lambda folder: _ours(folder, overlap=True),
+    "dcp": _dcp,
+    "dcp async": _dcp_async,
+    "dcp async, kept": lambda folder: _dcp_async(folder, keep=True),
+}
+
+
+def _print(given: argparse.Namespace, cells: list[harness.Cell], rows: list[Any], quiet: float) -> None:
+    sys.stdout.write(
+        f"{given.megabytes} MB in {given.tensors} tensors a rank, {given.ranks} ranks; a step without a save: {quiet:.3f} s\n"
+        f"{'':18s}{'stall':>9s}{'save':>9s}{'stall/save':>12s}{'steps amid it, more':>21s}\n"
+    )
+    for cell in cells:
+        if cell.status != "ok":
+            sys.stdout.write(f"{cell.contestant:18s}{cell.status}: {cell.note}\n")
+            continue
+        runs = list(zip(*(row[cell.contestant] for row in rows), strict=True))
+        stall = statistics.median(max(one.stall for one in run) for run in runs)
+        save = statistics.median(max(one.save for one in run) for run in runs)
+        amid = [step / quiet - 1 for run in runs for one in run for step in one.steps]
+        more = f"{statistics.mean(amid):20.1%}" if amid else f"{'none':>20s}"
+        sys.stdout.write(f"{cell.contestant:18s}{stall:7.3f} s{save:7.2f} s{stall / save:11.1%}{more}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
