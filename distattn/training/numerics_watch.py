@@ -1,0 +1,315 @@
+"""The numerics watch: a step with a loss or gradient that is not finite, or far too large, is not applied, and is explained.
+
+After backward and before the optimizer's step a loop asks `judge`, which looks at the two numbers that all ranks have anyway. For
+a step that is refused `find` runs its micro-batches again and looks at what every module computes: the first tensor that is not
+finite is named, with its rank. `keep_evidence` puts aside what is needed to look further.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from distattn.ir.errors import DistattnError, named_ranks
+from distattn.training import evidence
+from distattn.training.module_observer import OUTPUT, Observations, observed_modules, plain_name
+from distattn.training.spike_detector import SpikeDetector
+
+APPLY, SKIP, STOP, ROLLBACK = "apply", "skip", "stop", "rollback"
+ACTIONS = (SKIP, STOP, ROLLBACK)
+NOT_FINITE, LARGE, CLEAN = "not finite", "large", "clean"
+_WATCHED = ("loss", "grad_norm")
+_SHOWN = {"loss": "loss", "grad_norm": "gradient norm"}
+# in the order of a step: weights before micro-batch 0, gradients of parameters after all that a micro-batch's modules computed
+_BEFORE, _AFTER = -1, 1 << 40
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """What the watch refuses, and what becomes of the run. Raises DistattnError naming a setting that cannot be.
+
+    action: of a refused step; skip: go on without it, stop: end the run, rollback: go back to the last checkpoint, and leave the
+    step out when it is bad again. spike_window: steps whose losses and gradient norms say what is usual; 0 for non-finite values
+    only. spike_threshold: by how many median absolute deviations a value may be above the median. most_in_a_row: after so many
+    refused steps the run stops, whatever the action. evidence: of so many steps evidence is kept, the newest.
+    """
+
+    action: str = SKIP
+    spike_window: int = 128
+    spike_threshold: float = 20.0
+    most_in_a_row: int = 10
+    evidence: int = 8
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise DistattnError(f"action is one of {', '.join(ACTIONS)}, not {self.action!r}.")
+        if self.spike_window < 0 or 0 < self.spike_window < 8:
+            raise DistattnError(f"spike_window is 0, or at least 8 steps, not {self.spike_window}.")
+        if not (math.isfinite(self.spike_threshold) and self.spike_threshold > 0):
+            raise DistattnError(f"spike_threshold is a number above 0, not {self.spike_threshold}.")
+        for name in ("most_in_a_row", "evidence"):
+            if getattr(self, name) < 1:
+                raise DistattnError(f"{name} is at least 1, not {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a loop is to do with a step. action: apply, skip, stop or rollback; reason: a sentence, empty where it is applied."""
+
+    step: int
+    action: str
+    reason: str = ""
+
+    @property
+    def applies(self) -> bool:
+        """Whether the optimizer may take the step."""
+        return self.action == APPLY
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a second run of a step has shown. text: a sentence for people.
+
+    kind: "not finite", "large" (all is finite, and this stands out) or "clean" (the fault did not repeat). tensor, computed_in:
+    which tensor, and the module whose code makes it. ranks: those that had it first; micro_batch: in which, -1 before all.
+    bad, elements: numbers that are not finite, and how many there are, on the first of the ranks. largest: absolute value.
+    """
+
+    step: int
+    kind: str
+    text: str
+    tensor: str = ""
+    computed_in: str = ""
+    ranks: tuple[int, ...] = ()
+    micro_batch: int = _BEFORE
+    bad: int = 0
+    elements: int = 0
+    largest: float = 0.0
+
+
+class NumericsWatch:
+    """Judges steps, and finds what was wrong with one. All ranks of `group` have the same modules, and call alike.
+
+    group: None for one process. folder: evidence goes into its subfolder `evidence`.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, settings: WatchSettings, group: dist.ProcessGroup | None, folder: Path | str
+    ):
+        self.settings, self.folder = settings, Path(folder)
+        self._model, self._group = model, group
+        self._rank = 0 if group is None else dist.get_rank()
+        self._curves = {name: SpikeDetector(settings.spike_window, settings.spike_threshold) for name in _WATCHED}
+        self._in_a_row = 0
+        # of the step that was judged last
+        self._was_finite = True
+        # steps for which the run has gone back: when they are bad again, they are left out
+        self._rolled_back: set[int] = set()
+
+    def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
+        """Whether a step may be applied. All ranks give the same numbers, which are reduced already, and get the same verdict.
+
+        step: its number; loss: the mean over all ranks, grad_norm: of the whole gradient, before clipping. Nothing is sent.
+        """
+        values = {"loss": float(loss), "grad_norm": float(grad_norm)}
+        self._was_finite = all(map(math.isfinite, values.values()))
+        reason = next(filter(None, (self._reason(name, value) for name, value in values.items())), "")
+        for name, value in values.items():
+            self._curves[name].add(value)
+        if not reason:
+            self._in_a_row = 0
+            return Verdict(step, APPLY)
+        self._in_a_row += 1
+        action = self.settings.action
+        if self._in_a_row >= self.settings.most_in_a_row:
+            action, reason = STOP, f"{reason[:-1]}; {self._in_a_row} steps in a row were refused."
+        elif action == ROLLBACK:
+            action = SKIP if step in self._rolled_back else ROLLBACK
+            self._rolled_back.add(step)
+        return Verdict(step, action, reason)
+
+    def find(self, step: int, run: Callable[[int], Tensor | None], micro_batches: int) -> Finding:
+        """Run a refused step again, and name the first tensor that is not finite, or what stands out. A collective call.
+
+        run(i): forward and backward of micro-batch i, as in the step; it may return the loss. Gradients are in the caller's
+        hands: drop the step's before, and these afterwards. What is compiled is run uncompiled.
+        """
+        first, outputs, largest = self._first_bad_weight(), [], []
+        with torch.compiler.set_stance("force_eager"):
+            for index in range(micro_batches):
+                with observed_modules(self._model, _counted) as observations:
+                    loss = run(index)
+                looks = observations.read().tolist()
+                first = first or self._first_bad(index, observations, looks, loss)
+                shown = [
+                    (seen.module, look[1])
+                    for seen, look in zip(observations.seen, looks, strict=True)
+                    if seen.kind == OUTPUT and not seen.gradient
+                ]
+                outputs = [module for module, _ in shown]
+                largest.append([value for _, value in shown])
+        found, everyone = zip(*self._gathered((first, largest)), strict=True)
+        bad = [one for one in found if one is not None]
+        if bad:
+            return _not_finite(step, bad)
+        if not self._was_finite:
+            text = "all values are finite in a second run: the fault did not repeat."
+            return Finding(step, CLEAN, text)
+        return _largest(step, outputs, everyone)
+
+    def keep_evidence(
+        self,
+        verdict: Verdict,
+        finding: Finding | None,
+        documents: Sequence[Mapping[str, Any]],
+        batches: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Write what is known of a refused step to `evidence/step-N`; every rank calls it. A full disk is warned of, no more.
+
+        documents: pieces of the step's documents, a JSON object each. batches: this rank's micro-batches, whose tokens are kept.
+        """
+        evidence.keep(
+            evidence.Evidence(verdict, finding, documents, batches, self._model),
+            self.folder / "evidence",
+            self._rank,
+            self.settings.evidence,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs: the last values, refused steps in a row, and steps for which it has gone back."""
+        return {
+            **{name: curve.values() for name, curve in self._curves.items()},
+            "in_a_row": self._in_a_row,
+            "rolled_back": sorted(self._rolled_back),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state. Steps for which this process has gone back since the state was taken are not forgotten."""
+        for name, curve in self._curves.items():
+            curve.load(state[name])
+        self._in_a_row = max(int(state["in_a_row"]), self._in_a_row)
+        self._rolled_back |= set(state["rolled_back"])
+
+    def _reason(self, name: str, value: float) -> str:
+        if not math.isfinite(value):
+            return f"the {_SHOWN[name]} is {value}."
+        limit = self._curves[name].limit()
+        if value <= limit:
+            return ""
+        return (
+            f"the {_SHOWN[name]} is {value:.4g}, above {limit:.4g}, which is {self.settings.spike_threshold:g} median absolute "
+            f"deviations above the median of {self.settings.spike_window} steps."
+        )
+
+    def _first_bad_weight(self) -> _Bad | None:
+        for name, parameter in self._model.named_parameters():
+            bad = int((~_local(parameter).isfinite()).sum())
+            if bad:
+                return _Bad((_BEFORE, 0), f"weight {plain_name(name)}", "", self._rank, bad, _local(parameter).numel())
+        return None
+
+    def _first_bad(
+        self, index: int, observations: Observations, looks: list[list[float]], loss: Tensor | None
+    ) -> _Bad | None:
+        at, seen, bad = next(
+            (
+                (at, seen, int(look[0]))
+                for at, (seen, look) in enumerate(zip(observations.seen, looks, strict=True))
+                if look[0]
+            ),
+            (_AFTER, None, 0),
+        )
+        begins = next((at for at, seen in enumerate(observations.seen) if seen.gradient), len(observations.seen))
+        if at >= begins and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+            # between the last output and the first gradient
+            return _Bad((index, begins), "loss", "", self._rank, 1, 1)
+        if seen is not None:
+            return _Bad((index, at), str(seen), seen.computed_in, self._rank, bad, seen.elements)
+        for name, parameter in self._model.named_parameters():
+            if parameter.grad is not None and (bad := int((~_local(parameter.grad).isfinite()).sum())):
+                elements = _local(parameter.grad).numel()
+                return _Bad((index, _AFTER), f"gradient of weight {plain_name(name)}", "", self._rank, bad, elements)
+        return None
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """A value of every rank."""
+        if self._group is None or dist.get_world_size(self._group) == 1:
+            return [value]
+        everyone: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyone, value, group=self._group)
+        return everyone
+
+
+class _Bad(NamedTuple):
+    """The first bad tensor of a rank. order: micro-batch and place in it, the same on all ranks."""
+
+    order: tuple[int, int]
+    tensor: str
+    computed_in: str
+    rank: int
+    bad: int
+    elements: int
+
+
+def _counted(tensor: Tensor) -> Tensor:
+    """How many numbers are not finite, and the largest absolute value of the others; float64 (2,)."""
+    finite = tensor.isfinite()
+    largest = torch.where(finite, tensor, 0).abs().amax()
+    return torch.stack([(~finite).sum().double(), largest.double()])
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """What this rank has of a parameter, or of its gradient."""
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def _not_finite(step: int, found: Sequence[_Bad]) -> Finding:
+    """The earliest of the ranks' first bad tensors."""
+    earliest = min(one.order for one in found)
+    first = [one for one in found if one.order == earliest]
+    ranks = tuple(sorted(one.rank for one in first))
+    example = min(first, key=lambda one: one.rank)
+    micro_batch = "" if earliest[0] == _BEFORE else f", micro-batch {earliest[0]}"
+    # an output has its module's name already
+    around = f", computed in {example.computed_in}" if example.computed_in not in ("", *example.tensor.split()) else ""
+    values = "value" if example.elements == 1 else "values"
+    count = f"{example.bad:,} of {example.elements:,} {values} {'is' if example.bad == 1 else 'are'}"
+    text = f"{example.tensor}, {named_ranks(ranks)}{micro_batch}{around}: {count} not finite."
+    facts = example.tensor, example.computed_in, ranks, earliest[0], example.bad, example.elements
+    return Finding(step, NOT_FINITE, text, *facts)
+
+
+def _largest(step: int, modules: Sequence[str], everyone: Sequence[Sequence[Sequence[float]]]) -> Finding:
+    """Whose largest output is most above the usual one of the same module. everyone: by rank, micro-batch and module."""
+    cells = [
+        (value, rank, micro_batch, at)
+        for rank, of_rank in enumerate(everyone)
+        for micro_batch, values in enumerate(of_rank)
+        for at, value in enumerate(values[: len(modules)])
+    ]
+    if not cells:
+        return Finding(step, CLEAN, "no module puts out numbers: nothing can be said of this step.")
+    by_module: dict[int, list[float]] = {}
+    for value, _, _, at in cells:
+        by_module.setdefault(at, []).append(value)
+    usual = {at: statistics.median(values) for at, values in by_module.items()}
+    alone = len(by_module[cells[0][3]]) < 3
+    value, rank, micro_batch, at = max(
+        cells, key=lambda cell: (0.0 if alone else cell[0] / max(usual[cell[3]], 1e-30), cell[0])
+    )
+    beside = "" if alone else f", {value / max(usual[at], 1e-30):.3g} times the median of all ranks and micro-batches"
+    text = (
+        f"all values are finite in a second run; the largest output {'' if alone else 'beside others '}is that of {modules[at]}, "
+        f"rank {rank}, micro-batch {micro_batch}: {value:.4g}{beside}."
+    )
+    facts = f"{modules[at]} {OUTPUT}", modules[at], (rank,), micro_batch
+    return Finding(step, LARGE, text, *facts, largest=value)

@@ -1,0 +1,106 @@
+"""The replay check: a micro-batch is run twice, and must give the same bits. Where it does not, a rank computes wrongly.
+
+Silent data corruption is rare and does not repeat, so every module's tensors are digested in both runs, and the earliest that
+differs on any rank names that rank: messages of attention spread a wrong number to others, but later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.ir.errors import named_ranks
+from distattn.training.module_observer import Observations, observed_modules
+
+# integers of as many bytes; those of 64 bits in halves, because two signs that change would add up to 2^64, which is nothing
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two runs of one micro-batch differ. text: a sentence for people; tensor: the first that differs; computed_in: the module
+    whose code makes it; ranks: those that computed another result first."""
+
+    step: int
+    text: str
+    tensor: str
+    computed_in: str
+    ranks: tuple[int, ...]
+
+
+class ReplayCheck:
+    """Every so many steps runs a micro-batch twice. All ranks of `group` have the same modules, and call alike.
+
+    interval: steps between checks; 0 for never. group: None for one process. Kernels have to be deterministic: where they are not
+    on all ranks, the check says so.
+    """
+
+    def __init__(self, model: torch.nn.Module, interval: int, group: dist.ProcessGroup | None = None):
+        self.interval = interval
+        self._model, self._group = model, group
+        self._rank = 0 if group is None else dist.get_rank()
+
+    def due(self, step: int) -> bool:
+        """Whether this step, counted from 0, is to be checked: every interval-th, not the first."""
+        return bool(self.interval) and step > 0 and step % self.interval == 0
+
+    def check(self, step: int, run: Callable[[], Any], drop: Callable[[], Any]) -> Difference | None:
+        """Run a micro-batch twice and compare. A collective call, which waits for the device. Returns None where all is equal.
+
+        run: forward and backward of the step's first micro-batch. drop: forgets the gradients of the first run; those of the
+        second stay, and are the step's own, so that a check costs one micro-batch. Both runs begin with the same state of random
+        numbers.
+        """
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices), observed_modules(self._model, bits_digest) as first:
+            run()
+        drop()
+        with observed_modules(self._model, bits_digest) as second:
+            run()
+        found = [one for one in self._gathered(_first_difference(first, second, self._rank)) if one is not None]
+        if not found:
+            return None
+        earliest = min(at for at, _, _, _ in found)
+        here = [one for one in found if one[0] == earliest]
+        ranks = tuple(sorted(rank for *_, rank in here))
+        _, tensor, computed_in, _ = here[0]
+        text = f"{named_ranks(ranks)} computed another result for the same inputs in {computed_in} ({tensor})."
+        if self._group is not None and len(ranks) == dist.get_world_size(self._group) > 1:
+            text = f"{text[:-1]}; all ranks do, so it is the program that is not deterministic, not one device."
+        return Difference(step, text, tensor, computed_in, ranks)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """A value of every rank."""
+        if self._group is None or dist.get_world_size(self._group) == 1:
+            return [value]
+        everyone: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyone, value, group=self._group)
+        return everyone
+
+
+def bits_digest(tensor: Tensor) -> Tensor:
+    """A digest of a tensor's bits, an int64 on its device: exact, and in no order of summation.
+
+    The bits of each row, the last dim, are added as integers, and the rows' sums weighed with odd numbers, modulo 2^64. Any one
+    number that changes is found, and rows that change places are.
+    """
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+    bits = rows.contiguous().view(_BITS[tensor.element_size()])
+    sums = bits.sum(-1, dtype=torch.int64)
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
+
+
+def _first_difference(first: Observations, second: Observations, rank: int) -> tuple[int, str, str, int] | None:
+    """Place, tensor, module and rank of the first tensor that differs."""
+    if [str(seen) for seen in first.seen] != [str(seen) for seen in second.seen]:
+        return 0, "another order of modules", "the model", rank
+    differs = (first.read() != second.read()).nonzero()
+    if not len(differs):
+        return None
+    at = int(differs[0])
+    return at, str(first.seen[at]), first.seen[at].computed_in, rank

@@ -1,0 +1,301 @@
+"""The numerics watch: what is refused, whom a second run of the step blames, and what is kept of it."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_on_ranks
+from small import STEPS, build, micro_batch
+from torch.distributed.device_mesh import init_device_mesh
+
+from distattn.adapters import pytorch
+from distattn.ir.errors import DistattnError
+from distattn.training.numerics_watch import NumericsWatch, Verdict, WatchSettings
+from distattn.training.spike_detector import SpikeDetector
+
+NAN = float("nan")
+
+
+def watch_of(folder=".", **settings):
+    return NumericsWatch(torch.nn.Linear(2, 2), WatchSettings(**settings), None, folder)
+
+
+def falling(step, scatter):
+    """A loss that falls from 11 to 2.5, and scatters."""
+    return 2.5 + 8.5 * math.exp(-step / 2000) + scatter.gauss(0, 0.05)
+
+
+def heavy_tailed(scatter):
+    """Gradient norms scatter by a factor, and now and then by three."""
+    return 0.5 * math.exp(scatter.gauss(0, 0.35))
+
+
+def test_a_long_run_without_faults_is_left_alone():
+    scatter, watch = random.Random(1), watch_of()
+    for step in range(20_000):
+        assert watch.judge(step, falling(step, scatter), heavy_tailed(scatter)).applies, step
+
+
+@pytest.mark.parametrize("at", [0, 1, 500, 5000])
+@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused_at_any_step_and_does_not_count_as_usual(at, value):
+    scatter, watch = random.Random(2), watch_of()
+    for step in range(at):
+        watch.judge(step, falling(step, scatter), heavy_tailed(scatter))
+    before = watch.state_dict()["loss"]
+    verdict = watch.judge(at, value, 1.0)
+    assert (verdict.action, verdict.applies, verdict.reason) == ("skip", False, f"the loss is {value}.")
+    assert watch.judge(at, 2.5, value).reason == f"the gradient norm is {value}."
+    assert watch.state_dict()["loss"] == [*before, 2.5][-128:]
+
+
+def test_spikes_are_found_where_they_are_and_nowhere_else():
+    scatter, watch = random.Random(3), watch_of()
+    planted = {step: kind for step, kind in zip(range(300, 9000, 333), ["loss", "norm"] * 20, strict=False)}
+    for step in range(9000):
+        loss, norm = falling(step, scatter), heavy_tailed(scatter)
+        loss, norm = (loss + 4, norm) if planted.get(step) == "loss" else (loss, norm)
+        verdict = watch.judge(step, loss, norm * 30 if planted.get(step) == "norm" else norm)
+        assert verdict.applies == (step not in planted), (step, verdict)
+        if step == 300:
+            assert (
+                verdict.reason.startswith("the loss is 1") and "20 median absolute deviations above" in verdict.reason
+            )
+
+
+def test_a_new_level_becomes_usual_and_a_constant_curve_has_no_spikes_of_rounding():
+    detector = SpikeDetector(16, 10)
+    for step in range(40):
+        assert 1 + step % 2 * 1e-7 <= detector.limit()
+        detector.add(1 + step % 2 * 1e-7)
+    seen = 0
+    while detector.limit() < 50:
+        detector.add(50)
+        seen += 1
+    assert seen == 8
+    assert SpikeDetector(0, 1).limit() == math.inf
+
+
+def test_a_state_goes_on_as_the_run_would_have():
+    scatter, one = random.Random(4), watch_of(spike_window=32)
+    curve = [(falling(step, scatter) + 9 * (step % 97 == 96), heavy_tailed(scatter)) for step in range(400)]
+    curve[150] = (NAN, 1.0)
+    whole = [one.judge(step, *values) for step, values in enumerate(curve)]
+    for cut in (1, 20, 151, 300):
+        first, second = watch_of(spike_window=32), watch_of(spike_window=32)
+        parts = [first.judge(step, *values) for step, values in enumerate(curve[:cut])]
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        parts += [second.judge(step, *values) for step, values in enumerate(curve[cut:], cut)]
+        assert parts == whole
+    assert sum(not verdict.applies for verdict in whole) >= 4
+
+
+def test_a_step_that_is_bad_again_after_going_back_is_left_out():
+    watch = watch_of(action="rollback")
+    saved = watch.state_dict()
+    assert watch.judge(7, NAN, 1).action == "rollback"
+    # the loop goes back to its checkpoint
+    watch.load_state_dict(saved)
+    assert watch.judge(6, 1, 1).applies and watch.judge(7, NAN, 1).action == "skip"
+    # another process begins with what it wrote last
+    other = watch_of(action="rollback")
+    other.load_state_dict(watch.state_dict())
+    assert other.judge(7, NAN, 1).action == "skip" and other.judge(8, NAN, 1).action == "rollback"
+
+
+def test_a_run_of_nothing_but_bad_steps_stops():
+    watch = watch_of(most_in_a_row=3)
+    assert [watch.judge(step, NAN, 1).action for step in range(2)] == ["skip", "skip"]
+    assert watch.judge(2, 1, 1).applies
+    last = [watch.judge(step, 1, math.inf) for step in range(3, 6)][-1]
+    assert last == Verdict(5, "stop", "the gradient norm is inf; 3 steps in a row were refused.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(action="ignore"), "action is one of skip, stop, rollback, not 'ignore'"),
+        (dict(spike_window=3), "spike_window is 0, or at least 8 steps, not 3"),
+        (dict(spike_threshold=NAN), "spike_threshold is a number above 0"),
+        (dict(evidence=0), "evidence is at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, said):
+    with pytest.raises(DistattnError, match=said):
+        WatchSettings(**settings)
+
+
+# ---- a model on ranks that share attention, and planted faults
+
+
+def planted(model, rank, module, spoil, runs=()):
+    """Have a module's output spoilt on this rank, in these of its calls (all by default). Returns what undoes it."""
+    calls = []
+
+    def hook(_, __, out):
+        calls.append(None)
+        return spoil(out) if not runs or len(calls) - 1 in runs else out
+
+    return model.get_submodule(module).register_forward_hook(hook)
+
+
+def some(value, count):
+    """Spoil the first `count` numbers of an output."""
+
+    def spoil(out):
+        first = torch.arange(out.numel()).view(out.shape) < count
+        return torch.where(first, torch.full_like(out, value), out)
+
+    return spoil
+
+
+class BadBackward(torch.autograd.Function):
+    """The identity, with a gradient that is infinite in one place."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        gradient.view(-1)[5] = math.inf
+        return gradient
+
+
+# of each fault: the rank and the module, what happens to its output, in which of its calls
+FAULTS = {
+    "mlp": (3, "model.layers.1.mlp", some(NAN, 17), (1, 3)),
+    "key": (2, "model.layers.0.self_attn.k_proj", some(math.inf, 1), ()),
+    "gradient": (1, "model.layers.0.mlp.up_proj", BadBackward.apply, ()),
+    "once": (0, "model.layers.1.mlp", some(NAN, 1), (0,)),
+    "large": (2, "model.layers.1.mlp", lambda out: out * 1e5, (1, 3)),
+}
+
+
+def _found(rank, folder):
+    model, findings = build(torch.float32), {}
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))
+    pytorch.shard_parameters(model, mesh)
+    with pytorch.context_parallel(mesh, strategy="ring", layout="zigzag") as cp:
+        cp.loss_scale(pytorch.ProbeTarget(model))
+        step = [micro_batch(lengths) for lengths in STEPS[0]]
+        for batches in cp.steps([step] * (len(FAULTS) + 2)):
+            number = len(findings)
+            kind = [*FAULTS, "weight", "loss"][number]
+            settings = WatchSettings(spike_window=8, spike_threshold=3)
+            watch = NumericsWatch(model, settings, dist.group.WORLD, folder)
+            for before in range(8):
+                watch.judge(before, 4.2, 1.0)
+            spoilt, module, spoil, runs = FAULTS.get(kind, (-1, "", None, ()))
+            fault = planted(model, rank, module, spoil, runs) if rank == spoilt else None
+            if kind == "weight" and rank == 1:
+                weight = model.model.layers[1].mlp.up_proj.weight.to_local()
+                kept = weight[0, 0].clone()
+                weight.data[0, 0] = NAN
+
+            def run(index, batches=batches, kind=kind):
+                loss = pytorch.local_loss(model, batches[index])
+                if kind == "loss" and rank == 2 and index == 1:
+                    loss = loss * NAN
+                loss.backward()
+                return loss
+
+            losses = [run(index).detach() for index in range(len(batches))]
+            norm = pytorch.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            verdict = watch.judge(number + 8, cp.mean_loss(losses), float(norm))
+            model.zero_grad()
+            finding = watch.find(number, run, len(batches)) if not verdict.applies else None
+            model.zero_grad()
+            findings[kind] = (
+                verdict.reason,
+                finding and (finding.kind, finding.text, finding.ranks, finding.micro_batch),
+            )
+            watch.keep_evidence(verdict, finding, [{"document": number, "rank": rank}], batches)
+            if fault is not None:
+                fault.remove()
+            if kind == "weight" and rank == 1:
+                weight.data[0, 0] = kept
+    return findings
+
+
+@pytest.fixture(scope="module")
+def evidence(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def findings(evidence):
+    everyone = run_on_ranks(4, _found, evidence)
+    assert all(one == everyone[0] for one in everyone)
+    return everyone[0]
+
+
+def test_the_first_tensor_its_rank_and_micro_batch_are_named(findings):
+    for kind, (reason, found) in findings.items():
+        assert found is not None and reason, kind
+    text = {kind: found[1] for kind, (_, found) in findings.items()}
+    assert text["mlp"] == ("model.layers.1.mlp output, rank 3, micro-batch 1: 17 of 256 values are not finite.")
+    # rank 2's keys have gone round the ring
+    assert text["key"] == (
+        "model.layers.0.self_attn.k_proj output, rank 2, micro-batch 0: 1 of 112 values is not finite."
+    )
+    assert text["gradient"] == (
+        "gradient of model.layers.0.mlp.up_proj output, rank 1, micro-batch 0, computed in model.layers.0.mlp: 1 of 384 "
+        "values is not finite."
+    )
+    assert text["weight"].startswith("weight model.layers.1.mlp.up_proj.weight, rank 1: 1 of ")
+    assert text["loss"] == "loss, rank 2, micro-batch 1: 1 of 1 value is not finite."
+
+
+def test_a_fault_that_does_not_repeat_is_said_to_be_one(findings):
+    reason, found = findings["once"]
+    assert reason == "the loss is nan."
+    assert found[:2] == ("clean", "all values are finite in a second run: the fault did not repeat.")
+
+
+def test_of_a_finite_spike_the_output_that_stands_out_is_named(findings):
+    reason, (kind, text, ranks, micro_batch) = findings["large"]
+    assert "median absolute deviations" in reason
+    assert (kind, ranks, micro_batch) == ("large", (2,), 1), text
+    assert "the largest output beside others is that of model.layers.1.mlp, rank 2, micro-batch 1" in text
+
+
+def test_evidence_says_which_documents_tokens_and_weights_it_was(findings, evidence):
+    folders = sorted((evidence / "evidence").iterdir())
+    assert len(folders) == len(findings)
+    kinds = list(findings)
+    for folder in folders:
+        said = json.loads((folder / "verdict.json").read_text())
+        kind = kinds[said["finding"]["step"]]
+        assert said["finding"]["text"] == findings[kind][1][1] and said["verdict"]["reason"] == findings[kind][0]
+        assert [json.loads(line)["rank"] for line in (folder / "documents.jsonl").open()] == [0]
+        ids = [[], []]
+        for rank in range(4):
+            with np.load(folder / f"tokens-{rank}.npz") as tokens:
+                for number in range(2):
+                    assert tokens[f"{number}.labels"].shape == tokens[f"{number}.input_ids"].shape
+                    ids[number] += tokens[f"{number}.input_ids"][0].tolist()
+        # the ranks' tokens together are the micro-batches'
+        for got, lengths in zip(ids, STEPS[0], strict=True):
+            assert sorted(i for i in got if i) == sorted(i for i in micro_batch(lengths)["input_ids"][0].tolist() if i)
+    # the weights were the same in all steps but the one in which one was spoilt
+    digests = {folder: [(folder / f"weights-{rank}.json").read_text() for rank in range(4)] for folder in folders}
+    usual = digests[evidence / "evidence" / "step-8"]
+    others = {folder.name for folder, one in digests.items() if one != usual}
+    assert others == {f"step-{8 + kinds.index('weight')}"}
+    assert "model.layers.1.mlp.up_proj.weight" in json.loads(usual[0])
+
+
+def test_evidence_is_bounded_and_a_full_disk_ends_no_run(tmp_path, caplog):
+    watch = watch_of(tmp_path, evidence=3)
+    for step in (1, 2, 3, 4, 2, 900):
+        watch.keep_evidence(Verdict(step, "skip", "nan"), None, [], [])
+    assert {one.name for one in (tmp_path / "evidence").iterdir()} == {"step-4", "step-2", "step-900"}
+    (tmp_path / "file").write_text("")
+    watch_of(tmp_path / "file").keep_evidence(Verdict(1, "skip", "nan"), None, [], [])
+    assert "the evidence of step 1 was not written" in caplog.text

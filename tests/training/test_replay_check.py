@@ -1,0 +1,158 @@
+"""The replay check: an ulp that one rank adds once is found, and that rank is named although messages spread it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_on_ranks
+from small import CAD, build, micro_batch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.utils import parameters_to_vector
+
+from distattn.adapters import pytorch
+from distattn.training.replay_check import ReplayCheck, bits_digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_digest_sees_every_bit_and_where_rows_are(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 8, generator=generator).to(dtype)
+    digest = bits_digest(x)
+    assert digest == bits_digest(x.clone()) and digest.dtype == torch.int64 and digest.dim() == 0
+    assert digest == bits_digest(x.transpose(0, 1).contiguous().transpose(0, 1))
+    size = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[x.element_size()]
+    for place in ((0, 0, 0), (2, 4, 7), (1, 2, 3)):
+        for bit in range(0, 8 * x.element_size() - 1, 3):
+            other = x.clone()
+            other.view(size)[place] ^= 1 << bit
+            assert bits_digest(other) != digest
+    assert bits_digest(x[torch.tensor([1, 0, 2])]) != digest
+    # bits, not values: two zeros, and a NaN that is the same NaN
+    assert bits_digest(torch.zeros(2).to(dtype)) != bits_digest((-torch.zeros(2)).to(dtype))
+    nan = torch.full((4,), float("nan")).to(dtype)
+    assert bits_digest(nan) == bits_digest(nan.clone())
+    assert bits_digest(torch.tensor(1.0, dtype=dtype)).dim() == 0
+
+
+def an_ulp(out):
+    """One number of an output is the next larger one."""
+    other = out.detach().clone()
+    other.view(-1)[3] = torch.nextafter(other.view(-1)[3], torch.tensor(torch.inf))
+    return out + (other - out.detach())
+
+
+class UlpInBackward(torch.autograd.Function):
+    """The identity; one number of the gradient is the next larger one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return an_ulp(gradient)
+
+
+# rank, module, what it does to an output, in which run
+FAULTS = [
+    (2, "model.layers.0.self_attn.k_proj", an_ulp, 1),
+    (1, "model.layers.1.mlp", an_ulp, 0),
+    (3, "model.layers.1.self_attn.v_proj", UlpInBackward.apply, 1),
+    (0, "lm_head", an_ulp, 1),
+]
+WANTED = [
+    (2, "model.layers.0.self_attn.k_proj"),
+    (1, "model.layers.1.mlp"),
+    (3, "model.layers.1.self_attn.v_proj"),
+    (0, "lm_head"),
+]
+
+
+def _checked(rank, settings):
+    model, out = build(torch.float32), []
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))
+    pytorch.shard_parameters(model, mesh)
+    check = ReplayCheck(model, 10, dist.group.WORLD)
+    assert [step for step in range(31) if check.due(step)] == [10, 20, 30] and not ReplayCheck(model, 0).due(0)
+    with pytorch.context_parallel(mesh, **settings) as cp:
+        cp.loss_scale(pytorch.ProbeTarget(model))
+        lengths = [[19, 1, 8], [30], [7, 25], [9, 40]]
+        own = lengths[rank] if settings.get("data") == "per_rank" else lengths[0]
+        for number, (batch,) in enumerate(cp.steps([[micro_batch(own)]] * (len(FAULTS) + 1))):
+            fault = None
+            if number < len(FAULTS) and FAULTS[number][0] == rank:
+                _, module, spoil, when = FAULTS[number]
+                calls = []
+
+                def hook(_, __, output, calls=calls, spoil=spoil, when=when):
+                    calls.append(None)
+                    return spoil(output) if len(calls) == when + 1 else output
+
+                fault = model.get_submodule(module).register_forward_hook(hook)
+
+            def run(batch=batch):
+                pytorch.local_loss(model, batch).backward()
+
+            found = check.check(number, run, model.zero_grad)
+            out.append(found and (found.ranks, found.computed_in, found.text))
+            if fault is not None:
+                fault.remove()
+        # the gradients of the second run are those of a step without a check
+        checked = parameters_to_vector([pytorch.full_tensor(p.grad) for p in model.parameters()])
+        model.zero_grad()
+        run()
+        plain = parameters_to_vector([pytorch.full_tensor(p.grad) for p in model.parameters()])
+        assert torch.equal(checked, plain)
+    return out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(strategy="ring", layout="zigzag"),
+        dict(strategy="allgather", layout="document_zigzag"),
+        {**CAD, "context_parallel_size": 1},
+    ],
+    ids=["ring", "allgather", "cad"],
+)
+def test_the_rank_that_computes_another_result_is_named(settings):
+    everyone = run_on_ranks(4, _checked, settings)
+    assert all(one == everyone[0] for one in everyone)
+    *found, clean = everyone[0]
+    assert clean is None
+    for (rank, module), (ranks, computed_in, text) in zip(WANTED, found, strict=True):
+        assert (ranks, computed_in) == ((rank,), module), text
+    assert found[0][2] == (
+        "rank 2 computed another result for the same inputs in model.layers.0.self_attn.k_proj "
+        "(model.layers.0.self_attn.k_proj output)."
+    )
+
+
+def test_random_numbers_are_no_fault_but_a_program_that_differs_everywhere_is_told():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+    x, check = torch.ones(8, 4), ReplayCheck(model, 1)
+    torch.manual_seed(7)
+    assert check.check(1, lambda: model(x).sum().backward(), model.zero_grad) is None
+    after_check = torch.rand(1)
+    torch.manual_seed(7)
+    model(x)
+    assert torch.rand(1) == after_check
+    numbers = iter([1.0, 2.0])
+    found = check.check(1, lambda: model(x * next(numbers)).sum().backward(), model.zero_grad)
+    assert found is not None and found.ranks == (0,) and found.computed_in == "the model"
+
+
+def test_compiled_blocks_are_checked_from_outside():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].compile(backend="aot_eager")
+    calls = []
+
+    def hook(_, __, out):
+        calls.append(None)
+        return an_ulp(out) if len(calls) == 2 else out
+
+    model[0].register_forward_hook(hook)
+    x = torch.ones(3, 4)
+    model(x)
+    calls.clear()
+    found = ReplayCheck(model, 1).check(1, lambda: model(x).sum().backward(), model.zero_grad)
+    assert found is not None and found.computed_in == "0"
