@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,8 @@ def keep(found: Evidence, folder: Path, rank: int, most: int) -> None:
             (place / "verdict.json").write_text(json.dumps(said, indent=1), "utf-8")
             lines = "".join(json.dumps(row) + "\n" for row in found.documents)
             (place / "documents.jsonl").write_text(lines, "utf-8")
+            # a folder that was there already is as new as one that was not
+            os.utime(place)
             _remove_oldest(folder, place, most)
         tokens = {
             f"{number}.{name}": batch[name].cpu().numpy()

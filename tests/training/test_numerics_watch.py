@@ -245,8 +245,7 @@ def test_the_first_tensor_its_rank_and_micro_batch_are_named(findings):
         "model.layers.0.self_attn.k_proj output, rank 2, micro-batch 0: 1 of 112 values is not finite."
     )
     assert text["gradient"] == (
-        "gradient of model.layers.0.mlp.up_proj output, rank 1, micro-batch 0, computed in model.layers.0.mlp: 1 of 384 "
-        "values is not finite."
+        "gradient of model.layers.0.mlp.up_proj weight, rank 1, micro-batch 0: 32 of 1,536 values are not finite."
     )
     assert text["weight"].startswith("weight model.layers.1.mlp.up_proj.weight, rank 1: 1 of ")
     assert text["loss"] == "loss, rank 2, micro-batch 1: 1 of 1 value is not finite."
