@@ -33,6 +33,7 @@ class IndexedFile:
     sequence_lengths: tokens of each sequence, int32 (S,). pointers: first byte of each in PREFIX.bin, int64 (S,).
     document_ends: limits of the documents in sequences, int64 (D + 1,), from 0 to S; document d has sequences
     document_ends[d] to document_ends[d + 1]. modes: int8 (S,), or None. digests: of PREFIX.xxh3, or None where there is none.
+    check_tokens: whether tokens are compared with their digests.
 
     What is read is checked at that moment: the document's entries against each other, and each block with a digest against it
     when it is first read; from then on only the bytes that are asked for are read of it. So a bit that flips on the disk after
@@ -57,7 +58,7 @@ class IndexedFile:
         self.document_ends = index[ends:modes].view("<i8")
         self.modes = index[modes:end].view("i1") if len(index) == end else None
         self.digests = BlockDigests.open(prefix, bin_bytes, len(index))
-        self._check_tokens = check_tokens
+        self.check_tokens = check_tokens
         self._checked_index, self._checked_bin = CheckedBlocks(len(index)), CheckedBlocks(bin_bytes)
 
     @classmethod
@@ -84,7 +85,7 @@ class IndexedFile:
 
     def __reduce__(self) -> tuple[object, ...]:
         # another process opens the files itself
-        return IndexedFile.open, (self.prefix, self._check_tokens)
+        return IndexedFile.open, (self.prefix, self.check_tokens)
 
     def __len__(self) -> int:
         return self.documents
@@ -258,7 +259,7 @@ class IndexedFile:
 
     def _read_bytes(self, offset: int, size: int) -> np.ndarray:
         """Bytes [offset, offset + size) of PREFIX.bin, uint8 (size,); blocks with digests are read whole, and checked, once."""
-        if self.digests is None or not self._check_tokens or not size:
+        if self.digests is None or not self.check_tokens or not size:
             return self._pread(offset, size)
         first, last = offset // BLOCK_BYTES, -(-(offset + size) // BLOCK_BYTES)
         missing = self._checked_bin.first_missing(first, last)

@@ -51,7 +51,7 @@ class LabelMasks:
 
     @classmethod
     def open(cls, corpus: Corpus) -> LabelMasks | None:
-        """Open what lies beside a corpus's files; None where there is nothing.
+        """Open what lies beside a corpus's files, and check it as they are; None where there is nothing.
 
         Raises what `IndexedFile.open` raises, and DamagedDataError where a mask has other documents than the file it lies beside.
         """
@@ -127,7 +127,7 @@ def _open(file: IndexedFile, kind: str, dtype: type) -> IndexedFile | None:
     # a half of it is damage, not absence
     if not any(os.path.lexists(prefix + suffix) for suffix in (".bin", ".idx")):
         return None
-    found = IndexedFile.open(prefix)
+    found = IndexedFile.open(prefix, file.check_tokens)
     if found.dtype != dtype:
         raise DamagedDataError(
             f"{prefix}.idx: byte 17: has {found.dtype.name}, not {np.dtype(dtype).name}; write it again."

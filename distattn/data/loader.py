@@ -54,6 +54,7 @@ class PackLoader:
     ) -> None:
         """rank, size: the share and the number of shares. steps: how many to yield; by default all that the plan has.
 
+        corpora: opened with `check_tokens=False`, their tokens are read without comparing them with digests.
         ahead: steps whose records are read and checked before they are asked for. even: refuse steps whose packs cannot be dealt
         out in equal numbers. drop_last: leave out the plan's last step where it is not full (`PackPlan.full_steps`), whatever the
         number of shares. vocabulary: token ids are below it; looked at when tokens are read. device: of what ranks read;

@@ -150,9 +150,9 @@ def load_pack_config(path: str | Path) -> PackConfig:
     return replace(config, plan=os.path.join(folder, config.plan), corpus=tuple(corpora), rule=rule)
 
 
-def open_corpora(config: PackConfig) -> list[Corpus]:
-    """The corpora, in their order. Raises what `Corpus.open` raises."""
-    return [Corpus.open(one.name, one.files) for one in config.corpus]
+def open_corpora(config: PackConfig, check_tokens: bool = True) -> list[Corpus]:
+    """The corpora, in their order. check_tokens: as `IndexedFile.open` has it. Raises what `Corpus.open` raises."""
+    return [Corpus.open(one.name, one.files, check_tokens) for one in config.corpus]
 
 
 def vocabulary_of(corpora: Sequence[Corpus]) -> int | None:

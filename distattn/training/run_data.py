@@ -64,7 +64,7 @@ def open_data(run: RunFolder, config: Config) -> RunData:
     """The data of a run. Raises DistattnError where they are not what they were, or are too few for all steps."""
     planned = pack_config(config)
     if planned is None:
-        corpora = [Corpus.open(_TEXT, [str(run.corpus_prefix)])]
+        corpora = [Corpus.open(_TEXT, [str(run.corpus_prefix)], config.data.check_tokens)]
         return RunData(PackPlan.open(run.packs_file), corpora, vocabulary_size(config))
     return _planned_data(config, planned)
 
@@ -129,17 +129,17 @@ class _Lengths(NamedTuple):
 
 
 def _plan_text(config: Config, corpus: CorpusLengths, file: Path) -> PackPlan:
-    """A pack for each data-parallel share in each step."""
-    shares = config.parallel.data_parallel_size
-    context = config.data.tokens_per_step // shares
+    """Packs of data.context_length; the number of ranks and shares does not enter."""
+    context = config.data.pack_tokens
+    packs = config.data.tokens_per_step // context
     # a window of several epochs would mix them, and a plan that ends within it repeat documents
-    window = min(_MOST_WINDOW, config.train.steps * shares, -(-int(corpus.lengths.sum(dtype=np.int64)) // context))
-    rule = PackRule(((0, context),), context * shares, window)
+    window = min(_MOST_WINDOW, config.train.steps * packs, -(-int(corpus.lengths.sum(dtype=np.int64)) // context))
+    rule = PackRule(((0, context),), context * packs, window)
     return make_pack_plan(file, [corpus], seed=config.run.seed, rule=rule, steps=config.train.steps)
 
 
 def _planned_data(config: Config, planned: PackConfig) -> RunData:
-    corpora = open_corpora(planned)
+    corpora = open_corpora(planned, config.data.check_tokens)
     plan = open_configured_plan(planned, corpora)
     if plan.steps < config.train.steps:
         raise DistattnError(

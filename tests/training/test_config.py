@@ -56,7 +56,34 @@ def test_the_command_line_overrides_the_file():
             "[model]\nnum_attention_heads = 3",
             ["model.num_attention_heads: hidden_size 128 does not give 3 heads", "3 query heads do not divide among 4"],
         ),
-        ("[data]\ntokens_per_step = 100", ["data.max_document_tokens: 2700 tokens do not fit into a step of 100"]),
+        (
+            "[data]\ntokens_per_step = 100",
+            ["data.max_document_tokens: 2700 tokens do not fit into a pack of 100; at most data.tokens_per_step."],
+        ),
+        (
+            "[data]\ncontext_length = 3000",
+            ["data.tokens_per_step: 8192 is no multiple of data.context_length 3000; 6000 is."],
+        ),
+        (
+            "[data]\ncontext_length = 2048",
+            ["data.max_document_tokens: 2700 tokens do not fit into a pack of 2048; at most data.context_length."],
+        ),
+        (
+            "[parallel]\ndata = 'per_rank'",
+            [
+                "data.context_length: a step has 1 pack of 8192 tokens, which 4 shares of the ranks cannot have equally many of; "
+                "use 2048, or data.tokens_per_step = 32768."
+            ],
+        ),
+        (
+            "[data]\ncontext_length = 4096\n[parallel]\ndata = 'per_rank'\nranks = 3",
+            [
+                "data.context_length: a step has 2 packs of 4096 tokens, which 3 shares",
+                "; use data.tokens_per_step = 12288.",
+            ],
+        ),
+        ("[data]\ncontext_length = -1", ["data.context_length: at least 0, not -1"]),
+        ("[data]\ncheck_tokens = 1", ["data.check_tokens: input should be a valid boolean"]),
         ("[parallel]\ncomm_dtype = 'int8'", ["parallel.comm_dtype: there is no 'int8'"]),
         ("parallel = 3", ["parallel: "]),
         ("[run]\nfolder = 2020-01-01", ["run.folder: input should be a valid string"]),

@@ -12,6 +12,7 @@ import pytest
 from distattn.data import text
 from distattn.data.byte_corpus import byte_corpus
 from distattn.data.indexed_file import IndexedFileWriter
+from distattn.data.loader import PackLoader
 from distattn.data.pack_config import load_pack_config, make_configured_plan, open_corpora
 from distattn.data.text import Document, check_text, find_corpus, read_tokens
 from distattn.ir.errors import DamagedDataError, DistattnError
@@ -58,6 +59,50 @@ def test_an_epoch_tiles_every_file(tmp_path):
         tokens = np.fromfile(row["file"], row["dtype"], row["length"], offset=row["byte"])
         found[text_.documents[row["document"]].file] += tokens.tobytes()
     assert found == contents
+
+
+def test_steps_of_text_have_the_same_documents_whatever_the_number_of_shares(tmp_path):
+    rng = np.random.default_rng(1)
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text("a" * int(rng.integers(1, 100)))
+    data = DataConfig(path=str(tmp_path / "text"), tokens_per_step=400, context_length=100, max_document_tokens=80)
+    found = []
+    for number, (ranks, how, size) in enumerate(
+        [(1, "replicated", 0), (2, "per_rank", 0), (4, "per_rank", 0), (8, "per_rank", 2)]
+    ):
+        parallel = ParallelConfig(ranks=ranks, data=how, context_parallel_size=size)
+        config = Config(
+            RunConfig(folder=str(tmp_path / f"{number}")), data, parallel=parallel, train=TrainConfig(steps=30)
+        )
+        run = RunFolder.create(config)
+        write_text(run, config, find_text(config))
+        opened = open_data(run, config)
+        rows = [list(piece_rows(opened, step)) for step in range(30)]
+        found.append([[{**row, "file": ""} for row in step] for step in rows])
+        shares = config.parallel.data_parallel_size
+        loaders = [PackLoader(opened.plan, opened.corpora, rank=share, size=shares) for share in range(shares)]
+        assert {len(next(iter(loader))) for loader in loaders} == {4 // shares}
+    assert found[1:] == found[:1] * 3 and max(row["pack"] for row in found[0][0]) == 3
+
+
+def test_tokens_of_a_run_are_compared_with_their_digests_unless_it_says_otherwise(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 900)
+    config = Config(
+        RunConfig(folder=str(tmp_path / "run")), DataConfig(path=str(tmp_path / "a.txt")), train=TrainConfig(steps=1)
+    )
+    run = RunFolder.create(config)
+    write_text(run, config, find_text(config))
+    content = bytearray(Path(f"{run.corpus_prefix}.bin").read_bytes())
+    content[100] ^= 1
+    Path(f"{run.corpus_prefix}.bin").write_bytes(content)
+    for check in (True, False):
+        opened = open_data(run, replace(config, data=replace(config.data, check_tokens=check)))
+        batch = next(iter(PackLoader(opened.plan, opened.corpora, rank=0, size=1)))[0]
+        with (
+            contextlib.nullcontext() if not check else pytest.raises(DamagedDataError, match="are not what was written")
+        ):
+            batch.read_tensors(np.arange(batch.tokens))
 
 
 def test_a_run_on_a_plan_has_its_steps_and_its_vocabulary(tmp_path):

@@ -109,6 +109,7 @@ def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_pa
     parallel = ParallelConfig(ranks=ranks, strategy="cad", data="per_rank", context_parallel_size=size)
     check = ReferenceCheckConfig(steps=STEPS, tolerance=1e-9)
     config = dataclasses.replace(small(texts, tmp_path / "run", "float64"), parallel=parallel, reference_check=check)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, context_length=128))
     run = created(config)
     plan = open_data(run, config).plan
     assert all(len(plan.step(step).packs) == 2 for step in range(STEPS))
