@@ -19,7 +19,7 @@ from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data_progress import ProgressReporter
 from distattn.parallel.analysis.columns import readable_bytes
 
-USAGE = """usage: distattn data verify PREFIX|PACKS.toml... [--vocabulary N] [--json]
+USAGE = """usage: distattn data verify PREFIX|PACKS.toml... [--vocabulary N] [--write-digests] [--json]
 
 Reads PREFIX.bin and PREFIX.idx from end to end. Checks sizes, every entry of the index, and where they are there the digests
 of all blocks (PREFIX.xxh3) and the manifest (PREFIX.json). Without digests a token that was altered to another one of the
@@ -30,6 +30,7 @@ what a plan is: it has every token of every document of each completed epoch onc
 read, too.
 
   --vocabulary N   ids must be below N (default: what PREFIX.json says)
+  --write-digests  where PREFIX.xxh3 is missing, as beside files of Megatron's tools, write it; then later openings read no index
   --json           the result as JSON, one line for each file or plan
 """
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = CommandParser("data verify")
     parser.add_argument("prefixes", nargs="+")
     parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--write-digests", action="store_true")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     if given.vocabulary is not None and given.vocabulary < 1:
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
                 if name.endswith(".toml"):
                     plans[name] = _verify_plan(name, reporter.advance)
                 else:
-                    files[name] = verify_file(name, given.vocabulary, reporter.advance)
+                    files[name] = verify_file(name, given.vocabulary, reporter.advance, given.write_digests)
             except DamagedDataError as fault:
                 (plans if name.endswith(".toml") else files)[name] = str(fault)
     if given.json:

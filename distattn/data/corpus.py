@@ -67,9 +67,21 @@ class Corpus:
         With side files it is O(1), and the tokens count, too; without them the indices are read, and of the tokens only the
         sizes are known. So it changes when a side file is removed.
         """
+        return self._digest(True)
+
+    def has_digest(self, digest: str) -> bool:
+        """Whether these are the files of a digest, or those that had it before side files were written for all of them."""
+        return digest in (self.digest, self._digest(False))
+
+    def _digest(self, of_tokens: bool) -> str:
         return combined_digest(
             [
-                [file.dtype.name, file.bin_bytes, file.index_digest, file.digests.bin_root if file.digests else None]
+                [
+                    file.dtype.name,
+                    file.bin_bytes,
+                    file.index_digest,
+                    file.digests.bin_root if file.digests and of_tokens else None,
+                ]
                 for file in self.files
             ]
         )

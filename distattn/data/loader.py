@@ -226,7 +226,7 @@ def _corpora_of(plan: PackPlan, corpora: Sequence[Corpus]) -> list[Corpus]:
     for source in plan.sources:
         corpus = given[source.name]
         files = ", ".join(file.prefix for file in corpus.files)
-        if corpus.digest != source.digest:
+        if not corpus.has_digest(source.digest):
             raise DistattnError(
                 f"{plan.path}: was made of another corpus {source.name} (digest {source.digest}) than that of {files} "
                 f"({corpus.digest}); give the same files in the same order, with .xxh3 if they had them, or make the plan anew."

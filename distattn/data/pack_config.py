@@ -204,7 +204,7 @@ def open_configured_plan(config: PackConfig, corpora: Sequence[Corpus]) -> PackP
             "make it anew with distattn data pack --force."
         )
     for source, corpus in zip(plan.sources, corpora, strict=True):
-        if source.digest != corpus.digest:
+        if not corpus.has_digest(source.digest):
             raise DistattnError(
                 f"corpus {corpus.name}: its files ({', '.join(file.prefix for file in corpus.files)}) have changed since "
                 f"{config.plan} was made of them; bring the files back, or make the plan anew with distattn data pack --force."

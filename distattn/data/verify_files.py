@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
-from distattn.data.indexed_file import IndexedFile
+from distattn.data.block_digests import BlockDigestsWriter
+from distattn.data.indexed_file import IndexedFile, synchronise_folder
 from distattn.data.manifest import Manifest
-from distattn.ir.errors import DamagedDataError
+from distattn.ir.errors import DamagedDataError, DistattnError
+
+_PART_BYTES = 1 << 23
 
 
 class VerifiedFile(NamedTuple):
@@ -24,11 +29,14 @@ class VerifiedFile(NamedTuple):
     vocabulary: int | None
 
 
-def verify_file(prefix: str, vocabulary: int | None, report: Callable[[int], None]) -> VerifiedFile:
+def verify_file(
+    prefix: str, vocabulary: int | None, report: Callable[[int], None], write_digests: bool = False
+) -> VerifiedFile:
     """Check the sizes, every entry of the index, every id, all digests, and the manifest where there is one.
 
-    vocabulary: ids must be below it; by default the manifest's. report: is told how many bytes of .bin were read. Raises
-    DamagedDataError naming the file and byte of the first fault, DistattnError where a file is missing.
+    vocabulary: ids must be below it; by default the manifest's. report: is told how many bytes of .bin were read. write_digests:
+    where there are no digests and nothing is wrong, PREFIX.xxh3 is written with those of what was read. Raises
+    DamagedDataError naming the file and byte of the first fault, DistattnError where a file is missing, or cannot be written.
     """
     file = IndexedFile.open(prefix)
     manifest = Manifest.load(file.prefix)
@@ -43,8 +51,39 @@ def verify_file(prefix: str, vocabulary: int | None, report: Callable[[int], Non
     if file.digests is not None:
         file.digests.check_roots()
     file.check_index()
-    for tokens in file.iterate_tokens(vocabulary):
-        report(tokens.nbytes)
-    return VerifiedFile(
-        file.documents, file.tokens, file.bin_bytes, file.dtype.name, file.digests is not None, vocabulary
-    )
+    if file.digests is None and write_digests:
+        _write_digests(file, vocabulary, report)
+    else:
+        for tokens in file.iterate_tokens(vocabulary):
+            report(tokens.nbytes)
+    has_digests = file.digests is not None or write_digests
+    return VerifiedFile(file.documents, file.tokens, file.bin_bytes, file.dtype.name, has_digests, vocabulary)
+
+
+def _write_digests(file: IndexedFile, vocabulary: int | None, report: Callable[[int], None]) -> None:
+    """Read the tokens once, and write the side file: whole, or not at all."""
+    path = f"{file.prefix}.xxh3"
+    try:
+        try:
+            with open(f"{path}.tmp", "w+b") as aside:
+                digests = BlockDigestsWriter(aside)
+                for tokens in file.iterate_tokens(vocabulary):
+                    digests.update(tokens.data)
+                    report(tokens.nbytes)
+                digests.end_bin()
+                with open(f"{file.prefix}.idx", "rb") as index:
+                    while part := index.read(_PART_BYTES):
+                        digests.update(part)
+                digests.finish()
+                aside.flush()
+                os.fsync(aside.fileno())
+            os.rename(f"{path}.tmp", path)
+            synchronise_folder(path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(f"{path}.tmp")
+            raise
+    except OSError as error:
+        raise DistattnError(
+            f"{path}: cannot be written: {error.strerror}; make room, or allow writing there."
+        ) from None

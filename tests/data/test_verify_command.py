@@ -1,15 +1,20 @@
 """distattn data verify: what is right is called so, and the first fault of what is not is named."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from planned_data import small_plan, write_corpus
 
-from distattn.data import extra_packages
+from distattn.data import extra_packages, indexed_file
+from distattn.data.block_digests import BLOCK_BYTES, BlockDigests
+from distattn.data.corpus import Corpus
 from distattn.data.indexed_file import IndexedFile, IndexedFileWriter
-from distattn.ir.errors import DistattnError
+from distattn.data.loader import PackLoader
+from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch import cli
 
 
@@ -54,6 +59,56 @@ def test_what_is_right_is_called_right(prefix, capsys):
     Path(f"{prefix}.xxh3").unlink()
     code, shown = verify(capsys, f"{prefix}.idx")
     assert code == 0 and "not known" in shown.out and "none" in shown.out
+
+
+def test_digests_are_written_where_there_are_none(prefix, capsys, monkeypatch):
+    """Files of Megatron's tools have none; with them nothing but a header is read to open a corpus, and changes are noticed."""
+    expected = Path(f"{prefix}.xxh3").read_bytes()
+    plain = Corpus.open("web", [prefix]).digest
+    os.unlink(f"{prefix}.xxh3")
+    bare = Corpus.open("web", [prefix]).digest
+    code, shown = verify(capsys, prefix, "--write-digests")
+    assert code == 0 and " yes " in shown.out.splitlines()[1]
+    assert Path(f"{prefix}.xxh3").read_bytes() == expected
+    assert not list(Path(prefix).parent.glob("*.tmp"))
+    # nothing is read whole: neither the index nor the tokens
+    monkeypatch.setattr(indexed_file, "root_digest", lambda file: pytest.fail(f"{file} is read whole"))
+    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("tokens are read"))
+    checked = []
+    check = BlockDigests.check
+    monkeypatch.setattr(BlockDigests, "check", lambda self, *rest: (checked.append(len(rest[3])), check(self, *rest)))
+    corpus = Corpus.open("web", [prefix])
+    assert corpus.digest == plain != bare and corpus.has_digest(plain) and sum(checked) <= 2 * BLOCK_BYTES
+    # a plan that was made before they were there is of these files, too
+    assert corpus.has_digest(bare) and not corpus.has_digest("0" * 32)
+    monkeypatch.undo()
+    alter(f"{prefix}.bin", 100_000, Path(f"{prefix}.bin").read_bytes()[100_000] ^ 1)
+    with pytest.raises(DamagedDataError, match="are not what was written"):
+        Corpus.open("web", [prefix]).read(2, 0, 70_000)
+    alter(f"{prefix}.idx", 40, Path(f"{prefix}.idx").read_bytes()[40] ^ 1)
+    with pytest.raises(DamagedDataError, match="are not what was written"):
+        Corpus.open("web", [prefix])
+
+
+def test_digests_of_files_that_are_wrong_or_in_the_way_are_not_written(prefix, capsys):
+    os.unlink(f"{prefix}.xxh3")
+    code, _ = verify(capsys, prefix, "--write-digests", "--vocabulary", "10")
+    assert code == 1 and not list(Path(prefix).parent.glob("*.xxh3*"))
+    Path(f"{prefix}.xxh3.tmp").mkdir()
+    code, shown = verify(capsys, prefix, "--write-digests")
+    assert code == 2 and "file.xxh3: cannot be written: Is a directory" in shown.err
+
+
+def test_a_plan_made_before_digests_were_written_is_read_on(tmp_path, capsys):
+    corpus = write_corpus(tmp_path, "web", [[30, 200, 7] * 9, [64, 1, 90] * 9])
+    for file in corpus.files:
+        os.unlink(f"{file.prefix}.xxh3")
+    prefixes = [file.prefix for file in corpus.files]
+    plan = small_plan(tmp_path, [Corpus.open("web", prefixes)], context=256)
+    assert verify(capsys, *prefixes, "--write-digests")[0] == 0
+    again = Corpus.open("web", prefixes)
+    assert all(file.digests for file in again.files)
+    assert PackLoader(plan.path, [again], rank=0, size=1).batches(0)
 
 
 def test_faults_are_named_and_end_with_exit_code_1(prefix, tmp_path, capsys):
