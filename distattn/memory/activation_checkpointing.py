@@ -60,7 +60,7 @@ class CheckpointedForward:
     def __init__(self, layer: nn.Module, forward: Callable[..., Any], save: str, offload: HostOffload | None):
         self._name, self._forward, self._offload = type(layer).__name__, forward, offload
         # torch.compile takes no context_fn that does nothing
-        self._how: dict[str, Contexts] = {}
+        self._how: dict[str, Any] = {}
         if save == "attention":
             self._how["context_fn"] = partial(create_selective_checkpoint_contexts, save_attention)
 

@@ -160,12 +160,6 @@ def materialise_buffers(model: PreTrainedModel, blueprint: PreTrainedModel, devi
 
 
 def allocate(model: PreTrainedModel, device: str | torch.device) -> None:
-    """Allocate all tensors of a model of the meta device; tied ones stay tied. Raises DistattnError where shards parted them."""
-    for target, source in model.all_tied_weights_keys.items():
-        if model.get_parameter(target) is not model.get_parameter(source):
-            raise DistattnError(
-                f"{target} and {source} are tied, but were sharded apart; shard both modules in one fully_shard call."
-            )
     """Allocate all tensors of a model of the meta device; tied ones stay tied."""
     model.to_empty(device=device)
     for target, source in model.all_tied_weights_keys.items():

@@ -141,7 +141,7 @@ class PretrainedWeights:
             rows = slices[0]
             stored = {pattern: tensors[rows] for pattern, tensors in stored.items()}
         # of its own: it collects tensors
-        converter: Any = copy.deepcopy(sources.converter)
+        converter = copy.deepcopy(sources.converter)
         for pattern, tensors in stored.items():
             for one in tensors:
                 whole: Any = self._read_stored(one, tuple(slice(0, size) for size in one.shape))
@@ -198,7 +198,6 @@ class PretrainedWeights:
                 if any(re.search(each, one.name) for each in ignored):
                     continue
                 raise DistattnError(
-                    f"{self.folder / one.file}: {one.name} is no tensor of {type(model).__name__}; is config.json of another?"
                     f"{self.folder / one.file}: {one.name} is no tensor of {type(model).__name__}; is its config.json here?"
                 )
             converter = (

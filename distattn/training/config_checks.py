@@ -12,7 +12,7 @@ from distattn.ir.layout import LAYOUTS
 from distattn.ir.plan import POLICIES
 from distattn.kernels.registry import AUTO, KERNELS
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.training.config_sections import Config, EngineConfig, SlurmConfig
+from distattn.training.config_sections import Config, DataConfig, EngineConfig, SlurmConfig
 
 # as in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
 _SLURM_TIME = r"\d+(:\d{2}){0,2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE|infinite|unlimited"
@@ -40,6 +40,7 @@ def _number_problems(config: Config) -> Iterator[str]:
     least = {
         "data.tokens_per_step": (data.tokens_per_step, 2),
         "data.max_document_tokens": (data.max_document_tokens, 16),
+        "data.context_length": (data.context_length, 0),
         **{
             f"model.{name}": (value, name not in ("vocab_size", "head_dim"))
             for name, value in asdict(model).items()
@@ -110,15 +111,8 @@ def _shape_problems(config: Config) -> Iterator[str]:
         yield f"parallel.tensor_parallel_size: with pipelines {model_parallel} ranks, which do not divide {parallel.ranks}."
     elif size < 0 or parallel.data_ranks % (size or 1):
         yield f"parallel.context_parallel_size: {size} does not divide {parallel.data_ranks} ranks."
-    elif (
-        not data.path.endswith(".toml")
-        and data.max_document_tokens * parallel.data_parallel_size > data.tokens_per_step
-    ):
-        shares = f" over {parallel.data_parallel_size} packs" if parallel.data_parallel_size > 1 else ""
-        yield (
-            f"data.max_document_tokens: {data.max_document_tokens} tokens do not fit into a step of {data.tokens_per_step}"
-            f"{shares}; at most data.tokens_per_step{' / packs' if shares else ''}."
-        )
+    elif not data.path.endswith(".toml"):
+        yield from _pack_problems(data, parallel.data_parallel_size)
     if not data.path.endswith(".toml") and 0 < model.vocab_size < 256:
         yield f"model.vocab_size: {model.vocab_size}, but tokens of text are bytes: at least 256, or 0."
     if parallel.min_chunk and parallel.layout != "document_zigzag":
@@ -132,6 +126,28 @@ def _shape_problems(config: Config) -> Iterator[str]:
     yield from _engine_problems(config)
     if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
         yield f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
+
+
+def _pack_problems(data: DataConfig, shares: int) -> Iterator[str]:
+    """Find packs of text that documents, or a step, or the data-parallel shares do not fit."""
+    tokens, step = data.pack_tokens, data.tokens_per_step
+    # what is negative was said already
+    if tokens < 1 or shares < 1:
+        return
+    packs = step // tokens
+    if step % tokens:
+        yield f"data.tokens_per_step: {step} is no multiple of data.context_length {tokens}; {max(packs, 1) * tokens} is."
+    elif packs % shares:
+        smaller = f"{step // shares}, or " if step % shares == 0 else ""
+        yield (
+            f"data.context_length: a step has {packs} pack{'s' * (packs > 1)} of {tokens} tokens, which {shares} shares of the "
+            f"ranks cannot have equally many of; use {smaller}data.tokens_per_step = {-(-packs // shares) * shares * tokens}."
+        )
+    if data.max_document_tokens > tokens:
+        yield (
+            f"data.max_document_tokens: {data.max_document_tokens} tokens do not fit into a pack of {tokens}; at most "
+            f"data.{'context_length' if data.context_length else 'tokens_per_step'}."
+        )
 
 
 def _engine_problems(config: Config) -> Iterator[str]:

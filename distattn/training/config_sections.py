@@ -24,7 +24,7 @@ class RunConfig:
 class DataConfig:
     path: str = "{stdlib}/*.py"
     """A folder, a file or a glob of UTF-8 text files, whose bytes are tokens; {stdlib} is the Python standard library's source
-    folder. Or the TOML file of a plan made by `distattn data pack`, to which the other keys of [data] do not apply."""
+    folder. Or the TOML file of a plan made by `distattn data pack`, to which of the other keys only check_tokens applies."""
     suffix: str = ""
     """Only files that end so; empty for all."""
     exclude: tuple[str, ...] = ()
@@ -33,6 +33,15 @@ class DataConfig:
     """Tokens (bytes) of one step, at most: documents are packed by best fit."""
     max_document_tokens: int = 2700
     """Longer files are cut into documents of this many tokens (bytes)."""
+    context_length: int = 0
+    """Tokens (bytes) of a pack, of which a step has data.tokens_per_step / data.context_length; 0 for one pack a step."""
+    check_tokens: bool = True
+    """Whether tokens are compared with their digests when they are first read, where there are digests."""
+
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens of a pack of a run on text."""
+        return self.context_length or self.tokens_per_step
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import json
 
-import pytest
 import model_shapes
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from processes import run_on_ranks

@@ -104,7 +104,10 @@ K = "model.layers.1.self_attn.k_proj.weight"
     ("change", "sentence"),
     [
         (lambda tensors: tensors.pop(K), rf"model: its safetensors have no tensor for {K} of LlamaForCausalLM"),
-        (lambda tensors: tensors.update(extra=torch.ones(1)), "model.safetensors: extra is no tensor of LlamaForCausalLM"),
+        (
+            lambda tensors: tensors.update(extra=torch.ones(1)),
+            "model.safetensors: extra is no tensor of LlamaForCausalLM",
+        ),
         (
             lambda tensors: tensors.update({K: torch.ones(16, 16)}),
             rf"model.safetensors: {K} gives {K} a shape \(16, 16\), but it is \(16, 32\)",
@@ -130,7 +133,9 @@ def test_frequencies_that_old_files_hold_are_left_out(folder):
 def test_an_incomplete_list_of_experts_is_refused(tmp_path):
     export("qwen3-moe", tmp_path / "model")
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
-    with pytest.raises(DistattnError, match=r"layers.1.mlp.experts.gate_up_proj is made of 6 tensors .*, but the files have 5"):
+    with pytest.raises(
+        DistattnError, match=r"layers.1.mlp.experts.gate_up_proj is made of 6 tensors .*, but the files have 5"
+    ):
         loaded("qwen3-moe", rewritten(tmp_path / "model", lambda tensors: tensors.pop(name)))
 
 
@@ -141,8 +146,12 @@ def test_a_tied_tensor_may_have_either_name_or_both(tmp_path):
     model_shapes.assert_equal(loaded("llama-tied", both), wanted)
     other = rewritten(both, lambda tensors: tensors.pop("model.embed_tokens.weight"))
     model_shapes.assert_equal(loaded("llama-tied", other), wanted)
-    with pytest.raises(DistattnError, match="lm_head.weight and model.embed_tokens.weight differ, but config.json ties them"):
-        loaded("llama-tied", rewritten(other, lambda tensors: tensors.update({"model.embed_tokens.weight": embedding + 1})))
+    with pytest.raises(
+        DistattnError, match="lm_head.weight and model.embed_tokens.weight differ, but config.json ties them"
+    ):
+        loaded(
+            "llama-tied", rewritten(other, lambda tensors: tensors.update({"model.embed_tokens.weight": embedding + 1}))
+        )
 
 
 def test_files_that_cannot_be_read_are_named(folder, tmp_path):
@@ -157,9 +166,15 @@ def test_files_that_cannot_be_read_are_named(folder, tmp_path):
     export("llama", tmp_path / "many", max_shard_bytes=30_000)
     index = tmp_path / "many" / INDEX
     (tmp_path / "many" / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(DistattnError, match="model-00002-of-00003.safetensors: the index names it, but there is no such"):
+    with pytest.raises(
+        DistattnError, match="model-00002-of-00003.safetensors: the index names it, but there is no such"
+    ):
         loaded("llama", tmp_path / "many")
-    for text, sentence in [("[", "is no index"), ("[]", "is no index"), ('{"weight_map": {"a": "../b"}}', "no name of a")]:
+    for text, sentence in [
+        ("[", "is no index"),
+        ("[]", "is no index"),
+        ('{"weight_map": {"a": "../b"}}', "no name of a"),
+    ]:
         index.write_text(text)
         with pytest.raises(DamagedDataError, match=sentence):
             loaded("llama", tmp_path / "many")
