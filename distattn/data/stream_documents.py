@@ -15,10 +15,14 @@ _MOST_ID = (1 << 31) - 1
 
 
 class StreamDocument(NamedTuple):
-    """Token ids, int32 (n,), and each token's own label, int32 (n,), or None where the stream has no labels."""
+    """Token ids, int32 (n,), and each token's own label, int32 (n,), or None where the stream has no labels.
+
+    follows: the own label of the token after the last one, where this is a piece of a document that goes on; else -100.
+    """
 
     ids: np.ndarray
     labels: np.ndarray | None
+    follows: int = IGNORE_INDEX
 
 
 class DocumentReader:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.data.best_fit import BestFitPacks
 from distattn.data.order import derived_key, permuted
 from distattn.data.pack_rule import PackCost, PackLimits
@@ -26,10 +27,10 @@ _SETTINGS = ("context", "packs_per_step", "window", "max_documents")
 class StreamLoader:
     """An iterator over steps of packs: for each a list of this share's micro-batches, which `ContextParallel.shard` takes.
 
-    A micro-batch has `input_ids` (1, N), `document_lengths`, and `labels` (1, N) where the stream has them (each token's own, not
-    yet shifted). The stream's documents are packed by best fit, a window at a time; documents of the emptiest packs are carried
-    into the next window, and leave in it before others. Documents longer than `context` are cut, and the last token of each
-    piece has no label; documents without tokens are left out.
+    A micro-batch has `input_ids` (1, N), `document_lengths`, and `shift_labels` (1, N), each token's successor. The stream's
+    documents are packed by best fit, a window at a time; documents of the emptiest packs are carried
+    into the next window, and leave in it before others. Documents longer than `context` are cut, and the last token of a piece
+    has the next token of its document for a label, as in a plan; documents without tokens are left out.
 
     It goes on where it was, also after a loop was left. When the stream ends, the last step may have fewer packs, and some shares
     none; after that there are no more steps: for another epoch make another loader. step: steps yielded so far.
@@ -102,6 +103,7 @@ class StreamLoader:
             "step": self.step,
             "carried_lengths": [len(piece.ids) for piece in carried],
             "carried_ids": torch.from_numpy(np.concatenate([np.empty(0, np.int32), *(piece.ids for piece in carried)])),
+            "carried_follows": [piece.follows for piece in carried],
             "carried_labels": torch.from_numpy(np.concatenate(labels)) if labels else None,
             "settings": {name: getattr(self, name) for name in _SETTINGS},
         }
@@ -129,7 +131,8 @@ class StreamLoader:
         ids = np.split(state["carried_ids"].numpy(), ends)
         labels = state["carried_labels"]
         own = [None] * len(ids) if labels is None else np.split(labels.numpy(), ends)
-        carried = [StreamDocument(*piece) for piece in zip(ids, own, strict=True)] if state["carried_lengths"] else []
+        follows = state["carried_follows"]
+        carried = [StreamDocument(*piece) for piece in zip(ids, own, follows, strict=True)] if follows else []
         self._window = _WindowState(state["stream"], carried, state["documents"], state["window"], state["ended"])
         self._given, self.step = state["given"], state["step"]
         if carried:
@@ -221,20 +224,21 @@ class _WindowState(NamedTuple):
 
 def _cut(document: StreamDocument, context: int) -> list[StreamDocument]:
     """A document in pieces of the context length, and a rest; none where it has no tokens."""
-    ids, labels = document
-    return [
-        StreamDocument(ids[at : at + context], None if labels is None else labels[at : at + context])
-        for at in range(0, len(ids), context)
-    ]
+    ids, labels, _ = document
+    own = ids if labels is None else labels
+    pieces = []
+    for begin in range(0, len(ids), context):
+        end = begin + context
+        follows = int(own[end]) if end < len(ids) else IGNORE_INDEX
+        pieces.append(StreamDocument(ids[begin:end], None if labels is None else labels[begin:end], follows))
+    return pieces
 
 
 def _batch(pieces: list[StreamDocument]) -> dict[str, Any]:
     """A pack as a mapping."""
-    batch = {
+    labels = [np.append((piece.ids if piece.labels is None else piece.labels)[1:], piece.follows) for piece in pieces]
+    return {
         "input_ids": torch.from_numpy(np.concatenate([piece.ids for piece in pieces]).astype(np.int64))[None],
         "document_lengths": [len(piece.ids) for piece in pieces],
+        "shift_labels": torch.from_numpy(np.concatenate(labels).astype(np.int64))[None],
     }
-    labels = [piece.labels for piece in pieces if piece.labels is not None]
-    if labels:
-        batch["labels"] = torch.from_numpy(np.concatenate(labels).astype(np.int64))[None]
-    return batch

@@ -94,10 +94,7 @@ KINDS = {"list": list, "plain": Plain, "stateful": Stateful, "tells late": Tells
 def flat(steps):
     """Everything that steps have, to be compared."""
     return [
-        [
-            (batch["document_lengths"], batch["input_ids"].tolist(), batch.get("labels", torch.empty(0)).tolist())
-            for batch in step
-        ]
+        [(batch["document_lengths"], batch["input_ids"].tolist(), batch["shift_labels"].tolist()) for batch in step]
         for step in steps
     ]
 
@@ -218,11 +215,33 @@ def test_batches_are_as_their_documents_one_by_one():
     assert flat(StreamLoader(Stateful(batched), **settings)) == flat(StreamLoader(given, **settings))
 
 
-def test_labels_go_with_their_tokens_and_text_is_tokenized():
-    given = [{"input_ids": ids, "labels": [-100 if token % 3 else token for token in ids]} for ids in documents(60)]
-    for batch in itertools.chain.from_iterable(StreamLoader(given, **SETTINGS)):
-        ids, labels = batch["input_ids"], batch["labels"]
-        assert torch.equal(labels, torch.where(ids % 3 == 0, ids, -100))
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_label_is_the_next_token_of_the_document_also_where_it_is_cut_and_carried(masked):
+    """Token ids are in sequence, so that each says what its label is; every third may not be learnt."""
+    lengths = [min(len(ids), 150) for ids in documents(200)]
+    given = [np.arange(1000 * number, 1000 * number + length) for number, length in enumerate(lengths)]
+    ends = {int(ids[-1]) for ids in given if len(ids)}
+    items = [{"input_ids": ids, "labels": np.where(ids % 3, ids, -100)} if masked else ids for ids in given]
+    settings = {**SETTINGS, "context": 40, "window": 4}
+    loader = StreamLoader(Stateful(items), **settings)
+    first = list(itertools.islice(loader, 5))
+    state = loader.state_dict()
+    assert state["carried_lengths"]
+    again = StreamLoader(Stateful(items), **settings)
+    again.load_state_dict(state)
+    rest = list(again)
+    assert flat(loader) == flat(rest)
+    pairs = [
+        pair
+        for batch in itertools.chain.from_iterable(first + rest)
+        for pair in zip(batch["input_ids"][0].tolist(), batch["shift_labels"][0].tolist(), strict=True)
+    ]
+    assert len(pairs) == sum(lengths) and max(lengths) > 120
+    for token, label in pairs:
+        assert label == (-100 if token in ends or masked and (token + 1) % 3 == 0 else token + 1)
+
+
+def test_text_is_tokenized():
     texts = [{"text": "abc"}, {"text": ""}, {"text": "de"}]
     ((batch,),) = StreamLoader(texts, **SETTINGS, field="text", tokenizer=lambda text: list(text.encode()))
     assert sorted(batch["input_ids"].flatten().tolist()) == [97, 98, 99, 100, 101]
