@@ -18,8 +18,8 @@ USAGE = """usage: distattn data COMMAND ...
       plan which documents every step of a run has, in which packs; distattn data pack --help
   stats PACKS.toml
       what a run will see, by corpus and by length; distattn data stats --help
-  show PACKS.toml STEP
-      the packs of a step as text; distattn data show --help
+  show PACKS.toml|RUN STEP
+      the packs of a step, of a plan or of a run, as text; distattn data show --help
 """
 
 # each is a module distattn.launch.data_NAME with a function main

@@ -29,6 +29,7 @@ from distattn.training.metrics import MetricsReporter
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_data import open_data, piece_rows
 from distattn.training.run_folder import RunFolder, StepMetrics
+from distattn.training.step_documents import append_documents
 
 
 def main(folder: str, json_lines: bool) -> int:
@@ -87,7 +88,7 @@ def _train_steps(
         for number, micro_batches in enumerate(cp.steps(loader)):
             if cp.rank == 0:
                 # before anything can go wrong with them
-                run.append(run.documents_file, *piece_rows(data, number))
+                append_documents(run.documents_file, list(piece_rows(data, number)))
             losses = []
             for local in micro_batches:
                 losses.append(pytorch.local_loss(model, local))

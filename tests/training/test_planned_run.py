@@ -1,0 +1,139 @@
+"""distattn train on a plan of packs, from text to the comparison with plain transformers, and which documents a step had."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from waiting import LIMIT_SECONDS
+
+from distattn.data.pack_plan import PackPlan
+from distattn.launch import cli
+from distattn.training import config as configuration
+from distattn.training.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReferenceCheckConfig,
+    RunConfig,
+    TrainConfig,
+)
+from distattn.training.run_data import open_data, piece_rows
+from distattn.training.run_folder import RunFolder
+from distattn.training.step_documents import append_documents
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4
+SHAPE = dict(
+    num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, dtype="float64"
+)
+PLAN = f"""plan = "run.packs"
+steps = {STEPS}
+[rule]
+context = [[0, 64], [2, 128]]
+tokens_per_step = 256
+window = 8
+[[corpus]]
+name = "web"
+files = ["web"]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A plan whose documents are cut, with a context length that doubles, and a run file of two ranks."""
+    folder = tmp_path_factory.mktemp("planned")
+    lines = [json.dumps({"text": paragraph}) for paragraph in (ROOT / "LICENSE").read_text().split("\n\n")]
+    (folder / "web.jsonl").write_text("\n".join(lines))
+    (folder / "packs.toml").write_text(PLAN)
+    tokenize = [str(folder / "web.jsonl"), "--out", str(folder / "web"), "--tokenizer", "bytes", "--processes", "1"]
+    assert cli.main(["data", "tokenize", *tokenize]) == 0
+    assert cli.main(["data", "pack", str(folder / "packs.toml")]) == 0
+    config = Config(
+        run=RunConfig(folder="out", seed=3),
+        data=DataConfig(path=str(folder / "packs.toml")),
+        model=ModelConfig(**SHAPE),
+        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=8),
+        train=TrainConfig(steps=STEPS),
+        reference_check=ReferenceCheckConfig(steps=STEPS),
+    )
+    configuration.save(config, folder / "run.toml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    command = [sys.executable, "-m", "distattn.launch.cli", "train", "run.toml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    assert done.returncode == 0, done.stderr
+    return RunFolder(folder / "out")
+
+
+def test_a_run_on_a_plan_trains_as_plain_transformers(folder, run):
+    checked = json.loads(run.reference_check_file.read_text())
+    assert checked["passed"] and len(checked["steps"]) == STEPS and max(checked["loss"], checked["grad_norm"]) < 1e-8
+    # the plan cuts documents, and has another context length from step 2 on
+    plan = PackPlan.open(folder / "run.packs")
+    assert [len(plan.step(step).packs) for step in range(STEPS)] == [4, 4, 2, 2]
+    assert any(not pack.ends_document.all() for pack in plan.step(0).packs)
+
+
+def test_the_documents_of_a_step_of_a_run_are_shown(folder, run, capsys):
+    assert cli.main(["data", "show", str(run.folder), "2", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    config = configuration.load(run.config_file)
+    assert [{**row, "attempt": 0} for row in piece_rows(open_data(run, config), 2)] == found
+    # the same text as of the plan
+    for arguments in (["2", "--tokens", "0"], ["1", "--pack", "3", "--tokens", "4"]):
+        texts = []
+        for what in (run.folder, folder / "packs.toml"):
+            assert cli.main(["data", "show", str(what), *arguments]) == 0
+            texts.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("----")])
+        assert texts[0] == texts[1] and "==== step" in texts[0][0]
+    # another attempt goes on behind, with its own rows
+    rows = [row | {"epoch": 7} for row in piece_rows(open_data(run, config), 1)]
+    append_documents(run.documents_file, rows)
+    assert cli.main(["data", "show", str(run.folder), "1", "--tokens", "2"]) == 0
+    assert "epoch 7: " in capsys.readouterr().out
+    assert cli.main(["data", "show", str(run.folder), "3", "--tokens", "2"]) == 0
+    assert "epoch 0: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["-1"], 2, "data show: there is no step -1; steps are counted from 0."),
+        (["4"], 2, "documents.jsonl: has no step 4, counted from 0; the last row is of step "),
+        (["0", "--pack", "4"], 2, "data show: --pack: step 0 has packs 0 to 3."),
+    ],
+)
+def test_what_a_run_has_not_is_refused(run, capsys, arguments, code, sentence):
+    assert cli.main(["data", "show", str(run.folder), *arguments]) == code
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_longer_what_the_run_read_is_named(run, folder, tmp_path, capsys):
+    moved = RunFolder(tmp_path)
+    row = {
+        "step": 0,
+        "pack": 0,
+        "corpus": "web",
+        "document": 0,
+        "epoch": 0,
+        "start": 0,
+        "length": 9,
+        "dtype": "uint8",
+        "byte": 0,
+    }
+    append_documents(moved.documents_file, [row | {"file": str(tmp_path / "nix.bin")}])
+    assert cli.main(["data", "show", str(tmp_path), "0"]) == 3
+    assert "nix.bin: cannot be read: No such file" in capsys.readouterr().err
+    np.zeros(5, np.uint8).tofile(tmp_path / "short.bin")
+    append_documents(moved.documents_file, [row | {"file": str(tmp_path / "short.bin")}])
+    assert cli.main(["data", "show", str(tmp_path), "0"]) == 3
+    assert "short.bin: byte 0: is not what the run has read" in capsys.readouterr().err
