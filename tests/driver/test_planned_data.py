@@ -62,6 +62,64 @@ def test_ranks_read_their_own_tokens_and_together_all(folder, layout):
     assert sum(size for _, size in results) == 4 * STEPS * (TOKENS + stretches - 1)
 
 
+CONTEXT = 64
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Documents three times as long as the context, and others; the long ones are kept whole."""
+    corpora = [write_corpus(tmp_path, "web", [[3 * CONTEXT, 30, 20, 64, 11, 40, 9, 64, 2] * 3])]
+    small_plan(tmp_path, corpora, context=CONTEXT, packs=6, rule={"long_documents": "keep"})
+    return tmp_path
+
+
+def kept_run(rank, folder, settings):
+    """Of each step and micro-batch of this rank's share, in the plan's order: (documents' tokens, its own (id, label) pairs)."""
+    plan, corpora = opened(folder)
+    out = []
+    with da.ContextParallel(strategy="ring", layout="zigzag", **settings) as cp:
+        loader = PackLoader(plan, corpora, rank=cp.data_parallel_rank, size=cp.data_parallel_size)
+        packs = [[batch.lengths for batch in loader.batches(step)] for step in range(plan.steps)]
+        for lengths, micro_batches in zip(packs, cp.steps(loader), strict=True):
+            pairs = [torch.stack([one["input_ids"][0], one["labels"][0]], 1).tolist() for one in micro_batches]
+            # a share with fewer packs than another takes part with batches that have no token of its own
+            assert all(pair == [0, -100] for one in pairs[len(lengths) :] for pair in one)
+            out.append(list(zip(lengths, pairs, strict=False)))
+    return cp.data_parallel_rank, out
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [(2, {}), (4, {}), (4, {"data": "per_rank", "context_parallel_size": 2})],
+    ids=["2 ranks", "4 ranks", "2 shares of 2 ranks"],
+)
+def test_the_ranks_of_a_share_split_a_document_that_is_kept_whole(kept, ranks, settings):
+    """Together they have all its tokens and labels, and each as many tokens as the others."""
+    plan, corpora = opened(kept)
+    results = run_on_ranks(ranks, kept_run, kept, settings)
+    whole = 0
+    for share in {share for share, _ in results}:
+        of_ranks = [out for number, out in results if number == share]
+        loader = PackLoader(plan, corpora, rank=share, size=len({number for number, _ in results}))
+        for step in range(plan.steps):
+            for number, batch in enumerate(loader.batches(step)):
+                ids, labels = batch.read_tensors(np.arange(batch.tokens))
+                parts = [out[step][number] for out in of_ranks]
+                assert {lengths for lengths, _ in parts} == {batch.lengths}
+                pairs = [pair for _, own in parts for pair in own if pair != [0, -100]]
+                assert sorted(pairs) == sorted(
+                    pair for pair in torch.stack([ids, labels], 1).tolist() if pair != [0, -100]
+                )
+                if 3 * CONTEXT in batch.lengths:
+                    whole += 1
+                    assert len({len(own) for _, own in parts}) == 1 and len(parts[0][1]) <= 3 * CONTEXT / len(parts) + 2
+                    # no label is lost inside the document
+                    begin = sum(batch.lengths[: batch.lengths.index(3 * CONTEXT)])
+                    assert torch.equal(labels[begin : begin + 3 * CONTEXT - 1], ids[begin + 1 : begin + 3 * CONTEXT])
+    assert whole == 3
+
+
 def trained(rank, folder):
     """How this rank's loop ends: after how many steps, and by which error."""
     plan, corpora = opened(folder)
