@@ -55,5 +55,12 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(json.dumps(plan_facts(plan)) + "\n")
         return 0
     print_plan(plan)
+    bare = [file.prefix for corpus in corpora for file in corpus.files if file.digests is None]
+    if bare:
+        others = f" and {len(bare) - 1:,} others have" if len(bare) > 1 else " has"
+        sys.stdout.write(
+            f"{bare[0]}{others} no digests: each opening reads the index, and altered tokens are not found; "
+            "distattn data verify PREFIX --write-digests writes them\n"
+        )
     sys.stdout.write(f"{config.plan}: {readable_bytes(os.path.getsize(config.plan))}, in {reporter.seconds:,.1f} s\n")
     return 0

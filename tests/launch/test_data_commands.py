@@ -11,6 +11,7 @@ import pytest
 
 from distattn.data.indexed_file import IndexedFile, IndexedFileWriter
 from distattn.data.manifest import Manifest
+from distattn.data.pack_config import load_pack_config
 from distattn.data.pack_plan import PackPlan
 from distattn.data.tokenizer import load_tokenizer
 from distattn.launch import cli, data_progress, data_stats
@@ -101,6 +102,22 @@ def test_pack_says_where_epochs_are_mixed(folder, capsys):
     Path("packs.toml").write_text(CONFIG.replace("window = 8", "window = 100"))
     code, out, _ = data(capsys, "pack", "packs.toml", "--force")
     assert code == 0 and "a window of 100 packs is " in out and "a smaller rule.window keeps epochs apart" in out
+
+
+def test_pack_says_which_files_have_no_digests_and_how_long_full_packs_take(folder, capsys):
+    assert "no digests" not in data(capsys, "pack", "packs.toml")[1]
+    os.unlink("web.xxh3")
+    sizes = "num_layers = 2\nhidden_size = 64\nnum_attention_heads = 4\nintermediate_size = 96\nvocab_size = 300\n"
+    Path("packs.toml").write_text(f'{CONFIG}[cost]\ndevice = "h100"\n{sizes}')
+    code, out, _ = data(capsys, "pack", "packs.toml", "--force")
+    assert code == 0 and "\nweb has no digests: each opening reads the index, and altered tokens are not found; " in out
+    seconds = [load_pack_config("packs.toml").rule.cost.seconds(tokens) for tokens in (64, 128)]
+    shown = ", ".join(f"{one:.3g}" for one in seconds)
+    assert (
+        seconds[0] > 0
+        and f"a pack that one document fills: {shown} s of a training step on one device (estimated)" in out
+    )
+    assert json.loads(data(capsys, "stats", "packs.toml", "--json")[1])["full_pack_seconds"] == seconds
 
 
 def test_pack_does_not_overwrite_unless_it_is_told_to(packed, capsys):

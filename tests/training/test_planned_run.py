@@ -104,6 +104,20 @@ def test_the_documents_of_a_step_of_a_run_are_shown(folder, run, capsys):
     assert "epoch 0: " in capsys.readouterr().out
 
 
+def test_a_run_on_text_is_shown_as_text(tmp_path, capsys):
+    run = RunFolder(tmp_path)
+    Path(f"{run.corpus_prefix}.bin").write_bytes("viele Wörter\x07 und mehr".encode())
+    row = {"corpus": "text", "document": 3, "epoch": 1, "start": 0, "length": 14, "dtype": "uint8", "byte": 6}
+    append_documents(run.documents_file, [{"step": 0, "pack": 0, **row, "file": f"{run.corpus_prefix}.bin"}])
+    assert cli.main(["data", "show", str(tmp_path), "0"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("==== step 0, pack 0: 1 document, 14 tokens ==")
+    assert (
+        out[1].startswith(f"---- text 3 ({run.corpus_prefix}.bin), epoch 1: 14 tokens ")
+        and out[2] == "Wörter\\x07 und m"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
