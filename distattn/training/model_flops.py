@@ -1,0 +1,94 @@
+"""Floating-point operations of a model in training, for MFU (model FLOPs utilisation, Chowdhery et al. 2022, arXiv 2204.02311).
+
+    FLOPs of a step = 6 x tokens x P + sum over layers of 6 x heads x (key dim + value dim) x A
+    MFU             = FLOPs of a step / (seconds x ranks x peak FLOP/s of a device)
+
+P are the parameters that multiply a token: all matrices, the output layer's among them, without the embedding that is looked up,
+and of routed experts those that a token visits. A are the cells of the score matrix that the mask allows: l x (l + 1) / 2 for
+each document of l tokens, and fewer in layers with a window. A multiplication and an addition are two operations; backward costs
+twice what forward does. Activations that are computed again do not count, and neither do norms, rotations and the softmax.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distattn.batch.layer_overrides import apply_window
+from distattn.ir.errors import DistattnError
+from distattn.ir.mask import Mask
+
+# forward, and backward for inputs and for weights, two operations each
+_PER_PARAMETER = 6
+# what transformers calls stacked experts, of which each token visits a few
+_EXPERTS = "experts"
+_CAUSAL = "causal"
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """What a model's FLOPs depend on. parameters: P above; layers: for each window (None: none), heads x (key dim + value dim)
+    summed over the layers that have it."""
+
+    parameters: float
+    layers: tuple[tuple[int | None, int], ...]
+
+    @classmethod
+    def of_model(cls, model: torch.nn.Module) -> ModelFlops:
+        """From a transformers causal language model, on any device, sharded by FSDP2 or not.
+
+        Raises DistattnError where its configuration does not say how many heads it has.
+        """
+        config: Any = getattr(model, "config", None)
+        heads = getattr(config, "num_attention_heads", None)
+        if not isinstance(heads, int):
+            raise DistattnError(f"{type(model).__name__} has no config with num_attention_heads: its FLOPs are not known.")
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        value_dim = getattr(config, "v_head_dim", None) or head_dim
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        window = getattr(config, "sliding_window", None)
+        layers: Counter[int | None] = Counter()
+        for kind in kinds:
+            layers[window if kind == "sliding_attention" else None] += heads * (head_dim + value_dim)
+        return cls(_multiplied(model, config), tuple(layers.items()))
+
+    def of_documents(self, lengths: Sequence[int]) -> float:
+        """FLOPs of forward and backward of documents of these lengths, in tokens, over all ranks."""
+        attention = 0
+        for window, width in self.layers:
+            document_mask = _CAUSAL if window is None else apply_window(_CAUSAL, window)
+            attention += _PER_PARAMETER * width * Mask.documents(lengths, document_mask).area()
+        return _PER_PARAMETER * self.parameters * sum(lengths) + attention
+
+    def per_token(self, context: int) -> float:
+        """FLOPs of a token in a document of `context` tokens, on average."""
+        return self.of_documents([context]) / context
+
+
+def flops_utilisation(flops: float, seconds: float, ranks: int, peak_tflops: float) -> float:
+    """MFU: the share of the ranks' peak, in [0, 1], that the model's FLOPs of a step took. peak_tflops: of one device."""
+    return flops / (seconds * ranks * peak_tflops * 1e12)
+
+
+def _multiplied(model: torch.nn.Module, config: Any) -> float:
+    """Parameters that multiply a token; a DTensor's shape is global."""
+    find: Any = getattr(model, "get_input_embeddings", None)
+    embedding = find() if find is not None else None
+    find = getattr(model, "get_output_embeddings", None)
+    output = find() if find is not None else None
+    looked_up = {id(one) for one in embedding.parameters()} if embedding is not None else set()
+    if output is not None:
+        # tied to the embedding, it multiplies all the same
+        looked_up -= {id(one) for one in output.parameters()}
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    visited = getattr(config, "num_experts_per_tok", None) or experts
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.endswith("bias") and id(parameter) not in looked_up:
+            share = visited / experts if _EXPERTS in name.split(".") else 1.0
+            total += share * parameter.numel()
+    return total
