@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from distattn.batch.collectives import HostGroup
 from distattn.batch.health import HealthMonitor
 from distattn.driver.control_channel import ControlChannel
 from distattn.driver.message_watch import MESSAGES, MessageWatch, awaited
+from distattn.driver.wait_clock import WaitClock
 from distattn.ir.errors import DistattnError
 from distattn.ops.executable import EXECUTABLES
 from distattn.parallel.runtime.transport import (
@@ -25,16 +26,25 @@ from distattn.parallel.runtime.transport import (
     Transport,
 )
 
+Result = TypeVar("Result")
 SINGLE_RANK: Transport = SingleRankTransport()
 
 
 class MonitoredTransport:
     """A transport whose failures name the rank that is to blame, also where waiting is left to a device's stream."""
 
-    def __init__(self, transport: GroupTransport, monitor: HealthMonitor, members: Sequence[int], device: torch.device):
+    def __init__(
+        self,
+        transport: GroupTransport,
+        monitor: HealthMonitor,
+        members: Sequence[int],
+        device: torch.device,
+        waits: WaitClock,
+    ):
         self._transport, self._monitor, self._members = transport, monitor, members
-        self._watch = None
+        self.waits, self._watch = waits, None
         if transport.waits_on_stream:
+            waits.complete = False
             self._watch = MessageWatch(monitor, members, transport.abort, device)
 
     def exchange(
@@ -62,7 +72,7 @@ class _MonitoredWork(NamedTuple):
     work: PendingMessages
 
     def wait(self) -> None:
-        self.transport.guarded(self.work.wait)
+        self.transport.waits.timed(lambda: self.transport.guarded(self.work.wait))
 
 
 class MonitoredTransports:
@@ -70,6 +80,7 @@ class MonitoredTransports:
 
     def __init__(self, group: dist.ProcessGroup, monitor: HealthMonitor, members: Sequence[int]):
         self._group, self._monitor, self._members = weakref.ref(group), monitor, members
+        self.waits = WaitClock()
         self._opened: dict[str, MonitoredTransport] = {}
 
     def on(self, device: torch.device) -> Transport:
@@ -79,7 +90,7 @@ class MonitoredTransports:
             if group is None:
                 raise DistattnError("the process group of this ContextParallel has been destroyed; make another one.")
             transport = EXECUTABLES.transport(group, device, self._monitor.wait_timeout)
-            self._opened[device.type] = MonitoredTransport(transport, self._monitor, self._members, device)
+            self._opened[device.type] = MonitoredTransport(transport, self._monitor, self._members, device, self.waits)
         return self._opened[device.type]
 
     def close(self) -> None:
@@ -103,10 +114,15 @@ class Communicators:
         own = f"{name}/group of rank {self.members[0]}"
         self.agreement = HostGroup(f"{own}/agreement", self.members, self.monitor)
         self.transports = MonitoredTransports(group, self.monitor, self.members)
+        self.waits = self.transports.waits
         self.control: ControlChannel | None = None
         if servers:
             host = HostGroup(f"{own}/control", self.members, self.monitor, idles=True)
             self.control = ControlChannel(host, servers)
+
+    def guarded(self, work: Callable[[], Result], what: str, members: Sequence[int]) -> Result:
+        """What `work` returns, in which this rank waits for members, on the clock. Raises LostRankError as the monitor does."""
+        return self.waits.timed(lambda: self.monitor.guarded(work, what, members))
 
     def close(self, gracefully: bool) -> None:
         """End the host groups and the monitor's thread; the exchange is its planning thread's to close.

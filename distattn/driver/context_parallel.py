@@ -99,6 +99,7 @@ class ContextParallel:
             timeout = timeout_of(group) if seconds is None else timedelta(seconds=seconds)
             self._communicators = Communicators(table.name, table.members, group, self.config.servers, timeout)
         host = None if self._communicators is None else self._communicators.exchange
+        self.waits = None if self._communicators is None else self._communicators.waits
         self._exchange = StepExchange(host, table.first_of_block, table.sharing, table.members)
         self.loss_group = self._loss_group(loss_group)
         layouts = self.config
@@ -273,7 +274,7 @@ class ContextParallel:
         if self._communicators is None:
             return work()
         assert self.loss_group is not None
-        return self._communicators.monitor.guarded(work, what, dist.get_process_group_ranks(self.loss_group))
+        return self._communicators.guarded(work, what, dist.get_process_group_ranks(self.loss_group))
 
     @property
     def wait_timeout(self) -> timedelta | None:

@@ -1,34 +1,73 @@
-"""What a person sees of a run while it runs: a bar on a terminal, plain lines elsewhere; and the same on disk."""
+"""What a person sees of a run while it runs: a bar on a terminal, plain lines elsewhere; and the same on disk.
+
+JSON lines always, TensorBoard's files, and Weights & Biases where a project is named. Everything is given as numbers that the
+loop has anyway: nothing here waits for a device but histograms, at their intervals.
+"""
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from distattn.ir.errors import DistattnError
+from distattn.ir.plan import Plan
+from distattn.parallel.analysis.explain import draw_score_matrix
+from distattn.training.loss_by_position import LossTable
+from distattn.training.module_observer import plain_name
 from distattn.training.run_folder import RunFolder, StepMetrics
 
 # a log file wants to be read: not more than one line in this many seconds
 _LINE_SECONDS = 2.0
+# what is drawn of a step; what is not known is left out
+_SCALARS = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+    "data_seconds",
+    "wait_seconds",
+    "memory_allocated",
+    "memory_reserved",
+    "memory_resident",
+)
+TRAINING, EVALUATION = "training", "evaluation"
 
 
 class MetricsReporter:
-    """Use as a context; call `report` after every step. Does nothing at all unless `visible` (rank 0)."""
+    """Use as a context; call `report` after every step. Does nothing at all unless `visible` (rank 0).
 
-    def __init__(self, run: RunFolder, steps: int, json_lines: bool, visible: bool):
+    wandb: a project of Weights & Biases that gets the same, empty for none. Entering the context raises DistattnError where the
+    package is missing.
+    """
+
+    def __init__(self, run: RunFolder, steps: int, json_lines: bool, visible: bool, wandb: str = ""):
         self.run, self.steps, self.json_lines, self.visible = run, steps, json_lines, visible
         self.began = self.last_line = 0.0
         self.bar: Progress | None = None
         self.tensorboard: Any = None
+        self._project = wandb
+        self._wandb: Any = None
+        self._first_step: int | None = None
 
     def __enter__(self) -> MetricsReporter:
         if not self.visible:
             return self
+        if self._project:
+            self._wandb = _wandb_run(self._project, self.run)
         # needs a second, and only rank 0 writes
         from torch.utils.tensorboard import SummaryWriter
 
@@ -54,26 +93,118 @@ class MetricsReporter:
             self.bar.stop()
         if self.tensorboard:
             self.tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
 
     def report(self, step: StepMetrics) -> None:
         """Record and show one step."""
         if not self.visible:
             return
-        self.run.append(self.run.metrics_file, asdict(step))
-        for name in ("loss", "grad_norm", "seconds"):
-            self.tensorboard.add_scalar(name, getattr(step, name), step.step)
-        self.tensorboard.add_scalar("tokens_per_second", step.tokens / step.seconds, step.step)
+        self.run.append(self.run.metrics_file, step.as_dict())
+        known = {name: value for name in _SCALARS if (value := getattr(step, name)) is not None}
+        self._log(known | {"skipped": 1.0 if step.skipped else 0.0}, step.step)
+        # of a run that goes on, the steps before took no time of this one
+        self._first_step = step.step if self._first_step is None else self._first_step
         now = time.perf_counter()
         if self.json_lines:
-            sys.stdout.write(json.dumps(asdict(step)) + "\n")
+            sys.stdout.write(json.dumps(step.as_dict()) + "\n")
             sys.stdout.flush()
         elif self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=step.step, loss=step.loss, rate=step.tokens / step.seconds)
-        elif now - self.last_line >= _LINE_SECONDS or step.step in (1, self.steps):
-            left = (now - self.began) / step.step * (self.steps - step.step)
+            self.bar.update(self.bar.task_ids[0], completed=step.step, loss=step.loss, rate=step.tokens_per_second)
+            if step.skipped:
+                self.bar.console.print(f"step {step.step} was not applied: {step.skipped}")
+        elif step.skipped or now - self.last_line >= _LINE_SECONDS or step.step in (1, self.steps):
+            left = (now - self.began) / (step.step - self._first_step + 1) * (self.steps - step.step)
+            skipped = f"; not applied: {step.skipped}" if step.skipped else ""
             sys.stdout.write(
                 f"step {step.step}/{self.steps}  loss {step.loss:.3f}  "
-                f"{step.tokens / step.seconds:,.0f} tokens/s  about {left:.0f} s left\n"
+                f"{step.tokens_per_second:,.0f} tokens/s  about {left:.0f} s left{skipped}\n"
             )
             sys.stdout.flush()
             self.last_line = now
+
+    def report_losses(self, step: int, table: LossTable, split: str = EVALUATION) -> None:
+        """Record losses by position and corpus after a step: of an evaluation, or of the training steps since the last time."""
+        if not self.visible:
+            return
+        self.run.append(self.run.losses_file, {"step": step, "split": split} | asdict(table))
+        scalars = {f"{split}/loss": table.loss}
+        scalars |= {f"{split}_by_corpus/{corpus.name}": corpus.loss for corpus in table.by_corpus}
+        scalars |= {f"{split}_by_position/{bucket.first}": bucket.loss for bucket in table.by_position}
+        self._log({name: value for name, value in scalars.items() if value is not None}, step)
+        self.tensorboard.add_figure(f"{split} loss by position", _figure_by_position(table), step)
+
+    def report_histograms(self, step: int, model: torch.nn.Module) -> None:
+        """Record histograms of weights and their gradients: of what rank 0 has of them, where they are sharded.
+
+        It copies them from the device, so it belongs at intervals, between backward and the optimizer's step.
+        """
+        if not self.visible:
+            return
+        for name, parameter in model.named_parameters():
+            for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
+                finite = _finite_part(values)
+                if finite is not None:
+                    self.tensorboard.add_histogram(f"{kind}/{plain_name(name)}", finite, step)
+
+    def report_plan(self, plan: Plan) -> None:
+        """Record the picture of a plan's score matrix, of the first step for one."""
+        if not self.visible:
+            return
+        from matplotlib.image import imread
+
+        picture = imread(io.BytesIO(draw_score_matrix(plan)), format="png")
+        self.tensorboard.add_image("score matrix of the first plan", picture[..., :3], 0, dataformats="HWC")
+
+    def report_event(self, step: int, kind: str, text: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Record what happens seldom. kind: refused, restart, rollback, wrong rank, ...; text: a sentence; facts: as JSON."""
+        if self.visible:
+            self.run.append(self.run.events_file, {"step": step, "kind": kind, "text": text, **(facts or {})})
+            self.tensorboard.add_text(kind, text, step)
+
+    def _log(self, scalars: Mapping[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(scalars), step=step)
+
+
+def _wandb_run(project: str, run: RunFolder) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise DistattnError(
+            f"train.wandb: {project!r}, but the package wandb is not installed; pip install wandb, or leave the key out."
+        ) from None
+    config = {"configuration": run.config_file.read_text("utf-8")} if run.config_file.exists() else {}
+    return wandb.init(project=project, name=run.folder.name, dir=str(run.folder), config=config)
+
+
+def _finite_part(values: Tensor | None) -> Tensor | None:
+    """This rank's finite numbers; None where there are none, of which there is no histogram."""
+    if values is None:
+        return None
+    local = (values.to_local() if isinstance(values, DTensor) else values).detach().float()
+    finite = local[local.isfinite()]
+    return finite if finite.numel() else None
+
+
+def _figure_by_position(table: LossTable) -> Any:
+    """Mean loss by position, positions on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    points = list(_points(table))
+    axis.plot([x for x, _ in points], [y for _, y in points], marker="o")
+    axis.set_xscale("symlog", base=2, linthresh=1)
+    axis.set_xlabel("position in the document (tokens, middle of a bucket)")
+    axis.set_ylabel("loss (nats)")
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def _points(table: LossTable) -> Iterator[tuple[float, float]]:
+    for bucket in table.by_position:
+        if bucket.loss is not None:
+            yield (bucket.first + bucket.last) / 2, bucket.loss

@@ -46,7 +46,9 @@ class ModelFlops:
         config: Any = getattr(model, "config", None)
         heads = getattr(config, "num_attention_heads", None)
         if not isinstance(heads, int):
-            raise DistattnError(f"{type(model).__name__} has no config with num_attention_heads: its FLOPs are not known.")
+            raise DistattnError(
+                f"{type(model).__name__} has no config with num_attention_heads: its FLOPs are not known."
+            )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         value_dim = getattr(config, "v_head_dim", None) or head_dim
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers

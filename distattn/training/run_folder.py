@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from distattn.ir.errors import DistattnError
 from distattn.training import config as configuration
@@ -16,6 +17,8 @@ class StepMetrics:
     """What one training step reports.
 
     loss: mean over tokens, in nats; grad_norm: before clipping; tokens: of all ranks; seconds: wall time of the step on rank 0.
+    learning_rate: of this step. mfu: share of the devices' peak, in [0, 1]. skipped: why the step was not applied, empty where it
+    was. Of rank 0, as in `step_clock.StepCosts`: data_seconds, wait_seconds, and bytes of memory. None where it is not known.
     """
 
     step: int
@@ -23,6 +26,23 @@ class StepMetrics:
     grad_norm: float
     tokens: int
     seconds: float
+    learning_rate: float | None = None
+    mfu: float | None = None
+    data_seconds: float | None = None
+    wait_seconds: float | None = None
+    memory_allocated: int | None = None
+    memory_reserved: int | None = None
+    memory_resident: int | None = None
+    skipped: str = ""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all ranks over the step's wall time."""
+        return self.tokens / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is known of the step, for a JSON line."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
 
 
 class RunFolder:
@@ -37,6 +57,10 @@ class RunFolder:
         # the pieces of documents that each step was trained on
         self.documents_file = folder / "documents.jsonl"
         self.metrics_file = folder / "metrics.jsonl"
+        # losses by position and corpus of training, and of evaluations
+        self.losses_file = folder / "losses.jsonl"
+        # steps that were refused and what was found, restarts, ranks that compute wrongly
+        self.events_file = folder / "events.jsonl"
         self.plan_file = folder / "plan.npz"
         self.explanation_file = folder / "plan.txt"
         self.report_file = folder / "report.html"
@@ -68,8 +92,9 @@ class RunFolder:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def metrics(self) -> list[StepMetrics]:
-        """The metrics of the steps so far."""
-        return [StepMetrics(**row) for row in read_lines(self.metrics_file)]
+        """The metrics of the steps so far, in their order; of a step that was done again after going back, the last."""
+        last = {row["step"]: StepMetrics(**row) for row in read_lines(self.metrics_file)}
+        return [last[step] for step in sorted(last)]
 
 
 def read_lines(path: Path) -> list[dict]:
