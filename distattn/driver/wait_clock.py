@@ -12,8 +12,9 @@ Result = TypeVar("Result")
 class WaitClock:
     """Adds up waits of the thread that runs the model. complete: whether it sees all waits for messages of attention.
 
-    Waits of a trainer's own collectives (FSDP2's) are not among them, nor is the comparison of plans where a shape of attention is
-    new to the run, in its first steps. It does not see all where waiting is left to a device's stream (NCCL): the host goes on, and only a profile of the device can tell.
+    Waits of a trainer's own collectives (FSDP2's) are not among them, nor is the comparison of plans where a shape of attention
+    is new to the run, in its first steps. It does not see all where waiting is left to a device's stream (NCCL): the host goes
+    on, and only a profile of the device can tell.
     """
 
     def __init__(self) -> None:

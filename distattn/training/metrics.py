@@ -26,7 +26,7 @@ from distattn.ir.plan import Plan
 from distattn.parallel.analysis.explain import draw_score_matrix
 from distattn.training.loss_by_position import LossTable
 from distattn.training.module_observer import plain_name
-from distattn.training.run_folder import RunFolder, StepMetrics
+from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
 
 # a log file wants to be read: not more than one line in this many seconds
 _LINE_SECONDS = 2.0
@@ -44,7 +44,6 @@ _SCALARS = (
     "memory_reserved",
     "memory_resident",
 )
-TRAINING, EVALUATION = "training", "evaluation"
 
 
 class MetricsReporter:

@@ -4,36 +4,52 @@ from __future__ import annotations
 
 import base64
 import math
+import statistics
 from typing import Any
 
 from distattn.ir.plan import Plan
 from distattn.pages.render import render_page
 from distattn.parallel.analysis.explain import draw_score_matrix
 from distattn.training.config import Config
-from distattn.training.run_folder import RunFolder, StepMetrics
+from distattn.training.report_losses import corpus_rows, loss_charts
+from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
 
-# what is drawn, the first at once
+# what is drawn, the first at once; what a run does not know is left out
 _CURVES = {
     "loss": "loss",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
     "seconds": "seconds a step",
+    "evaluation": "evaluation loss",
+    "learning_rate": "learning rate",
+    "mfu": "MFU",
+    "data_seconds": "waiting for data",
+    "wait_seconds": "waiting for ranks",
+    "memory_allocated": "memory allocated",
+    "memory_reserved": "memory reserved",
+    "memory_resident": "memory of the process",
 }
+# of longer runs two steps of each stretch are drawn, the last and that of the highest loss
+_MOST_DRAWN = 4000
 
 
 def write_report(run: RunFolder, config: Config, checked: dict | None) -> None:
     """Write report.html into the run folder. checked: what `run_reference_check` found, None where it was left out."""
-    steps = run.metrics()
+    steps, evaluations = run.metrics(), run.losses(EVALUATION)
+    curves = _curves(steps, evaluations, checked)
     page = render_page(
         "report.html.j2",
-        _curves(steps, checked),
+        curves,
         title=run.folder.name,
         summary=(
             f"A run of distattn train on {config.parallel.ranks} ranks: strategy {config.parallel.strategy}, "
             f"{config.parallel.layout} layout, {config.model.dtype}."
         ),
-        tiles=_tiles(steps),
-        curves=list(_CURVES.items()),
+        tiles=_tiles(steps, evaluations),
+        curves=list(curves["labels"].items()),
+        charts=loss_charts(run),
+        corpora=corpus_rows(run),
+        events=_events(run, steps),
         checked=checked,
         verdict=_verdict(checked) if checked else "",
         check_rows=[_check_row(row) for row in checked["steps"]] if checked else [],
@@ -44,35 +60,86 @@ def write_report(run: RunFolder, config: Config, checked: dict | None) -> None:
     run.report_file.write_text(page, "utf-8")
 
 
-def _tiles(steps: list[StepMetrics]) -> list[tuple[str, str, str]]:
-    """The run in five numbers: what, how much, and a word more."""
+def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The run in a few numbers: what, how much, and a word more."""
     first, last = steps[0], steps[-1]
     seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
     # the first step makes plans, and buffers that later ones use again
     later = steps[1:] or steps
     rate = sum(step.tokens for step in later) / sum(step.seconds for step in later)
-    return [
+    tiles = [
         ("loss", f"{last.loss:.3f}", f"from {first.loss:.3f}"),
         ("steps", f"{len(steps):,}", f"of {tokens / len(steps):,.0f} tokens"),
         ("tokens", f"{tokens:,}", "on all ranks"),
         ("tokens per second", f"{rate:,.0f}", "after the first step"),
         ("time", f"{seconds:,.1f} s", "in steps"),
     ]
+    if evaluations:
+        ends = [
+            f"{row['loss']:.3f}" if row["loss"] is not None else "not a number"
+            for row in (evaluations[0], evaluations[-1])
+        ]
+        tiles.append(("evaluation loss", ends[1], f"from {ends[0]}"))
+    if mfus := [step.mfu for step in later if step.mfu is not None]:
+        tiles.append(("MFU", f"{statistics.median(mfus):.1%}", "median after the first step"))
+    for name, what in (("data_seconds", "data"), ("wait_seconds", "other ranks")):
+        known = [(value, step.seconds) for step in later if (value := getattr(step, name)) is not None]
+        if known:
+            share = sum(value for value, _ in known) / sum(seconds for _, seconds in known)
+            tiles.append((f"waiting for {what}", f"{share:.1%}", "of the time of rank 0"))
+    for name, what in (("memory_allocated", "allocated on the device"), ("memory_resident", "of the process")):
+        if known_bytes := [value for step in steps if (value := getattr(step, name)) is not None]:
+            tiles.append(("memory", f"{max(known_bytes) / 2**30:.2f} GiB", f"{what}, rank 0"))
+    if skipped := sum(bool(step.skipped) for step in steps):
+        tiles.append(("steps not applied", f"{skipped:,}", "see what happened"))
+    return tiles
 
 
-def _curves(steps: list[StepMetrics], checked: dict | None) -> dict[str, Any]:
+def _curves(steps: list[StepMetrics], evaluations: list[dict[str, Any]], checked: dict | None) -> dict[str, Any]:
     """What the page draws: columns by step, and those of plain transformers where it has them."""
+    evaluated = {row["step"]: row["loss"] for row in evaluations}
+    drawn = _thinned(steps, set(evaluated))
     columns: dict[str, list[Any]] = {
-        name: [getattr(step, name) for step in steps] for name in ("step", "loss", "grad_norm", "seconds")
+        name: [getattr(step, name, None) for step in drawn] for name in ("step", *_CURVES) if name != "evaluation"
     }
-    columns["tokens_per_second"] = [step.tokens / step.seconds for step in steps]
+    columns["evaluation"] = [evaluated.get(step.step) for step in drawn]
+    # JSON knows no NaN
+    columns = {
+        name: [value if value is not None and math.isfinite(value) else None for value in values]
+        for name, values in columns.items()
+    }
+    labels = {
+        name: label
+        for name, label in _CURVES.items()
+        if name in ("loss", "grad_norm") or any(value is not None for value in columns[name])
+    }
+    columns = {name: columns[name] for name in ("step", *labels)}
     rows = {row["step"]: row for row in checked["steps"]} if checked else {}
     reference = {
-        name: [rows.get(step.step, {}).get(f"reference_{name}") for step in steps] for name in ("loss", "grad_norm")
+        name: [rows.get(step.step, {}).get(f"reference_{name}") for step in drawn] for name in ("loss", "grad_norm")
     }
-    # JSON knows no NaN
-    columns = {name: [value if math.isfinite(value) else None for value in values] for name, values in columns.items()}
-    return {"steps": columns, "reference": reference, "labels": _CURVES}
+    return {"steps": columns, "reference": reference, "labels": labels}
+
+
+def _thinned(steps: list[StepMetrics], kept: set[int]) -> list[StepMetrics]:
+    """Few enough steps to be drawn, among them those that were not applied, and those in `kept`."""
+    if len(steps) <= _MOST_DRAWN:
+        return steps
+    stretch = -(-2 * len(steps) // _MOST_DRAWN)
+    numbers = set(kept) | {step.step for step in steps if step.skipped} | {steps[0].step}
+    for begin in range(0, len(steps), stretch):
+        part = steps[begin : begin + stretch]
+        highest = max(part, key=lambda step: step.loss if math.isfinite(step.loss) else math.inf)
+        numbers |= {part[-1].step, highest.step}
+    return [step for step in steps if step.step in numbers]
+
+
+def _events(run: RunFolder, steps: list[StepMetrics]) -> list[tuple[int, str, str]]:
+    """What happened: step, kind, and a sentence; of a step that was not applied at least that."""
+    events = [(row["step"], row["kind"], row["text"]) for row in run.events()]
+    told = {step for step, _, _ in events}
+    events += [(step.step, "not applied", step.skipped) for step in steps if step.skipped and step.step not in told]
+    return sorted(events, key=lambda event: event[0])
 
 
 def _verdict(checked: dict) -> str:

@@ -11,6 +11,9 @@ from distattn.ir.errors import DistattnError
 from distattn.training import config as configuration
 from distattn.training.config import Config
 
+# whose losses by position and corpus are written
+TRAINING, EVALUATION = "training", "evaluation"
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -96,10 +99,23 @@ class RunFolder:
         last = {row["step"]: StepMetrics(**row) for row in read_lines(self.metrics_file)}
         return [last[step] for step in sorted(last)]
 
+    def losses(self, split: str) -> list[dict[str, Any]]:
+        """Rows of `losses.jsonl` of one split (EVALUATION or TRAINING) in the order of their steps, the last of each step."""
+        rows = {row["step"]: row for row in _lines_if_any(self.losses_file) if row["split"] == split}
+        return [rows[step] for step in sorted(rows)]
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened seldom, in the order in which it happened: step, kind, text, and facts of the kind."""
+        return _lines_if_any(self.events_file)
+
 
 def read_lines(path: Path) -> list[dict]:
     """The rows of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _lines_if_any(path: Path) -> list[dict]:
+    return read_lines(path) if path.exists() else []
 
 
 def _new_folder(wanted: Path) -> Path:

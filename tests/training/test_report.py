@@ -83,3 +83,93 @@ def test_a_person_points_zooms_and_chooses(run, tmp_path, width):
     )
     assert "plain transformers 5.5000" in said["first"] and said["last"].startswith("step 5: loss 3.0000")
     assert said["zoomed"].startswith("step 2:") and said["panels"] == [True, False, True, True], said
+
+
+def month(run, steps=12_000):
+    """A long run with everything that is told: evaluations, losses by corpus, refused steps and a restart."""
+    run.metrics_file.unlink()
+    rows = []
+    for number in range(1, steps + 1):
+        skipped = "the loss is nan." if number == 7000 else ""
+        loss = float("nan") if skipped else 9.0 if number == 5001 else 6 / number**0.1
+        more = dict(
+            learning_rate=1e-3 * (1 - number / steps), mfu=0.4, data_seconds=0.01, wait_seconds=0.05, skipped=skipped
+        )
+        rows.append(StepMetrics(number, loss, 1.0, 1000, 0.5, memory_resident=3 << 30, **more).as_dict())
+    run.append(run.metrics_file, *rows)
+    for step in (1000, 6000, 12_000):
+        buckets = [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
+        by_position = [
+            {"first": first, "last": last, "tokens": 10 * last, "loss": 5.0 - number - step / 12_000 if last else None}
+            for number, (first, last) in enumerate(buckets)
+        ]
+        by_corpus = [{"name": "<web>", "tokens": 1234, "loss": 4.0 - step / 6000}]
+        row = dict(
+            step=step, loss=3.5 - step / 12_000, tokens=270, not_finite=0, by_position=by_position, by_corpus=by_corpus
+        )
+        run.append(run.losses_file, {"split": "evaluation", **row}, {"split": "training", **row, "by_corpus": []})
+    run.append(run.events_file, {"step": 6500, "kind": "restart", "text": "resumed from <step-6400>"})
+
+
+def test_a_long_run_shows_what_became_of_it(run):
+    month(run)
+    page = page_of(run, None)
+    assert len(page) < 1_500_000
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page)[1])
+    steps = data["steps"]["step"]
+    assert len(steps) < 4100 and {1, 1000, 5001, 6000, 7000, 12_000} <= set(steps)
+    assert data["steps"]["loss"][steps.index(5001)] == 9.0 and data["steps"]["loss"][steps.index(7000)] is None
+    evaluated = {step: loss for step, loss in zip(steps, data["steps"]["evaluation"], strict=True) if loss is not None}
+    assert evaluated == {1000: 3.5 - 1 / 12, 6000: 3.0, 12_000: 2.5}
+    assert "memory_allocated" not in data["labels"] and data["labels"]["mfu"] == "MFU"
+    for said in (
+        "<b>40.0%</b>",
+        "<b>10.0%</b>",
+        "<b>3.00 GiB</b>",
+        "from 3.417",
+        "&lt;web&gt;</td><td>Held-out documents</td><td>3.8333</td><td>2.0000</td><td>1,234",
+        "resumed from &lt;step-6400&gt;",
+        "7,000</td><td>not applied</td><td>the loss is nan.",
+        "8 to 15: 0.0000, 150 tokens",
+    ):
+        assert said in page, said
+    assert page.count("<svg") == 2 and "step 1,000" in page and "step 6,000" not in page
+
+
+MONTH_SCRIPT = """
+  const names = data => [...document.querySelectorAll("[role=tab]")].map(tab => tab.textContent);
+  said.tabs = names();
+  const inked = [];
+  document.querySelectorAll("[role=tab]").forEach((tab, at) => {
+    tab.click(); const canvas = document.querySelectorAll("canvas")[at], box = canvas.getBoundingClientRect();
+    const image = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+    inked.push(image.filter((x, i) => i % 4 === 3 && x).length > 500);
+    canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width - 13, clientY: box.top + 90}));
+  });
+  said.inked = inked; said.tip = document.querySelectorAll("canvas")[4].nextElementSibling.textContent;
+  const dot = document.querySelector("svg.chart circle.newest"), box = dot.getBoundingClientRect();
+  said.dot = [box.width > 2, dot.textContent, getComputedStyle(dot).fill !== "none"];
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1200, 500])
+def test_every_curve_of_a_long_run_is_drawn(run, tmp_path, width):
+    month(run)
+    said = what_a_script_says(page_of(run, None), MONTH_SCRIPT, tmp_path, width)
+    assert not said["error"] and not said["cut"], said
+    assert said["tabs"][4:] == [
+        "evaluation loss",
+        "learning rate",
+        "MFU",
+        "waiting for data",
+        "waiting for ranks",
+        "memory of the process",
+    ]
+    assert said["inked"] == [True] * len(said["tabs"])
+    assert (
+        said["tip"].startswith("step 12000: loss")
+        and "evaluation loss 2.5000" in said["tip"]
+        and "MFU 40.0 %" in said["tip"]
+    )
+    assert said["dot"][0] and said["dot"][1].startswith("step 12,000, 1: 3.0000") and said["dot"][2]
