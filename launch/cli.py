@@ -26,6 +26,8 @@ commands:
       plan one attention call with every strategy and time it on a described cluster (simulated)
   data {tokenize,verify,pack,stats,show}
       from text to the packs of every step of a run; distattn data --help
+  ckpt {list,verify,show} RUN
+      the checkpoints of a run, and whether they are what was written; distattn ckpt --help
 
   --version
 
@@ -33,7 +35,7 @@ exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3
 """
 
 # each is a module distattn.launch.NAME_command with a function main
-_COMMANDS = ("train", "plan", "calibrate", "doctor", "launch", "data")
+_COMMANDS = ("train", "plan", "calibrate", "doctor", "launch", "data", "ckpt")
 
 
 def entry() -> None:

@@ -17,18 +17,15 @@ from typing import NamedTuple
 
 from distattn.checkpoints.digested_files import read_block
 from distattn.checkpoints.manifest import BLOCK_BYTES, FileDigests, Manifest
-from distattn.checkpoints.owner import Owner, file_age
+from distattn.checkpoints.owner import file_age, writer_is_alive, writer_name
 from distattn.data.indexed_file import synchronise_folder
 from distattn.ir.errors import DamagedDataError, DistattnError
 
-# of a folder that is being written: who writes
-WRITER_FILE = "writer.json"
 # a writer on another machine, whose process cannot be looked up, counts as dead after so long without a byte
 WRITER_SILENCE_SECONDS = 3600.0
-# a writer says who it is at once; without that its folder is left of one that was killed before
-_NAMELESS_SECONDS = 10.0
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
-_UNFINISHED = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]+")
+# with the name of the process that writes
+_UNFINISHED = re.compile(r"step-\d{8,}\.tmp-([0-9a-f]{8}-\d+-\d+)-[0-9a-f]+")
 _OUTDATED = re.compile(r"step-\d{8,}\.removed-[0-9a-f]+")
 _REPLACED = re.compile(r"(step-\d{8,})\.replaced-[0-9a-f]+")
 
@@ -122,15 +119,10 @@ def sizes_are_right(checkpoint: Checkpoint) -> bool:
 
 
 def new_unfinished(folder: Path, step: int) -> Path:
-    """Make the folder that a checkpoint is written into, with this process's name in it. Raises OSError."""
+    """Make the folder that a checkpoint is written into, with this process in its name. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = folder / f"{checkpoint_name(step)}.tmp-{secrets.token_hex(4)}"
+    made = folder / f"{checkpoint_name(step)}.tmp-{writer_name()}-{secrets.token_hex(4)}"
     made.mkdir()
-    try:
-        Owner.of_this_process().write(made / WRITER_FILE)
-    except OSError:
-        remove_folder(made)
-        raise
     return made
 
 
@@ -141,7 +133,6 @@ def commit(unfinished: Path, step: int) -> Path:
     """
     folder = unfinished.parent
     final = folder / checkpoint_name(step)
-    (unfinished / WRITER_FILE).unlink(missing_ok=True)
     synchronise_folder(str(unfinished / "."))
     replaced = None
     if final.exists():
@@ -182,7 +173,7 @@ def clean_leftovers(folder: Path) -> list[str]:
             else:
                 with contextlib.suppress(OSError):
                     path.rename(folder / match[1])
-        elif _OUTDATED.fullmatch(name) or (_UNFINISHED.fullmatch(name) and _writer_is_dead(path)):
+        elif _OUTDATED.fullmatch(name) or ((match := _UNFINISHED.fullmatch(name)) and _is_left(path, match[1])):
             remove_folder(path)
             removed.append(name)
     return removed
@@ -226,12 +217,11 @@ def _problems_of_file(
         yield Problem(expected.name, None, f"{path}: cannot be read: {error.strerror}.")
 
 
-def _writer_is_dead(unfinished: Path) -> bool:
-    writer = Owner.read(unfinished / WRITER_FILE)
-    if writer is not None and (alive := writer.is_alive()) is not None:
+def _is_left(unfinished: Path, writer: str) -> bool:
+    """Whether the process that wrote into a folder is dead."""
+    if (alive := writer_is_alive(writer)) is not None:
         return not alive
-    silence = WRITER_SILENCE_SECONDS if writer is not None else _NAMELESS_SECONDS
     try:
-        return all(file_age(path) > silence for path in [unfinished, *unfinished.iterdir()])
+        return all(file_age(path) > WRITER_SILENCE_SECONDS for path in [unfinished, *unfinished.iterdir()])
     except OSError:
         return False

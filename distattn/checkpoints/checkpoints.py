@@ -264,13 +264,19 @@ class Checkpoints:
             try:
                 self._write(save)
             except RankFailure as failure:
-                if failure.kind != "files":
+                if failure.kind == "error":
+                    what = f"{checkpoint_name(save.step)} cannot be saved: rank {failure.rank}: {failure.what}"
+                    self._error = DistattnError(f"{what}; a state has tensors and what pickle takes.")
+                elif failure.kind != "files":
                     self._error = failure.raised()
                 elif self._is_root:
                     self._warn(
                         f"{checkpoint_name(save.step)} was not saved: rank {failure.rank}: {failure.what}; the run goes on, and "
                         "the next save tries again."
                     )
+            except Exception as error:
+                # this thread must live: the others wait for its words
+                self._error = RankFailure.of(error, self._exchange.rank).raised()
             finally:
                 save.staged.set()
                 save.written.set()
@@ -279,7 +285,7 @@ class Checkpoints:
         """Copy, plan, write, and commit on rank 0. Raises RankFailure, the same on all ranks."""
         start: _Start | None = None
         try:
-            start = self._exchange.decide(lambda: self._stage(save), lambda plans: self._start(save.step, plans))
+            start = self._exchange.decide(lambda: self._stage(save), self._start)
             assert start is not None
             self._plan, self._signature = start.plan or self._plan, save.state.signature
             folder, serial = start.folder, start.serial
@@ -292,18 +298,24 @@ class Checkpoints:
                 # there is nothing where it was renamed
                 remove_folder(start.folder)
 
-    def _stage(self, save: _Save) -> SavePlan | None:
-        """Copy the tensors; DCP's plan of this rank's part, or None where it is that of the save before."""
+    def _stage(self, save: _Save) -> tuple[int, SavePlan | None]:
+        """Copy the tensors; the step, and DCP's plan of this rank's part, or None where it is that of the save before."""
         try:
             save.state.copy_tensors()
         finally:
             save.staged.set()
         plan = None if save.state.signature == self._signature else save.state.create_local_plan()
         save.state.forget_originals()
-        return plan
+        return save.step, plan
 
-    def _start(self, step: int, plans: list[SavePlan | None]) -> Sequence[_Start]:
+    def _start(self, staged: list[tuple[int, SavePlan | None]]) -> Sequence[_Start]:
         """On rank 0: make the folder, and plan what each rank writes where that has changed."""
+        step, plans = staged[0][0], [plan for _, plan in staged]
+        for rank, (other, _) in enumerate(staged):
+            if other != step:
+                raise DistattnError(
+                    f"rank 0 saves step {step}, rank {rank} step {other}; save the same steps on all ranks."
+                )
         folder = new_unfinished(self._folder, step)
         try:
             serials = [one.manifest.serial for one in list_checkpoints(self._folder) if one.manifest is not None]

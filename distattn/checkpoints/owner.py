@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
+import xxhash
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -60,6 +62,20 @@ class Owner:
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+
+def writer_name() -> str:
+    """This process in a word that can stand in the name of a file, such as 1f3870be-4711-8236."""
+    pid = os.getpid()
+    return f"{xxhash.xxh32_hexdigest(_machine().encode())}-{pid}-{_started(pid)}"
+
+
+def writer_is_alive(name: str) -> bool | None:
+    """Whether the process of a `writer_name` still runs; None where it ran on another machine, or before a start of this one."""
+    machine, pid, started = name.split("-")
+    if machine != xxhash.xxh32_hexdigest(_machine().encode()):
+        return None
+    return _started(int(pid)) == int(started)
 
 
 def file_age(path: Path) -> float:

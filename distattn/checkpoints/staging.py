@@ -23,10 +23,9 @@ class HostBuffers:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def like(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The buffer of a tensor: on the host, of its shape, dtype and strides."""
+        """The buffer of a tensor: on the host, of its shape and dtype."""
         found = self._buffers.get(name)
-        shape = (tensor.shape, tensor.dtype, tensor.stride())
-        if found is None or (found.shape, found.dtype, found.stride()) != shape:
+        if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
             found = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             self._buffers[name] = found
         return found

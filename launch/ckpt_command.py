@@ -1,0 +1,162 @@
+"""`distattn ckpt`: which checkpoints a run has, whether they are what was written, and what they are of."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from distattn.checkpoints.checkpoint_folder import (
+    Checkpoint,
+    list_checkpoints,
+    sizes_are_right,
+    verify_checkpoint,
+)
+from distattn.checkpoints.manifest import MANIFEST_FILE, Manifest
+from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.launch.command_line import CommandParser, ResultConsole
+from distattn.launch.data_progress import ProgressReporter
+from distattn.parallel.analysis.columns import readable_bytes
+
+USAGE = """usage: distattn ckpt COMMAND RUN_OR_FOLDER [--json]
+
+  list RUN_OR_FOLDER
+      the checkpoints of a run, in the order in which they were saved; their files are not read
+  verify RUN_OR_FOLDER
+      read checkpoints from end to end and compare every block with its digest; exit code 3 where one is not what was written
+  show RUN_OR_FOLDER
+      what the newest checkpoint is of, and its files
+
+RUN_OR_FOLDER is the folder of a run, a folder of checkpoints, or one checkpoint (.../step-00000100).
+
+  --json   the result as JSON, one line for each checkpoint
+"""
+
+# where a run keeps its checkpoints
+_IN_RUN = "checkpoints"
+_WIDTH = 160
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the subcommand; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help") or any(one in ("-h", "--help") for one in arguments[1:]):
+        sys.stdout.write(USAGE)
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    if command not in _COMMANDS:
+        names = list(_COMMANDS)
+        known = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise DistattnError(f"ckpt: there is no command {command!r}; there are {known}. See distattn ckpt --help.")
+    return _COMMANDS[command](rest)
+
+
+def _list(arguments: Sequence[str]) -> int:
+    found, as_json = _parsed("list", arguments)
+    if as_json:
+        for one in found:
+            _write_json(_facts(one))
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for name in ("step", "size", "ranks"):
+        table.add_column(name, justify="right")
+    for name in ("saved at (UTC)", "", "folder"):
+        table.add_column(name, no_wrap=True)
+    for one in found:
+        if one.manifest is None:
+            table.add_row(f"{one.step:,}", "", "", "", "[red]damaged[/]", escape(str(one.folder)))
+            continue
+        whole = "" if sizes_are_right(one) else "[red]damaged[/]"
+        numbers = (f"{one.step:,}", readable_bytes(one.manifest.bytes), f"{one.manifest.world_size:,}")
+        table.add_row(*numbers, one.manifest.saved_at[:19].replace("T", " "), whole, escape(str(one.folder)))
+    # a name that is folded or cut is no name
+    ResultConsole(highlight=False, width=_WIDTH + max(len(str(one.folder)) for one in found)).print(table)
+    return 0
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    found, as_json = _parsed("verify", arguments)
+    console = ResultConsole(highlight=False)
+    total = sum(one.manifest.bytes for one in found if one.manifest is not None)
+    results = []
+    with ProgressReporter("ckpt verify", total) as reporter:
+        for one in found:
+            results.append((one, verify_checkpoint(one.folder, reporter.advance)))
+    for one, problems in results:
+        if as_json:
+            _write_json({"folder": str(one.folder), "problems": [problem._asdict() for problem in problems]})
+            continue
+        console.print(
+            f"{'[red]damaged[/]' if problems else '[green]good[/]'} {escape(str(one.folder))}", soft_wrap=True
+        )
+        for problem in problems:
+            console.print(f"  {problem}", markup=False, soft_wrap=True)
+    return DamagedDataError.exit_code if any(problems for _, problems in results) else 0
+
+
+def _show(arguments: Sequence[str]) -> int:
+    found, as_json = _parsed("show", arguments)
+    newest = max(found, key=lambda one: one.manifest.serial if one.manifest is not None else 0)
+    manifest = newest.manifest
+    if manifest is None:
+        raise DamagedDataError(newest.problem)
+    if as_json:
+        files = [{"name": file.name, "bytes": file.bytes} for file in manifest.files]
+        _write_json(_facts(newest) | {"torch": manifest.torch, "facts": dict(manifest.facts), "files": files})
+        return 0
+    console = ResultConsole(highlight=False)
+    lines = [
+        f"{newest.folder}: step {manifest.step:,}, saved at {manifest.saved_at}",
+        f"by {manifest.world_size} ranks with torch {manifest.torch}",
+        f"{readable_bytes(manifest.bytes)} in {len(manifest.files)} files",
+    ]
+    lines += [f"  {name}: {value}" for name, value in sorted(manifest.facts.items())]
+    lines += [f"  {file.name}  {readable_bytes(file.bytes)}" for file in manifest.files]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    return 0
+
+
+# the commands by name; each takes the other arguments and returns the exit code
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": _list, "verify": _verify, "show": _show}
+
+
+def _parsed(command: str, arguments: Sequence[str]) -> tuple[list[Checkpoint], bool]:
+    parser = CommandParser(f"ckpt {command}")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(arguments)
+    return _checkpoints(given.folder), given.json
+
+
+def _checkpoints(given: Path) -> list[Checkpoint]:
+    """What a person means by a folder; at least one. Raises DistattnError where there is none."""
+    if not given.is_dir():
+        raise DistattnError(f"{given}: is no folder; name a run, a folder of checkpoints, or a checkpoint.")
+    for folder in (given, given / _IN_RUN):
+        if found := list_checkpoints(folder):
+            return found
+    # one of them
+    beside = [one for one in list_checkpoints(given.resolve().parent) if one.folder == given.resolve()]
+    if beside:
+        return beside
+    if (given / MANIFEST_FILE).exists():
+        # a copy with another name
+        manifest = Manifest.read(given)
+        return [Checkpoint(manifest.step, given, manifest, "")]
+    raise DistattnError(f"{given}: has no checkpoints; name a run, a folder of checkpoints, or a checkpoint.")
+
+
+def _facts(one: Checkpoint) -> dict[str, object]:
+    facts: dict[str, object] = {"step": one.step, "folder": str(one.folder), "problem": one.problem or None}
+    if one.manifest is not None:
+        manifest = one.manifest
+        facts |= {"saved_at": manifest.saved_at, "ranks": manifest.world_size, "bytes": manifest.bytes}
+    return facts
+
+
+def _write_json(content: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(content) + "\n")

@@ -1,0 +1,169 @@
+"""Damage to a checkpoint is found before anything of it is unpickled, named by file and byte, and the one before is loaded."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import checkpoint_faults as faults
+import pytest
+import torch
+from processes import run_on_ranks
+
+from distattn.checkpoints.checkpoint_folder import list_checkpoints, newest_good, verify_checkpoint
+from distattn.checkpoints.checkpoints import Checkpoints
+from distattn.checkpoints.digested_files import CheckedFile, DigestingFile
+from distattn.checkpoints.manifest import BLOCK_BYTES, Manifest
+from distattn.checkpoints.retention import KeepRule
+from distattn.ir.errors import DamagedDataError
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two checkpoints that two ranks have saved."""
+    folder = tmp_path_factory.mktemp("pair")
+    run_on_ranks(2, faults.save_pair, str(folder))
+    return folder
+
+
+@pytest.fixture
+def copy(pair, tmp_path):
+    shutil.copytree(pair, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def load(folder, group=None):
+    """The newest checkpoint: what was loaded, the state, the warnings."""
+    warned: list[str] = []
+    checkpoints = Checkpoints(Path(folder), group=group, facts={}, keep=KeepRule(), warn=warned.append)
+    state = faults.empty_state()
+    try:
+        return checkpoints.load_newest(state), state, warned
+    finally:
+        checkpoints.close()
+
+
+@pytest.mark.parametrize("kind", faults.DAMAGES)
+def test_no_damage_is_loaded_silently(kind, pair, tmp_path):
+    injector = faults.Injector(pair, tmp_path, seed=list(faults.DAMAGES).index(kind))
+    for _ in range(25):
+        injector.inject(kind, beside_dcp=False)
+    injector.close()
+    assert not injector.silent, injector.silent[:3]
+    if kind != "edited manifest":
+        # a blank of the manifest may be another one
+        assert injector.counts[kind] == {"passed over": 25}
+
+
+def test_plain_dcp_loads_flipped_bits_silently(pair, tmp_path):
+    """Why there are digests."""
+    injector = faults.Injector(pair, tmp_path, seed=1)
+    for _ in range(20):
+        injector.inject("flipped bit of a tensor file")
+    injector.close()
+    assert injector.plain["flipped bit of a tensor file"]["silent"] > 10
+    assert injector.counts["flipped bit of a tensor file"] == {"passed over": 20}
+
+
+def flip(file, at):
+    content = bytearray(Path(file).read_bytes())
+    content[at] ^= 1
+    Path(file).write_bytes(content)
+
+
+def load_on_rank(rank, folder):
+    loaded, state, warned = load(folder, group=torch.distributed.group.WORLD)
+    assert faults.equal(state, faults.state_of(loaded.step))
+    return loaded.step, warned
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json"])
+def test_all_ranks_pass_over_what_one_of_them_finds_damaged(file, copy):
+    flip(copy / faults.NEWER / file, 40)
+    (step, warned), *others = run_on_ranks(4, load_on_rank, str(copy))
+    assert step == 100 and others == [(100, [])] * 3
+    assert len(warned) == 1 and file in warned[0] and "Resuming from step-00000100 instead." in warned[0]
+
+
+def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew(copy):
+    flip(copy / faults.NEWER / "__0_0.distcp", 40)
+    (copy / faults.OLDER / "manifest.json").unlink()
+    with pytest.raises(DamagedDataError, match=r"none of its 2 checkpoints is whole.*manifest\.json.*__0_0\.distcp"):
+        load(copy)
+    assert newest_good(copy) is None
+
+
+def test_nothing_is_unpickled_before_its_digest_is_right(copy):
+    ran = copy / "ran"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(ran),)
+
+    (copy / faults.NEWER / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    loaded, _, _ = load(copy)
+    assert loaded.step == 100 and not ran.exists()
+
+
+def test_damage_between_the_check_and_the_reading_is_found_too(copy, monkeypatch):
+    # as a disk that returns something else the second time
+    from distattn.checkpoints import checkpoints as module
+
+    def check_then_flip(folder, manifest, part, parts):
+        if folder.name == faults.NEWER:
+            flip(folder / "__1_0.distcp", 9000)
+
+    monkeypatch.setattr(module, "first_problem", check_then_flip)
+    loaded, state, warned = load(copy)
+    assert loaded.step == 100 and faults.equal(state, faults.state_of(100))
+    assert "__1_0.distcp" in warned[0]
+
+
+def test_a_problem_names_the_file_and_its_bytes(tmp_path):
+    checkpoints = Checkpoints(tmp_path, group=None, facts={}, keep=KeepRule(), warn=faults.no_warning)
+    checkpoints.save(7, {"large": torch.arange(3 * BLOCK_BYTES // 4, dtype=torch.int32)})
+    checkpoints.close()
+    folder = tmp_path / "step-00000007"
+    assert verify_checkpoint(folder) == []
+    flip(folder / "__0_0.distcp", 2 * BLOCK_BYTES + 5)
+    (problem,) = verify_checkpoint(folder)
+    assert (problem.file, problem.offset) == ("__0_0.distcp", 2 * BLOCK_BYTES)
+    assert f"bytes {2 * BLOCK_BYTES:,} to {3 * BLOCK_BYTES:,} are not what was written" in str(problem)
+    (folder / "__0_0.distcp").unlink()
+    assert [problem.offset for problem in verify_checkpoint(folder)] == [None]
+
+
+def test_a_manifest_of_another_version_is_refused_by_its_version(copy, monkeypatch):
+    from distattn.checkpoints import manifest as module
+
+    manifest = Manifest.read(copy / faults.NEWER)
+    monkeypatch.setattr(module, "FORMAT_VERSION", 2)
+    manifest.write(copy / faults.NEWER)
+    monkeypatch.undo()
+    with pytest.raises(DamagedDataError, match="format version 2; this distattn reads version 1"):
+        Manifest.read(copy / faults.NEWER)
+    # what cannot be read stands at the end
+    assert [one.manifest is None for one in list_checkpoints(copy)] == [False, True]
+
+
+def test_checked_files_are_read_in_any_order(tmp_path):
+    content = torch.randint(0, 256, (2 * BLOCK_BYTES + 100,), dtype=torch.uint8).numpy().tobytes()
+    with DigestingFile(tmp_path / "file") as file:
+        for start in range(0, len(content), 1_000_003):
+            file.write(content[start : start + 1_000_003])
+    digests = file.digests("file")
+    assert digests.bytes == len(content) and len(digests.blocks) == 3
+    with CheckedFile(tmp_path / "file", digests) as file:
+        for start, size in ((5, 10), (BLOCK_BYTES - 3, 6), (2 * BLOCK_BYTES, 500), (0, 1)):
+            file.seek(start)
+            found = b""
+            while part := file.read(size - len(found)):
+                found += part
+            assert found == content[start : start + size]
+        assert file.seek(-100, os.SEEK_END) == 2 * BLOCK_BYTES
+
+
+def test_an_empty_file_has_a_digest_too(tmp_path):
+    with DigestingFile(tmp_path / "file") as file:
+        pass
+    assert len(file.digests("file").blocks) == 1

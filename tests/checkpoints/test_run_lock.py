@@ -1,0 +1,141 @@
+"""Two jobs on one folder: the second refuses and says who has it; a dead owner's folder is taken over."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+from waiting import eventually
+
+from distattn.checkpoints import run_lock
+from distattn.checkpoints.owner import Owner
+from distattn.checkpoints.run_lock import LEASE_SECONDS, RunLock
+from distattn.ir.errors import DistattnError
+
+
+def hold(folder, job, ready, child):
+    os.environ.pop("SLURM_JOB_ID", None)
+    if job:
+        os.environ["SLURM_JOB_ID"] = job
+    lock = RunLock(folder)
+    if child:
+        # as a loader's worker, which outlives its parent
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(600)
+            os._exit(0)
+        child.put(pid)
+    ready.put(lock is not None)
+    signal.pause()
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """Starts another process that holds the folder; all are killed at the end."""
+    context = multiprocessing.get_context("fork")
+    started = []
+
+    def start(job="", child=None):
+        ready = context.SimpleQueue()
+        started.append(context.Process(target=hold, args=(tmp_path, job, ready, child)))
+        started[-1].start()
+        assert ready.get()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def test_the_second_of_two_jobs_refuses_and_names_the_first(owner, tmp_path, monkeypatch):
+    process = owner(job="4711")
+    with pytest.raises(
+        DistattnError, match=rf"belongs to process {process.pid} on \S+, Slurm job 4711, since 20\S+; end it"
+    ):
+        RunLock(tmp_path)
+    # another job is another job
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
+    with pytest.raises(DistattnError, match="Slurm job 4711"):
+        RunLock(tmp_path)
+    assert process.is_alive()
+
+
+def test_the_folder_of_a_killed_owner_is_free_at_once(owner, tmp_path):
+    process = owner()
+    process.kill()
+    process.join()
+    RunLock(tmp_path).close()
+    # as is that of one that has closed its lock
+    with RunLock(tmp_path) as lock:
+        lock.check()
+    assert os.listdir(tmp_path) == ["owner.lock"]
+
+
+def test_children_of_a_killed_owner_do_not_keep_the_folder(owner, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "_NAMING_SECONDS", 0.2)
+    child = multiprocessing.get_context("fork").SimpleQueue()
+    process = owner(child=child)
+    process.kill()
+    process.join()
+    pid = child.get()
+    try:
+        with RunLock(tmp_path), pytest.raises(DistattnError, match=f"belongs to process {os.getpid()}"):
+            RunLock(tmp_path)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_an_attempt_of_the_same_job_waits_for_the_one_before_to_end(owner, tmp_path, monkeypatch):
+    process = owner(job="4711")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: (process.kill(), process.join()))
+    RunLock(tmp_path).close()
+
+
+def elsewhere(folder, **changes):
+    """Another machine's process has the folder, over a file system that does not share flock."""
+    one = Owner.of_this_process()
+    facts = {**one.__dict__, "host": "node-7", "machine": "another", "job": "4711", **changes}
+    (folder / "owner.json").write_text(json.dumps(facts))
+    return folder / "owner.json"
+
+
+def test_a_lease_of_another_machine_is_respected_until_it_ends(tmp_path):
+    file = elsewhere(tmp_path)
+    with pytest.raises(
+        DistattnError, match=r"on node-7, Slurm job 4711, .*; if it is dead, try again in (119|120) s\."
+    ):
+        RunLock(tmp_path)
+    ended = time.time() - LEASE_SECONDS - 5
+    os.utime(file, (ended, ended))
+    with RunLock(tmp_path):
+        assert Owner.read(file).pid == os.getpid()
+
+
+def test_an_attempt_of_the_same_job_on_another_machine_takes_over_at_once(tmp_path, monkeypatch):
+    elsewhere(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    RunLock(tmp_path).close()
+
+
+def test_the_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "RENEWAL_SECONDS", 0.01)
+    with RunLock(tmp_path) as lock:
+        file = tmp_path / "owner.json"
+        os.utime(file, (0, 0))
+        eventually(lambda: file.stat().st_mtime > 1e6, "the lease was not renewed")
+        lock.check()
+        elsewhere(tmp_path)
+        with pytest.raises(DistattnError, match="was taken by process .* on node-7"):
+            lock.check()
+    # what is another's stays
+    assert file.exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DistattnError, match="file: cannot be locked: File exists"):
+        RunLock(tmp_path / "file")
