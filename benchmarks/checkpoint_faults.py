@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -407,6 +408,8 @@ def _rank(
     rank: int, ranks: int, port: int, attempt: int, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    # says where a rank stands that does not end
+    faulthandler.dump_traceback_later(NOTICE_SECONDS - 5, exit=False)
     store = dist.PrefixStore(f"attempt {attempt}", dist.TCPStore("127.0.0.1", port, is_master=False))
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
     work(rank, *arguments)

@@ -169,7 +169,15 @@ def _tokens(names: dict[str, Any]) -> None:
     exec(python_snippets((ROOT / "docs" / "data.md").read_text())[3], names)
 
 
+def _saving(names: dict[str, Any]) -> None:
+    model = torch.nn.Linear(3, 2)
+    names |= dict(rank=0, group=None, steps=20, plan_digest="0123", config_digest="4567", model=model)
+    names |= dict(optimizer=torch.optim.AdamW(model.parameters()))
+    names |= dict(compute_gradients=lambda step: model(torch.rand(1, 3)).sum().backward())
+
+
 SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
+    "checkpoints.md": [_saving],
     "concepts.md": [_plan, _cluster],
     "data.md": [_packs, _masks, _stream, _packs, _tokens],
     "dynamic-context-parallelism.md": [_model, _schedule],

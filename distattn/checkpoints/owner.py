@@ -64,16 +64,21 @@ class Owner:
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
 
+def machine_digest() -> str:
+    """Of this boot of this machine or container, 8 hexadecimal digits."""
+    return xxhash.xxh32_hexdigest(_machine().encode())
+
+
 def writer_name() -> str:
     """This process in a word that can stand in the name of a file, such as 1f3870be-4711-8236."""
     pid = os.getpid()
-    return f"{xxhash.xxh32_hexdigest(_machine().encode())}-{pid}-{_started(pid)}"
+    return f"{machine_digest()}-{pid}-{_started(pid)}"
 
 
 def writer_is_alive(name: str) -> bool | None:
     """Whether the process of a `writer_name` still runs; None where it ran on another machine, or before a start of this one."""
     machine, pid, started = name.split("-")
-    if machine != xxhash.xxh32_hexdigest(_machine().encode()):
+    if machine != machine_digest():
         return None
     return _started(int(pid)) == int(started)
 

@@ -1,24 +1,22 @@
 """What the ranks of a checkpoint tell each other: rank 0 of the group hears all, decides, and answers each.
 
-A gloo communicator of its own on the host, so that a thread can use it beside whatever the trainer sends. A rank that fails is
-heard of by all, and one that ends leaves the others with an error.
+Over connections of its own, so that a thread can use them beside whatever the trainer sends. A rank that fails is heard of by
+all, and one that ends leaves the others with an error.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 import torch.distributed as dist
 
+from distattn.checkpoints.rank_sockets import connect_to_root
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
-from distattn.parallel.runtime.communicator import open_host_communicator
 
-# that ranks may take longer than others to write their part; one that has ended is noticed at once
-_SLOWEST = timedelta(minutes=30)
+# that ranks may take longer than others to write their part, in seconds; one that has ended is noticed at once
+_SLOWEST_SECONDS = 1800.0
 Result = TypeVar("Result")
 
 
@@ -61,9 +59,9 @@ class RankExchange:
     def __init__(self, group: dist.ProcessGroup | None):
         self.rank = 0 if group is None else dist.get_rank(group)
         self.ranks = 1 if group is None else dist.get_world_size(group)
-        self._gloo: Any = None
+        self._connections: dict[int, Connection] = {}
         if group is not None and self.ranks > 1:
-            self._gloo = open_host_communicator(group, _SLOWEST)
+            self._connections = connect_to_root(group)
 
     def decide(self, work: Callable[[], Result], decision: Callable[[list[Result]], Sequence[Any]]) -> Any:
         """Every rank does `work`; rank 0 hears all results, by rank, and `decision` gives an answer for each rank. Collective.
@@ -76,7 +74,7 @@ class RankExchange:
             outcome = _Answer(work(), None)
         except Exception as error:
             outcome = _Answer(None, RankFailure.of(error, self.rank))
-        if self.ranks > 1 and self._gloo is None:
+        if self.ranks > 1 and not self._connections:
             raise RankFailure(
                 "lost", self.rank, "another rank ended during an earlier checkpoint; start the job again."
             )
@@ -91,28 +89,27 @@ class RankExchange:
         return answer.value
 
     def close(self) -> None:
-        """End the communicator: ranks that wait for this one are told so."""
-        self._gloo = None
+        """End the connections: ranks that wait for this one are told so."""
+        for connection in self._connections.values():
+            connection.close()
+        self._connections = {}
 
     def _ask(self, outcome: _Answer) -> _Answer:
         try:
-            self._send(outcome, 0)
+            self._connections[0].send(outcome)
             answer = self._receive(0)
             assert isinstance(answer, _Answer)
             return answer
-        except RuntimeError as error:
-            why = str(error).strip().partition("\n")[0]
-            return _Answer(None, RankFailure("lost", 0, f"rank 0 of the group ended during a checkpoint ({why})."))
+        except (EOFError, OSError) as error:
+            return _lost(0, error)
 
     def _answer_all(self, own: _Answer, decision: Callable[[list[Any]], Sequence[Any]]) -> _Answer:
         outcomes = [own]
         for rank in range(1, self.ranks):
             try:
                 outcomes.append(self._receive(rank))
-            except RuntimeError as error:
-                why = str(error).strip().partition("\n")[0]
-                lost = RankFailure("lost", rank, f"rank {rank} of the group ended during a checkpoint ({why}).")
-                outcomes.append(_Answer(None, lost))
+            except (EOFError, OSError) as error:
+                outcomes.append(_lost(rank, error))
         failures = [one.failure for one in outcomes if one.failure is not None]
         # a lost rank is the worst: nothing can be tried again
         failure = next((one for one in failures if one.kind == "lost"), failures[0] if failures else None)
@@ -124,20 +121,18 @@ class RankExchange:
                 failure = RankFailure.of(error, 0)
         for rank in range(1, self.ranks):
             try:
-                self._send(_Answer(answers[rank], failure), rank)
-            except RuntimeError:
-                # of those that are lost; one that went after it has done its part is noticed the next time
+                self._connections[rank].send(_Answer(answers[rank], failure))
+            except OSError:
+                # of those that are lost; one that went after it had done its part is noticed the next time
                 continue
         return _Answer(answers[0], failure)
 
-    def _send(self, value: Any, rank: int) -> None:
-        data = bytearray(pickle.dumps(value))
-        self._gloo.send([torch.tensor([len(data)])], rank, 0).wait()
-        self._gloo.send([torch.frombuffer(data, dtype=torch.uint8)], rank, 0).wait()
-
     def _receive(self, rank: int) -> Any:
-        size = torch.zeros(1, dtype=torch.int64)
-        self._gloo.recv([size], rank, 0).wait()
-        data = torch.empty(int(size), dtype=torch.uint8)
-        self._gloo.recv([data], rank, 0).wait()
-        return pickle.loads(data.numpy().tobytes())
+        if not self._connections[rank].poll(_SLOWEST_SECONDS):
+            raise TimeoutError(f"no answer for {_SLOWEST_SECONDS / 60:.0f} minutes")
+        return self._connections[rank].recv()
+
+
+def _lost(rank: int, error: Exception) -> _Answer:
+    why = f" ({error})" if str(error) else ""
+    return _Answer(None, RankFailure("lost", rank, f"rank {rank} of the group ended during a checkpoint{why}."))

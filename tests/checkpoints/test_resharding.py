@@ -3,6 +3,9 @@
 import checkpoint_faults as faults
 import pytest
 import torch
+
+# once, and not by every forked rank at its first optimizer step
+import torch._dynamo  # noqa: F401
 import torch.distributed as dist
 from processes import run_on_ranks
 from torch import nn
