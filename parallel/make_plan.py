@@ -11,12 +11,13 @@ import numpy as np
 
 from distattn.cluster.spec import AnyCluster, ClusterSpec, resolve_cluster
 from distattn.ir.arguments import check_fields, checked
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, PlanError
 from distattn.ir.intervals import sorted_unique
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import POLICIES, Call, Plan, Table, dtype_name, move_bytes
 from distattn.parallel.analysis.simulate import simulate_pass
+from distattn.parallel.analysis.verify import verify
 from distattn.parallel.strategies.allgather import allgather
 from distattn.parallel.strategies.cad import CadOptions, cad
 from distattn.parallel.strategies.cad_greedy import CadGreedyOptions, cad_greedy
@@ -25,6 +26,7 @@ from distattn.parallel.strategies.ring import RingOptions, ring
 from distattn.parallel.strategies.ulysses import ulysses
 from distattn.parallel.strategies.usp import UspOptions, usp
 from distattn.parallel.tables.backward import derive_backward
+from distattn.parallel.tables.head_chunks import HeadChunks, in_head_chunks, possible_head_chunks
 from distattn.parallel.tables.relayout import relayout_table
 from distattn.parallel.tables.written_once import written_once
 
@@ -95,6 +97,7 @@ def make_plan(
     cluster: AnyCluster | str | Path | None = None,
     options: Mapping[str, object] | None = None,
     working_layout: Layout | None = None,
+    max_buffer_bytes: int | None = None,
 ) -> Plan:
     """Plan one attention call: a pure host function, the same on every rank, no torch.
 
@@ -104,9 +107,12 @@ def make_plan(
     fast kernels and links are. options are the strategy's own, by name. comm_dtype: the dtype outputs and gradients travel in,
     q's own or (by default) that of accumulation; where no two partial results meet, q's own loses nothing. working_layout:
     where the strategy shall have the tokens, if not where q, k, v and o are; tokens are moved there and back inside the call.
+    max_buffer_bytes: of buffers that a rank may need at once (see `verify`); where a plan needs more, heads are computed in so
+    many chunks that it does not, and the backward has "keep" only where it is asked for: what is kept would stay as large.
 
     Candidates of a strategy are chosen between by bytes or by simulated seconds (see `Strategy`), forward and backward each
-    (together where the backward keeps what it received). Raises DistattnError when the call cannot be planned as asked.
+    (together where the backward keeps what it received). Raises DistattnError when the call cannot be planned as asked, and
+    PlanError, with the least bytes possible, when no chunks are small enough.
     """
     check_names(strategy, backward, options)
     cluster = resolve_cluster(cluster)
@@ -115,27 +121,49 @@ def make_plan(
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
     call = Call(mask, layout, heads, kv_heads, head_dim, v_head_dim, dtype_name(dtype), dtype_name(comm_dtype))
     chosen = STRATEGIES[strategy]
-    policy = backward or chosen.backward
     working = call if working_layout is None else replace(call, layout=working_layout)
     if working.ranks != call.ranks:
         raise DistattnError(f"the working layout has {working.ranks} ranks, the layout {call.ranks}.")
 
-    def tables(direction: str) -> list[Table]:
+    def candidates(direction: str, policy: str) -> list[Table]:
         found = chosen.candidates(working, cluster, options or {}, direction)
-        if chosen.choose_by == "seconds":
-            found = [_fastest(working, cluster, found, direction, policy)]
-        if working_layout is not None:
-            found = [relayout_table(call, working, table) for table in found]
-        return [_without_idle_steps(table) for table in found]
+        return [_fastest(working, cluster, found, direction, policy)] if chosen.choose_by == "seconds" else list(found)
 
-    forwards = tables("forward")
-    planned_anew = chosen.by_direction and policy != "keep"
-    backwards = [
-        derive_backward(call, table, policy, cluster) for table in (tables("backward") if planned_anew else forwards)
-    ]
-    chosen_tables = _fewest_bytes(call, forwards, backwards, policy)
-    call = replace(call, written_once=written_once(call, *chosen_tables))
-    return Plan(call, *chosen_tables, policy, strategy)
+    def planned(
+        policy: str, forwards: list[Table], backwards: list[Table] | None, cut: HeadChunks | None = None
+    ) -> Plan:
+        def tables(given: list[Table]) -> list[Table]:
+            if cut is not None:
+                given = [in_head_chunks(working, table, cut) for table in given]
+            if working_layout is not None:
+                given = [relayout_table(call, working, table) for table in given]
+            return [_without_idle_steps(table) for table in given]
+
+        forwards = tables(forwards)
+        derived = [
+            derive_backward(call, table, policy, cluster)
+            for table in (forwards if backwards is None else tables(backwards))
+        ]
+        chosen_tables = _fewest_bytes(call, forwards, derived, policy)
+        return Plan(replace(call, written_once=written_once(call, *chosen_tables)), *chosen_tables, policy, strategy)
+
+    policy = backward or chosen.backward
+    forwards = candidates("forward", policy)
+    # where the backward pass has tasks of its own
+    backwards = candidates("backward", policy) if chosen.by_direction and policy != "keep" else None
+    plan = planned(policy, forwards, backwards)
+    if max_buffer_bytes is None or (least := _most_needed(plan)) <= max_buffer_bytes:
+        return plan
+    again = "refetch-home" if policy == "keep" and backward is None else policy
+    for cut in possible_head_chunks(working, forwards[0]):
+        plan = planned(again, forwards, backwards, cut)
+        if (needed := _most_needed(plan)) <= max_buffer_bytes:
+            return plan
+        least = min(least, needed)
+    raise PlanError(
+        f"{strategy}: a rank needs {least:,} bytes of buffers at least, with heads in as many chunks as there can be; "
+        f"max_buffer_bytes is {max_buffer_bytes:,}. Raise it, or use more ranks or another strategy."
+    )
 
 
 def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None) -> None:
@@ -148,6 +176,12 @@ def check_names(strategy: str, backward: str | None, options: Mapping[str, objec
     for name in (options or {}).keys() - known:
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise DistattnError(f"strategy {strategy} has no option {name!r}; {takes}.")
+
+
+def _most_needed(plan: Plan) -> int:
+    """Bytes of buffers at once of the rank and pass that need most."""
+    proof = verify(plan)
+    return int(max(proof.forward_peak.max(), proof.backward_peak.max()))
 
 
 def _fewest_bytes(call: Call, forwards: list[Table], backwards: list[Table], policy: str) -> tuple[Table, Table]:

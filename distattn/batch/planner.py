@@ -252,7 +252,8 @@ class Planner:
             how |= shape.override.settings(mask, layout)
         of_layer = shape._asdict()
         del of_layer["window"], of_layer["override"], of_layer["modifiers"]
-        return make_plan(mask, layout, comm_dtype=config.comm_dtype, cluster=config.cluster, **how, **of_layer)
+        how |= dict(comm_dtype=config.comm_dtype, cluster=config.cluster, max_buffer_bytes=config.max_buffer_bytes)
+        return make_plan(mask, layout, **how, **of_layer)
 
 
 class BatchAttention(Protocol):

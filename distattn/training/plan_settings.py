@@ -82,6 +82,7 @@ class PlanSettings:
             comm_dtype=self.comm_dtype,
             cluster=self.cluster,
             options=self.strategy_options,
+            max_buffer_bytes=self.max_buffer_bytes,
         )
 
     @property
