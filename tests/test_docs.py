@@ -37,6 +37,8 @@ from distattn.data.pack_config import (
 )
 from distattn.data.pack_rule import PackCost, PackRule
 from distattn.launch import cli
+from distattn.models.build import materialise, meta_model
+from distattn.models.export import export_model
 from distattn.training.config import RENAMED, Config
 
 ROOT = Path(__file__).parents[1]
@@ -163,6 +165,14 @@ def _stream(names: dict[str, Any]) -> None:
     names |= dict(cp=da.ContextParallel(strategy="ring"), stream=[list(range(64))] * 5000)
 
 
+def _pretrained(names: dict[str, Any]) -> None:
+    """A folder of the name that the snippet gives, of a tiny model."""
+    model = meta_model(names["config"])
+    materialise(model, 1)
+    export_model(model, "Llama-3.1-8B")
+    names |= dict(ranks=1)
+
+
 def _tokens(names: dict[str, Any]) -> None:
     """The snippet goes on where the one before it ended."""
     _packs(names)
@@ -181,6 +191,7 @@ SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "concepts.md": [_plan, _cluster],
     "data.md": [_packs, _masks, _stream, _packs, _tokens],
     "dynamic-context-parallelism.md": [_model, _schedule],
+    "models.md": [_pretrained],
     "planning-a-cluster.md": [_cluster],
     "trainers.md": [_model, _model, _mesh, _own_model, None, _reference],
     "training.md": [_loop],

@@ -136,10 +136,9 @@ def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = 
     the shards are, and where numbers are drawn: a CPU and a GPU draw different ones. torch's own seeds are left as they
     were. Raises DistattnError, naming the tensor, where tensors would stay without values.
     """
-    check_tied(model)
     blueprint = untied_meta_model(model)
+    check_unfilled(model, blueprint)
     targets = own_tensors(model)
-    _check_names(model, targets, blueprint)
     initialisations = _initialisations(blueprint, targets)
     allocate(model, device)
     _initialise(own_tensors(model), blueprint, initialisations, seed, torch.device(device))
@@ -150,7 +149,6 @@ def materialise_buffers(model: PreTrainedModel, blueprint: PreTrainedModel, devi
 
     Such are rotary frequencies, with the scaling that the configuration asks for. blueprint: its `untied_meta_model`.
     """
-    check_tied(model)
     in_files = set(blueprint.state_dict())
     targets = {name: tensor for name, tensor in own_tensors(model).items() if name not in in_files}
     initialisations = _initialisations(blueprint, targets)
@@ -169,12 +167,31 @@ def allocate(model: PreTrainedModel, device: str | torch.device) -> None:
             setattr(model.get_submodule(module), leaf, model.get_parameter(source))
 
 
-def check_tied(model: PreTrainedModel) -> None:
-    """Raise DistattnError where tensors that are tied were sharded apart."""
+def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
+    """Raise DistattnError, naming the tensor, where a model is not as its configuration says, or is not of the meta device.
+
+    blueprint: its `untied_meta_model`.
+    """
     for target, source in model.all_tied_weights_keys.items():
         if model.get_parameter(target) is not model.get_parameter(source):
             raise DistattnError(
                 f"{target} and {source} are tied, but were sharded apart; shard both modules in one fully_shard call."
+            )
+    tensors, wanted = own_tensors(model), own_tensors(blueprint)
+    strange = sorted(tensors.keys() ^ (wanted.keys() - set(model.all_tied_weights_keys)))
+    if strange:
+        raise DistattnError(
+            f"{strange[0]} is only in one of the model and its configuration; give weights before adding modules or wrapping "
+            "them (LoRA, torch.compile)."
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise DistattnError(
+                f"{name} is {tuple(tensor.shape)}, but {tuple(wanted[name].shape)} by the model's configuration."
+            )
+        if not local_tensor(tensor).is_meta:
+            raise DistattnError(
+                f"{name} has values already; weights are given to models of the meta device (meta_model)."
             )
 
 
@@ -254,9 +271,8 @@ def _initialise(
                 for name, owner, module in one.modules:
                     _seed_generators(_seed_of(seed, name), device)
                     owner._init_weights(module)
-                values = own_tensors(blueprint)
                 for name, tensor in held.items():
-                    copy_part(name, tensor, values[name])
+                    copy_part(name, tensor, _get(blueprint, name))
 
 
 @contextmanager
@@ -264,7 +280,7 @@ def _real_tensors(
     blueprint: PreTrainedModel, names: Collection[str], targets: dict[str, Tensor], device: torch.device
 ) -> Iterator[None]:
     """Meanwhile these tensors of a model on the meta device have bytes; parameters in the dtype of the target."""
-    meta = own_tensors(blueprint)
+    meta = {name: _get(blueprint, name) for name in names}
     for name in names:
         if isinstance(meta[name], torch.nn.Parameter):
             dtype = targets[name].dtype if name in targets else meta[name].dtype
@@ -277,6 +293,12 @@ def _real_tensors(
     finally:
         for name in names:
             _set(blueprint, name, meta[name])
+
+
+def _get(model: torch.nn.Module, name: str) -> Tensor:
+    module, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(module), leaf)
+    return tensor
 
 
 def _set(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
@@ -295,25 +317,6 @@ def _seed_generators(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
-
-
-def _check_names(model: PreTrainedModel, targets: dict[str, Tensor], blueprint: PreTrainedModel) -> None:
-    """Refuse models whose names or shapes are not those of their configuration."""
-    wanted = own_tensors(blueprint)
-    tied = set(model.all_tied_weights_keys)
-    strange = sorted(targets.keys() ^ (wanted.keys() - tied))
-    if strange:
-        raise DistattnError(
-            f"{strange[0]} is only in one of the model and its configuration; give weights before adding modules or wrapping "
-            "them (LoRA, torch.compile)."
-        )
-    for name, tensor in targets.items():
-        if tensor.shape != wanted[name].shape:
-            raise DistattnError(
-                f"{name} is {tuple(tensor.shape)}, but {tuple(wanted[name].shape)} by the model's configuration."
-            )
-        if not local_tensor(tensor).is_meta:
-            raise DistattnError(f"{name} has values already; materialise takes models of the meta device (meta_model).")
 
 
 def _one_line(error: Exception) -> str:

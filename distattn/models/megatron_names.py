@@ -3,9 +3,9 @@
     shard = MegatronShard.even(config, tensor_rank, tensor_ranks, pipeline_rank, pipeline_ranks)
     model.load_state_dict(dict(to_megatron(tensors.__getitem__, config, shard)), strict=False)
 
-For layers of `get_gpt_layer_local_spec(normalization="RMSNorm")` with gated MLPs. Nothing of Megatron is imported. Megatron keeps queries, keys
-and values of a layer in one matrix, group after group (a key/value head with its query heads), and gate and up projection in one.
-Tensor-parallel ranks hold rows of these and of the vocabulary, and columns of the matrices after them.
+For layers of `get_gpt_layer_local_spec(normalization="RMSNorm")` with gated MLPs. Nothing of Megatron is imported. Megatron keeps
+queries, keys and values of a layer in one matrix, group after group (a key/value head with its query heads), and gate and up
+projection in one. Tensor-parallel ranks hold rows of these and of the vocabulary, and columns of the matrices after them.
 """
 
 # G key/value heads (groups), Q query heads of a group, D head dim, C hidden size, F width of the MLP
@@ -118,7 +118,9 @@ def to_huggingface(
     """
     check_megatron(config, shard.tensor_ranks)
     if len(parts) != shard.tensor_ranks:
-        raise DistattnError(f"{len(parts)} parts were given, but the stage has {shard.tensor_ranks} tensor-parallel ranks.")
+        raise DistattnError(
+            f"{len(parts)} parts were given, but the stage has {shard.tensor_ranks} tensor-parallel ranks."
+        )
     if shard.first:
         yield "model.embed_tokens.weight", torch.cat([part[_EMBEDDING] for part in parts])
     for local, layer in enumerate(shard.layers):

@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
 )
 
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.models.build import materialise_buffers, untied_meta_model
+from distattn.models.build import check_unfilled, materialise_buffers, untied_meta_model
 from distattn.models.shards import local_slices, local_tensor, shape_of
 
 ONE_FILE = "model.safetensors"
@@ -52,6 +52,7 @@ def load_pretrained(model: PreTrainedModel, folder: str | Path, device: str | to
     is allocated.
     """
     blueprint = untied_meta_model(model)
+    check_unfilled(model, blueprint)
     weights = PretrainedWeights(folder, blueprint)
     weights.check(model.all_tied_weights_keys)
     materialise_buffers(model, blueprint, device)

@@ -89,6 +89,28 @@ def test_weights_do_not_depend_on_the_sharding(sizes):
             assert torch.equal(logits, model_shapes.logits(model)), name
 
 
+def _loss(rank: int, ranks: int) -> tuple[float, float]:
+    """Loss and gradient norm of a step with attention split over all ranks."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
+    model = meta_model(model_shapes.config("gpt-oss"))
+    pytorch.shard_parameters(model, mesh)
+    materialise(model, 1)
+    with pytorch.context_parallel(mesh, strategy="ring", kernel="reference") as cp:
+        cp.loss_scale(pytorch.ProbeTarget(model))
+        (local,) = cp.shard_step([{"input_ids": model_shapes.IDS, "document_lengths": [30, 10]}])
+        loss = pytorch.local_loss(model, local)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        return cp.mean_loss([loss.detach()]), float(pytorch.full_tensor(norm))
+
+
+def test_a_step_of_a_sharded_model_is_that_of_one_process():
+    wanted = run_on_ranks(1, _loss, 1)[0]
+    for got in run_on_ranks(2, _loss, 2):
+        # float32, sums in another order
+        assert got == pytest.approx(wanted, rel=1e-5)
+
+
 def _peak(rank: int, config: LlamaConfig) -> tuple[int, int, int, int]:
     mesh = init_device_mesh("cpu", (4,))
     with LiveBytes() as live:
@@ -108,6 +130,20 @@ def test_a_rank_holds_its_share_and_one_module_of_a_narrow_70b():
         assert built < 0.001 * whole
         # of norms and rotary frequencies there is a little more
         assert whole / 4 + largest <= peak < 1.01 * (whole / 4 + largest)
+
+
+def test_the_page_on_models_has_the_numbers_of_a_70b():
+    shape = dict(
+        num_layers=80, hidden_size=8192, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672
+    )
+    model = meta_model(llama_config(**shape, vocab_size=128_256, max_position_embeddings=8192))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert f"{count:,}" in page and f"{largest:,}" in page
+    for size in (4, 2):
+        for number in (count, count / 8, count / 64, largest):
+            assert f"{number * size / 1e9:.1f} GB" in page
 
 
 def test_tied_tensors_that_are_sharded_apart_are_refused():

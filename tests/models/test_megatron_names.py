@@ -148,13 +148,17 @@ def test_all_stages_together_give_every_tensor_back(name):
         parts = [dict(to_megatron(tensors.__getitem__, config, shard)) for shard in shards]
         got |= to_huggingface(parts, config, shards[0])
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    model_shapes.assert_equal({key: got[key] for key in tensors if key not in tied}, {k: v for k, v in tensors.items() if k not in tied})
+    model_shapes.assert_equal(
+        {key: got[key] for key in tensors if key not in tied}, {k: v for k, v in tensors.items() if k not in tied}
+    )
     assert got.keys() == tensors.keys() - tied
 
 
 def test_what_megatron_cannot_hold_is_refused_by_name():
     for name in ("gemma", "gpt-oss", "qwen3-moe", "gpt2"):
-        with pytest.raises(DistattnError, match=f"layout of {model_shapes.config(name).model_type} models is not known"):
+        with pytest.raises(
+            DistattnError, match=f"layout of {model_shapes.config(name).model_type} models is not known"
+        ):
             check_megatron(model_shapes.config(name))
     with pytest.raises(DistattnError, match="attention_bias"):
         check_megatron(LlamaConfig(**SMALL, attention_bias=True))

@@ -123,6 +123,13 @@ def test_tensors_that_do_not_fit_are_refused_by_name(folder, change, sentence):
     assert model.lm_head.weight.is_meta
 
 
+def test_a_model_that_has_weights_is_refused(folder):
+    model = meta_model(model_shapes.config("llama"))
+    load_pretrained(model, folder)
+    with pytest.raises(DistattnError, match="embed_tokens.weight has values already"):
+        load_pretrained(model, folder)
+
+
 def test_frequencies_that_old_files_hold_are_left_out(folder):
     wanted = loaded("llama", folder)
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}

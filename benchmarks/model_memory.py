@@ -1,0 +1,146 @@
+"""Memory and seconds of a model that begins in shards: of every rank, from the meta device on.
+
+    python benchmarks/model_memory.py [--ranks 4] [--hidden 1024] [--layers 80] [--folder FOLDER]
+
+A Llama with the proportions of Llama 3 70B, narrower: "initial" draws its weights, "exported" writes them as a folder of
+safetensors (200 MB a file; rank 0 holds one file's tensors beside its shards), "loaded" reads that into new shards.
+Resident bytes are anonymous ones (what is allocated; pages of files that are mapped belong to the page cache), sampled every
+millisecond, over those before. Every rank is a process of its own over gloo, on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from distattn.adapters import pytorch
+from distattn.models.build import llama_config, materialise, meta_model
+from distattn.models.export import export_model
+from distattn.models.safetensors_files import load_pretrained
+
+FILE_BYTES = 200_000_000
+
+
+def main() -> None:
+    """Print a table of what every rank needed at most."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=80)
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    config = llama_config(
+        num_layers=given.layers,
+        hidden_size=given.hidden,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        intermediate_size=given.hidden * 7 // 2,
+        vocab_size=given.hidden * 501 // 32,
+        max_position_embeddings=8192,
+    )
+    model = meta_model(config)
+    whole = sum(parameter.numel() * 4 for parameter in model.parameters())
+    largest = max(sum(p.numel() * 4 for p in module.parameters(recurse=False)) for module in model.modules())
+    say(f"{whole / 4e6:,.0f}M parameters in float32: {whole / 1e6:,.0f} MB, the largest module {largest / 1e6:,.0f} MB")
+    share = whole / given.ranks
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        context = multiprocessing.get_context("spawn")
+        for number, work in enumerate((_initial_and_exported, _loaded)):
+            # processes that have freed nothing yet, whose memory would be used again
+            with context.Pool(given.ranks) as pool:
+                given_to = [(work, rank, given.ranks, folder, number, config) for rank in range(given.ranks)]
+                found = pool.starmap(_rank, given_to, 1)
+            for phase in found[0]:
+                most = max(rank[phase][0] for rank in found)
+                seconds = max(rank[phase][1] for rank in found)
+                beside = "" if phase == "exported" else f" = its share and {(most - share) / 1e6:,.0f} MB"
+                say(f"{phase:9} {most / 1e6:8,.0f} MB at most on a rank{beside}; {seconds:.1f} s of CPU")
+
+
+def say(line: str) -> None:
+    """Print a line that appears at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _rank(
+    work: Callable[..., None], rank: int, ranks: int, folder: str, number: int, config: Any
+) -> dict[str, tuple[int, float]]:
+    """(Most anonymous resident bytes over those before, seconds of CPU) of every phase."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=ranks)
+    mesh = init_device_mesh("cpu", (ranks,))
+    found: dict[str, tuple[int, float]] = {}
+    # what is imported and started once
+    materialise(_sharded(llama_config(**_TINY), mesh), 1)
+    work(found, config, mesh, Path(folder, "model"))
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+def _initial_and_exported(found: dict[str, tuple[int, float]], config: Any, mesh: Any, folder: Path) -> None:
+    with _measured(found, "initial"):
+        model = _sharded(config, mesh)
+        materialise(model, 1)
+    with _measured(found, "exported"):
+        export_model(model, folder, max_shard_bytes=FILE_BYTES)
+
+
+def _loaded(found: dict[str, tuple[int, float]], config: Any, mesh: Any, folder: Path) -> None:
+    with _measured(found, "loaded"):
+        load_pretrained(_sharded(config, mesh), folder)
+
+
+_TINY = dict(
+    num_layers=1,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=64,
+    vocab_size=64,
+    max_position_embeddings=64,
+)
+
+
+def _sharded(config: Any, mesh: Any) -> Any:
+    model = meta_model(config)
+    pytorch.shard_parameters(model, mesh)
+    return model
+
+
+@contextmanager
+def _measured(found: dict[str, tuple[int, float]], phase: str) -> Iterator[None]:
+    before, began, most, stop = _anonymous_bytes(), time.process_time(), [0], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.001):
+            most[0] = max(most[0], _anonymous_bytes())
+
+    watcher = threading.Thread(target=sample, daemon=True)
+    watcher.start()
+    yield
+    stop.set()
+    watcher.join()
+    found[phase] = max(most[0], _anonymous_bytes()) - before, time.process_time() - began
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+
+if __name__ == "__main__":
+    main()
