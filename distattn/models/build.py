@@ -144,16 +144,19 @@ def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = 
     _initialise(own_tensors(model), blueprint, initialisations, seed, torch.device(device))
 
 
-def materialise_buffers(model: PreTrainedModel, blueprint: PreTrainedModel, device: str | torch.device) -> None:
-    """Allocate all tensors of a model of the meta device, and fill those buffers that its files do not hold.
+def materialise_buffers(model: PreTrainedModel, device: str | torch.device = "cpu") -> None:
+    """Allocate all tensors of a model of the meta device, and fill those buffers that checkpoints and safetensors do not hold.
 
-    Such are rotary frequencies, with the scaling that the configuration asks for. blueprint: its `untied_meta_model`.
+    Such are rotary frequencies, with the scaling that the configuration asks for. Everything else has to be loaded afterwards.
+    Raises DistattnError as `materialise` does.
     """
+    blueprint = untied_meta_model(model)
+    check_unfilled(model, blueprint)
     in_files = set(blueprint.state_dict())
-    targets = {name: tensor for name, tensor in own_tensors(model).items() if name not in in_files}
-    initialisations = _initialisations(blueprint, targets)
+    names = own_tensors(model).keys() - in_files
+    initialisations = _initialisations(blueprint, names)
     allocate(model, device)
-    targets = {name: tensor for name, tensor in own_tensors(model).items() if name in targets}
+    targets = {name: tensor for name, tensor in own_tensors(model).items() if name in names}
     _initialise(targets, blueprint, initialisations, 0, torch.device(device))
 
 

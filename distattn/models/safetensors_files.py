@@ -52,10 +52,11 @@ def load_pretrained(model: PreTrainedModel, folder: str | Path, device: str | to
     is allocated.
     """
     blueprint = untied_meta_model(model)
+    # before shapes are compared with those of files
     check_unfilled(model, blueprint)
     weights = PretrainedWeights(folder, blueprint)
     weights.check(model.all_tied_weights_keys)
-    materialise_buffers(model, blueprint, device)
+    materialise_buffers(model, device)
     tensors = model.state_dict()
     for name, tensor in tensors.items():
         if name in weights.names and name not in model.all_tied_weights_keys:

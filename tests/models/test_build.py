@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from distattn.adapters import pytorch
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.models.build import llama_config, materialise, meta_model, model_config
+from distattn.models.build import llama_config, materialise, materialise_buffers, meta_model, model_config
 
 
 @pytest.mark.parametrize("name", model_shapes.NAMES)
@@ -49,6 +49,14 @@ def test_rotary_frequencies_are_float32_in_a_bfloat16_model():
     materialise(model, 1)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.model.rotary_emb.inv_freq, model_shapes.materialised("yarn").model.rotary_emb.inv_freq)
+
+
+def test_buffers_alone_are_those_of_the_whole_model():
+    for name in model_shapes.NAMES:
+        model = meta_model(model_shapes.config(name))
+        materialise_buffers(model)
+        assert not any(parameter.is_meta for parameter in model.parameters())
+        model_shapes.assert_equal(dict(model.named_buffers()), dict(model_shapes.materialised(name).named_buffers()))
 
 
 def test_seeds_matter_and_torchs_own_generator_is_left_alone():
