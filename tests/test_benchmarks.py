@@ -105,6 +105,7 @@ DATA = ["--documents", "3000", "--context", "2048"]
             ["distattn, 2 processes"],
         ),
         ("indexed_reading.py", ["--megabytes", "2", "--documents", "50", "--repeats", "1"], ["with digests", "cold, "]),
+        ("model_memory.py", ["--ranks", "2", "--hidden", "128", "--layers", "2"], ["initial", "exported", "loaded"]),
         ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),
     ],
 )
