@@ -184,6 +184,12 @@ def _saving(names: dict[str, Any]) -> None:
     names |= dict(rank=0, group=None, steps=20, plan_digest="0123", config_digest="4567", model=model)
     names |= dict(optimizer=torch.optim.AdamW(model.parameters()))
     names |= dict(compute_gradients=lambda step: model(torch.rand(1, 3)).sum().backward())
+def _monitored(names: dict[str, Any]) -> None:
+    """A plan of packs, its corpora, and a folder for what the run says."""
+    _packs(names)
+    os.mkdir("run")
+    corpora = open_corpora(load_pack_config("packs.toml"))
+    names |= dict(torch=torch, plan=names["made"], corpora=corpora, folder=Path("run"))
 
 
 SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
@@ -192,6 +198,7 @@ SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "data.md": [_packs, _masks, _stream, _packs, _tokens],
     "dynamic-context-parallelism.md": [_model, _schedule],
     "models.md": [_pretrained],
+    "monitoring.md": [_monitored],
     "planning-a-cluster.md": [_cluster],
     "trainers.md": [_model, _model, _mesh, _own_model, None, _reference],
     "training.md": [_loop],
