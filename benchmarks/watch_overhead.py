@@ -96,7 +96,7 @@ def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, 
         # the window is full, as in all but the first steps of a run
         watch.judge(number, 6 + number % 7 / 10, 1 + number % 5 / 10)
     with da.ContextParallel(strategy="ring") as cp, MetricsReporter(run, steps, True, visible=True) as reporter:
-        clock = StepClock(torch.device("cpu"), cp.waits)
+        clock = StepClock(torch.device("cpu"), cp.messages)
         for number, (batch,) in enumerate(itertools.islice(clock.steps(cp.steps(loader)), steps)):
 
             def forward_and_backward(batch: dict[str, Any] = batch) -> torch.Tensor:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from distattn.batch.collectives import HostGroup
 from distattn.batch.health import HealthMonitor
 from distattn.driver.control_channel import ControlChannel
+from distattn.driver.message_monitor import MessageMonitor
 from distattn.driver.message_watch import MESSAGES, MessageWatch, awaited
-from distattn.driver.wait_clock import WaitClock
 from distattn.ir.errors import DistattnError
 from distattn.ops.executable import EXECUTABLES
 from distattn.parallel.runtime.transport import (
@@ -39,12 +39,12 @@ class MonitoredTransport:
         monitor: HealthMonitor,
         members: Sequence[int],
         device: torch.device,
-        waits: WaitClock,
+        messages: MessageMonitor,
     ):
         self._transport, self._monitor, self._members = transport, monitor, members
-        self.waits, self._watch = waits, None
+        self.messages, self._watch = messages, None
         if transport.waits_on_stream:
-            waits.complete = False
+            messages.complete = False
             self._watch = MessageWatch(monitor, members, transport.abort, device)
 
     def exchange(
@@ -53,6 +53,8 @@ class MonitoredTransport:
         # what is under way since may have been given up: its results are not to be used
         self._monitor.raise_verdict()
         self._monitor.enter(MESSAGES)
+        if self.messages.on_send is not None:
+            self.messages.on_send(sends)
         work = self.guarded(lambda: self._transport.exchange(sends, receives, collective, where))
         if self._watch is not None and (sends or receives):
             self._watch.add(work.requests, awaited(sends, receives, self._members, where))
@@ -72,7 +74,7 @@ class _MonitoredWork(NamedTuple):
     work: PendingMessages
 
     def wait(self) -> None:
-        self.transport.waits.timed(lambda: self.transport.guarded(self.work.wait))
+        self.transport.messages.timed(lambda: self.transport.guarded(self.work.wait))
 
 
 class MonitoredTransports:
@@ -80,7 +82,7 @@ class MonitoredTransports:
 
     def __init__(self, group: dist.ProcessGroup, monitor: HealthMonitor, members: Sequence[int]):
         self._group, self._monitor, self._members = weakref.ref(group), monitor, members
-        self.waits = WaitClock()
+        self.messages = MessageMonitor()
         self._opened: dict[str, MonitoredTransport] = {}
 
     def on(self, device: torch.device) -> Transport:
@@ -90,7 +92,9 @@ class MonitoredTransports:
             if group is None:
                 raise DistattnError("the process group of this ContextParallel has been destroyed; make another one.")
             transport = EXECUTABLES.transport(group, device, self._monitor.wait_timeout)
-            self._opened[device.type] = MonitoredTransport(transport, self._monitor, self._members, device, self.waits)
+            self._opened[device.type] = MonitoredTransport(
+                transport, self._monitor, self._members, device, self.messages
+            )
         return self._opened[device.type]
 
     def close(self) -> None:
@@ -114,7 +118,7 @@ class Communicators:
         own = f"{name}/group of rank {self.members[0]}"
         self.agreement = HostGroup(f"{own}/agreement", self.members, self.monitor)
         self.transports = MonitoredTransports(group, self.monitor, self.members)
-        self.waits = self.transports.waits
+        self.messages = self.transports.messages
         self.control: ControlChannel | None = None
         if servers:
             host = HostGroup(f"{own}/control", self.members, self.monitor, idles=True)
@@ -122,7 +126,7 @@ class Communicators:
 
     def guarded(self, work: Callable[[], Result], what: str, members: Sequence[int]) -> Result:
         """What `work` returns, in which this rank waits for members, on the clock. Raises LostRankError as the monitor does."""
-        return self.waits.timed(lambda: self.monitor.guarded(work, what, members))
+        return self.messages.timed(lambda: self.monitor.guarded(work, what, members))
 
     def close(self, gracefully: bool) -> None:
         """End the host groups and the monitor's thread; the exchange is its planning thread's to close.

@@ -99,7 +99,7 @@ class ContextParallel:
             timeout = timeout_of(group) if seconds is None else timedelta(seconds=seconds)
             self._communicators = Communicators(table.name, table.members, group, self.config.servers, timeout)
         host = None if self._communicators is None else self._communicators.exchange
-        self.waits = None if self._communicators is None else self._communicators.waits
+        self.messages = None if self._communicators is None else self._communicators.messages
         self._exchange = StepExchange(host, table.first_of_block, table.sharing, table.members)
         self.loss_group = self._loss_group(loss_group)
         layouts = self.config

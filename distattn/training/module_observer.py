@@ -1,12 +1,13 @@
 """What goes into and out of every module, and gradients of these and of weights, in the order in which they are computed.
 
-A look is a small tensor that stays on the device until the pass is over, so that nothing waits. The order is the same on all
-ranks of a step, because they run the same modules; a number in it tells which of two ranks saw something first.
+Messages of attention, which no module shows, are looked at by their senders. A look is a small tensor that stays on the device
+until the pass is over, so that nothing waits. The order is the same on all ranks of a step, because they run the same modules;
+places in it tell which of two ranks saw something first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from distattn.driver.message_monitor import MessageMonitor
+from distattn.parallel.runtime.transport import Packet
 
 INPUT, OUTPUT = "input", "output"
 # the whole model, and what is computed around its modules
@@ -24,7 +28,8 @@ _COMPILED = "_orig_mod"
 
 @dataclass(frozen=True)
 class Seen:
-    """One tensor of a module. kind: input, output, or a parameter's name; gradient: that of it; elements: how many numbers."""
+    """One tensor of a module. kind: input, output, a parameter's name, or which message; gradient: that of it; elements: how many
+    numbers it has."""
 
     module: str
     kind: str
@@ -37,9 +42,9 @@ class Seen:
 
         What a module is given was made around it, and so was the gradient of what it gives.
         """
-        if (self.kind == OUTPUT) != self.gradient:
-            return self.module
-        return self.module.rpartition(".")[0] or ROOT
+        if self.kind == (OUTPUT if self.gradient else INPUT):
+            return _around(self.module)
+        return self.module
 
     def __str__(self) -> str:
         return f"{'gradient of ' if self.gradient else ''}{self.module} {self.kind}"
@@ -47,10 +52,15 @@ class Seen:
 
 @dataclass
 class Observations:
-    """What was seen in a pass. values: the looks, on the device, one for each of `seen`."""
+    """What was seen in a pass, in its order. values: the looks, on the device, one for each of `seen`.
+
+    places: of each its place in the pass, the same on all ranks: the number of the module's tensor, and of the exchange of
+    messages after it, 0 for the tensor itself. Ranks may have unequally many messages in an exchange.
+    """
 
     seen: list[Seen] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
 
     def read(self) -> Tensor:
         """All looks, stacked, on the CPU; it waits for the device once."""
@@ -58,8 +68,12 @@ class Observations:
 
 
 @contextmanager
-def observed_modules(model: torch.nn.Module, look: Callable[[Tensor], Tensor]) -> Iterator[Observations]:
+def observed_modules(
+    model: torch.nn.Module, look: Callable[[Tensor], Tensor], messages: MessageMonitor | None = None
+) -> Iterator[Observations]:
     """Meanwhile `look` is given all floating-point tensors at the borders of modules, detached, as they are computed.
+
+    messages: those of the driver, whose floating-point tensors are looked at before they are sent.
 
     Inputs are looked at where a module has no other modules in it: what others are given is some module's output, or theirs.
     Modules inside a compiled one are seen only while compilation is off (`torch.compiler.set_stance("force_eager")`). Recomputed
@@ -67,12 +81,25 @@ def observed_modules(model: torch.nn.Module, look: Callable[[Tensor], Tensor]) -
     """
     found = Observations()
     hooks: list[Any] = []
+    # the last tensor of a module, and the last exchange after it
+    place, last = [-1, 0], [ROOT]
 
-    def see(module: str, kind: str, tensor: Tensor, gradient: bool = False) -> None:
+    def see(module: str, kind: str, tensor: Tensor, gradient: bool = False, is_message: bool = False) -> None:
+        if not is_message:
+            place[:], last[:] = (place[0] + 1, 0), [module]
         with torch.no_grad():
+            found.places.append((place[0], place[1]))
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             found.seen.append(Seen(module, kind, gradient, local.numel()))
             found.values.append(look(local.detach()))
+
+    def see_sent(packets: Sequence[Packet]) -> None:
+        place[1] += 1
+        # attention is called between two modules of its layer
+        layer = _around(last[0])
+        for packet in packets:
+            for tensor in _tensors(packet.tensor):
+                see(layer, f"message {packet.name} to rank {packet.peer} of the group", tensor, is_message=True)
 
     def watch(module: str, kind: str, tensor: Tensor) -> None:
         """The gradient of a tensor, once it is there."""
@@ -107,9 +134,13 @@ def observed_modules(model: torch.nn.Module, look: Callable[[Tensor], Tensor]) -
         hooks.append(
             module.register_forward_hook(lambda one, _, out, known=known, leaf=leaf: after(known, leaf, one, out))
         )
+    if messages is not None:
+        messages.on_send = see_sent
     try:
         yield found
     finally:
+        if messages is not None:
+            messages.on_send = None
         for hook in hooks:
             hook.remove()
 
@@ -117,6 +148,10 @@ def observed_modules(model: torch.nn.Module, look: Callable[[Tensor], Tensor]) -
 def plain_name(name: str) -> str:
     """The name of a module or parameter as the model has it that nobody has compiled."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def _around(module: str) -> str:
+    return module.rpartition(".")[0] or ROOT
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

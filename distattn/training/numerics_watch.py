@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from distattn.driver.message_monitor import MessageMonitor
 from distattn.ir.errors import DistattnError, named_ranks
 from distattn.training import evidence
 from distattn.training.module_observer import OUTPUT, Observations, observed_modules, plain_name
@@ -29,7 +30,7 @@ ACTIONS = (SKIP, STOP, ROLLBACK)
 NOT_FINITE, LARGE, CLEAN = "not finite", "large", "clean"
 _WATCHED = ("loss", "grad_norm")
 _SHOWN = {"loss": "loss", "grad_norm": "gradient norm"}
-# in the order of a step: weights before micro-batch 0, gradients of parameters after all that a micro-batch's modules computed
+# in the order of a step: weights before micro-batch 0, reduced gradients after all that a micro-batch's modules computed
 _BEFORE, _AFTER = -1, 1 << 40
 
 
@@ -99,13 +100,19 @@ class Finding:
 class NumericsWatch:
     """Judges steps, and finds what was wrong with one. All ranks of `group` have the same modules, and call alike.
 
-    group: None for one process. folder: evidence goes into its subfolder `evidence`.
+    group: None for one process. folder: evidence goes into its subfolder `evidence`. messages: the driver's
+    (`ContextParallel.messages`), so that a rank which sends what is not finite is named, not those that receive it.
     """
 
     def __init__(
-        self, model: torch.nn.Module, settings: WatchSettings, group: dist.ProcessGroup | None, folder: Path | str
+        self,
+        model: torch.nn.Module,
+        settings: WatchSettings,
+        group: dist.ProcessGroup | None,
+        folder: Path | str,
+        messages: MessageMonitor | None = None,
     ):
-        self.settings, self.folder = settings, Path(folder)
+        self.settings, self.folder, self._messages = settings, Path(folder), messages
         self._model, self._group = model, group
         self._rank = 0 if group is None else dist.get_rank()
         self._curves = {name: SpikeDetector(settings.spike_window, settings.spike_threshold) for name in _WATCHED}
@@ -146,7 +153,7 @@ class NumericsWatch:
         first, outputs, largest = self._first_bad_weight(), [], []
         with torch.compiler.set_stance("force_eager"):
             for index in range(micro_batches):
-                with observed_modules(self._model, _counted) as observations:
+                with observed_modules(self._model, _counted, self._messages) as observations:
                     loss = run(index)
                 looks = observations.read().tolist()
                 first = first or self._first_bad(index, observations, looks, loss)
@@ -214,30 +221,29 @@ class NumericsWatch:
         for name, parameter in self._model.named_parameters():
             bad = int((~_local(parameter).isfinite()).sum())
             if bad:
-                return _Bad((_BEFORE, 0), f"weight {plain_name(name)}", "", self._rank, bad, _local(parameter).numel())
+                return _Bad(
+                    (_BEFORE, 0, 0), f"weight {plain_name(name)}", "", self._rank, bad, _local(parameter).numel()
+                )
         return None
 
     def _first_bad(
         self, index: int, observations: Observations, looks: list[list[float]], loss: Tensor | None
     ) -> _Bad | None:
-        at, seen, bad = next(
-            (
-                (at, seen, int(look[0]))
-                for at, (seen, look) in enumerate(zip(observations.seen, looks, strict=True))
-                if look[0]
-            ),
-            (_AFTER, None, 0),
+        looked = zip(observations.places, observations.seen, looks, strict=True)
+        place, seen, bad = next(
+            ((place, seen, int(look[0])) for place, seen, look in looked if look[0]), ((_AFTER, 0), None, 0)
         )
-        begins = next((at for at, seen in enumerate(observations.seen) if seen.gradient), len(observations.seen))
-        if at >= begins and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+        gradients = (place for place, seen in zip(observations.places, observations.seen, strict=True) if seen.gradient)
+        begins = next(gradients, (_AFTER, 0))
+        if place >= begins and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
             # between the last output and the first gradient
-            return _Bad((index, begins), "loss", "", self._rank, 1, 1)
+            return _Bad((index, begins[0] - 1, _AFTER), "loss", "", self._rank, 1, 1)
         if seen is not None:
-            return _Bad((index, at), str(seen), seen.computed_in, self._rank, bad, seen.elements)
+            return _Bad((index, *place), str(seen), seen.computed_in, self._rank, bad, seen.elements)
         for name, parameter in self._model.named_parameters():
             if parameter.grad is not None and (bad := int((~_local(parameter.grad).isfinite()).sum())):
                 elements = _local(parameter.grad).numel()
-                return _Bad((index, _AFTER), f"gradient of weight {plain_name(name)}", "", self._rank, bad, elements)
+                return _Bad((index, _AFTER, 0), f"gradient of weight {plain_name(name)}", "", self._rank, bad, elements)
         return None
 
     def _gathered(self, value: Any) -> list[Any]:
@@ -252,7 +258,7 @@ class NumericsWatch:
 class _Bad(NamedTuple):
     """The first bad tensor of a rank. order: micro-batch and place in it, the same on all ranks."""
 
-    order: tuple[int, int]
+    order: tuple[int, int, int]
     tensor: str
     computed_in: str
     rank: int

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distattn.driver.message_monitor import MessageMonitor
 from distattn.ir.errors import named_ranks
 from distattn.training.module_observer import Observations, observed_modules
 
@@ -36,12 +37,19 @@ class Difference:
 class ReplayCheck:
     """Every so many steps runs a micro-batch twice. All ranks of `group` have the same modules, and call alike.
 
-    interval: steps between checks; 0 for never. group: None for one process. Kernels have to be deterministic: where they are not
-    on all ranks, the check says so.
+    interval: steps between checks; 0 for never. group: None for one process. messages: the driver's
+    (`ContextParallel.messages`), so that a rank which computes attention wrongly for others is named, not they. Kernels have to
+    be deterministic: where they are not on all ranks, the check says so.
     """
 
-    def __init__(self, model: torch.nn.Module, interval: int, group: dist.ProcessGroup | None = None):
-        self.interval = interval
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        interval: int,
+        group: dist.ProcessGroup | None = None,
+        messages: MessageMonitor | None = None,
+    ):
+        self.interval, self._messages = interval, messages
         self._model, self._group = model, group
         self._rank = 0 if group is None else dist.get_rank()
 
@@ -57,15 +65,15 @@ class ReplayCheck:
         numbers.
         """
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices), observed_modules(self._model, bits_digest) as first:
+        with torch.random.fork_rng(devices), observed_modules(self._model, bits_digest, self._messages) as first:
             run()
         drop()
-        with observed_modules(self._model, bits_digest) as second:
+        with observed_modules(self._model, bits_digest, self._messages) as second:
             run()
         found = [one for one in self._gathered(_first_difference(first, second, self._rank)) if one is not None]
         if not found:
             return None
-        earliest = min(at for at, _, _, _ in found)
+        earliest = min(place for place, _, _, _ in found)
         here = [one for one in found if one[0] == earliest]
         ranks = tuple(sorted(rank for *_, rank in here))
         _, tensor, computed_in, _ = here[0]
@@ -95,12 +103,14 @@ def bits_digest(tensor: Tensor) -> Tensor:
     return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
 
 
-def _first_difference(first: Observations, second: Observations, rank: int) -> tuple[int, str, str, int] | None:
+def _first_difference(
+    first: Observations, second: Observations, rank: int
+) -> tuple[tuple[int, int], str, str, int] | None:
     """Place, tensor, module and rank of the first tensor that differs."""
     if [str(seen) for seen in first.seen] != [str(seen) for seen in second.seen]:
-        return 0, "another order of modules", "the model", rank
+        return (0, 0), "another order of modules", "the model", rank
     differs = (first.read() != second.read()).nonzero()
     if not len(differs):
         return None
     at = int(differs[0])
-    return at, str(first.seen[at]), first.seen[at].computed_in, rank
+    return first.places[at], str(first.seen[at]), first.seen[at].computed_in, rank

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from distattn.driver.wait_clock import WaitClock
+from distattn.driver.message_monitor import MessageMonitor
 
 Step = TypeVar("Step")
 _STATM = Path("/proc/self/statm")
@@ -35,14 +35,14 @@ class StepCosts(NamedTuple):
 class StepClock:
     """Times the steps of a loop: iterate over `steps(...)`, and call `lap` at the end of each. Nothing waits for the device.
 
-    waits: the driver's clock (`ContextParallel.waits`), None for one rank.
+    messages: those of the driver (`ContextParallel.messages`), None for one rank.
     """
 
-    def __init__(self, device: torch.device, waits: WaitClock | None = None):
-        self._device, self._waits = device, waits
+    def __init__(self, device: torch.device, messages: MessageMonitor | None = None):
+        self._device, self._messages = device, messages
         self._began = time.perf_counter()
         self._data = 0.0
-        self._waited = waits.seconds if waits else 0.0
+        self._waited = messages.seconds if messages else 0.0
 
     def steps(self, steps: Iterable[Step]) -> Iterator[Step]:
         """The same steps; the time until each is there is data time."""
@@ -58,8 +58,8 @@ class StepClock:
 
     def lap(self) -> StepCosts:
         """What the step that ends now has taken; the next one begins."""
-        now, waited = time.perf_counter(), self._waits.seconds if self._waits else 0.0
-        known = self._waits is None or self._waits.complete
+        now, waited = time.perf_counter(), self._messages.seconds if self._messages else 0.0
+        known = self._messages is None or self._messages.complete
         allocated = reserved = None
         if self._device.type == "cuda":
             allocated = torch.cuda.max_memory_allocated(self._device)

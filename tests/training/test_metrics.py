@@ -145,7 +145,7 @@ def test_a_clock_tells_data_from_the_rest():
 def _waited(rank):
     model = build(torch.float32)
     with da.ContextParallel(strategy="ring") as cp:
-        clock, out = StepClock(torch.device("cpu"), cp.waits), []
+        clock, out = StepClock(torch.device("cpu"), cp.messages), []
         for batches in clock.steps(cp.steps([micro_batch([40])] * 3)):
             if rank == 1 and len(out) == 2:
                 # ranks have compared the plans of a shape that was new

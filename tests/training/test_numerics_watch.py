@@ -188,7 +188,7 @@ def _found(rank, folder):
             number = len(findings)
             kind = [*FAULTS, "weight", "loss"][number]
             settings = WatchSettings(spike_window=8, spike_threshold=3)
-            watch = NumericsWatch(model, settings, dist.group.WORLD, folder)
+            watch = NumericsWatch(model, settings, dist.group.WORLD, folder, cp.messages)
             for before in range(8):
                 watch.judge(before, 4.2, 1.0)
             spoilt, module, spoil, runs = FAULTS.get(kind, (-1, "", None, ()))

@@ -8,7 +8,9 @@ from small import CAD, build, micro_batch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import parameters_to_vector
 
+import distattn as da
 from distattn.adapters import pytorch
+from distattn.kernels import cpu
 from distattn.training.replay_check import ReplayCheck, bits_digest
 
 
@@ -50,6 +52,50 @@ class UlpInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return an_ulp(gradient)
+
+
+def bad_kernel(rank, which):
+    """On this rank the kernel for CPUs computes an ulp too much in its call `which`; None: as it should. Returns a reset."""
+    calls, right = [], (cpu.forward, cpu.backward)
+
+    def wrong(name, function):
+        def call(*arguments, **options):
+            out = function(*arguments, **options)
+            calls.append(name)
+            if calls.count(name) == which[1] + 1 and name == which[0]:
+                part = out[0] if name == "forward" else out[1]
+                part.view(-1)[2] = torch.nextafter(part.view(-1)[2], part.new_tensor(torch.inf))
+            return out
+
+        return call
+
+    cpu.forward, cpu.backward = wrong("forward", right[0]), wrong("backward", right[1])
+
+    def undo():
+        cpu.forward, cpu.backward = right
+        return calls
+
+    return undo
+
+
+def _kernel_checked(rank, settings, which):
+    """What is found where rank 1 computes something wrongly for another rank, in the second run."""
+    model = build(torch.float32)
+    pytorch.shard_parameters(model, init_device_mesh("cpu", (4,), mesh_dim_names=("cp",)))
+    with da.ContextParallel(kernel="cpu", **settings) as cp:
+        cp.loss_scale(pytorch.ProbeTarget(model))
+        check, runs = ReplayCheck(model, 1, dist.group.WORLD, cp.messages), []
+        lengths = [[190, 1, 8], [30], [7, 25], [9, 40]][rank if settings.get("data") == "per_rank" else 0]
+        for (batch,) in cp.steps([[micro_batch(lengths)]]):
+
+            def run(batch=batch):
+                undo = bad_kernel(rank, which) if rank == 1 and runs else list
+                runs.append(None)
+                pytorch.local_loss(model, batch).backward()
+                assert rank != 1 or len(runs) == 1 or undo().count(which[0]) > which[1]
+
+            found = check.check(1, run, model.zero_grad)
+    return found and (found.ranks, found.computed_in, found.tensor)
 
 
 # rank, module, what it does to an output, in which run
@@ -125,6 +171,23 @@ def test_the_rank_that_computes_another_result_is_named(settings):
         "rank 2 computed another result for the same inputs in model.layers.0.self_attn.k_proj "
         "(model.layers.0.self_attn.k_proj output)."
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "which", "module", "said"),
+    [
+        # the second call is of another rank's keys or queries, whose gradients or results are sent
+        (dict(strategy="ring", layout="zigzag"), ("backward", 1), "model.layers.1.self_attn", "message dKV to rank"),
+        ({**CAD, "context_parallel_size": 1}, ("forward", 1), "model.layers.0.self_attn", "message O to rank"),
+    ],
+    ids=["ring", "cad"],
+)
+def test_who_computes_attention_wrongly_for_another_rank_is_named_not_the_other(settings, which, module, said):
+    everyone = run_on_ranks(4, _kernel_checked, settings, which)
+    ranks, computed_in, tensor = everyone[0]
+    assert everyone == [everyone[0]] * 4
+    assert (ranks, computed_in) == ((1,), module), tensor
+    assert said in tensor
 
 
 def test_random_numbers_are_no_fault_but_a_program_that_differs_everywhere_is_told():
