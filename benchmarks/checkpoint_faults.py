@@ -448,7 +448,7 @@ def main() -> int:
             found = run_kills(given.kills, given.seed, folder / "killed")
             sys.stdout.write(
                 f"{found.kills} kills of a random rank of 2, up to step {found.steps}; {found.amid_save} left a part of a save.\n"
-                "A good checkpoint was left each time, and the parts were removed; the other rank ended with an error after "
+                "A good checkpoint was left each time, and the parts were removed; the other rank noticed and ended after "
                 f"{found.notice:.2f} s at most.\n"
             )
         if given.count:

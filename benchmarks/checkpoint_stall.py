@@ -1,6 +1,6 @@
 """How long a training step waits for a checkpoint: ours beside plain torch.distributed.checkpoint (DCP), sync and async.
 
-    python benchmarks/checkpoint_stall.py --folder FOLDER [--megabytes 400] [--tensors 150] [--ranks 1] [--repeats 5]
+    python benchmarks/checkpoint_stall.py [--folder FOLDER] [--megabytes 400] [--tensors 150] [--ranks 1] [--repeats 5]
 
 A loop of steps (matrix products, then an in-place update of every tensor of the state, as an optimizer's) saves its state once.
 Stall: seconds that the loop's thread waits in calls of the checkpoint, the longest of all ranks. Save: seconds from the call
@@ -59,18 +59,18 @@ Begin = Callable[[int, dict], tuple[Callable[[], Any], Callable[[], Any], Path]]
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="a folder on the disk to measure")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure; by default a temporary one")
     parser.add_argument("--megabytes", type=int, default=400, help="of a rank's state")
     parser.add_argument("--tensors", type=int, default=150)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    if given.ranks == 1:
-        _run(0, given, None)
-        return 0
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as store:
+        given.folder = given.folder or Path(store)
+        if given.ranks == 1:
+            _run(0, given, store)
+            return 0
         ranks = [context.Process(target=_run, args=(rank, given, store)) for rank in range(given.ranks)]
         for process in ranks:
             process.start()
@@ -79,11 +79,10 @@ def main() -> int:
     return max(abs(process.exitcode or 0) for process in ranks)
 
 
-def _run(rank: int, given: argparse.Namespace, store: str | None) -> None:
+def _run(rank: int, given: argparse.Namespace, store: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    method = f"file://{store or tempfile.mkdtemp()}/store"
-    dist.init_process_group("gloo", rank=rank, world_size=given.ranks, init_method=method)
+    dist.init_process_group("gloo", rank=rank, world_size=given.ranks, init_method=f"file://{store}/store")
     state = {"step": 0, "model": _tensors(given, rank)}
     saved: dict[str, Any] = {}
     found: dict[str, list[Timed]] = defaultdict(list)
@@ -110,7 +109,7 @@ def _run(rank: int, given: argparse.Namespace, store: str | None) -> None:
             same = all(torch.equal(loaded["model"][key], value) for key, value in saved.items())
             return "" if same else "loads other tensors than were saved"
 
-        quiet = statistics.median(_step(state) for _ in range(20))
+        quiet = statistics.median(_step(state) for _ in range(2 * given.repeats + 1))
         cells = harness.compare("a save", contestants, check, repeats=given.repeats)
     rows = [None] * given.ranks
     dist.all_gather_object(rows, {name: found[name][-given.repeats :] for name in found})

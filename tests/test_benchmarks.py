@@ -106,6 +106,8 @@ DATA = ["--documents", "3000", "--context", "2048"]
         ),
         ("indexed_reading.py", ["--megabytes", "2", "--documents", "50", "--repeats", "1"], ["with digests", "cold, "]),
         ("model_memory.py", ["--ranks", "2", "--hidden", "128", "--layers", "2"], ["initial", "exported", "loaded"]),
+        ("checkpoint_faults.py", ["--count", "24", "--kills", "2"], ["2 kills", "passed over", "edited manifest"]),
+        ("checkpoint_stall.py", ["--megabytes", "4", "--repeats", "1"], ["ours, overlap", "dcp async", "stall/save"]),
         ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),
     ],
 )

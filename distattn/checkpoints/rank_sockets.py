@@ -66,8 +66,7 @@ def _accept_all(store: dist.Store, ranks: int, timeout: timedelta) -> dict[int, 
             try:
                 server.settimeout(max(ends - time.monotonic(), 0.001))
                 opened, _ = server.accept()
-                opened.settimeout(_CONNECT_SECONDS)
-                hello = _receive_exactly(opened, _KEY_BYTES + _RANK_BYTES)
+                hello = _receive_hello(opened)
             except OSError as error:
                 if time.monotonic() < ends:
                     # somebody else's, or cut: the rank tries again
@@ -78,6 +77,8 @@ def _accept_all(store: dist.Store, ranks: int, timeout: timedelta) -> dict[int, 
                 raise LostRankError(f"{missing} of the group did not come to open the checkpoints ({error}).") from None
             if hmac.compare_digest(hello[:_KEY_BYTES], key):
                 found[int.from_bytes(hello[_KEY_BYTES:], "little")] = _wrapped(opened)
+            else:
+                opened.close()
     return found
 
 
@@ -146,11 +147,17 @@ def _wrapped(opened: socket.socket) -> Connection:
     return Connection(opened.detach())
 
 
-def _receive_exactly(opened: socket.socket, size: int) -> bytes:
-    content = b""
-    while len(content) < size:
-        part = opened.recv(size - len(content))
-        if not part:
-            raise ConnectionError("it was closed")
-        content += part
+def _receive_hello(opened: socket.socket) -> bytes:
+    """The key and the rank that a new connection begins with; it is closed where they do not come. Raises OSError."""
+    content, size = b"", _KEY_BYTES + _RANK_BYTES
+    try:
+        opened.settimeout(_CONNECT_SECONDS)
+        while len(content) < size:
+            part = opened.recv(size - len(content))
+            if not part:
+                raise ConnectionError("it was closed")
+            content += part
+    except OSError:
+        opened.close()
+        raise
     return content
