@@ -114,7 +114,9 @@ class Checkpoints:
         # on rank 0: of all ranks
         self._local_plans: list[SavePlan] = []
         self._metadata: Metadata | None = None
+        # of the writing thread; whether it was raised and stays
         self._error: DistattnError | None = None
+        self._told = False
         self._last: _Save | None = None
         self._queue: queue.SimpleQueue[_Save | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, daemon=True, name="distattn-checkpoints")
@@ -154,11 +156,12 @@ class Checkpoints:
         self._raise_error()
 
     def close(self) -> None:
-        """Wait for the last save and end the thread that writes. Raises as `save` does."""
+        """Wait for the last save and end the thread that writes. Raises as `save` does, but nothing that was raised before."""
         self._queue.put(None)
         self._writer.join()
         self._exchange.close()
-        self._raise_error()
+        if not self._told:
+            self._raise_error()
 
     def load_newest(self, state: dict[str, Any], *, required: Mapping[str, str] | None = None) -> Loaded | None:
         """Load the newest checkpoint that is whole into a state, in place as `dcp.load` does. Collective.
@@ -238,8 +241,7 @@ class Checkpoints:
     # ---- saving
 
     def _wait_for_earlier(self, step: int) -> None:
-        self._raise_error()
-        if self._last is None or self._last.written.is_set():
+        if self._last is None:
             return
         began = time.monotonic()
         self._last.written.wait()
@@ -249,37 +251,44 @@ class Checkpoints:
                 f"{checkpoint_name(step)} waited {waited:.1f} s until {checkpoint_name(self._last.step)} was written; "
                 "save less often, or write to a faster disk."
             )
+        # once it is written, so that all ranks raise in the same call
         self._raise_error()
 
     def _raise_error(self) -> None:
         if self._error is not None:
             error = self._error
             # ranks that are lost stay lost
-            if not isinstance(error, LostRankError):
+            if isinstance(error, LostRankError):
+                self._told = True
+            else:
                 self._error = None
             raise error
 
     def _write_all(self) -> None:
         while (save := self._queue.get()) is not None:
             try:
-                self._write(save)
-            except RankFailure as failure:
-                if failure.kind == "error":
-                    what = f"{checkpoint_name(save.step)} cannot be saved: rank {failure.rank}: {failure.what}"
-                    self._error = DistattnError(f"{what}; a state has tensors and what pickle takes.")
-                elif failure.kind != "files":
-                    self._error = failure.raised()
-                elif self._is_root:
-                    self._warn(
-                        f"{checkpoint_name(save.step)} was not saved: rank {failure.rank}: {failure.what}; the run goes on, and "
-                        "the next save tries again."
-                    )
+                self._write_or_tell(save)
             except Exception as error:
-                # this thread must live: the others wait for its words
+                # this thread must live, others wait for its words
                 self._error = RankFailure.of(error, self._exchange.rank).raised()
             finally:
                 save.staged.set()
                 save.written.set()
+
+    def _write_or_tell(self, save: _Save) -> None:
+        try:
+            self._write(save)
+        except RankFailure as failure:
+            if failure.kind == "error":
+                what = f"{checkpoint_name(save.step)} cannot be saved: rank {failure.rank}: {failure.what}"
+                self._error = DistattnError(f"{what}; a state has tensors and what pickle takes.")
+            elif failure.kind != "files":
+                self._error = failure.raised()
+            elif self._is_root:
+                self._warn(
+                    f"{checkpoint_name(save.step)} was not saved: rank {failure.rank}: {failure.what}; the run goes on, and the "
+                    "next save tries again."
+                )
 
     def _write(self, save: _Save) -> None:
         """Copy, plan, write, and commit on rank 0. Raises RankFailure, the same on all ranks."""

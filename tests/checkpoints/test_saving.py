@@ -113,6 +113,7 @@ def test_a_state_that_changes_while_it_is_copied_is_not_saved(tmp_path, monkeypa
     assert steps(tmp_path) == [2]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_plain_dcp_reads_what_was_saved(tmp_path):
     saver = open_checkpoints(tmp_path)
     saver.save(4, faults.state_of(4))
