@@ -48,6 +48,7 @@ Plans one attention call with every strategy, proves the plans and times them on
   --dtype NAME            bfloat16 by default
   --html FILE             a page with the timelines and the coloured score matrices
   --perfetto FILE         the fastest candidate's trace, for ui.perfetto.dev
+  --memory                with CONFIG: what every rank needs on its device, by kind, of the run's own strategy
   --json                  numbers instead of a table
 
 With CONFIG the documents are the first pack of the run's data, or those of --docs, and shapes, ranks and cluster are the run's.
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     given, config = _parse(arguments)
     _check_options(given, config)
+    if given.memory:
+        return _show_memory(given, config)
     cluster = _cluster(given, config)
     packs = _packs(given, config)
     settings = PlanSettings.of_config(config) if config else _settings(given, cluster)
@@ -91,6 +94,21 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _show_memory(given: argparse.Namespace, config: Config | None) -> int:
+    """Print what every rank of a run needs; returns the exit code."""
+    if config is None:
+        raise DistattnError("plan: --memory is of a run: name its configuration.")
+    # 2 s to import, and only here
+    from distattn.planning.memory_of_run import memory_json, memory_of_config, memory_table
+
+    found = memory_of_config(config, _packs(given, config), print_to_stderr if sys.stderr.isatty() else no_progress)
+    if given.json:
+        sys.stdout.write(memory_json(found) + "\n")
+        return 0
+    _show_table(memory_table(found))
+    return 0
+
+
 def _show_table(lines: Sequence[str]) -> None:
     """Print a comparison, with the fastest strategy in colour where there is one."""
     console = ResultConsole(highlight=False)
@@ -107,7 +125,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]
         parser.add_argument(f"--{name}")
     for name in ("tokens", "ranks", "head-dim"):
         parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--json", action="store_true")
+    for name in ("memory", "json"):
+        parser.add_argument(f"--{name}", action="store_true")
     path = None if arguments[0].startswith("--") else arguments[0]
     given, overrides = parser.parse_known_args(arguments[1:] if path else arguments)
     if path is not None:

@@ -150,7 +150,8 @@ class TiledOutput:
     def _check_change(self, given: Tensor, name: str) -> None:
         """Raise DistattnError where a model does more to logits; looked at once for a layer, as the host waits for it."""
         forward: Any = self.layer.forward
-        if forward.checked == self._change:
+        # there is nothing to look at on the meta device
+        if forward.checked == self._change or given.is_meta:
             return
         wanted = float(self._change.of(torch.tensor(_STAND_IN)))
         if given.numel() != 1 or not math.isclose(float(given.detach()), wanted, rel_tol=1e-2):
@@ -215,13 +216,11 @@ def _losses(
         raise DistattnError(f"labels have shape {tuple(labels_T.shape)}, hidden states are of {len(hidden_TH)} tokens.")
     weight_VH, bias_V = _whole(weight_VH), None if bias_V is None else _whole(bias_V)
     kind = hidden_TH.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    else:
-        dtype = weight_VH.dtype
+    has_autocast = torch.amp.is_autocast_available(kind)
+    dtype = torch.get_autocast_dtype(kind) if has_autocast and torch.is_autocast_enabled(kind) else weight_VH.dtype
     settings = _Settings(tile_tokens, z_loss, change, torch.float64 if hidden_TH.dtype == torch.float64 else dtype)
     # products are cast here, all else is in the accumulation dtype
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
         found: tuple[Tensor, Tensor, Tensor] = _TiledLoss.apply(hidden_TH, weight_VH, bias_V, labels_T, settings)
     return found
 

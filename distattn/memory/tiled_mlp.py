@@ -1,4 +1,4 @@
-"""Feed-forward layers over tiles of tokens, computed again in the backward pass: what is inside one exists of a tile only.
+"""Feed-forward layers and norms over tiles of tokens, computed again in the backward pass: their inside is of one tile.
 
 A layer's weights get one gradient, the sum over its tiles, as if there were none: trainers' hooks see nothing new. Tiles are this
 rank's own matter. Nothing is communicated for one, so ranks may have unequally many, or none.
@@ -21,14 +21,17 @@ from distattn.kernels.merge import accumulation_dtype
 
 # as transformers and models of one's own name dense feed-forward layers
 _NAMES = ("mlp", "feed_forward")
+# as classes of norms over the width end
+_NORMS = ("RMSNorm", "LayerNorm")
 # what a layer has that sends tokens to experts
 _OF_EXPERTS = ("experts", "router", "gate")
 
 
 def tile_feed_forward(model: nn.Module, tile_tokens: int) -> int:
-    """Have the modules of a model that are called mlp or feed_forward compute `tile_tokens` tokens at a time.
+    """Have the modules of a model that are called mlp or feed_forward, and its norms, compute `tile_tokens` tokens at a time.
 
-    Returns how many there are. Call it before or after `fully_shard`. Raises DistattnError where there is none, and, by name,
+    Norms in eager mode have several tensors in fp32, which are larger than what tiled feed-forward layers leave. Returns how many
+    feed-forward layers there are. Call it before or after `fully_shard`. Raises DistattnError where there is none, and, by name,
     for a module that has experts, dropout, or parts that FSDP2 shards for themselves.
     """
     if tile_tokens < 1:
@@ -38,7 +41,8 @@ def tile_feed_forward(model: nn.Module, tile_tokens: int) -> int:
         raise DistattnError(f"{type(model).__name__} has no module called {' or '.join(_NAMES)}; nothing can be tiled.")
     for name, module in found.items():
         _check_module(name, module)
-    for module in found.values():
+    norms = [module for module in model.modules() if type(module).__name__.endswith(_NORMS)]
+    for module in (*found.values(), *norms):
         before = module.__dict__.get("forward")
         forward = before.forward if isinstance(before, TiledForward) else module.forward
         module.forward = TiledForward(module, forward, tile_tokens)

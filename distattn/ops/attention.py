@@ -164,7 +164,7 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     fp64 stays, as in PyTorch's list of operators that autocast to lower precision.
     """
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

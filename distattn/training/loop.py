@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from distattn.data.text import VOCABULARY
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.kernels.registry import AUTO, CPU_KERNELS
+from distattn.memory.settings import MemorySettings
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.metrics import MetricsReporter
@@ -79,6 +81,8 @@ def _train_steps(
     model = build_model(config, "distattn", data.vocabulary, data.context).to(device)
     if cp.rank == 0:
         model.config.save_pretrained(run.folder)
+    memory = memory_settings(config)
+    memory.apply(model)
     pytorch.shard_parameters(model, mesh)
     parameters = list(model.parameters())
     cp.loss_scale(pytorch.ProbeTarget(model))
@@ -91,7 +95,7 @@ def _train_steps(
                 append_documents(run.documents_file, list(piece_rows(data, number)))
             losses = []
             for local in micro_batches:
-                losses.append(pytorch.local_loss(model, local))
+                losses.append(pytorch.local_loss(model, local, loss=memory.loss))
                 losses[-1].backward()
             norm = pytorch.full_tensor(clip_grad_norm_(parameters, config.train.max_grad_norm))
             optimizer.step()
@@ -100,6 +104,11 @@ def _train_steps(
             tokens = sum(local["context_parallel"].tokens for local in micro_batches)
             seconds, began = time.perf_counter() - began, time.perf_counter()
             reporter.report(StepMetrics(number + 1, mean, float(norm), tokens, seconds))
+
+
+def memory_settings(config: Config) -> MemorySettings:
+    """What a run does to save memory."""
+    return MemorySettings(**asdict(config.memory))
 
 
 def build_model(config: Config, attention: str, vocabulary: int = VOCABULARY, context: int = 0) -> Any:

@@ -1,0 +1,164 @@
+"""Bytes of a run at full size, rank by rank: its model on the meta device, its attention by the plan of its first step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from distattn.adapters import huggingface, pytorch
+from distattn.ir.plan import Plan
+from distattn.memory.accounting import (
+    ATTENTION,
+    FEED_FORWARD,
+    LOSS,
+    SECTIONS,
+    AllocationWatch,
+    CountingOffload,
+    PlannedAttention,
+    RankCounts,
+    RankMemory,
+    StateBytes,
+    count_step,
+)
+from distattn.memory.settings import MemorySettings
+from distattn.ops.executable import Executable, ExecutionKey
+from distattn.parallel.analysis.columns import aligned, in_one_unit
+from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.transport import SingleRankTransport
+from distattn.training.config import Config
+from distattn.training.loop import build_model, memory_settings
+from distattn.training.plan_settings import PlanSettings
+from distattn.training.run_data import vocabulary_size
+
+_META = torch.device("meta")
+
+
+def memory_of_run(
+    make_model: Callable[[], Any],
+    plan: Plan,
+    settings: MemorySettings,
+    report_progress: Callable[[str], None] = lambda line: None,
+    *,
+    master_weights: bool = False,
+    state_on_host: bool = False,
+) -> list[RankMemory]:
+    """What every rank of a plan needs in a step of its model, ranks that need the same together.
+
+    make_model: makes a transformers model of attention "distattn"; it is called on the meta device. Parameters are sharded over
+    the plan's ranks. master_weights: see `StateBytes.of`. state_on_host: parameters, gradients and moments are on the host but
+    for the layers at work, as FSDP2's CPUOffloadPolicy has them.
+    """
+    model = on_meta(make_model)
+    state = StateBytes.of(model, list(model.get_decoder().layers), plan.call.ranks, master_weights=master_weights)
+    host = 0
+    if state_on_host:
+        host = state.parameters + state.gradients + state.optimizer
+        state = state._replace(parameters=0, gradients=0, optimizer=0)
+    groups: dict[tuple[int, int], list[Executable]] = {}
+    for rank in range(plan.call.ranks):
+        # the proof is not needed, nor what a kernel prepares
+        program = lower(plan, rank, lambda cells: cells)
+        executable = Executable(program, ExecutionKey(rank, "reference", _META), SingleRankTransport())
+        groups.setdefault((program.tokens, executable.kept_elements), []).append(executable)
+    found: list[RankMemory] = []
+    for (tokens, _), executables in groups.items():
+        ranks = tuple(one.key.rank for one in executables)
+        report_progress(f"{tokens:,} tokens ...")
+        most = max(executables, key=lambda one: max(one.peak for one in one.memory().values()))
+        counts = step_memory(AllocationWatch(), model if not found else on_meta(make_model), most, settings)
+        found.append(RankMemory(ranks, tokens, state, counts, counts.host + host))
+    return found
+
+
+def memory_of_config(
+    config: Config, packs: Sequence[Sequence[int]], report_progress: Callable[[str], None] = lambda line: None
+) -> list[RankMemory]:
+    """What every rank needs of a run of `distattn train`; packs: lengths of the documents of a step, as `PlanSettings.plan`'s."""
+    settings = PlanSettings.of_config(config)
+    vocabulary = config.model.vocab_size or vocabulary_size(config)
+    # positions need no memory
+    context = max(max(map(sum, packs)), config.data.max_document_tokens)
+    plan = settings.plan(*packs)
+    make_model = partial(build_model, config, "distattn", vocabulary, context)
+    return memory_of_run(make_model, plan, memory_settings(config), report_progress)
+
+
+def on_meta(make_model: Callable[[], Any]) -> Any:
+    """A model without memory."""
+    huggingface.register()
+    with _META:
+        return make_model()
+
+
+def step_memory(watch: AllocationWatch, model: Any, executable: Executable, settings: MemorySettings) -> RankCounts:
+    """Count a step of a fresh model on the watch's device, with an executable's tokens."""
+    settings.apply(model, CountingOffload(watch))
+    ids = torch.zeros(1, executable.program.tokens, dtype=torch.int64, device=watch.device)
+    batch = dict(input_ids=ids, labels=ids, position_ids=ids, loss_scale=1.0)
+    batch["context_parallel"] = PlannedAttention(executable)
+    parts: dict[nn.Module, str] = {pytorch.output_layer_of(model): LOSS}
+    for layer in model.get_decoder().layers:
+        parts |= {layer.self_attn: ATTENTION, layer.mlp: FEED_FORWARD}
+    return count_step(watch, model, parts, lambda: pytorch.local_loss(model, batch, loss=settings.loss))
+
+
+def memory_table(found: Sequence[RankMemory]) -> list[str]:
+    """Return the lines of a text table with one line for ranks that have equally many tokens."""
+    head = [
+        "ranks",
+        "tokens",
+        "weights",
+        "gradients",
+        "optimizer",
+        "gathered",
+        "reduced",
+        "saved",
+        *SECTIONS,
+        "total",
+        "host",
+    ]
+    rows = [
+        [*one.state, one.counts.saved, *(one.counts.working[name] for name in SECTIONS), one.total, one.host]
+        for one in found
+    ]
+    cells = iter(in_one_unit([float(number) for row in rows for number in row], "B"))
+    numbers = [[next(cells) for _ in row] for row in rows]
+    first = [[_ranks(one.ranks), f"{one.tokens:,}"] for one in found]
+    table = aligned([head, *(a + b for a, b in zip(first, numbers, strict=True))])
+    return [
+        "on a rank's device, arithmetic for weights, counted on meta tensors for the rest; host: in pinned memory",
+        *table,
+        "of attention, feed-forward, loss and other only the largest counts: they are not there at once",
+    ]
+
+
+def memory_json(found: Sequence[RankMemory]) -> str:
+    """Return the same numbers, in bytes."""
+    return json.dumps(
+        [
+            {
+                "ranks": one.ranks,
+                "tokens": one.tokens,
+                **one.state._asdict(),
+                "saved": one.counts.saved,
+                "working": one.counts.working,
+                "total": one.total,
+                "host": one.host,
+            }
+            for one in found
+        ],
+        indent=2,
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return str(ranks[0])
+    if ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"{ranks[0]}-{ranks[-1]}"
+    return f"{ranks[0]} and {len(ranks) - 1} more"
