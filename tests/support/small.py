@@ -23,18 +23,13 @@ CAD = dict(strategy="cad", data="per_rank", options=dict(block=8, tolerance=0.0)
 def build(dtype: torch.dtype = torch.float64, **changes: Any) -> torch.nn.Module:
     """Seeded; the same on all ranks."""
     huggingface.register()
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-        **{"tie_word_embeddings": False, **changes},
+    shape = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
+    others = dict(
+        vocab_size=VOCABULARY, initializer_range=0.2, bos_token_id=None, eos_token_id=None, tie_word_embeddings=False
+    )
+    config = LlamaConfig(**{**shape, **others, **changes})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="distattn").to(dtype)
 

@@ -1,0 +1,138 @@
+"""The count of a run's bytes: on meta tensors what real tensors take, by arithmetic what FSDP2's shards are."""
+
+import json
+
+import pytest
+import small
+import torch
+from processes import run_on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import distattn as da
+from distattn.ir.errors import DistattnError
+from distattn.launch.plan_command import main
+from distattn.memory.accounting import LOSS, AllocationWatch, StateBytes
+from distattn.memory.settings import MemorySettings
+from distattn.ops.executable import Executable, ExecutionKey, checked_program
+from distattn.parallel.runtime.transport import SingleRankTransport
+from distattn.planning.memory_of_run import memory_of_run, memory_table, on_meta, step_memory
+
+TOKENS = 96
+SETTINGS = [
+    MemorySettings(),
+    MemorySettings(loss_tile_tokens=16),
+    MemorySettings(mlp_tile_tokens=16),
+    MemorySettings(activation_checkpointing="full"),
+    MemorySettings(activation_checkpointing="save_attention"),
+    MemorySettings(loss_tile_tokens=8, mlp_tile_tokens=8, activation_checkpointing="full", offload=True),
+]
+
+
+def plan(tokens=TOKENS, ranks=1, **how):
+    shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="float32")
+    return da.make_plan(da.Mask.causal(tokens), da.Layout.zigzag([tokens], ranks), strategy="ring", **shape, **how)
+
+
+def executable(device):
+    if device == "cpu":
+        key, program = checked_program(plan(), 0, "reference", torch.device("cpu"), None, False)
+    else:
+        _, program = checked_program(plan(), 0, "reference", torch.device("cpu"), None, False)
+        key = ExecutionKey(0, "reference", torch.device("meta"))
+    return Executable(program, key, SingleRankTransport())
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_meta_tensors_count_what_real_ones_take(settings):
+    # vocabulary and feed-forward layers wide enough to matter
+    changes = dict(vocab_size=500, intermediate_size=200)
+    real = step_memory(AllocationWatch("cpu"), small.build(torch.float32, **changes), executable("cpu"), settings)
+    model = on_meta(lambda: small.build(torch.float32, **changes))
+    counted = step_memory(AllocationWatch("meta"), model, executable("meta"), settings)
+    assert counted.saved == pytest.approx(real.saved, rel=0.02)
+    assert counted.host == real.host
+    most = max(real.working.values())
+    for name, size in real.working.items():
+        assert counted.working[name] == pytest.approx(size, rel=0.02, abs=0.02 * most), name
+
+
+def test_what_saves_memory_saves_memory():
+    def counted(settings):
+        changes = dict(vocab_size=5000, intermediate_size=500, num_hidden_layers=4)
+        return step_memory(
+            AllocationWatch("meta"),
+            on_meta(lambda: small.build(torch.float32, **changes)),
+            executable("meta"),
+            settings,
+        )
+
+    plain, loss, mlp, full, attention, all_of_it = map(counted, SETTINGS)
+    # logits of 8 or 16 tokens for 96
+    assert plain.working[LOSS] > 4 * loss.working[LOSS]
+    assert mlp.saved < 0.75 * plain.saved
+    assert full.saved < attention.saved < 0.5 * plain.saved
+    # inputs of four layers of 96 x 32 numbers: on the host
+    assert all_of_it.host == 4 * TOKENS * 32 * 4 and all_of_it.saved < full.saved
+
+
+def sharded(rank):
+    model = small.build(torch.float32)
+    whole = StateBytes.of(model, list(model.model.layers), 2, master_weights=False)
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+    def local(tensors):
+        return sum(one.to_local().nbytes for one in tensors)
+
+    moments = [one for state in optimizer.state.values() for name, one in state.items() if name != "step"]
+    held = (model.parameters(), (one.grad for one in model.parameters()), moments)
+    return tuple(whole), [local(tensors) for tensors in held]
+
+
+def test_state_is_what_fsdp2_shards():
+    for (parameters, gradients, optimizer, *_), found in run_on_ranks(2, sharded):
+        assert [parameters, gradients, optimizer] == pytest.approx(found, rel=0.01)
+
+
+def test_ranks_with_equally_many_tokens_share_a_line():
+    settings = MemorySettings(activation_checkpointing="full", loss_tile_tokens=8)
+    found = memory_of_run(lambda: small.build(torch.float32), plan(97, 4), settings, master_weights=True)
+    assert (
+        sorted(rank for one in found for rank in one.ranks) == [0, 1, 2, 3]
+        and sum(len(one.ranks) * one.tokens for one in found) == 97
+    )
+    lines = memory_table(found)
+    assert "gathered" in lines[1] and len(lines) == len(found) + 3
+    on_host = memory_of_run(lambda: small.build(torch.float32), plan(97, 4), settings, state_on_host=True)
+    assert on_host[0].total < found[0].total and on_host[0].host > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(loss_tile_tokens=-1), "loss_tile_tokens is at least 1, or 0"),
+        (dict(activation_checkpointing="some"), "activation_checkpointing is one of none, full, save_attention"),
+        (dict(offload=True), "offload takes the inputs of checkpointed layers"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(wrong, message):
+    with pytest.raises(DistattnError, match=message):
+        MemorySettings(**wrong)
+
+
+def test_plan_shows_the_memory_of_a_run(capsys):
+    words = ["configs/tiny.toml", "--memory", "--memory.activation_checkpointing", "full"]
+    assert main(words) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split()[:3] == ["ranks", "tokens", "weights"] and table[2].startswith("0-3")
+    assert main([*words, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["ranks"] == [0, 1, 2, 3] and found["total"] > found["saved"] > 0
+    with pytest.raises(DistattnError, match="--memory is of a run: name its configuration"):
+        main(["--docs", "4096", "--cluster", "h200-1x8", "--memory"])
