@@ -124,6 +124,11 @@ def _schedule(names: dict[str, Any]) -> None:
     names |= dict(partial=partial, cp=da.ContextParallel(strategy="cad", data="per_rank"))
 
 
+def _memory(names: dict[str, Any]) -> None:
+    _model(names)
+    names |= dict(cp=da.ContextParallel(strategy="ring"))
+
+
 def _mesh(names: dict[str, Any]) -> None:
     _model(names)
     names |= dict(init_device_mesh=init_device_mesh, replicas=1, degree=1, batch=tiny_batch())
@@ -199,6 +204,7 @@ SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "dynamic-context-parallelism.md": [_model, _schedule],
     "models.md": [_pretrained],
     "monitoring.md": [_monitored],
+    "memory.md": [_memory],
     "planning-a-cluster.md": [_cluster],
     "trainers.md": [_model, _model, _mesh, _own_model, None, _reference],
     "training.md": [_loop],

@@ -52,7 +52,7 @@ class PlannerConfig:
     document_mask is what a document attends to in itself (see `Mask.documents`). layers: of some layers, by number (0, 1,
     ...) or kind ("window", "full"), how they are planned otherwise: a mapping with strategy, and maybe backward, options,
     layout and layout_options; tokens are re-laid inside those layers' calls. kernel as in `attention`; max_buffer_bytes
-    as in `prepare`. verify_every: of so many steps the plans of one are proven before they run, the first in any case.
+    as in `make_plan`. verify_every: of so many steps the plans of one are proven before they run, the first in any case.
     pad_to: each rank's tokens are padded to a multiple of it. Raises DistattnError for names that do not exist.
     """
 

@@ -50,7 +50,10 @@ def tile_feed_forward(model: nn.Module, tile_tokens: int) -> int:
 
 
 class TiledForward:
-    """The forward of a module whose tokens do not know of each other, (..., T, H) to (..., T, H'), by tiles of tokens."""
+    """The forward of a module whose tokens do not know of each other, (..., T, H) to (..., T, H'), by tiles of tokens.
+
+    Norms of queries and keys take four dims, (1, T, heads, D).
+    """
 
     def __init__(self, module: nn.Module, forward: Callable[[Tensor], Tensor], tile_tokens: int):
         self.module, self.forward, self.tile_tokens = module, forward, tile_tokens
@@ -66,15 +69,16 @@ class TiledForward:
                 f"{type(self.module).__name__}: ZeRO 3 would gather its weights for every tile, and wait for ranks that "
                 "have fewer tiles; use ZeRO 1 or 2, or FSDP2."
             )
-        if x.shape[-2] <= self.tile_tokens:
+        dim = -3 if x.dim() == 4 else -2
+        if x.shape[dim] <= self.tile_tokens:
             # no tokens at all have their place in the graph as well: hooks on gradients run on every rank
             return self.forward(x)
         # while they are gathered: FSDP2 has them elsewhere in between
         parameters = [one for one in self.module.parameters() if one.requires_grad]
         if not torch.is_grad_enabled() or not (parameters or x.requires_grad):
-            return torch.cat([self.forward(tile) for tile in x.split(self.tile_tokens, -2)], -2)
+            return torch.cat([self.forward(tile) for tile in x.split(self.tile_tokens, dim)], dim)
         autocast = _Autocast.current(x.device.type)
-        y: Tensor = _Tiled.apply(x, self.forward, self.tile_tokens, parameters, autocast, *parameters)
+        y: Tensor = _Tiled.apply(x, self.forward, self.tile_tokens, dim, parameters, autocast, *parameters)
         return y
 
 
@@ -101,22 +105,22 @@ class _Tiled(torch.autograd.Function):
         x: Tensor,
         forward: Callable[[Tensor], Tensor],
         tile_tokens: int,
+        dim: int,
         parameters: Sequence[Tensor],
         autocast: _Autocast | None,
         *_: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.forward_of_tile, ctx.tile_tokens, ctx.parameters, ctx.autocast = forward, tile_tokens, parameters, autocast
+        ctx.forward_of_tile, ctx.tile_tokens, ctx.dim = forward, tile_tokens, dim
+        ctx.parameters, ctx.autocast = parameters, autocast
         out = None
-        for number, tile in enumerate(x.split(tile_tokens, -2)):
+        for number, tile in enumerate(x.split(tile_tokens, dim)):
             part = forward(tile)
             if not isinstance(part, Tensor) or part.shape[:-1] != tile.shape[:-1]:
-                raise DistattnError(
-                    "a tiled feed-forward layer returns one tensor, with as many tokens as it was given."
-                )
+                raise DistattnError("a tiled layer returns one tensor, with as many tokens as it was given.")
             if out is None:
                 out = part.new_empty((*x.shape[:-1], part.shape[-1]))
-            out.narrow(-2, number * tile_tokens, part.shape[-2]).copy_(part)
+            out.narrow(dim, number * tile_tokens, part.shape[dim]).copy_(part)
         assert out is not None
         return out
 
@@ -128,7 +132,7 @@ class _Tiled(torch.autograd.Function):
         # a sum of many tiles in half precision would lose what the sum over tokens inside one product has not
         sums = [torch.zeros_like(one, dtype=accumulation_dtype(one.dtype)) for one in parameters]
         for number, (tile, dtile) in enumerate(
-            zip(x.split(ctx.tile_tokens, -2), dy.split(ctx.tile_tokens, -2), strict=True)
+            zip(x.split(ctx.tile_tokens, ctx.dim), dy.split(ctx.tile_tokens, ctx.dim), strict=True)
         ):
             tile = tile.detach().requires_grad_(wants_x)
             given = ctx.autocast
@@ -143,10 +147,10 @@ class _Tiled(torch.autograd.Function):
                 if gradient is not None:
                     total += gradient
             if dx is not None and gradients[-1] is not None:
-                dx.narrow(-2, number * ctx.tile_tokens, tile.shape[-2]).copy_(gradients[-1])
+                dx.narrow(ctx.dim, number * ctx.tile_tokens, tile.shape[ctx.dim]).copy_(gradients[-1])
             del part, gradients
         found = [total.to(one.dtype) for total, one in zip(sums, parameters, strict=True)]
-        return dx, None, None, None, None, *found
+        return dx, None, None, None, None, None, *found
 
 
 def _check_module(name: str, module: nn.Module) -> None:

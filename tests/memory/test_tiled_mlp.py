@@ -70,6 +70,28 @@ def test_under_autocast_the_backward_pass_computes_as_the_forward_pass_did():
         assert a.dtype == b.dtype and float((a - b).norm()) <= 1e-2 * float(b.norm())
 
 
+def test_norms_are_tiled_as_well_those_of_queries_along_their_tokens():
+    torch.manual_seed(0)
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.q_norm, self.mlp = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH // 2), Gated()
+
+        def forward(self, x):
+            heads = self.q_norm(self.norm(x).unflatten(-1, (2, -1)))
+            return self.mlp(heads.flatten(-2))
+
+    model, x = Normed().double(), torch.randn(1, 7, WIDTH, dtype=torch.float64)
+    wanted = results(model, x)
+    assert tile_feed_forward(model, 3) == 1
+    shapes = []
+    model.q_norm.forward.forward = lambda x, right=model.q_norm.forward.forward: (shapes.append(x.shape), right(x))[1]
+    for a, b in zip(results(model, x), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert {shape[1:3] for shape in shapes} == {(3, 2), (1, 2)}
+
+
 def test_frozen_weights_and_inputs_have_no_gradient():
     torch.manual_seed(0)
     model = Block()
