@@ -189,6 +189,8 @@ def _saving(names: dict[str, Any]) -> None:
     names |= dict(rank=0, group=None, steps=20, plan_digest="0123", config_digest="4567", model=model)
     names |= dict(optimizer=torch.optim.AdamW(model.parameters()))
     names |= dict(compute_gradients=lambda step: model(torch.rand(1, 3)).sum().backward())
+
+
 def _monitored(names: dict[str, Any]) -> None:
     """A plan of packs, its corpora, and a folder for what the run says."""
     _packs(names)
