@@ -22,6 +22,8 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from distattn.checkpoints.checkpoint_folder import (
     Problem,
@@ -118,6 +120,8 @@ class Checkpoints:
         self._error: DistattnError | None = None
         self._told = False
         self._last: _Save | None = None
+        # of all optimizers, while a save overlaps
+        self._step_hook: RemovableHandle | None = None
         self._queue: queue.SimpleQueue[_Save | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, daemon=True, name="distattn-checkpoints")
         self._writer.start()
@@ -130,7 +134,8 @@ class Checkpoints:
         """Save a state after `step` training steps; a thread writes it. Collective, and all ranks must save the same steps.
 
         state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them. Returns once the tensors are
-        copied to host memory; with `overlap` at once, and then `wait_staged` must be called before a tensor changes.
+        copied to host memory; with `overlap` at once, and no tensor may change before `wait_staged` has returned. Steps of
+        torch.optim's optimizers wait by themselves; whatever else changes the state must call it first.
 
         An earlier save that still runs is waited for, with a warning: skipping this one would need all ranks to agree, at every
         save, and a second copy of the state would need as much memory again. A disk that is full or cannot be written costs one
@@ -143,11 +148,16 @@ class Checkpoints:
         self._queue.put(self._last)
         if not overlap:
             self.wait_staged()
+        elif self._step_hook is None:
+            self._step_hook = register_optimizer_step_pre_hook(lambda *_: self.wait_staged())
 
     def wait_staged(self) -> None:
         """Return once the tensors of the last save are copied, and may change."""
         if self._last is not None:
             self._last.staged.wait()
+        if self._step_hook is not None:
+            self._step_hook.remove()
+            self._step_hook = None
 
     def wait(self) -> None:
         """Return once the last save is written, or has failed. Raises as `save` does."""
@@ -157,6 +167,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last save and end the thread that writes. Raises as `save` does, but nothing that was raised before."""
+        self.wait_staged()
         self._queue.put(None)
         self._writer.join()
         self._exchange.close()

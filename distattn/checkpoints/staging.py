@@ -87,7 +87,7 @@ class StagedState(DefaultSavePlanner):
         self._buffers.forget_others({name for name, _, _ in sources})
         if changed:
             raise DistattnError(
-                f"{changed[0]} was changed while it was copied for a checkpoint; call wait_staged() before the optimizer steps."
+                f"{changed[0]} was changed while it was copied for a checkpoint; call wait_staged() before whatever changes it."
             )
 
     def forget_originals(self) -> None:

@@ -57,8 +57,8 @@ def save(rank, folder, replicas=1):
         train(model, optimizer, step)
         state = both(model, optimizer)
         wanted = whole(state)
-        saver.save(step, state)
-        # the state goes on at once
+        saver.save(step, state, overlap=True)
+        # goes on at once; PyTorch does not count the changes of sharded tensors, the optimizer's step waits for the copies
         train(model, optimizer, 1)
     saver.close()
     return wanted

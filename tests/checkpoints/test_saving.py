@@ -86,6 +86,29 @@ def test_overlapped_copies_are_what_was_there_at_the_call(tmp_path):
     assert faults.equal(loaded, faults.state_of(1))
 
 
+def test_an_optimizer_waits_for_the_copies_by_itself(tmp_path, monkeypatch):
+    like = module.HostBuffers.like
+
+    def slow_like(buffers, name, tensor):
+        time.sleep(0.1)
+        return like(buffers, name, tensor)
+
+    monkeypatch.setattr(module.HostBuffers, "like", slow_like)
+    weights = torch.nn.ParameterList(torch.ones(5) for _ in range(4))
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    saver = open_checkpoints(tmp_path)
+    for step in (1, 2):
+        wanted = {str(n): weight.detach().clone() for n, weight in enumerate(weights)}
+        saver.save(step, {"weights": dict(weights.named_parameters())}, overlap=True)
+        sum(weight.sum() for weight in weights).backward()
+        optimizer.step()
+        assert saver._step_hook is None
+        loaded = {"weights": {name: torch.zeros(5) for name in wanted}}
+        assert saver.load_newest(loaded).step == step and faults.equal(loaded["weights"], wanted)
+        assert not torch.equal(weights[0], wanted["0"])
+    saver.close()
+
+
 def test_a_state_that_changes_while_it_is_copied_is_not_saved(tmp_path, monkeypatch):
     copying, changed = threading.Event(), threading.Event()
     like = module.HostBuffers.like
@@ -103,7 +126,8 @@ def test_a_state_that_changes_while_it_is_copied_is_not_saved(tmp_path, monkeypa
     state["model"]["layer 3"].mul_(2)
     changed.set()
     with pytest.raises(
-        DistattnError, match=r"model\.layer 3 was changed while it was copied.*call wait_staged\(\) before"
+        DistattnError,
+        match=r"model\.layer 3 was changed while it was copied.*call wait_staged\(\) before whatever changes it",
     ):
         saver.wait()
     assert steps(tmp_path) == []
