@@ -12,11 +12,13 @@ from torch.distributed.fsdp import fully_shard
 import distattn as da
 from distattn.ir.errors import DistattnError
 from distattn.launch.plan_command import main
+from distattn.launch.train_command import main as train
 from distattn.memory.accounting import LOSS, AllocationWatch, StateBytes
 from distattn.memory.settings import MemorySettings
 from distattn.ops.executable import Executable, ExecutionKey, checked_program
 from distattn.parallel.runtime.transport import SingleRankTransport
 from distattn.planning.memory_of_run import memory_of_run, memory_table, on_meta, step_memory
+from distattn.training import config as configuration
 
 TOKENS = 96
 SETTINGS = [
@@ -136,3 +138,23 @@ def test_plan_shows_the_memory_of_a_run(capsys):
     assert found["ranks"] == [0, 1, 2, 3] and found["total"] > found["saved"] > 0
     with pytest.raises(DistattnError, match="--memory is of a run: name its configuration"):
         main(["--docs", "4096", "--cluster", "h200-1x8", "--memory"])
+
+
+def test_a_run_is_trained_with_all_that_saves_memory(tmp_path):
+    words = ["loss_tile_tokens", "64", "mlp_tile_tokens", "32", "activation_checkpointing", "full", "offload", "True"]
+    memory = [word if i % 2 else f"--memory.{word}" for i, word in enumerate(words)]
+    small_run = ["--train.steps", "2", "--parallel.ranks", "2", "--run.folder", str(tmp_path / "run")]
+    assert train(["configs/tiny.toml", *small_run, "--reference_check.steps", "2", *memory]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memory.offload", "True"], "memory.offload: takes the inputs of checkpointed layers to the host"),
+        (["--memory.activation_checkpointing", "some"], "memory.activation_checkpointing: there is no 'some'"),
+        (["--memory.loss_tile_tokens", "-1"], "memory.loss_tile_tokens: at least 0, not -1"),
+    ],
+)
+def test_what_a_configuration_cannot_have_is_refused(words, message):
+    with pytest.raises(DistattnError, match=message):
+        configuration.load("configs/tiny.toml", words)
