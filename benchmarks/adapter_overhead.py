@@ -31,7 +31,7 @@ from distattn.adapters import huggingface
 from distattn.adapters.pytorch import local_loss
 from distattn.batch.planner import AttentionShape
 from distattn.training import config as configuration
-from distattn.training.loop import build_model
+from distattn.training.run_settings import build_model, configured_model
 
 ROOT = Path(__file__).parents[1]
 AIM_LAYER, AIM_STEP = 200, 0.02
@@ -195,7 +195,7 @@ def of_step(config: Any, tokens: int, ahead: bool) -> tuple[float, float, float]
 
     Loss and backward, without the optimizer; every step has other documents. ahead: the next batch is sharded before a step.
     """
-    model = build_model(config, huggingface.NAME)
+    model = build_model(config, configured_model(config, 256, 4096), huggingface.NAME)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring", kernel="cpu")
     shape = config.model
     asked = AttentionShape(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,8 @@ from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data_progress import ProgressReporter
 from distattn.parallel.analysis.columns import readable_bytes
 
-USAGE = """usage: distattn ckpt COMMAND RUN_OR_FOLDER [--json]
+USAGE = """usage: distattn ckpt {list,verify,show} RUN_OR_FOLDER [--json]
+       distattn ckpt {export-hf,import-hf} FROM TO
 
   list RUN_OR_FOLDER
       the checkpoints of a run, in the order in which they were saved; their files are not read
@@ -30,12 +32,18 @@ USAGE = """usage: distattn ckpt COMMAND RUN_OR_FOLDER [--json]
       read checkpoints from end to end and compare every block with its digest; exit code 3 where one is not what was written
   show RUN_OR_FOLDER
       what the newest checkpoint is of, and its files
+  export-hf CHECKPOINT FOLDER
+      its model as a folder of safetensors that transformers loads; distattn ckpt export-hf --help
+  import-hf FOLDER CHECKPOINT
+      the reverse; distattn ckpt import-hf --help
 
 RUN_OR_FOLDER is the folder of a run, a folder of checkpoints, or one checkpoint (.../step-00000100).
 
   --json   the result as JSON, one line for each checkpoint
 """
 
+# modules of their own
+_OF_MODELS = {"export-hf": "ckpt_export_hf", "import-hf": "ckpt_import_hf"}
 # where a run keeps its checkpoints
 _IN_RUN = "checkpoints"
 _WIDTH = 160
@@ -43,12 +51,16 @@ _WIDTH = 160
 
 def main(arguments: Sequence[str]) -> int:
     """Run the subcommand; returns the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help") or any(one in ("-h", "--help") for one in arguments[1:]):
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
+    if command in _OF_MODELS:
+        # they read tensors, and torch takes seconds to import
+        code: int = importlib.import_module(f"distattn.launch.{_OF_MODELS[command]}").main(rest)
+        return code
+    if not arguments or {"-h", "--help"} & set(arguments):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
-    command, rest = arguments[0], arguments[1:]
     if command not in _COMMANDS:
-        names = list(_COMMANDS)
+        names = [*_COMMANDS, *_OF_MODELS]
         known = f"{', '.join(names[:-1])} and {names[-1]}"
         raise DistattnError(f"ckpt: there is no command {command!r}; there are {known}. See distattn ckpt --help.")
     return _COMMANDS[command](rest)

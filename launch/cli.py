@@ -16,6 +16,8 @@ commands:
   train CONFIG [--json] [--section.key value ...]
       train as a TOML file says (see configs/tiny.toml) and repeat the first steps in plain transformers, one process, to
       compare; distattn train --help lists all keys
+  resume RUN [--json] [--section.key value ...]
+      go on with a run from its newest checkpoint, also on other ranks or with another engine
   calibrate --out FILE.toml
       measure this machine for plan --cluster FILE.toml; distattn calibrate --help
   launch {local,slurm} CONFIG, launch {status,logs,cancel} RUN
@@ -26,8 +28,8 @@ commands:
       plan one attention call with every strategy and time it on a described cluster (simulated)
   data {tokenize,verify,pack,stats,show}
       from text to the packs of every step of a run; distattn data --help
-  ckpt {list,verify,show} RUN
-      the checkpoints of a run, and whether they are what was written; distattn ckpt --help
+  ckpt {list,verify,show,export-hf,import-hf}
+      the checkpoints of a run, whether they are what was written, and folders of transformers; distattn ckpt --help
 
   --version
 
@@ -35,7 +37,7 @@ exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3
 """
 
 # each is a module distattn.launch.NAME_command with a function main
-_COMMANDS = ("train", "plan", "calibrate", "doctor", "launch", "data", "ckpt")
+_COMMANDS = ("train", "resume", "plan", "calibrate", "doctor", "launch", "data", "ckpt")
 
 
 def entry() -> None:

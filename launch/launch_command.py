@@ -13,7 +13,7 @@ from distattn.data.text import find_files
 from distattn.ir.errors import DistattnError
 from distattn.launch import slurm
 from distattn.launch.command_line import CommandParser, no_progress, print_line
-from distattn.launch.machine_limits import check_device_holds_model, check_nodes_hold_models, check_run_fits
+from distattn.launch.machine_limits import check_device_holds_state, check_nodes_hold_ranks, check_run_fits
 from distattn.launch.start_run import start_run
 from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
@@ -66,7 +66,7 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     # a configuration's cluster is for `distattn plan`; it does not bind a launch of another size
     named = any(word.startswith("--cluster.description") for word in overrides)
     if config.cluster.description and (named or not (given.nodes or given.gpus)):
-        check_device_holds_model(config, cluster_for_run(config, config.cluster.description))
+        check_device_holds_state(config, cluster_for_run(config, config.cluster.description))
     if given.dry_run:
         return _dry_run(where, config, given.json)
     if where == "slurm":
@@ -85,7 +85,7 @@ def _dry_run(where: str, config: Config, json_output: bool) -> int:
         find_files(config.data.path, config.data.suffix, config.data.exclude)
     else:
         with planned_packs(config) as plan:
-            PlanSettings.of_config(config).plan(*first_packs(plan, config.parallel.data_parallel_size))
+            PlanSettings.of_config(config).plan(*first_packs(plan, config))
     folder = Path(config.run.folder).absolute()
     text = slurm.batch_script(config, folder)
     if where == "local":
@@ -97,7 +97,7 @@ def _dry_run(where: str, config: Config, json_output: bool) -> int:
 def _submit(config: Config, json_output: bool) -> int:
     """Make the run folder and submit its batch script. A job that Slurm rejects leaves no folder."""
     slurm.require_slurm()
-    check_nodes_hold_models(config, slurm.node_bytes(config.slurm.partition))
+    check_nodes_hold_ranks(config, slurm.node_bytes(config.slurm.partition))
     # the script names the folder from other machines
     config = replace(config, run=replace(config.run, folder=str(Path(config.run.folder).absolute())))
     run = start_run(config, no_progress if json_output else print_line)

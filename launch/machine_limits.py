@@ -6,7 +6,6 @@ from pathlib import Path
 
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
-from distattn.ir.plan import DTYPE_BYTES
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.training.config import Config
 from distattn.training.run_data import vocabulary_size
@@ -23,38 +22,39 @@ _NO_LIMIT = 1 << 60
 def check_run_fits(config: Config) -> None:
     """Refuse a run with more ranks than this machine has memory or GPUs for. Raises DistattnError with the arithmetic."""
     ranks, kernel = config.parallel.ranks, config.parallel.kernel
-    model_mb = model_bytes(config) / 1e6
+    model_mb = state_bytes(config) / 1e6
     check_memory(
         "parallel.ranks",
         ranks,
         TRAIN_RANK_MB + model_mb,
-        f"{TRAIN_RANK_MB} MB for Python, torch and transformers, {model_mb:,.0f} MB for the model",
+        f"{TRAIN_RANK_MB} MB for Python, torch and transformers, {model_mb:,.0f} MB for its part of model and optimizer",
     )
     # "auto" is the CPU's kernel where there are no GPUs
     if kernel not in CPU_KERNELS and (kernel != AUTO or gpu_count()):
         check_gpus("parallel.ranks", ranks, f"kernel {kernel!r} wants one for each rank")
 
 
-def check_device_holds_model(config: Config, cluster: ClusterSpec) -> None:
-    """Refuse a model that does not fit whole into a device of the run's cluster, as each rank has it before it is sharded."""
-    each = DTYPE_BYTES[config.model.dtype]
-    need = model_parameters(config) * each
-    have = cluster.device.memory_gb * 1e9
+def check_device_holds_state(config: Config, cluster: ClusterSpec) -> None:
+    """Refuse a run whose model and optimizer do not fit into the devices of its cluster, activations left aside."""
+    need, have = state_bytes(config), cluster.device.memory_gb * 1e9
     if config.parallel.kernel not in CPU_KERNELS and need > have:
         raise DistattnError(
-            f"model: every rank moves the whole model to its device before it is sharded: {need / 1e9:,.1f} GB at {each} "
-            f"bytes a parameter, a device of {cluster.name} has {have / 1e9:,.0f} GB. Take fewer layers or a smaller width."
+            f"model: {model_parameters(config) / 1e9:,.1f} billion parameters with gradients and AdamW's averages take "
+            f"{need / 1e9:,.1f} GB on each of {config.parallel.ranks} ranks, a device of {cluster.name} has "
+            f"{have / 1e9:,.0f} GB. Take more ranks, or let more of them share the parameters (engine.shard_size or zero_stage)."
         )
 
 
-def check_nodes_hold_models(config: Config, node_bytes: int | None) -> None:
-    """Refuse a run whose ranks build more on a node than its memory holds. node_bytes: of the largest; None where unknown."""
+def check_nodes_hold_ranks(config: Config, node_bytes: int | None) -> None:
+    """Refuse a run whose ranks need more memory on a node than it has. node_bytes: of the largest; None where unknown."""
     ranks = config.parallel.devices_per_node or config.parallel.ranks
-    need = ranks * (TRAIN_RANK_MB * 1e6 + model_bytes(config))
+    # the state of ranks with a device is there
+    each = state_bytes(config) if config.parallel.kernel in CPU_KERNELS else 0
+    need = ranks * (TRAIN_RANK_MB * 1e6 + each)
     if node_bytes is not None and need > node_bytes:
         raise DistattnError(
-            f"model: every rank builds the whole model in its node's memory before it is sharded: {ranks} ranks a node need "
-            f"{need / 1e9:,.1f} GB, the largest node has {node_bytes / 1e9:,.1f} GB. Take fewer layers or a smaller width."
+            f"parallel.ranks: {ranks} ranks a node need {need / 1e9:,.1f} GB, the largest node has {node_bytes / 1e9:,.1f} GB. "
+            "Take fewer ranks on a node, or a smaller model."
         )
 
 
@@ -84,14 +84,34 @@ def gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def model_bytes(config: Config) -> int:
-    """Bytes of the whole model, which every rank builds before its parameters are sharded (transformers builds in fp32)."""
-    return model_parameters(config) * (8 if config.model.dtype == "float64" else 4)
+def state_bytes(config: Config) -> int:
+    """Bytes that a rank keeps of weights, gradients and AdamW's two averages, as the engine shards them."""
+    ranks, wide = config.parallel.ranks, 8 if config.model.dtype == "float64" else 4
+    weights = gradients = averages = 1
+    if config.engine.name == "fsdp2":
+        weights = gradients = averages = config.engine.shard_size or ranks
+    elif config.engine.name == "deepspeed":
+        stage = config.engine.zero_stage
+        weights, gradients, averages = (ranks if stage >= least else 1 for least in (3, 2, 1))
+    else:
+        weights = gradients = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+        averages = ranks
+    parts = (1 / weights, 1 / gradients, 2 / averages)
+    extra = 0.0
+    if config.engine.name != "fsdp2" and config.model.dtype == "bfloat16":
+        # what computes beside the master weights, which are sharded as the averages are
+        parts, extra = (1 / averages, 1 / gradients, 2 / averages), 2 / weights
+    return round(model_parameters(config) * (wide * sum(parts) + extra))
 
 
 def model_parameters(config: Config) -> int:
     """How many numbers the model has."""
     model = config.model
+    if model.path:
+        # experts, biases and norms are the architecture's own; seconds to import
+        from distattn.models.build import meta_model, model_config
+
+        return sum(parameter.numel() for parameter in meta_model(model_config(model.path)).parameters())
     attention = model.hidden_size * model.head_size * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
     layer = attention + 3 * model.hidden_size * model.intermediate_size + 2 * model.hidden_size
     return 2 * vocabulary_size(config) * model.hidden_size + model.num_layers * layer + model.hidden_size

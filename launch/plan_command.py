@@ -172,7 +172,7 @@ def _packs(given: argparse.Namespace, config: Config | None) -> list[list[int]]:
     if config is None:
         raise DistattnError("plan: a configuration or --docs is wanted. See distattn plan --help.")
     with planned_packs(config) as plan:
-        return first_packs(plan, config.parallel.data_parallel_size)
+        return first_packs(plan, config)
 
 
 def _settings(given: argparse.Namespace, cluster: describe.ClusterSpec) -> PlanSettings:

@@ -6,9 +6,11 @@ import importlib.util
 import shutil
 from collections.abc import Callable
 
+from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.ir.errors import DistattnError
 from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.analysis.explain import explain
+from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_data import RunData, find_text, first_packs, open_data, pack_config, write_text
@@ -46,10 +48,33 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
     return run
 
 
+def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], None]) -> None:
+    """Make the folder of a run ready to go on with a configuration; the one before is kept beside it.
+
+    Raises DistattnError for all that can go wrong before ranks start; nothing is changed then.
+    """
+    data = open_data(run, config)
+    if data.plan.steps < config.train.steps:
+        raise DistattnError(
+            f"train.steps: {config.train.steps:,}, but the packs of this run are planned for {data.plan.steps:,} steps; start a "
+            "new run, or plan packs with distattn data pack."
+        )
+    # a strategy or layout that cannot be is told of before ranks start
+    PlanSettings.of_config(config).plan(*first_packs(data.plan, config))
+    steps = [found.step for found in list_checkpoints(run.checkpoints)]
+    before = run.folder / f"config.until-{max(steps, default=0)}.toml"
+    if not before.exists():
+        shutil.copyfile(run.config_file, before)
+    configuration.save(config, run.config_file)
+    report_progress(
+        f"run folder: {run.folder}, " + (f"checkpoint of step {max(steps):,}" if steps else "no checkpoint yet")
+    )
+
+
 def _explain_first_step(run: RunFolder, config: Config, data: RunData) -> None:
     """Plan the first step's first micro-batch, and leave the plan and its explanation in the run folder."""
     settings = PlanSettings.of_config(config)
-    explanation = explain(settings.plan(*first_packs(data.plan, settings.data_parallel_size)), settings.cluster)
+    explanation = explain(settings.plan(*first_packs(data.plan, config)), settings.cluster)
     explanation.plan.save(run.plan_file)
     run.explanation_file.write_text(f"{explanation}\n", "utf-8")
 

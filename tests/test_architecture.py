@@ -194,7 +194,10 @@ def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
     # an unfinished deletion or a new folder that pyproject.toml does not list shows up here
     wanted = {str(Path(*module.split(".")).with_suffix(".py")) for module in modules().values()}
     wanted |= {
-        f"distattn/{file}" for file in tracked("configs/*.toml", "cluster/descriptions/*.toml", "launch/templates/*.j2")
+        f"distattn/{file}"
+        for file in tracked(
+            "configs/*.toml", "configs/models/*.json", "cluster/descriptions/*.toml", "launch/templates/*.j2"
+        )
     }
     wanted |= {"distattn/py.typed", *map(str, tracked("distattn/pages/templates/*.j2"))}
     (wheel,) = tmp_path.glob("*.whl")

@@ -99,11 +99,17 @@ def _accepted(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names}
 
 
-def local_loss(model: torch.nn.Module, batch: Mapping[str, Any], loss: TiledLoss | None = None) -> Tensor:
+def local_loss(
+    model: torch.nn.Module,
+    batch: Mapping[str, Any],
+    loss: TiledLoss | None = None,
+    on_token_losses: Callable[[Tensor, Mapping[str, Any]], None] | None = None,
+) -> Tensor:
     """This rank's share of the loss: its token losses summed, times the batch's loss scale.
 
-    loss: computes it over tiles of tokens, so that logits of all tokens are never there. Raises DistattnError for a model whose
-    output layer is unknown or not linear, or that changes logits in a way that a tiled loss does not know.
+    loss: computes it over tiles of tokens, so that logits of all tokens are never there, and calls on_token_losses with each
+    token's cross-entropy (T,), detached, and the batch. Raises DistattnError for a model whose output layer is unknown or not
+    linear, or that changes logits in a way that a tiled loss does not know.
     """
     if loss is None:
         return loss_of(forward(model, batch), batch)
@@ -114,7 +120,10 @@ def local_loss(model: torch.nn.Module, batch: Mapping[str, Any], loss: TiledLoss
     inner = unwrapped(model)
     with loss.instead_of_logits(output_layer_of(inner), batch["labels"], logit_change(inner)) as output:
         given = forward(model, batch)
-    return output.loss_sum(given, inner) * batch["loss_scale"]
+    loss_sum = output.loss_sum(given, inner)
+    if on_token_losses is not None and output.token_losses_T is not None:
+        on_token_losses(output.token_losses_T, batch)
+    return loss_sum * batch["loss_scale"]
 
 
 def logit_change(model: torch.nn.Module) -> LogitChange:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from distattn.adapters import huggingface, pytorch
+from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.memory.accounting import (
     ATTENTION,
@@ -26,14 +28,15 @@ from distattn.memory.accounting import (
     count_step,
 )
 from distattn.memory.settings import MemorySettings
+from distattn.models.build import meta_model
 from distattn.ops.executable import Executable, ExecutionKey
 from distattn.parallel.analysis.columns import aligned, in_one_unit
 from distattn.parallel.runtime.program import lower
 from distattn.parallel.runtime.transport import SingleRankTransport
 from distattn.training.config import Config
-from distattn.training.loop import build_model, memory_settings
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_data import vocabulary_size
+from distattn.training.run_settings import configured_model
 
 _META = torch.device("meta")
 
@@ -44,17 +47,21 @@ def memory_of_run(
     settings: MemorySettings,
     report_progress: Callable[[str], None] = lambda line: None,
     *,
+    shards: int | None = None,
     master_weights: bool = False,
     state_on_host: bool = False,
 ) -> list[RankMemory]:
     """What every rank of a plan needs in a step of its model, ranks that need the same together.
 
-    make_model: makes a transformers model of attention "distattn"; it is called on the meta device. Parameters are sharded over
-    the plan's ranks. master_weights: see `StateBytes.of`. state_on_host: parameters, gradients and moments are on the host but
+    make_model: makes a transformers model of attention "distattn"; it is called on the meta device. shards: ranks over which
+    parameters are sharded, by default the plan's.
+    master_weights: see `StateBytes.of`. state_on_host: parameters, gradients and moments are on the host but
     for the layers at work, as FSDP2's CPUOffloadPolicy has them.
     """
     model = on_meta(make_model)
-    state = StateBytes.of(model, list(model.get_decoder().layers), plan.call.ranks, master_weights=master_weights)
+    state = StateBytes.of(
+        model, list(model.get_decoder().layers), shards or plan.call.ranks, master_weights=master_weights
+    )
     host = 0
     if state_on_host:
         host = state.parameters + state.gradients + state.optimizer
@@ -79,13 +86,22 @@ def memory_of_config(
     config: Config, packs: Sequence[Sequence[int]], report_progress: Callable[[str], None] = lambda line: None
 ) -> list[RankMemory]:
     """What every rank needs of a run of `distattn train`; packs: lengths of the documents of a step, as `PlanSettings.plan`'s."""
-    settings = PlanSettings.of_config(config)
+    if config.engine.name != "fsdp2":
+        raise DistattnError(
+            f"plan: --memory counts runs of engine fsdp2, not {config.engine.name}; set engine.name to compare."
+        )
     vocabulary = config.model.vocab_size or vocabulary_size(config)
     # positions need no memory
     context = max(max(map(sum, packs)), config.data.max_document_tokens)
-    plan = settings.plan(*packs)
-    make_model = partial(build_model, config, "distattn", vocabulary, context)
-    return memory_of_run(make_model, plan, memory_settings(config), report_progress)
+    shape = configured_model(config, vocabulary, context)
+    return memory_of_run(
+        partial(meta_model, shape, dtype=getattr(torch, config.model.dtype)),
+        PlanSettings.of_config(config).plan(*packs),
+        MemorySettings(**asdict(config.memory)),
+        report_progress,
+        shards=config.engine.shard_size or config.parallel.ranks,
+        master_weights=config.model.dtype == "bfloat16",
+    )
 
 
 def on_meta(make_model: Callable[[], Any]) -> Any:

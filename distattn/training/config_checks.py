@@ -11,8 +11,9 @@ from pathlib import Path
 from distattn.ir.layout import LAYOUTS
 from distattn.ir.plan import POLICIES
 from distattn.kernels.registry import AUTO, KERNELS
+from distattn.memory.checkpointing_modes import CHECKPOINTING
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.training.config_sections import Config, DataConfig, EngineConfig, SlurmConfig
+from distattn.training.config_sections import Config, DataConfig, EngineConfig, MemoryConfig, SlurmConfig
 
 # as in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
 _SLURM_TIME = r"\d+(:\d{2}){0,2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE|infinite|unlimited"
@@ -21,7 +22,6 @@ DTYPES = ("float32", "float64", "bfloat16")
 DATA = ("replicated", "per_rank")
 ENGINES = ("fsdp2", "deepspeed", "megatron")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
-CHECKPOINTING = ("none", "layer", "layer_save_attention")
 
 
 def problems_of(config: Config) -> list[str]:
@@ -66,10 +66,10 @@ def _number_problems(config: Config) -> Iterator[str]:
         "checkpoint.every_steps": (config.checkpoint.every_steps, -1),
         "checkpoint.keep_last": (config.checkpoint.keep_last, 1),
         "checkpoint.keep_every_hours": (config.checkpoint.keep_every_hours, 0),
-        "memory.loss_tile_tokens": (config.memory.loss_tile_tokens, 0),
+        "memory.loss_tile_tokens": (config.memory.loss_tile_tokens, 1),
         "memory.mlp_tile_tokens": (config.memory.mlp_tile_tokens, 0),
-        "watch.spike_deviations": (config.watch.spike_deviations, 0),
-        "watch.spike_window": (config.watch.spike_window, 8),
+        "watch.spike_window": (config.watch.spike_window, 0),
+        "watch.spike_threshold": (config.watch.spike_threshold, 0),
         "watch.replay_every": (config.watch.replay_every, 0),
         "evaluation.every_steps": (config.evaluation.every_steps, 0),
         "evaluation.steps": (config.evaluation.steps, 1),
@@ -88,8 +88,8 @@ def _number_problems(config: Config) -> Iterator[str]:
             yield f"train.{name}: above 0, not {getattr(train, name)}."
     if train.min_learning_rate > train.learning_rate:
         yield f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate, {train.learning_rate}."
-    if not 0 < train.decay_fraction <= 1:
-        yield f"train.decay_fraction: above 0 and at most 1, not {train.decay_fraction}."
+    if not 0 < train.decay_share <= 1:
+        yield f"train.decay_share: above 0 and at most 1, not {train.decay_share}."
     if train.warmup_steps > train.steps:
         yield f"train.warmup_steps: {train.warmup_steps} of {train.steps} steps; at most as many."
     if not 0 <= config.run.seed < 1 << 63:
@@ -160,20 +160,48 @@ def _engine_problems(config: Config) -> Iterator[str]:
         "engine.zero_stage": (engine.zero_stage, EngineConfig().zero_stage, ("deepspeed",)),
         "engine.compile": (engine.compile, False, ("fsdp2",)),
         "train.z_loss": (config.train.z_loss, 0.0, ("fsdp2", "deepspeed")),
-        "memory.loss_tile_tokens": (memory.loss_tile_tokens, 0, ("fsdp2", "deepspeed")),
+        "memory.loss_tile_tokens": (memory.loss_tile_tokens, MemoryConfig().loss_tile_tokens, ("fsdp2", "deepspeed")),
         "memory.mlp_tile_tokens": (memory.mlp_tile_tokens, 0, ("fsdp2",)),
         "memory.activation_checkpointing": (memory.activation_checkpointing, "none", ("fsdp2", "deepspeed")),
-        "memory.offload_activations": (memory.offload_activations, False, ("fsdp2",)),
+        "memory.offload": (memory.offload, False, ("fsdp2",)),
     }
     for key, (value, plain, engines) in of_engines.items():
         if value != plain and engine.name in ENGINES and engine.name not in engines:
             yield f"{key}: engine {engine.name} does not have it here; it belongs to {' and '.join(engines)}."
+    yield from _precision_problems(config)
+    if engine.name == "megatron":
+        yield from _megatron_problems(config)
     if engine.shard_size < 0 or parallel.ranks % (engine.shard_size or 1):
         yield f"engine.shard_size: {engine.shard_size} does not divide {parallel.ranks} ranks."
-    if memory.offload_activations and memory.activation_checkpointing == "none":
-        yield "memory.offload_activations: belongs to memory.activation_checkpointing: checkpointed layers' inputs are put aside."
+    if memory.offload and memory.activation_checkpointing == "none":
+        yield "memory.offload: belongs to memory.activation_checkpointing: checkpointed layers' inputs are put aside."
+    if engine.compile and memory.activation_checkpointing == "save_attention":
+        yield "engine.compile: what is saved of a compiled layer cannot be chosen; take activation_checkpointing full or none."
     if config.model.weights == "pretrained" and not config.model.path:
         yield "model.weights: pretrained weights are those of a folder; name it in model.path."
+
+
+def _precision_problems(config: Config) -> Iterator[str]:
+    """Find precisions that an engine does not train in."""
+    name, stage, dtype = config.engine.name, config.engine.zero_stage, config.model.dtype
+    if dtype == "float64" and name in ("deepspeed", "megatron"):
+        yield f"model.dtype: engine {name} does not train in float64; fsdp2 does."
+    if dtype == "bfloat16" and name == "deepspeed" and stage == 0:
+        yield "engine.zero_stage: with model.dtype = bfloat16 DeepSpeed sums gradients in float32 from stage 1 on; take 1 to 3."
+
+
+def _megatron_problems(config: Config) -> Iterator[str]:
+    """Find what tensor- and pipeline-parallel ranks cannot divide."""
+    model, parallel = config.model, config.parallel
+    for key, size in {
+        "num_key_value_heads": model.num_key_value_heads,
+        "intermediate_size": model.intermediate_size,
+        "vocab_size": model.vocab_size,
+    }.items():
+        if size % max(parallel.tensor_parallel_size, 1):
+            yield f"model.{key}: {size} do not divide among {parallel.tensor_parallel_size} tensor-parallel ranks."
+    if model.num_layers % max(parallel.pipeline_parallel_size, 1):
+        yield f"model.num_layers: {model.num_layers} do not divide among {parallel.pipeline_parallel_size} pipeline stages."
 
 
 def _slurm_problems(slurm: SlurmConfig) -> Iterator[str]:
@@ -197,7 +225,7 @@ def _name_problems(config: Config) -> Iterator[str]:
         "model.weights": (model.weights, ("random", "pretrained")),
         "engine.name": (config.engine.name, ENGINES),
         "train.schedule": (config.train.schedule, SCHEDULES),
-        "watch.action": (config.watch.action, ("stop", "skip", "rollback", "none")),
+        "watch.action": (config.watch.action, ("skip", "stop", "rollback")),
         "memory.activation_checkpointing": (config.memory.activation_checkpointing, CHECKPOINTING),
         "parallel.comm_dtype": (parallel.comm_dtype or DTYPES[0], DTYPES),
         "parallel.strategy": (parallel.strategy, list(STRATEGIES)),

@@ -181,7 +181,7 @@ class TrainConfig:
     """The learning rate rises linearly over so many steps."""
     min_learning_rate: float = 0.0
     """The learning rate at the end of cosine, linear and wsd."""
-    decay_fraction: float = 0.1
+    decay_share: float = 0.1
     """wsd: the part of the steps, at their end, in which the learning rate decays."""
     weight_decay: float = 0.01
     """Of weight matrices; norms, biases and other vectors are left out."""
@@ -214,26 +214,26 @@ class CheckpointConfig:
 class MemoryConfig:
     """What is computed again or put aside, so that longer sequences fit."""
 
-    loss_tile_tokens: int = 0
-    """Logits and loss for so many tokens at a time; 0 for all at once."""
+    loss_tile_tokens: int = 4096
+    """Logits and loss are there for so many tokens at a time."""
     mlp_tile_tokens: int = 0
     """Feed-forward layers for so many tokens at a time; 0 for all at once."""
     activation_checkpointing: str = "none"
-    """none; layer: only each layer's input is kept; layer_save_attention: and what attention computed."""
-    offload_activations: bool = False
-    """Kept inputs of layers go to the host's memory, and come back ahead of the backward pass."""
+    """none; full, which keeps each layer's input only; save_attention, which keeps attention's outputs as well."""
+    offload: bool = False
+    """Whether the inputs of checkpointed layers wait in the host's memory."""
 
 
 @dataclass(frozen=True)
 class WatchConfig:
     """What happens when numbers go wrong: NaN, infinity, or a loss or gradient norm far above the last ones."""
 
-    action: str = "stop"
-    """stop the run; skip the step's update; or rollback to the newest checkpoint and leave the step out; none to look away."""
-    spike_deviations: float = 0.0
-    """A spike lies so many median absolute deviations above the median of the last steps; 0 watches for NaN and infinity only."""
-    spike_window: int = 100
-    """So many last steps."""
+    action: str = "skip"
+    """skip the step's update, stop the run, or rollback to the newest checkpoint, and skip the step if it is bad again."""
+    spike_window: int = 128
+    """So many last steps say what is usual; 0 watches for NaN and infinity only."""
+    spike_threshold: float = 20.0
+    """A spike is so many median absolute deviations above their median."""
     replay_every: int = 0
     """Every so many steps the first micro-batch is computed twice and compared bit by bit; 0 for never."""
 

@@ -1,36 +1,47 @@
-"""The training loop: a small Llama on packed documents, every step's tokens and all parameters split over the ranks.
+"""The training loop: every step's packs and all parameters split over the ranks, from the newest checkpoint on.
 
-`main` is one rank of a run, started by `distattn.launch`. The run folder holds the resolved
-configuration and, of a run on text, tokens and the plan of packs; nothing else is shared but the process group.
+`main` is one rank of a run, started by `distattn.launch`. The run folder holds the resolved configuration, checkpoints and, of a
+run on text, tokens and the plan of packs; nothing else is shared but the process group. All that a run's future depends on is
+the number of the next step, the parameters and the optimizer's averages.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor
 
-from distattn.adapters import pytorch
+from distattn.checkpoints.checkpoints import Checkpoints
+from distattn.checkpoints.retention import KeepRule
+from distattn.checkpoints.run_lock import RunLock
 from distattn.data.loader import PackLoader
-from distattn.data.text import VOCABULARY
-from distattn.driver.context_parallel import ContextParallel
+from distattn.data.order import derived_key
 from distattn.ir.errors import DistattnError
+from distattn.ir.plan import Plan
 from distattn.kernels.registry import AUTO, CPU_KERNELS
-from distattn.memory.settings import MemorySettings
 from distattn.training import config as configuration
 from distattn.training.config import Config
+from distattn.training.engines.engine import Batch, Engine, EngineState
+from distattn.training.engines.opened import open_engine
+from distattn.training.evaluation import evaluation_mode
+from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter
-from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_data import open_data, piece_rows
-from distattn.training.run_folder import RunFolder, StepMetrics
+from distattn.training.numerics_watch import NumericsWatch, Verdict
+from distattn.training.replay_check import ReplayCheck
+from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
+from distattn.training.run_facts import REQUIRED, facts_of
+from distattn.training.run_folder import TRAINING, RunFolder, StepMetrics
+from distattn.training.run_settings import Utilisation, configured_model, schedule_settings, watch_settings
+from distattn.training.schedule import learning_rate
+from distattn.training.step_clock import StepClock
 from distattn.training.step_documents import append_documents
 
 
@@ -57,86 +68,196 @@ def main(folder: str, json_lines: bool) -> int:
 
 
 def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device) -> None:
-    """Train all steps of a run on this rank; rank 0 writes metrics and shows progress."""
-    settings = PlanSettings.of_config(config)
-    sizes = settings.data_parallel_size, config.parallel.ranks // settings.data_parallel_size
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp"))
-    with pytorch.context_parallel(mesh, **settings.context_parallel_arguments()) as cp:
-        _train_steps(run, config, json_lines, device, mesh, cp)
+    """Train on this rank from the newest checkpoint of the run folder, or from the beginning, to the last step.
 
-
-def _train_steps(
-    run: RunFolder, config: Config, json_lines: bool, device: torch.device, mesh: DeviceMesh, cp: ContextParallel
-) -> None:
-    data = open_data(run, config)
-    loader = PackLoader(
-        data.plan,
-        data.corpora,
-        rank=cp.data_parallel_rank,
-        size=cp.data_parallel_size,
-        steps=config.train.steps,
-        vocabulary=data.vocabulary,
-        device=device,
-    )
-    model = build_model(config, "distattn", data.vocabulary, data.context).to(device)
-    if cp.rank == 0:
-        model.config.save_pretrained(run.folder)
-    memory = memory_settings(config)
-    memory.apply(model)
-    pytorch.shard_parameters(model, mesh)
-    parameters = list(model.parameters())
-    cp.loss_scale(pytorch.ProbeTarget(model))
-    optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
-    with MetricsReporter(run, config.train.steps, json_lines, visible=cp.rank == 0) as reporter:
-        began = time.perf_counter()
-        for number, micro_batches in enumerate(cp.steps(loader)):
-            if cp.rank == 0:
-                # before anything can go wrong with them
-                append_documents(run.documents_file, list(piece_rows(data, number)))
-            losses = []
-            for local in micro_batches:
-                losses.append(pytorch.local_loss(model, local, loss=memory.loss))
-                losses[-1].backward()
-            norm = pytorch.full_tensor(clip_grad_norm_(parameters, config.train.max_grad_norm))
-            optimizer.step()
-            optimizer.zero_grad()
-            mean = cp.mean_loss(losses)
-            tokens = sum(local["context_parallel"].tokens for local in micro_batches)
-            seconds, began = time.perf_counter() - began, time.perf_counter()
-            reporter.report(StepMetrics(number + 1, mean, float(norm), tokens, seconds))
-
-
-def memory_settings(config: Config) -> MemorySettings:
-    """What a run does to save memory."""
-    return MemorySettings(**asdict(config.memory))
-
-
-def build_model(config: Config, attention: str, vocabulary: int = VOCABULARY, context: int = 0) -> Any:
-    """Make a Llama from its shape, seeded; nothing is downloaded. attention: a transformers attention implementation.
-
-    vocabulary: token ids are below it. context: tokens of the longest pack; by default those of the longest document.
+    Raises DistattnError for what cannot be, and where numbers went wrong and the run file says to stop.
     """
-    # 2 s to import, and only here
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    data = open_data(run, config)
+    with ExitStack() as stack:
+        if dist.get_rank() == 0:
+            stack.enter_context(closing(RunLock(run.folder)))
+            configured_model(config, data.vocabulary, data.context).save_pretrained(run.folder)
+        engine = stack.enter_context(closing(open_engine(config, device, data.vocabulary, data.context)))
+        visible, train_config = dist.get_rank() == 0, config.train
+        reporter = stack.enter_context(
+            MetricsReporter(run, train_config.steps, json_lines, visible, train_config.wandb)
+        )
+        keep = KeepRule(config.checkpoint.keep_last, config.checkpoint.keep_every_hours or None)
+        facts = facts_of(config, data)
+        checkpoints = Checkpoints(run.checkpoints, group=dist.group.WORLD, facts=facts, keep=keep, warn=_warn)
+        stack.enter_context(closing(checkpoints))
+        TrainingLoop(run, config, data, engine, checkpoints, reporter, device).run()
 
-    from distattn.adapters import huggingface
 
-    huggingface.register()
-    shape = config.model
-    llama = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        max_position_embeddings=context or config.data.max_document_tokens,
-        # transformers' 0.02 suits widths of thousands; this narrow model learns half as fast with it
-        initializer_range=shape.hidden_size**-0.5,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(config.run.seed)
-    model = AutoModelForCausalLM.from_config(llama, attn_implementation=attention)
-    return model.to(getattr(torch, shape.dtype))
+class TrainingLoop:
+    """The steps of a run on one rank."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: Config,
+        data: RunData,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        reporter: MetricsReporter,
+        device: torch.device,
+    ):
+        self.folder, self.config, self.data, self.engine, self.device = run, config, data, engine, device
+        self.checkpoints, self.reporter, self.facts = checkpoints, reporter, facts_of(config, data)
+        self.schedule, group = schedule_settings(config), dist.group.WORLD
+        self.watch = NumericsWatch(engine.model, watch_settings(config), group, run.folder, engine.cp.messages)
+        self.replay = ReplayCheck(engine.model, config.watch.replay_every, group, engine.cp.messages)
+        self.by_position = LossByPosition(data.context, [corpus.name for corpus in data.corpora], device)
+        self.utilisation = Utilisation.of_config(config, configured_model(config, data.vocabulary, data.context))
+
+    def run(self) -> None:
+        """Train from the newest checkpoint to the last step, and save there."""
+        config, last = self.config, self.config.train.steps
+        step = begin = self._resume()
+        if not begin and self.folder.plan_file.exists():
+            self.reporter.report_plan(Plan.load(self.folder.plan_file))
+        if not begin and config.watch.action == "rollback":
+            # something to go back to
+            self._save(0)
+        while step < last:
+            step = self._train_from(step)
+        if config.checkpoint.every_steps >= 0 and begin < last:
+            self._save(last)
+            self.checkpoints.wait()
+
+    def _train_from(self, begin: int) -> int:
+        """Train from a step on; returns the last step, or the one to go on from after a rollback."""
+        last, evaluation, every = self.config.train.steps, self.config.evaluation, self.config.checkpoint.every_steps
+        clock = StepClock(self.device, self.engine.cp.messages)
+        steps = self.engine.cp.steps(self._loader(self.data, begin, last))
+        for step, batches in enumerate(clock.steps(steps), begin):
+            if not self._train_step(step, batches, clock):
+                return self._resume()
+            done = step + 1
+            if evaluation.every_steps and (done % evaluation.every_steps == 0 or done == last):
+                self._evaluate(done)
+            if every > 0 and done % every == 0 and done < last:
+                self._save(done)
+        return last
+
+    def _train_step(self, step: int, batches: Sequence[Batch], clock: StepClock) -> bool:
+        """One step; False where the run is to go back to a checkpoint."""
+        train = self.config.train
+        if self.reporter.visible:
+            # before anything can go wrong with them
+            append_documents(self.folder.documents_file, list(piece_rows(self.data, step)))
+        # what is random in a step, such as dropout, depends on the step alone
+        torch.manual_seed(derived_key(self.config.run.seed, step, dist.get_rank()))
+        losses = self._losses(step, batches)
+        norm = self.engine.clip(train.max_grad_norm)
+        mean = self.engine.cp.mean_loss(losses)
+        verdict = self.watch.judge(step, mean, norm)
+        if train.histogram_every and step % train.histogram_every == 0:
+            self.reporter.report_histograms(step + 1, self.engine.model)
+        # the last save may still be copying what the update changes
+        self.checkpoints.wait_staged()
+        rate = learning_rate(self.schedule, step)
+        if verdict.applies:
+            self.engine.update(rate)
+        else:
+            self.engine.drop()
+        lengths = [length for pack in self.data.plan.step(step).packs for length in pack.lengths]
+        costs = clock.lap()
+        self.reporter.report(
+            StepMetrics(
+                step + 1,
+                mean,
+                norm,
+                sum(lengths),
+                learning_rate=rate,
+                mfu=self.utilisation and self.utilisation.of_step(lengths, costs.seconds),
+                skipped=verdict.reason,
+                **costs._asdict(),
+            )
+        )
+        return verdict.applies or self._act(verdict, batches)
+
+    def _losses(self, step: int, batches: Sequence[Batch]) -> list[Tensor]:
+        """Forward and backward of a step; the first micro-batch twice where it is time to compare."""
+        if not self.replay.due(step):
+            return self.engine.backward(batches, self.by_position.add_batch)
+        first: list[Tensor] = []
+
+        def run() -> None:
+            first[:] = self.engine.backward(batches[:1])
+
+        difference = self.replay.check(step, run, self.engine.drop)
+        if difference is not None:
+            self._say(step, "wrong rank", difference.text)
+        return first + self.engine.backward(batches[1:], self.by_position.add_batch)
+
+    def _act(self, verdict: Verdict, batches: Sequence[Batch]) -> bool:
+        """Find what went wrong and do what the run file says; False where the run is to go back to a checkpoint."""
+        finding = self.watch.find(verdict.step, lambda number: self.engine.backward([batches[number]])[0], len(batches))
+        self.engine.drop()
+        self.watch.keep_evidence(verdict, finding, list(piece_rows(self.data, verdict.step)), batches)
+        text = f"{verdict.reason} In a second run: {finding.text}"
+        self._say(verdict.step, "refused", text)
+        if verdict.action == "stop":
+            raise DistattnError(
+                f"step {verdict.step + 1}: {text} See {self.folder.folder}/evidence; distattn resume goes on with the newest "
+                "checkpoint, and watch.action says what else to do."
+            )
+        return verdict.action != "rollback"
+
+    def _evaluate(self, done: int) -> None:
+        """Losses of held-out documents by position and corpus, and of training since the last time."""
+        data, begin = held_out_data(self.config, self.data)
+        found = LossByPosition(data.context, [corpus.name for corpus in data.corpora], self.device)
+        with evaluation_mode(self.engine.model):
+            for batches in self.engine.cp.steps(self._loader(data, begin, begin + self.config.evaluation.steps)):
+                self.engine.evaluate(batches, found.add_batch)
+        self.reporter.report_losses(done, found.reduce(dist.group.WORLD))
+        self.reporter.report_losses(done, self.by_position.reduce(dist.group.WORLD), TRAINING)
+        self.by_position.reset()
+
+    def _say(self, step: int, kind: str, text: str) -> None:
+        self.reporter.report_event(step + 1, kind, text)
+        if self.reporter.visible:
+            _warn(f"step {step + 1}: {text}")
+
+    def _loader(self, data: RunData, begin: int, end: int) -> PackLoader:
+        return PackLoader(
+            data.plan,
+            data.corpora,
+            rank=self.engine.cp.data_parallel_rank,
+            size=self.engine.cp.data_parallel_size,
+            start_step=begin,
+            steps=end - begin,
+            vocabulary=data.vocabulary,
+            device=self.device,
+            corpus_ids=True,
+        )
+
+    def _save(self, done: int) -> None:
+        self.checkpoints.save(done, self._state(), overlap=True)
+
+    def _resume(self) -> int:
+        """Take over the newest checkpoint; returns its step, 0 where there is none."""
+        engine_state = self.engine.state()
+        state = self._state(engine_state)
+        loaded = self.checkpoints.load_newest(state, required={name: self.facts[name] for name in REQUIRED})
+        if loaded is None:
+            return 0
+        progress = json.loads(state["progress"])
+        self.engine.load(engine_state._replace(updates=progress["updates"]))
+        self.watch.load_state_dict(progress["watch"])
+        self.reporter.report_event(loaded.step, "resumed", f"Went on from {loaded.folder.name}.")
+        return loaded.step
+
+    def _state(self, engine_state: EngineState | None = None) -> dict[str, Any]:
+        """What a checkpoint has."""
+        one = self.engine.state() if engine_state is None else engine_state
+        progress = {"updates": one.updates, "watch": self.watch.state_dict()}
+        averages = {"exp_avg": one.exp_avg, "exp_avg_sq": one.exp_avg_sq}
+        return {"model": one.model, "optimizer": averages, "progress": json.dumps(progress)}
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"distattn: {text}\n")
+    sys.stderr.flush()

@@ -25,6 +25,7 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
 
     Raises DistattnError when the replay itself cannot run.
     """
+    write_initial_weights(run, config)
     # -P: the script's own folder must not shadow anybody's packages
     command = [sys.executable, "-P", str(_REPLAY), str(run.folder)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -34,6 +35,19 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
     verdict = compare_with_reference(run, config)
     run.reference_check_file.write_text(json.dumps(verdict, indent=1))
     return verdict
+
+
+def write_initial_weights(run: RunFolder, config: Config) -> None:
+    """Write the weights before the first step as a folder of transformers, made anew in this process, without an engine."""
+    # transformers takes seconds to import, and most of this module's users do not need it
+    import torch
+
+    from distattn.models.build import model_config
+    from distattn.training.run_settings import build_model
+
+    # a GPU draws other numbers than a CPU
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    build_model(config, model_config(run.folder), "eager", device).save_pretrained(run.initial_weights)
 
 
 def compare_with_reference(run: RunFolder, config: Config) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The first steps of a run again, in plain transformers: one process, sdpa, one document at a time, summed.
 
-This file is the other side of the comparison and imports nothing of distattn. It reads a run folder (config.toml,
-config.json of the model, documents.jsonl) and writes replay.jsonl with loss and gradient norm of each step.
+This file is the other side of the comparison and imports nothing of distattn. It reads a run folder (config.toml, the weights
+before the first step in initial/, documents.jsonl, and of metrics.jsonl the learning rates) and writes replay.jsonl with loss
+and gradient norm of each step.
 
     python -P distattn/training/reference_replay.py RUN
 """
@@ -9,33 +10,59 @@ config.json of the model, documents.jsonl) and writes replay.jsonl with loss and
 import json
 import sys
 import tomllib
-from itertools import groupby, islice
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 def main(folder: Path) -> None:
     """Replay the steps the run's configuration asks for."""
     config = tomllib.loads((folder / "config.toml").read_text("utf-8"))
-    torch.manual_seed(config["run"]["seed"])
-    model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(folder), attn_implementation="sdpa")
-    model = model.to(getattr(torch, config["model"]["dtype"]))
-    train = config["train"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=train["learning_rate"], weight_decay=train["weight_decay"])
-    rows = map(json.loads, (folder / "documents.jsonl").open())
-    steps = (list(documents) for _, documents in groupby(rows, key=lambda row: row["step"]))
+    train, dtype = config["train"], getattr(torch, config["model"]["dtype"])
+    # bfloat16 computes, float32 is trained
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    model = AutoModelForCausalLM.from_pretrained(folder / "initial", attn_implementation="sdpa", dtype=wide)
+    parameters = list(model.parameters())
+    matrices, vectors = ([one for one in parameters if (one.dim() > 1) == kind] for kind in (True, False))
+    groups = [{"params": matrices, "weight_decay": train["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
+    betas = train["beta1"], train["beta2"]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train["epsilon"])
+    count = min(config["reference_check"]["steps"], train["steps"])
+    rates = {row["step"]: row["learning_rate"] for row in rows_of(folder / "metrics.jsonl")}
+    steps = first_steps(rows_of(folder / "documents.jsonl"), count)
     with (folder / "replay.jsonl").open("w") as out:
-        for step, documents in enumerate(islice(steps, min(config["reference_check"]["steps"], train["steps"])), 1):
-            loss = accumulate(model, [document_tokens(row) for row in documents])
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train["max_grad_norm"])
+        for step, documents in enumerate(steps, 1):
+            loss = accumulate(model, dtype, [document_tokens(row) for row in documents], train["z_loss"])
+            norm = torch.nn.utils.clip_grad_norm_(parameters, train["max_grad_norm"])
+            for group in optimizer.param_groups:
+                group["lr"] = rates[step]
             optimizer.step()
             optimizer.zero_grad()
             out.write(json.dumps({"step": step, "loss": loss, "grad_norm": float(norm)}) + "\n")
             out.flush()
+
+
+def rows_of(file: Path) -> Iterator[dict]:
+    """The rows of a JSON-lines file; a run that was killed may have left a part of one."""
+    for line in file.open():
+        with suppress(ValueError):
+            yield json.loads(line)
+
+
+def first_steps(rows: Iterator[dict], count: int) -> list[list[dict]]:
+    """The documents of the first steps, as the last attempt trained them."""
+    found: dict[int, list[dict]] = {}
+    for row in rows:
+        if row["step"] < count:
+            others = found.get(row["step"], [])
+            found[row["step"]] = [one for one in others if one["attempt"] == row["attempt"]] + [row]
+    return [found[step] for step in sorted(found)]
 
 
 def document_tokens(row: dict) -> torch.Tensor:
@@ -45,16 +72,19 @@ def document_tokens(row: dict) -> torch.Tensor:
     return torch.from_numpy(found.astype(np.int64))[None]
 
 
-def accumulate(model: PreTrainedModel, documents: list[torch.Tensor]) -> float:
+def accumulate(model: PreTrainedModel, dtype: torch.dtype, documents: list[torch.Tensor], z_loss: float) -> float:
     """Backward of the mean loss over all tokens with a successor; returns that loss."""
     valid = max(sum(ids.shape[1] - 1 for ids in documents), 1)
     total = 0.0
     for ids in documents:
         if ids.shape[1] == 1:
             continue
-        logits = model(ids[:, :-1], use_cache=False).logits[0]
+        weights = {name: one.to(dtype) for name, one in model.named_parameters()}
+        logits = functional_call(model, weights, (ids[:, :-1],), {"use_cache": False}).logits[0]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(wide, ids[0, 1:], reduction="sum") / valid
+        if z_loss:
+            loss = loss + z_loss * (wide.logsumexp(-1) ** 2).sum() / valid
         loss.backward()
         total += float(loss.detach())
     return total

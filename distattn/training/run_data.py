@@ -89,10 +89,36 @@ def planned_packs(config: Config) -> Iterator[PackPlan]:
         yield _plan_text(config, _Lengths(_TEXT, lengths, ""), Path(folder, "packs"))
 
 
-def first_packs(plan: PackPlan, shares: int) -> list[list[int]]:
-    """Tokens of each piece of each share's first pack in the first step."""
-    first = plan.step(0)
-    return [first.packs[share[0]].lengths for share in deal_packs(first, shares)]
+def held_out_steps(config: Config) -> int:
+    """Steps of the run's own plan that are not trained, but evaluated."""
+    evaluation = config.evaluation
+    return evaluation.steps if evaluation.every_steps and not evaluation.path else 0
+
+
+def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
+    """The data of the evaluation, and the first step of it. Raises DistattnError where documents are among the trained ones."""
+    begin, steps = config.train.steps, config.evaluation.steps
+    if config.evaluation.path:
+        planned = load_pack_config(config.evaluation.path)
+        corpora = open_corpora(planned)
+        data, begin = RunData(open_configured_plan(planned, corpora), corpora, data.vocabulary), 0
+        if data.plan.steps < steps:
+            raise DistattnError(f"evaluation.steps: {steps:,}, but {data.plan.path} has {data.plan.steps:,} steps.")
+    elif any(
+        row["epoch"] for step in range(begin, begin + steps) for pack in data.plan.step(step).packs for row in pack.rows
+    ):
+        raise DistattnError(
+            f"evaluation.steps: the data end with step {begin:,} and begin anew, so what follows would not be held out; train "
+            "fewer steps, or name other documents in evaluation.path."
+        )
+    return data, begin
+
+
+def first_packs(plan: PackPlan, config: Config) -> list[list[int]]:
+    """Tokens of each piece of the packs of one attention call in the first step: of all shares that attend together."""
+    first, shares = plan.step(0), config.parallel.data_parallel_size
+    together = shares if config.parallel.data == "per_rank" else 1
+    return [first.packs[share[0]].lengths for share in deal_packs(first, shares)[:together]]
 
 
 def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:
@@ -133,17 +159,20 @@ def _plan_text(config: Config, corpus: CorpusLengths, file: Path) -> PackPlan:
     context = config.data.pack_tokens
     packs = config.data.tokens_per_step // context
     # a window of several epochs would mix them, and a plan that ends within it repeat documents
-    window = min(_MOST_WINDOW, config.train.steps * packs, -(-int(corpus.lengths.sum(dtype=np.int64)) // context))
+    steps = config.train.steps + held_out_steps(config)
+    window = min(_MOST_WINDOW, steps * packs, -(-int(corpus.lengths.sum(dtype=np.int64)) // context))
     rule = PackRule(((0, context),), context * packs, window)
-    return make_pack_plan(file, [corpus], seed=config.run.seed, rule=rule, steps=config.train.steps)
+    return make_pack_plan(file, [corpus], seed=config.run.seed, rule=rule, steps=steps)
 
 
 def _planned_data(config: Config, planned: PackConfig) -> RunData:
     corpora = open_corpora(planned, config.data.check_tokens)
     plan = open_configured_plan(planned, corpora)
-    if plan.steps < config.train.steps:
+    wanted = config.train.steps + held_out_steps(config)
+    if plan.steps < wanted:
         raise DistattnError(
-            f"train.steps: {config.train.steps:,}, but {plan.path} has {plan.steps:,} steps; plan more with distattn data pack."
+            f"train.steps: {config.train.steps:,}, {wanted:,} with those of the evaluation, but {plan.path} has {plan.steps:,} "
+            "steps; plan more with distattn data pack."
         )
     check_shares(plan, config.parallel.data_parallel_size, 0, config.train.steps)
     masked = [source.name for source in plan.sources if source.masks is not None]

@@ -64,6 +64,9 @@ class RunFolder:
         self.losses_file = folder / "losses.jsonl"
         # steps that were refused and what was found, restarts, ranks that compute wrongly
         self.events_file = folder / "events.jsonl"
+        # a checkpoint each, and the weights before the first step, which the reference check begins with
+        self.checkpoints = folder / "checkpoints"
+        self.initial_weights = folder / "initial"
         self.plan_file = folder / "plan.npz"
         self.explanation_file = folder / "plan.txt"
         self.report_file = folder / "report.html"
@@ -91,8 +94,9 @@ class RunFolder:
 
     def append(self, path: Path, *rows: object) -> None:
         """Add JSON lines to a file of the run."""
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        # in one piece, so that a run that is killed leaves whole lines
+        with open(path, "ab", buffering=0) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def metrics(self) -> list[StepMetrics]:
         """The metrics of the steps so far, in their order; of a step that was done again after going back, the last."""

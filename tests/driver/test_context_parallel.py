@@ -13,7 +13,7 @@ from distattn.ir.layout import LAYOUTS
 from distattn.ops.executable import EXECUTABLES
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.training.config import Config, ModelConfig
-from distattn.training.loop import build_model
+from distattn.training.run_settings import build_model, configured_model
 
 pytestmark = pytest.mark.sampled(3)
 
@@ -250,7 +250,7 @@ CONFIG = Config(
 
 def _gradients(rank: int, strategy: str, layout: str, lengths: list[int]):
     cp = da.ContextParallel(strategy=strategy, layout=layout)
-    model = build_model(CONFIG, "distattn")
+    model = build_model(CONFIG, configured_model(CONFIG, 256, 4096), "distattn")
     local = cp.shard(batch(lengths))
     loss = local_loss(model, local)
     loss.backward()
@@ -263,7 +263,7 @@ def _gradients(rank: int, strategy: str, layout: str, lengths: list[int]):
 
 def _plain(lengths: list[int]):
     """One process, one document at a time, transformers' own attention."""
-    model = build_model(CONFIG, "sdpa")
+    model = build_model(CONFIG, configured_model(CONFIG, 256, 4096), "sdpa")
     loss = loss_by_document(lambda ids: model(ids, use_cache=False).logits[0], [batch(lengths)])
     loss.backward()
     return loss.detach(), [parameter.grad for parameter in model.parameters()]

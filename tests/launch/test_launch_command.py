@@ -46,10 +46,7 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
     strategy = configuration.load(config).parallel.strategy
     chosen = next(row for row in rows if row["strategy"] == strategy)
     assert code == 0 and chosen["forward"]["tflops"] > 0
-    code, out, err = run(capsys, "slurm", str(config), "--dry-run")
-    if config.stem == "llama-70b-256k-h100":
-        assert code == 2 and "136.9 GB at 2 bytes a parameter, a device of h100-8x8 has 80 GB" in err
-        return
+    code, out, _ = run(capsys, "slurm", str(config), "--dry-run")
     assert code == 0 and "#SBATCH --gpus-per-node=8" in out
     assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
 
@@ -232,7 +229,7 @@ def test_a_run_is_cancelled(cluster, tmp_path):
 def test_a_model_that_no_node_can_hold_is_not_submitted(cluster, tmp_path):
     large = ("--model.hidden_size=4096", "--model.num_layers=2", f"--run.folder={tmp_path}/never")
     done = distattn(cluster, "slurm", "configs/tiny.toml", *large, *SHORT)
-    assert done.returncode == 2 and "the largest node has 2.1 GB. Take fewer layers" in done.stderr, done.stderr
+    assert done.returncode == 2 and "the largest node has 2.1 GB. Take fewer ranks" in done.stderr, done.stderr
     assert not (tmp_path / "never").exists()
 
 

@@ -9,7 +9,8 @@ from distattn.ir.errors import DistattnError
 from distattn.launch import cli, machine_limits
 from distattn.training import config as configuration
 from distattn.training.config import Config, ModelConfig, ParallelConfig
-from distattn.training.loop import build_model
+from distattn.training.config_sections import EngineConfig
+from distattn.training.run_settings import build_model, configured_model
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.toml")
@@ -69,20 +70,27 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         machine_limits.check_run_fits(config)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_the_model_is_counted_as_it_is_built(dtype):
-    config = Config(
-        model=ModelConfig(
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            dtype=dtype,
-        )
-    )
-    parameters = sum(p.numel() for p in build_model(config, "sdpa").parameters())
-    assert machine_limits.model_bytes(config) == parameters * (8 if dtype == "float64" else 4)
+SHAPE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "engine", "bytes_each"),
+    [
+        ("float32", EngineConfig(), 16 / 8),
+        ("float64", EngineConfig(shard_size=2), 32 / 2),
+        # master weights are what is sharded
+        ("bfloat16", EngineConfig(), 16 / 8),
+        ("float32", EngineConfig(name="deepspeed", zero_stage=1), 4 + 4 + 8 / 8),
+        ("bfloat16", EngineConfig(name="deepspeed", zero_stage=2), 2 + 4 / 8 + 12 / 8),
+        ("float32", EngineConfig(name="deepspeed", zero_stage=3), 16 / 8),
+    ],
+)
+def test_what_a_rank_keeps_is_counted_as_the_engine_shards_it(dtype, engine, bytes_each):
+    config = Config(model=dataclasses.replace(SHAPE, dtype=dtype), engine=engine, parallel=ParallelConfig(ranks=8))
+    model = build_model(config, configured_model(config, 256, 64), "sdpa")
+    parameters = sum(p.numel() for p in model.parameters())
+    assert machine_limits.model_parameters(config) == parameters
+    assert machine_limits.state_bytes(config) == pytest.approx(parameters * bytes_each, abs=1)
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:

@@ -30,6 +30,9 @@ _TYPE = torch.Tensor.type
 
 if not torch.cuda.is_available():
     warnings.filterwarnings("ignore", module="megatron")
+    # `with torch.device(...)` knows the functions that are there when it is first used
+    with torch.device("meta"):
+        torch.empty(0)
     torch.cuda.current_device = lambda: torch.device("cpu")
     for name in ("synchronize", "set_device", "manual_seed"):
         setattr(torch.cuda, name, lambda *given, **named: None)

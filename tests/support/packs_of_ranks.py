@@ -8,7 +8,7 @@ from torch.nn.utils import parameters_to_vector
 import distattn as da
 from distattn.adapters.pytorch import local_loss
 from distattn.training.config import Config, ModelConfig
-from distattn.training.loop import build_model
+from distattn.training.run_settings import build_model, configured_model
 
 # of each rank, for each step, the documents of its micro-batches: unequal numbers of them, and of steps
 PACKS = [
@@ -39,7 +39,7 @@ def loader(rank):
 
 def model_of(attention="distattn", dtype="float64"):
     config = Config(model=ModelConfig(**{**MODEL.__dict__, "dtype": dtype}))
-    return build_model(config, attention)
+    return build_model(config, configured_model(config, 256, 4096), attention)
 
 
 def whole_run(ranks, dtype="float64"):

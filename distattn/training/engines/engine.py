@@ -42,7 +42,7 @@ class Engine(Protocol):
         """Forward and backward of a step's micro-batches; gradients are added up. Returns their losses, detached."""
 
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """Losses of micro-batches, without gradients."""
+        """Losses of micro-batches, without gradients; the model is in evaluation mode already."""
 
     def clip(self, limit: float) -> float:
         """Scale gradients down to a global norm; returns what it was before. `update` or `drop` follows."""

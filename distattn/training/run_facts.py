@@ -1,0 +1,57 @@
+"""What a run is: what its checkpoints say of it, and what has to stay when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import xxhash
+
+from distattn.ir.errors import DistattnError
+from distattn.training.config import Config
+from distattn.training.run_data import RunData
+
+# these stay: a run with others is another run
+_FIXED = ("model", "data")
+
+
+def facts_of(config: Config, data: RunData) -> dict[str, str]:
+    """What a checkpoint's manifest says of the run it belongs to; `REQUIRED` of it must be the same when it is read again."""
+    return {
+        "model": _digest(_model(config)),
+        "plan": data.plan.digest,
+        "corpora": " ".join(corpus.digest for corpus in data.corpora),
+        "seed": str(config.run.seed),
+        "config": _digest(asdict(config)),
+        "engine": config.engine.name,
+        "ranks": str(config.parallel.ranks),
+    }
+
+
+# ranks, degrees, strategy, kernel and engine may change
+REQUIRED = ("model", "plan", "corpora", "seed")
+
+
+def check_same_run(before: Config, after: Config) -> None:
+    """Raise DistattnError, naming the key, where a resumed run would be another one."""
+    pairs = [
+        (f"{name}.{key}", asdict(getattr(before, name))[key], value)
+        for name in _FIXED
+        for key, value in asdict(getattr(after, name)).items()
+    ]
+    pairs.append(("run.seed", before.run.seed, after.run.seed))
+    for key, was, now in pairs:
+        # the dtype that is computed in may change, and a folder may have moved
+        if was != now and key not in ("model.path", "model.dtype"):
+            raise DistattnError(
+                f"{key}: the run has {was!r}, and resuming with {now!r} would make it another; start a new one."
+            )
+
+
+def _model(config: Config) -> dict[str, Any]:
+    return asdict(replace(config.model, path="", dtype="", weights=""))
+
+
+def _digest(values: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())

@@ -1,0 +1,123 @@
+"""What a run file says of its model, as transformers and PyTorch want it said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+
+from distattn.adapters import huggingface
+from distattn.cluster.spec import load as load_cluster
+from distattn.kernels.registry import CPU_KERNELS
+from distattn.memory.settings import MemorySettings
+from distattn.memory.tiled_loss import TiledLoss
+from distattn.models.build import llama_config, materialise, meta_model, model_config
+from distattn.models.safetensors_files import load_pretrained
+from distattn.training.config import Config
+from distattn.training.model_flops import ModelFlops, flops_utilisation
+from distattn.training.numerics_watch import WatchSettings
+from distattn.training.schedule import ScheduleSettings
+
+
+def configured_model(config: Config, vocabulary: int, context: int) -> Any:
+    """The transformers configuration of the run's model: that of a folder, or a Llama's. Raises DistattnError for none.
+
+    vocabulary: token ids are below it. context: tokens of the longest pack.
+    """
+    model = config.model
+    if model.path:
+        return model_config(model.path)
+    return llama_config(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        intermediate_size=model.intermediate_size,
+        vocab_size=vocabulary,
+        max_position_embeddings=context,
+    )
+
+
+def build_model(
+    config: Config,
+    shape: Any,
+    attention: str = huggingface.NAME,
+    device: str | torch.device = "cpu",
+    shard: Callable[[Any], None] = lambda model: None,
+) -> Any:
+    """The model of a run before its first step. shape: its transformers configuration.
+
+    shard: is called before the model has memory, so that no rank ever holds what it leaves to others.
+    """
+    model = meta_model(shape, attention, weight_dtype(config))
+    shard(model)
+    if config.model.weights == "pretrained":
+        load_pretrained(model, config.model.path, device)
+    else:
+        materialise(model, config.run.seed, device)
+    return model
+
+
+def weight_dtype(config: Config) -> torch.dtype:
+    """What is trained: float32 where bfloat16 is computed in."""
+    name = config.model.dtype
+    return torch.float32 if name == "bfloat16" else getattr(torch, name)
+
+
+def tiled_loss(config: Config) -> TiledLoss:
+    """The loss, over tiles of tokens."""
+    return TiledLoss(tile_tokens=config.memory.loss_tile_tokens, z_loss=config.train.z_loss)
+
+
+def prepare_layers(model: Any, config: Config) -> None:
+    """Have a transformers model's layers compiled, computed in tiles and again, as the run file says; before they are sharded."""
+    memory, layers = MemorySettings(**asdict(config.memory)), list(model.get_decoder().layers)
+    if config.engine.compile and memory.offload:
+        # copies to the host are not compiled
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward)
+    memory.apply(model)
+    if config.engine.compile and not memory.offload:
+        for layer in layers:
+            layer.compile()
+
+
+def schedule_settings(config: Config) -> ScheduleSettings:
+    """The learning rate by step."""
+    train = config.train
+    return ScheduleSettings(
+        train.learning_rate,
+        train.steps,
+        train.schedule,
+        train.warmup_steps,
+        train.min_learning_rate if train.schedule != "constant" else 0.0,
+        train.decay_share,
+    )
+
+
+def watch_settings(config: Config) -> WatchSettings:
+    """What the numerics watch refuses."""
+    watch = config.watch
+    return WatchSettings(watch.action, watch.spike_window, watch.spike_threshold)
+
+
+class Utilisation(NamedTuple):
+    """MFU of a step. flops: of the model; None where devices' peaks are not known."""
+
+    flops: ModelFlops
+    ranks: int
+    peak_tflops: float
+
+    @staticmethod
+    def of_config(config: Config, shape: Any) -> Utilisation | None:
+        """With the devices of cluster.description; None where the run file names none, or ranks are processes of a CPU."""
+        if not config.cluster.description or config.parallel.kernel in CPU_KERNELS:
+            return None
+        peak = load_cluster(config.cluster.description).device.peak_tflops
+        return Utilisation(ModelFlops.of_model(meta_model(shape)), config.parallel.ranks, peak)
+
+    def of_step(self, lengths: Sequence[int], seconds: float) -> float:
+        """In [0, 1]. lengths: of all pieces of documents of the step, in tokens."""
+        return flops_utilisation(self.flops.of_documents(lengths), seconds, self.ranks, self.peak_tflops)

@@ -1,0 +1,36 @@
+"""`distattn resume`: go on with a run from its newest good checkpoint, on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distattn.ir.errors import DistattnError
+from distattn.launch.run_locally import resume_locally
+from distattn.training import config as configuration
+from distattn.training.run_facts import check_same_run
+from distattn.training.run_folder import RunFolder
+
+USAGE = """usage: distattn resume RUN [--json] [--section.key value ...]
+
+Goes on with the run of a folder from its newest good checkpoint, or from its first step where there is none. Ranks, degrees,
+strategy, kernel, engine and all that is logged or saved may change; the model's shape, the data and the seed stay.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    words = [word for word in arguments if word != "--json"]
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return 0 if words else 2
+    run = RunFolder(Path(words[0]))
+    if not run.config_file.is_file():
+        raise DistattnError(
+            f"{words[0]}: is no run folder, it has no {run.config_file.name}; name one that distattn train made."
+        )
+    before = configuration.load(run.config_file)
+    config = configuration.load(run.config_file, words[1:])
+    check_same_run(before, config)
+    return resume_locally(run, config, json_lines=len(words) < len(arguments))

@@ -1,0 +1,287 @@
+"""A run goes on from its newest checkpoint as if nothing had happened: bit by bit, or on other ranks, strategies and engines."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_on_ranks
+from waiting import LIMIT_SECONDS, eventually
+
+from distattn.ir.errors import DistattnError
+from distattn.training import config as configuration
+from distattn.training.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReferenceCheckConfig,
+    RunConfig,
+    TrainConfig,
+)
+from distattn.training.config_sections import (
+    CheckpointConfig,
+    EngineConfig,
+    EvaluationConfig,
+    MemoryConfig,
+    WatchConfig,
+)
+from distattn.training.engines.fsdp2 import Fsdp2Engine
+from distattn.training.loop import train
+from distattn.training.run_data import find_text, write_text
+from distattn.training.run_folder import RunFolder, read_lines
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for number, paragraph in enumerate((ROOT / "LICENSE").read_text().split("\n\n")):
+        (folder / f"{number:03d}.py").write_text(paragraph)
+    return folder
+
+
+@pytest.fixture
+def config(texts, tmp_path) -> Config:
+    return Config(
+        run=RunConfig(folder=str(tmp_path / "run"), seed=3),
+        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100, context_length=128),
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            dtype="float64",
+        ),
+        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+        train=TrainConfig(steps=STEPS, schedule="cosine", warmup_steps=2, z_loss=1e-4),
+        checkpoint=CheckpointConfig(every_steps=3, keep_last=9),
+        reference_check=ReferenceCheckConfig(steps=0),
+    )
+
+
+def _train(rank: int, folder: Path, config: Config) -> None:
+    # as torchrun sets it, which DeepSpeed asks for
+    os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    train(RunFolder(folder), config, True, torch.device("cpu"))
+
+
+def created(config: Config) -> RunFolder:
+    run = RunFolder.create(config)
+    write_text(run, config, find_text(config))
+    return run
+
+
+def trained(config: Config) -> RunFolder:
+    run = created(config)
+    run_on_ranks(config.parallel.ranks, _train, run.folder, config)
+    return run
+
+
+def resumed_at(run: RunFolder, step: int, config: Config, folder: Path) -> RunFolder:
+    """A copy of a run without what came after a checkpoint, resumed."""
+    shutil.copytree(run.folder, folder)
+    copy = RunFolder(folder)
+    for found in copy.checkpoints.glob("step-*"):
+        if int(found.name.removeprefix("step-")) > step:
+            shutil.rmtree(found)
+    run_on_ranks(config.parallel.ranks, _train, folder, config)
+    return copy
+
+
+def rows(run: RunFolder) -> list[tuple[int, float, float]]:
+    return [(step.step, step.loss, step.grad_norm) for step in run.metrics()]
+
+
+def files_of(run: RunFolder) -> dict[str, str]:
+    """Digests of the files of the last checkpoint."""
+    manifest = json.loads((run.checkpoints / f"step-{STEPS:08d}" / "manifest.json").read_text())
+    return {file["name"]: file["blocks"] for file in manifest["files"] if file["name"].endswith(".distcp")}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
+    run = trained(config)
+    assert [one.name for one in sorted(run.checkpoints.glob("step-*"))] == [
+        "step-00000003",
+        "step-00000006",
+        "step-00000008",
+    ]
+    for step in (3, 6):
+        copy = resumed_at(run, step, config, tmp_path / f"again-{step}")
+        assert rows(copy) == rows(run) and len(rows(run)) == STEPS
+        # weights and averages are the same, too
+        assert files_of(copy) == files_of(run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(parallel=ParallelConfig(ranks=1)),
+        dict(parallel=ParallelConfig(ranks=4, strategy="allgather", layout="zigzag")),
+        dict(parallel=ParallelConfig(ranks=4, strategy="cad", data="per_rank", context_parallel_size=2)),
+        dict(
+            parallel=ParallelConfig(ranks=2, kernel="reference", strategy="ulysses"), engine=EngineConfig(shard_size=1)
+        ),
+        dict(
+            memory=MemoryConfig(
+                loss_tile_tokens=24,
+                mlp_tile_tokens=16,
+                activation_checkpointing="save_attention",
+                offload=True,
+            )
+        ),
+        dict(engine=EngineConfig(name="deepspeed", zero_stage=2), dtype="float32"),
+    ],
+    ids=["fewer ranks", "more ranks", "per rank", "whole copies", "memory", "deepspeed"],
+)
+def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path, changes):
+    wanted, changes = trained(config), dict(changes)
+    if dtype := changes.pop("dtype", ""):
+        changes["model"] = dataclasses.replace(config.model, dtype=dtype)
+    tolerance = (1e-5, 1e-4) if dtype else (1e-12, 1e-9)
+    copy = resumed_at(wanted, 3, dataclasses.replace(config, **changes), tmp_path / "again")
+    for (step, loss, norm), (other, other_loss, other_norm) in zip(rows(wanted), rows(copy), strict=True):
+        assert step == other and loss == pytest.approx(other_loss, rel=tolerance[0])
+        assert norm == pytest.approx(other_norm, rel=tolerance[1])
+
+
+def test_what_is_computed_less_often_or_logged_changes_no_number(config, tmp_path):
+    """Evaluation, tiles, replays and histograms beside a run without them."""
+    plain = trained(config)
+    more = dataclasses.replace(
+        config,
+        run=RunConfig(folder=str(tmp_path / "more"), seed=3),
+        train=dataclasses.replace(config.train, histogram_every=2),
+        watch=WatchConfig(action="rollback", replay_every=3),
+    )
+    assert rows(trained(more)) == rows(plain)
+
+
+def test_held_out_documents_are_evaluated(config):
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=4, steps=2))
+    run = trained(config)
+    found = read_lines(run.losses_file)
+    assert [(row["step"], row["split"]) for row in found] == [
+        (s, t) for s in (4, 8) for t in ("evaluation", "training")
+    ]
+    assert all(0 < row["loss"] < 7 and row["by_corpus"] and row["by_position"] for row in found)
+
+
+def _train_with_fault(rank: int, folder: Path, config: Config, bad_step: int) -> None:
+    """The gradient of rank 1 is not finite in one step, whenever that step is computed."""
+    backward, asked = Fsdp2Engine.backward, []
+
+    def broken(self, batches, on_token_losses=None):
+        asked.append(self)
+        losses = backward(self, batches, on_token_losses)
+        if rank == 1 and torch.initial_seed() == seed_of(config, bad_step, rank):
+            next(iter(self.model.parameters())).grad.to_local().fill_(float("nan"))
+        return losses
+
+    Fsdp2Engine.backward = broken
+    train(RunFolder(folder), config, True, torch.device("cpu"))
+
+
+def seed_of(config: Config, step: int, rank: int) -> int:
+    from distattn.data.order import derived_key
+
+    return derived_key(config.run.seed, step, rank)
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_a_step_that_is_not_finite_is_left_out(config, action):
+    config = dataclasses.replace(config, watch=WatchConfig(action=action))
+    run = created(config)
+    run_on_ranks(2, _train_with_fault, run.folder, config, 4)
+    steps = run.metrics()
+    assert [step.step for step in steps] == list(range(1, STEPS + 1))
+    assert [step.step for step in steps if step.skipped] == [5]
+    assert all(step.loss < 7 for step in steps) and steps[-1].loss < steps[0].loss
+    assert list((run.folder / "evidence").iterdir())
+
+
+def test_a_run_stops_where_its_file_says_so_and_goes_on_later(config):
+    config = dataclasses.replace(config, watch=WatchConfig(action="stop"))
+    run = created(config)
+    with pytest.raises(AssertionError, match="the gradient norm is nan"):
+        run_on_ranks(2, _train_with_fault, run.folder, config, 4)
+    assert len(run.metrics()) == 5 and run.metrics()[-1].skipped
+    run_on_ranks(2, _train, run.folder, config)
+    assert len(run.metrics()) == STEPS and not run.metrics()[-1].skipped
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "distattn.launch.cli", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def config_file(config, tmp_path) -> Path:
+    file = tmp_path / "small.toml"
+    configuration.save(dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1, keep_last=2)), file)
+    return file
+
+
+def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, config_file, tmp_path):
+    wanted = trained(config)
+    more = (str(config_file), f"--run.folder={tmp_path}/killed")
+    process = subprocess.Popen(
+        command("train", *more), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    run = RunFolder(tmp_path / "killed")
+    eventually(lambda: list(run.checkpoints.glob("step-0000000[2-9]")), "two checkpoints")
+    children = subprocess.run(["pgrep", "-f", f"distattn.launch.rank {run.folder}"], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    assert process.wait(LIMIT_SECONDS)
+    done = subprocess.run(
+        command("resume", str(run.folder)), env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    assert rows(run) == rows(wanted)
+    assert not list(run.checkpoints.glob("*.tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--model.num_layers=3",), "model.num_layers: the run has 2, and resuming with 3 would make it another"),
+        (("--run.seed=4",), "run.seed: the run has 3"),
+        (("--train.steps=99",), "train.steps: 99, but the packs of this run are planned for 8 steps"),
+        (("--parallel.strategy=rign",), "parallel.strategy: there is no 'rign'"),
+    ],
+)
+def test_a_resumed_run_cannot_become_another(config, arguments, sentence):
+    run = created(config)
+    before = run.config_file.read_bytes()
+    done = subprocess.run(
+        command("resume", str(run.folder), *arguments), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
+    assert run.config_file.read_bytes() == before
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    done = subprocess.run(command("resume", str(tmp_path)), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and "is no run folder" in done.stderr
+
+
+def test_other_data_under_a_resumed_run_are_refused(config):
+    run = trained(config)
+    shutil.rmtree(run.checkpoints / f"step-{STEPS:08d}")
+    content = bytearray((run.folder / "corpus.packs").read_bytes())
+    content[-40] ^= 1
+    (run.folder / "corpus.packs").write_bytes(content)
+    with pytest.raises((AssertionError, DistattnError), match=r"corpus\.packs"):
+        run_on_ranks(2, _train, run.folder, config)
