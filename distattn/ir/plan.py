@@ -4,6 +4,10 @@ A *task* (step, rank, piece, q0, q1, k0, k1, h0, h1) is core attention of one re
 heads [h0, h1), computed at `rank`. A *move* (step, src, dst, payload, t0, t1, h0, h1) carries an interval of tokens and
 heads of one payload. All rows of step s run concurrently and read the state at the end of step s-1. What a plan must
 satisfy is checked by `distattn.parallel.analysis.verify`; this file only defines the data.
+
+A task of a recurrence is the rectangle of cells that pass through its *stretch*, the tokens [q0, k1) that it reads one by one
+(k0 <= q0): keys before it through their state S[k0, q0), rows after it through theirs, dS[k1, q1). A task without rows
+(q0 = q1) only leaves the state S[k0, k1), one without keys (k0 = k1) only the gradient state dS[q0, q1).
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ from typing import Any
 import numpy as np
 
 from distattn.ir.arguments import check_fields, checked
-from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip
+from distattn.ir.bands import BK, BQ, HI, K0, K1, LO, OK, OQ, Q0, Q1, areas, clip
 from distattn.ir.cached import cached_property
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.ir.intervals import Ints, lexicographic_argsort
 from distattn.ir.layout import Layout
 from distattn.ir.mask import MAX_HEADS, Mask
+from distattn.ir.op import ATTENTION, Op
 
 Columns = dict[str, Ints]
 TASK_COLUMNS = ("step", "rank", "piece", "q0", "q1", "k0", "k1", "h0", "h1")
@@ -35,7 +40,10 @@ _FORMAT = 2
 
 
 class Payload(IntEnum):
-    """What a move carries. dO travels with the final log-sum-exp and delta = rowsum(dO * O); O with its log-sum-exp."""
+    """What a move carries. dO travels with the final log-sum-exp and delta = rowsum(dO * O); O with its log-sum-exp.
+
+    S and dS are states of a recurrence and their gradients: a move names by [t0, t1) the tokens that the state sums up.
+    """
 
     Q = 0
     KV = 1
@@ -43,6 +51,8 @@ class Payload(IntEnum):
     dO = 3
     dQ = 4
     dKV = 5
+    S = 6
+    dS = 7
 
 
 # a held payload is copied by a move; a reduced one is added to what the destination has, and leaves the source
@@ -51,6 +61,9 @@ REDUCED_PAYLOADS = (Payload.O, Payload.dQ, Payload.dKV)
 FORWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.O)
 BACKWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.dO, Payload.dQ, Payload.dKV)
 KEY_PAYLOADS = (Payload.KV, Payload.dKV)
+# a state is held like a copy; its size does not depend on how many tokens it sums up
+STATE_PAYLOADS = (Payload.S, Payload.dS)
+_OF_GRADIENT = {Payload.dQ: "Q", Payload.dKV: "KV"}
 
 
 def make_columns(names: Sequence[str], **values: Ints | int) -> Columns:
@@ -108,7 +121,11 @@ def dtype_name(dtype: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What one attention call asks for: mask and layout of the axis, numbers of heads, head dims and dtype."""
+    """What one call asks for: mask and layout of the axis, numbers of heads, head dims and dtype, and the op.
+
+    heads are those of tasks: query heads, or a recurrence's value heads. kv_heads are those that several of them share:
+    key/value heads, or the heads of a recurrence's queries and keys.
+    """
 
     mask: Mask
     layout: Layout
@@ -121,6 +138,7 @@ class Call:
     comm_dtype: str = ""
     # results of which every number comes from one kernel call: they are held and sent in the inputs' dtype
     written_once: tuple[Payload, ...] = ()
+    op: Op = ATTENTION
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -141,6 +159,8 @@ class Call:
             raise DistattnError(
                 f"comm_dtype of a {self.dtype} call is {self.dtype} or {self.accumulation_dtype}, not {self.comm_dtype!r}."
             )
+        if self.op.is_recurrent:
+            self._check_documents()
 
     @property
     def ranks(self) -> int:
@@ -164,21 +184,25 @@ class Call:
         return "float64" if self.dtype == "float64" else "float32"
 
     def payload_heads(self, payload: Payload) -> int:
-        """How many heads a payload has: key/value heads for KV and dKV, query heads for the others."""
-        return self.kv_heads if payload in KEY_PAYLOADS else self.heads
+        """How many heads a payload has: for attention, key/value heads for KV and dKV, query heads for the others."""
+        return self.kv_heads if payload.name in self.op.shared_payloads else self.heads
+
+    def payloads(self, direction: str) -> tuple[Payload, ...]:
+        """What may move in the "forward" or "backward" table."""
+        if direction == "forward":
+            return (*FORWARD_PAYLOADS, Payload.S) if self.op.is_recurrent else FORWARD_PAYLOADS
+        return (*BACKWARD_PAYLOADS, *STATE_PAYLOADS) if self.op.is_recurrent else BACKWARD_PAYLOADS
 
     def payload_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
         """The tensors of a payload in memory: (width, dtype) each; width None is one number per token and head."""
         wide = self.accumulation_dtype
         result = self.dtype if payload in self.written_once else wide
-        return {
-            Payload.Q: ((self.head_dim, self.dtype),),
-            Payload.KV: ((self.head_dim, self.dtype), (self.v_head_dim, self.dtype)),
-            Payload.O: ((self.v_head_dim, result), (None, wide)),
-            Payload.dO: ((self.v_head_dim, self.dtype), (None, wide), (None, wide)),
-            Payload.dQ: ((self.head_dim, result),),
-            Payload.dKV: ((self.head_dim, result), (self.v_head_dim, result)),
-        }[payload]
+        fields = self.op.fields(self.head_dim, self.v_head_dim)
+        if payload in _OF_GRADIENT:
+            dtypes = {"input": result, "wide": wide}
+            return tuple((width, dtypes[kind]) for width, kind in fields[_OF_GRADIENT[payload]])
+        dtypes = {"input": self.dtype, "wide": wide, "result": result}
+        return tuple((width, dtypes[kind]) for width, kind in fields[payload.name])
 
     def comm_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
         """The tensors of a payload as it is sent: (width, dtype) each. One number per row (log-sum-exp, delta) stays wide."""
@@ -188,9 +212,34 @@ class Call:
         return tuple((width, dtype if width is None else self.comm_dtype) for width, dtype in fields)
 
     def token_head_bytes(self, payload: Payload, in_memory: bool = False) -> int:
-        """Bytes of one (token, head) of a payload as it is sent, or as it is held in memory."""
+        """Bytes of one (token, head) of a payload as it is sent, or as it is held in memory; 0 for states, see `state_bytes`."""
+        if payload in STATE_PAYLOADS:
+            return 0
         fields = self.payload_fields(payload) if in_memory else self.comm_fields(payload)
         return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in fields)
+
+    def state_bytes(self, prefix: bool) -> int:
+        """Bytes of one head's state. prefix: it begins (a gradient state: ends) with its document, and has no transition."""
+        return self.op.state_numbers(self.head_dim, self.v_head_dim, prefix) * DTYPE_BYTES[self.accumulation_dtype]
+
+    @cached_property
+    def documents(self) -> Ints:
+        """The tokens [t0, t1) of each piece of the mask: the documents of a recurrence, (P, 2)."""
+        return self.mask.pieces[:, [Q0, Q1]]
+
+    def is_prefix(self, payload: Payload, t0: Ints, t1: Ints) -> np.ndarray:
+        """Which states of tokens [t0, t1) begin where a document does; of gradient states, which end where one does."""
+        return np.isin(t1, self.documents[:, 1]) if payload == Payload.dS else np.isin(t0, self.documents[:, 0])
+
+    def _check_documents(self) -> None:
+        pieces = self.mask.pieces
+        same = (pieces[:, [Q0, Q1]] == pieces[:, [K0, K1]]).all(1) & (pieces[:, [BQ, BK]] == 1).all(1)
+        shift = pieces[:, OK] - pieces[:, OQ]
+        causal = (pieces[:, HI] + shift == 0) & (pieces[:, LO] + shift <= pieces[:, Q0] - pieces[:, Q1] + 1)
+        if not (same & causal).all() or self.mask.heads is not None:
+            raise DistattnError(
+                f"{self.op.name} reads documents from their start: it takes causal masks, such as Mask.documents(lengths)."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +261,7 @@ class Plan:
             raise DistattnError(f"backward policy {self.policy!r} is not one of {', '.join(POLICIES)}.")
 
     def area_by_rank(self) -> Ints:
-        """Cells x query heads each rank computes in the forward pass."""
+        """Cells x query heads each rank computes in the forward pass; of a recurrence, tokens x heads."""
         work = task_areas(self.call, self.forward.tasks)
         out = np.zeros(self.call.ranks, work.dtype)
         np.add.at(out, self.forward.tasks["rank"], work)
@@ -294,6 +343,7 @@ class Plan:
             }
             | ({"comm_dtype": call.comm_dtype} if call.comm_dtype else {})
             | ({"written_once": [int(payload) for payload in call.written_once]} if call.written_once else {})
+            | ({"op": call.op.as_dict()} if call.op != ATTENTION else {})
         )
 
     def __repr__(self) -> str:
@@ -310,7 +360,17 @@ def task_bands(mask: Mask, tasks: Columns) -> Ints:
 
 
 def task_areas(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
-    """Cells x query heads of each task (its `bands`, if known); as Python integers where all together pass int64."""
+    """Cells x query heads of each task (its `bands`, if known); as Python integers where all together pass int64.
+
+    A recurrence reads the tokens of its stretch: tokens x heads.
+    """
+    if call.op.is_recurrent:
+        return (tasks["k1"] - tasks["q0"]) * (tasks["h1"] - tasks["h0"])
+    return cell_counts(call, tasks, bands)
+
+
+def cell_counts(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
+    """Allowed cells x heads of each task's rectangle, whatever the op."""
     heads = call.heads if call.mask.heads is None else 1
     exact = np.int64 if call.mask.area() * heads < 1 << 62 else object
     bands = task_bands(call.mask, tasks) if bands is None else bands
@@ -319,21 +379,46 @@ def task_areas(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
 
 def task_token_ranges(call: Call, payload: Payload, tasks: Columns) -> Columns:
     """The tokens [t0, t1) and heads [h0, h1) of a payload that each task reads or adds to."""
-    if payload in KEY_PAYLOADS:
+    heads = {"h0": tasks["h0"], "h1": tasks["h1"]}
+    if payload.name in call.op.shared_payloads:
         heads = {"h0": tasks["h0"] // call.gqa_group_size, "h1": -(-tasks["h1"] // call.gqa_group_size)}
+    if call.op.is_recurrent:
+        return _stretches(payload, tasks) | heads
+    if payload in KEY_PAYLOADS:
         return {"t0": tasks["k0"], "t1": tasks["k1"], **heads}
-    return {"t0": tasks["q0"], "t1": tasks["q1"], "h0": tasks["h0"], "h1": tasks["h1"]}
+    return {"t0": tasks["q0"], "t1": tasks["q1"], **heads}
+
+
+def has_rows_and_keys(tasks: Columns) -> np.ndarray:
+    """Which tasks of a recurrence compute outputs or gradients; the others only leave a state."""
+    return (tasks["q0"] < tasks["q1"]) & (tasks["k0"] < tasks["k1"])
 
 
 def move_bytes(call: Call, moves: Columns, in_memory: bool = False) -> Ints:
     """Bytes of each move, as it is sent, or as it is held in memory where it leaves."""
     per_cell = np.array([call.token_head_bytes(payload, in_memory) for payload in Payload], np.int64)
-    return (moves["t1"] - moves["t0"]) * (moves["h1"] - moves["h0"]) * per_cell[moves["payload"]]
+    heads = moves["h1"] - moves["h0"]
+    size = (moves["t1"] - moves["t0"]) * heads * per_cell[moves["payload"]]
+    for payload in STATE_PAYLOADS if call.op.is_recurrent else ():
+        prefix = call.is_prefix(payload, moves["t0"], moves["t1"])
+        per_head = np.where(prefix, call.state_bytes(True), call.state_bytes(False))
+        size = np.where(moves["payload"] == payload, heads * per_head, size)
+    return size
 
 
 def nonempty_bands(bands: Ints) -> np.ndarray:
     """Which of these tightened bands hold a cell, (M,) booleans."""
     return (bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1])
+
+
+def _stretches(payload: Payload, tasks: Columns) -> Columns:
+    """The tokens of a payload that tasks of a recurrence read one by one, or give; none where a task has no use for it."""
+    used = np.ones(num_rows(tasks), bool)
+    if payload in REDUCED_PAYLOADS:
+        used = has_rows_and_keys(tasks)
+    elif payload == Payload.dO:
+        used = tasks["q0"] < tasks["q1"]
+    return {"t0": tasks["q0"], "t1": np.where(used, tasks["k1"], tasks["q0"])}
 
 
 def _canonical(names: Sequence[str], rows: Mapping[str, Ints]) -> Columns:
@@ -363,5 +448,6 @@ def _unpack(head: dict, arrays: dict[str, Ints]) -> Plan:
     by_head = (arrays["mask.piece_heads"], head["heads"]) if "mask.piece_heads" in arrays else ()
     once = tuple(Payload(number) for number in head.get("written_once", ()))
     mask = Mask(arrays["mask.pieces"], head["n"], *by_head)
-    call = Call(mask, layout, **shape, comm_dtype=head.get("comm_dtype", ""), written_once=once)
+    op = Op(**head["op"]) if "op" in head else ATTENTION
+    call = Call(mask, layout, **shape, comm_dtype=head.get("comm_dtype", ""), written_once=once, op=op)
     return Plan(call, table("forward"), table("backward"), head["policy"], head["strategy"])

@@ -42,6 +42,7 @@ class Explanation:
     def as_dict(self) -> dict[str, Any]:
         """Every number of the text, in bytes, tokens and cells x query heads."""
         call, moved = self.plan.call, self.plan.bytes()
+        payloads = [p for p in Payload if p in (*call.payloads("forward"), *call.payloads("backward"))]
         yardsticks = {
             "plan": plan_traffic(self.plan, self.cluster),
             "lower_bound": lower_bound(self.plan, self.cluster),
@@ -59,7 +60,7 @@ class Explanation:
             "dtype": call.dtype,
             "max_over_mean": _max_over_mean(area),
             "steps": {"forward": self.plan.forward.steps, "backward": self.plan.backward.steps},
-            "bytes_by_payload": {p.name: int(moved["bytes"][moved["payload"] == p].sum()) for p in Payload},
+            "bytes_by_payload": {p.name: int(moved["bytes"][moved["payload"] == p].sum()) for p in payloads},
             "nodes": self.cluster.nodes,
             "quality": quality.as_dict(quality.quality(self.plan, self.cluster)),
             "traffic": {name: value._asdict() for name, value in yardsticks.items()},

@@ -8,15 +8,15 @@ import numpy as np
 
 from distattn.cluster.spec import AnyCluster
 from distattn.ir.plan import (
-    BACKWARD_PAYLOADS,
-    FORWARD_PAYLOADS,
     MOVE_COLUMNS,
     REDUCED_PAYLOADS,
+    STATE_PAYLOADS,
     Call,
     Payload,
     Plan,
     concat_rows,
     move_bytes,
+    select_rows,
 )
 from distattn.parallel.tables.routes import differs_from_previous, remote_users
 
@@ -43,8 +43,17 @@ def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
     every partial result leaves its rank, and its node, at least once.
     """
     total = inter_node = 0
-    for table, payloads in ((plan.forward, FORWARD_PAYLOADS), (plan.backward, BACKWARD_PAYLOADS)):
-        for payload in payloads:
+    for direction, table in (("forward", plan.forward), ("backward", plan.backward)):
+        moved_states = np.isin(table.moves["payload"], STATE_PAYLOADS)
+        if moved_states.any():
+            # how states are put together is part of the plan: what it moves of them is what it has to
+            states = select_rows(table.moves, moved_states)
+            size = move_bytes(plan.call, states)
+            total += int(size.sum())
+            inter_node += int(size[cluster.node[states["src"]] != cluster.node[states["dst"]]].sum())
+        for payload in plan.call.payloads(direction):
+            if payload in STATE_PAYLOADS:
+                continue
             # what the forward brought is still there
             if table is plan.backward and plan.policy == "keep" and payload in (Payload.Q, Payload.KV):
                 continue

@@ -108,7 +108,9 @@ def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory
 def kept_elements(program: Program) -> int:
     """How many numbers the forward keeps for the backward on this rank."""
     call = program.call
-    width = {Payload.Q: call.head_dim, Payload.KV: call.head_dim + call.v_head_dim}
+    width = {
+        payload: sum(width or 1 for width, _ in call.payload_fields(payload)) for payload in (Payload.Q, Payload.KV)
+    }
     return sum(rows * (key.h1 - key.h0) * width[key.payload] for key, rows in program.kept.items())
 
 

@@ -24,4 +24,6 @@ def ulysses(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
     tasks = make_columns(TASK_COLUMNS, step=1, rank=rank, **vars(area))
     queries = send_direct(Payload.Q, remote_users(call, Payload.Q, tasks), 0)
     keys = send_direct(Payload.KV, remote_users(call, Payload.KV, tasks), 0)
-    return [Table(tasks, concat_rows(MOVE_COLUMNS, [queries, keys, reversed_moves(queries, Payload.O, 2)]))]
+    # a recurrence's queries have fewer heads than its outputs
+    outputs = send_direct(Payload.O, remote_users(call, Payload.O, tasks), 0)
+    return [Table(tasks, concat_rows(MOVE_COLUMNS, [queries, keys, reversed_moves(outputs, Payload.O, 2)]))]

@@ -38,6 +38,10 @@ def remote_users(call: Call, payload: Payload, tasks: Columns, latest: bool = Fa
     """
     chunks = call.layout.chunks
     ranges = task_token_ranges(call, payload, tasks)
+    some = ranges["t0"] < ranges["t1"]
+    if not some.all():
+        # tasks of a recurrence that only leave a state have no results
+        tasks, ranges = select_rows(tasks, some), {name: column[some] for name, column in ranges.items()}
     # cut at chunks, so that no segment crosses an owner
     i, j = overlapping_pairs(chunks["t0"], chunks["t1"], ranges["t0"], ranges["t1"])
     foreign = np.flatnonzero(tasks["rank"][i] != chunks["rank"][j])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from distattn.ir.intervals import expand_ranges, merge_intervals, sorted_unique, stable_argsort
-from distattn.ir.plan import REDUCED_PAYLOADS, Call, Columns, Payload, Table, task_token_ranges
+from distattn.ir.plan import REDUCED_PAYLOADS, Call, Columns, Payload, Table, select_rows, task_token_ranges
 
 
 def written_once(call: Call, forward: Table, backward: Table) -> tuple[Payload, ...]:
@@ -18,6 +18,9 @@ def written_once(call: Call, forward: Table, backward: Table) -> tuple[Payload, 
 
 def _no_two_meet(call: Call, payload: Payload, tasks: Columns) -> bool:
     where = task_token_ranges(call, payload, tasks)
+    # tasks of a recurrence may have no results
+    some = where["t0"] < where["t1"]
+    tasks, where = select_rows(tasks, some), {name: column[some] for name, column in where.items()}
     # tasks of a rank and step are one kernel call, unless their heads differ: then they may be several
     calls = np.unique(np.stack([tasks[name] for name in ("rank", "step", "h0", "h1")], 1), axis=0, return_inverse=True)
     call_number = calls[1].reshape(-1)

@@ -1,0 +1,161 @@
+"""What a task of a call computes: the tensors of each payload, how parts of one row are joined, and the algebra of a state.
+
+Attention, recurrences, convolutions and latent attention are planned in the same tables. A *recurrence* reads the tokens of a
+document in order and keeps a state S (K, V) for each head:
+
+    S_t = (I - b_t k_t k_t^T) diag(exp g_t) S_(t-1) + b_t k_t v_t^T,    o_t = S_t^T q_t
+
+without b the first factor is I and the last b is 1. What a stretch of tokens does to any state that enters it is an affine map,
+S -> A S + B; what it does to the gradient of the state that leaves it, backwards, is dS -> C + A^T dS. (A, B) and (A, C) are the
+states that plans move, named by the tokens that they sum up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distattn.ir.errors import DistattnError
+
+# a tensor of a payload: its width, None for one number per token and head; and its dtype: that of the inputs, that of the
+# accumulation ("wide"), or "result": that of the accumulation where parts are summed, of the inputs where there is one part
+Field = tuple[int | None, str]
+MERGES = ("lse", "sum", "never")
+DECAYS = ("none", "head", "token", "channel")
+
+
+@dataclass(frozen=True)
+class Op:
+    """What a task computes.
+
+    kind: "attention", "recurrence", "convolution" or "latent_attention". merge: how two results of one row are joined: by
+    log-sum-exp ("lse"), by "sum", or "never": then a row is computed by one task. decay, of a recurrence: g is 0 ("none"), a
+    number for each head that the caller gives beside the plan ("head"), one number a token and head ("token"), or one for each
+    channel of the key ("channel"). delta: whether there is a b. rotary_dim, latent_dim: widths of what latent attention moves
+    in place of keys and values.
+    """
+
+    name: str
+    kind: str = "attention"
+    merge: str = "lse"
+    decay: str = "none"
+    delta: bool = False
+    rotary_dim: int = 0
+    latent_dim: int = 0
+
+    def __post_init__(self) -> None:
+        if self.merge not in MERGES or self.decay not in DECAYS:
+            raise DistattnError(f"op {self.name}: merge is one of {MERGES}, decay one of {DECAYS}.")
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether tasks read stretches of tokens in order, and states move."""
+        return self.kind == "recurrence"
+
+    @property
+    def shared_payloads(self) -> tuple[str, ...]:
+        """The payloads that have a call's key/value heads, which several heads of tasks share.
+
+        Attention shares keys and values among query heads. A recurrence shares queries and keys among value heads.
+        """
+        return ("Q", "dQ") if self.is_recurrent else ("KV", "dKV")
+
+    def fields(self, head_dim: int, v_head_dim: int) -> dict[str, tuple[Field, ...]]:
+        """The tensors of payloads Q, KV, O and dO; gradients have the fields of what they are of."""
+        if self.kind == "recurrence":
+            # what a token forgets is a product of thousands of factors: it is not rounded to half precision
+            decay: tuple[Field, ...] = {
+                "none": (),
+                "head": (),
+                "token": ((None, "wide"),),
+                "channel": ((head_dim, "wide"),),
+            }[self.decay]
+            beta: tuple[Field, ...] = ((None, "input"),) if self.delta else ()
+            return {
+                "Q": ((head_dim, "input"), (head_dim, "input")),
+                "KV": ((v_head_dim, "input"), *decay, *beta),
+                "O": ((v_head_dim, "result"),),
+                "dO": ((v_head_dim, "input"),),
+            }
+        if self.kind == "convolution":
+            return {
+                "Q": (),
+                "KV": ((v_head_dim, "input"),),
+                "O": ((v_head_dim, "result"),),
+                "dO": ((v_head_dim, "input"),),
+            }
+        latent = self.kind == "latent_attention"
+        key, value = (self.rotary_dim, self.latent_dim) if latent else (head_dim, v_head_dim)
+        return {
+            "Q": ((head_dim, "input"),),
+            "KV": ((key, "input"), (value, "input")),
+            "O": ((v_head_dim, "result"), (None, "wide")),
+            "dO": ((v_head_dim, "input"), (None, "wide"), (None, "wide")),
+        }
+
+    def transition_shape(self, head_dim: int) -> tuple[int, ...]:
+        """The shape of one head's A: a matrix, or its diagonal where that is all, or one number where that is constant."""
+        if self.delta:
+            return (head_dim, head_dim)
+        return (head_dim,) if self.decay == "channel" else (1,)
+
+    @property
+    def transition_travels(self) -> bool:
+        """Whether A is part of a state that moves; without gates its length says it."""
+        return self.delta or self.decay in ("token", "channel")
+
+    def state_numbers(self, head_dim: int, v_head_dim: int, prefix: bool) -> int:
+        """Numbers of one head's state as it moves. prefix: it begins where its document does, so that no state can enter."""
+        transition = 0
+        if self.transition_travels and not prefix:
+            transition = head_dim * head_dim if self.delta else self.transition_shape(head_dim)[0]
+        return head_dim * v_head_dim + transition
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, from which `Op(**values)` is the same op."""
+        return asdict(self)
+
+
+def _recurrence(name: str, decay: str = "none", delta: bool = False) -> Op:
+    return Op(name, "recurrence", "never", decay, delta)
+
+
+ATTENTION = Op("attention")
+# a convolution is linear in its taps: parts of a row are added
+CONVOLUTION = Op("convolution", "convolution", "sum")
+OPS: Mapping[str, Op] = {
+    op.name: op
+    for op in (
+        ATTENTION,
+        # Katharopoulos et al. 2020, arXiv 2006.16236
+        _recurrence("linear_attention"),
+        # Sun et al. 2023, arXiv 2307.08621; Qin et al. 2024 (lightning attention), arXiv 2401.04658
+        _recurrence("retention", "head"),
+        # Dao and Gu 2024 (Mamba-2), arXiv 2405.21060
+        _recurrence("ssd", "token"),
+        # Yang et al. 2023, arXiv 2312.06635
+        _recurrence("gla", "channel"),
+        # Yang et al. 2024, arXiv 2406.06484
+        _recurrence("delta_rule", "none", True),
+        # Yang, Kautz and Hatamizadeh 2024 (Gated DeltaNet), arXiv 2412.06464
+        _recurrence("gated_delta_rule", "token", True),
+        # Kimi Team 2025 (Kimi Delta Attention), arXiv 2510.26692
+        _recurrence("kda", "channel", True),
+        CONVOLUTION,
+    )
+}
+
+
+def latent_attention(rotary_dim: int, latent_dim: int) -> Op:
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434): one rotary key and a latent move for all heads."""
+    return Op("latent_attention", "latent_attention", rotary_dim=rotary_dim, latent_dim=latent_dim)
+
+
+def op_of(op: Op | str) -> Op:
+    """The op of that name. Raises DistattnError where there is none."""
+    if isinstance(op, Op):
+        return op
+    if op not in OPS:
+        raise DistattnError(f"op {op!r} does not exist; there are {', '.join(OPS)}.")
+    return OPS[op]
