@@ -1,0 +1,77 @@
+"""Chunked recurrences equal their definition, token by token: outputs, states and all gradients."""
+
+import pytest
+import torch
+from recurrences import RECURRENT, RecurrenceResult, assert_same, by_definition, recurrence_case
+
+from distattn.ir.op import OPS
+from distattn.kernels.recurrence import chunked
+from distattn.kernels.recurrence.tokens import token_by_token
+
+LENGTHS = (1, 2, 200, 16, 65, 64, 17)
+
+
+def chunk_by_chunk(case, dtype=torch.float64) -> RecurrenceResult:
+    x = case.x._replace(**{name: value.to(dtype) for name, value in case.x.present().items()})
+    initial, do, dfinal = (value.to(dtype) for value in (case.initial, case.do, case.dfinal))
+    o, final = chunked.forward(x, case.stretches, initial)
+    dx, dinitial = chunked.backward(x, case.stretches, initial, do, dfinal)
+    return RecurrenceResult(o, final, dx, dinitial)
+
+
+@pytest.mark.parametrize("decay", ["usual", "near 1", "near 0", "mixed"])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_chunks_equal_the_definition(name, decay):
+    if OPS[name].decay == "none" and decay != "usual":
+        pytest.skip("it has no decay")
+    case = recurrence_case(OPS[name], LENGTHS, decay=decay)
+    wanted = by_definition(case)
+    assert_same(chunk_by_chunk(case), wanted, 1e-10)
+    assert_same(chunk_by_chunk(case, torch.float32), wanted, 2e-5)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_thousands_of_tokens(name):
+    case = recurrence_case(OPS[name], (2500,), heads=1, key_heads=1, decay="near 1")
+    wanted = by_definition(case)
+    assert_same(chunk_by_chunk(case), wanted, 1e-10)
+    assert_same(chunk_by_chunk(case, torch.float32), wanted, 2e-5)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_stretch_is_an_affine_map_of_the_state_that_enters(name):
+    case = recurrence_case(OPS[name], (70, 3, 1))
+    a = chunked.transitions(case.x, case.stretches, torch.float64)
+    _, b = chunked.forward(case.x, case.stretches, torch.zeros_like(case.initial), outputs=False)
+    _, final = token_by_token(case.x, case.stretches, case.initial)
+    carried = a @ case.initial if OPS[name].delta else a[..., None] * case.initial
+    torch.testing.assert_close(carried + b, final, rtol=1e-10, atol=1e-11)
+    assert a.shape[2:] == OPS[name].transition_shape(3)
+    # and so is, backwards, the gradient of the state that leaves
+    _, c = chunked.backward(
+        case.x, case.stretches, case.initial, case.do, torch.zeros_like(case.dfinal), of_tokens=False
+    )
+    carried = a.transpose(-1, -2) @ case.dfinal if OPS[name].delta else a[..., None] * case.dfinal
+    torch.testing.assert_close(carried + c, by_definition(case).dinitial, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["gla", "gated_delta_rule"])
+def test_rows_in_no_stretch_are_zero_and_empty_stretches_pass_the_state_on(name):
+    case = recurrence_case(OPS[name], (30,))
+    o, final = chunked.forward(case.x, [(3, 9), (12, 12)], case.initial.expand(2, -1, -1, -1))
+    assert not o[:3].any() and not o[9:].any() and o[3:9].all()
+    assert torch.equal(final[1], case.initial[0])
+    o, final = chunked.forward(case.x, [], case.initial[:0])
+    assert not o.any() and len(final) == 0
+
+
+def test_an_infinite_decay_forgets_everything_and_nothing_is_not_a_number():
+    case = recurrence_case(OPS["gla"], (40,))
+    g = case.x.g.clone()
+    g[20] = -torch.inf
+    x = case.x._replace(g=g)
+    o, _ = chunked.forward(x, case.stretches, case.initial)
+    alone, _ = chunked.forward(x, [(20, 40)], torch.zeros_like(case.initial))
+    torch.testing.assert_close(o[20:], alone[20:])
+    dx, dinitial = chunked.backward(x, case.stretches, case.initial, case.do, case.dfinal)
+    assert all(value.isfinite().all() for value in (*dx.by_token().values(), dinitial))
