@@ -15,6 +15,7 @@ from distattn.ir.errors import DistattnError, PlanError
 from distattn.ir.intervals import sorted_unique
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
+from distattn.ir.op import ATTENTION, Op, op_of
 from distattn.ir.plan import POLICIES, Call, Plan, Table, dtype_name, move_bytes
 from distattn.parallel.analysis.simulate import simulate_pass
 from distattn.parallel.analysis.verify import verify
@@ -23,6 +24,7 @@ from distattn.parallel.strategies.cad import CadOptions, cad
 from distattn.parallel.strategies.cad_greedy import CadGreedyOptions, cad_greedy
 from distattn.parallel.strategies.double_ring import DoubleRingOptions, double_ring
 from distattn.parallel.strategies.ring import RingOptions, ring
+from distattn.parallel.strategies.scan import ScanOptions, scan
 from distattn.parallel.strategies.ulysses import ulysses
 from distattn.parallel.strategies.usp import UspOptions, usp
 from distattn.parallel.tables.backward import derive_backward
@@ -39,7 +41,8 @@ class Strategy:
     by_direction: the function takes direction="backward" as well, for tasks that are assigned by what they cost there.
     choose_by: "bytes" takes the candidate that moves fewest. "seconds" simulates them on a described cluster: the first is
     what was asked for, the second moves nothing but what it must, and the others, which lie between the two, are made only
-    where the first is not faster than the second. Elsewhere the first is taken.
+    where the first is not faster than the second. Elsewhere the first is taken. "all seconds" simulates all of them.
+    own_backward: candidates for direction="backward" are backward tables themselves; nothing is derived from the forward.
     """
 
     forward: Callable[..., Iterable[Table]]
@@ -47,6 +50,7 @@ class Strategy:
     options: type | None = None
     by_direction: bool = False
     choose_by: str = "bytes"
+    own_backward: bool = False
 
     @property
     def option_names(self) -> list[str]:
@@ -79,6 +83,15 @@ STRATEGIES: Mapping[str, Strategy] = {
     "cad": Strategy(cad, "refetch-home", CadOptions, by_direction=True, choose_by="seconds"),
     "cad_greedy": Strategy(cad_greedy, "refetch-home", CadGreedyOptions),
 }
+RECURRENT_STRATEGIES: Mapping[str, Strategy] = {
+    "scan": Strategy(scan, "keep", ScanOptions, by_direction=True, choose_by="all seconds", own_backward=True),
+    "ulysses": Strategy(ulysses, "keep"),
+}
+
+
+def strategies_of(op: Op) -> Mapping[str, Strategy]:
+    """The strategies that plan an op, by name."""
+    return RECURRENT_STRATEGIES if op.is_recurrent else STRATEGIES
 
 
 @checked
@@ -98,8 +111,9 @@ def make_plan(
     options: Mapping[str, object] | None = None,
     working_layout: Layout | None = None,
     max_buffer_bytes: int | None = None,
+    op: Op | str = ATTENTION,
 ) -> Plan:
-    """Plan one attention call: a pure host function, the same on every rank, no torch.
+    """Plan one call: a pure host function, the same on every rank, no torch.
 
     heads and kv_heads are query and key/value heads on one tensor-parallel rank; dtype is that of q, k and v ("float16",
     "bfloat16", "float32", "float64", or as torch and NumPy have them). backward is one of POLICIES, by default the strategy's
@@ -110,17 +124,25 @@ def make_plan(
     max_buffer_bytes: of buffers that a rank may need at once (see `verify`); where a plan needs more, heads are computed in so
     many chunks that it does not, and the backward has "keep" only where it is asked for: what is kept would stay as large.
 
+    op: what is computed, an Op or its name: "attention", or a recurrence ("gated_delta_rule", "ssd", "gla", ...; see
+    `distattn.ir.op`). Then heads are those of values and states, kv_heads those of queries and keys, head_dim and v_head_dim the
+    sides of a state; strategies are RECURRENT_STRATEGIES.
+
     Candidates of a strategy are chosen between by bytes or by simulated seconds (see `Strategy`), forward and backward each
     (together where the backward keeps what it received). Raises DistattnError when the call cannot be planned as asked, and
     PlanError, with the least bytes possible, when no chunks are small enough.
     """
-    check_names(strategy, backward, options)
+    op = op_of(op)
+    check_names(strategy, backward, options, op)
     cluster = resolve_cluster(cluster)
     if cluster is not None and cluster.ranks != layout.ranks:
         raise DistattnError(f"the cluster has {cluster.nodes} x {cluster.devices} ranks, the layout {layout.ranks}.")
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
     call = Call(mask, layout, heads, kv_heads, head_dim, v_head_dim, dtype_name(dtype), dtype_name(comm_dtype))
     chosen = STRATEGIES[strategy]
+    call = Call(mask, layout, heads, kv_heads, head_dim, v_head_dim, dtype_name(dtype), dtype_name(comm_dtype), op=op)
+    chosen = strategies_of(op)[strategy]
+    policy = backward or chosen.backward
     working = call if working_layout is None else replace(call, layout=working_layout)
     if working.ranks != call.ranks:
         raise DistattnError(f"the working layout has {working.ranks} ranks, the layout {call.ranks}.")
@@ -164,15 +186,35 @@ def make_plan(
         f"{strategy}: a rank needs {least:,} bytes of buffers at least, with heads in as many chunks as there can be; "
         f"max_buffer_bytes is {max_buffer_bytes:,}. Raise it, or use more ranks or another strategy."
     )
+        if chosen.choose_by == "seconds":
+            found = [_fastest(working, cluster, found, direction, policy)]
+        if chosen.choose_by == "all seconds":
+            found = [_fastest_of_all(working, cluster, found, direction)]
+            found = [relayout_table(call, working, table) for table in found]
+        return [_without_idle_steps(table) for table in found]
+    forwards = tables("forward")
+    planned_anew = chosen.by_direction and policy != "keep"
+    if chosen.own_backward:
+        backwards = tables("backward")
+    else:
+        tasks_from = tables("backward") if planned_anew else forwards
+        backwards = [derive_backward(call, table, policy, cluster) for table in tasks_from]
+    chosen_tables = _fewest_bytes(call, forwards, backwards, policy)
+    call = replace(call, written_once=written_once(call, *chosen_tables))
+    return Plan(call, *chosen_tables, policy, strategy)
 
 
-def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None) -> None:
-    """Refuse a strategy, backward policy or option that does not exist, naming those that do."""
-    if strategy not in STRATEGIES:
-        raise DistattnError(f"strategy {strategy!r} does not exist; there are {', '.join(STRATEGIES)}.")
+def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None, op: Op = ATTENTION) -> None:
+    """Refuse a strategy, backward policy or option that does not exist for an op, naming those that do."""
+    strategies = strategies_of(op)
+    if strategy not in strategies:
+        of_op = "" if op == ATTENTION else f" for {op.name}"
+        raise DistattnError(f"strategy {strategy!r} does not exist{of_op}; there are {', '.join(strategies)}.")
+    if backward not in (None, "keep") and strategies[strategy].own_backward:
+        raise DistattnError(f'strategy {strategy} keeps what it received; its backward is "keep", not {backward!r}.')
     if backward is not None and backward not in POLICIES:
         raise DistattnError(f"backward policy {backward!r} does not exist; there are {', '.join(POLICIES)}.")
-    known = STRATEGIES[strategy].option_names
+    known = strategies[strategy].option_names
     for name in (options or {}).keys() - known:
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise DistattnError(f"strategy {strategy} has no option {name!r}; {takes}.")
@@ -219,6 +261,16 @@ def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table]
         if (found := seconds(table)) < fewest_seconds:
             fewest_seconds, best = found, table
     return best
+
+
+def _fastest_of_all(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table], direction: str) -> Table:
+    """The candidate of least simulated seconds, or the first where nothing is known of speeds."""
+    if not isinstance(cluster, ClusterSpec):
+        return next(iter(candidates))
+    spec = cluster
+    return min(
+        map(_without_idle_steps, candidates), key=lambda table: simulate_pass(call, spec, direction, table).seconds
+    )
 
 
 def _without_idle_steps(table: Table) -> Table:

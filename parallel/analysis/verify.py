@@ -1,7 +1,8 @@
 """The proof of a plan: every allowed cell computed once, every input present when used, every result at its owner.
 
 `verify` reads only the tables, the mask and the layout; it knows no strategy. Everything is sorts, joins and prefix sums over
-whole columns. What moves must satisfy is checked in `distattn.parallel.analysis.holding`.
+whole columns. What moves must satisfy is checked in `distattn.parallel.analysis.holding`, what states of recurrences must
+in `distattn.parallel.analysis.states`.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from distattn.ir.bands import K0, K1, Q0, Q1, areas, tighten
 from distattn.ir.errors import PlanError
 from distattn.ir.intervals import Ints, expand_ranges, sorted_unique
 from distattn.ir.plan import (
-    BACKWARD_PAYLOADS,
-    FORWARD_PAYLOADS,
     MOVE_COLUMNS,
+    STATE_PAYLOADS,
     TASK_COLUMNS,
     Call,
     Columns,
     Payload,
     Plan,
-    Table,
+    cell_counts,
+    has_rows_and_keys,
     move_bytes,
     select_rows,
-    task_areas,
     task_bands,
 )
 from distattn.parallel.analysis.disjoint import first_overlap
 from distattn.parallel.analysis.holding import MAX_STEP, BufferLifetimes, check_payload, moves_of, show_row
+from distattn.parallel.analysis.states import begun_with_state, state_lifetimes, trace_states
 from distattn.parallel.tables.written_once import written_once
 
 
@@ -56,16 +57,21 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
     max_buffer_bytes: bytes of buffers that a rank may need at once in one pass, beside what is kept; no limit by default.
     """
     call = plan.call
-    forward = _verify_table(call, plan.forward, "forward", FORWARD_PAYLOADS, None)
+    forward = _verify_table(plan, "forward", None)
     kept = moves_of(plan.forward.moves, (Payload.Q, Payload.KV)) if plan.policy == "keep" else None
-    backward = _verify_table(call, plan.backward, "backward", BACKWARD_PAYLOADS, kept)
+    backward = _verify_table(plan, "backward", kept)
     if call.written_once:
         for payload in set(call.written_once) - set(written_once(call, plan.forward, plan.backward)):
             raise PlanError(f"two kernel calls add to {payload.name}, which the plan says is written once.")
     kept_bytes = np.zeros(call.ranks, np.int64)
     if kept is not None:
         np.add.at(kept_bytes, kept["dst"], move_bytes(call, kept))
-        forward = {payload: buffers for payload, buffers in forward.items() if payload == Payload.O}
+        # what is kept is counted apart
+        forward = {p: buffers for p, buffers in forward.items() if p not in (Payload.Q, Payload.KV)}
+    if call.op.is_recurrent:
+        # what tasks began with stays for the backward pass; it begins where its document does
+        reads = select_rows(plan.forward.tasks, begun_with_state(plan.forward.tasks))
+        np.add.at(kept_bytes, reads["rank"], (reads["h1"] - reads["h0"]) * call.state_bytes(True))
     proof = Proof(plan.digest, _peak(call, forward), _peak(call, backward), kept_bytes)
     if max_buffer_bytes is not None:
         check_max_buffer_bytes(proof, max_buffer_bytes)
@@ -83,15 +89,21 @@ def check_max_buffer_bytes(proof: Proof, max_buffer_bytes: int) -> None:
             )
 
 
-def _verify_table(
-    call: Call, table: Table, direction: str, payloads: tuple[Payload, ...], kept: Columns | None
-) -> dict[Payload, BufferLifetimes]:
+def _verify_table(plan: Plan, direction: str, kept: Columns | None) -> dict[Payload, BufferLifetimes]:
     """The buffers of each payload of a table that is right."""
+    call, table = plan.call, plan.forward if direction == "forward" else plan.backward
+    payloads = call.payloads(direction)
     _check_task_numbers(call, table.tasks, direction)
     _check_move_numbers(call, table.moves, direction, payloads)
-    _check_coverage(call, table.tasks, direction)
+    if call.op.is_recurrent:
+        _check_stretches(call, table.tasks, direction)
+    else:
+        _check_coverage(call, table.tasks, direction)
     found = {}
     for payload in payloads:
+        if payload in STATE_PAYLOADS:
+            found[payload] = state_lifetimes(call, payload, trace_states(plan, direction, payload).lives)
+            continue
         still_there = None
         if kept is not None and payload in (Payload.Q, Payload.KV):
             still_there = select_rows(kept, kept["payload"] == payload)
@@ -104,6 +116,10 @@ def _check_task_numbers(call: Call, tasks: Columns, direction: str) -> None:
     _refuse_task(_outside(tasks["piece"], len(call.mask.pieces)), tasks, direction, "names no piece of the mask")
     _refuse_task(_outside(tasks["rank"], call.ranks), tasks, direction, f"is at no rank of {call.ranks}")
     bad = _not_inside(tasks, "q", call.mask.n) | _not_inside(tasks, "k", call.mask.n)
+    if call.op.is_recurrent:
+        # what they may lack is said by `_check_stretches`
+        names = ("q0", "q1", "k0", "k1")
+        bad = np.logical_or.reduce([(tasks[name] < 0) | (tasks[name] > call.mask.n) for name in names])
     _refuse_task(bad, tasks, direction, f"has an empty or impossible rectangle on {call.mask.n} tokens")
     bad = _not_inside(tasks, "h", call.heads) | _outside(tasks["step"], MAX_STEP)
     _refuse_task(bad, tasks, direction, f"has an impossible step or head range of {call.heads} heads")
@@ -120,6 +136,24 @@ def _check_move_numbers(call: Call, moves: Columns, direction: str, payloads: tu
     _refuse_move(bad, moves, direction, "has an impossible step, token or head range")
 
 
+def _check_stretches(call: Call, tasks: Columns, direction: str) -> None:
+    """Rows and keys of a task meet in its stretch; each output, and gradient, once and from all that it depends on."""
+    q0, q1, k0, k1 = (tasks[name] for name in ("q0", "q1", "k0", "k1"))
+    backward = direction == "backward"
+    whole = has_rows_and_keys(tasks)
+    only_state = (q0 == q1) & (k0 <= q0) & (q0 < k1)
+    only_gradient = (k0 == k1) & (q0 < k1) & (k1 <= q1) & backward
+    good = only_state | only_gradient | (whole & (k0 <= q0) & (q0 < k1) & ((k1 <= q1) if backward else (k1 == q1)))
+    document = call.documents[tasks["piece"]]
+    inside = (np.minimum(q0, k0) >= document[:, 0]) & (np.maximum(q1, k1) <= document[:, 1])
+    _refuse_task(~(good & inside), tasks, direction, "is not a stretch of its document with what passes through it")
+    complete = select_rows(tasks, whole)
+    # outputs depend on all keys before them, gradients of keys on all rows after them as well
+    _check_coverage(call, {**complete, "q1": complete["k1"]}, direction)
+    if backward:
+        _check_coverage(call, {**complete, "k0": complete["q0"]}, direction)
+
+
 def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
     """Tasks are tight rectangles of their pieces, disjoint for every head, and their areas add up to the mask's."""
     bands = task_bands(call.mask, tasks)
@@ -131,7 +165,7 @@ def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
     bad = (tasks["h0"] < of_piece[:, 0]) | (tasks["h1"] > of_piece[:, 1])
     _refuse_task(bad, tasks, direction, "has heads its piece does not belong to")
     _check_disjoint(tasks, direction)
-    work = task_areas(call, tasks, bands)
+    work = cell_counts(call, tasks, bands)
     done = np.zeros(len(call.mask.pieces), work.dtype)
     np.add.at(done, tasks["piece"], work)
     wanted = areas(call.mask.pieces).astype(work.dtype) * np.diff(call.piece_heads, axis=1)[:, 0]
