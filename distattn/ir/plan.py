@@ -193,10 +193,13 @@ class Call:
             return (*FORWARD_PAYLOADS, Payload.S) if self.op.is_recurrent else FORWARD_PAYLOADS
         return (*BACKWARD_PAYLOADS, *STATE_PAYLOADS) if self.op.is_recurrent else BACKWARD_PAYLOADS
 
-    def payload_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
-        """The tensors of a payload in memory: (width, dtype) each; width None is one number per token and head."""
+    def payload_fields(self, payload: Payload, narrow: bool = False) -> tuple[tuple[int | None, str], ...]:
+        """The tensors of a payload in memory: (width, dtype) each; width None is one number per token and head.
+
+        narrow: results in the inputs' dtype, though the plan does not say that they are.
+        """
         wide = self.accumulation_dtype
-        result = self.dtype if payload in self.written_once else wide
+        result = self.dtype if narrow or payload in self.written_once else wide
         fields = self.op.fields(self.head_dim, self.v_head_dim)
         if payload in _OF_GRADIENT:
             dtypes = {"input": result, "wide": wide}

@@ -194,12 +194,12 @@ class _Tracing:
         out = []
         for i, part in self._by_heads(tasks):
             if reads[i]:
-                row, *rest = _ints(tasks, i, "row", "rank", "k0", "q0", "step")
-                out.append((StateName("task", row), part, *rest))
+                row, rank, t0, t1, step = _ints(tasks, i, "row", "rank", "k0", "q0", "step")
+                out.append((StateName("task", row), part, rank, t0, t1, step))
         for i, part in self._by_heads(moves):
-            row, rank, *rest = _ints(moves, i, "row", "src", "t0", "t1", "step")
+            row, rank, t0, t1, step = _ints(moves, i, "row", "src", "t0", "t1", "step")
             if self.rank in (None, rank):
-                out.append((StateName("move", row), part, rank, *rest))
+                out.append((StateName("move", row), part, rank, t0, t1, step))
         return out
 
     def _by_heads(self, rows: Columns) -> list[tuple[int, int]]:
@@ -209,7 +209,7 @@ class _Tracing:
 
     def _mirror(self, rows: Columns, *pairs: tuple[str, str]) -> Columns:
         n = self.call.mask.n
-        out = {}
+        out: Columns = {}
         for a, b in pairs:
             out |= {a: n - rows[b], b: n - rows[a]}
         return out

@@ -27,6 +27,7 @@ class Buffers:
         unadded: payloads of which the rank's own tensor is in the inputs' dtype, since nothing is added to it.
         """
         self.call, self._blank, self._unadded = call, blank, unadded
+        self._merges_by_lse = call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
         # the same memory as numbers of each dtype
         self._arena = {torch.uint8: arena}
@@ -57,6 +58,27 @@ class Buffers:
                 fields.append(flat[at : at + size].view(shape))
                 at += size
             self.fields[key] = tuple(fields)
+
+    def new_kept(self, rows: dict[BufferKey, int]) -> list[Tensor]:
+        """New tensors for buffers whose fields have several dtypes, in order; they stay until the backward pass."""
+        device = self._arena[torch.uint8].device
+        tensors = [
+            torch.empty(
+                (count, key.h1 - key.h0, *(() if width is None else (width,))),
+                dtype=getattr(torch, name),
+                device=device,
+            )
+            for key, count in rows.items()
+            for width, name in self.call.payload_fields(key.payload)
+        ]
+        self.bind_kept(list(rows), tensors)
+        return tensors
+
+    def bind_kept(self, keys: Sequence[BufferKey], tensors: Sequence[Tensor]) -> None:
+        """Use the tensors that `new_kept` has made for these buffers."""
+        remaining = iter(tensors)
+        for key in keys:
+            self.fields[key] = tuple(next(remaining) for _ in self.call.payload_fields(key.payload))
 
     def place(self, places: Places) -> Fields:
         """Tensors in the arena; what is in them has no meaning."""
@@ -117,12 +139,12 @@ class Buffers:
         return self.part(view) if places is None else self._gathered(view, places)
 
     def accumulate(self, payload: Payload, view: View, fields: Fields) -> None:
-        """Accumulate the tensors of a view into its buffers: O by log-sum-exp, gradients by sum."""
+        """Accumulate the tensors of a view into its buffers: O as the op says, gradients by sum."""
         for piece in view.slices:
             rows, view_rows = Rows.of(piece.rows), Rows.of(piece.view_rows)
             parts = tuple(tensor[:, piece.view_heads] for tensor in fields)
             totals = tuple(tensor[:, piece.heads] for tensor in self.fields[piece.buffer])
-            if payload == Payload.O and not piece.is_first:
+            if payload == Payload.O and self._merges_by_lse and not piece.is_first:
                 merge_rows(totals[0], totals[1], rows, parts[0], parts[1], view_rows)
                 continue
             for total, part in zip(totals, parts, strict=True):
@@ -134,7 +156,7 @@ class Buffers:
         if key in self._blank:
             for tensor in fields:
                 tensor.zero_()
-            if key.payload == Payload.O:
+            if key.payload == Payload.O and self._merges_by_lse:
                 fields[1].fill_(-torch.inf)
         return fields
 

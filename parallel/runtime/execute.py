@@ -21,6 +21,7 @@ from distattn.kernels.spec import ScoreMod
 from distattn.parallel.runtime.buffers import Buffers, Fields
 from distattn.parallel.runtime.memory import kept_elements
 from distattn.parallel.runtime.program import KernelLaunch, Program, ProgramStep, kept_key
+from distattn.parallel.runtime.state_tensors import HeldStateTensors
 from distattn.parallel.runtime.transport import Packet, Transport
 
 Result = TypeVar("Result")
@@ -72,7 +73,7 @@ def forward(
         target = targets[Payload.O]
         return {Payload.O: kernel.forward(*inputs, into=target.fields, merge=target.adds)}
 
-    yield from _run("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
+    yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
     return o_THE, lse_TH, kept
 
 
@@ -115,7 +116,7 @@ def backward(
             dq, dk, dv = kernel.backward(*inputs, into=into, add=(of_q.adds, of_kv.adds))
         return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
 
-    yield from _run("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
+    yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
     # results in another dtype take the arena's place
     del arena
     buffers.close()
@@ -143,21 +144,29 @@ def run_in_lock_step(runs: Iterable[PausableRun[Result]]) -> list[Result]:
     return [results[rank] for rank in sorted(results)]
 
 
-def _run(
+def run_steps(
     direction: str,
     steps: list[ProgramStep],
     transport: Transport,
     buffers: Buffers,
     compute: Compute,
     accumulates: bool,
+    states: HeldStateTensors | None = None,
 ) -> PausableRun[None]:
+    """Run the steps of a pass; states: those of a recurrence."""
     for number, step in enumerate(steps):
         where = f"in step {number + 1} of {len(steps)} of the {direction} pass"
-        yield from _run_step(step, transport, buffers, compute, accumulates, where)
+        yield from _run_step(step, transport, buffers, compute, accumulates, where, states)
 
 
 def _run_step(
-    step: ProgramStep, transport: Transport, buffers: Buffers, compute: Compute, accumulates: bool, where: str
+    step: ProgramStep,
+    transport: Transport,
+    buffers: Buffers,
+    compute: Compute,
+    accumulates: bool,
+    where: str,
+    states: HeldStateTensors | None,
 ) -> PausableRun[None]:
     for key in step.allocate:
         buffers.allocate(key, step.places[key])
@@ -170,6 +179,10 @@ def _run_step(
         fields, parts = buffers.receive_buffer(payload, message.view, message.stretches, places)
         incoming.append((payload, message, fields))
         receives += [Packet(message.peer, payload, tensor) for part in parts for tensor in part]
+    if states is not None and step.states is not None:
+        # what is sent is put together of what was there before the step: nothing of this step is read in it
+        sends += [packet for state in step.states.sends for packet in states.packets(state)]
+        receives += [packet for state in step.states.receives for packet in states.receive(state)]
     pending = transport.exchange(sends, receives, step.collective, where)
     for number in range(len(step.launches)):
         _launch(step, number, buffers, compute, accumulates)
@@ -182,6 +195,8 @@ def _run_step(
             buffers.accumulate(payload, message.view, fields)
     for key in step.release:
         buffers.release(key)
+    if states is not None and step.states is not None:
+        states.end_step(step.states)
 
 
 def _launch(step: ProgramStep, number: int, buffers: Buffers, compute: Compute, accumulates: bool) -> None:

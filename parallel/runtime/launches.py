@@ -9,7 +9,7 @@ import numpy as np
 
 from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1
 from distattn.ir.intervals import Ints, expand_ranges, merge_intervals, sorted_unique, stable_argsort
-from distattn.ir.plan import Columns, Payload, select_rows
+from distattn.ir.plan import KEY_PAYLOADS, Columns, Payload, select_rows
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.parallel.runtime.views import ViewParts
 
@@ -107,6 +107,14 @@ class LaunchTable(NamedTuple):
         # head ranges that need too different tokens are launched one by one
         wasteful = (table.rows.padding() > _MAX_PADDING) | (table.keys.padding() > _MAX_PADDING)
         return table._divided(wasteful, "head_range")
+
+    def parts(self, payload: Payload) -> ViewParts:
+        """The parts of one view of a payload per launch."""
+        return (self.keys if payload in KEY_PAYLOADS else self.rows).parts(payload)
+
+    def uses(self, number: int, payload: Payload) -> bool:
+        """Whether a launch reads or gives a payload: of attention all."""
+        return True
 
     def _divided(self, which: np.ndarray, column: str) -> LaunchTable:
         """The same launches, some of them divided by what a column says of their tasks."""

@@ -116,8 +116,7 @@ def kept_elements(program: Program) -> int:
 
 def own_result_fields(call: Call, payload: Payload, unadded: Container[Payload]) -> Widths:
     """The rank's own tensors of a result: in the inputs' dtype where nothing is added to them, but for log-sum-exps."""
-    fields = call.payload_fields(payload)
-    return tuple((width, call.dtype if payload in unadded and width else name) for width, name in fields)
+    return call.payload_fields(payload, narrow=payload in unadded)
 
 
 def lay_out(call: Call, steps: list[ProgramStep]) -> int:

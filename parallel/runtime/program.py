@@ -20,8 +20,8 @@ from distattn.ir.plan import (
     BACKWARD_PAYLOADS,
     FORWARD_PAYLOADS,
     HELD_PAYLOADS,
-    KEY_PAYLOADS,
     REDUCED_PAYLOADS,
+    STATE_PAYLOADS,
     Call,
     Columns,
     Payload,
@@ -36,7 +36,9 @@ from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
 from distattn.parallel.runtime.memory import PlacedTensor, PlaceKey, lay_out
+from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
 from distattn.parallel.runtime.streams import Handover, has_streams
+from distattn.parallel.runtime.stretch_launches import StretchLaunches
 from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
 
 PrepareKernel = Callable[[LaunchMask], Any]
@@ -83,6 +85,8 @@ class ProgramStep:
     # whether all ranks exchange the messages of this step in one all-to-all
     collective: bool = False
     release: list[BufferKey] = field(default_factory=list)
+    # what moves of a recurrence's states, and which are forgotten
+    states: StateStep | None = None
     # where the tensors of the step lie (see `memory`)
     places: dict[PlaceKey, list[PlacedTensor]] = field(default_factory=dict)
 
@@ -103,6 +107,7 @@ class Program:
     in the forward pass. proof: None where nobody has proven the plan. blank: buffers of results that not every first write
     reaches, in both passes. unadded: own results to which nothing is added on this rank, and which need no wider numbers than
     the inputs. forward_bytes, backward_bytes: of each pass's arena (see `memory`). uploaded: the lists, where they are on a GPU.
+    forward_states, backward_states: of a recurrence, what each task begins with and leaves.
     """
 
     # not the plan itself: programs are cached for as long as their plan lives
@@ -118,6 +123,8 @@ class Program:
     forward_bytes: int
     backward_bytes: int
     uploaded: Handover | None = None
+    forward_states: StateProgram | None = None
+    backward_states: StateProgram | None = None
 
 
 def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None) -> Program:
@@ -139,7 +146,8 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
     sizes = lay_out(call, ahead), lay_out(call, back)
-    return Program(call, proof, rank, tokens, ahead, back, kept, blank, unadded, *sizes)
+    program = Program(call, proof, rank, tokens, ahead, back, kept, blank, unadded, *sizes)
+    return _with_states(plan, program) if call.op.is_recurrent else program
 
 
 def kept_key(key: BufferKey) -> BufferKey:
@@ -182,6 +190,15 @@ def on_device(program: Program, device: torch.device) -> Program:
     return replace(_with_tensors(program, lambda tensor: on_it[id(tensor)]), uploaded=uploaded)
 
 
+def _with_states(plan: Plan, program: Program) -> Program:
+    """The program of a recurrence with its states."""
+    states = [lower_states(plan, program.rank, direction) for direction in ("forward", "backward")]
+    for one, steps in zip(states, (program.forward, program.backward), strict=True):
+        for moves, step in zip(one.steps, steps, strict=True):
+            step.states = moves
+    return replace(program, forward_states=states[0], backward_states=states[1])
+
+
 class _TableLowering:
     """Lowers one table for one rank. `inherited`: buffers that an earlier pass left behind."""
 
@@ -197,10 +214,14 @@ class _TableLowering:
         self.call, self.table, self.rank, self.prepare = call, table, rank, prepare
         self.payloads = payloads
         self.tokens = int(call.layout.shard_sizes()[rank])
-        tasks = select_rows(table.tasks, table.tasks["rank"] == rank)
+        # with their numbers in the table
+        tasks = {**table.tasks, "row": np.arange(num_rows(table.tasks))}
+        tasks = select_rows(tasks, tasks["rank"] == rank)
         self.tasks = select_rows(tasks, lexicographic_argsort(*(tasks[name] for name in ("step", "h0", "h1"))))
-        self.outgoing = select_rows(table.moves, table.moves["src"] == rank)
-        self.incoming = select_rows(table.moves, table.moves["dst"] == rank)
+        # states are no rows of tokens: see `state_program`
+        moves = select_rows(table.moves, ~np.isin(table.moves["payload"], STATE_PAYLOADS))
+        self.outgoing = select_rows(moves, moves["src"] == rank)
+        self.incoming = select_rows(moves, moves["dst"] == rank)
         # buffers that arrive hold copies; buffers that leave hold partial results
         self.buffers = [
             *self._buffers(self.incoming, HELD_PAYLOADS, "src"),
@@ -218,10 +239,12 @@ class _TableLowering:
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
-        launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._query_buffers())
-        of_payloads = [
-            (launches.keys if payload in KEY_PAYLOADS else launches.rows).parts(payload) for payload in self.payloads
-        ]
+        launches: LaunchTable | StretchLaunches
+        if self.call.op.is_recurrent:
+            launches = StretchLaunches.of(self.call, self.tasks)
+        else:
+            launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._query_buffers())
+        of_payloads = [launches.parts(payload) for payload in self.payloads]
         # one search for all views of the table
         views = iter(resolve_views(self.extents, ViewParts.joined([sends, receives, *of_payloads])))
         for (step, peer, payload), stretches in zip(outgoing, cut_sends, strict=True):
@@ -301,15 +324,21 @@ class _TableLowering:
                 if any(key == piece.buffer for launch in step.launches for piece in launch.results[key.payload].slices):
                     step.own_results.append((key, landing.own_view))
 
-    def _add_launches(self, steps: list[ProgramStep], launches: LaunchTable, views: Iterator[View]) -> None:
+    def _add_launches(
+        self, steps: list[ProgramStep], launches: LaunchTable | StretchLaunches, views: Iterator[View]
+    ) -> None:
         """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
         of_payload = {payload: list(itertools.islice(views, len(launches.steps))) for payload in self.payloads}
-        masks = launches.launch_masks(task_bands(self.call.mask, launches.tasks))
+        if isinstance(launches, StretchLaunches):
+            schedules = launches.schedules()
+        else:
+            masks = launches.launch_masks(task_bands(self.call.mask, launches.tasks))
+            schedules = [self.prepare(mask) for mask in masks]
         for i, step in enumerate(launches.steps):
-            operands = {payload: of_payload[payload][i] for payload in self.payloads if payload in HELD_PAYLOADS}
-            results = {payload: of_payload[payload][i] for payload in self.payloads if payload in REDUCED_PAYLOADS}
-            heads = slice(*launches.heads[i])
-            steps[step].launches.append(KernelLaunch(heads, operands, self.prepare(masks[i]), results))
+            used = [payload for payload in self.payloads if launches.uses(i, payload)]
+            operands = {payload: of_payload[payload][i] for payload in used if payload in HELD_PAYLOADS}
+            results = {payload: of_payload[payload][i] for payload in used if payload in REDUCED_PAYLOADS}
+            steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results))
 
     def _set_lifetimes(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
         """Allocate each buffer in the first step that uses it, and release it in the last one; those in `kept` have a place."""

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from oracle import Record, RecordingTransport
 from torch import Tensor
 
 from distattn.ir.op import OPS, Op
+from distattn.ir.plan import Plan
+from distattn.kernels.merge import accumulation_dtype
+from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
+from distattn.parallel.analysis.verify import verify
+from distattn.parallel.runtime import execute_recurrence
+from distattn.parallel.runtime.execute import run_in_lock_step
+from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.transport import InProcessNetwork
 
 RECURRENT = [name for name, op in OPS.items() if op.is_recurrent]
 
@@ -88,3 +97,49 @@ def assert_same(got: RecurrenceResult, wanted: RecurrenceResult, tolerance: floa
         scale = max(float(b.abs().max()), 1e-30) if b.numel() else 1.0
         error = float((a.double() - b).abs().max()) / scale if b.numel() else 0.0
         assert error <= tolerance, f"{name} is off by {error:.2e}, more than {tolerance:.0e}"
+
+
+def run_recurrence(plan: Plan, case: RecurrenceCase, record: Record | None = None) -> RecurrenceResult:
+    """Forward and backward of every rank of a plan in one process, put together again; states alive are those of the proof."""
+    layout, call = plan.call.layout, plan.call
+    ranks, dtype = range(call.ranks), getattr(torch, call.dtype)
+    record = Record() if record is None else record
+    proof = verify(plan)
+    programs = [lower(plan, rank, lambda mask: mask, proof) for rank in ranks]
+    record.programs = programs
+    local = [
+        case.x._replace(
+            **{name: layout.shard(_as(value, name, dtype), rank) for name, value in case.x.by_token().items()}
+        )
+        for rank in ranks
+    ]
+    do = [layout.shard(case.do.to(dtype), rank) for rank in ranks]
+
+    def transports() -> list[Any]:
+        network = InProcessNetwork()
+        return [RecordingTransport(network.transport(rank), rank, record) for rank in ranks]
+
+    runs = [
+        execute_recurrence.forward(program, transport, chunked, x, case.initial)
+        for program, transport, x in zip(programs, transports(), local, strict=True)
+    ]
+    ahead = run_in_lock_step(runs)
+    runs = [
+        execute_recurrence.backward(program, transport, chunked, do_, case.dfinal, x, case.initial, result.kept)
+        for program, transport, x, do_, result in zip(programs, transports(), local, do, ahead, strict=True)
+    ]
+    back = run_in_lock_step(runs)
+    kept = [sum(t.nbytes for t in result.kept.states) + sum(t.nbytes for t in result.kept.tokens) for result in ahead]
+    assert kept == proof.kept.tolist()
+    dx = {name: layout.unshard([result.dx.by_token()[name] for result in back]) for name in case.x.by_token()}
+    return RecurrenceResult(
+        layout.unshard([result.o for result in ahead]),
+        sum(result.final_MHKV for result in ahead),
+        case.x._replace(**dx),
+        sum(result.dinitial_MHKV for result in back),
+    )
+
+
+def _as(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Gates stay as wide as sums."""
+    return value.to(accumulation_dtype(dtype) if name == "g" else dtype)

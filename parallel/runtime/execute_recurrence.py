@@ -1,0 +1,270 @@
+"""The executor of recurrences: a program's stretches and states on one rank, forward and backward.
+
+Steps, messages and buffers of tokens are those of `execute`. Here is what a launch does: states that precede its stretches, or
+gradients of states that follow them, are put together, go into the kernel side by side, and what leaves is kept for others.
+"""
+
+# T tokens on this rank, H heads of values, G heads of queries and keys, K key dim, V value dim, N stretches of a launch,
+# M documents
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distattn.ir.op import Op
+from distattn.ir.plan import Payload
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
+from distattn.parallel.runtime.buffers import Buffers, Fields
+from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
+from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
+from distattn.parallel.runtime.state_program import StateProgram, StretchStates
+from distattn.parallel.runtime.state_tensors import HeldStateTensors, State, composed
+from distattn.parallel.runtime.stretch_launches import StretchKind
+from distattn.parallel.runtime.transport import Transport
+
+
+class RecurrenceKernel(Protocol):
+    """The functions of a kernel module for recurrences; see `distattn.kernels.recurrence.chunked`."""
+
+    def forward(
+        self, x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, outputs: bool = True
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        x: RecurrenceTokens,
+        stretches: Stretches,
+        state_NHKV: Tensor,
+        do_THV: Tensor,
+        dstate_NHKV: Tensor,
+        of_tokens: bool = True,
+    ) -> tuple[RecurrenceTokens, Tensor]: ...
+
+    def transitions(self, x: RecurrenceTokens, stretches: Stretches, dtype: torch.dtype) -> Tensor: ...
+
+
+class KeptTensors(NamedTuple):
+    """What the forward pass leaves for the backward: tokens that came from others, and the state each task began with."""
+
+    tokens: list[Tensor]
+    states: list[Tensor]
+
+
+class ForwardResult(NamedTuple):
+    """o_THV, the final states of documents that end on this rank (0 for others), and what is kept."""
+
+    o: Tensor
+    final_MHKV: Tensor
+    kept: KeptTensors
+
+
+class BackwardResult(NamedTuple):
+    """Gradients of this rank's tokens, and of the initial states of documents that begin on this rank (0 for others)."""
+
+    dx: RecurrenceTokens
+    dinitial_MHKV: Tensor
+
+
+def forward(
+    program: Program, transport: Transport, kernel: RecurrenceKernel, x: RecurrenceTokens, initial_MHKV: Tensor | None
+) -> PausableRun[ForwardResult]:
+    """Outputs of this rank's tokens in q's dtype, and final states in the accumulation dtype."""
+    run = _Pass(program, kernel, x, "forward", initial_MHKV)
+    (o_THV,) = run.buffers.new_own(Payload.O, program.tokens)
+    kept_tokens = run.buffers.new_kept(program.kept)
+    yield from run_steps("forward", program.forward, transport, run.buffers, run.forward, False, run.states)
+    run.buffers.close()
+    return ForwardResult(o_THV.to(x.q.dtype), run.edge_states, KeptTensors(kept_tokens, run.begun))
+
+
+def backward(
+    program: Program,
+    transport: Transport,
+    kernel: RecurrenceKernel,
+    do_THV: Tensor,
+    dfinal_MHKV: Tensor | None,
+    x: RecurrenceTokens,
+    initial_MHKV: Tensor | None,
+    kept: KeptTensors,
+) -> PausableRun[BackwardResult]:
+    """Gradients in the dtypes of what they are of; those of initial states in the accumulation dtype."""
+    run = _Pass(program, kernel, x, "backward", initial_MHKV, dfinal_MHKV)
+    run.buffers.bind_own(Payload.dO, (do_THV,))
+    gradients = *run.buffers.new_own(Payload.dQ, program.tokens), *run.buffers.new_own(Payload.dKV, program.tokens)
+    run.buffers.bind_kept([kept_key(key) for key in program.kept], kept.tokens)
+    for (key, h0), begun in zip(run.program_states.kept, kept.states, strict=True):
+        run.states.put_kept(key, h0, State(None, begun))
+    yield from run_steps("backward", program.backward, transport, run.buffers, run.backward, False, run.states)
+    run.buffers.close()
+    names = [name for name in x.by_token()]
+    dx = x._replace(
+        **{name: dy.to(y.dtype) for name, y, dy in zip(names, x.by_token().values(), gradients, strict=True)}
+    )
+    return BackwardResult(dx, run.edge_states)
+
+
+class _Pass:
+    """One pass on one rank.
+
+    edge_states: final states of documents forward, gradients of initial states backward. begun: the states that tasks began with.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        kernel: RecurrenceKernel,
+        x: RecurrenceTokens,
+        direction: str,
+        initial_MHKV: Tensor | None,
+        dfinal_MHKV: Tensor | None = None,
+    ):
+        call = program.call
+        states = program.forward_states if direction == "forward" else program.backward_states
+        assert states is not None, "a program of a recurrence has states"
+        self.program_states: StateProgram = states
+        self.call, self.kernel, self.x = call, kernel, x
+        self.initial, self.dfinal = initial_MHKV, dfinal_MHKV
+        nbytes = program.forward_bytes if direction == "forward" else program.backward_bytes
+        arena = x.v.new_empty(nbytes, dtype=torch.uint8)
+        self.buffers = Buffers(call, arena, program.blank, program.unadded)
+        tensors = tuple(x.by_token().values())
+        self.buffers.bind_own(Payload.Q, tensors[:2])
+        self.buffers.bind_own(Payload.KV, tensors[2:])
+        self.dtype = getattr(torch, call.accumulation_dtype)
+        self.g_H = x.g if x.g is not None and not x.decays_by_token else None
+        self.states = HeldStateTensors(call, self.g_H, x.v.device)
+        shape = (len(call.documents), call.heads, call.head_dim, call.v_head_dim)
+        self.edge_states = torch.zeros(shape, dtype=self.dtype, device=x.v.device)
+        self.begun: list[Tensor] = [self.edge_states.new_empty(0)] * len(states.kept)
+
+    def forward(
+        self, launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
+    ) -> dict[Payload, Fields]:
+        """One launch of the forward pass."""
+        x, tasks = self._tokens(launch, operands), self._tasks(launch)
+        if launch.schedule.kind is StretchKind.STATE:
+            self._leave_states(launch, x, tasks)
+            return {}
+        entering = torch.stack([self._entering(launch, task).b for task in tasks])
+        o_THV, leaving = self.kernel.forward(x, launch.schedule.rows, entering)
+        for task, begins, ends in zip(tasks, entering, leaving, strict=True):
+            if task.begun >= 0:
+                self.begun[task.begun] = begins
+            if task.final >= 0:
+                self.edge_states[task.final, launch.heads] = ends
+            self._leave(launch, task, State(None, ends))
+        return {Payload.O: (o_THV,)}
+
+    def backward(
+        self, launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
+    ) -> dict[Payload, Fields]:
+        """One launch of the backward pass."""
+        x, tasks = self._tokens(launch, operands), self._tasks(launch)
+        if launch.schedule.kind is StretchKind.STATE:
+            self._leave_states(launch, x, tasks)
+            return {}
+        (do_THV,) = operands[Payload.dO]
+        if launch.schedule.kind is StretchKind.GRADIENT_STATE:
+            self._leave_gradient_states(launch, x, do_THV, tasks)
+            return {}
+        entering = torch.stack([self._entering(launch, task).b for task in tasks])
+        dleaving = torch.stack([self._following(launch, task).b for task in tasks])
+        dx, dentering = self.kernel.backward(x, launch.schedule.rows, entering, do_THV, dleaving)
+        for task, begins in zip(tasks, dentering, strict=True):
+            if task.initial >= 0:
+                self.edge_states[task.initial, launch.heads] = begins
+            self._leave(launch, task, State(None, begins))
+        dq, dk, *rest = dx.by_token().values()
+        shared = tuple(self._folded(launch, dy) for dy in (dq, dk))
+        return {Payload.dQ: shared, Payload.dKV: tuple(rest)}
+
+    def _leave_states(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[StretchStates]) -> None:
+        """(A, B) of stretches, after what precedes them."""
+        before = [self._entering(launch, task) for task in tasks]
+        entering = torch.stack([state.b for state in before])
+        _, leaving = self.kernel.forward(x, launch.schedule.rows, entering, outputs=False)
+        transitions = self._transitions(launch, x, tasks)
+        for i, (task, state) in enumerate(zip(tasks, before, strict=True)):
+            a = None
+            if not task.is_prefix:
+                a = transitions[i] if state.a is None else composed(state.a, transitions[i])
+            self._leave(launch, task, State(a, leaving[i]))
+
+    def _leave_gradient_states(
+        self, launch: KernelLaunch, x: RecurrenceTokens, do_THV: Tensor, tasks: Sequence[StretchStates]
+    ) -> None:
+        """(A, C) of stretches, before what follows them."""
+        after = [self._following(launch, task) for task in tasks]
+        dleaving = torch.stack([state.b for state in after])
+        _, dentering = self.kernel.backward(x, launch.schedule.rows, dleaving, do_THV, dleaving, of_tokens=False)
+        transitions = self._transitions(launch, x, tasks)
+        for i, (task, state) in enumerate(zip(tasks, after, strict=True)):
+            a = None
+            if not task.is_prefix:
+                a = transitions[i] if state.a is None else composed(transitions[i], state.a)
+            self._leave(launch, task, State(a, dentering[i]))
+
+    def _transitions(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[StretchStates]) -> Tensor:
+        """A of each stretch of a launch; empty where nobody needs one."""
+        if all(task.is_prefix for task in tasks):
+            return x.v.new_empty(0)
+        return self.kernel.transitions(x, launch.schedule.rows, self.dtype)
+
+    def _leave(self, launch: KernelLaunch, task: StretchStates, state: State) -> None:
+        if task.leaves is not None:
+            # a copy: what a launch makes side by side is not forgotten together
+            tensors = (None if tensor is None else tensor.clone() for tensor in state)
+            self.states.put(task.leaves, launch.heads.start, State(*tensors))
+
+    def _entering(self, launch: KernelLaunch, task: StretchStates) -> State:
+        """The state that enters a stretch: of what precedes it, or the initial state of its document."""
+        if task.before:
+            return self.states.put_together(task.before)
+        return self._edge(launch, self.initial, task.initial)
+
+    def _following(self, launch: KernelLaunch, task: StretchStates) -> State:
+        """The gradient of the state that leaves a stretch: from what follows it, or of the final state of its document."""
+        if task.after:
+            return self.states.put_together(task.after)
+        return self._edge(launch, self.dfinal, task.final)
+
+    def _edge(self, launch: KernelLaunch, states_MHKV: Tensor | None, document: int) -> State:
+        if states_MHKV is None or document < 0:
+            return State(None, self.states.zeros(launch.heads.stop - launch.heads.start))
+        return State(None, states_MHKV[document, launch.heads].to(self.dtype))
+
+    def _tasks(self, launch: KernelLaunch) -> list[StretchStates]:
+        return [self.program_states.tasks[number] for number in launch.schedule.tasks]
+
+    def _tokens(self, launch: KernelLaunch, operands: dict[Payload, Fields]) -> RecurrenceTokens:
+        (q, k), (v, *gates) = operands[Payload.Q], operands[Payload.KV]
+        op: Op = self.call.op
+        g = None if self.g_H is None else self.g_H[launch.heads]
+        if op.decay in ("token", "channel"):
+            g, *gates = gates
+        if not self._is_even(launch):
+            index = self._group_index(launch, q.device)
+            q, k = q[:, index], k[:, index]
+        return RecurrenceTokens(q, k, v, g, gates[0] if op.delta else None)
+
+    def _is_even(self, launch: KernelLaunch) -> bool:
+        """Whether a launch has all heads of each of its heads of queries and keys."""
+        group = self.call.gqa_group_size
+        return launch.heads.start % group == 0 and launch.heads.stop % group == 0
+
+    def _group_index(self, launch: KernelLaunch, device: torch.device) -> Tensor:
+        """The head of queries and keys of each head of a launch, among those that the launch has."""
+        group, heads = self.call.gqa_group_size, launch.heads
+        return torch.arange(heads.start, heads.stop, device=device) // group - heads.start // group
+
+    def _folded(self, launch: KernelLaunch, dy_THK: Tensor) -> Tensor:
+        """Gradients of queries or keys, summed over the heads that share them, where `_tokens` has repeated those."""
+        if self._is_even(launch):
+            return dy_THK
+        index = self._group_index(launch, dy_THK.device)
+        out = dy_THK.new_zeros((len(dy_THK), int(index[-1]) + 1, dy_THK.shape[2]))
+        return out.index_add_(1, index, dy_THK)

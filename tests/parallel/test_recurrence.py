@@ -1,0 +1,90 @@
+"""Recurrences over ranks: outputs, final states and all gradients are those of one process, for any layout and schedule."""
+
+import pytest
+import torch
+from cases import layouts
+from oracle import Record, planned_bytes
+from recurrences import RECURRENT, assert_same, by_definition, recurrence_case, run_recurrence
+
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.op import OPS
+from distattn.parallel.make_plan import make_plan
+from distattn.parallel.strategies.scan import SCHEDULES
+
+LENGTHS = (1, 7, 129, 63)
+
+
+def plan_of(layout, op, strategy="scan", dtype="float64", heads=4, kv_heads=2, **changes):
+    shape = dict(heads=heads, kv_heads=kv_heads, head_dim=3, v_head_dim=5, dtype=dtype, op=op)
+    return make_plan(Mask.documents(layout.lengths), layout, strategy=strategy, **shape, **changes)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """Of each op its case and the definition's results."""
+    made = {}
+
+    def case_of(name, **changes):
+        key = name, tuple(sorted(changes.items()))
+        if key not in made:
+            case = recurrence_case(OPS[name], LENGTHS, **changes)
+            made[key] = case, by_definition(case)
+        return made[key]
+
+    return case_of
+
+
+@pytest.mark.sampled(5)
+@pytest.mark.parametrize("ranks", [4, 8, 2, 1])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", RECURRENT)
+def test_every_schedule_and_layout_equals_the_definition(cases, name, schedule, ranks):
+    case, wanted = cases(name)
+    for layout in layouts(LENGTHS, ranks).values():
+        plan = plan_of(layout, name, options={"schedule": schedule, "state_first": ranks == 4})
+        record = Record()
+        assert_same(run_recurrence(plan, case, record), wanted, 1e-10)
+        assert record.bytes == planned_bytes(plan)
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("ranks", [4, 3, 2, 1])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_tokens_may_move_instead(cases, name, ranks):
+    case, wanted = cases(name)
+    for layout in layouts(LENGTHS, ranks).values():
+        plan = plan_of(layout, name, "ulysses")
+        record = Record()
+        assert_same(run_recurrence(plan, case, record), wanted, 1e-10)
+        assert record.bytes == planned_bytes(plan)
+
+
+@pytest.mark.parametrize("name", ["gla", "gated_delta_rule"])
+def test_single_precision(cases, name):
+    case, wanted = cases(name)
+    for layout in layouts(LENGTHS, 4).values():
+        assert_same(run_recurrence(plan_of(layout, name, dtype="float32"), case), wanted, 2e-5)
+
+
+def test_groups_of_heads_follow_each_other_to_the_same_result():
+    case = recurrence_case(OPS["kda"], LENGTHS, heads=6, key_heads=2)
+    wanted = by_definition(case)
+    layout = layouts(LENGTHS, 4)["zigzag"]
+    # four groups of six heads cut those that share keys
+    options = {"schedule": "in_turn", "head_groups": 4}
+    assert_same(run_recurrence(plan_of(layout, "kda", heads=6, options=options), case), wanted, 1e-10)
+
+
+def test_outputs_in_turn_have_the_same_bits_on_any_number_of_ranks():
+    # stretches of whole chunks
+    lengths = (256, 64)
+    case = recurrence_case(OPS["gated_delta_rule"], lengths)
+    found = []
+    for ranks in (1, 2, 4):
+        plan = plan_of(
+            Layout.block_cyclic(lengths, ranks, block=64), "gated_delta_rule", options={"schedule": "in_turn"}
+        )
+        found.append(run_recurrence(plan, case))
+    for other in found[1:]:
+        assert torch.equal(other.o, found[0].o) and torch.equal(other.final, found[0].final)
