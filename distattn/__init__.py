@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from distattn.ops.attention import save_attention as save_attention
     from distattn.ops.executable import Executable as Executable
     from distattn.ops.executable import prepare as prepare
+    from distattn.ops.recurrence import recurrence as recurrence
     from distattn.parallel.analysis.explain import Explanation as Explanation
     from distattn.parallel.analysis.explain import explain as explain
     from distattn.parallel.analysis.quality import quality as quality
@@ -65,6 +66,7 @@ _HOME = {
     "make_plan": "distattn.parallel.make_plan",
     "prepare": "distattn.ops.executable",
     "quality": "distattn.parallel.analysis.quality",
+    "recurrence": "distattn.ops.recurrence",
     "save_attention": "distattn.ops.attention",
     "serve": "distattn.driver.servers",
     "simulate": "distattn.parallel.analysis.simulate",

@@ -24,6 +24,8 @@ KERNELS = {
     "gluon": "distattn.kernels.gluon.attention",
     "gluon_split": "distattn.kernels.gluon.split",
 }
+# of ops with states; preferred ones first
+RECURRENCE_KERNELS = {"chunked": "distattn.kernels.recurrence.chunked"}
 # the fastest of those that a trial finds right (see `trials`)
 AUTO = "auto"
 # these run on CPUs, all others on GPUs
@@ -82,10 +84,11 @@ class Kernel(Protocol):
 
 def load_kernel(name: str) -> Kernel:
     """The kernel module of that name. Raises DistattnError where there is none, or what it needs is not installed."""
-    if name not in KERNELS:
+    known = KERNELS | RECURRENCE_KERNELS
+    if name not in known:
         raise DistattnError(f"kernel {name!r} does not exist; there are {AUTO}, {', '.join(KERNELS)}.")
     try:
-        return cast(Kernel, import_module(KERNELS[name]))
+        return cast(Kernel, import_module(known[name]))
     except ModuleNotFoundError as error:
         raise DistattnError(f'kernel "{name}" needs {error.name}, which is not installed here.') from None
 
@@ -111,6 +114,15 @@ def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
 
     "gluon" becomes "gluon_split" under torch.use_deterministic_algorithms. Raises DistattnError.
     """
+    op = requirements.op
+    if op.is_recurrent:
+        name = next(iter(RECURRENCE_KERNELS)) if name in (None, AUTO) else name
+    if (name in RECURRENCE_KERNELS) != op.is_recurrent:
+        of_op = RECURRENCE_KERNELS if op.is_recurrent else KERNELS
+        raise DistattnError(f'kernel "{name}" does not compute {op.name}; there are {AUTO}, {", ".join(of_op)}.')
+    if op.is_recurrent:
+        assert name is not None
+        return name
     if name in (None, AUTO):
         if requirements.device.type not in _DEFAULTS:
             raise DistattnError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from distattn.ir.op import ATTENTION, Op
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -29,7 +31,7 @@ class KernelRequirements(NamedTuple):
     """What a call requires of a kernel: dtype, head dims, device, and which changes of scores.
 
     lse: whether gradients go through the log-sum-exp. least_step: rows of the lowest step of its masks, where they climb in
-    steps; 0 where they do not.
+    steps; 0 where they do not. op: what is computed.
     """
 
     dtype: torch.dtype
@@ -40,6 +42,7 @@ class KernelRequirements(NamedTuple):
     alibi: bool = False
     lse: bool = False
     least_step: int = 0
+    op: Op = ATTENTION
 
 
 class LaunchShape(NamedTuple):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.op import ATTENTION
 from distattn.ir.plan import Plan
 from distattn.kernels.glue import row_products
 from distattn.kernels.merge import accumulation_dtype
@@ -194,6 +195,8 @@ def _check_inputs(
 ) -> None:
     program, key = executable.program, executable.key
     call, tokens = program.call, program.tokens
+    if call.op != ATTENTION:
+        raise DistattnError(f"the plan is of {call.op.name}, not of attention; use the function of that op.")
     wanted = {
         "q": (q, (tokens, call.heads, call.head_dim)),
         "k": (k, (tokens, call.kv_heads, call.head_dim)),

@@ -201,7 +201,8 @@ def prepare(
     device = whole_device(device)
     refusal = program = key = None
     own: dict[str, Trial] = {}
-    needed, is_chosen = kernel_requirements(plan.call, device, modifiers), kernel in (None, AUTO)
+    needed = kernel_requirements(plan.call, device, modifiers)
+    is_chosen = kernel in (None, AUTO) and not plan.call.op.is_recurrent
     try:
         own = kernel_trials(plan, rank, needed) if is_chosen else {}
     except DistattnError as error:
@@ -268,6 +269,7 @@ def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[st
         "alibi_slopes" in modifiers,
         "lse" in modifiers,
         int(climbs.min(initial=MAX_BLOCK)) if len(climbs) else 0,
+        call.op,
     )
 
 
@@ -299,6 +301,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "documents": [b - a for a, b in itertools.pairwise(starts)],
         "mask": call.mask.digest,
         "layout": call.layout.digest,
+        "op": call.op.name,
         "heads and dims": (call.heads, call.kv_heads, call.head_dim, call.v_head_dim),
         "dtype": call.dtype,
         "strategy": (plan.strategy, plan.policy),

@@ -217,8 +217,8 @@ class _Pass:
     def _leave(self, launch: KernelLaunch, task: StretchStates, state: State) -> None:
         if task.leaves is not None:
             # a copy: what a launch makes side by side is not forgotten together
-            tensors = (None if tensor is None else tensor.clone() for tensor in state)
-            self.states.put(task.leaves, launch.heads.start, State(*tensors))
+            a = None if state.a is None else state.a.clone()
+            self.states.put(task.leaves, launch.heads.start, State(a, state.b.clone()))
 
     def _entering(self, launch: KernelLaunch, task: StretchStates) -> State:
         """The state that enters a stretch: of what precedes it, or the initial state of its document."""

@@ -321,7 +321,9 @@ class _TableLowering:
             if not landing.own or key.payload not in REDUCED_PAYLOADS:
                 continue
             for step in steps:
-                if any(key == piece.buffer for launch in step.launches for piece in launch.results[key.payload].slices):
+                # launches that only leave states have no results
+                views = [launch.results[key.payload] for launch in step.launches if key.payload in launch.results]
+                if any(key == piece.buffer for view in views for piece in view.slices):
                     step.own_results.append((key, landing.own_view))
 
     def _add_launches(

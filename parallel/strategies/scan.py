@@ -276,15 +276,12 @@ def _needed(chain: Chain, computes: list[Compute], sends: list[Send]) -> list[Se
         for step, number, whole in computes:
             made = HeldState(0 if whole else number, number + 1, step, None)
             held.setdefault(chain.stretches[number].rank, []).append(made)
-        by_arrival: dict[tuple[int, int], list[Send]] = {}
         for send in sorted(send for send in sends if (send.h0, send.h1) == (h0, h1)):
-            by_arrival.setdefault((send.step, send.dst), []).append(send)
-        for (step, dst), some in sorted(by_arrival.items()):
-            known = HeldStates(held.get(dst, ()))
-            for send in some:
-                found = known.find(send.first, send.end)
-                if found is None or found.there > step:
-                    held.setdefault(dst, []).append(HeldState(send.first, send.end, step, send))
+            there = held.setdefault(send.dst, [])
+            # a single stretch is put together of nothing
+            found = HeldStates(there).find(send.first, send.end) if send.end - send.first > 1 else None
+            if found is None or found.there > send.step:
+                there.append(HeldState(send.first, send.end, send.step, send))
         known_by = {rank: HeldStates(states) for rank, states in held.items()}
         uses = [(chain.stretches[number].rank, 0, number) for _, number, whole in computes if whole and number]
         wanted: set[Send] = set()

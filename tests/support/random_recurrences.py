@@ -1,0 +1,190 @@
+"""Random plans of recurrences, right by construction, and changes of one or two of their rows."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from recurrences import RECURRENT, RecurrenceCase, RecurrenceResult, by_definition, recurrence_case
+
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.op import OPS
+from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Plan, Table, num_rows, select_rows
+from distattn.parallel.strategies.scan import (
+    SCHEDULES,
+    Chain,
+    ScanOptions,
+    Schedule,
+    Stretch,
+    _schedule,
+    owner_chains,
+    scan_table,
+)
+
+KEY_DIM, VALUE_DIM = 3, 4
+
+
+class RandomPlan(NamedTuple):
+    """A plan and what it is made of."""
+
+    plan: Plan
+    name: str
+
+
+def random_layout(rng: random.Random) -> Layout:
+    """Documents of any lengths, on 1 to 8 ranks, some of which may own nothing."""
+    n, ranks = rng.randint(1, 60), rng.randint(1, 8)
+    cuts = sorted(rng.sample(range(1, n), min(n - 1, rng.choice([0, 0, 1, 3, 8]))))
+    lengths = np.diff([0, *cuts, n]).tolist()
+    kind = rng.choice(["contiguous", "zigzag", "document_zigzag", "block_cyclic", "balanced", "random"])
+    if kind == "document_zigzag":
+        return Layout.document_zigzag(lengths, ranks, min_chunk=rng.randint(1, 5))
+    if kind == "block_cyclic":
+        return Layout.block_cyclic(lengths, ranks, block=rng.randint(2, 9))
+    if kind != "random":
+        return getattr(Layout, kind)(lengths, ranks)
+    edges = [0, *sorted(rng.sample(range(1, n), min(n - 1, rng.randint(0, 12)))), n]
+    pairs = list(zip(edges[:-1], edges[1:], strict=True))
+    rng.shuffle(pairs)
+    owners = rng.sample(range(ranks), rng.randint(1, ranks))
+    chunks: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    for pair in pairs:
+        chunks[rng.choice(owners)].append(pair)
+    return Layout.from_chunks(lengths, chunks)
+
+
+def random_recurrent_plan(rng: random.Random) -> RandomPlan:
+    """Stretches at owners, by heads or anywhere; schedules mixed or not; some tasks in two."""
+    layout = random_layout(rng)
+    kv_heads = rng.randint(1, 2)
+    heads, op = kv_heads * rng.randint(1, 2), OPS[rng.choice(RECURRENT)]
+    mask = Mask.documents(layout.lengths)
+    call = Call(mask, layout, heads, kv_heads, KEY_DIM, VALUE_DIM, "float64", op=op)
+    where = rng.choice(["owners", "owners", "heads", "anywhere"])
+    chains = {
+        "owners": lambda: owner_chains(call),
+        "heads": lambda: _by_heads(call),
+        "anywhere": lambda: _anywhere(call, rng),
+    }[where]()
+    name = rng.choice([*SCHEDULES, "mixed"])
+    chosen = [_one(rng, rng.choice(list(SCHEDULES)) if name == "mixed" else name) for _ in chains]
+    tables = {direction: scan_table(call, chains, chosen, direction) for direction in ("forward", "backward")}
+    if rng.random() < 0.3:
+        tables, name = _split(tables, rng), f"{name}, split"
+    return RandomPlan(Plan(call, **tables, policy="keep"), f"{op.name} {where} {name}")
+
+
+def case_of(plan: Plan, seed: int) -> tuple[RecurrenceCase, RecurrenceResult]:
+    """Inputs of a plan, and what they become by definition."""
+    call = plan.call
+    shape = dict(heads=call.heads, key_heads=call.kv_heads, key_dim=KEY_DIM, value_dim=VALUE_DIM)
+    case = recurrence_case(call.op, tuple(call.layout.lengths), seed=seed, **shape)
+    return case, by_definition(case)
+
+
+def mutated(plan: Plan, rng: random.Random) -> Plan | None:
+    """The plan with one row of one table changed, or two; None where nothing has changed."""
+    other = _changed(plan, rng)
+    if other is not None and rng.random() < 0.3:
+        return _changed(other, rng)
+    return other
+
+
+def _changed(plan: Plan, rng: random.Random) -> Plan | None:
+    direction, kind = rng.choice(["forward", "backward"]), rng.choice(["tasks", "moves", "moves"])
+    table = getattr(plan, direction)
+    rows = getattr(table, kind)
+    count = num_rows(rows)
+    if not count:
+        return None
+    i, names = rng.randrange(count), TASK_COLUMNS if kind == "tasks" else MOVE_COLUMNS
+    changed = {name: column.copy() for name, column in rows.items()}
+    how = rng.choice(["delete", "copy", "elsewhere", "shift", "heads", "edge", "edge", "rank", "step", "swap", "kind"])
+    by = rng.choice([-2, -1, 1, 2])
+    places = {"tasks": ("q0", "q1", "k0", "k1"), "moves": ("t0", "t1")}[kind]
+    rank = "rank" if kind == "tasks" else rng.choice(["src", "dst"])
+    if how == "delete":
+        changed = select_rows(changed, np.arange(count) != i)
+    elif how in ("copy", "elsewhere"):
+        changed = select_rows(changed, np.sort(np.append(np.arange(count), i)))
+        if how == "elsewhere":
+            changed[rank][i] = rng.randrange(plan.call.ranks)
+    elif how == "shift":
+        for name in places:
+            changed[name][i] += by
+    elif how == "heads":
+        for name in rng.choice([("h0",), ("h1",), ("h0", "h1")]):
+            changed[name][i] += np.sign(by)
+    elif how == "edge":
+        changed[rng.choice(places)][i] += by
+    elif how == "rank":
+        changed[rank][i] = rng.randrange(plan.call.ranks)
+    elif how == "step":
+        changed["step"][i] += by
+    elif how == "swap":
+        j, name = rng.randrange(count), rng.choice(names)
+        changed[name][i], changed[name][j] = changed[name][j], changed[name][i]
+    else:
+        changed["piece" if kind == "tasks" else "payload"][i] += by
+    if all(len(changed[name]) == count and (changed[name] == rows[name]).all() for name in names):
+        return None
+    tables = {"tasks": table.tasks, "moves": table.moves, kind: changed}
+    return replace(plan, **{direction: Table(**tables)})
+
+
+def _one(rng: random.Random, name: str) -> Schedule:
+    return _schedule(ScanOptions(name, state_first=rng.random() < 0.5))
+
+
+def _by_heads(call: Call) -> list[Chain]:
+    """Every rank computes whole documents for a share of the heads."""
+    cuts = [rank * call.heads // call.ranks for rank in range(call.ranks + 1)]
+    return [
+        Chain(piece, t0, t1, cuts[rank], cuts[rank + 1], [Stretch(t0, t1, rank)])
+        for piece, (t0, t1) in enumerate(call.documents.tolist())
+        for rank in range(call.ranks)
+        if cuts[rank] < cuts[rank + 1]
+    ]
+
+
+def _anywhere(call: Call, rng: random.Random) -> list[Chain]:
+    """Any stretches at any ranks, differently for groups of heads."""
+    bounds = [0, *sorted(rng.sample(range(1, call.heads), rng.randint(0, call.heads - 1))), call.heads]
+    out = []
+    for h0, h1 in zip(bounds[:-1], bounds[1:], strict=True):
+        for piece, (start, end) in enumerate(call.documents.tolist()):
+            inner = sorted(rng.sample(range(start + 1, end), min(end - start - 1, rng.randint(0, 4))))
+            edges = [start, *inner, end]
+            stretches = [Stretch(a, b, rng.randrange(call.ranks)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            out.append(Chain(piece, start, end, h0, h1, stretches))
+    return out
+
+
+def _split(tables: dict[str, Table], rng: random.Random) -> dict[str, Table]:
+    """The same tables with some tasks in two: the second begins with the state that the first leaves."""
+    cuts: dict[tuple[int, ...], int] = {}
+    found = {}
+    for direction, table in tables.items():
+        rows = []
+        for row in zip(*(table.tasks[name].tolist() for name in TASK_COLUMNS), strict=True):
+            step, rank, piece, q0, q1, k0, k1, *heads = row
+            cut = cuts.setdefault((rank, q0, k1, *heads), rng.choice([0, rng.randint(q0, k1)]))
+            if not q0 < cut < k1:
+                boxes = [(q0, q1, k0, k1)]
+            elif q0 == q1:
+                boxes = [(q0, q0, k0, cut), (cut, cut, k0, k1)]
+            elif k0 == k1:
+                boxes = [(cut, q1, k1, k1), (q0, q1, cut, cut)]
+            elif direction == "forward":
+                boxes = [(q0, cut, k0, cut), (cut, k1, k0, k1)]
+            else:
+                boxes = [(cut, q1, k0, k1), (q0, q1, k0, cut)]
+            # doubled steps leave room for the first halves, and nothing comes before the first step
+            first = 2 * step + 2 - len(boxes)
+            rows += [(first + i, rank, piece, *box, *heads) for i, box in enumerate(boxes)]
+        moves = {**table.moves, "step": 2 * table.moves["step"] + 2}
+        found[direction] = Table(Table.from_rows([(row[0] + 1, *row[1:]) for row in rows]).tasks, moves)
+    return found
