@@ -24,6 +24,7 @@ from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
+from distattn.ir.op import ATTENTION
 from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
 from distattn.kernels.registry import AUTO, load_kernel
 from distattn.kernels.trials import Trial
@@ -37,6 +38,7 @@ from distattn.ops.executable import (
     kernel_requirements,
 )
 from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, kernel_trials
+from distattn.ops.recurrence import recurrence
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.parallel.runtime.transport import Transport
 
@@ -101,7 +103,8 @@ class AttentionShape(NamedTuple):
     """What one attention layer asks for, beside the batch.
 
     window: each token sees the last so many, itself among them; override: how this layer is planned otherwise than others.
-    modifiers: of its scores ("softcap", "alibi_slopes"), which not every kernel computes.
+    modifiers: of its scores ("softcap", "alibi_slopes"), which not every kernel computes. op: "attention", or a recurrence: then
+    heads are those of values, kv_heads those of queries and keys.
     """
 
     heads: int
@@ -112,6 +115,7 @@ class AttentionShape(NamedTuple):
     window: int | None = None
     override: LayerOverride | None = None
     modifiers: tuple[str, ...] = ()
+    op: str = ATTENTION.name
 
     @staticmethod
     def of(
@@ -196,7 +200,9 @@ class Planner:
     def planned(self, batch: BatchKey, shape: AttentionShape, device: torch.device, proven: bool) -> Planned:
         """Plan, prove and lower: the plan of a batch, with this rank's program made. May be called on any thread."""
         config, plan = self.config, self.plan_of(batch, shape)
-        kernel, ranked = config.kernel, self._ranked.get(self._trial_of(shape, device))
+        # the kernel that is asked for is one of attention
+        kernel = config.kernel if shape.op == ATTENTION.name else None
+        ranked = self._ranked.get(self._trial_of(shape, device))
         if ranked is not None:
             kernel = first_that_serves(ranked, kernel_requirements(plan.call, device, shape.modifiers))
         key, _ = checked_program(plan, self.ranks.rank, kernel, device, config.max_buffer_bytes, proven)
@@ -212,7 +218,7 @@ class Planner:
         Raises DistattnError on all of them where none is right.
         """
         trial = self._trial_of(shape, device)
-        if trial in self._ranked or self.config.kernel not in (None, AUTO):
+        if trial in self._ranked or self.config.kernel not in (None, AUTO) or shape.op != ATTENTION.name:
             return
         own: dict[str, Trial] = {}
         plan = broken = None
@@ -248,6 +254,9 @@ class Planner:
             mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))
         how: dict[str, Any] = dict(strategy=config.strategy, backward=config.backward)
         how["options"] = {**(config.options or {}), **dict(batch.options)}
+        if shape.op != ATTENTION.name:
+            # where attention's tokens are; what attention moves is another matter
+            mask, how = Mask.documents(layout.lengths), dict(strategy="scan")
         if shape.override is not None:
             how |= shape.override.settings(mask, layout)
         of_layer = shape._asdict()
@@ -322,6 +331,37 @@ class LocalBatch(BatchAttention):
         o_THE = attention(q_THD[:tokens], k_TKD[:tokens], v_TKE[:tokens], executable, scale=scale, **modifiers)
         return F.pad(o_THE, (0, 0, 0, 0, 0, padding))
 
+    def recurrence(
+        self,
+        q_TGK: Tensor,
+        k_TGK: Tensor,
+        v_THV: Tensor,
+        op: str,
+        *,
+        g: Tensor | None = None,
+        beta: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """`distattn.recurrence` of this rank's tokens, by the plan for this op ("gated_delta_rule", "ssd", ...) and these shapes.
+
+        Every document of the batch begins with a state of zeros.
+        """
+        self.used = True
+        q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
+        shape = AttentionShape.of(v_THV, q_TGK, v_THV)._replace(head_dim=q_TGK.shape[2], op=op)
+        executable = self.executable(shape, q_TGK.device)
+        tokens = executable.program.tokens
+        padding = len(q_TGK) - tokens
+        if padding != padded(tokens, self.planner.config.pad_to) - tokens:
+            padding = 0
+        if not padding:
+            return recurrence(q_TGK, k_TGK, v_THV, executable, g=g, beta=beta, scale=scale)
+        # padding is of no document; a decay of each head has no tokens
+        g = g if g is None or g.dim() == 1 else g[:tokens]
+        beta = None if beta is None else beta[:tokens]
+        q, k, v = (x[:tokens] for x in (q_TGK, k_TGK, v_THV))
+        return F.pad(recurrence(q, k, v, executable, g=g, beta=beta, scale=scale), (0, 0, 0, 0, 0, padding))
+
     @property
     def tokens(self) -> int:
         """N, of all ranks together."""
@@ -356,6 +396,11 @@ class LocalBatch(BatchAttention):
             ranks = self.planner.ranks
             program = EXECUTABLES.program(plan, key, self.proven)
             observer = ranks.observer(self, plan, shape)
+            if shape.op != ATTENTION.name:
+                if observer is not None and not observer.allows_interleaving:
+                    raise DistattnError(f"servers compute attention only; leave servers out for layers of {shape.op}.")
+                # speeds are measured on kernels of attention
+                observer = None
             self._executables[known] = Executable(program, key, ranks.transport(device), observer)
         return self._executables[known]
 

@@ -15,7 +15,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import ScoreMod
-from distattn.ops.attention import interleaved_batch
+from distattn.ops.attention import autocast_inputs, interleaved_batch
 from distattn.ops.executable import Executable, prepare
 from distattn.parallel.runtime import execute_recurrence
 from distattn.parallel.runtime.execute import run_to_completion
@@ -50,6 +50,8 @@ def recurrence(
     g: logarithms of decays, at most 0, in fp32 (fp64 for fp64): (T, H) for ops "ssd" and "gated_delta_rule", (T, H, K) for "gla"
     and "kda", (H,) without gradient for "retention". beta: (T, H) in q's dtype, for "delta_rule", "gated_delta_rule" and "kda".
 
+    Under autocast q, k, v and beta are cast first; g never is.
+
     initial_state: (M, H, K, V) of all M documents, on every rank; 0 by default. Its gradient is this rank's share, to be summed
     over ranks like any parameter's. With return_final_state also the states after all documents, (M, H, K, V) in fp32 (fp64):
     those of documents that end on this rank, 0 for others.
@@ -67,6 +69,8 @@ def recurrence(
         executable = prepare(plan, group, kernel=kernel, device=q_TGK.device)
     if interleaved_batch() is not None:
         raise DistattnError("recurrences cannot take turns with other micro-batches yet; leave OverlapSchedule out.")
+    q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
+    beta = None if beta is None else autocast_inputs(beta)[0]
     x = RecurrenceTokens(q_TGK, k_TGK, v_THV, g, beta)
     _check_inputs(executable, x, initial_state)
     scale = 1.0 / math.sqrt(q_TGK.shape[-1]) if scale is None else float(scale)
@@ -156,8 +160,8 @@ class _Recurrence(torch.autograd.Function):
         )
         dx, dinitial = run_to_completion(run)
         of_gates = dx.g if x.decays_by_token else None
-        dinitial = None if initial is None else dinitial.to(initial.dtype)
-        return None, dx.q, dx.k, dx.v, of_gates, dx.beta, dinitial
+        of_initial = None if initial is None else dinitial.to(initial.dtype)
+        return None, dx.q, dx.k, dx.v, of_gates, dx.beta, of_initial
 
 
 def _kernel(executable: Executable) -> RecurrenceKernel:

@@ -1,0 +1,62 @@
+"""Recurrent layers beside attention in one model: the same batch, any layout, packed documents, equal on any number of ranks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import run_on_ranks, sum_gradients
+
+import distattn as da
+
+LENGTHS = [5, 40, 1, 30]
+WIDTH, HEADS, DIM = 24, 4, 6
+
+
+class Hybrid(torch.nn.Module):
+    """Gated DeltaNet, Mamba-2 and attention layers, without anything between them."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embed = torch.nn.Parameter(torch.randn(64, WIDTH, generator=generator, dtype=torch.float64))
+        self.maps = torch.nn.ParameterList(
+            torch.randn(WIDTH, 4 * WIDTH, generator=generator, dtype=torch.float64) / WIDTH for _ in range(3)
+        )
+
+    def forward(self, batch):
+        x = self.embed[batch["input_ids"][0]]
+        local = batch["context_parallel"]
+        for map_, op in zip(self.maps, ("gated_delta_rule", "attention", "ssd"), strict=True):
+            q, k, v, gates = (y.reshape(len(x), HEADS, DIM) for y in (x @ map_).chunk(4, -1))
+            if op == "attention":
+                x = x + local.attention(q, k, v).flatten(1)
+                continue
+            g = F.logsigmoid(gates[..., 0])
+            beta = gates[..., 1].sigmoid() if op == "gated_delta_rule" else None
+            x = x + local.recurrence(q[:, ::2], F.normalize(k[:, ::2], dim=-1), v, op, g=g, beta=beta).flatten(1)
+        return x
+
+
+def losses(rank, layout, pad_to):
+    cp = da.ContextParallel(strategy="ring", layout=layout, pad_to=pad_to)
+    model, found = Hybrid(), []
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, 64, (1, sum(LENGTHS)), generator=generator)
+        batch = cp.shard({"input_ids": ids, "document_lengths": LENGTHS[seed:] + LENGTHS[:seed]})
+        out = model(batch)
+        # padding has no label
+        loss = out[batch["labels"][0] >= 0].square().sum()
+        loss.backward()
+        found.append(float(loss.detach()))
+    sum_gradients(model)
+    return found, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("layout, pad_to", [("zigzag", 1), ("contiguous", 8)])
+def test_a_hybrid_model_is_the_same_on_any_number_of_ranks(layout, pad_to):
+    (wanted, gradients), *_ = run_on_ranks(1, losses, layout, 1)
+    everyone = run_on_ranks(3, losses, layout, pad_to)
+    for i, loss in enumerate(wanted):
+        assert sum(found[i] for found, _ in everyone) == pytest.approx(loss, rel=1e-11)
+    for a, b in zip(everyone[0][1], gradients, strict=True):
+        assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
