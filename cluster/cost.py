@@ -20,6 +20,12 @@ _FLOPS = {"forward": 2.0, "backward": 5.0}
 # keys' worth of time that beginning and ending a program takes: 558 TFLOP/s at 1,024 keys against 701 at 32,768
 # (FlashAttention 3 on an H100, see descriptions/h100.toml)
 _PROGRAM_OVERHEAD_KEYS = 1024 * (701 / 558 - 1)
+# a recurrence's kernels, as a share of the speed of attention's on long sequences: Gated DeltaNet of flash-linear-attention takes
+# 4.81 ms for 32K tokens and 64 heads of 128 x 128 on an H800 (its issue 691), where FlashAttention 3 reaches 701 TFLOP/s. A pass
+# that only makes states takes 0.58 of that. Estimates: read, not measured here
+_RECURRENCE_SPEED, _STATE_PASS = 42.9 / 701, 0.58
+# tokens of a chunk, inside which a recurrence is products of matrices
+_CHUNK = 64
 _MICRO, _GIGA, _TERA = 1e-6, 1e9, 1e12
 
 
@@ -56,6 +62,23 @@ def attention_speed(cluster: ClusterSpec, direction: str, head_dim: int, queries
     # seconds an operation at `speed` takes beyond the best, spread over fewer keys
     short = np.maximum(first / np.maximum(shorter, 1), 1.0)
     return 1.0 / (1.0 / best + (1.0 / speed - 1.0 / best) * short)
+
+
+def recurrence_flops_per_token(direction: str, key_dim: int, v_head_dim: int) -> float:
+    """Floating-point operations of one token of one head of a recurrence: with the state, and with others of a chunk."""
+    forward = 4.0 * key_dim * v_head_dim + 2.0 * _CHUNK * (key_dim + v_head_dim)
+    return forward * _FLOPS[direction] / _FLOPS["forward"]
+
+
+def recurrence_seconds(
+    cluster: ClusterSpec, direction: str, key_dim: int, v_head_dim: int, tokens: Ints, heads: Ints, whole: np.ndarray
+) -> Numbers:
+    """Estimated seconds that tasks of a recurrence take, (M,). whole: outputs or gradients, not only a state."""
+    best = max(row.tflops for row in cluster.attention if row.direction == direction) * _TERA
+    of_whole = recurrence_flops_per_token(direction, key_dim, v_head_dim)
+    # a pass over states costs as much in either direction
+    of_state = recurrence_flops_per_token("forward", key_dim, v_head_dim) * _STATE_PASS
+    return tokens * heads * np.where(whole, of_whole, of_state) / (best * _RECURRENCE_SPEED)
 
 
 def overhead_keys(cluster: ClusterSpec, direction: str, head_dim: int) -> int:

@@ -17,7 +17,19 @@ from distattn.ir.arguments import checked
 from distattn.ir.bands import Q0, Q1, row_key_ranges
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
-from distattn.ir.plan import Columns, Payload, Plan, Table, move_bytes, num_rows, select_rows, task_areas, task_bands
+from distattn.ir.plan import (
+    Call,
+    Columns,
+    Payload,
+    Plan,
+    Table,
+    has_rows_and_keys,
+    move_bytes,
+    num_rows,
+    select_rows,
+    task_areas,
+    task_bands,
+)
 from distattn.parallel.analysis import quality
 from distattn.parallel.analysis.columns import aligned, plural, readable_bytes
 from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traffic, plan_traffic
@@ -46,11 +58,13 @@ class Explanation:
         yardsticks = {
             "plan": plan_traffic(self.plan, self.cluster),
             "lower_bound": lower_bound(self.plan, self.cluster),
-            "plain_ring": plain_ring_traffic(call, self.cluster),
         }
+        if not call.op.is_recurrent:
+            yardsticks["plain_ring"] = plain_ring_traffic(call, self.cluster)
         area = self.plan.area_by_rank()
         return {
             "strategy": self.plan.strategy,
+            "op": call.op.name,
             "backward": self.plan.policy,
             "digest": self.plan.digest,
             "tokens": call.mask.n,
@@ -85,15 +99,14 @@ class Explanation:
         call = self.plan.call
         lines = [
             f"{self.plan.strategy} on {call.ranks} ranks: {call.mask.n:,} tokens in {plural(facts['documents'], 'document')}, "
-            f"{call.heads} query and {call.kv_heads} key/value heads of {call.head_dim}, {call.dtype}, "
-            f"backward {self.plan.policy}",
-            f"work: {int(self.plan.area_by_rank().sum()):,} cells x heads, the busiest rank has "
+            f"{_heads(call)}, {call.dtype}, backward {self.plan.policy}",
+            f"work: {int(self.plan.area_by_rank().sum()):,} {_work_unit(call)}, the busiest rank has "
             f"{facts['max_over_mean']:.2f} of the mean",
-            f"proven: every allowed cell once, digest {self.plan.digest}",
+            f"proven: {_what_is_proven(call)}, digest {self.plan.digest}",
             "",
             _rank_table(facts["ranks"]),
             "",
-            "moved, one attention call: "
+            f"moved, one call of {self.plan.call.op.name}: "
             + (
                 ", ".join(f"{name} {readable_bytes(size)}" for name, size in facts["bytes_by_payload"].items() if size)
                 or "nothing"
@@ -128,10 +141,28 @@ def explain(plan: Plan, cluster: AnyCluster | None = None) -> Explanation:
     return Explanation(plan, verify(plan), cluster)
 
 
+def _heads(call: Call) -> str:
+    if call.op.is_recurrent:
+        return (
+            f"{call.op.name}, {call.heads} states of {call.head_dim} x {call.v_head_dim} and {call.kv_heads} key heads"
+        )
+    return f"{call.heads} query and {call.kv_heads} key/value heads of {call.head_dim}"
+
+
+def _work_unit(call: Call) -> str:
+    return "tokens x heads" if call.op.is_recurrent else "cells x heads"
+
+
+def _what_is_proven(call: Call) -> str:
+    if call.op.is_recurrent:
+        return "every token once, from all of its document before it in order"
+    return "every allowed cell once"
+
+
 def _traffic_lines(facts: dict[str, dict[str, int]], cluster: AnyCluster) -> list[str]:
     names = {"plan": "this plan", "lower_bound": "the least for these tasks", "plain_ring": "a plain ring"}
     lines = []
-    for name, label in names.items():
+    for name, label in ((name, label) for name, label in names.items() if name in facts):
         crossing = (
             f", {readable_bytes(facts[name]['inter_node_bytes'])} of it between nodes" if cluster.nodes > 1 else ""
         )
@@ -160,7 +191,7 @@ def _rank_table(ranks: list[dict[str, int]]) -> str:
 
 def _step_table(plan: Plan, direction: str, table: Table) -> str:
     work = task_areas(plan.call, table.tasks)
-    rows = [[direction, "tasks", "cells x heads", "moves", "bytes"]]
+    rows = [[direction, "tasks", _work_unit(plan.call), "moves", "bytes"]]
     payloads = ["payloads"]
     for step in range(table.steps):
         tasks, moves = table.tasks["step"] == step, select_rows(table.moves, table.moves["step"] == step)
@@ -174,7 +205,7 @@ def draw_score_matrix(plan: Plan) -> bytes:
     """Draw the score matrix as a PNG: who computes each cell, and in which step (forward). Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    tasks = plan.forward.tasks
+    tasks = _drawn_tasks(plan)
     limits = np.unique(np.concatenate([tasks["h0"], tasks["h1"]]))
     # a mask without cells has no tasks: one empty panel
     ranges = list(pairwise(limits.tolist())) or [(0, plan.call.heads)]
@@ -196,7 +227,7 @@ def _draw(figure: Any, axis: Any, plan: Plan, head: int, colour_by: str, colours
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import BoundaryNorm
 
-    tasks = plan.forward.tasks
+    tasks = _drawn_tasks(plan)
     here = select_rows(tasks, (tasks["h0"] <= head) & (head < tasks["h1"]))
     colours = max(colours, 1)
     norm = BoundaryNorm(np.arange(colours + 1) - 0.5, 256)
@@ -215,6 +246,12 @@ def _draw(figure: Any, axis: Any, plan: Plan, head: int, colour_by: str, colours
     )
     ticks = np.unique(np.linspace(0, colours - 1, min(colours, 8)).round().astype(int))
     figure.colorbar(scale, ax=axis, label=colour_by, ticks=ticks, shrink=0.7)
+
+
+def _drawn_tasks(plan: Plan) -> Columns:
+    """The forward tasks; of a recurrence those with outputs, each with all cells that pass through its stretch."""
+    tasks = plan.forward.tasks
+    return select_rows(tasks, has_rows_and_keys(tasks)) if plan.call.op.is_recurrent else tasks
 
 
 def _outlines(plan: Plan, tasks: Columns) -> list[np.ndarray]:

@@ -7,10 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from distattn.cluster.cost import recurrence_seconds
 from distattn.cluster.spec import AnyCluster, ClusterSpec, resolve_cluster
 from distattn.ir.arguments import checked
 from distattn.ir.intervals import Ints
-from distattn.ir.plan import TASK_COLUMNS, Payload, Plan, make_columns, move_bytes, select_rows, task_areas
+from distattn.ir.plan import (
+    TASK_COLUMNS,
+    Payload,
+    Plan,
+    has_rows_and_keys,
+    make_columns,
+    move_bytes,
+    select_rows,
+    task_areas,
+)
 from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
@@ -59,12 +69,20 @@ def as_dict(stats: dict[str, PassStats]) -> dict[str, dict[str, Any]]:
 
 def _pass_stats(plan: Plan, direction: str, cluster: AnyCluster | None) -> PassStats:
     call, table = plan.call, getattr(plan, direction)
-    cost_model = CostModel.for_cluster(cluster, direction, call.head_dim, _BLOCK)
-    cost = cost_model.rank_costs(call, table.tasks)
     cells = np.bincount(table.tasks["rank"], task_areas(call, table.tasks).astype(float), call.ranks)
-    seconds = None
-    if isinstance(cluster, ClusterSpec):
-        seconds = cost_model.seconds(call, cluster, int(cost.max(initial=0)))
+    seconds, cost = None, cells
+    if call.op.is_recurrent:
+        if isinstance(cluster, ClusterSpec):
+            tasks, shape = table.tasks, (call.head_dim, call.v_head_dim)
+            tokens, heads, whole = tasks["k1"] - tasks["q0"], tasks["h1"] - tasks["h0"], has_rows_and_keys(tasks)
+            by_task = recurrence_seconds(cluster, direction, *shape, tokens, heads, whole)
+            cost = np.bincount(tasks["rank"], by_task, call.ranks)
+            seconds = float(cost.max(initial=0.0))
+    else:
+        cost_model = CostModel.for_cluster(cluster, direction, call.head_dim, _BLOCK)
+        cost = cost_model.rank_costs(call, table.tasks)
+        if isinstance(cluster, ClusterSpec):
+            seconds = cost_model.seconds(call, cluster, int(cost.max(initial=0)))
     moves, size = table.moves, move_bytes(call, table.moves)
     node = np.zeros(call.ranks, np.int64) if cluster is None else cluster.node
     return PassStats(
@@ -87,6 +105,9 @@ def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     than all that a rank has of one group.
     """
     call = plan.call
+    if call.op.is_recurrent:
+        # work that is uneven may move as states of any size
+        return np.zeros(call.ranks)
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
     tasks = select_rows(tasks, owns_range(call, rank, area.k0, area.k1))

@@ -21,12 +21,24 @@ from distattn.cluster.cost import (
     flops_per_cell,
     launch_seconds,
     message_seconds,
+    recurrence_flops_per_token,
+    recurrence_seconds,
     tiled_area,
 )
 from distattn.cluster.spec import DIRECTIONS, AnyCluster, ClusterSpec, resolve_cluster
 from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
-from distattn.ir.plan import REDUCED_PAYLOADS, Call, Plan, Table, move_bytes, num_rows, task_areas, task_bands
+from distattn.ir.plan import (
+    REDUCED_PAYLOADS,
+    Call,
+    Plan,
+    Table,
+    has_rows_and_keys,
+    move_bytes,
+    num_rows,
+    task_areas,
+    task_bands,
+)
 from distattn.parallel.analysis.timeline import PassTimeline, Timeline
 from distattn.parallel.analysis.verify import Proof, verify
 
@@ -89,13 +101,17 @@ def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table
         ready = np.maximum(computed[step], done)
     crossing = src // cluster.devices != dst // cluster.devices
     work = float(task_areas(call, table.tasks).astype(float).sum())
+    if call.op.is_recurrent:
+        per_unit = recurrence_flops_per_token(direction, call.head_dim, call.v_head_dim)
+    else:
+        per_unit = flops_per_cell(direction, call.head_dim, call.v_head_dim)
     return PassTimeline(
         direction,
         begin,
         computed,
         arrived,
         float(ready.max(initial=0.0)),
-        work * flops_per_cell(direction, call.head_dim, call.v_head_dim),
+        work * per_unit,
         np.bincount(src, sizes * ~crossing, ranks).astype(np.int64),
         np.bincount(src, sizes * crossing, ranks).astype(np.int64),
     )
@@ -107,6 +123,8 @@ def _kernel_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Tab
     out = np.zeros((table.steps, call.ranks))
     if not num_rows(tasks):
         return out
+    if call.op.is_recurrent:
+        return _recurrence_seconds(call, cluster, direction, table)
     bands = task_bands(call.mask, tasks)
     speed = attention_speed(cluster, direction, call.head_dim, tasks["q1"] - tasks["q0"], tasks["k1"] - tasks["k0"])
     cells, widest = tiled_area(bands, cluster.device.tile)
@@ -116,3 +134,17 @@ def _kernel_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Tab
     launches, seconds = launch_seconds(cluster, cells, widest, heads, speed, per_cell, launch)
     out.ravel()[launches] = seconds
     return out
+
+
+def _recurrence_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
+    """The same of a recurrence, estimated: tokens x heads, and what launches and tasks cost by themselves."""
+    tasks, device = table.tasks, cluster.device
+    tokens, heads = tasks["k1"] - tasks["q0"], tasks["h1"] - tasks["h0"]
+    shape = call.head_dim, call.v_head_dim
+    seconds = recurrence_seconds(cluster, direction, *shape, tokens, heads, has_rows_and_keys(tasks))
+    launch = tasks["step"] * call.ranks + tasks["rank"]
+    size = table.steps * call.ranks
+    # tasks of one kind are one launch; both kinds in one step are rare
+    launches = np.bincount(launch, minlength=size) > 0
+    total = np.bincount(launch, seconds + device.task_us * 1e-6, size) + launches * device.launch_us * 1e-6
+    return total.reshape(table.steps, call.ranks)

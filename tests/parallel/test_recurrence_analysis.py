@@ -1,0 +1,72 @@
+"""Recurrences simulated, explained and judged like attention."""
+
+import numpy as np
+import pytest
+
+from distattn.cluster.spec import load
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.plan import Plan
+from distattn.parallel.analysis.explain import explain
+from distattn.parallel.analysis.lower_bounds import lower_bound, plan_traffic
+from distattn.parallel.analysis.quality import quality
+from distattn.parallel.analysis.simulate import simulate
+from distattn.parallel.make_plan import make_plan
+from distattn.parallel.strategies.scan import SCHEDULES
+
+H100 = load("h100-1x8")
+
+
+def plan_of(ranks=8, lengths=(8192 * 8,), layout="zigzag", cluster=None, strategy="scan", **options) -> Plan:
+    shape = dict(heads=32, kv_heads=32, head_dim=128, dtype="bfloat16", op="gated_delta_rule", cluster=cluster)
+    made = getattr(Layout, layout)(lengths, ranks)
+    return make_plan(Mask.documents(lengths), made, strategy=strategy, options=options or None, **shape)
+
+
+def milliseconds(plan: Plan) -> float:
+    return simulate(plan, H100).forward.seconds * 1e3
+
+
+def test_times_are_those_of_the_design():
+    # on 8 ranks, computing alone takes 0.60 ms; in turn nobody computes at once
+    alone = plan_of(1, (8192,))
+    assert simulate(alone, "h100-1x1").forward.seconds * 1e3 == pytest.approx(0.60, rel=0.15)
+    estimated = {name: milliseconds(plan_of(schedule=name)) for name in SCHEDULES}
+    assert estimated["in_turn"] == pytest.approx(5.01, rel=0.15)
+    assert estimated["by_heads"] == min(estimated.values())
+    assert estimated["by_heads"] == pytest.approx(0.99, rel=0.25)
+    assert milliseconds(plan_of(schedule="in_turn", head_groups=8)) < estimated["in_turn"] / 2
+
+
+def test_the_fastest_schedule_is_chosen_where_speeds_are_known():
+    fastest = min(milliseconds(plan_of(schedule=name)) for name in SCHEDULES)
+    assert milliseconds(plan_of(cluster=H100)) <= fastest
+    # without them, by heads
+    assert plan_of().digest == plan_of(schedule="by_heads").digest
+
+
+def test_an_explanation_speaks_of_tokens_and_states():
+    plan = plan_of(4, (40, 60), schedule="gathered")
+    shown = explain(plan)
+    text, facts = str(shown), shown.as_dict()
+    assert "gated_delta_rule, 32 states of 128 x 128 and 32 key heads" in text
+    assert "3,200 tokens x heads" not in text and "tokens x heads" in text and "a plain ring" not in text
+    assert "every token once, from all of its document before it in order" in text
+    assert facts["op"] == "gated_delta_rule" and facts["bytes_by_payload"]["S"] > 0
+    assert sum(facts["bytes_by_payload"].values()) == int(plan.bytes()["bytes"].sum())
+    assert shown.picture()[:4] == b"\x89PNG"
+
+
+def test_states_count_as_what_has_to_move():
+    plan = plan_of(4, (40, 60))
+    one_node = explain(plan).cluster
+    assert lower_bound(plan, one_node) == plan_traffic(plan, one_node)
+    moved = plan_of(4, (40, 60), strategy="ulysses")
+    assert lower_bound(moved, one_node).total_bytes == plan_traffic(moved, one_node).total_bytes
+
+
+def test_quality_is_in_tokens():
+    for cluster in (None, load("h100-1x4")):
+        stats = quality(plan_of(4, (100,), layout="contiguous", schedule="in_turn"), cluster)["forward"]
+        assert stats.cells_imbalance == pytest.approx(1.0) and stats.cost_imbalance == pytest.approx(1.0)
+        assert np.isfinite(stats.kernel_seconds or 0.0) and stats.lower_bound_bytes == 0
