@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from distattn.ir.plan import Table as Table
     from distattn.ops.attention import attention as attention
     from distattn.ops.attention import save_attention as save_attention
+    from distattn.ops.convolution import causal_conv1d as causal_conv1d
     from distattn.ops.executable import Executable as Executable
     from distattn.ops.executable import prepare as prepare
     from distattn.ops.recurrence import recurrence as recurrence
@@ -61,6 +62,7 @@ _HOME = {
     "Timeline": "distattn.parallel.analysis.timeline",
     "attention": "distattn.ops.attention",
     "block_mask": "distattn.ir.export",
+    "causal_conv1d": "distattn.ops.convolution",
     "cu_seqlens": "distattn.ir.export",
     "explain": "distattn.parallel.analysis.explain",
     "make_plan": "distattn.parallel.make_plan",

@@ -24,8 +24,11 @@ KERNELS = {
     "gluon": "distattn.kernels.gluon.attention",
     "gluon_split": "distattn.kernels.gluon.split",
 }
-# of ops with states; preferred ones first
-RECURRENCE_KERNELS = {"chunked": "distattn.kernels.recurrence.chunked"}
+# by kind of op, those that compute it; preferred ones first
+OTHER_KERNELS: dict[str, dict[str, str]] = {
+    "recurrence": {"chunked": "distattn.kernels.recurrence.chunked"},
+    "convolution": {"taps": "distattn.kernels.convolution.taps"},
+}
 # the fastest of those that a trial finds right (see `trials`)
 AUTO = "auto"
 # these run on CPUs, all others on GPUs
@@ -84,7 +87,9 @@ class Kernel(Protocol):
 
 def load_kernel(name: str) -> Kernel:
     """The kernel module of that name. Raises DistattnError where there is none, or what it needs is not installed."""
-    known = KERNELS | RECURRENCE_KERNELS
+    known = dict(KERNELS)
+    for some in OTHER_KERNELS.values():
+        known |= some
     if name not in known:
         raise DistattnError(f"kernel {name!r} does not exist; there are {AUTO}, {', '.join(KERNELS)}.")
     try:
@@ -115,14 +120,13 @@ def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
     "gluon" becomes "gluon_split" under torch.use_deterministic_algorithms. Raises DistattnError.
     """
     op = requirements.op
-    if op.is_recurrent:
-        name = next(iter(RECURRENCE_KERNELS)) if name in (None, AUTO) else name
-    if (name in RECURRENCE_KERNELS) != op.is_recurrent:
-        of_op = RECURRENCE_KERNELS if op.is_recurrent else KERNELS
+    of_op = OTHER_KERNELS.get(op.kind, KERNELS)
+    if name not in (None, AUTO, *of_op) and (
+        of_op is not KERNELS or any(name in some for some in OTHER_KERNELS.values())
+    ):
         raise DistattnError(f'kernel "{name}" does not compute {op.name}; there are {AUTO}, {", ".join(of_op)}.')
-    if op.is_recurrent:
-        assert name is not None
-        return name
+    if of_op is not KERNELS:
+        return next(iter(of_op)) if name in (None, AUTO) else str(name)
     if name in (None, AUTO):
         if requirements.device.type not in _DEFAULTS:
             raise DistattnError(

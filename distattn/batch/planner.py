@@ -24,11 +24,12 @@ from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.op import ATTENTION
+from distattn.ir.op import ATTENTION, op_of
 from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
 from distattn.kernels.registry import AUTO, load_kernel
 from distattn.kernels.trials import Trial
 from distattn.ops.attention import attention, autocast_inputs, score_modifiers
+from distattn.ops.convolution import causal_conv1d
 from distattn.ops.executable import (
     EXECUTABLES,
     Executable,
@@ -256,7 +257,9 @@ class Planner:
         how["options"] = {**(config.options or {}), **dict(batch.options)}
         if shape.op != ATTENTION.name:
             # where attention's tokens are; what attention moves is another matter
-            mask, how = Mask.documents(layout.lengths), dict(strategy="scan")
+            left = shape.window is not None and (shape.window - 1, 0)
+            mask = Mask.documents(layout.lengths, left or "causal")
+            how = dict(strategy="scan" if op_of(shape.op).is_recurrent else "allgather")
         if shape.override is not None:
             how |= shape.override.settings(mask, layout)
         of_layer = shape._asdict()
@@ -351,16 +354,26 @@ class LocalBatch(BatchAttention):
         shape = AttentionShape.of(v_THV, q_TGK, v_THV)._replace(head_dim=q_TGK.shape[2], op=op)
         executable = self.executable(shape, q_TGK.device)
         tokens = executable.program.tokens
-        padding = len(q_TGK) - tokens
-        if padding != padded(tokens, self.planner.config.pad_to) - tokens:
-            padding = 0
-        if not padding:
+        padding = padded(tokens, self.planner.config.pad_to) - tokens
+        if not padding or len(q_TGK) != tokens + padding:
             return recurrence(q_TGK, k_TGK, v_THV, executable, g=g, beta=beta, scale=scale)
         # padding is of no document; a decay of each head has no tokens
         g = g if g is None or g.dim() == 1 else g[:tokens]
         beta = None if beta is None else beta[:tokens]
         q, k, v = (x[:tokens] for x in (q_TGK, k_TGK, v_THV))
         return F.pad(recurrence(q, k, v, executable, g=g, beta=beta, scale=scale), (0, 0, 0, 0, 0, padding))
+
+    def causal_conv1d(self, x_TC: Tensor, weight_CW: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        """`distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for so many channels and taps (C, W)."""
+        self.used = True
+        (x_TC,) = autocast_inputs(x_TC)
+        dtype, (channels, taps) = str(x_TC.dtype)[6:], weight_CW.shape
+        executable = self.executable(AttentionShape(1, 1, 1, channels, dtype, taps, op="convolution"), x_TC.device)
+        tokens = executable.program.tokens
+        padding = padded(tokens, self.planner.config.pad_to) - tokens
+        if not padding or len(x_TC) != tokens + padding:
+            return causal_conv1d(x_TC, weight_CW, executable, bias=bias)
+        return F.pad(causal_conv1d(x_TC[:tokens], weight_CW, executable, bias=bias), (0, 0, 0, padding))
 
     @property
     def tokens(self) -> int:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from distattn.ir.arguments import checked
 from distattn.ir.bands import BK, BQ, MAX_BLOCK
 from distattn.ir.errors import DistattnError, LostRankError, PlanError, named_ranks
+from distattn.ir.op import ATTENTION
 from distattn.ir.plan import Call, Plan
 from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
@@ -202,7 +203,7 @@ def prepare(
     refusal = program = key = None
     own: dict[str, Trial] = {}
     needed = kernel_requirements(plan.call, device, modifiers)
-    is_chosen = kernel in (None, AUTO) and not plan.call.op.is_recurrent
+    is_chosen = kernel in (None, AUTO) and plan.call.op == ATTENTION
     try:
         own = kernel_trials(plan, rank, needed) if is_chosen else {}
     except DistattnError as error:

@@ -29,6 +29,7 @@ from distattn.cluster.spec import DIRECTIONS, AnyCluster, ClusterSpec, resolve_c
 from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import (
+    DTYPE_BYTES,
     REDUCED_PAYLOADS,
     Call,
     Plan,
@@ -125,6 +126,8 @@ def _kernel_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Tab
         return out
     if call.op.is_recurrent:
         return _recurrence_seconds(call, cluster, direction, table)
+    if call.op.kind == "convolution":
+        return _convolution_seconds(call, cluster, direction, table)
     bands = task_bands(call.mask, tasks)
     speed = attention_speed(cluster, direction, call.head_dim, tasks["q1"] - tasks["q0"], tasks["k1"] - tasks["k0"])
     cells, widest = tiled_area(bands, cluster.device.tile)
@@ -148,3 +151,15 @@ def _recurrence_seconds(call: Call, cluster: ClusterSpec, direction: str, table:
     launches = np.bincount(launch, minlength=size) > 0
     total = np.bincount(launch, seconds + device.task_us * 1e-6, size) + launches * device.launch_us * 1e-6
     return total.reshape(table.steps, call.ranks)
+
+
+def _convolution_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
+    """The same of a convolution: its kernels do nothing but read and write rows."""
+    tasks, device = table.tasks, cluster.device
+    tensors = 2 if direction == "forward" else 4
+    cells = (tasks["q1"] - tasks["q0"]) * (tasks["h1"] - tasks["h0"])
+    size = tensors * cells * call.v_head_dim * DTYPE_BYTES[call.dtype]
+    launch, steps = tasks["step"] * call.ranks + tasks["rank"], table.steps
+    launches = np.bincount(launch, minlength=steps * call.ranks) > 0
+    total = np.bincount(launch, copy_seconds(cluster, size.astype(float)), steps * call.ranks)
+    return (total + launches * device.launch_us * 1e-6).reshape(steps, call.ranks)
