@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from distattn.ir.export import cu_seqlens as cu_seqlens
     from distattn.ir.layout import Layout as Layout
     from distattn.ir.mask import Mask as Mask
+    from distattn.ir.op import Op as Op
+    from distattn.ir.op import latent_op as latent_op
     from distattn.ir.plan import Call as Call
     from distattn.ir.plan import Payload as Payload
     from distattn.ir.plan import Plan as Plan
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from distattn.ops.convolution import causal_conv1d as causal_conv1d
     from distattn.ops.executable import Executable as Executable
     from distattn.ops.executable import prepare as prepare
+    from distattn.ops.latent import latent_attention as latent_attention
     from distattn.ops.recurrence import recurrence as recurrence
     from distattn.parallel.analysis.explain import Explanation as Explanation
     from distattn.parallel.analysis.explain import explain as explain
@@ -52,6 +55,7 @@ _HOME = {
     "Payload": "distattn.ir.plan",
     "OverlapSchedule": "distattn.driver.overlap",
     "PipelineSchedule": "distattn.driver.pipeline",
+    "Op": "distattn.ir.op",
     "Plan": "distattn.ir.plan",
     "LostRankError": "distattn.ir.errors",
     "PlanError": "distattn.ir.errors",
@@ -65,6 +69,8 @@ _HOME = {
     "causal_conv1d": "distattn.ops.convolution",
     "cu_seqlens": "distattn.ir.export",
     "explain": "distattn.parallel.analysis.explain",
+    "latent_attention": "distattn.ops.latent",
+    "latent_op": "distattn.ir.op",
     "make_plan": "distattn.parallel.make_plan",
     "prepare": "distattn.ops.executable",
     "quality": "distattn.parallel.analysis.quality",

@@ -101,6 +101,9 @@ def load_kernel(name: str) -> Kernel:
 def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[LaunchMask], Any]:
     """A function from a launch mask to the kernel's own schedule, for such calls."""
     kernel = load_kernel(name)
+    if requirements.op.kind == "latent_attention":
+        # it runs on keys and values of all heads
+        return lambda mask: kernel.prepare(mask._replace(kv_heads=mask.heads, group_size=1, first_head=0), requirements)
     return lambda mask: kernel.prepare(mask, requirements)
 
 
@@ -133,6 +136,9 @@ def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
                 f'there is no default kernel for {requirements.device.type} tensors; pass kernel="reference".'
             )
         name = _DEFAULTS[requirements.device.type]
+        if op.kind == "latent_attention" and load_kernel(name or "").unsupported_reason(requirements):
+            # keys are wider than values, which not every kernel takes
+            name = "reference"
     import torch
 
     if name in _DETERMINISTIC and torch.are_deterministic_algorithms_enabled():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from distattn.ir.errors import DistattnError
@@ -105,12 +106,13 @@ class Op:
         """Whether A is part of a state that moves; without gates its length says it."""
         return self.delta or self.decay in ("token", "channel")
 
-    def state_numbers(self, head_dim: int, v_head_dim: int, prefix: bool) -> int:
-        """Numbers of one head's state as it moves. prefix: it begins where its document does, so that no state can enter."""
-        transition = 0
-        if self.transition_travels and not prefix:
-            transition = head_dim * head_dim if self.delta else self.transition_shape(head_dim)[0]
-        return head_dim * v_head_dim + transition
+    def state_numbers(self, head_dim: int, v_head_dim: int, prefix: bool, in_memory: bool = False) -> int:
+        """Numbers of one head's state as it moves, or as it is held in memory.
+
+        prefix: it begins where its document does, so that no state can enter.
+        """
+        has_transition = not prefix and (self.transition_travels or in_memory)
+        return head_dim * v_head_dim + (prod(self.transition_shape(head_dim)) if has_transition else 0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, from which `Op(**values)` is the same op."""
@@ -147,7 +149,7 @@ OPS: Mapping[str, Op] = {
 }
 
 
-def latent_attention(rotary_dim: int, latent_dim: int) -> Op:
+def latent_op(rotary_dim: int, latent_dim: int) -> Op:
     """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434): one rotary key and a latent move for all heads."""
     return Op("latent_attention", "latent_attention", rotary_dim=rotary_dim, latent_dim=latent_dim)
 

@@ -221,9 +221,10 @@ class Call:
         fields = self.payload_fields(payload) if in_memory else self.comm_fields(payload)
         return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in fields)
 
-    def state_bytes(self, prefix: bool) -> int:
+    def state_bytes(self, prefix: bool, in_memory: bool = False) -> int:
         """Bytes of one head's state. prefix: it begins (a gradient state: ends) with its document, and has no transition."""
-        return self.op.state_numbers(self.head_dim, self.v_head_dim, prefix) * DTYPE_BYTES[self.accumulation_dtype]
+        numbers = self.op.state_numbers(self.head_dim, self.v_head_dim, prefix, in_memory)
+        return numbers * DTYPE_BYTES[self.accumulation_dtype]
 
     @cached_property
     def documents(self) -> Ints:

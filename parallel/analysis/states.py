@@ -93,7 +93,7 @@ def state_lifetimes(call: Call, payload: Payload, lives: list[StateLife]) -> Buf
         for name in ("rank", "heads", "t0", "t1", "there", "last")
     )
     prefix = call.is_prefix(payload, t0, t1)
-    size = heads * np.where(prefix, call.state_bytes(True), call.state_bytes(False))
+    size = heads * np.where(prefix, call.state_bytes(True), call.state_bytes(False, in_memory=True))
     return BufferLifetimes(rank, there, last, size)
 
 

@@ -6,7 +6,7 @@ import pytest
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.op import ATTENTION, OPS, Op, latent_attention, op_of
+from distattn.ir.op import ATTENTION, OPS, Op, latent_op, op_of
 from distattn.ir.plan import MOVE_COLUMNS, Call, Payload, Plan, Table, move_bytes, task_areas, task_token_ranges
 from distattn.parallel.make_plan import make_plan
 
@@ -128,6 +128,6 @@ def test_unknown_ops_are_refused_by_name():
 
 
 def test_latent_attention_moves_latents():
-    call = Call(Mask.causal(16), Layout.contiguous((16,), 2), 8, 1, 192, 128, "bfloat16", op=latent_attention(64, 512))
+    call = Call(Mask.causal(16), Layout.contiguous((16,), 2), 8, 1, 192, 128, "bfloat16", op=latent_op(64, 512))
     assert call.token_head_bytes(Payload.KV) == 2 * 576
     assert call.payload_fields(Payload.O)[0][0] == 128 and len(MOVE_COLUMNS) == 8

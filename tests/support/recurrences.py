@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from oracle import Record, RecordingTransport
 from torch import Tensor
 
 from distattn.ir.op import OPS, Op
-from distattn.ir.plan import Plan
+from distattn.ir.plan import STATE_PAYLOADS, Plan
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
@@ -18,6 +20,7 @@ from distattn.parallel.analysis.verify import verify
 from distattn.parallel.runtime import execute_recurrence
 from distattn.parallel.runtime.execute import run_in_lock_step
 from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.state_tensors import HeldStateTensors
 from distattn.parallel.runtime.transport import InProcessNetwork
 
 RECURRENT = [name for name, op in OPS.items() if op.is_recurrent]
@@ -119,16 +122,29 @@ def run_recurrence(plan: Plan, case: RecurrenceCase, record: Record | None = Non
         network = InProcessNetwork()
         return [RecordingTransport(network.transport(rank), rank, record) for rank in ranks]
 
+    # states alive, by rank, of both passes
+    held: list[HeldStateTensors] = []
+
+    def noted(*given: Any) -> HeldStateTensors:
+        held.append(HeldStateTensors(*given))
+        return held[-1]
+
     runs = [
         execute_recurrence.forward(program, transport, chunked, x, case.initial)
         for program, transport, x in zip(programs, transports(), local, strict=True)
     ]
-    ahead = run_in_lock_step(runs)
+    with patch.object(execute_recurrence, "HeldStateTensors", noted):
+        ahead = run_in_lock_step(runs)
     runs = [
         execute_recurrence.backward(program, transport, chunked, do_, case.dfinal, x, case.initial, result.kept)
         for program, transport, x, do_, result in zip(programs, transports(), local, do, ahead, strict=True)
     ]
-    back = run_in_lock_step(runs)
+    with patch.object(execute_recurrence, "HeldStateTensors", noted):
+        back = run_in_lock_step(runs)
+    moved = np.concatenate([plan.forward.moves["payload"], plan.backward.moves["payload"]])
+    if np.isin(moved, STATE_PAYLOADS).all():
+        peaks = [states.peak_bytes for states in held]
+        assert peaks == [*proof.forward_peak.tolist(), *proof.backward_peak.tolist()]
     kept = [sum(t.nbytes for t in result.kept.states) + sum(t.nbytes for t in result.kept.tokens) for result in ahead]
     assert kept == proof.kept.tolist()
     dx = {name: layout.unshard([result.dx.by_token()[name] for result in back]) for name in case.x.by_token()}

@@ -1,0 +1,120 @@
+"""`latent_attention`: multi-head latent attention (DeepSeek's MLA) by a plan: latents move, keys and values do not."""
+
+# T tokens on this rank, H query heads, N key dim without the rotary part, R rotary dim, D = N + R, L latent dim, E value head dim
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.ir.errors import DistattnError
+from distattn.ir.plan import Plan
+from distattn.kernels.glue import row_products
+from distattn.kernels.latent import LatentKernel, LatentScore
+from distattn.kernels.registry import Kernel
+from distattn.kernels.spec import ScoreMod
+from distattn.ops.attention import autocast_inputs, interleaved_batch
+from distattn.ops.executable import Executable, prepare
+from distattn.parallel.runtime import execute
+from distattn.parallel.runtime.execute import run_to_completion
+
+
+def latent_attention(
+    q_THD: Tensor,
+    rope_TR: Tensor,
+    latent_TL: Tensor,
+    up_HEL: Tensor,
+    plan: Plan | Executable,
+    group: dist.ProcessGroup | None = None,
+    *,
+    scale: float | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """Latent attention of this rank's tokens, differentiable; a collective call of all ranks of the plan.
+
+    Head h attends with keys [up_h[:N] c | rope] to values up_h[N:] c, of latents c. q_THD (T, H, N + R) has its rotary part last;
+    rope_TR (T, R) is the rotary key of all heads, latent_TL (T, L) the latent after its norm. up_HEL (H, N + E, L) is the weight
+    of the up-projection (`kv_b_proj.weight.view(H, N + E, L)`), the same on all ranks; its gradient is this rank's share, to be
+    summed over ranks like any parameter's. The result o_THE has q's dtype. scale defaults to (N + R) ** -0.5.
+
+    plan: of op `distattn.latent_op(R, L)` with kv_heads=1, head_dim=N + R and v_head_dim=E. Raises PlanError when
+    the plan cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
+    """
+    if not isinstance(plan, (Plan, Executable)):
+        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
+    if isinstance(plan, Executable) and (group is not None or kernel is not None):
+        raise DistattnError("an executable knows its group and kernel; give them to prepare instead.")
+    if interleaved_batch() is not None:
+        raise DistattnError(
+            "latent attention cannot take turns with other micro-batches yet; leave OverlapSchedule out."
+        )
+    q_THD, rope_TR, latent_TL, up_HEL = autocast_inputs(q_THD, rope_TR, latent_TL, up_HEL)
+    executable = plan if isinstance(plan, Executable) else prepare(plan, group, kernel=kernel, device=q_THD.device)
+    _check_inputs(executable, q_THD, rope_TR, latent_TL, up_HEL)
+    scale = 1.0 / math.sqrt(q_THD.shape[-1]) if scale is None else float(scale)
+    return cast(Tensor, _LatentAttention.apply(executable, scale, q_THD, rope_TR[:, None], latent_TL[:, None], up_HEL))
+
+
+def _check_inputs(executable: Executable, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor) -> None:
+    program = executable.program
+    call, op, tokens = program.call, program.call.op, program.tokens
+    if op.kind != "latent_attention":
+        raise DistattnError(f"the plan is of {op.name}, not of latent attention; make_plan takes op=latent_op(R, L).")
+    wanted = {
+        "q": (q, (tokens, call.heads, call.head_dim)),
+        "rope": (rope, (tokens, op.rotary_dim)),
+        "latent": (latent, (tokens, op.latent_dim)),
+        "up": (up, (call.heads, call.head_dim - op.rotary_dim + call.v_head_dim, op.latent_dim)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise DistattnError(
+                f"{name} has shape {tuple(tensor.shape)}; the plan wants {shape} on rank {program.rank}."
+            )
+        if str(tensor.dtype) != f"torch.{call.dtype}":
+            raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan was made for {call.dtype}.")
+
+
+class _LatentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, executable: Executable, scale: float, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor
+    ) -> Tensor:
+        q, rope, latent = (x.contiguous() for x in (q, rope, latent))
+        score = _score(executable, scale, up.detach())
+        executable.begin_pass("forward", score.score)
+        run = execute.forward(
+            executable.program, executable.transport, _kernel(executable), q, rope, latent, cast(ScoreMod, score)
+        )
+        o, lse_TH, kept = run_to_completion(run)
+        o = o.to(q.dtype)
+        ctx.save_for_backward(q, rope, latent, up, o, lse_TH, kept)
+        ctx.executable, ctx.scale = executable, scale
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, rope, latent, up, o, lse_TH, kept = ctx.saved_tensors
+        executable = ctx.executable
+        do = do.contiguous()
+        dup = torch.zeros_like(up, dtype=getattr(torch, executable.program.call.accumulation_dtype))
+        score = _score(executable, ctx.scale, up.detach(), dup)
+        executable.begin_pass("backward", score.score)
+        inputs = do, q, rope, latent, lse_TH, row_products(do, o), kept, cast(ScoreMod, score)
+        run = execute.backward(executable.program, executable.transport, _kernel(executable), *inputs)
+        dq, drope, dlatent = run_to_completion(run)
+        return None, None, dq, drope, dlatent, dup.to(up.dtype)
+
+
+def _score(executable: Executable, scale: float, up: Tensor, dup: Tensor | None = None) -> LatentScore:
+    call = executable.program.call
+    return LatentScore(ScoreMod(scale), up, call.head_dim - call.op.rotary_dim, dup)
+
+
+def _kernel(executable: Executable) -> Kernel:
+    return cast(Kernel, LatentKernel(executable.kernel))

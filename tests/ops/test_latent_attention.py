@@ -1,0 +1,87 @@
+"""Latent attention over ranks equals attention on expanded keys and values, and moves latents."""
+
+import pytest
+import torch
+from oracle import Inputs, dense
+from processes import run_on_ranks, sum_gradients
+
+import distattn as da
+from distattn.ir.op import latent_op
+from distattn.ir.plan import Payload
+
+LENGTHS = (5, 40, 1, 30)
+HEADS, NOPE, ROPE, LATENT, VALUE = 4, 6, 2, 10, 5
+
+
+def plan_of(layout, strategy, dtype="float64", **changes):
+    shape = dict(
+        heads=HEADS, kv_heads=1, head_dim=NOPE + ROPE, v_head_dim=VALUE, dtype=dtype, op=latent_op(ROPE, LATENT)
+    )
+    return da.make_plan(da.Mask.documents(LENGTHS), layout, strategy=strategy, **shape | changes)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    n = sum(LENGTHS)
+    shapes = (n, HEADS, NOPE + ROPE), (n, ROPE), (n, LATENT), (HEADS, NOPE + VALUE, LATENT), (n, HEADS, VALUE)
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def by_definition():
+    """(o, dq, drope, dlatent, dup) on one device."""
+    q, rope, latent, up, do = inputs()
+    leaves = [x.requires_grad_() for x in (q, rope, latent, up)]
+    made = torch.einsum("sl,hel->she", latent, up)
+    k, v = torch.cat([made[..., :NOPE], rope[:, None].expand(-1, HEADS, -1)], -1), made[..., NOPE:]
+    result = dense(da.Mask.documents(LENGTHS), Inputs(q, k, v, do))
+    grads = torch.autograd.grad([k, v], leaves[1:], [result.dk, result.dv])
+    return result.o, result.dq, *grads
+
+
+def attend(rank, ranks, strategies):
+    found = []
+    for strategy in strategies:
+        layout = da.Layout.zigzag(LENGTHS, ranks)
+        q, rope, latent, up, do = inputs()
+        module = torch.nn.Module()
+        module.up = torch.nn.Parameter(up)
+        local = [layout.shard(x, rank).requires_grad_() for x in (q, rope, latent)]
+        o = da.latent_attention(*local, module.up, plan_of(layout, strategy))
+        o.backward(layout.shard(do, rank))
+        sum_gradients(module)
+        found.append((o.detach(), *(x.grad for x in local), module.up.grad))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_equal_attention_on_expanded_keys_and_values(ranks):
+    strategies = ["ring", "allgather", "ulysses", "cad"]
+    everyone = run_on_ranks(ranks, attend, ranks, strategies)
+    layout, wanted = da.Layout.zigzag(LENGTHS, ranks), by_definition()
+    for of_ranks in zip(*everyone, strict=True):
+        *by_token, dup = zip(*of_ranks, strict=True)
+        for got, right in zip([*(layout.unshard(list(parts)) for parts in by_token), dup[0]], wanted, strict=True):
+            torch.testing.assert_close(got, right, rtol=0, atol=1e-11)
+
+
+def test_latents_are_what_moves():
+    # DeepSeek-V3: 128 heads of 192 and 128, a latent of 512 beside 64 rotary numbers
+    layout = da.Layout.zigzag((4096,), 8)
+    shape = dict(heads=128, head_dim=192, v_head_dim=128, dtype="bfloat16", strategy="allgather")
+    mask = da.Mask.causal(4096)
+    expanded = da.make_plan(mask, layout, kv_heads=128, **shape)
+    latents = da.make_plan(mask, layout, kv_heads=1, op=latent_op(64, 512), **shape)
+    da.verify(latents)
+    keys = [int(p.bytes()["bytes"][p.bytes()["payload"] == Payload.KV].sum()) for p in (expanded, latents)]
+    assert keys[0] == keys[1] * 128 * (192 + 128) // 576
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    layout = da.Layout.contiguous(LENGTHS, 1)
+    q, rope, latent, up, _ = inputs()
+    with pytest.raises(da.DistattnError, match="up has shape"):
+        da.latent_attention(q, rope, latent, up[:, 1:], plan_of(layout, "ring"))
+    with pytest.raises(da.DistattnError, match="not of latent attention"):
+        da.latent_attention(q, rope, latent, up, plan_of(layout, "ring", op="attention", v_head_dim=8))
+    with pytest.raises(da.DistattnError, match="not of attention"):
+        da.attention(q, rope[:, None], latent[:, None], plan_of(layout, "ring"))
