@@ -78,6 +78,10 @@ def right_calls():
             dict(mask=MASK, layout=LAYOUT, strategy="ring", comm_dtype="float32", cluster="h200-1x2", **SHAPE),
         ),
         (da.make_plan, dict(mask=MASK, layout=LAYOUT, strategy="cad", options={"block": 4}, **SHAPE)),
+        (
+            da.make_plan,
+            dict(mask=MASK, layout=LAYOUT, strategy="scan", op="kda", options={"state_first": True}, **SHAPE),
+        ),
         (da.verify, dict(plan=PLAN, max_buffer_bytes=10**6)),
         (da.simulate, dict(plan=PLAN, cluster="h200-1x2", proof=None)),
         (da.explain, dict(plan=PLAN, cluster=da.Cluster(1, 2))),
@@ -92,6 +96,20 @@ def right_calls():
     q, k = torch.ones(16, 4, 8), torch.ones(16, 2, 8)
     numbers = dict(group=None, scale=0.5, softcap=0.0, dropout=0.0, kernel="reference", return_lse=False)
     calls.append((da.attention, dict(q_THD=q, k_TKD=k, v_TKE=k, plan=ALONE, **numbers)))
+    layer = dict(dtype="float32", heads=4, head_dim=8, v_head_dim=8, options=None)
+    one = da.Layout.zigzag(LENGTHS, 1)
+    gla = da.make_plan(MASK, one, strategy="scan", kv_heads=2, op="gla", **layer)
+    gates = dict(g=-torch.ones(16, 4, 8), beta=None, initial_state=torch.zeros(3, 4, 8, 8))
+    some = dict(group=None, scale=0.5, kernel="chunked", return_final_state=False)
+    calls.append((da.recurrence, dict(q_TGK=k, k_TGK=k, v_THV=q, plan=gla, **gates, **some)))
+    halo = da.make_plan(da.Mask.documents(LENGTHS, (2, 0)), one, strategy="ring", kv_heads=4, op="convolution", **layer)
+    taps = dict(weight_CW=torch.ones(32, 3), plan=halo, group=None, bias=torch.ones(32))
+    calls.append((da.causal_conv1d, dict(x_TC=torch.ones(16, 32), **taps)))
+    mla = da.make_plan(MASK, one, strategy="ring", kv_heads=1, op=da.latent_op(2, 5), **layer)
+    latents = dict(rope_TR=torch.ones(16, 2), latent_TL=torch.ones(16, 5), up_HEL=torch.ones(4, 14, 5))
+    calls.append((da.latent_attention, dict(q_THD=q, plan=mla, group=None, scale=0.5, kernel="reference", **latents)))
+    calls.append((da.latent_op, dict(rotary_dim=2, latent_dim=5)))
+    calls.append((da.Op, dict(name="mine", kind="recurrence", merge="never", decay="token", delta=True)))
     settings = dict(group=None, loss_group=None, strategy="ring", layout="zigzag", layout_options={}, data="replicated")
     settings |= dict(document_mask="causal", kernel="reference", backward="refetch-home", comm_dtype=None, cluster=None)
     settings |= dict(

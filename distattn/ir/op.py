@@ -17,13 +17,16 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from distattn.ir.arguments import check_fields, checked
 from distattn.ir.errors import DistattnError
 
 # a tensor of a payload: its width, None for one number per token and head; and its dtype: that of the inputs, that of the
 # accumulation ("wide"), or "result": that of the accumulation where parts are summed, of the inputs where there is one part
 Field = tuple[int | None, str]
+KINDS = ("attention", "recurrence", "convolution", "latent_attention")
 MERGES = ("lse", "sum", "never")
 DECAYS = ("none", "head", "token", "channel")
+_MOST_DIM = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,17 @@ class Op:
     latent_dim: int = 0
 
     def __post_init__(self) -> None:
-        if self.merge not in MERGES or self.decay not in DECAYS:
-            raise DistattnError(f"op {self.name}: merge is one of {MERGES}, decay one of {DECAYS}.")
+        check_fields(self)
+        for what, value, known in (
+            ("kind", self.kind, KINDS),
+            ("merge", self.merge, MERGES),
+            ("decay", self.decay, DECAYS),
+        ):
+            if value not in known:
+                raise DistattnError(f"op {self.name[:60]!r}: {what} is one of {', '.join(known)}, not {value[:60]!r}.")
+        for what, dim in (("rotary_dim", self.rotary_dim), ("latent_dim", self.latent_dim)):
+            if not 0 <= dim <= _MOST_DIM or (self.kind == "latent_attention") != (dim > 0):
+                raise DistattnError(f"{what} is 1 to {_MOST_DIM} for latent attention and 0 for others, not {dim}.")
 
     @property
     def is_recurrent(self) -> bool:
@@ -149,6 +161,7 @@ OPS: Mapping[str, Op] = {
 }
 
 
+@checked
 def latent_op(rotary_dim: int, latent_dim: int) -> Op:
     """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434): one rotary key and a latent move for all heads."""
     return Op("latent_attention", "latent_attention", rotary_dim=rotary_dim, latent_dim=latent_dim)

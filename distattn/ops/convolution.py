@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distattn.ir.arguments import checked
 from distattn.ir.bands import HI, LO, OK, OQ, Q0, Q1
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Call, Plan
@@ -24,6 +25,7 @@ from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
 _NO_SCORE = ScoreMod(1.0)
 
 
+@checked
 def causal_conv1d(
     x_TC: Tensor,
     weight_CW: Tensor,
@@ -42,22 +44,20 @@ def causal_conv1d(
     at every call, or what `prepare` made of one. What moves is each stretch's W - 1 tokens before it. Raises PlanError when the
     plan cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
     """
-    if not isinstance(plan, (Plan, Executable)):
-        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
     if isinstance(plan, Executable) and group is not None:
         raise DistattnError("an executable knows its group; give it to prepare instead.")
     if interleaved_batch() is not None:
         raise DistattnError("convolutions cannot take turns with other micro-batches yet; leave OverlapSchedule out.")
     executable = plan if isinstance(plan, Executable) else prepare(plan, group, device=x_TC.device)
     (x_TC,) = autocast_inputs(x_TC)
-    _check_inputs(executable, x_TC, weight_CW)
+    _check_inputs(executable, x_TC, weight_CW, bias)
     call = executable.program.call
     by_heads = x_TC.reshape(-1, call.heads, call.v_head_dim), weight_CW.reshape(call.heads, call.v_head_dim, -1)
     y_TC = cast(Tensor, _Convolution.apply(executable, *by_heads)).reshape(x_TC.shape)
     return y_TC if bias is None else y_TC + bias.to(y_TC.dtype)
 
 
-def _check_inputs(executable: Executable, x: Tensor, weight: Tensor) -> None:
+def _check_inputs(executable: Executable, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     program = executable.program
     call = program.call
     if call.op.kind != "convolution":
@@ -69,6 +69,13 @@ def _check_inputs(executable: Executable, x: Tensor, weight: Tensor) -> None:
         raise DistattnError(f"x is {str(x.dtype)[6:]}, the plan was made for {call.dtype}.")
     if weight.dim() != 2 or len(weight) != shape[1]:
         raise DistattnError(f"weight has shape {tuple(weight.shape)}; wanted is ({shape[1]}, taps).")
+    if bias is not None and tuple(bias.shape) != shape[1:]:
+        raise DistattnError(f"bias has shape {tuple(bias.shape)}; wanted is {shape[1:]}.")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (not tensor.is_floating_point() or tensor.device != x.device):
+            raise DistattnError(
+                f"{name} is {str(tensor.dtype)[6:]} on {tensor.device}; floating point on {x.device} is wanted."
+            )
     taps = _taps(call)
     if taps is not None and weight.shape[1] != taps:
         raise DistattnError(

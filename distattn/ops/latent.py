@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.kernels.glue import row_products
@@ -23,6 +24,7 @@ from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.execute import run_to_completion
 
 
+@checked
 def latent_attention(
     q_THD: Tensor,
     rope_TR: Tensor,
@@ -44,8 +46,6 @@ def latent_attention(
     plan: of op `distattn.latent_op(R, L)` with kv_heads=1, head_dim=N + R and v_head_dim=E. Raises PlanError when
     the plan cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
     """
-    if not isinstance(plan, (Plan, Executable)):
-        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
     if isinstance(plan, Executable) and (group is not None or kernel is not None):
         raise DistattnError("an executable knows its group and kernel; give them to prepare instead.")
     if interleaved_batch() is not None:
@@ -56,6 +56,8 @@ def latent_attention(
     executable = plan if isinstance(plan, Executable) else prepare(plan, group, kernel=kernel, device=q_THD.device)
     _check_inputs(executable, q_THD, rope_TR, latent_TL, up_HEL)
     scale = 1.0 / math.sqrt(q_THD.shape[-1]) if scale is None else float(scale)
+    if not 0 < scale < math.inf:
+        raise DistattnError(f"scale is a positive number, not {scale}.")
     return cast(Tensor, _LatentAttention.apply(executable, scale, q_THD, rope_TR[:, None], latent_TL[:, None], up_HEL))
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
@@ -25,6 +26,7 @@ from distattn.parallel.runtime.execute_recurrence import KeptTensors, Recurrence
 _NO_SCORE = ScoreMod(1.0)
 
 
+@checked
 def recurrence(
     q_TGK: Tensor,
     k_TGK: Tensor,
@@ -59,8 +61,6 @@ def recurrence(
     plan: a Plan of that op, which ranks compare at every call, or what `prepare` made of one. Raises PlanError when the plan
     cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
     """
-    if not isinstance(plan, (Plan, Executable)):
-        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
     if isinstance(plan, Executable):
         if group is not None or kernel is not None:
             raise DistattnError("an executable knows its group and kernel; give them to prepare instead.")
@@ -118,6 +118,8 @@ def _check_inputs(executable: Executable, x: RecurrenceTokens, initial: Tensor |
     states = (len(call.documents), call.heads, call.head_dim, call.v_head_dim)
     if initial is not None and tuple(initial.shape) != states:
         raise DistattnError(f"initial_state has shape {tuple(initial.shape)}; wanted is {states}, of all documents.")
+    if initial is not None and not initial.is_floating_point():
+        raise DistattnError(f"initial_state is {str(initial.dtype)[6:]}; floating point is needed.")
     if op.decay == "head" and x.g is not None and x.g.requires_grad:
         raise DistattnError("g of a head wants a gradient, which is not computed; pass g.detach().")
 
