@@ -11,6 +11,7 @@ Gradients of states are the same in a mirror: the token axis from its end.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ class StateLife(NamedTuple):
 
 
 class StateTrace(NamedTuple):
-    """All uses of the states of one payload in a table, and the lives of the states that are used."""
+    """The uses of the states of one payload in a table (of one rank only), and the lives of the states that are used."""
 
     uses: list[StateUse]
     lives: list[StateLife]
@@ -120,38 +121,45 @@ class _Tracing:
         self.limits = sorted_unique(np.concatenate([part[name] for part in rows for name in ("h0", "h1")]))
         self.held: dict[tuple[int, int], dict[tuple[int, int], HeldState]] = defaultdict(dict)
         # states that were made or sent for use, and have not been used yet
-        self.unused: dict[tuple[int, int, StateName], None] = {}
+        self.unused: dict[tuple[int, int, Hashable], None] = {}
 
     def run(self) -> StateTrace:
         self._collect()
         known = {place: HeldStates(states.values()) for place, states in self.held.items()}
         uses = []
-        last: dict[tuple[int, StateName], list[int]] = {}
-        found_states: dict[tuple[int, StateName], HeldState] = {}
-        heads: dict[tuple[int, StateName], dict[int, None]] = defaultdict(dict)
+        # of each rank and part of the heads, by first token: the last use of each interval
+        wanted: dict[tuple[int, int], dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
         for user, part, rank, t0, t1, step in self._wanted():
-            tiling = known[rank, part].find(t0, t1) if (rank, part) in known else None
-            if tiling is None:
+            there = known[rank, part].there(t0, t1) if (rank, part) in known else None
+            if there is None:
                 raise PlanError(f"{self.label} of {self._tokens(t0, t1)} is not at hand for {self._show(user)}.")
-            if tiling.there >= step:
+            if there >= step:
                 raise PlanError(f"{self.label} of {self._tokens(t0, t1)} comes too late for {self._show(user)}.")
-            uses.append(StateUse(user, int(self.limits[part]), int(self.limits[part + 1]), tiling.states))
-            for state in tiling.states:
-                assert isinstance(state.name, StateName)
+            ends = wanted[rank, part][t0]
+            ends[t1] = max(ends.get(t1, -1), step)
+            if self.rank is not None:
+                tiling = known[rank, part].find(t0, t1)
+                assert tiling is not None
+                uses.append(StateUse(user, int(self.limits[part]), int(self.limits[part + 1]), tiling.states))
+        # by rank and state: its heads that are used, and the last step
+        lives: dict[tuple[int, HeldState], tuple[int, int]] = {}
+        for (rank, part), starts in wanted.items():
+            width = int(self.limits[part + 1] - self.limits[part])
+            used: dict[HeldState, int] = {}
+            for t0, ends in starts.items():
+                for state, step in known[rank, part].last_uses(t0, ends).items():
+                    used[state] = max(used.get(state, -1), step)
+            for state, step in used.items():
                 self.unused.pop((rank, part, state.name), None)
-                place = rank, state.name
-                last.setdefault(place, []).append(step)
-                heads[place][part] = None
-                found_states[place] = state
-        for _, _, name in sorted(self.unused, key=lambda place: place[2]):
+                heads, before = lives.get((rank, state), (0, -1))
+                lives[rank, state] = heads + width, max(before, step)
+        for _, _, name in sorted(self.unused, key=lambda place: str(place[2])):
             raise PlanError(f"{self.label} of {self._show(name)} is never used.")
-        lives = []
-        for (rank, name), steps in last.items():
-            state = found_states[rank, name]
-            t0, t1 = self._unmirrored(state.t0, state.t1)
-            width = sum(int(self.limits[part + 1] - self.limits[part]) for part in heads[rank, name])
-            lives.append(StateLife(rank, name, width, t0, t1, state.there, max(steps)))
-        return StateTrace(uses, lives)
+        return StateTrace(uses, [self._life(*place, *life) for place, life in lives.items()])
+
+    def _life(self, rank: int, state: HeldState, heads: int, last: int) -> StateLife:
+        assert isinstance(state.name, StateName)
+        return StateLife(rank, state.name, heads, *self._unmirrored(state.t0, state.t1), state.there, last)
 
     def _collect(self) -> None:
         """All states that ranks come to hold. What a rank has had, or an earlier row makes in that step, is not kept again."""
@@ -222,7 +230,8 @@ class _Tracing:
         a, b = self._unmirrored(t0, t1)
         return f"tokens [{a}, {b})"
 
-    def _show(self, name: StateName) -> str:
+    def _show(self, name: Hashable) -> str:
+        assert isinstance(name, StateName)
         rows, columns = (self.table.moves, MOVE_COLUMNS) if name.kind == "move" else (self.table.tasks, TASK_COLUMNS)
         return f"{name.kind} {name.row} {show_row(rows, columns, name.row)}"
 

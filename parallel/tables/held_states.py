@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import NamedTuple
 
 
@@ -34,6 +34,25 @@ class HeldStates:
         self._states = sorted(states, key=lambda state: (state.t1, state.t0, state.there))
         # by first token: for each token that tilings from there reach, when the earliest is there, and its last state
         self._reached: dict[int, dict[int, tuple[int, HeldState | None]]] = {}
+
+    def there(self, t0: int, t1: int) -> int | None:
+        """The step at the end of which tokens [t0, t1) can be put together; None where they never can."""
+        found = self._from(t0).get(t1)
+        return None if found is None else found[0]
+
+    def last_uses(self, t0: int, uses: Mapping[int, int]) -> dict[HeldState, int]:
+        """The states that tilings from t0 consist of, and the last step that uses each; uses: of each end t1, the last step.
+
+        Tilings that share a beginning are walked once.
+        """
+        reached, steps, last = self._from(t0), dict(uses), {}
+        # a tiling's last state goes first; what precedes it ends before it
+        for t1 in sorted(reached, reverse=True):
+            state = reached[t1][1]
+            if state is not None and t1 in steps:
+                last[state] = steps[t1]
+                steps[state.t0] = max(steps.get(state.t0, -1), steps[t1])
+        return last
 
     def find(self, t0: int, t1: int) -> Tiling | None:
         """The tiling of tokens [t0, t1); None where there is none."""
