@@ -77,7 +77,9 @@ def recurrence(
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale is a positive number, not {scale}.")
     # o is linear in q
-    o_THV, final = _Recurrence.apply(executable, q_TGK * scale, k_TGK, v_THV, g, beta, initial_state)
+    o_THV, final = _Recurrence.apply(
+        executable, return_final_state, q_TGK * scale, k_TGK, v_THV, g, beta, initial_state
+    )
     return (o_THV, final) if return_final_state else o_THV
 
 
@@ -131,16 +133,18 @@ class _Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any,
         executable: Executable,
+        final_states: bool,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         g: Tensor | None,
         beta: Tensor | None,
         initial: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         x = RecurrenceTokens(*(None if y is None else y.contiguous() for y in (q, k, v, g, beta)))  # type: ignore[arg-type]
         executable.begin_pass("forward", _NO_SCORE)
-        run = execute_recurrence.forward(executable.program, executable.transport, _kernel(executable), x, initial)
+        given = executable.program, executable.transport, _kernel(executable), x, initial, final_states
+        run = execute_recurrence.forward(*given)
         o_THV, final, kept = run_to_completion(run)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*x, initial, *kept.tokens, *kept.states)
@@ -162,8 +166,8 @@ class _Recurrence(torch.autograd.Function):
         )
         dx, dinitial = run_to_completion(run)
         of_gates = dx.g if x.decays_by_token else None
-        of_initial = None if initial is None else dinitial.to(initial.dtype)
-        return None, dx.q, dx.k, dx.v, of_gates, dx.beta, of_initial
+        of_initial = None if dinitial is None else dinitial.to(initial.dtype)
+        return None, None, dx.q, dx.k, dx.v, of_gates, dx.beta, of_initial
 
 
 def _kernel(executable: Executable) -> RecurrenceKernel:

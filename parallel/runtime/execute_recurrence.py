@@ -55,25 +55,32 @@ class KeptTensors(NamedTuple):
 
 
 class ForwardResult(NamedTuple):
-    """o_THV, the final states of documents that end on this rank (0 for others), and what is kept."""
+    """o_THV, the final states of documents that end on this rank (0 for others), where they are wanted, and what is kept."""
 
     o: Tensor
-    final_MHKV: Tensor
+    final_MHKV: Tensor | None
     kept: KeptTensors
 
 
 class BackwardResult(NamedTuple):
-    """Gradients of this rank's tokens, and of the initial states of documents that begin on this rank (0 for others)."""
+    """Gradients of this rank's tokens, and of the initial states, if any, of documents that begin on it (0 for others)."""
 
     dx: RecurrenceTokens
-    dinitial_MHKV: Tensor
+    dinitial_MHKV: Tensor | None
 
 
 def forward(
-    program: Program, transport: Transport, kernel: RecurrenceKernel, x: RecurrenceTokens, initial_MHKV: Tensor | None
+    program: Program,
+    transport: Transport,
+    kernel: RecurrenceKernel,
+    x: RecurrenceTokens,
+    initial_MHKV: Tensor | None,
+    final_states: bool = True,
 ) -> PausableRun[ForwardResult]:
-    """Outputs of this rank's tokens in q's dtype, and final states in the accumulation dtype."""
+    """Outputs of this rank's tokens in q's dtype, and final states in the accumulation dtype, where they are wanted."""
     run = _Pass(program, kernel, x, "forward", initial_MHKV)
+    if final_states:
+        run.make_edge_states()
     (o_THV,) = run.buffers.new_own(Payload.O, program.tokens)
     kept_tokens = run.buffers.new_kept(program.kept)
     yield from run_steps("forward", program.forward, transport, run.buffers, run.forward, False, run.states)
@@ -93,6 +100,8 @@ def backward(
 ) -> PausableRun[BackwardResult]:
     """Gradients in the dtypes of what they are of; those of initial states in the accumulation dtype."""
     run = _Pass(program, kernel, x, "backward", initial_MHKV, dfinal_MHKV)
+    if initial_MHKV is not None:
+        run.make_edge_states()
     run.buffers.bind_own(Payload.dO, (do_THV,))
     gradients = *run.buffers.new_own(Payload.dQ, program.tokens), *run.buffers.new_own(Payload.dKV, program.tokens)
     run.buffers.bind_kept([kept_key(key) for key in program.kept], kept.tokens)
@@ -137,9 +146,14 @@ class _Pass:
         self.dtype = getattr(torch, call.accumulation_dtype)
         self.g_H = x.g if x.g is not None and not x.decays_by_token else None
         self.states = HeldStateTensors(call, self.g_H, x.v.device)
-        shape = (len(call.documents), call.heads, call.head_dim, call.v_head_dim)
-        self.edge_states = torch.zeros(shape, dtype=self.dtype, device=x.v.device)
-        self.begun: list[Tensor] = [self.edge_states.new_empty(0)] * len(states.kept)
+        # of all documents: not made where nobody asks for them
+        self.edge_states: Tensor | None = None
+        self.begun: list[Tensor] = [x.v.new_empty(0)] * len(states.kept)
+
+    def make_edge_states(self) -> None:
+        """Room for the states of all documents; those that are not computed on this rank stay 0."""
+        shape = (len(self.call.documents), self.call.heads, self.call.head_dim, self.call.v_head_dim)
+        self.edge_states = torch.zeros(shape, dtype=self.dtype, device=self.x.v.device)
 
     def forward(
         self, launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -154,7 +168,7 @@ class _Pass:
         for task, begins, ends in zip(tasks, entering, leaving, strict=True):
             if task.begun >= 0:
                 self.begun[task.begun] = begins
-            if task.final >= 0:
+            if task.final >= 0 and self.edge_states is not None:
                 self.edge_states[task.final, launch.heads] = ends
             self._leave(launch, task, State(None, ends))
         return {Payload.O: (o_THV,)}
@@ -175,7 +189,7 @@ class _Pass:
         dleaving = torch.stack([self._following(launch, task).b for task in tasks])
         dx, dentering = self.kernel.backward(x, launch.schedule.rows, entering, do_THV, dleaving)
         for task, begins in zip(tasks, dentering, strict=True):
-            if task.initial >= 0:
+            if task.initial >= 0 and self.edge_states is not None:
                 self.edge_states[task.initial, launch.heads] = begins
             self._leave(launch, task, State(None, begins))
         dq, dk, *rest = dx.by_token().values()

@@ -74,26 +74,35 @@ class PassMemory(NamedTuple):
 
     arena: buffers, packed messages, gathered operands, partial results. results: the rank's own, as they are summed up, with
     what the backward finds again, or delta. workspace: the kernel's own, of the launch that needs most; 0 where the kernel does
-    not know. returned: results in the inputs' dtype, where they were summed up in another. A sink's few numbers a row are left
-    out.
+    not know. returned: results in the inputs' dtype, where they were summed up in another. states: of a recurrence, those that
+    stay from step to step. A sink's few numbers a row are left out.
     """
 
     arena: int
     results: int
     workspace: int
     returned: int
+    states: int = 0
 
     @property
     def peak(self) -> int:
         """The most that is there at once: the arena is gone when results are returned."""
-        return self.results + max(self.arena + self.workspace, self.returned)
+        return self.results + self.states + max(self.arena + self.workspace, self.returned)
 
 
 def forward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
     """What the forward pass of a program needs on its rank."""
     results, returned = _result_bytes(program, (Payload.O,))
     own = _workspace(program, "forward", program.forward, workspace)
-    return PassMemory(program.forward_bytes, results + kept_elements(program) * _itemsize(program), own, returned)
+    states = 0
+    if program.forward_states is not None:
+        results += program.forward_states.kept_bytes
+        states = program.forward_states.peak_bytes
+    kept = sum(
+        rows * (key.h1 - key.h0) * program.call.token_head_bytes(key.payload, in_memory=True)
+        for key, rows in program.kept.items()
+    )
+    return PassMemory(program.forward_bytes, results + kept, own, returned, states)
 
 
 def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
@@ -102,6 +111,9 @@ def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory
     results, returned = _result_bytes(program, (Payload.dQ, Payload.dKV))
     delta = program.tokens * call.heads * getattr(torch, call.accumulation_dtype).itemsize
     own = _workspace(program, "backward", program.backward, workspace)
+    if program.backward_states is not None:
+        # a recurrence has no delta
+        return PassMemory(program.backward_bytes, results, own, returned, program.backward_states.peak_bytes)
     return PassMemory(program.backward_bytes, results + delta, own, returned)
 
 

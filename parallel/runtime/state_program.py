@@ -6,9 +6,11 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import STATE_PAYLOADS, Payload, Plan
-from distattn.parallel.analysis.states import StateName, StateTrace, begun_with_state, trace_states
+from distattn.parallel.analysis.states import StateName, StateTrace, begun_with_state, state_lifetimes, trace_states
 
 
 class StateKey(NamedTuple):
@@ -71,12 +73,15 @@ class StateStep:
 class StateProgram:
     """One table's states on one rank: by step, and by number of the task.
 
-    kept: the states that forward tasks begin with, which stay for the backward pass, and the first head of each.
+    kept: the states that forward tasks begin with, which stay for the backward pass, and the first head of each; kept_bytes: of
+    all of them. peak_bytes: the most that the others have at once.
     """
 
     steps: list[StateStep]
     tasks: dict[int, StretchStates]
     kept: list[tuple[StateKey, int]]
+    kept_bytes: int
+    peak_bytes: int
 
 
 def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
@@ -111,8 +116,15 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
             (k0 in starts) if leaves.payload == Payload.S else (q1 in ends),
             kept.get(row, -1) if direction == "forward" else -1,
         )
-    h0 = plan.forward.tasks["h0"]
-    return StateProgram(steps, tasks, [(StateKey(Payload.S, StateName("kept", row)), int(h0[row])) for row in kept])
+    h0, h1 = plan.forward.tasks["h0"], plan.forward.tasks["h1"]
+    begun = [(StateKey(Payload.S, StateName("kept", row)), int(h0[row])) for row in kept]
+    kept_bytes = sum(int(h1[row] - h0[row]) for row in kept) * call.state_bytes(True)
+    lives = [state_lifetimes(call, payload, trace.lives) for payload, trace in traces.items()]
+    alive = np.zeros(table.steps + 1, np.int64)
+    for some in lives:
+        np.add.at(alive, some.first, some.size)
+        np.add.at(alive, some.last + 1, -some.size)
+    return StateProgram(steps, tasks, begun, kept_bytes, int(np.cumsum(alive).max(initial=0)))
 
 
 def _add_moves(

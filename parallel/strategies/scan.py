@@ -38,6 +38,8 @@ from distattn.parallel.tables.routes import remote_users, reversed_moves, send_d
 
 # in turn, as many groups of heads follow each other from rank to rank
 _GROUPS_IN_TURN = 8
+# a document that is read in turn while others' states are put together has at most so many
+_FEW_STRETCHES = 3
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,15 @@ def scan(
     if options.schedule != "auto":
         yield scan_table(call, owner_chains(call, options.head_groups), _schedule(options), direction)
         return
-    yield scan_table(call, owner_chains(call, 1), _schedule(options, "by_heads"), direction)
+    chains = owner_chains(call)
+    yield scan_table(call, chains, _schedule(options, "by_heads"), direction)
     for name in ("gathered", "by_halves"):
-        yield scan_table(call, owner_chains(call, 1), _schedule(options, name), direction)
+        yield scan_table(call, chains, _schedule(options, name), direction)
+    yield scan_table(call, chains, partial(by_heads, state_first=True), direction)
+    # documents of few stretches in turn, in the time that the long ones take
+    mixed = [in_turn if len(chain.stretches) <= _FEW_STRETCHES else by_heads for chain in chains]
+    if in_turn in mixed and by_heads in mixed:
+        yield scan_table(call, chains, mixed, direction)
     for groups in sorted({1, min(_GROUPS_IN_TURN, call.heads)}):
         yield scan_table(call, owner_chains(call, groups), in_turn, direction)
 

@@ -141,12 +141,15 @@ def run_recurrence(plan: Plan, case: RecurrenceCase, record: Record | None = Non
     ]
     with patch.object(execute_recurrence, "HeldStateTensors", noted):
         back = run_in_lock_step(runs)
+    kept = [sum(t.nbytes for t in result.kept.states) + sum(t.nbytes for t in result.kept.tokens) for result in ahead]
+    assert kept == proof.kept.tolist()
     moved = np.concatenate([plan.forward.moves["payload"], plan.backward.moves["payload"]])
     if np.isin(moved, STATE_PAYLOADS).all():
         peaks = [states.peak_bytes for states in held]
+        planned = [program.forward_states for program in programs] + [program.backward_states for program in programs]
+        assert peaks == [states.peak_bytes for states in planned]
+        assert kept == [program.forward_states.kept_bytes for program in programs]
         assert peaks == [*proof.forward_peak.tolist(), *proof.backward_peak.tolist()]
-    kept = [sum(t.nbytes for t in result.kept.states) + sum(t.nbytes for t in result.kept.tokens) for result in ahead]
-    assert kept == proof.kept.tolist()
     dx = {name: layout.unshard([result.dx.by_token()[name] for result in back]) for name in case.x.by_token()}
     return RecurrenceResult(
         layout.unshard([result.o for result in ahead]),
