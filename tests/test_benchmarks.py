@@ -108,6 +108,8 @@ DATA = ["--documents", "3000", "--context", "2048"]
         ("model_memory.py", ["--ranks", "2", "--hidden", "128", "--layers", "2"], ["initial", "exported", "loaded"]),
         ("checkpoint_faults.py", ["--count", "24", "--kills", "2"], ["2 kills", "passed over", "edited manifest"]),
         ("checkpoint_stall.py", ["--megabytes", "4", "--repeats", "1"], ["ours, overlap", "dcp async", "stall/save"]),
+        ("recurrence.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["zigzag, by heads", "<- fastest"]),
+        ("recurrence.py", ["--simulate"], ["1,048,576, 64", "refused", "estimated"]),
         ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),
     ],
 )
