@@ -138,18 +138,19 @@ def make_plan(
     if cluster is not None and cluster.ranks != layout.ranks:
         raise DistattnError(f"the cluster has {cluster.nodes} x {cluster.devices} ranks, the layout {layout.ranks}.")
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
-    call = Call(mask, layout, heads, kv_heads, head_dim, v_head_dim, dtype_name(dtype), dtype_name(comm_dtype))
-    chosen = STRATEGIES[strategy]
     call = Call(mask, layout, heads, kv_heads, head_dim, v_head_dim, dtype_name(dtype), dtype_name(comm_dtype), op=op)
     chosen = strategies_of(op)[strategy]
-    policy = backward or chosen.backward
     working = call if working_layout is None else replace(call, layout=working_layout)
     if working.ranks != call.ranks:
         raise DistattnError(f"the working layout has {working.ranks} ranks, the layout {call.ranks}.")
 
     def candidates(direction: str, policy: str) -> list[Table]:
         found = chosen.candidates(working, cluster, options or {}, direction)
-        return [_fastest(working, cluster, found, direction, policy)] if chosen.choose_by == "seconds" else list(found)
+        if chosen.choose_by == "seconds":
+            return [_fastest(working, cluster, found, direction, policy)]
+        if chosen.choose_by == "all seconds":
+            return [_fastest_of_all(working, cluster, found, direction)]
+        return list(found)
 
     def planned(
         policy: str, forwards: list[Table], backwards: list[Table] | None, cut: HeadChunks | None = None
@@ -162,22 +163,24 @@ def make_plan(
             return [_without_idle_steps(table) for table in given]
 
         forwards = tables(forwards)
-        derived = [
-            derive_backward(call, table, policy, cluster)
-            for table in (forwards if backwards is None else tables(backwards))
-        ]
+        derived = forwards if backwards is None else tables(backwards)
+        if not chosen.own_backward:
+            derived = [derive_backward(call, table, policy, cluster) for table in derived]
         chosen_tables = _fewest_bytes(call, forwards, derived, policy)
         return Plan(replace(call, written_once=written_once(call, *chosen_tables)), *chosen_tables, policy, strategy)
 
     policy = backward or chosen.backward
     forwards = candidates("forward", policy)
     # where the backward pass has tasks of its own
-    backwards = candidates("backward", policy) if chosen.by_direction and policy != "keep" else None
+    anew = chosen.own_backward or (chosen.by_direction and policy != "keep")
+    backwards = candidates("backward", policy) if anew else None
     plan = planned(policy, forwards, backwards)
     if max_buffer_bytes is None or (least := _most_needed(plan)) <= max_buffer_bytes:
         return plan
     again = "refetch-home" if policy == "keep" and backward is None else policy
-    for cut in possible_head_chunks(working, forwards[0]):
+    # states are not cut by heads
+    cuts = [] if op.is_recurrent else possible_head_chunks(working, forwards[0])
+    for cut in cuts:
         plan = planned(again, forwards, backwards, cut)
         if (needed := _most_needed(plan)) <= max_buffer_bytes:
             return plan
@@ -186,22 +189,6 @@ def make_plan(
         f"{strategy}: a rank needs {least:,} bytes of buffers at least, with heads in as many chunks as there can be; "
         f"max_buffer_bytes is {max_buffer_bytes:,}. Raise it, or use more ranks or another strategy."
     )
-        if chosen.choose_by == "seconds":
-            found = [_fastest(working, cluster, found, direction, policy)]
-        if chosen.choose_by == "all seconds":
-            found = [_fastest_of_all(working, cluster, found, direction)]
-            found = [relayout_table(call, working, table) for table in found]
-        return [_without_idle_steps(table) for table in found]
-    forwards = tables("forward")
-    planned_anew = chosen.by_direction and policy != "keep"
-    if chosen.own_backward:
-        backwards = tables("backward")
-    else:
-        tasks_from = tables("backward") if planned_anew else forwards
-        backwards = [derive_backward(call, table, policy, cluster) for table in tasks_from]
-    chosen_tables = _fewest_bytes(call, forwards, backwards, policy)
-    call = replace(call, written_once=written_once(call, *chosen_tables))
-    return Plan(call, *chosen_tables, policy, strategy)
 
 
 def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None, op: Op = ATTENTION) -> None:
