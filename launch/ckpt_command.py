@@ -13,11 +13,10 @@ from rich.table import Table
 
 from distattn.checkpoints.checkpoint_folder import (
     Checkpoint,
-    list_checkpoints,
+    find_checkpoints,
     sizes_are_right,
     verify_checkpoint,
 )
-from distattn.checkpoints.manifest import MANIFEST_FILE, Manifest
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data_progress import ProgressReporter
@@ -44,8 +43,6 @@ RUN_OR_FOLDER is the folder of a run, a folder of checkpoints, or one checkpoint
 
 # modules of their own
 _OF_MODELS = {"export-hf": "ckpt_export_hf", "import-hf": "ckpt_import_hf"}
-# where a run keeps its checkpoints
-_IN_RUN = "checkpoints"
 _WIDTH = 160
 
 
@@ -141,25 +138,7 @@ def _parsed(command: str, arguments: Sequence[str]) -> tuple[list[Checkpoint], b
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
-    return _checkpoints(given.folder), given.json
-
-
-def _checkpoints(given: Path) -> list[Checkpoint]:
-    """What a person means by a folder; at least one. Raises DistattnError where there is none."""
-    if not given.is_dir():
-        raise DistattnError(f"{given}: is no folder; name a run, a folder of checkpoints, or a checkpoint.")
-    for folder in (given, given / _IN_RUN):
-        if found := list_checkpoints(folder):
-            return found
-    # one of them
-    beside = [one for one in list_checkpoints(given.resolve().parent) if one.folder == given.resolve()]
-    if beside:
-        return beside
-    if (given / MANIFEST_FILE).exists():
-        # a copy with another name
-        manifest = Manifest.read(given)
-        return [Checkpoint(manifest.step, given, manifest, "")]
-    raise DistattnError(f"{given}: has no checkpoints; name a run, a folder of checkpoints, or a checkpoint.")
+    return find_checkpoints(given.folder), given.json
 
 
 def _facts(one: Checkpoint) -> dict[str, object]:

@@ -6,13 +6,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distattn.ir.errors import DistattnError
+from distattn.checkpoints.checkpoint_folder import find_checkpoints, first_problem
+from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser
 
 USAGE = """usage: distattn ckpt export-hf CHECKPOINT FOLDER [--dtype NAME] [--tokenizer FOLDER] [--max-shard-bytes N]
 
-Writes the model of a checkpoint into a new folder of safetensors, which plain transformers loads by its name. One process does
-it, and holds the tensors of one file at a time.
+Writes the model of a checkpoint into a new folder of safetensors, which plain transformers loads by its name. CHECKPOINT is a
+checkpoint, or a run, of which the newest is taken; it is verified first. One process does it, and holds the tensors of one file
+at a time.
 
   --dtype NAME          float32, float64, float16 or bfloat16; by default as in the checkpoint
   --tokenizer FOLDER    copy the tokenizer's files from here
@@ -47,14 +49,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000)
     given = parser.parse_args(arguments)
     files = [] if given.tokenizer is None else _tokenizer_files(given.tokenizer)
+    state = _verified(given.checkpoint)
     # 4 s to import
     import torch
 
     from distattn.models.build import model_config
-    from distattn.models.checkpoint_files import checkpoint_tensors, config_folder, state_folder
+    from distattn.models.checkpoint_files import checkpoint_tensors, config_folder
     from distattn.models.export import export_safetensors
 
-    state = state_folder(given.checkpoint)
     config = model_config(config_folder(state))
     done = export_safetensors(
         checkpoint_tensors(state),
@@ -68,6 +70,17 @@ def main(arguments: Sequence[str]) -> int:
     dtype = str(done.dtype).removeprefix("torch.")
     sys.stdout.write(f"{given.folder}: {done.total_bytes:,} bytes, mostly {dtype}, in {len(done.files)} file{plural}\n")
     return 0
+
+
+def _verified(given: Path) -> Path:
+    """The folder of a checkpoint all of whose files are what was written: one of them is a pickle."""
+    newest = find_checkpoints(given)[-1]
+    if newest.manifest is None:
+        raise DamagedDataError(newest.problem)
+    problem = first_problem(newest.folder, newest.manifest)
+    if problem is not None:
+        raise DamagedDataError(str(problem))
+    return newest.folder
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

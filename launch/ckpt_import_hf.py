@@ -6,15 +6,19 @@ import secrets
 import shutil
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
+from distattn.checkpoints.digested_files import DigestingFile
+from distattn.checkpoints.manifest import Manifest
+from distattn.data.indexed_file import synchronise_folder
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser
 
 USAGE = """usage: distattn ckpt import-hf FOLDER CHECKPOINT [--dtype NAME]
 
-Writes the model of a folder of safetensors into a new checkpoint, without optimizer state. One process does it, and holds one
-tensor at a time.
+Writes the model of a folder of safetensors into a new checkpoint, without optimizer state, with a manifest as any other has. One
+process does it, and holds one tensor at a time.
 
   --dtype NAME   float32, float64 or bfloat16; by default as in the files
 """
@@ -68,9 +72,23 @@ def _import(folder: Path, checkpoint: Path, dtype_name: str | None) -> int:
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     aside = checkpoint.with_name(f"{checkpoint.name}.tmp-{secrets.token_hex(4)}")
     try:
-        write_checkpoint(aside, tensors, lambda name: weights.read(stored[name]).to(tensors[name].dtype))
-        config.save_pretrained(aside)
+        aside.mkdir()
+        files = write_checkpoint(aside, tensors, lambda name: weights.read(stored[name]).to(tensors[name].dtype))
+        with DigestingFile(aside / "config.json") as file:
+            file.write(config.to_json_string().encode())
+        manifest = Manifest(
+            serial=1,
+            step=0,
+            saved_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            world_size=1,
+            torch=torch.__version__,
+            facts={"imported": str(folder.absolute())},
+            files=[*files, file.digests("config.json")],
+        )
+        manifest.write(aside)
+        synchronise_folder(str(aside / "."))
         aside.rename(checkpoint)
+        synchronise_folder(str(checkpoint))
     except OSError as error:
         raise DistattnError(f"{checkpoint}: could not be written: {error}.") from error
     finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distattn.checkpoints.digested_files import read_block
-from distattn.checkpoints.manifest import BLOCK_BYTES, FileDigests, Manifest
+from distattn.checkpoints.manifest import BLOCK_BYTES, MANIFEST_FILE, FileDigests, Manifest
 from distattn.checkpoints.owner import file_age, writer_is_alive, writer_name
 from distattn.data.indexed_file import synchronise_folder
 from distattn.ir.errors import DamagedDataError, DistattnError
@@ -28,6 +28,10 @@ _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _UNFINISHED = re.compile(r"step-\d{8,}\.tmp-([0-9a-f]{8}-\d+-\d+)-[0-9a-f]+")
 _OUTDATED = re.compile(r"step-\d{8,}\.removed-[0-9a-f]+")
 _REPLACED = re.compile(r"(step-\d{8,})\.replaced-[0-9a-f]+")
+
+
+# where a run keeps its checkpoints
+_IN_RUN = "checkpoints"
 
 
 class Problem(NamedTuple):
@@ -70,6 +74,27 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
         except DamagedDataError as error:
             found.append(Checkpoint(step, folder / name, None, str(error)))
     return sorted(found, key=lambda one: (one.manifest is None, one.manifest.serial if one.manifest else 0, one.step))
+
+
+def find_checkpoints(given: Path) -> list[Checkpoint]:
+    """What a person means by a folder, of a run, of checkpoints, or of one; at least one, in the order of `list_checkpoints`.
+
+    Raises DistattnError where there is none.
+    """
+    if not given.is_dir():
+        raise DistattnError(f"{given}: is no folder; name a run, a folder of checkpoints, or a checkpoint.")
+    for folder in (given, given / _IN_RUN):
+        if found := list_checkpoints(folder):
+            return found
+    # one of them
+    beside = [one for one in list_checkpoints(given.resolve().parent) if one.folder == given.resolve()]
+    if beside:
+        return beside
+    if (given / MANIFEST_FILE).exists():
+        # a copy with another name
+        manifest = Manifest.read(given)
+        return [Checkpoint(manifest.step, given, manifest, "")]
+    raise DistattnError(f"{given}: has no checkpoints; name a run, a folder of checkpoints, or a checkpoint.")
 
 
 def newest_good(folder: Path) -> Path | None:

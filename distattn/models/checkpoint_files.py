@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
+from distattn.checkpoints.dcp_storage import file_writer
+from distattn.checkpoints.manifest import FileDigests
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 PREFIX = "model."
@@ -46,13 +48,16 @@ def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         yield key.removeprefix(PREFIX), state[key]
 
 
-def write_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Write a checkpoint of a model alone, without an optimizer, one tensor at a time.
+def write_checkpoint(
+    folder: str | Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]
+) -> list[FileDigests]:
+    """Write a checkpoint of a model alone, without an optimizer, one tensor at a time, into a folder that is there.
 
     tensors: by name, of the meta device, with the shapes and dtypes to write. read: gives a tensor's values when it is its turn.
-    Raises DistattnError where the folder cannot be written, and what read raises of this kind.
+    Returns the digests of the files, which are on the disk. Raises DistattnError where the folder cannot be written, and what
+    read raises of this kind.
     """
-    writer = dcp.FileSystemWriter(str(folder), thread_count=1, single_file_per_rank=True)
+    writer, files = file_writer(Path(folder))
     state = {PREFIX + name: tensor for name, tensor in tensors.items()}
     try:
         with _one_process_on_purpose():
@@ -62,20 +67,7 @@ def write_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], read: Ca
         if isinstance(cause, DistattnError):
             raise cause from None
         raise DistattnError(f"{folder}: could not be written: {_first_line(cause)}.") from error
-
-
-def state_folder(checkpoint: str | Path) -> Path:
-    """The folder of torch.distributed.checkpoint in a checkpoint: itself, or one inside.
-
-    Raises DistattnError where there is none, or several.
-    """
-    checkpoint = Path(checkpoint)
-    inside = sorted(file.parent for file in [*checkpoint.glob(_METADATA), *checkpoint.glob(f"*/{_METADATA}")])
-    if not inside:
-        raise DistattnError(f"{checkpoint}: it is no checkpoint (there is no {_METADATA} in it).")
-    if len(inside) > 1:
-        raise DistattnError(f"{checkpoint}: it has {len(inside)} checkpoints in it; give one, such as {inside[-1]}.")
-    return inside[0]
+    return files.digests()
 
 
 def config_folder(checkpoint: str | Path) -> Path:
