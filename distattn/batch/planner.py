@@ -305,6 +305,8 @@ class LocalBatch(BatchAttention):
         self._ahead: dict[tuple[AttentionShape, torch.device], Future[Planned]] = {}
         self._checked: Tensor | None = None
 
+    # plans are looked up, and maybe made: compiled layers are compiled before and behind it
+    @torch.compiler.disable
     def attention(
         self,
         q_THD: Tensor,
@@ -334,6 +336,7 @@ class LocalBatch(BatchAttention):
         o_THE = attention(q_THD[:tokens], k_TKD[:tokens], v_TKE[:tokens], executable, scale=scale, **modifiers)
         return F.pad(o_THE, (0, 0, 0, 0, 0, padding))
 
+    @torch.compiler.disable
     def recurrence(
         self,
         q_TGK: Tensor,
@@ -363,6 +366,7 @@ class LocalBatch(BatchAttention):
         q, k, v = (x[:tokens] for x in (q_TGK, k_TGK, v_THV))
         return F.pad(recurrence(q, k, v, executable, g=g, beta=beta, scale=scale), (0, 0, 0, 0, 0, padding))
 
+    @torch.compiler.disable
     def causal_conv1d(self, x_TC: Tensor, weight_CW: Tensor, *, bias: Tensor | None = None) -> Tensor:
         """`distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for so many channels and taps (C, W)."""
         self.used = True
@@ -380,6 +384,7 @@ class LocalBatch(BatchAttention):
         """N, of all ranks together."""
         return self.planner.lay_out(self.key.documents)[1].n
 
+    @torch.compiler.disable
     def check_positions(self, given: Tensor) -> None:
         """Refuse positions (1, T) that a model has made itself: rotary embeddings would be those of other tokens."""
         known = self.positions

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -36,7 +35,7 @@ from distattn.parallel.runtime.transport import SingleRankTransport
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_data import vocabulary_size
-from distattn.training.run_settings import configured_model
+from distattn.training.run_settings import configured_model, memory_settings
 
 _META = torch.device("meta")
 
@@ -97,10 +96,11 @@ def memory_of_config(
     return memory_of_run(
         partial(meta_model, shape, dtype=getattr(torch, config.model.dtype)),
         PlanSettings.of_config(config).plan(*packs),
-        MemorySettings(**asdict(config.memory)),
+        memory_settings(config),
         report_progress,
         shards=config.engine.shard_size or config.parallel.ranks,
         master_weights=config.model.dtype == "bfloat16",
+        state_on_host=config.memory.state_on_host,
     )
 
 

@@ -164,6 +164,7 @@ def _engine_problems(config: Config) -> Iterator[str]:
         "memory.mlp_tile_tokens": (memory.mlp_tile_tokens, 0, ("fsdp2",)),
         "memory.activation_checkpointing": (memory.activation_checkpointing, "none", ("fsdp2", "deepspeed")),
         "memory.offload": (memory.offload, False, ("fsdp2",)),
+        "memory.state_on_host": (memory.state_on_host, False, ("fsdp2",)),
     }
     for key, (value, plain, engines) in of_engines.items():
         if value != plain and engine.name in ENGINES and engine.name not in engines:

@@ -222,6 +222,8 @@ class MemoryConfig:
     """none; full, which keeps each layer's input only; save_attention, which keeps attention's outputs as well."""
     offload: bool = False
     """Whether the inputs of checkpointed layers wait in the host's memory."""
+    state_on_host: bool = False
+    """Whether weights, gradients and AdamW's averages are in the host's memory, and AdamW's step is taken there."""
 
 
 @dataclass(frozen=True)

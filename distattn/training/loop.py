@@ -56,7 +56,9 @@ def main(folder: str, json_lines: bool) -> int:
     if torch.cuda.is_available() if kernel == AUTO else kernel not in CPU_KERNELS:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    # norms of gradients on the host are added up there
+    on_device = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
+    dist.init_process_group("gloo" if device.type == "cpu" else on_device)
     try:
         train(run, config, json_lines, device)
     except DistattnError as error:

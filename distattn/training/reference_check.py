@@ -46,7 +46,7 @@ def write_initial_weights(run: RunFolder, config: Config) -> None:
     from distattn.training.run_settings import build_model
 
     # a GPU draws other numbers than a CPU
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not config.memory.state_on_host else "cpu"
     build_model(config, model_config(run.folder), "eager", device).save_pretrained(run.initial_weights)
 
 

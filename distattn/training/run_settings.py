@@ -71,9 +71,16 @@ def tiled_loss(config: Config) -> TiledLoss:
     return TiledLoss(tile_tokens=config.memory.loss_tile_tokens, z_loss=config.train.z_loss)
 
 
+def memory_settings(config: Config) -> MemorySettings:
+    """What is computed in tiles, again, or put aside."""
+    given = asdict(config.memory)
+    del given["state_on_host"]
+    return MemorySettings(**given)
+
+
 def prepare_layers(model: Any, config: Config) -> None:
     """Have a transformers model's layers compiled, computed in tiles and again, as the run file says; before they are sharded."""
-    memory, layers = MemorySettings(**asdict(config.memory)), list(model.get_decoder().layers)
+    memory, layers = memory_settings(config), list(model.get_decoder().layers)
     if config.engine.compile and memory.offload:
         # copies to the host are not compiled
         for layer in layers:

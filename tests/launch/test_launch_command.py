@@ -11,6 +11,7 @@ from slurm_cluster import SlurmCluster, why_not
 from waiting import eventually
 
 from distattn.launch import cli, slurm
+from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,11 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
     strategy = configuration.load(config).parallel.strategy
     chosen = next(row for row in rows if row["strategy"] == strategy)
     assert code == 0 and chosen["forward"]["tflops"] > 0
+    assert cli.main(["plan", str(config), "--memory", "--json"]) == 0
+    device = cluster_for_run(configuration.load(config), configuration.load(config).cluster.description).device
+    most = max(one["total"] for one in json.loads(capsys.readouterr().out))
+    # what the kernels, NCCL and the allocator need beside it
+    assert most < 0.9 * device.memory_gb * 1e9
     code, out, _ = run(capsys, "slurm", str(config), "--dry-run")
     assert code == 0 and "#SBATCH --gpus-per-node=8" in out
     assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0

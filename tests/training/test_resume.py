@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from processes import run_on_ranks
 from waiting import LIMIT_SECONDS, eventually
 
+from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.training import config as configuration
 from distattn.training.config import (
@@ -137,6 +139,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
                 mlp_tile_tokens=16,
                 activation_checkpointing="save_attention",
                 offload=True,
+                state_on_host=True,
             )
         ),
         dict(engine=EngineConfig(name="deepspeed", zero_stage=2), dtype="float32"),
@@ -275,6 +278,23 @@ def test_a_resumed_run_cannot_become_another(config, arguments, sentence):
 def test_what_is_no_run_is_refused(tmp_path):
     done = subprocess.run(command("resume", str(tmp_path)), env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and "is no run folder" in done.stderr
+
+
+def test_a_second_job_on_a_folder_is_refused_and_names_the_owner(config):
+    run = created(config)
+    with closing(RunLock(run.folder)), pytest.raises(AssertionError, match=rf"process {os.getpid()}|pid {os.getpid()}"):
+        run_on_ranks(2, _train, run.folder, config)
+    assert not run.metrics_file.exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler here")
+def test_compiled_layers_have_the_same_curve(config):
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+    plain, compiled = created(config), created(dataclasses.replace(config, engine=EngineConfig(compile=True)))
+    for run, engine in ((plain, EngineConfig()), (compiled, EngineConfig(compile=True))):
+        run_on_ranks(2, _train, run.folder, dataclasses.replace(config, engine=engine))
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(rows(plain), rows(compiled), strict=True):
+        assert loss == pytest.approx(other_loss, rel=1e-12) and norm == pytest.approx(other_norm, rel=1e-9)
 
 
 def test_other_data_under_a_resumed_run_are_refused(config):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 
 from distattn.adapters import pytorch
@@ -32,22 +32,29 @@ class Fsdp2Engine:
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp"))
         self.cp = pytorch.context_parallel(mesh, **PlanSettings.of_config(config).context_parallel_arguments())
         self._loss = tiled_loss(config)
+        state_device = torch.device("cpu") if config.memory.state_on_host else device
         self.model = build_model(
-            config, configured_model(config, vocabulary, context), device=device, shard=partial(_shard, config, mesh)
+            config,
+            configured_model(config, vocabulary, context),
+            device=state_device,
+            shard=partial(_shard, config, mesh),
         )
+        for buffer in self.model.buffers():
+            # these are not sharded, and nobody brings them
+            buffer.data = buffer.data.to(device)
         self.cp.loss_scale(pytorch.ProbeTarget(self.model))
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, train.weight_decay),
             lr=train.learning_rate,
             betas=(train.beta1, train.beta2),
             eps=train.epsilon,
-            fused=device.type == "cuda",
+            fused=state_device.type == "cuda",
         )
         # AdamW makes these in its first step; a checkpoint is read into them before
         for parameter in self.model.parameters():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(0.0, device=device if device.type == "cuda" else "cpu")
-            } | {name: torch.zeros_like(parameter) for name in _AVERAGES}
+            self.optimizer.state[parameter] = {"step": torch.tensor(0.0, device=state_device)} | {
+                name: torch.zeros_like(parameter) for name in _AVERAGES
+            }
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
         """See `Engine`. Gradients are reduced after each micro-batch, so that nobody holds a whole one."""
@@ -114,6 +121,6 @@ def _shard(config: Config, mesh: DeviceMesh, model: Any) -> None:
         flat = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     policy = half if config.model.dtype == "bfloat16" else MixedPrecisionPolicy()
-    for layer in model.get_decoder().layers:
-        fully_shard(layer, mesh=flat, mp_policy=policy)
-    fully_shard(model, mesh=flat, mp_policy=policy)
+    state = CPUOffloadPolicy(pin_memory=flat.device_type == "cuda") if config.memory.state_on_host else OffloadPolicy()
+    for layer in [*model.get_decoder().layers, model]:
+        fully_shard(layer, mesh=flat, mp_policy=policy, offload_policy=state)
