@@ -74,7 +74,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _verified(given: Path) -> Path:
     """The folder of a checkpoint all of whose files are what was written: one of them is a pickle."""
-    newest = find_checkpoints(given)[-1]
+    found = find_checkpoints(given)
+    newest = max(found, key=lambda one: one.manifest.serial if one.manifest else -1)
     if newest.manifest is None:
         raise DamagedDataError(newest.problem)
     problem = first_problem(newest.folder, newest.manifest)

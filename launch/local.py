@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import uuid
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -40,7 +41,13 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
     except ChildFailedError as error:
         # a killed rank makes its peers fail in the same instant: it is the cause, they are not
         failures = error.failures.items()
-        rank, failure = min(failures, key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
+
+        def blame(failure: Any) -> tuple[bool, bool, int]:
+            # torchrun itself ends the others by SIGTERM
+            code = failure.exitcode
+            return code == -signal.SIGTERM, code > 0, failure.timestamp
+
+        rank, failure = min(failures, key=lambda item: blame(item[1]))
         code = failure.exitcode
         how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
         sys.stderr.write(f"distattn: rank {rank} {how}; the other ranks were stopped.\n")

@@ -5,15 +5,25 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
+from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.analysis.explain import explain
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
-from distattn.training.run_data import RunData, find_text, first_packs, open_data, pack_config, write_text
+from distattn.training.run_data import (
+    RunData,
+    find_text,
+    first_packs,
+    held_out_data,
+    open_data,
+    pack_config,
+    write_text,
+)
 from distattn.training.run_folder import RunFolder
 
 
@@ -28,6 +38,7 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
         if text is not None:
             write_text(run, config, text)
         data = open_data(run, config)
+        _check_evaluation(config, data)
         _explain_first_step(run, config, data)
     except BaseException:
         # what went wrong matters, not what may be left
@@ -59,16 +70,25 @@ def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
             f"train.steps: {config.train.steps:,}, but the packs of this run are planned for {data.plan.steps:,} steps; start a "
             "new run, or plan packs with distattn data pack."
         )
+    _check_evaluation(config, data)
     # a strategy or layout that cannot be is told of before ranks start
     PlanSettings.of_config(config).plan(*first_packs(data.plan, config))
     steps = [found.step for found in list_checkpoints(run.checkpoints)]
     before = run.folder / f"config.until-{max(steps, default=0)}.toml"
-    if not before.exists():
-        shutil.copyfile(run.config_file, before)
-    configuration.save(config, run.config_file)
+    # not under a run that goes on
+    with closing(RunLock(run.folder)):
+        if not before.exists():
+            shutil.copyfile(run.config_file, before)
+        configuration.save(config, run.config_file)
     report_progress(
         f"run folder: {run.folder}, " + (f"checkpoint of step {max(steps):,}" if steps else "no checkpoint yet")
     )
+
+
+def _check_evaluation(config: Config, data: RunData) -> None:
+    """Raise DistattnError where held-out documents are not there, before a run trains for days."""
+    if config.evaluation.every_steps:
+        held_out_data(config, data)
 
 
 def _explain_first_step(run: RunFolder, config: Config, data: RunData) -> None:

@@ -67,6 +67,7 @@ def llama_config(
     hidden_size: int,
     num_attention_heads: int,
     num_key_value_heads: int,
+    head_dim: int | None = None,
     intermediate_size: int,
     vocab_size: int,
     max_position_embeddings: int,
@@ -79,6 +80,7 @@ def llama_config(
         num_hidden_layers=num_layers,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
+        head_dim=head_dim or hidden_size // num_attention_heads,
         max_position_embeddings=max_position_embeddings,
         # transformers' 0.02 suits widths of thousands; narrow models learn half as fast with it
         initializer_range=hidden_size**-0.5,

@@ -86,6 +86,17 @@ def _number_problems(config: Config) -> Iterator[str]:
     for name in ("max_grad_norm", "epsilon"):
         if getattr(train, name) <= 0:
             yield f"train.{name}: above 0, not {getattr(train, name)}."
+    for name in ("beta1", "beta2"):
+        if getattr(train, name) == 1:
+            yield f"train.{name}: below 1, not 1."
+    if 0 < config.watch.spike_window < 8:
+        yield f"watch.spike_window: 0, or at least 8 steps, not {config.watch.spike_window}."
+    if not config.watch.spike_threshold:
+        yield "watch.spike_threshold: above 0, not 0; watch.spike_window = 0 watches for NaN and infinity only."
+    if config.watch.action == "rollback" and config.checkpoint.every_steps < 1:
+        yield "watch.action: rollback goes back to the newest checkpoint; set checkpoint.every_steps."
+    if train.schedule == "wsd" and train.warmup_steps > train.steps - max(round(train.decay_share * train.steps), 1):
+        yield f"train.warmup_steps: {train.warmup_steps} of {train.steps} steps reach into wsd's decay; take fewer."
     if train.min_learning_rate > train.learning_rate:
         yield f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate, {train.learning_rate}."
     if not 0 < train.decay_share <= 1:
@@ -172,6 +183,8 @@ def _engine_problems(config: Config) -> Iterator[str]:
     yield from _precision_problems(config)
     if engine.name == "megatron":
         yield from _megatron_problems(config)
+    if config.watch.replay_every and parallel.pipeline_parallel_size > 1:
+        yield "watch.replay_every: stages of a pipeline are not compared; take pipeline_parallel_size = 1, or 0 here."
     if engine.shard_size < 0 or parallel.ranks % (engine.shard_size or 1):
         yield f"engine.shard_size: {engine.shard_size} does not divide {parallel.ranks} ranks."
     if memory.offload and memory.activation_checkpointing == "none":

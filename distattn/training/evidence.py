@@ -34,7 +34,7 @@ class Evidence(NamedTuple):
     finding: Finding | None
     documents: Sequence[Mapping[str, Any]]
     batches: Sequence[Mapping[str, Any]]
-    model: torch.nn.Module
+    model: Any
 
 
 def keep(found: Evidence, folder: Path, rank: int, most: int) -> None:
@@ -67,7 +67,7 @@ def keep(found: Evidence, folder: Path, rank: int, most: int) -> None:
         _LOG.warning("%s: the evidence of step %d was not written: %s", place, found.verdict.step, error.strerror)
 
 
-def weight_digests(model: torch.nn.Module) -> dict[str, str]:
+def weight_digests(model: Any) -> dict[str, str]:
     """The xxh3 (128 bits, hexadecimal) of the bytes that this rank has of each parameter, by name."""
     return {plain_name(name): _digest(parameter) for name, parameter in model.named_parameters()}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.run_lock import RunLock
@@ -26,7 +27,6 @@ from distattn.data.loader import PackLoader
 from distattn.data.order import derived_key
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
-from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.engines.engine import Batch, Engine, EngineState
@@ -39,7 +39,13 @@ from distattn.training.replay_check import ReplayCheck
 from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
 from distattn.training.run_facts import REQUIRED, facts_of
 from distattn.training.run_folder import TRAINING, RunFolder, StepMetrics
-from distattn.training.run_settings import Utilisation, configured_model, schedule_settings, watch_settings
+from distattn.training.run_settings import (
+    Utilisation,
+    configured_model,
+    runs_on_gpus,
+    schedule_settings,
+    watch_settings,
+)
 from distattn.training.schedule import learning_rate
 from distattn.training.step_clock import StepClock
 from distattn.training.step_documents import append_documents
@@ -50,10 +56,10 @@ def main(folder: str, json_lines: bool) -> int:
     run = RunFolder(Path(folder))
     config = configuration.load(run.config_file)
     # ranks share the machine's cores; more threads than cores only wait for each other
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.parallel.ranks))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.ranks))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     device = torch.device("cpu")
-    kernel = config.parallel.kernel
-    if torch.cuda.is_available() if kernel == AUTO else kernel not in CPU_KERNELS:
+    if runs_on_gpus(config):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # norms of gradients on the host are added up there
@@ -76,19 +82,26 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
     """
     data = open_data(run, config)
     with ExitStack() as stack:
+        lock, shape = None, configured_model(config, data.vocabulary, data.context)
         if dist.get_rank() == 0:
-            stack.enter_context(closing(RunLock(run.folder)))
-            configured_model(config, data.vocabulary, data.context).save_pretrained(run.folder)
+            lock = stack.enter_context(closing(RunLock(run.folder)))
+            shape.save_pretrained(run.folder)
         engine = stack.enter_context(closing(open_engine(config, device, data.vocabulary, data.context)))
         visible, train_config = dist.get_rank() == 0, config.train
         reporter = stack.enter_context(
             MetricsReporter(run, train_config.steps, json_lines, visible, train_config.wandb)
         )
         keep = KeepRule(config.checkpoint.keep_last, config.checkpoint.keep_every_hours or None)
-        facts = facts_of(config, data)
+        facts = facts_of(config, data, shape)
         checkpoints = Checkpoints(run.checkpoints, group=dist.group.WORLD, facts=facts, keep=keep, warn=_warn)
         stack.enter_context(closing(checkpoints))
-        TrainingLoop(run, config, data, engine, checkpoints, reporter, device).run()
+        TrainingLoop(run, config, data, engine, checkpoints, facts, reporter, device, lock).run()
+    steps = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)]
+    if lock is not None and config.checkpoint.every_steps >= 0 and config.train.steps not in steps:
+        raise DistattnError(
+            f"{run.checkpoints}: the last step's checkpoint could not be saved; make room, and distattn resume "
+            f"{run.folder} trains from step {max(steps, default=0):,} on."
+        )
 
 
 class TrainingLoop:
@@ -101,13 +114,19 @@ class TrainingLoop:
         data: RunData,
         engine: Engine,
         checkpoints: Checkpoints,
+        facts: Mapping[str, str],
         reporter: MetricsReporter,
         device: torch.device,
+        lock: RunLock | None,
     ):
         self.folder, self.config, self.data, self.engine, self.device = run, config, data, engine, device
-        self.checkpoints, self.reporter, self.facts = checkpoints, reporter, facts_of(config, data)
+        self.checkpoints, self.reporter, self.facts, self.lock = checkpoints, reporter, facts, lock
+        # steps whose documents could not be written down yet
+        self.unrecorded: list[int] = []
         self.schedule, group = schedule_settings(config), dist.group.WORLD
-        self.watch = NumericsWatch(engine.model, watch_settings(config), group, run.folder, engine.cp.messages)
+        self.watch = NumericsWatch(
+            engine.model, watch_settings(config), group, run.folder, engine.cp.messages, weights=engine
+        )
         self.replay = ReplayCheck(engine.model, config.watch.replay_every, group, engine.cp.messages)
         self.by_position = LossByPosition(data.context, [corpus.name for corpus in data.corpora], device)
         self.utilisation = Utilisation.of_config(config, configured_model(config, data.vocabulary, data.context))
@@ -134,12 +153,13 @@ class TrainingLoop:
         steps = self.engine.cp.steps(self._loader(self.data, begin, last))
         for step, batches in enumerate(clock.steps(steps), begin):
             if not self._train_step(step, batches, clock):
-                return self._resume()
+                return self._roll_back(step)
             done = step + 1
-            if evaluation.every_steps and (done % evaluation.every_steps == 0 or done == last):
-                self._evaluate(done)
             if every > 0 and done % every == 0 and done < last:
                 self._save(done)
+            if evaluation.every_steps and (done % evaluation.every_steps == 0 or done == last):
+                self._evaluate(done)
+            clock.skip()
         return last
 
     def _train_step(self, step: int, batches: Sequence[Batch], clock: StepClock) -> bool:
@@ -147,20 +167,24 @@ class TrainingLoop:
         train = self.config.train
         if self.reporter.visible:
             # before anything can go wrong with them
-            append_documents(self.folder.documents_file, list(piece_rows(self.data, step)))
-        # what is random in a step, such as dropout, depends on the step alone
-        torch.manual_seed(derived_key(self.config.run.seed, step, dist.get_rank()))
-        losses = self._losses(step, batches)
+            self._record_documents(step)
+        self._seed(step)
+        if self.replay.due(step):
+            self._replay(step, batches)
+        token_losses: list[tuple[Tensor, Batch]] = []
+        losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
         norm = self.engine.clip(train.max_grad_norm)
         mean = self.engine.cp.mean_loss(losses)
         verdict = self.watch.judge(step, mean, norm)
         if train.histogram_every and step % train.histogram_every == 0:
-            self.reporter.report_histograms(step + 1, self.engine.model)
+            self.reporter.report_histograms(step + 1, self.engine)
         # the last save may still be copying what the update changes
         self.checkpoints.wait_staged()
         rate = learning_rate(self.schedule, step)
         if verdict.applies:
             self.engine.update(rate)
+            for losses_T, batch in token_losses:
+                self.by_position.add_batch(losses_T, batch)
         else:
             self.engine.drop()
         lengths = [length for pack in self.data.plan.step(step).packs for length in pack.lengths]
@@ -179,26 +203,35 @@ class TrainingLoop:
         )
         return verdict.applies or self._act(verdict, batches)
 
-    def _losses(self, step: int, batches: Sequence[Batch]) -> list[Tensor]:
-        """Forward and backward of a step; the first micro-batch twice where it is time to compare."""
-        if not self.replay.due(step):
-            return self.engine.backward(batches, self.by_position.add_batch)
-        first: list[Tensor] = []
+    def _record_documents(self, step: int) -> None:
+        self.unrecorded.append(step)
+        try:
+            while self.unrecorded:
+                append_documents(self.folder.documents_file, list(piece_rows(self.data, self.unrecorded[0])))
+                del self.unrecorded[0]
+        except OSError as error:
+            if len(self.unrecorded) == 1:
+                _warn(f"{self.folder.documents_file}: cannot be written: {error.strerror}; its rows are added later.")
 
-        def run() -> None:
-            first[:] = self.engine.backward(batches[:1])
-
-        difference = self.replay.check(step, run, self.engine.drop)
+    def _replay(self, step: int, batches: Sequence[Batch]) -> None:
+        """Compute the first micro-batch twice and compare; the step begins anew afterwards."""
+        difference = self.replay.check(step, lambda: self.engine.backward(batches[:1]), self.engine.drop)
+        self.engine.drop()
         if difference is not None:
             self._say(step, "wrong rank", difference.text)
-        return first + self.engine.backward(batches[1:], self.by_position.add_batch)
 
     def _act(self, verdict: Verdict, batches: Sequence[Batch]) -> bool:
         """Find what went wrong and do what the run file says; False where the run is to go back to a checkpoint."""
-        finding = self.watch.find(verdict.step, lambda number: self.engine.backward([batches[number]])[0], len(batches))
-        self.engine.drop()
+        finding = None
+        # stages of a pipeline have modules of their own, whose order nobody knows
+        if self.config.parallel.pipeline_parallel_size == 1:
+            self._seed(verdict.step)
+            finding = self.watch.find(
+                verdict.step, lambda number: self.engine.backward([batches[number]])[0], len(batches)
+            )
+            self.engine.drop()
         self.watch.keep_evidence(verdict, finding, list(piece_rows(self.data, verdict.step)), batches)
-        text = f"{verdict.reason} In a second run: {finding.text}"
+        text = f"{verdict.reason} In a second run: {finding.text}" if finding else verdict.reason
         self._say(verdict.step, "refused", text)
         if verdict.action == "stop":
             raise DistattnError(
@@ -214,9 +247,13 @@ class TrainingLoop:
         with evaluation_mode(self.engine.model):
             for batches in self.engine.cp.steps(self._loader(data, begin, begin + self.config.evaluation.steps)):
                 self.engine.evaluate(batches, found.add_batch)
-        self.reporter.report_losses(done, found.reduce(dist.group.WORLD))
-        self.reporter.report_losses(done, self.by_position.reduce(dist.group.WORLD), TRAINING)
+        self.reporter.report_losses(done, found.reduce(self.engine.cp.loss_group))
+        self.reporter.report_losses(done, self.by_position.reduce(self.engine.cp.loss_group), TRAINING)
         self.by_position.reset()
+
+    def _seed(self, step: int) -> None:
+        """What is random in a step, such as dropout, depends on the step alone."""
+        torch.manual_seed(derived_key(self.config.run.seed, step, dist.get_rank()))
 
     def _say(self, step: int, kind: str, text: str) -> None:
         self.reporter.report_event(step + 1, kind, text)
@@ -237,7 +274,18 @@ class TrainingLoop:
         )
 
     def _save(self, done: int) -> None:
+        if self.lock is not None:
+            self.lock.check()
         self.checkpoints.save(done, self._state(), overlap=True)
+
+    def _roll_back(self, step: int) -> int:
+        """Go back to the newest checkpoint; returns its step."""
+        self.by_position.reset()
+        if not (checkpoint := self._resume()) and not list_checkpoints(self.folder.checkpoints):
+            raise DistattnError(
+                f"step {step + 1}: there is no checkpoint to go back to, as none could be saved; see what is said above."
+            )
+        return checkpoint
 
     def _resume(self) -> int:
         """Take over the newest checkpoint; returns its step, 0 where there is none."""

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -60,6 +59,7 @@ class MetricsReporter:
         self.tensorboard: Any = None
         self._project = wandb
         self._wandb: Any = None
+        self._full = False
         self._first_step: int | None = None
 
     def __enter__(self) -> MetricsReporter:
@@ -133,7 +133,7 @@ class MetricsReporter:
         self._log({name: value for name, value in scalars.items() if value is not None}, step)
         self.tensorboard.add_figure(f"{split} loss by position", _figure_by_position(table), step)
 
-    def report_histograms(self, step: int, model: torch.nn.Module) -> None:
+    def report_histograms(self, step: int, model: Any) -> None:
         """Record histograms of weights and their gradients: of what rank 0 has of them, where they are sharded.
 
         It copies them from the device, so it belongs at intervals, between backward and the optimizer's step.
@@ -162,8 +162,14 @@ class MetricsReporter:
             self.tensorboard.add_text(kind, text, step)
 
     def _log(self, scalars: Mapping[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self.tensorboard.add_scalar(name, value, step)
+        try:
+            for name, value in scalars.items():
+                self.tensorboard.add_scalar(name, value, step)
+        except OSError as error:
+            # the same numbers are in JSON lines, which are kept until there is room
+            if not self._full:
+                sys.stderr.write(f"distattn: TensorBoard's files cannot be written: {error.strerror}.\n")
+            self._full = True
         if self._wandb:
             self._wandb.log(dict(scalars), step=step)
 

@@ -41,7 +41,7 @@ class WatchSettings:
     action: of a refused step; skip: go on without it, stop: end the run, rollback: go back to the last checkpoint, and leave the
     step out when it is bad again. spike_window: steps whose losses and gradient norms say what is usual; 0 for non-finite values
     only. spike_threshold: by how many median absolute deviations a value may be above the median. most_in_a_row: after so many
-    refused steps the run stops, whatever the action. evidence: of so many steps evidence is kept, the newest.
+    steps that are not finite the run stops, whatever the action. evidence: of so many steps evidence is kept, the newest.
     """
 
     action: str = SKIP
@@ -111,7 +111,9 @@ class NumericsWatch:
         group: dist.ProcessGroup | None,
         folder: Path | str,
         messages: MessageMonitor | None = None,
+        weights: Any = None,
     ):
+        self._weights = model if weights is None else weights
         self.settings, self.folder, self._messages = settings, Path(folder), messages
         self._model, self._group = model, group
         self._rank = 0 if group is None else dist.get_rank()
@@ -132,13 +134,13 @@ class NumericsWatch:
         reason = next(filter(None, (self._reason(name, value) for name, value in values.items())), "")
         for name, value in values.items():
             self._curves[name].add(value)
+        # a new level becomes usual by itself; what is not finite does not
+        self._in_a_row = 0 if self._was_finite else self._in_a_row + 1
         if not reason:
-            self._in_a_row = 0
             return Verdict(step, APPLY)
-        self._in_a_row += 1
         action = self.settings.action
         if self._in_a_row >= self.settings.most_in_a_row:
-            action, reason = STOP, f"{reason[:-1]}; {self._in_a_row} steps in a row were refused."
+            action, reason = STOP, f"{reason[:-1]}; {self._in_a_row} steps in a row were not finite."
         elif action == ROLLBACK:
             action = SKIP if step in self._rolled_back else ROLLBACK
             self._rolled_back.add(step)
@@ -185,14 +187,14 @@ class NumericsWatch:
         documents: pieces of the step's documents, a JSON object each. batches: this rank's micro-batches, whose tokens are kept.
         """
         evidence.keep(
-            evidence.Evidence(verdict, finding, documents, batches, self._model),
+            evidence.Evidence(verdict, finding, documents, batches, self._weights),
             self.folder / "evidence",
             self._rank,
             self.settings.evidence,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on needs: the last values, refused steps in a row, and steps for which it has gone back."""
+        """What a resumed run needs: last values, steps in a row that were not finite, and steps for which it has gone back."""
         return {
             **{name: curve.values() for name, curve in self._curves.items()},
             "in_a_row": self._in_a_row,
@@ -218,7 +220,7 @@ class NumericsWatch:
         )
 
     def _first_bad_weight(self) -> _Bad | None:
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._weights.named_parameters():
             bad = int((~_local(parameter).isfinite()).sum())
             if bad:
                 return _Bad(
@@ -240,7 +242,7 @@ class NumericsWatch:
             return _Bad((index, begins[0] - 1, _AFTER), "loss", "", self._rank, 1, 1)
         if seen is not None:
             return _Bad((index, *place), str(seen), seen.computed_in, self._rank, bad, seen.elements)
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._weights.named_parameters():
             if parameter.grad is not None and (bad := int((~_local(parameter.grad).isfinite()).sum())):
                 elements = _local(parameter.grad).numel()
                 return _Bad((index, _AFTER, 0), f"gradient of weight {plain_name(name)}", "", self._rank, bad, elements)

@@ -40,13 +40,11 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
 def write_initial_weights(run: RunFolder, config: Config) -> None:
     """Write the weights before the first step as a folder of transformers, made anew in this process, without an engine."""
     # transformers takes seconds to import, and most of this module's users do not need it
-    import torch
-
     from distattn.models.build import model_config
-    from distattn.training.run_settings import build_model
+    from distattn.training.run_settings import build_model, runs_on_gpus
 
     # a GPU draws other numbers than a CPU
-    device = "cuda" if torch.cuda.is_available() and not config.memory.state_on_host else "cpu"
+    device = "cuda" if runs_on_gpus(config) and not config.memory.state_on_host else "cpu"
     build_model(config, model_config(run.folder), "eager", device).save_pretrained(run.initial_weights)
 
 

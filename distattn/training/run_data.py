@@ -96,14 +96,24 @@ def held_out_steps(config: Config) -> int:
 
 
 def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
-    """The data of the evaluation, and the first step of it. Raises DistattnError where documents are among the trained ones."""
-    begin, steps = config.train.steps, config.evaluation.steps
+    """The data of the evaluation, and the first step of it: that of evaluation.path, or the last steps of the run's own plan.
+
+    Raises DistattnError where there are too few, or where the run's own data begin anew in them. Pieces of a document that was
+    cut may be in both.
+    """
+    begin, steps = data.plan.steps - config.evaluation.steps, config.evaluation.steps
     if config.evaluation.path:
         planned = load_pack_config(config.evaluation.path)
         corpora = open_corpora(planned)
         data, begin = RunData(open_configured_plan(planned, corpora), corpora, data.vocabulary), 0
         if data.plan.steps < steps:
             raise DistattnError(f"evaluation.steps: {steps:,}, but {data.plan.path} has {data.plan.steps:,} steps.")
+        check_shares(data.plan, config.parallel.data_parallel_size, 0, steps)
+    elif begin < config.train.steps:
+        raise DistattnError(
+            f"evaluation.steps: {steps:,} and train.steps {config.train.steps:,} are more than the {data.plan.steps:,} "
+            "planned ones; take fewer, or name other documents in evaluation.path."
+        )
     elif any(
         row["epoch"] for step in range(begin, begin + steps) for pack in data.plan.step(step).packs for row in pack.rows
     ):

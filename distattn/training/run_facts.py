@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import xxhash
@@ -14,12 +14,19 @@ from distattn.training.run_data import RunData
 
 # these stay: a run with others is another run
 _FIXED = ("model", "data")
+# the dtype that is computed in may change, and folders may have moved: what is in them is in the checkpoint's facts
+_MAY_CHANGE = ("model.path", "model.dtype", "model.weights", "data.path", "data.check_tokens")
+# of a transformers configuration
+_NOT_SHAPE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache")
 
 
-def facts_of(config: Config, data: RunData) -> dict[str, str]:
-    """What a checkpoint's manifest says of the run it belongs to; `REQUIRED` of it must be the same when it is read again."""
+def facts_of(config: Config, data: RunData, shape: Any) -> dict[str, str]:
+    """What a checkpoint's manifest says of the run it belongs to; `REQUIRED` of it must be the same when it is read again.
+
+    shape: the transformers configuration of the model.
+    """
     return {
-        "model": _digest(_model(config)),
+        "model": _digest({name: value for name, value in shape.to_dict().items() if name not in _NOT_SHAPE}),
         "plan": data.plan.digest,
         "corpora": " ".join(corpus.digest for corpus in data.corpora),
         "seed": str(config.run.seed),
@@ -42,16 +49,11 @@ def check_same_run(before: Config, after: Config) -> None:
     ]
     pairs.append(("run.seed", before.run.seed, after.run.seed))
     for key, was, now in pairs:
-        # the dtype that is computed in may change, and a folder may have moved
-        if was != now and key not in ("model.path", "model.dtype"):
+        if was != now and key not in _MAY_CHANGE:
             raise DistattnError(
                 f"{key}: the run has {was!r}, and resuming with {now!r} would make it another; start a new one."
             )
 
 
-def _model(config: Config) -> dict[str, Any]:
-    return asdict(replace(config.model, path="", dtype="", weights=""))
-
-
 def _digest(values: Any) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, default=str).encode())

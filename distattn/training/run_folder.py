@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,9 @@ class RunFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        # lines that could not be written, and the files that was said of
+        self._unwritten: dict[Path, bytes] = {}
+        self._warned: set[Path] = set()
         self.config_file = folder / "config.toml"
         # of a run on text: its bytes as an indexed file, and the plan of its packs
         self.corpus_prefix = folder / "corpus"
@@ -94,9 +101,17 @@ class RunFolder:
 
     def append(self, path: Path, *rows: object) -> None:
         """Add JSON lines to a file of the run."""
-        # in one piece, so that a run that is killed leaves whole lines
-        with open(path, "ab", buffering=0) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        unwritten = self._unwritten.pop(path, b"") + "".join(json.dumps(row) + "\n" for row in rows).encode()
+        try:
+            append_lines(path, unwritten)
+        except OSError as error:
+            # a full disk ends no run: the lines are kept, and added when there is room
+            self._unwritten[path] = unwritten
+            if path not in self._warned:
+                self._warned.add(path)
+                sys.stderr.write(
+                    f"distattn: {path}: cannot be written: {error.strerror}; its lines are kept and added later.\n"
+                )
 
     def metrics(self) -> list[StepMetrics]:
         """The metrics of the steps so far, in their order; of a step that was done again after going back, the last."""
@@ -113,9 +128,31 @@ class RunFolder:
         return _lines_if_any(self.events_file)
 
 
+def append_lines(path: Path, lines: bytes) -> None:
+    """Add whole lines to a file, in one piece; a part of a line that was left there is ended first. Raises OSError.
+
+    What cannot be written whole is not written at all.
+    """
+    with open(path, "a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+            lines = b"\n" + lines
+        try:
+            if file.write(lines) != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(file.fileno(), end)
+            raise
+
+
 def read_lines(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    """The rows of a JSON-lines file; a part of one, as a machine that went down may leave it, is passed over."""
+    rows = []
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def _lines_if_any(path: Path) -> list[dict]:

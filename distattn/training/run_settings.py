@@ -10,7 +10,7 @@ import torch
 
 from distattn.adapters import huggingface
 from distattn.cluster.spec import load as load_cluster
-from distattn.kernels.registry import CPU_KERNELS
+from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.memory.settings import MemorySettings
 from distattn.memory.tiled_loss import TiledLoss
 from distattn.models.build import llama_config, materialise, meta_model, model_config
@@ -34,6 +34,7 @@ def configured_model(config: Config, vocabulary: int, context: int) -> Any:
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_key_value_heads=model.num_key_value_heads,
+        head_dim=model.head_size,
         intermediate_size=model.intermediate_size,
         vocab_size=vocabulary,
         max_position_embeddings=context,
@@ -58,6 +59,12 @@ def build_model(
     else:
         materialise(model, config.run.seed, device)
     return model
+
+
+def runs_on_gpus(config: Config) -> bool:
+    """Whether ranks compute on GPUs: as the kernel says, or where there are some."""
+    kernel = config.parallel.kernel
+    return torch.cuda.is_available() if kernel == AUTO else kernel not in CPU_KERNELS
 
 
 def weight_dtype(config: Config) -> torch.dtype:

@@ -56,6 +56,10 @@ class StepClock:
             self._data += time.perf_counter() - began
             yield step
 
+    def skip(self) -> None:
+        """What was done since the last lap, such as an evaluation, belongs to no step."""
+        self.lap()
+
     def lap(self) -> StepCosts:
         """What the step that ends now has taken; the next one begins."""
         now, waited = time.perf_counter(), self._messages.seconds if self._messages else 0.0

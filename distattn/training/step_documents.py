@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.training.run_folder import append_lines
 
 Row = dict[str, Any]
 # bytes read at once; a row has about 250
@@ -23,7 +24,7 @@ _PART_BYTES = 4096
 def append_documents(path: Path, rows: Sequence[Row]) -> None:
     """Add the rows of one step behind the others. A row that a killed run left unfinished is ended first.
 
-    Raises DamagedDataError where the last row is none.
+    Raises DamagedDataError where the last row is none, OSError where the rows cannot be written; then none is.
     """
     with open(path, "a+b") as file:
         end = file.seek(0, os.SEEK_END)
@@ -33,8 +34,8 @@ def append_documents(path: Path, rows: Sequence[Row]) -> None:
         goes_on = ended and last is not None and last["step"] < rows[0]["step"]
         attempt = last["attempt"] if last and goes_on else end + (not ended)
         lines = "".join(json.dumps(row | {"attempt": attempt}) + "\n" for row in rows)
-        # at once, so that who reads meanwhile sees whole steps
-        file.write(f"{'' if ended else chr(10)}{lines}".encode())
+    # at once, so that who reads meanwhile sees whole steps
+    append_lines(path, lines.encode())
 
 
 def documents_of_step(path: Path, step: int) -> list[Row]:
