@@ -42,7 +42,8 @@ class Strategy:
     choose_by: "bytes" takes the candidate that moves fewest. "seconds" simulates them on a described cluster: the first is
     what was asked for, the second moves nothing but what it must, and the others, which lie between the two, are made only
     where the first is not faster than the second. Elsewhere the first is taken. "all seconds" simulates all of them.
-    own_backward: candidates for direction="backward" are backward tables themselves; nothing is derived from the forward.
+    own_backward: candidates for direction="backward" are backward tables themselves; nothing is derived from the forward. The
+    function takes working_layout, too.
     """
 
     forward: Callable[..., Iterable[Table]]
@@ -62,15 +63,25 @@ class Strategy:
         return option in self.option_names
 
     def candidates(
-        self, call: Call, cluster: AnyCluster | None, options: Mapping[str, object], direction: str
+        self,
+        call: Call,
+        cluster: AnyCluster | None,
+        options: Mapping[str, object],
+        direction: str,
+        working_layout: Layout | None = None,
     ) -> Iterable[Table]:
-        """The candidates of a call; raises DistattnError where it cannot be planned so."""
+        """The candidates of a call; raises DistattnError where it cannot be planned so.
+
+        working_layout: for strategies that send tokens there themselves.
+        """
         arguments: dict[str, Any] = {}
         if self.options is not None:
             arguments["options"] = given = self.options(**options)
             check_fields(given)
         if self.by_direction:
             arguments["direction"] = direction
+        if self.own_backward:
+            arguments["working_layout"] = working_layout
         return self.forward(call, cluster, **arguments)
 
 
@@ -141,11 +152,13 @@ def make_plan(
     call = Call(mask, layout, heads, kv_heads, head_dim, v_head_dim, dtype_name(dtype), dtype_name(comm_dtype), op=op)
     chosen = strategies_of(op)[strategy]
     working = call if working_layout is None else replace(call, layout=working_layout)
-    if working.ranks != call.ranks:
-        raise DistattnError(f"the working layout has {working.ranks} ranks, the layout {call.ranks}.")
+    if chosen.own_backward:
+        working = call
+    if working_layout is not None and working_layout.ranks != call.ranks:
+        raise DistattnError(f"the working layout has {working_layout.ranks} ranks, the layout {call.ranks}.")
 
     def candidates(direction: str, policy: str) -> list[Table]:
-        found = chosen.candidates(working, cluster, options or {}, direction)
+        found = chosen.candidates(working, cluster, options or {}, direction, working_layout)
         if chosen.choose_by == "seconds":
             return [_fastest(working, cluster, found, direction, policy)]
         if chosen.choose_by == "all seconds":
@@ -158,7 +171,7 @@ def make_plan(
         def tables(given: list[Table]) -> list[Table]:
             if cut is not None:
                 given = [in_head_chunks(working, table, cut) for table in given]
-            if working_layout is not None:
+            if working is not call:
                 given = [relayout_table(call, working, table) for table in given]
             return [_without_idle_steps(table) for table in given]
 

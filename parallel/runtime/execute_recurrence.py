@@ -165,9 +165,11 @@ class _Pass:
             return {}
         entering = torch.stack([self._entering(launch, task).b for task in tasks])
         o_THV, leaving = self.kernel.forward(x, launch.schedule.rows, entering)
+        # a part keeps the whole tensor alive: of documents that begin here, too
+        all_begun = all(task.begun >= 0 for task in tasks)
         for task, begins, ends in zip(tasks, entering, leaving, strict=True):
             if task.begun >= 0:
-                self.begun[task.begun] = begins
+                self.begun[task.begun] = begins if all_begun else begins.clone()
             if task.final >= 0 and self.edge_states is not None:
                 self.edge_states[task.final, launch.heads] = ends
             self._leave(launch, task, State(None, ends))

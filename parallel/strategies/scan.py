@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout
 from distattn.ir.plan import (
     MOVE_COLUMNS,
     Call,
@@ -109,13 +110,21 @@ Schedule = Callable[[Chain, int], tuple[list[Compute], list[Send]]]
 
 
 def scan(
-    call: Call, cluster: AnyCluster | None = None, options: ScanOptions = ScanOptions(), direction: str = "forward"
+    call: Call,
+    cluster: AnyCluster | None = None,
+    options: ScanOptions = ScanOptions(),
+    direction: str = "forward",
+    working_layout: Layout | None = None,
 ) -> Iterable[Table]:
-    """Tables of one direction, the backward's too; one for each schedule that may be the fastest."""
+    """Tables of one direction, the backward's too; one for each schedule that may be the fastest.
+
+    working_layout: tokens are computed where it has them; they are sent there and results come back.
+    """
+    layout = working_layout or call.layout
     if options.schedule != "auto":
-        yield scan_table(call, owner_chains(call, options.head_groups), _schedule(options), direction)
+        yield scan_table(call, layout_chains(call, layout, options.head_groups), _schedule(options), direction)
         return
-    chains = owner_chains(call)
+    chains = layout_chains(call, layout)
     yield scan_table(call, chains, _schedule(options, "by_heads"), direction)
     for name in ("gathered", "by_halves"):
         yield scan_table(call, chains, _schedule(options, name), direction)
@@ -125,7 +134,7 @@ def scan(
     if in_turn in mixed and by_heads in mixed:
         yield scan_table(call, chains, mixed, direction)
     for groups in sorted({1, min(_GROUPS_IN_TURN, call.heads)}):
-        yield scan_table(call, owner_chains(call, groups), in_turn, direction)
+        yield scan_table(call, layout_chains(call, layout, groups), in_turn, direction)
 
 
 def scan_table(call: Call, chains: Sequence[Chain], schedule: Schedule | Sequence[Schedule], direction: str) -> Table:
@@ -153,9 +162,9 @@ def scan_table(call: Call, chains: Sequence[Chain], schedule: Schedule | Sequenc
     return Table(table.tasks, concat_rows(MOVE_COLUMNS, [table.moves, *_token_moves(call, table, back)]))
 
 
-def owner_chains(call: Call, head_groups: int = 1) -> list[Chain]:
-    """Every rank computes its own tokens; chains of all groups of heads, a document's one after another."""
-    chunks = call.layout.chunks
+def layout_chains(call: Call, layout: Layout, head_groups: int = 1) -> list[Chain]:
+    """Every rank computes the tokens that a layout gives it; chains of all groups of heads, a document's one after another."""
+    chunks = layout.chunks
     groups = min(head_groups, call.heads)
     bounds = list(pairwise(group * call.heads // groups for group in range(groups + 1)))
     chains = []

@@ -77,14 +77,17 @@ def test_bf16_is_at_most_twice_as_far_off_as_one_pass_over_all_tokens():
     narrow = narrow._replace(g=case.x.g.float())
     wanted = by_definition(case._replace(x=narrow._replace(**{n: v.double() for n, v in narrow.by_token().items()})))
 
-    def error(ranks):
+    def errors(ranks, strategy):
         layout = da.Layout.zigzag((512,), ranks)
-        plan = plan_of(layout, "gated_delta_rule", dtype="bfloat16")
+        plan = plan_of(layout, "gated_delta_rule", strategy, dtype="bfloat16")
         results = run_on_ranks(ranks, run, layout, case._replace(x=narrow, do=case.do.bfloat16()), plan)
-        o = layout.unshard([one[0] for one in results])
-        return float((o.double() - wanted.o).abs().max())
+        found = together(layout, case, results)
+        pairs = [(found.o, wanted.o), *zip(found.dx.by_token().values(), wanted.dx.by_token().values(), strict=True)]
+        return [float((a.double() - b).abs().max()) for a, b in pairs]
 
-    assert error(4) <= 2 * error(1)
+    alone = errors(1, "scan")
+    for strategy in ("scan", "ulysses"):
+        assert all(a <= 2 * b for a, b in zip(errors(4, strategy), alone, strict=True))
 
 
 def test_a_layer_trains_without_initial_states_and_with_a_checkpoint():

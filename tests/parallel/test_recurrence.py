@@ -88,3 +88,14 @@ def test_outputs_in_turn_have_the_same_bits_on_any_number_of_ranks():
         found.append(run_recurrence(plan, case))
     for other in found[1:]:
         assert torch.equal(other.o, found[0].o) and torch.equal(other.final, found[0].final)
+
+
+@pytest.mark.parametrize("strategy", ["scan", "ulysses"])
+def test_tokens_may_be_computed_where_another_layout_has_them(cases, strategy):
+    case, wanted = cases("gated_delta_rule")
+    laid_out = layouts(LENGTHS, 4)
+    for name in ("zigzag", "from_chunks"):
+        plan = plan_of(laid_out[name], "gated_delta_rule", strategy, working_layout=laid_out["contiguous"])
+        record = Record()
+        assert_same(run_recurrence(plan, case, record), wanted, 1e-10)
+        assert record.bytes == planned_bytes(plan)

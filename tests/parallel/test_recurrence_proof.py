@@ -14,7 +14,7 @@ from distattn.ir.mask import Mask
 from distattn.ir.op import OPS
 from distattn.ir.plan import Call, Plan
 from distattn.parallel.analysis.verify import verify
-from distattn.parallel.strategies.scan import in_turn, owner_chains, scan_table
+from distattn.parallel.strategies.scan import in_turn, layout_chains, scan_table
 
 TOLERANCE = 1e-10
 
@@ -81,7 +81,7 @@ def test_documents_that_are_joined_or_forgotten_in_the_middle_are_refused():
     lengths = (9, 14)
     layout = Layout.contiguous(lengths, 3)
     call = Call(Mask.documents(lengths), layout, 2, 2, 3, 4, "float64", op=OPS["gla"])
-    right = owner_chains(call)
+    right = layout_chains(call, call.layout)
     cut = right[1].stretches[1].t0
     first = right[1]._replace(t1=cut, stretches=right[1].stretches[:1])
     second = right[1]._replace(t0=cut, stretches=right[1].stretches[1:])

@@ -20,7 +20,7 @@ from distattn.parallel.strategies.scan import (
     Schedule,
     Stretch,
     _schedule,
-    owner_chains,
+    layout_chains,
     scan_table,
 )
 
@@ -65,7 +65,7 @@ def random_recurrent_plan(rng: random.Random) -> RandomPlan:
     call = Call(mask, layout, heads, kv_heads, KEY_DIM, VALUE_DIM, "float64", op=op)
     where = rng.choice(["owners", "owners", "heads", "anywhere"])
     chains = {
-        "owners": lambda: owner_chains(call),
+        "owners": lambda: layout_chains(call, call.layout),
         "heads": lambda: _by_heads(call),
         "anywhere": lambda: _anywhere(call, rng),
     }[where]()
