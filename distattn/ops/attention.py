@@ -172,12 +172,15 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """A policy for selective activation checkpointing: attention's outputs are saved, all else is recomputed.
+    """A policy for selective activation checkpointing: outputs of attention and recurrences are saved, all else is recomputed.
 
-    Recomputation then neither communicates nor repeats the attention:
+    Recomputation then neither communicates nor repeats them:
     checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))
     """
-    if op == torch.ops.distattn.forward.default:
+    saved = [torch.ops.distattn.forward.default]
+    if hasattr(torch.ops.distattn, "recurrence_forward"):
+        saved.append(torch.ops.distattn.recurrence_forward.default)
+    if op in saved:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

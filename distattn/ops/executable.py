@@ -35,6 +35,7 @@ from distattn.parallel.runtime.communicator import (
     open_host_communicator,
     timeout_of,
 )
+from distattn.parallel.runtime.kept_tensors import kept_size
 from distattn.parallel.runtime.memory import PassMemory, backward_memory, forward_memory, kept_elements
 from distattn.parallel.runtime.program import Program, lower, on_device
 from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
@@ -70,7 +71,9 @@ class Executable:
         self.program, self.key, self.transport, self.observer = program, key, transport, observer
         kernel: Kernel = load_kernel(key.kernel)
         self.kernel = kernel if observer is None else observer.wrap_kernel(kernel)
-        self.kept_elements = kept_elements(program)
+        # of a recurrence, in bytes: what it keeps has several dtypes
+        is_recurrence = program.forward_states is not None
+        self.kept_elements = kept_size(program) if is_recurrence else kept_elements(program)
         self.handle = EXECUTABLES.add(self)
 
     def memory(self) -> dict[str, PassMemory]:

@@ -5,28 +5,28 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
+from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs, interleaved_batch
-from distattn.ops.executable import Executable, prepare
+from distattn.ops.executable import EXECUTABLES, Executable, prepare
 from distattn.parallel.runtime import execute_recurrence
 from distattn.parallel.runtime.execute import run_to_completion
-from distattn.parallel.runtime.execute_recurrence import KeptTensors, RecurrenceKernel
+from distattn.parallel.runtime.execute_recurrence import RecurrenceKernel
 
 # the score of attention has no meaning for a recurrence
 _NO_SCORE = ScoreMod(1.0)
 
 
-@checked
 def recurrence(
     q_TGK: Tensor,
     k_TGK: Tensor,
@@ -61,10 +61,29 @@ def recurrence(
     plan: a Plan of that op, which ranks compare at every call, or what `prepare` made of one. Raises PlanError when the plan
     cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
     """
+    # `arguments.checked` would break the graph of torch.compile
+    for name, tensor in (
+        ("q", q_TGK),
+        ("k", k_TGK),
+        ("v", v_THV),
+        ("g", g),
+        ("beta", beta),
+        ("initial_state", initial_state),
+    ):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in "qkv"):
+            raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
+    if not isinstance(plan, (Plan, Executable)):
+        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
+    if not isinstance(return_final_state, bool):
+        raise DistattnError(f"return_final_state is True or False, not a {type(return_final_state).__name__}.")
+    if not isinstance(scale, (Real, type(None))) or isinstance(scale, bool):
+        raise DistattnError(f"scale is a number, not a {type(scale).__name__}.")
     if isinstance(plan, Executable):
         if group is not None or kernel is not None:
             raise DistattnError("an executable knows its group and kernel; give them to prepare instead.")
         executable = plan
+    elif torch.compiler.is_compiling():
+        raise DistattnError("inside torch.compile, recurrence takes prepare(plan, group) instead of a plan.")
     else:
         executable = prepare(plan, group, kernel=kernel, device=q_TGK.device)
     if interleaved_batch() is not None:
@@ -77,8 +96,9 @@ def recurrence(
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale is a positive number, not {scale}.")
     # o is linear in q
-    o_THV, final = _Recurrence.apply(
-        executable, return_final_state, q_TGK * scale, k_TGK, v_THV, g, beta, initial_state
+    documents = len(executable.program.call.documents) if return_final_state else 0
+    o_THV, final, _ = torch.ops.distattn.recurrence_forward(
+        q_TGK * scale, k_TGK, v_THV, g, beta, initial_state, executable.handle, executable.kept_elements, documents
     )
     return (o_THV, final) if return_final_state else o_THV
 
@@ -126,48 +146,91 @@ def _check_inputs(executable: Executable, x: RecurrenceTokens, initial: Tensor |
         raise DistattnError("g of a head wants a gradient, which is not computed; pass g.detach().")
 
 
-class _Recurrence(torch.autograd.Function):
-    """What the forward keeps: its inputs, tokens that came from others, and the state that each task began with."""
+torch.library.define(
+    "distattn::recurrence_forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? initial, SymInt plan, SymInt kept_bytes,"
+    " SymInt final_states) -> (Tensor o, Tensor final, Tensor kept)",
+)
+torch.library.define(
+    "distattn::recurrence_backward",
+    "(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? initial, Tensor kept,"
+    " SymInt plan) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial)",
+)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        executable: Executable,
-        final_states: bool,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        beta: Tensor | None,
-        initial: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        x = RecurrenceTokens(*(None if y is None else y.contiguous() for y in (q, k, v, g, beta)))  # type: ignore[arg-type]
-        executable.begin_pass("forward", _NO_SCORE)
-        given = executable.program, executable.transport, _kernel(executable), x, initial, final_states
-        run = execute_recurrence.forward(*given)
-        o_THV, final, kept = run_to_completion(run)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*x, initial, *kept.tokens, *kept.states)
-        ctx.executable, ctx.kept_tokens = executable, len(kept.tokens)
-        return o_THV, final
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        # once: a checkpoint recomputes them then
-        q, k, v, g, beta, initial, *rest = ctx.saved_tensors
-        x = RecurrenceTokens(q, k, v, g, beta)
-        kept = KeptTensors(list(rest[: ctx.kept_tokens]), list(rest[ctx.kept_tokens :]))
-        executable = ctx.executable
-        do_THV = torch.zeros_like(x.v) if do is None else do.contiguous()
-        executable.begin_pass("backward", _NO_SCORE)
-        run = execute_recurrence.backward(
-            executable.program, executable.transport, _kernel(executable), do_THV, dfinal, x, initial, kept
-        )
-        dx, dinitial = run_to_completion(run)
-        of_gates = dx.g if x.decays_by_token else None
-        of_initial = None if dinitial is None else dinitial.to(initial.dtype)
-        return None, None, dx.q, dx.k, dx.v, of_gates, dx.beta, of_initial
+def _forward(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  # noqa: ANN001
+    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    x = _contiguous(q, k, v, g, beta)
+    executable.begin_pass("forward", _NO_SCORE)
+    given = executable.program, executable.transport, _kernel(executable), x, initial, final_states > 0
+    o, final, kept = run_to_completion(execute_recurrence.forward(*given))
+    return o, q.new_empty(0, dtype=accumulation_dtype(q.dtype)) if final is None else final, kept
+
+
+torch.library.impl("distattn::recurrence_forward", "CompositeExplicitAutograd", _forward)
+
+
+@torch.library.register_fake("distattn::recurrence_forward")
+def _forward_fake(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  # noqa: ANN001
+    # final_states: how many documents have one that is wanted
+    shape = (final_states, v.shape[1], q.shape[2], v.shape[2]) if final_states else (0,)
+    wide = accumulation_dtype(q.dtype)
+    return v.new_empty(v.shape), v.new_empty(shape, dtype=wide), v.new_empty(kept_bytes, dtype=torch.uint8)
+
+
+def _backward(do, dfinal, q, k, v, g, beta, initial, kept, plan):  # noqa: ANN001
+    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    x = _contiguous(q, k, v, g, beta)
+    executable.begin_pass("backward", _NO_SCORE)
+    given = executable.program, executable.transport, _kernel(executable), do.contiguous(), dfinal, x, initial, kept
+    dx, dinitial = run_to_completion(execute_recurrence.backward(*given))
+    of_gates = dx.g if x.decays_by_token else None
+    of_initial = None if dinitial is None else dinitial.to(initial.dtype)
+    return tuple(q.new_empty(0) if y is None else y for y in (dx.q, dx.k, dx.v, of_gates, dx.beta, of_initial))
+
+
+torch.library.impl("distattn::recurrence_backward", "CompositeExplicitAutograd", _backward)
+
+
+@torch.library.register_fake("distattn::recurrence_backward")
+def _backward_fake(do, dfinal, q, k, v, g, beta, initial, kept, plan):  # noqa: ANN001
+    given = (q, k, v, g if g is not None and g.dim() > 1 else None, beta, initial)
+    return tuple(q.new_empty(0) if y is None else y.new_empty(y.shape) for y in given)
+
+
+def _save(ctx, inputs, output) -> None:
+    *given, plan, _, _ = inputs
+    _, _, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*given, kept)
+    ctx.plan = plan
+    # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
+    ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
+
+
+def _differentiate(ctx, do, dfinal, dkept):
+    # once: a checkpoint recomputes them then
+    *given, kept = ctx.saved_tensors
+    q, k, v, g, beta, initial = given
+    do = torch.zeros_like(v) if do is None else do
+    dfinal = None if dfinal is None or dfinal.dim() == 1 else dfinal
+    found = torch.ops.distattn.recurrence_backward(do, dfinal, q, k, v, g, beta, initial, kept, ctx.plan)
+    # a decay of each head has no gradient
+    has = (True, True, True, g is not None and g.dim() > 1, beta is not None, initial is not None)
+    return *(y if is_there else None for y, is_there in zip(found, has, strict=True)), None, None, None
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise DistattnError("a recurrence has no second derivative: a gradient of its gradients was asked for.")
+
+
+torch.library.register_autograd("distattn::recurrence_backward", _refuse_second_derivative)
+torch.library.register_autograd("distattn::recurrence_forward", _differentiate, setup_context=_save)
+
+
+def _contiguous(*tensors: Tensor | None) -> RecurrenceTokens:
+    return RecurrenceTokens(*(None if y is None else y.contiguous() for y in tensors))  # type: ignore[arg-type]
 
 
 def _kernel(executable: Executable) -> RecurrenceKernel:

@@ -15,7 +15,7 @@ decayed to nothing is 0. The sums are of double precision: the difference of two
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,24 +80,26 @@ def backward(
     wide = _widened(x, state_NHKV.dtype)
     chunks = list(_chunks(wide, stretches))
     entering = []
-    state = state_NHKV.clone()
+    running = state_NHKV.clone()
     for chunk in chunks if of_tokens else ():
-        entering.append(state[chunk.stretches])
-        _, state[chunk.stretches] = _step(_gathered(wide, chunk), entering[-1], False)
-    do = _padded(do_THV.to(state.dtype))
+        entering.append(running[chunk.stretches])
+        _, running[chunk.stretches] = _step(_gathered(wide, chunk), entering[-1], False)
+    do = _padded(do_THV.to(running.dtype))
     dstate = dstate_NHKV.clone()
     totals = {name: torch.zeros_like(value) for name, value in wide.by_token().items()} if of_tokens else {}
     for number in reversed(range(len(chunks))):
         chunk = chunks[number]
         part = _gathered(wide, chunk)
-        leaves = {name: value.detach().requires_grad_() for name, value in part.by_token().items()} if of_tokens else {}
-        of_state = (entering[number] if of_tokens else torch.zeros_like(dstate[chunk.stretches])).requires_grad_()
-        with torch.enable_grad():
-            results = _step(part._replace(**leaves), of_state, True)
-            grads = torch.autograd.grad(
-                results, [*leaves.values(), of_state], [do[chunk.rows].transpose(1, 2), dstate[chunk.stretches]]
-            )
-        *found, dstate[chunk.stretches] = grads
+        leaves = part.by_token() if of_tokens else {}
+        state = entering[number] if of_tokens else torch.zeros_like(dstate[chunk.stretches])
+
+        def step(*given: Tensor, part: RecurrenceTokens = part, names: tuple[str, ...] = tuple(leaves)) -> Any:
+            *tokens, entering_state = given
+            return _step(part._replace(**dict(zip(names, tokens, strict=True))), entering_state, True)
+
+        # unlike autograd's own functions, this works inside an operator
+        pull_back = torch.func.vjp(step, *leaves.values(), state)[1]
+        *found, dstate[chunk.stretches] = pull_back((do[chunk.rows].transpose(1, 2), dstate[chunk.stretches]))
         for total, grad in zip(totals.values(), found, strict=True):
             # rows without a token are of no stretch
             total[chunk.rows] = grad

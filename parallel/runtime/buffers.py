@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,26 +59,9 @@ class Buffers:
                 at += size
             self.fields[key] = tuple(fields)
 
-    def new_kept(self, rows: dict[BufferKey, int]) -> list[Tensor]:
-        """New tensors for buffers whose fields have several dtypes, in order; they stay until the backward pass."""
-        device = self._arena[torch.uint8].device
-        tensors = [
-            torch.empty(
-                (count, key.h1 - key.h0, *(() if width is None else (width,))),
-                dtype=getattr(torch, name),
-                device=device,
-            )
-            for key, count in rows.items()
-            for width, name in self.call.payload_fields(key.payload)
-        ]
-        self.bind_kept(list(rows), tensors)
-        return tensors
-
-    def bind_kept(self, keys: Sequence[BufferKey], tensors: Sequence[Tensor]) -> None:
-        """Use the tensors that `new_kept` has made for these buffers."""
-        remaining = iter(tensors)
-        for key in keys:
-            self.fields[key] = tuple(next(remaining) for _ in self.call.payload_fields(key.payload))
+    def bind(self, tensors: Mapping[BufferKey, Fields]) -> None:
+        """Use these tensors for these buffers."""
+        self.fields.update(tensors)
 
     def place(self, places: Places) -> Fields:
         """Tensors in the arena; what is in them has no meaning."""

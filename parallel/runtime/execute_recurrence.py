@@ -20,6 +20,7 @@ from distattn.ir.plan import Payload
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
 from distattn.parallel.runtime.buffers import Buffers, Fields
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
+from distattn.parallel.runtime.kept_tensors import KeptPlaces
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 from distattn.parallel.runtime.state_program import StateProgram, StretchStates
 from distattn.parallel.runtime.state_tensors import HeldStateTensors, State, composed
@@ -47,19 +48,12 @@ class RecurrenceKernel(Protocol):
     def transitions(self, x: RecurrenceTokens, stretches: Stretches, dtype: torch.dtype) -> Tensor: ...
 
 
-class KeptTensors(NamedTuple):
-    """What the forward pass leaves for the backward: tokens that came from others, and the state each task began with."""
-
-    tokens: list[Tensor]
-    states: list[Tensor]
-
-
 class ForwardResult(NamedTuple):
-    """o_THV, the final states of documents that end on this rank (0 for others), where they are wanted, and what is kept."""
+    """o_THV, final states of documents that end on this rank (0 for others), where they are wanted, and what is kept."""
 
     o: Tensor
     final_MHKV: Tensor | None
-    kept: KeptTensors
+    kept: Tensor
 
 
 class BackwardResult(NamedTuple):
@@ -82,10 +76,13 @@ def forward(
     if final_states:
         run.make_edge_states()
     (o_THV,) = run.buffers.new_own(Payload.O, program.tokens)
-    kept_tokens = run.buffers.new_kept(program.kept)
+    places = KeptPlaces.of(program)
+    kept = places.new(x.v.device)
+    run.buffers.bind(places.tokens_in(kept))
+    run.begun = places.states_in(kept)
     yield from run_steps("forward", program.forward, transport, run.buffers, run.forward, False, run.states)
     run.buffers.close()
-    return ForwardResult(o_THV.to(x.q.dtype), run.edge_states, KeptTensors(kept_tokens, run.begun))
+    return ForwardResult(o_THV.to(x.q.dtype), run.edge_states, kept)
 
 
 def backward(
@@ -96,7 +93,7 @@ def backward(
     dfinal_MHKV: Tensor | None,
     x: RecurrenceTokens,
     initial_MHKV: Tensor | None,
-    kept: KeptTensors,
+    kept: Tensor,
 ) -> PausableRun[BackwardResult]:
     """Gradients in the dtypes of what they are of; those of initial states in the accumulation dtype."""
     run = _Pass(program, kernel, x, "backward", initial_MHKV, dfinal_MHKV)
@@ -104,9 +101,10 @@ def backward(
         run.make_edge_states()
     run.buffers.bind_own(Payload.dO, (do_THV,))
     gradients = *run.buffers.new_own(Payload.dQ, program.tokens), *run.buffers.new_own(Payload.dKV, program.tokens)
-    run.buffers.bind_kept([kept_key(key) for key in program.kept], kept.tokens)
-    for (key, h0), begun in zip(run.program_states.kept, kept.states, strict=True):
-        run.states.put_kept(key, h0, State(None, begun))
+    places = KeptPlaces.of(program)
+    run.buffers.bind({kept_key(key): fields for key, fields in places.tokens_in(kept).items()})
+    for state, begun in zip(run.program_states.kept, places.states_in(kept), strict=True):
+        run.states.put_kept(state.key, state.h0, State(None, begun))
     yield from run_steps("backward", program.backward, transport, run.buffers, run.backward, False, run.states)
     run.buffers.close()
     names = [name for name in x.by_token()]
@@ -148,7 +146,7 @@ class _Pass:
         self.states = HeldStateTensors(call, self.g_H, x.v.device)
         # of all documents: not made where nobody asks for them
         self.edge_states: Tensor | None = None
-        self.begun: list[Tensor] = [x.v.new_empty(0)] * len(states.kept)
+        self.begun: list[Tensor] = []
 
     def make_edge_states(self) -> None:
         """Room for the states of all documents; those that are not computed on this rank stay 0."""
@@ -165,11 +163,9 @@ class _Pass:
             return {}
         entering = torch.stack([self._entering(launch, task).b for task in tasks])
         o_THV, leaving = self.kernel.forward(x, launch.schedule.rows, entering)
-        # a part keeps the whole tensor alive: of documents that begin here, too
-        all_begun = all(task.begun >= 0 for task in tasks)
         for task, begins, ends in zip(tasks, entering, leaving, strict=True):
             if task.begun >= 0:
-                self.begun[task.begun] = begins if all_begun else begins.clone()
+                self.begun[task.begun].copy_(begins)
             if task.final >= 0 and self.edge_states is not None:
                 self.edge_states[task.final, launch.heads] = ends
             self._leave(launch, task, State(None, ends))

@@ -60,6 +60,14 @@ class StretchStates(NamedTuple):
     begun: int
 
 
+class KeptState(NamedTuple):
+    """The state that a forward task begins with, for heads [h0, h1), as the backward pass finds it."""
+
+    key: StateKey
+    h0: int
+    h1: int
+
+
 @dataclass
 class StateStep:
     """What a rank sends, receives and forgets in one step."""
@@ -73,13 +81,13 @@ class StateStep:
 class StateProgram:
     """One table's states on one rank: by step, and by number of the task.
 
-    kept: the states that forward tasks begin with, which stay for the backward pass, and the first head of each; kept_bytes: of
-    all of them. peak_bytes: the most that the others have at once.
+    kept: the states that forward tasks begin with, which stay for the backward pass; kept_bytes: of all of them. peak_bytes: the
+    most that the others have at once.
     """
 
     steps: list[StateStep]
     tasks: dict[int, StretchStates]
-    kept: list[tuple[StateKey, int]]
+    kept: list[KeptState]
     kept_bytes: int
     peak_bytes: int
 
@@ -117,8 +125,8 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
             kept.get(row, -1) if direction == "forward" else -1,
         )
     h0, h1 = plan.forward.tasks["h0"], plan.forward.tasks["h1"]
-    begun = [(StateKey(Payload.S, StateName("kept", row)), int(h0[row])) for row in kept]
-    kept_bytes = sum(int(h1[row] - h0[row]) for row in kept) * call.state_bytes(True)
+    begun = [KeptState(StateKey(Payload.S, StateName("kept", row)), int(h0[row]), int(h1[row])) for row in kept]
+    kept_bytes = sum(one.h1 - one.h0 for one in begun) * call.state_bytes(True)
     lives = [state_lifetimes(call, payload, trace.lives) for payload, trace in traces.items()]
     alive = np.zeros(table.steps + 1, np.int64)
     for some in lives:

@@ -1,9 +1,13 @@
 """`recurrence` on real ranks: outputs, final states and all gradients equal one process; and what it refuses."""
 
+import functools
+
 import pytest
 import torch
+import torch._dynamo.testing
 from processes import run_on_ranks
 from recurrences import RECURRENT, RecurrenceResult, assert_same, by_definition, recurrence_case
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import distattn as da
 from distattn.ir.op import OPS
@@ -101,9 +105,49 @@ def test_a_layer_trains_without_initial_states_and_with_a_checkpoint():
         return da.recurrence(q, k, v, ready, g=g, beta=beta)
 
     plain = torch.autograd.grad(layer(q, k, v, g, beta).square().sum(), (q, k, v, g, beta))
-    again = torch.utils.checkpoint.checkpoint(layer, q, k, v, g, beta, use_reentrant=False).square().sum()
+    again = checkpoint(layer, q, k, v, g, beta, use_reentrant=False).square().sum()
     for a, b in zip(plain, torch.autograd.grad(again, (q, k, v, g, beta)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_selective_checkpoint_repeats_no_recurrence():
+    layout = da.Layout.contiguous((40,), 1)
+    case = recurrence_case(OPS["gla"], (40,))
+    q, k, v, g, _ = (value if value is None else value.float().requires_grad_() for value in case.x)
+    ready, passes = da.prepare(plan_of(layout, "gla", dtype="float32")), []
+    begin = ready.begin_pass
+    ready.begin_pass = lambda *given: (passes.append(given[0]), begin(*given))
+
+    def layer(q, k, v, g):
+        return da.recurrence(q * 2, k, v, ready, g=g)
+
+    plain = torch.autograd.grad(layer(q, k, v, g).square().sum(), (q, k, v, g))
+    context = functools.partial(create_selective_checkpoint_contexts, da.save_attention)
+    out = checkpoint(layer, q, k, v, g, use_reentrant=False, context_fn=context).square().sum()
+    for a, b in zip(plain, torch.autograd.grad(out, (q, k, v, g)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert passes == ["forward", "backward"] * 2
+
+
+def test_a_compiled_layer_is_the_same_and_a_second_plan_recompiles_nothing_more():
+    case = recurrence_case(OPS["gated_delta_rule"], (40,))
+    q, k, v, g, beta = (value.float() for value in case.x)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def layer(q, ready):
+        return da.recurrence(q, k, v, ready, g=g, beta=beta) + 1
+
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for lengths in ((40,), (13, 27), (5, 5, 30)):
+        ready = da.prepare(plan_of(da.Layout.contiguous(lengths, 1), "gated_delta_rule", dtype="float32"))
+        grads = [
+            torch.autograd.grad(f(x, ready).square().sum(), x)[0]
+            for f in (layer, compiled)
+            for x in [q.clone().requires_grad_()]
+        ]
+        torch.testing.assert_close(*grads)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -19,7 +20,8 @@ from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 from distattn.parallel.analysis.verify import verify
 from distattn.parallel.runtime import execute_recurrence
 from distattn.parallel.runtime.execute import run_in_lock_step
-from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.kept_tensors import KeptPlaces, kept_size
+from distattn.parallel.runtime.program import Program, lower
 from distattn.parallel.runtime.state_tensors import HeldStateTensors
 from distattn.parallel.runtime.transport import InProcessNetwork
 
@@ -141,8 +143,9 @@ def run_recurrence(plan: Plan, case: RecurrenceCase, record: Record | None = Non
     ]
     with patch.object(execute_recurrence, "HeldStateTensors", noted):
         back = run_in_lock_step(runs)
-    kept = [sum(t.nbytes for t in result.kept.states) + sum(t.nbytes for t in result.kept.tokens) for result in ahead]
+    kept = [_kept_bytes(program) for program in programs]
     assert kept == proof.kept.tolist()
+    assert [len(result.kept) for result in ahead] == [kept_size(program) for program in programs]
     moved = np.concatenate([plan.forward.moves["payload"], plan.backward.moves["payload"]])
     if np.isin(moved, STATE_PAYLOADS).all():
         peaks = [states.peak_bytes for states in held]
@@ -157,6 +160,13 @@ def run_recurrence(plan: Plan, case: RecurrenceCase, record: Record | None = Non
         case.x._replace(**dx),
         sum(result.dinitial_MHKV for result in back),
     )
+
+
+def _kept_bytes(program: Program) -> int:
+    """Of the tensors themselves, without what aligns them."""
+    places = KeptPlaces.of(program)
+    tensors = [*places.states, *(place for some in places.tokens.values() for place in some)]
+    return sum(math.prod(place.shape) * place.dtype.itemsize for place in tensors)
 
 
 def _as(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
