@@ -47,6 +47,9 @@ class InterleavedBatch(Protocol):
     ) -> Tensor: ...
 
 
+_SAVED_BY_CHECKPOINTS = {f"distattn.{name}.default" for name in ("forward", "recurrence_forward", "latent_forward")}
+
+
 class _PerThread(threading.local):
     """Which micro-batch this thread works on, where several take turns."""
 
@@ -172,15 +175,13 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """A policy for selective activation checkpointing: outputs of attention and recurrences are saved, all else is recomputed.
+    """A policy for selective activation checkpointing: outputs of attention and recurrences are saved, the rest recomputed.
 
     Recomputation then neither communicates nor repeats them:
     checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))
     """
-    saved = [torch.ops.distattn.forward.default]
-    if hasattr(torch.ops.distattn, "recurrence_forward"):
-        saved.append(torch.ops.distattn.recurrence_forward.default)
-    if op in saved:
+    # by name: not all of them need be imported
+    if str(op) in _SAVED_BY_CHECKPOINTS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,11 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.kernels.glue import row_products
 from distattn.kernels.latent import LatentKernel, LatentScore
+from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs, interleaved_batch
-from distattn.ops.executable import Executable, prepare
+from distattn.ops.executable import EXECUTABLES, Executable, prepare
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.execute import run_to_completion
 
@@ -58,7 +59,9 @@ def latent_attention(
     scale = 1.0 / math.sqrt(q_THD.shape[-1]) if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale is a positive number, not {scale}.")
-    return cast(Tensor, _LatentAttention.apply(executable, scale, q_THD, rope_TR[:, None], latent_TL[:, None], up_HEL))
+    inputs = q_THD, rope_TR[:, None], latent_TL[:, None], up_HEL
+    o_THE, _, _ = torch.ops.distattn.latent_forward(*inputs, executable.handle, executable.kept_elements, scale)
+    return cast(Tensor, o_THE)
 
 
 def _check_inputs(executable: Executable, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor) -> None:
@@ -81,36 +84,80 @@ def _check_inputs(executable: Executable, q: Tensor, rope: Tensor, latent: Tenso
             raise DistattnError(f"{name} is {str(tensor.dtype)[6:]}, the plan was made for {call.dtype}.")
 
 
-class _LatentAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, executable: Executable, scale: float, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor
-    ) -> Tensor:
-        q, rope, latent = (x.contiguous() for x in (q, rope, latent))
-        score = _score(executable, scale, up.detach())
-        executable.begin_pass("forward", score.score)
-        run = execute.forward(
-            executable.program, executable.transport, _kernel(executable), q, rope, latent, cast(ScoreMod, score)
-        )
-        o, lse_TH, kept = run_to_completion(run)
-        o = o.to(q.dtype)
-        ctx.save_for_backward(q, rope, latent, up, o, lse_TH, kept)
-        ctx.executable, ctx.scale = executable, scale
-        return o
+torch.library.define(
+    "distattn::latent_forward",
+    "(Tensor q, Tensor rope, Tensor latent, Tensor up, SymInt plan, SymInt kept_elements, float scale)"
+    " -> (Tensor o, Tensor lse, Tensor kept)",
+)
+torch.library.define(
+    "distattn::latent_backward",
+    "(Tensor do, Tensor q, Tensor rope, Tensor latent, Tensor up, Tensor o, Tensor lse, Tensor kept, SymInt plan,"
+    " float scale) -> (Tensor dq, Tensor drope, Tensor dlatent, Tensor dup)",
+)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, rope, latent, up, o, lse_TH, kept = ctx.saved_tensors
-        executable = ctx.executable
-        do = do.contiguous()
-        dup = torch.zeros_like(up, dtype=getattr(torch, executable.program.call.accumulation_dtype))
-        score = _score(executable, ctx.scale, up.detach(), dup)
-        executable.begin_pass("backward", score.score)
-        inputs = do, q, rope, latent, lse_TH, row_products(do, o), kept, cast(ScoreMod, score)
-        run = execute.backward(executable.program, executable.transport, _kernel(executable), *inputs)
-        dq, drope, dlatent = run_to_completion(run)
-        return None, None, dq, drope, dlatent, dup.to(up.dtype)
+
+def _forward(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN001
+    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    q, rope, latent = (x.contiguous() for x in (q, rope, latent))
+    score = _score(executable, scale, up)
+    executable.begin_pass("forward", score.score)
+    given = executable.program, executable.transport, _kernel(executable), q, rope, latent, cast(ScoreMod, score)
+    o, lse_TH, kept = run_to_completion(execute.forward(*given))
+    return o.to(q.dtype), lse_TH, kept
+
+
+torch.library.impl("distattn::latent_forward", "CompositeExplicitAutograd", _forward)
+
+
+@torch.library.register_fake("distattn::latent_forward")
+def _forward_fake(q, rope, latent, up, plan, kept_elements, scale):  # noqa: ANN001
+    values = up.shape[1] - q.shape[2] + rope.shape[2]
+    lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
+    return q.new_empty((*q.shape[:2], values)), lse, q.new_empty(kept_elements)
+
+
+def _backward(do, q, rope, latent, up, o, lse, kept, plan, scale):  # noqa: ANN001
+    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    do, q, rope, latent = (x.contiguous() for x in (do, q, rope, latent))
+    dup = torch.zeros_like(up, dtype=getattr(torch, executable.program.call.accumulation_dtype))
+    score = _score(executable, scale, up, dup)
+    executable.begin_pass("backward", score.score)
+    inputs = do, q, rope, latent, lse, row_products(do, o), kept, cast(ScoreMod, score)
+    run = execute.backward(executable.program, executable.transport, _kernel(executable), *inputs)
+    return *run_to_completion(run), dup.to(up.dtype)
+
+
+torch.library.impl("distattn::latent_backward", "CompositeExplicitAutograd", _backward)
+
+
+@torch.library.register_fake("distattn::latent_backward")
+def _backward_fake(do, q, rope, latent, up, o, lse, kept, plan, scale):  # noqa: ANN001
+    return tuple(x.new_empty(x.shape) for x in (q, rope, latent, up))
+
+
+def _save(ctx, inputs, output) -> None:
+    *given, plan, _, scale = inputs
+    o, lse, kept = output
+    ctx.mark_non_differentiable(lse, kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*given, o, lse, kept)
+    ctx.plan, ctx.scale = plan, scale
+    # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
+    ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
+
+
+def _differentiate(ctx, do, dlse, dkept):
+    *given, o, lse, kept = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    return *torch.ops.distattn.latent_backward(do, *given, o, lse, kept, ctx.plan, ctx.scale), None, None, None
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise DistattnError("latent attention has no second derivative: a gradient of its gradients was asked for.")
+
+
+torch.library.register_autograd("distattn::latent_backward", _refuse_second_derivative)
+torch.library.register_autograd("distattn::latent_forward", _differentiate, setup_context=_save)
 
 
 def _score(executable: Executable, scale: float, up: Tensor, dup: Tensor | None = None) -> LatentScore:

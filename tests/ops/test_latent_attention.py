@@ -1,9 +1,12 @@
 """Latent attention over ranks equals attention on expanded keys and values, and moves latents."""
 
+import functools
+
 import pytest
 import torch
 from oracle import Inputs, dense
 from processes import run_on_ranks, sum_gradients
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import distattn as da
 from distattn.ir.op import latent_op
@@ -85,3 +88,18 @@ def test_what_does_not_fit_is_refused_by_name():
         da.latent_attention(q, rope, latent, up, plan_of(layout, "ring", op="attention", v_head_dim=8))
     with pytest.raises(da.DistattnError, match="not of attention"):
         da.attention(q, rope[:, None], latent[:, None], plan_of(layout, "ring"))
+
+
+def test_a_selective_checkpoint_does_not_attend_again():
+    layout = da.Layout.contiguous(LENGTHS, 1)
+    *leaves, _ = (x.requires_grad_() for x in inputs())
+    ready, passes = da.prepare(plan_of(layout, "ring")), []
+    begin = ready.begin_pass
+    ready.begin_pass = lambda *given: (passes.append(given[0]), begin(*given))
+    context = functools.partial(create_selective_checkpoint_contexts, da.save_attention)
+    layer = lambda q, *others: da.latent_attention(q * 2, *others, ready)  # noqa: E731
+    plain = torch.autograd.grad(layer(*leaves).square().sum(), leaves)
+    out = checkpoint(layer, *leaves, use_reentrant=False, context_fn=context)
+    for a, b in zip(plain, torch.autograd.grad(out.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    assert passes == ["forward", "backward"] * 2
