@@ -22,6 +22,8 @@ class StretchKind(Enum):
     GRADIENT_STATE = "gradient state"
 
 
+# a launch has a state for each of its stretches: packs of short documents are several launches
+_MOST_STRETCHES = 64
 _OPERANDS = {
     StretchKind.WHOLE: (Payload.Q, Payload.KV, Payload.dO),
     StretchKind.STATE: (Payload.Q, Payload.KV),
@@ -55,6 +57,8 @@ class StretchLaunches(NamedTuple):
         labels = np.stack([tasks[name] for name in by], 1)
         fresh = np.ones(len(labels), bool)
         fresh[1:] = (labels[1:] != labels[:-1]).any(1)
+        place = np.arange(len(labels))
+        fresh |= (place - np.maximum.accumulate(np.where(fresh, place, 0))) % _MOST_STRETCHES == 0
         launch, first = np.cumsum(fresh) - 1, np.flatnonzero(fresh)
         h0, h1, group = tasks["h0"], tasks["h1"], call.gqa_group_size
         tokens = TokenIntervals.of(launch, tasks["q0"], tasks["k1"], h0, h1)

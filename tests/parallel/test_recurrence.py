@@ -99,3 +99,18 @@ def test_tokens_may_be_computed_where_another_layout_has_them(cases, strategy):
         record = Record()
         assert_same(run_recurrence(plan, case, record), wanted, 1e-10)
         assert record.bytes == planned_bytes(plan)
+
+
+@pytest.mark.parametrize("name", ["ssd", "gated_delta_rule"])
+def test_packs_of_very_many_documents(name):
+    lengths = (1,) * 70 + (2, 300, 1) + (3,) * 70
+    case = recurrence_case(OPS[name], lengths)
+    wanted = by_definition(case)
+    for ranks in (1, 3):
+        record = Record()
+        assert_same(run_recurrence(plan_of(Layout.zigzag(lengths, ranks), name), case, record), wanted, 1e-10)
+        # no launch has more states than it is allowed
+        sizes = [
+            len(launch.schedule.rows) for one in record.programs for step in one.forward for launch in step.launches
+        ]
+        assert max(sizes) <= 64 and sum(sizes) >= len(lengths)
