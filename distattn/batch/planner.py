@@ -24,7 +24,7 @@ from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
-from distattn.ir.op import ATTENTION, op_of
+from distattn.ir.op import ATTENTION, CONVOLUTION, Op, latent_op, op_of
 from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
 from distattn.kernels.registry import AUTO, load_kernel
 from distattn.kernels.trials import Trial
@@ -39,6 +39,7 @@ from distattn.ops.executable import (
     kernel_requirements,
 )
 from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, kernel_trials
+from distattn.ops.latent import latent_attention
 from distattn.ops.recurrence import recurrence
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.parallel.runtime.transport import Transport
@@ -104,8 +105,8 @@ class AttentionShape(NamedTuple):
     """What one attention layer asks for, beside the batch.
 
     window: each token sees the last so many, itself among them; override: how this layer is planned otherwise than others.
-    modifiers: of its scores ("softcap", "alibi_slopes"), which not every kernel computes. op: "attention", or a recurrence: then
-    heads are those of values, kv_heads those of queries and keys.
+    modifiers: of its scores ("softcap", "alibi_slopes"), which not every kernel computes. op: of a recurrence heads are those of
+    values, kv_heads those of queries and keys.
     """
 
     heads: int
@@ -116,7 +117,7 @@ class AttentionShape(NamedTuple):
     window: int | None = None
     override: LayerOverride | None = None
     modifiers: tuple[str, ...] = ()
-    op: str = ATTENTION.name
+    op: Op = ATTENTION
 
     @staticmethod
     def of(
@@ -202,7 +203,7 @@ class Planner:
         """Plan, prove and lower: the plan of a batch, with this rank's program made. May be called on any thread."""
         config, plan = self.config, self.plan_of(batch, shape)
         # the kernel that is asked for is one of attention
-        kernel = config.kernel if shape.op == ATTENTION.name else None
+        kernel = config.kernel if shape.op.kind in ("attention", "latent_attention") else None
         ranked = self._ranked.get(self._trial_of(shape, device))
         if ranked is not None:
             kernel = first_that_serves(ranked, kernel_requirements(plan.call, device, shape.modifiers))
@@ -219,7 +220,7 @@ class Planner:
         Raises DistattnError on all of them where none is right.
         """
         trial = self._trial_of(shape, device)
-        if trial in self._ranked or self.config.kernel not in (None, AUTO) or shape.op != ATTENTION.name:
+        if trial in self._ranked or self.config.kernel not in (None, AUTO) or shape.op != ATTENTION:
             return
         own: dict[str, Trial] = {}
         plan = broken = None
@@ -255,11 +256,11 @@ class Planner:
             mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))
         how: dict[str, Any] = dict(strategy=config.strategy, backward=config.backward)
         how["options"] = {**(config.options or {}), **dict(batch.options)}
-        if shape.op != ATTENTION.name:
+        if shape.op.kind in ("recurrence", "convolution"):
             # where attention's tokens are; what attention moves is another matter
             left = shape.window is not None and (shape.window - 1, 0)
             mask = Mask.documents(layout.lengths, left or "causal")
-            how = dict(strategy="scan" if op_of(shape.op).is_recurrent else "allgather")
+            how = dict(strategy="scan" if shape.op.is_recurrent else "allgather")
         if shape.override is not None:
             how |= shape.override.settings(mask, layout)
         of_layer = shape._asdict()
@@ -342,7 +343,7 @@ class LocalBatch(BatchAttention):
         q_TGK: Tensor,
         k_TGK: Tensor,
         v_THV: Tensor,
-        op: str,
+        op: Op | str,
         *,
         g: Tensor | None = None,
         beta: Tensor | None = None,
@@ -354,7 +355,7 @@ class LocalBatch(BatchAttention):
         """
         self.used = True
         q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
-        shape = AttentionShape.of(v_THV, q_TGK, v_THV)._replace(head_dim=q_TGK.shape[2], op=op)
+        shape = AttentionShape.of(v_THV, q_TGK, v_THV)._replace(head_dim=q_TGK.shape[2], op=op_of(op))
         executable = self.executable(shape, q_TGK.device)
         tokens = executable.program.tokens
         padding = padded(tokens, self.planner.config.pad_to) - tokens
@@ -367,12 +368,37 @@ class LocalBatch(BatchAttention):
         return F.pad(recurrence(q, k, v, executable, g=g, beta=beta, scale=scale), (0, 0, 0, 0, 0, padding))
 
     @torch.compiler.disable
+    def latent_attention(
+        self,
+        q_THD: Tensor,
+        rope_TR: Tensor,
+        latent_TL: Tensor,
+        up_HEL: Tensor,
+        scale: float | None = None,
+        *,
+        window: int | None = None,
+        layer: int | None = None,
+    ) -> Tensor:
+        """`distattn.latent_attention` of this rank's tokens, by the strategy that attention has; window, layer: as there."""
+        self.used = True
+        q_THD, rope_TR, latent_TL, up_HEL = autocast_inputs(q_THD, rope_TR, latent_TL, up_HEL)
+        op, heads, dim = latent_op(rope_TR.shape[1], latent_TL.shape[1]), q_THD.shape[1], q_THD.shape[2]
+        values = up_HEL.shape[1] - dim + op.rotary_dim
+        override, dtype = self.planner.overrides.of(layer, window), str(q_THD.dtype)[6:]
+        shape = AttentionShape(heads, 1, dim, values, dtype, window, override, op=op)
+        executable = self.executable(shape, q_THD.device)
+        tokens = executable.program.tokens
+        padding = padded(tokens, self.planner.config.pad_to) - tokens
+        if not padding or len(q_THD) != tokens + padding:
+            return latent_attention(q_THD, rope_TR, latent_TL, up_HEL, executable, scale=scale)
+        q, rope, latent = (x[:tokens] for x in (q_THD, rope_TR, latent_TL))
+        return F.pad(latent_attention(q, rope, latent, up_HEL, executable, scale=scale), (0, 0, 0, 0, 0, padding))
     def causal_conv1d(self, x_TC: Tensor, weight_CW: Tensor, *, bias: Tensor | None = None) -> Tensor:
         """`distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for so many channels and taps (C, W)."""
         self.used = True
         (x_TC,) = autocast_inputs(x_TC)
         dtype, (channels, taps) = str(x_TC.dtype)[6:], weight_CW.shape
-        executable = self.executable(AttentionShape(1, 1, 1, channels, dtype, taps, op="convolution"), x_TC.device)
+        executable = self.executable(AttentionShape(1, 1, 1, channels, dtype, taps, op=CONVOLUTION), x_TC.device)
         tokens = executable.program.tokens
         padding = padded(tokens, self.planner.config.pad_to) - tokens
         if not padding or len(x_TC) != tokens + padding:
@@ -414,9 +440,11 @@ class LocalBatch(BatchAttention):
             ranks = self.planner.ranks
             program = EXECUTABLES.program(plan, key, self.proven)
             observer = ranks.observer(self, plan, shape)
-            if shape.op != ATTENTION.name:
+            if shape.op != ATTENTION:
                 if observer is not None and not observer.allows_interleaving:
-                    raise DistattnError(f"servers compute attention only; leave servers out for layers of {shape.op}.")
+                    raise DistattnError(
+                        f"servers compute attention only; leave servers out for layers of {shape.op.name}."
+                    )
                 # speeds are measured on kernels of attention
                 observer = None
             self._executables[known] = Executable(program, key, ranks.transport(device), observer)

@@ -12,24 +12,28 @@ WIDTH, HEADS, DIM = 24, 4, 6
 
 
 class Hybrid(torch.nn.Module):
-    """Gated DeltaNet, Mamba-2 and attention layers with short convolutions of values."""
+    """Gated DeltaNet, Mamba-2, attention and latent attention layers with short convolutions of values."""
 
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.embed = torch.nn.Parameter(torch.randn(64, WIDTH, generator=generator, dtype=torch.float64))
         self.maps = torch.nn.ParameterList(
-            torch.randn(WIDTH, 4 * WIDTH, generator=generator, dtype=torch.float64) / WIDTH for _ in range(3)
+            torch.randn(WIDTH, 4 * WIDTH, generator=generator, dtype=torch.float64) / WIDTH for _ in range(4)
         )
         self.taps = torch.nn.Parameter(torch.randn(WIDTH, 4, generator=generator, dtype=torch.float64))
 
     def forward(self, batch):
         x = self.embed[batch["input_ids"][0]]
         local = batch["context_parallel"]
-        for map_, op in zip(self.maps, ("gated_delta_rule", "attention", "ssd"), strict=True):
+        for map_, op in zip(self.maps, ("gated_delta_rule", "attention", "ssd", "latent_attention"), strict=True):
             q, k, v, gates = (y.reshape(len(x), HEADS, DIM) for y in (x @ map_).chunk(4, -1))
             mixed = local.causal_conv1d(v.flatten(1), self.taps, bias=self.taps[:, 0])
             v = v + mixed.reshape(v.shape)
+            if op == "latent_attention":
+                up = self.maps[0][:, : 8 * HEADS].t().reshape(HEADS, 8, WIDTH)
+                x = x + local.latent_attention(q, k[:, 0, :2], v.flatten(1), up).flatten(1).repeat(1, 2)[:, :WIDTH]
+                continue
             if op == "attention":
                 x = x + local.attention(q, k, v).flatten(1)
                 continue
