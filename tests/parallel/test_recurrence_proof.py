@@ -1,20 +1,14 @@
 """The verifier of recurrences: plans no strategy would make are accepted and right, changed ones refused or right."""
 
 import random
-from dataclasses import replace
 
 import pytest
 from oracle import Record, planned_bytes
-from random_recurrences import case_of, mutated, random_recurrent_plan
+from random_recurrences import attacked, case_of, mutated, random_recurrent_plan
 from recurrences import assert_same, run_recurrence
 
 from distattn.ir.errors import PlanError
-from distattn.ir.layout import Layout
-from distattn.ir.mask import Mask
-from distattn.ir.op import OPS
-from distattn.ir.plan import Call, Plan
 from distattn.parallel.analysis.verify import verify
-from distattn.parallel.strategies.scan import in_turn, layout_chains, scan_table
 
 TOLERANCE = 1e-10
 
@@ -77,19 +71,25 @@ def test_five_thousand_mutants_are_refused_or_right():
     assert refused > 10 * right > 0
 
 
-def test_documents_that_are_joined_or_forgotten_in_the_middle_are_refused():
-    lengths = (9, 14)
-    layout = Layout.contiguous(lengths, 3)
-    call = Call(Mask.documents(lengths), layout, 2, 2, 3, 4, "float64", op=OPS["gla"])
-    right = layout_chains(call, call.layout)
-    cut = right[1].stretches[1].t0
-    first = right[1]._replace(t1=cut, stretches=right[1].stretches[:1])
-    second = right[1]._replace(t0=cut, stretches=right[1].stretches[1:])
-    joined = right[0]._replace(t1=right[1].t1, stretches=right[0].stretches + right[1].stretches)
-    plan = Plan(call, *(scan_table(call, right, in_turn, name) for name in ("forward", "backward")), policy="keep")
-    verify(plan)
-    for wrong in ([right[0], first, second], [joined]):
-        for direction in ("forward", "backward"):
-            # consistent within itself, but another recurrence
-            with pytest.raises(PlanError):
-                verify(replace(plan, **{direction: scan_table(call, wrong, in_turn, direction)}))
+def check_attacks(attacks: int, seed: int) -> dict[str, int]:
+    """How many plans of each kind were refused; fails where one is accepted."""
+    refused: dict[str, int] = {}
+    number = 0
+    while sum(refused.values()) < attacks:
+        number += 1
+        made = attacked(random.Random(20_000_000 + seed + number))
+        if made is None:
+            continue
+        with pytest.raises(PlanError):
+            verify(made[0])
+        refused[made[1]] = refused.get(made[1], 0) + 1
+    return refused
+
+
+def test_plans_that_are_wrong_throughout_but_consistent_are_refused():
+    assert len(check_attacks(100, 0)) == 4
+
+
+@pytest.mark.full
+def test_a_thousand_plans_that_are_wrong_throughout_are_refused():
+    assert min(check_attacks(1000, 1000).values()) > 100

@@ -12,7 +12,7 @@ from recurrences import RECURRENT, RecurrenceCase, RecurrenceResult, by_definiti
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import OPS
-from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Plan, Table, num_rows, select_rows
+from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Plan, Table, has_rows_and_keys, num_rows, select_rows
 from distattn.parallel.strategies.scan import (
     SCHEDULES,
     Chain,
@@ -188,3 +188,46 @@ def _split(tables: dict[str, Table], rng: random.Random) -> dict[str, Table]:
         moves = {**table.moves, "step": 2 * table.moves["step"] + 2}
         found[direction] = Table(Table.from_rows([(row[0] + 1, *row[1:]) for row in rows]).tasks, moves)
     return found
+
+
+def attacked(rng: random.Random) -> tuple[Plan, str] | None:
+    """A plan in which every row fits the others, but a document is forgotten in its middle, or goes on into the next."""
+    layout = random_layout(rng)
+    call = Call(Mask.documents(layout.lengths), layout, 2, 2, KEY_DIM, VALUE_DIM, "float64", op=OPS["gla"])
+    chains, schedule = layout_chains(call, layout), _one(rng, rng.choice(list(SCHEDULES)))
+    how = rng.choice(["state lost", "gradient lost", "documents joined", "gradients joined"])
+    if "lost" in how:
+        long = [i for i, chain in enumerate(chains) if len(chain.stretches) > 1]
+        if not long:
+            return None
+        i = rng.choice(long)
+        chain, cut = chains[i], rng.randrange(1, len(chains[i].stretches))
+        middle = chain.stretches[cut].t0
+        first = chain._replace(t1=middle, stretches=chain.stretches[:cut])
+        second = chain._replace(t0=middle, stretches=chain.stretches[cut:])
+        wrong = [*chains[:i], first, second, *chains[i + 1 :]]
+        start, end, begin = (middle, chain.t1, middle) if how == "state lost" else (chain.t0, chain.t1, chain.t0)
+    else:
+        if len(chains) < 2:
+            return None
+        i = rng.randrange(len(chains) - 1)
+        one, two = chains[i : i + 2]
+        both = rng.choice([one, two])._replace(t0=one.t0, t1=two.t1, stretches=one.stretches + two.stretches)
+        wrong = [*chains[:i], both, *chains[i + 2 :]]
+        start, end, begin = two.t0, two.t1, one.t0 if how == "documents joined" else two.t0
+    right, other = (
+        [scan_table(call, some, schedule, direction) for direction in ("forward", "backward")]
+        for some in (chains, wrong)
+    )
+    if how in ("state lost", "documents joined"):
+        tables = other[0], _begun_at(right[1], start, end, begin)
+    else:
+        tables = right[0], _begun_at(other[1], start, end, begin)
+    return Plan(call, *tables, policy="keep"), how
+
+
+def _begun_at(table: Table, q0: int, q1: int, start: int) -> Table:
+    """The same backward table, but tasks of whole stretches in [q0, q1) begin with what has been summed up from `start` on."""
+    tasks = table.tasks
+    whole = has_rows_and_keys(tasks) & (q0 <= tasks["q0"]) & (tasks["q0"] < q1)
+    return Table({**tasks, "k0": np.where(whole, start, tasks["k0"])}, table.moves)
