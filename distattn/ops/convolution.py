@@ -4,20 +4,19 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.ir.arguments import checked
 from distattn.ir.bands import HI, LO, OK, OQ, Q0, Q1
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Call, Plan
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs, interleaved_batch
-from distattn.ops.executable import Executable, prepare
+from distattn.ops.executable import EXECUTABLES, Executable, prepare
 from distattn.parallel.runtime import execute_convolution
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
@@ -25,7 +24,6 @@ from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
 _NO_SCORE = ScoreMod(1.0)
 
 
-@checked
 def causal_conv1d(
     x_TC: Tensor,
     weight_CW: Tensor,
@@ -44,6 +42,12 @@ def causal_conv1d(
     at every call, or what `prepare` made of one. What moves is each stretch's W - 1 tokens before it. Raises PlanError when the
     plan cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
     """
+    # `arguments.checked` would break the graph of torch.compile
+    for name, tensor in (("x", x_TC), ("weight", weight_CW), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
+            raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
+    if not isinstance(plan, (Plan, Executable)):
+        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
     if isinstance(plan, Executable) and group is not None:
         raise DistattnError("an executable knows its group; give it to prepare instead.")
     if interleaved_batch() is not None:
@@ -53,7 +57,8 @@ def causal_conv1d(
     _check_inputs(executable, x_TC, weight_CW, bias)
     call = executable.program.call
     by_heads = x_TC.reshape(-1, call.heads, call.v_head_dim), weight_CW.reshape(call.heads, call.v_head_dim, -1)
-    y_TC = cast(Tensor, _Convolution.apply(executable, *by_heads)).reshape(x_TC.shape)
+    y_THD, _ = torch.ops.distattn.convolution_forward(*by_heads, executable.handle, executable.kept_elements)
+    y_TC = cast(Tensor, y_THD).reshape(x_TC.shape)
     return y_TC if bias is None else y_TC + bias.to(y_TC.dtype)
 
 
@@ -76,11 +81,15 @@ def _check_inputs(executable: Executable, x: Tensor, weight: Tensor, bias: Tenso
             raise DistattnError(
                 f"{name} is {str(tensor.dtype)[6:]} on {tensor.device}; floating point on {x.device} is wanted."
             )
-    taps = _taps(call)
-    if taps is not None and weight.shape[1] != taps:
+
+
+def _check_taps(call: Call, taps: int) -> None:
+    """Not where torch.compile traces: masks are NumPy's."""
+    planned = _taps(call)
+    if planned not in (None, taps):
         raise DistattnError(
-            f"weight has {weight.shape[1]} taps, the plan's mask lets each token see {taps}: "
-            f"plan it on Mask.documents(lengths, ({weight.shape[1] - 1}, 0))."
+            f"weight has {taps} taps, the plan's mask lets each token see {planned}: "
+            f"plan it on Mask.documents(lengths, ({taps - 1}, 0))."
         )
 
 
@@ -95,30 +104,70 @@ def _taps(call: Call) -> int | None:
     return int(limited[0]) + 1 if len(limited) else None
 
 
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, executable: Executable, x: Tensor, weight: Tensor) -> Tensor:
-        x = x.contiguous()
-        executable.begin_pass("forward", _NO_SCORE)
-        run = execute_convolution.forward(
-            executable.program, executable.transport, _kernel(executable), x, weight.detach()
-        )
-        y, kept = run_to_completion(run)
-        ctx.save_for_backward(x, weight, kept)
-        ctx.executable = executable
-        return y
+torch.library.define(
+    "distattn::convolution_forward",
+    "(Tensor x, Tensor weight, SymInt plan, SymInt kept_elements) -> (Tensor y, Tensor kept)",
+)
+torch.library.define(
+    "distattn::convolution_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor kept, SymInt plan) -> (Tensor dx, Tensor dweight)",
+)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, kept = ctx.saved_tensors
-        executable = ctx.executable
-        executable.begin_pass("backward", _NO_SCORE)
-        run = execute_convolution.backward(
-            executable.program, executable.transport, _kernel(executable), dy.contiguous(), x, weight.detach(), kept
-        )
-        dx, dweight = run_to_completion(run)
-        return None, dx, dweight.to(weight.dtype)
+
+def _forward(x, weight, plan, kept_elements):  # noqa: ANN001
+    executable = EXECUTABLES.by_handle(plan).for_direction("forward")
+    _check_taps(executable.program.call, weight.shape[2])
+    executable.begin_pass("forward", _NO_SCORE)
+    given = executable.program, executable.transport, _kernel(executable), x.contiguous(), weight
+    return run_to_completion(execute_convolution.forward(*given))
+
+
+torch.library.impl("distattn::convolution_forward", "CompositeExplicitAutograd", _forward)
+
+
+@torch.library.register_fake("distattn::convolution_forward")
+def _forward_fake(x, weight, plan, kept_elements):  # noqa: ANN001
+    return x.new_empty(x.shape), x.new_empty(kept_elements)
+
+
+def _backward(dy, x, weight, kept, plan):  # noqa: ANN001
+    executable = EXECUTABLES.by_handle(plan).for_direction("backward")
+    executable.begin_pass("backward", _NO_SCORE)
+    given = executable.program, executable.transport, _kernel(executable), dy.contiguous(), x.contiguous(), weight, kept
+    dx, dweight = run_to_completion(execute_convolution.backward(*given))
+    return dx, dweight.to(weight.dtype)
+
+
+torch.library.impl("distattn::convolution_backward", "CompositeExplicitAutograd", _backward)
+
+
+@torch.library.register_fake("distattn::convolution_backward")
+def _backward_fake(dy, x, weight, kept, plan):  # noqa: ANN001
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, plan, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.plan = plan
+    # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
+    ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
+
+
+def _differentiate(ctx, dy, dkept):
+    x, weight, kept = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    return *torch.ops.distattn.convolution_backward(dy, x, weight, kept, ctx.plan), None, None
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise DistattnError("a convolution has no second derivative here: a gradient of its gradients was asked for.")
+
+
+torch.library.register_autograd("distattn::convolution_backward", _refuse_second_derivative)
+torch.library.register_autograd("distattn::convolution_forward", _differentiate, setup_context=_save)
 
 
 def _kernel(executable: Executable) -> ConvolutionKernel:

@@ -141,3 +141,17 @@ def test_times_are_those_of_copies():
     plan = plan_of(da.Layout.contiguous((1 << 20,), 8), heads=1, kv_heads=1, v_head_dim=4096, dtype="bfloat16")
     # 1 GB read and 1 GB written by each rank
     assert 0.2e-3 < da.simulate(plan, "h100-1x8").forward.seconds < 3e-3
+
+
+def test_a_compiled_convolution_is_the_same():
+    torch._dynamo.reset()
+    x, weight, bias, _ = (value.requires_grad_() for value in inputs(40))
+    ready = da.prepare(plan_of(da.Layout.contiguous((13, 27), 1)))
+
+    def layer(x):
+        return F.silu(da.causal_conv1d(x, weight, ready, bias=bias))
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    both = [torch.autograd.grad(f(x).square().sum(), (x, weight, bias)) for f in (layer, compiled)]
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b)
