@@ -393,6 +393,8 @@ class LocalBatch(BatchAttention):
             return latent_attention(q_THD, rope_TR, latent_TL, up_HEL, executable, scale=scale)
         q, rope, latent = (x[:tokens] for x in (q_THD, rope_TR, latent_TL))
         return F.pad(latent_attention(q, rope, latent, up_HEL, executable, scale=scale), (0, 0, 0, 0, 0, padding))
+
+    @torch.compiler.disable
     def causal_conv1d(self, x_TC: Tensor, weight_CW: Tensor, *, bias: Tensor | None = None) -> Tensor:
         """`distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for so many channels and taps (C, W)."""
         self.used = True
