@@ -46,6 +46,8 @@ RENAMED = {
     "proof.tolerance": "reference_check.tolerance",
 }
 
+# every key takes a value, also those that are true or false
+_VALUES = (tyro.conf.FlagConversionOff,)
 # keys of the shape, and what config.json calls them
 _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "n_layer"),
@@ -69,11 +71,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise DistattnError(f"{syntax_place(path, error)}: cannot be read as TOML: {error}.") from None
     except (UnicodeDecodeError, OSError) as error:
         raise DistattnError(f"{path}: cannot be read as TOML: {error}.") from None
+    _find_model_folder(Path(path), content)
     lines = TomlLines(text)
     config = _validated(content, lambda key: lines.place(path, key))
     if overrides:
         _check_overrides(config, overrides)
-        changed = tyro.cli(Config, default=config, args=list(overrides))
+        changed = tyro.cli(Config, default=config, args=list(overrides), config=_VALUES)
         named = any(re.match(r"--parallel\.min[_-]chunk(=|$)", word) for word in overrides)
         if not named and changed.parallel.layout != config.parallel.layout:
             # the file's belongs to the file's layout
@@ -82,11 +85,25 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def _find_model_folder(file: Path, content: dict[str, Any]) -> None:
+    """A model.path that is not here, but beside the run file, is that one."""
+    model = content.get("model")
+    given = model.get("path") if isinstance(model, dict) else None
+    if (
+        model is not None
+        and isinstance(given, str)
+        and given
+        and not Path(given).exists()
+        and (file.parent / given).exists()
+    ):
+        model["path"] = str((file.parent / given).absolute())
+
+
 def help_text() -> str:
     """Return a text with every key and its default, as tyro prints it."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        tyro.cli(Config, args=["--help"], prog="distattn train CONFIG")
+        tyro.cli(Config, args=["--help"], prog="distattn train CONFIG", config=_VALUES)
     return out.getvalue()
 
 
@@ -156,7 +173,7 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
             raise DistattnError(f"command line: {_unknown(key)}")
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             try:
-                tyro.cli(Config, default=config, args=list(overrides[begin:end]))
+                tyro.cli(Config, default=config, args=list(overrides[begin:end]), config=_VALUES)
             except SystemExit:
                 section, name = key.split(".")
                 wanted = get_type_hints(type(getattr(config, section)))[name]

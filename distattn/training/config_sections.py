@@ -49,7 +49,8 @@ class ModelConfig:
     """A model of transformers: that of a folder, or a Llama of a shape, in the terms of its transformers configuration."""
 
     path: str = ""
-    """A folder with a config.json, of any causal language model; the keys of the shape below do not apply then."""
+    """A folder with a config.json, of any causal language model, here or beside the run file; the keys of the shape below do not
+    apply then."""
     weights: str = "random"
     """random, seeded by run.seed; or pretrained: those of the safetensors files in model.path."""
     num_layers: int = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +42,15 @@ def write_initial_weights(run: RunFolder, config: Config) -> None:
     """Write the weights before the first step as a folder of transformers, made anew in this process, without an engine."""
     # transformers takes seconds to import, and most of this module's users do not need it
     from distattn.models.build import model_config
+    from distattn.models.export import export_model
     from distattn.training.run_settings import build_model, runs_on_gpus
 
     # a GPU draws other numbers than a CPU
     device = "cuda" if runs_on_gpus(config) and not config.memory.state_on_host else "cpu"
-    build_model(config, model_config(run.folder), "eager", device).save_pretrained(run.initial_weights)
+    # an earlier check may have begun to
+    shutil.rmtree(run.initial_weights, ignore_errors=True)
+    model = build_model(config, model_config(run.folder), "eager", device)
+    export_model(model, run.initial_weights)
 
 
 def compare_with_reference(run: RunFolder, config: Config) -> dict[str, Any]:

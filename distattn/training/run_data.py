@@ -181,8 +181,8 @@ def _planned_data(config: Config, planned: PackConfig) -> RunData:
     wanted = config.train.steps + held_out_steps(config)
     if plan.steps < wanted:
         raise DistattnError(
-            f"train.steps: {config.train.steps:,}, {wanted:,} with those of the evaluation, but {plan.path} has {plan.steps:,} "
-            "steps; plan more with distattn data pack."
+            f"train.steps: {config.train.steps:,}{' and evaluation.steps' * (wanted > config.train.steps)}, but {plan.path} has "
+            f"{plan.steps:,} steps; plan more with distattn data pack."
         )
     check_shares(plan, config.parallel.data_parallel_size, 0, config.train.steps)
     masked = [source.name for source in plan.sources if source.masks is not None]

@@ -150,9 +150,9 @@ def test_a_run_is_trained_with_all_that_saves_memory(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--memory.offload", "True"], "memory.offload: takes the inputs of checkpointed layers to the host"),
+        (["--memory.offload", "True"], "memory.offload: belongs to memory.activation_checkpointing"),
         (["--memory.activation_checkpointing", "some"], "memory.activation_checkpointing: there is no 'some'"),
-        (["--memory.loss_tile_tokens", "-1"], "memory.loss_tile_tokens: at least 0, not -1"),
+        (["--memory.loss_tile_tokens", "-1"], "memory.loss_tile_tokens: at least 1, not -1"),
     ],
 )
 def test_what_a_configuration_cannot_have_is_refused(words, message):

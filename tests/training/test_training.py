@@ -301,7 +301,7 @@ def test_the_plan_in_the_run_folder_is_the_one_that_trains(texts, tmp_path):
     run = start_run(config, no_progress)
     cp = ContextParallel(**PlanSettings.of_config(config).context_parallel_arguments())
     model = config.model
-    shape = model.num_attention_heads, model.num_key_value_heads, model.head_dim, model.head_dim, model.dtype
+    shape = model.num_attention_heads, model.num_key_value_heads, model.head_size, model.head_size, model.dtype
     data = open_data(run, config)
     ((local,),) = cp.steps(PackLoader(data.plan, data.corpora, rank=0, size=1, steps=1))
     sharded = local["context_parallel"]
