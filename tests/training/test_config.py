@@ -95,6 +95,18 @@ def test_the_command_line_overrides_the_file():
             ["parallel.kernel: there is no 'flush'; there are auto, reference, cpu, flash, triton"],
         ),
         ("[parallel", ["cannot be read as TOML"]),
+        (
+            '[watch]\naction = "rollback"',
+            ["watch.action: rollback goes back to the newest checkpoint; set checkpoint."],
+        ),
+        (
+            '[engine]\nname = "deepspeed"\nshard_size = 2\n[parallel]\ntensor_parallel_size = 2',
+            ["engine.shard_size: engine deepspeed does not have it", "parallel.tensor_parallel_size: engine deepspeed"],
+        ),
+        (
+            "[train]\nbeta1 = 1\n[watch]\nspike_window = 3",
+            ["train.beta1: below 1", "watch.spike_window: 0, or at least 8"],
+        ),
         ("[parallel]\nmin_chunk = 8", ["parallel.min_chunk: belongs to parallel.layout = "]),
         ("[train]\nsteps = 99999999999999999999", ["train.steps: at most 1,000,000, not 99999999999999999999"]),
         ("[data]\nmax_document_tokens = 1", ["data.max_document_tokens: at least 16, not 1"]),

@@ -112,7 +112,7 @@ def test_a_run_of_nothing_but_bad_steps_stops():
     assert [watch.judge(step, NAN, 1).action for step in range(2)] == ["skip", "skip"]
     assert watch.judge(2, 1, 1).applies
     last = [watch.judge(step, 1, math.inf) for step in range(3, 6)][-1]
-    assert last == Verdict(5, "stop", "the gradient norm is inf; 3 steps in a row were refused.")
+    assert last == Verdict(5, "stop", "the gradient norm is inf; 3 steps in a row were not finite.")
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,29 @@ def test_what_is_computed_less_often_or_logged_changes_no_number(config, tmp_pat
     assert rows(trained(more)) == rows(plain)
 
 
+def test_replays_change_no_number_where_an_engine_reduces_gradients_once_a_step(config, tmp_path):
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dtype="float32"),
+        engine=EngineConfig(name="deepspeed", zero_stage=2),
+        train=dataclasses.replace(config.train, steps=4),
+        checkpoint=CheckpointConfig(every_steps=-1),
+    )
+    checked = dataclasses.replace(
+        config, run=RunConfig(str(tmp_path / "checked"), 3), watch=WatchConfig(replay_every=2)
+    )
+    assert rows(trained(checked)) == rows(trained(config))
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_saved_does_not_end_well(config):
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+    run = created(config)
+    # a file where the folder of checkpoints would be
+    run.checkpoints.write_text("")
+    with pytest.raises(AssertionError, match=r"could not be saved|cannot be"):
+        run_on_ranks(2, _train, run.folder, config)
+
+
 def test_held_out_documents_are_evaluated(config):
     config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=4, steps=2))
     run = trained(config)

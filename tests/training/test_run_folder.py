@@ -1,0 +1,41 @@
+"""What a run writes down survives full disks and machines that go down in the middle of a line."""
+
+import errno
+
+import pytest
+
+from distattn.training import run_folder
+from distattn.training.run_folder import RunFolder, append_lines, read_lines
+
+
+def test_a_part_of_a_line_is_ended_and_passed_over(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    append_lines(file, b'{"step": 1}\n')
+    with open(file, "ab") as torn:
+        torn.write(b'{"step": 2, "lo')
+    assert read_lines(file) == [{"step": 1}]
+    append_lines(file, b'{"step": 3}\n')
+    assert read_lines(file) == [{"step": 1}, {"step": 3}]
+
+
+def test_lines_wait_until_a_full_disk_has_room_and_it_is_said_once(tmp_path, monkeypatch, capsys):
+    run, room = RunFolder(tmp_path), False
+
+    def limited(path, lines):
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append_lines(path, lines)
+
+    monkeypatch.setattr(run_folder, "append_lines", limited)
+    for step in (1, 2):
+        run.append(run.metrics_file, {"step": step})
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "metrics.jsonl: cannot be written: No space left on device" in said
+    room = True
+    run.append(run.metrics_file, {"step": 3})
+    assert [row["step"] for row in read_lines(run.metrics_file)] == [1, 2, 3]
+
+
+def test_what_cannot_be_written_whole_is_not_written(tmp_path):
+    with pytest.raises(OSError, match="No space left"):
+        append_lines(run_folder.Path("/dev/full"), b'{"step": 1}\n')
