@@ -260,7 +260,7 @@ def interrupted(config_file: Path, folder: Path, when: str, *overrides: str) -> 
     [
         ("run folder", ("--train.steps", "100000")),
         ("step 1/", ("--train.steps", "100000")),
-        ("the first", ("--train.steps", "200", "--reference_check.steps", "200", "--parallel.ranks", "1")),
+        ("the first", ("--train.steps", "40", "--reference_check.steps", "40", "--parallel.ranks", "1")),
     ],
     ids=["while ranks start", "while training", "during the reference check"],
 )
