@@ -32,12 +32,12 @@ from distattn.data.make_pack_plan import make_pack_plan
 from distattn.data.pack_rule import PackRule
 from distattn.data.text import find_corpus
 from distattn.training import config as configuration
-from distattn.training.loop import build_model
 from distattn.training.loss_by_position import LossByPosition, token_losses
 from distattn.training.metrics import MetricsReporter
 from distattn.training.numerics_watch import NumericsWatch, WatchSettings
 from distattn.training.replay_check import ReplayCheck
 from distattn.training.run_folder import RunFolder, StepMetrics
+from distattn.training.run_settings import build_model, configured_model
 from distattn.training.step_clock import StepClock
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,7 @@ def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, 
     corpora = [byte_corpus(text, str(folder / "text"))]
     plan = make_pack_plan(folder / "packs", corpora, seed=1, rule=PackRule(((0, tokens),), tokens), steps=steps + 4)
     loader = PackLoader(plan, corpora, rank=0, size=1, corpus_ids=True)
-    model = build_model(config, "distattn")
+    model = build_model(config, configured_model(config, 256, 4096))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     run = RunFolder(folder / "run")
     run.folder.mkdir()

@@ -37,6 +37,6 @@ if __name__ == "__main__":
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-    from distattn.training.loop import main
+    from distattn.training.rank import main
 
     sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))

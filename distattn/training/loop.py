@@ -1,18 +1,16 @@
 """The training loop: every step's packs and all parameters split over the ranks, from the newest checkpoint on.
 
-`main` is one rank of a run, started by `distattn.launch`. The run folder holds the resolved configuration, checkpoints and, of a
-run on text, tokens and the plan of packs; nothing else is shared but the process group. All that a run's future depends on is
-the number of the next step, the parameters and the optimizer's averages.
+`train` is one rank of a run; `distattn.training.rank` calls it in a process of its own. The run folder holds the resolved
+configuration, checkpoints and, of a run on text, tokens and the plan of packs; nothing else is shared but the process group.
+All that a run's future depends on is the number of the next step, the parameters and the optimizer's averages.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,6 @@ from distattn.data.loader import PackLoader
 from distattn.data.order import derived_key
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
-from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.engines.engine import Batch, Engine, EngineState
 from distattn.training.engines.opened import open_engine
@@ -42,37 +39,12 @@ from distattn.training.run_folder import TRAINING, RunFolder, StepMetrics
 from distattn.training.run_settings import (
     Utilisation,
     configured_model,
-    runs_on_gpus,
     schedule_settings,
     watch_settings,
 )
 from distattn.training.schedule import learning_rate
 from distattn.training.step_clock import StepClock
 from distattn.training.step_documents import append_documents
-
-
-def main(folder: str, json_lines: bool) -> int:
-    """Run one rank of a run. Returns the exit code."""
-    run = RunFolder(Path(folder))
-    config = configuration.load(run.config_file)
-    # ranks share the machine's cores; more threads than cores only wait for each other
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.ranks))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
-    device = torch.device("cpu")
-    if runs_on_gpus(config):
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    # norms of gradients on the host are added up there
-    on_device = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
-    dist.init_process_group("gloo" if device.type == "cpu" else on_device)
-    try:
-        train(run, config, json_lines, device)
-    except DistattnError as error:
-        sys.stderr.write(f"distattn: rank {dist.get_rank()}: {error}\n")
-        return error.exit_code
-    finally:
-        dist.destroy_process_group()
-    return 0
 
 
 def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device) -> None:

@@ -1,0 +1,40 @@
+"""One rank of a run in a process of its own, started by `distattn.launch`: its device, its threads, its process group."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distattn.ir.errors import DistattnError
+from distattn.training import config as configuration
+from distattn.training.loop import train
+from distattn.training.run_folder import RunFolder
+from distattn.training.run_settings import runs_on_gpus
+
+
+def main(folder: str, json_lines: bool) -> int:
+    """Run one rank of a run. Returns the exit code."""
+    run = RunFolder(Path(folder))
+    config = configuration.load(run.config_file)
+    # ranks share the machine's cores; more threads than cores only wait for each other
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.ranks))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+    device = torch.device("cpu")
+    if runs_on_gpus(config):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # norms of gradients on the host are added up there
+    on_device = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
+    dist.init_process_group("gloo" if device.type == "cpu" else on_device)
+    try:
+        train(run, config, json_lines, device)
+    except DistattnError as error:
+        sys.stderr.write(f"distattn: rank {dist.get_rank()}: {error}\n")
+        return error.exit_code
+    finally:
+        dist.destroy_process_group()
+    return 0
