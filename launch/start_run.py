@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable
-from contextlib import closing
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.checkpoints.run_lock import RunLock
@@ -76,7 +75,7 @@ def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
     steps = [found.step for found in list_checkpoints(run.checkpoints)]
     before = run.folder / f"config.until-{max(steps, default=0)}.toml"
     # not under a run that goes on
-    with closing(RunLock(run.folder)):
+    with RunLock(run.folder):
         if not before.exists():
             shutil.copyfile(run.config_file, before)
         configuration.save(config, run.config_file)

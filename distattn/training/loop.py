@@ -56,7 +56,7 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
     with ExitStack() as stack:
         lock, shape = None, configured_model(config, data.vocabulary, data.context)
         if dist.get_rank() == 0:
-            lock = stack.enter_context(closing(RunLock(run.folder)))
+            lock = stack.enter_context(RunLock(run.folder))
             shape.save_pretrained(run.folder)
         engine = stack.enter_context(closing(open_engine(config, device, data.vocabulary, data.context)))
         visible, train_config = dist.get_rank() == 0, config.train

@@ -92,7 +92,8 @@ def test_an_attempt_of_the_same_job_waits_for_the_one_before_to_end(owner, tmp_p
     process = owner(job="4711")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: (process.kill(), process.join()))
-    RunLock(tmp_path).close()
+    with RunLock(tmp_path):
+        assert not process.is_alive() and Owner.read(tmp_path / "owner.json").pid == os.getpid()
 
 
 def elsewhere(folder, **changes):
@@ -116,9 +117,10 @@ def test_a_lease_of_another_machine_is_respected_until_it_ends(tmp_path):
 
 
 def test_an_attempt_of_the_same_job_on_another_machine_takes_over_at_once(tmp_path, monkeypatch):
-    elsewhere(tmp_path)
+    file = elsewhere(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    RunLock(tmp_path).close()
+    with RunLock(tmp_path):
+        assert Owner.read(file).pid == os.getpid()
 
 
 def test_the_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -305,7 +304,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 def test_a_second_job_on_a_folder_is_refused_and_names_the_owner(config):
     run = created(config)
-    with closing(RunLock(run.folder)), pytest.raises(AssertionError, match=rf"process {os.getpid()}|pid {os.getpid()}"):
+    with RunLock(run.folder), pytest.raises(AssertionError, match=rf"process {os.getpid()}|pid {os.getpid()}"):
         run_on_ranks(2, _train, run.folder, config)
     assert not run.metrics_file.exists()
 
