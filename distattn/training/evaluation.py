@@ -16,45 +16,38 @@ from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.training.loss_by_position import LossByPosition, LossTable, token_losses
 
+# what is called with each token's loss (T,) and the local batch they are of
+AddLosses = Callable[[Tensor, Mapping[str, Any]], None]
 
-class Evaluator:
-    """Evaluates a model on the same batches every time. All ranks of the driver's loss group have one, and call alike.
 
-    make_loader: a new loader at its first step for each evaluation, such as a `PackLoader` of another plan, or of the last steps
-    of the run's, with corpus_ids=True for losses by corpus. corpora: their names, in the plan's order. context: tokens of the
-    longest pack. losses: model and local batch to each token's loss (T,), 0 or anything where it has no label.
+def evaluate(
+    cp: ContextParallel,
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    sums: LossByPosition,
+    run: Callable[[Sequence[Mapping[str, Any]], AddLosses], Any] | None = None,
+) -> LossTable:
+    """The mean losses of all batches of a loader, over all ranks of the driver's loss group; a collective call.
+
+    Called between two steps of training: inside a loop over `cp.steps`, after the optimizer's step or before backward. loader: at
+    its first step, such as a `PackLoader` of another plan, or of the last steps of the run's; with corpus_ids=True for losses by
+    corpus. sums: are begun anew. run: is given a step's local batches and calls what it is given with their tokens' losses; by
+    default `token_losses` of the model. Raises DistattnError where the loader has no token with a label.
     """
-
-    def __init__(
-        self,
-        cp: ContextParallel,
-        make_loader: Callable[[], Iterable[Any]],
-        *,
-        context: int,
-        corpora: Sequence[str] = (),
-        device: torch.device | str = "cpu",
-        losses: Callable[[torch.nn.Module, Mapping[str, Any]], Tensor] = token_losses,
-    ):
-        self._cp, self._make_loader, self._losses = cp, make_loader, losses
-        self._sums = LossByPosition(context, corpora, device)
-
-    def evaluate(self, model: torch.nn.Module) -> LossTable:
-        """The mean losses of all batches of a new loader, over all ranks; a collective call.
-
-        Called between two steps of training: inside a loop over `cp.steps`, after the optimizer's step or before backward. Raises
-        DistattnError where the loader has no token with a label.
-        """
-        self._sums.reset()
-        with evaluation_mode(model):
-            for micro_batches in self._cp.steps(self._make_loader()):
-                for local in micro_batches:
-                    self._sums.add_batch(self._losses(model, local), local)
-        table = self._sums.reduce(self._cp.loss_group)
-        if not table.tokens and not table.not_finite:
-            raise DistattnError(
-                "the evaluation's loader has no token with a label; give it documents of at least two tokens."
-            )
-        return table
+    sums.reset()
+    with evaluation_mode(model):
+        for micro_batches in cp.steps(loader):
+            if run is not None:
+                run(micro_batches, sums.add_batch)
+                continue
+            for local in micro_batches:
+                sums.add_batch(token_losses(model, local), local)
+    table = sums.reduce(cp.loss_group)
+    if not table.tokens and not table.not_finite:
+        raise DistattnError(
+            "the evaluation's loader has no token with a label; give it documents of at least two tokens."
+        )
+    return table
 
 
 @contextmanager

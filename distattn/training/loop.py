@@ -28,7 +28,7 @@ from distattn.ir.plan import Plan
 from distattn.training.config import Config
 from distattn.training.engines.engine import Batch, Engine, EngineState
 from distattn.training.engines.opened import open_engine
-from distattn.training.evaluation import evaluation_mode
+from distattn.training.evaluation import evaluate
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter
 from distattn.training.numerics_watch import NumericsWatch, Verdict
@@ -215,11 +215,10 @@ class TrainingLoop:
     def _evaluate(self, done: int) -> None:
         """Losses of held-out documents by position and corpus, and of training since the last time."""
         data, begin = held_out_data(self.config, self.data)
-        found = LossByPosition(data.context, [corpus.name for corpus in data.corpora], self.device)
-        with evaluation_mode(self.engine.model):
-            for batches in self.engine.cp.steps(self._loader(data, begin, begin + self.config.evaluation.steps)):
-                self.engine.evaluate(batches, found.add_batch)
-        self.reporter.report_losses(done, found.reduce(self.engine.cp.loss_group))
+        sums = LossByPosition(data.context, [corpus.name for corpus in data.corpora], self.device)
+        loader = self._loader(data, begin, begin + self.config.evaluation.steps)
+        found = evaluate(self.engine.cp, self.engine.model, loader, sums, self.engine.evaluate)
+        self.reporter.report_losses(done, found)
         self.reporter.report_losses(done, self.by_position.reduce(self.engine.cp.loss_group), TRAINING)
         self.by_position.reset()
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -143,6 +144,15 @@ def observed_modules(
             messages.on_send = None
         for hook in hooks:
             hook.remove()
+
+
+def gathered(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
+    """A value of every rank of a group; None is this process alone. A collective call."""
+    if group is None or dist.get_world_size(group) == 1:
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group=group)
+    return everyone
 
 
 def plain_name(name: str) -> str:

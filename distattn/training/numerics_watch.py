@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from distattn.driver.message_monitor import MessageMonitor
 from distattn.ir.errors import DistattnError, named_ranks
 from distattn.training import evidence
-from distattn.training.module_observer import OUTPUT, Observations, observed_modules, plain_name
+from distattn.training.module_observer import OUTPUT, Observations, gathered, observed_modules, plain_name
 from distattn.training.spike_detector import SpikeDetector
 
 APPLY, SKIP, STOP, ROLLBACK = "apply", "skip", "stop", "rollback"
@@ -166,7 +166,7 @@ class NumericsWatch:
                 ]
                 outputs = [module for module, _ in shown]
                 largest.append([value for _, value in shown])
-        found, everyone = zip(*self._gathered((first, largest)), strict=True)
+        found, everyone = zip(*gathered(self._group, (first, largest)), strict=True)
         bad = [one for one in found if one is not None]
         if bad:
             return _not_finite(step, bad)
@@ -247,14 +247,6 @@ class NumericsWatch:
                 elements = _local(parameter.grad).numel()
                 return _Bad((index, _AFTER, 0), f"gradient of weight {plain_name(name)}", "", self._rank, bad, elements)
         return None
-
-    def _gathered(self, value: Any) -> list[Any]:
-        """A value of every rank."""
-        if self._group is None or dist.get_world_size(self._group) == 1:
-            return [value]
-        everyone: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, value, group=self._group)
-        return everyone
 
 
 class _Bad(NamedTuple):

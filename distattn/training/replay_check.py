@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distattn.driver.message_monitor import MessageMonitor
 from distattn.ir.errors import named_ranks
-from distattn.training.module_observer import Observations, observed_modules
+from distattn.training.module_observer import Observations, gathered, observed_modules
 
 # integers of as many bytes; those of 64 bits in halves, because two signs that change would add up to 2^64, which is nothing
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -70,7 +70,7 @@ class ReplayCheck:
         drop()
         with observed_modules(self._model, bits_digest, self._messages) as second:
             run()
-        found = [one for one in self._gathered(_first_difference(first, second, self._rank)) if one is not None]
+        found = [one for one in gathered(self._group, _first_difference(first, second, self._rank)) if one is not None]
         if not found:
             return None
         earliest = min(place for place, _, _, _ in found)
@@ -81,14 +81,6 @@ class ReplayCheck:
         if self._group is not None and len(ranks) == dist.get_world_size(self._group) > 1:
             text = f"{text[:-1]}; all ranks do, so it is the program that is not deterministic, not one device."
         return Difference(step, text, tensor, computed_in, ranks)
-
-    def _gathered(self, value: Any) -> list[Any]:
-        """A value of every rank."""
-        if self._group is None or dist.get_world_size(self._group) == 1:
-            return [value]
-        everyone: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, value, group=self._group)
-        return everyone
 
 
 def bits_digest(tensor: Tensor) -> Tensor:

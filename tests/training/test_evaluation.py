@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import distattn as da
 from distattn.adapters import huggingface, pytorch
 from distattn.ir.errors import DistattnError
-from distattn.training.evaluation import Evaluator, evaluation_mode
+from distattn.training.evaluation import evaluate, evaluation_mode
+from distattn.training.loss_by_position import LossByPosition
 
 HELD_OUT = [[micro_batch([33, 7])], [micro_batch([5, 5, 21]), micro_batch([64])]]
 TRAINED = [[micro_batch(lengths) for lengths in STEPS[number % 2]] for number in range(5)]
@@ -40,14 +41,14 @@ def _trained(rank, evaluated, settings):
     with pytorch.context_parallel(mesh, **settings) as cp:
         cp.loss_scale(pytorch.ProbeTarget(model))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        evaluator = Evaluator(cp, lambda: HELD_OUT, context=64)
+        sums = LossByPosition(64)
         model.model.layers[1].eval()
         for number, batches in enumerate(cp.steps(TRAINED)):
             losses = []
             for batch in batches:
                 if evaluated and number in (0, 3):
                     # amid a step, as long as no gradient has been made of what FSDP2 holds
-                    table = evaluator.evaluate(model)
+                    table = evaluate(cp, model, HELD_OUT, sums)
                     tables.append({bucket.first: (bucket.loss, bucket.tokens) for bucket in table.by_position})
                     modes = [module.training for module in (model, model.model.layers[0], model.model.layers[1].mlp)]
                     assert modes == [True, True, False]
@@ -58,7 +59,7 @@ def _trained(rank, evaluated, settings):
             optimizer.zero_grad()
             torch.manual_seed(number)
             if evaluated:
-                evaluator.evaluate(model)
+                evaluate(cp, model, HELD_OUT, sums)
             out.append((cp.mean_loss(losses), float(norm), float(torch.rand(1))))
     return out, tables, wanted
 
@@ -87,10 +88,9 @@ def test_evaluation_disturbs_nothing_and_finds_the_losses_of_one_process(setting
 
 def test_a_loader_without_labels_is_refused_and_modes_come_back_after_an_error():
     model = build(torch.float32)
-    with da.ContextParallel(strategy="ring") as cp:
-        evaluator = Evaluator(cp, lambda: [micro_batch([1, 1])], context=4)
-        with pytest.raises(DistattnError, match="no token with a label; give it documents of at least two tokens"):
-            evaluator.evaluate(model)
+    refused = pytest.raises(DistattnError, match="no token with a label; give it documents of at least two tokens")
+    with da.ContextParallel(strategy="ring") as cp, refused:
+        evaluate(cp, model, [micro_batch([1, 1])], LossByPosition(4))
     with pytest.raises(RuntimeError, match="fell over"), evaluation_mode(model):
         assert not model.training and not torch.is_grad_enabled()
         raise RuntimeError("fell over")

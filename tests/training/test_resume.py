@@ -42,14 +42,6 @@ ROOT = Path(__file__).parents[2]
 STEPS = 8
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for number, paragraph in enumerate((ROOT / "LICENSE").read_text().split("\n\n")):
-        (folder / f"{number:03d}.py").write_text(paragraph)
-    return folder
-
-
 @pytest.fixture
 def config(texts, tmp_path) -> Config:
     return Config(

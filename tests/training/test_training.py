@@ -47,15 +47,6 @@ ROOT = Path(__file__).parents[2]
 STEPS = 20
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    """A folder of real text that does not change with the code: the licence, a paragraph a file."""
-    folder = tmp_path_factory.mktemp("texts")
-    for number, paragraph in enumerate((ROOT / "LICENSE").read_text().split("\n\n")):
-        (folder / f"{number:03d}.py").write_text(paragraph)
-    return folder
-
-
 def small(texts: Path, folder: Path, dtype: str) -> Config:
     return Config(
         run=RunConfig(folder=str(folder), seed=3),

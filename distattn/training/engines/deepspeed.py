@@ -37,7 +37,7 @@ from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses
 from distattn.training.engines.keepers import keepers_of
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_settings import build_model, configured_model, prepare_layers, tiled_loss
-from distattn.training.schedule import parameter_groups
+from distattn.training.schedule import parameter_groups, set_learning_rate
 
 # what AdamW keeps of each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")
@@ -101,11 +101,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
         """See `Engine`."""
-        self.engine.eval()
-        try:
-            return [pytorch.local_loss(self.engine, batch, self._loss, on_token_losses) for batch in batches]
-        finally:
-            self.engine.train()
+        return [pytorch.local_loss(self.engine, batch, self._loss, on_token_losses) for batch in batches]
 
     @torch.no_grad()
     def clip(self, limit: float) -> float:
@@ -127,8 +123,7 @@ class DeepSpeedEngine:
 
     def update(self, learning_rate: float) -> None:
         """See `Engine`."""
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._adam, learning_rate)
         self.engine.step()
 
     def drop(self) -> None:

@@ -119,11 +119,7 @@ class MegatronEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
         """See `Engine`."""
-        self._chunk.eval()
-        try:
-            return self._scheduled(batches, on_token_losses, forward_only=True)
-        finally:
-            self._chunk.train()
+        return self._scheduled(batches, on_token_losses, forward_only=True)
 
     def clip(self, limit: float) -> float:
         """See `Engine`."""
