@@ -104,9 +104,9 @@ class AllocationWatch(TorchDispatchMode):
         self._older: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        # what was there before is not counted, nor are views of it
-        self._older |= given - self._sizes.keys()
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                self._leave_out(x)
         if func.name() in _PASSES:
             direction, number = _PASSES[func.name()]
             executable = EXECUTABLES.by_handle(args[number]).for_direction(direction)
@@ -128,6 +128,14 @@ class AllocationWatch(TorchDispatchMode):
             yield
         finally:
             self._to_host = False
+
+    def _leave_out(self, x: Tensor) -> None:
+        """What was there before is not counted, nor are views of it, while it lives: its address comes again."""
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes and key not in self._older:
+            self._older.add(key)
+            weakref.finalize(storage, self._older.discard, key).atexit = False
 
     def _track(self, x: Tensor) -> None:
         storage = x.untyped_storage()

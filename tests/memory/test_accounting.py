@@ -59,6 +59,20 @@ def test_meta_tensors_count_what_real_ones_take(settings):
         assert counted.working[name] == pytest.approx(size, rel=0.02, abs=0.02 * most), name
 
 
+def test_what_was_there_before_is_not_counted_but_what_comes_at_its_address_is():
+    watch = AllocationWatch("cpu")
+    for _ in range(100):
+        older = torch.zeros(64)
+        with watch:
+            older.view(8, 8)
+            assert watch.alive == 0
+        del older
+        with watch:
+            newer = torch.zeros(64)
+        assert watch.alive == newer.nbytes
+        del newer
+
+
 def test_what_saves_memory_saves_memory():
     def counted(settings):
         changes = dict(vocab_size=5000, intermediate_size=500, num_hidden_layers=4)
