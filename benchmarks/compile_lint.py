@@ -1,6 +1,6 @@
 """What the Triton compiler makes of the attention kernels, checked without a GPU.
 
-    python benchmarks/compile_lint.py [--arch 80 90 100] [--update]
+    python benchmarks/compile_lint.py [--arch 80 90 100] [--only REGULAR-EXPRESSION] [--update]
 
 Every kernel, epilogue and tile goes through the real launch path with a stand-in for the driver, then the machine code is
 read: registers, stack, spills inside the loops that multiply, shared memory, matrix instructions, products that ptxas
@@ -113,6 +113,7 @@ def main() -> int:
     """Compile, compare, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--only", type=re.compile, default="", help="kernels whose names have this")
     parser.add_argument("--update", action="store_true")
     arguments = parser.parse_args()
     path = Path(__file__).parent / "budgets" / f"triton-{triton.__version__.split('+')[0]}.json"
@@ -123,6 +124,8 @@ def main() -> int:
     complaints = []
     for arch in arguments.arch:
         for name, launch in variants(arch):
+            if not re.search(arguments.only, name):
+                continue
             found = facts(compiled(launch, arch), arch)
             wrong = [
                 *broken_rules(found, arch, name),

@@ -258,6 +258,10 @@ def test_a_planted_bug_is_found(bug):
 NEEDED = re.compile(r"^\s*(@\S+\s+)?(mbarrier|fence\.proxy|cp\.async\.bulk\.wait_group).*;$", re.M)
 
 
+# orders of warps and copies that are tried; those that have shown what others did not come first
+SEEDS = list(dict.fromkeys([0, 26, 15, 10, 8, 7, 5, *range(48)]))
+
+
 def without(kernel: Compiled, place: re.Match) -> Compiled:
     """The kernel less one instruction; what waits goes on."""
     rest = "mov.pred complete, -1;" if "try_wait" in place[0] else ""
@@ -272,7 +276,7 @@ def test_every_barrier_and_fence_is_needed(case, program):
     good = run(case, [*before, last], programs=[program])
     unnoticed = []
     for place in NEEDED.finditer(last.ptx):
-        for seed in range(48):
+        for seed in SEEDS:
             try:
                 got = run(case, [*before, without(last, place)], seed, programs=[program])
             except (MachineError, AssertionError):

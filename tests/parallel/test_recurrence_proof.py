@@ -57,7 +57,7 @@ def test_random_plans_are_accepted_and_right():
 
 @pytest.mark.full
 def test_more_random_plans_are_accepted_and_right():
-    check_plans(600, 1000)
+    check_plans(240, 1000)
 
 
 def test_mutants_are_refused_or_right():
@@ -91,5 +91,5 @@ def test_plans_that_are_wrong_throughout_but_consistent_are_refused():
 
 
 @pytest.mark.full
-def test_a_thousand_plans_that_are_wrong_throughout_are_refused():
-    assert min(check_attacks(1000, 1000).values()) > 100
+def test_more_plans_that_are_wrong_throughout_are_refused():
+    assert min(check_attacks(400, 1000).values()) > 40
