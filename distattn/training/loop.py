@@ -2,7 +2,8 @@
 
 `train` is one rank of a run; `distattn.training.rank` calls it in a process of its own. The run folder holds the resolved
 configuration, checkpoints and, of a run on text, tokens and the plan of packs; nothing else is shared but the process group.
-All that a run's future depends on is the number of the next step, the parameters and the optimizer's averages.
+All that a run's future depends on is the number of the next step, the parameters, the optimizer's averages, and what the numerics
+watch and the loss by position have seen.
 """
 
 from __future__ import annotations
@@ -127,10 +128,11 @@ class TrainingLoop:
             if not self._train_step(step, batches, clock):
                 return self._roll_back(step)
             done = step + 1
-            if every > 0 and done % every == 0 and done < last:
-                self._save(done)
+            # before the save: a run that is resumed from it has evaluated
             if evaluation.every_steps and (done % evaluation.every_steps == 0 or done == last):
                 self._evaluate(done)
+            if every > 0 and done % every == 0 and done < last:
+                self._save(done)
             clock.skip()
         return last
 
@@ -251,7 +253,6 @@ class TrainingLoop:
 
     def _roll_back(self, step: int) -> int:
         """Go back to the newest checkpoint; returns its step."""
-        self.by_position.reset()
         if not (checkpoint := self._resume()) and not list_checkpoints(self.folder.checkpoints):
             raise DistattnError(
                 f"step {step + 1}: there is no checkpoint to go back to, as none could be saved; see what is said above."
@@ -268,6 +269,7 @@ class TrainingLoop:
         progress = json.loads(state["progress"])
         self.engine.load(engine_state._replace(updates=progress["updates"]))
         self.watch.load_state_dict(progress["watch"])
+        self.by_position.load(state["token_losses"])
         self.reporter.report_event(loaded.step, "resumed", f"Went on from {loaded.folder.name}.")
         return loaded.step
 
@@ -276,7 +278,12 @@ class TrainingLoop:
         one = self.engine.state() if engine_state is None else engine_state
         progress = {"updates": one.updates, "watch": self.watch.state_dict()}
         averages = {"exp_avg": one.exp_avg, "exp_avg_sq": one.exp_avg_sq}
-        return {"model": one.model, "optimizer": averages, "progress": json.dumps(progress)}
+        return {
+            "model": one.model,
+            "optimizer": averages,
+            "token_losses": self.by_position.state(self.engine.cp.loss_group),
+            "progress": json.dumps(progress),
+        }
 
 
 def _warn(text: str) -> None:

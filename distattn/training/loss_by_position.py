@@ -73,6 +73,8 @@ class LossByPosition:
         # sums of losses, numbers of tokens, and of those whose loss is not finite; row 0 is of tokens of no known corpus. fp64 is
         # exact for numbers up to 2^53
         self._sums = torch.zeros(3, (len(self.corpora) + 1) * self._buckets, dtype=torch.float64, device=device)
+        # of all ranks, up to the last time that they were asked; never changed in place, since a checkpoint may be copying it
+        self._total = torch.zeros_like(self._sums)
 
     def add(self, losses_T: Tensor, labels_T: Tensor, positions_T: Tensor, corpus_ids_T: Tensor | None = None) -> None:
         """Add one micro-batch; nothing waits for the device.
@@ -97,17 +99,30 @@ class LossByPosition:
     def reset(self) -> None:
         """Forget all sums."""
         self._sums.zero_()
+        self._total = torch.zeros_like(self._total)
+
+    def state(self, group: dist.ProcessGroup | None = None) -> Tensor:
+        """The sums over all ranks of the group, which have tokens of their own; None: of this rank. A collective call.
+
+        Equal on all ranks, float64, of a shape that does not depend on their number; `load` goes on from it. Nothing changes the
+        tensor later. Who asks at the same steps gets the same bits, whether the run was resumed in between or not.
+        """
+        new = self._sums.clone()
+        self._sums.zero_()
+        if group is not None and dist.get_world_size(group) > 1:
+            new = new.to(sendable_device(group))
+            dist.all_reduce(new, group=group)
+        self._total = self._total + new.to(self._total.device)
+        return self._total
+
+    def load(self, state: Tensor) -> None:
+        """Go on from what `state` has returned; the same on all ranks."""
+        self._sums.zero_()
+        self._total = state.to(self._total.device, copy=True)
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> LossTable:
-        """The table over all ranks of the group, which have tokens of their own; None: of this rank. Sums are kept.
-
-        A collective call, which waits for the device.
-        """
-        total = self._sums.clone()
-        if group is not None and dist.get_world_size(group) > 1:
-            total = total.to(sendable_device(group))
-            dist.all_reduce(total, group=group)
-        sums, tokens, not_finite = total.cpu().view(3, len(self.corpora) + 1, self._buckets).unbind()
+        """The table over all ranks of the group, as `state` asks them. Sums are kept. It waits for the device."""
+        sums, tokens, not_finite = self.state(group).cpu().view(3, len(self.corpora) + 1, self._buckets).unbind()
         edges = [0, *self._edges]
         by_position = tuple(
             PositionBucket(first, last - 1, int(count), _mean(part, count))

@@ -36,7 +36,7 @@ from distattn.training.config_sections import (
 from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.loop import train
 from distattn.training.run_data import find_text, write_text
-from distattn.training.run_folder import RunFolder, read_lines
+from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder, read_lines
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -102,6 +102,7 @@ def files_of(run: RunFolder) -> dict[str, str]:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=4, steps=1))
     run = trained(config)
     assert [one.name for one in sorted(run.checkpoints.glob("step-*"))] == [
         "step-00000003",
@@ -111,8 +112,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
     for step in (3, 6):
         copy = resumed_at(run, step, config, tmp_path / f"again-{step}")
         assert rows(copy) == rows(run) and len(rows(run)) == STEPS
-        # weights and averages are the same, too
+        # weights and averages are the same, too, and losses of all steps since the last evaluation
         assert files_of(copy) == files_of(run)
+        for split in (TRAINING, EVALUATION):
+            assert copy.losses(split) == run.losses(split) and [row["step"] for row in run.losses(split)] == [4, 8]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +141,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
     ids=["fewer ranks", "more ranks", "per rank", "whole copies", "memory", "deepspeed"],
 )
 def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path, changes):
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=8, steps=1))
     wanted, changes = trained(config), dict(changes)
     if dtype := changes.pop("dtype", ""):
         changes["model"] = dataclasses.replace(config.model, dtype=dtype)
@@ -146,6 +150,10 @@ def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path,
     for (step, loss, norm), (other, other_loss, other_norm) in zip(rows(wanted), rows(copy), strict=True):
         assert step == other and loss == pytest.approx(other_loss, rel=tolerance[0])
         assert norm == pytest.approx(other_norm, rel=tolerance[1])
+    # three of these steps were trained before
+    (losses,), (other_losses,) = wanted.losses(TRAINING), copy.losses(TRAINING)
+    assert losses["tokens"] == other_losses["tokens"]
+    assert losses["loss"] == pytest.approx(other_losses["loss"], rel=tolerance[1])
 
 
 def test_what_is_computed_less_often_or_logged_changes_no_number(config, tmp_path):
