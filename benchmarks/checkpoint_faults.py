@@ -350,7 +350,7 @@ def run_kills(kills: int, seed: int, folder: Path, ranks: int = 2, most_seconds:
     rng = random.Random(seed)
     context = multiprocessing.get_context("fork")
     port, checked = context.SimpleQueue(), context.SimpleQueue()
-    holder = context.Process(target=_hold_store, args=(port,))
+    holder = context.Process(target=hold_store, args=(port,))
     holder.start()
     number = port.get()
     before, amid, notice = 0, 0, 0.0
@@ -398,7 +398,7 @@ def _get(queue: Any, processes: list[Any]) -> Any:
     return queue.get()
 
 
-def _hold_store(port: Any) -> None:
+def hold_store(port: Any) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port.put(store.port)
     signal.pause()
@@ -420,7 +420,7 @@ def _rank(
 def _forked(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
     context = multiprocessing.get_context("fork")
     port = context.SimpleQueue()
-    holder = context.Process(target=_hold_store, args=(port,))
+    holder = context.Process(target=hold_store, args=(port,))
     holder.start()
     number = port.get()
     processes = [context.Process(target=_rank, args=(rank, ranks, number, 0, work, arguments)) for rank in range(ranks)]
