@@ -26,6 +26,7 @@ from distattn.parallel.analysis.explain import draw_score_matrix
 from distattn.training.loss_by_position import LossTable
 from distattn.training.module_observer import plain_name
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
+from distattn.training.tensorboard_files import TensorBoardFiles
 
 # a log file wants to be read: not more than one line in this many seconds
 _LINE_SECONDS = 2.0
@@ -56,10 +57,9 @@ class MetricsReporter:
         self.run, self.steps, self.json_lines, self.visible = run, steps, json_lines, visible
         self.began = self.last_line = 0.0
         self.bar: Progress | None = None
-        self.tensorboard: Any = None
+        self.tensorboard = TensorBoardFiles(run.folder / "tensorboard")
         self._project = wandb
         self._wandb: Any = None
-        self._full = False
         self._first_step: int | None = None
 
     def __enter__(self) -> MetricsReporter:
@@ -67,10 +67,6 @@ class MetricsReporter:
             return self
         if self._project:
             self._wandb = _wandb_run(self._project, self.run)
-        # needs a second, and only rank 0 writes
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.tensorboard = SummaryWriter(str(self.run.folder / "tensorboard"))
         self.began = time.perf_counter()
         if sys.stdout.isatty() and not self.json_lines:
             text = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s")
@@ -90,8 +86,7 @@ class MetricsReporter:
     def __exit__(self, *exception: object) -> None:
         if self.bar:
             self.bar.stop()
-        if self.tensorboard:
-            self.tensorboard.close()
+        self.tensorboard.close()
         if self._wandb:
             self._wandb.finish()
 
@@ -131,20 +126,17 @@ class MetricsReporter:
         scalars |= {f"{split}_by_corpus/{corpus.name}": corpus.loss for corpus in table.by_corpus}
         scalars |= {f"{split}_by_position/{bucket.first}": bucket.loss for bucket in table.by_position}
         self._log({name: value for name, value in scalars.items() if value is not None}, step)
-        self.tensorboard.add_figure(f"{split} loss by position", _figure_by_position(table), step)
+        self.tensorboard.write(
+            lambda writer: writer.add_figure(f"{split} loss by position", _figure_by_position(table), step)
+        )
 
     def report_histograms(self, step: int, model: Any) -> None:
         """Record histograms of weights and their gradients: of what rank 0 has of them, where they are sharded.
 
         It copies them from the device, so it belongs at intervals, between backward and the optimizer's step.
         """
-        if not self.visible:
-            return
-        for name, parameter in model.named_parameters():
-            for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
-                finite = _finite_part(values)
-                if finite is not None:
-                    self.tensorboard.add_histogram(f"{kind}/{plain_name(name)}", finite, step)
+        if self.visible:
+            self.tensorboard.write(lambda writer: _add_histograms(writer, step, model))
 
     def report_plan(self, plan: Plan) -> None:
         """Record the picture of a plan's score matrix, of the first step for one."""
@@ -153,23 +145,22 @@ class MetricsReporter:
         from matplotlib.image import imread
 
         picture = imread(io.BytesIO(draw_score_matrix(plan)), format="png")
-        self.tensorboard.add_image("score matrix of the first plan", picture[..., :3], 0, dataformats="HWC")
+        self.tensorboard.write(
+            lambda writer: writer.add_image("score matrix of the first plan", picture[..., :3], 0, dataformats="HWC")
+        )
 
     def report_event(self, step: int, kind: str, text: str, facts: Mapping[str, Any] | None = None) -> None:
         """Record what happens seldom. kind: refused, restart, rollback, wrong rank, ...; text: a sentence; facts: as JSON."""
         if self.visible:
             self.run.append(self.run.events_file, {"step": step, "kind": kind, "text": text, **(facts or {})})
-            self.tensorboard.add_text(kind, text, step)
+            self.tensorboard.write(lambda writer: writer.add_text(kind, text, step))
 
     def _log(self, scalars: Mapping[str, float], step: int) -> None:
-        try:
+        def add(writer: Any) -> None:
             for name, value in scalars.items():
-                self.tensorboard.add_scalar(name, value, step)
-        except OSError as error:
-            # the same numbers are in JSON lines, which are kept until there is room
-            if not self._full:
-                sys.stderr.write(f"distattn: TensorBoard's files cannot be written: {error.strerror}.\n")
-            self._full = True
+                writer.add_scalar(name, value, step)
+
+        self.tensorboard.write(add)
         if self._wandb:
             self._wandb.log(dict(scalars), step=step)
 
@@ -183,6 +174,14 @@ def _wandb_run(project: str, run: RunFolder) -> Any:
         ) from None
     config = {"configuration": run.config_file.read_text("utf-8")} if run.config_file.exists() else {}
     return wandb.init(project=project, name=run.folder.name, dir=str(run.folder), config=config)
+
+
+def _add_histograms(writer: Any, step: int, model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
+            finite = _finite_part(values)
+            if finite is not None:
+                writer.add_histogram(f"{kind}/{plain_name(name)}", finite, step)
 
 
 def _finite_part(values: Tensor | None) -> Tensor | None:

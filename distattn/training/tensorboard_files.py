@@ -1,0 +1,47 @@
+"""TensorBoard's files of a run: a disk that is full ends no run, and a new file begins when there is room."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+class TensorBoardFiles:
+    """Files of one process in a folder. What cannot be written is left out: the same numbers are in the run's JSON lines."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._writer: Any = None
+        self._warned = False
+
+    def write(self, add: Callable[[Any], None]) -> None:
+        """Have `add` add something by the methods of `torch.utils.tensorboard.SummaryWriter`.
+
+        The first time that it cannot be written is warned of. TensorBoard writes in a thread, so what was added just before is
+        lost as well, and the thread may tell of the same error.
+        """
+        try:
+            if self._writer is None:
+                # needs a second, and only rank 0 writes
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self._folder))
+            add(self._writer)
+        except OSError as error:
+            if not self._warned:
+                sys.stderr.write(
+                    f"distattn: {self._folder}: cannot be written: {error.strerror}; steps are left out.\n"
+                )
+            self._warned = True
+            # a writer that has failed once fails for ever
+            self.close()
+
+    def close(self) -> None:
+        """End the file."""
+        writer, self._writer = self._writer, None
+        with suppress(OSError):
+            if writer is not None:
+                writer.close()

@@ -1,0 +1,124 @@
+"""A disk that is full or cannot be written ends no run: it says so once, and saves when there is room."""
+
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_on_ranks
+
+from distattn.checkpoints.checkpoint_folder import list_checkpoints, newest_good
+from distattn.training.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from distattn.training.config_sections import CheckpointConfig, EvaluationConfig, ReferenceCheckConfig
+from distattn.training.engines.fsdp2 import Fsdp2Engine
+from distattn.training.loop import train
+from distattn.training.run_data import find_text, write_text
+from distattn.training.run_folder import EVALUATION, RunFolder
+from distattn.training.step_documents import documents_of_step
+
+STEPS = 10
+DISK_BYTES = 8 << 20
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def config_of(texts: Path, folder: Path) -> Config:
+    return Config(
+        run=RunConfig(folder=str(folder), seed=3),
+        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100, context_length=128),
+        model=ModelConfig(
+            num_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48
+        ),
+        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+        train=TrainConfig(steps=STEPS, histogram_every=2),
+        checkpoint=CheckpointConfig(every_steps=2),
+        evaluation=EvaluationConfig(every_steps=3, steps=1),
+        reference_check=ReferenceCheckConfig(steps=0),
+    )
+
+
+def fill(disk: Path) -> None:
+    with open(disk / "ballast", "wb", buffering=0) as ballast, suppress(OSError):
+        while ballast.write(bytes(1 << 16)):
+            pass
+
+
+def mounted(disk: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
+
+
+def _train(rank: int, folder: Path, config: Config, said: Path, events: dict) -> None:
+    """events: what happens to the disk after so many updates. said: gets what rank 0 warns of."""
+    if rank == 0:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    update, updates = Fsdp2Engine.update, []
+
+    def updated(self, rate):
+        update(self, rate)
+        updates.append(rate)
+        if len(updates) in events:
+            dist.barrier()
+            if rank == 0:
+                events[len(updates)]()
+            dist.barrier()
+
+    Fsdp2Engine.update = updated
+    train(RunFolder(folder), config, True, torch.device("cpu"))
+
+
+def trained(config: Config, said: Path, events: dict, checkpoints: Path | None = None) -> RunFolder:
+    run = RunFolder.create(config)
+    if checkpoints is not None:
+        run.checkpoints.symlink_to(checkpoints)
+    write_text(run, config, find_text(config))
+    run_on_ranks(2, _train, run.folder, config, said, events)
+    return run
+
+
+def rows(run: RunFolder) -> list[tuple[int, float, float]]:
+    return [(step.step, step.loss, step.grad_norm) for step in run.metrics()]
+
+
+def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts, disk, tmp_path):
+    plain = trained(config_of(texts, tmp_path / "plain"), tmp_path / "said-0", {})
+    # the whole run is on the disk, which is full from before the first save to after the third
+    full = {1: lambda: fill(disk), 7: lambda: (disk / "ballast").unlink()}
+    run = trained(config_of(texts, disk / "run"), tmp_path / "said-1", full)
+    assert [one.step for one in list_checkpoints(run.checkpoints)] == [8, 10]
+    assert newest_good(run.checkpoints) == run.checkpoints / "step-00000010"
+    # nothing that was written down meanwhile is lost
+    assert rows(run) == rows(plain) and len(rows(run)) == STEPS
+    assert run.losses(EVALUATION) == plain.losses(EVALUATION)
+    for step in range(STEPS):
+        assert documents_of_step(run.documents_file, step)
+    lines = (tmp_path / "said-1").read_text().splitlines()
+    ours = [line for line in lines if line.startswith("distattn: ")]
+    assert all("No space left on device" in line for line in ours)
+    for what in ("metrics.jsonl", "tensorboard", "step-00000002", "step-00000004", "step-00000006"):
+        assert sum(what in line for line in ours) == 1, lines
+    # checkpoints are on the disk, which cannot be written from before the first save to after the second
+    shutil.rmtree(run.folder)
+    read_only = {1: lambda: mounted(disk, "ro"), 5: lambda: mounted(disk, "rw")}
+    run = trained(config_of(texts, tmp_path / "run"), tmp_path / "said-2", read_only, disk)
+    assert [one.step for one in list_checkpoints(run.checkpoints)] == [6, 8, 10]
+    assert rows(run) == rows(plain)
+    lines = (tmp_path / "said-2").read_text().splitlines()
+    assert len(lines) == 2 and all("was not saved" in line and "Read-only file system" in line for line in lines), lines
