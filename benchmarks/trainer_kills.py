@@ -49,7 +49,8 @@ from distattn.training.config_sections import (
     RunConfig,
     TrainConfig,
 )
-from distattn.training.run_folder import RunFolder, read_lines
+from distattn.training.json_lines import read_rows
+from distattn.training.run_folder import RunFolder
 from distattn.training.step_documents import documents_of_step
 
 RANKS, STEPS = 2, 14
@@ -223,9 +224,9 @@ def tiny_config(text: Path) -> Config:
 
 def compare_runs(run: RunFolder, wanted: RunFolder) -> None:
     """Raise AssertionError where a run differs from another in a number, a document, a tensor's byte, or by a leftover."""
-    curve = {row["step"]: _without(row, _TIMES) for row in read_lines(wanted.metrics_file)}
+    curve = {row["step"]: _without(row, _TIMES) for row in read_rows(wanted.metrics_file)}
     assert sorted(curve) == list(range(1, STEPS + 1))
-    rows = read_lines(run.metrics_file)
+    rows = read_rows(run.metrics_file)
     assert {row["step"] for row in rows} == set(curve)
     for row in rows:
         # also those of attempts whose steps were done again

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,23 +14,45 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import print_line
 from distattn.training import config as configuration
 from distattn.training.config import Config
+from distattn.training.json_lines import json_text
 from distattn.training.reference_check import run_reference_check
 from distattn.training.report import write_report
 from distattn.training.run_folder import RunFolder
 
 
 def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool) -> int:
-    """Compare with plain transformers, write the report, and say how it went. Returns the exit code."""
+    """Compare with plain transformers, write the report, and say how it went. Returns the exit code.
+
+    The report is written whatever becomes of the comparison, whose errors are raised afterwards.
+    """
     checked: dict[str, Any] | None = None
-    if config.reference_check.steps:
-        steps_compared = min(config.reference_check.steps, config.train.steps)
-        report_progress(f"the first {steps_compared} steps again in plain transformers ...")
-        checked = run_reference_check(run, config)
+    try:
+        if config.reference_check.steps:
+            steps_compared = min(config.reference_check.steps, config.train.steps)
+            report_progress(f"the first {steps_compared} steps again in plain transformers ...")
+            checked = run_reference_check(run, config)
+    finally:
+        _report(run, config, checked, report_progress, json_lines)
+    if checked and not checked["passed"]:
+        sys.stderr.write("distattn: the run differs from plain transformers: the reference check failed.\n")
+        return 1
+    return 0
+
+
+def _report(
+    run: RunFolder,
+    config: Config,
+    checked: dict[str, Any] | None,
+    report_progress: Callable[[str], None],
+    json_lines: bool,
+) -> None:
     write_report(run, config, checked)
     steps = run.metrics()
     if json_lines:
-        result = {"run": str(run.folder), "first_loss": steps[0].loss, "last_loss": steps[-1].loss}
-        print_line(json.dumps(result | {"reference_check": checked}))
+        losses = {"first_loss": steps[0].loss, "last_loss": steps[-1].loss}
+        print_line(
+            json_text({"run": str(run.folder), **losses, "reference_check": checked, "report": str(run.report_file)})
+        )
     report_progress(f"loss {steps[0].loss:.3f} to {steps[-1].loss:.3f} in {len(steps)} steps")
     if checked:
         report_progress(
@@ -39,10 +60,6 @@ def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
             f"{checked['grad_norm']:.1e} (must be under {checked['tolerance']:.0e})"
         )
     report_progress(f"report: {run.report_file}")
-    if checked and not checked["passed"]:
-        sys.stderr.write("distattn: the run differs from plain transformers: the reference check failed.\n")
-        return 1
-    return 0
 
 
 def main(folder: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from distattn.training.json_lines import json_text
 from distattn.training.module_observer import plain_name
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def keep(found: Evidence, folder: Path, rank: int, most: int) -> None:
         place.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             said = {"verdict": asdict(found.verdict), "finding": found.finding and asdict(found.finding)}
-            (place / "verdict.json").write_text(json.dumps(said, indent=1), "utf-8")
-            lines = "".join(json.dumps(row) + "\n" for row in found.documents)
+            (place / "verdict.json").write_text(json_text(said, indent=1), "utf-8")
+            lines = "".join(f"{json_text(row)}\n" for row in found.documents)
             (place / "documents.jsonl").write_text(lines, "utf-8")
             # a folder that was there already is as new as one that was not
             os.utime(place)
@@ -62,7 +62,7 @@ def keep(found: Evidence, folder: Path, rank: int, most: int) -> None:
             if name in batch
         }
         np.savez_compressed(place / f"tokens-{rank}.npz", allow_pickle=False, **tokens)
-        (place / f"weights-{rank}.json").write_text(json.dumps(weight_digests(found.model), indent=1), "utf-8")
+        (place / f"weights-{rank}.json").write_text(json_text(weight_digests(found.model), indent=1), "utf-8")
     except OSError as error:
         _LOG.warning("%s: the evidence of step %d was not written: %s", place, found.verdict.step, error.strerror)
 

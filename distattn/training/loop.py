@@ -30,6 +30,7 @@ from distattn.training.config import Config
 from distattn.training.engines.engine import Batch, Engine, EngineState
 from distattn.training.engines.opened import open_engine
 from distattn.training.evaluation import evaluate
+from distattn.training.json_lines import JsonLines
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter
 from distattn.training.numerics_watch import NumericsWatch, Verdict
@@ -94,8 +95,7 @@ class TrainingLoop:
     ):
         self.folder, self.config, self.data, self.engine, self.device = run, config, data, engine, device
         self.checkpoints, self.reporter, self.facts, self.lock = checkpoints, reporter, facts, lock
-        # steps whose documents could not be written down yet
-        self.unrecorded: list[int] = []
+        self.documents = JsonLines(run.documents_file, append_documents)
         self.schedule, group = schedule_settings(config), dist.group.WORLD
         self.watch = NumericsWatch(
             engine.model, watch_settings(config), group, run.folder, engine.cp.messages, weights=engine
@@ -141,7 +141,7 @@ class TrainingLoop:
         train = self.config.train
         if self.reporter.visible:
             # before anything can go wrong with them
-            self._record_documents(step)
+            self.documents.add(lambda: list(piece_rows(self.data, step)))
         self._seed(step)
         if self.replay.due(step):
             self._replay(step, batches)
@@ -176,16 +176,6 @@ class TrainingLoop:
             )
         )
         return verdict.applies or self._act(verdict, batches)
-
-    def _record_documents(self, step: int) -> None:
-        self.unrecorded.append(step)
-        try:
-            while self.unrecorded:
-                append_documents(self.folder.documents_file, list(piece_rows(self.data, self.unrecorded[0])))
-                del self.unrecorded[0]
-        except OSError as error:
-            if len(self.unrecorded) == 1:
-                _warn(f"{self.folder.documents_file}: cannot be written: {error.strerror}; its rows are added later.")
 
     def _replay(self, step: int, batches: Sequence[Batch]) -> None:
         """Compute the first micro-batch twice and compare; the step begins anew afterwards."""

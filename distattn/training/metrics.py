@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.parallel.analysis.explain import draw_score_matrix
+from distattn.training.json_lines import json_text
 from distattn.training.loss_by_position import LossTable
 from distattn.training.module_observer import plain_name
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
@@ -49,8 +50,8 @@ _SCALARS = (
 class MetricsReporter:
     """Use as a context; call `report` after every step. Does nothing at all unless `visible` (rank 0).
 
-    wandb: a project of Weights & Biases that gets the same, empty for none. Entering the context raises DistattnError where the
-    package is missing.
+    wandb: a project of Weights & Biases that gets the same, empty for none; a resumed run goes on there, too. Entering the
+    context raises DistattnError where the package is missing.
     """
 
     def __init__(self, run: RunFolder, steps: int, json_lines: bool, visible: bool, wandb: str = ""):
@@ -101,7 +102,7 @@ class MetricsReporter:
         self._first_step = step.step if self._first_step is None else self._first_step
         now = time.perf_counter()
         if self.json_lines:
-            sys.stdout.write(json.dumps(step.as_dict()) + "\n")
+            sys.stdout.write(json_text(step.as_dict()) + "\n")
             sys.stdout.flush()
         elif self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step.step, loss=step.loss, rate=step.tokens_per_second)
@@ -173,7 +174,11 @@ def _wandb_run(project: str, run: RunFolder) -> Any:
             f"train.wandb: {project!r}, but the package wandb is not installed; pip install wandb, or leave the key out."
         ) from None
     config = {"configuration": run.config_file.read_text("utf-8")} if run.config_file.exists() else {}
-    return wandb.init(project=project, name=run.folder.name, dir=str(run.folder), config=config)
+    if not run.wandb_file.exists():
+        run.wandb_file.write_text(secrets.token_hex(8), "utf-8")
+    # of steps that a resumed run does again, which are the same, the first stay
+    known = {"id": run.wandb_file.read_text("utf-8"), "resume": "allow"}
+    return wandb.init(project=project, name=run.folder.name, dir=str(run.folder), config=config, **known)
 
 
 def _add_histograms(writer: Any, step: int, model: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import numpy as np
 
 from distattn.ir.errors import DistattnError
 from distattn.training.config import Config
-from distattn.training.run_folder import RunFolder, read_lines
+from distattn.training.json_lines import json_text, read_rows
+from distattn.training.run_folder import RunFolder
 
 # both run in the same dtype, in other orders of summation
 _TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 5e-2}
@@ -34,7 +34,7 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DistattnError(f"the replay in plain transformers failed ({last}); run it by hand: {' '.join(command)}")
     verdict = compare_with_reference(run, config)
-    run.reference_check_file.write_text(json.dumps(verdict, indent=1))
+    run.reference_check_file.write_text(json_text(verdict, indent=1))
     return verdict
 
 
@@ -56,7 +56,7 @@ def write_initial_weights(run: RunFolder, config: Config) -> None:
 def compare_with_reference(run: RunFolder, config: Config) -> dict[str, Any]:
     """The largest relative differences |ours - reference| / |reference| of loss and gradient norm; NaN is a failure."""
     wanted = min(config.reference_check.steps, config.train.steps)
-    ours, reference = run.metrics()[:wanted], read_lines(run.replay_file)
+    ours, reference = run.metrics()[:wanted], read_rows(run.replay_file)
     if [step.step for step in ours] != [row["step"] for row in reference] or len(reference) != wanted:
         raise DistattnError(
             f"the reference check compares {wanted} steps; the run has {len(ours)}, the replay {len(reference)}."

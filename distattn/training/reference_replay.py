@@ -8,6 +8,7 @@ and gradient norm of each step.
 """
 
 import json
+import math
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -44,7 +45,10 @@ def main(folder: Path) -> None:
                 group["lr"] = rates[step]
             optimizer.step()
             optimizer.zero_grad()
-            out.write(json.dumps({"step": step, "loss": loss, "grad_norm": float(norm)}) + "\n")
+            numbers = {"loss": loss, "grad_norm": float(norm)}
+            # JSON knows no NaN: as the run's own lines have it, a text
+            numbers = {name: one if math.isfinite(one) else json.dumps(one) for name, one in numbers.items()}
+            out.write(json.dumps({"step": step} | numbers) + "\n")
             out.flush()
 
 

@@ -51,7 +51,7 @@ def write_report(run: RunFolder, config: Config, checked: dict | None) -> None:
         corpora=corpus_rows(run),
         events=_events(run, steps),
         checked=checked,
-        verdict=_verdict(checked) if checked else "",
+        verdict=_verdict(checked) if checked else _unchecked(config),
         check_rows=[_check_row(row) for row in checked["steps"]] if checked else [],
         picture=base64.b64encode(draw_score_matrix(Plan.load(run.plan_file))).decode(),
         explanation=run.explanation_file.read_text("utf-8"),
@@ -103,11 +103,7 @@ def _curves(steps: list[StepMetrics], evaluations: list[dict[str, Any]], checked
         name: [getattr(step, name, None) for step in drawn] for name in ("step", *_CURVES) if name != "evaluation"
     }
     columns["evaluation"] = [evaluated.get(step.step) for step in drawn]
-    # JSON knows no NaN
-    columns = {
-        name: [value if value is not None and math.isfinite(value) else None for value in values]
-        for name, values in columns.items()
-    }
+    columns = {name: _drawable(values) for name, values in columns.items()}
     labels = {
         name: label
         for name, label in _CURVES.items()
@@ -116,9 +112,15 @@ def _curves(steps: list[StepMetrics], evaluations: list[dict[str, Any]], checked
     columns = {name: columns[name] for name in ("step", *labels)}
     rows = {row["step"]: row for row in checked["steps"]} if checked else {}
     reference = {
-        name: [rows.get(step.step, {}).get(f"reference_{name}") for step in drawn] for name in ("loss", "grad_norm")
+        name: _drawable([rows.get(step.step, {}).get(f"reference_{name}") for step in drawn])
+        for name in ("loss", "grad_norm")
     }
     return {"steps": columns, "reference": reference, "labels": labels}
+
+
+def _drawable(values: list[Any]) -> list[Any]:
+    """JSON knows no NaN, and nobody can draw infinity."""
+    return [value if value is not None and math.isfinite(value) else None for value in values]
 
 
 def _thinned(steps: list[StepMetrics], kept: set[int]) -> list[StepMetrics]:
@@ -148,6 +150,12 @@ def _verdict(checked: dict) -> str:
         f"{len(checked['steps'])} steps {agree} plain transformers: the largest relative difference of the loss is "
         f"{checked['loss']:.1e}, of the gradient norm {checked['grad_norm']:.1e} (must be under {checked['tolerance']:.0e})."
     )
+
+
+def _unchecked(config: Config) -> str:
+    if config.reference_check.steps:
+        return "The steps were to be repeated in plain transformers, but that did not come to its end."
+    return "The steps were not repeated in plain transformers (reference_check.steps = 0)."
 
 
 def _check_row(row: dict) -> list[str]:

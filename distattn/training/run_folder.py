@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +9,7 @@ from typing import Any
 from distattn.ir.errors import DistattnError
 from distattn.training import config as configuration
 from distattn.training.config import Config
+from distattn.training.json_lines import JsonLines, Row, read_rows
 
 # whose losses by position and corpus are written
 TRAINING, EVALUATION = "training", "evaluation"
@@ -57,9 +53,7 @@ class RunFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        # lines that could not be written, and the files that was said of
-        self._unwritten: dict[Path, bytes] = {}
-        self._warned: set[Path] = set()
+        self._lines: dict[Path, JsonLines] = {}
         self.config_file = folder / "config.toml"
         # of a run on text: its bytes as an indexed file, and the plan of its packs
         self.corpus_prefix = folder / "corpus"
@@ -71,6 +65,8 @@ class RunFolder:
         self.losses_file = folder / "losses.jsonl"
         # steps that were refused and what was found, restarts, ranks that compute wrongly
         self.events_file = folder / "events.jsonl"
+        # its name in Weights & Biases
+        self.wandb_file = folder / "wandb_id"
         # a checkpoint each, and the weights before the first step, which the reference check begins with
         self.checkpoints = folder / "checkpoints"
         self.initial_weights = folder / "initial"
@@ -99,64 +95,23 @@ class RunFolder:
             raise DistattnError(f"run.folder: {config.run.folder} cannot be written: {error.strerror}.") from None
         return run
 
-    def append(self, path: Path, *rows: object) -> None:
-        """Add JSON lines to a file of the run."""
-        unwritten = self._unwritten.pop(path, b"") + "".join(json.dumps(row) + "\n" for row in rows).encode()
-        try:
-            append_lines(path, unwritten)
-        except OSError as error:
-            # a full disk ends no run: the lines are kept, and added when there is room
-            self._unwritten[path] = unwritten
-            if path not in self._warned:
-                self._warned.add(path)
-                sys.stderr.write(
-                    f"distattn: {path}: cannot be written: {error.strerror}; its lines are kept and added later.\n"
-                )
+    def append(self, path: Path, *rows: Row) -> None:
+        """Add JSON lines to a file of the run; see `JsonLines`."""
+        self._lines.setdefault(path, JsonLines(path)).add(lambda: rows)
 
     def metrics(self) -> list[StepMetrics]:
         """The metrics of the steps so far, in their order; of a step that was done again after going back, the last."""
-        last = {row["step"]: StepMetrics(**row) for row in read_lines(self.metrics_file)}
+        last = {row["step"]: StepMetrics(**row) for row in read_rows(self.metrics_file)}
         return [last[step] for step in sorted(last)]
 
     def losses(self, split: str) -> list[dict[str, Any]]:
         """Rows of `losses.jsonl` of one split (EVALUATION or TRAINING) in the order of their steps, the last of each step."""
-        rows = {row["step"]: row for row in _lines_if_any(self.losses_file) if row["split"] == split}
+        rows = {row["step"]: row for row in read_rows(self.losses_file) if row["split"] == split}
         return [rows[step] for step in sorted(rows)]
 
     def events(self) -> list[dict[str, Any]]:
         """What happened seldom, in the order in which it happened: step, kind, text, and facts of the kind."""
-        return _lines_if_any(self.events_file)
-
-
-def append_lines(path: Path, lines: bytes) -> None:
-    """Add whole lines to a file, in one piece; a part of a line that was left there is ended first. Raises OSError.
-
-    What cannot be written whole is not written at all.
-    """
-    with open(path, "a+b", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-            lines = b"\n" + lines
-        try:
-            if file.write(lines) != len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(file.fileno(), end)
-            raise
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file; a part of one, as a machine that went down may leave it, is passed over."""
-    rows = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def _lines_if_any(path: Path) -> list[dict]:
-    return read_lines(path) if path.exists() else []
+        return read_rows(self.events_file)
 
 
 def _new_folder(wanted: Path) -> Path:

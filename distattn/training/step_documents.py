@@ -11,12 +11,11 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.training.run_folder import append_lines
+from distattn.training.json_lines import Row, append_lines, json_text
 
-Row = dict[str, Any]
 # bytes read at once; a row has about 250
 _PART_BYTES = 4096
 
@@ -33,7 +32,7 @@ def append_documents(path: Path, rows: Sequence[Row]) -> None:
         # where steps do not go on, an attempt begins
         goes_on = ended and last is not None and last["step"] < rows[0]["step"]
         attempt = last["attempt"] if last and goes_on else end + (not ended)
-        lines = "".join(json.dumps(row | {"attempt": attempt}) + "\n" for row in rows)
+        lines = "".join(f"{json_text(row | {'attempt': attempt})}\n" for row in rows)
     # at once, so that who reads meanwhile sees whole steps
     append_lines(path, lines.encode())
 

@@ -17,10 +17,11 @@ import distattn as da
 from distattn.adapters import pytorch
 from distattn.ir.errors import DistattnError
 from distattn.training import config as configuration
+from distattn.training.json_lines import read_rows
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter
 from distattn.training.model_flops import ModelFlops, flops_utilisation
-from distattn.training.run_folder import RunFolder, StepMetrics, read_lines
+from distattn.training.run_folder import RunFolder, StepMetrics
 from distattn.training.step_clock import StepClock
 
 
@@ -61,12 +62,12 @@ def write_all(run, **more):
 
 def test_json_lines_and_tensorboard_hold_everything(run, capsys):
     write_all(run)
-    assert read_lines(run.metrics_file)[0] == STEP.as_dict() and run.metrics()[0] == STEP
-    assert "mfu" not in read_lines(run.metrics_file)[1] and run.metrics()[1].skipped == "the loss is nan."
-    evaluation, training = read_lines(run.losses_file)
+    assert read_rows(run.metrics_file)[0] == STEP.as_dict() and run.metrics()[0] == STEP
+    assert "mfu" not in read_rows(run.metrics_file)[1] and run.metrics()[1].skipped == "the loss is nan."
+    evaluation, training = read_rows(run.losses_file)
     assert (evaluation["split"], training["split"]) == ("evaluation", "training")
     assert evaluation["by_corpus"][0] == {"name": "web", "tokens": 3, "loss": 1.0}
-    assert read_lines(run.events_file) == [{"step": 2, "kind": "refused", "text": "the loss is nan.", "ranks": [3]}]
+    assert read_rows(run.events_file) == [{"step": 2, "kind": "refused", "text": "the loss is nan.", "ranks": [3]}]
     events = EventAccumulator(str(run.folder / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()
@@ -104,6 +105,10 @@ def test_weights_and_biases_gets_the_same(run, monkeypatch):
     assert seen[0][0] == 1 and seen[0][1]["loss"] == 2.5 and seen[0][1]["tokens_per_second"] == 400
     assert any(values.get("evaluation_by_corpus/books") == 4.5 for step, values in seen[:-1])
     kind, given = seen[-1]
+    seen.clear()
+    write_all(run, wandb="long-documents")
+    # a run that is resumed goes on there
+    assert seen[-1][1]["id"] == given["id"] == run.wandb_file.read_text() and given["resume"] == "allow"
     assert (kind, given["project"], given["name"]) == ("end", "long-documents", "run") and "[train]" in given["config"][
         "configuration"
     ]

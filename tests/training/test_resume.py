@@ -34,9 +34,10 @@ from distattn.training.config_sections import (
     WatchConfig,
 )
 from distattn.training.engines.fsdp2 import Fsdp2Engine
+from distattn.training.json_lines import read_rows
 from distattn.training.loop import train
 from distattn.training.run_data import find_text, write_text
-from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder, read_lines
+from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -194,7 +195,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_saved_does_not_end_well(config):
 def test_held_out_documents_are_evaluated(config):
     config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=4, steps=2))
     run = trained(config)
-    found = read_lines(run.losses_file)
+    found = read_rows(run.losses_file)
     assert [(row["step"], row["split"]) for row in found] == [
         (s, t) for s in (4, 8) for t in ("evaluation", "training")
     ]

@@ -1,11 +1,15 @@
 """What a run writes down survives full disks and machines that go down in the middle of a line."""
 
 import errno
+import json
+import math
+from pathlib import Path
 
 import pytest
 
-from distattn.training import run_folder
-from distattn.training.run_folder import RunFolder, append_lines, read_lines
+from distattn.training import json_lines
+from distattn.training.json_lines import append_lines, read_rows
+from distattn.training.run_folder import RunFolder, StepMetrics
 
 
 def test_a_part_of_a_line_is_ended_and_passed_over(tmp_path):
@@ -13,9 +17,9 @@ def test_a_part_of_a_line_is_ended_and_passed_over(tmp_path):
     append_lines(file, b'{"step": 1}\n')
     with open(file, "ab") as torn:
         torn.write(b'{"step": 2, "lo')
-    assert read_lines(file) == [{"step": 1}]
+    assert read_rows(file) == [{"step": 1}]
     append_lines(file, b'{"step": 3}\n')
-    assert read_lines(file) == [{"step": 1}, {"step": 3}]
+    assert read_rows(file) == [{"step": 1}, {"step": 3}]
 
 
 def test_lines_wait_until_a_full_disk_has_room_and_it_is_said_once(tmp_path, monkeypatch, capsys):
@@ -26,16 +30,31 @@ def test_lines_wait_until_a_full_disk_has_room_and_it_is_said_once(tmp_path, mon
             raise OSError(errno.ENOSPC, "No space left on device")
         append_lines(path, lines)
 
-    monkeypatch.setattr(run_folder, "append_lines", limited)
+    monkeypatch.setattr(json_lines, "append_lines", limited)
     for step in (1, 2):
         run.append(run.metrics_file, {"step": step})
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "metrics.jsonl: cannot be written: No space left on device" in said
     room = True
     run.append(run.metrics_file, {"step": 3})
-    assert [row["step"] for row in read_lines(run.metrics_file)] == [1, 2, 3]
+    assert [row["step"] for row in read_rows(run.metrics_file)] == [1, 2, 3]
 
 
 def test_what_cannot_be_written_whole_is_not_written(tmp_path):
     with pytest.raises(OSError, match="No space left"):
-        append_lines(run_folder.Path("/dev/full"), b'{"step": 1}\n')
+        append_lines(Path("/dev/full"), b'{"step": 1}\n')
+
+
+def test_numbers_that_are_not_finite_are_valid_json_and_read_as_they_were(tmp_path):
+    run = RunFolder(tmp_path)
+    run.append(run.metrics_file, StepMetrics(1, math.nan, math.inf, 10, 0.5).as_dict())
+    run.append(run.losses_file, {"step": 1, "split": "training", "by_position": [{"loss": -math.inf}]})
+
+    def refused(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    for file in (run.metrics_file, run.losses_file):
+        json.loads(file.read_text(), parse_constant=refused)
+    (step,), (losses,) = run.metrics(), run.losses("training")
+    assert math.isnan(step.loss) and step.grad_norm == math.inf
+    assert losses["by_position"][0]["loss"] == -math.inf

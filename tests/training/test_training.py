@@ -20,7 +20,7 @@ from distattn.data.loader import PackLoader
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.ir.plan import Plan
-from distattn.launch.command_line import no_progress
+from distattn.launch.command_line import no_progress, print_line
 from distattn.launch.finish_run import finish_run
 from distattn.launch.start_run import start_run
 from distattn.parallel.analysis.explain import explain
@@ -314,6 +314,21 @@ def test_the_first_plan_is_made_and_explained_once_for_launch_and_report(texts, 
     assert calls == ["plan", "explain"]
     page = run.report_file.read_text()
     assert run.explanation_file.read_text().strip() in html.unescape(page) and "data:image/png;base64," in page
+
+
+def test_the_report_is_written_whatever_becomes_of_the_reference_check(texts, tmp_path, capsys):
+    config = dataclasses.replace(
+        small(texts, tmp_path / "run", "float32"),
+        parallel=ParallelConfig(ranks=1),
+        reference_check=ReferenceCheckConfig(steps=1),
+    )
+    run = start_run(config, no_progress)
+    run.append(run.metrics_file, StepMetrics(1, 2.0, 1.0, 10, 0.1, learning_rate=1e-3).as_dict())
+    # no rank has written the model's configuration
+    with pytest.raises(DistattnError, match="there is no config.json"):
+        finish_run(run, config, print_line, json_lines=False)
+    assert capsys.readouterr().out.endswith(f"report: {run.report_file}\n")
+    assert "did not come to its end" in run.report_file.read_text()
 
 
 def test_what_is_refused_before_ranks_start_leaves_no_folder(texts, tmp_path):
