@@ -91,13 +91,18 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     """The trained parameters in two groups for an optimizer: matrices and embeddings decay, biases and vectors do not.
 
     Norms' scales are vectors. Whatever is called bias does not decay, of however many dims. Sharded parameters (FSDP2's
-    DTensors) are judged by their global shapes; call this before an engine lays them flat, as DeepSpeed's ZeRO does. Order is
-    that of the model, a shared parameter counts once, and an empty group is left out. Raises DistattnError for nothing trained.
+    DTensors, and the partitions of DeepSpeed's ZeRO 3) are judged by their global shapes. Order is that of the model, a shared
+    parameter counts once, and an empty group is left out. Raises DistattnError for nothing trained.
     """
     trained = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
     if not trained:
         raise DistattnError(f"{type(model).__name__} has no parameter that is trained.")
-    decays = [one.dim() > 1 and not name.rpartition(".")[2].endswith(_BIAS) for name, one in trained]
+    # where ZeRO 3 has partitioned a parameter, it has no shape of its own
+    dims = [len(getattr(one, "ds_shape", one.shape)) for _, one in trained]
+    decays = [
+        count > 1 and not name.rpartition(".")[2].endswith(_BIAS)
+        for count, (name, _) in zip(dims, trained, strict=True)
+    ]
     groups = [
         {
             "params": [one for (_, one), decayed in zip(trained, decays, strict=True) if decayed == kind],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -32,6 +33,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from distattn.adapters import pytorch
 from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups
+from distattn.models.shards import shard_rows, whole_modules
 from distattn.training.config import Config
 from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses
 from distattn.training.engines.keepers import keepers_of
@@ -48,9 +50,9 @@ _CLIP_EPSILON = 1e-6
 class DeepSpeedEngine:
     """An `Engine`. With bfloat16 the master weights, the optimizer and summed gradients are float32.
 
-    The master weights begin as the rounded bfloat16 ones, as DeepSpeed makes them. Each rank builds the whole model once, in
-    stage 3, too, before DeepSpeed partitions it. From stage 1 on DeepSpeed itself may leave out a step whose gradients are not
-    finite.
+    The master weights begin as the rounded bfloat16 ones, as DeepSpeed makes them. The model begins sharded over all ranks and
+    is given to DeepSpeed one module at a time, which stage 3 partitions at once, so that it is never whole on a rank there. From
+    stage 1 on DeepSpeed itself may leave out a step whose gradients are not finite.
     """
 
     def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):
@@ -64,9 +66,14 @@ class DeepSpeedEngine:
         self.cp = pytorch.context_parallel(mesh, **PlanSettings.of_config(config).context_parallel_arguments())
         self._stage, self._device = config.engine.zero_stage, device
         self._loss = tiled_loss(config)
-        model = build_model(config, configured_model(config, vocabulary, context), device=device)
+        shard = partial(shard_rows, mesh=pytorch.gradient_mesh(mesh))
+        model = build_model(config, configured_model(config, vocabulary, context), device=device, shard=shard)
         prepare_layers(model, config)
         self._keepers = keepers_of(model, range(dist.get_world_size()))
+        settings = _settings(config)
+        for module in whole_modules(model, getattr(torch, config.model.dtype)):
+            if self._stage == 3:
+                deepspeed.zero.Init(module=module, config_dict_or_path=settings)
         self._adam = torch.optim.AdamW(
             parameter_groups(model, train.weight_decay),
             lr=train.learning_rate,
@@ -80,7 +87,7 @@ class DeepSpeedEngine:
         self.engine: Any = deepspeed.initialize(
             model=model,
             optimizer=self._adam,
-            config=_settings(config),
+            config=settings,
             mpu=SequenceGroups(self.cp),
             dist_init_required=False,
         )[0]

@@ -8,7 +8,7 @@ Layers are Megatron's own, without Transformer Engine; core attention is ours. T
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel import random
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -34,6 +34,7 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.models.megatron_names import MegatronShard, check_megatron, to_huggingface, to_megatron
+from distattn.models.shards import shard_rows
 from distattn.training.config import Config
 from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses
 from distattn.training.engines.keepers import keepers_of
@@ -106,9 +107,8 @@ class MegatronEngine:
             # Megatron leaves it to its schedule of weight decay
             group["weight_decay"] = train.weight_decay * group["wd_mult"]
         self._begin_averages()
-        mesh = DeviceMesh.from_group(self._stage, device.type)
-        shard = partial(pytorch.shard_parameters, mesh=mesh)
-        self._begin_weights(build_model(config, shape, device=device, shard=shard))
+        everyone = init_device_mesh(device.type, (dist.get_world_size(),))
+        self._begin_weights(build_model(config, shape, device=device, shard=partial(shard_rows, mesh=everyone)))
         self.cp = _context_parallel(config)
         self.cp.loss_scale(megatron.ProbeTarget([self._chunk]))
 
@@ -176,7 +176,7 @@ class MegatronEngine:
                 dist.broadcast(whole, self._keepers[name], group=self._stage)
                 return whole
 
-            self._take(kind, read)
+            self._take(kind, to_megatron(read, self._shape, self._shard))
         self._set_updates(state.updates)
 
     def close(self) -> None:
@@ -232,16 +232,36 @@ class MegatronEngine:
         self._optimizer.zero_grad()
         self._set_updates(0)
 
-    def _begin_weights(self, whole: torch.nn.Module) -> None:
-        """Those of transformers' model, sharded over the stage; one layer's at a time are gathered."""
-        self._wholes = {name: one.shape for name, one in whole.named_parameters()}
-        self._keepers = keepers_of(whole, dist.get_process_group_ranks(self._stage))
-        self._take("param", lambda name: pytorch.full_tensor(whole.get_parameter(name).detach()))
+    def _begin_weights(self, model: torch.nn.Module) -> None:
+        """Those of transformers' model, whose rows all ranks share: one layer's at a time are gathered, on all of them.
+
+        A rank's rows are freed as they are gathered.
+        """
+        self._wholes = {name: one.shape for name, one in model.named_parameters()}
+        self._keepers = keepers_of(model, dist.get_process_group_ranks(self._stage))
+
+        def read(name: str) -> Tensor:
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            whole = pytorch.full_tensor(getattr(module, leaf).detach())
+            setattr(module, leaf, None)
+            return whole
+
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        for stage in range(stages):
+            shard = MegatronShard.even(self._shape, self._shard.tensor_rank, self._shard.tensor_ranks, stage, stages)
+            parts = to_megatron(read, self._shape, shard)
+            if shard == self._shard:
+                self._take("param", parts)
+            else:
+                for _ in parts:
+                    # the ranks of that stage take them
+                    pass
 
     @torch.no_grad()
-    def _take(self, kind: str, read: Callable[[str], Tensor]) -> None:
-        """Take this rank's parts of whole tensors of transformers: of parameters, or of an average of their gradients."""
-        for name, part in to_megatron(read, self._shape, self._shard):
+    def _take(self, kind: str, parts: Iterable[tuple[str, Tensor]]) -> None:
+        """Take this rank's parts, by name: of parameters, or of an average of their gradients."""
+        for name, part in parts:
             if kind == "param":
                 self._parameters[name].copy_(part)
             found = self._optimized(name, kind)

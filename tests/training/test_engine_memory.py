@@ -1,0 +1,93 @@
+"""While an engine opens, a rank holds its share of the weights and little beside, counted in bytes of tensors."""
+
+import math
+import os
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+import torch  # noqa: E402
+from live_bytes import LiveBytes  # noqa: E402
+from processes import run_on_ranks  # noqa: E402
+
+from distattn.driver.context_parallel import ContextParallel  # noqa: E402
+from distattn.training.config_sections import Config, EngineConfig, ModelConfig, ParallelConfig  # noqa: E402
+from distattn.training.engines import deepspeed, fsdp2, megatron  # noqa: E402
+from distattn.training.engines.opened import open_engine  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+# 20 layers in the proportions of Llama 3 70B, 64 times narrower
+SHAPE = ModelConfig(num_layers=20, hidden_size=128, num_attention_heads=8, num_key_value_heads=8, intermediate_size=448)
+VOCABULARY = 2048
+
+
+class _WeightsAreThere(Exception):
+    """Ends the opening of an engine."""
+
+
+def _opened(rank: int, name: str, how: EngineConfig, parallel: dict[str, int]) -> tuple[int, int]:
+    """Bytes at most, over those before the model was built: while it was, and until the engine had its weights."""
+    module = {"fsdp2": fsdp2, "deepspeed": deepspeed, "megatron": megatron}[name]
+    os.environ["LOCAL_RANK"] = str(rank)
+    if name == "megatron":
+        import megatron_on_cpu  # noqa: F401
+    live, build, counted = LiveBytes(), module.build_model, []
+
+    def counting(*given, **named):
+        counted.append(live.now)
+        live.peak = live.now
+        model = build(*given, **named)
+        counted.append(live.peak)
+        live.peak = live.now
+        return model
+
+    def end(*given, **named):
+        raise _WeightsAreThere
+
+    module.build_model = counting
+    ContextParallel.loss_scale = end
+    deepspeed.deepspeed.initialize = end
+    config = Config(model=SHAPE, parallel=ParallelConfig(ranks=4, kernel="reference", **parallel), engine=how)
+    with live, pytest.raises(_WeightsAreThere):
+        open_engine(config, torch.device("cpu"), VOCABULARY, 128)
+    before, building = counted
+    return building - before, live.peak - before
+
+
+def _sizes() -> tuple[int, int]:
+    """Bytes of the model and of its largest module, in float32."""
+    layer = 4 * SHAPE.hidden_size**2 + 3 * SHAPE.hidden_size * SHAPE.intermediate_size + 2 * SHAPE.hidden_size
+    embedding = VOCABULARY * SHAPE.hidden_size
+    return 4 * (SHAPE.num_layers * layer + 2 * embedding + SHAPE.hidden_size), 4 * embedding
+
+
+ENGINES = {
+    "fsdp2": ("fsdp2", {}, {}),
+    "deepspeed 3": ("deepspeed", {"zero_stage": 3}, {}),
+    "deepspeed 2": ("deepspeed", {"zero_stage": 2}, {}),
+    "megatron": (
+        "megatron",
+        {},
+        {"context_parallel_size": 1, "tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rank_holds_its_share_and_one_module_while_an_engine_opens(engine):
+    name, how, parallel = ENGINES[engine]
+    whole, largest = _sizes()
+    for building, handing_over in run_on_ranks(4, _opened, name, EngineConfig(name=name, **how), parallel):
+        # norms and rotary frequencies are a little more
+        assert whole / 4 + largest <= building < 1.01 * (whole / 4 + largest)
+        if engine == "deepspeed 2":
+            # whole on every device by design; a rank's rows go as they are gathered
+            assert whole <= handing_over < whole + 2 * largest
+        else:
+            # an embedding that is gathered, and a copy of it
+            assert math.ceil(whole / 4) <= handing_over < 1.01 * whole / 4 + 2.5 * largest
