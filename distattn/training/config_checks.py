@@ -183,8 +183,6 @@ def _engine_problems(config: Config) -> Iterator[str]:
     yield from _precision_problems(config)
     if engine.name == "megatron":
         yield from _megatron_problems(config)
-    if config.watch.replay_every and parallel.pipeline_parallel_size > 1:
-        yield "watch.replay_every: stages of a pipeline are not compared; take pipeline_parallel_size = 1, or 0 here."
     if engine.shard_size < 0 or parallel.ranks % (engine.shard_size or 1):
         yield f"engine.shard_size: {engine.shard_size} does not divide {parallel.ranks} ranks."
     if memory.offload and memory.activation_checkpointing == "none":

@@ -98,9 +98,9 @@ class TrainingLoop:
         self.documents = JsonLines(run.documents_file, append_documents)
         self.schedule, group = schedule_settings(config), dist.group.WORLD
         self.watch = NumericsWatch(
-            engine.model, watch_settings(config), group, run.folder, engine.cp.messages, weights=engine
+            engine.model, watch_settings(config), group, run.folder, engine.cp.messages, engine, engine.stage
         )
-        self.replay = ReplayCheck(engine.model, config.watch.replay_every, group, engine.cp.messages)
+        self.replay = ReplayCheck(engine.model, config.watch.replay_every, group, engine.cp.messages, engine.stage)
         self.by_position = LossByPosition(data.context, [corpus.name for corpus in data.corpora], device)
         self.utilisation = Utilisation.of_config(config, configured_model(config, data.vocabulary, data.context))
 
@@ -186,16 +186,11 @@ class TrainingLoop:
 
     def _act(self, verdict: Verdict, batches: Sequence[Batch]) -> bool:
         """Find what went wrong and do what the run file says; False where the run is to go back to a checkpoint."""
-        finding = None
-        # stages of a pipeline have modules of their own, whose order nobody knows
-        if self.config.parallel.pipeline_parallel_size == 1:
-            self._seed(verdict.step)
-            finding = self.watch.find(
-                verdict.step, lambda number: self.engine.backward([batches[number]])[0], len(batches)
-            )
-            self.engine.drop()
+        self._seed(verdict.step)
+        finding = self.watch.find(verdict.step, lambda number: self.engine.backward([batches[number]])[0], len(batches))
+        self.engine.drop()
         self.watch.keep_evidence(verdict, finding, list(piece_rows(self.data, verdict.step)), batches)
-        text = f"{verdict.reason} In a second run: {finding.text}" if finding else verdict.reason
+        text = f"{verdict.reason} In a second run: {finding.text}"
         self._say(verdict.step, "refused", text)
         if verdict.action == "stop":
             raise DistattnError(

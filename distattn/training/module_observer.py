@@ -1,8 +1,8 @@
 """What goes into and out of every module, and gradients of these and of weights, in the order in which they are computed.
 
 Messages of attention, which no module shows, are looked at by their senders. A look is a small tensor that stays on the device
-until the pass is over, so that nothing waits. The order is the same on all ranks of a step, because they run the same modules;
-places in it tell which of two ranks saw something first.
+until the pass is over, so that nothing waits. The order is the same on all ranks of a step, because they run the same modules, or
+those of stages of a pipeline, which have their turns; places in it tell which of two ranks saw something first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from distattn.driver.message_monitor import MessageMonitor
 from distattn.parallel.runtime.transport import Packet
+from distattn.training.engines.engine import PipelineStage
 
 INPUT, OUTPUT = "input", "output"
 # the whole model, and what is computed around its modules
@@ -55,13 +56,14 @@ class Seen:
 class Observations:
     """What was seen in a pass, in its order. values: the looks, on the device, one for each of `seen`.
 
-    places: of each its place in the pass, the same on all ranks: the number of the module's tensor, and of the exchange of
-    messages after it, 0 for the tensor itself. Ranks may have unequally many messages in an exchange.
+    places: of each its place in the pass, the same on all ranks: the turn of the pipeline's stage, the number of the module's
+    tensor, and of the exchange of messages after it, 0 for the tensor itself. Ranks may have unequally many messages in an
+    exchange.
     """
 
     seen: list[Seen] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
+    places: list[tuple[int, int, int]] = field(default_factory=list)
 
     def read(self) -> Tensor:
         """All looks, stacked, on the CPU; it waits for the device once."""
@@ -70,11 +72,15 @@ class Observations:
 
 @contextmanager
 def observed_modules(
-    model: torch.nn.Module, look: Callable[[Tensor], Tensor], messages: MessageMonitor | None = None
+    model: torch.nn.Module,
+    look: Callable[[Tensor], Tensor],
+    messages: MessageMonitor | None = None,
+    stage: PipelineStage = PipelineStage(),  # noqa: B008
 ) -> Iterator[Observations]:
     """Meanwhile `look` is given all floating-point tensors at the borders of modules, detached, as they are computed.
 
-    messages: those of the driver, whose floating-point tensors are looked at before they are sent.
+    messages: those of the driver, whose floating-point tensors are looked at before they are sent. stage: the pipeline's that
+    `model` is.
 
     Inputs are looked at where a module has no other modules in it: what others are given is some module's output, or theirs.
     Modules inside a compiled one are seen only while compilation is off (`torch.compiler.set_stance("force_eager")`). Recomputed
@@ -84,12 +90,16 @@ def observed_modules(
     hooks: list[Any] = []
     # the last tensor of a module, and the last exchange after it
     place, last = [-1, 0], [ROOT]
+    # the turn of the stage, which is another one from the first gradient on
+    turn = [stage.turn(backward=False)]
 
     def see(module: str, kind: str, tensor: Tensor, gradient: bool = False, is_message: bool = False) -> None:
         if not is_message:
             place[:], last[:] = (place[0] + 1, 0), [module]
+        if gradient:
+            turn[0] = stage.turn(backward=True)
         with torch.no_grad():
-            found.places.append((place[0], place[1]))
+            found.places.append((turn[0], place[0], place[1]))
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             found.seen.append(Seen(module, kind, gradient, local.numel()))
             found.values.append(look(local.detach()))
@@ -126,7 +136,7 @@ def observed_modules(
             watch(name, kind, parameter)
 
     for name, module in model.named_modules():
-        leaf, known = not any(True for _ in module.children()), plain_name(name) or ROOT
+        leaf, known = not any(True for _ in module.children()), stage.module_name(plain_name(name)) or ROOT
         hooks.append(
             module.register_forward_pre_hook(
                 lambda _, args, kwargs, known=known, leaf=leaf: before(known, leaf, (args, kwargs)), with_kwargs=True

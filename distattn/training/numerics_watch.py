@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from distattn.driver.message_monitor import MessageMonitor
 from distattn.ir.errors import DistattnError, named_ranks
 from distattn.training import evidence
+from distattn.training.engines.engine import PipelineStage
 from distattn.training.module_observer import OUTPUT, Observations, gathered, observed_modules, plain_name
 from distattn.training.spike_detector import SpikeDetector
 
@@ -98,10 +99,11 @@ class Finding:
 
 
 class NumericsWatch:
-    """Judges steps, and finds what was wrong with one. All ranks of `group` have the same modules, and call alike.
+    """Judges steps, and finds what was wrong with one. All ranks of `group` call alike; they have the modules of their stage.
 
     group: None for one process. folder: evidence goes into its subfolder `evidence`. messages: the driver's
-    (`ContextParallel.messages`), so that a rank which sends what is not finite is named, not those that receive it.
+    (`ContextParallel.messages`), so that a rank which sends what is not finite is named, not those that receive it. weights: what
+    has `named_parameters`, if not the model. stage: the pipeline's that `model` is.
     """
 
     def __init__(
@@ -112,7 +114,9 @@ class NumericsWatch:
         folder: Path | str,
         messages: MessageMonitor | None = None,
         weights: Any = None,
+        stage: PipelineStage = PipelineStage(),  # noqa: B008
     ):
+        self._stage = stage
         self._weights = model if weights is None else weights
         self.settings, self.folder, self._messages = settings, Path(folder), messages
         self._model, self._group = model, group
@@ -155,7 +159,7 @@ class NumericsWatch:
         first, outputs, largest = self._first_bad_weight(), [], []
         with torch.compiler.set_stance("force_eager"):
             for index in range(micro_batches):
-                with observed_modules(self._model, _counted, self._messages) as observations:
+                with observed_modules(self._model, _counted, self._messages, self._stage) as observations:
                     loss = run(index)
                 looks = observations.read().tolist()
                 first = first or self._first_bad(index, observations, looks, loss)
@@ -166,14 +170,14 @@ class NumericsWatch:
                 ]
                 outputs = [module for module, _ in shown]
                 largest.append([value for _, value in shown])
-        found, everyone = zip(*gathered(self._group, (first, largest)), strict=True)
+        found, everyone = zip(*gathered(self._group, (first, (outputs, largest))), strict=True)
         bad = [one for one in found if one is not None]
         if bad:
             return _not_finite(step, bad)
         if not self._was_finite:
             text = "all values are finite in a second run: the fault did not repeat."
             return Finding(step, CLEAN, text)
-        return _largest(step, outputs, everyone)
+        return _largest(step, everyone)
 
     def keep_evidence(
         self,
@@ -224,7 +228,7 @@ class NumericsWatch:
             bad = int((~_local(parameter).isfinite()).sum())
             if bad:
                 return _Bad(
-                    (_BEFORE, 0, 0), f"weight {plain_name(name)}", "", self._rank, bad, _local(parameter).numel()
+                    (_BEFORE, 0, 0, 0), f"weight {plain_name(name)}", "", self._rank, bad, _local(parameter).numel()
                 )
         return None
 
@@ -233,26 +237,26 @@ class NumericsWatch:
     ) -> _Bad | None:
         looked = zip(observations.places, observations.seen, looks, strict=True)
         place, seen, bad = next(
-            ((place, seen, int(look[0])) for place, seen, look in looked if look[0]), ((_AFTER, 0), None, 0)
+            ((place, seen, int(look[0])) for place, seen, look in looked if look[0]), ((_AFTER, 0, 0), None, 0)
         )
-        gradients = (place for place, seen in zip(observations.places, observations.seen, strict=True) if seen.gradient)
-        begins = next(gradients, (_AFTER, 0))
-        if place >= begins and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
-            # between the last output and the first gradient
-            return _Bad((index, begins[0] - 1, _AFTER), "loss", "", self._rank, 1, 1)
+        of_loss = (self._stage.turn_of_loss, 0, 0)
+        if self._stage.is_last and place > of_loss and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+            return _Bad((index, *of_loss), "loss", "", self._rank, 1, 1)
         if seen is not None:
             return _Bad((index, *place), str(seen), seen.computed_in, self._rank, bad, seen.elements)
         for name, parameter in self._weights.named_parameters():
             if parameter.grad is not None and (bad := int((~_local(parameter.grad).isfinite()).sum())):
                 elements = _local(parameter.grad).numel()
-                return _Bad((index, _AFTER, 0), f"gradient of weight {plain_name(name)}", "", self._rank, bad, elements)
+                return _Bad(
+                    (index, _AFTER, 0, 0), f"gradient of weight {plain_name(name)}", "", self._rank, bad, elements
+                )
         return None
 
 
 class _Bad(NamedTuple):
     """The first bad tensor of a rank. order: micro-batch and place in it, the same on all ranks."""
 
-    order: tuple[int, int, int]
+    order: tuple[int, int, int, int]
     tensor: str
     computed_in: str
     rank: int
@@ -288,17 +292,21 @@ def _not_finite(step: int, found: Sequence[_Bad]) -> Finding:
     return Finding(step, NOT_FINITE, text, *facts)
 
 
-def _largest(step: int, modules: Sequence[str], everyone: Sequence[Sequence[Sequence[float]]]) -> Finding:
-    """Whose largest output is most above the usual one of the same module. everyone: by rank, micro-batch and module."""
+def _largest(step: int, everyone: Sequence[tuple[Sequence[str], Sequence[Sequence[float]]]]) -> Finding:
+    """Whose largest output is most above the usual one of the same module.
+
+    everyone: by rank the names of its modules, and by micro-batch their values.
+    """
     cells = [
-        (value, rank, micro_batch, at)
-        for rank, of_rank in enumerate(everyone)
+        (value, rank, micro_batch, (at, module))
+        for rank, (modules, of_rank) in enumerate(everyone)
         for micro_batch, values in enumerate(of_rank)
-        for at, value in enumerate(values[: len(modules)])
+        # ranks may have seen one module more often than others
+        for (at, module), value in zip(enumerate(modules), values, strict=False)
     ]
     if not cells:
         return Finding(step, CLEAN, "no module puts out numbers: nothing can be said of this step.")
-    by_module: dict[int, list[float]] = {}
+    by_module: dict[tuple[int, str], list[float]] = {}
     for value, _, _, at in cells:
         by_module.setdefault(at, []).append(value)
     usual = {at: statistics.median(values) for at, values in by_module.items()}
@@ -308,8 +316,8 @@ def _largest(step: int, modules: Sequence[str], everyone: Sequence[Sequence[Sequ
     )
     beside = "" if alone else f", {value / max(usual[at], 1e-30):.3g} times the median of all ranks and micro-batches"
     text = (
-        f"all values are finite in a second run; the largest output {'' if alone else 'beside others '}is that of {modules[at]}, "
+        f"all values are finite in a second run; the largest output {'' if alone else 'beside others '}is that of {at[1]}, "
         f"rank {rank}, micro-batch {micro_batch}: {value:.4g}{beside}."
     )
-    facts = f"{modules[at]} {OUTPUT}", modules[at], (rank,), micro_batch
+    facts = f"{at[1]} {OUTPUT}", at[1], (rank,), micro_batch
     return Finding(step, LARGE, text, *facts, largest=value)

@@ -7,6 +7,7 @@ differs on any rank names that rank: messages of attention spread a wrong number
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from distattn.driver.message_monitor import MessageMonitor
 from distattn.ir.errors import named_ranks
+from distattn.training.engines.engine import PipelineStage
 from distattn.training.module_observer import Observations, gathered, observed_modules
 
 # integers of as many bytes; those of 64 bits in halves, because two signs that change would add up to 2^64, which is nothing
@@ -35,7 +37,7 @@ class Difference:
 
 
 class ReplayCheck:
-    """Every so many steps runs a micro-batch twice. All ranks of `group` have the same modules, and call alike.
+    """Every so many steps runs a micro-batch twice. All ranks of `group` have the same modules, or their stage's, and call alike.
 
     interval: steps between checks; 0 for never. group: None for one process. messages: the driver's
     (`ContextParallel.messages`), so that a rank which computes attention wrongly for others is named, not they. Kernels have to
@@ -48,8 +50,9 @@ class ReplayCheck:
         interval: int,
         group: dist.ProcessGroup | None = None,
         messages: MessageMonitor | None = None,
+        stage: PipelineStage = PipelineStage(),  # noqa: B008
     ):
-        self.interval, self._messages = interval, messages
+        self.interval, self._messages, self._stage = interval, messages, stage
         self._model, self._group = model, group
         self._rank = 0 if group is None else dist.get_rank()
 
@@ -65,10 +68,10 @@ class ReplayCheck:
         numbers.
         """
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices), observed_modules(self._model, bits_digest, self._messages) as first:
+        with torch.random.fork_rng(devices), self._observed() as first:
             run()
         drop()
-        with observed_modules(self._model, bits_digest, self._messages) as second:
+        with self._observed() as second:
             run()
         found = [one for one in gathered(self._group, _first_difference(first, second, self._rank)) if one is not None]
         if not found:
@@ -81,6 +84,9 @@ class ReplayCheck:
         if self._group is not None and len(ranks) == dist.get_world_size(self._group) > 1:
             text = f"{text[:-1]}; all ranks do, so it is the program that is not deterministic, not one device."
         return Difference(step, text, tensor, computed_in, ranks)
+
+    def _observed(self) -> AbstractContextManager[Observations]:
+        return observed_modules(self._model, bits_digest, self._messages, self._stage)
 
 
 def bits_digest(tensor: Tensor) -> Tensor:
@@ -97,10 +103,10 @@ def bits_digest(tensor: Tensor) -> Tensor:
 
 def _first_difference(
     first: Observations, second: Observations, rank: int
-) -> tuple[tuple[int, int], str, str, int] | None:
+) -> tuple[tuple[int, int, int], str, str, int] | None:
     """Place, tensor, module and rank of the first tensor that differs."""
     if [str(seen) for seen in first.seen] != [str(seen) for seen in second.seen]:
-        return (0, 0), "another order of modules", "the model", rank
+        return (0, 0, 0), "another order of modules", "the model", rank
     differs = (first.read() != second.read()).nonzero()
     if not len(differs):
         return None

@@ -35,7 +35,7 @@ from distattn.adapters import pytorch
 from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups
 from distattn.models.shards import shard_rows, whole_modules
 from distattn.training.config import Config
-from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses
+from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses, PipelineStage
 from distattn.training.engines.keepers import keepers_of
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_settings import build_model, configured_model, prepare_layers, tiled_loss
@@ -61,6 +61,7 @@ class DeepSpeedEngine:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
         parallel, train = config.parallel, config.train
+        self.stage = PipelineStage()
         sizes = parallel.data_parallel_size, parallel.split_ranks
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp"))
         self.cp = pytorch.context_parallel(mesh, **PlanSettings.of_config(config).context_parallel_arguments())

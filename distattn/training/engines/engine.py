@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -29,14 +30,44 @@ class EngineState(NamedTuple):
     updates: int
 
 
+class PipelineStage(NamedTuple):
+    """Which stage of a pipeline this rank computes: stages run one after the other, and backward in the reverse order.
+
+    number: from 0, of count. first_layer: the first of the whole model's layers that it has; its modules count from 0.
+    """
+
+    number: int = 0
+    count: int = 1
+    first_layer: int = 0
+
+    def turn(self, backward: bool) -> int:
+        """When the stage has its turn with a micro-batch: 0 to count - 1 forward, count + 1 to 2 count backward."""
+        return 2 * self.count - self.number if backward else self.number
+
+    @property
+    def turn_of_loss(self) -> int:
+        """When the loss is computed: after all stages forward, before all backward."""
+        return self.count
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the stage computes the loss."""
+        return self.number == self.count - 1
+
+    def module_name(self, name: str) -> str:
+        """The name of a module of this stage, its layer counted in the whole model."""
+        return re.sub(r"(?<=\blayers\.)\d+", lambda found: str(int(found[0]) + self.first_layer), name, count=1)
+
+
 class Engine(Protocol):
     """A model, its gradients and its optimizer, over all ranks of a run. All methods are collective calls.
 
-    cp: shards batches. model: the module that runs on this rank, for hooks.
+    cp: shards batches. model: the module that runs on this rank, for hooks. stage: what part of the whole model that is.
     """
 
     cp: ContextParallel
     model: torch.nn.Module
+    stage: PipelineStage
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
         """Forward and backward of a step's micro-batches; gradients are added up. Returns their losses, detached."""

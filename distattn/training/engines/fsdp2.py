@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from distattn.adapters import pytorch
 from distattn.training.config import Config
-from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses
+from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses, PipelineStage
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_settings import build_model, configured_model, prepare_layers, tiled_loss
 from distattn.training.schedule import parameter_groups, set_learning_rate
@@ -28,6 +28,7 @@ class Fsdp2Engine:
 
     def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):
         parallel, train = config.parallel, config.train
+        self.stage = PipelineStage()
         sizes = parallel.data_parallel_size, parallel.split_ranks
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "cp"))
         self.cp = pytorch.context_parallel(mesh, **PlanSettings.of_config(config).context_parallel_arguments())

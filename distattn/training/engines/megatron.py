@@ -36,7 +36,7 @@ from distattn.ir.errors import DistattnError
 from distattn.models.megatron_names import MegatronShard, check_megatron, to_huggingface, to_megatron
 from distattn.models.shards import shard_rows
 from distattn.training.config import Config
-from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses
+from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses, PipelineStage
 from distattn.training.engines.keepers import keepers_of
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_settings import build_model, configured_model
@@ -74,8 +74,11 @@ class MegatronEngine:
             parallel_state.get_pipeline_model_parallel_rank(),
             parallel.pipeline_parallel_size,
         )
+        self.stage = PipelineStage(
+            parallel_state.get_pipeline_model_parallel_rank(), parallel.pipeline_parallel_size, self._shard.layers.start
+        )
         # ranks that have the same layers
-        self._stage: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        self._stage_group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         self._config = _transformer_config(config, shape, device)
         gpt = _gpt_model(self._config, shape, context)
         # frequencies as transformers scales them; of the other kinds, too
@@ -173,7 +176,7 @@ class MegatronEngine:
                 whole = kept.get(name)
                 if whole is None:
                     whole = torch.empty(self._wholes[name], dtype=torch.float32, device=self._device)
-                dist.broadcast(whole, self._keepers[name], group=self._stage)
+                dist.broadcast(whole, self._keepers[name], group=self._stage_group)
                 return whole
 
             self._take(kind, to_megatron(read, self._shape, self._shard))
@@ -238,7 +241,7 @@ class MegatronEngine:
         A rank's rows are freed as they are gathered.
         """
         self._wholes = {name: one.shape for name, one in model.named_parameters()}
-        self._keepers = keepers_of(model, dist.get_process_group_ranks(self._stage))
+        self._keepers = keepers_of(model, dist.get_process_group_ranks(self._stage_group))
 
         def read(name: str) -> Tensor:
             owner, _, leaf = name.rpartition(".")
