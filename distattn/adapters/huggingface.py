@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from distattn.adapters.huggingface_masks import MaskPattern as MaskPattern
 from distattn.adapters.huggingface_masks import refuse_attention_classes
+from distattn.adapters.huggingface_rope import BY_LENGTH, check_rope
+from distattn.adapters.huggingface_rope import scale_rope_by_pack as scale_rope_by_pack
 from distattn.adapters.pytorch import inputs as inputs
 from distattn.batch.planner import BatchAttention
 from distattn.ir.errors import DistattnError
@@ -30,7 +32,6 @@ from distattn.ir.errors import DistattnError
 NAME = "distattn"
 # layers that read other tokens in ways that no plan knows, as configurations name them
 _ATTENTION = ("full_attention", "sliding_attention")
-_BY_LENGTH = ("dynamic", "longrope")
 
 
 def register() -> None:
@@ -84,6 +85,7 @@ def attention_forward(
             "huggingface.single_process_attention(model). Models that do not pass it on to their attention layers cannot be "
             "split."
         )
+    check_rope(getattr(module, "config", None), kwargs)
     if position_ids is not None:
         context_parallel.check_positions(position_ids)
     if attention_mask is not None and not isinstance(attention_mask, MaskPattern):
@@ -157,10 +159,10 @@ def check_config(config: Any) -> None:
         if "mrope_section" in given:
             raise DistattnError("the model has multimodal RoPE (mrope_section), whose positions are not sharded.")
         kind = given.get("rope_type", given.get("type"))
-        if kind in _BY_LENGTH:
+        if kind in BY_LENGTH and given is not rope:
             raise DistattnError(
-                f"the model has {kind} RoPE, whose frequencies depend on the longest position at hand: they would differ from "
-                "rank to rank and pack to pack. Use linear, yarn or llama3 scaling."
+                f"the model has {kind} RoPE in some kinds of layers only; its frequencies depend on the longest position, "
+                "and would differ from rank to rank. Use linear, yarn or llama3 scaling."
             )
     if getattr(config, "output_router_logits", False):
         raise DistattnError(

@@ -450,8 +450,11 @@ class ContextParallel:
         self._check_scale(len(step.made))
         scale, out = self.loss_scale_of(step), []
         for index, batch in enumerate(step.made):
-            part = self.local_shard(packed[index] if index < len(packed) else None)
+            own = packed[index] if index < len(packed) else None
+            part = self.local_shard(own)
             batch.positions = part["position_ids"]
+            # a token stands in where there is nothing
+            batch.longest_document = 1 if own is None else max(own.lengths)
             out.append({**part, "loss_scale": scale, "context_parallel": batch})
         return out
 

@@ -118,6 +118,8 @@ def meta_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), attn_implementation=attention, dtype=dtype
         )
+    if attention == huggingface.NAME:
+        huggingface.scale_rope_by_pack(model)
     return model
 
 

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from distattn.adapters import huggingface
+from distattn.adapters.huggingface_rope import rope_by_length
 from distattn.cluster.spec import load as load_cluster
+from distattn.ir.errors import DistattnError
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.memory.settings import MemorySettings
 from distattn.memory.tiled_loss import TiledLoss
@@ -22,13 +24,21 @@ from distattn.training.schedule import ScheduleSettings
 
 
 def configured_model(config: Config, vocabulary: int, context: int) -> Any:
-    """The transformers configuration of the run's model: that of a folder, or a Llama's. Raises DistattnError for none.
+    """The transformers configuration of the run's model: that of a folder, or a Llama's.
+
+    Raises DistattnError for none, and where the reference check would compute another model.
 
     vocabulary: token ids are below it. context: tokens of the longest pack.
     """
     model = config.model
     if model.path:
-        return model_config(model.path)
+        shape = model_config(model.path)
+        if config.reference_check.steps and (kind := rope_by_length(shape)):
+            raise DistattnError(
+                f"reference_check.steps: the reference computes one document at a time, and so scales the model's {kind} RoPE by "
+                "another length than that of a pack's longest document; set it to 0."
+            )
+        return shape
     return llama_config(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -196,7 +196,6 @@ def test_what_cannot_be_filled_is_refused_by_name():
         (T5Config(), "no causal language model of type 't5'"),
         (MambaConfig(num_hidden_layers=1), "layer 0 is a linear_attention layer"),
         (FalconConfig(num_hidden_layers=1), "falcon models have attention classes of their own"),
-        (LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "dynamic RoPE"),
     ],
     ids=lambda one: getattr(one, "model_type", ""),
 )

@@ -1,0 +1,91 @@
+"""Rotary embeddings of transformers whose frequencies depend on the longest position at hand: dynamic NTK, and longrope.
+
+transformers takes the greatest of the positions that a call is given. Under context parallelism a rank has some of a pack's
+positions, so each would compute frequencies of its own. Here every rank computes with the last position of the pack's longest
+document, which is what one process finds that has the whole pack; and frequencies depend on the pack alone, while transformers
+keeps those of the longest call so far.
+"""
+
+# T tokens on this rank
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distattn.ir.errors import DistattnError
+
+DYNAMIC, LONGROPE = "dynamic", "longrope"
+BY_LENGTH = (DYNAMIC, LONGROPE)
+# set for attention layers by a model whose rotary embeddings know the pack's longest document
+KNOWS_PACK = "rope_knows_pack"
+
+
+def rope_by_length(config: Any) -> str:
+    """The RoPE type of a transformers configuration where its frequencies depend on the length; else an empty text."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    return kind if kind in BY_LENGTH else ""
+
+
+def scale_rope_by_pack(model: torch.nn.Module) -> None:
+    """Have a transformers model compute dynamic RoPE or longrope by the longest document of a sharded pack, on all ranks alike.
+
+    Call it once, before the first forward pass; models of other RoPE types are left alone. Whole batches, which come without
+    context_parallel, are scaled by their own longest position. Raises DistattnError where the model's rotary embeddings are not
+    modules as transformers makes them.
+    """
+    kind = rope_by_length(model.config)
+    if not kind:
+        return
+    rotaries = [one for one in model.modules() if getattr(one, "rope_type", None) == kind]
+    if not rotaries:
+        raise DistattnError(
+            f"{type(model).__name__} has {kind} RoPE, but no module that computes it as transformers' own models do; use linear, "
+            "yarn or llama3 scaling."
+        )
+    # of the call at hand; 0 for one of whole batches
+    longest = [0]
+
+    def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        batch = kwargs.get("context_parallel")
+        longest[0] = 0 if batch is None else batch.longest_document
+        return args, kwargs | {KNOWS_PACK: True} if longest[0] else kwargs
+
+    def append(rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if kind == DYNAMIC:
+            # transformers would keep frequencies of a longer call before
+            rotary.inv_freq, rotary.max_seq_len_cached = rotary.original_inv_freq, rotary.original_max_seq_len
+        if not longest[0]:
+            return args, kwargs
+        if "position_ids" in kwargs:
+            return args, kwargs | {"position_ids": _with_last(kwargs["position_ids"], longest[0])}
+        return (args[0], _with_last(args[1], longest[0]), *args[2:]), kwargs
+
+    def cut(_: Any, __: Any, out: Any) -> Any:
+        if not longest[0]:
+            return out
+        return tuple(one[:, :-1] for one in out) if isinstance(out, tuple) else out[:, :-1]
+
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    for rotary in rotaries:
+        rotary.register_forward_pre_hook(append, with_kwargs=True)
+        rotary.register_forward_hook(cut)
+
+
+def check_rope(config: Any, given: Mapping[str, Any]) -> None:
+    """Raise DistattnError where a layer is called by a model that `scale_rope_by_pack` should have been called for."""
+    kind = rope_by_length(config)
+    if kind and not given.get(KNOWS_PACK):
+        raise DistattnError(
+            f"the model has {kind} RoPE, whose frequencies depend on the longest position at hand: they would differ from rank "
+            "to rank. Call huggingface.scale_rope_by_pack(model) once, or use linear, yarn or llama3 scaling."
+        )
+
+
+def _with_last(position_ids: Tensor, length: int) -> Tensor:
+    """Positions (1, T), and after them the last of a document of this length."""
+    return torch.cat([position_ids, position_ids.new_full((len(position_ids), 1), length - 1)], 1)
