@@ -21,24 +21,29 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from distattn.adapters.huggingface_masks import NAME as NAME
 from distattn.adapters.huggingface_masks import MaskPattern as MaskPattern
 from distattn.adapters.huggingface_masks import refuse_attention_classes
+from distattn.adapters.huggingface_modules import change_models, folder_of
+from distattn.adapters.huggingface_recurrent import MODELS, replace_functions
 from distattn.adapters.huggingface_rope import BY_LENGTH, check_rope
 from distattn.adapters.huggingface_rope import scale_rope_by_pack as scale_rope_by_pack
 from distattn.adapters.pytorch import inputs as inputs
 from distattn.batch.planner import BatchAttention
 from distattn.ir.errors import DistattnError
 
-NAME = "distattn"
-# layers that read other tokens in ways that no plan knows, as configurations name them
+# kinds of layers as configurations name them: attention, layers that read no other tokens, and those of `MODELS` alone
 _ATTENTION = ("full_attention", "sliding_attention")
+_BY_TOKEN = ("mlp", "moe")
+_MIXING = ("linear_attention", "conv", "hybrid")
 
 
 def register() -> None:
     """Make attn_implementation="distattn" known to transformers."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_pattern)
-    refuse_attention_classes(NAME)
+    change_models(refuse_attention_classes)
+    change_models(replace_functions)
 
 
 @contextmanager
@@ -148,12 +153,14 @@ def mask_pattern(
 
 def check_config(config: Any) -> None:
     """Raise DistattnError, naming it, where a model has what would be wrong on sharded sequences."""
+    computed = _ATTENTION + _BY_TOKEN + (_MIXING if folder_of(type(config).__module__) in MODELS else ())
     for number, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind not in _ATTENTION:
-            what = (
-                "mixes tokens outside of attention" if kind in ("linear_attention", "conv", "hybrid") else "is unknown"
+        if kind not in computed:
+            what = "mixes tokens outside of attention" if kind in _MIXING else "is unknown"
+            raise DistattnError(
+                f"layer {number} is a {kind} layer, which {what}; such layers are computed in {', '.join(MODELS)}, not in "
+                f"{config.model_type}."
             )
-            raise DistattnError(f"layer {number} is a {kind} layer, which {what}; only attention layers can be split.")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for given in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
         if "mrope_section" in given:

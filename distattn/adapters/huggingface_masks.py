@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,10 +9,9 @@ import torch
 
 from distattn.ir.errors import DistattnError
 
-_MODELS = "transformers.models."
-# models of transformers, one folder each
-_MODELING = ".modeling_"
-# dicts of such models: names of implementations to attention classes
+# the implementation of attention
+NAME = "distattn"
+# dicts of models: names of implementations to attention classes
 _CLASSES = "_CLASSES"
 
 
@@ -63,23 +59,14 @@ for _name in (
     setattr(MaskPattern, f"__{_name}__", _refuse_operator)
 
 
-def refuse_attention_classes(implementation: str) -> None:
-    """Models that look a class up by the implementation's name (Falcon, GPT-J, GPT-Neo) refuse this one in a sentence.
+def refuse_attention_classes(module: ModuleType) -> None:
+    """Models that look a class up by the implementation's name (Falcon, GPT-J, GPT-Neo) refuse ours in a sentence.
 
-    Modules that are imported already are seen to at once, others when they are imported.
+    module: one of transformers' modules of models, see `huggingface_modules.change_models`.
     """
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return
-    for name, module in list(sys.modules.items()):
-        if name.startswith(_MODELS) and _MODELING in name:
-            _refuse_in(module, implementation)
-    sys.meta_path.insert(0, _Finder(implementation))
-
-
-def _refuse_in(module: ModuleType, implementation: str) -> None:
     for name, classes in vars(module).items():
         if name.endswith(_CLASSES) and isinstance(classes, dict) and "eager" in classes:
-            classes[implementation] = _refuse_model
+            classes[NAME] = _refuse_model
 
 
 def _refuse_model(config: Any, *given: Any, **named: Any) -> Any:
@@ -88,32 +75,3 @@ def _refuse_model(config: Any, *given: Any, **named: Any) -> Any:
         "transformers' attention interface, so their attention cannot be split. Models that do can be: Llama, Mistral, Qwen, "
         "Gemma, gpt-oss and most others."
     )
-
-
-class _Finder:
-    """Finds transformers' models as they are found without it, and has refusals entered when they are imported."""
-
-    def __init__(self, implementation: str):
-        self._implementation = implementation
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """See `importlib.abc.MetaPathFinder`."""
-        if not name.startswith(_MODELS) or _MODELING not in name:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        # other loaders (zip files, compiled modules) are left alone
-        if spec is not None and spec.origin is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
-            spec.loader = _Loader(name, spec.origin, self._implementation)
-        return spec
-
-
-class _Loader(importlib.machinery.SourceFileLoader):
-    def __init__(self, name: str, path: str, implementation: str):
-        super().__init__(name, path)
-        self._implementation = implementation
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        _refuse_in(module, self._implementation)

@@ -20,10 +20,10 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
+    MiniMaxConfig,
     MistralConfig,
     MptConfig,
     Qwen3Config,
-    Qwen3NextConfig,
 )
 
 import distattn as da
@@ -174,7 +174,7 @@ MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
     [
         (lambda: LlamaConfig(**TINY, is_causal=False), "a mask other than causal"),
         (lambda: Llama4TextConfig(**TINY, **CHUNKED), "layer 0 is a chunked_attention layer"),
-        (lambda: Qwen3NextConfig(**TINY, layer_types=["full_attention", "linear_attention"]), "linear_attention layer"),
+        (lambda: MiniMaxConfig(**TINY, layer_types=["full_attention", "linear_attention"]), "linear_attention layer"),
         (lambda: LlamaConfig(**TINY, rope_parameters=MROPE), "multimodal RoPE"),
         (lambda: LlamaConfig(**TINY, rope_parameters=DYNAMIC), "dynamic RoPE"),
         (lambda: GptOssConfig(**TINY, num_local_experts=2, output_router_logits=True), "router loss"),

@@ -1,0 +1,96 @@
+"""transformers' hybrid models on several ranks, beside themselves in one process with one document at a time."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import hybrid_models
+import pytest
+import torch
+from hybrid_models import RECURRENT, batch_of, double_precision, in_one_process, worst
+from processes import run_on_ranks, sum_gradients
+
+import distattn as da
+from distattn.adapters import huggingface
+from distattn.adapters.huggingface_recurrent import MODELS
+from distattn.adapters.pytorch import local_loss
+
+PACK = [17, 1, 22]
+# of each kind of layer one: Gated DeltaNet, KDA beside latent attention, Mamba-2 in groups, convolutions alone
+KINDS = ["qwen3_next", "kimi_linear", "nemotron_h", "lfm2"]
+CASES = {
+    1: [(name, PACK, dict(layout="zigzag")) for name in KINDS],
+    2: [(name, PACK, dict(layout="zigzag")) for name in RECURRENT],
+    4: [
+        *((name, PACK, dict(layout="contiguous")) for name in KINDS),
+        *((name, PACK, dict(layout="balanced")) for name in KINDS),
+        # ranks without tokens, and padding
+        *((name, [2, 1], dict(layout="zigzag", pad_to=8)) for name in KINDS),
+    ],
+}
+
+
+def _precision(dtype: torch.dtype) -> AbstractContextManager[None]:
+    return double_precision() if dtype == torch.float64 else nullcontext()
+
+
+def _split(rank: int, cases: list, dtype: torch.dtype) -> list:
+    found = []
+    for name, lengths, how in cases:
+        model = hybrid_models.build(name, dtype)
+        with _precision(dtype), da.ContextParallel(strategy="ring", kernel="reference", **how) as cp:
+            loss = local_loss(model, cp.shard(batch_of(lengths)))
+            loss.backward()
+        sum_gradients(model)
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        found.append((total, [parameter.grad for parameter in model.parameters()]))
+    return found
+
+
+def _check(ranks: int, cases: list, dtype: torch.dtype, tolerance: float) -> None:
+    found = run_on_ranks(ranks, _split, cases, dtype)[-1]
+    for (name, lengths, how), (total, gradients) in zip(cases, found, strict=True):
+        model = hybrid_models.build(name, dtype)
+        with _precision(dtype):
+            loss, wanted = in_one_process(model, batch_of(lengths))
+        error = max(float(abs(total - loss) / loss), worst(gradients, wanted))
+        assert error < tolerance, f"{name} {lengths} {how}: {error}"
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_loss_and_gradients_are_those_of_one_process(ranks):
+    _check(ranks, CASES[ranks], torch.float64, 1e-10)
+
+
+def test_loss_and_gradients_in_float32():
+    _check(2, [(name, PACK, dict(layout="zigzag")) for name in KINDS], torch.float32, 2e-5)
+
+
+def test_every_supported_model_is_tested():
+    folders = {type(hybrid_models.config(name)).__module__.split(".")[2] for name in RECURRENT}
+    assert folders == set(MODELS)
+
+
+def test_the_same_model_computes_whole_batches_alone():
+    model = hybrid_models.build("qwen3_next").eval()
+    whole = batch_of([9])["input_ids"]
+    sharded = da.ContextParallel(strategy="ring", kernel="reference").shard(batch_of([9]))
+    got = model(**huggingface.inputs(sharded)).logits
+    with huggingface.single_process_attention(model):
+        assert (model(whole).logits - got).abs().max() < 1e-5
+        assert model.generate(whole, max_new_tokens=3, do_sample=False).shape == (1, 12)
+    with pytest.raises(da.DistattnError, match="keep no cache"):
+        model(**huggingface.inputs(sharded) | {"use_cache": True})
+
+
+def _checkpointed(rank: int, checkpointed: bool) -> list:
+    model = hybrid_models.build("qwen3_next")
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    cp = da.ContextParallel(strategy="ring", kernel="reference")
+    local_loss(model, cp.shard(batch_of(PACK))).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def test_activation_checkpointing_changes_nothing():
+    for got, wanted in zip(run_on_ranks(2, _checkpointed, True), run_on_ranks(2, _checkpointed, False), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
