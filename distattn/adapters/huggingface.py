@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from distattn.adapters.huggingface_latent import attend_by_latents as attend_by_latents
+from distattn.adapters.huggingface_latent import has_latents, latent_attention, latents_expanded
 from distattn.adapters.huggingface_masks import NAME as NAME
 from distattn.adapters.huggingface_masks import MaskPattern as MaskPattern
 from distattn.adapters.huggingface_masks import refuse_attention_classes
@@ -56,7 +58,8 @@ def single_process_attention(model: Any) -> Iterator[None]:
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
     try:
-        yield
+        with latents_expanded(model):
+            yield
     finally:
         model.set_attn_implementation(NAME)
 
@@ -116,9 +119,11 @@ def attention_forward(
             f"{where}{key.shape[2]} keys for {query.shape[2]} queries: generation with a key/value cache is not computed; "
             "generate inside huggingface.single_process_attention(model)."
         )
+    how: dict[str, Any] = dict(window=sliding_window, layer=layer, softcap=softcap or 0.0, sink=s_aux)
+    if has_latents(module):
+        return latent_attention(module, context_parallel, query, key, value, scaling, **how), None
     # squeezing costs nothing backward, taking row 0 a copy
     q_THD, k_TKD, v_TKE = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    how: dict[str, Any] = dict(window=sliding_window, layer=layer, softcap=softcap or 0.0, sink=s_aux)
     return context_parallel.attention(q_THD, k_TKD, v_TKE, scaling, **how)[None], None
 
 
@@ -171,7 +176,7 @@ def check_config(config: Any) -> None:
                 f"the model has {kind} RoPE in some kinds of layers only; its frequencies depend on the longest position, "
                 "and would differ from rank to rank. Use linear, yarn or llama3 scaling."
             )
-    if getattr(config, "output_router_logits", False):
+    if getattr(config, "output_router_logits", False) and config.model_type == "doge":
         raise DistattnError(
-            "the model's router loss (output_router_logits) would be of one rank's tokens; set it to False in its config."
+            "the router loss of doge models is not computed; set output_router_logits to False in their config."
         )

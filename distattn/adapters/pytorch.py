@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from distattn.adapters.router_loss import router_loss
 from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.batch.planner import LocalBatch
 from distattn.driver.context_parallel import ContextParallel
@@ -73,8 +74,16 @@ def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
     That takes those of input_ids, position_ids (both (1, T)) and context_parallel that it names, the last in any case, and
     returns logits, or what has them as `logits`. Raises DistattnError where it takes no context_parallel.
     """
+    return _logits(_output(model, batch))
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+def _output(model: torch.nn.Module, batch: Mapping[str, Any]) -> Any:
     out = model(**_accepted(unwrapped(model), inputs(batch)))
-    logits = out if isinstance(out, Tensor) else out.logits
     local = batch["context_parallel"]
     if isinstance(local, LocalBatch) and (unused := local.planner.overrides.unused):
         raise DistattnError(f"layers= names layer {min(unused)}, but the model has no attention layer of that number.")
@@ -83,7 +92,7 @@ def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
             f"{type(unwrapped(model)).__name__} did not ask for attention: each rank has read its own tokens "
             'only. Models of transformers want attn_implementation="distattn", and attention layers.'
         )
-    return logits
+    return out
 
 
 def _accepted(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
@@ -105,25 +114,33 @@ def local_loss(
     loss: TiledLoss | None = None,
     on_token_losses: Callable[[Tensor, Mapping[str, Any]], None] | None = None,
 ) -> Tensor:
-    """This rank's share of the loss: its token losses summed, times the batch's loss scale.
+    """This rank's share of the loss: its token losses summed, times the batch's loss scale; and of the router's, if there is one.
+
+    A mixture-of-experts model of transformers has one with `output_router_logits` in its config (see `router_loss`).
 
     loss: computes it over tiles of tokens, so that logits of all tokens are never there, and calls on_token_losses with each
     token's cross-entropy (T,), detached, and the batch. Raises DistattnError for a model whose output layer is unknown or not
     linear, or that changes logits in a way that a tiled loss does not know.
     """
     if loss is None:
-        return loss_of(forward(model, batch), batch)
+        out = _output(model, batch)
+        return _with_router_loss(loss_of(_logits(out), batch), model, out, batch)
     if hasattr(model, "_orig_mod"):
         raise DistattnError(
             "a tiled loss is computed inside the model's forward: compile the layers, not the whole model."
         )
     inner = unwrapped(model)
     with loss.instead_of_logits(output_layer_of(inner), batch["labels"], logit_change(inner)) as output:
-        given = forward(model, batch)
-    loss_sum = output.loss_sum(given, inner)
+        out = _output(model, batch)
+    loss_sum = output.loss_sum(_logits(out), inner)
     if on_token_losses is not None and output.token_losses_T is not None:
         on_token_losses(output.token_losses_T, batch)
-    return loss_sum * batch["loss_scale"]
+    return _with_router_loss(loss_sum * batch["loss_scale"], model, out, batch)
+
+
+def _with_router_loss(loss: Tensor, model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
+    share = router_loss(unwrapped(model), output, batch)
+    return loss if share is None else loss + share
 
 
 def logit_change(model: torch.nn.Module) -> LogitChange:

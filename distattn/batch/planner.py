@@ -293,12 +293,14 @@ class BatchAttention(Protocol):
 class LocalBatch(BatchAttention):
     """The packed axis that one batch was laid out on: what attention layers need of it. It travels with the batch.
 
-    positions: of this rank's tokens (1, T), where models are to be held to them. longest_document: tokens of the longest one of
-    the micro-batch that this rank has a part of, whoever has its end; 0 where that is not known. used: whether a layer has asked
-    for attention. number: of the batch, in the run. proven: whether its plans are proven before they run.
+    positions: of this rank's tokens (1, T), where models are to be held to them. own_tokens: how many of them are of a document;
+    the others are padding. longest_document: tokens of the longest one of the micro-batch that this rank has a part of, whoever
+    has its end; 0 where that is not known. used: whether a layer has asked for attention. number: of the batch, in the run.
+    proven: whether its plans are proven before they run.
     """
 
     positions: Tensor | None = None
+    own_tokens: int = 0
     longest_document: int = 0
 
     def __init__(self, planner: Planner, key: BatchKey, number: int, proven: bool):

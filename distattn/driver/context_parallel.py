@@ -224,13 +224,19 @@ class ContextParallel:
                 "mean_loss takes the losses of a step's micro-batches: a list of tensors of one number."
             )
         total = torch.stack([loss.detach().double().reshape(()) for loss in losses]).sum() / self._factor
-        if self.loss_group is not None:
-            what, limit = "the mean of a loss", self.wait_timeout or timeout_of(self.loss_group)
-            self.begin(what)
-            total = total.to(sendable_device(self.loss_group))
-            work = dist.all_reduce(total, group=self.loss_group, async_op=True)
-            self.guarded(lambda: work.wait(limit), what)
-        return float(total)
+        return float(self.sum_over_loss_group(total, "the mean of a loss"))
+
+    def sum_over_loss_group(self, x: torch.Tensor, what: str) -> torch.Tensor:
+        """The sum of a tensor over the loss group, without gradient; what: it is, for errors. A collective call."""
+        total = x.detach().clone()
+        if self.loss_group is None:
+            return total
+        limit = self.wait_timeout or timeout_of(self.loss_group)
+        self.begin(what)
+        total = total.to(sendable_device(self.loss_group))
+        work = dist.all_reduce(total, group=self.loss_group, async_op=True)
+        self.guarded(lambda: work.wait(limit), what)
+        return total.to(x.device)
 
     @property
     def data_parallel_size(self) -> int:
@@ -455,6 +461,8 @@ class ContextParallel:
             batch.positions = part["position_ids"]
             # a token stands in where there is nothing
             batch.longest_document = 1 if own is None else max(own.lengths)
+            if own is not None:
+                batch.own_tokens = len(self._layouts.of_block(own.lengths).tokens(self.rank % self.block_ranks))
             out.append({**part, "loss_scale": scale, "context_parallel": batch})
         return out
 

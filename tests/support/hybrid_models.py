@@ -101,17 +101,15 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "lfm2": _TINY | _CONVOLUTION | dict(block_multiple_of=8),
     "lfm2_moe": _TINY | _CONVOLUTION | _EXPERTS,
 }
+_ROUTED = _GROUPS | dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 LATENT: dict[str, dict[str, Any]] = {
-    "deepseek_v3": _LATENT
-    | _GROUPS
-    | dict(q_lora_rank=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1),
-    "glm4_moe_lite": _LATENT
-    | _GROUPS
-    | dict(q_lora_rank=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
-    "kimi_linear": RECURRENT["kimi_linear"],
+    "deepseek_v2": _LATENT | _ROUTED | dict(q_lora_rank=8, first_k_dense_replace=1),
+    "deepseek_v3": _LATENT | _ROUTED | dict(q_lora_rank=8, first_k_dense_replace=1),
+    "glm4_moe_lite": _LATENT | _ROUTED | dict(q_lora_rank=8),
+    **{name: RECURRENT[name] for name in ("kimi_linear", "bailing_hybrid")},
 }
 EXPERTS: dict[str, dict[str, Any]] = {
-    "glm4_moe": _TINY | _GROUPS | dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "glm4_moe": _TINY | _ROUTED,
     "mixtral": _TINY | dict(num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": _TINY | _EXPERTS,
     "qwen3_next": RECURRENT["qwen3_next"],

@@ -1,0 +1,90 @@
+"""Hugging Face transformers: latent attention (DeepSeek's MLA) by latents, which move between ranks in place of keys and values.
+
+    attend_by_latents(model)
+
+Without that call such models are computed as any others: each rank expands the latents of its tokens, and keys and values of all
+heads move. Attention layers of transformers expand latents in a method, `expand_kv`; it is replaced on the layers of this one
+model by a function that leaves them as they are, for `attention_forward` to hand to the plan together with the weight.
+"""
+
+# T tokens on this rank, H heads, N key dim without the rotary part, R rotary dim, L latent dim, E value head dim
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distattn.adapters.huggingface_modules import folder_of
+from distattn.batch.planner import BatchAttention, LocalBatch
+from distattn.ir.errors import DistattnError
+
+# transformers' folders of models whose layers hand what they expand to their attention function as it is; each is tested
+MODELS = ("bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear")
+
+
+def attend_by_latents(model: torch.nn.Module) -> None:
+    """Have the latent attention of a transformers model move latents, R + L numbers a token, and expand them where they arrive.
+
+    Expanded are the latents of all tokens that a rank attends to, again in the backward pass. Call it before the model is
+    compiled. Raises DistattnError for a model without such layers, or whose up-projections are not plain linear layers (LoRA).
+    """
+    folder = folder_of(type(model).__module__)
+    layers = [layer for layer in model.modules() if hasattr(layer, "expand_kv")]
+    if folder not in MODELS or not layers:
+        raise DistattnError(
+            f"{type(model).__name__} has no latent attention that is known here; models of {', '.join(MODELS)} have."
+        )
+    for layer in layers:
+        _up_projection(layer)
+        # past torch.nn.Module's own bookkeeping: it is neither a parameter nor a child
+        layer.__dict__["expand_kv"] = _keep_latents
+
+
+@contextmanager
+def latents_expanded(model: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile the model's layers expand their latents themselves, as transformers' own attention needs them."""
+    layers = [layer for layer in model.modules() if has_latents(layer)]
+    for layer in layers:
+        del layer.__dict__["expand_kv"]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__["expand_kv"] = _keep_latents
+
+
+def has_latents(layer: torch.nn.Module) -> bool:
+    """Whether an attention layer gives its attention function latents and rotary keys for keys and values."""
+    return vars(layer).get("expand_kv") is _keep_latents
+
+
+def latent_attention(
+    module: Any, batch: BatchAttention, query: Tensor, latent: Tensor, rope: Tensor, scale: float | None, **how: Any
+) -> Tensor:
+    """query (1, H, T, N + R), latent (1, 1, T, L), rope (1, 1, T, R) -> (1, T, H, E). how: as attention takes it."""
+    if not isinstance(batch, LocalBatch):
+        raise DistattnError("latent attention is not computed in a pipeline; leave attend_by_latents out.")
+    if asked := [name for name in ("softcap", "sink") if how.pop(name) not in (None, 0.0)]:
+        raise DistattnError(f"latent attention with a {asked[0]} is not computed; leave attend_by_latents out.")
+    q_THD, latent_TL, rope_TR = query.squeeze(0).transpose(0, 1), latent.squeeze((0, 1)), rope.squeeze((0, 1))
+    up_HEL = _up_projection(module).unflatten(0, (q_THD.shape[1], -1))
+    return batch.latent_attention(q_THD, rope_TR, latent_TL, up_HEL, scale, **how)[None]
+
+
+def _keep_latents(latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    return latent, rope
+
+
+def _up_projection(layer: Any) -> Tensor:
+    linear = layer.kv_b_proj
+    if type(linear) is not torch.nn.Linear or linear.bias is not None:
+        raise DistattnError(
+            f"the up-projection of latents is a {type(linear).__name__}, not a plain linear layer without a bias: its weight "
+            "would not be all of it. Leave attend_by_latents out."
+        )
+    weight: Tensor = linear.weight
+    return weight

@@ -1,0 +1,63 @@
+"""The load-balancing loss of mixture-of-experts models, over the tokens of all ranks.
+
+Fedus, Zoph, Shazeer 2021, arXiv 2101.03961, as transformers computes it from a model's `router_logits` (`output_router_logits`):
+E sum_e f_e p_e, with f_e the share of tokens that go to expert e and p_e its mean probability, both over all layers. It is a
+product of two means, so those of one rank's tokens do not add up to it.
+"""
+
+# T tokens on this rank, E experts
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distattn.batch.packed_batch import IGNORE_INDEX
+from distattn.batch.planner import LocalBatch
+from distattn.driver.context_parallel import ContextParallel
+from distattn.ir.errors import DistattnError
+
+# as transformers' causal language models name how many experts there are, how many a token goes to, and the loss's weight
+_NAMES = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+
+
+def router_loss(model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """This rank's share of the router loss, weighted as the model's configuration says; None where the model asks for none.
+
+    output: what the model returned for a sharded batch. Shares and means are over the tokens of the micro-batch on all ranks of
+    the loss group, without padding; micro-batches of a step are weighted by their labels. The result adds up over ranks as
+    their token losses do, and has the batch's loss scale. A collective call of the loss group. Raises DistattnError where the
+    model does not say how many experts it has and how its loss is weighted, or where the batch is one of a pipeline's.
+    """
+    # transformers' models have computed one themselves, of this rank's tokens
+    if getattr(output, "aux_loss", None) is None:
+        return None
+    if missing := [name for name in _NAMES if not hasattr(model, name)]:
+        raise DistattnError(
+            f"the router loss of {type(model).__name__} is not computed, because the model has no {missing[0]}; set "
+            "output_router_logits to False in its config."
+        )
+    local = batch["context_parallel"]
+    ranks = local.planner.ranks if isinstance(local, LocalBatch) else None
+    if not isinstance(ranks, ContextParallel):
+        raise DistattnError(
+            "a router loss needs a batch of ContextParallel.shard; set output_router_logits to False in pipelines."
+        )
+    experts, chosen, weight = (getattr(model, name) for name in _NAMES)
+    tokens, labels = local.own_tokens, (batch["labels"] != IGNORE_INDEX).sum().double()
+    counts_E = torch.zeros(experts, dtype=torch.float64, device=labels.device)
+    probabilities_E = torch.zeros(experts, device=labels.device)
+    for logits in output.router_logits:
+        probability_TE = logits[:tokens].to(labels.device).softmax(-1)
+        indices = probability_TE.detach().topk(chosen, -1).indices.flatten()
+        counts_E.scatter_add_(0, indices, torch.ones_like(indices, dtype=torch.float64))
+        probabilities_E = probabilities_E + probability_TE.float().sum(0)
+    rows = torch.full_like(labels, tokens * len(output.router_logits))
+    own = torch.cat([counts_E, torch.stack([labels, rows])])
+    counts_E, (labels, rows) = ranks.sum_over_loss_group(own, "a router loss").split([experts, 2])
+    rows = rows.clamp(min=1)
+    share = experts * ((counts_E / rows).to(probabilities_E.dtype) * probabilities_E).sum() / rows
+    return share * (weight * batch["loss_scale"] * labels)

@@ -1,0 +1,86 @@
+"""Mixture-of-experts models on several ranks: their router loss is that of one process that has all tokens."""
+
+import sys
+
+import hybrid_models
+import pytest
+import torch
+import torch.nn.functional as F
+from hybrid_models import EXPERTS, batch_of, double_precision, worst
+from processes import run_on_ranks, sum_gradients
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import DogeConfig
+
+import distattn as da
+from distattn.adapters import huggingface, pytorch
+from distattn.memory.tiled_loss import TiledLoss
+
+# what the router loss weighs beside the token losses; large, for errors to be seen
+WEIGHT = 0.7
+# the micro-batches of two replicas
+STEPS = [[[17, 1, 22], [9]], [[12, 4], [30, 3]]]
+CASES = [(name, None) for name in EXPERTS] + [("mixtral", TiledLoss(tile_tokens=8))]
+
+
+def build(name: str) -> torch.nn.Module:
+    asked = {} if name == "glm4_moe" else dict(output_router_logits=True, router_aux_loss_coef=WEIGHT)
+    return hybrid_models.build(name, **asked)
+
+
+def _split(rank: int, replicas: int, ranks: int, cases: list) -> list:
+    mesh = init_device_mesh("cpu", (replicas, ranks), mesh_dim_names=("dp", "cp"))
+    found = []
+    for name, tiled in cases:
+        model = build(name)
+        with double_precision(), pytorch.context_parallel(mesh, strategy="ring", kernel="reference", pad_to=8) as cp:
+            step = [batch_of(lengths) for lengths in STEPS[rank // ranks]]
+            losses = [pytorch.local_loss(model, batch, tiled) for batch in cp.shard_step(step)]
+            torch.stack(losses).sum().backward()
+        sum_gradients(model)
+        found.append((cp.mean_loss(losses), [parameter.grad for parameter in model.parameters()]))
+    return found
+
+
+def in_one_process(model: torch.nn.Module, replicas: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The same of all replicas: token losses over all labels, and transformers' router loss of each round of micro-batches."""
+    router = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    rounds, labels = [], []
+    with huggingface.single_process_attention(model):
+        for index in range(2):
+            tokens, logits = [], []
+            for batch in (batch_of(STEPS[replica][index]) for replica in range(replicas)):
+                for ids in batch["input_ids"].split(batch["document_lengths"], 1):
+                    out = model(ids, use_cache=False)
+                    tokens.append(F.cross_entropy(out.logits[0, :-1], ids[0, 1:], reduction="sum"))
+                    logits.append(getattr(out, "router_logits", None))
+            labels.append(sum(sum(STEPS[replica][index]) - len(STEPS[replica][index]) for replica in range(replicas)))
+            extra = 0.0
+            if logits[0] is not None:
+                of_layers = tuple(torch.cat(layer) for layer in zip(*logits, strict=True))
+                extra = WEIGHT * router(of_layers, model.num_experts, model.num_experts_per_tok)
+            rounds.append((torch.stack(tokens).sum(), extra))
+    loss = sum(tokens + number * extra for (tokens, extra), number in zip(rounds, labels, strict=True)) / sum(labels)
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(("replicas", "ranks"), [(1, 2), (2, 2)])
+def test_loss_and_gradients_are_those_of_one_process(replicas, ranks):
+    cases = CASES if replicas == 1 else CASES[1:2]
+    found = run_on_ranks(replicas * ranks, _split, replicas, ranks, cases)[-1]
+    for (name, _), (total, gradients) in zip(cases, found, strict=True):
+        model = build(name)
+        with double_precision():
+            loss, wanted = in_one_process(model, replicas)
+        error = max(abs(total - float(loss)) / float(loss), worst(gradients, wanted))
+        assert error < 1e-10, f"{name}: {error}"
+
+
+def test_a_router_loss_of_another_kind_is_refused():
+    with pytest.raises(da.DistattnError, match="router loss of doge models"):
+        huggingface.check_config(DogeConfig(output_router_logits=True))
+    model = build("mixtral")
+    del model.router_aux_loss_coef
+    batch = da.ContextParallel(strategy="ring", kernel="reference").shard(batch_of([9]))
+    with pytest.raises(da.DistattnError, match="MixtralForCausalLM is not computed.* no router_aux_loss_coef"):
+        pytorch.local_loss(model, batch)
