@@ -156,6 +156,11 @@ def mask_pattern(
     return MaskPattern(local_size)
 
 
+def mixes_outside_attention(config: Any) -> bool:
+    """Whether a model has layers that read other tokens by a recurrence or a convolution."""
+    return any(kind in _MIXING for kind in getattr(config, "layer_types", None) or ())
+
+
 def check_config(config: Any) -> None:
     """Raise DistattnError, naming it, where a model has what would be wrong on sharded sequences."""
     computed = _ATTENTION + _BY_TOKEN + (_MIXING if folder_of(type(config).__module__) in MODELS else ())

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distattn.adapters.huggingface_modules import folder_of
 from distattn.batch.planner import BatchAttention, LocalBatch
@@ -71,7 +72,13 @@ def latent_attention(
     if asked := [name for name in ("softcap", "sink") if how.pop(name) not in (None, 0.0)]:
         raise DistattnError(f"latent attention with a {asked[0]} is not computed; leave attend_by_latents out.")
     q_THD, latent_TL, rope_TR = query.squeeze(0).transpose(0, 1), latent.squeeze((0, 1)), rope.squeeze((0, 1))
-    up_HEL = _up_projection(module).unflatten(0, (q_THD.shape[1], -1))
+    up = _up_projection(module)
+    if isinstance(up, DTensor) or up.dim() != 2:
+        raise DistattnError(
+            "the up-projection of latents is sharded apart from its attention layer; shard whole layers, or leave "
+            "attend_by_latents out."
+        )
+    up_HEL = up.unflatten(0, (q_THD.shape[1], -1))
     return batch.latent_attention(q_THD, rope_TR, latent_TL, up_HEL, scale, **how)[None]
 
 

@@ -93,6 +93,10 @@ def memory_of_config(
     # positions need no memory
     context = max(max(map(sum, packs)), config.data.max_document_tokens)
     shape = configured_model(config, vocabulary, context)
+    if huggingface.mixes_outside_attention(shape):
+        raise DistattnError(
+            f"memory is counted of models with attention only; {shape.model_type} has recurrent layers or convolutions, too."
+        )
     return memory_of_run(
         partial(meta_model, shape, dtype=getattr(torch, config.model.dtype)),
         PlanSettings.of_config(config).plan(*packs),

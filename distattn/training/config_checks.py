@@ -167,6 +167,7 @@ def _engine_problems(config: Config) -> Iterator[str]:
     of_engines = {
         "parallel.tensor_parallel_size": (parallel.tensor_parallel_size, 1, ("megatron",)),
         "parallel.pipeline_parallel_size": (parallel.pipeline_parallel_size, 1, ("megatron",)),
+        "parallel.latents": (parallel.latents, False, ("fsdp2", "deepspeed")),
         "engine.shard_size": (engine.shard_size, 0, ("fsdp2",)),
         "engine.zero_stage": (engine.zero_stage, EngineConfig().zero_stage, ("deepspeed",)),
         "engine.compile": (engine.compile, False, ("fsdp2",)),

@@ -5,7 +5,8 @@
 
 P are the parameters that multiply a token: all matrices, the output layer's among them, without the embedding that is looked up,
 and of routed experts those that a token visits. A are the cells of the score matrix that the mask allows: l x (l + 1) / 2 for
-each document of l tokens, and fewer in layers with a window. A multiplication and an addition are two operations; backward costs
+each document of l tokens, fewer in layers with a window, and none in layers without attention, whose recurrences and
+convolutions do not count. A multiplication and an addition are two operations; backward costs
 twice what forward does. Activations that are computed again do not count, and neither do norms, rotations and the softmax.
 """
 
@@ -27,6 +28,8 @@ _PER_PARAMETER = 6
 # what transformers calls stacked experts, of which each token visits a few
 _EXPERTS = "experts"
 _CAUSAL = "causal"
+# kinds of layers, as transformers' configurations name them
+_WITHOUT_ATTENTION = ("linear_attention", "conv", "mlp", "moe")
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,16 @@ class ModelFlops:
                 f"{type(model).__name__} has no config with num_attention_heads: its FLOPs are not known."
             )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if hasattr(config, "qk_nope_head_dim"):
+            # latent attention; transformers' head_dim is its rotary part alone
+            head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         value_dim = getattr(config, "v_head_dim", None) or head_dim
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         window = getattr(config, "sliding_window", None)
         layers: Counter[int | None] = Counter()
         for kind in kinds:
-            layers[window if kind == "sliding_attention" else None] += heads * (head_dim + value_dim)
+            if kind not in _WITHOUT_ATTENTION:
+                layers[window if kind == "sliding_attention" else None] += heads * (head_dim + value_dim)
         return cls(_multiplied(model, config), tuple(layers.items()))
 
     def of_documents(self, lengths: Sequence[int]) -> float:
@@ -86,7 +93,8 @@ def _multiplied(model: torch.nn.Module, config: Any) -> float:
     if output is not None:
         # tied to the embedding, it multiplies all the same
         looked_up -= {id(one) for one in output.parameters()}
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((number for name in names if (number := getattr(config, name, None))), 1)
     visited = getattr(config, "num_experts_per_tok", None) or experts
     total = 0.0
     for name, parameter in model.named_parameters():

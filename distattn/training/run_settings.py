@@ -38,6 +38,11 @@ def configured_model(config: Config, vocabulary: int, context: int) -> Any:
                 f"reference_check.steps: the reference computes one document at a time, and so scales the model's {kind} RoPE by "
                 "another length than that of a pack's longest document; set it to 0."
             )
+        if config.reference_check.steps and getattr(shape, "output_router_logits", False):
+            raise DistattnError(
+                f"reference_check.steps: the replay in plain transformers has no router loss, which {model.path} asks for "
+                "(output_router_logits); set it to 0."
+            )
         return shape
     return llama_config(
         num_layers=model.num_layers,
@@ -97,6 +102,8 @@ def memory_settings(config: Config) -> MemorySettings:
 
 def prepare_layers(model: Any, config: Config) -> None:
     """Have a transformers model's layers compiled, computed in tiles and again, as the run file says; before they are sharded."""
+    if config.parallel.latents:
+        huggingface.attend_by_latents(model)
     memory, layers = memory_settings(config), list(model.get_decoder().layers)
     if config.engine.compile and memory.offload:
         # copies to the host are not compiled

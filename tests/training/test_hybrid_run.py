@@ -1,0 +1,80 @@
+"""Runs of models with recurrent layers, latents and experts, beside plain transformers, one document at a time."""
+
+import dataclasses
+from pathlib import Path
+
+import hybrid_models
+import pytest
+import torch
+from processes import run_on_ranks
+
+from distattn.ir.errors import DistattnError
+from distattn.training import reference_replay
+from distattn.training.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReferenceCheckConfig,
+    RunConfig,
+    TrainConfig,
+)
+from distattn.training.config_checks import problems_of
+from distattn.training.loop import train
+from distattn.training.model_flops import ModelFlops
+from distattn.training.reference_check import compare_with_reference, write_initial_weights
+from distattn.training.run_data import find_text, write_text
+from distattn.training.run_folder import RunFolder
+from distattn.training.run_settings import configured_model
+
+# bytes, and what begins and ends a document
+VOCABULARY = 258
+
+
+def config_of(texts: Path, folder: Path, name: str, **changes: object) -> Config:
+    hybrid_models.config(name, vocab_size=VOCABULARY, **changes).save_pretrained(folder / name)
+    latents = name in hybrid_models.LATENT
+    # PyTorch's CPU kernel wants keys as wide as values
+    parallel = ParallelConfig(ranks=2, latents=latents, kernel="reference" if latents else "cpu")
+    return Config(
+        run=RunConfig(folder=str(folder / "run"), seed=3),
+        data=DataConfig(path=str(texts), tokens_per_step=192, max_document_tokens=100),
+        model=ModelConfig(path=str(folder / name), dtype="float32"),
+        parallel=parallel,
+        train=TrainConfig(steps=3),
+        reference_check=ReferenceCheckConfig(steps=3),
+    )
+
+
+def _train(rank: int, folder: Path, config: Config) -> None:
+    train(RunFolder(folder), config, True, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "deepseek_v3", "nemotron_h"])
+def test_a_run_has_the_curve_of_plain_transformers(texts, tmp_path, name):
+    config = config_of(texts, tmp_path, name)
+    assert not problems_of(config)
+    run = RunFolder.create(config)
+    write_text(run, config, find_text(config))
+    run_on_ranks(2, _train, run.folder, config)
+    write_initial_weights(run, config)
+    reference_replay.main(run.folder)
+    verdict = compare_with_reference(run, config)
+    assert verdict["passed"], verdict
+
+
+def test_what_a_run_does_not_do_is_refused_by_name(texts, tmp_path):
+    config = config_of(texts, tmp_path, "mixtral", output_router_logits=True)
+    with pytest.raises(
+        DistattnError, match="reference_check.steps: the replay in plain transformers has no router loss"
+    ):
+        configured_model(config, VOCABULARY, 100)
+    megatron = dataclasses.replace(config, engine=dataclasses.replace(config.engine, name="megatron"))
+    megatron = dataclasses.replace(megatron, parallel=ParallelConfig(ranks=2, latents=True))
+    assert any(problem.startswith("parallel.latents: engine megatron") for problem in problems_of(megatron))
+
+
+def test_layers_without_attention_have_no_score_matrix_and_latent_keys_all_their_width():
+    assert ModelFlops.of_model(hybrid_models.build("nemotron_h")).layers == ((None, 4 * (8 + 8)),)
+    # two layers of keys of 8 + 4 and values of 6 numbers
+    assert ModelFlops.of_model(hybrid_models.build("deepseek_v3")).layers == ((None, 2 * 4 * (12 + 6)),)
