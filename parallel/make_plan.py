@@ -41,9 +41,11 @@ class Strategy:
     by_direction: the function takes direction="backward" as well, for tasks that are assigned by what they cost there.
     choose_by: "bytes" takes the candidate that moves fewest. "seconds" simulates them on a described cluster: the first is
     what was asked for, the second moves nothing but what it must, and the others, which lie between the two, are made only
-    where the first is not faster than the second. Elsewhere the first is taken. "all seconds" simulates all of them.
+    where the first is not faster than the second. Elsewhere the first is taken.
     own_backward: candidates for direction="backward" are backward tables themselves; nothing is derived from the forward. The
-    function takes working_layout, too.
+    function takes working_layout, too, and `seconds`: of a table of that direction, simulated, or None where speeds are not
+    known.
+    recurrent, others: whether it plans recurrences, and all other ops.
     """
 
     forward: Callable[..., Iterable[Table]]
@@ -52,6 +54,8 @@ class Strategy:
     by_direction: bool = False
     choose_by: str = "bytes"
     own_backward: bool = False
+    recurrent: bool = False
+    others: bool = True
 
     @property
     def option_names(self) -> list[str]:
@@ -81,28 +85,28 @@ class Strategy:
         if self.by_direction:
             arguments["direction"] = direction
         if self.own_backward:
-            arguments["working_layout"] = working_layout
+            arguments |= {"working_layout": working_layout, "seconds": _seconds_of_tables(call, cluster, direction)}
         return self.forward(call, cluster, **arguments)
 
 
-STRATEGIES: Mapping[str, Strategy] = {
+_ALL_STRATEGIES: Mapping[str, Strategy] = {
+    "scan": Strategy(scan, "keep", ScanOptions, by_direction=True, own_backward=True, recurrent=True, others=False),
     "ring": Strategy(ring, "refetch-follow", RingOptions),
     "double_ring": Strategy(double_ring, "refetch-follow", DoubleRingOptions),
     "allgather": Strategy(allgather, "refetch-home"),
-    "ulysses": Strategy(ulysses, "keep"),
+    "ulysses": Strategy(ulysses, "keep", recurrent=True),
     "usp": Strategy(usp, "refetch-follow", UspOptions),
     "cad": Strategy(cad, "refetch-home", CadOptions, by_direction=True, choose_by="seconds"),
     "cad_greedy": Strategy(cad_greedy, "refetch-home", CadGreedyOptions),
-}
-RECURRENT_STRATEGIES: Mapping[str, Strategy] = {
-    "scan": Strategy(scan, "keep", ScanOptions, by_direction=True, choose_by="all seconds", own_backward=True),
-    "ulysses": Strategy(ulysses, "keep"),
 }
 
 
 def strategies_of(op: Op) -> Mapping[str, Strategy]:
     """The strategies that plan an op, by name."""
-    return RECURRENT_STRATEGIES if op.is_recurrent else STRATEGIES
+    return {name: one for name, one in _ALL_STRATEGIES.items() if (one.recurrent if op.is_recurrent else one.others)}
+
+
+STRATEGIES: Mapping[str, Strategy] = strategies_of(ATTENTION)
 
 
 @checked
@@ -137,7 +141,7 @@ def make_plan(
 
     op: what is computed, an Op or its name: "attention", or a recurrence ("gated_delta_rule", "ssd", "gla", ...; see
     `distattn.ir.op`). Then heads are those of values and states, kv_heads those of queries and keys, head_dim and v_head_dim the
-    sides of a state; strategies are RECURRENT_STRATEGIES.
+    sides of a state; strategies are those of `strategies_of(op)`.
 
     Candidates of a strategy are chosen between by bytes or by simulated seconds (see `Strategy`), forward and backward each
     (together where the backward keeps what it received). Raises DistattnError when the call cannot be planned as asked, and
@@ -161,8 +165,6 @@ def make_plan(
         found = chosen.candidates(working, cluster, options or {}, direction, working_layout)
         if chosen.choose_by == "seconds":
             return [_fastest(working, cluster, found, direction, policy)]
-        if chosen.choose_by == "all seconds":
-            return [_fastest_of_all(working, cluster, found, direction)]
         return list(found)
 
     def planned(
@@ -263,18 +265,16 @@ def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table]
     return best
 
 
-def _fastest_of_all(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table], direction: str) -> Table:
-    """The candidate of least simulated seconds, or the first where nothing is known of speeds."""
+def _seconds_of_tables(call: Call, cluster: AnyCluster | None, direction: str) -> Callable[[Table], float] | None:
+    """Simulated seconds of tables of one direction; None where nothing is known of speeds."""
     if not isinstance(cluster, ClusterSpec):
-        return next(iter(candidates))
+        return None
     spec = cluster
-    return min(
-        map(_without_idle_steps, candidates), key=lambda table: simulate_pass(call, spec, direction, table).seconds
-    )
+    return lambda table: simulate_pass(call, spec, direction, _without_idle_steps(table)).seconds
 
 
 def _without_idle_steps(table: Table) -> Table:
     """The same table, numbered without the steps in which no rank does anything."""
     busy = sorted_unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
     rows = [{**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves)]
-    return Table(*rows)
+    return Table(*rows, table.label)

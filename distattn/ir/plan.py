@@ -90,21 +90,28 @@ def num_rows(rows: Columns) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Tasks and moves of one direction, sorted by all columns in declared order; int64 columns by name."""
+    """Tasks and moves of one direction, sorted by all columns in declared order; int64 columns by name.
+
+    label: what a strategy says of how it chose them. Nothing depends on it.
+    """
 
     tasks: Columns
     moves: Columns
+    label: str = ""
 
     def __post_init__(self) -> None:
         for name, names in (("tasks", TASK_COLUMNS), ("moves", MOVE_COLUMNS)):
             object.__setattr__(self, name, _canonical(names, getattr(self, name)))
 
     @staticmethod
-    def from_rows(tasks: Sequence[Sequence[int]], moves: Sequence[Sequence[int]] = ()) -> Table:
-        """A table written by hand: rows in the order of `TASK_COLUMNS` and `MOVE_COLUMNS`."""
+    def from_rows(
+        tasks: Sequence[Sequence[int]] | Ints, moves: Sequence[Sequence[int]] | Ints = (), label: str = ""
+    ) -> Table:
+        """A table of rows, as one writes by hand: values in the order of `TASK_COLUMNS` and `MOVE_COLUMNS`."""
         task_rows = np.array(tasks, np.int64).reshape(-1, len(TASK_COLUMNS)).T
         move_rows = np.array(moves, np.int64).reshape(-1, len(MOVE_COLUMNS)).T
-        return Table(dict(zip(TASK_COLUMNS, task_rows, strict=True)), dict(zip(MOVE_COLUMNS, move_rows, strict=True)))
+        named = dict(zip(TASK_COLUMNS, task_rows, strict=True)), dict(zip(MOVE_COLUMNS, move_rows, strict=True))
+        return Table(*named, label)
 
     @cached_property
     def steps(self) -> int:
@@ -304,7 +311,10 @@ class Plan:
         for direction, table in (("forward", self.forward), ("backward", self.backward)):
             for kind, rows in (("tasks", table.tasks), ("moves", table.moves)):
                 arrays |= {f"{direction}.{kind}.{name}": column for name, column in rows.items()}
-        head = {"format": _FORMAT, "strategy": self.strategy, "digest": self.digest} | self._shape()
+        labels = {
+            name: table.label for name, table in (("forward", self.forward), ("backward", self.backward)) if table.label
+        }
+        head = {"format": _FORMAT, "strategy": self.strategy, "digest": self.digest, "labels": labels} | self._shape()
         header = np.frombuffer(json.dumps(head, sort_keys=True).encode(), np.uint8)
         with open(path, "wb") as file:
             np.savez(file, allow_pickle=False, header=header, **{k: v.astype("<i8") for k, v in arrays.items()})
@@ -442,6 +452,7 @@ def _unpack(head: dict, arrays: dict[str, Ints]) -> Plan:
         return Table(
             {name: arrays[f"{direction}.tasks.{name}"] for name in TASK_COLUMNS},
             {name: arrays[f"{direction}.moves.{name}"] for name in MOVE_COLUMNS},
+            str(head.get("labels", {}).get(direction, "")),
         )
 
     lengths = np.diff(arrays["layout.ends"], prepend=0)

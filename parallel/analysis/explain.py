@@ -74,6 +74,7 @@ class Explanation:
             "dtype": call.dtype,
             "max_over_mean": _max_over_mean(area),
             "steps": {"forward": self.plan.forward.steps, "backward": self.plan.backward.steps},
+            "schedules": {"forward": self.plan.forward.label, "backward": self.plan.backward.label},
             "bytes_by_payload": {p.name: int(moved["bytes"][moved["payload"] == p].sum()) for p in payloads},
             "nodes": self.cluster.nodes,
             "quality": quality.as_dict(quality.quality(self.plan, self.cluster)),
@@ -193,12 +194,14 @@ def _step_table(plan: Plan, direction: str, table: Table) -> str:
     work = task_areas(plan.call, table.tasks)
     rows = [[direction, "tasks", _work_unit(plan.call), "moves", "bytes"]]
     payloads = ["payloads"]
+    schedules = [f"{direction} schedules: {table.label}"] if table.label else []
     for step in range(table.steps):
         tasks, moves = table.tasks["step"] == step, select_rows(table.moves, table.moves["step"] == step)
         size = readable_bytes(int(move_bytes(plan.call, moves).sum()))
         rows.append([f"step {step}", f"{tasks.sum():,d}", f"{work[tasks].sum():,d}", f"{num_rows(moves):,d}", size])
         payloads.append(", ".join(Payload(p).name for p in np.unique(moves["payload"])))
-    return "\n".join(f"{line}   {names}".rstrip() for line, names in zip(aligned(rows), payloads, strict=True))
+    steps = [f"{line}   {names}".rstrip() for line, names in zip(aligned(rows), payloads, strict=True)]
+    return "\n".join([*schedules, *steps])
 
 
 def draw_score_matrix(plan: Plan) -> bytes:

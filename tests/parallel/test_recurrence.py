@@ -10,7 +10,7 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import OPS
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.strategies.scan import SCHEDULES
+from distattn.parallel.strategies.scan_schedules import SCHEDULES
 
 LENGTHS = (1, 7, 129, 63)
 

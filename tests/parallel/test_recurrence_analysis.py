@@ -12,7 +12,7 @@ from distattn.parallel.analysis.lower_bounds import lower_bound, plan_traffic
 from distattn.parallel.analysis.quality import quality
 from distattn.parallel.analysis.simulate import simulate
 from distattn.parallel.make_plan import make_plan
-from distattn.parallel.strategies.scan import SCHEDULES
+from distattn.parallel.strategies.scan_schedules import SCHEDULES
 
 H100 = load("h100-1x8")
 
@@ -43,6 +43,33 @@ def test_the_fastest_schedule_is_chosen_where_speeds_are_known():
     assert milliseconds(plan_of(cluster=H100)) <= fastest
     # without them, by heads
     assert plan_of().digest == plan_of(schedule="by_heads").digest
+
+
+def test_documents_have_schedules_of_their_own_and_together_are_never_slower_than_any_one_schedule():
+    rng = np.random.default_rng(5)
+    cluster, faster = load("h100-2x4"), 0
+    singles = [{"schedule": name, "state_first": first} for name in SCHEDULES for first in (False, True)]
+    singles += [{"schedule": "in_turn", "head_groups": 8}]
+    for layout in ("contiguous", "zigzag", "balanced"):
+        lengths = tuple(int(length) for length in 1 + rng.lognormal(8.0, 1.6, 9))
+        mixed = simulate(plan_of(8, lengths, layout, cluster), cluster)
+        alone = [simulate(plan_of(8, lengths, layout, cluster, **options), cluster) for options in singles]
+        for direction in ("forward", "backward"):
+            fastest = min(getattr(one, direction).seconds for one in alone)
+            found = getattr(mixed, direction).seconds
+            assert found <= fastest, (layout, lengths)
+            faster += found < 0.99 * fastest
+    assert faster
+    # who does what is shown, and saved with the plan
+    label = mixed.plan.forward.label
+    assert ";" in label and f"forward schedules: {label}" in str(explain(mixed.plan))
+    assert explain(mixed.plan).as_dict()["schedules"]["forward"] == label
+
+
+def test_a_saved_plan_knows_its_schedules(tmp_path):
+    plan = plan_of(4, (40, 60), schedule="gathered")
+    plan.save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").forward.label == plan.forward.label == "gathered"
 
 
 def test_an_explanation_speaks_of_tokens_and_states():

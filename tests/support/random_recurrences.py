@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,16 +14,8 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import OPS
 from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Plan, Table, has_rows_and_keys, num_rows, select_rows
-from distattn.parallel.strategies.scan import (
-    SCHEDULES,
-    Chain,
-    ScanOptions,
-    Schedule,
-    Stretch,
-    _schedule,
-    layout_chains,
-    scan_table,
-)
+from distattn.parallel.strategies.scan_schedules import LAST_STEP, SCHEDULES, Chain, Schedule, Stretch
+from distattn.parallel.strategies.scan_tables import chain_rows, layout_chains, table_of_rows
 
 KEY_DIM, VALUE_DIM = 3, 4
 
@@ -71,7 +64,7 @@ def random_recurrent_plan(rng: random.Random) -> RandomPlan:
     }[where]()
     name = rng.choice([*SCHEDULES, "mixed"])
     chosen = [_one(rng, rng.choice(list(SCHEDULES)) if name == "mixed" else name) for _ in chains]
-    tables = {direction: scan_table(call, chains, chosen, direction) for direction in ("forward", "backward")}
+    tables = {direction: table_of(call, chains, chosen, direction) for direction in ("forward", "backward")}
     if rng.random() < 0.3:
         tables, name = _split(tables, rng), f"{name}, split"
     return RandomPlan(Plan(call, **tables, policy="keep"), f"{op.name} {where} {name}")
@@ -136,7 +129,14 @@ def _changed(plan: Plan, rng: random.Random) -> Plan | None:
 
 
 def _one(rng: random.Random, name: str) -> Schedule:
-    return _schedule(ScanOptions(name, state_first=rng.random() < 0.5))
+    first_whole = rng.choice([0, 1, 2, LAST_STEP])
+    return SCHEDULES[name] if name == "in_turn" else partial(SCHEDULES[name], first_whole=first_whole)
+
+
+def table_of(call: Call, chains: list[Chain], schedules: list[Schedule], direction: str) -> Table:
+    """Of chains, each by its schedule."""
+    each = zip(chains, schedules, strict=True)
+    return table_of_rows(call, [chain_rows(*one, call.ranks, direction) for one in each], direction)
 
 
 def _by_heads(call: Call) -> list[Chain]:
@@ -216,7 +216,7 @@ def attacked(rng: random.Random) -> tuple[Plan, str] | None:
         wrong = [*chains[:i], both, *chains[i + 2 :]]
         start, end, begin = two.t0, two.t1, one.t0 if how == "documents joined" else two.t0
     right, other = (
-        [scan_table(call, some, schedule, direction) for direction in ("forward", "backward")]
+        [table_of(call, some, [schedule] * len(some), direction) for direction in ("forward", "backward")]
         for some in (chains, wrong)
     )
     if how in ("state lost", "documents joined"):
