@@ -81,6 +81,19 @@ def recurrence_seconds(
     return tokens * heads * np.where(whole, of_whole, of_state) / (best * _RECURRENCE_SPEED)
 
 
+def expansion_seconds(
+    cluster: ClusterSpec, direction: str, latent_dim: int, widths: int, tokens_x_heads: Ints, kept: bool = False
+) -> Numbers:
+    """Estimated seconds in which latents become keys and values, `widths` numbers a head, (M,).
+
+    Products of matrices at the speed of attention's on long sequences. The backward pass has two, for gradients of latents and of
+    weights, and one to expand them again unless what was expanded is kept.
+    """
+    best = max(row.tflops for row in cluster.attention if row.direction == "forward") * _TERA
+    products = 1 if direction == "forward" else 2 if kept else 3
+    return tokens_x_heads * (2.0 * products * latent_dim * widths / best)
+
+
 def overhead_keys(cluster: ClusterSpec, direction: str, head_dim: int) -> int:
     """Keys' worth of time that a row costs besides its keys; it is what makes short documents slow.
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Timeline as Timeline
     from distattn.parallel.analysis.verify import Proof as Proof
     from distattn.parallel.analysis.verify import verify as verify
+    from distattn.parallel.latent_plan import make_latent_plan as make_latent_plan
     from distattn.parallel.make_plan import make_plan as make_plan
 
 _HOME = {
@@ -71,6 +72,7 @@ _HOME = {
     "explain": "distattn.parallel.analysis.explain",
     "latent_attention": "distattn.ops.latent",
     "latent_op": "distattn.ir.op",
+    "make_latent_plan": "distattn.parallel.latent_plan",
     "make_plan": "distattn.parallel.make_plan",
     "prepare": "distattn.ops.executable",
     "quality": "distattn.parallel.analysis.quality",

@@ -49,7 +49,8 @@ class LatentKernel:
         self, q_THD: Tensor, rope_S1R: Tensor, latent_S1L: Tensor, schedule: Any, score: LatentScore
     ) -> tuple[Tensor, Tensor]:
         """(o_THE, lse_TH)."""
-        return self.inner.forward(q_THD, *_expanded(rope_S1R, latent_S1L, score), schedule, score.score)
+        keys, values = expanded(rope_S1R[:, 0], latent_S1L[:, 0], score.up, score.key_dim)
+        return self.inner.forward(q_THD, keys, values, schedule, score.score)
 
     def backward(
         self,
@@ -63,7 +64,7 @@ class LatentKernel:
         score: LatentScore,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq_THD, drope_S1R, dlatent_S1L); adds to the gradient of the weights."""
-        keys, values = _expanded(rope_S1R, latent_S1L, score)
+        keys, values = expanded(rope_S1R[:, 0], latent_S1L[:, 0], score.up, score.key_dim)
         dq, dk, dv = self.inner.backward(do_THE, q_THD, keys, values, lse_TH, delta_TH, schedule, score.score)
         wide = dk.dtype
         # gradients of what the weights have made, (S, H, N + E)
@@ -74,8 +75,8 @@ class LatentKernel:
         return dq, dk[..., score.key_dim :].sum(1, keepdim=True), dlatent[:, None]
 
 
-def _expanded(rope_S1R: Tensor, latent_S1L: Tensor, score: LatentScore) -> tuple[Tensor, Tensor]:
-    """(keys_SHD, values_SHE), as a projection in the inputs' dtype makes them."""
-    made = torch.einsum("sl,hel->she", latent_S1L[:, 0], score.up)
-    rope_SHR = rope_S1R.expand(-1, len(score.up), -1)
-    return torch.cat([made[..., : score.key_dim], rope_SHR], -1), made[..., score.key_dim :].contiguous()
+def expanded(rope_SR: Tensor, latent_SL: Tensor, up_HEL: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
+    """(keys_SHD, values_SHE), as a projection in the inputs' dtype makes them; key_dim: N, without the rotary part."""
+    made = torch.einsum("sl,hel->she", latent_SL, up_HEL)
+    rope_SHR = rope_SR[:, None].expand(-1, len(up_HEL), -1)
+    return torch.cat([made[..., :key_dim], rope_SHR], -1), made[..., key_dim:].contiguous()

@@ -39,8 +39,9 @@ from distattn.ops.executable import (
     kernel_requirements,
 )
 from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, kernel_trials
-from distattn.ops.latent import latent_attention
+from distattn.ops.latent import latent_attention, latent_kernel
 from distattn.ops.recurrence import recurrence
+from distattn.parallel.latent_plan import make_latent_plan
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.parallel.runtime.transport import Transport
 
@@ -204,6 +205,8 @@ class Planner:
         config, plan = self.config, self.plan_of(batch, shape)
         # the kernel that is asked for is one of attention
         kernel = config.kernel if shape.op.kind in ("attention", "latent_attention") else None
+        if shape.op.kind == "latent_attention" and kernel in (None, AUTO):
+            kernel = latent_kernel(plan.call, device)
         ranked = self._ranked.get(self._trial_of(shape, device))
         if ranked is not None:
             kernel = first_that_serves(ranked, kernel_requirements(plan.call, device, shape.modifiers))
@@ -266,6 +269,10 @@ class Planner:
         of_layer = shape._asdict()
         del of_layer["window"], of_layer["override"], of_layer["modifiers"]
         how |= dict(comm_dtype=config.comm_dtype, cluster=config.cluster, max_buffer_bytes=config.max_buffer_bytes)
+        if shape.op.kind == "latent_attention":
+            del of_layer["op"], of_layer["kv_heads"]
+            how |= dict(rotary_dim=shape.op.rotary_dim, latent_dim=shape.op.latent_dim)
+            return make_latent_plan(mask, layout, **how, **of_layer)
         return make_plan(mask, layout, **how, **of_layer)
 
 

@@ -1,4 +1,4 @@
-"""`latent_attention`: multi-head latent attention (DeepSeek's MLA) by a plan: latents move, keys and values do not."""
+"""`latent_attention`: multi-head latent attention (DeepSeek's MLA) by a plan: latents move, or keys and values of them do."""
 
 # T tokens on this rank, H query heads, N key dim without the rotary part, R rotary dim, D = N + R, L latent dim, E value head dim
 
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
-from distattn.ir.plan import Plan
+from distattn.ir.op import ATTENTION, latent_op
+from distattn.ir.plan import Call, Plan
 from distattn.kernels.glue import row_products
-from distattn.kernels.latent import LatentKernel, LatentScore
+from distattn.kernels.latent import LatentKernel, LatentScore, expanded
 from distattn.kernels.merge import accumulation_dtype
-from distattn.kernels.registry import Kernel
+from distattn.kernels.registry import Kernel, choose_kernel
 from distattn.kernels.spec import ScoreMod
-from distattn.ops.attention import autocast_inputs, interleaved_batch
-from distattn.ops.executable import EXECUTABLES, Executable, prepare
+from distattn.ops.attention import attention, autocast_inputs, interleaved_batch
+from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements, prepare
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.execute import run_to_completion
 
@@ -44,8 +45,9 @@ def latent_attention(
     of the up-projection (`kv_b_proj.weight.view(H, N + E, L)`), the same on all ranks; its gradient is this rank's share, to be
     summed over ranks like any parameter's. The result o_THE has q's dtype. scale defaults to (N + R) ** -0.5.
 
-    plan: of op `distattn.latent_op(R, L)` with kv_heads=1, head_dim=N + R and v_head_dim=E. Raises PlanError when
-    the plan cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
+    plan: what `make_latent_plan` returned: of op `distattn.latent_op(R, L)` with kv_heads=1, head_dim=N + R and v_head_dim=E,
+    or of attention with kv_heads=H: then each rank expands its own latents, and keys and values move. Raises PlanError when the
+    plan cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
     """
     if isinstance(plan, Executable) and (group is not None or kernel is not None):
         raise DistattnError("an executable knows its group and kernel; give them to prepare instead.")
@@ -54,8 +56,15 @@ def latent_attention(
             "latent attention cannot take turns with other micro-batches yet; leave OverlapSchedule out."
         )
     q_THD, rope_TR, latent_TL, up_HEL = autocast_inputs(q_THD, rope_TR, latent_TL, up_HEL)
-    executable = plan if isinstance(plan, Executable) else prepare(plan, group, kernel=kernel, device=q_THD.device)
+    if isinstance(plan, Executable):
+        executable = plan
+    else:
+        kernel = latent_kernel(plan.call, q_THD.device) if kernel is None else kernel
+        executable = prepare(plan, group, kernel=kernel, device=q_THD.device)
     _check_inputs(executable, q_THD, rope_TR, latent_TL, up_HEL)
+    if executable.program.call.op == ATTENTION:
+        key_dim = q_THD.shape[2] - rope_TR.shape[1]
+        return cast(Tensor, attention(q_THD, *expanded(rope_TR, latent_TL, up_HEL, key_dim), executable, scale=scale))
     scale = 1.0 / math.sqrt(q_THD.shape[-1]) if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale is a positive number, not {scale}.")
@@ -64,16 +73,27 @@ def latent_attention(
     return cast(Tensor, o_THE)
 
 
+def latent_kernel(call: Call, device: torch.device) -> str:
+    """The name of the default kernel for either plan of latent attention; not every one takes keys wider than values."""
+    return choose_kernel(None, kernel_requirements(call, device)._replace(op=latent_op(1, 1)))
+
+
 def _check_inputs(executable: Executable, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor) -> None:
     program = executable.program
     call, op, tokens = program.call, program.call.op, program.tokens
-    if op.kind != "latent_attention":
-        raise DistattnError(f"the plan is of {op.name}, not of latent attention; make_plan takes op=latent_op(R, L).")
+    rotary, width = op.rotary_dim, op.latent_dim
+    if op == ATTENTION and call.kv_heads == call.heads:
+        # any that fit each other: keys and values are made before the call
+        rotary, width = min(rope.shape[-1], call.head_dim - 1), latent.shape[-1]
+    elif op.kind != "latent_attention":
+        raise DistattnError(
+            f"the plan is of {op.name}, not of latent attention; make_plan takes op=latent_op(R, L), or see make_latent_plan."
+        )
     wanted = {
         "q": (q, (tokens, call.heads, call.head_dim)),
-        "rope": (rope, (tokens, op.rotary_dim)),
-        "latent": (latent, (tokens, op.latent_dim)),
-        "up": (up, (call.heads, call.head_dim - op.rotary_dim + call.v_head_dim, op.latent_dim)),
+        "rope": (rope, (tokens, rotary)),
+        "latent": (latent, (tokens, width)),
+        "up": (up, (call.heads, call.head_dim - rotary + call.v_head_dim, width)),
     }
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:

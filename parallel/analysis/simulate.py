@@ -18,6 +18,7 @@ import numpy as np
 from distattn.cluster.cost import (
     attention_speed,
     copy_seconds,
+    expansion_seconds,
     flops_per_cell,
     launch_seconds,
     message_seconds,
@@ -28,6 +29,7 @@ from distattn.cluster.cost import (
 from distattn.cluster.spec import DIRECTIONS, AnyCluster, ClusterSpec, resolve_cluster
 from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import expand_ranges, merge_intervals, sorted_unique
 from distattn.ir.plan import (
     DTYPE_BYTES,
     REDUCED_PAYLOADS,
@@ -64,6 +66,11 @@ def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None =
         raise DistattnError("the proof is of another plan.")
     passes = [simulate_pass(plan.call, spec, name, getattr(plan, name)) for name in DIRECTIONS]
     return Timeline(plan, spec, proof, *passes)
+
+
+def simulated_seconds(plan: Plan, cluster: ClusterSpec) -> float:
+    """Seconds of a plan, forward and backward, simulated to choose between plans: it need not be proven yet."""
+    return sum(simulate_pass(plan.call, cluster, name, getattr(plan, name)).seconds for name in DIRECTIONS)
 
 
 def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> PassTimeline:
@@ -136,7 +143,21 @@ def _kernel_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Tab
     heads = tasks["h1"] - tasks["h0"]
     launches, seconds = launch_seconds(cluster, cells, widest, heads, speed, per_cell, launch)
     out.ravel()[launches] = seconds
-    return out
+    return out + _expansion_seconds(call, cluster, direction, table) if call.op.kind == "latent_attention" else out
+
+
+def _expansion_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
+    """What latent attention's kernels take before they attend: a launch expands each latent that it reads once, for its heads."""
+    tasks = table.tasks
+    launch = tasks["step"] * call.ranks + tasks["rank"]
+    limits = sorted_unique(np.concatenate([tasks["h0"], tasks["h1"]]))
+    i, head = expand_ranges(np.searchsorted(limits, tasks["h0"]), np.searchsorted(limits, tasks["h1"]))
+    part, k0, k1 = merge_intervals(launch[i] * len(limits) + head, tasks["k0"][i], tasks["k1"][i])
+    of_launch, head = np.divmod(part, len(limits))
+    expanded = (k1 - k0) * (limits[head + 1] - limits[head])
+    widths = call.op.latent_dim, call.head_dim - call.op.rotary_dim + call.v_head_dim
+    seconds = expansion_seconds(cluster, direction, *widths, expanded)
+    return np.bincount(of_launch, seconds, table.steps * call.ranks).reshape(table.steps, call.ranks)
 
 
 def _recurrence_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:

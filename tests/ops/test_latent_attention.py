@@ -9,8 +9,10 @@ from processes import run_on_ranks, sum_gradients
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import distattn as da
+from distattn.cluster.spec import load
 from distattn.ir.op import latent_op
 from distattn.ir.plan import Payload
+from distattn.parallel.latent_plan import latent_seconds
 
 LENGTHS = (5, 40, 1, 30)
 HEADS, NOPE, ROPE, LATENT, VALUE = 4, 6, 2, 10, 5
@@ -43,13 +45,14 @@ def by_definition():
 
 def attend(rank, ranks, strategies):
     found = []
-    for strategy in strategies:
+    for strategy, expanded in strategies:
         layout = da.Layout.zigzag(LENGTHS, ranks)
         q, rope, latent, up, do = inputs()
         module = torch.nn.Module()
         module.up = torch.nn.Parameter(up)
         local = [layout.shard(x, rank).requires_grad_() for x in (q, rope, latent)]
-        o = da.latent_attention(*local, module.up, plan_of(layout, strategy))
+        form = dict(op="attention", kv_heads=HEADS) if expanded else {}
+        o = da.latent_attention(*local, module.up, plan_of(layout, strategy, **form))
         o.backward(layout.shard(do, rank))
         sum_gradients(module)
         found.append((o.detach(), *(x.grad for x in local), module.up.grad))
@@ -58,7 +61,15 @@ def attend(rank, ranks, strategies):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_equal_attention_on_expanded_keys_and_values(ranks):
-    strategies = ["ring", "allgather", "ulysses", "cad"]
+    # latents move, or keys and values that their owners have expanded
+    strategies = [
+        ("ring", False),
+        ("allgather", False),
+        ("ulysses", False),
+        ("cad", False),
+        ("ring", True),
+        ("ulysses", True),
+    ]
     everyone = run_on_ranks(ranks, attend, ranks, strategies)
     layout, wanted = da.Layout.zigzag(LENGTHS, ranks), by_definition()
     for of_ranks in zip(*everyone, strict=True):
@@ -67,16 +78,49 @@ def test_ranks_equal_attention_on_expanded_keys_and_values(ranks):
             torch.testing.assert_close(got, right, rtol=0, atol=1e-11)
 
 
-def test_latents_are_what_moves():
-    # DeepSeek-V3: 128 heads of 192 and 128, a latent of 512 beside 64 rotary numbers
-    layout = da.Layout.zigzag((4096,), 8)
-    shape = dict(heads=128, head_dim=192, v_head_dim=128, dtype="bfloat16", strategy="allgather")
-    mask = da.Mask.causal(4096)
-    expanded = da.make_plan(mask, layout, kv_heads=128, **shape)
+# DeepSeek-V3: heads of 192 and 128, a latent of 512 beside 64 rotary numbers
+V3 = dict(head_dim=192, v_head_dim=128, dtype="bfloat16")
+
+
+# all heads of a layer, and those of a rank where four share them by tensor parallelism
+@pytest.mark.parametrize("heads, factor", [(128, 71.1), (32, 17.8)])
+def test_latents_are_what_moves(heads, factor):
+    layout, mask = da.Layout.zigzag((4096,), 8), da.Mask.causal(4096)
+    shape = dict(heads=heads, strategy="allgather", **V3)
+    expanded = da.make_plan(mask, layout, kv_heads=heads, **shape)
     latents = da.make_plan(mask, layout, kv_heads=1, op=latent_op(64, 512), **shape)
     da.verify(latents)
     keys = [int(p.bytes()["bytes"][p.bytes()["payload"] == Payload.KV].sum()) for p in (expanded, latents)]
-    assert keys[0] == keys[1] * 128 * (192 + 128) // 576
+    assert keys[0] == keys[1] * heads * (192 + 128) // 576
+    assert keys[0] / keys[1] == pytest.approx(factor, rel=0.01)
+
+
+def test_the_faster_form_is_planned():
+    tokens, widths = 1 << 17, dict(rotary_dim=64, latent_dim=512)
+    mask, found = da.Mask.causal(tokens), {}
+    for name in ("h100-1x8", "h100-8x8"):
+        cluster = load(name)
+        for strategy in ("ring", "allgather", "ulysses"):
+            shape = dict(heads=128, cluster=cluster, strategy=strategy, **V3)
+            layout = da.Layout.zigzag((tokens,), cluster.ranks)
+            forms = [
+                da.make_plan(mask, layout, kv_heads=kv_heads, op=op, **shape)
+                for kv_heads, op in ((1, latent_op(64, 512)), (128, "attention"))
+            ]
+            chosen = da.make_latent_plan(mask, layout, **shape, **widths)
+            seconds = [latent_seconds(plan, cluster, 64, 512) for plan in (*forms, chosen)]
+            assert seconds[2] == min(seconds)
+            found[name, strategy] = chosen.call.op.name
+    # ring hides all messages inside a node; between nodes it does not, and dealt heads are few where ranks are many
+    assert found["h100-1x8", "ring"] == "attention" and found["h100-8x8", "ring"] == "latent_attention"
+    assert found["h100-1x8", "allgather"] == found["h100-8x8", "allgather"] == "latent_attention"
+    assert found["h100-1x8", "ulysses"] == "latent_attention" and found["h100-8x8", "ulysses"] == "attention"
+    # where speeds are not known, by bytes
+    layout = da.Layout.zigzag((4096,), 128)
+    settings = dict(heads=128, **V3, **widths)
+    for strategy, op in (("allgather", "latent_attention"), ("ulysses", "attention")):
+        plan = da.make_latent_plan(da.Mask.causal(4096), layout, strategy=strategy, **settings)
+        assert plan.call.op.name == op
 
 
 def test_what_does_not_fit_is_refused_by_name():
