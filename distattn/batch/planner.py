@@ -22,7 +22,7 @@ from distattn.batch.packed_batch import checked_layout_options, padded
 from distattn.cluster.spec import AnyCluster, resolve_cluster
 from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
-from distattn.ir.layout import Layout
+from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import ATTENTION, CONVOLUTION, Op, latent_op, op_of
 from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
@@ -107,7 +107,7 @@ class AttentionShape(NamedTuple):
 
     window: each token sees the last so many, itself among them; override: how this layer is planned otherwise than others.
     modifiers: of its scores ("softcap", "alibi_slopes"), which not every kernel computes. op: of a recurrence heads are those of
-    values, kv_heads those of queries and keys.
+    values, kv_heads those of queries and keys. layout: in which this layer's rows lie, by name, if not in the batch's.
     """
 
     heads: int
@@ -119,6 +119,7 @@ class AttentionShape(NamedTuple):
     override: LayerOverride | None = None
     modifiers: tuple[str, ...] = ()
     op: Op = ATTENTION
+    layout: str | None = None
 
     @staticmethod
     def of(
@@ -245,7 +246,12 @@ class Planner:
 
     def _trial_of(self, shape: AttentionShape, device: torch.device) -> tuple[AttentionShape, str]:
         """What trials of kernels are known by: windows of all sizes, and layers' own strategies, are tried as one."""
-        return shape._replace(window=shape.window and 1, override=None), device.type
+        return shape._replace(window=shape.window and 1, override=None, layout=None), device.type
+
+    def layout_of(self, batch: BatchKey, name: str | None) -> Layout:
+        """The layout of a batch, or the one of that name over its documents."""
+        mask, layout = self.lay_out(batch.documents)
+        return layout if name is None else make_layout(name, layout.lengths, layout.ranks, mask)
 
     def close(self) -> None:
         """Forget all plans."""
@@ -254,7 +260,7 @@ class Planner:
 
     def _plan(self, batch: BatchKey, shape: AttentionShape) -> Plan:
         config = self.config
-        mask, layout = self.lay_out(batch.documents)
+        mask, layout = self.lay_out(batch.documents)[0], self.layout_of(batch, shape.layout)
         if shape.window is not None:
             mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))
         how: dict[str, Any] = dict(strategy=config.strategy, backward=config.backward)
@@ -267,7 +273,8 @@ class Planner:
         if shape.override is not None:
             how |= shape.override.settings(mask, layout)
         of_layer = shape._asdict()
-        del of_layer["window"], of_layer["override"], of_layer["modifiers"]
+        for name in ("window", "override", "modifiers", "layout"):
+            del of_layer[name]
         how |= dict(comm_dtype=config.comm_dtype, cluster=config.cluster, max_buffer_bytes=config.max_buffer_bytes)
         if shape.op.kind == "latent_attention":
             del of_layer["op"], of_layer["kv_heads"]

@@ -1,0 +1,42 @@
+"""Runs of recurrent layers move to contiguous slices where that is faster, and rows move as layouts say."""
+
+import numpy as np
+import torch
+
+from distattn.batch.planner import BatchKey, LocalBatch, Planner, PlannerConfig
+from distattn.batch.recurrent_run import recurrent_run
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.parallel.runtime.relaid_rows import RowMoves
+
+TOKENS = 8192 * 8
+
+
+def batch_of(layout: Layout, **settings) -> LocalBatch:
+    config = PlannerConfig(strategy="ring", **settings)
+    lay_out = lambda lengths: (Mask.documents(lengths), layout)  # noqa: E731
+    return LocalBatch(Planner(config, None, lay_out), BatchKey((TOKENS,)), 0, False)
+
+
+def test_many_stretches_and_layers_pay_for_a_relayout_and_few_do_not():
+    shape = dict(width=2048, heads=32, kv_heads=16, head_dim=128)
+    many, few = Layout.block_cyclic((TOKENS,), 8, block=1024), Layout.zigzag((TOKENS,), 8)
+    for layout, layers, relaid in ((many, 1, False), (many, 6, True), (few, 6, False)):
+        batch = batch_of(layout, cluster="h100-1x8")
+        run = recurrent_run(batch, "gated_delta_rule", layers=layers, **shape)
+        assert run.is_relaid == relaid and (run.batch is batch) != relaid
+    # nothing is known of time
+    run = recurrent_run(batch_of(many), "gated_delta_rule", layers=6, **shape)
+    assert not run.is_relaid and run.enter(x := torch.ones(3, 2)) is x
+
+
+def test_every_row_goes_to_its_new_owner_and_back():
+    lengths = (5, 40, 1, 30)
+    here, there = Layout.zigzag(lengths, 4), Layout.from_chunks(lengths, [[(50, 76)], [], [(0, 20)], [(20, 50)]])
+    moves = [RowMoves.of(here, there, rank) for rank in range(4)]
+    for rank, one in enumerate(moves):
+        found = np.full(one.rows, -1)
+        for peer, rows in one.receives.items():
+            found[rows.numpy()] = here.tokens(peer)[moves[peer].sends[rank].numpy()]
+        assert found.tolist() == there.tokens(rank).tolist()
+        assert one.reversed().reversed() == one and one.reversed().rows == len(here.tokens(rank))
