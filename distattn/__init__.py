@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from distattn.ops.attention import attention as attention
     from distattn.ops.attention import save_attention as save_attention
     from distattn.ops.convolution import causal_conv1d as causal_conv1d
+    from distattn.ops.convolution import token_shift as token_shift
     from distattn.ops.executable import Executable as Executable
     from distattn.ops.executable import prepare as prepare
     from distattn.ops.latent import latent_attention as latent_attention
@@ -80,6 +81,7 @@ _HOME = {
     "save_attention": "distattn.ops.attention",
     "serve": "distattn.driver.servers",
     "simulate": "distattn.parallel.analysis.simulate",
+    "token_shift": "distattn.ops.convolution",
     "verify": "distattn.parallel.analysis.verify",
 }
 __all__ = sorted(_HOME)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
@@ -24,12 +25,12 @@ from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
-from distattn.ir.op import ATTENTION, CONVOLUTION, Op, latent_op, op_of
+from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op, latent_op, op_of
 from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
 from distattn.kernels.registry import AUTO, load_kernel
 from distattn.kernels.trials import Trial
 from distattn.ops.attention import attention, autocast_inputs, score_modifiers
-from distattn.ops.convolution import causal_conv1d
+from distattn.ops.convolution import causal_conv1d, token_shift
 from distattn.ops.executable import (
     EXECUTABLES,
     Executable,
@@ -105,9 +106,10 @@ class PlannerConfig:
 class AttentionShape(NamedTuple):
     """What one attention layer asks for, beside the batch.
 
-    window: each token sees the last so many, itself among them; override: how this layer is planned otherwise than others.
-    modifiers: of its scores ("softcap", "alibi_slopes"), which not every kernel computes. op: of a recurrence heads are those of
-    values, kv_heads those of queries and keys. layout: in which this layer's rows lie, by name, if not in the batch's.
+    window: each token sees the last so many, itself among them; of a token shift, its distance. override: how this layer is
+    planned otherwise than others. modifiers: of its scores ("softcap", "alibi_slopes"), which not every kernel computes. op: of a
+    recurrence heads are those of values, kv_heads those of queries and keys. layout: in which this layer's rows lie, by name, if
+    not in the batch's.
     """
 
     heads: int
@@ -267,9 +269,17 @@ class Planner:
         how["options"] = {**(config.options or {}), **dict(batch.options)}
         if shape.op.kind in ("recurrence", "convolution"):
             # where attention's tokens are; what attention moves is another matter
-            left = shape.window is not None and (shape.window - 1, 0)
-            mask = Mask.documents(layout.lengths, left or "causal")
-            how = dict(strategy="scan" if shape.op.is_recurrent else "allgather")
+            how = dict(strategy="scan")
+            if shape.op.is_recurrent:
+                mask = Mask.documents(layout.lengths)
+            else:
+                assert shape.window is not None
+                if shape.op == TOKEN_SHIFT:
+                    mask = Mask.token_shift(layout.lengths, shape.window)
+                else:
+                    mask = Mask.documents(layout.lengths, (shape.window - 1, 0))
+                # the few tokens that come stay for the backward pass
+                how = dict(strategy="allgather", backward="keep")
         if shape.override is not None:
             how |= shape.override.settings(mask, layout)
         of_layer = shape._asdict()
@@ -347,13 +357,12 @@ class LocalBatch(BatchAttention):
         asked = score_modifiers(modifiers.get("softcap"), modifiers.get("alibi_slopes"))
         shape = AttentionShape.of(q_THD, k_TKD, v_TKE, window, override, asked)
         executable = self.executable(shape, q_THD.device)
-        tokens = executable.program.tokens
-        padding = padded(tokens, self.planner.config.pad_to) - tokens
-        if not padding or len(q_THD) != tokens + padding:
-            return attention(q_THD, k_TKD, v_TKE, executable, scale=scale, **modifiers)
+
+        def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, executable, scale=scale, **modifiers)
+
         # padding attends to nothing, but others may need the help of a rank that has nothing else
-        o_THE = attention(q_THD[:tokens], k_TKD[:tokens], v_TKE[:tokens], executable, scale=scale, **modifiers)
-        return F.pad(o_THE, (0, 0, 0, 0, 0, padding))
+        return self._without_padding(executable, compute, q_THD, k_TKD, v_TKE)
 
     @torch.compiler.disable
     def recurrence(
@@ -375,15 +384,14 @@ class LocalBatch(BatchAttention):
         q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
         shape = AttentionShape.of(v_THV, q_TGK, v_THV)._replace(head_dim=q_TGK.shape[2], op=op_of(op))
         executable = self.executable(shape, q_TGK.device)
-        tokens = executable.program.tokens
-        padding = padded(tokens, self.planner.config.pad_to) - tokens
-        if not padding or len(q_TGK) != tokens + padding:
-            return recurrence(q_TGK, k_TGK, v_THV, executable, g=g, beta=beta, scale=scale)
-        # padding is of no document; a decay of each head has no tokens
-        g = g if g is None or g.dim() == 1 else g[:tokens]
-        beta = None if beta is None else beta[:tokens]
-        q, k, v = (x[:tokens] for x in (q_TGK, k_TGK, v_THV))
-        return F.pad(recurrence(q, k, v, executable, g=g, beta=beta, scale=scale), (0, 0, 0, 0, 0, padding))
+        # a decay of each head has no tokens
+        of_heads = g if g is not None and g.dim() == 1 else None
+
+        def compute(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Tensor:
+            return recurrence(q, k, v, executable, g=of_heads if g is None else g, beta=beta, scale=scale)
+
+        by_token = g if of_heads is None else None
+        return self._without_padding(executable, compute, q_TGK, k_TGK, v_THV, by_token, beta)
 
     @torch.compiler.disable
     def latent_attention(
@@ -405,25 +413,46 @@ class LocalBatch(BatchAttention):
         override, dtype = self.planner.overrides.of(layer, window), str(q_THD.dtype)[6:]
         shape = AttentionShape(heads, 1, dim, values, dtype, window, override, op=op)
         executable = self.executable(shape, q_THD.device)
-        tokens = executable.program.tokens
-        padding = padded(tokens, self.planner.config.pad_to) - tokens
-        if not padding or len(q_THD) != tokens + padding:
-            return latent_attention(q_THD, rope_TR, latent_TL, up_HEL, executable, scale=scale)
-        q, rope, latent = (x[:tokens] for x in (q_THD, rope_TR, latent_TL))
-        return F.pad(latent_attention(q, rope, latent, up_HEL, executable, scale=scale), (0, 0, 0, 0, 0, padding))
+
+        def compute(q: Tensor, rope: Tensor, latent: Tensor) -> Tensor:
+            return latent_attention(q, rope, latent, up_HEL, executable, scale=scale)
+
+        return self._without_padding(executable, compute, q_THD, rope_TR, latent_TL)
 
     @torch.compiler.disable
-    def causal_conv1d(self, x_TC: Tensor, weight_CW: Tensor, *, bias: Tensor | None = None) -> Tensor:
-        """`distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for so many channels and taps (C, W)."""
+    def causal_conv1d(
+        self, x_TC: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """`distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for filters (C, W), or (C, C / G, W) of G groups."""
         self.used = True
         (x_TC,) = autocast_inputs(x_TC)
-        dtype, (channels, taps) = str(x_TC.dtype)[6:], weight_CW.shape
-        executable = self.executable(AttentionShape(1, 1, 1, channels, dtype, taps, op=CONVOLUTION), x_TC.device)
-        tokens = executable.program.tokens
-        padding = padded(tokens, self.planner.config.pad_to) - tokens
-        if not padding or len(x_TC) != tokens + padding:
-            return causal_conv1d(x_TC, weight_CW, executable, bias=bias)
-        return F.pad(causal_conv1d(x_TC[:tokens], weight_CW, executable, bias=bias), (0, 0, 0, padding))
+        if weight.dim() not in (2, 3):
+            raise DistattnError(
+                f"weight has shape {tuple(weight.shape)}; (C, W), or (C, C / G, W) of G groups, is wanted."
+            )
+        channels = weight.shape[1] if weight.dim() == 3 else len(weight)
+        groups = max(len(weight) // max(channels, 1), 1)
+        dtype, taps = str(x_TC.dtype)[6:], weight.shape[-1]
+        shape = AttentionShape(groups, groups, 1, channels, dtype, taps, op=CONVOLUTION)
+        executable = self.executable(shape, x_TC.device)
+
+        def compute(x: Tensor) -> Tensor:
+            return causal_conv1d(x, weight, executable, bias=bias, activation=activation)
+
+        return self._without_padding(executable, compute, x_TC)
+
+    @torch.compiler.disable
+    def token_shift(self, x_T: Tensor, distance: int = 1, *, fill: int = 0) -> Tensor:
+        """What the token `distance` before each of this rank's tokens (T, ...) has, inside documents; after it where negative.
+
+        Token shift and value shift: `token_shift(x)`. Labels of k tokens further ahead (multi-token prediction):
+        `token_shift(labels, -k, fill=-100)`. See `distattn.token_shift`.
+        """
+        self.used = True
+        dtype = str(x_T.dtype)[6:] if x_T.is_floating_point() else "float64"
+        shape = AttentionShape(1, 1, 1, math.prod(x_T.shape[1:]), dtype, distance, op=TOKEN_SHIFT)
+        executable = self.executable(shape, x_T.device)
+        return self._without_padding(executable, lambda x: token_shift(x, executable, fill=fill), x_T, fill=fill)
 
     @property
     def tokens(self) -> int:
@@ -442,6 +471,17 @@ class LocalBatch(BatchAttention):
                 'position_ids=batch["position_ids"].'
             )
         self._checked = given
+
+    def _without_padding(
+        self, executable: Executable, compute: Callable[..., Tensor], *by_token: Tensor | None, fill: int = 0
+    ) -> Tensor:
+        """What `compute` makes of these tensors of this rank's tokens without those that pad them, and `fill` for these."""
+        tokens, given = executable.program.tokens, by_token[0]
+        padding = padded(tokens, self.planner.config.pad_to) - tokens
+        if not padding or given is None or len(given) != tokens + padding:
+            return compute(*by_token)
+        out = compute(*(None if x is None else x[:tokens] for x in by_token))
+        return F.pad(out, (0, 0) * (out.dim() - 1) + (0, padding), value=fill)
 
     def plan(self, *shape: Any) -> Plan:
         """The plan of this batch for one shape, given as the fields of `AttentionShape`; layers of equal shape share it."""

@@ -95,6 +95,16 @@ class Mask:
 
     @staticmethod
     @checked
+    def token_shift(lengths: Sequence[int], distance: int) -> Mask:
+        """Each token sees the one `distance` tokens before it in its document, or after it where negative: q - k = distance."""
+        start, end = _document_bounds(lengths)
+        if abs(distance) > MAX_TOKENS:
+            raise DistattnError(f"a token shift is of at most {MAX_TOKENS} tokens, not {distance}.")
+        some = end - start > abs(distance)
+        return _from_parts([_bands(start[some], end[some], start[some], end[some], -distance, -distance)], end[-1])
+
+    @staticmethod
+    @checked
     def shared_question(lengths: Sequence[int]) -> Mask:
         """(d(q) = d(k) and k <= q) or d(k) = 0: the first document is a question that all others, its answers, see in full."""
         start, end = _document_bounds(lengths)

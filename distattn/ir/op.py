@@ -138,6 +138,8 @@ def _recurrence(name: str, decay: str = "none", delta: bool = False) -> Op:
 ATTENTION = Op("attention")
 # a convolution is linear in its taps: parts of a row are added
 CONVOLUTION = Op("convolution", "convolution", "sum")
+# a convolution of one tap, which is 1: RWKV (Peng et al. 2023, arXiv 2305.13048), labels of several tokens ahead
+TOKEN_SHIFT = Op("token_shift", "convolution", "sum")
 OPS: Mapping[str, Op] = {
     op.name: op
     for op in (
@@ -157,6 +159,7 @@ OPS: Mapping[str, Op] = {
         # Kimi Team 2025 (Kimi Delta Attention), arXiv 2510.26692
         _recurrence("kda", "channel", True),
         CONVOLUTION,
+        TOKEN_SHIFT,
     )
 }
 

@@ -1,19 +1,23 @@
-"""`causal_conv1d`: short causal convolutions over documents (Mamba, Gated DeltaNet, Canon layers) by a plan, differentiable."""
+"""`causal_conv1d` and `token_shift`: what reads a few tokens before each, in documents, by a plan, differentiable."""
 
-# T tokens on this rank, C channels, H heads of C / H channels each, W taps
+# T tokens on this rank, C channels, H heads of C / H channels each, W taps, G groups of C / G channels each, M documents
 
 from __future__ import annotations
 
-from typing import cast
+import math
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from distattn.ir.bands import HI, LO, OK, OQ, Q0, Q1
 from distattn.ir.errors import DistattnError
+from distattn.ir.op import CONVOLUTION, TOKEN_SHIFT
 from distattn.ir.plan import Call, Plan
+from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs, interleaved_batch
 from distattn.ops.executable import EXECUTABLES, Executable, prepare
@@ -22,65 +26,131 @@ from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
 
 _NO_SCORE = ScoreMod(1.0)
+# whole numbers up to it are exact in float64, in which they travel
+_MOST_WHOLE = 1 << 52
 
 
 def causal_conv1d(
     x_TC: Tensor,
-    weight_CW: Tensor,
+    weight: Tensor,
     plan: Plan | Executable,
     group: dist.ProcessGroup | None = None,
     *,
     bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
 ) -> Tensor:
-    """A causal depthwise convolution of this rank's tokens, differentiable; a collective call of all ranks of the plan.
+    """A causal convolution of this rank's tokens, differentiable; a collective call of all ranks of the plan.
 
-    y_t = sum_i weight[:, i] x_(t - W + 1 + i) + bias, over the tokens of t's document alone: what is before its first token is
-    0. x_TC (T, C) holds this rank's T tokens in the layout's local order, weight_CW (C, W) and bias (C,) are the same on all
-    ranks, and their gradients are this rank's share, to be summed over ranks like any parameter's. The result has x's dtype.
+    y_t = activation(sum_i weight[..., i] x_(t - W + 1 + i) + bias), over the tokens of t's document alone. x_TC (T, C) holds
+    this rank's T tokens in the layout's local order. weight is (C, W), one filter a channel, or (C, C / G, W) of G groups, as
+    `torch.nn.Conv1d(C, C, W, groups=G)` has it. bias: (C,). activation: "silu" or None. The result has x's dtype.
 
-    plan: of op "convolution" on the mask `Mask.documents(lengths, (W - 1, 0))` with heads x v_head_dim = C, which ranks compare
-    at every call, or what `prepare` made of one. What moves is each stretch's W - 1 tokens before it. Raises PlanError when the
-    plan cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
+    initial_state: (M, C, W - 1), what comes before the first token of each of all M documents, on every rank; 0 by default.
+    weight and bias are the same on all ranks, too; gradients of all three are this rank's share, to be summed over ranks like
+    any parameter's.
+
+    plan: of op "convolution" on the mask `Mask.documents(lengths, (W - 1, 0))` with heads x v_head_dim = C (G heads where there
+    are groups), which ranks compare at every call, or what `prepare` made of one. What moves is each stretch's W - 1 tokens
+    before it. Raises PlanError when the plan cannot be proven or ranks have different ones, DistattnError when the tensors do
+    not fit it.
     """
     # `arguments.checked` would break the graph of torch.compile
-    for name, tensor in (("x", x_TC), ("weight", weight_CW), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
+    tensors = {"x": x_TC, "weight": weight, "bias": bias, "initial_state": initial_state}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight")):
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
+    if activation not in (None, "silu"):
+        raise DistattnError(f'activation is "silu" or None, not {activation!r}; apply others to what is returned.')
+    executable = _executable(plan, group, x_TC)
+    (x_TC,) = autocast_inputs(x_TC)
+    _check_inputs(executable, x_TC, weight, bias, initial_state)
+    call = executable.program.call
+    by_heads = x_TC.reshape(-1, call.heads, call.v_head_dim), weight.unflatten(0, (call.heads, call.v_head_dim))
+    plan_facts = executable.handle, executable.kept_elements
+    y_THD, _ = torch.ops.distattn.convolution_forward(*by_heads, initial_state, *plan_facts)
+    y_TC = cast(Tensor, y_THD).reshape(x_TC.shape)
+    y_TC = y_TC if bias is None else y_TC + bias.to(y_TC.dtype)
+    return y_TC if activation is None else F.silu(y_TC)
+
+
+def token_shift(
+    x_T: Tensor, plan: Plan | Executable, group: dist.ProcessGroup | None = None, *, fill: int = 0
+) -> Tensor:
+    """What an earlier or a later token of its document has, for each of this rank's tokens: y_t = x_(t - distance).
+
+    x_T: (T, ...), this rank's T tokens in the layout's local order; y_t is 0 where there is no such token. A collective call of
+    all ranks of the plan; differentiable in x. Whole numbers, such as labels, travel as float64: x may be of int64 and the plan
+    of float64, and y_t is `fill` where there is no such token.
+
+    plan: of op "token_shift" on the mask `Mask.token_shift(lengths, distance)` with heads x v_head_dim numbers a token, or what
+    `prepare` made of one. What moves is `distance` tokens a stretch. Raises PlanError when the plan cannot be proven or ranks
+    have different ones, DistattnError when x does not fit it, or has whole numbers of 2^52 or more.
+    """
+    if not isinstance(x_T, Tensor):
+        raise DistattnError(f"x is a {type(x_T).__name__}; a tensor is wanted.")
+    if type(fill) is not int or abs(fill) > _MOST_WHOLE:
+        raise DistattnError(f"fill is a whole number between -2^52 and 2^52, not {fill!r}.")
+    executable = _executable(plan, group, x_T)
+    whole = not x_T.is_floating_point()
+    if whole and (x_T.is_complex() or (len(x_T) and int(x_T.abs().max()) > _MOST_WHOLE)):
+        raise DistattnError(f"x is {str(x_T.dtype)[6:]}; floating point, or whole numbers below 2^52, are wanted.")
+    if fill and not whole:
+        raise DistattnError("fill is for whole numbers; of floating point what is not there is 0.")
+    call, program = executable.program.call, executable.program
+    if call.op != TOKEN_SHIFT:
+        raise DistattnError(f'the plan is of {call.op.name}, not of a token shift; make_plan takes op="token_shift".')
+    # what is not there is 0
+    x = (x_T - fill).double() if whole else x_T
+    _check_tokens(executable, x.reshape(len(x), math.prod(x.shape[1:])))
+    by_heads = x.reshape(program.tokens, call.heads, call.v_head_dim)
+    y, _ = torch.ops.distattn.convolution_forward(by_heads, None, None, executable.handle, executable.kept_elements)
+    y_T = cast(Tensor, y).reshape(x_T.shape)
+    return y_T.to(x_T.dtype) + fill if whole else y_T
+
+
+def _executable(plan: Plan | Executable, group: dist.ProcessGroup | None, x: Tensor) -> Executable:
     if not isinstance(plan, (Plan, Executable)):
         raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
     if isinstance(plan, Executable) and group is not None:
         raise DistattnError("an executable knows its group; give it to prepare instead.")
     if interleaved_batch() is not None:
         raise DistattnError("convolutions cannot take turns with other micro-batches yet; leave OverlapSchedule out.")
-    executable = plan if isinstance(plan, Executable) else prepare(plan, group, device=x_TC.device)
-    (x_TC,) = autocast_inputs(x_TC)
-    _check_inputs(executable, x_TC, weight_CW, bias)
+    return plan if isinstance(plan, Executable) else prepare(plan, group, device=x.device)
+
+
+def _check_inputs(
+    executable: Executable, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None
+) -> None:
     call = executable.program.call
-    by_heads = x_TC.reshape(-1, call.heads, call.v_head_dim), weight_CW.reshape(call.heads, call.v_head_dim, -1)
-    y_THD, _ = torch.ops.distattn.convolution_forward(*by_heads, executable.handle, executable.kept_elements)
-    y_TC = cast(Tensor, y_THD).reshape(x_TC.shape)
-    return y_TC if bias is None else y_TC + bias.to(y_TC.dtype)
-
-
-def _check_inputs(executable: Executable, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    program = executable.program
-    call = program.call
-    if call.op.kind != "convolution":
+    if call.op != CONVOLUTION:
         raise DistattnError(f'the plan is of {call.op.name}, not of a convolution; make_plan takes op="convolution".')
-    shape = program.tokens, call.heads * call.v_head_dim
-    if tuple(x.shape) != shape:
-        raise DistattnError(f"x has shape {tuple(x.shape)}; the plan wants {shape} on rank {program.rank}.")
-    if str(x.dtype) != f"torch.{call.dtype}":
-        raise DistattnError(f"x is {str(x.dtype)[6:]}, the plan was made for {call.dtype}.")
-    if weight.dim() != 2 or len(weight) != shape[1]:
-        raise DistattnError(f"weight has shape {tuple(weight.shape)}; wanted is ({shape[1]}, taps).")
-    if bias is not None and tuple(bias.shape) != shape[1:]:
-        raise DistattnError(f"bias has shape {tuple(bias.shape)}; wanted is {shape[1:]}.")
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    _check_tokens(executable, x)
+    channels = call.heads * call.v_head_dim
+    if weight.dim() not in (2, 3) or len(weight) != channels or weight.shape[1:-1] not in ((), (call.v_head_dim,)):
+        raise DistattnError(
+            f"weight has shape {tuple(weight.shape)}; wanted is ({channels}, taps), or for groups that the plan has as heads "
+            f"({channels}, {call.v_head_dim}, taps)."
+        )
+    if bias is not None and tuple(bias.shape) != (channels,):
+        raise DistattnError(f"bias has shape {tuple(bias.shape)}; wanted is {(channels,)}.")
+    states = len(call.documents), channels, weight.shape[-1] - 1
+    if initial is not None and tuple(initial.shape) != states:
+        raise DistattnError(f"initial_state has shape {tuple(initial.shape)}; wanted is {states}, of all documents.")
+    for name, tensor in (("weight", weight), ("bias", bias), ("initial_state", initial)):
         if tensor is not None and (not tensor.is_floating_point() or tensor.device != x.device):
             raise DistattnError(
                 f"{name} is {str(tensor.dtype)[6:]} on {tensor.device}; floating point on {x.device} is wanted."
             )
+
+
+def _check_tokens(executable: Executable, x: Tensor) -> None:
+    program = executable.program
+    shape = program.tokens, program.call.heads * program.call.v_head_dim
+    if tuple(x.shape) != shape:
+        raise DistattnError(f"x has shape {tuple(x.shape)}; the plan wants {shape} on rank {program.rank}.")
+    if str(x.dtype) != f"torch.{program.call.dtype}":
+        raise DistattnError(f"x is {str(x.dtype)[6:]}, the plan was made for {program.call.dtype}.")
 
 
 def _check_taps(call: Call, taps: int) -> None:
@@ -90,6 +160,15 @@ def _check_taps(call: Call, taps: int) -> None:
         raise DistattnError(
             f"weight has {taps} taps, the plan's mask lets each token see {planned}: "
             f"plan it on Mask.documents(lengths, ({taps - 1}, 0))."
+        )
+
+
+def _check_distance(call: Call) -> None:
+    """Not where torch.compile traces."""
+    pieces = call.mask.pieces
+    if len(np.unique(pieces[:, [LO, HI]] + (pieces[:, OK] - pieces[:, OQ])[:, None])) > 1:
+        raise DistattnError(
+            "a token shift's mask lets each token see one, at one distance: Mask.token_shift(lengths, distance)."
         )
 
 
@@ -106,60 +185,106 @@ def _taps(call: Call) -> int | None:
 
 torch.library.define(
     "distattn::convolution_forward",
-    "(Tensor x, Tensor weight, SymInt plan, SymInt kept_elements) -> (Tensor y, Tensor kept)",
+    "(Tensor x, Tensor? weight, Tensor? initial, SymInt plan, SymInt kept_elements) -> (Tensor y, Tensor kept)",
 )
 torch.library.define(
     "distattn::convolution_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor kept, SymInt plan) -> (Tensor dx, Tensor dweight)",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? initial, Tensor kept, SymInt plan)"
+    " -> (Tensor dx, Tensor dweight, Tensor dinitial)",
 )
 
 
-def _forward(x, weight, plan, kept_elements):  # noqa: ANN001
+def _forward(x, weight, initial, plan, kept_elements):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("forward")
-    _check_taps(executable.program.call, weight.shape[2])
+    if weight is None:
+        _check_distance(executable.program.call)
+    else:
+        _check_taps(executable.program.call, weight.shape[-1])
     executable.begin_pass("forward", _NO_SCORE)
     given = executable.program, executable.transport, _kernel(executable), x.contiguous(), weight
-    return run_to_completion(execute_convolution.forward(*given))
+    y, kept = run_to_completion(execute_convolution.forward(*given))
+    if initial is not None:
+        first = _first_tokens(executable, weight.shape[-1], x.device)
+        y.index_add_(0, first.rows, _from_initial(initial, weight, first, y.dtype).to(y.dtype))
+    return y, kept
 
 
 torch.library.impl("distattn::convolution_forward", "CompositeExplicitAutograd", _forward)
 
 
 @torch.library.register_fake("distattn::convolution_forward")
-def _forward_fake(x, weight, plan, kept_elements):  # noqa: ANN001
+def _forward_fake(x, weight, initial, plan, kept_elements):  # noqa: ANN001
     return x.new_empty(x.shape), x.new_empty(kept_elements)
 
 
-def _backward(dy, x, weight, kept, plan):  # noqa: ANN001
+def _backward(dy, x, weight, initial, kept, plan):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("backward")
     executable.begin_pass("backward", _NO_SCORE)
     given = executable.program, executable.transport, _kernel(executable), dy.contiguous(), x.contiguous(), weight, kept
     dx, dweight = run_to_completion(execute_convolution.backward(*given))
-    return dx, dweight.to(weight.dtype)
+    dinitial = None
+    if initial is not None and dweight is not None:
+        first = _first_tokens(executable, weight.shape[-1], x.device)
+        # unlike autograd's own functions, this works inside an operator
+        pull_back = torch.func.vjp(lambda state, w: _from_initial(state, w, first, x.dtype), initial, weight)[1]
+        dinitial, of_first = pull_back(dy[first.rows].to(dweight.dtype))
+        dweight = dweight + of_first
+    of_weight = None if dweight is None else dweight.to(weight.dtype)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, of_weight, dinitial))
 
 
 torch.library.impl("distattn::convolution_backward", "CompositeExplicitAutograd", _backward)
 
 
 @torch.library.register_fake("distattn::convolution_backward")
-def _backward_fake(dy, x, weight, kept, plan):  # noqa: ANN001
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _backward_fake(dy, x, weight, initial, kept, plan):  # noqa: ANN001
+    return tuple(x.new_empty(0) if like is None else like.new_empty(like.shape) for like in (x, weight, initial))
+
+
+class _FirstTokens(NamedTuple):
+    """The tokens of this rank that are among the first W - 1 of their document: rows, documents and positions in these."""
+
+    rows: Tensor
+    documents: Tensor
+    positions: Tensor
+
+
+def _first_tokens(executable: Executable, taps: int, device: torch.device) -> _FirstTokens:
+    call = executable.program.call
+    tokens = call.layout.tokens(executable.program.rank)
+    document = np.searchsorted(call.layout.ends, tokens, "right")
+    position = call.layout.positions_of(tokens)
+    (rows,) = np.nonzero(position < taps - 1)
+    return _FirstTokens(*(torch.from_numpy(one).to(device) for one in (rows, document[rows], position[rows])))
+
+
+def _from_initial(initial_MCW: Tensor, weight: Tensor, first: _FirstTokens, dtype: torch.dtype) -> Tensor:
+    """What the first tokens of documents hear of what came before, (rows, H, D) as wide as sums of dtype. Differentiable."""
+    wide = accumulation_dtype(dtype)
+    heads, dim, taps = weight.shape[0], weight.shape[1], weight.shape[-1]
+    one_filter_a_channel = weight.dim() == 3
+    filters = weight.reshape(heads * dim, -1, taps).to(wide)
+    groups = heads * dim if one_filter_a_channel else heads
+    heard_MCW = F.conv1d(F.pad(initial_MCW.to(wide), (0, taps - 1)), filters, groups=groups)
+    return heard_MCW[first.documents, :, first.positions].reshape(-1, heads, dim)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, plan, _ = inputs
+    x, weight, initial, plan, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, output[1])
+    ctx.save_for_backward(x, weight, initial, output[1])
     ctx.plan = plan
     # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
     ctx.executable = EXECUTABLES.by_handle(plan) if type(plan) is int else None
 
 
 def _differentiate(ctx, dy, dkept):
-    x, weight, kept = ctx.saved_tensors
+    x, weight, initial, kept = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    return *torch.ops.distattn.convolution_backward(dy, x, weight, kept, ctx.plan), None, None
+    dx, *others = torch.ops.distattn.convolution_backward(dy, x, weight, initial, kept, ctx.plan)
+    of_others = (grad if given is not None else None for grad, given in zip(others, (weight, initial), strict=True))
+    return dx, *of_others, None, None
 
 
 def _refuse_second_derivative(ctx, *grads):

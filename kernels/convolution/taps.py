@@ -1,10 +1,11 @@
-"""Causal depthwise convolution on any device in PyTorch: tap by tap, over the cells of a launch.
+"""Short convolutions on any device in PyTorch: tap by tap, over the cells of a launch.
 
 y_t = sum_d weight[W - 1 - d] x_(t - d) for distances d = 0 .. W - 1 inside a document, as `torch.nn.functional.conv1d` with
 groups computes it on one document with W - 1 zeros before it. A launch computes the taps of its cells; parts of a row are added.
+A weight is (H, D, W), one a channel, or (H, D, D, W), of all channels of a head to all of them; without one every cell counts 1.
 """
 
-# T rows, S keys (tokens whose x is there), H heads of D channels each, W taps
+# T rows, S keys (tokens whose x is there), H heads of D channels each (E where they are results), W taps
 
 from __future__ import annotations
 
@@ -59,30 +60,44 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TapSchedule:
     return TapSchedule(tuple(taps), mask.rows, mask.keys)
 
 
-def forward(x_SHD: Tensor, weight_HDW: Tensor, schedule: TapSchedule) -> Tensor:
+def forward(x_SHD: Tensor, weight: Tensor | None, schedule: TapSchedule) -> Tensor:
     """y_THD in the accumulation dtype; rows without a cell are 0."""
     wide = accumulation_dtype(x_SHD.dtype)
-    x, weight = x_SHD.to(wide), weight_HDW.to(wide)
+    x, weight = x_SHD.to(wide), None if weight is None else weight.to(wide)
     y_THD = x.new_zeros((schedule.rows, *x.shape[1:]))
     for tap in schedule.taps:
         heads = slice(tap.h0, tap.h1)
         # a row has one cell at each distance, so that nothing is added twice
-        y_THD[tap.rows, heads] += x[tap.keys, heads] * _of_distance(weight, tap)[heads]
+        y_THD[tap.rows, heads] += _weighted(x[tap.keys, heads], _of_distance(weight, tap))
     return y_THD
 
 
-def backward(do_THD: Tensor, x_SHD: Tensor, weight_HDW: Tensor, schedule: TapSchedule) -> tuple[Tensor, Tensor]:
-    """(dx_SHD, dweight_HDW) of these cells, in the accumulation dtype."""
+def backward(
+    do_THD: Tensor, x_SHD: Tensor, weight: Tensor | None, schedule: TapSchedule
+) -> tuple[Tensor, Tensor | None]:
+    """(dx_SHD, gradient of the weight) of these cells, in the accumulation dtype."""
     wide = accumulation_dtype(x_SHD.dtype)
-    do, x, weight = do_THD.to(wide), x_SHD.to(wide), weight_HDW.to(wide)
-    dx_SHD, dweight_HDW = torch.zeros_like(x), torch.zeros_like(weight)
+    do, x, weight = do_THD.to(wide), x_SHD.to(wide), None if weight is None else weight.to(wide)
+    dx_SHD, dweight = torch.zeros_like(x), None if weight is None else torch.zeros_like(weight)
     for tap in schedule.taps:
         heads = slice(tap.h0, tap.h1)
-        of_rows = do[tap.rows, heads]
-        dx_SHD[tap.keys, heads] += of_rows * _of_distance(weight, tap)[heads]
-        _of_distance(dweight_HDW, tap)[heads] += (of_rows * x[tap.keys, heads]).sum(0)
-    return dx_SHD, dweight_HDW
+        of_rows, of_weight, total = do[tap.rows, heads], _of_distance(weight, tap), _of_distance(dweight, tap)
+        if of_weight is not None and of_weight.dim() == 3:
+            of_weight = of_weight.transpose(1, 2)
+        dx_SHD[tap.keys, heads] += _weighted(of_rows, of_weight)
+        if total is not None:
+            of_keys = x[tap.keys, heads]
+            # einsum is slower where it adds up nothing but tokens
+            total += (of_rows * of_keys).sum(0) if total.dim() == 2 else torch.einsum("the,thd->hed", of_rows, of_keys)
+    return dx_SHD, dweight
 
 
-def _of_distance(weight_HDW: Tensor, tap: TapRows) -> Tensor:
-    return weight_HDW[..., weight_HDW.shape[-1] - 1 - tap.distance]
+def _of_distance(weight: Tensor | None, tap: TapRows) -> Tensor | None:
+    """The tap's weight of its heads, (H, D) or (H, E, D); a view."""
+    return None if weight is None else weight[tap.h0 : tap.h1, ..., weight.shape[-1] - 1 - tap.distance]
+
+
+def _weighted(x_THD: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return x_THD
+    return x_THD * weight if weight.dim() == 2 else torch.einsum("thd,hed->the", x_THD, weight)

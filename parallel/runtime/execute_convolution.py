@@ -1,4 +1,7 @@
-"""The executor of convolutions: like attention's, with values alone, and weights that every rank has."""
+"""The executor of convolutions: like attention's, with values alone, and weights that every rank has, if any.
+
+A weight is (H, D, W), or (H, D, D, W) where channels of a head are mixed.
+"""
 
 # T tokens on this rank, H heads of D channels each, W taps
 
@@ -20,13 +23,15 @@ from distattn.parallel.runtime.transport import Transport
 class ConvolutionKernel(Protocol):
     """The functions of a kernel module for convolutions; see `distattn.kernels.convolution.taps`."""
 
-    def forward(self, x_SHD: Tensor, weight_HDW: Tensor, schedule: Any) -> Tensor: ...
+    def forward(self, x_SHD: Tensor, weight: Tensor | None, schedule: Any) -> Tensor: ...
 
-    def backward(self, do_THD: Tensor, x_SHD: Tensor, weight_HDW: Tensor, schedule: Any) -> tuple[Tensor, Tensor]: ...
+    def backward(
+        self, do_THD: Tensor, x_SHD: Tensor, weight: Tensor | None, schedule: Any
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 def forward(
-    program: Program, transport: Transport, kernel: ConvolutionKernel, x_THD: Tensor, weight_HDW: Tensor
+    program: Program, transport: Transport, kernel: ConvolutionKernel, x_THD: Tensor, weight: Tensor | None
 ) -> PausableRun[tuple[Tensor, Tensor]]:
     """(y_THD in x's dtype, kept: what the backward will find again)."""
     buffers = _buffers(program, program.forward_bytes, x_THD)
@@ -38,7 +43,7 @@ def forward(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
     ) -> dict[Payload, Fields]:
         (x,) = operands[Payload.KV]
-        return {Payload.O: (kernel.forward(x, weight_HDW[launch.heads], launch.schedule),)}
+        return {Payload.O: (kernel.forward(x, _of_heads(weight, launch), launch.schedule),)}
 
     yield from run_steps("forward", program.forward, transport, buffers, compute, False)
     buffers.close()
@@ -51,29 +56,30 @@ def backward(
     kernel: ConvolutionKernel,
     dy_THD: Tensor,
     x_THD: Tensor,
-    weight_HDW: Tensor,
+    weight: Tensor | None,
     kept: Tensor,
-) -> PausableRun[tuple[Tensor, Tensor]]:
-    """(dx_THD in x's dtype, this rank's share of dweight_HDW in the accumulation dtype)."""
+) -> PausableRun[tuple[Tensor, Tensor | None]]:
+    """(dx_THD in x's dtype, this rank's share of the weight's gradient in the accumulation dtype)."""
     buffers = _buffers(program, program.backward_bytes, x_THD)
     buffers.bind_own(Payload.dO, (dy_THD,))
     buffers.new_own(Payload.dQ, program.tokens)
     (dx_THD,) = buffers.new_own(Payload.dKV, program.tokens)
     buffers.bind_flat({kept_key(key): rows for key, rows in program.kept.items()}, kept)
     wide = getattr(torch, program.call.accumulation_dtype)
-    dweight_HDW = torch.zeros_like(weight_HDW, dtype=wide)
+    dweight = None if weight is None else torch.zeros_like(weight, dtype=wide)
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
     ) -> dict[Payload, Fields]:
         (x,), (dy,) = operands[Payload.KV], operands[Payload.dO]
-        dx, dweight = kernel.backward(dy, x, weight_HDW[launch.heads], launch.schedule)
-        dweight_HDW[launch.heads] += dweight
+        dx, found = kernel.backward(dy, x, _of_heads(weight, launch), launch.schedule)
+        if dweight is not None and found is not None:
+            dweight[launch.heads] += found
         return {Payload.dQ: (), Payload.dKV: (dx,)}
 
     yield from run_steps("backward", program.backward, transport, buffers, compute, False)
     buffers.close()
-    return dx_THD.to(x_THD.dtype), dweight_HDW
+    return dx_THD.to(x_THD.dtype), dweight
 
 
 def _buffers(program: Program, nbytes: int, x_THD: Tensor) -> Buffers:
@@ -82,3 +88,7 @@ def _buffers(program: Program, nbytes: int, x_THD: Tensor) -> Buffers:
     buffers.bind_own(Payload.Q, ())
     buffers.bind_own(Payload.KV, (x_THD,))
     return buffers
+
+
+def _of_heads(weight: Tensor | None, launch: KernelLaunch) -> Tensor | None:
+    return None if weight is None else weight[launch.heads]

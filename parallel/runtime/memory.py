@@ -182,7 +182,7 @@ def _tensors(
     for step in steps:
         begins.append(moment)
         moment += 1 + len(step.launches)
-    ends = [begin - 1 for begin in [*begins[1:], moment]]
+    ends = [begin - 1 for begin in [*begins, moment][1:]]
     released = {key: end for step, end in zip(steps, ends, strict=True) for key in step.release}
     for step, begin, end in zip(steps, begins, ends, strict=True):
         for key, rows in step.allocate.items():

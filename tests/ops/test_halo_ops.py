@@ -1,0 +1,159 @@
+"""Convolutions with groups, activations and initial states, and token shifts, on real ranks: equal to each document alone."""
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import run_on_ranks
+
+import distattn as da
+
+# the third one is shorter than what comes before it
+LENGTHS = (9, 37, 2, 40)
+GROUPS, DIM, TAPS = 2, 3, 4
+CHANNELS = GROUPS * DIM
+DISTANCES = (1, 3, -2, 0, 50)
+
+
+class Convolution(NamedTuple):
+    """Inputs of a convolution, then the gradient of its output; the weight is (C, W) or (C, C / G, W)."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    initial: torch.Tensor
+    dy: torch.Tensor
+
+
+def inputs(grouped: bool, dtype: torch.dtype) -> Convolution:
+    generator = torch.Generator().manual_seed(0)
+    n = sum(LENGTHS)
+    weight = (CHANNELS, DIM, TAPS) if grouped else (CHANNELS, TAPS)
+    shapes = (n, CHANNELS), weight, (CHANNELS,), (len(LENGTHS), CHANNELS, TAPS - 1), (n, CHANNELS)
+    return Convolution(*(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes))
+
+
+def by_document(given: Convolution) -> torch.Tensor:
+    """`conv1d` of each document behind its initial state."""
+    weight = given.weight if given.weight.dim() == 3 else given.weight[:, None]
+    parts = zip(given.x.split(list(LENGTHS)), given.initial, strict=True)
+    rows = [torch.cat([initial, part.t()], 1)[None] for part, initial in parts]
+    groups = CHANNELS // weight.shape[1]
+    return F.silu(torch.cat([F.conv1d(row, weight, given.bias, groups=groups)[0].t() for row in rows]))
+
+
+def shifted(x: torch.Tensor, distance: int, fill: int = 0) -> torch.Tensor:
+    out, begin = torch.full_like(x, fill), 0
+    for length in LENGTHS:
+        for t in range(max(distance, 0), min(length, length + distance)):
+            out[begin + t] = x[begin + t - distance]
+        begin += length
+    return out
+
+
+def layouts(ranks: int) -> list[da.Layout]:
+    n = sum(LENGTHS)
+    uneven = [[(50, n), (0, 10)], *([[]] * (ranks - 2)), [(10, 50)]] if ranks > 1 else [[(0, n)]]
+    return [
+        da.Layout.contiguous(LENGTHS, ranks),
+        da.Layout.block_cyclic(LENGTHS, ranks, block=5),
+        da.Layout.from_chunks(LENGTHS, uneven),
+    ]
+
+
+def plan_of(layout: da.Layout, op: str, dtype: torch.dtype, reach: int, heads: int = GROUPS) -> da.Plan:
+    lengths = layout.lengths
+    mask = da.Mask.token_shift(lengths, reach) if op == "token_shift" else da.Mask.documents(lengths, (reach, 0))
+    shape = dict(heads=heads, kv_heads=heads, head_dim=1, v_head_dim=CHANNELS // heads, dtype=str(dtype)[6:])
+    return da.make_plan(mask, layout, strategy="allgather", op=op, backward="keep", **shape)
+
+
+def convolve(rank: int, layout: da.Layout, given: Convolution) -> list[torch.Tensor]:
+    leaves = [layout.shard(given.x, rank), *given[1:4]]
+    x, weight, bias, initial = (leaf.clone().requires_grad_() for leaf in leaves)
+    plan = plan_of(layout, "convolution", x.dtype, TAPS - 1)
+    y = da.causal_conv1d(x, weight, plan, bias=bias, activation="silu", initial_state=initial)
+    grads = torch.autograd.grad(y, (x, weight, bias, initial), layout.shard(given.dy, rank))
+    return [y.detach(), *grads]
+
+
+def shift(rank: int, layout: da.Layout, x: torch.Tensor, dy: torch.Tensor, distance: int) -> list[torch.Tensor]:
+    mine = layout.shard(x, rank).requires_grad_()
+    # any shape of a token
+    y = da.token_shift(mine.view(-1, 2, 1, DIM), plan_of(layout, "token_shift", x.dtype, distance)).flatten(1)
+    labels = torch.arange(len(x) * CHANNELS).view(x.shape) % 97 - 100
+    plan = plan_of(layout, "token_shift", torch.float64, distance)
+    moved = da.token_shift(layout.shard(labels, rank), plan, fill=-100)
+    return [y.detach(), *torch.autograd.grad(y, mine, layout.shard(dy, rank)), moved]
+
+
+def work(rank: int, ranks: int) -> list[list[torch.Tensor]]:
+    found = []
+    for layout, dtype in itertools.product(layouts(ranks), (torch.float64, torch.float32)):
+        found += [convolve(rank, layout, inputs(grouped, dtype)) for grouped in (False, True)]
+        x, *_, dy = inputs(False, dtype)
+        found += [shift(rank, layout, x, dy, distance) for distance in DISTANCES]
+    return found
+
+
+def assert_close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    assert float((got - wanted).abs().max()) <= tolerance * max(float(wanted.abs().max()), 1.0)
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("ranks", [4, 2, 1])
+def test_ranks_equal_each_document_alone(ranks):
+    everyone = iter(zip(*run_on_ranks(ranks, work, ranks), strict=True))
+    for layout, dtype in itertools.product(layouts(ranks), (torch.float64, torch.float32)):
+        for grouped in (False, True):
+            given = Convolution(*(value.requires_grad_() for value in inputs(grouped, torch.float64)))
+            y = by_document(given)
+            wanted = [y.detach(), *torch.autograd.grad(y, given[:4], given.dy.detach())]
+            y, dx, *of_parameters = zip(*next(everyone), strict=True)
+            found = [layout.unshard(list(y)), layout.unshard(list(dx)), *(sum(each) for each in of_parameters)]
+            for a, b in zip(found, wanted, strict=True):
+                assert_close(a.double(), b, dtype)
+        x, *_, dy = inputs(False, dtype)
+        labels = torch.arange(len(x) * CHANNELS).view(x.shape) % 97 - 100
+        for distance in DISTANCES:
+            found = [layout.unshard(list(each)) for each in zip(*next(everyone), strict=True)]
+            wanted = shifted(x, distance), shifted(dy, -distance), shifted(labels, distance, -100)
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert next(everyone, None) is None
+
+
+@pytest.mark.parametrize("distance", [1, 3, -2])
+def test_bytes_of_a_shift_do_not_depend_on_the_length(distance):
+    for length in (512, 65536):
+        layout = da.Layout.zigzag((length,), 8)
+        plan = plan_of(layout, "token_shift", torch.float32, distance, heads=1)
+        da.verify(plan)
+        # 14 stretches have a neighbour elsewhere; x forward, its gradient backward
+        assert int(plan.bytes()["bytes"].sum()) == 2 * 14 * abs(distance) * CHANNELS * 4
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    layout = da.Layout.contiguous(LENGTHS, 1)
+    x, weight, bias, initial, _ = inputs(True, torch.float32)
+    convolution, one = (plan_of(layout, op, torch.float32, 3) for op in ("convolution", "token_shift"))
+    prefix = dict(heads=2, kv_heads=2, head_dim=1, v_head_dim=3, dtype="float32", op="token_shift")
+    sums = da.make_plan(da.Mask.documents(LENGTHS), layout, strategy="ring", **prefix)
+    for call, why in (
+        (lambda: da.causal_conv1d(x, weight, one), "is of token_shift, not of a convolution"),
+        (lambda: da.token_shift(x, convolution), "is of convolution, not of a token shift"),
+        (lambda: da.token_shift(x, sums), "at one distance"),
+        (lambda: da.token_shift(x, one, fill=1), "fill is for whole numbers"),
+        (lambda: da.token_shift(x[:5], one), r"x has shape \(5, 6\)"),
+        (lambda: da.token_shift(torch.full((88, 6), 1 << 60), one), "whole numbers below 2.52"),
+        (
+            lambda: da.causal_conv1d(x, weight[:, :2], convolution),
+            r"for groups that the plan has as heads \(6, 3, taps\)",
+        ),
+        (lambda: da.causal_conv1d(x, weight, convolution, initial_state=initial[1:]), "of all documents"),
+        (lambda: da.causal_conv1d(x, weight, convolution, activation="gelu"), 'activation is "silu" or None'),
+    ):
+        with pytest.raises(da.DistattnError, match=why):
+            call()
