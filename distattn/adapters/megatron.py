@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,13 +26,16 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from distattn.adapters.megatron_batches import MegatronBatches
+from distattn.adapters.megatron_batches import MegatronBatches, Packed
+from distattn.adapters.megatron_experts import check_experts, padding_of, replace_router
 from distattn.adapters.pytorch import full_tensor, gradients_aside, unwrapped
 from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.ir.errors import DistattnError
@@ -41,24 +43,38 @@ from distattn.kernels.merge import accumulation_dtype
 
 # what is replaced: other core attentions are other functions (sparse, linear)
 _STOCK = ("DotProductAttention", "TEDotProductAttention", "CoreAttention")
+# layers whose states and convolutions move
+_RECURRENT = ("GatedDeltaNet", "MambaMixer")
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
 def replace_core_attention(spec: Any, **settings: Any) -> Any:
-    """Put distattn's core attention into a layer spec, or every layer of a block's; returns it.
+    """Put distattn's core attention into a layer spec, or every layer of a block's or of a Mamba stack's; returns it.
 
-    settings: fields of `PlannerConfig`, for batches that Megatron's loaders shard; strategy="ring" by default.
+    That of multi-latent attention is one like others. Gated DeltaNet and Mamba-2 layers become those of `megatron_recurrent`,
+    routers of experts that of `megatron_experts`. settings: fields of `PlannerConfig`, for batches that Megatron's loaders
+    shard; strategy="ring" by default.
     """
-    core = ModuleSpec(CoreAttention, params={"own": MegatronBatches({"strategy": "ring", **settings})})
-    for number, layer in enumerate(getattr(spec, "layer_specs", None) or [spec]):
-        self_attention: Any = getattr(layer.submodules, "self_attention", layer)
+    own = MegatronBatches({"strategy": "ring", **settings})
+    for number, layer in enumerate(_layers_of(spec)):
+        self_attention: Any = getattr(layer.submodules, "self_attention", getattr(layer.submodules, "mixer", layer))
         attention: Any = getattr(self_attention, "submodules", None)
         name = _name_of(getattr(attention, "core_attention", None) or self_attention)
-        if name not in _STOCK:
+        if name in _RECURRENT:
+            # Megatron's need Triton, and models without such layers do not
+            from distattn.adapters import megatron_recurrent
+
+            self_attention.module = getattr(megatron_recurrent, name)
+            self_attention.params = {**self_attention.params, "own": own}
+        elif name in _STOCK:
+            attention.core_attention = ModuleSpec(CoreAttention, params={"own": own})
+        else:
             raise DistattnError(
-                f"layer {number} of the spec has {name}, not a core attention that can be split ({', '.join(_STOCK)})."
+                f"layer {number} of the spec has {name}, not a core attention that can be split ({', '.join(_STOCK)}), nor one "
+                f"of {', '.join(_RECURRENT)}."
             )
-        attention.core_attention = core
+    for layer in (*_layers_of(spec), getattr(getattr(spec, "submodules", None), "moe_layer", None)):
+        replace_router(layer)
     return spec
 
 
@@ -66,8 +82,18 @@ def close(model: Any) -> None:
     """End the threads and communicators of a model's core attention (or of a list of its parts). All ranks call it."""
     for part in model if isinstance(model, list) else [model]:
         for module in unwrapped(part).modules():
-            if isinstance(module, CoreAttention):
-                module.own.close()
+            if isinstance(own := getattr(module, "own", None), MegatronBatches):
+                own.close()
+
+
+def _layers_of(spec: Any) -> list[Any]:
+    """The specs of layers that mix tokens: of a block, of a Mamba stack, or of one layer."""
+    if hasattr(spec, "layer_specs"):
+        return list(spec.layer_specs)
+    stack: Any = getattr(spec, "submodules", None)
+    if not hasattr(stack, "mamba_layer"):
+        return [spec]
+    return [layer for layer in (stack.mamba_layer, stack.attention_layer) if layer is not IdentityOp]
 
 
 def _name_of(spec: Any) -> str:
@@ -141,17 +167,15 @@ class CoreAttention(MegatronModule):
         packed = query.dim() == 3
         if packed:
             query, key, value = (x[:, None] for x in (query, key, value))
-        if isinstance(packed_seq_params, Packed):
-            batch = packed_seq_params.batch["context_parallel"]
-        else:
-            batch = self.own.batch(query.shape[:2], packed_seq_params, self.group)
+        batch = self.own.batch(query.shape[:2], packed_seq_params, self.group)
         tokens, rows = query.shape[:2]
         # rows end to end
         flat = (x.transpose(0, 1).reshape(tokens * rows, *x.shape[2:]).contiguous() for x in (query, key, value))
         how = dict(window=self.window, layer=self.layer, sink=self.softmax_offset)
         o_THE = batch.attention(*flat, self.scale, **how)
         if packed:
-            return o_THE.flatten(1)
+            # multi-latent attention leaves out the dim of rows for every pack, and puts it back for thd alone
+            return o_THE.flatten(1)[:, None] if isinstance(packed_seq_params, Packed) else o_THE.flatten(1)
         return o_THE.reshape(rows, tokens, -1).transpose(0, 1).contiguous()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
@@ -174,24 +198,15 @@ class CoreAttention(MegatronModule):
         raise DistattnError(f"layer {self.layer} asks for {what}, which is not computed.")
 
 
-@dataclass
-class Packed(PackedSeqParams):
-    """A sharded batch on its way through a model, where Megatron carries what it knows of packs."""
-
-    batch: Any = None
-
-    @staticmethod
-    def of(batch: Mapping[str, Any]) -> Packed:
-        """sbhd: one row, whose documents only the batch knows."""
-        return Packed(qkv_format="sbhd", batch=batch)
-
-
 class Rotary(torch.nn.Module):
-    """A model's rotary embedding, at the positions of a sharded batch; as it was for Megatron's own batches."""
+    """A model's rotary embedding, at the positions of a sharded batch; as it was for Megatron's own batches.
 
-    def __init__(self, base: torch.nn.Module):
+    without_rows: for multi-latent attention, whose queries of a pack have no dim of rows.
+    """
+
+    def __init__(self, base: torch.nn.Module, without_rows: bool = False):
         super().__init__()
-        self.base = base
+        self.base, self.without_rows = base, without_rows
 
     def get_rotary_seq_len(self, *given: Any, **named: Any) -> int:
         """A number as Megatron wants it, which remembers the batch's positions."""
@@ -201,14 +216,15 @@ class Rotary(torch.nn.Module):
         return _Positions.of(packed.batch["position_ids"][0])
 
     def forward(self, max_seq_len: int, *given: Any, **named: Any) -> Any:
-        """(T, 1, 1, D) of this rank's tokens."""
+        """(T, 1, 1, D) of this rank's tokens; (T, 1, D) without rows."""
         if not isinstance(max_seq_len, _Positions):
             return self.base(max_seq_len, *given, **named)
         # packed: all positions, not those of Megatron's zigzag
         found = self.base(int(max_seq_len), packed_seq=True)
-        if isinstance(found, tuple):
-            return (found[0][max_seq_len.of_tokens], *found[1:])
-        return found[max_seq_len.of_tokens]
+        angles, *scale = found if isinstance(found, tuple) else (found,)
+        own = angles[max_seq_len.of_tokens]
+        own = own.squeeze(1) if self.without_rows else own
+        return (own, *scale) if isinstance(found, tuple) else own
 
 
 class _Positions(int):
@@ -224,18 +240,22 @@ class _Positions(int):
 def use_batch_positions(model: Any) -> Any:
     """Let a GPTModel take sharded batches in any layout; returns it. Raises DistattnError where positions would be wrong."""
     config = model.config
+    latent = config.multi_latent_attention
     for what, asked in {
-        "multi-latent attention has rotary embeddings of its own": config.multi_latent_attention,
+        "fused rotary embeddings of multi-latent attention know Megatron's own order only": latent
+        and config.apply_rope_fusion,
+        "interleaved rotary embeddings of multi-latent attention want rows": latent and config.rotary_interleaved,
         "multimodal RoPE is not sharded": model.position_embedding_type == "mrope",
-        "experts are untested with uneven shards": config.num_moe_experts is not None,
         "multi-token prediction rolls labels over the rank's tokens": bool(getattr(config, "mtp_num_layers", None)),
     }.items():
         if asked:
             raise DistattnError(
                 f"{what}: leave out use_batch_positions, and use batches that Megatron's own loaders shard."
             )
-    if hasattr(model, "rotary_pos_emb"):
-        model.rotary_pos_emb = Rotary(model.rotary_pos_emb)
+    check_experts(model, config)
+    for module in model.modules():
+        if isinstance(base := getattr(module, "rotary_pos_emb", None), torch.nn.Module):
+            module.rotary_pos_emb = Rotary(base, without_rows=isinstance(module, MultiLatentAttention))
     return model
 
 
@@ -248,7 +268,8 @@ def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) 
     # the loss of tokens without a label is left out below; Megatron knows no label that is none
     labels = batch["labels"].clamp(min=0)
     packed = Packed.of(batch)
-    losses = model(batch["input_ids"], batch["position_ids"], None, labels=labels, packed_seq_params=packed)
+    named = dict(labels=labels, packed_seq_params=packed, padding_mask=padding_of(batch, config))
+    losses = model(batch["input_ids"], batch["position_ids"], None, **named)
     return losses, partial(loss_of, batch, config)
 
 
@@ -284,8 +305,8 @@ def check_servers(batch: Mapping[str, Any]) -> None:
 
 def check_rotary(model: Any) -> None:
     """Raise DistattnError where rotary embeddings do not know of batches of ours."""
-    rotary = getattr(unwrapped(model), "rotary_pos_emb", None)
-    if rotary is not None and not isinstance(rotary, Rotary):
+    rotaries = [getattr(module, "rotary_pos_emb", None) for module in unwrapped(model).modules()]
+    if any(rotary is not None and not isinstance(rotary, Rotary) for rotary in rotaries):
         raise DistattnError(
             "the model's rotary embeddings know Megatron's own order only; call megatron.use_batch_positions(model)."
         )
@@ -326,7 +347,8 @@ class ProbeTarget:
 
         def step(batches: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., Any]]:
             packed = Packed.of(batch)
-            logits = model(batch["input_ids"], batch["position_ids"], None, packed_seq_params=packed)
+            named = dict(packed_seq_params=packed, padding_mask=padding_of(batch, self.config))
+            logits = model(batch["input_ids"], batch["position_ids"], None, **named)
             return logits, loss
 
         get_forward_backward_func()(

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from distattn.batch.collectives import HostGroup, shared_name
 from distattn.batch.health import HealthMonitor
@@ -24,6 +26,18 @@ from distattn.parallel.runtime.transport import Transport
 
 # shapes of rows that are known at a time; batches of varying length have many
 _MOST_ROWS = 64
+
+
+@dataclass
+class Packed(PackedSeqParams):
+    """A sharded batch on its way through a model, where Megatron carries what it knows of packs."""
+
+    batch: Any = None
+
+    @staticmethod
+    def of(batch: Mapping[str, Any]) -> Packed:
+        """sbhd: one row, whose documents only the batch knows."""
+        return Packed(qkv_format="sbhd", batch=batch)
 
 
 class MegatronBatches:
@@ -44,7 +58,10 @@ class MegatronBatches:
         self._closed = False
 
     def batch(self, shape: tuple[int, ...], packed: Any, group: dist.ProcessGroup) -> LocalBatch:
-        """The batch of (T, B) tokens; packed: Megatron's PackedSeqParams, if they are a pack."""
+        """The batch of (T, B) tokens; packed: Megatron's PackedSeqParams, if they are a pack, or `Packed` of a batch of ours."""
+        if isinstance(packed, Packed):
+            found: LocalBatch = packed.batch["context_parallel"]
+            return found
         tokens, rows = shape
         group = self._group_of(packed, group)
         known = tokens, rows, group

@@ -19,7 +19,6 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
@@ -29,6 +28,7 @@ from processes import run_on_ranks  # noqa: E402
 
 import distattn as da  # noqa: E402
 from distattn.adapters import megatron  # noqa: E402
+from distattn.adapters.megatron_experts import check_experts  # noqa: E402
 from distattn.batch.packed_batch import IGNORE_INDEX  # noqa: E402
 
 pytestmark = pytest.mark.sampled(6)
@@ -41,7 +41,7 @@ def start(tp: int = 1, pp: int = 1, cp: int = 1) -> None:
     parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp, create_gloo_process_groups=False)
 
 
-def config_of(tp: int = 1, pp: int = 1, cp: int = 1, **changes) -> TransformerConfig:
+def config_of(tp: int = 1, pp: int = 1, cp: int = 1, of: type = TransformerConfig, **changes) -> TransformerConfig:
     settings = dict(
         num_layers=2,
         hidden_size=32,
@@ -69,7 +69,7 @@ def config_of(tp: int = 1, pp: int = 1, cp: int = 1, **changes) -> TransformerCo
         init_method_std=0.2,
         finalize_model_grads_func=finalize_model_grads,
     )
-    return TransformerConfig(**{**settings, **changes})
+    return of(**{**settings, **changes})
 
 
 def build(config, spec=None, **changes) -> GPTModel:
@@ -486,7 +486,10 @@ def _refused(rank: int) -> list[str]:
     ask("decide on layout", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), layout="zigzag"))
     ask("strategy 'star'", lambda: megatron.replace_core_attention(get_gpt_layer_local_spec(), strategy="star"))
     ask("know Megatron's own order only", lambda: megatron.ProbeTarget([build(config)]))
-    ask("MambaStack, not a core attention", lambda: megatron.replace_core_attention(mamba_stack_spec))
+    experts = config_of(cp=2, num_moe_experts=2)
+    crowded = config_of(cp=2, num_moe_experts=2, moe_expert_capacity_factor=1.0)
+    ask("moe_expert_capacity_factor", lambda: check_experts(torch.nn.Module(), crowded))
+    ask("has not replaced", lambda: check_experts(torch.nn.ModuleList([_stock_router(experts)]), experts))
     model = build(config)
     core = model.decoder.layers[0].self_attention.core_attention
     q, k = torch.zeros(6, 1, 4, 8), torch.zeros(6, 1, 2, 8)
@@ -526,6 +529,13 @@ def test_sinks_are_what_they_are_defined_to_be(kind):
     assert (got - wanted).abs().max() < 1e-5
 
 
+def _stock_router(config):
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    return TopKRouter(config, ProcessGroupCollection.use_mpu_process_groups())
+
+
 def _without_attention():
     from megatron.core.transformer.identity_op import IdentityOp
 
@@ -536,4 +546,4 @@ def _without_attention():
 
 def test_what_would_be_wrong_is_refused_by_name():
     for said in run_on_ranks(2, _refused):
-        assert len(said) == 16
+        assert len(said) == 17

@@ -26,6 +26,27 @@ def _type(self: torch.Tensor, *given: Any, **named: Any) -> Any:
     return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) and not given and not named else found
 
 
+def _lists(make: Any) -> Any:
+    """Splits that Megatron copies to the host where they are on a device are not lists on a CPU."""
+
+    def made(*given: Any, **named: Any) -> Any:
+        return make(
+            *given, **{name: x.tolist() if "split" in name and x is not None else x for name, x in named.items()}
+        )
+
+    return made
+
+
+class _Stream:
+    def wait_stream(self, other: Any) -> None:
+        """Everything is done in turn."""
+
+    def record_event(self, *given: Any) -> "_Stream":
+        return self
+
+    synchronize = wait_event = lambda self, *given: None
+
+
 _TYPE = torch.Tensor.type
 
 if not torch.cuda.is_available():
@@ -34,6 +55,10 @@ if not torch.cuda.is_available():
     with torch.device("meta"):
         torch.empty(0)
     torch.cuda.current_device = lambda: torch.device("cpu")
+    # what sends tokens to experts copies counts to the host beside them
+    torch.cuda.Stream = torch.cuda.current_stream = lambda *given, **named: _Stream()
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.distributed.all_to_all_single = _lists(torch.distributed.all_to_all_single)
     for name in ("synchronize", "set_device", "manual_seed"):
         setattr(torch.cuda, name, lambda *given, **named: None)
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *given, **named: self

@@ -1,0 +1,130 @@
+"""Megatron-core's Gated DeltaNet and Mamba-2 layers with context parallelism: any layout and packed documents.
+
+Megatron-core 0.16 refuses packs in the one, splits heads of the other over context-parallel ranks, and has neither without its
+kernels (flash-linear-attention; mamba-ssm). Here parameters, their names, tensor parallelism and checkpoints are Megatron's, and
+convolutions and recurrences are `LocalBatch`'s. `megatron.replace_core_attention` puts these into specs.
+"""
+
+# T tokens on this rank, B rows, X channels, H heads of values, G heads of queries and keys, K key dim, V value dim
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet as MegatronGatedDeltaNet
+from megatron.core.ssm.mamba_mixer import MambaMixer as MegatronMambaMixer
+from torch import Tensor
+
+from distattn.adapters.megatron_batches import MegatronBatches
+from distattn.batch.planner import LocalBatch
+from distattn.ir.errors import DistattnError
+from distattn.kernels.merge import accumulation_dtype
+
+# of the norm of queries and keys, as in flash-linear-attention
+_EPS = 1e-6
+
+
+class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
+    """Megatron's Gated DeltaNet by plan. own: batches that Megatron's loaders shard."""
+
+    def __init__(self, *given: Any, own: MegatronBatches, cp_comm_type: Any = None, **named: Any):
+        super().__init__(*given, **named)
+        self.own = own
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        sequence_len_offset: int | None = None,
+        *,
+        inference_params: Any = None,
+        **rotary: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's transformer layer calls it: hidden states (T, B, C) to such, and a bias."""
+        _refuse_inference(self, inference_context, inference_params)
+        projected_TBX, _ = self.in_proj(hidden_states)
+        flat, batch = _flat(self, projected_TBX, packed_seq_params)
+        parts = 2 * self.qk_dim + self.v_dim, self.v_dim, self.num_value_heads, self.num_value_heads
+        qkv, gate, beta, alpha = flat.split([part // self.tp_size for part in parts], -1)
+        mixed = batch.causal_conv1d(qkv.contiguous(), self.conv1d.weight.squeeze(1), bias=self.conv1d.bias)
+        widths = [width // self.tp_size for width in (self.qk_dim, self.qk_dim, self.v_dim)]
+        q, k, v_TX = self.act_fn(mixed).split(widths, -1)
+        q_TGK, k_TGK = (self._key_heads(x) for x in (q, k))
+        v_THV, gate_THV = (x.unflatten(-1, (-1, self.value_head_dim)).contiguous() for x in (v_TX, gate))
+        wide = accumulation_dtype(alpha.dtype)
+        g_TH = (-self.A_log.exp() * F.softplus(alpha.to(wide) + self.dt_bias)).to(wide)
+        o_THV = batch.recurrence(q_TGK, k_TGK, v_THV, "gated_delta_rule", g=g_TH, beta=beta.sigmoid())
+        normed_THV = self.out_norm(o_THV.flatten(0, 1)).view(o_THV.shape)
+        gated_THV = (normed_THV * self.act_fn(gate_THV.to(wide))).to(o_THV.dtype)
+        out: tuple[Tensor, Tensor | None] = self.out_proj(_rows(gated_THV, projected_TBX))
+        return out
+
+    def _key_heads(self, x_TX: Tensor) -> Tensor:
+        """(T, G, K), of norm 1 where that is asked for."""
+        x = x_TX.unflatten(-1, (-1, self.key_head_dim)).contiguous()
+        if not self.use_qk_l2norm:
+            return x
+        wide = x.to(accumulation_dtype(x.dtype))
+        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _EPS)).to(x.dtype)
+
+
+class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
+    """Megatron's Mamba-2 mixer by plan; heads stay whole on every context-parallel rank. own: as above."""
+
+    def __init__(self, *given: Any, own: MegatronBatches, **named: Any):
+        super().__init__(*given, **named)
+        self.own = own
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_context: Any = None,
+        *,
+        inference_params: Any = None,
+        packed_seq_params: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's Mamba layer calls it: hidden states (T, B, C) to such, and a bias."""
+        _refuse_inference(self, inference_context, inference_params)
+        projected_TBX, _ = self.in_proj(hidden_states)
+        flat, batch = _flat(self, projected_TBX, packed_seq_params)
+        inner, keys = self.d_inner_local_tp, self.ngroups_local_tp * self.d_state
+        z_TX, convolved, dt_TH = flat.split([inner, inner + 2 * keys, self.nheads_local_tp], -1)
+        mixed = batch.causal_conv1d(convolved.contiguous(), self.conv1d.weight.squeeze(1), bias=self.conv1d.bias)
+        x_TX, k, q = self.act(mixed).split([inner, keys, keys], -1)
+        q_TGK, k_TGK = (x.unflatten(-1, (-1, self.d_state)).contiguous() for x in (q, k))
+        x_THV = x_TX.unflatten(-1, (-1, self.headdim))
+        wide = accumulation_dtype(dt_TH.dtype)
+        dt_TH = F.softplus(dt_TH.to(wide) + self.dt_bias.to(wide))
+        v_THV = (x_THV * dt_TH[..., None]).to(x_THV.dtype)
+        g_TH = -dt_TH * self.A_log.to(wide).exp()
+        o_THV = batch.recurrence(q_TGK, k_TGK, v_THV, "ssd", g=g_TH, scale=1.0)
+        skip = self.D.to(wide).view(-1, self.headdim if self.D_has_hdim else 1)
+        gate_THV = self.act(z_TX.to(wide)).view(o_THV.shape)
+        y_TBX = _rows(((o_THV + skip * x_THV) * gate_THV).to(x_THV.dtype), projected_TBX)
+        out: tuple[Tensor, Tensor | None] = self.out_proj(self.norm(y_TBX) if self.rmsnorm else y_TBX)
+        return out
+
+
+def _flat(layer: Any, x_TBX: Tensor, packed_seq_params: Any) -> tuple[Tensor, LocalBatch]:
+    """Rows end to end, (T * B, X), and the batch that they are of."""
+    batch = layer.own.batch(tuple(x_TBX.shape[:2]), packed_seq_params, layer.pg_collection.cp)
+    return x_TBX.transpose(0, 1).flatten(0, 1), batch
+
+
+def _rows(x_THV: Tensor, like_TBX: Tensor) -> Tensor:
+    """(T, B, H * V) of rows that lie end to end."""
+    tokens, rows = like_TBX.shape[:2]
+    return x_THV.reshape(rows, tokens, -1).transpose(0, 1).contiguous()
+
+
+def _refuse_inference(layer: Any, *contexts: Any) -> None:
+    if any(context is not None for context in contexts):
+        raise DistattnError(
+            f"layer {layer.layer_number - 1} asks for inference with a cache of states, which is not computed."
+        )
