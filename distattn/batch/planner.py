@@ -459,11 +459,6 @@ class LocalBatch(BatchAttention):
         """N, of all ranks together."""
         return self.planner.lay_out(self.key.documents)[1].n
 
-    @property
-    def own_tokens(self) -> int:
-        """T, of this rank, without padding."""
-        return int(self.planner.lay_out(self.key.documents)[1].shard_sizes()[self.planner.ranks.rank])
-
     @torch.compiler.disable
     def check_positions(self, given: Tensor) -> None:
         """Refuse positions (1, T) that a model has made itself: rotary embeddings would be those of other tokens."""
