@@ -5,8 +5,9 @@
     batch = cp.shard(batch)
     logits = model(**inputs(batch)).logits
 
-Goes through transformers' public registries of attention and mask functions; nothing is patched. Models that have attention
-classes of their own refuse the name (see `huggingface_masks`). For a `Trainer` see `distattn.adapters.hf_trainer`.
+Goes through transformers' public registries of attention and mask functions. For recurrent layers and convolutions there is no
+registry: functions that hybrid models call are replaced (see `huggingface_recurrent`). Models that have attention classes of
+their own refuse the name (see `huggingface_masks`). For a `Trainer` see `distattn.adapters.hf_trainer`.
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -26,18 +27,16 @@ from distattn.adapters.huggingface_latent import has_latents, latent_attention, 
 from distattn.adapters.huggingface_masks import NAME as NAME
 from distattn.adapters.huggingface_masks import MaskPattern as MaskPattern
 from distattn.adapters.huggingface_masks import refuse_attention_classes
-from distattn.adapters.huggingface_modules import change_models, folder_of
-from distattn.adapters.huggingface_recurrent import MODELS, replace_functions
+from distattn.adapters.huggingface_modules import change_models
+from distattn.adapters.huggingface_recurrent import MIXING, check_mixing_layer, replace_functions
 from distattn.adapters.huggingface_rope import BY_LENGTH, check_rope
 from distattn.adapters.huggingface_rope import scale_rope_by_pack as scale_rope_by_pack
 from distattn.adapters.pytorch import inputs as inputs
 from distattn.batch.planner import BatchAttention
 from distattn.ir.errors import DistattnError
 
-# kinds of layers as configurations name them: attention, layers that read no other tokens, and those of `MODELS` alone
-_ATTENTION = ("full_attention", "sliding_attention")
-_BY_TOKEN = ("mlp", "moe")
-_MIXING = ("linear_attention", "conv", "hybrid")
+# kinds of layers as configurations name them: attention, and layers that read no other tokens
+_COMPUTED = ("full_attention", "sliding_attention", "mlp", "moe")
 
 
 def register() -> None:
@@ -158,19 +157,16 @@ def mask_pattern(
 
 def mixes_outside_attention(config: Any) -> bool:
     """Whether a model has layers that read other tokens by a recurrence or a convolution."""
-    return any(kind in _MIXING for kind in getattr(config, "layer_types", None) or ())
+    return any(kind in MIXING for kind in getattr(config, "layer_types", None) or ())
 
 
 def check_config(config: Any) -> None:
     """Raise DistattnError, naming it, where a model has what would be wrong on sharded sequences."""
-    computed = _ATTENTION + _BY_TOKEN + (_MIXING if folder_of(type(config).__module__) in MODELS else ())
     for number, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind not in computed:
-            what = "mixes tokens outside of attention" if kind in _MIXING else "is unknown"
-            raise DistattnError(
-                f"layer {number} is a {kind} layer, which {what}; such layers are computed in {', '.join(MODELS)}, not in "
-                f"{config.model_type}."
-            )
+        if kind in MIXING:
+            check_mixing_layer(number, config)
+        elif kind not in _COMPUTED:
+            raise DistattnError(f"layer {number} is a {kind} layer, which is unknown; only known layers can be split.")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for given in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
         if "mrope_section" in given:

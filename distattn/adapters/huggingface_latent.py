@@ -60,17 +60,27 @@ def latents_expanded(model: torch.nn.Module) -> Iterator[None]:
 
 def has_latents(layer: torch.nn.Module) -> bool:
     """Whether an attention layer gives its attention function latents and rotary keys for keys and values."""
-    return vars(layer).get("expand_kv") is _keep_latents
+    return getattr(layer, "expand_kv", None) is _keep_latents
 
 
 def latent_attention(
-    module: Any, batch: BatchAttention, query: Tensor, latent: Tensor, rope: Tensor, scale: float | None, **how: Any
+    module: Any,
+    batch: BatchAttention,
+    query: Tensor,
+    latent: Tensor,
+    rope: Tensor,
+    scale: float | None,
+    *,
+    window: int | None,
+    layer: int | None,
+    softcap: float,
+    sink: Tensor | None,
 ) -> Tensor:
-    """query (1, H, T, N + R), latent (1, 1, T, L), rope (1, 1, T, R) -> (1, T, H, E). how: as attention takes it."""
+    """query (1, H, T, N + R), latent (1, 1, T, L), rope (1, 1, T, R) -> (1, T, H, E), as attention takes the others."""
     if not isinstance(batch, LocalBatch):
         raise DistattnError("latent attention is not computed in a pipeline; leave attend_by_latents out.")
-    if asked := [name for name in ("softcap", "sink") if how.pop(name) not in (None, 0.0)]:
-        raise DistattnError(f"latent attention with a {asked[0]} is not computed; leave attend_by_latents out.")
+    if softcap or sink is not None:
+        raise DistattnError("latent attention with a soft cap or sinks is not computed; leave attend_by_latents out.")
     q_THD, latent_TL, rope_TR = query.squeeze(0).transpose(0, 1), latent.squeeze((0, 1)), rope.squeeze((0, 1))
     up = _up_projection(module)
     if isinstance(up, DTensor) or up.dim() != 2:
@@ -79,7 +89,7 @@ def latent_attention(
             "attend_by_latents out."
         )
     up_HEL = up.unflatten(0, (q_THD.shape[1], -1))
-    return batch.latent_attention(q_THD, rope_TR, latent_TL, up_HEL, scale, **how)[None]
+    return batch.latent_attention(q_THD, rope_TR, latent_TL, up_HEL, scale, window=window, layer=layer)[None]
 
 
 def _keep_latents(latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:

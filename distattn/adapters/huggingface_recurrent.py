@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.activations import ACT2FN
 
@@ -41,8 +43,23 @@ MODELS = (
     "qwen3_next",
     "zamba2",
 )
+# kinds of layers, as transformers' configurations name them, that read other tokens by a recurrence or a convolution
+MIXING = ("linear_attention", "conv", "hybrid")
+# the first transformers known to hand the model's keyword arguments on to these functions
+_LEAST = "5.23"
 # FLA's kernels add as much to the sum of squares
 _NORM_EPSILON = 1e-6
+
+
+def check_mixing_layer(number: int, config: Any) -> None:
+    """Raise DistattnError where a model's layer of such a number, which is of a kind of `MIXING`, is not computed here."""
+    layer = f"layer {number} is a {config.layer_types[number]} layer, which mixes tokens outside of attention"
+    if folder_of(type(config).__module__) not in MODELS:
+        raise DistattnError(
+            f"{layer}; such layers are computed in models of {', '.join(MODELS)}, not of {config.model_type}."
+        )
+    if Version(transformers.__version__) < Version(_LEAST):
+        raise DistattnError(f"{layer}; that needs transformers {_LEAST}, and {transformers.__version__} is installed.")
 
 
 def replace_functions(module: ModuleType) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.batch.planner import LocalBatch
 from distattn.driver.context_parallel import ContextParallel
+from distattn.driver.loss_sums import sum_over_loss_group
 from distattn.ir.errors import DistattnError
 
 # as transformers' causal language models name how many experts there are, how many a token goes to, and the loss's weight
@@ -57,7 +58,7 @@ def router_loss(model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -
         probabilities_E = probabilities_E + probability_TE.float().sum(0)
     rows = torch.full_like(labels, tokens * len(output.router_logits))
     own = torch.cat([counts_E, torch.stack([labels, rows])])
-    counts_E, (labels, rows) = ranks.sum_over_loss_group(own, "a router loss").split([experts, 2])
+    counts_E, (labels, rows) = sum_over_loss_group(ranks, own, "a router loss").split([experts, 2])
     rows = rows.clamp(min=1)
     share = experts * ((counts_E / rows).to(probabilities_E.dtype) * probabilities_E).sum() / rows
     return share * (weight * batch["loss_scale"] * labels)

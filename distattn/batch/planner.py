@@ -317,15 +317,15 @@ class BatchAttention(Protocol):
 class LocalBatch(BatchAttention):
     """The packed axis that one batch was laid out on: what attention layers need of it. It travels with the batch.
 
-    positions: of this rank's tokens (1, T), where models are to be held to them. own_tokens: how many of them are of a document;
-    the others are padding. longest_document: tokens of the longest one of the micro-batch that this rank has a part of, whoever
-    has its end; 0 where that is not known. used: whether a layer has asked for attention. number: of the batch, in the run.
+    positions: of this rank's tokens (1, T), where models are to be held to them. longest_document: tokens of the longest one of
+    the micro-batch that this rank has a part of, whoever has its end; 0 where that is not known. stands_in: whether this rank has
+    no such micro-batch, and padding for one. used: whether a layer has asked for attention. number: of the batch, in the run.
     proven: whether its plans are proven before they run.
     """
 
     positions: Tensor | None = None
-    own_tokens: int = 0
     longest_document: int = 0
+    stands_in: bool = False
 
     def __init__(self, planner: Planner, key: BatchKey, number: int, proven: bool):
         self.planner, self.key, self.number, self.proven = planner, key, number, proven
@@ -458,6 +458,12 @@ class LocalBatch(BatchAttention):
     def tokens(self) -> int:
         """N, of all ranks together."""
         return self.planner.lay_out(self.key.documents)[1].n
+
+    @property
+    def own_tokens(self) -> int:
+        """How many of this rank's tokens are of a document; the others are padding."""
+        layout = self.planner.lay_out(self.key.documents)[1]
+        return 0 if self.stands_in else len(layout.tokens(self.planner.ranks.rank))
 
     @torch.compiler.disable
     def check_positions(self, given: Tensor) -> None:

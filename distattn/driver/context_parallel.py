@@ -29,13 +29,14 @@ from distattn.driver.control_channel import ANNOUNCE_STEP, NEW_SHAPE, RELEASE_ST
 from distattn.driver.driver_config import DriverConfig
 from distattn.driver.gradient_probe import GradientProbeTarget, Reduction, probe
 from distattn.driver.known_steps import KnownInfos, KnownSteps
+from distattn.driver.loss_sums import sum_over_loss_group
 from distattn.driver.pass_observer import BatchObserver
 from distattn.driver.rank_speeds import RankSpeeds
 from distattn.driver.rank_table import RankTable
 from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_plan
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Plan
-from distattn.parallel.runtime.communicator import new_group, sendable_device, timeout_of
+from distattn.parallel.runtime.communicator import new_group, timeout_of
 from distattn.parallel.runtime.transport import Transport
 
 Result = TypeVar("Result")
@@ -224,19 +225,7 @@ class ContextParallel:
                 "mean_loss takes the losses of a step's micro-batches: a list of tensors of one number."
             )
         total = torch.stack([loss.detach().double().reshape(()) for loss in losses]).sum() / self._factor
-        return float(self.sum_over_loss_group(total, "the mean of a loss"))
-
-    def sum_over_loss_group(self, x: torch.Tensor, what: str) -> torch.Tensor:
-        """The sum of a tensor over the loss group, without gradient; what: it is, for errors. A collective call."""
-        total = x.detach().clone()
-        if self.loss_group is None:
-            return total
-        limit = self.wait_timeout or timeout_of(self.loss_group)
-        self.begin(what)
-        total = total.to(sendable_device(self.loss_group))
-        work = dist.all_reduce(total, group=self.loss_group, async_op=True)
-        self.guarded(lambda: work.wait(limit), what)
-        return total.to(x.device)
+        return float(sum_over_loss_group(self, total, "the mean of a loss"))
 
     @property
     def data_parallel_size(self) -> int:
@@ -458,11 +447,9 @@ class ContextParallel:
         for index, batch in enumerate(step.made):
             own = packed[index] if index < len(packed) else None
             part = self.local_shard(own)
-            batch.positions = part["position_ids"]
+            batch.positions, batch.stands_in = part["position_ids"], own is None
             # a token stands in where there is nothing
             batch.longest_document = 1 if own is None else max(own.lengths)
-            if own is not None:
-                batch.own_tokens = len(self._layouts.of_block(own.lengths).tokens(self.rank % self.block_ranks))
             out.append({**part, "loss_scale": scale, "context_parallel": batch})
         return out
 

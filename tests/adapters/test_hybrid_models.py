@@ -1,10 +1,12 @@
 """transformers' hybrid models on several ranks, beside themselves in one process with one document at a time."""
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 
 import hybrid_models
 import pytest
 import torch
+import transformers
 from hybrid_models import RECURRENT, batch_of, double_precision, in_one_process, worst
 from processes import run_on_ranks, sum_gradients
 
@@ -17,8 +19,8 @@ PACK = [17, 1, 22]
 # of each kind of layer one: Gated DeltaNet, KDA beside latent attention, Mamba-2 in groups, convolutions alone
 KINDS = ["qwen3_next", "kimi_linear", "nemotron_h", "lfm2"]
 CASES = {
-    1: [(name, PACK, dict(layout="zigzag")) for name in KINDS],
     2: [(name, PACK, dict(layout="zigzag")) for name in RECURRENT],
+    1: [(name, PACK, dict(layout="zigzag")) for name in KINDS],
     4: [
         *((name, PACK, dict(layout="contiguous")) for name in KINDS),
         *((name, PACK, dict(layout="balanced")) for name in KINDS),
@@ -56,6 +58,7 @@ def _check(ranks: int, cases: list, dtype: torch.dtype, tolerance: float) -> Non
         assert error < tolerance, f"{name} {lengths} {how}: {error}"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("ranks", CASES)
 def test_loss_and_gradients_are_those_of_one_process(ranks):
     _check(ranks, CASES[ranks], torch.float64, 1e-10)
@@ -63,6 +66,21 @@ def test_loss_and_gradients_are_those_of_one_process(ranks):
 
 def test_loss_and_gradients_in_float32():
     _check(2, [(name, PACK, dict(layout="zigzag")) for name in KINDS], torch.float32, 2e-5)
+
+
+def test_bfloat16_errs_at_most_twice_as_much_as_one_process():
+    found = run_on_ranks(2, _split, [(name, PACK, dict(layout="zigzag")) for name in KINDS], torch.bfloat16)[-1]
+    for name, (_, gradients) in zip(KINDS, found, strict=True):
+        model = hybrid_models.build(name, torch.bfloat16)
+        _, rounded = in_one_process(copy.deepcopy(model), batch_of(PACK))
+        _, wanted = in_one_process(model.float(), batch_of(PACK))
+        ours, theirs = (_distance(some, wanted) for some in (gradients, rounded))
+        assert ours < 2 * theirs, f"{name}: {ours}, one process {theirs}"
+
+
+def _distance(gradients: list, wanted: list) -> float:
+    pairs = zip(gradients, wanted, strict=True)
+    return sum(float((a.float() - b).square().sum()) for a, b in pairs if b is not None) ** 0.5
 
 
 def test_every_supported_model_is_tested():
@@ -80,6 +98,14 @@ def test_the_same_model_computes_whole_batches_alone():
         assert model.generate(whole, max_new_tokens=3, do_sample=False).shape == (1, 12)
     with pytest.raises(da.DistattnError, match="keep no cache"):
         model(**huggingface.inputs(sharded) | {"use_cache": True})
+
+
+def test_an_older_transformers_is_refused(monkeypatch):
+    config = hybrid_models.config("lfm2")
+    huggingface.check_config(config)
+    monkeypatch.setattr(transformers, "__version__", "5.22.1")
+    with pytest.raises(da.DistattnError, match=r"layer 0 is a conv layer.* needs transformers 5.23, and 5.22.1"):
+        huggingface.check_config(config)
 
 
 def _checkpointed(rank: int, checkpointed: bool) -> list:
