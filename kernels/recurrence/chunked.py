@@ -1,7 +1,8 @@
 """Recurrences on any device in PyTorch: chunk by chunk, forward and backward, with states in and out.
 
 Inside a chunk all pairs of tokens are products of matrices; from chunk to chunk the state passes on. Outputs are affine in the
-state that enters, and so is the state that leaves (Yang et al. 2024, arXiv 2406.06484 and 2412.06464). Stretches of any lengths
+state that enters, and so is the state that leaves (Yang et al. 2024, arXiv 2406.06484 and 2412.06464). What does not depend on
+the state is computed for many chunks at once, and one loop over the chunks passes on the state alone. Stretches of any lengths
 go side by side. The backward pass makes the chunks again, from the last to the first, so that only the states between chunks
 are kept. Numbers are those of the accumulation dtype throughout.
 
@@ -9,37 +10,47 @@ Decays are sums of logarithms, exponentiated only as differences of a later and 
 decayed to nothing is 0. The sums are of double precision: the difference of two large sums would lose what matters.
 """
 
-# N stretches, n of them still going on, C tokens of a chunk, T tokens, H heads, G heads of queries and keys, K key dim,
-# V value dim; a state is S_NHKV
+# N stretches, n of them still going on, M chunks of a block, C tokens of a chunk, T tokens, H heads, G heads of queries and keys,
+# K key dim, V value dim; a state is S_NHKV
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
+from distattn.kernels.recurrence.transitions import diagonal_transitions, finite_decays
+from distattn.kernels.spec import KernelRequirements
 
 # tokens of a chunk; with a decay for each channel all pairs of a chunk have a number for each channel
 _CHUNK, _CHUNK_OF_CHANNELS = 64, 16
-# exp of less is 0 in fp64, too; and infinite decays leave differences of their sums finite
-_LEAST_DECAY = -1000.0
+# chunks that are computed at once: more would not fit into a processor's cache
+_BLOCK = 16
 
 
-class ChunkRows(NamedTuple):
-    """One chunk of each stretch that is long enough: rows_nC of the tensors, the number of rows where there is no token."""
+class Level(NamedTuple):
+    """Chunks [begin, end) of a block, each of another stretch, and which stretches; None for all of them, in order."""
+
+    begin: int
+    end: int
+    stretches: Tensor | None
+
+
+class Block(NamedTuple):
+    """Some chunks: rows_MC of the tensors, T where there is no token, and in which order states pass through them."""
 
     rows: Tensor
-    stretches: Tensor
+    levels: tuple[Level, ...]
 
 
 class Maps(NamedTuple):
-    """What a chunk does to a state S that enters it: o = base + read S, and S becomes decay S + key^T (u - w S).
+    """What a chunk does to a state S that enters it: o = read S + pairs (u - w S), and S becomes decay S + key^T (u - w S).
 
-    w, u: (n, H, C, K) and (n, H, C, V), what each token replaces; w is None without the delta rule. Others likewise, but
-    decay_nHK (or one channel for all), pairs_nHCC: how far each token hears the corrected values.
+    read, key: (M, H, C, K). pairs_MHCC: how far each token hears the others. u, w: (M, H, C, V) and (M, H, C, K), what each
+    token stores, and what it replaces; w is None without the delta rule. decay: (M, H, K), or one number for all channels.
     """
 
     read: Tensor
@@ -50,164 +61,208 @@ class Maps(NamedTuple):
     w: Tensor | None
 
 
-def forward(
-    x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, outputs: bool = True
-) -> tuple[Tensor, Tensor]:
-    """(o_THV, the state after each stretch), in the dtype of the states; o is empty without `outputs`, and 0 in no stretch."""
-    wide = _widened(x, state_NHKV.dtype)
-    o_THV = wide.v.new_zeros((len(x.v) + 1 if outputs else 0, *x.v.shape[1:]))
+def unsupported_reason(requirements: KernelRequirements) -> str | None:
+    """None: it computes every recurrence on every device."""
+    return None
+
+
+def forward(x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
+    """(o_THV, the state after each stretch), in the dtype of the states; o is 0 in no stretch."""
     state = state_NHKV.clone()
-    for chunk in _chunks(wide, stretches):
-        o_nHCV, state[chunk.stretches] = _step(_gathered(wide, chunk), state[chunk.stretches], outputs)
-        if outputs:
-            o_THV[chunk.rows] = o_nHCV.transpose(1, 2)
-    return o_THV[: len(x.v)] if outputs else o_THV, state
+    o_THV = state.new_zeros((len(x.v) + 1, *x.v.shape[1:]))
+    for block in _blocks(x, stretches):
+        maps = _maps(_gathered(x, block, state.dtype))
+        entering = _passed_on(maps, block, state)
+        u = maps.u if maps.w is None else maps.u - maps.w @ entering
+        o_THV[block.rows] = (maps.read @ entering + maps.pairs @ u).transpose(1, 2)
+    return o_THV[: len(x.v)], state
+
+
+def states(
+    x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, transitions: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(the state after each stretch, A of each), in the dtype of the states; None without `transitions`.
+
+    A is its diagonal (N, H, K), (N, H, 1) where that is constant, or for the delta rule (N, H, K, K).
+    """
+    key_dim, value_dim = state_NHKV.shape[2:]
+    # the recurrence on values 0 carries any state on: that of all unit vectors becomes A
+    more = key_dim if transitions and x.beta is not None else 0
+    identity = torch.eye(key_dim, more, dtype=state_NHKV.dtype, device=state_NHKV.device)
+    state = torch.cat([state_NHKV, identity.expand(*state_NHKV.shape[:2], -1, -1)], -1)
+    for block in _blocks(x, stretches):
+        maps = _maps(_gathered(x, block, state.dtype), False)
+        _passed_on(maps._replace(u=F.pad(maps.u, (0, more))), block, state)
+    if not transitions:
+        return state, None
+    if not more:
+        return state, diagonal_transitions(x, stretches, state.dtype)
+    return state[..., :value_dim].contiguous(), state[..., value_dim:].contiguous()
 
 
 def backward(
-    x: RecurrenceTokens,
-    stretches: Stretches,
-    state_NHKV: Tensor,
-    do_THV: Tensor,
-    dstate_NHKV: Tensor,
-    of_tokens: bool = True,
+    x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
 ) -> tuple[RecurrenceTokens, Tensor]:
     """(gradients of the tokens, gradients of the states that enter), in the dtype of the states.
 
-    dstate_NHKV: gradients of the states that leave. Without `of_tokens` only those of states are computed: `state_NHKV` is
-    not read, and the first result is `x`. A decay that is the same for all tokens has no gradient here.
+    dstate_NHKV: gradients of the states that leave. A decay that is the same for all tokens has no gradient here.
     """
-    wide = _widened(x, state_NHKV.dtype)
-    chunks = list(_chunks(wide, stretches))
-    entering = []
-    running = state_NHKV.clone()
-    for chunk in chunks if of_tokens else ():
-        entering.append(running[chunk.stretches])
-        _, running[chunk.stretches] = _step(_gathered(wide, chunk), entering[-1], False)
-    do = _padded(do_THV.to(running.dtype))
-    dstate = dstate_NHKV.clone()
-    totals = {name: torch.zeros_like(value) for name, value in wide.by_token().items()} if of_tokens else {}
-    for number in reversed(range(len(chunks))):
-        chunk = chunks[number]
-        part = _gathered(wide, chunk)
-        leaves = part.by_token() if of_tokens else {}
-        state = entering[number] if of_tokens else torch.zeros_like(dstate[chunk.stretches])
+    dtype, group = state_NHKV.dtype, x.heads // x.q.shape[1]
+    blocks = list(_blocks(x, stretches))
+    state, dstate = state_NHKV.clone(), dstate_NHKV.clone()
+    entering = [_passed_on(_maps(_gathered(x, block, dtype), False), block, state) for block in blocks]
+    totals = {
+        name: torch.zeros((len(value) + 1, *value.shape[1:]), dtype=dtype, device=value.device)
+        for name, value in x.by_token().items()
+    }
+    for block in reversed(blocks):
+        part = _gathered(x, block, dtype)
+        leaves = {name: value for name, value in part.present().items() if name in totals}
 
-        def step(*given: Tensor, part: RecurrenceTokens = part, names: tuple[str, ...] = tuple(leaves)) -> Any:
-            *tokens, entering_state = given
-            return _step(part._replace(**dict(zip(names, tokens, strict=True))), entering_state, True)
+        def maps_of(
+            *given: Tensor, part: RecurrenceTokens = part, names: tuple[str, ...] = tuple(leaves)
+        ) -> tuple[Tensor, ...]:
+            return tuple(y for y in _maps(part._replace(**dict(zip(names, given, strict=True)))) if y is not None)
 
         # unlike autograd's own functions, this works inside an operator
-        pull_back = torch.func.vjp(step, *leaves.values(), state)[1]
-        *found, dstate[chunk.stretches] = pull_back((do[chunk.rows].transpose(1, 2), dstate[chunk.stretches]))
-        for total, grad in zip(totals.values(), found, strict=True):
+        pulled: Any = torch.func.vjp(maps_of, *leaves.values())
+        (read, pairs, key, decay, u, *w), pull_back = pulled
+        maps = Maps(read, pairs, key, decay, u, w[0] if w else None)
+        dmaps = _gradients(maps, block, entering.pop(), _rows(do_THV, block, dtype), dstate)
+        found = pull_back(tuple(dy for dy in dmaps if dy is not None))
+        for name, grad_MHC in zip(leaves, found, strict=True):
+            if name in ("q", "k"):
+                grad_MHC = grad_MHC.unflatten(1, (-1, group)).sum(2)
             # rows without a token are of no stretch
-            total[chunk.rows] = grad
-    if not of_tokens:
-        return x, dstate
-    return x._replace(**{name: totals[name][: len(x.v)] for name in x.by_token()}), dstate
+            totals[name][block.rows] = grad_MHC.transpose(1, 2)
+    return x._replace(**{name: total[: len(x.v)] for name, total in totals.items()}), dstate
 
 
-def transitions(x: RecurrenceTokens, stretches: Stretches, dtype: torch.dtype) -> Tensor:
-    """A of each stretch: its diagonal (N, H, K), (N, H, 1) where that is constant, or for the delta rule (N, H, K, K)."""
-    wide = _widened(x, dtype)
-    heads, key_dim = x.heads, x.k.shape[-1]
-    if x.beta is not None:
-        # the recurrence on values 0 carries any state on: that of all unit vectors becomes A
-        identity = torch.eye(key_dim, dtype=dtype, device=x.v.device).expand(len(stretches), heads, -1, -1)
-        blank = x._replace(v=x.v.new_zeros((*x.v.shape[:2], key_dim)))
-        return forward(blank, stretches, identity.contiguous(), outputs=False)[1]
-    if not x.decays_by_token:
-        length = torch.tensor([end - begin for begin, end in stretches], dtype=torch.float64, device=x.v.device)
-        return constant_transition(x.g, heads, length).to(dtype)
-    g = wide.g
-    assert g is not None
-    out = torch.zeros((len(stretches), *g.shape[1:]), dtype=torch.float64, device=g.device)
-    for chunk in _chunks(wide, stretches):
-        out[chunk.stretches] += _decays(g[chunk.rows]).sum(1)
-    return out.exp().to(dtype).reshape(len(stretches), heads, -1)
+def gradient_states(
+    x: RecurrenceTokens, stretches: Stretches, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(the gradient of the state before each stretch, A of each), in the dtype of the states; see `states`.
 
-
-def constant_transition(g_H: Tensor | None, heads: int, length_N: Tensor) -> Tensor:
-    """A of stretches of so many tokens where every token decays alike, (N, H, 1) in fp64."""
-    if g_H is None:
-        return length_N.new_ones((len(length_N), heads, 1))
-    return torch.exp(_decays(g_H)[None] * length_N[:, None])[..., None]
-
-
-def _widened(x: RecurrenceTokens, dtype: torch.dtype) -> RecurrenceTokens:
-    """The tokens in a wider dtype, and one row of zeros behind them: it leaves every state as it is.
-
-    A decay that is the same for all tokens becomes one of each, so that the row of zeros has none.
+    dstate_NHKV: gradients of the states that leave.
     """
-    if x.g is not None and not x.decays_by_token:
-        x = x._replace(g=x.g.expand(len(x.v), -1))
-    return x._replace(**{name: _padded(value.to(dtype)) for name, value in x.by_token().items()})
+    dtype, dstate = dstate_NHKV.dtype, dstate_NHKV.clone()
+    for block in reversed(list(_blocks(x, stretches))):
+        _passed_back(_maps(_gathered(x, block, dtype)), block, _rows(do_THV, block, dtype), dstate)
+    return dstate, states(x, stretches, torch.zeros_like(dstate), True)[1] if transitions else None
 
 
-def _padded(value: Tensor) -> Tensor:
-    return torch.cat([value, value.new_zeros((1, *value.shape[1:]))])
-
-
-def _chunks(wide: RecurrenceTokens, stretches: Stretches) -> Iterator[ChunkRows]:
-    """The first chunk of each stretch, then the second, and so on."""
-    size = _CHUNK_OF_CHANNELS if wide.g is not None and wide.g.dim() == 3 else _CHUNK
-    device, tokens = wide.v.device, len(wide.v) - 1
-    for number in range(-(-max((end - begin for begin, end in stretches), default=0) // size)):
+def _blocks(x: RecurrenceTokens, stretches: Stretches) -> list[Block]:
+    """The first chunk of each stretch, then the second, and so on, about so many at once."""
+    size = _CHUNK_OF_CHANNELS if x.g is not None and x.g.dim() == 3 else _CHUNK
+    longest = max((end - begin for begin, end in stretches), default=0)
+    size, device = min(size, max(longest, 1)), x.v.device
+    blocks: list[Block] = []
+    first: list[tuple[int, int]] = []
+    levels: list[Level] = []
+    for number in range(-(-longest // size)):
         going = [i for i, (begin, end) in enumerate(stretches) if end - begin > number * size]
-        begin, end = (torch.tensor([stretches[i][side] for i in going], device=device) for side in (0, 1))
-        # no longer than the longest that is left
-        most = min(size, int((end - begin).max()) - number * size)
-        rows = begin[:, None] + number * size + torch.arange(most, device=device)
-        yield ChunkRows(torch.where(rows < end[:, None], rows, tokens), torch.tensor(going, device=device))
+        which = None if len(going) == len(stretches) else torch.tensor(going, device=device)
+        levels.append(Level(len(first), len(first) + len(going), which))
+        first += [(stretches[i][0] + number * size, stretches[i][1]) for i in going]
+        if len(first) >= _BLOCK or (number + 1) * size >= longest:
+            begin, end = torch.tensor(first, device=device).unbind(1)
+            rows = begin[:, None] + torch.arange(size, device=device)
+            blocks.append(Block(torch.where(rows < end[:, None], rows, len(x.v)), tuple(levels)))
+            first, levels = [], []
+    return blocks
 
 
-def _gathered(wide: RecurrenceTokens, chunk: ChunkRows) -> RecurrenceTokens:
-    """The tokens of a chunk, (n, C, ...) each."""
-    return wide._replace(**{name: value[chunk.rows] for name, value in wide.by_token().items()})
-
-
-def _step(part: RecurrenceTokens, state_nHKV: Tensor, outputs: bool) -> tuple[Tensor, Tensor]:
-    """(o_nHCV, the state after the chunk). Differentiable."""
-    maps = _maps(part, outputs)
-    u = maps.u if maps.w is None else maps.u - maps.w @ state_nHKV
-    leaving = maps.decay[..., None] * state_nHKV + maps.key.transpose(-1, -2) @ u
-    return (maps.read @ state_nHKV + maps.pairs @ u if outputs else u), leaving
-
-
-def _maps(part: RecurrenceTokens, outputs: bool) -> Maps:
-    group = part.v.shape[2] // part.q.shape[2]
-    q, k = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (part.q, part.k))
-    v = part.v.transpose(1, 2)
-    n, heads, size, _ = v.shape
-    dtype = v.dtype
-    # sums of logarithms up to and with each token, (n, H, C, 1 or K)
-    total = v.new_zeros((1, 1, size, 1), dtype=torch.float64)
-    if part.g is not None:
-        total = _decays(part.g).cumsum(1).transpose(1, 2).reshape(n, heads, size, -1)
-    lower = torch.ones(size, size, dtype=torch.bool, device=v.device).tril()
-    later = (total[:, :, :, None] - total[:, :, None]).masked_fill(~lower[..., None], -torch.inf).exp().to(dtype)
-    from_start, to_end = total.exp().to(dtype), (total[:, :, -1:] - total).exp().to(dtype)
-    decay = from_start[:, :, -1].expand(n, heads, -1)
-    pairs = _products(q, k, later) if outputs else v
-    if part.beta is None:
-        return Maps(q * from_start, pairs, k * to_end, decay, v, None)
-    beta = part.beta.transpose(1, 2)[..., None]
-    # what a token replaces depends on what earlier ones of the chunk have: a triangular system
-    unit = torch.eye(size, dtype=dtype, device=v.device) + (beta * _products(k, k, later)).tril(-1)
-    wanted = torch.cat([beta * v, beta * k * from_start], -1)
-    u, w = torch.linalg.solve_triangular(unit, wanted, upper=False, unitriangular=True).split(
-        [v.shape[-1], k.shape[-1]], -1
+def _gathered(x: RecurrenceTokens, block: Block, dtype: torch.dtype) -> RecurrenceTokens:
+    """The tokens of a block's chunks, (M, H, C, ...) each; where there is no token, zeros leave every state as it is."""
+    # a decay that is the same for all tokens becomes one of each, so that rows without a token have none
+    g = x.g if x.g is None or x.decays_by_token else x.g.expand(len(x.v), -1)
+    group = x.heads // x.q.shape[1]
+    tokens = {**x.present(), **({} if g is None else {"g": g})}
+    return x._replace(
+        **{name: _rows(y, block, dtype, group if name in ("q", "k") else 1) for name, y in tokens.items()}
     )
-    return Maps(q * from_start, pairs, k * to_end, decay, u, w)
 
 
-def _decays(g: Tensor) -> Tensor:
-    return g.double().clamp(min=_LEAST_DECAY)
+def _rows(y: Tensor, block: Block, dtype: torch.dtype, group: int = 1) -> Tensor:
+    """Rows of a tensor (T, H, ...) as (M, H, C, ...), each head so many times; zeros where there is no token."""
+    heads = torch.arange(y.shape[1] * group, device=y.device) // group
+    absent = block.rows == len(y)
+    found = y[block.rows.clamp(max=len(y) - 1)[:, None], heads[:, None]].to(dtype)
+    return found.masked_fill_(absent[:, None].reshape(len(absent), 1, -1, *[1] * (y.dim() - 2)), 0.0)
 
 
-def _products(x_nHCK: Tensor, y_nHCK: Tensor, later_nHCC1: Tensor) -> Tensor:
-    """<x_t, decay from i to t, y_i> of all pairs i <= t, (n, H, C, C)."""
-    if later_nHCC1.shape[-1] == 1:
-        return (x_nHCK @ y_nHCK.transpose(-1, -2)) * later_nHCC1[..., 0]
-    return torch.einsum("nhtk,nhik,nhtik->nhti", x_nHCK, y_nHCK, later_nHCC1)
+def _passed_on(maps: Maps, block: Block, state_NHKV: Tensor) -> Tensor:
+    """The states that enter a block's chunks, (M, H, K, V); those of stretches become what leaves the block."""
+    entering = state_NHKV.new_empty((len(block.rows), *state_NHKV.shape[1:]))
+    for begin, end, which in block.levels:
+        entering[begin:end] = state_NHKV if which is None else state_NHKV[which]
+        state, u = entering[begin:end], maps.u[begin:end]
+        if maps.w is not None:
+            u = u - maps.w[begin:end] @ state
+        leaving = maps.decay[begin:end, ..., None] * state + maps.key[begin:end].transpose(-1, -2) @ u
+        state_NHKV[slice(None) if which is None else which] = leaving
+    return entering
+
+
+def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradients of u - w S, of the states that leave) of a block's chunks; those of stretches become what is before it."""
+    dentering, du = maps.read.transpose(-1, -2) @ do_MHCV, maps.pairs.transpose(-1, -2) @ do_MHCV
+    dleaving = torch.empty_like(dentering)
+    for begin, end, which in reversed(block.levels):
+        dleaving[begin:end] = dstate_NHKV if which is None else dstate_NHKV[which]
+        after = dleaving[begin:end]
+        du[begin:end] += maps.key[begin:end] @ after
+        before = dentering[begin:end] + maps.decay[begin:end, ..., None] * after
+        if maps.w is not None:
+            before -= maps.w[begin:end].transpose(-1, -2) @ du[begin:end]
+        dstate_NHKV[slice(None) if which is None else which] = before
+    return du, dleaving
+
+
+def _gradients(maps: Maps, block: Block, state_MHKV: Tensor, do_MHCV: Tensor, dstate_NHKV: Tensor) -> Maps:
+    """Gradients of the maps of a block's chunks, whose entering states are given; those of stretches as in `_passed_back`."""
+    du, dleaving = _passed_back(maps, block, do_MHCV, dstate_NHKV)
+    heard = maps.u if maps.w is None else maps.u - maps.w @ state_MHKV
+    ddecay = (state_MHKV * dleaving).sum(-1)
+    return Maps(
+        do_MHCV @ state_MHKV.transpose(-1, -2),
+        do_MHCV @ heard.transpose(-1, -2),
+        heard @ dleaving.transpose(-1, -2),
+        ddecay if maps.decay.shape[-1] > 1 else ddecay.sum(-1, keepdim=True),
+        du,
+        None if maps.w is None else -du @ state_MHKV.transpose(-1, -2),
+    )
+
+
+def _maps(part: RecurrenceTokens, outputs: bool = True) -> Maps:
+    """The maps of chunks whose tokens are (M, H, C, ...). Differentiable. Without `outputs` no use is made of the pairs."""
+    q, k, v, g, beta = part
+    chunks, heads, size, _ = v.shape
+    dtype = v.dtype
+    # sums of logarithms up to and with each token, (M, H, C, 1 or K)
+    if g is None:
+        total = v.new_zeros((chunks, heads, size, 1), dtype=torch.float64)
+    else:
+        total = finite_decays(g).cumsum(2).reshape(chunks, heads, size, -1)
+    lower = torch.ones(size, size, dtype=torch.bool, device=v.device).tril()
+    # once the difference is made, it may be rounded: an exponent's error grows slower than its power falls
+    later = (total[:, :, :, None] - total[:, :, None]).to(dtype).masked_fill(~lower[..., None], -torch.inf).exp()
+    from_start, to_end = total.to(dtype).exp(), (total[:, :, -1:] - total).to(dtype).exp()
+    read, key, decay = q * from_start, k * to_end, from_start[:, :, -1]
+    pairs = _products(q, k, later) if outputs else v
+    if beta is None:
+        return Maps(read, pairs, key, decay, v, None)
+    # what a token replaces depends on what earlier ones of the chunk have: a triangular system
+    beta = beta[..., None]
+    replaced = (beta * _products(k, k, later)).tril(-1)
+    # its diagonal is not read; a product with the inverse is faster than a solution for every column
+    unit = torch.eye(size, dtype=dtype, device=v.device).expand_as(replaced)
+    inverse = torch.linalg.solve_triangular(replaced, unit, upper=False, unitriangular=True)
+    return Maps(read, pairs, key, decay, inverse @ (beta * v), inverse @ (beta * k * from_start))
+
+
+def _products(x_MHCK: Tensor, y_MHCK: Tensor, later_MHCC1: Tensor) -> Tensor:
+    """<x_t, decay from i to t, y_i> of all pairs i <= t, (M, H, C, C)."""
+    if later_MHCC1.shape[-1] == 1:
+        return (x_MHCK @ y_MHCK.transpose(-1, -2)) * later_MHCC1[..., 0]
+    return torch.einsum("mhtk,mhik,mhtik->mhti", x_MHCK, y_MHCK, later_MHCC1)

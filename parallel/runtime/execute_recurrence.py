@@ -31,21 +31,19 @@ from distattn.parallel.runtime.transport import Transport
 class RecurrenceKernel(Protocol):
     """The functions of a kernel module for recurrences; see `distattn.kernels.recurrence.chunked`."""
 
-    def forward(
-        self, x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, outputs: bool = True
-    ) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def states(
+        self, x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, transitions: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
 
     def backward(
-        self,
-        x: RecurrenceTokens,
-        stretches: Stretches,
-        state_NHKV: Tensor,
-        do_THV: Tensor,
-        dstate_NHKV: Tensor,
-        of_tokens: bool = True,
+        self, x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
     ) -> tuple[RecurrenceTokens, Tensor]: ...
 
-    def transitions(self, x: RecurrenceTokens, stretches: Stretches, dtype: torch.dtype) -> Tensor: ...
+    def gradient_states(
+        self, x: RecurrenceTokens, stretches: Stretches, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class ForwardResult(NamedTuple):
@@ -197,12 +195,11 @@ class _Pass:
     def _leave_states(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[StretchStates]) -> None:
         """(A, B) of stretches, after what precedes them."""
         before = [self._entering(launch, task) for task in tasks]
-        entering = torch.stack([state.b for state in before])
-        _, leaving = self.kernel.forward(x, launch.schedule.rows, entering, outputs=False)
-        transitions = self._transitions(launch, x, tasks)
+        entering, wanted = torch.stack([state.b for state in before]), _need_transitions(tasks)
+        leaving, transitions = self.kernel.states(x, launch.schedule.rows, entering, wanted)
         for i, (task, state) in enumerate(zip(tasks, before, strict=True)):
             a = None
-            if not task.is_prefix:
+            if not task.is_prefix and transitions is not None:
                 a = transitions[i] if state.a is None else composed(state.a, transitions[i])
             self._leave(launch, task, State(a, leaving[i]))
 
@@ -211,20 +208,13 @@ class _Pass:
     ) -> None:
         """(A, C) of stretches, before what follows them."""
         after = [self._following(launch, task) for task in tasks]
-        dleaving = torch.stack([state.b for state in after])
-        _, dentering = self.kernel.backward(x, launch.schedule.rows, dleaving, do_THV, dleaving, of_tokens=False)
-        transitions = self._transitions(launch, x, tasks)
+        dleaving, wanted = torch.stack([state.b for state in after]), _need_transitions(tasks)
+        dentering, transitions = self.kernel.gradient_states(x, launch.schedule.rows, do_THV, dleaving, wanted)
         for i, (task, state) in enumerate(zip(tasks, after, strict=True)):
             a = None
-            if not task.is_prefix:
+            if not task.is_prefix and transitions is not None:
                 a = transitions[i] if state.a is None else composed(transitions[i], state.a)
             self._leave(launch, task, State(a, dentering[i]))
-
-    def _transitions(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[StretchStates]) -> Tensor:
-        """A of each stretch of a launch; empty where nobody needs one."""
-        if all(task.is_prefix for task in tasks):
-            return x.v.new_empty(0)
-        return self.kernel.transitions(x, launch.schedule.rows, self.dtype)
 
     def _leave(self, launch: KernelLaunch, task: StretchStates, state: State) -> None:
         if task.leaves is not None:
@@ -280,3 +270,8 @@ class _Pass:
         index = self._group_index(launch, dy_THK.device)
         out = dy_THK.new_zeros((len(dy_THK), int(index[-1]) + 1, dy_THK.shape[2]))
         return out.index_add_(1, index, dy_THK)
+
+
+def _need_transitions(tasks: Sequence[StretchStates]) -> bool:
+    """Whether the A of any stretch is part of what it leaves."""
+    return not all(task.is_prefix for task in tasks)

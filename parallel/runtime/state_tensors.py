@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distattn.ir.plan import Call, Payload
-from distattn.kernels.recurrence.chunked import constant_transition
+from distattn.kernels.recurrence.transitions import constant_transition
 from distattn.parallel.runtime.state_program import StateKey, StateMessage, StatePart, StateStep
 from distattn.parallel.runtime.transport import Packet
 

@@ -46,16 +46,16 @@ def test_thousands_of_tokens(name):
 @pytest.mark.parametrize("name", RECURRENT)
 def test_a_stretch_is_an_affine_map_of_the_state_that_enters(name):
     case = recurrence_case(OPS[name], (70, 3, 1))
-    a = chunked.transitions(case.x, case.stretches, torch.float64)
-    _, b = chunked.forward(case.x, case.stretches, torch.zeros_like(case.initial), outputs=False)
+    b, a = chunked.states(case.x, case.stretches, torch.zeros_like(case.initial), True)
     _, final = token_by_token(case.x, case.stretches, case.initial)
     carried = a @ case.initial if OPS[name].delta else a[..., None] * case.initial
     torch.testing.assert_close(carried + b, final, rtol=1e-10, atol=1e-11)
     assert a.shape[2:] == OPS[name].transition_shape(3)
     # and so is, backwards, the gradient of the state that leaves
-    _, c = chunked.backward(
-        case.x, case.stretches, case.initial, case.do, torch.zeros_like(case.dfinal), of_tokens=False
-    )
+    c, again = chunked.gradient_states(case.x, case.stretches, case.do, torch.zeros_like(case.dfinal), True)
+    assert torch.equal(again, a)
+    # of states that begin, or end, with their document nobody asks for an A
+    assert chunked.states(case.x, case.stretches, case.initial, False)[1] is None
     carried = a.transpose(-1, -2) @ case.dfinal if OPS[name].delta else a[..., None] * case.dfinal
     torch.testing.assert_close(carried + c, by_definition(case).dinitial, rtol=1e-10, atol=1e-11)
 
