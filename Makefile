@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 # DeepSpeed compiles nothing when it is installed
 export DS_BUILD_OPS := 0
 
-.PHONY: demo test test-all check docs bench bench-rivals bench-adapters bench-disaggregation bench-gpu check-cluster lint-kernels tritons clean
+.PHONY: demo test test-all check docs bench bench-rivals bench-adapters bench-disaggregation bench-gpu check-cluster lint-kernels tritons fla clean
 
 demo: $(VENV)/.train
 	$(BIN)/distattn train configs/tiny.toml $(ARGS)
@@ -63,6 +63,10 @@ tritons: $(VENV)/.dev
 	for version in 3.6.0 3.7.0 3.7.1; do \
 	  test -d $(VENV)/triton-$$version || $(PIP) --no-deps --target $(VENV)/triton-$$version triton==$$version || exit 1; \
 	done
+
+# beside the environment, for its tests only: with fla-core installed, transformers' recurrent layers fail on CPUs
+fla: $(VENV)/.dev
+	test -d $(VENV)/fla-core || $(PIP) --no-deps --target $(VENV)/fla-core fla-core==0.6.0
 
 # torch first: another package would draw a larger build of it
 $(VENV)/.torch: constraints.txt

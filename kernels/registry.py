@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.op import ATTENTION, Op
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 
@@ -24,11 +25,13 @@ KERNELS = {
     "gluon": "distattn.kernels.gluon.attention",
     "gluon_split": "distattn.kernels.gluon.split",
 }
-# by kind of op, those that compute it; preferred ones first
+# by kind of op, those that compute it
 OTHER_KERNELS: dict[str, dict[str, str]] = {
-    "recurrence": {"chunked": "distattn.kernels.recurrence.chunked"},
+    "recurrence": {"chunked": "distattn.kernels.recurrence.chunked", "fla": "distattn.kernels.recurrence.fla"},
     "convolution": {"taps": "distattn.kernels.convolution.taps"},
 }
+# kernels that need a package of an extra of ours, and the extra
+_EXTRAS = {"fla": "fla"}
 # the fastest of those that a trial finds right (see `trials`)
 AUTO = "auto"
 # these run on CPUs, all others on GPUs
@@ -38,12 +41,17 @@ _DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
 # by device, the kernels among which "auto" chooses by trial, preferred ones first
 CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("gluon", "flash", "triton")}
+# the same of other kinds of ops; the last one computes everything everywhere
+_OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {"recurrence": {"cuda": ("fla", "chunked")}}
 
 
-def candidates(device: torch.device) -> tuple[str, ...]:
+def candidates(device: torch.device, op: Op = ATTENTION) -> tuple[str, ...]:
     """The kernels that may be chosen on a device, as things are: deterministic ones where that is asked for."""
     import torch
 
+    if op.kind in OTHER_KERNELS:
+        every = tuple(OTHER_KERNELS[op.kind])[:1]
+        return _OTHER_CANDIDATES.get(op.kind, {}).get(device.type, every)
     names = CANDIDATES.get(device.type, ())
     fixed = torch.are_deterministic_algorithms_enabled()
     return tuple(_DETERMINISTIC.get(name, name) if fixed else name for name in names)
@@ -95,7 +103,8 @@ def load_kernel(name: str) -> Kernel:
     try:
         return cast(Kernel, import_module(known[name]))
     except ModuleNotFoundError as error:
-        raise DistattnError(f'kernel "{name}" needs {error.name}, which is not installed here.') from None
+        way_out = f': pip install "distattn[{_EXTRAS[name]}]"' if name in _EXTRAS else ""
+        raise DistattnError(f'kernel "{name}" needs {error.name}, which is not installed here{way_out}.') from None
 
 
 def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[LaunchMask], Any]:
@@ -109,6 +118,8 @@ def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[La
 
 def _way_out(requirements: KernelRequirements) -> str:
     """What to do instead: the device's own kernel where it can serve the call, else the slow one that computes everything."""
+    if requirements.op.kind in OTHER_KERNELS:
+        return f'Use kernel="{next(iter(OTHER_KERNELS[requirements.op.kind]))}".'
     name = _DEFAULTS.get(requirements.device.type, "reference")
     if load_kernel(name).unsupported_reason(requirements):
         name = "reference"
@@ -129,8 +140,8 @@ def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
     ):
         raise DistattnError(f'kernel "{name}" does not compute {op.name}; there are {AUTO}, {", ".join(of_op)}.')
     if of_op is not KERNELS:
-        return next(iter(of_op)) if name in (None, AUTO) else str(name)
-    if name in (None, AUTO):
+        name = next(iter(of_op)) if name in (None, AUTO) else name
+    elif name in (None, AUTO):
         if requirements.device.type not in _DEFAULTS:
             raise DistattnError(
                 f'there is no default kernel for {requirements.device.type} tensors; pass kernel="reference".'

@@ -60,7 +60,12 @@ def try_kernels(
     found = {}
     for name in names:
         report(f"trying kernel {name} ...")
-        found[name] = _tried(name, largest, requirements)
+        found[name] = tried(
+            name,
+            requirements,
+            lambda kernel: [_difference(kernel, sample(largest, *_COMPARED, at), requirements) for at in (0.0, 0.6)],
+            lambda kernel: _seconds(kernel, sample(largest, *_TIMED, 1.0), requirements),
+        )
     return found
 
 
@@ -94,16 +99,27 @@ def cropped(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMas
     return LaunchMask(bands, band_heads, shift, *sizes, heads, kv_heads, mask.group_size, mask.first_head)
 
 
-def _tried(name: str, mask: LaunchMask, requirements: KernelRequirements) -> Trial:
+def tried(
+    name: str,
+    requirements: KernelRequirements,
+    differences: Callable[[Any], Sequence[float]],
+    seconds: Callable[[Any], float],
+) -> Trial:
+    """The trial of one kernel module, by functions of it: how far its results are from right ones, and what it needs.
+
+    Raises DistattnError where the device can no longer be used.
+    """
     try:
         kernel = load_kernel(name)
         if why_not := kernel.unsupported_reason(requirements):
             return Trial(fault=why_not)
-        differences = [_difference(kernel, sample(mask, *_COMPARED, at), requirements) for at in (0.0, 0.6)]
-        difference = _largest(differences)
+        difference = _largest(differences(kernel))
         if not difference <= _TOLERANCE[requirements.dtype]:
             return Trial(difference, fault=f"wrong: {difference:.1e} from the reference")
-        return Trial(difference, _seconds(kernel, sample(mask, *_TIMED, 1.0), requirements))
+        return Trial(difference, seconds(kernel))
+    except DistattnError as error:
+        # a package that is not installed may be there another time
+        return Trial(fault=str(error), passing=True)
     except Exception as error:
         # a compiler's or a driver's trouble is this kernel's alone, unless the device is lost for all
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
@@ -196,7 +212,7 @@ def _largest(values: Sequence[float]) -> float:
 
 
 def _seconds(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
-    """The median of a few runs of forward and backward, after one that compiles."""
+    """Of forward and backward."""
     given = _Inputs.of(mask, requirements)
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
 
@@ -204,12 +220,17 @@ def _seconds(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements)
         o, lse = kernel.forward(given.q, given.k, given.v, schedule, given.score)
         return kernel.backward(given.do, given.q, given.k, given.v, lse, torch.zeros_like(lse), schedule, given.score)
 
+    return median_seconds(run, requirements.device)
+
+
+def median_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Of a few runs, after one that compiles."""
     times = []
     for _ in range(_RUNS + 1):
-        _wait(requirements.device)
+        _wait(device)
         began = time.perf_counter()
         run()
-        _wait(requirements.device)
+        _wait(device)
         times.append(time.perf_counter() - began)
     return median(times[1:])
 

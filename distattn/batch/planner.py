@@ -39,7 +39,7 @@ from distattn.ops.executable import (
     checked_program,
     kernel_requirements,
 )
-from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, kernel_trials
+from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_choice, kernel_trials
 from distattn.ops.latent import latent_attention, latent_kernel
 from distattn.ops.recurrence import recurrence
 from distattn.parallel.latent_plan import make_latent_plan
@@ -226,7 +226,9 @@ class Planner:
         Raises DistattnError on all of them where none is right.
         """
         trial = self._trial_of(shape, device)
-        if trial in self._ranked or self.config.kernel not in (None, AUTO) or shape.op != ATTENTION:
+        # the kernel that is asked for is one of attention
+        is_asked_for = shape.op == ATTENTION and self.config.kernel not in (None, AUTO)
+        if trial in self._ranked or is_asked_for or not has_choice(shape.op):
             return
         own: dict[str, Trial] = {}
         plan = broken = None
@@ -239,7 +241,7 @@ class Planner:
             except DistattnError as error:
                 # the others wait for this rank's trials, whatever has become of them
                 broken = error
-        ranked = agreed_ranking(own, device, lambda value: self.ranks.gather(value, "the trial of kernels"))
+        ranked = agreed_ranking(own, device, lambda value: self.ranks.gather(value, "the trial of kernels"), shape.op)
         if broken is not None:
             raise broken
         # without a launch nobody has tried anything: another batch will

@@ -21,12 +21,11 @@ import torch.distributed as dist
 from distattn.ir.arguments import checked
 from distattn.ir.bands import BK, BQ, MAX_BLOCK
 from distattn.ir.errors import DistattnError, LostRankError, PlanError, named_ranks
-from distattn.ir.op import ATTENTION
 from distattn.ir.plan import Call, Plan
 from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.trials import Trial
-from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, kernel_trials
+from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_choice, kernel_trials
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime.attendance import attended
 from distattn.parallel.runtime.communicator import (
@@ -190,8 +189,9 @@ def prepare(
 ) -> Executable:
     """Make a plan ready to run: a collective call of all its ranks, which compare their plans every time.
 
-    group defaults to the default process group; a plan for one rank needs none. kernel: a name of KERNELS, by default
-    "auto": on GPUs the fastest of those that were right in a trial (see `kernels.trials`), alike on all ranks. modifiers:
+    group defaults to the default process group; a plan for one rank needs none. kernel: a name of KERNELS, or of
+    OTHER_KERNELS for other ops, by default "auto": on GPUs the fastest of those that were right in a trial (see
+    `kernels.trials`), alike on all ranks; `Executable.key` has its name. modifiers:
     "softcap" and "alibi_slopes" where calls will have them, "lse" where gradients go through it, for that choice.
     max_buffer_bytes: bytes of buffers a rank may need at once (see `verify`). proven=False: without a proof, for callers
     that prove every so many plans of one kind; max_buffer_bytes asks for the proof all the same. Hold the result until the
@@ -206,14 +206,14 @@ def prepare(
     refusal = program = key = None
     own: dict[str, Trial] = {}
     needed = kernel_requirements(plan.call, device, modifiers)
-    is_chosen = kernel in (None, AUTO) and plan.call.op == ATTENTION
+    is_chosen = kernel in (None, AUTO) and has_choice(plan.call.op)
     try:
         own = kernel_trials(plan, rank, needed) if is_chosen else {}
     except DistattnError as error:
         # the others wait for this rank's trials, whatever has become of them
         refusal = error
     try:
-        if (ranked := agreed_ranking(own, device, _gather_over(group))) and is_chosen:
+        if (ranked := agreed_ranking(own, device, _gather_over(group), plan.call.op)) and is_chosen:
             kernel = first_that_serves(ranked, needed)
         if refusal is None:
             key, program = checked_program(plan, rank, kernel, device, max_buffer_bytes, proven)

@@ -1,4 +1,7 @@
-"""`kernel="auto"`: which kernel computes a plan, found by trial (see `kernels.trials`); all ranks choose alike."""
+"""`kernel="auto"`: which kernel computes a plan, found by trial (see `kernels.trials`); all ranks choose alike.
+
+Kernels of recurrences are tried, too, on tokens of the call's shape (see `kernels.recurrence.trial`).
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from typing import Any
 import torch
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.op import ATTENTION, Op
 from distattn.ir.plan import Plan
 from distattn.kernels.flash.attention import implementation
 from distattn.kernels.launch_mask import LaunchMask
+from distattn.kernels.recurrence.trial import try_recurrence
 from distattn.kernels.registry import candidates, load_kernel
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trial_cache import read_trials, trial_key, write_trials
@@ -26,7 +31,14 @@ _TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.
 _LOG = logging.getLogger("distattn")
 
 
-def agreed_ranking(own: dict[str, Trial], device: torch.device, gather: Callable[[Any], list[Any]]) -> list[str]:
+def has_choice(op: Op) -> bool:
+    """Whether "auto" may choose among several kernels of an op, by trial."""
+    return op == ATTENTION or op.is_recurrent
+
+
+def agreed_ranking(
+    own: dict[str, Trial], device: torch.device, gather: Callable[[Any], list[Any]], op: Op = ATTENTION
+) -> list[str]:
     """The right kernels, fastest first: this rank's trials and those of all others. A collective call, of ranks without any, too.
 
     gather: a value of every rank, by rank. Empty where nobody has tried any. Raises DistattnError on all ranks where no kernel
@@ -39,14 +51,16 @@ def agreed_ranking(own: dict[str, Trial], device: torch.device, gather: Callable
             f"rank {odd} of the group has its tensors on {everyone[odd][0]}, rank 0 on {everyone[0][0]}: all ranks that "
             "share attention compute on one kind of device (serve(device=...) says that of a server)."
         )
-    return ranking([trials for _, trials in everyone], candidates(device))
+    return ranking([trials for _, trials in everyone], candidates(device, op))
 
 
 def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> dict[str, Trial]:
     """This rank's trials of kernels on its launches of a plan, from the cache where they are there; none without a choice."""
-    names = candidates(requirements.device)
+    names = candidates(requirements.device, requirements.op)
     if len(names) < 2:
         return {}
+    if requirements.op.is_recurrent:
+        return _trials_of_recurrence(names, requirements, plan.call.heads, plan.call.kv_heads)
     known = _TRIALS.setdefault(plan, {})
     # what "flash" runs may be another one later
     trial = rank, requirements, names, implementation()
@@ -68,6 +82,18 @@ def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple
     for name, trial in found.items():
         if trial.passing or trial.fault.startswith("wrong"):
             _warn(name, key, trial.fault)
+    return found
+
+
+@cache
+def _trials_of_recurrence(
+    names: tuple[str, ...], requirements: KernelRequirements, heads: int, key_heads: int
+) -> dict[str, Trial]:
+    """Of calls of such a shape, whatever their documents are; once in a process."""
+    found = try_recurrence(names, requirements, heads, key_heads, _LOG.info)
+    for name, trial in found.items():
+        if trial.fault:
+            _warn(name, f"{requirements.op.name} on {requirements.device}", trial.fault)
     return found
 
 

@@ -191,7 +191,7 @@ def test_the_fastest_right_kernel_is_taken_and_kept(candidates, caplog, monkeypa
     ((key, kept),) = json.loads(candidates.read_text()).items()
     assert "float64 4:2 8/8" in key and kept["wrong"]["fault"].startswith("wrong: ") and not kept["tardy"]["fault"]
     # the next process finds it
-    monkeypatch.setattr(trials, "_tried", None)
+    monkeypatch.setattr(trials, "tried", None)
     assert da.prepare(plan_for(1), kernel="auto").key.kernel == "cpu"
     # one line switches it off
     assert da.prepare(plan_for(1), kernel="tardy").key.kernel == "tardy"

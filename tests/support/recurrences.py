@@ -104,7 +104,9 @@ def assert_same(got: RecurrenceResult, wanted: RecurrenceResult, tolerance: floa
         assert error <= tolerance, f"{name} is off by {error:.2e}, more than {tolerance:.0e}"
 
 
-def run_recurrence(plan: Plan, case: RecurrenceCase, record: Record | None = None) -> RecurrenceResult:
+def run_recurrence(
+    plan: Plan, case: RecurrenceCase, record: Record | None = None, kernel: Any = chunked
+) -> RecurrenceResult:
     """Forward and backward of every rank of a plan in one process, put together again; states alive are those of the proof."""
     layout, call = plan.call.layout, plan.call
     ranks, dtype = range(call.ranks), getattr(torch, call.dtype)
@@ -132,13 +134,13 @@ def run_recurrence(plan: Plan, case: RecurrenceCase, record: Record | None = Non
         return held[-1]
 
     runs = [
-        execute_recurrence.forward(program, transport, chunked, x, case.initial)
+        execute_recurrence.forward(program, transport, kernel, x, case.initial)
         for program, transport, x in zip(programs, transports(), local, strict=True)
     ]
     with patch.object(execute_recurrence, "HeldStateTensors", noted):
         ahead = run_in_lock_step(runs)
     runs = [
-        execute_recurrence.backward(program, transport, chunked, do_, case.dfinal, x, case.initial, result.kept)
+        execute_recurrence.backward(program, transport, kernel, do_, case.dfinal, x, case.initial, result.kept)
         for program, transport, x, do_, result in zip(programs, transports(), local, do, ahead, strict=True)
     ]
     with patch.object(execute_recurrence, "HeldStateTensors", noted):

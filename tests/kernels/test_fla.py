@@ -1,0 +1,108 @@
+"""fla-core's kernels compute every task of a recurrence, and are chosen by trial; where they cannot be used, that is said."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from recurrences import RECURRENT
+from waiting import LIMIT_SECONDS
+
+import distattn as da
+from distattn.ir.op import OPS
+from distattn.kernels import registry
+from distattn.kernels.recurrence import chunked
+from distattn.kernels.spec import KernelRequirements
+from distattn.kernels.trials import ranking
+from distattn.ops import kernel_choice
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".venv" / "fla-core"
+NEEDED = KernelRequirements(torch.float32, 16, 16, torch.device("cpu"), op=OPS["ssd"])
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What a process found in which fla-core is there and kernels are interpreted."""
+    if not FOLDER.exists():
+        pytest.skip("fla-core is not there; `make fla` puts it beside the environment")
+    script = ROOT / "tests" / "support" / "fla_in_interpreter.py"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{script.parent}"}
+    command = [sys.executable, str(script), str(FOLDER), *RECURRENT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_outputs_states_and_gradients_are_those_of_the_chunked_kernel(found):
+    assert list(found["differences"]) == sorted(RECURRENT, key=lambda name: name == "delta_rule")
+    for name, difference in found["differences"].items():
+        # in half precision: a few roundings
+        assert difference < (3e-3 if name == "delta_rule" else 2e-5), name
+
+
+def test_states_travel_over_ranks(found):
+    assert not found["ranks"]
+
+
+def test_the_operator_runs_them(found):
+    assert max(found["operator"].values()) < 3e-3, found["operator"]
+
+
+def test_what_they_do_not_take_is_refused_by_name(found):
+    said = found["refusals"]
+    assert said["served"] == "" and "bfloat16 and float16, not float32" in said["fp32"]
+    assert "multiples of 16 up to 256, not 24" in said["dim"] and "not 512" in said["wide"]
+
+
+def test_on_gpus_they_are_tried_before_the_chunked_kernel():
+    gpu = torch.device("cuda", 0)
+    assert registry.candidates(gpu, OPS["kda"]) == ("fla", "chunked")
+    assert registry.candidates(torch.device("cpu"), OPS["kda"]) == ("chunked",)
+    assert registry.candidates(gpu, OPS["convolution"]) == ("taps",)
+
+
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+    """The CPU has the choice that a GPU has."""
+    monkeypatch.setattr(kernel_choice, "candidates", lambda device, op: ("fla", "chunked"))
+    kernel_choice._trials_of_recurrence.cache_clear()
+    kernel_choice._warn.cache_clear()
+    yield
+    kernel_choice._trials_of_recurrence.cache_clear()
+
+
+def plan_of(op):
+    shape = dict(heads=2, kv_heads=1, head_dim=16, v_head_dim=16, dtype="float32", op=op)
+    return da.make_plan(da.Mask.documents([40]), da.Layout.contiguous([40], 1), strategy="scan", **shape)
+
+
+def test_without_the_package_the_chunked_kernel_is_used_by_name(as_on_gpus, caplog):
+    with caplog.at_level(logging.WARNING, "distattn"):
+        ready = da.prepare(plan_of("ssd"))
+    assert ready.key.kernel == "chunked"
+    assert 'kernel fla is not used on ssd on cpu: kernel "fla" needs fla' in caplog.text
+    assert 'pip install "distattn[fla]"' in caplog.text
+    with pytest.raises(da.DistattnError, match=r'kernel "fla" needs fla.*pip install "distattn\[fla\]"'):
+        da.prepare(plan_of("ssd"), kernel="fla")
+
+
+def test_a_kernel_that_is_wrong_is_not_used(as_on_gpus, monkeypatch):
+    class Wrong:
+        states, gradient_states, forward = chunked.states, chunked.gradient_states, chunked.forward
+        unsupported_reason = chunked.unsupported_reason
+
+        @staticmethod
+        def backward(*given):
+            dx, dstate = chunked.backward(*given)
+            return dx._replace(g=dx.g * 1.1), dstate
+
+    monkeypatch.setitem(sys.modules, "distattn.kernels.recurrence.fla", Wrong)
+    plan = plan_of("gated_delta_rule")
+    own = kernel_choice.kernel_trials(plan, 0, NEEDED._replace(op=plan.call.op))
+    assert own["fla"].fault.startswith("wrong") and not own["chunked"].fault
+    assert ranking([own], ("fla", "chunked")) == ["chunked"]

@@ -1,0 +1,104 @@
+"""fla-core's kernels in Triton's interpreter, in a process of their own: prints what was found as JSON.
+
+With fla-core installed, transformers gives its kernels tensors on CPUs, too, and fails: so it lies in a folder beside the
+environment (`make fla`), which no other process has on its path.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import sys
+
+# before triton is imported
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from recurrences import assert_same, by_definition, recurrence_case, run_recurrence
+from triton.runtime.autotuner import Autotuner
+
+import distattn as da
+from distattn.ir.op import OPS
+from distattn.kernels.recurrence.trial import RecurrenceInputs, differences
+from distattn.kernels.registry import load_kernel
+from distattn.kernels.spec import KernelRequirements
+
+CPU = torch.device("cpu")
+# the second stretch is one token, the last of some has more than one chunk
+LENGTHS = {"ssd": (20, 1, 70), "gated_delta_rule": (20, 1, 70)}
+
+
+def make_kernels_run() -> None:
+    """What the interpreter cannot do otherwise."""
+    # loop counters are plain numbers there, and kernels call `.to` on them
+    gc.get_referents(int.__dict__)[0]["to"] = lambda number, *_: number
+    ctypes.pythonapi.PyType_Modified(ctypes.py_object(int))
+    begin = Autotuner.__init__
+
+    def with_one_configuration(self, fn, arg_names, configs, key, *rest, **more):
+        # timing configurations would take hours
+        begin(self, fn, arg_names, list(configs)[:1], key, *rest, **more)
+        self.early_config_prune = self.perf_model = None
+
+    Autotuner.__init__ = with_one_configuration
+
+
+def largest_difference(name: str, dtype: torch.dtype) -> float:
+    """Of outputs, states, gradients and transitions of an op from those of the chunked kernel in fp64."""
+    needed = KernelRequirements(dtype, 16, 16, CPU, op=OPS[name])
+    given = RecurrenceInputs.random(LENGTHS.get(name, (20, 1, 17)), 2, 1, needed)
+    return max(differences(load_kernel("fla"), given))
+
+
+def over_ranks() -> str:
+    """A plan of two ranks whose states are put together by heads: an empty text, or what is wrong."""
+    case = recurrence_case(OPS["gated_delta_rule"], (9, 31), 2, 1, 16, 16)
+    shape = dict(heads=2, kv_heads=1, head_dim=16, v_head_dim=16, dtype="float32", op="gated_delta_rule")
+    layout = da.Layout.zigzag(case.lengths, ranks=2)
+    plan = da.make_plan(da.Mask.documents(case.lengths), layout, strategy="scan", **shape)
+    try:
+        assert_same(run_recurrence(plan, case, kernel=load_kernel("fla")), by_definition(case), 2e-5)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def as_operator() -> dict[str, float]:
+    """`da.recurrence` by kernel "fla", in a half precision, beside the chunked kernel: relative differences by name."""
+    shape = dict(heads=2, kv_heads=2, head_dim=16, v_head_dim=32, dtype="float16", op="gated_delta_rule")
+    plan = da.make_plan(da.Mask.documents([25]), da.Layout.contiguous([25], 1), strategy="scan", **shape)
+    given = RecurrenceInputs.random((25,), 2, 2, KernelRequirements(torch.float16, 16, 32, CPU, op=plan.call.op))
+    results = []
+    for kernel in ("fla", "chunked"):
+        ready = da.prepare(plan, kernel=kernel)
+        assert ready.key.kernel == kernel
+        leaves = [y.clone().requires_grad_() for y in given.x]
+        q, k, v, g, beta = leaves
+        out = da.recurrence(q, k, v, ready, g=g, beta=beta, return_final_state=True)
+        results.append([*out, *torch.autograd.grad(out, leaves, [given.do, given.dstate])])
+    names = ("o", "final", "dq", "dk", "dv", "dg", "dbeta")
+    pairs = zip(names, *results, strict=True)
+    return {name: float((a.double() - b.double()).norm() / b.double().norm()) for name, a, b in pairs}
+
+
+def refusals() -> dict[str, str]:
+    """Of calls that its specification leaves to the chunked kernel."""
+    usual = KernelRequirements(torch.float16, 16, 16, CPU, op=OPS["ssd"])
+    odd = {
+        "served": usual,
+        "fp32": usual._replace(dtype=torch.float32),
+        "dim": usual._replace(head_dim=24),
+        "wide": usual._replace(v_head_dim=512),
+    }
+    return {name: load_kernel("fla").unsupported_reason(needed) or "" for name, needed in odd.items()}
+
+
+if __name__ == "__main__":
+    sys.path.append(sys.argv[1])
+    torch.set_num_threads(1)
+    make_kernels_run()
+    # a delta rule without a decay is refused in float32 by fla-core itself
+    found = {name: largest_difference(name, torch.float32) for name in sys.argv[2:] if name != "delta_rule"}
+    found |= {name: largest_difference(name, torch.float16) for name in sys.argv[2:] if name == "delta_rule"}
+    chosen = {"ranks": over_ranks(), "operator": as_operator(), "refusals": refusals()}
+    sys.stdout.write(json.dumps({"differences": found, **chosen}) + "\n")
