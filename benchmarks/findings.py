@@ -40,6 +40,10 @@ class Findings:
         """How fast a contestant of the benchmark was in a case, or the note that says why it was not timed."""
         self._keep("speed", case, note, contestant=contestant, **facts)
 
+    def time(self, case: str, contestant: str, note: str, seconds: float | None) -> None:
+        """How long a kernel needed for a task of a recurrence, or the note that says why it was not timed."""
+        self._keep("time", case, note, contestant=contestant, seconds=seconds)
+
     def ended(self) -> int:
         """To be called at the very end: a program that does not come to it has failed. Returns its exit code."""
         self._keep("ended", "", "", **environment())

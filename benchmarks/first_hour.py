@@ -27,7 +27,7 @@ from typing import IO, NamedTuple
 
 import findings
 import torch
-from verdict import TIERS, Outcome, speed_table, verdict
+from verdict import TIERS, Outcome, speed_table, time_table, verdict
 
 from distattn.kernels.trial_cache import cache_file
 
@@ -74,6 +74,7 @@ def one_gpu(has_gpu: bool, more: Sequence[str]) -> list[list[Part]]:
         [Part("executor", program("gpu_executor.py", *executor), 90)],
         [Part("executor with gluon", program("gpu_executor.py", "--kernel", "gluon", *executor), 90)],
         [Part("one rank", launched(1, "check_cluster.py"), 90)],
+        [Part("recurrences", program("gpu_recurrence.py"), 150, keeps_time=True)],
     ]
     if has_gpu:
         out = ("--out", str(HERE / "results" / "gpu.jsonl"))
@@ -134,7 +135,7 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
             else:
                 outcomes += run_stage(stage, folder, left, environment, say)
         rows = [row for outcome in outcomes for row in outcome.findings]
-        say("\n" + ("" if without else speed_table(rows)))
+        say("\n" + ("" if without else "\n\n".join(filter(None, (speed_table(rows), time_table(rows))))))
         text, right = verdict(outcomes, without)
         say(f"\n{text}")
         for machine in [row for row in rows if row["kind"] == "ended"][:1]:

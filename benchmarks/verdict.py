@@ -59,6 +59,18 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def time_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds of recurrences by task and kernel; an empty text where nothing was timed."""
+    timed = [row for row in rows if row["kind"] == "time" and row["seconds"]]
+    kernels = list(dict.fromkeys(row["contestant"] for row in timed))
+    width = max((len(row["what"]) for row in timed), default=0)
+    lines = ["ms of recurrences", f"{'':{width}s}" + "".join(f"{name:>12s}" for name in kernels)]
+    for case in dict.fromkeys(row["what"] for row in timed):
+        found = {row["contestant"]: f"{row['seconds'] * 1e3:.2f}" for row in timed if row["what"] == case}
+        lines.append(f"{case:{width}s}" + "".join(f"{found.get(name, '-'):>12s}" for name in kernels))
+    return "\n".join(lines) if timed else ""
+
+
 def by_case(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """What was timed, by case and contestant."""
     cases: dict[str, dict[str, dict[str, Any]]] = {}

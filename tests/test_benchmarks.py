@@ -144,6 +144,13 @@ def test_the_gpu_checks_run_without_one():
     assert "gluon (32, 32) softcap alibi: left out" in done.stdout
 
 
+def test_kernels_of_recurrences_are_checked_and_timed_without_a_gpu():
+    done = run_interpreted("benchmarks/gpu_recurrence.py", "--tokens", "65")
+    assert done.returncode == 0, done.stdout + done.stderr[-1500:]
+    assert "kernel chunked, kda: right" in done.stdout and "kernel fla, ssd: left out" in done.stdout
+    assert "ssd, 65 tokens, 2 heads: gradients' state pass" in done.stdout
+
+
 @pytest.mark.full
 def test_all_ranks_in_lock_step_with_late_copies_equal_one_shot():
     done = run_interpreted("benchmarks/gpu_executor.py", "--ranks", "3")

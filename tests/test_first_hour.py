@@ -13,7 +13,7 @@ import findings
 import first_hour
 import pytest
 import torch
-from verdict import Outcome, speed_table, verdict
+from verdict import Outcome, speed_table, time_table, verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -320,6 +320,18 @@ def test_the_table_has_tiers_beside_others_and_what_auto_chose():
     assert lines[3].split()[-3:] == ["500", "1.00", "gluon"]
     assert "without cuDNN: unsupported: not installed" in lines and "without flash: it took no part" in lines
     assert speed_table(GOOD) == ""
+
+
+def test_times_of_recurrences_have_a_table_of_their_own():
+    rows = [
+        dict(kind="time", what="ssd: backward", contestant="fla", seconds=1e-3, text=""),
+        dict(kind="time", what="ssd: backward", contestant="chunked", seconds=0.02, text=""),
+        dict(kind="time", what="kda: backward", contestant="fla", seconds=None, text="unsupported: not installed"),
+        dict(kind="time", what="kda: backward", contestant="chunked", seconds=0.03, text=""),
+    ]
+    lines = [line.split() for line in time_table(rows).splitlines()[1:]]
+    assert lines == [["fla", "chunked"], ["ssd:", "backward", "1.00", "20.00"], ["kda:", "backward", "-", "30.00"]]
+    assert time_table(GOOD) == "" and speed_table(rows) == ""
 
 
 def test_the_verdict_of_a_right_run_says_what_auto_chose_and_how_fast_it_is():

@@ -13,7 +13,6 @@ Products are of the inputs' dtype, or of TF32 for float32, which this kernel doe
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -59,11 +58,6 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
     if capability == 90 and wrong and requirements.op.decay == "token" and find_spec("tilelang") is None:
         return f"Triton {triton.__version__} computes it wrongly on Hopper GPUs: Triton 3.7.1 or later, or tilelang, is needed"
     return None
-
-
-def release() -> str:
-    """The version of fla-core, for what is kept about its kernels."""
-    return version("fla-core")
 
 
 def forward(x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,140 @@
+"""Kernels of recurrent layers on one GPU: right results first, then the time of every kind of task, beside one another.
+
+    python benchmarks/gpu_recurrence.py [--tokens 32768] [--heads 32] [--seconds 200] [--out benchmarks/results/gpu.jsonl]
+
+Every op's kernels, `fla` (package fla-core) and our `chunked`, are compared with the chunked kernel in fp64: outputs, states that
+leave, (A, B) of stretches, all gradients. Then a whole pass, a state pass, the backward and the gradients' state pass are timed
+on one stretch, in bf16, with dims of 128; the state pass is what plans of several ranks do more than one GPU would. Exit code 1
+where `fla` is installed and wrong. Without a GPU small cases in fp32, without `fla`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from findings import Findings
+from harness import Cell, Unsupported, compare, table, write
+
+from distattn.ir.errors import DistattnError
+from distattn.ir.op import OPS
+from distattn.kernels.recurrence.trial import RecurrenceInputs, differences
+from distattn.kernels.registry import OTHER_KERNELS, load_kernel
+from distattn.kernels.spec import KernelRequirements
+
+# those that most models have first, as time may end
+NAMES = ("gated_delta_rule", "ssd", "kda", "gla", "delta_rule", "retention", "linear_attention")
+KERNELS = tuple(reversed(OTHER_KERNELS["recurrence"]))
+LENGTHS = (500, 1, 64, 300)
+# relative to fp64, Frobenius norm
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
+
+
+def main() -> int:
+    """All checks, then all times."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, help="by default 32768 on a GPU")
+    parser.add_argument("--heads", type=int, help="by default 32 on a GPU")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="what is not begun by then is left out, by name"
+    )
+    parser.add_argument("--findings", type=Path, help="where they are kept, as JSON lines")
+    arguments = parser.parse_args()
+    findings, ends = Findings(arguments.findings), time.monotonic() + arguments.seconds
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, dim, tokens, heads = (
+        (torch.bfloat16, 128, 32768, 32) if device.type == "cuda" else (torch.float32, 16, 256, 2)
+    )
+    tokens, heads = arguments.tokens or tokens, arguments.heads or heads
+    faults: dict[tuple[str, str], str] = {}
+    for name in NAMES:
+        needed = KernelRequirements(dtype, dim, dim, device, op=OPS[name])
+        faults |= {(kernel, name): fault_of(kernel, needed, findings) for kernel in KERNELS}
+    for name in NAMES:
+        if time.monotonic() > ends:
+            findings.left_out(f"times of {name}", "no time was left")
+            continue
+        needed = KernelRequirements(dtype, dim, dim, device, op=OPS[name])
+        cells = times(f"{name}, {tokens:,} tokens, {heads} heads", needed, tokens, heads, faults)
+        findings.say(table(cells))
+        for cell in cells:
+            findings.time(
+                cell.case, cell.contestant, f"{cell.status}: {cell.note}" * (cell.status != "ok"), cell.median
+            )
+        if arguments.out:
+            write(arguments.out, cells)
+    return findings.ended()
+
+
+def fault_of(kernel: str, needed: KernelRequirements, findings: Findings) -> str:
+    """What is wrong with a kernel's results, if anything; where it does not serve the op nothing is looked at."""
+    what = f"kernel {kernel}, {needed.op.name}"
+    try:
+        module = served(kernel, needed)
+    except Unsupported as why_not:
+        findings.left_out(what, str(why_not))
+        return ""
+    try:
+        largest = max(differences(module, RecurrenceInputs.random(LENGTHS, 4, 2, needed)), key=lambda x: (x != x, x))
+        allowed = TOLERANCE[needed.dtype]
+        wrong = "" if largest <= allowed else f"it is off by {largest:.1e} (allowed: {allowed:.0e})"
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    findings.check(what, wrong)
+    findings.say(f"{what}: {wrong or 'right'}")
+    return wrong
+
+
+def served(kernel: str, needed: KernelRequirements) -> Any:
+    """The module of a kernel. Raises Unsupported where it is not installed, or does not serve such calls."""
+    try:
+        module = load_kernel(kernel)
+    except DistattnError as error:
+        raise Unsupported(str(error)) from None
+    if why_not := module.unsupported_reason(needed):
+        raise Unsupported(why_not)
+    return module
+
+
+def times(
+    case: str, needed: KernelRequirements, tokens: int, heads: int, faults: dict[tuple[str, str], str]
+) -> list[Cell]:
+    """Every kind of task on one stretch, by every kernel whose results were right; faults: by kernel and op."""
+    given = RecurrenceInputs.random((tokens,), heads, heads, needed)
+    x, state, do, dstate, stretches = given
+    tasks: dict[str, Callable[[Any], Any]] = {
+        "whole pass": lambda module: module.forward(x, stretches, state),
+        "state pass": lambda module: module.states(x, stretches, state, True),
+        "backward": lambda module: module.backward(x, stretches, state, do, dstate),
+        "gradients' state pass": lambda module: module.gradient_states(x, stretches, do, dstate, True),
+    }
+    cells = []
+    repeats = 5 if needed.device.type == "cuda" else 1
+    for task, work in tasks.items():
+        makers = {kernel: (lambda work=work, kernel=kernel: runner(work, kernel, needed)) for kernel in KERNELS}
+        cells += compare(f"{case}: {task}", makers, lambda kernel: faults[kernel, needed.op.name], repeats=repeats)
+    return cells
+
+
+def runner(work: Callable[[Any], Any], kernel: str, needed: KernelRequirements) -> Callable[[], str]:
+    """A task by a kernel, as something to time, which returns the kernel's name when the device has ended."""
+    module = served(kernel, needed)
+
+    def run() -> str:
+        work(module)
+        if needed.device.type == "cuda":
+            torch.cuda.synchronize()
+        return kernel
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())
