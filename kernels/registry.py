@@ -28,10 +28,10 @@ KERNELS = {
 # by kind of op, those that compute it
 OTHER_KERNELS: dict[str, dict[str, str]] = {
     "recurrence": {"chunked": "distattn.kernels.recurrence.chunked", "fla": "distattn.kernels.recurrence.fla"},
-    "convolution": {"taps": "distattn.kernels.convolution.taps"},
+    "convolution": {"taps": "distattn.kernels.convolution.taps", "fla_conv1d": "distattn.kernels.convolution.fla"},
 }
 # kernels that need a package of an extra of ours, and the extra
-_EXTRAS = {"fla": "fla"}
+_EXTRAS = {"fla": "fla", "fla_conv1d": "fla"}
 # the fastest of those that a trial finds right (see `trials`)
 AUTO = "auto"
 # these run on CPUs, all others on GPUs
@@ -42,7 +42,10 @@ _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
 # by device, the kernels among which "auto" chooses by trial, preferred ones first
 CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("gluon", "flash", "triton")}
 # the same of other kinds of ops; the last one computes everything everywhere
-_OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {"recurrence": {"cuda": ("fla", "chunked")}}
+_OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
+    "recurrence": {"cuda": ("fla", "chunked")},
+    "convolution": {"cuda": ("fla_conv1d", "taps")},
+}
 
 
 def candidates(device: torch.device, op: Op = ATTENTION) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """`kernel="auto"`: which kernel computes a plan, found by trial (see `kernels.trials`); all ranks choose alike.
 
-Kernels of recurrences are tried, too, on tokens of the call's shape (see `kernels.recurrence.trial`).
+Kernels of recurrences and convolutions are tried, too, on tokens of the call's shape (see `kernels.recurrence.trial` and
+`kernels.convolution.trial`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from distattn.ir.errors import DistattnError
 from distattn.ir.op import ATTENTION, Op
 from distattn.ir.plan import Plan
+from distattn.kernels.convolution.trial import try_convolution
 from distattn.kernels.flash.attention import implementation
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.recurrence.trial import try_recurrence
@@ -28,12 +30,14 @@ from distattn.parallel.runtime.program import lower
 
 # of plans that are prepared again and again
 _TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.WeakKeyDictionary()
+# of other kinds of ops than attention: tried on calls of the plan's shape
+_TRIALS_OF_KIND = {"recurrence": try_recurrence, "convolution": try_convolution}
 _LOG = logging.getLogger("distattn")
 
 
 def has_choice(op: Op) -> bool:
     """Whether "auto" may choose among several kernels of an op, by trial."""
-    return op == ATTENTION or op.is_recurrent
+    return op == ATTENTION or op.kind in _TRIALS_OF_KIND
 
 
 def agreed_ranking(
@@ -59,8 +63,8 @@ def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> di
     names = candidates(requirements.device, requirements.op)
     if len(names) < 2:
         return {}
-    if requirements.op.is_recurrent:
-        return _trials_of_recurrence(names, requirements, plan.call.heads, plan.call.kv_heads)
+    if requirements.op.kind in _TRIALS_OF_KIND:
+        return _trials_of_shape(names, requirements, plan.call.heads, plan.call.kv_heads)
     known = _TRIALS.setdefault(plan, {})
     # what "flash" runs may be another one later
     trial = rank, requirements, names, implementation()
@@ -86,11 +90,11 @@ def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple
 
 
 @cache
-def _trials_of_recurrence(
+def _trials_of_shape(
     names: tuple[str, ...], requirements: KernelRequirements, heads: int, key_heads: int
 ) -> dict[str, Trial]:
     """Of calls of such a shape, whatever their documents are; once in a process."""
-    found = try_recurrence(names, requirements, heads, key_heads, _LOG.info)
+    found = _TRIALS_OF_KIND[requirements.op.kind](names, requirements, heads, key_heads, _LOG.info)
     for name, trial in found.items():
         if trial.fault:
             _warn(name, f"{requirements.op.name} on {requirements.device}", trial.fault)

@@ -12,7 +12,6 @@ Products are of the inputs' dtype, or of TF32 for float32, which this kernel doe
 
 from __future__ import annotations
 
-from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -27,6 +26,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from distattn.ir.errors import DistattnError
+from distattn.kernels.fla_sequences import sequence_offsets
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
 from distattn.kernels.recurrence.transitions import diagonal_transitions
 from distattn.kernels.spec import KernelRequirements
@@ -122,7 +122,10 @@ def _prepared(x: RecurrenceTokens) -> RecurrenceTokens:
 def _called(x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
     """(o (1, T, H, V), the state after each stretch), of tokens as `_prepared` returns them. One function of autograd's."""
     q, k, v, g, beta = x
-    offsets, offsets_cpu = _offsets(tuple(stretches), v.shape[1], v.device)
+    begins, ends = [begin for begin, _ in stretches], [end for _, end in stretches]
+    if begins != [0, *ends[:-1]] or ends[-1:] != [v.shape[1]]:
+        raise DistattnError('kernel "fla" takes stretches that follow one another; use kernel="chunked".')
+    offsets, offsets_cpu = sequence_offsets(tuple(ends), v.device)
     states = {"scale": 1.0, "initial_state": state_NHKV, "output_final_state": True}
     given = {**states, "cu_seqlens": offsets, "cu_seqlens_cpu": offsets_cpu}
     if beta is None:
@@ -133,16 +136,3 @@ def _called(x: RecurrenceTokens, stretches: Stretches, state_NHKV: Tensor) -> tu
     if g is None:
         return chunk_delta_rule(q, k, v, beta, **given)
     return (chunk_kda if g.dim() == 4 else chunk_gated_delta_rule)(q, k, v, g, beta, **given)
-
-
-# fla-core keeps its lists of chunks by the identity of these: layers of one plan have the same
-@lru_cache(maxsize=64)
-def _offsets(stretches: tuple[tuple[int, int], ...], tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where stretches begin, and T, on the device and on the host. Raises DistattnError where rows are in none, or in two."""
-    begins, ends = [begin for begin, _ in stretches], [end for _, end in stretches]
-    if begins != [0, *ends[:-1]] or ends[-1:] != [tokens]:
-        raise DistattnError('kernel "fla" takes stretches that follow one another; use kernel="chunked".')
-    # one that is made while inference runs cannot be kept for a backward pass
-    with torch.inference_mode(False):
-        offsets = torch.tensor([0, *ends], dtype=torch.int64)
-        return offsets.to(device), offsets

@@ -49,6 +49,10 @@ def test_states_travel_over_ranks(found):
     assert not found["ranks"]
 
 
+def test_convolutions_are_those_of_the_taps(found):
+    assert all(difference < 1e-6 for difference in found["convolutions"].values()), found["convolutions"]
+
+
 def test_the_operator_runs_them(found):
     assert max(found["operator"].values()) < 3e-3, found["operator"]
 
@@ -63,17 +67,17 @@ def test_on_gpus_they_are_tried_before_the_chunked_kernel():
     gpu = torch.device("cuda", 0)
     assert registry.candidates(gpu, OPS["kda"]) == ("fla", "chunked")
     assert registry.candidates(torch.device("cpu"), OPS["kda"]) == ("chunked",)
-    assert registry.candidates(gpu, OPS["convolution"]) == ("taps",)
+    assert registry.candidates(gpu, OPS["convolution"]) == ("fla_conv1d", "taps")
 
 
 @pytest.fixture
 def as_on_gpus(monkeypatch):
     """The CPU has the choice that a GPU has."""
     monkeypatch.setattr(kernel_choice, "candidates", lambda device, op: ("fla", "chunked"))
-    kernel_choice._trials_of_recurrence.cache_clear()
+    kernel_choice._trials_of_shape.cache_clear()
     kernel_choice._warn.cache_clear()
     yield
-    kernel_choice._trials_of_recurrence.cache_clear()
+    kernel_choice._trials_of_shape.cache_clear()
 
 
 def plan_of(op):

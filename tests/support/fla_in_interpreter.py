@@ -19,13 +19,17 @@ from triton.runtime.autotuner import Autotuner
 
 import distattn as da
 from distattn.ir.op import OPS
+from distattn.kernels.convolution.trial import ConvolutionInputs
+from distattn.kernels.convolution.trial import differences as convolution_differences
+from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.recurrence.trial import RecurrenceInputs, differences
 from distattn.kernels.registry import load_kernel
 from distattn.kernels.spec import KernelRequirements
+from distattn.parallel.runtime.program import lower
 
 CPU = torch.device("cpu")
-# the second stretch is one token, the last of some has more than one chunk
-LENGTHS = {"ssd": (20, 1, 70), "gated_delta_rule": (20, 1, 70)}
+# a stretch is one token, and of one op another has more than one chunk
+LENGTHS = {"gated_delta_rule": (3, 1, 70)}
 
 
 def make_kernels_run() -> None:
@@ -46,13 +50,13 @@ def make_kernels_run() -> None:
 def largest_difference(name: str, dtype: torch.dtype) -> float:
     """Of outputs, states, gradients and transitions of an op from those of the chunked kernel in fp64."""
     needed = KernelRequirements(dtype, 16, 16, CPU, op=OPS[name])
-    given = RecurrenceInputs.random(LENGTHS.get(name, (20, 1, 17)), 2, 1, needed)
+    given = RecurrenceInputs.random(LENGTHS.get(name, (18, 1)), 2, 1, needed)
     return max(differences(load_kernel("fla"), given))
 
 
 def over_ranks() -> str:
     """A plan of two ranks whose states are put together by heads: an empty text, or what is wrong."""
-    case = recurrence_case(OPS["gated_delta_rule"], (9, 31), 2, 1, 16, 16)
+    case = recurrence_case(OPS["gated_delta_rule"], (5, 19), 2, 1, 16, 16)
     shape = dict(heads=2, kv_heads=1, head_dim=16, v_head_dim=16, dtype="float32", op="gated_delta_rule")
     layout = da.Layout.zigzag(case.lengths, ranks=2)
     plan = da.make_plan(da.Mask.documents(case.lengths), layout, strategy="scan", **shape)
@@ -81,6 +85,25 @@ def as_operator() -> dict[str, float]:
     return {name: float((a.double() - b.double()).norm() / b.double().norm()) for name, a, b in pairs}
 
 
+def convolutions() -> dict[str, float]:
+    """The largest differences from the taps: of packed documents, and of what a ring's steps have of them, summed."""
+    needed = KernelRequirements(torch.float32, 1, 6, CPU, op=OPS["convolution"])
+    given = ConvolutionInputs.random((66, 1, 9), 2, needed)
+    found = {"documents": max(convolution_differences(load_kernel("fla_conv1d"), given, needed))}
+    layout = da.Layout.zigzag([20, 1, 9], 2)
+    shape = dict(heads=1, kv_heads=1, head_dim=1, v_head_dim=6, dtype="float32", op="convolution")
+    plan = da.make_plan(da.Mask.documents([20, 1, 9], (3, 0)), layout, strategy="ring", **shape)
+    launches: list[LaunchMask] = []
+    for rank in range(2):
+        lower(plan, rank, launches.append)
+    for number, mask in enumerate(launches):
+        x, do = torch.randn(mask.keys, 1, 6), torch.randn(mask.rows, 1, 6)
+        part = ConvolutionInputs(x, do, torch.randn(1, 6, 4), mask)
+        far = convolution_differences(load_kernel("fla_conv1d"), part, needed)
+        found[f"launch {number}"] = max(far)
+    return found
+
+
 def refusals() -> dict[str, str]:
     """Of calls that its specification leaves to the chunked kernel."""
     usual = KernelRequirements(torch.float16, 16, 16, CPU, op=OPS["ssd"])
@@ -100,5 +123,5 @@ if __name__ == "__main__":
     # a delta rule without a decay is refused in float32 by fla-core itself
     found = {name: largest_difference(name, torch.float32) for name in sys.argv[2:] if name != "delta_rule"}
     found |= {name: largest_difference(name, torch.float16) for name in sys.argv[2:] if name == "delta_rule"}
-    chosen = {"ranks": over_ranks(), "operator": as_operator(), "refusals": refusals()}
+    chosen = {"ranks": over_ranks(), "convolutions": convolutions(), "operator": as_operator(), "refusals": refusals()}
     sys.stdout.write(json.dumps({"differences": found, **chosen}) + "\n")
