@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.checkpoints.run_lock import RunLock
@@ -13,14 +15,15 @@ from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.analysis.explain import explain
 from distattn.training import config as configuration
 from distattn.training.config import Config
+from distattn.training.held_out import check_held_out
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_data import (
     RunData,
     find_text,
     first_packs,
-    held_out_data,
     open_data,
     pack_config,
+    plan_longer,
     write_text,
 )
 from distattn.training.run_folder import RunFolder
@@ -64,30 +67,41 @@ def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
     Raises DistattnError for all that can go wrong before ranks start; nothing is changed then.
     """
     data = open_data(run, config)
-    if data.plan.steps < config.train.steps:
-        raise DistattnError(
-            f"train.steps: {config.train.steps:,}, but the packs of this run are planned for {data.plan.steps:,} steps; start a "
-            "new run, or plan packs with distattn data pack."
-        )
-    _check_evaluation(config, data)
-    # a strategy or layout that cannot be is told of before ranks start
-    PlanSettings.of_config(config).plan(*first_packs(data.plan, config))
-    steps = [found.step for found in list_checkpoints(run.checkpoints)]
-    before = run.folder / f"config.until-{max(steps, default=0)}.toml"
-    # not under a run that goes on
-    with RunLock(run.folder):
-        if not before.exists():
-            shutil.copyfile(run.config_file, before)
-        configuration.save(config, run.config_file)
+    with _removed_afterwards(run.packs_file.with_name("corpus.longer.packs")) as longer:
+        # a plan that others made is long enough, or was refused
+        if data.plan.steps < config.train.steps:
+            data = plan_longer(run, config, data, longer)
+        _check_evaluation(config, data)
+        # a strategy or layout that cannot be is told of before ranks start
+        PlanSettings.of_config(config).plan(*first_packs(data.plan, config))
+        steps = [found.step for found in list_checkpoints(run.checkpoints)]
+        before = run.folder / f"config.until-{max(steps, default=0)}.toml"
+        # not under a run that goes on
+        with RunLock(run.folder):
+            if longer.exists():
+                longer.replace(run.packs_file)
+            if not before.exists():
+                shutil.copyfile(run.config_file, before)
+            configuration.save(config, run.config_file)
     report_progress(
         f"run folder: {run.folder}, " + (f"checkpoint of step {max(steps):,}" if steps else "no checkpoint yet")
     )
 
 
 def _check_evaluation(config: Config, data: RunData) -> None:
-    """Raise DistattnError where held-out documents are not there, before a run trains for days."""
+    """Raise DistattnError where held-out documents are not there, or trained as well, before a run trains for days."""
     if config.evaluation.every_steps:
-        held_out_data(config, data)
+        check_held_out(config, data)
+
+
+@contextmanager
+def _removed_afterwards(file: Path) -> Iterator[Path]:
+    """A file that is there for a while; one that a killed process left counts for nothing."""
+    file.unlink(missing_ok=True)
+    try:
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def _explain_first_step(run: RunFolder, config: Config, data: RunData) -> None:

@@ -178,7 +178,8 @@ class Checkpoints:
         """Load the newest checkpoint that is whole into a state, in place as `dcp.load` does. Collective.
 
         Each rank reads a share of the checkpoint's blocks and compares their digests, before anything is unpickled. One that is
-        not whole is passed over, with one warning that says what is wrong with it. required: facts that must be those of the
+        not whole is passed over, with one warning that says what is wrong with it. Where the newest is whole, those that the rule
+        does not keep are removed. required: facts that must be those of the
         checkpoint. The number of ranks and how tensors are sharded need not be those of the save.
 
         Returns None where there is no checkpoint. Raises DamagedDataError where there are some and none is whole, DistattnError
@@ -195,6 +196,9 @@ class Checkpoints:
             if problem is None:
                 if passed and self._is_root:
                     self._warn(f"{' '.join(passed)} Resuming from {candidate.folder.name} instead.")
+                elif self._is_root:
+                    # a job that was killed right after its last save has not
+                    self._remove_old()
                 return Loaded(candidate.manifest.step, candidate.folder, dict(candidate.manifest.facts))
             passed.append(problem)
         return None

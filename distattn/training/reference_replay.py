@@ -47,8 +47,8 @@ def main(folder: Path) -> None:
             optimizer.zero_grad()
             numbers = {"loss": loss, "grad_norm": float(norm)}
             # JSON knows no NaN: as the run's own lines have it, a text
-            numbers = {name: one if math.isfinite(one) else json.dumps(one) for name, one in numbers.items()}
-            out.write(json.dumps({"step": step} | numbers) + "\n")
+            valid = {name: one if math.isfinite(one) else json.dumps(one) for name, one in numbers.items()}
+            out.write(json.dumps({"step": step, **valid}) + "\n")
             out.flush()
 
 

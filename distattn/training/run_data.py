@@ -69,6 +69,28 @@ def open_data(run: RunFolder, config: Config) -> RunData:
     return _planned_data(config, planned)
 
 
+def plan_longer(run: RunFolder, config: Config, data: RunData, path: Path) -> RunData:
+    """The data of a run on text with a longer plan, which begins with the steps of the one before. path: where it is written.
+
+    Raises DistattnError where evaluated documents would be trained, and where the plan would begin with others.
+    """
+    steps, plan = config.train.steps, data.plan
+    if held_out_steps(config):
+        raise DistattnError(
+            f"train.steps: {steps:,}, but the last of the run's {plan.steps:,} planned steps are held out, and would be trained; "
+            "name other documents in evaluation.path."
+        )
+    longer = make_pack_plan(path, data.corpora, seed=plan.seed, rule=plan.rule, steps=steps)
+    if longer.order_digest != plan.order_digest or any(
+        not np.array_equal(plan.step(step).rows, longer.step(step).rows) for step in range(plan.steps)
+    ):
+        raise DistattnError(
+            f"train.steps: {steps:,}, but packs are planned otherwise than when {run.packs_file} was made; take at most "
+            f"{plan.steps:,}, or begin a new run."
+        )
+    return data._replace(plan=longer)
+
+
 def vocabulary_size(config: Config, corpora: Sequence[Corpus] | None = None) -> int:
     """Token ids of a run are below it; 0 where neither the run nor its files say so. corpora: of its plan, if they are open."""
     planned = pack_config(config)
@@ -98,8 +120,8 @@ def held_out_steps(config: Config) -> int:
 def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
     """The data of the evaluation, and the first step of it: that of evaluation.path, or the last steps of the run's own plan.
 
-    Raises DistattnError where there are too few, or where the run's own data begin anew in them. Pieces of a document that was
-    cut may be in both.
+    Raises DistattnError where there are too few, or where the run's own data begin anew in them; whether a document is trained,
+    too, is for `held_out.check_held_out`.
     """
     begin, steps = data.plan.steps - config.evaluation.steps, config.evaluation.steps
     if config.evaluation.path:
@@ -180,9 +202,14 @@ def _planned_data(config: Config, planned: PackConfig) -> RunData:
     plan = open_configured_plan(planned, corpora)
     wanted = config.train.steps + held_out_steps(config)
     if plan.steps < wanted:
+        more = (
+            "it ends with its corpora, so take fewer, or begin a new run with a plan that reads them more often"
+            if plan.ends_with_corpora
+            else f"raise steps in {config.data.path} and run distattn data pack --force, whose plan begins with the same steps"
+        )
         raise DistattnError(
             f"train.steps: {config.train.steps:,}{' and evaluation.steps' * (wanted > config.train.steps)}, but {plan.path} has "
-            f"{plan.steps:,} steps; plan more with distattn data pack."
+            f"{plan.steps:,} steps; {more}."
         )
     check_shares(plan, config.parallel.data_parallel_size, 0, config.train.steps)
     masked = [source.name for source in plan.sources if source.masks is not None]

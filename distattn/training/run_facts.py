@@ -27,7 +27,8 @@ def facts_of(config: Config, data: RunData, shape: Any) -> dict[str, str]:
     """
     return {
         "model": _digest({name: value for name, value in shape.to_dict().items() if name not in _NOT_SHAPE}),
-        "plan": data.plan.digest,
+        # of a plan that was made longer it is the same
+        "plan": data.plan.order_digest,
         "corpora": " ".join(corpus.digest for corpus in data.corpora),
         "seed": str(config.run.seed),
         "config": _digest(asdict(config)),

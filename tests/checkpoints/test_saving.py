@@ -381,6 +381,18 @@ def test_a_rule_that_keeps_nothing_is_refused(rule, why):
         KeepRule(**rule)
 
 
+def test_what_a_job_that_was_killed_after_its_last_save_has_not_removed_goes_when_it_is_resumed(tmp_path):
+    saver = open_checkpoints(tmp_path, keep=KeepRule(last=1000))
+    for step in range(4):
+        saver.save(step, {"a": step})
+    saver.close()
+    saver = open_checkpoints(tmp_path, keep=KeepRule(last=2))
+    assert steps(tmp_path) == [0, 1, 2, 3]
+    assert saver.load_newest({"a": 0}).step == 3
+    saver.close()
+    assert steps(tmp_path) == [2, 3]
+
+
 def test_what_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch):
     def refuse(folder):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))

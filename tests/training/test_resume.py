@@ -16,6 +16,8 @@ from waiting import LIMIT_SECONDS, eventually
 
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import no_progress
+from distattn.launch.start_run import resume_run
 from distattn.training import config as configuration
 from distattn.training.config import (
     Config,
@@ -36,8 +38,9 @@ from distattn.training.config_sections import (
 from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.json_lines import read_rows
 from distattn.training.loop import train
-from distattn.training.run_data import find_text, write_text
+from distattn.training.run_data import find_text, open_data, write_text
 from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
+from distattn.training.step_documents import documents_of_step
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -202,6 +205,21 @@ def test_held_out_documents_are_evaluated(config):
     assert all(0 < row["loss"] < 7 and row["by_corpus"] and row["by_position"] for row in found)
 
 
+def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
+    """The text begins anew as often as there are steps; the steps that were planned before stay."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, schedule="constant"))
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3 * STEPS))
+    run = trained(config)
+    before, planned = rows(run), open_data(run, config).plan
+    assert planned.steps == STEPS
+    resume_run(run, longer, no_progress)
+    assert not (run.folder / "corpus.longer.packs").exists()
+    run_on_ranks(2, _train, run.folder, configuration.load(run.config_file))
+    assert len(rows(run)) == 3 * STEPS and rows(run)[:STEPS] == before
+    assert open_data(run, longer).plan.order_digest == planned.order_digest
+    assert documents_of_step(run.documents_file, 3 * STEPS - 1)
+
+
 def _train_with_fault(rank: int, folder: Path, config: Config, bad_step: int) -> None:
     """The gradient of rank 1 is not finite in one step, whenever that step is computed."""
     backward, asked = Fsdp2Engine.backward, []
@@ -284,7 +302,10 @@ def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, 
     [
         (("--model.num_layers=3",), "model.num_layers: the run has 2, and resuming with 3 would make it another"),
         (("--run.seed=4",), "run.seed: the run has 3"),
-        (("--train.steps=99",), "train.steps: 99, but the packs of this run are planned for 8 steps"),
+        (
+            ("--train.steps=99", "--evaluation.every_steps=2"),
+            "train.steps: 99, but the last of the run's 8 planned steps are held out",
+        ),
         (("--parallel.strategy=rign",), "parallel.strategy: there is no 'rign'"),
     ],
 )
