@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,7 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
     data = open_data(run, config)
     with ExitStack() as stack:
         lock, shape = None, configured_model(config, data.vocabulary, data.context)
+        given = TrainingRun(run, config, data, shape, facts_of(config, data, shape), device)
         if dist.get_rank() == 0:
             lock = stack.enter_context(RunLock(run.folder))
             shape.save_pretrained(run.folder)
@@ -66,10 +67,9 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
             MetricsReporter(run, train_config.steps, json_lines, visible, train_config.wandb)
         )
         keep = KeepRule(config.checkpoint.keep_last, config.checkpoint.keep_every_hours or None)
-        facts = facts_of(config, data, shape)
-        checkpoints = Checkpoints(run.checkpoints, group=dist.group.WORLD, facts=facts, keep=keep, warn=_warn)
+        checkpoints = Checkpoints(run.checkpoints, group=dist.group.WORLD, facts=given.facts, keep=keep, warn=_warn)
         stack.enter_context(closing(checkpoints))
-        TrainingLoop(run, config, data, engine, checkpoints, facts, reporter, device, lock).run()
+        TrainingLoop(given, engine, checkpoints, reporter, lock).run()
     steps = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)]
     if lock is not None and config.checkpoint.every_steps >= 0 and config.train.steps not in steps:
         raise DistattnError(
@@ -78,31 +78,45 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
         )
 
 
+class TrainingRun(NamedTuple):
+    """What is trained. shape: the transformers configuration of the model. facts: those of `facts_of`. device: of this rank."""
+
+    folder: RunFolder
+    config: Config
+    data: RunData
+    shape: Any
+    facts: Mapping[str, str]
+    device: torch.device
+
+
 class TrainingLoop:
-    """The steps of a run on one rank."""
+    """The steps of a run on one rank. lock: of rank 0, on the run's folder."""
 
     def __init__(
         self,
-        run: RunFolder,
-        config: Config,
-        data: RunData,
+        run: TrainingRun,
         engine: Engine,
         checkpoints: Checkpoints,
-        facts: Mapping[str, str],
         reporter: MetricsReporter,
-        device: torch.device,
         lock: RunLock | None,
     ):
-        self.folder, self.config, self.data, self.engine, self.device = run, config, data, engine, device
-        self.checkpoints, self.reporter, self.facts, self.lock = checkpoints, reporter, facts, lock
-        self.documents = JsonLines(run.documents_file, append_documents)
+        self.folder, self.config, self.data, shape, self.facts, self.device = run
+        self.engine, self.checkpoints, self.reporter, self.lock = engine, checkpoints, reporter, lock
+        config, data, device = self.config, self.data, self.device
+        self.documents = JsonLines(self.folder.documents_file, append_documents)
         self.schedule, group = schedule_settings(config), dist.group.WORLD
         self.watch = NumericsWatch(
-            engine.model, watch_settings(config), group, run.folder, engine.cp.messages, engine, engine.stage
+            engine.model,
+            watch_settings(config),
+            group,
+            self.folder.folder,
+            engine.cp.messages,
+            engine,
+            engine.stage,
         )
         self.replay = ReplayCheck(engine.model, config.watch.replay_every, group, engine.cp.messages, engine.stage)
         self.by_position = LossByPosition(data.context, [corpus.name for corpus in data.corpora], device)
-        self.utilisation = Utilisation.of_config(config, configured_model(config, data.vocabulary, data.context))
+        self.utilisation = Utilisation.of_config(config, shape)
 
     def run(self) -> None:
         """Train from the newest checkpoint to the last step, and save there."""

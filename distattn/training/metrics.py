@@ -68,6 +68,8 @@ class MetricsReporter:
             return self
         if self._project:
             self._wandb = _wandb_run(self._project, self.run)
+        # no step is to wait for the import
+        self.tensorboard.open()
         self.began = time.perf_counter()
         if sys.stdout.isatty() and not self.json_lines:
             text = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s")

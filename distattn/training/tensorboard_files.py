@@ -17,6 +17,10 @@ class TensorBoardFiles:
         self._writer: Any = None
         self._warned = False
 
+    def open(self) -> None:
+        """Begin a file now, not when something is first written; only the process that writes needs the package."""
+        self.write(lambda writer: None)
+
     def write(self, add: Callable[[Any], None]) -> None:
         """Have `add` add something by the methods of `torch.utils.tensorboard.SummaryWriter`.
 
@@ -25,7 +29,7 @@ class TensorBoardFiles:
         """
         try:
             if self._writer is None:
-                # needs a second, and only rank 0 writes
+                # a second, at the first time
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._writer = SummaryWriter(str(self._folder))
