@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.text import Text
 
@@ -21,7 +22,7 @@ from distattn.planning.compare_strategies import (
     PlanRequest,
     cluster_for_run,
     compare_strategies,
-    comparison_json,
+    comparison_facts,
     comparison_table,
     parse_document_lengths,
     truncate_documents,
@@ -52,6 +53,7 @@ Plans one attention call with every strategy, proves the plans and times them on
   --json                  numbers instead of a table
 
 With CONFIG the documents are the first pack of the run's data, or those of --docs, and shapes, ranks and cluster are the run's.
+Where the context length changes in the run, every length has its table; files and --memory are of the longest.
 """
 
 
@@ -75,19 +77,26 @@ def main(arguments: Sequence[str]) -> int:
     if given.memory:
         return _show_memory(given, config)
     cluster = _cluster(given, config)
-    packs = _packs(given, config)
     settings = PlanSettings.of_config(config) if config else _settings(given, cluster)
     if given.docs:
         # one pack over all ranks, whatever a run's ranks have of their own
         settings = replace(settings, data="replicated", context_parallel_size=None)
-    request = PlanRequest(tuple(map(tuple, packs)), settings)
     report_progress = print_to_stderr if sys.stderr.isatty() else no_progress
-    found = compare_strategies(request, _strategies(given), cluster, report_progress)
-    _write_files(given, found, request, cluster)
+    phases = _phases(given, config)
+    facts: list[dict[str, Any]] = []
+    for phase in phases:
+        request = PlanRequest(tuple(map(tuple, phase.packs)), settings)
+        found = compare_strategies(request, _strategies(given), cluster, report_progress)
+        if phase is _longest(phases):
+            _write_files(given, found, request, cluster)
+        facts.append(comparison_facts(found, request))
+        if not given.json:
+            _show_table([*phase.title(len(phases)), str(request), *comparison_table(found, cluster)])
     if given.json:
-        sys.stdout.write(comparison_json(found, request) + "\n")
+        for phase, one in zip(phases, facts, strict=True):
+            one |= {"first_step": phase.first_step, "context_length": phase.context} if len(phases) > 1 else {}
+        sys.stdout.write(json.dumps({"phases": facts} if len(phases) > 1 else facts[0]) + "\n")
         return 0
-    _show_table([str(request), *comparison_table(found, cluster)])
     for option in ("html", "perfetto"):
         if getattr(given, option):
             sys.stdout.write(f"{option}: {getattr(given, option)}\n")
@@ -101,7 +110,8 @@ def _show_memory(given: argparse.Namespace, config: Config | None) -> int:
     # 2 s to import, and only here
     from distattn.planning.memory_of_run import memory_json, memory_of_config, memory_table
 
-    found = memory_of_config(config, _packs(given, config), print_to_stderr if sys.stderr.isatty() else no_progress)
+    packs = _longest(_phases(given, config)).packs
+    found = memory_of_config(config, packs, print_to_stderr if sys.stderr.isatty() else no_progress)
     if given.json:
         sys.stdout.write(memory_json(found) + "\n")
         return 0
@@ -164,15 +174,36 @@ def _cluster(given: argparse.Namespace, config: Config | None) -> describe.Clust
     return cluster_for_run(config, name) if config else describe.load(name, given.ranks)
 
 
-def _packs(given: argparse.Namespace, config: Config | None) -> list[list[int]]:
-    """The lengths of the documents of --docs, else of the packs of the run's first step, in tokens."""
+class _Phase(NamedTuple):
+    """Steps of one context length. packs: tokens of each document of the packs of the first of them; first_step: from 0."""
+
+    packs: list[list[int]]
+    first_step: int = 0
+    context: int = 0
+
+    def title(self, phases: int) -> list[str]:
+        """A line above its table, where there are several."""
+        return [f"from step {self.first_step + 1:,}: context length {self.context:,}"] if phases > 1 else []
+
+
+def _phases(given: argparse.Namespace, config: Config | None) -> list[_Phase]:
+    """The documents of --docs, else what the run's packs are by context length."""
     if given.docs:
         lengths = parse_document_lengths(given.docs)
-        return [truncate_documents(lengths, given.tokens) if given.tokens else lengths]
+        return [_Phase([truncate_documents(lengths, given.tokens) if given.tokens else lengths])]
     if config is None:
         raise DistattnError("plan: a configuration or --docs is wanted. See distattn plan --help.")
     with planned_packs(config) as plan:
-        return first_packs(plan, config)
+        return [
+            _Phase(first_packs(plan, config, step), step, context)
+            for step, context in plan.rule.context
+            if step < plan.steps
+        ]
+
+
+def _longest(phases: Sequence[_Phase]) -> _Phase:
+    """That of the longest context, of several the first."""
+    return max(phases, key=lambda phase: phase.context)
 
 
 def _settings(given: argparse.Namespace, cluster: describe.ClusterSpec) -> PlanSettings:

@@ -53,17 +53,26 @@ def scale_rope_by_pack(model: torch.nn.Module) -> None:
     def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         batch = kwargs.get("context_parallel")
         longest[0] = 0 if batch is None else batch.longest_document
+        if batch is not None and not longest[0]:
+            raise DistattnError(
+                f"the model has {kind} RoPE, and the longest document of the pack is not known here: distattn doctor and "
+                "pipeline schedules do not tell it. Use linear, yarn or llama3 scaling with them."
+            )
         return args, kwargs | {KNOWS_PACK: True} if longest[0] else kwargs
 
     def append(rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        # on the meta device, where bytes are counted, there is no number to compare
+        rotary.rope_type = "default" if positions.is_meta else kind
         if kind == DYNAMIC:
             # transformers would keep frequencies of a longer call before
             rotary.inv_freq, rotary.max_seq_len_cached = rotary.original_inv_freq, rotary.original_max_seq_len
         if not longest[0]:
             return args, kwargs
+        more = _with_last(positions, longest[0])
         if "position_ids" in kwargs:
-            return args, kwargs | {"position_ids": _with_last(kwargs["position_ids"], longest[0])}
-        return (args[0], _with_last(args[1], longest[0]), *args[2:]), kwargs
+            return args, kwargs | {"position_ids": more}
+        return (args[0], more, *args[2:]), kwargs
 
     def cut(_: Any, __: Any, out: Any) -> Any:
         if not longest[0]:

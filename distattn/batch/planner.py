@@ -296,7 +296,13 @@ class Planner:
 
 
 class BatchAttention(Protocol):
-    """What attention layers are given as their batch: one per rank and micro-batch, or one that follows a pipeline's ticks."""
+    """What attention layers are given as their batch: one per rank and micro-batch, or one that follows a pipeline's ticks.
+
+    longest_document: tokens of the longest one of the micro-batch that this rank has a part of, whoever has its end; 0 where that
+    is not known.
+    """
+
+    longest_document: int = 0
 
     def attention(
         self,
@@ -319,14 +325,12 @@ class BatchAttention(Protocol):
 class LocalBatch(BatchAttention):
     """The packed axis that one batch was laid out on: what attention layers need of it. It travels with the batch.
 
-    positions: of this rank's tokens (1, T), where models are to be held to them. longest_document: tokens of the longest one of
-    the micro-batch that this rank has a part of, whoever has its end; 0 where that is not known. stands_in: whether this rank has
-    no such micro-batch, and padding for one. used: whether a layer has asked for attention. number: of the batch, in the run.
-    proven: whether its plans are proven before they run.
+    positions: of this rank's tokens (1, T), where models are to be held to them. stands_in: whether this rank has no such
+    micro-batch, and padding for one. used: whether a layer has asked for attention. number: of the batch, in the run. proven:
+    whether its plans are proven before they run.
     """
 
     positions: Tensor | None = None
-    longest_document: int = 0
     stands_in: bool = False
 
     def __init__(self, planner: Planner, key: BatchKey, number: int, proven: bool):

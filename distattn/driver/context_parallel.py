@@ -445,11 +445,9 @@ class ContextParallel:
         self._check_scale(len(step.made))
         scale, out = self.loss_scale_of(step), []
         for index, batch in enumerate(step.made):
-            own = packed[index] if index < len(packed) else None
-            part = self.local_shard(own)
+            part = self.local_shard(own := packed[index] if index < len(packed) else None)
             batch.positions, batch.stands_in = part["position_ids"], own is None
-            # a token stands in where there is nothing
-            batch.longest_document = 1 if own is None else max(own.lengths)
+            batch.longest_document = max(own.lengths if own else (), default=1)
             out.append({**part, "loss_scale": scale, "context_parallel": batch})
         return out
 

@@ -226,6 +226,8 @@ class PlannedAttention:
     """Attention of a batch by one executable, which need not be able to run: on meta tensors nothing is."""
 
     used = True
+    # any length: frequencies of positions have no values
+    longest_document = 1
 
     def __init__(self, executable: Executable):
         self.executable = executable

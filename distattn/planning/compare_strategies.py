@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
@@ -131,13 +131,13 @@ def _three_digits(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def comparison_json(found: dict[str, Timeline | str], request: PlanRequest) -> str:
-    """Return the comparison as one JSON object."""
+def comparison_facts(found: dict[str, Timeline | str], request: PlanRequest) -> dict[str, Any]:
+    """Return the comparison in terms of JSON."""
     rows = [
         {"strategy": name, "refused": one} if isinstance(one, str) else one.as_dict() for name, one in found.items()
     ]
     shape = {"tokens": sum(request.lengths), "documents": len(request.lengths), "ranks": request.settings.ranks}
-    return json.dumps(shape | {"candidates": rows})
+    return shape | {"candidates": rows}
 
 
 def parse_document_lengths(given: str) -> list[int]:

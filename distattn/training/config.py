@@ -48,6 +48,11 @@ RENAMED = {
 
 # every key takes a value, also those that are true or false
 _VALUES = (tyro.conf.FlagConversionOff,)
+# of help: what no option can say
+_TABLES = """only in the run file:
+  [[data.context_schedule]] context lengths by step: tables with context_length and steps, one
+                            after the other; the last may leave steps out
+"""
 # keys of the shape, and what config.json calls them
 _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "n_layer"),
@@ -100,11 +105,11 @@ def _find_model_folder(file: Path, content: dict[str, Any]) -> None:
 
 
 def help_text() -> str:
-    """Return a text with every key and its default, as tyro prints it."""
+    """Return a text with every key and its default, as tyro prints it, and after these the tables of run files."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         tyro.cli(Config, args=["--help"], prog="distattn train CONFIG", config=_VALUES)
-    return out.getvalue()
+    return out.getvalue() + _TABLES
 
 
 def save(config: Config, path: Path) -> None:
@@ -169,6 +174,10 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
         key = overrides[begin].removeprefix("--").split("=", 1)[0].replace("-", "_")
         if key == "help":
             continue
+        if key == "data.context_schedule":
+            raise DistattnError(
+                f"command line: {key}: its tables [[{key}]] are in the run file only; change them there."
+            )
         if key not in known:
             raise DistattnError(f"command line: {_unknown(key)}")
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):

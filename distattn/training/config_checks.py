@@ -28,6 +28,7 @@ def problems_of(config: Config) -> list[str]:
     """Find what cannot be, one sentence per key."""
     return [
         *_number_problems(config),
+        *_schedule_problems(config),
         *_shape_problems(config),
         *_name_problems(config),
         *_slurm_problems(config.slurm),
@@ -141,23 +142,57 @@ def _shape_problems(config: Config) -> Iterator[str]:
 
 def _pack_problems(data: DataConfig, shares: int) -> Iterator[str]:
     """Find packs of text that documents, or a step, or the data-parallel shares do not fit."""
-    tokens, step = data.pack_tokens, data.tokens_per_step
+    step = data.tokens_per_step
+    contexts = {"data.context_length": data.context_by_step[0][1]}
+    if data.context_schedule:
+        contexts = {
+            f"data.context_schedule.{number}.context_length": tokens
+            for number, (_, tokens) in enumerate(data.context_by_step)
+        }
     # what is negative was said already
-    if tokens < 1 or shares < 1:
+    if min(contexts.values()) < 1 or shares < 1:
         return
-    packs = step // tokens
-    if step % tokens:
-        yield f"data.tokens_per_step: {step} is no multiple of data.context_length {tokens}; {max(packs, 1) * tokens} is."
-    elif packs % shares:
-        smaller = f"{step // shares}, or " if step % shares == 0 else ""
+    for key, tokens in contexts.items():
+        packs = step // tokens
+        if step % tokens:
+            yield f"data.tokens_per_step: {step} is no multiple of {key} {tokens}; {max(packs, 1) * tokens} is."
+        elif packs % shares:
+            smaller = f"{step // shares}, or " if step % shares == 0 else ""
+            yield (
+                f"{key}: a step has {packs} pack{'s' * (packs > 1)} of {tokens} tokens, which {shares} shares of the ranks "
+                f"cannot have equally many of; use {smaller}data.tokens_per_step = {-(-packs // shares) * shares * tokens}."
+            )
+    longest = max(contexts.values())
+    if data.max_document_tokens > longest:
+        key = "context_schedule" if data.context_schedule else "context_length"
         yield (
-            f"data.context_length: a step has {packs} pack{'s' * (packs > 1)} of {tokens} tokens, which {shares} shares of the "
-            f"ranks cannot have equally many of; use {smaller}data.tokens_per_step = {-(-packs // shares) * shares * tokens}."
+            f"data.max_document_tokens: {data.max_document_tokens} tokens do not fit into a pack of {longest}; at most "
+            f"data.{key if data.context_schedule or data.context_length else 'tokens_per_step'}."
         )
-    if data.max_document_tokens > tokens:
+
+
+def _schedule_problems(config: Config) -> Iterator[str]:
+    """Find phases of context lengths that cannot be."""
+    data, steps = config.data, config.train.steps
+    if not data.context_schedule:
+        return
+    if data.path.endswith(".toml"):
+        yield f"data.context_schedule: packs are planned already; their context lengths by step are rule.context in {data.path}."
+    if data.context_length:
+        yield "data.context_length: data.context_schedule has the context length by step; leave one of both out."
+    *first, last = data.context_schedule
+    for number, phase in enumerate(data.context_schedule):
+        if phase.context_length < 1:
+            yield f"data.context_schedule.{number}.context_length: at least 1, not {phase.context_length}."
+        if phase.steps < 0:
+            yield f"data.context_schedule.{number}.steps: at least 0, not {phase.steps}."
+    for number, phase in enumerate(first):
+        if not phase.steps:
+            yield f"data.context_schedule.{number}.steps: 0 is for the last phase; say how many steps this one has."
+    if last.steps and (planned := sum(phase.steps for phase in data.context_schedule)) < steps:
         yield (
-            f"data.max_document_tokens: {data.max_document_tokens} tokens do not fit into a pack of {tokens}; at most "
-            f"data.{'context_length' if data.context_length else 'tokens_per_step'}."
+            f"data.context_schedule.{len(first)}.steps: all phases have {planned} steps, and train.steps is {steps}; leave the "
+            "last phase's steps out for all that are left."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from pydantic import ConfigDict
 from tyro.conf import UseAppendAction
@@ -21,6 +22,16 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ContextPhase:
+    """Steps of one context length."""
+
+    context_length: int
+    """Tokens (bytes) of a pack in these steps."""
+    steps: int = 0
+    """How many; 0, of the last phase only, for all that are left."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     path: str = "{stdlib}/*.py"
     """A folder, a file or a glob of UTF-8 text files, whose bytes are tokens; {stdlib} is the Python standard library's source
@@ -35,13 +46,19 @@ class DataConfig:
     """Longer files are cut into documents of this many tokens (bytes)."""
     context_length: int = 0
     """Tokens (bytes) of a pack, of which a step has data.tokens_per_step / data.context_length; 0 for one pack a step."""
+    context_schedule: tuple[ContextPhase, ...] = ()
+    """Context lengths that change: tables [[data.context_schedule]] with steps and context_length, one after the other, in
+    place of data.context_length. A step has data.tokens_per_step throughout. Only in files."""
     check_tokens: bool = True
     """Whether tokens are compared with their digests when they are first read, where there are digests."""
 
     @property
-    def pack_tokens(self) -> int:
-        """Tokens of a pack of a run on text."""
-        return self.context_length or self.tokens_per_step
+    def context_by_step(self) -> tuple[tuple[int, int], ...]:
+        """((first step, tokens of a pack), ...) of a run on text."""
+        if not self.context_schedule:
+            return ((0, self.context_length or self.tokens_per_step),)
+        begins = accumulate((phase.steps for phase in self.context_schedule), initial=0)
+        return tuple((begin, phase.context_length) for begin, phase in zip(begins, self.context_schedule, strict=False))
 
 
 @dataclass(frozen=True)
@@ -284,6 +301,7 @@ class Config:
 
 for _section in (
     RunConfig,
+    ContextPhase,
     DataConfig,
     ModelConfig,
     ParallelConfig,

@@ -175,7 +175,8 @@ class TrainingLoop:
                 self.by_position.add_batch(losses_T, batch)
         else:
             self.engine.drop()
-        lengths = [length for pack in self.data.plan.step(step).packs for length in pack.lengths]
+        planned = self.data.plan.step(step)
+        lengths = [length for pack in planned.packs for length in pack.lengths]
         costs = clock.lap()
         self.reporter.report(
             StepMetrics(
@@ -184,6 +185,7 @@ class TrainingLoop:
                 norm,
                 sum(lengths),
                 learning_rate=rate,
+                context_length=planned.context,
                 mfu=self.utilisation and self.utilisation.of_step(lengths, costs.seconds),
                 skipped=verdict.reason,
                 **costs._asdict(),

@@ -36,6 +36,7 @@ _SCALARS = (
     "loss",
     "grad_norm",
     "learning_rate",
+    "context_length",
     "seconds",
     "tokens_per_second",
     "mfu",

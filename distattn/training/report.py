@@ -22,6 +22,7 @@ _CURVES = {
     "seconds": "seconds a step",
     "evaluation": "evaluation loss",
     "learning_rate": "learning rate",
+    "context_length": "context length",
     "mfu": "MFU",
     "data_seconds": "waiting for data",
     "wait_seconds": "waiting for ranks",
@@ -109,6 +110,9 @@ def _curves(steps: list[StepMetrics], evaluations: list[dict[str, Any]], checked
         for name, label in _CURVES.items()
         if name in ("loss", "grad_norm") or any(value is not None for value in columns[name])
     }
+    if len(set(columns["context_length"])) == 1:
+        # of most runs
+        labels.pop("context_length", None)
     columns = {name: columns[name] for name in ("step", *labels)}
     rows = {row["step"]: row for row in checked["steps"]} if checked else {}
     reference = {

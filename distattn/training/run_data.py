@@ -146,9 +146,9 @@ def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
     return data, begin
 
 
-def first_packs(plan: PackPlan, config: Config) -> list[list[int]]:
-    """Tokens of each piece of the packs of one attention call in the first step: of all shares that attend together."""
-    first, shares = plan.step(0), config.parallel.data_parallel_size
+def first_packs(plan: PackPlan, config: Config, step: int = 0) -> list[list[int]]:
+    """Tokens of each piece of the packs of one attention call, a step's first one: of all shares that attend together."""
+    first, shares = plan.step(step), config.parallel.data_parallel_size
     together = shares if config.parallel.data == "per_rank" else 1
     return [first.packs[share[0]].lengths for share in deal_packs(first, shares)[:together]]
 
@@ -187,13 +187,14 @@ class _Lengths(NamedTuple):
 
 
 def _plan_text(config: Config, corpus: CorpusLengths, file: Path) -> PackPlan:
-    """Packs of data.context_length; the number of ranks and shares does not enter."""
-    context = config.data.pack_tokens
+    """Packs of data.context_length, or of data.context_schedule; the number of ranks and shares does not enter."""
+    by_step = config.data.context_by_step
+    context = min(tokens for _, tokens in by_step)
     packs = config.data.tokens_per_step // context
     # a window of several epochs would mix them, and a plan that ends within it repeat documents
     steps = config.train.steps + held_out_steps(config)
     window = min(_MOST_WINDOW, steps * packs, -(-int(corpus.lengths.sum(dtype=np.int64)) // context))
-    rule = PackRule(((0, context),), context * packs, window)
+    rule = PackRule(by_step, config.data.tokens_per_step, window)
     return make_pack_plan(file, [corpus], seed=config.run.seed, rule=rule, steps=steps)
 
 

@@ -20,8 +20,9 @@ class StepMetrics:
     """What one training step reports.
 
     loss: mean over tokens, in nats; grad_norm: before clipping; tokens: of all ranks; seconds: wall time of the step on rank 0.
-    learning_rate: of this step. mfu: share of the devices' peak, in [0, 1]. skipped: why the step was not applied, empty where it
-    was. Of rank 0, as in `step_clock.StepCosts`: data_seconds, wait_seconds, and bytes of memory. None where it is not known.
+    learning_rate: of this step. context_length: tokens of a pack. mfu: share of the devices' peak, in [0, 1]. skipped: why the
+    step was not applied, empty where it was. Of rank 0, as in `step_clock.StepCosts`: data_seconds, wait_seconds, and bytes of
+    memory. None where it is not known.
     """
 
     step: int
@@ -37,6 +38,7 @@ class StepMetrics:
     memory_reserved: int | None = None
     memory_resident: int | None = None
     skipped: str = ""
+    context_length: int | None = None
 
     @property
     def tokens_per_second(self) -> float:

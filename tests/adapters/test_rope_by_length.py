@@ -108,6 +108,18 @@ def test_a_model_of_the_meta_device_is_ready():
     assert float(pytorch.local_loss(model, local)) == pytest.approx(float(wanted), rel=1e-12)
 
 
+def test_bytes_are_counted_where_positions_have_no_values_and_a_batch_that_knows_no_length_is_refused():
+    config = small.build(rope_parameters=ROPES["dynamic"], max_position_embeddings=16).config
+    model = meta_model(config)
+    positions = torch.arange(8, device="meta")[None]
+    cos, _ = model.model.rotary_emb(torch.zeros(1, device="meta"), position_ids=positions)
+    assert cos.is_meta and cos.shape == (1, 8, 8)
+    local = da.ContextParallel(strategy="ring", kernel="reference").shard(small.micro_batch([40, 4]))
+    local["context_parallel"].longest_document = 0
+    with pytest.raises(da.DistattnError, match="the longest document of the pack is not known here"):
+        model(**huggingface.inputs(local))
+
+
 def test_scaling_in_some_kinds_of_layers_only_is_refused():
     ropes = {"full_attention": ROPES["dynamic"], "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
     config = Gemma3TextConfig(

@@ -33,26 +33,26 @@ class EngineState(NamedTuple):
 class PipelineStage(NamedTuple):
     """Which stage of a pipeline this rank computes: stages run one after the other, and backward in the reverse order.
 
-    number: from 0, of count. first_layer: the first of the whole model's layers that it has; its modules count from 0.
+    number: from 0, of so many stages. first_layer: the first of the whole model's layers that it has; its modules count from 0.
     """
 
     number: int = 0
-    count: int = 1
+    stages: int = 1
     first_layer: int = 0
 
     def turn(self, backward: bool) -> int:
-        """When the stage has its turn with a micro-batch: 0 to count - 1 forward, count + 1 to 2 count backward."""
-        return 2 * self.count - self.number if backward else self.number
+        """When the stage has its turn with a micro-batch: 0 to stages - 1 forward, stages + 1 to 2 x stages backward."""
+        return 2 * self.stages - self.number if backward else self.number
 
     @property
     def turn_of_loss(self) -> int:
         """When the loss is computed: after all stages forward, before all backward."""
-        return self.count
+        return self.stages
 
     @property
     def is_last(self) -> bool:
         """Whether the stage computes the loss."""
-        return self.number == self.count - 1
+        return self.number == self.stages - 1
 
     def module_name(self, name: str) -> str:
         """The name of a module of this stage, its layer counted in the whole model."""

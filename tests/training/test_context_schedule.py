@@ -1,0 +1,156 @@
+"""A schedule of context lengths: the packs of each phase, a run resumed in the middle of each, and what is shown of it."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_on_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distattn.ir.errors import DistattnError
+from distattn.launch.plan_command import main as plan_command
+from distattn.training import config as configuration
+from distattn.training.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReferenceCheckConfig,
+    RunConfig,
+    TrainConfig,
+)
+from distattn.training.config_sections import CheckpointConfig, ContextPhase
+from distattn.training.loop import train
+from distattn.training.report import _curves
+from distattn.training.run_data import find_text, open_data, planned_packs, write_text
+from distattn.training.run_folder import RunFolder
+
+STEPS = 6
+PHASES = (ContextPhase(64, 2), ContextPhase(128, 2), ContextPhase(256))
+CONTEXTS = [64, 64, 128, 128, 256, 256]
+
+
+@pytest.fixture
+def config(texts, tmp_path) -> Config:
+    return Config(
+        run=RunConfig(folder=str(tmp_path / "run"), seed=3),
+        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=200, context_schedule=PHASES),
+        model=ModelConfig(
+            num_layers=1, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
+        ),
+        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+        train=TrainConfig(steps=STEPS),
+        checkpoint=CheckpointConfig(every_steps=1, keep_last=9),
+        reference_check=ReferenceCheckConfig(steps=0),
+    )
+
+
+def _train(rank: int, folder: Path, config: Config) -> None:
+    train(RunFolder(folder), config, True, torch.device("cpu"))
+
+
+def _rows(run: RunFolder) -> list[tuple[int, int, float, float]]:
+    return [(step.step, step.context_length, step.loss, step.grad_norm) for step in run.metrics()]
+
+
+def test_a_run_goes_on_bit_by_bit_from_the_middle_of_each_phase(config, tmp_path):
+    run = RunFolder.create(config)
+    write_text(run, config, find_text(config))
+    plan = open_data(run, config).plan
+    for step, context in enumerate(CONTEXTS):
+        packs = plan.step(step).packs
+        # short contexts cut documents, and a step has as many tokens throughout
+        assert all(sum(pack.lengths) <= context for pack in packs) and len(packs) == 256 // context
+    assert any(max(pack.lengths) > 128 for pack in plan.step(STEPS - 1).packs)
+    run_on_ranks(2, _train, run.folder, config)
+    assert [context for _, context, _, _ in _rows(run)] == CONTEXTS
+    for middle in (1, 3, 5):
+        copy = RunFolder(shutil.copytree(run.folder, tmp_path / f"again-{middle}"))
+        for found in copy.checkpoints.glob("step-*"):
+            if int(found.name.removeprefix("step-")) > middle:
+                shutil.rmtree(found)
+        run_on_ranks(2, _train, copy.folder, config)
+        assert _rows(copy) == _rows(run) and len(_rows(run)) == STEPS
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    assert [(one.step, one.value) for one in events.Scalars("context_length")] == list(enumerate(CONTEXTS, 1))
+    assert _curves(run.metrics(), [], None)["labels"]["context_length"] == "context length"
+    assert "context_length" not in _curves(run.metrics()[:2], [], None)["labels"]
+
+
+def test_a_plan_shows_every_phase(config, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    configuration.save(config, file)
+    assert configuration.load(file).data.context_schedule == PHASES
+    options = [str(file), "--cluster", "laptop-1x2", "--strategy", "ring", "--parallel.devices_per_node", "2"]
+    assert plan_command(options) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "from step 1: context length 64",
+        "from step 3: context length 128",
+        "from step 5: context length 256",
+    ):
+        assert line in shown
+    assert plan_command([*options, "--json"]) == 0
+    phases = json.loads(capsys.readouterr().out)["phases"]
+    assert [(one["first_step"], one["context_length"]) for one in phases] == [(0, 64), (2, 128), (4, 256)]
+    assert all(one["candidates"][0]["strategy"] == "ring" for one in phases)
+
+
+def test_a_shorter_run_has_the_phases_that_it_reaches(config):
+    shorter = dataclasses.replace(config, train=TrainConfig(steps=3))
+    with planned_packs(config) as plan, planned_packs(shorter) as beginning:
+        assert beginning.steps == 3
+        for step in range(2):
+            assert [pack.lengths for pack in beginning.step(step).packs] == [
+                pack.lengths for pack in plan.step(step).packs
+            ]
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "steps = 3\ncontext_length = 96",
+            "data.tokens_per_step: 256 is no multiple of data.context_schedule.0.context_length 96",
+        ),
+        (
+            "steps = 3\ncontext_length = 64",
+            "data.context_schedule.0.steps: all phases have 3 steps, and train.steps is 8",
+        ),
+        (
+            "context_length = 64\n[[data.context_schedule]]\ncontext_length = 256",
+            "data.context_schedule.0.steps: 0 is for the last",
+        ),
+        ("steps = -1\ncontext_length = 256", "data.context_schedule.0.steps: at least 0, not -1"),
+        (
+            "context_length = 128",
+            "data.max_document_tokens: 200 tokens do not fit into a pack of 128; at most data.context_schedule",
+        ),
+        ("context_length = 256\ncontext = 1", "data.context_schedule.0.context: unknown key"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_by_key_and_line(config, tmp_path, text, sentence):
+    file = tmp_path / "run.toml"
+    given = "[data]\ntokens_per_step = 256\nmax_document_tokens = 200\n[train]\nsteps = 8\n[parallel]\nranks = 2\n"
+    file.write_text(f"{given}[[data.context_schedule]]\n{text}\n")
+    with pytest.raises(DistattnError) as caught:
+        configuration.load(file)
+    assert sentence in str(caught.value), caught.value
+
+
+def test_the_command_line_changes_no_schedule(config, tmp_path):
+    configuration.save(config, tmp_path / "run.toml")
+    with pytest.raises(DistattnError, match="data.context_schedule: its tables .* are in the run file only"):
+        configuration.load(tmp_path / "run.toml", ["--data.context_schedule", "3"])
+
+
+def test_packs_that_are_planned_already_have_no_other_schedule(config):
+    planned = dataclasses.replace(config, data=dataclasses.replace(config.data, path="packs.toml", context_length=64))
+    problems = configuration.problems_of(planned)
+    assert any(one.startswith("data.context_schedule: packs are planned already") for one in problems)
+    assert any(one.startswith("data.context_length: data.context_schedule has") for one in problems)
