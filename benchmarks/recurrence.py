@@ -1,12 +1,11 @@
-"""Ways to compute a recurrent layer over ranks: states in turn, gathered, by heads, or tokens to all. Gated DeltaNet, one run.
+"""Ways to compute a recurrent layer over ranks: states in turn, gathered, by heads, or tokens to all. Gated DeltaNet, measured.
 
     python benchmarks/recurrence.py [--tokens 8192] [--ranks 4] [--repeats 5] [--out benchmarks/results/recurrence.jsonl]
-    python benchmarks/recurrence.py --simulate
 
-Measured: forward and backward on gloo ranks of one machine, fp32, 4 heads of 64 x 64, our PyTorch kernel; results are checked
-against one process before anything is timed. "contiguous, gathered" is what flash-linear-attention's context parallelism
-does with contiguous slices, "all-to-all" what Megatron's does, both run by our executor; theirs need GPUs. Simulated:
-32 heads of 128 x 128 in bf16 on H100 nodes, one document; kernel times of recurrences are estimates.
+Forward and backward on gloo ranks of one machine, fp32, 4 heads of 64 x 64, our PyTorch kernel for all; results are checked
+against one process before anything is timed. "fla's way" is what flash-linear-attention 0.6 does with contiguous slices,
+written here: one all-gather of all ranks' states with their transitions in each pass, whatever the documents are. "all-to-all"
+is what Megatron's context parallelism does, by our executor. Theirs need GPUs; benchmarks/hybrid_layers.py simulates those.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ from harness import Cell, Contestant, compare, table, write
 from torch import Tensor
 
 import distattn as da
-from distattn.cluster.spec import load
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
-from distattn.parallel.analysis.columns import aligned, readable_bytes
+from distattn.parallel.analysis.columns import readable_bytes
 
 HEADS, DIM = 4, 64
 TOLERANCE = 2e-4
@@ -41,42 +39,20 @@ WAYS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "contiguous, gathered": ("contiguous", "scan", {"schedule": "gathered"}),
     "zigzag, gathered": ("zigzag", "scan", {"schedule": "gathered"}),
     "zigzag, by heads": ("zigzag", "scan", {"schedule": "by_heads"}),
-    "zigzag, auto": ("zigzag", "scan", None),
     "all-to-all": ("zigzag", "ulysses", None),
 }
 
 
 def main() -> None:
-    """Spawn the ranks, or simulate."""
+    """Spawn the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--simulate", action="store_true", help="a table of simulated times in place of measured ones")
     parser.add_argument("--out", type=Path, help="append the cells to this file, as JSON lines")
     arguments = parser.parse_args()
-    if arguments.simulate:
-        sys.stdout.write(simulated() + "\n")
-        return
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (arguments, f"file://{folder}/store", sys.argv), nprocs=arguments.ranks)
-
-
-def simulated() -> str:
-    """Milliseconds forward + backward of a layer."""
-    rows = [["tokens, ranks", *WAYS]]
-    for tokens, cluster in itertools.product((1 << 17, 1 << 18, 1 << 20), ("h100-1x8", "h100-2x8", "h100-8x8")):
-        spec = load(cluster)
-        row = [f"{tokens:,}, {spec.ranks}"]
-        for name in WAYS:
-            try:
-                plan = _plan(name, [tokens], spec.ranks, heads=32, head_dim=128, dtype="bfloat16", cluster=spec)
-                passes = da.simulate(plan, spec)
-                row.append(f"{passes.forward.seconds * 1e3:.2f} + {passes.backward.seconds * 1e3:.2f}")
-            except da.DistattnError:
-                row.append("refused")
-        rows.append(row)
-    return "\n".join([*aligned(rows), "(ms forward + backward of one layer, simulated; kernel times estimated)"])
 
 
 def _plan(name: str, lengths: list[int], ranks: int, **shape: Any) -> da.Plan:
@@ -96,7 +72,8 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
     pack = [arguments.tokens // 2, *[arguments.tokens // 16] * 8]
     for case, lengths in {"one document": [arguments.tokens], "nine documents": pack}.items():
         x, do = make_inputs(sum(lengths))
-        contestants = {name: contestant(name, lengths, x, do) for name in WAYS if name != "zigzag, auto"}
+        contestants = {name: contestant(name, lengths, x, do) for name in WAYS}
+        contestants["contiguous, fla's way"] = lambda lengths=lengths, x=x, do=do: gathered_by_all(lengths, x, do)
         say = (lambda line: sys.stderr.write(line + "\n")) if rank == 0 else (lambda line: None)
         named = f"{case}, {sum(lengths):,} tokens, {arguments.ranks} ranks"
         cells += compare(named, contestants, checker(lengths, x, do), repeats=arguments.repeats, progress=say)
@@ -155,6 +132,51 @@ def contestant(name: str, lengths: list[int], x: RecurrenceTokens, do: Tensor) -
         return run
 
     return make
+
+
+def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
+    """Contiguous slices; every rank gathers the states of all ranks' slices, and puts together what precedes its own."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    layout = da.Layout.contiguous(lengths, ranks)
+    mine = torch.from_numpy(layout.tokens(rank))
+    begin, end = int(mine[0]), int(mine[-1]) + 1
+    bounds = [0, *np.cumsum(lengths).tolist()]
+    stretches = [
+        (max(a, begin) - begin, min(b, end) - begin) for a, b in itertools.pairwise(bounds) if a < end and b > begin
+    ]
+    # whether the first stretch goes on from the rank before, and the last one to the rank after
+    enters, leaves = begin not in bounds, end not in bounds
+    local, do_local = x._replace(**{name: value[mine] for name, value in x.by_token().items()}), do[mine]
+    nothing = torch.zeros(len(stretches), HEADS, DIM, DIM)
+
+    def gathered(state: Tensor, transition: Tensor, passes: bool) -> list[Tensor]:
+        """(transition, state) of every rank; a slice inside which a document begins passes nothing on."""
+        own = torch.stack([transition if passes else torch.zeros_like(transition), state])
+        everyone = [torch.empty_like(own) for _ in range(ranks)]
+        dist.all_gather(everyone, own)
+        return everyone
+
+    def run() -> tuple[Tensor, ...]:
+        edges = [stretches[-1]]
+        _, last = chunked.forward(local, edges, nothing[:1], outputs=False)
+        # fla sends the transition of every slice
+        transition = chunked.transitions(local, [*stretches[-1:], *stretches[:1]][: len(stretches)], torch.float32)
+        whole = enters and leaves and len(stretches) == 1
+        everyone = gathered(last[0], transition[0], whole)
+        state = nothing.clone()
+        for of_slice in everyone[:rank] if enters else ():
+            state[0] = of_slice[0] @ state[0] + of_slice[1]
+        o, _ = chunked.forward(local, stretches, state)
+        dstate = nothing.clone()
+        _, first = chunked.backward(local, stretches[:1], nothing[:1], do_local, nothing[:1], of_tokens=False)
+        everyone = gathered(first[0], transition[-1].mT, whole)
+        for of_slice in reversed(everyone[rank + 1 :]) if leaves else ():
+            dstate[-1] = of_slice[0] @ dstate[-1] + of_slice[1]
+        dx, _ = chunked.backward(local, stretches, state, do_local, dstate)
+        return mine, o, *dx.by_token().values()
+
+    run.facts = {"plan_bytes": 2 * 2 * 4 * HEADS * DIM * DIM * ranks * (ranks - 1)}  # type: ignore[attr-defined]
+    return run
 
 
 if __name__ == "__main__":

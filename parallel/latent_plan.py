@@ -61,5 +61,6 @@ def latent_seconds(plan: Plan, cluster: ClusterSpec, rotary_dim: int, latent_dim
         return total
     most = np.array([max(call.layout.shard_sizes())])
     widths = latent_dim, call.head_dim - rotary_dim + call.v_head_dim
-    seconds = [expansion_seconds(cluster, name, *widths, most * call.heads, kept=True) for name in DIRECTIONS]
-    return total + float(sum(seconds)[0])
+    return total + sum(
+        float(expansion_seconds(cluster, name, *widths, most * call.heads, kept=True)[0]) for name in DIRECTIONS
+    )

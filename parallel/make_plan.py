@@ -276,5 +276,5 @@ def _seconds_of_tables(call: Call, cluster: AnyCluster | None, direction: str) -
 def _without_idle_steps(table: Table) -> Table:
     """The same table, numbered without the steps in which no rank does anything."""
     busy = sorted_unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
-    rows = [{**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves)]
-    return Table(*rows, table.label)
+    tasks, moves = ({**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves))
+    return Table(tasks, moves, table.label)

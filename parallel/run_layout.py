@@ -36,7 +36,17 @@ def wants_relayout(layout: Layout, *, layers: int, width: int, cluster: ClusterS
 def relayout_seconds(here: Layout, there: Layout, width: int, dtype: str, cluster: ClusterSpec) -> float:
     """Simulated seconds in which rows of `width` numbers go to another layout and come back, and so do their gradients."""
     # a convolution of one tap moves nothing but tokens to where it is computed, and results home
-    shape = dict(heads=1, kv_heads=1, head_dim=1, v_head_dim=width, dtype=dtype, comm_dtype=dtype)
-    mask = Mask.documents(here.lengths, (0, 0))
-    plan = make_plan(mask, here, strategy="allgather", op="convolution", working_layout=there, **shape)
+    plan = make_plan(
+        Mask.documents(here.lengths, (0, 0)),
+        here,
+        strategy="allgather",
+        op="convolution",
+        heads=1,
+        kv_heads=1,
+        head_dim=1,
+        v_head_dim=width,
+        dtype=dtype,
+        comm_dtype=dtype,
+        working_layout=there,
+    )
     return simulated_seconds(plan, cluster)

@@ -18,7 +18,7 @@ LEVELS = {
     "kernels": 1,
     "cluster": 1,
     "parallel.tables": 2,
-    # neither imports the other: choosing between a strategy's candidates belongs to parallel.make_plan
+    # neither imports the other: parallel.make_plan chooses between a strategy's candidates, or tells it what simulation says
     "parallel.strategies": 3,
     "parallel.analysis": 3,
     "parallel.runtime": 4,

@@ -108,8 +108,17 @@ DATA = ["--documents", "3000", "--context", "2048"]
         ("model_memory.py", ["--ranks", "2", "--hidden", "128", "--layers", "2"], ["initial", "exported", "loaded"]),
         ("checkpoint_faults.py", ["--count", "24", "--kills", "2"], ["2 kills", "passed over", "edited manifest"]),
         ("checkpoint_stall.py", ["--megabytes", "4", "--repeats", "1"], ["ours, overlap", "dcp async", "stall/save"]),
-        ("recurrence.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["zigzag, by heads", "<- fastest"]),
-        ("recurrence.py", ["--simulate"], ["1,048,576, 64", "refused", "estimated"]),
+        ("recurrence.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["fla's way", "<- fastest"]),
+        (
+            "hybrid_layers.py",
+            ["--tokens", "16384", "--clusters", "h100-1x2", "h100-8x8"],
+            ["(1.00x)", "refused", "estimated"],
+        ),
+        (
+            "hybrid_layers.py",
+            ["--latent", "--tokens", "16384", "--clusters", "h100-1x2"],
+            ["ulysses", "expanded", "estimated"],
+        ),
         ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),
     ],
 )

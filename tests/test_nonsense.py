@@ -109,6 +109,9 @@ def right_calls():
     latents = dict(rope_TR=torch.ones(16, 2), latent_TL=torch.ones(16, 5), up_HEL=torch.ones(4, 14, 5))
     calls.append((da.latent_attention, dict(q_THD=q, plan=mla, group=None, scale=0.5, kernel="reference", **latents)))
     calls.append((da.latent_op, dict(rotary_dim=2, latent_dim=5)))
+    calls.append(
+        (da.make_latent_plan, dict(mask=MASK, layout=one, strategy="ring", rotary_dim=2, latent_dim=5, **layer))
+    )
     calls.append((da.Op, dict(name="mine", kind="recurrence", merge="never", decay="token", delta=True)))
     settings = dict(group=None, loss_group=None, strategy="ring", layout="zigzag", layout_options={}, data="replicated")
     settings |= dict(document_mask="causal", kernel="reference", backward="refetch-home", comm_dtype=None, cluster=None)

@@ -17,7 +17,7 @@ from distattn.cluster.spec import AnyCluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 from distattn.ir.plan import Call, Table
-from distattn.parallel.strategies.scan_mixture import Way, fastest_mixture
+from distattn.parallel.strategies.scan_mixture import DocumentSchedule, fastest_mixture
 from distattn.parallel.strategies.scan_schedules import LAST_STEP, SCHEDULES
 from distattn.parallel.strategies.scan_tables import layout_chains, table_of_rows
 
@@ -64,6 +64,7 @@ def scan(
         devices = call.ranks if cluster is None else cluster.devices
         return [fastest_mixture(call, chains, devices, direction, seconds, working_layout is not None)]
     name = _DEFAULT if options.schedule == "auto" else options.schedule
-    way = Way(name, LAST_STEP * options.state_first * (name != "in_turn"), options.head_groups)
-    rows = [rows for chain in chains for rows in way.rows(chain, call.ranks, direction)]
-    return [table_of_rows(call, rows, direction, str(way), working_layout is not None)]
+    first_whole = LAST_STEP if options.state_first and name != "in_turn" else 0
+    schedule = DocumentSchedule(name, first_whole, options.head_groups)
+    rows = [rows for chain in chains for rows in schedule.rows(chain, call.ranks, direction)]
+    return [table_of_rows(call, rows, direction, str(schedule), working_layout is not None)]

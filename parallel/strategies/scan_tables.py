@@ -25,7 +25,7 @@ from distattn.parallel.strategies.scan_schedules import Chain, Schedule, Stretch
 from distattn.parallel.tables.routes import remote_users, reversed_moves, send_direct
 
 # tasks (A, 9) and moves (B, 8), with the columns of a table
-Rows = tuple[Ints, Ints]
+TableRows = tuple[Ints, Ints]
 
 
 def layout_chains(call: Call, layout: Layout) -> list[Chain]:
@@ -42,7 +42,7 @@ def layout_chains(call: Call, layout: Layout) -> list[Chain]:
     return chains
 
 
-def chain_rows(chain: Chain, schedule: Schedule, ranks: int, direction: str) -> Rows:
+def chain_rows(chain: Chain, schedule: Schedule, ranks: int, direction: str) -> TableRows:
     """What is computed of one chain, and the states that are sent for it."""
     back = direction == "backward"
     payload = int(Payload.dS if back else Payload.S)
@@ -67,14 +67,16 @@ def chain_rows(chain: Chain, schedule: Schedule, ranks: int, direction: str) -> 
     )
 
 
-def concatenated(rows: Iterable[Rows]) -> Rows:
+def concatenated(rows: Iterable[TableRows]) -> TableRows:
     """The rows of several chains as one."""
     nothing = np.zeros((0, len(TASK_COLUMNS)), np.int64), np.zeros((0, len(MOVE_COLUMNS)), np.int64)
     tasks, moves = (np.concatenate(parts) for parts in zip(nothing, *rows, strict=True))
     return tasks, moves
 
 
-def table_of_rows(call: Call, rows: Iterable[Rows], direction: str, label: str = "", tokens_move: bool = True) -> Table:
+def table_of_rows(
+    call: Call, rows: Iterable[TableRows], direction: str, label: str = "", tokens_move: bool = True
+) -> Table:
     """The table of the rows of all chains, with the tokens that move to where they are computed, and results home.
 
     tokens_move: False where all chains are at the owners of their tokens: nobody needs to look for what moves.

@@ -1,0 +1,194 @@
+"""Simulated times of a hybrid model's layers, and of latent attention's two forms, over GPUs. One command, no GPU.
+
+    python benchmarks/hybrid_layers.py [--tokens 131072 ...] [--clusters h100-1x8 ...] [--documents 1]
+    python benchmarks/hybrid_layers.py --latent
+
+The hybrid has 32 layers, 4,096 wide: of four, three are Gated DeltaNet (32 heads of 128 x 128 and 16 of queries and keys), one is
+attention (32 query and 8 key/value heads of 128), as an 8B model has them. Counted are the cores of all layers, forward and
+backward, in bf16: projections, MLPs, norms and convolutions are on every rank's own tokens and the same in all columns.
+
+    ours          zigzag; of each kind of layer the fastest strategy; recurrences also on contiguous slices, re-laid around runs
+    all-to-all    zigzag; tokens are dealt by heads for every layer, as Megatron's context parallelism of both kinds does
+    fla           contiguous or zigzag slices; every state goes to every rank, as flash-linear-attention 0.6 does; attention by
+                  the faster of ring and gathered keys. Planned by us from what its code does; it was not run
+
+Latent attention has DeepSeek-V3's shapes: 128 heads of 192 and 128, a latent of 512 beside 64 rotary numbers, one document.
+Kernel times of recurrences and of expansions are estimates from published ones: see distattn/cluster/cost.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import distattn as da
+from distattn.cluster.spec import DIRECTIONS, ClusterSpec, load
+from distattn.ir.op import op_of
+from distattn.ir.plan import Call, Payload, Table
+from distattn.parallel.analysis.columns import aligned, readable_bytes
+from distattn.parallel.analysis.simulate import simulate_pass, simulated_seconds
+from distattn.parallel.latent_plan import latent_seconds
+from distattn.parallel.make_plan import STRATEGIES
+from distattn.parallel.run_layout import relayout_seconds
+
+ATTENTION_LAYERS, RECURRENT_LAYERS, RUN, WIDTH = 8, 24, 3, 4096
+ATTENTION = dict(heads=32, kv_heads=8, head_dim=128, dtype="bfloat16")
+RECURRENCE = dict(heads=32, kv_heads=16, head_dim=128, dtype="bfloat16", op="gated_delta_rule")
+LATENT = dict(heads=128, head_dim=192, v_head_dim=128, dtype="bfloat16")
+ROTARY_DIM, LATENT_DIM = 64, 512
+CLUSTERS = ("h100-1x8", "h100-2x8", "h100-4x8", "h100-8x8")
+
+
+def main() -> None:
+    """Print one of the two tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1 << 17, 1 << 18, 1 << 19, 1 << 20])
+    parser.add_argument("--clusters", nargs="+", default=CLUSTERS)
+    parser.add_argument("--documents", type=int, default=1, help="equal documents that the tokens are")
+    parser.add_argument("--latent", action="store_true", help="latents against expanded keys and values, by strategy")
+    arguments = parser.parse_args()
+    rows = latent_rows(arguments) if arguments.latent else hybrid_rows(arguments)
+    for line in aligned(rows):
+        sys.stdout.write(line + "\n")
+    sys.stdout.write(
+        "(milliseconds forward and backward, simulated; kernel times of recurrences and expansions estimated)\n"
+    )
+
+
+def hybrid_rows(arguments: argparse.Namespace) -> list[list[str]]:
+    """The table of a hybrid: milliseconds of attention's layers + recurrent ones, and all of them over ours."""
+    head = ["tokens", "GPUs", "ours", "all-to-all", "fla, contiguous", "fla, zigzag", "ours: attention, recurrences"]
+    rows = [head]
+    for tokens, name in itertools.product(arguments.tokens, arguments.clusters):
+        cluster = load(name)
+        lengths = [tokens // arguments.documents] * arguments.documents
+        zigzag, contiguous = (make(lengths, cluster.ranks) for make in (da.Layout.zigzag, da.Layout.contiguous))
+        best_attention = fastest((key, attention(zigzag, key, cluster)) for key in STRATEGIES)
+        relaid = (
+            recurrence(contiguous, "scan", cluster),
+            relayout_seconds(zigzag, contiguous, WIDTH, "bfloat16", cluster) / RUN,
+        )
+        best_recurrence = fastest(
+            [
+                ("scan", recurrence(zigzag, "scan", cluster)),
+                ("all-to-all", recurrence(zigzag, "ulysses", cluster)),
+                ("scan, re-laid", None if relaid[0] is None else sum(relaid)),
+            ]
+        )
+        columns = [
+            (best_attention[1], best_recurrence[1]),
+            (attention(zigzag, "ulysses", cluster), recurrence(zigzag, "ulysses", cluster)),
+            *(
+                (
+                    fastest((key, attention(layout, key, cluster)) for key in ("ring", "allgather"))[1],
+                    fla(layout, cluster),
+                )
+                for layout in (contiguous, zigzag)
+            ),
+        ]
+        ours = ATTENTION_LAYERS * best_attention[1] + RECURRENT_LAYERS * best_recurrence[1]
+        rows.append([f"{tokens:,}", str(cluster.ranks), *(cell(*one, ours) for one in columns)])
+        rows[-1].append(f"{best_attention[0]}, {best_recurrence[0]}")
+    return rows
+
+
+def cell(of_attention: float | None, of_recurrence: float | None, ours: float) -> str:
+    """One contestant of a row; None where it refuses."""
+    if of_attention is None or of_recurrence is None:
+        return "refused"
+    parts = ATTENTION_LAYERS * of_attention, RECURRENT_LAYERS * of_recurrence
+    return f"{parts[0] * 1e3:,.0f} + {parts[1] * 1e3:,.0f} ({sum(parts) / ours:.2f}x)"
+
+
+def fastest(seconds: Iterable[tuple[str, float | None]]) -> tuple[str, float]:
+    """Name and seconds of the fastest that is not refused."""
+    return min(((name, one) for name, one in seconds if one is not None), key=lambda named: named[1])
+
+
+def attention(layout: da.Layout, strategy: str, cluster: ClusterSpec) -> float | None:
+    """Seconds of one layer of attention; None where the strategy refuses."""
+    return planned(layout, strategy, cluster, **ATTENTION)
+
+
+def recurrence(layout: da.Layout, strategy: str, cluster: ClusterSpec) -> float | None:
+    """Seconds of one recurrent layer; None where the strategy refuses."""
+    return planned(layout, strategy, cluster, **RECURRENCE)
+
+
+def planned(layout: da.Layout, strategy: str, cluster: ClusterSpec, **shape: Any) -> float | None:
+    """Seconds of one layer, forward and backward."""
+    try:
+        plan = da.make_plan(da.Mask.documents(layout.lengths), layout, strategy=strategy, cluster=cluster, **shape)
+    except da.DistattnError:
+        return None
+    return simulated_seconds(plan, cluster)
+
+
+def fla(layout: da.Layout, cluster: ClusterSpec) -> float:
+    """Seconds of one recurrent layer where every rank makes its slices' states, all go to all ranks, and each goes on."""
+    call = Call(
+        da.Mask.documents(layout.lengths), layout, v_head_dim=128, **{**RECURRENCE, "op": op_of("gated_delta_rule")}
+    )
+    return sum(simulate_pass(call, cluster, name, gather_of_all(call, cluster, name)).seconds for name in DIRECTIONS)
+
+
+def gather_of_all(call: Call, cluster: ClusterSpec, direction: str) -> Table:
+    """States of all slices in step 0, to all other ranks in steps 1 and 2, everything in step 3; for simulation alone.
+
+    An all-gather that knows of nodes: a state goes to one rank of each other node, and from there to the others of that node.
+    """
+    back = direction == "backward"
+    chunks, ends = call.layout.chunks, call.documents
+    tasks, moves = [], []
+    for t0, t1, rank in zip(*(chunks[name].tolist() for name in ("t0", "t1", "rank")), strict=True):
+        for piece, (d0, d1) in enumerate(ends.tolist()):
+            a, b = max(t0, d0), min(t1, d1)
+            if a >= b:
+                continue
+            tasks.append((0, rank, piece, *((a, b, b, b) if back else (a, a, a, b)), 0, call.heads))
+            tasks.append((3, rank, piece, *((a, d1, d0, b) if back else (a, b, d0, b)), 0, call.heads))
+        # a slice has one slot, whatever its documents are
+        payload = int(Payload.dS if back else Payload.S)
+        for node in range(cluster.nodes):
+            here = range(node * cluster.devices, (node + 1) * cluster.devices)
+            enters = rank if rank in here else here[rank % cluster.devices]
+            if enters != rank:
+                moves.append((1, rank, enters, payload, t0, t1, 0, call.heads))
+            step = 1 if enters == rank else 2
+            moves += [(step, enters, to, payload, t0, t1, 0, call.heads) for to in here if to != enters]
+    return Table.from_rows(tasks, moves)
+
+
+def latent_rows(arguments: argparse.Namespace) -> list[list[str]]:
+    """The table of latent attention: both forms of each strategy, in bytes that a rank receives and in milliseconds."""
+    rows = [
+        ["tokens", "GPUs", "strategy", "bytes/rank: latent", "expanded", "factor", "ms: latent", "expanded", "chosen"]
+    ]
+    for tokens, name in itertools.product(arguments.tokens, arguments.clusters):
+        cluster = load(name)
+        layout, mask = da.Layout.zigzag([tokens], cluster.ranks), da.Mask.causal(tokens)
+        for strategy in STRATEGIES:
+            shape = dict(strategy=strategy, cluster=cluster, **LATENT)
+            try:
+                plans = [
+                    da.make_plan(mask, layout, kv_heads=1, op=da.latent_op(ROTARY_DIM, LATENT_DIM), **shape),
+                    da.make_plan(mask, layout, kv_heads=128, **shape),
+                ]
+            except da.DistattnError:
+                rows.append([f"{tokens:,}", str(cluster.ranks), strategy, *["refused"] * 6])
+                continue
+            moved = [int(plan.bytes()["bytes"].sum()) / cluster.ranks for plan in plans]
+            seconds = [latent_seconds(plan, cluster, ROTARY_DIM, LATENT_DIM) for plan in plans]
+            rows.append(
+                [f"{tokens:,}", str(cluster.ranks), strategy, *(readable_bytes(int(size)) for size in moved)]
+                + [f"{moved[1] / moved[0]:.1f}", *(f"{one * 1e3:,.1f}" for one in seconds)]
+                + ["latent" if seconds[0] <= seconds[1] else "expanded"]
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
