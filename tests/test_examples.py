@@ -22,7 +22,7 @@ def losses(ranks: int, example: str, *arguments: str) -> list[float]:
     said = run_script_on_ranks(ranks, EXAMPLES / f"{example}.py", *arguments, before=before)
     # what a user can do nothing about is not said
     assert example != "deepspeed_zero" or "Warning" not in said[0], said[0]
-    return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)$", said[0], re.M)]
+    return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)", said[0], re.M)]
 
 
 # core-attention disaggregation: ranks with packs of their own share attention
@@ -78,6 +78,14 @@ def test_losses_are_those_of_one_process_over_20_steps(run):
     for ranks, further in others:
         got = losses(ranks, example, *arguments, *further)
         assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, (ranks, further)
+
+
+def test_a_hybrid_has_one_curve_on_any_number_of_ranks():
+    importlib.import_module("distattn.adapters.pytorch")
+    wanted, *others = (losses(ranks, "recall", "--steps", "10") for ranks in (1, 2, 4))
+    assert len(wanted) == 10 and wanted[-1] < wanted[0] - 0.05
+    for got in others:
+        assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= 1e-4
 
 
 def test_examples_are_short_and_start_with_torchrun():

@@ -48,6 +48,7 @@ def right_calls():
         (da.Mask.documents, dict(lengths=LENGTHS, document_mask=(3, 0), sink_tokens=1)),
         (da.Mask.shared_question, dict(lengths=LENGTHS)),
         (da.Mask.causal_blockwise, dict(lengths=LENGTHS)),
+        (da.Mask.token_shift, dict(lengths=LENGTHS, distance=1)),
         (da.Mask.prefix_lm, dict(n=16, prefix=4)),
         (da.Mask.prefix_lm_documents, dict(lengths=LENGTHS, prefix=[1, 2, 3])),
         (da.Mask.global_sliding_window, dict(n=16, left=2, right=2, n_global=1)),
@@ -103,8 +104,11 @@ def right_calls():
     some = dict(group=None, scale=0.5, kernel="chunked", return_final_state=False)
     calls.append((da.recurrence, dict(q_TGK=k, k_TGK=k, v_THV=q, plan=gla, **gates, **some)))
     halo = da.make_plan(da.Mask.documents(LENGTHS, (2, 0)), one, strategy="ring", kv_heads=4, op="convolution", **layer)
-    taps = dict(weight_CW=torch.ones(32, 3), plan=halo, group=None, bias=torch.ones(32))
+    taps = dict(weight=torch.ones(32, 3), plan=halo, group=None, bias=torch.ones(32), activation="silu")
+    taps |= dict(initial_state=torch.zeros(3, 32, 2))
     calls.append((da.causal_conv1d, dict(x_TC=torch.ones(16, 32), **taps)))
+    moved = da.make_plan(da.Mask.token_shift(LENGTHS, 1), one, strategy="ring", kv_heads=4, op="token_shift", **layer)
+    calls.append((da.token_shift, dict(x_T=torch.ones(16, 32), plan=moved, group=None, fill=0)))
     mla = da.make_plan(MASK, one, strategy="ring", kv_heads=1, op=da.latent_op(2, 5), **layer)
     latents = dict(rope_TR=torch.ones(16, 2), latent_TL=torch.ones(16, 5), up_HEL=torch.ones(4, 14, 5))
     calls.append((da.latent_attention, dict(q_THD=q, plan=mla, group=None, scale=0.5, kernel="reference", **latents)))

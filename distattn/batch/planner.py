@@ -265,29 +265,28 @@ class Planner:
     def _plan(self, batch: BatchKey, shape: AttentionShape) -> Plan:
         config = self.config
         mask, layout = self.lay_out(batch.documents)[0], self.layout_of(batch, shape.layout)
-        if shape.window is not None:
-            mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))
         how: dict[str, Any] = dict(strategy=config.strategy, backward=config.backward)
         how["options"] = {**(config.options or {}), **dict(batch.options)}
-        if shape.op.kind in ("recurrence", "convolution"):
-            # where attention's tokens are; what attention moves is another matter
-            how = dict(strategy="scan")
-            if shape.op.is_recurrent:
-                mask = Mask.documents(layout.lengths)
-            else:
-                assert shape.window is not None
-                if shape.op == TOKEN_SHIFT:
-                    mask = Mask.token_shift(layout.lengths, shape.window)
-                else:
-                    mask = Mask.documents(layout.lengths, (shape.window - 1, 0))
-                # the few tokens that come stay for the backward pass
-                how = dict(strategy="allgather", backward="keep")
+        comm_dtype = config.comm_dtype
+        # of other ops than attention tokens are where attention's are; what attention moves is another matter
+        if shape.op == TOKEN_SHIFT:
+            mask = Mask.token_shift(layout.lengths, shape.window or 0)
+            # whole numbers travel as float64, whatever gradients travel as
+            how, comm_dtype = dict(strategy="allgather", backward="keep"), None
+        elif shape.op == CONVOLUTION:
+            # the few tokens that come stay for the backward pass
+            mask = Mask.documents(layout.lengths, ((shape.window or 1) - 1, 0))
+            how = dict(strategy="allgather", backward="keep")
+        elif shape.op.is_recurrent:
+            mask, how = Mask.documents(layout.lengths), dict(strategy="scan")
+        elif shape.window is not None:
+            mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))
         if shape.override is not None:
             how |= shape.override.settings(mask, layout)
         of_layer = shape._asdict()
         for name in ("window", "override", "modifiers", "layout"):
             del of_layer[name]
-        how |= dict(comm_dtype=config.comm_dtype, cluster=config.cluster, max_buffer_bytes=config.max_buffer_bytes)
+        how |= dict(comm_dtype=comm_dtype, cluster=config.cluster, max_buffer_bytes=config.max_buffer_bytes)
         if shape.op.kind == "latent_attention":
             del of_layer["op"], of_layer["kv_heads"]
             how |= dict(rotary_dim=shape.op.rotary_dim, latent_dim=shape.op.latent_dim)
@@ -363,12 +362,10 @@ class LocalBatch(BatchAttention):
         asked = score_modifiers(modifiers.get("softcap"), modifiers.get("alibi_slopes"))
         shape = AttentionShape.of(q_THD, k_TKD, v_TKE, window, override, asked)
         executable = self.executable(shape, q_THD.device)
-
-        def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(q, k, v, executable, scale=scale, **modifiers)
-
         # padding attends to nothing, but others may need the help of a rank that has nothing else
-        return self._without_padding(executable, compute, q_THD, k_TKD, v_TKE)
+        return self._without_padding(
+            executable, lambda q, k, v: attention(q, k, v, executable, scale=scale, **modifiers), q_THD, k_TKD, v_TKE
+        )
 
     @torch.compiler.disable
     def recurrence(
@@ -419,11 +416,10 @@ class LocalBatch(BatchAttention):
         override, dtype = self.planner.overrides.of(layer, window), str(q_THD.dtype)[6:]
         shape = AttentionShape(heads, 1, dim, values, dtype, window, override, op=op)
         executable = self.executable(shape, q_THD.device)
-
-        def compute(q: Tensor, rope: Tensor, latent: Tensor) -> Tensor:
-            return latent_attention(q, rope, latent, up_HEL, executable, scale=scale)
-
-        return self._without_padding(executable, compute, q_THD, rope_TR, latent_TL)
+        inputs = q_THD, rope_TR, latent_TL
+        return self._without_padding(
+            executable, lambda q, r, c: latent_attention(q, r, c, up_HEL, executable, scale=scale), *inputs
+        )
 
     @torch.compiler.disable
     def causal_conv1d(
@@ -441,11 +437,9 @@ class LocalBatch(BatchAttention):
         dtype, taps = str(x_TC.dtype)[6:], weight.shape[-1]
         shape = AttentionShape(groups, groups, 1, channels, dtype, taps, op=CONVOLUTION)
         executable = self.executable(shape, x_TC.device)
-
-        def compute(x: Tensor) -> Tensor:
-            return causal_conv1d(x, weight, executable, bias=bias, activation=activation)
-
-        return self._without_padding(executable, compute, x_TC)
+        return self._without_padding(
+            executable, lambda x: causal_conv1d(x, weight, executable, bias=bias, activation=activation), x_TC
+        )
 
     @torch.compiler.disable
     def token_shift(self, x_T: Tensor, distance: int = 1, *, fill: int = 0) -> Tensor:

@@ -28,6 +28,7 @@ from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
 _NO_SCORE = ScoreMod(1.0)
 # whole numbers up to it are exact in float64, in which they travel
 _MOST_WHOLE = 1 << 52
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def causal_conv1d(
@@ -60,7 +61,7 @@ def causal_conv1d(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight")):
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
-    if activation not in (None, "silu"):
+    if activation is not None and not (isinstance(activation, str) and activation == "silu"):
         raise DistattnError(f'activation is "silu" or None, not {activation!r}; apply others to what is returned.')
     executable = _executable(plan, group, x_TC)
     (x_TC,) = autocast_inputs(x_TC)
@@ -92,9 +93,12 @@ def token_shift(
     if type(fill) is not int or abs(fill) > _MOST_WHOLE:
         raise DistattnError(f"fill is a whole number between -2^52 and 2^52, not {fill!r}.")
     executable = _executable(plan, group, x_T)
-    whole = not x_T.is_floating_point()
-    if whole and (x_T.is_complex() or (len(x_T) and int(x_T.abs().max()) > _MOST_WHOLE)):
-        raise DistattnError(f"x is {str(x_T.dtype)[6:]}; floating point, or whole numbers below 2^52, are wanted.")
+    whole = x_T.dtype in _WHOLE
+    too_large = whole and x_T.numel() and max(int(x_T.max()), -int(x_T.min())) > _MOST_WHOLE
+    if too_large or not x_T.dim() or not (whole or x_T.is_floating_point()):
+        raise DistattnError(
+            f"x is {tuple(x_T.shape)} of {str(x_T.dtype)[6:]}; tokens of floating point, or whole numbers below 2^52, are wanted."
+        )
     if fill and not whole:
         raise DistattnError("fill is for whole numbers; of floating point what is not there is 0.")
     call, program = executable.program.call, executable.program
@@ -134,7 +138,9 @@ def _check_inputs(
         )
     if bias is not None and tuple(bias.shape) != (channels,):
         raise DistattnError(f"bias has shape {tuple(bias.shape)}; wanted is {(channels,)}.")
-    states = len(call.documents), channels, weight.shape[-1] - 1
+    states = len(call.layout.ends), channels, weight.shape[-1] - 1
+    if initial is not None and not states[2]:
+        raise DistattnError("a convolution of 1 tap has no initial state; leave initial_state out.")
     if initial is not None and tuple(initial.shape) != states:
         raise DistattnError(f"initial_state has shape {tuple(initial.shape)}; wanted is {states}, of all documents.")
     for name, tensor in (("weight", weight), ("bias", bias), ("initial_state", initial)):
@@ -251,6 +257,8 @@ class _FirstTokens(NamedTuple):
 
 def _first_tokens(executable: Executable, taps: int, device: torch.device) -> _FirstTokens:
     call = executable.program.call
+    if not np.array_equal(call.documents[:, 1], call.layout.ends):
+        raise DistattnError("initial states are of the layout's documents; plan the convolution on a mask of the same.")
     tokens = call.layout.tokens(executable.program.rank)
     document = np.searchsorted(call.layout.ends, tokens, "right")
     position = call.layout.positions_of(tokens)

@@ -211,6 +211,8 @@ PATTERNS = {
     "full document": (Mask.documents(LENGTHS, "full"), same),
     "causal document": (Mask.documents(LENGTHS), same & (k <= q)),
     "shared question": (Mask.shared_question(LENGTHS), (same & (k <= q)) | ((DOC[None] == 0) & (DOC[:, None] != 0))),
+    "token shift": (Mask.token_shift(LENGTHS, 2), same & (q - k == 2)),
+    "token shift back": (Mask.token_shift(LENGTHS, -3), same & (k - q == 3)),
     "causal blockwise": (Mask.causal_blockwise(LENGTHS), (k <= q) & (same | (DOC[:, None] == 3))),
     "prefix": (Mask.prefix_lm(N, 5), (k <= q) | (k < 5)),
     "prefix document": (Mask.prefix_lm_documents(LENGTHS, 4), same & ((k <= q) | (k - s < 4))),

@@ -1,0 +1,61 @@
+"""A batch whose methods compute each document alone in plain PyTorch: what modules are compared with that call a local batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
+
+
+class PlainBatch:
+    """`attention`, `recurrence`, `causal_conv1d` and `token_shift` of packed documents, with the arguments of `LocalBatch`."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        def of_document(*qkv: Tensor) -> Tensor:
+            by_head = (x.transpose(0, 1) for x in qkv)
+            return F.scaled_dot_product_attention(*by_head, is_causal=True, scale=scale, enable_gqa=True).transpose(
+                0, 1
+            )
+
+        return self._each(of_document, q, k, v)
+
+    def recurrence(
+        self, q: Tensor, k: Tensor, v: Tensor, op: str, *, g: Any = None, beta: Any = None, scale: Any = None
+    ):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        ends = list(itertools.accumulate(self.lengths, initial=0))
+        zeros = v.new_zeros(len(self.lengths), v.shape[1], q.shape[2], v.shape[2])
+        return token_by_token(RecurrenceTokens(q * scale, k, v, g, beta), list(itertools.pairwise(ends)), zeros)[0]
+
+    def causal_conv1d(
+        self, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        weight = weight if weight.dim() == 3 else weight[:, None]
+        groups = len(weight) // weight.shape[1]
+
+        def of_document(part: Tensor) -> Tensor:
+            return F.conv1d(F.pad(part.t(), (weight.shape[2] - 1, 0))[None], weight, bias, groups=groups)[0].t()
+
+        y = self._each(of_document, x)
+        return F.silu(y) if activation == "silu" else y
+
+    def token_shift(self, x: Tensor, distance: int = 1, *, fill: int = 0) -> Tensor:
+        def of_document(part: Tensor) -> Tensor:
+            out, n = torch.full_like(part, fill), len(part)
+            out[max(distance, 0) : n + min(distance, 0)] = part[max(-distance, 0) : n - max(distance, 0)]
+            return out
+
+        return self._each(of_document, x)
+
+    def _each(self, of_document: Callable[..., Tensor], *by_token: Tensor) -> Tensor:
+        parts = zip(*(x.split(self.lengths) for x in by_token), strict=True)
+        return torch.cat([of_document(*part) for part in parts])
