@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -294,6 +295,14 @@ class Planner:
         return make_plan(mask, layout, **how, **of_layer)
 
 
+def _stays_at_owners(plan: Plan) -> bool:
+    """Whether ranks without tokens have no part in a plan."""
+    owners = np.flatnonzero(plan.call.layout.shard_sizes())
+    tables = plan.forward, plan.backward
+    ranks = [column for table in tables for column in (table.tasks["rank"], table.moves["src"], table.moves["dst"])]
+    return bool(np.isin(np.concatenate(ranks), owners).all())
+
+
 class BatchAttention(Protocol):
     """What attention layers are given as their batch: one per rank and micro-batch, or one that follows a pipeline's ticks.
 
@@ -507,9 +516,10 @@ class LocalBatch(BatchAttention):
             program = EXECUTABLES.program(plan, key, self.proven)
             observer = ranks.observer(self, plan, shape)
             if shape.op != ATTENTION:
-                if observer is not None and not observer.allows_interleaving:
+                if observer is not None and not observer.allows_interleaving and not _stays_at_owners(plan):
                     raise DistattnError(
-                        f"servers compute attention only; leave servers out for layers of {shape.op.name}."
+                        f"servers compute attention only, and layers of {shape.op.name} are planned on ranks without tokens; "
+                        "leave servers out."
                     )
                 # speeds are measured on kernels of attention
                 observer = None

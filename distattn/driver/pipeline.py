@@ -302,6 +302,16 @@ class _TickBatch(BatchAttention):
         executable = _TickExecutable(pipe)
         return attention(q_THD, k_TKD, v_TKE, executable, scale=asked[0], softcap=asked[1])
 
+    def recurrence(self, *given: Any, **named: Any) -> Tensor:
+        """Raises DistattnError: a stage without tokens of its own helps others with attention, and with nothing else."""
+        raise DistattnError(
+            "stages of a PipelineSchedule compute attention only; train models with other layers by ContextParallel.steps, "
+            "or in Megatron's pipelines."
+        )
+
+    # convolutions and latents are other ops, too
+    causal_conv1d = latent_attention = recurrence
+
 
 class _TickExecutable(Executable):
     """Stands for the executable of the next call: forward in one tick, backward in another."""

@@ -19,7 +19,7 @@ from distattn.ir.layout import Layout
 from distattn.ir.plan import Call, Table
 from distattn.parallel.strategies.scan_mixture import DocumentSchedule, fastest_mixture
 from distattn.parallel.strategies.scan_schedules import LAST_STEP, SCHEDULES
-from distattn.parallel.strategies.scan_tables import layout_chains, table_of_rows
+from distattn.parallel.strategies.scan_tables import layout_chains, ranks_of_chains, table_of_rows
 
 # where no speeds are known: few steps, and about the same bytes a rank for any number of ranks
 _DEFAULT = "by_heads"
@@ -66,5 +66,6 @@ def scan(
     name = _DEFAULT if options.schedule == "auto" else options.schedule
     first_whole = LAST_STEP if options.state_first and name != "in_turn" else 0
     schedule = DocumentSchedule(name, first_whole, options.head_groups)
-    rows = [rows for chain in chains for rows in schedule.rows(chain, call.ranks, direction)]
+    ranks = ranks_of_chains(chains)
+    rows = [rows for chain in chains for rows in schedule.rows(chain, ranks, direction)]
     return [table_of_rows(call, rows, direction, str(schedule), working_layout is not None)]

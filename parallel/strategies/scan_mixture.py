@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from distattn.ir.plan import Call, Table
 from distattn.parallel.strategies.scan_schedules import LAST_STEP, SCHEDULES, Chain, Schedule, alone
-from distattn.parallel.strategies.scan_tables import TableRows, chain_rows, concatenated, table_of_rows
+from distattn.parallel.strategies.scan_tables import TableRows, chain_rows, concatenated, ranks_of_chains, table_of_rows
 
 # in turn, as many groups of heads follow each other from rank to rank
 _GROUPS_IN_TURN = 8
@@ -30,7 +30,7 @@ class DocumentSchedule(NamedTuple):
     first_whole: int = 0
     head_groups: int = 1
 
-    def rows(self, chain: Chain, ranks: int, direction: str) -> list[TableRows]:
+    def rows(self, chain: Chain, ranks: Sequence[int], direction: str) -> list[TableRows]:
         """The tasks and moves of a document, for each group of heads."""
         schedule: Schedule = partial(alone, step=self.first_whole) if self.schedule == "alone" else self._of_states()
         return [chain_rows(part, schedule, ranks, direction) for part in chain.in_head_groups(self.head_groups)]
@@ -83,11 +83,11 @@ def fastest_mixture(
 
     devices: of a node. seconds: of a table, simulated; it is asked for some two hundred, whatever the number of documents.
     """
-    classes = _classes(chains, devices)
+    classes, ranks = _classes(chains, devices), ranks_of_chains(chains)
 
     @cache
     def rows_of(number: int, schedule: DocumentSchedule) -> TableRows:
-        return concatenated(rows for chain in classes[number] for rows in schedule.rows(chain, call.ranks, direction))
+        return concatenated(rows for chain in classes[number] for rows in schedule.rows(chain, ranks, direction))
 
     def table_of(chosen: tuple[DocumentSchedule, ...]) -> Table:
         rows = [rows_of(*named) for named in enumerate(chosen)]

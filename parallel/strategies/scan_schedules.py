@@ -71,11 +71,11 @@ class Send(NamedTuple):
     h1: int
 
 
-# (chain, ranks) -> what is computed and sent, in steps
-Schedule = Callable[[Chain, int], tuple[list[Compute], list[Send]]]
+# (chain, ranks that take part) -> what is computed and sent, in steps
+Schedule = Callable[[Chain, Sequence[int]], tuple[list[Compute], list[Send]]]
 
 
-def in_turn(chain: Chain, ranks: int) -> tuple[list[Compute], list[Send]]:
+def in_turn(chain: Chain, ranks: Sequence[int]) -> tuple[list[Compute], list[Send]]:
     """One stretch after the other: nothing is computed twice, and the states that move are the smallest.
 
     The state of a group of heads is a step behind that of the group before it.
@@ -88,12 +88,12 @@ def in_turn(chain: Chain, ranks: int) -> tuple[list[Compute], list[Send]]:
     return computes, sends
 
 
-def alone(chain: Chain, ranks: int, step: int = 0) -> tuple[list[Compute], list[Send]]:
+def alone(chain: Chain, ranks: Sequence[int], step: int = 0) -> tuple[list[Compute], list[Send]]:
     """A document of one stretch, at a step in which its rank would only wait for others' states."""
     return [Compute(step, 0, True)], []
 
 
-def gathered(chain: Chain, ranks: int, first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
+def gathered(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
     """Every stretch's state goes to all ranks that have a later one; each puts together what precedes its own."""
     stretches, last = chain.stretches, len(chain.stretches) - 1
     sends = []
@@ -103,15 +103,15 @@ def gathered(chain: Chain, ranks: int, first_whole: int = 0) -> tuple[list[Compu
     return _states_then_all([2] * (last + 1), first_whole), sends
 
 
-def by_heads(chain: Chain, ranks: int, first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
+def by_heads(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
     """Every rank puts together all states of the document for a share of the heads, and sends each stretch what precedes it."""
     stretches, last = chain.stretches, len(chain.stretches) - 1
     if last < 2:
         return gathered(chain, ranks, first_whole)
     sends = []
     heads = chain.h1 - chain.h0
-    for rank in range(ranks):
-        h0, h1 = (chain.h0 + part * heads // ranks for part in (rank, rank + 1))
+    for share, rank in enumerate(ranks):
+        h0, h1 = (chain.h0 + part * heads // len(ranks) for part in (share, share + 1))
         if h0 == h1:
             continue
         sends += [Send(1, one.rank, rank, i, i + 1, h0, h1) for i, one in enumerate(stretches[:-1]) if one.rank != rank]
@@ -121,7 +121,7 @@ def by_heads(chain: Chain, ranks: int, first_whole: int = 0) -> tuple[list[Compu
     return _states_then_all([3] * (last + 1), first_whole), sends
 
 
-def by_halves(chain: Chain, ranks: int, first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
+def by_halves(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
     """Up a tree of stretches, and down again: the steps grow as the logarithm of their number."""
     stretches, last = chain.stretches, len(chain.stretches) - 1
     sends: list[Send] = []

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -42,7 +42,12 @@ def layout_chains(call: Call, layout: Layout) -> list[Chain]:
     return chains
 
 
-def chain_rows(chain: Chain, schedule: Schedule, ranks: int, direction: str) -> TableRows:
+def ranks_of_chains(chains: Iterable[Chain]) -> list[int]:
+    """The ranks that have tokens. Others have no part in recurrences: they may be servers, which compute attention only."""
+    return sorted({stretch.rank for chain in chains for stretch in chain.stretches})
+
+
+def chain_rows(chain: Chain, schedule: Schedule, ranks: Sequence[int], direction: str) -> TableRows:
     """What is computed of one chain, and the states that are sent for it."""
     back = direction == "backward"
     payload = int(Payload.dS if back else Payload.S)

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run_on_ranks, sum_gradients
 
 import distattn as da
 from distattn.batch.recurrent_run import RecurrentRun
+from distattn.driver.overlap import OverlapSchedule
+from distattn.driver.pipeline import _TickBatch
 
 LENGTHS = [5, 40, 1, 30]
 WIDTH, HEADS, DIM = 24, 4, 6
@@ -15,12 +18,13 @@ WIDTH, HEADS, DIM = 24, 4, 6
 class Hybrid(torch.nn.Module):
     """Gated DeltaNet, Mamba-2, attention and latent attention layers with short convolutions of values."""
 
-    def __init__(self):
+    def __init__(self, ops=("gated_delta_rule", "attention", "ssd", "latent_attention")):
         super().__init__()
+        self.ops = ops
         generator = torch.Generator().manual_seed(0)
         self.embed = torch.nn.Parameter(torch.randn(64, WIDTH, generator=generator, dtype=torch.float64))
         self.maps = torch.nn.ParameterList(
-            torch.randn(WIDTH, 4 * WIDTH, generator=generator, dtype=torch.float64) / WIDTH for _ in range(4)
+            torch.randn(WIDTH, 4 * WIDTH, generator=generator, dtype=torch.float64) / WIDTH for _ in ops
         )
         self.taps = torch.nn.Parameter(torch.randn(WIDTH, 4, generator=generator, dtype=torch.float64))
 
@@ -45,7 +49,7 @@ class Hybrid(torch.nn.Module):
     def forward(self, batch):
         x = self.embed[batch["input_ids"][0]]
         local = batch["context_parallel"]
-        for map_, op in zip(self.maps, ("gated_delta_rule", "attention", "ssd", "latent_attention"), strict=True):
+        for map_, op in zip(self.maps, self.ops, strict=True):
             q, k, v, gates = (y.reshape(len(x), HEADS, DIM) for y in (x @ map_).chunk(4, -1))
             mixed = local.causal_conv1d(v.flatten(1), self.taps, bias=self.taps[:, 0])
             v = v + mixed.reshape(v.shape)
@@ -89,3 +93,100 @@ def test_a_hybrid_model_is_the_same_on_any_number_of_ranks(layout, pad_to, run):
         assert sum(found[i] for found, _ in everyone) == pytest.approx(loss, rel=1e-11)
     for a, b in zip(everyone[0][1], gradients, strict=True):
         assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
+
+
+# of each rank, for each step, the documents of its one micro-batch; the third rank has none in two of the steps
+PACKS = [[[64, 3], [1], [90]], [[20, 70, 2], [100], [8]], [[31], [], []]]
+
+
+def packs_of(rank):
+    for step, lengths in enumerate(PACKS[rank]):
+        generator = torch.Generator().manual_seed(10 * rank + step)
+        ids = torch.randint(0, 64, (1, sum(lengths)), generator=generator)
+        yield [{"input_ids": ids, "document_lengths": lengths}] if lengths else []
+
+
+def steps_of(model, cp, loader, group=None):
+    """Losses and gradients of every step, summed over the ranks that have a model."""
+    found = []
+    for micro_batches in cp.steps(loader):
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in micro_batches:
+            loss = model(batch)[batch["labels"][0] != -100].square().sum()
+            loss.backward()
+            total += loss.detach()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+        for part in (total, *gradients):
+            dist.all_reduce(part, group=group)
+        found.append((float(total), gradients))
+        model.zero_grad()
+    return found
+
+
+def pooled(rank, servers, ops):
+    trainers = dist.new_group(list(range(3)))
+    if rank >= 3:
+        return tuple(da.serve()) if servers else None
+    settings = dict(strategy="cad", options=dict(block=8, tolerance=0.0), data="per_rank", servers=servers)
+    with da.ContextParallel(None if servers else trainers, **settings) as cp:
+        found = steps_of(Hybrid(ops), cp, packs_of(rank), trainers)
+        if servers:
+            latent = Hybrid(["latent_attention"])
+            with pytest.raises(
+                da.DistattnError, match="servers compute attention only, and layers of latent_attention"
+            ):
+                steps_of(latent, cp, packs_of(rank), trainers)
+    return found
+
+
+def alone(rank, ops):
+    """Every step of all ranks in one process, one micro-batch after another."""
+    steps = [
+        [pack for of_rank in step for pack in of_rank] for step in zip(*(packs_of(r) for r in range(3)), strict=True)
+    ]
+    with da.ContextParallel(strategy="ring") as cp:
+        return steps_of(Hybrid(ops), cp, steps)
+
+
+@pytest.mark.parametrize("servers", [0, 1])
+def test_recurrent_layers_stay_where_tokens_are_while_attention_is_pooled_or_served(servers):
+    ops = ["gated_delta_rule", "attention", "ssd"] + ([] if servers else ["latent_attention"])
+    (wanted,) = run_on_ranks(1, alone, ops)
+    *results, served = run_on_ranks(4, pooled, servers, ops)
+    for found in results:
+        assert len(found) == len(wanted) == 3
+        for (loss, gradients), (other_loss, others) in zip(found, wanted, strict=True):
+            assert loss == pytest.approx(other_loss, rel=1e-11)
+            for a, b in zip(gradients, others, strict=True):
+                assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
+    # attention of one layer in each of three steps, forward and backward
+    assert served == ((3, 3) if servers else None)
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, batch, op):
+        super().__init__()
+        self.batch, self.op = batch, op
+
+    def forward(self, x):
+        q = x.reshape(-1, 2, 4)
+        if self.op == "recurrence":
+            return self.batch.recurrence(q, q, q, "linear_attention").reshape(x.shape)
+        if self.op == "causal_conv1d":
+            return self.batch.causal_conv1d(x, x.new_ones(8, 2))
+        return self.batch.latent_attention(q, x[:, :2], x, x.new_ones(2, 6, 8)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("op", ["recurrence", "causal_conv1d", "latent_attention"])
+def test_schedules_of_attention_refuse_other_layers_in_a_sentence(op):
+    with da.ContextParallel(strategy="ring") as cp:
+        batch = cp.shard({"input_ids": torch.zeros(1, 12, dtype=torch.int64), "document_lengths": [12]})
+        layer, x = Recurrent(batch["context_parallel"], op), torch.ones(12, 8, requires_grad=True)
+        with pytest.raises(
+            da.DistattnError, match="cannot take turns with other micro-batches yet; leave OverlapSchedule out"
+        ):
+            OverlapSchedule([layer]).step([lambda: layer(x).sum()] * 2)
+        with pytest.raises(
+            da.DistattnError, match="a PipelineSchedule compute attention only; train models with other"
+        ):
+            Recurrent(_TickBatch(None), op)(x)

@@ -136,7 +136,7 @@ def _one(rng: random.Random, name: str) -> Schedule:
 def table_of(call: Call, chains: list[Chain], schedules: list[Schedule], direction: str) -> Table:
     """Of chains, each by its schedule."""
     each = zip(chains, schedules, strict=True)
-    return table_of_rows(call, [chain_rows(*one, call.ranks, direction) for one in each], direction)
+    return table_of_rows(call, [chain_rows(*one, range(call.ranks), direction) for one in each], direction)
 
 
 def _by_heads(call: Call) -> list[Chain]:
