@@ -7,13 +7,14 @@ a difference is measured: see `measure_tolerances`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from distattn.doctor.comparison import Diagnosis, Finding, RankResult, distance, in_global_order, parts_of
-from distattn.doctor.emulation import emulate
+from distattn.doctor.emulation import Seen, emulate
 from distattn.doctor.gradient_mistakes import GradientComparison, explain_gradients
 from distattn.doctor.logit_mistakes import RIGHT, Hypothesis, explain_logits, first_different_module, micro_batches_of
 from distattn.doctor.loss_mistakes import (
@@ -25,6 +26,7 @@ from distattn.doctor.loss_mistakes import (
 )
 from distattn.doctor.module_differences import explain_by_module
 from distattn.doctor.recording import lookups, same_buffers
+from distattn.doctor.recurrence_mistakes import explain_convolution, recurrence_hypotheses
 from distattn.doctor.reference import ReferenceResult, digests_of, measure_tolerances, reference_result
 from distattn.doctor.run_checks import check_finite, check_inputs, check_run, check_state
 from distattn.doctor.target import Target
@@ -54,7 +56,11 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
     first = first_different_module(reference, ranks, tolerances)
     if difference > tolerances.logits:
         emulation = _Emulation(target, model, reference, ranks)
-        finding = explain_logits(reference, ranks, logits_NV, tolerances.logits, emulation)
+        of_recurrences = partial(recurrence_hypotheses, emulation.asked)
+        finding = explain_logits(reference, ranks, logits_NV, tolerances.logits, emulation, of_recurrences)
+        # of a model without attention positions say nothing
+        if finding.cause in ("tokens mixed", "positions not sharded"):
+            finding = explain_convolution(model, first) or finding
         if finding.cause == "unknown":
             finding = explain_by_module(model, ranks, lambda: emulation.gives(logits_NV, tolerances.logits)) or finding
         if finding.cause == "unknown" and emulation.failures:
@@ -90,6 +96,8 @@ class _Emulation:
         self._device = next(model.parameters()).device
         # what the model raised with which mistake
         self.failures: list[str] = []
+        # what its layers ask of a batch
+        self.asked: set[str] = set()
         # a model that takes other arguments is called as the script does
         self._forward = next((one for one in (self._plainly, self._by_script) if self._runs(one)), self._plainly)
 
@@ -121,9 +129,14 @@ class _Emulation:
         for batch in self._batches:
             if on_one_rank:
                 batch = batch._replace(tokens=[torch.arange(len(batch.pack.ids_N))])
-            given = hypothesis.positions(batch), batch.tokens, hypothesis.allowed(batch), hypothesis.mistake
+            read, convolved = (
+                [one for one in reading(batch) if len(one)]
+                for reading in (hypothesis.readings, hypothesis.convolved or hypothesis.readings)
+            )
+            seen = Seen(hypothesis.allowed(batch), read, convolved)
+            given = hypothesis.positions(batch), batch.tokens, seen, hypothesis.mistake
             with same_buffers(self._model):
-                logits.append(emulate(forward, batch.pack.ids_N, *given, self._device))
+                logits.append(emulate(forward, batch.pack.ids_N, *given, self._device, self.asked))
         return torch.cat(logits)
 
     def _plainly(self, part: Mapping[str, Any]) -> Tensor:

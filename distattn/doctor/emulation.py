@@ -1,4 +1,4 @@
-"""Ranks that are threads of one process, whose attention is dense and may have a mistake in it.
+"""Ranks that are threads of one process, whose layers compute by definition and may have a mistake in them.
 
 Whatever a model does with its tokens beside attention, it does here as it does on ranks: with the tokens of one rank.
 """
@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distattn.batch.planner import BatchAttention
 from distattn.doctor.comparison import in_global_order
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 
 # what a layer may ask of its attention beside q, k and v
 ATTENTION_OPTIONS = ("window", "softcap", "sink", "scale")
@@ -24,10 +26,21 @@ _SECONDS = 60
 
 
 class Mistake(NamedTuple):
-    """What attention does otherwise: dropped, of ATTENTION_OPTIONS; window_change, tokens that windows have more."""
+    """What layers do otherwise: dropped, of ATTENTION_OPTIONS; window_change, tokens that windows have more; coarse_decay:
+    the logarithms of a recurrence's decays are rounded to bf16."""
 
     dropped: str | None = None
     window_change: int = 0
+    coarse_decay: bool = False
+
+
+class Seen(NamedTuple):
+    """What tokens see of each other: allowed (N, N) in attention; the tokens of each sequence that recurrent layers read, and
+    that convolutions do."""
+
+    allowed_NN: Tensor
+    read: Sequence[Tensor]
+    convolved: Sequence[Tensor]
 
 
 def emulate(
@@ -35,16 +48,17 @@ def emulate(
     ids_N: Tensor,
     positions: Sequence[Tensor],
     tokens: Sequence[Tensor],
-    allowed_NN: Tensor,
+    seen: Seen,
     mistake: Mistake,
     device: torch.device,
+    asked: set[str],
 ) -> Tensor:
-    """The logits (N, V) of ranks that have these tokens and positions, and attend to what is allowed.
+    """The logits (N, V) of ranks that have these tokens and positions, whose layers see what is said.
 
     forward: a rank's part to logits (1, T, V). tokens, positions: (T,) of each rank; a rank without tokens has one of padding.
-    Raises what `forward` raises.
+    asked: takes the names of what layers ask of the batch. Raises what `forward` raises.
     """
-    exchange = _Exchange(tokens, allowed_NN, mistake)
+    exchange = _Exchange(tokens, seen, mistake, asked)
 
     def run(rank: int) -> Tensor:
         ids = ids_N[tokens[rank]] if len(tokens[rank]) else ids_N.new_zeros(1)
@@ -69,17 +83,28 @@ def emulate(
 
 
 class _Exchange:
-    """Where the threads leave q, k and v of one call, and find the outcome."""
+    """Where the threads leave the inputs of one call, and find the outcome."""
 
-    def __init__(self, tokens: Sequence[Tensor], allowed_NN: Tensor, mistake: Mistake):
-        self.tokens, self.allowed_NN, self.mistake = tokens, allowed_NN, mistake
+    def __init__(self, tokens: Sequence[Tensor], seen: Seen, mistake: Mistake, asked: set[str]):
+        self.tokens, self.seen, self.mistake, self.asked = tokens, seen, mistake, asked
         self.given: list[Any] = [None] * len(tokens)
         self.outcome: Tensor | None = None
         self.barrier = threading.Barrier(len(tokens), timeout=_SECONDS)
 
-    def attend(self, options: Mapping[str, Any]) -> Tensor:
-        q_NHD, k_NKD, v_NKE = (in_global_order([given[i] for given in self.given], self.tokens) for i in range(3))
-        return _attention(q_NHD, k_NKD, v_NKE, self.allowed_NN.to(q_NHD.device), self.mistake, options)
+    def together(self, rank: int, name: str, given: Sequence[Tensor], compute: Callable[..., Tensor]) -> Tensor:
+        """What `compute` makes of all ranks' tensors (N, ...), once all ranks are here; of this rank's tokens, (T, ...)."""
+        self.given[rank] = given
+        if self.barrier.wait() == 0:
+            self.asked.add(name)
+            whole = [in_global_order(parts, self.tokens) for parts in zip(*self.given, strict=True)]
+            self.outcome = compute(*whole)
+        self.barrier.wait()
+        assert self.outcome is not None
+        # padding sees nothing
+        out = self.outcome.new_zeros((len(given[0]), *self.outcome.shape[1:]))
+        own = self.tokens[rank]
+        out[: len(own)] = self.outcome[own.to(out.device)]
+        return out
 
 
 class _EmulatedRank(BatchAttention):
@@ -95,16 +120,87 @@ class _EmulatedRank(BatchAttention):
         self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None, **options: Any
     ) -> Tensor:
         """Compute attention (T, H, E) as `LocalBatch.attention` does, once all ranks are here."""
-        exchange, own = self._exchange, self._exchange.tokens[self._rank]
-        exchange.given[self._rank] = (q_THD, k_TKD, v_TKE)
-        if exchange.barrier.wait() == 0:
-            exchange.outcome = exchange.attend({"scale": scale, **options})
-        exchange.barrier.wait()
-        assert exchange.outcome is not None
-        # padding attends to nothing
-        o_THE = q_THD.new_zeros((len(q_THD), q_THD.shape[1], v_TKE.shape[2]))
-        o_THE[: len(own)] = exchange.outcome[own.to(q_THD.device)]
-        return o_THE
+        exchange = self._exchange
+
+        def compute(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor) -> Tensor:
+            allowed_NN = exchange.seen.allowed_NN.to(q_NHD.device)
+            return _attention(q_NHD, k_NKD, v_NKE, allowed_NN, exchange.mistake, {"scale": scale, **options})
+
+        return exchange.together(self._rank, "attention", (q_THD, k_TKD, v_TKE), compute)
+
+    def latent_attention(
+        self,
+        q_THD: Tensor,
+        rope_TR: Tensor,
+        latent_TL: Tensor,
+        up_HEL: Tensor,
+        scale: float | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Compute latent attention (T, H, E) as `LocalBatch.latent_attention` does."""
+        heads, key = len(up_HEL), q_THD.shape[2] - rope_TR.shape[1]
+        k_THN, v_THE = torch.einsum("tl,hel->the", latent_TL, up_HEL).split([key, up_HEL.shape[1] - key], -1)
+        k_THD = torch.cat([k_THN, rope_TR[:, None].expand(-1, heads, -1)], -1)
+        return self.attention(q_THD, k_THD, v_THE, scale, **options)
+
+    def recurrence(
+        self,
+        q_TGK: Tensor,
+        k_TGK: Tensor,
+        v_THV: Tensor,
+        op: Any,
+        *,
+        g: Tensor | None = None,
+        beta: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Compute a recurrence (T, H, V) as `LocalBatch.recurrence` does."""
+        exchange = self._exchange
+        scale = q_TGK.shape[2] ** -0.5 if scale is None else scale
+        x = RecurrenceTokens(q_TGK, k_TGK, v_THV, g, beta)
+        if g is not None and exchange.mistake.coarse_decay:
+            x = x._replace(g=g.bfloat16().to(g.dtype))
+        names = list(x.by_token())
+
+        def compute(*whole: Tensor) -> Tensor:
+            read = x._replace(**dict(zip(names, whole, strict=True)))
+            # as kernels do, which round when they are done
+            return _recurrence(read, exchange.seen.read, scale).to(q_TGK.dtype)
+
+        return exchange.together(self._rank, "recurrence", list(x.by_token().values()), compute)
+
+    def causal_conv1d(self, x_TC: Tensor, weight_CW: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        """Compute a convolution (T, C) as `LocalBatch.causal_conv1d` does."""
+        exchange = self._exchange
+
+        def compute(x_NC: Tensor) -> Tensor:
+            return _convolution(x_NC, weight_CW, bias, exchange.seen.convolved)
+
+        return exchange.together(self._rank, "causal_conv1d", (x_TC,), compute)
+
+
+def _recurrence(x: RecurrenceTokens, sequences: Sequence[Tensor], scale: float) -> Tensor:
+    """The recurrence of each sequence of tokens, (N, H, V)."""
+    wide = torch.promote_types(x.v.dtype, torch.float32)
+    x = x._replace(**{name: value.to(wide) for name, value in x.present().items()})
+    out = torch.zeros_like(x.v)
+    state_HKV = x.v.new_zeros(1, x.heads, x.q.shape[2], x.v.shape[2])
+    for sequence in sequences:
+        own = sequence.to(out.device)
+        part = x._replace(**{name: value[own] for name, value in x.by_token().items()})
+        out[own] = token_by_token(part._replace(q=part.q * scale), [(0, len(own))], state_HKV)[0]
+    return out
+
+
+def _convolution(x_NC: Tensor, weight_CW: Tensor, bias: Tensor | None, sequences: Sequence[Tensor]) -> Tensor:
+    """The causal convolution of each sequence of tokens, (N, C)."""
+    out = torch.zeros_like(x_NC)
+    channels, taps = weight_CW.shape
+    for sequence in sequences:
+        own = sequence.to(out.device)
+        padded = F.pad(x_NC[own].t(), (taps - 1, 0))[None]
+        out[own] = F.conv1d(padded, weight_CW[:, None].to(padded), groups=channels)[0].t()
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 def _attention(

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -31,14 +32,32 @@ class MicroBatch(NamedTuple):
         whole = torch.cat([torch.arange(length) for length in self.pack.lengths])
         return [whole[own] for own in self.tokens]
 
+    def documents(self) -> list[tuple[int, int]]:
+        """First token of each document, and its end."""
+        ends = list(accumulate(self.pack.lengths, initial=0))
+        return list(pairwise(ends))
+
+
+# tokens that recurrent layers read one after another, by sequence: each begins anew
+Readings = list[Tensor]
+
+
+def _read_documents(batch: MicroBatch) -> Readings:
+    return [torch.arange(begin, end) for begin, end in batch.documents()]
+
 
 class Hypothesis(NamedTuple):
-    """A mistake, and what it does to a micro-batch: the ranks' positions, what may be attended to (M, M), and in layers."""
+    """A mistake, and what it does to a micro-batch: the ranks' positions, what may be attended to (M, M), and in layers.
+
+    readings: what recurrent layers and convolutions read; convolved: what convolutions read, where that is something else.
+    """
 
     finding: Finding
     positions: Callable[[MicroBatch], list[Tensor]]
     allowed: Callable[[MicroBatch], Tensor]
     mistake: Mistake = Mistake()
+    readings: Callable[[MicroBatch], Readings] = _read_documents
+    convolved: Callable[[MicroBatch], Readings] | None = None
 
 
 # a hypothesis -> the logits (N, V) of ranks, or of one rank that has all tokens; None where the model cannot be run so
@@ -72,16 +91,24 @@ def first_different_module(
 
 
 def explain_logits(
-    reference: ReferenceResult, ranks: Sequence[RankResult], logits_NV: Tensor, tolerance: float, emulation: Emulation
+    reference: ReferenceResult,
+    ranks: Sequence[RankResult],
+    logits_NV: Tensor,
+    tolerance: float,
+    emulation: Emulation,
+    of_other_layers: Callable[[], Iterable[Hypothesis]],
 ) -> Finding:
-    """Find the mistake that gives the same logits (N, V) in one process."""
+    """Find the mistake that gives the same logits (N, V) in one process.
+
+    of_other_layers: mistakes of layers without attention, asked for once the model has been run.
+    """
     right = emulation(RIGHT, False)
     if right is not None and distance(logits_NV, right) <= tolerance:
         return _explain_model(reference, right, tolerance, emulation) or _UNKNOWN
     found: list[tuple[float, Finding]] = []
     batches = micro_batches_of(reference, ranks)
     tried = {_identity(RIGHT, batches)}
-    for hypothesis in _hypotheses(ranks):
+    for hypothesis in chain(_hypotheses(ranks), of_other_layers()):
         # where nothing is wrong in the way that it says it is another one, or none
         if (identity := _identity(hypothesis, batches)) in tried:
             continue
@@ -107,7 +134,12 @@ def _wrong_window(reference: ReferenceResult, tolerance: float, emulation: Emula
 
 def _identity(hypothesis: Hypothesis, batches: Sequence[MicroBatch]) -> tuple[str, Mistake]:
     """What a hypothesis comes to: a digest of positions and masks, and what is wrong in layers."""
-    tensors = [one for batch in batches for one in (*hypothesis.positions(batch), hypothesis.allowed(batch))]
+    tensors: list[Tensor] = []
+    for batch in batches:
+        tensors += [*hypothesis.positions(batch), hypothesis.allowed(batch)]
+        for reading in hypothesis.readings, hypothesis.convolved or hypothesis.readings:
+            # -1 ends a sequence
+            tensors += [torch.cat([one, one.new_full((1,), -1)]) for one in reading(batch) if len(one)]
     return digest(*tensors), hypothesis.mistake
 
 
@@ -131,8 +163,8 @@ def _explain_model(reference: ReferenceResult, split: Tensor, tolerance: float, 
         "itself, or something else mixes tokens"
     )
     remedy = (
-        "have every attention layer ask the batch; a convolution, a shift or a mean over tokens cannot be split; look at the "
-        "first module that differs"
+        "have every attention layer ask the batch, and recurrent layers and convolutions its recurrence and causal_conv1d; a "
+        "mean over tokens cannot be split; look at the first module that differs"
     )
     return Finding("tokens mixed", observed, remedy)
 
@@ -170,6 +202,10 @@ def _in_documents(batch: MicroBatch) -> Tensor:
 
 def _in_planned_documents(batch: MicroBatch) -> Tensor:
     return _documents(batch.planned).tril()
+
+
+def _read_planned_documents(batch: MicroBatch) -> Readings:
+    return list(torch.arange(sum(batch.planned)).split(batch.planned))
 
 
 def _documents(lengths: Sequence[int]) -> Tensor:
@@ -227,13 +263,15 @@ def _wrong_masks(
         "documents attend to one another: the pack is taken for one document",
         "give document_lengths (or position_ids that begin anew) to ContextParallel.shard",
     )
-    yield Hypothesis(finding, positions, _causal_over_the_pack)
+    yield Hypothesis(
+        finding, positions, _causal_over_the_pack, readings=lambda batch: [torch.arange(len(batch.pack.ids_N))]
+    )
     finding = Finding(
         "documents not those of the batch",
         "the ranks' plan has other documents than the batch",
         "give the batch's own document_lengths to ContextParallel.shard",
     )
-    yield Hypothesis(finding, positions, _in_planned_documents)
+    yield Hypothesis(finding, positions, _in_planned_documents, readings=_read_planned_documents)
     finding = Finding("mask not causal", "tokens see what comes after them", 'use document_mask="causal"')
     yield Hypothesis(finding, positions, _in_documents)
     if not isinstance(document_mask, str):
@@ -249,7 +287,7 @@ def _wrong_masks(
         "each rank attends to its own tokens only: context parallelism does nothing",
         'select attn_implementation="distattn", and pass context_parallel on to the model',
     )
-    yield Hypothesis(finding, positions, _on_one_rank)
+    yield Hypothesis(finding, positions, _on_one_rank, readings=lambda batch: batch.tokens)
     yield Hypothesis(finding, positions, _on_one_rank_by_positions)
 
 

@@ -129,6 +129,54 @@ def reference(model, ids):
     return model(ids, torch.arange(ids.shape[1])[None], Alone())
 """,
 }
+FAMILIES["hybrid"] = (
+    FAMILIES["own"]
+    + """
+from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
+
+
+def read(q, k, v, g, beta, sequences):
+    # each sequence of tokens from an empty state, token by token
+    x = RecurrenceTokens(*(y.float() for y in (q * q.shape[2] ** -0.5, k, v, g, beta)))
+    out = torch.zeros_like(x.v)
+    for own in sequences:
+        part = RecurrenceTokens(*(y[own] for y in x))
+        out = out.index_copy(0, own, token_by_token(part, [(0, len(own))], x.v.new_zeros(1, 4, 8, 8))[0])
+    return out.to(v.dtype)
+
+
+class Alone(Alone):
+    def recurrence(self, q, k, v, op, g, beta):
+        return read(q, k, v, g, beta, [torch.arange(len(q))])
+
+    def causal_conv1d(self, x, weight, bias):
+        return F.conv1d(F.pad(x.t(), (3, 0))[None], weight[:, None], bias, groups=32)[0].t()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv, self.qkv = nn.LayerNorm(32), nn.Conv1d(32, 32, 4, groups=32), nn.Linear(32, 96)
+        self.gates, self.out = nn.Linear(32, 8), nn.Linear(32, 32)
+
+    def convolved(self, x, context_parallel):
+        return context_parallel.causal_conv1d(x, self.conv.weight.squeeze(1), bias=self.conv.bias)
+
+    def forward(self, x, position_ids, context_parallel):
+        normed = self.norm(x[0])
+        q, k, v = self.qkv(F.silu(self.convolved(normed, context_parallel))).view(-1, 3, 4, 8).unbind(1)
+        decay, beta = self.gates(normed).chunk(2, -1)
+        how = dict(g=-0.02 * F.softplus(decay.float()), beta=beta.sigmoid())
+        o = context_parallel.recurrence(q, F.normalize(k, dim=-1), v, "gated_delta_rule", **how)
+        return x + self.out(o.flatten(1))
+
+
+class Own(Own):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Recurrent(), Block(), Recurrent()])
+"""
+)
 TRAINERS = {
     "loop": """
 def model():

@@ -1,0 +1,91 @@
+"""Planted mistakes of recurrent layers and convolutions of a hybrid model are named; a healthy one has no finding."""
+
+from planted import MISTAKES, script
+from test_planted import BF16, diagnoses
+
+# what ranks do in the place of the batch's recurrence or convolution; `parts` are the ranks' tokens
+CARELESS = """
+class Careless:
+    def __init__(self, local):
+        layout = local.planner.lay_out(local.key.documents)[1]
+        self.local, self.rank = local, dist.get_rank()
+        self.parts = [torch.from_numpy(layout.tokens(rank).copy()) for rank in range(dist.get_world_size())]
+        self.attention = local.attention
+        self.documents = torch.arange(97).split(LENGTHS)
+
+    def whole(self, x):
+        # of all ranks, in the batch's order; only this rank's part has a gradient
+        parts = [None] * len(self.parts)
+        dist.all_gather_object(parts, x.detach())
+        parts[self.rank] = x
+        return torch.cat(parts)[torch.cat(self.parts).argsort()]
+
+    def own(self, part):
+        return [part[torch.isin(part, document)] for document in self.documents]
+
+    def recurrence(self, q, k, v, op, g, beta):
+        return self.local.recurrence(q, k, v, op, g=g, beta=beta)
+
+    def causal_conv1d(self, x, weight, bias):
+        return self.local.causal_conv1d(x, weight, bias=bias)
+
+
+def forward(model, part):
+    return pytorch.forward(model, {**part, "context_parallel": Careless(part["context_parallel"])})
+"""
+READS = """
+class Careless(Careless):
+    def recurrence(self, q, k, v, op, g, beta):
+        return read(*(self.whole(x) for x in (q, k, v, g, beta)), [one for one in (%s) if len(one)])[self.parts[self.rank]]
+"""
+CONVOLVES = """
+class Careless(Careless):
+    def causal_conv1d(self, x, weight, bias):
+        whole, out = self.whole(x), torch.zeros(97, 32, dtype=x.dtype)
+        for one in (%s):
+            out = out.index_copy(0, one, Alone.causal_conv1d(self, whole[one], weight, bias))
+        return out[self.parts[self.rank]]
+"""
+MISTAKES |= {
+    "states over the pack": CARELESS + READS % "[torch.arange(97)]",
+    "ranks in turn": CARELESS + READS % "torch.cat([torch.cat(self.parts)[torch.isin(torch.cat(self.parts), d)]]) "
+    "for d in self.documents",
+    "states of a rank": CARELESS + READS % "one for part in self.parts for one in self.own(part)",
+    "taps over the pack": CARELESS + CONVOLVES % "[torch.arange(97)]",
+    "taps of a rank": CARELESS + CONVOLVES % "self.parts",
+    "coarse decays": CARELESS
+    + """
+class Careless(Careless):
+    def recurrence(self, q, k, v, op, g, beta):
+        return self.local.recurrence(q, k, v, op, g=g.bfloat16().float(), beta=beta)
+""",
+    "a convolution of its own": """
+class Recurrent(Recurrent):
+    def convolved(self, x, context_parallel):
+        return self.conv(F.pad(x.t(), (3, 0))[None])[0].t()
+""",
+}
+PLANTED = [
+    ("states over the pack", "state not reset"),
+    ("ranks in turn", "stretches out of order"),
+    ("states of a rank", "state not handed on"),
+    ("taps over the pack", "convolution not reset"),
+    ("taps of a rank", "halo missing"),
+    ("a convolution of its own", "halo missing"),
+    ("coarse decays", "decay in bf16"),
+    ("no lengths", "documents not separated"),
+    ("no lengths", "documents not separated", BF16),
+    (None, None),
+    (None, None, BF16),
+]
+
+
+def test_mistakes_of_recurrent_layers_are_named_and_none_is_found_where_none_is(tmp_path):
+    texts = [
+        script("hybrid", "loop", *filter(None, [name]), dtype=(*dtype, "float32")[0]) for name, _, *dtype in PLANTED
+    ]
+    wrong = []
+    for (name, cause, *dtype), found in zip(PLANTED, diagnoses(tmp_path, texts), strict=True):
+        if (found.findings[0].cause if found.findings else None) != cause:
+            wrong.append(f"{name} {dtype}: {found}")
+    assert not wrong, "\n".join(wrong)
