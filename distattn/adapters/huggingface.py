@@ -32,7 +32,7 @@ from distattn.adapters.huggingface_recurrent import MIXING, check_mixing_layer, 
 from distattn.adapters.huggingface_rope import BY_LENGTH, check_rope
 from distattn.adapters.huggingface_rope import scale_rope_by_pack as scale_rope_by_pack
 from distattn.adapters.pytorch import inputs as inputs
-from distattn.batch.planner import BatchAttention
+from distattn.batch.local_batch import BatchAttention
 from distattn.ir.errors import DistattnError
 
 # kinds of layers as configurations name them: attention, and layers that read no other tokens

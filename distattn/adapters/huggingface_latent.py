@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distattn.adapters.huggingface_modules import folder_of
-from distattn.batch.planner import BatchAttention, LocalBatch
+from distattn.batch.local_batch import BatchAttention, LocalBatch
 from distattn.ir.errors import DistattnError
 
 # transformers' folders of models whose layers hand what they expand to their attention function as it is; each is tested

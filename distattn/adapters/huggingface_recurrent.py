@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from distattn.adapters.huggingface_modules import folder_of
-from distattn.batch.planner import LocalBatch
+from distattn.batch.local_batch import LocalBatch
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 

@@ -14,7 +14,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from distattn.batch.collectives import HostGroup, shared_name
 from distattn.batch.health import HealthMonitor
-from distattn.batch.planner import AttentionShape, BatchKey, LocalBatch, Planned, Planner, PlannerConfig
+from distattn.batch.local_batch import LocalBatch
+from distattn.batch.planner import AttentionShape, BatchKey, Planned, Planner, PlannerConfig
 from distattn.driver.communicators import SINGLE_RANK, MonitoredTransports
 from distattn.driver.step_exchange import agree_on_plan
 from distattn.ir.errors import DistattnError

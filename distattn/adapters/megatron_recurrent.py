@@ -18,7 +18,7 @@ from megatron.core.ssm.mamba_mixer import MambaMixer as MegatronMambaMixer
 from torch import Tensor
 
 from distattn.adapters.megatron_batches import MegatronBatches
-from distattn.batch.planner import LocalBatch
+from distattn.batch.local_batch import LocalBatch
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 

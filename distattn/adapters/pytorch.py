@@ -26,8 +26,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distattn.adapters.router_loss import router_loss
+from distattn.batch.local_batch import LocalBatch
 from distattn.batch.packed_batch import IGNORE_INDEX
-from distattn.batch.planner import LocalBatch
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distattn.batch.local_batch import LocalBatch
 from distattn.batch.packed_batch import IGNORE_INDEX
-from distattn.batch.planner import LocalBatch
 from distattn.driver.context_parallel import ContextParallel
 from distattn.driver.loss_sums import sum_over_loss_group
 from distattn.ir.errors import DistattnError

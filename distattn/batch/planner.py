@@ -4,48 +4,42 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distattn.batch.layer_overrides import LayerOverride, LayerOverrides, apply_window
-from distattn.batch.packed_batch import checked_layout_options, padded
+from distattn.batch.packed_batch import checked_layout_options
 from distattn.cluster.spec import AnyCluster, resolve_cluster
 from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
-from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op, latent_op, op_of
+from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op
 from distattn.ir.plan import DTYPE_BYTES, Plan, dtype_name
 from distattn.kernels.registry import AUTO, load_kernel
 from distattn.kernels.trials import Trial
-from distattn.ops.attention import attention, autocast_inputs, score_modifiers
-from distattn.ops.convolution import causal_conv1d, token_shift
 from distattn.ops.executable import (
-    EXECUTABLES,
-    Executable,
     ExecutionKey,
     PassObserver,
     checked_program,
     kernel_requirements,
 )
 from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_choice, kernel_trials
-from distattn.ops.latent import latent_attention, latent_kernel
-from distattn.ops.recurrence import recurrence
+from distattn.ops.latent import latent_kernel
 from distattn.parallel.latent_plan import make_latent_plan
 from distattn.parallel.make_plan import check_names, make_plan
 from distattn.parallel.runtime.transport import Transport
+
+if TYPE_CHECKING:
+    from distattn.batch.local_batch import LocalBatch
 
 # of steps between proofs, and of tokens that are padded to
 _MOST = 1 << 20
@@ -293,248 +287,3 @@ class Planner:
             how |= dict(rotary_dim=shape.op.rotary_dim, latent_dim=shape.op.latent_dim)
             return make_latent_plan(mask, layout, **how, **of_layer)
         return make_plan(mask, layout, **how, **of_layer)
-
-
-def _stays_at_owners(plan: Plan) -> bool:
-    """Whether ranks without tokens have no part in a plan."""
-    owners = np.flatnonzero(plan.call.layout.shard_sizes())
-    tables = plan.forward, plan.backward
-    ranks = [column for table in tables for column in (table.tasks["rank"], table.moves["src"], table.moves["dst"])]
-    return bool(np.isin(np.concatenate(ranks), owners).all())
-
-
-class BatchAttention(Protocol):
-    """What attention layers are given as their batch: one per rank and micro-batch, or one that follows a pipeline's ticks.
-
-    longest_document: tokens of the longest one of the micro-batch that this rank has a part of, whoever has its end; 0 where that
-    is not known.
-    """
-
-    longest_document: int = 0
-
-    def attention(
-        self,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKE: Tensor,
-        scale: float | None = None,
-        *,
-        window: int | None = None,
-        layer: int | None = None,
-        **modifiers: Any,
-    ) -> Tensor:
-        """`distattn.attention` of this rank's tokens (T, heads, dim)."""
-        ...
-
-    def check_positions(self, given: Tensor) -> None:
-        """Refuse positions (1, T) that a model has made itself, where they are known."""
-
-
-class LocalBatch(BatchAttention):
-    """The packed axis that one batch was laid out on: what attention layers need of it. It travels with the batch.
-
-    positions: of this rank's tokens (1, T), where models are to be held to them. stands_in: whether this rank has no such
-    micro-batch, and padding for one. used: whether a layer has asked for attention. number: of the batch, in the run. proven:
-    whether its plans are proven before they run.
-    """
-
-    positions: Tensor | None = None
-    stands_in: bool = False
-
-    def __init__(self, planner: Planner, key: BatchKey, number: int, proven: bool):
-        self.planner, self.key, self.number, self.proven = planner, key, number, proven
-        self.used = False
-        self._executables: dict[tuple[AttentionShape, torch.device], Executable] = {}
-        self._ahead: dict[tuple[AttentionShape, torch.device], Future[Planned]] = {}
-        self._checked: Tensor | None = None
-
-    # plans are looked up, and maybe made: compiled layers are compiled before and behind it
-    @torch.compiler.disable
-    def attention(
-        self,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKE: Tensor,
-        scale: float | None = None,
-        *,
-        window: int | None = None,
-        layer: int | None = None,
-        **modifiers: Any,
-    ) -> Tensor:
-        """`distattn.attention` of this rank's tokens (T, heads, dim), by the plan for these shapes.
-
-        window: each token sees the last so many of its document, itself among them. layer: the layer's number in the model.
-        """
-        self.used = True
-        q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
-        override = self.planner.overrides.of(layer, window)
-        asked = score_modifiers(modifiers.get("softcap"), modifiers.get("alibi_slopes"))
-        shape = AttentionShape.of(q_THD, k_TKD, v_TKE, window, override, asked)
-        executable = self.executable(shape, q_THD.device)
-        # padding attends to nothing, but others may need the help of a rank that has nothing else
-        return self._without_padding(
-            executable, lambda q, k, v: attention(q, k, v, executable, scale=scale, **modifiers), q_THD, k_TKD, v_TKE
-        )
-
-    @torch.compiler.disable
-    def recurrence(
-        self,
-        q_TGK: Tensor,
-        k_TGK: Tensor,
-        v_THV: Tensor,
-        op: Op | str,
-        *,
-        g: Tensor | None = None,
-        beta: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        """`distattn.recurrence` of this rank's tokens, by the plan for this op ("gated_delta_rule", "ssd", ...) and these shapes.
-
-        Every document of the batch begins with a state of zeros.
-        """
-        self.used = True
-        q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
-        shape = AttentionShape.of(v_THV, q_TGK, v_THV)._replace(head_dim=q_TGK.shape[2], op=op_of(op))
-        executable = self.executable(shape, q_TGK.device)
-        # a decay of each head has no tokens
-        of_heads = g if g is not None and g.dim() == 1 else None
-
-        def compute(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Tensor:
-            return recurrence(q, k, v, executable, g=of_heads if g is None else g, beta=beta, scale=scale)
-
-        by_token = g if of_heads is None else None
-        return self._without_padding(executable, compute, q_TGK, k_TGK, v_THV, by_token, beta)
-
-    @torch.compiler.disable
-    def latent_attention(
-        self,
-        q_THD: Tensor,
-        rope_TR: Tensor,
-        latent_TL: Tensor,
-        up_HEL: Tensor,
-        scale: float | None = None,
-        *,
-        window: int | None = None,
-        layer: int | None = None,
-    ) -> Tensor:
-        """`distattn.latent_attention` of this rank's tokens, by the strategy that attention has; window, layer: as there."""
-        self.used = True
-        q_THD, rope_TR, latent_TL, up_HEL = autocast_inputs(q_THD, rope_TR, latent_TL, up_HEL)
-        op, heads, dim = latent_op(rope_TR.shape[1], latent_TL.shape[1]), q_THD.shape[1], q_THD.shape[2]
-        values = up_HEL.shape[1] - dim + op.rotary_dim
-        override, dtype = self.planner.overrides.of(layer, window), str(q_THD.dtype)[6:]
-        shape = AttentionShape(heads, 1, dim, values, dtype, window, override, op=op)
-        executable = self.executable(shape, q_THD.device)
-        inputs = q_THD, rope_TR, latent_TL
-        return self._without_padding(
-            executable, lambda q, r, c: latent_attention(q, r, c, up_HEL, executable, scale=scale), *inputs
-        )
-
-    @torch.compiler.disable
-    def causal_conv1d(
-        self, x_TC: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: str | None = None
-    ) -> Tensor:
-        """`distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for filters (C, W), or (C, C / G, W) of G groups."""
-        self.used = True
-        (x_TC,) = autocast_inputs(x_TC)
-        if weight.dim() not in (2, 3):
-            raise DistattnError(
-                f"weight has shape {tuple(weight.shape)}; (C, W), or (C, C / G, W) of G groups, is wanted."
-            )
-        channels = weight.shape[1] if weight.dim() == 3 else len(weight)
-        groups = max(len(weight) // max(channels, 1), 1)
-        dtype, taps = str(x_TC.dtype)[6:], weight.shape[-1]
-        shape = AttentionShape(groups, groups, 1, channels, dtype, taps, op=CONVOLUTION)
-        executable = self.executable(shape, x_TC.device)
-        return self._without_padding(
-            executable, lambda x: causal_conv1d(x, weight, executable, bias=bias, activation=activation), x_TC
-        )
-
-    @torch.compiler.disable
-    def token_shift(self, x_T: Tensor, distance: int = 1, *, fill: int = 0) -> Tensor:
-        """What the token `distance` before each of this rank's tokens (T, ...) has, inside documents; after it where negative.
-
-        Token shift and value shift: `token_shift(x)`. Labels of k tokens further ahead (multi-token prediction):
-        `token_shift(labels, -k, fill=-100)`. See `distattn.token_shift`.
-        """
-        self.used = True
-        dtype = str(x_T.dtype)[6:] if x_T.is_floating_point() else "float64"
-        shape = AttentionShape(1, 1, 1, math.prod(x_T.shape[1:]), dtype, distance, op=TOKEN_SHIFT)
-        executable = self.executable(shape, x_T.device)
-        return self._without_padding(executable, lambda x: token_shift(x, executable, fill=fill), x_T, fill=fill)
-
-    @property
-    def tokens(self) -> int:
-        """N, of all ranks together."""
-        return self.planner.lay_out(self.key.documents)[1].n
-
-    @property
-    def own_tokens(self) -> int:
-        """How many of this rank's tokens are of a document; the others are padding."""
-        layout = self.planner.lay_out(self.key.documents)[1]
-        return 0 if self.stands_in else len(layout.tokens(self.planner.ranks.rank))
-
-    @torch.compiler.disable
-    def check_positions(self, given: Tensor) -> None:
-        """Refuse positions (1, T) that a model has made itself: rotary embeddings would be those of other tokens."""
-        known = self.positions
-        if known is None or given is known or given is self._checked:
-            return
-        if given.shape != known.shape or not torch.equal(given.to(known.device), known):
-            raise DistattnError(
-                "the model counts positions itself, and would give this rank's tokens those of others: call it with "
-                'position_ids=batch["position_ids"].'
-            )
-        self._checked = given
-
-    def _without_padding(
-        self, executable: Executable, compute: Callable[..., Tensor], *by_token: Tensor | None, fill: int = 0
-    ) -> Tensor:
-        """What `compute` makes of these tensors of this rank's tokens without those that pad them, and `fill` for these."""
-        tokens, given = executable.program.tokens, by_token[0]
-        padding = padded(tokens, self.planner.config.pad_to) - tokens
-        if not padding or given is None or len(given) != tokens + padding:
-            return compute(*by_token)
-        out = compute(*(None if x is None else x[:tokens] for x in by_token))
-        return F.pad(out, (0, 0) * (out.dim() - 1) + (0, padding), value=fill)
-
-    def plan(self, *shape: Any) -> Plan:
-        """The plan of this batch for one shape, given as the fields of `AttentionShape`; layers of equal shape share it."""
-        return self.planner.plan_of(self.key, AttentionShape(*shape))
-
-    def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
-        """The executable of this batch for one shape.
-
-        A shape that an earlier batch had was planned and agreed on ahead. One that is new to the run is planned now, and all
-        ranks that share attention compare their plans, once.
-        """
-        known = shape, device
-        if known not in self._executables:
-            ahead = self._ahead.pop(known, None)
-            plan, key = self._planned_now(shape, device) if ahead is None else ahead.result()
-            ranks = self.planner.ranks
-            program = EXECUTABLES.program(plan, key, self.proven)
-            observer = ranks.observer(self, plan, shape)
-            if shape.op != ATTENTION:
-                if observer is not None and not observer.allows_interleaving and not _stays_at_owners(plan):
-                    raise DistattnError(
-                        f"servers compute attention only, and layers of {shape.op.name} are planned on ranks without tokens; "
-                        "leave servers out."
-                    )
-                # speeds are measured on kernels of attention
-                observer = None
-            self._executables[known] = Executable(program, key, ranks.transport(device), observer)
-        return self._executables[known]
-
-    def plan_ahead(self, shapes: Sequence[tuple[AttentionShape, torch.device]]) -> list[Future[Planned]]:
-        """Expect to be asked for these shapes: futures for the planning thread to fulfil."""
-        self._ahead = {known: Future() for known in shapes}
-        return list(self._ahead.values())
-
-    def _planned_now(self, shape: AttentionShape, device: torch.device) -> Planned:
-        planner = self.planner
-        planner.ranks.begin_shape(self, shape)
-        planner.try_kernels(self.key, shape, device)
-        found = planner.ranks.agree(lambda: planner.planned(self.key, shape, device, self.proven))
-        planner.register_shape(shape, device)
-        return found

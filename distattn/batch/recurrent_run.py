@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distattn.batch.local_batch import LocalBatch
 from distattn.batch.packed_batch import padded
-from distattn.batch.planner import AttentionShape, LocalBatch
+from distattn.batch.planner import AttentionShape
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout

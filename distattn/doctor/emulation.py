@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distattn.batch.planner import BatchAttention
+from distattn.batch.local_batch import BatchAttention
 from distattn.doctor.comparison import in_global_order
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 

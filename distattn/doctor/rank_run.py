@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from distattn.adapters.pytorch import full_tensor, unwrapped
-from distattn.batch.planner import LocalBatch
+from distattn.batch.local_batch import LocalBatch
 from distattn.doctor.comparison import PartResult, RankResult
 from distattn.doctor.recording import active_dropout, buffers_of, digest, recorded_outputs, same_buffers, settings_of
 from distattn.doctor.reference import digests_of, packs_of

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from distattn.batch.local_batch import LocalBatch
 from distattn.batch.packed_batch import IGNORE_INDEX, Batch, PackedBatch, micro_batches_of, padded
-from distattn.batch.planner import AttentionShape, BatchKey, LocalBatch, Planned, Planner
+from distattn.batch.planner import AttentionShape, BatchKey, Planned, Planner
 from distattn.batch.pooled_layout import BlockLayouts, Documents
 from distattn.driver.communicators import SINGLE_RANK, Communicators
 from distattn.driver.control_channel import ANNOUNCE_STEP, NEW_SHAPE, RELEASE_STEP, ControlMessage

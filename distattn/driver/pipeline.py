@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distattn.batch.local_batch import BatchAttention, LocalBatch
 from distattn.batch.packed_batch import Batch
-from distattn.batch.planner import AttentionShape, BatchAttention, LocalBatch
+from distattn.batch.planner import AttentionShape
 from distattn.batch.pooled_layout import Documents
 from distattn.driver.context_parallel import ContextParallel
 from distattn.driver.control_channel import BACKWARD, FORWARD, ControlMessage

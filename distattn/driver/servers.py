@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from distattn.batch.planner import AttentionShape, LocalBatch
+from distattn.batch.local_batch import LocalBatch
+from distattn.batch.planner import AttentionShape
 from distattn.driver.context_parallel import ContextParallel
 from distattn.driver.control_channel import (
     ANNOUNCE_STEP,

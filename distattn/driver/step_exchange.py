@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from distattn.batch.collectives import HostGroup
+from distattn.batch.local_batch import LocalBatch
 from distattn.batch.packed_batch import Batch
-from distattn.batch.planner import AttentionShape, LocalBatch, Planned, Planner
+from distattn.batch.planner import AttentionShape, Planned, Planner
 from distattn.ir.errors import DistattnError
 from distattn.ops.executable import plan_summary, raise_disagreement
 from distattn.parallel.runtime.streams import Handover

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from distattn.batch.planner import BatchKey, LocalBatch, Planner, PlannerConfig
+from distattn.batch.local_batch import LocalBatch
+from distattn.batch.planner import BatchKey, Planner, PlannerConfig
 from distattn.batch.recurrent_run import recurrent_run
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
