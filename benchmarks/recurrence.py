@@ -158,9 +158,8 @@ def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
 
     def run() -> tuple[Tensor, ...]:
         edges = [stretches[-1]]
-        _, last = chunked.forward(local, edges, nothing[:1], outputs=False)
         # fla sends the transition of every slice
-        transition = chunked.transitions(local, [*stretches[-1:], *stretches[:1]][: len(stretches)], torch.float32)
+        last, transition = chunked.states(local, edges, nothing[:1], True)
         whole = enters and leaves and len(stretches) == 1
         everyone = gathered(last[0], transition[0], whole)
         state = nothing.clone()
@@ -168,8 +167,8 @@ def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
             state[0] = of_slice[0] @ state[0] + of_slice[1]
         o, _ = chunked.forward(local, stretches, state)
         dstate = nothing.clone()
-        _, first = chunked.backward(local, stretches[:1], nothing[:1], do_local, nothing[:1], of_tokens=False)
-        everyone = gathered(first[0], transition[-1].mT, whole)
+        first, transition = chunked.gradient_states(local, stretches[:1], do_local, nothing[:1], True)
+        everyone = gathered(first[0], transition[0].mT, whole)
         for of_slice in reversed(everyone[rank + 1 :]) if leaves else ():
             dstate[-1] = of_slice[0] @ dstate[-1] + of_slice[1]
         dx, _ = chunked.backward(local, stretches, state, do_local, dstate)

@@ -31,7 +31,7 @@ class KernelRequirements(NamedTuple):
     """What a call requires of a kernel: dtype, head dims, device, and which changes of scores.
 
     lse: whether gradients go through the log-sum-exp. least_step: rows of the lowest step of its masks, where they climb in
-    steps; 0 where they do not. op: what is computed.
+    steps; 0 where they do not. op: what is computed. grouped: filters of a convolution mix the channels of a head.
     """
 
     dtype: torch.dtype
@@ -43,6 +43,7 @@ class KernelRequirements(NamedTuple):
     lse: bool = False
     least_step: int = 0
     op: Op = ATTENTION
+    grouped: bool = False
 
 
 class LaunchShape(NamedTuple):

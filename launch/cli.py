@@ -81,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # whoever read has had enough, as head has; what is still buffered shall not raise at the end of the process
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"distattn: {where}{error.strerror or error}.\n")
+        return DistattnError.exit_code
 
 
 if __name__ == "__main__":

@@ -46,8 +46,10 @@ def _report(
     report_progress: Callable[[str], None],
     json_lines: bool,
 ) -> None:
-    write_report(run, config, checked)
     steps = run.metrics()
+    if not steps:
+        raise DistattnError(f"{run.metrics_file}: has no step that could be reported; was its disk full?")
+    write_report(run, config, checked)
     if json_lines:
         losses = {"first_loss": steps[0].loss, "last_loss": steps[-1].loss}
         print_line(

@@ -16,6 +16,7 @@ from distattn.parallel.analysis.explain import explain
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.held_out import check_held_out
+from distattn.training.json_lines import write_whole
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_data import (
     RunData,
@@ -42,6 +43,7 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
         data = open_data(run, config)
         _check_evaluation(config, data)
         _explain_first_step(run, config, data)
+        _check_plans(config, data, after=0)
     except BaseException:
         # what went wrong matters, not what may be left
         shutil.rmtree(run.folder, ignore_errors=True)
@@ -67,25 +69,34 @@ def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
     Raises DistattnError for all that can go wrong before ranks start; nothing is changed then.
     """
     data = open_data(run, config)
-    with _removed_afterwards(run.packs_file.with_name("corpus.longer.packs")) as longer:
+    # not under a run that goes on
+    with RunLock(run.folder), _removed_afterwards(run.packs_file.with_name("corpus.longer.packs")) as longer:
         # a plan that others made is long enough, or was refused
         if data.plan.steps < config.train.steps:
             data = plan_longer(run, config, data, longer)
         _check_evaluation(config, data)
-        # a strategy or layout that cannot be is told of before ranks start
-        PlanSettings.of_config(config).plan(*first_packs(data.plan, config))
+        _check_plans(config, data)
         steps = [found.step for found in list_checkpoints(run.checkpoints)]
         before = run.folder / f"config.until-{max(steps, default=0)}.toml"
-        # not under a run that goes on
-        with RunLock(run.folder):
-            if longer.exists():
-                longer.replace(run.packs_file)
+        if longer.exists():
+            longer.replace(run.packs_file)
+        try:
             if not before.exists():
-                shutil.copyfile(run.config_file, before)
+                write_whole(before, run.config_file.read_text("utf-8"))
             configuration.save(config, run.config_file)
+        except OSError as error:
+            raise DistattnError(f"{run.config_file}: cannot be written: {error.strerror}; make room.") from None
     report_progress(
         f"run folder: {run.folder}, " + (f"checkpoint of step {max(steps):,}" if steps else "no checkpoint yet")
     )
+
+
+def _check_plans(config: Config, data: RunData, after: int = -1) -> None:
+    """Plan the first step of each context length: a strategy or layout that cannot be is told of before ranks start."""
+    settings = PlanSettings.of_config(config)
+    for step, _ in data.plan.rule.context:
+        if after < step < min(data.plan.steps, config.train.steps):
+            settings.plan(*first_packs(data.plan, config, step))
 
 
 def _check_evaluation(config: Config, data: RunData) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from distattn.cluster.cost import expansion_seconds
 from distattn.cluster.spec import DIRECTIONS, AnyCluster, ClusterSpec, resolve_cluster
 from distattn.ir.arguments import checked
+from distattn.ir.errors import PlanError
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import latent_op
@@ -40,16 +41,23 @@ def make_latent_plan(
 
     heads, head_dim (with the rotary part) and v_head_dim are those of queries and values; settings are `make_plan`'s. On a
     described cluster the faster in simulation is taken, forward and backward together with all expansions; elsewhere the one
-    that moves fewer bytes. `latent_attention` takes either. Raises as `make_plan` does.
+    that moves fewer bytes; where one cannot be planned, the other. `latent_attention` takes either. Raises as `make_plan` does.
     """
     cluster = resolve_cluster(cluster)
     shape = dict(heads=heads, head_dim=head_dim, v_head_dim=v_head_dim, cluster=cluster) | settings
-    latents = make_plan(mask, layout, kv_heads=1, op=latent_op(rotary_dim, latent_dim), **shape)
-    expanded = make_plan(mask, layout, kv_heads=heads, **shape)
+    forms: tuple[dict[str, Any], ...] = (dict(kv_heads=1, op=latent_op(rotary_dim, latent_dim)), dict(kv_heads=heads))
+    plans, refusals = [], []
+    for form in forms:
+        try:
+            plans.append(make_plan(mask, layout, **form, **shape))
+        except PlanError as refusal:
+            # of more memory than there may be, perhaps: the other form may need less
+            refusals.append(refusal)
+    if not plans:
+        raise refusals[0]
     if not isinstance(cluster, ClusterSpec):
-        moved = [int(plan.bytes()["bytes"].sum()) for plan in (latents, expanded)]
-        return latents if moved[0] <= moved[1] else expanded
-    return min((latents, expanded), key=lambda plan: latent_seconds(plan, cluster, rotary_dim, latent_dim))
+        return min(plans, key=lambda plan: int(plan.bytes()["bytes"].sum()))
+    return min(plans, key=lambda plan: latent_seconds(plan, cluster, rotary_dim, latent_dim))
 
 
 def latent_seconds(plan: Plan, cluster: ClusterSpec, rotary_dim: int, latent_dim: int) -> float:

@@ -168,7 +168,8 @@ class LocalBatch(BatchAttention):
         channels = weight.shape[1] if weight.dim() == 3 else len(weight)
         groups = max(len(weight) // max(channels, 1), 1)
         dtype, taps = str(x_TC.dtype)[6:], weight.shape[-1]
-        shape = AttentionShape(groups, groups, 1, channels, dtype, taps, op=CONVOLUTION)
+        modifiers = ("grouped",) if weight.dim() == 3 else ()
+        shape = AttentionShape(groups, groups, 1, channels, dtype, taps, modifiers=modifiers, op=CONVOLUTION)
         executable = self.executable(shape, x_TC.device)
         return self._without_padding(
             executable, lambda x: causal_conv1d(x, weight, executable, bias=bias, activation=activation), x_TC

@@ -81,12 +81,16 @@ def recurrent_run(
     """The run of `layers` recurrent layers in a row: re-laid to contiguous slices where that is faster, in simulation.
 
     width: channels of the hidden states that would move. heads are those of values, kv_heads (by default as many) those of
-    queries and keys. Without a described cluster nothing is known of time, and rows stay. All ranks find the same.
+    queries and keys. Without a described cluster nothing is known of time, and rows stay; so they do where a rank has no tokens.
+    All ranks find the same; documents that are new take the time of planning two such layers.
     """
     cluster = batch.planner.config.cluster
     if not isinstance(cluster, ClusterSpec):
         return RecurrentRun(batch, None)
     home = batch.planner.lay_out(batch.key.documents)[1]
+    if not home.shard_sizes().all():
+        # ranks without tokens may be servers, which compute attention only
+        return RecurrentRun(batch, None)
     shape = AttentionShape(heads, kv_heads or heads, head_dim, v_head_dim or head_dim, dtype_name(dtype), op=op_of(op))
     return RecurrentRun(batch, RUN_LAYOUT if _wants_relayout(home, cluster, shape, layers, width) else None)
 
@@ -109,6 +113,11 @@ class _RelaidBatch(LocalBatch):
     def __init__(self, batch: LocalBatch, layout: str):
         super().__init__(batch.planner, batch.key, batch.number, batch.proven)
         self.layout, self._batch = layout, batch
+
+    @property
+    def own_tokens(self) -> int:
+        layout = self.planner.layout_of(self.key, self.layout)
+        return 0 if self._batch.stands_in else len(layout.tokens(self.planner.ranks.rank))
 
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
         self._batch.used = True

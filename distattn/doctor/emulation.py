@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distattn.batch.local_batch import BatchAttention
 from distattn.doctor.comparison import in_global_order
+from distattn.kernels.latent import expanded
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 
 # what a layer may ask of its attention beside q, k and v
@@ -138,9 +139,7 @@ class _EmulatedRank(BatchAttention):
         **options: Any,
     ) -> Tensor:
         """Compute latent attention (T, H, E) as `LocalBatch.latent_attention` does."""
-        heads, key = len(up_HEL), q_THD.shape[2] - rope_TR.shape[1]
-        k_THN, v_THE = torch.einsum("tl,hel->the", latent_TL, up_HEL).split([key, up_HEL.shape[1] - key], -1)
-        k_THD = torch.cat([k_THN, rope_TR[:, None].expand(-1, heads, -1)], -1)
+        k_THD, v_THE = expanded(rope_TR, latent_TL, up_HEL, q_THD.shape[2] - rope_TR.shape[1])
         return self.attention(q_THD, k_THD, v_THE, scale, **options)
 
     def recurrence(
@@ -169,14 +168,26 @@ class _EmulatedRank(BatchAttention):
 
         return exchange.together(self._rank, "recurrence", list(x.by_token().values()), compute)
 
-    def causal_conv1d(self, x_TC: Tensor, weight_CW: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    def causal_conv1d(
+        self, x_TC: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
         """Compute a convolution (T, C) as `LocalBatch.causal_conv1d` does."""
         exchange = self._exchange
 
         def compute(x_NC: Tensor) -> Tensor:
-            return _convolution(x_NC, weight_CW, bias, exchange.seen.convolved)
+            return _convolution(x_NC, weight, bias, exchange.seen.convolved)
 
-        return exchange.together(self._rank, "causal_conv1d", (x_TC,), compute)
+        y_TC = exchange.together(self._rank, "causal_conv1d", (x_TC,), compute)
+        return F.silu(y_TC) if activation == "silu" else y_TC
+
+    def token_shift(self, x_T: Tensor, distance: int = 1, *, fill: int = 0) -> Tensor:
+        """Shift tokens (T, ...) as `LocalBatch.token_shift` does."""
+        exchange = self._exchange
+
+        def compute(x_N: Tensor) -> Tensor:
+            return _shifted(x_N, distance, fill, exchange.seen.convolved)
+
+        return exchange.together(self._rank, "token_shift", (x_T,), compute)
 
 
 def _recurrence(x: RecurrenceTokens, sequences: Sequence[Tensor], scale: float) -> Tensor:
@@ -192,14 +203,25 @@ def _recurrence(x: RecurrenceTokens, sequences: Sequence[Tensor], scale: float) 
     return out
 
 
-def _convolution(x_NC: Tensor, weight_CW: Tensor, bias: Tensor | None, sequences: Sequence[Tensor]) -> Tensor:
-    """The causal convolution of each sequence of tokens, (N, C)."""
+def _shifted(x_N: Tensor, distance: int, fill: int, sequences: Sequence[Tensor]) -> Tensor:
+    """Each sequence of tokens shifted, (N, ...)."""
+    out = torch.full_like(x_N, fill)
+    for sequence in sequences:
+        own = sequence.to(out.device)
+        n = len(own)
+        out[own[max(distance, 0) : n + min(distance, 0)]] = x_N[own[max(-distance, 0) : n - max(distance, 0)]]
+    return out
+
+
+def _convolution(x_NC: Tensor, weight: Tensor, bias: Tensor | None, sequences: Sequence[Tensor]) -> Tensor:
+    """The causal convolution of each sequence of tokens, (N, C), with filters (C, W), or (C, C / G, W) of G groups."""
     out = torch.zeros_like(x_NC)
-    channels, taps = weight_CW.shape
+    weight = weight if weight.dim() == 3 else weight[:, None]
+    groups, taps = len(weight) // weight.shape[1], weight.shape[2]
     for sequence in sequences:
         own = sequence.to(out.device)
         padded = F.pad(x_NC[own].t(), (taps - 1, 0))[None]
-        out[own] = F.conv1d(padded, weight_CW[:, None].to(padded), groups=channels)[0].t()
+        out[own] = F.conv1d(padded, weight.to(padded), groups=groups)[0].t()
     return out if bias is None else out + bias.to(out.dtype)
 
 

@@ -311,7 +311,7 @@ class _TickBatch(BatchAttention):
         )
 
     # convolutions and latents are other ops, too
-    causal_conv1d = latent_attention = recurrence
+    causal_conv1d = latent_attention = token_shift = recurrence
 
 
 class _TickExecutable(Executable):

@@ -84,7 +84,8 @@ def whole_modules(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.
     it. A collective call of all ranks of the mesh.
     """
     places = {id(parameter): found for parameter, found in _places(model).items()}
-    for module in model.modules():
+    # children before what has them: whoever takes a module may take its children's parameters with it
+    for module in reversed(list(model.modules())):
         sharded = [name for name, one in module.named_parameters(recurse=False) if isinstance(one, DTensor)]
         for name in sharded:
             parameter = getattr(module, name)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -18,9 +19,10 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.op import CONVOLUTION, TOKEN_SHIFT
 from distattn.ir.plan import Call, Plan
 from distattn.kernels.merge import accumulation_dtype
+from distattn.kernels.registry import load_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs, interleaved_batch
-from distattn.ops.executable import EXECUTABLES, Executable, prepare
+from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements, prepare
 from distattn.parallel.runtime import execute_convolution
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
@@ -63,7 +65,7 @@ def causal_conv1d(
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
     if activation is not None and not (isinstance(activation, str) and activation == "silu"):
         raise DistattnError(f'activation is "silu" or None, not {activation!r}; apply others to what is returned.')
-    executable = _executable(plan, group, x_TC)
+    executable = _executable(plan, group, x_TC, ["grouped"] if weight.dim() == 3 else [])
     (x_TC,) = autocast_inputs(x_TC)
     _check_inputs(executable, x_TC, weight, bias, initial_state)
     call = executable.program.call
@@ -113,14 +115,16 @@ def token_shift(
     return y_T.to(x_T.dtype) + fill if whole else y_T
 
 
-def _executable(plan: Plan | Executable, group: dist.ProcessGroup | None, x: Tensor) -> Executable:
+def _executable(
+    plan: Plan | Executable, group: dist.ProcessGroup | None, x: Tensor, modifiers: Sequence[str] = ()
+) -> Executable:
     if not isinstance(plan, (Plan, Executable)):
         raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
     if isinstance(plan, Executable) and group is not None:
         raise DistattnError("an executable knows its group; give it to prepare instead.")
     if interleaved_batch() is not None:
         raise DistattnError("convolutions cannot take turns with other micro-batches yet; leave OverlapSchedule out.")
-    return plan if isinstance(plan, Executable) else prepare(plan, group, device=x.device)
+    return plan if isinstance(plan, Executable) else prepare(plan, group, device=x.device, modifiers=modifiers)
 
 
 def _check_inputs(
@@ -169,6 +173,16 @@ def _check_taps(call: Call, taps: int) -> None:
         )
 
 
+def _check_kernel(executable: Executable, grouped: bool) -> None:
+    """An executable of a caller's own may have a kernel that was chosen for filters of one channel."""
+    key = executable.key
+    needed = kernel_requirements(executable.program.call, key.device, ["grouped"] if grouped else [])
+    if why := load_kernel(key.kernel).unsupported_reason(needed):
+        raise DistattnError(
+            f'kernel "{key.kernel}": {why}; prepare(plan, modifiers=["grouped"]) chooses one that does.'
+        )
+
+
 def _check_distance(call: Call) -> None:
     """Not where torch.compile traces."""
     pieces = call.mask.pieces
@@ -206,6 +220,7 @@ def _forward(x, weight, initial, plan, kept_elements):  # noqa: ANN001
         _check_distance(executable.program.call)
     else:
         _check_taps(executable.program.call, weight.shape[-1])
+        _check_kernel(executable, weight.dim() == 4)
     executable.begin_pass("forward", _NO_SCORE)
     given = executable.program, executable.transport, _kernel(executable), x.contiguous(), weight
     y, kept = run_to_completion(execute_convolution.forward(*given))

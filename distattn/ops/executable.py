@@ -261,7 +261,7 @@ def checked_program(
 
 
 def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[str] = ()) -> KernelRequirements:
-    """What a call asks of a kernel, as far as its plan knows. modifiers: "softcap" and "alibi_slopes", "lse"."""
+    """What a call asks of a kernel, as far as its plan knows. modifiers: "softcap", "alibi_slopes", "lse", "grouped"."""
     steps = call.mask.pieces[:, [BQ, BK]]
     climbs = steps[(steps != 1).any(1), 0]
     return KernelRequirements(
@@ -274,6 +274,7 @@ def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[st
         "lse" in modifiers,
         int(climbs.min(initial=MAX_BLOCK)) if len(climbs) else 0,
         call.op,
+        "grouped" in modifiers,
     )
 
 

@@ -97,6 +97,14 @@ def memory_of_config(
         raise DistattnError(
             f"memory is counted of models with attention only; {shape.model_type} has recurrent layers or convolutions, too."
         )
+    if config.parallel.latents:
+        raise DistattnError(
+            "memory is counted of keys and values of all heads; set parallel.latents to false to compare."
+        )
+    if getattr(shape, "output_router_logits", False):
+        raise DistattnError(
+            "memory is counted without a router loss; set output_router_logits to false in the model's config.json to compare."
+        )
     return memory_of_run(
         partial(meta_model, shape, dtype=getattr(torch, config.model.dtype)),
         PlanSettings.of_config(config).plan(*packs),

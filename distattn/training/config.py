@@ -28,6 +28,7 @@ from distattn.training.config_sections import ParallelConfig as ParallelConfig
 from distattn.training.config_sections import ReferenceCheckConfig as ReferenceCheckConfig
 from distattn.training.config_sections import RunConfig as RunConfig
 from distattn.training.config_sections import TrainConfig as TrainConfig
+from distattn.training.json_lines import write_whole
 
 # keys of earlier configurations, and what they are called now
 RENAMED = {
@@ -113,8 +114,8 @@ def help_text() -> str:
 
 
 def save(config: Config, path: Path) -> None:
-    """Write the resolved configuration; `load` reads it back."""
-    path.write_text(tomli_w.dumps(asdict(config)), "utf-8")
+    """Write the resolved configuration, whole or not at all; `load` reads it back. Raises OSError."""
+    write_whole(path, tomli_w.dumps(asdict(config)))
 
 
 def _validated(content: dict[str, Any], place: Callable[[Key], str]) -> Config:

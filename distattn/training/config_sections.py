@@ -118,7 +118,7 @@ class ParallelConfig:
     max_buffer_bytes: int = 0
     """Bytes of attention buffers a rank may need at once; a batch that needs more is refused. 0 for no limit."""
     latents: bool = False
-    """Whether latent attention (MLA) moves latents and expands them where they arrive, or keys and values of all heads."""
+    """Whether latent attention (MLA) may move latents, expanded where they arrive, instead of keys and values of all heads."""
 
     @property
     def data_ranks(self) -> int:

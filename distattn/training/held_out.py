@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -33,8 +34,8 @@ class _Place(NamedTuple):
 def check_held_out(config: Config, data: RunData) -> None:
     """Raise DistattnError, naming the document, where one is evaluated that is trained, too, and as `held_out_data` does.
 
-    data: what is trained. Corpora are the same where their files have the same content, whatever they are called. Reads the
-    records of all steps that are trained.
+    data: what is trained. Corpora are the same where their files are, or have the same digests, whatever they are called. Reads
+    the records of all steps that are trained.
     """
     held, begin = held_out_data(config, data)
     trained = {place.code: place for place in _same_documents(held, begin, config, data.corpora)}
@@ -86,4 +87,8 @@ def _files(corpus: Corpus) -> Iterable[tuple[int, IndexedFile]]:
 
 
 def _key(file: IndexedFile) -> _FileKey:
-    return file.dtype.name, file.bin_bytes, file.index_digest, file.digests and file.digests.bin_root
+    if file.digests is not None:
+        return file.dtype.name, file.bin_bytes, file.index_digest, file.digests.bin_root
+    # nothing is known of its tokens: it is the same where it is the same file
+    found = os.stat(f"{file.prefix}.bin")
+    return file.dtype.name, file.bin_bytes, file.index_digest, found.st_dev, found.st_ino

@@ -1,4 +1,4 @@
-"""JSON lines: files that a run adds rows to, and that are read as far as their rows are whole.
+"""Files of a run that a full disk or a kill leaves whole: JSON lines, which rows are added to, and texts that are replaced.
 
 JSON knows no NaN and no infinity. They are written as the texts "NaN", "Infinity" and "-Infinity", and read as numbers again.
 """
@@ -52,6 +52,21 @@ def append_lines(path: Path, lines: bytes) -> None:
             raise
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in place of what was there, whole or not at all. Raises OSError."""
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+
+
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file, none where there is no file; a part of one, as a killed process may leave it, is passed over."""
     rows = []
@@ -76,15 +91,29 @@ class JsonLines:
         """Add the rows that a function returns; it is called when they can be written, and may be called again."""
         was_waiting = bool(self._waiting)
         self._waiting.append(rows)
+        error = self._write()
+        if error is not None and not was_waiting:
+            _warn(f"{self._path}: cannot be written: {error.strerror}; its lines are kept and added later.")
+
+    def close(self) -> None:
+        """Add what still waits; says how many rows are lost where that cannot be."""
+        error = self._write()
+        if error is not None:
+            lost = sum(len(rows()) for rows in self._waiting)
+            _warn(f"{self._path}: cannot be written: {error.strerror}; its last {lost:,} lines are lost.")
+
+    def _write(self) -> OSError | None:
         try:
             while self._waiting:
                 self._append(self._path, self._waiting[0]())
                 del self._waiting[0]
         except OSError as error:
-            if not was_waiting:
-                sys.stderr.write(
-                    f"distattn: {self._path}: cannot be written: {error.strerror}; its lines are kept and added later.\n"
-                )
+            return error
+        return None
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"distattn: {text}\n")
 
 
 def _encodable(value: Any) -> Any:

@@ -60,6 +60,7 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
         given = TrainingRun(run, config, data, shape, facts_of(config, data, shape), device)
         if dist.get_rank() == 0:
             lock = stack.enter_context(RunLock(run.folder))
+            stack.enter_context(closing(run))
             shape.save_pretrained(run.folder)
         engine = stack.enter_context(closing(open_engine(config, device, data.vocabulary, data.context)))
         visible, train_config = dist.get_rank() == 0, config.train
@@ -69,7 +70,9 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
         keep = KeepRule(config.checkpoint.keep_last, config.checkpoint.keep_every_hours or None)
         checkpoints = Checkpoints(run.checkpoints, group=dist.group.WORLD, facts=given.facts, keep=keep, warn=_warn)
         stack.enter_context(closing(checkpoints))
-        TrainingLoop(given, engine, checkpoints, reporter, lock).run()
+        loop = TrainingLoop(given, engine, checkpoints, reporter, lock)
+        stack.enter_context(closing(loop.documents))
+        loop.run()
     steps = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)]
     if lock is not None and config.checkpoint.every_steps >= 0 and config.train.steps not in steps:
         raise DistattnError(

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.parallel.analysis.explain import draw_score_matrix
-from distattn.training.json_lines import json_text
+from distattn.training.json_lines import json_text, write_whole
 from distattn.training.loss_by_position import LossTable
 from distattn.training.module_observer import plain_name
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
@@ -178,7 +178,7 @@ def _wandb_run(project: str, run: RunFolder) -> Any:
         ) from None
     config = {"configuration": run.config_file.read_text("utf-8")} if run.config_file.exists() else {}
     if not run.wandb_file.exists():
-        run.wandb_file.write_text(secrets.token_hex(8), "utf-8")
+        write_whole(run.wandb_file, secrets.token_hex(8))
     # of steps that a resumed run does again, which are the same, the first stay
     known = {"id": run.wandb_file.read_text("utf-8"), "resume": "allow"}
     return wandb.init(project=project, name=run.folder.name, dir=str(run.folder), config=config, **known)

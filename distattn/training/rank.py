@@ -35,6 +35,10 @@ def main(folder: str, json_lines: bool) -> int:
     except DistattnError as error:
         sys.stderr.write(f"distattn: rank {dist.get_rank()}: {error}\n")
         return error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"distattn: rank {dist.get_rank()}: {where}{error.strerror or error}.\n")
+        return DistattnError.exit_code
     finally:
         dist.destroy_process_group()
     return 0

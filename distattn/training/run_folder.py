@@ -101,6 +101,11 @@ class RunFolder:
         """Add JSON lines to a file of the run; see `JsonLines`."""
         self._lines.setdefault(path, JsonLines(path)).add(lambda: rows)
 
+    def close(self) -> None:
+        """Add the lines that waited for room on the disk; see `JsonLines`."""
+        for lines in self._lines.values():
+            lines.close()
+
     def metrics(self) -> list[StepMetrics]:
         """The metrics of the steps so far, in their order; of a step that was done again after going back, the last."""
         last = {row["step"]: StepMetrics(**row) for row in read_rows(self.metrics_file)}

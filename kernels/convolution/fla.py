@@ -16,6 +16,7 @@ from fla.modules.causal_conv1d import causal_conv1d
 from torch import Tensor
 
 from distattn.ir.bands import K0, K1, Q0, Q1, row_key_ranges
+from distattn.ir.op import TOKEN_SHIFT
 from distattn.kernels.fla_sequences import sequence_offsets
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.merge import accumulation_dtype
@@ -53,6 +54,10 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
         return f"the kernels of fla-core run on GPUs, not on {device.type}"
     if device.type == "cuda" and compute_capability(device) < 80:
         return "it needs compute capability 8.0 (A100) or later"
+    if requirements.op == TOKEN_SHIFT:
+        return "it computes filters, and a shift has none"
+    if requirements.grouped:
+        return "it computes filters of one channel each, not of groups"
     if requirements.dtype not in _DTYPES:
         return f"it computes bfloat16, float16 and float32, not {str(requirements.dtype)[6:]}"
     return None

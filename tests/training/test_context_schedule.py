@@ -11,7 +11,9 @@ from processes import run_on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import no_progress
 from distattn.launch.plan_command import main as plan_command
+from distattn.launch.start_run import start_run
 from distattn.training import config as configuration
 from distattn.training.config import (
     Config,
@@ -154,3 +156,11 @@ def test_packs_that_are_planned_already_have_no_other_schedule(config):
     problems = configuration.problems_of(planned)
     assert any(one.startswith("data.context_schedule: packs are planned already") for one in problems)
     assert any(one.startswith("data.context_length: data.context_schedule has") for one in problems)
+
+
+def test_a_later_phase_that_cannot_be_planned_is_refused_before_ranks_start(config):
+    parallel = dataclasses.replace(config.parallel, max_buffer_bytes=20_000)
+    # the first phase alone can be
+    start_run(dataclasses.replace(config, parallel=parallel, train=TrainConfig(steps=2)), no_progress)
+    with pytest.raises(DistattnError, match="max_buffer_bytes"):
+        start_run(dataclasses.replace(config, parallel=parallel), no_progress)

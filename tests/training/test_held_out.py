@@ -65,6 +65,18 @@ def test_a_document_that_is_trained_is_not_evaluated(folder, files):
         check(folder, config_of(trained, 30, path=held, steps=2))
 
 
+def test_without_digests_only_the_file_itself_is_the_same(folder):
+    # documents of the same lengths, and other tokens
+    tokens = np.fromfile(folder / "web.bin", np.uint16)
+    (99 - tokens).tofile(folder / "copy.bin")
+    for file in folder.glob("*.xxh3"):
+        file.unlink()
+    trained = planned(folder, "trained", ["web"], "steps = 30")
+    check(folder, config_of(trained, 30, path=planned(folder, "held", ["copy"], "steps = 2"), steps=2))
+    with pytest.raises(DistattnError, match=r"document \d+ of corpus webs is evaluated, and trained in"):
+        check(folder, config_of(trained, 30, path=planned(folder, "same", ["web"], "steps = 2"), steps=2))
+
+
 def test_other_documents_may_be_evaluated(folder):
     check(folder, config_of(planned(folder, "trained", ["web"]), path=planned(folder, "held", ["books"]), steps=4))
 

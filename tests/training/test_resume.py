@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path,
 
 
 def test_what_is_computed_less_often_or_logged_changes_no_number(config, tmp_path):
-    """Evaluation, tiles, replays and histograms beside a run without them."""
+    """Rollbacks, replays and histograms beside a run without them."""
     plain = trained(config)
     more = dataclasses.replace(
         config,

@@ -58,3 +58,33 @@ def test_numbers_that_are_not_finite_are_valid_json_and_read_as_they_were(tmp_pa
     (step,), (losses,) = run.metrics(), run.losses("training")
     assert math.isnan(step.loss) and step.grad_norm == math.inf
     assert losses["by_position"][0]["loss"] == -math.inf
+
+
+def test_lines_that_wait_at_the_end_are_added_or_said_to_be_lost(tmp_path, capsys):
+    full = [True]
+
+    def append(path, rows):
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        json_lines.append_rows(path, rows)
+
+    lines = json_lines.JsonLines(tmp_path / "rows.jsonl", append)
+    lines.add(lambda: [{"step": 1}, {"step": 2}])
+    lines.close()
+    assert "its last 2 lines are lost" in capsys.readouterr().err
+    full[0] = False
+    lines.close()
+    assert read_rows(tmp_path / "rows.jsonl") == [{"step": 1}, {"step": 2}] and not capsys.readouterr().err
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "config.toml"
+    json_lines.write_whole(file, "before")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json_lines.os, "fsync", full)
+    with pytest.raises(OSError):
+        json_lines.write_whole(file, "after")
+    assert [one.name for one in tmp_path.iterdir()] == ["config.toml"] and file.read_text() == "before"
