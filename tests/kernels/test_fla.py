@@ -61,6 +61,7 @@ def test_what_they_do_not_take_is_refused_by_name(found):
     said = found["refusals"]
     assert said["served"] == "" and "bfloat16 and float16, not float32" in said["fp32"]
     assert "multiples of 16 up to 256, not 24" in said["dim"] and "not 512" in said["wide"]
+    assert said["filters"] == "" and "not of groups" in said["groups"] and "a shift has none" in said["shift"]
 
 
 def test_on_gpus_they_are_tried_before_the_chunked_kernel():

@@ -113,7 +113,15 @@ def refusals() -> dict[str, str]:
         "dim": usual._replace(head_dim=24),
         "wide": usual._replace(v_head_dim=512),
     }
-    return {name: load_kernel("fla").unsupported_reason(needed) or "" for name, needed in odd.items()}
+    filters = KernelRequirements(torch.float32, 1, 6, CPU, op=OPS["convolution"])
+    others = {
+        "filters": filters,
+        "groups": filters._replace(grouped=True),
+        "shift": filters._replace(op=OPS["token_shift"]),
+    }
+    found = {name: load_kernel("fla").unsupported_reason(needed) for name, needed in odd.items()}
+    found |= {name: load_kernel("fla_conv1d").unsupported_reason(needed) for name, needed in others.items()}
+    return {name: why or "" for name, why in found.items()}
 
 
 if __name__ == "__main__":
