@@ -208,8 +208,11 @@ def _shifted(x_N: Tensor, distance: int, fill: int, sequences: Sequence[Tensor])
     out = torch.full_like(x_N, fill)
     for sequence in sequences:
         own = sequence.to(out.device)
-        n = len(own)
-        out[own[max(distance, 0) : n + min(distance, 0)]] = x_N[own[max(-distance, 0) : n - max(distance, 0)]]
+        kept = max(len(own) - abs(distance), 0)
+        first, last = own[:kept], own[len(own) - kept :]
+        if distance < 0:
+            first, last = last, first
+        out[last] = x_N[first]
     return out
 
 

@@ -1,7 +1,12 @@
 """Planted mistakes of recurrent layers and convolutions of a hybrid model are named; a healthy one has no finding."""
 
+import pytest
+import torch
+from plain_batch import PlainBatch
 from planted import MISTAKES, script
 from test_planted import BF16, diagnoses
+
+from distattn.doctor.emulation import _convolution, _shifted
 
 # what ranks do in the place of the batch's recurrence or convolution; `parts` are the ranks' tokens
 CARELESS = """
@@ -89,3 +94,20 @@ def test_mistakes_of_recurrent_layers_are_named_and_none_is_found_where_none_is(
         if (found.findings[0].cause if found.findings else None) != cause:
             wrong.append(f"{name} {dtype}: {found}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("distance", [1, -2, 40])
+def test_emulated_shifts_are_those_of_documents(distance):
+    lengths = [5, 30, 1]
+    plain, documents = PlainBatch(lengths), torch.arange(36).split(lengths)
+    labels = torch.arange(36)
+    assert torch.equal(_shifted(labels, distance, -100, documents), plain.token_shift(labels, distance, fill=-100))
+
+
+def test_emulated_convolutions_are_those_of_documents():
+    lengths = [5, 30, 1]
+    plain, documents = PlainBatch(lengths), torch.arange(36).split(lengths)
+    x, bias = torch.randn(36, 6), torch.randn(6)
+    for weight in (torch.randn(6, 4), torch.randn(6, 3, 4)):
+        wanted = plain.causal_conv1d(x, weight, bias=bias)
+        torch.testing.assert_close(_convolution(x, weight, bias, documents), wanted)

@@ -29,6 +29,10 @@ def test_many_stretches_and_layers_pay_for_a_relayout_and_few_do_not():
     # nothing is known of time
     run = recurrent_run(batch_of(many), "gated_delta_rule", layers=6, **shape)
     assert not run.is_relaid and run.enter(x := torch.ones(3, 2)) is x
+    # a rank without tokens may be a server
+    blocks = [(at, at + 1024) for at in range(0, TOKENS, 1024)]
+    idle = Layout.from_chunks((TOKENS,), [*(blocks[rank::7] for rank in range(7)), []])
+    assert not recurrent_run(batch_of(idle, cluster="h100-1x8"), "gated_delta_rule", layers=6, **shape).is_relaid
 
 
 def test_every_row_goes_to_its_new_owner_and_back():

@@ -50,9 +50,11 @@ class PlainBatch:
 
     def token_shift(self, x: Tensor, distance: int = 1, *, fill: int = 0) -> Tensor:
         def of_document(part: Tensor) -> Tensor:
-            out, n = torch.full_like(part, fill), len(part)
-            out[max(distance, 0) : n + min(distance, 0)] = part[max(-distance, 0) : n - max(distance, 0)]
-            return out
+            rows = [
+                part[at] if 0 <= (at := row - distance) < len(part) else torch.full_like(part[0], fill)
+                for row in range(len(part))
+            ]
+            return torch.stack(rows)
 
         return self._each(of_document, x)
 
