@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from distattn.adapters.huggingface_modules import folder_of
+from distattn.adapters.pytorch import MIXING as MIXING
 from distattn.batch.local_batch import LocalBatch
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
@@ -43,8 +44,6 @@ MODELS = (
     "qwen3_next",
     "zamba2",
 )
-# kinds of layers, as transformers' configurations name them, that read other tokens by a recurrence or a convolution
-MIXING = ("linear_attention", "conv", "hybrid")
 # the first transformers known to hand the model's keyword arguments on to these functions
 _LEAST = "5.23"
 # FLA's kernels add as much to the sum of squares

@@ -33,6 +33,8 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 from distattn.memory.tiled_loss import LogitChange, TiledLoss
 
+# kinds of layers, as transformers' configurations name them, that read other tokens by a recurrence or a convolution
+MIXING = ("linear_attention", "conv", "hybrid")
 # as models of one's own call the layer that makes logits
 _OUTPUT_LAYERS = ("lm_head", "head", "output", "unembedding")
 
@@ -91,6 +93,13 @@ def _output(model: torch.nn.Module, batch: Mapping[str, Any]) -> Any:
         raise DistattnError(
             f"{type(unwrapped(model)).__name__} did not ask for attention: each rank has read its own tokens "
             'only. Models of transformers want attn_implementation="distattn", and attention layers.'
+        )
+    kinds = getattr(getattr(unwrapped(model), "config", None), "layer_types", None) or ()
+    mixing = sorted({kind for kind in kinds if kind in MIXING})
+    if isinstance(local, LocalBatch) and mixing and not local.mixed:
+        raise DistattnError(
+            f"the {', '.join(mixing)} layers of {type(unwrapped(model)).__name__} did not ask for their plans: each rank has "
+            "read its own tokens only. Take the transformers that this distattn was tested with."
         )
     return out
 

@@ -58,8 +58,8 @@ class LocalBatch(BatchAttention):
     """The packed axis that one batch was laid out on: what attention layers need of it. It travels with the batch.
 
     positions: of this rank's tokens (1, T), where models are to be held to them. stands_in: whether this rank has no such
-    micro-batch, and padding for one. used: whether a layer has asked for attention. number: of the batch, in the run. proven:
-    whether its plans are proven before they run.
+    micro-batch, and padding for one. used: whether a layer has asked for anything; mixed: for a recurrence or a convolution.
+    number: of the batch, in the run. proven: whether its plans are proven before they run.
     """
 
     positions: Tensor | None = None
@@ -67,7 +67,7 @@ class LocalBatch(BatchAttention):
 
     def __init__(self, planner: Planner, key: BatchKey, number: int, proven: bool):
         self.planner, self.key, self.number, self.proven = planner, key, number, proven
-        self.used = False
+        self.used = self.mixed = False
         self._executables: dict[tuple[AttentionShape, torch.device], Executable] = {}
         self._ahead: dict[tuple[AttentionShape, torch.device], Future[Planned]] = {}
         self._checked: Tensor | None = None
@@ -116,7 +116,7 @@ class LocalBatch(BatchAttention):
 
         Every document of the batch begins with a state of zeros.
         """
-        self.used = True
+        self.used = self.mixed = True
         q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
         shape = AttentionShape.of(v_THV, q_TGK, v_THV)._replace(head_dim=q_TGK.shape[2], op=op_of(op))
         executable = self.executable(shape, q_TGK.device)
@@ -159,7 +159,7 @@ class LocalBatch(BatchAttention):
         self, x_TC: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
         """`distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for filters (C, W), or (C, C / G, W) of G groups."""
-        self.used = True
+        self.used = self.mixed = True
         (x_TC,) = autocast_inputs(x_TC)
         if weight.dim() not in (2, 3):
             raise DistattnError(

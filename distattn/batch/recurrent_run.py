@@ -120,5 +120,5 @@ class _RelaidBatch(LocalBatch):
         return 0 if self._batch.stands_in else len(layout.tokens(self.planner.ranks.rank))
 
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
-        self._batch.used = True
+        self._batch.used = self._batch.mixed = True
         return self._batch.executable(shape._replace(layout=self.layout), device)

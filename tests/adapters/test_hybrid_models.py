@@ -1,6 +1,7 @@
 """transformers' hybrid models on several ranks, beside themselves in one process with one document at a time."""
 
 import copy
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import hybrid_models
@@ -106,6 +107,17 @@ def test_an_older_transformers_is_refused(monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.22.1")
     with pytest.raises(da.DistattnError, match=r"layer 0 is a conv layer.* needs transformers 5.23, and 5.22.1"):
         huggingface.check_config(config)
+
+
+def test_a_layer_that_does_not_ask_for_its_plan_is_noticed(monkeypatch):
+    model = hybrid_models.build("lfm2")
+    module = sys.modules[type(model).__module__]
+    planned = module.causal_conv1d_fn.__wrapped__
+    # as where another transformers calls it by another name
+    monkeypatch.setattr(module, "causal_conv1d_fn", lambda *given, context_parallel, **named: planned(*given, **named))
+    cp = da.ContextParallel(strategy="ring", kernel="reference")
+    with pytest.raises(da.DistattnError, match="the conv layers of Lfm2ForCausalLM did not ask for their plans"):
+        local_loss(model, cp.shard(batch_of(PACK)))
 
 
 def _checkpointed(rank: int, checkpointed: bool) -> list:
