@@ -166,6 +166,10 @@ def test_one_command_trains_compares_and_leaves_a_run_folder(config_file, tmp_pa
     assert "<canvas" in page and "data:image/png;base64," in page
     # self-contained: nothing is fetched from anywhere
     assert 'src="http' not in page and "<link" not in page and "<script src" not in page
+    verified = distattn("ckpt", "verify", "out", cwd=tmp_path)
+    assert verified.returncode == 0 and "step-00000006" in verified.stdout, verified.stdout + verified.stderr
+    longer = distattn("resume", "out", "--train.steps", "8", cwd=tmp_path)
+    assert longer.returncode == 0 and "step 8/8" in longer.stdout, longer.stderr
 
 
 def test_json_is_all_that_is_printed_and_an_existing_folder_is_never_touched(config_file, tmp_path):
