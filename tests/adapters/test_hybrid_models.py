@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import hybrid_models
 import pytest
 import torch
-import transformers
 from hybrid_models import RECURRENT, batch_of, double_precision, in_one_process, worst
 from processes import run_on_ranks, sum_gradients
 
 import distattn as da
-from distattn.adapters import huggingface
+from distattn.adapters import huggingface, huggingface_recurrent
 from distattn.adapters.huggingface_recurrent import MODELS
 from distattn.adapters.pytorch import local_loss
 
@@ -104,7 +103,7 @@ def test_the_same_model_computes_whole_batches_alone():
 def test_an_older_transformers_is_refused(monkeypatch):
     config = hybrid_models.config("lfm2")
     huggingface.check_config(config)
-    monkeypatch.setattr(transformers, "__version__", "5.22.1")
+    monkeypatch.setattr(huggingface_recurrent.transformers, "__version__", "5.22.1")
     with pytest.raises(da.DistattnError, match=r"layer 0 is a conv layer.* needs transformers 5.23, and 5.22.1"):
         huggingface.check_config(config)
 

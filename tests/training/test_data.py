@@ -126,7 +126,7 @@ def test_a_run_on_a_plan_has_its_steps_and_its_vocabulary(tmp_path):
     config = replace(config, model=ModelConfig(vocab_size=256))
     data = open_data(run, config)
     assert (data.vocabulary, data.context, data.plan.steps) == (256, 64, 9)
-    with pytest.raises(DistattnError, match="train.steps: 10, but .*p has 9 steps; plan more"):
+    with pytest.raises(DistattnError, match="train.steps: 10, but .*p has 9 steps; raise steps in"):
         open_data(run, replace(config, train=TrainConfig(steps=10)))
     with planned_packs(config) as plan:
         assert plan.digest == data.plan.digest
