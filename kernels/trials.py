@@ -47,6 +47,21 @@ class Trial(NamedTuple):
     passing: bool = False
 
 
+def try_each(
+    names: Sequence[str],
+    requirements: KernelRequirements,
+    differences: Callable[[Any], list[float]],
+    seconds: Callable[[Any], float],
+    report: Callable[[str], None],
+) -> dict[str, Trial]:
+    """The trials of kernels, one after another; differences and seconds: of a loaded kernel."""
+    found = {}
+    for name in names:
+        report(f"trying kernel {name} ...")
+        found[name] = tried(name, requirements, differences, seconds)
+    return found
+
+
 def try_kernels(
     names: Sequence[str],
     masks: Sequence[LaunchMask],
@@ -57,16 +72,13 @@ def try_kernels(
     if not masks:
         return {}
     largest = max(masks, key=lambda mask: int(areas(mask.bands).sum()))
-    found = {}
-    for name in names:
-        report(f"trying kernel {name} ...")
-        found[name] = tried(
-            name,
-            requirements,
-            lambda kernel: [_difference(kernel, sample(largest, *_COMPARED, at), requirements) for at in (0.0, 0.6)],
-            lambda kernel: _seconds(kernel, sample(largest, *_TIMED, 1.0), requirements),
-        )
-    return found
+    return try_each(
+        names,
+        requirements,
+        lambda kernel: [_difference(kernel, sample(largest, *_COMPARED, at), requirements) for at in (0.0, 0.6)],
+        lambda kernel: _seconds(kernel, sample(largest, *_TIMED, 1.0), requirements),
+        report,
+    )
 
 
 def sample(mask: LaunchMask, rows: int, keys: int, heads: int, at: float) -> LaunchMask:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 import transformers
 from packaging.version import Version
@@ -24,6 +23,7 @@ from transformers.activations import ACT2FN
 
 from distattn.adapters.huggingface_modules import folder_of
 from distattn.adapters.pytorch import MIXING as MIXING
+from distattn.adapters.recurrent_layers import mamba2, unit_length
 from distattn.batch.local_batch import LocalBatch
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
@@ -46,8 +46,6 @@ MODELS = (
 )
 # the first transformers known to hand the model's keyword arguments on to these functions
 _LEAST = "5.23"
-# FLA's kernels add as much to the sum of squares
-_NORM_EPSILON = 1e-6
 
 
 def check_mixing_layer(number: int, config: Any) -> None:
@@ -114,7 +112,7 @@ def _delta_rule(
     """query, key (1, T, G, K), value (1, T, H, V), g (1, T, H) or (1, T, H, K), beta (1, T, H) -> (1, T, H, V), and no state."""
     _refuse_states(initial_state, output_final_state)
     if use_qk_l2norm_in_kernel:
-        query, key = _unit_length(query), _unit_length(key)
+        query, key = unit_length(query), unit_length(key)
     q_TGK, k_TGK, v_THV, beta_TH = (x.squeeze(0) for x in (query, key, value, beta))
     wide = g.squeeze(0).to(accumulation_dtype(value.dtype))
     return batch.recurrence(q_TGK, k_TGK, v_THV, op, g=wide, beta=beta_TH.to(v_THV.dtype))[None], None
@@ -144,13 +142,12 @@ def _state_space(
     _refuse_states(initial_states, return_final_states)
     if z is not None:
         raise DistattnError("a gate inside the scan of a Mamba-2 layer (z) is not computed.")
-    dtype, wide = hidden_states.dtype, accumulation_dtype(hidden_states.dtype)
-    x_THV, dt_TH = hidden_states.squeeze(0).to(wide), dt.squeeze(0).to(wide)
+    wide = accumulation_dtype(hidden_states.dtype)
+    dt_TH = dt.squeeze(0).to(wide)
     dt_TH = dt_TH if dt_bias is None else dt_TH + dt_bias.to(wide)
     dt_TH = (F.softplus(dt_TH) if dt_softplus else dt_TH).clamp(*dt_limit)
-    v_THV, q_TGK, k_TGK = (x_THV * dt_TH[..., None]).to(dtype), C.squeeze(0), B.squeeze(0)
-    o_THV = batch.recurrence(q_TGK, k_TGK, v_THV, "ssd", g=A.to(wide) * dt_TH, scale=1.0).to(wide)
-    return (o_THV if D is None else o_THV + D[:, None].to(wide) * x_THV)[None]
+    skip_H1 = None if D is None else D[:, None]
+    return mamba2(batch, hidden_states.squeeze(0), dt_TH, A.to(wide), B.squeeze(0), C.squeeze(0), skip_H1)[None]
 
 
 def _not_fused(batch: LocalBatch, *given: Any, **named: Any) -> None:
@@ -164,11 +161,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mamba2_chunk_scan": _state_space,
     "mamba2_split_conv1d_scan_combined": _not_fused,
 }
-
-
-def _unit_length(x: Tensor) -> Tensor:
-    wide = x.to(accumulation_dtype(x.dtype))
-    return (wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) + _NORM_EPSILON)).to(x.dtype)
 
 
 def _refuse_states(initial: Tensor | None, final: bool) -> None:

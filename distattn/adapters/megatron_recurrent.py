@@ -11,19 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet as MegatronGatedDeltaNet
 from megatron.core.ssm.mamba_mixer import MambaMixer as MegatronMambaMixer
 from torch import Tensor
 
 from distattn.adapters.megatron_batches import MegatronBatches
+from distattn.adapters.recurrent_layers import mamba2, unit_length
 from distattn.batch.local_batch import LocalBatch
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
-
-# of the norm of queries and keys, as in flash-linear-attention
-_EPS = 1e-6
 
 
 class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
@@ -68,10 +65,7 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
     def _key_heads(self, x_TX: Tensor) -> Tensor:
         """(T, G, K), of norm 1 where that is asked for."""
         x = x_TX.unflatten(-1, (-1, self.key_head_dim)).contiguous()
-        if not self.use_qk_l2norm:
-            return x
-        wide = x.to(accumulation_dtype(x.dtype))
-        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _EPS)).to(x.dtype)
+        return unit_length(x) if self.use_qk_l2norm else x
 
 
 class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
@@ -101,12 +95,10 @@ class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
         x_THV = x_TX.unflatten(-1, (-1, self.headdim))
         wide = accumulation_dtype(dt_TH.dtype)
         dt_TH = F.softplus(dt_TH.to(wide) + self.dt_bias.to(wide))
-        v_THV = (x_THV * dt_TH[..., None]).to(x_THV.dtype)
-        g_TH = -dt_TH * self.A_log.to(wide).exp()
-        o_THV = batch.recurrence(q_TGK, k_TGK, v_THV, "ssd", g=g_TH, scale=1.0)
-        skip = self.D.to(wide).view(-1, self.headdim if self.D_has_hdim else 1)
+        skip = self.D.view(-1, self.headdim if self.D_has_hdim else 1)
+        o_THV = mamba2(batch, x_THV, dt_TH, -self.A_log.to(wide).exp(), k_TGK, q_TGK, skip)
         gate_THV = self.act(z_TX.to(wide)).view(o_THV.shape)
-        y_TBX = _rows(((o_THV + skip * x_THV) * gate_THV).to(x_THV.dtype), projected_TBX)
+        y_TBX = _rows((o_THV * gate_THV).to(x_THV.dtype), projected_TBX)
         out: tuple[Tensor, Tensor | None] = self.out_proj(self.norm(y_TBX) if self.rmsnorm else y_TBX)
         return out
 

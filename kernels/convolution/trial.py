@@ -14,7 +14,7 @@ from distattn.ir.mask import Mask
 from distattn.kernels.convolution import taps
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.spec import KernelRequirements
-from distattn.kernels.trials import Trial, median_seconds, tried
+from distattn.kernels.trials import Trial, median_seconds, try_each
 from distattn.kernels.triton.launch import schedule_to_device
 
 # lengths of documents, some for comparison, some for times; taps as most models have
@@ -54,16 +54,13 @@ def try_convolution(
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
     """The trials of kernels on calls with so many heads; those of queries and keys do not matter."""
-    found = {}
-    for name in names:
-        report(f"trying kernel {name} ...")
-        found[name] = tried(
-            name,
-            requirements,
-            lambda kernel: differences(kernel, ConvolutionInputs.random(_COMPARED, heads, requirements), requirements),
-            lambda kernel: _seconds(kernel, ConvolutionInputs.random(_TIMED, heads, requirements), requirements),
-        )
-    return found
+    return try_each(
+        names,
+        requirements,
+        lambda kernel: differences(kernel, ConvolutionInputs.random(_COMPARED, heads, requirements), requirements),
+        lambda kernel: _seconds(kernel, ConvolutionInputs.random(_TIMED, heads, requirements), requirements),
+        report,
+    )
 
 
 def differences(kernel: Any, given: ConvolutionInputs, requirements: KernelRequirements) -> list[float]:

@@ -17,7 +17,7 @@ from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import KernelRequirements
-from distattn.kernels.trials import Trial, median_seconds, tried
+from distattn.kernels.trials import Trial, median_seconds, try_each
 
 # of stretches: some for comparison, some for times; and heads at most
 _COMPARED, _TIMED = (150, 1, 64, 33), (2048, 1500, 548)
@@ -71,16 +71,13 @@ def try_recurrence(
         count = min(max(most // group, 1), key_heads)
         return RecurrenceInputs.random(lengths, count * group, count, requirements)
 
-    found = {}
-    for name in names:
-        report(f"trying kernel {name} ...")
-        found[name] = tried(
-            name,
-            requirements,
-            lambda kernel: differences(kernel, inputs(_COMPARED, _HEADS_COMPARED)),
-            lambda kernel: _seconds(kernel, inputs(_TIMED, _HEADS_TIMED)),
-        )
-    return found
+    return try_each(
+        names,
+        requirements,
+        lambda kernel: differences(kernel, inputs(_COMPARED, _HEADS_COMPARED)),
+        lambda kernel: _seconds(kernel, inputs(_TIMED, _HEADS_TIMED)),
+        report,
+    )
 
 
 def differences(kernel: Any, given: RecurrenceInputs) -> list[float]:

@@ -1,0 +1,40 @@
+"""What recurrent layers of several trainers compute around a batch's recurrence."""
+
+# T tokens on this rank, H heads of values, G heads of queries and keys, K key dim, V value dim
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distattn.batch.local_batch import LocalBatch
+from distattn.kernels.merge import accumulation_dtype
+
+# of the sum of squares, as in flash-linear-attention's kernels
+_NORM_EPSILON = 1e-6
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """x with rows of length 1 along the last dim, in its dtype: queries and keys of delta rules."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _NORM_EPSILON)).to(x.dtype)
+
+
+def mamba2(
+    batch: LocalBatch,
+    x_THV: Tensor,
+    dt_TH: Tensor,
+    a_H: Tensor,
+    k_TGK: Tensor,
+    q_TGK: Tensor,
+    skip_H1: Tensor | None,
+) -> Tensor:
+    """Mamba-2's scan (T, H, V), in the accumulation dtype, as mamba-ssm's kernels compute it.
+
+    dt_TH: time steps, and a_H: what they are multiplied by to decays, both in the accumulation dtype. k_TGK and q_TGK are called
+    B and C there. skip_H1: (H, 1) or (H, V), how much of x is added.
+    """
+    wide = accumulation_dtype(x_THV.dtype)
+    v_THV = (x_THV.to(wide) * dt_TH[..., None]).to(x_THV.dtype)
+    o_THV = batch.recurrence(q_TGK, k_TGK, v_THV, "ssd", g=a_H * dt_TH, scale=1.0).to(wide)
+    return o_THV if skip_H1 is None else o_THV + skip_H1.to(wide) * x_THV.to(wide)
