@@ -1,0 +1,63 @@
+"""Which of several ranks that stand still is to blame: most of them only wait for one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from distattn.supervision.heartbeats import Heartbeat
+
+
+class Culprit(NamedTuple):
+    """A rank that stands still for a reason of its own. how: what it does, as the rest of a sentence about it."""
+
+    rank: int
+    how: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} {self.how}"
+
+
+def process_state(pid: int) -> str:
+    """The state of a process as Linux tells it (proc(5)): R, S, D, T, t, Z, or X where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+def culprits(beats: Mapping[int, Heartbeat | None], states: Mapping[int, str]) -> list[Culprit]:
+    """Of ranks that stand still, those that do not merely wait for others; never none.
+
+    beats: by rank, None of those that have told nothing. states: of their processes, as `process_state` has them.
+    """
+    if stopped := [rank for rank, state in states.items() if state in "Tt"]:
+        return [Culprit(rank, f"is stopped (SIGSTOP or a debugger): {_words(beats[rank])}") for rank in stopped]
+    if silent := [rank for rank, beat in beats.items() if beat is None]:
+        return [Culprit(rank, "has told nothing since it was started") for rank in silent]
+    known = {rank: beat for rank, beat in beats.items() if beat is not None}
+    if stuck := [rank for rank, state in states.items() if state == "D"]:
+        return [Culprit(rank, f"waits for its disk or a device: {_words(beats[rank])}") for rank in stuck]
+    if busy := [rank for rank, beat in known.items() if not beat.waits]:
+        return [Culprit(rank, f"neither waits for others nor goes on: {_words(beats[rank])}") for rank in busy]
+    # all wait: those that are behind, or else those that wait for something else than most
+    least = min((beat.step for beat in known.values()), default=-1)
+    if behind := [rank for rank, beat in known.items() if beat.step == least]:
+        if len(behind) < len(known):
+            return [Culprit(rank, f"is behind the others: {_words(beats[rank])}") for rank in behind]
+    counts = Counter(beat.words for beat in known.values())
+    common, number = counts.most_common(1)[0]
+    if number < len(known):
+        others = [rank for rank, beat in known.items() if beat.words != common]
+        return [
+            Culprit(rank, f"waits for what no other does: {_words(beats[rank])}; the others: {common}") for rank in others
+        ]
+    return [Culprit(rank, f"waits as all others do: {common}") for rank in known]
+
+
+def _words(beat: Heartbeat | None) -> str:
+    if beat is None:
+        return "it has told nothing"
+    return beat.words if beat.step < 0 else f"step {beat.step + 1}, {beat.words}"

@@ -1,0 +1,61 @@
+"""What a rank that a fork server has made does before its work: it dies with its launcher, tells what it does, ends Ctrl-C silently."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from distattn.ir.errors import DistattnError
+from distattn.supervision.evidence import answer_with_stacks
+from distattn.supervision.heartbeats import attach, tell
+from distattn.supervision.rank_watch import ENDED, FAILED
+
+
+def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: str, *arguments: object) -> None:
+    """One rank's process. function: module:name of what it runs, which returns an exit code.
+
+    launcher: its process. board: where it tells what it does. evidence: a folder for the stacks of its threads.
+    """
+    # Ctrl-C ends a rank at once and silently, the launcher says the sentence
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_process(launcher)
+    rank = int(os.environ["RANK"])
+    attach(Path(board), rank, attempt)
+    answer_with_stacks(Path(evidence), rank)
+    tell("starting")
+    module, name = function.split(":")
+    work: Callable[..., int] = getattr(importlib.import_module(module), name)
+    try:
+        code = work(*arguments)
+    except BaseException as error:
+        text = error if isinstance(error, DistattnError) else f"{type(error).__name__}: {error}"
+        tell(f"{FAILED}{str(text).strip().partition(chr(10))[0]}")
+        raise
+    if code == 0:
+        tell(ENDED)
+        return
+    tell(f"{FAILED}exit code {code}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # torchrun knows exceptions and exit codes, not return values
+    os._exit(code)
+
+
+def end_with_process(pid: int) -> None:
+    """Have this process killed as soon as another one, which need not be its parent, has ended in any way."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def follow() -> None:
+        select.select([descriptor], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=follow, daemon=True, name="distattn-launcher").start()

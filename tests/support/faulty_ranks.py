@@ -1,0 +1,71 @@
+"""A small training of ranks that sum over gloo, for tests of supervision: told to be killed, stopped or to hang in one of several ways."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distattn.ir.errors import DistattnError
+from distattn.supervision.heartbeats import tell, telling
+
+
+def run(folder: str, steps: int) -> int:
+    """Steps of a sum that depends on all before it; resumes from the last that is in the folder."""
+    rank, torn = int(os.environ["RANK"]), Path(folder, "fault.json")
+    torch.set_num_threads(1)
+    with telling("rendezvous", waits=True):
+        dist.init_process_group("gloo")
+    file = Path(folder, "losses.jsonl")
+    before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    dist.barrier()
+    fault = json.loads(torn.read_text()) if torn.exists() else {}
+    value = torch.tensor(before[-1][1] if before else 1.0, dtype=torch.float64)
+    for step in range(len(before), steps):
+        tell("computing", step=step)
+        time.sleep(0.01)
+        mine = fault.get("rank") == rank and fault.get("step") == step
+        if mine:
+            torn.unlink()
+            hang(fault["kind"], Path(folder))
+        part = (value * (rank + 1)).sin()
+        with telling("all-reduce of the loss", waits=True):
+            dist.all_reduce(part)
+        value = part
+        if rank == 0:
+            with open(file, "a") as opened:
+                opened.write(json.dumps([step, value.item()]) + "\n")
+    dist.destroy_process_group()
+    return 0
+
+
+def hang(kind: str, folder: Path) -> None:
+    """Never returns, or does not return in time."""
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "lock":
+        tell("reading shard 12")
+        lock = threading.Lock()
+        lock.acquire()
+        lock.acquire()
+    if kind == "read":
+        os.mkfifo(folder / "never")
+        with telling("reading never"):
+            (folder / "never").read_bytes()
+    if kind == "interpreter":
+        ctypes.PyDLL(None).sleep(1000)
+    if kind == "message":
+        peer = (int(os.environ["RANK"]) + 1) % dist.get_world_size()
+        with telling(f"key/value move 3 of layer 17 from rank {peer}", waits=True):
+            dist.recv(torch.zeros(1), peer, tag=9)
+    if kind == "refused":
+        raise DistattnError("tokens.bin: token 7 is not in the vocabulary.")
