@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m distattn.launch.rank RUN true|false` (the last word: metrics as JSON lines)."""
+"""One rank of a run: `run`, or `python -m distattn.launch.rank RUN true|false` (the last word: metrics as JSON lines)."""
 
 import json
 import os
@@ -8,6 +8,24 @@ import sys
 from pathlib import Path
 
 from distattn.launch.die_with_launcher import die_with_launcher
+
+
+def run(folder: str, json_lines: bool) -> int:
+    """Run one rank of a run, in a process of its own that torchrun has named. Returns the exit code."""
+    if (logs := Path(folder, "logs")).is_dir():
+        keep_log(logs)
+    from distattn.training.rank import main
+
+    return main(folder, json_lines)
+
+
+def set_allocator() -> None:
+    """Have GPU memory come in segments that grow, unless the user has chosen; before anything uses a GPU.
+
+    Packed batches want buffers of ever new sizes, and fixed segments of the allocator would leave holes between them.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def keep_log(folder: Path) -> None:
@@ -30,13 +48,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # on Slurm torchrun is the parent
     die_with_launcher(os.getppid())
-    if (logs := Path(sys.argv[1], "logs")).is_dir():
-        keep_log(logs)
-
-    # packed batches want buffers of ever new sizes, and fixed segments of the allocator would leave holes between them
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-    from distattn.training.rank import main
-
-    sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))
+    set_allocator()
+    sys.exit(run(sys.argv[1], json.loads(sys.argv[2])))

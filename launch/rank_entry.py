@@ -1,4 +1,4 @@
-"""What a rank that a fork server has made does before its work: it dies with its launcher, tells what it does, ends Ctrl-C silently."""
+"""What a rank that a fork server has made does before its work: it ends with its launcher, and tells what it does."""
 
 from __future__ import annotations
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
+from distattn.checkpoints.checkpoint_folder import newest_step
 from distattn.launch.command_line import no_progress, print_line
 from distattn.launch.machine_limits import check_run_fits
+from distattn.launch.rank import set_allocator
 from distattn.launch.start_run import require_packages, resume_run, start_run
+from distattn.supervision.rank_watch import Patience
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
 
@@ -41,7 +43,16 @@ def resume_locally(run: RunFolder, config: Config, json_lines: bool) -> int:
 def _run(run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool) -> int:
     # heavy imports only once the run is known to be possible
     from distattn.launch.finish_run import finish_run
-    from distattn.launch.local import run_ranks
+    from distattn.launch.supervised_ranks import Restarts, run_supervised
 
-    code = run_ranks(config.parallel.ranks, "distattn.launch.rank", str(run.folder), json.dumps(json_lines))
+    set_allocator()
+    code = run_supervised(
+        config.parallel.ranks,
+        "distattn.launch.rank:run",
+        [str(run.folder), json_lines],
+        attempts=run.attempts,
+        restarts=Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints)),
+        patience=Patience(config.supervision.starting_seconds, config.supervision.patience_seconds),
+        preload=["distattn.training.rank", "transformers.models.auto.modeling_auto"],
+    )
     return code or finish_run(run, config, report_progress, json_lines)

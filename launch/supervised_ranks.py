@@ -1,7 +1,7 @@
 """Ranks of one machine that are watched, and started again where one was killed or hangs: torchrun's API around a fork server.
 
-A fork of a process that has imported torch takes a hundredth of a second, a fresh import seconds. Every attempt has a rendezvous of
-its own, since torch 2.13 keeps the dead ranks' addresses over restarts (pytorch#167288).
+A fork of a process that has imported torch takes a hundredth of a second, a fresh import seconds. Every attempt has a rendezvous
+of its own, since torch 2.13 keeps the dead ranks' addresses over restarts (pytorch#167288).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import logging
 import multiprocessing
 import os
-import secrets
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distattn.launch.rank_entry import run_rank
-from distattn.supervision.heartbeats import HeartbeatBoard, board_folder
+from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
 # what a rank imports sooner or later; torch._dynamo is what the first optimizer imports
@@ -75,7 +74,8 @@ def run_supervised(
         if code < 128 and not trouble.hung or without_progress > restarts.limit:
             _say(f"{trouble}; the other ranks were stopped.")
             return code
-        _say(f"{trouble}; all ranks start again from step {now:,} (restart {without_progress} of {restarts.limit} until the run comes further).")
+        count = f"restart {without_progress} of {restarts.limit} until the run comes further"
+        _say(f"{trouble}; all ranks start again from step {now:,} ({count}).")
 
 
 class _Attempt:
@@ -88,8 +88,8 @@ class _Attempt:
 
     def run(self) -> tuple[int, Trouble | None]:
         """The exit code, and what went wrong with a rank; None also where this process was stopped."""
-        self._folder.mkdir(parents=True)
-        board = HeartbeatBoard(board_folder() / f"distattn-{os.getpid()}-{secrets.token_hex(4)}", self._ranks)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        board = HeartbeatBoard.make(self._ranks)
         watch = RankWatch(board, self._ranks, self._patience, self._folder)
         given = (os.getpid(), str(board.path), self._number, str(self._folder), self._function, *self._arguments)
         # what torchrun logs of failures and signals is said in a sentence, and by the rank itself
@@ -105,21 +105,27 @@ class _Attempt:
             return 128 + stop.sigval, None
         finally:
             watch.close()
-            board.close(remove=True)
+            board.close()
             logging.disable(logging.NOTSET)
             # torchrun leaves its own behind
             for name, handler in handlers.items():
                 signal.signal(name, handler)
             with contextlib.suppress(OSError):
-                # files of stacks that nobody asked for
+                # files of stacks that nobody asked for, and a folder that has nothing else
                 for file in self._folder.glob("stacks-*.txt"):
                     if not file.stat().st_size:
                         file.unlink()
+                self._folder.rmdir()
         return 0, None
 
     def facts(self, code: int, trouble: Trouble | None) -> dict[str, object]:
         """The line of this attempt."""
-        found: dict[str, object] = {"attempt": self._number, "began": self._began, "ended": time.time(), "exit_code": code}
+        found: dict[str, object] = {
+            "attempt": self._number,
+            "began": self._began,
+            "ended": time.time(),
+            "exit_code": code,
+        }
         if trouble is not None:
             found |= {"ranks": [one.rank for one in trouble.culprits], "why": str(trouble), "hung": trouble.hung}
             found |= {"step": trouble.step, "noticed_seconds": round(trouble.seconds, 3)}
@@ -153,7 +159,8 @@ def _exit_code(error: ChildFailedError, trouble: Trouble | None) -> int:
 
 def _next_number(attempts: Path) -> int:
     attempts.mkdir(parents=True, exist_ok=True)
-    return 1 + max((int(one.name) for one in attempts.iterdir() if one.name.isdigit()), default=0)
+    file = attempts / "attempts.jsonl"
+    return 1 + (len(file.read_text("utf-8").splitlines()) if file.exists() else 0)
 
 
 def _append(file: Path, facts: dict[str, object]) -> None:

@@ -76,6 +76,11 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda one: (one.manifest is None, one.manifest.serial if one.manifest else 0, one.step))
 
 
+def newest_step(folder: Path) -> int:
+    """Of the checkpoints of a folder that have a manifest; 0 where there is none. Raises DistattnError as `list_checkpoints`."""
+    return max((one.step for one in list_checkpoints(folder) if one.manifest is not None), default=0)
+
+
 def find_checkpoints(given: Path) -> list[Checkpoint]:
     """What a person means by a folder, of a run, of checkpoints, or of one; at least one, in the order of `list_checkpoints`.
 

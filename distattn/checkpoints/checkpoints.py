@@ -42,9 +42,12 @@ from distattn.checkpoints.rank_exchange import RankExchange, RankFailure
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.staging import HostBuffers, StagedState
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
+from distattn.supervision.heartbeats import telling
 
 # waiting for an earlier save that is worth a warning, in seconds
 _LONG_WAIT = 1.0
+# that nothing of a checkpoint may be written or synchronised before its rank counts as hung
+_WRITE_SECONDS = 120.0
 
 
 class Loaded(NamedTuple):
@@ -162,7 +165,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Return once the last save is written, or has failed. Raises as `save` does."""
         if self._last is not None:
-            self._last.written.wait()
+            with telling(f"writing {checkpoint_name(self._last.step)}", seconds=_WRITE_SECONDS):
+                self._last.written.wait()
         self._raise_error()
 
     def close(self) -> None:
@@ -259,7 +263,8 @@ class Checkpoints:
         if self._last is None:
             return
         began = time.monotonic()
-        self._last.written.wait()
+        with telling(f"writing {checkpoint_name(self._last.step)}", seconds=_WRITE_SECONDS):
+            self._last.written.wait()
         waited = time.monotonic() - began
         if waited > _LONG_WAIT and self._is_root:
             self._warn(

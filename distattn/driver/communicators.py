@@ -25,6 +25,7 @@ from distattn.parallel.runtime.transport import (
     SingleRankTransport,
     Transport,
 )
+from distattn.supervision import heartbeats
 
 Result = TypeVar("Result")
 SINGLE_RANK: Transport = SingleRankTransport()
@@ -56,9 +57,12 @@ class MonitoredTransport:
         if self.messages.on_send is not None:
             self.messages.on_send(sends)
         work = self.guarded(lambda: self._transport.exchange(sends, receives, collective, where))
-        if self._watch is not None and (sends or receives):
-            self._watch.add(work.requests, awaited(sends, receives, self._members, where))
-        return _MonitoredWork(self, work)
+        watched, words = self._watch is not None and bool(sends or receives), ""
+        if watched or heartbeats.is_attached():
+            words = awaited(sends, receives, self._members, where)
+        if watched and self._watch is not None:
+            self._watch.add(work.requests, words)
+        return _MonitoredWork(self, work, words)
 
     def guarded(self, work: Callable[[], Any]) -> Any:
         return self._monitor.guarded(work, MESSAGES, self._members)
@@ -72,9 +76,12 @@ class MonitoredTransport:
 class _MonitoredWork(NamedTuple):
     transport: MonitoredTransport
     work: PendingMessages
+    # what is waited for
+    words: str
 
     def wait(self) -> None:
-        self.transport.messages.timed(lambda: self.transport.guarded(self.work.wait))
+        with heartbeats.telling(self.words, waits=True):
+            self.transport.messages.timed(lambda: self.transport.guarded(self.work.wait))
 
 
 class MonitoredTransports:
@@ -126,7 +133,8 @@ class Communicators:
 
     def guarded(self, work: Callable[[], Result], what: str, members: Sequence[int]) -> Result:
         """What `work` returns, in which this rank waits for members, on the clock. Raises LostRankError as the monitor does."""
-        return self.messages.timed(lambda: self.monitor.guarded(work, what, members))
+        with heartbeats.telling(what, waits=True):
+            return self.messages.timed(lambda: self.monitor.guarded(work, what, members))
 
     def close(self, gracefully: bool) -> None:
         """End the host groups and the monitor's thread; the exchange is its planning thread's to close.

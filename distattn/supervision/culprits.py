@@ -40,19 +40,22 @@ def culprits(beats: Mapping[int, Heartbeat | None], states: Mapping[int, str]) -
     known = {rank: beat for rank, beat in beats.items() if beat is not None}
     if stuck := [rank for rank, state in states.items() if state == "D"]:
         return [Culprit(rank, f"waits for its disk or a device: {_words(beats[rank])}") for rank in stuck]
-    if busy := [rank for rank, beat in known.items() if not beat.waits]:
-        return [Culprit(rank, f"neither waits for others nor goes on: {_words(beats[rank])}") for rank in busy]
+    if busy := {rank: beat for rank, beat in known.items() if not beat.waits}:
+        # others may wait for it in a collective that tells nothing, FSDP2's for example: it stood still before them
+        rank = min(busy, key=lambda one: busy[one].at)
+        return [Culprit(rank, f"neither waits for others nor goes on: {_words(beats[rank])}")]
     # all wait: those that are behind, or else those that wait for something else than most
     least = min((beat.step for beat in known.values()), default=-1)
-    if behind := [rank for rank, beat in known.items() if beat.step == least]:
-        if len(behind) < len(known):
-            return [Culprit(rank, f"is behind the others: {_words(beats[rank])}") for rank in behind]
+    behind = [rank for rank, beat in known.items() if beat.step == least]
+    if len(behind) < len(known):
+        return [Culprit(rank, f"is behind the others: {_words(beats[rank])}") for rank in behind]
     counts = Counter(beat.words for beat in known.values())
     common, number = counts.most_common(1)[0]
     if number < len(known):
         others = [rank for rank, beat in known.items() if beat.words != common]
         return [
-            Culprit(rank, f"waits for what no other does: {_words(beats[rank])}; the others: {common}") for rank in others
+            Culprit(rank, f"waits for what no other does: {_words(beats[rank])}; the others: {common}")
+            for rank in others
         ]
     return [Culprit(rank, f"waits as all others do: {common}") for rank in known]
 

@@ -30,12 +30,16 @@ def answer_with_stacks(folder: Path, rank: int) -> None:
     faulthandler.register(_TELL_STACKS, file=descriptor, all_threads=True)
 
 
-def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat | None], late: Sequence[int]) -> None:
+def keep_evidence(
+    folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat | None], late: Sequence[int]
+) -> None:
     """Write what each rank told last, and the stacks of those that are late, into a folder. Raises OSError.
 
-    pids: by rank. Stacks are read by py-spy where it is installed, else written by the rank itself, which a stopped one cannot do.
+    pids: by rank. Stacks are read by py-spy where it is installed, else the rank writes them, which a stopped one cannot do.
     """
-    lines = [json.dumps({"rank": rank, "state": process_state(pids[rank])} | _fields(beats[rank])) for rank in sorted(pids)]
+    lines = [
+        json.dumps({"rank": rank, "state": process_state(pids[rank])} | _fields(beats[rank])) for rank in sorted(pids)
+    ]
     (folder / "heartbeats.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     for rank in late:
         if not _spied(pids[rank], _stacks_file(folder, rank)):

@@ -1,4 +1,4 @@
-"""Watches the ranks of one machine from their launcher: notices at once which has ended, and by their heartbeats that they hang."""
+"""Watches the ranks of one machine from their launcher: notices at once which has ended, and by heartbeats that they hang."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ class RankWatch:
                     self._longest = max(self._longest, latest - spoke if step == last else 0.0)
                 spoke, last = latest, step
             silent = time.monotonic() - spoke
-            if silent > self._limit(step) and any(beat.words != ENDED for beat in known.values()):
+            allowed = max(self._limit(step), max((beat.seconds for beat in known.values()), default=0.0))
+            if silent > allowed and any(beat.words != ENDED for beat in known.values()):
                 self._hung(beats, silent)
                 return
 
@@ -129,7 +130,9 @@ class RankWatch:
         found = tuple(culprits(beats, states))
         with contextlib.suppress(OSError):
             # a full disk must not keep a run from going on
-            keep_evidence(self._folder, pids, known, [one.rank for one in found if one.rank in pids])
+            keep_evidence(
+                self._folder, pids, known, sorted(pids, key=lambda rank: rank not in [one.rank for one in found])
+            )
         self._end(Trouble(found, _furthest(known), True, silent), known)
 
     def _end(self, trouble: Trouble, known: Mapping[int, Heartbeat]) -> None:

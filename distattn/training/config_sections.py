@@ -261,6 +261,18 @@ class WatchConfig:
 
 
 @dataclass(frozen=True)
+class SupervisionConfig:
+    """What happens where a rank is killed, or hangs: it is named, and all ranks go on from the newest checkpoint."""
+
+    max_restarts: int = 3
+    """So many times in a row without a further checkpoint; 0 ends the run at the first failure."""
+    patience_seconds: float = 10.0
+    """A rank hangs when no rank has done anything for so long, and for four times the longest pause of an earlier step."""
+    starting_seconds: float = 600.0
+    """The same until two steps are done: connecting, loading a checkpoint and compiling take their time."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out documents."""
 
@@ -295,6 +307,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     reference_check: ReferenceCheckConfig = field(default_factory=ReferenceCheckConfig)
 
@@ -312,6 +325,7 @@ for _section in (
     CheckpointConfig,
     MemoryConfig,
     WatchConfig,
+    SupervisionConfig,
     EvaluationConfig,
     ReferenceCheckConfig,
 ):

@@ -26,6 +26,7 @@ from distattn.data.loader import PackLoader
 from distattn.data.order import derived_key
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
+from distattn.supervision.heartbeats import tell
 from distattn.training.config import Config
 from distattn.training.engines.engine import Batch, Engine, EngineState
 from distattn.training.engines.opened import open_engine
@@ -141,7 +142,9 @@ class TrainingLoop:
         last, evaluation, every = self.config.train.steps, self.config.evaluation, self.config.checkpoint.every_steps
         clock = StepClock(self.device, self.engine.cp.messages)
         steps = self.engine.cp.steps(self._loader(self.data, begin, last))
+        tell(f"reading the data of step {begin + 1}")
         for step, batches in enumerate(clock.steps(steps), begin):
+            tell("forward and backward", step=step)
             if not self._train_step(step, batches, clock):
                 return self._roll_back(step)
             done = step + 1
@@ -164,6 +167,7 @@ class TrainingLoop:
             self._replay(step, batches)
         token_losses: list[tuple[Tensor, Batch]] = []
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
+        tell("the norm of all gradients", waits=True)
         norm = self.engine.clip(train.max_grad_norm)
         mean = self.engine.cp.mean_loss(losses)
         verdict = self.watch.judge(step, mean, norm)
@@ -172,6 +176,7 @@ class TrainingLoop:
         # the last save may still be copying what the update changes
         self.checkpoints.wait_staged()
         rate = learning_rate(self.schedule, step)
+        tell("the optimizer's step")
         if verdict.applies:
             self.engine.update(rate)
             for losses_T, batch in token_losses:
@@ -220,6 +225,7 @@ class TrainingLoop:
 
     def _evaluate(self, done: int) -> None:
         """Losses of held-out documents by position and corpus, and of training since the last time."""
+        tell("evaluation")
         data, begin = held_out_data(self.config, self.data)
         sums = LossByPosition(data.context, [corpus.name for corpus in data.corpora], self.device)
         loader = self._loader(data, begin, begin + self.config.evaluation.steps)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from distattn.ir.errors import DistattnError
+from distattn.supervision.heartbeats import telling
 from distattn.training import config as configuration
 from distattn.training.loop import train
 from distattn.training.run_folder import RunFolder
@@ -29,7 +30,8 @@ def main(folder: str, json_lines: bool) -> int:
         torch.cuda.set_device(device)
     # norms of gradients on the host are added up there
     on_device = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
-    dist.init_process_group("gloo" if device.type == "cpu" else on_device)
+    with telling("connecting to the other ranks", waits=True):
+        dist.init_process_group("gloo" if device.type == "cpu" else on_device)
     try:
         train(run, config, json_lines, device)
     except DistattnError as error:

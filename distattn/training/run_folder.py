@@ -78,6 +78,8 @@ class RunFolder:
         self.replay_file = folder / "replay.jsonl"
         self.reference_check_file = folder / "reference_check.json"
         self.logs = folder / "logs"
+        # why ranks were started again, and where they stood
+        self.attempts = folder / "attempts"
         # of a batch system
         self.script_file = folder / "job.sbatch"
         self.job_file = folder / "job.json"

@@ -1,4 +1,4 @@
-"""A small training of ranks that sum over gloo, for tests of supervision: told to be killed, stopped or to hang in one of several ways."""
+"""A small training of ranks that sum over gloo, for tests of supervision: told to be killed or to hang in one of several ways."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def hang(kind: str, folder: Path) -> None:
         with telling("reading never"):
             (folder / "never").read_bytes()
     if kind == "interpreter":
-        ctypes.PyDLL(None).sleep(1000)
+        while True:
+            # a signal ends one of them
+            ctypes.PyDLL(None).sleep(1000)
     if kind == "message":
         peer = (int(os.environ["RANK"]) + 1) % dist.get_world_size()
         with telling(f"key/value move 3 of layer 17 from rank {peer}", waits=True):
