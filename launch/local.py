@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -21,23 +23,9 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
 
     0 when all ranks end well, else the first failing rank's, or 128 + the signal that stopped this process.
     """
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        # a machine's own host name need not resolve
-        local_addr="localhost",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    # what torchrun logs of failures and signals is said below in a sentence, and by the rank itself
-    logging.disable(logging.CRITICAL)
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        elastic_launch(config, sys.executable)("-m", _WRAPPER, str(os.getpid()), module, *arguments)
+        with as_found():
+            elastic_launch(torchrun_config(ranks), sys.executable)("-m", _WRAPPER, str(os.getpid()), module, *arguments)
     except ChildFailedError as error:
         # a killed rank makes its peers fail in the same instant: it is the cause, they are not
         failures = error.failures.items()
@@ -50,16 +38,50 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
         rank, failure = min(failures, key=lambda item: blame(item[1]))
         code = failure.exitcode
         how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
-        sys.stderr.write(f"distattn: rank {rank} {how}; the other ranks were stopped.\n")
+        say(f"rank {rank} {how}; the other ranks were stopped.")
         return code if code > 0 else 128 - code
     except SignalException as stop:
-        sys.stderr.write(
-            f"distattn: stopped by {signal.Signals(stop.sigval).name}; what was done is in the run folder.\n"
-        )
-        return 128 + stop.sigval
+        return stopped_by(stop)
+    return 0
+
+
+def torchrun_config(ranks: int, start_method: str = "spawn") -> LaunchConfig:
+    """Of ranks on this machine alone, with a rendezvous of their own. start_method: of ranks that are functions."""
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        # a machine's own host name need not resolve
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.05,
+        start_method=start_method,
+    )
+
+
+@contextlib.contextmanager
+def as_found() -> Iterator[None]:
+    """Around torchrun: its log is silent, since ranks and launchers say it in a sentence, and signal handlers are as before."""
+    logging.disable(logging.CRITICAL)
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
         logging.disable(logging.NOTSET)
-        # torchrun leaves its own behind
         for name, handler in handlers.items():
             signal.signal(name, handler)
-    return 0
+
+
+def stopped_by(stop: SignalException) -> int:
+    """Say that a signal has stopped this process; returns its exit code."""
+    say(f"stopped by {signal.Signals(stop.sigval).name}; what was done is in the run folder.")
+    return 128 + int(stop.sigval)
+
+
+def say(text: str) -> None:
+    """Print a sentence for the user at the console."""
+    sys.stderr.write(f"distattn: {text}\n")
+    sys.stderr.flush()

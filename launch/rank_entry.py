@@ -8,13 +8,16 @@ import select
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
 from distattn.supervision.evidence import answer_with_stacks
-from distattn.supervision.heartbeats import attach, tell
-from distattn.supervision.rank_watch import ENDED, FAILED
+from distattn.supervision.heartbeats import attach, tell, tell_end
+
+_AFTER_OTHERS_SECONDS = 0.5
 
 
 def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: str, *arguments: object) -> None:
@@ -22,8 +25,9 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
 
     launcher: its process. board: where it tells what it does. evidence: a folder for the stacks of its threads.
     """
-    # Ctrl-C ends a rank at once and silently, the launcher says the sentence
+    # Ctrl-C ends a rank at once and silently, the launcher says the sentence; its fork server has it blocked
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     end_with_process(launcher)
     rank = int(os.environ["RANK"])
     attach(Path(board), rank, attempt)
@@ -34,17 +38,18 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     try:
         code = work(*arguments)
     except BaseException as error:
-        text = error if isinstance(error, DistattnError) else f"{type(error).__name__}: {error}"
-        tell(f"{FAILED}{str(text).strip().partition(chr(10))[0]}")
-        raise
-    if code == 0:
-        tell(ENDED)
-        return
-    tell(f"{FAILED}exit code {code}")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # torchrun knows exceptions and exit codes, not return values
-    os._exit(code)
+        code = error.exit_code if isinstance(error, DistattnError) else 1
+        tell_end(code, error)
+        traceback.print_exception(error)
+    else:
+        tell_end(code)
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # where it fails because another has died, that one's end is to be found first
+        time.sleep(_AFTER_OTHERS_SECONDS)
+        # torchrun knows exceptions and exit codes, not return values
+        os._exit(code)
 
 
 def end_with_process(pid: int) -> None:

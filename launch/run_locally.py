@@ -9,6 +9,7 @@ from distattn.launch.command_line import no_progress, print_line
 from distattn.launch.machine_limits import check_run_fits
 from distattn.launch.rank import set_allocator
 from distattn.launch.start_run import require_packages, resume_run, start_run
+from distattn.supervision.attempts import Attempts
 from distattn.supervision.rank_watch import Patience
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
@@ -50,7 +51,7 @@ def _run(run: RunFolder, config: Config, report_progress: Callable[[str], None],
         config.parallel.ranks,
         "distattn.launch.rank:run",
         [str(run.folder), json_lines],
-        attempts=run.attempts,
+        attempts=Attempts(run.attempts),
         restarts=Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints)),
         patience=Patience(config.supervision.starting_seconds, config.supervision.patience_seconds),
         preload=["distattn.training.rank", "transformers.models.auto.modeling_auto"],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+# EX_TEMPFAIL of sysexits.h: nothing is wrong with what was asked for, and the same command goes on from where it stood
+TRY_AGAIN = 75
+
 
 class DistattnError(ValueError):
     """Something asked for cannot be done exactly, and is refused. Exit code 2 on the command line."""
@@ -12,7 +15,9 @@ class DistattnError(ValueError):
 
 
 class LostRankError(DistattnError):
-    """Another rank stopped answering; the message names it."""
+    """Another rank stopped answering; the message names it. Exit code TRY_AGAIN on the command line."""
+
+    exit_code = TRY_AGAIN
 
 
 class PlanError(DistattnError):

@@ -11,13 +11,14 @@ from distattn.supervision.heartbeats import Heartbeat
 
 
 class Culprit(NamedTuple):
-    """A rank that stands still for a reason of its own. how: what it does, as the rest of a sentence about it."""
+    """A rank that is to blame. how: what is wrong with it, as the rest of a sentence; does: what it has told last."""
 
     rank: int
     how: str
+    does: str = ""
 
     def __str__(self) -> str:
-        return f"rank {self.rank} {self.how}"
+        return f"rank {self.rank} {self.how}" + (f": {self.does}" if self.does else "")
 
 
 def process_state(pid: int) -> str:
@@ -31,36 +32,38 @@ def process_state(pid: int) -> str:
 def culprits(beats: Mapping[int, Heartbeat | None], states: Mapping[int, str]) -> list[Culprit]:
     """Of ranks that stand still, those that do not merely wait for others; never none.
 
-    beats: by rank, None of those that have told nothing. states: of their processes, as `process_state` has them.
+    beats: by rank, None of those that have told nothing; without ranks that have ended. states: of their processes, as
+    `process_state` has them.
     """
     if stopped := [rank for rank, state in states.items() if state in "Tt"]:
-        return [Culprit(rank, f"is stopped (SIGSTOP or a debugger): {_words(beats[rank])}") for rank in stopped]
+        return [Culprit(rank, "is stopped (SIGSTOP or a debugger)", words(beats[rank])) for rank in stopped]
     if silent := [rank for rank, beat in beats.items() if beat is None]:
         return [Culprit(rank, "has told nothing since it was started") for rank in silent]
     known = {rank: beat for rank, beat in beats.items() if beat is not None}
     if stuck := [rank for rank, state in states.items() if state == "D"]:
-        return [Culprit(rank, f"waits for its disk or a device: {_words(beats[rank])}") for rank in stuck]
+        return [Culprit(rank, "waits for its disk or a device", words(beats[rank])) for rank in stuck]
     if busy := {rank: beat for rank, beat in known.items() if not beat.waits}:
         # others may wait for it in a collective that tells nothing, FSDP2's for example: it stood still before them
         rank = min(busy, key=lambda one: busy[one].at)
-        return [Culprit(rank, f"neither waits for others nor goes on: {_words(beats[rank])}")]
+        return [Culprit(rank, "neither waits for others nor goes on", words(beats[rank]))]
     # all wait: those that are behind, or else those that wait for something else than most
     least = min((beat.step for beat in known.values()), default=-1)
     behind = [rank for rank, beat in known.items() if beat.step == least]
     if len(behind) < len(known):
-        return [Culprit(rank, f"is behind the others: {_words(beats[rank])}") for rank in behind]
+        return [Culprit(rank, "is behind the others", words(beats[rank])) for rank in behind]
     counts = Counter(beat.words for beat in known.values())
     common, number = counts.most_common(1)[0]
     if number < len(known):
         others = [rank for rank, beat in known.items() if beat.words != common]
         return [
-            Culprit(rank, f"waits for what no other does: {_words(beats[rank])}; the others: {common}")
+            Culprit(rank, "waits for what no other does", f"{words(beats[rank])}; the others: {common}")
             for rank in others
         ]
-    return [Culprit(rank, f"waits as all others do: {common}") for rank in known]
+    return [Culprit(rank, "waits as all others do", common) for rank in known]
 
 
-def _words(beat: Heartbeat | None) -> str:
+def words(beat: Heartbeat | None) -> str:
+    """What a rank told last, with the step it is in."""
     if beat is None:
         return "it has told nothing"
     return beat.words if beat.step < 0 else f"step {beat.step + 1}, {beat.words}"

@@ -16,7 +16,8 @@ from pathlib import Path
 from distattn.supervision.culprits import process_state
 from distattn.supervision.heartbeats import Heartbeat
 
-_TELL_STACKS = signal.SIGUSR1
+# USR1 is what batch systems send before a time limit
+_TELL_STACKS = signal.SIGUSR2
 # for py-spy, and for a rank's own answer
 _PY_SPY_SECONDS, _ANSWER_SECONDS = 10.0, 2.0
 
@@ -24,9 +25,11 @@ _PY_SPY_SECONDS, _ANSWER_SECONDS = 10.0, 2.0
 def answer_with_stacks(folder: Path, rank: int) -> None:
     """Have this process write where its threads stand into stacks-RANK.txt of a folder, when it is asked to.
 
-    From C, so that neither a lock nor a call that keeps the interpreter to itself is in the way.
+    From C, so that neither a lock nor a call that keeps the interpreter to itself is in the way. What ends it by a signal of its
+    own, such as a segmentation fault, is written there, too.
     """
     descriptor = os.open(_stacks_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    faulthandler.enable(descriptor)
     faulthandler.register(_TELL_STACKS, file=descriptor, all_threads=True)
 
 

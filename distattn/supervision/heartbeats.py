@@ -16,7 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from distattn.ir.errors import DistattnError
+
 SLOT_BYTES = 256
+# what a rank tells last: it has done its part, refuses to go on, or something was raised; the reason follows
+ENDED, REFUSED, RAISED = "ended", "refused: ", "raised "
 # sequence number (odd while the slot is written), pid, attempt, nanoseconds, beats, step, seconds, waits, bytes of words
 _HEAD = struct.Struct("<QIIQQqfBB")
 _WORD_BYTES = SLOT_BYTES - _HEAD.size
@@ -59,6 +63,11 @@ class HeartbeatBoard:
     def open(cls, path: Path) -> HeartbeatBoard:
         """The board of another process, by its `path`. Raises OSError."""
         return cls(os.open(path, os.O_RDWR))
+
+    @property
+    def slots(self) -> int:
+        """Of how many ranks."""
+        return len(self._memory) // SLOT_BYTES
 
     @property
     def path(self) -> Path:
@@ -150,6 +159,19 @@ def telling(words: str, *, seconds: float = 0.0, waits: bool = False) -> Iterato
         yield
     finally:
         _TOLD.tell(*before)
+
+
+def tell_end(code: int, error: BaseException | None = None) -> None:
+    """Say how this process ends, with the first line of what was raised; what it has said of its end already stays."""
+    if _TOLD.last[0].startswith((REFUSED, RAISED)):
+        return
+    line = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, DistattnError):
+        tell(f"{REFUSED}{line}")
+    elif error is not None:
+        tell(f"{RAISED}{type(error).__name__}: {line}")
+    else:
+        tell(f"{REFUSED}exit code {code}" if code else ENDED)
 
 
 def is_attached() -> bool:

@@ -10,17 +10,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from distattn.supervision.culprits import Culprit, culprits, process_state
+from distattn.supervision.culprits import Culprit, culprits, process_state, words
 from distattn.supervision.evidence import keep_evidence
-from distattn.supervision.heartbeats import Heartbeat, HeartbeatBoard
+from distattn.supervision.heartbeats import ENDED, RAISED, REFUSED, Heartbeat, HeartbeatBoard
 
+# steps after which those that compile and allocate are over
+_WARM_STEPS = 2
 # seconds between two looks
 POLL_SECONDS = 0.02
 # that a death is given to show itself: a rank that is killed makes its peers fail in the same instant
 _BLAME_SECONDS = 0.05
-# of a rank that has done its part, and of one that raised an error and has said so
-ENDED, FAILED = "ended", "failed: "
+Kind = Literal["killed", "hung", "raised", "refused"]
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,15 @@ class Patience:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why the ranks of an attempt were ended. step: training steps that had been begun, by the rank that was furthest.
+    """Why the ranks of an attempt were ended, by those that are to blame.
 
-    hung: none had ended by itself. seconds: from the last sign of life, or the death, to the decision.
+    kind: whether they were killed, hung, raised an error or refused to go on. steps: that the rank that was furthest had done in
+    this attempt. seconds: from the last sign of life, or the death, to the decision.
     """
 
     culprits: tuple[Culprit, ...]
-    step: int
-    hung: bool
+    kind: Kind
+    steps: int
     seconds: float
 
     def __str__(self) -> str:
@@ -62,9 +65,9 @@ class RankWatch:
         self._board, self._ranks, self._patience, self._folder = board, ranks, patience, folder
         self.trouble: Trouble | None = None
         self._began = time.monotonic()
-        # of steps that every rank has finished, the longest silence of all ranks
+        # the step that each rank has begun first, and the longest silence of all ranks in a step that followed
+        self._first: dict[int, int] = {}
         self._longest = 0.0
-        self._first_step: int | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-rank-watch")
         self._thread.start()
@@ -78,32 +81,45 @@ class RankWatch:
     def _run(self) -> None:
         spoke, last = self._began, -1
         while not self._closed.wait(POLL_SECONDS):
-            beats = {rank: self._board.read(rank) for rank in range(self._ranks)}
-            known = {rank: beat for rank, beat in beats.items() if beat is not None}
+            known = self._read()
             if self._end_of_one(known):
                 return
             latest = max((beat.at for beat in known.values()), default=self._began)
-            step = min((beat.step for beat in known.values()), default=-1) if len(known) == self._ranks else -1
+            done = min(self._done(known).values(), default=0)
             if latest > spoke:
-                if self._has_started(step):
-                    self._longest = max(self._longest, latest - spoke if step == last else 0.0)
-                spoke, last = latest, step
+                if done == last and self._has_started(known):
+                    self._longest = max(self._longest, latest - spoke)
+                spoke, last = latest, done
             silent = time.monotonic() - spoke
-            allowed = max(self._limit(step), max((beat.seconds for beat in known.values()), default=0.0))
-            if silent > allowed and any(beat.words != ENDED for beat in known.values()):
-                self._hung(beats, silent)
+            if self._is_too_long(silent, known):
+                self._hung(known, silent)
                 return
 
-    def _has_started(self, step: int) -> bool:
-        """Whether two steps were finished in this attempt, the first of which compile and allocate."""
-        if step >= 0 and self._first_step is None:
-            self._first_step = step
-        return self._first_step is not None and step >= self._first_step + 2
+    def _read(self) -> dict[int, Heartbeat]:
+        beats = {rank: self._board.read(rank) for rank in range(self._ranks)}
+        known = {rank: beat for rank, beat in beats.items() if beat is not None}
+        for rank, beat in known.items():
+            if beat.step >= 0:
+                self._first.setdefault(rank, beat.step)
+        return known
 
-    def _limit(self, step: int) -> float:
-        if not self._has_started(step):
-            return self._patience.starting
-        return max(self._patience.running, self._patience.factor * self._longest)
+    def _done(self, known: Mapping[int, Heartbeat]) -> dict[int, int]:
+        """Steps that each rank has done in this attempt, by rank; without those that never begin one, as attention servers."""
+        return {rank: known[rank].step - first for rank, first in self._first.items()}
+
+    def _has_started(self, known: Mapping[int, Heartbeat]) -> bool:
+        return len(known) == self._ranks and min(self._done(known).values(), default=0) >= _WARM_STEPS
+
+    def _is_too_long(self, silent: float, known: Mapping[int, Heartbeat]) -> bool:
+        """Whether ranks hang that have been silent for so many seconds."""
+        if silent <= self._patience.running or known and all(beat.words == ENDED for beat in known.values()):
+            return False
+        if any(process_state(beat.pid) in "Tt" for beat in known.values()):
+            # whatever it was about to do
+            return True
+        usual = max(self._patience.running, self._patience.factor * self._longest)
+        said = max((beat.seconds for beat in known.values()), default=0.0)
+        return silent > max(usual if self._has_started(known) else self._patience.starting, said)
 
     def _end_of_one(self, known: Mapping[int, Heartbeat]) -> bool:
         """Whether a rank has ended without having done its part; all others are ended then."""
@@ -111,32 +127,31 @@ class RankWatch:
             return False
         noticed = time.monotonic()
         time.sleep(_BLAME_SECONDS)
-        found = {rank: beat for rank in known if (beat := self._board.read(rank)) is not None}
+        found = self._read()
         gone = {rank: beat for rank, beat in found.items() if _is_gone(beat)}
         # who was killed could say nothing, who was left alone says so
-        silent = {rank: beat for rank, beat in gone.items() if not beat.words.startswith(FAILED)}
-        if silent:
-            first = tuple(Culprit(rank, f"was killed: {beat.words}") for rank, beat in silent.items())
+        if silent := {rank: beat for rank, beat in gone.items() if not _has_said_why(beat)}:
+            first = tuple(Culprit(rank, "was killed", words(beat)) for rank, beat in silent.items())
+            self._end(first, "killed", time.monotonic() - noticed, found)
         else:
             rank, beat = min(gone.items(), key=lambda item: item[1].at)
-            first = (Culprit(rank, beat.words),)
-        self._end(Trouble(first, _furthest(found), False, time.monotonic() - noticed), found)
+            kind: Kind = "refused" if beat.words.startswith(REFUSED) else "raised"
+            self._end((Culprit(rank, beat.words),), kind, time.monotonic() - noticed, found)
         return True
 
-    def _hung(self, beats: Mapping[int, Heartbeat | None], silent: float) -> None:
-        known = {rank: beat for rank, beat in beats.items() if beat is not None}
-        pids = {rank: beat.pid for rank, beat in known.items()}
+    def _hung(self, known: Mapping[int, Heartbeat], silent: float) -> None:
+        pids = {rank: beat.pid for rank, beat in known.items() if beat.words != ENDED}
         states = {rank: process_state(pid) for rank, pid in pids.items()}
-        found = tuple(culprits(beats, states))
+        waiting = [rank for rank in range(self._ranks) if rank not in known or rank in pids]
+        found = culprits({rank: known.get(rank) for rank in waiting}, states)
+        blamed = {one.rank for one in found}
+        # a full disk must not keep a run from going on
         with contextlib.suppress(OSError):
-            # a full disk must not keep a run from going on
-            keep_evidence(
-                self._folder, pids, known, sorted(pids, key=lambda rank: rank not in [one.rank for one in found])
-            )
-        self._end(Trouble(found, _furthest(known), True, silent), known)
+            keep_evidence(self._folder, pids, known, sorted(pids, key=lambda rank: rank not in blamed))
+        self._end(tuple(found), "hung", silent, known)
 
-    def _end(self, trouble: Trouble, known: Mapping[int, Heartbeat]) -> None:
-        self.trouble = trouble
+    def _end(self, found: tuple[Culprit, ...], kind: Kind, seconds: float, known: Mapping[int, Heartbeat]) -> None:
+        self.trouble = Trouble(found, kind, max(self._done(known).values(), default=0), seconds)
         for beat in known.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(beat.pid, signal.SIGKILL)
@@ -146,5 +161,5 @@ def _is_gone(beat: Heartbeat) -> bool:
     return beat.words != ENDED and process_state(beat.pid) in "XZ"
 
 
-def _furthest(known: Mapping[int, Heartbeat]) -> int:
-    return max((beat.step for beat in known.values()), default=-1) + 1
+def _has_said_why(beat: Heartbeat) -> bool:
+    return beat.words.startswith((REFUSED, RAISED))

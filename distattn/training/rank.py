@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from distattn.ir.errors import DistattnError
-from distattn.supervision.heartbeats import telling
+from distattn.supervision.heartbeats import tell_end, telling
 from distattn.training import config as configuration
 from distattn.training.loop import train
 from distattn.training.run_folder import RunFolder
@@ -35,6 +35,7 @@ def main(folder: str, json_lines: bool) -> int:
     try:
         train(run, config, json_lines, device)
     except DistattnError as error:
+        tell_end(error.exit_code, error)
         sys.stderr.write(f"distattn: rank {dist.get_rank()}: {error}\n")
         return error.exit_code
     except OSError as error:

@@ -5,109 +5,105 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from supervised_cases import STEPS
+from waiting import LIMIT_SECONDS, eventually
+
+from distattn.supervision.attempts import Attempts
 
 ROOT = Path(__file__).parents[2]
-RANKS, STEPS = 3, 12
-# in a process of its own: a launcher changes how the process forks, and its environment
-LAUNCH = """
-import json, sys
-from pathlib import Path
-from distattn.launch.supervised_ranks import Restarts, run_supervised
-from distattn.supervision.rank_watch import Patience
-folder, ranks, steps, limit, running = Path(sys.argv[1]), *map(int, sys.argv[2:5]), float(sys.argv[5])
-file = folder / "losses.jsonl"
-progress = lambda: len(file.read_text().splitlines()) if file.exists() else 0
-sys.exit(run_supervised(ranks, "faulty_ranks:run", [str(folder), steps], attempts=folder / "attempts",
-    restarts=Restarts(limit, progress), patience=Patience(60, running), preload=["faulty_ranks"]))
-"""
-
-
-def launched(folder, fault=None, limit=3, running=2.0):
-    folder.mkdir()
-    if fault:
-        (folder / "fault.json").write_text(json.dumps(fault))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
-    command = [sys.executable, "-c", LAUNCH, folder, *map(str, (RANKS, STEPS, limit, running))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    file = folder / "attempts" / "attempts.jsonl"
-    return done, [json.loads(line) for line in file.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    done, attempts = launched(folder)
-    assert done.returncode == 0, done.stderr
-    assert [attempt["exit_code"] for attempt in attempts] == [0] and done.stderr == ""
-    return (folder / "losses.jsonl").read_text()
-
-
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
+BUSY = "rank 1 neither waits for others nor goes on: step 6, "
+# what is said of a rank that is killed, or hangs
 KINDS = {
-    "kill": "rank 1 was killed: computing",
+    "kill": "rank 1 was killed by SIGKILL: step 6, computing",
+    "raised": "rank 1 raised RuntimeError: CUDA error: uncorrectable ECC error encountered",
     "stop": r"rank 1 is stopped \(SIGSTOP or a debugger\): step 6, computing",
-    "lock": "rank 1 neither waits for others nor goes on: step 6, reading shard 12",
-    "read": "rank 1 neither waits for others nor goes on: step 6, reading never",
-    "interpreter": "rank 1 neither waits for others nor goes on: step 6, computing",
+    "lock": f"{BUSY}reading shard 12",
+    "read": f"{BUSY}reading never",
+    "interpreter": f"{BUSY}computing",
     "message": "rank 1 waits for what no other does: step 6, key/value move 3 of layer 17 from rank 2; "
     "the others: all-reduce of the loss",
 }
+HANGS = [kind for kind in KINDS if kind not in ("kill", "raised")]
+
+
+def command(folder: Path, *cases: dict) -> list[str]:
+    return [sys.executable, str(ROOT / "tests" / "support" / "supervised_cases.py"), str(folder), json.dumps(cases)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    cases = [
+        {"name": "whole"},
+        *({"name": kind, "fault": {"rank": 1, "step": 5, "kind": kind}} for kind in KINDS),
+        {"name": "refused", "fault": {"rank": 2, "step": 3, "kind": "refused"}},
+        {"name": "raised at once", "fault": {"rank": 1, "step": 0, "kind": "raised"}},
+        {"name": "no restarts", "fault": {"rank": 0, "step": 3, "kind": "kill"}, "limit": 0},
+    ]
+    done = subprocess.run(command(folder, *cases), capture_output=True, text=True, env=ENVIRONMENT, timeout=LIMIT_SECONDS)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def outcome(folder: Path) -> tuple[int, str, list[dict]]:
+    """The exit code, what the launcher said, and what is known of the attempts."""
+    said = [line for line in (folder / "said").read_text().splitlines() if line.startswith("distattn: ")]
+    return int((folder / "code").read_text()), "\n".join(said), Attempts(folder / "attempts").ended()
+
+
+def test_a_run_that_nothing_happens_to_says_nothing(runs):
+    code, said, attempts = outcome(runs / "whole")
+    assert code == 0 and said == "" and [one["exit_code"] for one in attempts] == [0]
+    assert sorted(os.listdir(runs / "whole" / "attempts")) == ["attempts.jsonl"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on(kind, whole, tmp_path):
-    folder = tmp_path / "run"
-    done, attempts = launched(folder, {"rank": 1, "step": 5, "kind": kind})
-    assert done.returncode == 0, done.stderr
-    assert re.search(KINDS[kind], done.stderr) and "start again from step 5" in done.stderr, done.stderr
+def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on(kind, runs):
+    code, said, (first, last) = outcome(runs / kind)
+    assert code == 0, said
+    assert re.search(KINDS[kind], said) and "start again from step 5" in said, said
     # bit for bit that of a run that nothing happened to
-    assert (folder / "losses.jsonl").read_text() == whole
-    first, last = attempts
-    assert first["ranks"] == [1] and first["hung"] == (kind != "kill") and last["exit_code"] == 0
-    told = folder / "attempts" / "001" / "heartbeats.jsonl"
-    assert told.exists() == (kind != "kill")
-    if kind in ("lock", "read", "interpreter", "message"):
-        assert "faulty_ranks.py" in (folder / "attempts" / "001" / "stacks-1.txt").read_text()
+    assert (runs / kind / "losses.jsonl").read_text() == (runs / "whole" / "losses.jsonl").read_text()
+    assert first["ranks"] == [1] and last["exit_code"] == 0
+    assert first["kind"] == {"kill": "killed", "raised": "raised"}.get(kind, "hung") and first["steps"] == 5
+    kept = runs / kind / "attempts" / "001"
+    assert (kept / "heartbeats.jsonl").exists() == (kind in HANGS)
+    if kind in HANGS and kind != "stop":
+        assert "faulty_ranks.py" in (kept / "stacks-1.txt").read_text()
 
 
-def test_a_rank_that_says_why_it_ends_is_not_started_again(tmp_path):
-    done, attempts = launched(tmp_path / "run", {"rank": 2, "step": 3, "kind": "refused"})
-    assert done.returncode == 1 and len(attempts) == 1
-    assert "rank 2 failed: tokens.bin: token 7 is not in the vocabulary." in done.stderr
+def test_what_a_rank_says_of_its_end_is_no_reason_to_start_again(runs):
+    code, said, attempts = outcome(runs / "refused")
+    assert code == 2 and len(attempts) == 1
+    assert attempts[0]["why"] == "rank 2 refused: tokens.bin: token 7 is not in the vocabulary."
+    assert said.endswith("distattn: rank 2 ended with exit code 2; the other ranks were stopped.")
+    # what is raised in the first step would be raised again
+    code, said, attempts = outcome(runs / "raised at once")
+    assert code == 1 and len(attempts) == 1 and attempts[0]["kind"] == "raised"
 
 
-def test_a_rank_that_is_killed_again_and_again_ends_the_run(tmp_path):
-    done, attempts = launched(tmp_path / "run", {"rank": 0, "step": 3, "kind": "kill"}, limit=0)
-    assert done.returncode == 128 + 9 and len(attempts) == 1
-    assert "rank 0 was killed: computing; the other ranks were stopped." in done.stderr
+def test_a_rank_that_is_killed_too_often_ends_the_run(runs):
+    code, said, attempts = outcome(runs / "no restarts")
+    assert code == 128 + 9 and len(attempts) == 1
+    assert said.endswith("distattn: rank 0 was killed by SIGKILL: step 4, computing; the other ranks were stopped.")
 
 
-def test_ranks_end_with_their_launcher(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "fault.json").write_text(json.dumps({"rank": 1, "step": 5, "kind": "lock"}))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, folder, "3", "12", "0", "600"], env=environment)
-    while not (folder / "losses.jsonl").exists() or len((folder / "losses.jsonl").read_text().splitlines()) < 5:
-        assert launcher.poll() is None
-        time.sleep(0.05)
-    assert processes_of(folder)
+def test_ranks_end_with_their_launcher_and_tell_what_they_do_until_then(tmp_path):
+    case = {"name": "run", "fault": {"rank": 1, "step": 5, "kind": "lock"}, "patience": 600.0}
+    launcher = subprocess.Popen(command(tmp_path, case), env=ENVIRONMENT)
+    attempts = Attempts(tmp_path / "run" / "attempts")
+
+    def told() -> dict[int, str]:
+        return {rank: beat.words for rank, beat in (attempts.running() or {}).items()}
+
+    eventually(lambda: told().get(1) == "reading shard 12" and told()[0].startswith("all-reduce"), "no rank hangs")
+    beats = attempts.running()
+    assert beats is not None and {beat.step for beat in beats.values()} == {5} and STEPS > 5
     launcher.kill()
     launcher.wait()
-    while processes_of(folder):
-        time.sleep(0.05)
-
-
-def processes_of(folder):
-    """Ranks that have a file of the folder open."""
-    found = set()
-    for one in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(one).startswith(str(folder)):
-                found.add(one.parts[2])
-        except OSError:
-            continue
-    return found
+    eventually(lambda: not any(Path(f"/proc/{beat.pid}").exists() for beat in beats.values()), "ranks live on")
+    assert attempts.running() is None

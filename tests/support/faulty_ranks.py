@@ -71,3 +71,5 @@ def hang(kind: str, folder: Path) -> None:
             dist.recv(torch.zeros(1), peer, tag=9)
     if kind == "refused":
         raise DistattnError("tokens.bin: token 7 is not in the vocabulary.")
+    if kind == "raised":
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")

@@ -277,7 +277,7 @@ def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path
     os.kill(int(ranks[1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 128 + signal.SIGKILL
-    assert "was killed by SIGKILL; the other ranks were stopped" in errors
+    assert "rank 1 was killed by SIGKILL: step " in errors and "; the other ranks were stopped" in errors
 
 
 @pytest.mark.full
