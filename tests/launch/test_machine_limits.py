@@ -33,6 +33,7 @@ def test_too_many_ranks_are_refused_with_the_arithmetic(capsys, tmp_path, monkey
         raise AssertionError("ranks are started")
 
     monkeypatch.setattr("distattn.launch.local.run_ranks", started)
+    monkeypatch.setattr("distattn.launch.supervised_ranks.run_supervised", started)
     monkeypatch.setattr(machine_limits, "available_bytes", lambda: 8_000_000_000)
     code = cli.main([word.replace("{folder}", str(tmp_path)) for word in command])
     said = capsys.readouterr().err

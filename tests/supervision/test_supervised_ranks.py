@@ -44,7 +44,9 @@ def runs(tmp_path_factory):
         {"name": "raised at once", "fault": {"rank": 1, "step": 0, "kind": "raised"}},
         {"name": "no restarts", "fault": {"rank": 0, "step": 3, "kind": "kill"}, "limit": 0},
     ]
-    done = subprocess.run(command(folder, *cases), capture_output=True, text=True, env=ENVIRONMENT, timeout=LIMIT_SECONDS)
+    done = subprocess.run(
+        command(folder, *cases), capture_output=True, text=True, env=ENVIRONMENT, timeout=LIMIT_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -18,6 +18,7 @@ from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import resume_run
+from distattn.supervision.attempts import Attempts
 from distattn.training import config as configuration
 from distattn.training.config import (
     Config,
@@ -280,14 +281,15 @@ def config_file(config, tmp_path) -> Path:
 
 def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, config_file, tmp_path):
     wanted = trained(config)
-    more = (str(config_file), f"--run.folder={tmp_path}/killed")
+    more = (str(config_file), f"--run.folder={tmp_path}/killed", "--supervision.max_restarts=0")
     process = subprocess.Popen(
         command("train", *more), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
     )
     run = RunFolder(tmp_path / "killed")
     eventually(lambda: list(run.checkpoints.glob("step-0000000[2-9]")), "two checkpoints")
-    children = subprocess.run(["pgrep", "-f", f"distattn.launch.rank {run.folder}"], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    beats = Attempts(run.attempts).running()
+    assert beats is not None
+    os.kill(beats[1].pid, signal.SIGKILL)
     assert process.wait(LIMIT_SECONDS)
     done = subprocess.run(
         command("resume", str(run.folder)), env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS
