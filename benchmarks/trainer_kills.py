@@ -1,43 +1,49 @@
-"""A training run that is killed again and again ends with the curve and the checkpoint of one that nobody disturbed.
+"""A training run whose ranks are killed and hang again and again ends with the curve and the checkpoint of one nobody disturbed.
 
-    python benchmarks/trainer_kills.py [--kills 200] [--seed 1] [--folder FOLDER]
+    python benchmarks/trainer_kills.py [--kills 200] [--hangs 20] [--seed 1] [--folder FOLDER]
 
-`distattn train` of a tiny model on 2 ranks is killed by SIGKILL at a random moment: one of the ranks, or the launcher. Half of
-the kills fall amid a save. `distattn resume` goes on, and is killed as well, until the run has come to its end. Then every line
-of its metrics, its losses by position, the documents of each step and the digests of the last checkpoint's tensors must be those
-of a run without a kill, and nothing may be left over; and the next run begins.
+`distattn train` of a tiny model on 2 ranks is killed by SIGKILL: one of the ranks, which its launcher starts again, or the
+launcher, after which `distattn resume` goes on. A third of the kills fall at any time, a third amid a save, a third when a
+rank says what it does: connects, reads, waits for keys and values, computes gradients, writes. Hangs are of
+five kinds, and each must be noticed and named by the launcher, as must what the rank does. When a run has come to its end, every
+line of its metrics, its losses by position, the documents of each step and the digests of the last checkpoint's tensors must be
+those of a run without a fault, and nothing may be left over; and the next run begins.
 
-The commands are the real ones, in processes that are forked from this one after its imports, which take longer than a run. Ranks
-are started as torchrun starts them, by a launcher that ends them when one has failed.
+The commands and the launcher are the real ones, in processes that are forked from this one after its imports.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
+import ctypes
 import importlib
 import json
 import multiprocessing
 import os
 import random
 import signal
+import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from checkpoint_faults import hold_store
 
-from distattn.checkpoints.checkpoint_folder import list_checkpoints, newest_good
-from distattn.launch import cli, local
+from distattn.checkpoints.checkpoint_folder import list_checkpoints
+from distattn.launch import cli, run_locally
+from distattn.launch import rank as rank_process
 from distattn.launch.die_with_launcher import die_with_launcher
+from distattn.supervision import heartbeats
+from distattn.supervision.attempts import Attempts
+from distattn.supervision.culprits import process_state
+from distattn.supervision.heartbeats import Heartbeat
 from distattn.training import config as configuration
-from distattn.training import rank as rank_process
 from distattn.training.config_sections import (
     CheckpointConfig,
     Config,
@@ -47,6 +53,7 @@ from distattn.training.config_sections import (
     ParallelConfig,
     ReferenceCheckConfig,
     RunConfig,
+    SupervisionConfig,
     TrainConfig,
 )
 from distattn.training.json_lines import read_rows
@@ -59,67 +66,93 @@ TEXT = Path(__file__).parents[1] / "LICENSE"
 LIMIT_SECONDS = 300.0
 # about what a save takes, so that a kill amid one falls anywhere in it
 MOST_SAVE_SECONDS = 0.03
-_SIGNALLED = 128
+# what ranks tell at the moments of kills
+_MOMENTS = ("connecting", "reading the data", "from rank", "forward and backward", "the optimizer's step")
+# kinds of hangs, and what their ranks are found to do
+_WORDS = {
+    "lock": "forward and backward",
+    "read": "reading the data of step",
+    "message": "from rank",
+    "interpreter": "the optimizer's step",
+}
+_HANGS = ("stopped", *_WORDS)
+# in a run folder: where a rank is to hang
+_PLANTED = "fault.json"
+_MOST_OF_A_RUN = 8
 # what differs between two runs of the same steps
 _PLACES = ("file", "attempt")
 _TIMES = ("seconds", "data_seconds", "wait_seconds", "memory_resident")
-# imported before ranks are forked
-_LATE_IMPORTS = ("torch.utils.tensorboard", "matplotlib.image", "matplotlib.figure", "distattn.launch.run_locally")
+# imported before launchers are forked
+_LATE_IMPORTS = ("torch.utils.tensorboard", "matplotlib.image", "matplotlib.figure", "distattn.launch.finish_run")
 
 
-class Kill(NamedTuple):
-    """One kill. victim: a rank, or the launcher; amid_save: whether a part of a save was left; step: of the newest checkpoint."""
+class Fault(NamedTuple):
+    """One kill or hang. victim: a rank, or the launcher; moment: when; step: of the newest checkpoint afterwards.
+
+    amid_save: whether a part of a save was left. seconds: until it was noticed, and until the ranks trained again; None of the
+    launcher's.
+    """
 
     victim: str
-    amid_save: bool
+    moment: str
     step: int
+    amid_save: bool
+    noticed: float | None
+    resumed: float | None
 
 
-class KillReport(NamedTuple):
-    """What the kills have shown. runs: so many came to their end, and were compared."""
+class FaultReport(NamedTuple):
+    """What was done. runs: so many came to their end, and were compared."""
 
-    kills: list[Kill]
+    faults: list[Fault]
     runs: int
     seconds: float
 
 
-class Attempt:
-    """`distattn train` or `distattn resume` in a forked process, with its ranks in forked ones. Output goes to a file."""
+class Launch:
+    """`distattn train` or `distattn resume` in a forked process. Output goes to a file."""
 
-    def __init__(self, words: Sequence[str], log: Path):
-        context = multiprocessing.get_context("fork")
-        self._pids, self._log = context.SimpleQueue(), log
-        self._launcher = context.Process(target=_launcher, args=(list(words), self._pids, log))
+    def __init__(self, words: Sequence[str], run: RunFolder, log: Path):
+        self._attempts, self._log = Attempts(run.attempts), log
+        self._launcher = multiprocessing.get_context("fork").Process(target=_launcher, args=(list(words), log))
         self._launcher.start()
-        self._ranks: list[int] = []
+        self._ranks: dict[int, Heartbeat] = {}
 
     @property
     def exit_code(self) -> int | None:
         """Of the command; None while it runs."""
         return self._launcher.exitcode
 
-    def wait_for_ranks(self) -> bool:
-        """Return once the ranks' processes are there; False where the command ended before."""
-        ends = time.monotonic() + LIMIT_SECONDS
-        while self._pids.empty() and self.exit_code is None and time.monotonic() < ends:
-            time.sleep(0.001)
-        if not self._pids.empty():
-            self._ranks = self._pids.get()
-        return bool(self._ranks)
+    @property
+    def ended(self) -> list[dict[str, Any]]:
+        """What is known of the attempts that have ended."""
+        return self._attempts.ended()
 
-    def kill(self, victim: int) -> None:
-        """Kill a rank, or, -1, the launcher."""
-        pid = self._launcher.pid if victim < 0 else self._ranks[victim]
+    def until(self, condition: Callable[[dict[int, Heartbeat]], bool]) -> dict[int, Heartbeat] | None:
+        """What the ranks tell, once it is so; None where the command ends before."""
+        ends = time.monotonic() + LIMIT_SECONDS
+        while self.exit_code is None:
+            beats = self._attempts.running() or {}
+            self._ranks = beats or self._ranks
+            if len(beats) == RANKS and condition(beats):
+                return beats
+            assert time.monotonic() < ends, f"nothing comes of it: {beats}, {self.said()}"
+            time.sleep(0.0005)
+        return None
+
+    def signal(self, victim: int, number: signal.Signals) -> None:
+        """Send a signal to a rank, or, -1, to the launcher."""
+        pid = self._launcher.pid if victim < 0 else self._ranks[victim].pid
         assert pid is not None
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
 
     def wait(self) -> int:
         """The command's exit code, once all its processes have ended."""
         self._launcher.join(LIMIT_SECONDS)
         assert self.exit_code is not None, f"the launcher hangs: {self.said()}"
         ends = time.monotonic() + LIMIT_SECONDS
-        while left := [pid for pid in self._ranks if _runs(pid)]:
+        while left := [beat.pid for beat in self._ranks.values() if process_state(beat.pid) not in "ZX"]:
             assert time.monotonic() < ends, f"ranks {left} hang: {self.said()}"
             time.sleep(0.002)
         return self.exit_code
@@ -129,12 +162,13 @@ class Attempt:
         return self._log.read_text("utf-8", "replace")
 
 
-class Killer:
-    """Runs that are killed until they have come to their end, and compared with one that nobody disturbed."""
+class Faults:
+    """Runs that are killed, and hang, until they have come to their end, and compared with one that nobody disturbed."""
 
     def __init__(self, folder: Path, seed: int):
         self._folder, self._random = folder, random.Random(seed)
-        self.kills: list[Kill] = []
+        self.faults: list[Fault] = []
+        self._hung = 0
         self.runs = 0
         folder.mkdir(parents=True, exist_ok=True)
         text = folder / "text"
@@ -144,34 +178,35 @@ class Killer:
         self._config_file = folder / "run.toml"
         configuration.save(tiny_config(text), self._config_file)
         self._undisturbed = RunFolder(folder / "undisturbed")
-        attempt = Attempt(self._command(self._undisturbed), folder / "undisturbed.log")
-        attempt.wait_for_ranks()
+        launch = Launch(self._command(self._undisturbed), self._undisturbed, folder / "undisturbed.log")
+        launch.until(lambda beats: True)
         began = time.monotonic()
-        assert attempt.wait() == 0, attempt.said()
+        assert launch.wait() == 0, launch.said()
         # a kill may fall anywhere in a run
         self._seconds = time.monotonic() - began
 
-    def kill_until_done(self, most: int) -> None:
-        """One run, killed at most so many times; then it comes to its end, and is compared."""
+    def until_done(self, kills: int, hangs: int) -> None:
+        """One run, with at most so many kills and hangs; then it comes to its end, and is compared."""
         self.runs += 1
-        run, killed, before = RunFolder(self._folder / f"run-{self.runs}"), 0, 0
-        while True:
-            attempt = Attempt(self._command(run), self._folder / f"run-{self.runs}-{killed}.log")
-            found = self._kill(attempt, run) if killed < most else None
-            code = attempt.wait()
-            assert "Resuming from" not in attempt.said(), attempt.said()
-            if found is None or code == 0:
-                break
-            victim, amid_save = found
-            wanted = -signal.SIGKILL if victim == "launcher" else _SIGNALLED + signal.SIGKILL
-            assert code == wanted, f"{victim} was killed, and the command ended with {code}: {attempt.said()}"
-            before = self._checked(run, before)
-            killed += 1
-            self.kills.append(Kill(victim, amid_save, before))
-            sys.stderr.write(
-                f"kill {len(self.kills)}: {victim}{', amid a save' if amid_save else ''}; run {self.runs} is at step {before}\n"
-            )
-        assert code == 0, attempt.said()
+        run, launches = RunFolder(self._folder / f"run-{self.runs}"), 0
+        planned = [*["kill"] * min(kills, _MOST_OF_A_RUN), *["hang"] * min(hangs, _MOST_OF_A_RUN)]
+        self._random.shuffle(planned)
+        planned = planned[:_MOST_OF_A_RUN]
+        code = None
+        while code != 0:
+            launch = Launch(self._command(run), run, self._folder / f"run-{self.runs}-{launches}.log")
+            launches += 1
+            while planned and launch.exit_code is None:
+                fault = self._kill(launch, run) if planned[0] == "kill" else self._hang(launch, run)
+                if fault is not None:
+                    planned.pop(0)
+                    self.faults.append(fault)
+                    sys.stderr.write(f"{len(self.faults)}: {fault} of run {self.runs}\n")
+                if fault is not None and fault.victim == "launcher":
+                    break
+            code = launch.wait()
+            assert code in (0, -signal.SIGKILL), f"the command ended with {code}: {launch.said()}"
+            assert "Resuming from" not in launch.said(), launch.said()
         compare_runs(run, self._undisturbed)
 
     def _command(self, run: RunFolder) -> list[str]:
@@ -179,30 +214,62 @@ class Killer:
             return ["resume", str(run.folder)]
         return ["train", str(self._config_file), f"--run.folder={run.folder}"]
 
-    def _kill(self, attempt: Attempt, run: RunFolder) -> tuple[str, bool] | None:
-        """Kill somebody at a random moment: (who, whether a part of a save was left); None where the command ended before."""
-        if not attempt.wait_for_ranks():
+    def _kill(self, launch: Launch, run: RunFolder) -> Fault | None:
+        """Kill somebody; None where the command ended before."""
+        victim = self._random.choice([*range(RANKS), *range(RANKS), -1])
+        moment = self._random.choice(("any", "save", self._random.choice(_MOMENTS)))
+        if launch.until(lambda beats: True) is None:
             return None
-        if self._random.random() < 0.5:
+        if moment == "any":
             time.sleep(self._random.uniform(0, self._seconds))
-        else:
-            # amid one of the next saves
-            for _ in range(self._random.randrange(1, 5)):
-                _wait_for_save(attempt, run, begins=False)
-                _wait_for_save(attempt, run, begins=True)
+        elif moment == "save":
+            _wait_for_save(launch, run)
             time.sleep(self._random.uniform(0, MOST_SAVE_SECONDS))
-        victim = self._random.choice([*range(RANKS), -1])
-        attempt.kill(victim)
-        attempt.wait()
-        return ("launcher" if victim < 0 else f"rank {victim}", bool(_unfinished(run)))
+        else:
+            launch.until(lambda beats: moment in beats[max(victim, 0)].words)
+        ended = len(launch.ended)
+        launch.signal(victim, signal.SIGKILL)
+        return self._seen(launch, run, victim, moment, ended)
 
-    def _checked(self, run: RunFolder, before: int) -> int:
-        """The step of the newest checkpoint, which is whole and not older than the one before."""
-        steps = [one.step for one in list_checkpoints(run.checkpoints)]
-        newest = newest_good(run.checkpoints)
-        found = 0 if newest is None else int(newest.name.removeprefix("step-"))
-        assert found == max(steps, default=0) >= before, f"{newest} is left, of steps {steps}, after step {before}"
-        return found
+    def _hang(self, launch: Launch, run: RunFolder) -> Fault | None:
+        """Have a rank hang; None where the command ended before."""
+        victim, kind = self._random.randrange(RANKS), _HANGS[self._hung % len(_HANGS)]
+        ended = len(launch.ended)
+        if kind == "stopped":
+            if launch.until(lambda beats: min(beat.step for beat in beats.values()) >= 0) is None:
+                return None
+            launch.signal(victim, signal.SIGSTOP)
+        else:
+            planted = run.folder / _PLANTED
+            planted.write_text(json.dumps({"rank": victim, "kind": kind}), "utf-8")
+            if launch.until(lambda beats: not planted.exists()) is None:
+                planted.unlink(missing_ok=True)
+                return None
+        self._hung += 1
+        return self._seen(launch, run, victim, kind, ended)
+
+    def _seen(self, launch: Launch, run: RunFolder, victim: int, moment: str, ended: int) -> Fault | None:
+        """What became of a fault that was just done, once the ranks train again; checks that it was named."""
+        began = time.monotonic()
+        noticed = resumed = None
+        if victim < 0:
+            launch.wait()
+        else:
+            before = launch.ended
+            while len(launch.ended) == ended and launch.exit_code is None:
+                time.sleep(0.0005)
+            noticed, before = time.monotonic() - began, launch.ended
+            if len(before) == ended or before[ended]["exit_code"] == 0:
+                # the run had come to its end
+                return None
+            assert before[ended]["ranks"] == [victim], f"{moment} of rank {victim}: {before[ended]['why']}"
+            wanted = {"stopped": "is stopped"} | _WORDS
+            assert wanted.get(moment, "was killed") in before[ended]["why"], f"{moment}: {before[ended]['why']}"
+            launch.until(lambda beats: min(beat.step for beat in beats.values()) >= 0)
+            resumed = time.monotonic() - began
+        steps = [one.step for one in list_checkpoints(run.checkpoints)] if run.checkpoints.exists() else []
+        name = "launcher" if victim < 0 else f"rank {victim}"
+        return Fault(name, moment, max(steps, default=0), bool(_unfinished(run)), noticed, resumed)
 
 
 def tiny_config(text: Path) -> Config:
@@ -217,6 +284,8 @@ def tiny_config(text: Path) -> Config:
         parallel=ParallelConfig(ranks=RANKS, layout="document_zigzag", min_chunk=16),
         train=TrainConfig(steps=STEPS, schedule="cosine", warmup_steps=2),
         checkpoint=CheckpointConfig(every_steps=2, keep_last=3),
+        # less than ranks of a real run get: a step takes a tenth of a second
+        supervision=SupervisionConfig(max_restarts=1000, patience_seconds=5, starting_seconds=120),
         evaluation=EvaluationConfig(every_steps=5, steps=1),
         reference_check=ReferenceCheckConfig(steps=0),
     )
@@ -247,86 +316,82 @@ def compare_runs(run: RunFolder, wanted: RunFolder) -> None:
     assert not left and not expected - files, f"{run.folder}: {left} are left, {expected - files} are missing"
 
 
-def run_kills(kills: int, seed: int, folder: Path) -> KillReport:
-    """Kill runs so many times."""
-    # what ranks would import takes longer than their steps
+def run_faults(kills: int, hangs: int, seed: int, folder: Path) -> FaultReport:
+    """Kill ranks and launchers so many times, and have so many ranks hang."""
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     # a forked process must not use the parent's pool
     torch.set_num_threads(1)
     began = time.monotonic()
-    killer = Killer(folder, seed)
-    while len(killer.kills) < kills:
-        killer.kill_until_done(kills - len(killer.kills))
-    return KillReport(killer.kills, killer.runs, time.monotonic() - began)
+    faults = Faults(folder, seed)
+    while left := kills + hangs - len(faults.faults):
+        hung = sum(fault.moment in _HANGS for fault in faults.faults)
+        faults.until_done(left - (hangs - hung), hangs - hung)
+    return FaultReport(faults.faults, faults.runs, time.monotonic() - began)
 
 
-def _launcher(words: list[str], pids: Any, log: Path) -> None:
+def rank(folder: str, json_lines: bool) -> int:
+    """What a rank runs: the trainer's, which hangs where a file of the run folder says so."""
+    planted, told = Path(folder, _PLANTED), heartbeats._TOLD
+    write = told.write
+    assert write is not None
+
+    first: list[int] = []
+
+    def write_and_hang(words: str, step: int, seconds: float, waits: bool) -> None:
+        write(words, step, seconds, waits)
+        if step >= 0 and not first:
+            first.append(step)
+        # in the first step of an attempt ranks are given longer
+        if first and step > first[0] and planted.exists():
+            fault = json.loads(planted.read_text("utf-8"))
+            if fault["rank"] == int(os.environ["RANK"]) and _WORDS[fault["kind"]] in words:
+                planted.unlink()
+                _stand_still(fault["kind"])
+
+    told.write = write_and_hang
+    return rank_process.run(folder, json_lines)
+
+
+def _stand_still(kind: str) -> None:
+    """Never returns."""
+    if kind == "lock":
+        lock = threading.Lock()
+        lock.acquire()
+        lock.acquire()
+    if kind == "interpreter":
+        while True:
+            # a call that keeps the interpreter to itself; a signal ends one of them
+            ctypes.PyDLL(None).sleep(1000)
+    if kind == "read":
+        # a pipe into which nobody writes
+        os.read(os.pipe()[0], 1)
+    while kind == "message":
+        time.sleep(1000)
+
+
+def _launcher(words: list[str], log: Path) -> None:
     die_with_launcher(os.getppid())
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w", buffering=1) for _ in range(2))
-    local.run_ranks = functools.partial(_run_ranks, pids)
+    run_locally.RANK = "trainer_kills:rank"
     code = cli.main(words)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _run_ranks(pids: Any, ranks: int, module: str, *arguments: str) -> int:
-    """In place of `local.run_ranks`: forks, and as torchrun does, holds the ranks' store, and ends them when one has failed."""
-    assert module == "distattn.launch.rank"
-    context = multiprocessing.get_context("fork")
-    port = context.SimpleQueue()
-    holder = context.Process(target=_hold_store, args=(port,))
-    holder.start()
-    number = port.get()
-    processes = [context.Process(target=_rank, args=(rank, ranks, number, *arguments)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    pids.put([process.pid for process in processes])
-    failed: list[int] = []
-    while not failed and any(process.exitcode is None for process in processes):
-        time.sleep(0.002)
-        failed = [process.exitcode for process in processes if process.exitcode]
-    for process in processes:
-        if failed:
-            process.terminate()
-        process.join()
-    holder.kill()
-    # who was killed is the cause, and others failed for it
-    code = min(failed, default=0)
-    return _SIGNALLED - code if code < 0 else code
-
-
-def _hold_store(port: Any) -> None:
-    die_with_launcher(os.getppid())
-    hold_store(port)
-
-
-def _rank(rank: int, ranks: int, port: int, folder: str, json_lines: str) -> None:
-    die_with_launcher(os.getppid())
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    sys.exit(rank_process.main(folder, json.loads(json_lines)))
-
-
-def _wait_for_save(attempt: Attempt, run: RunFolder, begins: bool) -> None:
-    """Return once a save has begun, or, without `begins`, once none is under way; or the command has ended."""
-    while attempt.exit_code is None and bool(_unfinished(run)) != begins:
-        time.sleep(0.0005)
+def _wait_for_save(launch: Launch, run: RunFolder) -> None:
+    """Return once another save has begun, or the command has ended."""
+    for begins in (False, True):
+        while launch.exit_code is None and bool(_unfinished(run)) != begins:
+            time.sleep(0.0005)
 
 
 def _unfinished(run: RunFolder) -> list[str]:
     return [name for name in os.listdir(run.checkpoints) if "." in name] if run.checkpoints.exists() else []
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def _without(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -342,21 +407,33 @@ def _digests(run: RunFolder) -> dict[str, Any]:
 def main() -> int:
     """Kill, and say what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=1)
+    for name, count in (("kills", 200), ("hangs", 20), ("seed", 1)):
+        parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--folder", type=Path, help="an empty folder to work in; by default a temporary one")
     given = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        found = run_kills(given.kills, given.seed, folder)
-    victims = Counter(kill.victim for kill in found.kills)
+        found = run_faults(given.kills, given.hangs, given.seed, folder)
+    for name, faults in (
+        ("kills", [fault for fault in found.faults if fault.moment not in _HANGS]),
+        ("hangs", [fault for fault in found.faults if fault.moment in _HANGS]),
+    ):
+        counts = Counter(f"{fault.victim}" for fault in faults), Counter(fault.moment for fault in faults)
+        words = (", ".join(f"{number} {what}" for what, number in sorted(count.items())) for count in counts)
+        sys.stdout.write(f"{len(faults)} {name}: {'; '.join(words)}\n")
+        for what, seconds in (
+            ("noticed", [fault.noticed for fault in faults if fault.noticed is not None]),
+            ("all ranks in a step again", [fault.resumed for fault in faults if fault.resumed is not None]),
+        ):
+            if seconds:
+                sys.stdout.write(
+                    f"  {what} after {statistics.median(seconds):.2f} s (median), {max(seconds):.2f} s (most)\n"
+                )
     sys.stdout.write(
-        f"{len(found.kills)} kills in {found.seconds:.0f} s: "
-        f"{', '.join(f'{count} of {victim}' for victim, count in sorted(victims.items()))}; "
-        f"{sum(kill.amid_save for kill in found.kills)} left a part of a save, "
-        f"{sum(not kill.step for kill in found.kills)} came before the first checkpoint.\n"
-        f"{found.runs} runs of {STEPS} steps came to their end: curves, losses by position, documents and the last checkpoint's "
-        "digests are those of an undisturbed run, and nothing was left over.\n"
+        f"{sum(fault.amid_save for fault in found.faults)} left a part of a save, "
+        f"{sum(not fault.step for fault in found.faults)} came before the first checkpoint. All ranks were named.\n"
+        f"{found.runs} runs of {STEPS} steps came to their end in {found.seconds:.0f} s: curves, losses by position, "
+        "documents and the last checkpoint's digests are those of an undisturbed run, and nothing was left over.\n"
     )
     return 0
 

@@ -45,8 +45,11 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
     return 0
 
 
-def torchrun_config(ranks: int, start_method: str = "spawn") -> LaunchConfig:
-    """Of ranks on this machine alone, with a rendezvous of their own. start_method: of ranks that are functions."""
+def torchrun_config(ranks: int, start_method: str = "spawn", interval: float = 0.1) -> LaunchConfig:
+    """Of ranks on this machine alone, with a rendezvous of their own.
+
+    start_method: of ranks that are functions. interval: seconds between two looks at them.
+    """
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -57,7 +60,7 @@ def torchrun_config(ranks: int, start_method: str = "spawn") -> LaunchConfig:
         # a machine's own host name need not resolve
         local_addr="localhost",
         max_restarts=0,
-        monitor_interval=0.05,
+        monitor_interval=interval,
         start_method=start_method,
     )
 

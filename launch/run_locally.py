@@ -14,6 +14,8 @@ from distattn.supervision.rank_watch import Patience
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
 
+# what a rank runs
+RANK = "distattn.launch.rank:run"
 _PACKAGES = ("transformers", "tensorboard", "matplotlib", "safetensors")
 
 
@@ -49,7 +51,7 @@ def _run(run: RunFolder, config: Config, report_progress: Callable[[str], None],
     set_allocator()
     code = run_supervised(
         config.parallel.ranks,
-        "distattn.launch.rank:run",
+        RANK,
         [str(run.folder), json_lines],
         attempts=Attempts(run.attempts),
         restarts=Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints)),

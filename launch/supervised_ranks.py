@@ -27,6 +27,9 @@ from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 # what a rank imports sooner or later; torch._dynamo is what the first optimizer imports
 _PRELOAD = ("torch", "torch._dynamo", "distattn.launch.rank_entry")
 
+# torchrun would end the others where one has failed, and then nobody could tell who was first: the watch looks more often
+_INTERVAL_SECONDS = 0.25
+
 
 @dataclass(frozen=True)
 class Restarts:
@@ -105,7 +108,7 @@ def _run_once(
     trouble = None
     try:
         with as_found():
-            elastic_launch(torchrun_config(ranks, "forkserver"), run_rank)(*given)
+            elastic_launch(torchrun_config(ranks, "forkserver", _INTERVAL_SECONDS), run_rank)(*given)
         code = 0
     except ChildFailedError as error:
         trouble = watch.close()

@@ -17,6 +17,7 @@ LEVELS = {
     "ir": 0,
     "kernels": 1,
     "cluster": 1,
+    "supervision": 1,
     "parallel.tables": 2,
     # neither imports the other: parallel.make_plan chooses between a strategy's candidates, or tells it what simulation says
     "parallel.strategies": 3,

@@ -42,7 +42,7 @@ from distattn.checkpoints.rank_exchange import RankExchange, RankFailure
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.staging import HostBuffers, StagedState
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
-from distattn.supervision.heartbeats import telling
+from distattn.supervision.heartbeats import doing, telling
 
 # waiting for an earlier save that is worth a warning, in seconds
 _LONG_WAIT = 1.0
@@ -287,7 +287,8 @@ class Checkpoints:
     def _write_all(self) -> None:
         while (save := self._queue.get()) is not None:
             try:
-                self._write_or_tell(save)
+                with doing(f"writing {checkpoint_name(save.step)}"):
+                    self._write_or_tell(save)
             except Exception as error:
                 # this thread must live, others wait for its words
                 self._error = RankFailure.of(error, self._exchange.rank).raised()

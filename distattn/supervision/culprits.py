@@ -52,8 +52,10 @@ def culprits(beats: Mapping[int, Heartbeat | None], states: Mapping[int, str]) -
     if len(behind) < len(known):
         return [Culprit(rank, "is behind the others", words(beats[rank])) for rank in behind]
     counts = Counter(beat.words for beat in known.values())
-    common, number = counts.most_common(1)[0]
-    if number < len(known):
+    latest = {beat.words: beat.at for beat in sorted(known.values(), key=lambda beat: beat.at)}
+    # as many wait for either: those that came later could go on for longer
+    common = max(counts, key=lambda text: (counts[text], latest[text]))
+    if counts[common] < len(known):
         others = [rank for rank, beat in known.items() if beat.words != common]
         return [
             Culprit(rank, "waits for what no other does", f"{words(beats[rank])}; the others: {common}")

@@ -119,12 +119,15 @@ class _Told:
         self.lock = threading.Lock()
         self.step = -1
         self.last: tuple[str, float, bool] = "", 0.0, False
+        # what other threads do meanwhile
+        self.beside: dict[int, str] = {}
 
     def tell(self, words: str, seconds: float, waits: bool) -> None:
         if self.write is not None:
             with self.lock:
                 self.last = words, seconds, waits
-                self.write(words, self.step, seconds, waits)
+                text = "; meanwhile ".join((words, *self.beside.values())) if self.beside else words
+                self.write(text, self.step, seconds, waits)
 
 
 _TOLD = _Told()
@@ -159,6 +162,26 @@ def telling(words: str, *, seconds: float = 0.0, waits: bool = False) -> Iterato
         yield
     finally:
         _TOLD.tell(*before)
+
+
+@contextlib.contextmanager
+def doing(words: str) -> Iterator[None]:
+    """Say what the thread that is in here does: as `telling` on the main thread, of others beside what that one does."""
+    if _TOLD.write is None:
+        yield
+        return
+    if threading.current_thread() is threading.main_thread():
+        with telling(words):
+            yield
+        return
+    thread = threading.get_ident()
+    _TOLD.beside[thread] = words
+    beat()
+    try:
+        yield
+    finally:
+        del _TOLD.beside[thread]
+        beat()
 
 
 def tell_end(code: int, error: BaseException | None = None) -> None:

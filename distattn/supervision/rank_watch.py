@@ -16,12 +16,8 @@ from distattn.supervision.culprits import Culprit, culprits, process_state, word
 from distattn.supervision.evidence import keep_evidence
 from distattn.supervision.heartbeats import ENDED, RAISED, REFUSED, Heartbeat, HeartbeatBoard
 
-# steps after which those that compile and allocate are over
-_WARM_STEPS = 2
 # seconds between two looks
 POLL_SECONDS = 0.02
-# that a death is given to show itself: a rank that is killed makes its peers fail in the same instant
-_BLAME_SECONDS = 0.05
 Kind = Literal["killed", "hung", "raised", "refused"]
 
 
@@ -29,11 +25,11 @@ Kind = Literal["killed", "hung", "raised", "refused"]
 class Patience:
     """How long all ranks may be silent, in seconds.
 
-    starting: until a rank has done its first two steps: what is imported, connected, loaded and compiled. running: afterwards,
-    or `factor` times the longest silence of a finished step where that is longer.
+    starting: until all ranks have done a step: what is imported, connected, loaded and compiled. running: afterwards, or `factor`
+    times the longest silence of a finished step where that is longer.
     """
 
-    starting: float = 600.0
+    starting: float = 300.0
     running: float = 10.0
     factor: float = 4.0
 
@@ -43,7 +39,7 @@ class Trouble:
     """Why the ranks of an attempt were ended, by those that are to blame.
 
     kind: whether they were killed, hung, raised an error or refused to go on. steps: that the rank that was furthest had done in
-    this attempt. seconds: from the last sign of life, or the death, to the decision.
+    this attempt. seconds: from the last sign of life, what a rank has said of its end, or its death at most, to the decision.
     """
 
     culprits: tuple[Culprit, ...]
@@ -108,7 +104,7 @@ class RankWatch:
         return {rank: known[rank].step - first for rank, first in self._first.items()}
 
     def _has_started(self, known: Mapping[int, Heartbeat]) -> bool:
-        return len(known) == self._ranks and min(self._done(known).values(), default=0) >= _WARM_STEPS
+        return len(known) == self._ranks and min(self._done(known).values(), default=0) > 0
 
     def _is_too_long(self, silent: float, known: Mapping[int, Heartbeat]) -> bool:
         """Whether ranks hang that have been silent for so many seconds."""
@@ -123,20 +119,17 @@ class RankWatch:
 
     def _end_of_one(self, known: Mapping[int, Heartbeat]) -> bool:
         """Whether a rank has ended without having done its part; all others are ended then."""
-        if not any(_is_gone(beat) for beat in known.values()):
+        gone = {rank: beat for rank, beat in known.items() if _is_gone(beat)}
+        if not gone:
             return False
-        noticed = time.monotonic()
-        time.sleep(_BLAME_SECONDS)
-        found = self._read()
-        gone = {rank: beat for rank, beat in found.items() if _is_gone(beat)}
-        # who was killed could say nothing, who was left alone says so
+        # who was killed could say nothing, who was left alone by it says so, and ends later
         if silent := {rank: beat for rank, beat in gone.items() if not _has_said_why(beat)}:
             first = tuple(Culprit(rank, "was killed", words(beat)) for rank, beat in silent.items())
-            self._end(first, "killed", time.monotonic() - noticed, found)
+            self._end(first, "killed", POLL_SECONDS, known)
         else:
             rank, beat = min(gone.items(), key=lambda item: item[1].at)
             kind: Kind = "refused" if beat.words.startswith(REFUSED) else "raised"
-            self._end((Culprit(rank, beat.words),), kind, time.monotonic() - noticed, found)
+            self._end((Culprit(rank, beat.words),), kind, time.monotonic() - beat.at, known)
         return True
 
     def _hung(self, known: Mapping[int, Heartbeat], silent: float) -> None:

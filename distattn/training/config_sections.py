@@ -268,8 +268,8 @@ class SupervisionConfig:
     """So many times in a row without a further checkpoint; 0 ends the run at the first failure."""
     patience_seconds: float = 10.0
     """A rank hangs when no rank has done anything for so long, and for four times the longest pause of an earlier step."""
-    starting_seconds: float = 600.0
-    """The same until two steps are done: connecting, loading a checkpoint and compiling take their time."""
+    starting_seconds: float = 300.0
+    """The same until a step is done: connecting, loading a checkpoint and compiling take their time."""
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ class TrainingLoop:
             if every > 0 and done % every == 0 and done < last:
                 self._save(done)
             clock.skip()
+            tell(f"reading the data of step {done + 1}")
         return last
 
     def _train_step(self, step: int, batches: Sequence[Batch], clock: StepClock) -> bool:
