@@ -38,9 +38,9 @@ import torch
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.launch import cli, run_locally
 from distattn.launch import rank as rank_process
+from distattn.launch.attempts import Attempts
 from distattn.launch.die_with_launcher import die_with_launcher
 from distattn.supervision import heartbeats
-from distattn.supervision.attempts import Attempts
 from distattn.supervision.culprits import process_state
 from distattn.supervision.heartbeats import Heartbeat
 from distattn.training import config as configuration
@@ -126,13 +126,13 @@ class Launch:
     @property
     def ended(self) -> list[dict[str, Any]]:
         """What is known of the attempts that have ended."""
-        return self._attempts.ended()
+        return [row for row in self._attempts.rows() if "why" in row]
 
     def until(self, condition: Callable[[dict[int, Heartbeat]], bool]) -> dict[int, Heartbeat] | None:
         """What the ranks tell, once it is so; None where the command ends before."""
         ends = time.monotonic() + LIMIT_SECONDS
         while self.exit_code is None:
-            beats = self._attempts.running() or {}
+            beats = self._attempts.beats() or {}
             self._ranks = beats or self._ranks
             if len(beats) == RANKS and condition(beats):
                 return beats

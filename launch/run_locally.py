@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from distattn.checkpoints.checkpoint_folder import newest_step
+from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress, print_line
 from distattn.launch.machine_limits import check_run_fits
 from distattn.launch.rank import set_allocator
 from distattn.launch.start_run import require_packages, resume_run, start_run
-from distattn.supervision.attempts import Attempts
 from distattn.supervision.rank_watch import Patience
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder

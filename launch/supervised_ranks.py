@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
@@ -18,9 +19,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
 from distattn.ir.errors import TRY_AGAIN
+from distattn.launch.attempts import Attempts
 from distattn.launch.local import as_found, say, stopped_by, torchrun_config
 from distattn.launch.rank_entry import run_rank
-from distattn.supervision.attempts import Attempts
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
@@ -58,6 +59,7 @@ def run_supervised(
     Returns 0 when all ranks end well, else the exit code of the one to blame, 128 + the signal that killed it or stopped this
     process, or 1 where ranks hang.
     """
+    attempts.end_open("ended with its launcher, before anybody could tell why")
     _start_fork_server(preload)
     without_progress, furthest, before = 0, restarts.progress(), ""
     while True:
@@ -102,9 +104,11 @@ def _run_once(
 ) -> tuple[int, Trouble | None]:
     """The exit code, and what went wrong with a rank; None also where this process was stopped."""
     board = HeartbeatBoard.make(ranks)
-    attempt = attempts.begin(board.path)
-    watch = RankWatch(board, ranks, patience, attempt.folder)
-    given = (os.getpid(), str(board.path), attempt.number, str(attempt.folder), function, *arguments)
+    number = attempts.begin(host=socket.gethostname(), launcher=os.getpid(), board=str(board.path))
+    folder = attempts.folder(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    watch = RankWatch(board, ranks, patience, folder)
+    given = (os.getpid(), str(board.path), number, str(folder), function, *arguments)
     trouble = None
     try:
         with as_found():
@@ -121,7 +125,15 @@ def _run_once(
     finally:
         watch.close()
         board.close()
-    attempt.end(code, trouble)
+    # of stacks that nobody asked for
+    for file in folder.glob("stacks-*.txt"):
+        if not file.stat().st_size:
+            file.unlink()
+    if trouble is None:
+        attempts.end(number, code, "ended well" if code == 0 else f"stopped by {signal.Signals(code - 128).name}")
+    else:
+        facts = {"ranks": [one.rank for one in trouble.culprits], "kind": trouble.kind, "steps": trouble.steps}
+        attempts.end(number, code, str(trouble), **facts, noticed_seconds=round(trouble.seconds, 3))
     return code, trouble
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +30,13 @@ def process_state(pid: int) -> str:
         return "X"
 
 
-def culprits(beats: Mapping[int, Heartbeat | None], states: Mapping[int, str]) -> list[Culprit]:
+def culprits(
+    beats: Mapping[int, Heartbeat | None], states: Mapping[int, str], in_collective: Collection[int] = ()
+) -> list[Culprit]:
     """Of ranks that stand still, those that do not merely wait for others; never none.
 
     beats: by rank, None of those that have told nothing; without ranks that have ended. states: of their processes, as
-    `process_state` has them.
+    `process_state` has them. in_collective: ranks whose stacks show a collective, which they may not have told.
     """
     if stopped := [rank for rank, state in states.items() if state in "Tt"]:
         return [Culprit(rank, "is stopped (SIGSTOP or a debugger)", words(beats[rank])) for rank in stopped]
@@ -42,26 +45,46 @@ def culprits(beats: Mapping[int, Heartbeat | None], states: Mapping[int, str]) -
     known = {rank: beat for rank, beat in beats.items() if beat is not None}
     if stuck := [rank for rank, state in states.items() if state == "D"]:
         return [Culprit(rank, "waits for its disk or a device", words(beats[rank])) for rank in stuck]
-    if busy := {rank: beat for rank, beat in known.items() if not beat.waits}:
-        # others may wait for it in a collective that tells nothing, FSDP2's for example: it stood still before them
+    busy = {rank: beat for rank, beat in known.items() if not beat.waits and rank not in in_collective}
+    if busy:
+        # others may do nothing because it does not come
         rank = min(busy, key=lambda one: busy[one].at)
-        return [Culprit(rank, "neither waits for others nor goes on", words(beats[rank]))]
-    # all wait: those that are behind, or else those that wait for something else than most
+        return [Culprit(rank, "neither waits for others nor goes on", words(busy[rank]))]
+    # a collective waits for all: whoever waits for a message instead keeps it from ending
+    if (waiting := _waiting_for_messages(known)) and len(waiting) < len(known):
+        others = Counter(_call(known[rank], rank in in_collective) for rank in known if rank not in waiting)
+        what = f"; the others: {others.most_common(1)[0][0]}"
+        return [Culprit(rank, "waits for what does not come", f"{words(known[rank])}{what}") for rank in waiting]
     least = min((beat.step for beat in known.values()), default=-1)
     behind = [rank for rank, beat in known.items() if beat.step == least]
     if len(behind) < len(known):
-        return [Culprit(rank, "is behind the others", words(beats[rank])) for rank in behind]
+        return [Culprit(rank, "is behind the others", words(known[rank])) for rank in behind]
     counts = Counter(beat.words for beat in known.values())
-    latest = {beat.words: beat.at for beat in sorted(known.values(), key=lambda beat: beat.at)}
-    # as many wait for either: those that came later could go on for longer
-    common = max(counts, key=lambda text: (counts[text], latest[text]))
-    if counts[common] < len(known):
-        others = [rank for rank, beat in known.items() if beat.words != common]
+    common, number = counts.most_common(1)[0]
+    if 1 < number < len(known):
+        alone = [rank for rank, beat in known.items() if beat.words != common]
         return [
-            Culprit(rank, "waits for what no other does", f"{words(beats[rank])}; the others: {common}")
-            for rank in others
+            Culprit(rank, "waits for what no other does", f"{words(known[rank])}; the others: {common}")
+            for rank in alone
         ]
-    return [Culprit(rank, "waits as all others do", common) for rank in known]
+    return [Culprit(rank, "waits as all others do", words(beat)) for rank, beat in known.items()]
+
+
+def _waiting_for_messages(known: Mapping[int, Heartbeat]) -> list[int]:
+    """Ranks that wait for messages, without those that wait for one of them alone."""
+    awaited = {rank: _peers(beat.words) for rank, beat in known.items()}
+    waiting = {rank for rank, peers in awaited.items() if peers}
+    return [rank for rank in sorted(waiting) if not awaited[rank] <= waiting] or sorted(waiting)
+
+
+def _peers(text: str) -> set[int]:
+    """Ranks that messages are awaited from, or are to go to, as `distattn.ir.errors.named_ranks` writes them."""
+    found = re.findall(r"\b(?:from|to) ranks? (\d+(?:, \d+)*)", text)
+    return {int(number) for numbers in found for number in numbers.split(", ")}
+
+
+def _call(beat: Heartbeat, in_collective: bool) -> str:
+    return f"a collective, {beat.words}" if in_collective and not beat.waits else beat.words
 
 
 def words(beat: Heartbeat | None) -> str:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from distattn.supervision.culprits import process_state
@@ -20,6 +20,8 @@ from distattn.supervision.heartbeats import Heartbeat
 _TELL_STACKS = signal.SIGUSR2
 # for py-spy, and for a rank's own answer
 _PY_SPY_SECONDS, _ANSWER_SECONDS = 10.0, 2.0
+# in how many innermost frames
+_COLLECTIVES, _INNERMOST = f"torch{os.sep}distributed{os.sep}", 4
 
 
 def answer_with_stacks(folder: Path, rank: int) -> None:
@@ -33,25 +35,37 @@ def answer_with_stacks(folder: Path, rank: int) -> None:
     faulthandler.register(_TELL_STACKS, file=descriptor, all_threads=True)
 
 
-def keep_evidence(
-    folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat | None], late: Sequence[int]
-) -> None:
-    """Write what each rank told last, and the stacks of those that are late, into a folder. Raises OSError.
+def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat]) -> dict[int, str]:
+    """Write what each rank told last, and the stacks of its threads, into a folder; returns the stacks. Raises OSError.
 
-    pids: by rank. Stacks are read by py-spy where it is installed, else the rank writes them, which a stopped one cannot do.
+    pids: by rank. The ranks write their stacks themselves; those of a stopped one are read by py-spy where that is installed.
     """
     lines = [
-        json.dumps({"rank": rank, "state": process_state(pids[rank])} | _fields(beats[rank])) for rank in sorted(pids)
+        json.dumps({"rank": rank, "state": process_state(pid)} | _fields(beats[rank])) for rank, pid in pids.items()
     ]
     (folder / "heartbeats.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    for rank in late:
-        if not _spied(pids[rank], _stacks_file(folder, rank)):
-            _asked(pids[rank], _stacks_file(folder, rank))
+    before = {rank: _size(_stacks_file(folder, rank)) for rank in pids}
+    for rank, pid in pids.items():
+        if process_state(pid) in "Tt":
+            _spy(pid, _stacks_file(folder, rank))
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, _TELL_STACKS)
+    ends = time.monotonic() + _ANSWER_SECONDS
+    while any(_size(_stacks_file(folder, rank)) == before[rank] for rank in pids) and time.monotonic() < ends:
+        time.sleep(0.01)
+    # threads are written one after another
+    time.sleep(0.05)
+    return {rank: _stacks_file(folder, rank).read_bytes()[before[rank] :].decode(errors="replace") for rank in pids}
 
 
-def _fields(beat: Heartbeat | None) -> dict[str, object]:
-    if beat is None:
-        return {"words": None}
+def is_in_collective(stacks: str) -> bool:
+    """Whether the main thread, the last one, stands in a collective of PyTorch, one of an engine for example."""
+    _, _, main = stacks.rpartition("hread 0x")
+    return any(_COLLECTIVES in line for line in main.splitlines()[1 : 1 + _INNERMOST])
+
+
+def _fields(beat: Heartbeat) -> dict[str, object]:
     silent = time.monotonic() - beat.at
     return {"step": beat.step + 1, "words": beat.words, "waits": beat.waits, "silent_seconds": round(silent, 2)}
 
@@ -60,28 +74,16 @@ def _stacks_file(folder: Path, rank: int) -> Path:
     return folder / f"stacks-{rank}.txt"
 
 
-def _spied(pid: int, file: Path) -> bool:
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _spy(pid: int, file: Path) -> None:
     if shutil.which("py-spy") is None:
-        return False
+        return
     # a stopped process does not answer the stop that py-spy sends
-    command = ["py-spy", "dump", "--pid", str(pid), *(["--nonblocking"] if process_state(pid) in "Tt" else [])]
-    try:
+    command = ["py-spy", "dump", "--pid", str(pid), "--nonblocking"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PY_SPY_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    if done.returncode == 0:
         with open(file, "a", encoding="utf-8") as opened:
             opened.write(done.stdout)
-    return done.returncode == 0
-
-
-def _asked(pid: int, file: Path) -> None:
-    if process_state(pid) in "TtZX" or not file.exists():
-        return
-    before, ends = file.stat().st_size, time.monotonic() + _ANSWER_SECONDS
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, _TELL_STACKS)
-        while file.stat().st_size == before and time.monotonic() < ends:
-            time.sleep(0.01)
-        # threads are written one after another
-        time.sleep(0.05)

@@ -123,11 +123,12 @@ class _Told:
         self.beside: dict[int, str] = {}
 
     def tell(self, words: str, seconds: float, waits: bool) -> None:
-        if self.write is not None:
+        write = self.write
+        if write is not None:
             with self.lock:
                 self.last = words, seconds, waits
                 text = "; meanwhile ".join((words, *self.beside.values())) if self.beside else words
-                self.write(text, self.step, seconds, waits)
+                write(text, self.step, seconds, waits)
 
 
 _TOLD = _Told()
@@ -153,15 +154,21 @@ def beat() -> None:
     _TOLD.tell(*_TOLD.last)
 
 
-@contextlib.contextmanager
-def telling(words: str, *, seconds: float = 0.0, waits: bool = False) -> Iterator[None]:
+class telling:  # noqa: N801
     """Say what this process does in here; afterwards, that it goes on with what it did before."""
-    before = _TOLD.last
-    _TOLD.tell(words, seconds, waits)
-    try:
-        yield
-    finally:
-        _TOLD.tell(*before)
+
+    # a class, since a generator would cost as much again
+    __slots__ = ("_before", "_now")
+
+    def __init__(self, words: str, *, seconds: float = 0.0, waits: bool = False):
+        self._now = words, seconds, waits
+
+    def __enter__(self) -> None:
+        self._before = _TOLD.last
+        _TOLD.tell(*self._now)
+
+    def __exit__(self, *exception: object) -> None:
+        _TOLD.tell(*self._before)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from distattn.supervision.culprits import Culprit, culprits, process_state, words
-from distattn.supervision.evidence import keep_evidence
+from distattn.supervision.evidence import is_in_collective, keep_evidence
 from distattn.supervision.heartbeats import ENDED, RAISED, REFUSED, Heartbeat, HeartbeatBoard
 
 # seconds between two looks
@@ -135,12 +135,13 @@ class RankWatch:
     def _hung(self, known: Mapping[int, Heartbeat], silent: float) -> None:
         pids = {rank: beat.pid for rank, beat in known.items() if beat.words != ENDED}
         states = {rank: process_state(pid) for rank, pid in pids.items()}
-        waiting = [rank for rank in range(self._ranks) if rank not in known or rank in pids]
-        found = culprits({rank: known.get(rank) for rank in waiting}, states)
-        blamed = {one.rank for one in found}
+        stacks: dict[int, str] = {}
         # a full disk must not keep a run from going on
         with contextlib.suppress(OSError):
-            keep_evidence(self._folder, pids, known, sorted(pids, key=lambda rank: rank not in blamed))
+            stacks = keep_evidence(self._folder, pids, known)
+        waiting = [rank for rank in range(self._ranks) if rank not in known or rank in pids]
+        collective = [rank for rank, text in stacks.items() if is_in_collective(text)]
+        found = culprits({rank: known.get(rank) for rank in waiting}, states, collective)
         self._end(tuple(found), "hung", silent, known)
 
     def _end(self, found: tuple[Culprit, ...], kind: Kind, seconds: float, known: Mapping[int, Heartbeat]) -> None:

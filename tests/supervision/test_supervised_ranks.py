@@ -11,7 +11,7 @@ import pytest
 from supervised_cases import STEPS
 from waiting import LIMIT_SECONDS, eventually
 
-from distattn.supervision.attempts import Attempts
+from distattn.launch.attempts import Attempts
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
@@ -24,7 +24,7 @@ KINDS = {
     "lock": f"{BUSY}reading shard 12",
     "read": f"{BUSY}reading never",
     "interpreter": f"{BUSY}computing",
-    "message": "rank 1 waits for what no other does: step 6, key/value move 3 of layer 17 from rank 2; "
+    "message": "rank 1 waits for what does not come: step 6, key/value move 3 of layer 17 from rank 2; "
     "the others: all-reduce of the loss",
 }
 HANGS = [kind for kind in KINDS if kind not in ("kill", "raised")]
@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
 def outcome(folder: Path) -> tuple[int, str, list[dict]]:
     """The exit code, what the launcher said, and what is known of the attempts."""
     said = [line for line in (folder / "said").read_text().splitlines() if line.startswith("distattn: ")]
-    return int((folder / "code").read_text()), "\n".join(said), Attempts(folder / "attempts").ended()
+    return int((folder / "code").read_text()), "\n".join(said), Attempts(folder / "attempts").rows()
 
 
 def test_a_run_that_nothing_happens_to_says_nothing(runs):
@@ -100,12 +100,12 @@ def test_ranks_end_with_their_launcher_and_tell_what_they_do_until_then(tmp_path
     attempts = Attempts(tmp_path / "run" / "attempts")
 
     def told() -> dict[int, str]:
-        return {rank: beat.words for rank, beat in (attempts.running() or {}).items()}
+        return {rank: beat.words for rank, beat in (attempts.beats() or {}).items()}
 
     eventually(lambda: told().get(1) == "reading shard 12" and told()[0].startswith("all-reduce"), "no rank hangs")
-    beats = attempts.running()
+    beats = attempts.beats()
     assert beats is not None and {beat.step for beat in beats.values()} == {5} and STEPS > 5
     launcher.kill()
     launcher.wait()
     eventually(lambda: not any(Path(f"/proc/{beat.pid}").exists() for beat in beats.values()), "ranks live on")
-    assert attempts.running() is None
+    assert attempts.beats() is None

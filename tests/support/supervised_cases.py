@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from distattn.launch.attempts import Attempts
 from distattn.launch.supervised_ranks import Restarts, run_supervised
-from distattn.supervision.attempts import Attempts
 from distattn.supervision.rank_watch import Patience
 
 RANKS, STEPS = 3, 12

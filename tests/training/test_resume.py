@@ -16,9 +16,9 @@ from waiting import LIMIT_SECONDS, eventually
 
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
+from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import resume_run
-from distattn.supervision.attempts import Attempts
 from distattn.training import config as configuration
 from distattn.training.config import (
     Config,
@@ -287,7 +287,7 @@ def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, 
     )
     run = RunFolder(tmp_path / "killed")
     eventually(lambda: list(run.checkpoints.glob("step-0000000[2-9]")), "two checkpoints")
-    beats = Attempts(run.attempts).running()
+    beats = Attempts(run.attempts).beats()
     assert beats is not None
     os.kill(beats[1].pid, signal.SIGKILL)
     assert process.wait(LIMIT_SECONDS)

@@ -20,12 +20,12 @@ from distattn.data.loader import PackLoader
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.ir.plan import Plan
+from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress, print_line
 from distattn.launch.finish_run import finish_run
 from distattn.launch.start_run import start_run
 from distattn.parallel.analysis.explain import explain
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.supervision.attempts import Attempts
 from distattn.training import config as configuration
 from distattn.training.config import (
     Config,
@@ -282,7 +282,7 @@ def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
     assert process.stdout is not None and any(line.startswith("step 1/") for line in process.stdout)
-    beats = Attempts(RunFolder(tmp_path / "out").attempts).running()
+    beats = Attempts(RunFolder(tmp_path / "out").attempts).beats()
     assert beats is not None
     os.kill(beats[1].pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=LIMIT_SECONDS)

@@ -1,0 +1,78 @@
+"""Which of the ranks that stand still is named."""
+
+import pytest
+
+from distattn.supervision.culprits import culprits
+from distattn.supervision.evidence import is_in_collective
+from distattn.supervision.heartbeats import Heartbeat
+
+FORWARD, SUM, KEYS = "forward and backward", "the norm of all gradients", "keys from rank {} in step 2 of layer 1"
+
+
+def beat(words, at=1.0, step=5, waits=None):
+    return Heartbeat(1, 1, at, 7, step, 0.0, words != FORWARD if waits is None else waits, words)
+
+
+@pytest.mark.parametrize(
+    ("beats", "states", "collective", "wanted"),
+    [
+        (
+            [beat(FORWARD), beat(SUM)],
+            "TS",
+            [],
+            ["rank 0 is stopped (SIGSTOP or a debugger): step 6, forward and backward"],
+        ),
+        ([None, beat(SUM)], "SS", [], ["rank 0 has told nothing since it was started"]),
+        (
+            [beat(SUM), beat(SUM)],
+            "SD",
+            [],
+            ["rank 1 waits for its disk or a device: step 6, the norm of all gradients"],
+        ),
+        # who is slow to come keeps others in what they do
+        ([beat(FORWARD, 3.0), beat(FORWARD, 2.0)], "SS", [], ["rank 1 neither waits for others nor goes on: step 6"]),
+        # a gather of FSDP2 that rank 0 does not come to
+        ([beat(FORWARD, 3.0), beat(FORWARD, 2.0)], "SS", [1], ["rank 0 neither waits for others nor goes on: step 6"]),
+        (
+            [beat(KEYS.format(1), 3.0), beat(FORWARD, 2.0)],
+            "SS",
+            [1],
+            [
+                "rank 0 waits for what does not come: step 6, keys from rank 1 in step 2 of layer 1; the others: a collective"
+            ],
+        ),
+        # rank 2 waits for one that waits itself
+        (
+            [beat(SUM), beat(KEYS.format(0)), beat(KEYS.format(1))],
+            "SSS",
+            [],
+            [
+                "rank 1 waits for what does not come: step 6, keys from rank 0 in step 2 of layer 1; the others: the norm"
+            ],
+        ),
+        ([beat(SUM), beat(SUM, step=4), beat(SUM)], "SSS", [], ["rank 1 is behind the others: step 5, the norm"]),
+        (
+            [beat(SUM), beat("evaluation", waits=True), beat(SUM)],
+            "SSS",
+            [],
+            ["rank 1 waits for what no other does: step 6, evaluation; the others: the norm"],
+        ),
+        ([beat(SUM)] * 2, "SS", [], [f"rank {rank} waits as all others do: step 6, the norm" for rank in range(2)]),
+    ],
+)
+def test_who_does_not_merely_wait_is_named(beats, states, collective, wanted):
+    found = culprits(dict(enumerate(beats)), dict(enumerate(states)), collective)
+    assert len(found) == len(wanted) and all(map(str.startswith, map(str, found), wanted)), found
+
+
+def test_a_collective_is_seen_in_the_main_threads_stack():
+    other = 'Thread 0x1 (most recent call first):\n  File "/distattn/data/reading_thread.py", line 71 in _run\n\n'
+    frame = '  File "/site-packages/torch/distributed/{}.py", line 30 in call\n'
+    main = "Current thread 0x2 (most recent call first):\n"
+    assert is_in_collective(other + main + frame.format("distributed_c10d"))
+    # torchrun's frames are below a rank's
+    ours = '  File "/distattn/training/loop.py", line 148 in run\n' * 4
+    assert not is_in_collective(other + main + ours + frame.format("elastic/multiprocessing/api"))
+    assert not is_in_collective(
+        main.replace("Current t", "T") + frame.format("x") + "\n" + other
+    ) and not is_in_collective("")
