@@ -140,8 +140,8 @@ def _run_once(
 def _exit_code(error: ChildFailedError, trouble: Trouble | None) -> int:
     """Of the ranks that are to blame; all others were killed after them."""
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    if trouble is not None and trouble.kind == "hung":
-        return 1
+    if trouble is not None and trouble.kind != "killed":
+        return trouble.exit_code
     blamed = [codes[one.rank] for one in trouble.culprits if one.rank in codes] if trouble else []
     code = (blamed or list(codes.values()))[0]
     return code if code > 0 else 128 - code

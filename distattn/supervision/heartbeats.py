@@ -20,7 +20,7 @@ from distattn.ir.errors import DistattnError
 
 SLOT_BYTES = 256
 # what a rank tells last: it has done its part, refuses to go on, or something was raised; the reason follows
-ENDED, REFUSED, RAISED = "ended", "refused: ", "raised "
+ENDED, REFUSED, RAISED = "ended", "refused with exit code ", "raised "
 # sequence number (odd while the slot is written), pid, attempt, nanoseconds, beats, step, seconds, waits, bytes of words
 _HEAD = struct.Struct("<QIIQQqfBB")
 _WORD_BYTES = SLOT_BYTES - _HEAD.size
@@ -196,12 +196,10 @@ def tell_end(code: int, error: BaseException | None = None) -> None:
     if _TOLD.last[0].startswith((REFUSED, RAISED)):
         return
     line = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, DistattnError):
-        tell(f"{REFUSED}{line}")
-    elif error is not None:
+    if error is not None and not isinstance(error, DistattnError):
         tell(f"{RAISED}{type(error).__name__}: {line}")
     else:
-        tell(f"{REFUSED}exit code {code}" if code else ENDED)
+        tell(f"{REFUSED}{code}" + (f": {line}" if line and error is not None else "") if code else ENDED)
 
 
 def is_attached() -> bool:

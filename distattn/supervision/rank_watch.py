@@ -40,12 +40,14 @@ class Trouble:
 
     kind: whether they were killed, hung, raised an error or refused to go on. steps: that the rank that was furthest had done in
     this attempt. seconds: from the last sign of life, what a rank has said of its end, or its death at most, to the decision.
+    exit_code: of a rank that refuses.
     """
 
     culprits: tuple[Culprit, ...]
     kind: Kind
     steps: int
     seconds: float
+    exit_code: int = 1
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.culprits))
@@ -123,13 +125,17 @@ class RankWatch:
         if not gone:
             return False
         # who was killed could say nothing, who was left alone by it says so, and ends later
-        if silent := {rank: beat for rank, beat in gone.items() if not _has_said_why(beat)}:
-            first = tuple(Culprit(rank, "was killed", words(beat)) for rank, beat in silent.items())
+        if killed := {rank: beat for rank, beat in gone.items() if not _has_said_why(beat)}:
+            first = tuple(Culprit(rank, "was killed", words(beat)) for rank, beat in killed.items())
             self._end(first, "killed", POLL_SECONDS, known)
         else:
             rank, beat = min(gone.items(), key=lambda item: item[1].at)
-            kind: Kind = "refused" if beat.words.startswith(REFUSED) else "raised"
-            self._end((Culprit(rank, beat.words),), kind, time.monotonic() - beat.at, known)
+            silent = time.monotonic() - beat.at
+            if beat.words.startswith(REFUSED):
+                code = int(beat.words.removeprefix(REFUSED).partition(":")[0])
+                self._end((Culprit(rank, beat.words),), "refused", silent, known, code)
+            else:
+                self._end((Culprit(rank, beat.words),), "raised", silent, known)
         return True
 
     def _hung(self, known: Mapping[int, Heartbeat], silent: float) -> None:
@@ -144,8 +150,10 @@ class RankWatch:
         found = culprits({rank: known.get(rank) for rank in waiting}, states, collective)
         self._end(tuple(found), "hung", silent, known)
 
-    def _end(self, found: tuple[Culprit, ...], kind: Kind, seconds: float, known: Mapping[int, Heartbeat]) -> None:
-        self.trouble = Trouble(found, kind, max(self._done(known).values(), default=0), seconds)
+    def _end(
+        self, found: tuple[Culprit, ...], kind: Kind, seconds: float, known: Mapping[int, Heartbeat], code: int = 1
+    ) -> None:
+        self.trouble = Trouble(found, kind, max(self._done(known).values(), default=0), seconds, code)
         for beat in known.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(beat.pid, signal.SIGKILL)

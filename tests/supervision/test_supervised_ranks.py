@@ -81,7 +81,7 @@ def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on(kind, runs)
 def test_what_a_rank_says_of_its_end_is_no_reason_to_start_again(runs):
     code, said, attempts = outcome(runs / "refused")
     assert code == 2 and len(attempts) == 1
-    assert attempts[0]["why"] == "rank 2 refused: tokens.bin: token 7 is not in the vocabulary."
+    assert attempts[0]["why"] == "rank 2 refused with exit code 2: tokens.bin: token 7 is not in the vocabulary."
     assert said.endswith("distattn: rank 2 ended with exit code 2; the other ranks were stopped.")
     # what is raised in the first step would be raised again
     code, said, attempts = outcome(runs / "raised at once")
