@@ -234,6 +234,8 @@ class Faults:
     def _hang(self, launch: Launch, run: RunFolder) -> Fault | None:
         """Have a rank hang; None where the command ended before."""
         victim, kind = self._random.randrange(RANKS), _HANGS[self._hung % len(_HANGS)]
+        if launch.until(lambda beats: True) is None:
+            return None
         ended = len(launch.ended)
         if kind == "stopped":
             if launch.until(lambda beats: min(beat.step for beat in beats.values()) >= 0) is None:

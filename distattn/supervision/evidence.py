@@ -20,8 +20,8 @@ from distattn.supervision.heartbeats import Heartbeat
 _TELL_STACKS = signal.SIGUSR2
 # for py-spy, and for a rank's own answer
 _PY_SPY_SECONDS, _ANSWER_SECONDS = 10.0, 2.0
-# in how many innermost frames
-_COLLECTIVES, _INNERMOST = f"torch{os.sep}distributed{os.sep}", 4
+# in how many innermost frames, of which torchrun's own do not count
+_COLLECTIVES, _TORCHRUN, _INNERMOST = "/torch/distributed/", "/torch/distributed/elastic/", 4
 
 
 def answer_with_stacks(folder: Path, rank: int) -> None:
@@ -62,7 +62,8 @@ def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Hea
 def is_in_collective(stacks: str) -> bool:
     """Whether the main thread, the last one, stands in a collective of PyTorch, one of an engine for example."""
     _, _, main = stacks.rpartition("hread 0x")
-    return any(_COLLECTIVES in line for line in main.splitlines()[1 : 1 + _INNERMOST])
+    innermost = main.splitlines()[1 : 1 + _INNERMOST]
+    return any(_COLLECTIVES in line and _TORCHRUN not in line for line in innermost)
 
 
 def _fields(beat: Heartbeat) -> dict[str, object]:

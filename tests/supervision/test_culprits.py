@@ -71,7 +71,7 @@ def test_a_collective_is_seen_in_the_main_threads_stack():
     main = "Current thread 0x2 (most recent call first):\n"
     assert is_in_collective(other + main + frame.format("distributed_c10d"))
     # torchrun's frames are below a rank's
-    ours = '  File "/distattn/training/loop.py", line 148 in run\n' * 4
+    ours = '  File "/distattn/training/loop.py", line 148 in run\n'
     assert not is_in_collective(other + main + ours + frame.format("elastic/multiprocessing/api"))
     assert not is_in_collective(
         main.replace("Current t", "T") + frame.format("x") + "\n" + other

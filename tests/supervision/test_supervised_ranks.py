@@ -71,7 +71,7 @@ def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on(kind, runs)
     # bit for bit that of a run that nothing happened to
     assert (runs / kind / "losses.jsonl").read_text() == (runs / "whole" / "losses.jsonl").read_text()
     assert first["ranks"] == [1] and last["exit_code"] == 0
-    assert first["kind"] == {"kill": "killed", "raised": "raised"}.get(kind, "hung") and first["steps"] == 5
+    assert first["kind"] == {"kill": "killed", "raised": "raised"}.get(kind, "hung") and 0 < first["steps"] <= 5
     kept = runs / kind / "attempts" / "001"
     assert (kept / "heartbeats.jsonl").exists() == (kind in HANGS)
     if kind in HANGS and kind != "stop":
