@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from distattn.adapters.huggingface_latent import attend_by_latents as attend_by_latents
 from distattn.adapters.huggingface_latent import has_latents, latent_attention, latents_expanded
+from distattn.adapters.huggingface_mamba import hand_batches_on
 from distattn.adapters.huggingface_masks import NAME as NAME
 from distattn.adapters.huggingface_masks import MaskPattern as MaskPattern
 from distattn.adapters.huggingface_masks import refuse_attention_classes
@@ -45,6 +46,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask_pattern)
     change_models(refuse_attention_classes)
     change_models(replace_functions)
+    change_models(hand_batches_on)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ MODELS = (
     "kimi_linear",
     "lfm2",
     "lfm2_moe",
+    "mamba2",
     "nemotron_h",
     "olmo_hybrid",
     "qwen3_5",
@@ -44,6 +45,8 @@ MODELS = (
     "qwen3_next",
     "zamba2",
 )
+# those whose recurrent layers are Mamba's first version
+_MAMBA_1 = ("falcon_mamba", "jamba", "mamba", "zamba")
 # the first transformers known to hand the model's keyword arguments on to these functions
 _LEAST = "5.23"
 
@@ -51,9 +54,11 @@ _LEAST = "5.23"
 def check_mixing_layer(number: int, config: Any) -> None:
     """Raise DistattnError where a model's layer of such a number, which is of a kind of `MIXING`, is not computed here."""
     layer = f"layer {number} is a {config.layer_types[number]} layer, which mixes tokens outside of attention"
-    if folder_of(type(config).__module__) not in MODELS:
+    if (folder := folder_of(type(config).__module__)) not in MODELS:
+        of_mamba_1 = " by the selective scan of Mamba-1, which decays every channel by itself and is no op here"
         raise DistattnError(
-            f"{layer}; such layers are computed in models of {', '.join(MODELS)}, not of {config.model_type}."
+            f"{layer}{of_mamba_1 if folder in _MAMBA_1 else ''}; such layers are computed in models of {', '.join(MODELS)}, "
+            f"not of {config.model_type}."
         )
     if Version(transformers.__version__) < Version(_LEAST):
         raise DistattnError(f"{layer}; that needs transformers {_LEAST}, and {transformers.__version__} is installed.")

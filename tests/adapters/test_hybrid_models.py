@@ -9,6 +9,7 @@ import pytest
 import torch
 from hybrid_models import RECURRENT, batch_of, double_precision, in_one_process, worst
 from processes import run_on_ranks, sum_gradients
+from transformers import AutoModelForCausalLM, FalconMambaConfig, JambaConfig, MambaConfig
 
 import distattn as da
 from distattn.adapters import huggingface, huggingface_recurrent
@@ -16,8 +17,8 @@ from distattn.adapters.huggingface_recurrent import MODELS
 from distattn.adapters.pytorch import local_loss
 
 PACK = [17, 1, 22]
-# of each kind of layer one: Gated DeltaNet, KDA beside latent attention, Mamba-2 in groups, convolutions alone
-KINDS = ["qwen3_next", "kimi_linear", "nemotron_h", "lfm2"]
+# of each kind of layer one: Gated DeltaNet, KDA beside latent attention, Mamba-2 in groups and alone, convolutions alone
+KINDS = ["qwen3_next", "kimi_linear", "nemotron_h", "mamba2", "lfm2"]
 CASES = {
     2: [(name, PACK, dict(layout="zigzag")) for name in RECURRENT],
     1: [(name, PACK, dict(layout="zigzag")) for name in KINDS],
@@ -120,14 +121,36 @@ def test_a_layer_that_does_not_ask_for_its_plan_is_noticed(monkeypatch):
 
 
 def _checkpointed(rank: int, checkpointed: bool) -> list:
-    model = hybrid_models.build("qwen3_next")
-    if checkpointed:
-        model.gradient_checkpointing_enable()
+    # both are there at once, and so are their batches
     cp = da.ContextParallel(strategy="ring", kernel="reference")
-    local_loss(model, cp.shard(batch_of(PACK))).backward()
-    return [parameter.grad for parameter in model.parameters()]
+    models = [hybrid_models.build(name) for name in ("qwen3_next", "mamba2", "mamba2")]
+    losses = []
+    for model, lengths in zip(models, (PACK, PACK, [9, 20]), strict=True):
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        losses.append(local_loss(model, cp.shard(batch_of(lengths))))
+    for loss in losses:
+        loss.backward()
+    return [parameter.grad for model in models for parameter in model.parameters()]
 
 
-def test_activation_checkpointing_changes_nothing():
+def test_activation_checkpointing_and_other_models_change_nothing():
     for got, wanted in zip(run_on_ranks(2, _checkpointed, True), run_on_ranks(2, _checkpointed, False), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_mamba_1_and_masks_beside_a_batch_are_refused():
+    cp = da.ContextParallel(strategy="ring", kernel="reference")
+    given = huggingface.inputs(cp.shard(batch_of(PACK)))
+    huggingface.register()
+    for kind in (MambaConfig, FalconMambaConfig):
+        config = kind(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+        model = AutoModelForCausalLM.from_config(config)
+        named = rf"scan of Mamba-1.* models of bailing_hybrid,.* not of {config.model_type}\."
+        with pytest.raises(da.DistattnError, match=named):
+            model(**given)
+        model(given["input_ids"])
+    with pytest.raises(da.DistattnError, match="selective scan of Mamba-1.* not of jamba"):
+        huggingface.check_config(JambaConfig(num_hidden_layers=2))
+    with pytest.raises(da.DistattnError, match="a padding mask was passed"):
+        hybrid_models.build("mamba2")(**given, attention_mask=torch.ones(1, sum(PACK)))

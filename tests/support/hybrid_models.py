@@ -80,6 +80,7 @@ _ZAMBA = dict(
     adapter_rank=4,
 )
 _CONVOLUTION = dict(layer_types=["conv", "full_attention"], conv_L_cache=3)
+_MAMBA_2 = dict(num_heads=4, head_dim=16, expand=2, n_groups=2, state_size=6, conv_kernel=4, chunk_size=16)
 # by transformers' model_type
 RECURRENT: dict[str, dict[str, Any]] = {
     "qwen3_next": _TINY | _DELTA_NET | _SHARED,
@@ -92,6 +93,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
     | dict(mlp_layer_types=["dense", "sparse"]),
     "bailing_hybrid": _KIMI | _GROUPS | _EXPERTS,
     "nemotron_h": _TINY | _NEMOTRON,
+    "mamba2": _SIZES | _MAMBA_2,
     "bamba": _TINY | _MAMBA | dict(attn_layer_indices=[1]),
     "falcon_h1": _TINY | _MAMBA | dict(mamba_d_ssm=32),
     "granitemoehybrid": _TINY
