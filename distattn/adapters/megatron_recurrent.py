@@ -2,19 +2,23 @@
 
 Megatron-core 0.16 refuses packs in the one, splits heads of the other over context-parallel ranks, and has neither without its
 kernels (flash-linear-attention; mamba-ssm). Here parameters, their names, tensor parallelism and checkpoints are Megatron's, and
-convolutions and recurrences are `LocalBatch`'s. `megatron.replace_core_attention` puts these into specs.
+convolutions and recurrences are `LocalBatch`'s, of the heads of one tensor-parallel rank. `megatron.replace_core_attention` puts
+these into specs.
 """
 
 # T tokens on this rank, B rows, X channels, H heads of values, G heads of queries and keys, K key dim, V value dim
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch.nn.functional as F
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet as MegatronGatedDeltaNet
 from megatron.core.ssm.mamba_mixer import MambaMixer as MegatronMambaMixer
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
+from torch.func import functional_call
 
 from distattn.adapters.megatron_batches import MegatronBatches
 from distattn.adapters.recurrent_layers import mamba2, unit_length
@@ -24,10 +28,22 @@ from distattn.kernels.merge import accumulation_dtype
 
 
 class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
-    """Megatron's Gated DeltaNet by plan. own: batches that Megatron's loaders shard."""
+    """Megatron's Gated DeltaNet by plan. own: batches that Megatron's loaders shard.
 
-    def __init__(self, *given: Any, own: MegatronBatches, cp_comm_type: Any = None, **named: Any):
-        super().__init__(*given, **named)
+    Raises DistattnError where tensor-parallel ranks would have parts of heads.
+    """
+
+    def __init__(
+        self, config: Any, *given: Any, own: MegatronBatches, pg_collection: Any, cp_comm_type: Any = None, **named: Any
+    ):
+        ranks = pg_collection.tp.size()
+        for name in ("linear_num_key_heads", "linear_num_value_heads"):
+            if getattr(config, name) % ranks:
+                raise DistattnError(
+                    f"{name} is {getattr(config, name)}, and heads are split over {ranks} tensor-parallel ranks: make it a "
+                    "multiple of them."
+                )
+        super().__init__(config, *given, pg_collection=pg_collection, **named)
         self.own = own
 
     def forward(
@@ -57,10 +73,22 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
         wide = accumulation_dtype(alpha.dtype)
         g_TH = (-self.A_log.exp() * F.softplus(alpha.to(wide) + self.dt_bias)).to(wide)
         o_THV = batch.recurrence(q_TGK, k_TGK, v_THV, "gated_delta_rule", g=g_TH, beta=beta.sigmoid())
-        normed_THV = self.out_norm(o_THV.flatten(0, 1)).view(o_THV.shape)
+        normed_THV = self._norm(o_THV.flatten(0, 1)).view(o_THV.shape)
         gated_THV = (normed_THV * self.act_fn(gate_THV.to(wide))).to(o_THV.dtype)
         out: tuple[Tensor, Tensor | None] = self.out_proj(_rows(gated_THV, projected_TBX))
         return out
+
+    def _norm(self, x_XV: Tensor) -> Tensor:
+        """Megatron's norm. Tensor-parallel ranks share its weight and have heads of their own: its gradient is summed.
+
+        Megatron-core 0.16 sums it with sequence parallelism only, where the norm marks its weight for that.
+        """
+        weights = dict(self.out_norm.named_parameters())
+        for name, weight in weights.items():
+            if not (self.config.sequence_parallel and getattr(weight, "sequence_parallel", False)):
+                weights[name] = copy_to_tensor_model_parallel_region(weight, self.pg_collection.tp)
+        normed: Tensor = functional_call(self.out_norm, weights, (x_XV,))
+        return normed
 
     def _key_heads(self, x_TX: Tensor) -> Tensor:
         """(T, G, K), of norm 1 where that is asked for."""
@@ -69,11 +97,14 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
 
 
 class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
-    """Megatron's Mamba-2 mixer by plan; heads stay whole on every context-parallel rank. own: as above."""
+    """Megatron's Mamba-2 mixer by plan; each context-parallel rank has all heads of its tensor-parallel rank. own: as above."""
 
-    def __init__(self, *given: Any, own: MegatronBatches, **named: Any):
-        super().__init__(*given, **named)
-        self.own = own
+    def __init__(self, *given: Any, own: MegatronBatches, pg_collection: Any, **named: Any):
+        # Megatron's would want heads for every context-parallel rank
+        alone = copy.copy(pg_collection)
+        alone.cp = _OneRank()
+        super().__init__(*given, pg_collection=alone, **named)
+        self.own, self.pg_collection = own, pg_collection
 
     def forward(
         self,
@@ -101,6 +132,14 @@ class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
         y_TBX = _rows((o_THV * gate_THV).to(x_THV.dtype), projected_TBX)
         out: tuple[Tensor, Tensor | None] = self.out_proj(self.norm(y_TBX) if self.rmsnorm else y_TBX)
         return out
+
+
+class _OneRank:
+    """Takes the place of a process group of one rank."""
+
+    def size(self) -> int:
+        """How many ranks there are."""
+        return 1
 
 
 def _flat(layer: Any, x_TBX: Tensor, packed_seq_params: Any) -> tuple[Tensor, LocalBatch]:

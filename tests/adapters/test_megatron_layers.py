@@ -27,8 +27,18 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig  # noqa: E402
 from processes import run_on_ranks  # noqa: E402
-from test_megatron import build, config_of, context_parallel, schedule, start, wrapped, zigzag  # noqa: E402
+from test_megatron import (  # noqa: E402
+    SequenceNorm,
+    build,
+    config_of,
+    context_parallel,
+    schedule,
+    start,
+    wrapped,
+    zigzag,
+)
 
+import distattn as da  # noqa: E402
 from distattn.adapters import megatron  # noqa: E402
 
 pytestmark = pytest.mark.sampled(4)
@@ -53,8 +63,10 @@ MODELS = {
         linear_num_value_heads=4,
         deterministic_mode=True,
     ),
-    "mamba": dict(mamba_state_dim=6, mamba_head_dim=16, mamba_num_groups=2, num_layers=3),
+    # heads that context-parallel ranks could not share out
+    "mamba": dict(mamba_state_dim=6, mamba_head_dim=8, mamba_num_heads=6, mamba_num_groups=2, num_layers=3),
 }
+RECURRENT = ["gated delta net", "mamba"]
 
 
 class DenseAttention(torch.nn.Module):
@@ -115,18 +127,24 @@ def without_kernels() -> None:
 
 def layer_spec(config, kind: str):
     latent = bool(getattr(config, "multi_latent_attention", False))
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, multi_latent_attention=latent, normalization="RMSNorm"
+    layer, first = (
+        get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, multi_latent_attention=latent, normalization="RMSNorm"
+        )
+        for _ in range(2)
     )
+    norm = SequenceNorm if config.sequence_parallel else WrappedTorchNorm
+    if config.sequence_parallel:
+        for one in (layer, first):
+            one.submodules.input_layernorm = one.submodules.pre_mlp_layernorm = norm
     if kind == "gated delta net":
-        parts = gated_delta_net.GatedDeltaNetSubmodules(ColumnParallelLinear, WrappedTorchNorm, RowParallelLinear)
-        first = get_gpt_layer_local_spec(normalization="RMSNorm")
+        parts = gated_delta_net.GatedDeltaNetSubmodules(ColumnParallelLinear, norm, RowParallelLinear)
         first.submodules.self_attention = ModuleSpec(gated_delta_net.GatedDeltaNet, submodules=parts)
-        return TransformerBlockSubmodules(layer_specs=[first, layer], layer_norm=WrappedTorchNorm)
+        return TransformerBlockSubmodules(layer_specs=[first, layer], layer_norm=norm)
     if kind == "mamba":
         parts = mamba_mixer.MambaMixerSubmodules(ColumnParallelLinear, RowParallelLinear)
         mixer = ModuleSpec(mamba_mixer.MambaMixer, submodules=parts)
-        recurrent = MambaLayerSubmodules(norm=WrappedTorchNorm, mixer=mixer, mamba_bda=get_bias_dropout_add)
+        recurrent = MambaLayerSubmodules(norm=norm, mixer=mixer, mamba_bda=get_bias_dropout_add)
         stack = MambaStackSubmodules(ModuleSpec(MambaLayer, submodules=recurrent), attention_layer=layer)
         return ModuleSpec(MambaStack, params={"post_layer_norm": False}, submodules=stack)
     return layer
@@ -166,7 +184,7 @@ def _stock(rank: int, kind: str):
             total = total + F.cross_entropy(logits, ids[0, 1:], reduction="sum")
             valid += ids.shape[1] - 1
     (total / valid).backward()
-    return float(total / valid), sums_of(model)
+    return float(total / valid), sums_of(model), {name: weight.detach() for name, weight in model.named_parameters()}
 
 
 def _ours(rank: int, kind: str, cp: int):
@@ -228,6 +246,71 @@ def test_batches_of_megatrons_own_loaders_do_not_depend_on_the_number_of_ranks(k
     for found in run_on_ranks(2, _own_batches, kind, 2):
         for one, other in zip(found, wanted, strict=True):
             same([one], other)
+
+
+def sections_of(name: str, config) -> list[int]:
+    """The parts of a whole weight of which every tensor-parallel rank has its share."""
+    if "linear_fc1" in name:
+        return [config.ffn_hidden_size] * 2
+    inner, keys = config.mamba_num_heads, config.mamba_num_groups * config.mamba_state_dim
+    if "mixer." in name:
+        inner *= config.mamba_head_dim
+        of_projection, of_convolution = [inner, inner, keys, keys, config.mamba_num_heads], [inner, keys, keys]
+    else:
+        keys, heads = config.linear_num_key_heads * config.linear_key_head_dim, config.linear_num_value_heads
+        values = heads * config.linear_value_head_dim
+        of_projection, of_convolution = [keys, keys, values, values, heads, heads], [keys, keys, values]
+    return of_projection if "in_proj" in name else of_convolution if "conv1d" in name else []
+
+
+def _tensor_parallel(rank: int, kind: str, weights: dict, gradients: list, changes: dict):
+    """Loss on 2 tensor- x 2 context-parallel ranks, and the errors of this rank's gradients by name."""
+    start(tp=2, cp=2)
+    config = config_of(tp=2, cp=2, calculate_per_token_loss=True, **MODELS[kind], **changes)
+    model = megatron.use_batch_positions(model_of(kind, config, ours=True))
+
+    def own(name: str, weight, whole):
+        if not getattr(weight, "tensor_model_parallel", False):
+            return whole
+        dim = getattr(weight, "partition_dim", -1)
+        dim = 0 if dim < 0 else dim
+        parts = whole.split(sections_of(name, config) or whole.shape[dim], dim)
+        return torch.cat([part.chunk(2, dim)[parallel_state.get_tensor_model_parallel_rank()] for part in parts], dim)
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(own(name, weight, weights[name]))
+    chunk = wrapped(config, model, distributed_optimizer=False)
+    with context_parallel(pad_to=2) as ours:
+        reports = schedule(chunk, config, ours.shard_step(small.step(0, 2)))
+    sums = torch.stack([sum(report[name] for report in reports).double() for name in ("loss_sum", "tokens")])
+    dist.all_reduce(sums)
+    errors = {}
+    for (name, weight), whole in zip(model.named_parameters(), gradients, strict=True):
+        wanted = own(name, weight, whole)
+        errors[name] = float((weight.main_grad - wanted).norm() / wanted.norm())
+    return float(sums[0] / sums[1]), errors
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent_layers_with_tensor_parallelism_are_those_of_one_process(kind, sequence_parallel):
+    ((wanted, gradients, weights),) = run_on_ranks(1, _stock, kind)
+    changes = {"sequence_parallel": sequence_parallel}
+    for loss, errors in run_on_ranks(4, _tensor_parallel, kind, weights, gradients, changes):
+        assert loss == pytest.approx(wanted, rel=1e-5)
+        assert not {name: error for name, error in errors.items() if error > 1e-4}
+
+
+def _parts_of_heads(rank: int) -> None:
+    start(tp=2)
+    config = config_of(tp=2, **MODELS["gated delta net"] | dict(linear_num_key_heads=1))
+    with pytest.raises(da.DistattnError, match="linear_num_key_heads is 1, and heads are split over 2 tensor-parallel"):
+        model_of("gated delta net", config, ours=True)
+
+
+def test_tensor_parallelism_over_parts_of_heads_is_refused():
+    run_on_ranks(2, _parts_of_heads)
 
 
 EXPERTS = dict(
