@@ -23,7 +23,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from distattn.adapters.pytorch import forward, full_tensor, gradients_aside, output_layer_of, trained_layer
+from distattn.adapters.pytorch import full_tensor, gradients_aside, logits_of, output_layer_of, trained_layer
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.communicator import new_group
@@ -116,7 +116,7 @@ class ProbeTarget:
         if engine.has_moe_layers:
             raise DistattnError("DeepSpeed's expert parallelism reduces experts over groups of its own; not supported.")
         self.engine, self._output_layer, self._scale_wrt_gas = engine, output_layer, scale_wrt_gas
-        self._forward = forward or (lambda batch: _forward(engine, batch))
+        self._forward = forward or (lambda batch: logits_of(engine, batch))
         self.micro_batches_per_step = engine.gradient_accumulation_steps() if scale_wrt_gas else None
 
     def layer(self) -> torch.nn.Module:
@@ -171,6 +171,3 @@ class ProbeTarget:
 
     def _output(self) -> torch.nn.Module:
         return self._output_layer or output_layer_of(self.engine.module)
-
-
-_forward = forward

@@ -71,11 +71,23 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Logits (1, T, V) for a sharded batch: of a transformers model, or one of your own.
+    """Logits (1, T, V) for a sharded batch, to make a loss of: of a transformers model, or one of your own.
 
     That takes those of input_ids, position_ids (both (1, T)) and context_parallel that it names, the last in any case, and
-    returns logits, or what has them as `logits`. Raises DistattnError where it takes no context_parallel.
+    returns logits, or what has them as `logits`. Raises DistattnError where it takes no context_parallel, and where gradients
+    are wanted of a model with a router loss, which logits do not have.
     """
+    out = _output(model, batch)
+    if torch.is_grad_enabled() and getattr(out, "aux_loss", None) is not None:
+        raise DistattnError(
+            f"{type(unwrapped(model)).__name__} has a router loss (output_router_logits), which is not in its logits: call "
+            "pytorch.local_loss, or add router_loss.router_loss(model, output, batch) to loss_of(output.logits, batch)."
+        )
+    return _logits(out)
+
+
+def logits_of(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The same where no loss to train by is made of them, for evaluation and probes: a router loss is left out."""
     return _logits(_output(model, batch))
 
 
@@ -133,7 +145,7 @@ def local_loss(
     """
     if loss is None:
         out = _output(model, batch)
-        return _with_router_loss(loss_of(_logits(out), batch), model, out, batch)
+        return with_router_loss(loss_of(_logits(out), batch), model, out, batch)
     if hasattr(model, "_orig_mod"):
         raise DistattnError(
             "a tiled loss is computed inside the model's forward: compile the layers, not the whole model."
@@ -144,10 +156,11 @@ def local_loss(
     loss_sum = output.loss_sum(_logits(out), inner)
     if on_token_losses is not None and output.token_losses_T is not None:
         on_token_losses(output.token_losses_T, batch)
-    return _with_router_loss(loss_sum * batch["loss_scale"], model, out, batch)
+    return with_router_loss(loss_sum * batch["loss_scale"], model, out, batch)
 
 
-def _with_router_loss(loss: Tensor, model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
+def with_router_loss(loss: Tensor, model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
+    """This rank's share of the token losses, and that of the router's if the model's output has one (see `router_loss`)."""
     share = router_loss(unwrapped(model), output, batch)
     return loss if share is None else loss + share
 
@@ -193,7 +206,7 @@ class ProbeTarget:
         output_layer: torch.nn.Module | None = None,
     ):
         self.model, self._reduce = model, reduce
-        self._forward = forward or (lambda batch: _forward(model, batch))
+        self._forward = forward or (lambda batch: logits_of(model, batch))
         self._output_layer = output_layer
 
     def layer(self) -> torch.nn.Module:
@@ -231,9 +244,6 @@ class ProbeTarget:
 
     def _output(self) -> torch.nn.Module:
         return self._output_layer or output_layer_of(unwrapped(self.model))
-
-
-_forward = forward
 
 
 def unwrapped(model: Any) -> Any:

@@ -9,7 +9,7 @@ product of two means, so those of one rank's tokens do not add up to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,29 +36,57 @@ def router_loss(model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -
     # transformers' models have computed one themselves, of this rank's tokens
     if getattr(output, "aux_loss", None) is None:
         return None
-    if missing := [name for name in _NAMES if not hasattr(model, name)]:
-        raise DistattnError(
-            f"the router loss of {type(model).__name__} is not computed, because the model has no {missing[0]}; set "
-            "output_router_logits to False in its config."
-        )
+    experts, chosen, weight = _settings(model)
     local = batch["context_parallel"]
     ranks = local.planner.ranks if isinstance(local, LocalBatch) else None
     if not isinstance(ranks, ContextParallel):
         raise DistattnError(
             "a router loss needs a batch of ContextParallel.shard; set output_router_logits to False in pipelines."
         )
-    experts, chosen, weight = (getattr(model, name) for name in _NAMES)
     tokens, labels = local.own_tokens, (batch["labels"] != IGNORE_INDEX).sum().double()
-    counts_E = torch.zeros(experts, dtype=torch.float64, device=labels.device)
-    probabilities_E = torch.zeros(experts, device=labels.device)
-    for logits in output.router_logits:
-        probability_TE = logits[:tokens].to(labels.device).softmax(-1)
+    router_logits = [logits[:tokens].to(labels.device) for logits in output.router_logits]
+    counts_E, probabilities_E = _sums_of_tokens(router_logits, experts, chosen)
+    rows = torch.full_like(labels, tokens * len(router_logits))
+    own = torch.cat([counts_E, torch.stack([labels, rows])])
+    counts_E, (labels, rows) = sum_over_loss_group(ranks, own, "a router loss").split([experts, 2])
+    return _balance(counts_E, probabilities_E, rows.clamp(min=1)) * (weight * batch["loss_scale"] * labels)
+
+
+def router_loss_of_tokens(model: torch.nn.Module, router_logits: Sequence[Tensor]) -> Tensor:
+    """The same loss of these tokens alone, (T, E) of each layer, as one process has it that holds no others.
+
+    Raises DistattnError as `router_loss` does for the model.
+    """
+    experts, chosen, weight = _settings(model)
+    counts_E, probabilities_E = _sums_of_tokens(router_logits, experts, chosen)
+    rows = counts_E.new_tensor(sum(map(len, router_logits)))
+    return _balance(counts_E, probabilities_E, rows.clamp(min=1)) * weight
+
+
+def _settings(model: torch.nn.Module) -> tuple[int, int, float]:
+    """How many experts there are, how many a token goes to, and the weight of the loss."""
+    if missing := [name for name in _NAMES if not hasattr(model, name)]:
+        raise DistattnError(
+            f"the router loss of {type(model).__name__} is not computed, because the model has no {missing[0]}; set "
+            "output_router_logits to False in its config."
+        )
+    experts, chosen, weight = (getattr(model, name) for name in _NAMES)
+    return experts, chosen, weight  # type: ignore[return-value]
+
+
+def _sums_of_tokens(router_logits: Sequence[Tensor], experts: int, chosen: int) -> tuple[Tensor, Tensor]:
+    """How many tokens go to each expert (E,), and the sums of their probabilities (E,), over all layers."""
+    device = router_logits[0].device
+    counts_E = torch.zeros(experts, dtype=torch.float64, device=device)
+    probabilities_E = torch.zeros(experts, device=device)
+    for logits_TE in router_logits:
+        probability_TE = logits_TE.to(device).softmax(-1)
         indices = probability_TE.detach().topk(chosen, -1).indices.flatten()
         counts_E.scatter_add_(0, indices, torch.ones_like(indices, dtype=torch.float64))
         probabilities_E = probabilities_E + probability_TE.float().sum(0)
-    rows = torch.full_like(labels, tokens * len(output.router_logits))
-    own = torch.cat([counts_E, torch.stack([labels, rows])])
-    counts_E, (labels, rows) = sum_over_loss_group(ranks, own, "a router loss").split([experts, 2])
-    rows = rows.clamp(min=1)
-    share = experts * ((counts_E / rows).to(probabilities_E.dtype) * probabilities_E).sum() / rows
-    return share * (weight * batch["loss_scale"] * labels)
+    return counts_E, probabilities_E
+
+
+def _balance(counts_E: Tensor, probabilities_E: Tensor, rows: Tensor) -> Tensor:
+    """E sum_e f_e p_e, with f_e = counts_e / rows and p_e = probabilities_e / rows."""
+    return len(counts_E) * ((counts_E / rows).to(probabilities_E.dtype) * probabilities_E).sum() / rows

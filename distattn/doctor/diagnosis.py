@@ -13,10 +13,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.doctor.comparison import Diagnosis, Finding, RankResult, distance, in_global_order, parts_of
 from distattn.doctor.emulation import Seen, emulate
 from distattn.doctor.gradient_mistakes import GradientComparison, explain_gradients
-from distattn.doctor.logit_mistakes import RIGHT, Hypothesis, explain_logits, first_different_module, micro_batches_of
+from distattn.doctor.logit_mistakes import (
+    RIGHT,
+    Hypothesis,
+    MicroBatch,
+    explain_logits,
+    first_different_module,
+    micro_batches_of,
+)
 from distattn.doctor.loss_mistakes import (
     PartLoss,
     are_unequal,
@@ -25,9 +33,10 @@ from distattn.doctor.loss_mistakes import (
     read_losses,
 )
 from distattn.doctor.module_differences import explain_by_module
-from distattn.doctor.recording import lookups, same_buffers
+from distattn.doctor.recording import lookups, recorded_returns, same_buffers
 from distattn.doctor.recurrence_mistakes import explain_convolution, recurrence_hypotheses
 from distattn.doctor.reference import ReferenceResult, digests_of, measure_tolerances, reference_result
+from distattn.doctor.router_mistakes import RoutedBatch, explain_router_loss
 from distattn.doctor.run_checks import check_finite, check_inputs, check_run, check_state
 from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
@@ -75,7 +84,15 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
         return Diagnosis(measured, None, [finding])
     compared = GradientComparison.of(reference, ranks, tolerances.gradients)
     measured |= {"loss": _loss_ratio(reference, ranks), "gradient": compared.norm_ratio}
-    finding = _explain_gradients_and_weights(reference, ranks, losses, compared)
+    of_router = partial(
+        explain_router_loss,
+        reference,
+        compared,
+        model,
+        partial(target.router_loss, model),
+        lambda: _Emulation(target, model, reference, ranks).routed_batches(),
+    )
+    finding = _explain_gradients_and_weights(reference, ranks, losses, compared, of_router)
     finding = finding or check_state(ranks)
     return Diagnosis(measured, None, [finding] if finding else [])
 
@@ -114,6 +131,24 @@ class _Emulation:
         found = self(RIGHT, False)
         return found is not None and distance(found, logits_NV) <= tolerance
 
+    def routed_batches(self) -> list[RoutedBatch] | None:
+        """What routers make of each micro-batch and of all ranks' padding; None where the model cannot be run so."""
+        routed = []
+        for batch in self._batches:
+            with recorded_returns(self._model) as returned:
+                try:
+                    self._emulate(self._forward, RIGHT, _whole(batch), torch.cat(batch.padding))
+                except Exception:
+                    return None
+            layers = self._target.router_logits(returned)
+            if layers is None:
+                return None
+            behind = torch.arange(sum(map(len, batch.padding))) + len(batch.pack.ids_N)
+            labels = [int((batch.pack.labels_N[own] != IGNORE_INDEX).sum()) for own in batch.tokens]
+            padding = list(behind.split([len(one) for one in batch.padding]))
+            routed.append(RoutedBatch(layers, batch.tokens, padding, labels))
+        return routed
+
     def _runs(self, forward: Callable[[Mapping[str, Any]], Tensor]) -> bool:
         try:
             self._logits(forward, RIGHT, False)
@@ -125,25 +160,35 @@ class _Emulation:
     def _logits(
         self, forward: Callable[[Mapping[str, Any]], Tensor], hypothesis: Hypothesis, on_one_rank: bool
     ) -> Tensor:
-        logits = []
-        for batch in self._batches:
-            if on_one_rank:
-                batch = batch._replace(tokens=[torch.arange(len(batch.pack.ids_N))])
-            read, convolved = (
-                [one for one in reading(batch) if len(one)]
-                for reading in (hypothesis.readings, hypothesis.convolved or hypothesis.readings)
-            )
-            seen = Seen(hypothesis.allowed(batch), read, convolved)
-            given = hypothesis.positions(batch), batch.tokens, seen, hypothesis.mistake
-            with same_buffers(self._model):
-                logits.append(emulate(forward, batch.pack.ids_N, *given, self._device, self.asked))
-        return torch.cat(logits)
+        batches = map(_whole, self._batches) if on_one_rank else self._batches
+        return torch.cat([self._emulate(forward, hypothesis, batch) for batch in batches])
+
+    def _emulate(
+        self,
+        forward: Callable[[Mapping[str, Any]], Tensor],
+        hypothesis: Hypothesis,
+        batch: MicroBatch,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        read, convolved = (
+            [one for one in reading(batch) if len(one)]
+            for reading in (hypothesis.readings, hypothesis.convolved or hypothesis.readings)
+        )
+        seen = Seen(hypothesis.allowed(batch), read, convolved)
+        given = hypothesis.positions(batch), batch.tokens, seen, hypothesis.mistake
+        with same_buffers(self._model):
+            return emulate(forward, batch.pack.ids_N, *given, self._device, self.asked, padding)
 
     def _plainly(self, part: Mapping[str, Any]) -> Tensor:
         return self._target.plain_forward(self._model, part)
 
     def _by_script(self, part: Mapping[str, Any]) -> Tensor:
         return self._target.forward(self._model, part)
+
+
+def _whole(batch: MicroBatch) -> MicroBatch:
+    """The micro-batch of one rank that has all its tokens."""
+    return batch._replace(tokens=[torch.arange(len(batch.pack.ids_N))])
 
 
 def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.nn.Module:
@@ -178,8 +223,9 @@ def _explain_gradients_and_weights(
     ranks: Sequence[RankResult],
     losses: Sequence[PartLoss],
     compared: GradientComparison,
+    of_router: Callable[[], Finding | None],
 ) -> Finding | None:
-    """Find what is wrong with gradients, and name the weights of tokens where these are why."""
+    """Find what is wrong with gradients, and name the weights of tokens, or the router loss, where these are why."""
     finding = explain_gradients(reference, ranks, compared)
     # what is not reduced is not reduced with right weights either
     if finding is not None and finding.cause in ("gradient missing", "gradients not reduced"):
@@ -187,7 +233,7 @@ def _explain_gradients_and_weights(
     # an equal factor of all weights may be made up for later
     if finding is None and not are_unequal(losses):
         return None
-    return explain_weights(reference, losses, ranks[0]["loss_scale"], len(ranks)) or finding
+    return explain_weights(reference, losses, ranks[0]["loss_scale"], len(ranks)) or of_router() or finding
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:

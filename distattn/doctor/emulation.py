@@ -53,22 +53,25 @@ def emulate(
     mistake: Mistake,
     device: torch.device,
     asked: set[str],
+    padding: Tensor | None = None,
 ) -> Tensor:
     """The logits (N, V) of ranks that have these tokens and positions, whose layers see what is said.
 
     forward: a rank's part to logits (1, T, V). tokens, positions: (T,) of each rank; a rank without tokens has one of padding.
-    asked: takes the names of what layers ask of the batch. Raises what `forward` raises.
+    asked: takes the names of what layers ask of the batch. padding: token ids (P,) behind the tokens of each rank; with it
+    gradients are kept. Raises what `forward` raises.
     """
     exchange = _Exchange(tokens, seen, mistake, asked)
 
     def run(rank: int) -> Tensor:
-        ids = ids_N[tokens[rank]] if len(tokens[rank]) else ids_N.new_zeros(1)
-        placed = positions[rank] if len(tokens[rank]) else ids.new_zeros(1)
+        more = ids_N.new_zeros(int(not len(tokens[rank]))) if padding is None else padding
+        ids = torch.cat([ids_N[tokens[rank]], more])
+        placed = torch.cat([positions[rank], torch.zeros_like(more)])
         part: dict[str, Any] = {"input_ids": ids[None].to(device), "position_ids": placed[None].to(device)}
         part["context_parallel"] = _EmulatedRank(exchange, rank)
         try:
             # a thread has its own
-            with torch.no_grad():
+            with torch.set_grad_enabled(padding is not None):
                 return forward(part)[0].cpu()
         except BaseException:
             exchange.barrier.abort()

@@ -20,12 +20,13 @@ from distattn.doctor.reference import ReferenceResult, Tolerances, outputs_of_ra
 
 class MicroBatch(NamedTuple):
     """A micro-batch as hypotheses need it: of each rank its tokens (T,), counted from the first of the micro-batch, and the
-    positions (T,) it gave to the model; the lengths of documents as the ranks' plan has them."""
+    positions (T,) it gave to the model; the lengths of documents as the ranks' plan has them; the ids of each rank's padding."""
 
     pack: PackedBatch
     tokens: list[Tensor]
     given: list[Tensor]
     planned: list[int]
+    padding: list[Tensor]
 
     def right(self) -> list[Tensor]:
         """The documents' positions."""
@@ -70,7 +71,11 @@ def micro_batches_of(reference: ReferenceResult, ranks: Sequence[RankResult]) ->
     for number, pack in enumerate(reference.packs):
         parts = [found["parts"][number] for found in ranks]
         tokens = [part["tokens"] - first for part in parts]
-        batch = MicroBatch(pack, tokens, [], list(parts[0]["documents"]))
+        ids = [
+            part["input_ids"].flatten() if "input_ids" in part else own for part, own in zip(parts, tokens, strict=True)
+        ]
+        padding = [one[len(own) :] for one, own in zip(ids, tokens, strict=True)]
+        batch = MicroBatch(pack, tokens, [], list(parts[0]["documents"]), padding)
         for part, own, right in zip(parts, tokens, batch.right(), strict=True):
             given = part.get("position_ids")
             batch.given.append(right if given is None or given.dim() != 2 else given.flatten()[: len(own)])

@@ -19,7 +19,15 @@ import torch.distributed as dist
 from distattn.adapters.pytorch import full_tensor, unwrapped
 from distattn.batch.local_batch import LocalBatch
 from distattn.doctor.comparison import PartResult, RankResult
-from distattn.doctor.recording import active_dropout, buffers_of, digest, recorded_outputs, same_buffers, settings_of
+from distattn.doctor.recording import (
+    active_dropout,
+    buffers_of,
+    digest,
+    recorded_outputs,
+    recorded_returns,
+    same_buffers,
+    settings_of,
+)
 from distattn.doctor.reference import digests_of, packs_of
 from distattn.doctor.target import Target
 from distattn.driver.context_parallel import ContextParallel
@@ -87,14 +95,14 @@ def _run_part(
     found["documents"] = list(map(int, layout.lengths))
     with torch.no_grad(), same_buffers(unwrapped(model)):
         before = target.forward(model, part)
-    with recorded_outputs(unwrapped(model)) as found["outputs"]:
+    with recorded_outputs(unwrapped(model)) as found["outputs"], recorded_returns(unwrapped(model)) as returned:
         logits = target.forward(model, part)
     found["random"] = float((logits - before).detach().abs().max())
     # a loss may change them in place
     found["logits"] = logits[0].detach().cpu().clone()
     if logits.requires_grad:
         logits.register_hook(lambda gradient: found.update(logits_gradient=gradient[0].detach().cpu().clone()))
-    loss = target.loss(logits, part)
+    loss = target.loss(logits, part, unwrapped(model), returned)
     if loss.requires_grad:
         # what backward multiplies the loss by, such as a scale of fp16, is no weight of tokens
         loss.register_hook(lambda gradient: found.update(loss_gradient=float(gradient)))

@@ -39,6 +39,17 @@ def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
+def recorded_returns(model: torch.nn.Module) -> Iterator[list[Any]]:
+    """Keep what the model itself returns, call by call, while the context is open."""
+    kept: list[Any] = []
+    hook = model.register_forward_hook(lambda _, __, out: kept.append(out))
+    try:
+        yield kept
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], seed: int) -> Iterator[None]:
     """Meanwhile weights, modules' outputs, and gradients through them are off by up to what rounding them once may cost.
 

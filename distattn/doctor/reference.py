@@ -13,7 +13,14 @@ from torch import Tensor
 
 from distattn.batch.packed_batch import IGNORE_INDEX, KEYS, PackedBatch
 from distattn.doctor.comparison import RankResult, distance, in_global_order, parts_of
-from distattn.doctor.recording import digest, recorded_outputs, rounded_otherwise, same_buffers, unit_roundoff
+from distattn.doctor.recording import (
+    digest,
+    recorded_outputs,
+    recorded_returns,
+    rounded_otherwise,
+    same_buffers,
+    unit_roundoff,
+)
 from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 
@@ -25,6 +32,7 @@ class ReferenceResult(NamedTuple):
     """Logits (N, V), outputs of modules by name with tokens in front (N, ...), loss and gradients; all micro-batches in turn.
 
     labels_N: each token's own label, not shifted. token_dims: the dim of a module's output that its tokens are.
+    token_gradients: those of the token losses alone, where there is a router loss beside them.
     """
 
     packs: list[PackedBatch]
@@ -36,6 +44,7 @@ class ReferenceResult(NamedTuple):
     token_dims: dict[str, int]
     loss: Tensor
     gradients: dict[str, Tensor]
+    token_gradients: dict[str, Tensor] | None
 
     @property
     def lengths(self) -> list[int]:
@@ -76,17 +85,23 @@ def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[M
     device = next(model.parameters()).device
     lengths = [length for pack in packs for length in pack.lengths]
     model.zero_grad()
-    logits, outputs = [], []
+    logits, outputs, routers = [], [], []
     # its backward pass may repeat the attention
     with same_buffers(model), target.reference_context(model):
         for ids in ids_N.to(device).split(lengths):
-            with recorded_outputs(model) as seen:
+            with recorded_outputs(model) as seen, recorded_returns(model) as returned:
                 logits.append(target.reference(model, ids[None])[0])
             outputs.append(seen)
+            routers.append(target.router_logits(returned))
         logits_NV = torch.cat(logits)
         loss = cross_entropy(logits_NV, shifted_N.to(device)).sum() / valid
-        loss.backward()
-    gradients = {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
+        router_loss = _router_loss(target, model, packs, routers)
+        loss.backward(retain_graph=router_loss is not None)
+        gradients, token_gradients = _gradients(model), None
+        if router_loss is not None:
+            router_loss.backward()
+            loss = loss + router_loss
+            gradients, token_gradients = _gradients(model), gradients
     model.zero_grad()
     dims = _token_dims(outputs, lengths)
     return ReferenceResult(
@@ -99,7 +114,26 @@ def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[M
         dims,
         loss.detach().cpu(),
         gradients,
+        token_gradients,
     )
+
+
+def _router_loss(
+    target: Target, model: torch.nn.Module, packs: Sequence[PackedBatch], routers: Sequence[list[Tensor] | None]
+) -> Tensor | None:
+    """The router losses of micro-batches, weighted by their labels. routers: of each document the router logits by layer."""
+    rest, losses = list(routers), []
+    for pack in packs:
+        own, rest = rest[: len(pack.lengths)], rest[len(pack.lengths) :]
+        if any(one is None for one in own):
+            return None
+        layers = [torch.cat(documents) for documents in zip(*own, strict=True)]
+        losses.append(target.router_loss(model, layers) * pack.valid_labels)
+    return torch.stack(losses).sum() / sum(pack.valid_labels for pack in packs)
+
+
+def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.detach().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def measure_tolerances(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distattn.adapters import huggingface, pytorch
+from distattn.adapters.router_loss import router_loss_of_tokens
 from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
@@ -40,6 +41,7 @@ _ARGUMENTS = {
     "reduce": ("model",),
     "gradients": ("model",),
     "reference": ("model", "ids"),
+    "router_loss": ("model", "router_logits"),
 }
 
 SCRIPT = """A script for the doctor is a Python file with these functions; all but the first have defaults, written for models of
@@ -58,6 +60,9 @@ transformers with attn_implementation="distattn":
   reduce(model)                               after the last backward: sums gradients over ranks, unless backward is yours
   gradients(model) -> dict                    of every parameter, whole, after that
   reference(model, ids) -> logits (1, S, V)   of one document (1, S) in one process
+  router_loss(model, router_logits) -> Tensor what one process adds to the mean of token losses of a micro-batch, of its tokens'
+                                              router_logits, (N, experts) of each layer, which the model's output has; by default
+                                              transformers' load balancing where output_router_logits asks for it
 """
 
 
@@ -132,7 +137,7 @@ class Target:
 
     def forward(self, model: torch.nn.Module, part: Mapping[str, Any]) -> Tensor:
         """Compute this rank's logits (1, T, V)."""
-        return self._function("forward", pytorch.forward)(model, part)
+        return self._function("forward", pytorch.logits_of)(model, part)
 
     @staticmethod
     def plain_forward(model: torch.nn.Module, part: Mapping[str, Any]) -> Tensor:
@@ -140,11 +145,34 @@ class Target:
         if hasattr(model, "set_attn_implementation"):
             huggingface.register()
             model.set_attn_implementation(huggingface.NAME)  # type: ignore[operator]
-        return pytorch.forward(model, part)
+        return pytorch.logits_of(model, part)
 
-    def loss(self, logits: Tensor, part: Mapping[str, Any]) -> Tensor:
-        """Compute this rank's share of the loss; shares add up to it."""
-        return self._function("loss", pytorch.loss_of)(logits, part)
+    def loss(self, logits: Tensor, part: Mapping[str, Any], model: torch.nn.Module, returned: Sequence[Any]) -> Tensor:
+        """Compute this rank's share of the loss; shares add up to it. returned: by the plain model, call by call."""
+        if hasattr(self._script, "loss"):
+            return self._script.loss(logits, part)  # type: ignore[union-attr]
+        share = pytorch.loss_of(logits, part)
+        return pytorch.with_router_loss(share, model, returned[-1], part) if returned else share
+
+    def router_logits(self, returned: Sequence[Any]) -> list[Tensor] | None:
+        """Of what a model returned, call by call, the router logits (T, E) of each layer; None where it has no router loss.
+
+        Raises DistattnError where it has one, and no router logits.
+        """
+        out = returned[-1] if returned else None
+        if not hasattr(self._script, "router_loss") and getattr(out, "aux_loss", None) is None:
+            return None
+        found = getattr(out, "router_logits", None)
+        if not found:
+            raise DistattnError(
+                "there is a router loss, but what the model returns has no router_logits to compute it of in one process: have "
+                "reference call the model, and the model return them."
+            )
+        return list(found)
+
+    def router_loss(self, model: torch.nn.Module, router_logits: Sequence[Tensor]) -> Tensor:
+        """Compute the router loss of the tokens of a micro-batch, (T, E) of each layer, in one process."""
+        return self._function("router_loss", router_loss_of_tokens)(model, router_logits)
 
     def backward(self, model: torch.nn.Module, loss: Tensor) -> None:
         """Run the backward pass of a micro-batch."""

@@ -142,7 +142,7 @@ class LossByPosition:
 
 def token_losses(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The loss of each token of a local batch (T,), in nats, 0 where it has no label; without the batch's loss scale."""
-    logits_TV = pytorch.forward(model, batch).flatten(0, -2)
+    logits_TV = pytorch.logits_of(model, batch).flatten(0, -2)
     wide_TV = logits_TV.to(accumulation_dtype(logits_TV.dtype))
     return F.cross_entropy(wide_TV, batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="none")
 

@@ -85,3 +85,12 @@ def test_a_router_loss_of_another_kind_is_refused():
     batch = da.ContextParallel(strategy="ring", kernel="reference").shard(batch_of([9]))
     with pytest.raises(da.DistattnError, match="MixtralForCausalLM is not computed.* no router_aux_loss_coef"):
         pytorch.local_loss(model, batch)
+
+
+def test_logits_alone_are_refused_for_training():
+    model = build("mixtral")
+    batch = da.ContextParallel(strategy="ring", kernel="reference").shard(batch_of([9]))
+    with pytest.raises(da.DistattnError, match="MixtralForCausalLM has a router loss.*call pytorch.local_loss"):
+        pytorch.forward(model, batch)
+    with torch.no_grad():
+        assert torch.equal(pytorch.forward(model, batch), pytorch.logits_of(model, batch))
