@@ -44,9 +44,12 @@ class ModelFlops:
     def of_model(cls, model: torch.nn.Module) -> ModelFlops:
         """From a transformers causal language model, on any device, sharded by FSDP2 or not.
 
-        Raises DistattnError where its configuration does not say how many heads it has.
+        Raises DistattnError where it has attention, and its configuration does not say how many heads.
         """
         config: Any = getattr(model, "config", None)
+        kinds = getattr(config, "layer_types", None)
+        if kinds and all(kind in _WITHOUT_ATTENTION for kind in kinds):
+            return cls(_multiplied(model, config), ())
         heads = getattr(config, "num_attention_heads", None)
         if not isinstance(heads, int):
             raise DistattnError(
@@ -57,10 +60,9 @@ class ModelFlops:
             # latent attention; transformers' head_dim is its rotary part alone
             head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         value_dim = getattr(config, "v_head_dim", None) or head_dim
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         window = getattr(config, "sliding_window", None)
         layers: Counter[int | None] = Counter()
-        for kind in kinds:
+        for kind in kinds or ["full_attention"] * config.num_hidden_layers:
             if kind not in _WITHOUT_ATTENTION:
                 layers[window if kind == "sliding_attention" else None] += heads * (head_dim + value_dim)
         return cls(_multiplied(model, config), tuple(layers.items()))

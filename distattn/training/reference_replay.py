@@ -1,4 +1,4 @@
-"""The first steps of a run again, in plain transformers: one process, sdpa, one document at a time, summed.
+"""The first steps of a run again, in plain transformers: one process, its own attention, one document at a time, summed.
 
 This file is the other side of the comparison and imports nothing of distattn. It reads a run folder (config.toml, the weights
 before the first step in initial/, documents.jsonl, and of metrics.jsonl the learning rates) and writes replay.jsonl with loss
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     train, dtype = config["train"], getattr(torch, config["model"]["dtype"])
     # bfloat16 computes, float32 is trained
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
-    model = AutoModelForCausalLM.from_pretrained(folder / "initial", attn_implementation="sdpa", dtype=wide)
+    model = AutoModelForCausalLM.from_pretrained(folder / "initial", dtype=wide)
     parameters = list(model.parameters())
     matrices, vectors = ([one for one in parameters if (one.dim() > 1) == kind] for kind in (True, False))
     groups = [{"params": matrices, "weight_decay": train["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]

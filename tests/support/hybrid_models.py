@@ -12,18 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from distattn.adapters import huggingface
 
-_SIZES = dict(
+_ALONE = dict(
     vocab_size=64,
     hidden_size=32,
-    intermediate_size=48,
     num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     initializer_range=0.3,
     pad_token_id=0,
     bos_token_id=None,
     eos_token_id=None,
 )
+_SIZES = _ALONE | dict(intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
 _TINY = _SIZES | dict(head_dim=8)
 _MIXED = ["linear_attention", "full_attention"]
 _DELTA_NET = dict(
@@ -93,7 +91,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
     | dict(mlp_layer_types=["dense", "sparse"]),
     "bailing_hybrid": _KIMI | _GROUPS | _EXPERTS,
     "nemotron_h": _TINY | _NEMOTRON,
-    "mamba2": _SIZES | _MAMBA_2,
+    "mamba2": _ALONE | _MAMBA_2,
     "bamba": _TINY | _MAMBA | dict(attn_layer_indices=[1]),
     "falcon_h1": _TINY | _MAMBA | dict(mamba_d_ssm=32),
     "granitemoehybrid": _TINY

@@ -51,7 +51,7 @@ def _train(rank: int, folder: Path, config: Config) -> None:
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "mamba2", "deepseek_v3"])
 def test_a_run_has_the_curve_of_plain_transformers(texts, tmp_path, name):
     config = config_of(texts, tmp_path, name)
     assert not problems_of(config)
@@ -77,5 +77,6 @@ def test_what_a_run_does_not_do_is_refused_by_name(texts, tmp_path):
 
 def test_layers_without_attention_have_no_score_matrix_and_latent_keys_all_their_width():
     assert ModelFlops.of_model(hybrid_models.build("nemotron_h")).layers == ((None, 4 * (8 + 8)),)
+    assert ModelFlops.of_model(hybrid_models.build("mamba2")).layers == ()
     # two layers of keys of 8 + 4 and values of 6 numbers
     assert ModelFlops.of_model(hybrid_models.build("deepseek_v3")).layers == ((None, 2 * 4 * (12 + 6)),)
