@@ -169,7 +169,7 @@ class LocalBatch(BatchAttention):
         groups = max(len(weight) // max(channels, 1), 1)
         dtype, taps = str(x_TC.dtype)[6:], weight.shape[-1]
         modifiers = ("grouped",) if weight.dim() == 3 else ()
-        shape = AttentionShape(groups, groups, 1, channels, dtype, taps, modifiers=modifiers, op=CONVOLUTION)
+        shape = AttentionShape(groups, groups, 1, channels, dtype, modifiers=modifiers, op=CONVOLUTION, taps=taps)
         executable = self.executable(shape, x_TC.device)
         return self._without_padding(
             executable, lambda x: causal_conv1d(x, weight, executable, bias=bias, activation=activation), x_TC
@@ -184,7 +184,7 @@ class LocalBatch(BatchAttention):
         """
         self.used = True
         dtype = str(x_T.dtype)[6:] if x_T.is_floating_point() else "float64"
-        shape = AttentionShape(1, 1, 1, math.prod(x_T.shape[1:]), dtype, distance, op=TOKEN_SHIFT)
+        shape = AttentionShape(1, 1, 1, math.prod(x_T.shape[1:]), dtype, op=TOKEN_SHIFT, shift_distance=distance)
         executable = self.executable(shape, x_T.device)
         return self._without_padding(executable, lambda x: token_shift(x, executable, fill=fill), x_T, fill=fill)
 

@@ -101,10 +101,10 @@ class PlannerConfig:
 class AttentionShape(NamedTuple):
     """What one attention layer asks for, beside the batch.
 
-    window: each token sees the last so many, itself among them; of a token shift, its distance. override: how this layer is
-    planned otherwise than others. modifiers: of its scores ("softcap", "alibi_slopes"), which not every kernel computes. op: of a
-    recurrence heads are those of values, kv_heads those of queries and keys. layout: in which this layer's rows lie, by name, if
-    not in the batch's.
+    window: of attention, each token sees the last so many, itself among them. override: how this layer is planned otherwise than
+    others. modifiers: of its scores ("softcap", "alibi_slopes"), which not every kernel computes. op: of a recurrence heads are
+    those of values, kv_heads those of queries and keys. layout: in which this layer's rows lie, by name, if not in the batch's.
+    taps: of a convolution's filters. shift_distance: of a token shift, from a token that is read to the one that reads it.
     """
 
     heads: int
@@ -117,6 +117,8 @@ class AttentionShape(NamedTuple):
     modifiers: tuple[str, ...] = ()
     op: Op = ATTENTION
     layout: str | None = None
+    taps: int = 0
+    shift_distance: int = 0
 
     @staticmethod
     def of(
@@ -244,8 +246,9 @@ class Planner:
             self._ranked[trial] = ranked
 
     def _trial_of(self, shape: AttentionShape, device: torch.device) -> tuple[AttentionShape, str]:
-        """What trials of kernels are known by: windows of all sizes, and layers' own strategies, are tried as one."""
-        return shape._replace(window=shape.window and 1, override=None, layout=None), device.type
+        """What trials of kernels are known by: windows, filters and shifts of all sizes, and all strategies, are tried as one."""
+        one_size = shape._replace(window=shape.window and 1, taps=0, shift_distance=0)
+        return one_size._replace(override=None, layout=None), device.type
 
     def layout_of(self, batch: BatchKey, name: str | None) -> Layout:
         """The layout of a batch, or the one of that name over its documents."""
@@ -265,12 +268,12 @@ class Planner:
         comm_dtype = config.comm_dtype
         # of other ops than attention tokens are where attention's are; what attention moves is another matter
         if shape.op == TOKEN_SHIFT:
-            mask = Mask.token_shift(layout.lengths, shape.window or 0)
+            mask = Mask.token_shift(layout.lengths, shape.shift_distance)
             # whole numbers travel as float64, whatever gradients travel as
             how, comm_dtype = dict(strategy="allgather", backward="keep"), None
         elif shape.op == CONVOLUTION:
             # the few tokens that come stay for the backward pass
-            mask = Mask.documents(layout.lengths, ((shape.window or 1) - 1, 0))
+            mask = Mask.documents(layout.lengths, (shape.taps - 1, 0))
             how = dict(strategy="allgather", backward="keep")
         elif shape.op.is_recurrent:
             mask, how = Mask.documents(layout.lengths), dict(strategy="scan")
@@ -279,7 +282,7 @@ class Planner:
         if shape.override is not None:
             how |= shape.override.settings(mask, layout)
         of_layer = shape._asdict()
-        for name in ("window", "override", "modifiers", "layout"):
+        for name in ("window", "override", "modifiers", "layout", "taps", "shift_distance"):
             del of_layer[name]
         how |= dict(comm_dtype=comm_dtype, cluster=config.cluster, max_buffer_bytes=config.max_buffer_bytes)
         if shape.op.kind == "latent_attention":
