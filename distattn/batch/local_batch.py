@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distattn.batch.packed_batch import padded
 from distattn.batch.planner import AttentionShape, BatchKey, Planned, Planner
+from distattn.batch.pooled_layout import BatchBlock
 from distattn.ir.errors import DistattnError
 from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op, latent_op, op_of
 from distattn.ir.plan import Plan
@@ -25,6 +26,7 @@ from distattn.ops.executable import (
 )
 from distattn.ops.latent import latent_attention
 from distattn.ops.recurrence import recurrence
+from distattn.parallel.runtime.rank_sums import sum_over_ranks
 
 
 class BatchAttention(Protocol):
@@ -59,14 +61,16 @@ class LocalBatch(BatchAttention):
 
     positions: of this rank's tokens (1, T), where models are to be held to them. stands_in: whether this rank has no such
     micro-batch, and padding for one. used: whether a layer has asked for anything; mixed: for a recurrence or a convolution.
-    number: of the batch, in the run. proven: whether its plans are proven before they run.
+    number: of the batch, in the run. proven: whether its plans are proven before they run. block: whose batch it is; by default
+    all ranks', with all documents.
     """
 
     positions: Tensor | None = None
     stands_in: bool = False
 
-    def __init__(self, planner: Planner, key: BatchKey, number: int, proven: bool):
+    def __init__(self, planner: Planner, key: BatchKey, number: int, proven: bool, block: BatchBlock | None = None):
         self.planner, self.key, self.number, self.proven = planner, key, number, proven
+        self._block = block
         self.used = self.mixed = False
         self._executables: dict[tuple[AttentionShape, torch.device], Executable] = {}
         self._ahead: dict[tuple[AttentionShape, torch.device], Future[Planned]] = {}
@@ -111,10 +115,16 @@ class LocalBatch(BatchAttention):
         g: Tensor | None = None,
         beta: Tensor | None = None,
         scale: float | None = None,
-    ) -> Tensor:
+        initial_state: Tensor | None = None,
+        return_final_state: bool = False,
+    ) -> Any:
         """`distattn.recurrence` of this rank's tokens, by the plan for this op ("gated_delta_rule", "ssd", ...) and these shapes.
 
-        Every document of the batch begins with a state of zeros.
+        initial_state: (M, H, K, V) of `documents`, on every rank that has this batch; 0 by default. Its gradient is this rank's
+        share, to be summed over ranks like any parameter's. With return_final_state also the states after all documents, (M, H,
+        K, V) in fp32 (fp64), the same on every rank that has this batch, wherever documents end: they may be a later batch's
+        initial states as they are. Gradients go through both; those of final states are added over ranks, in a collective call
+        of the backward pass, so all of these ranks use them, or none.
         """
         self.used = self.mixed = True
         q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
@@ -123,11 +133,13 @@ class LocalBatch(BatchAttention):
         # a decay of each head has no tokens
         of_heads = g if g is not None and g.dim() == 1 else None
 
-        def compute(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Tensor:
-            return recurrence(q, k, v, executable, g=of_heads if g is None else g, beta=beta, scale=scale)
+        how: dict[str, Any] = dict(initial_state=self._states_in(initial_state), return_final_state=return_final_state)
+
+        def compute(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Any:
+            return recurrence(q, k, v, executable, g=of_heads if g is None else g, beta=beta, scale=scale, **how)
 
         by_token = g if of_heads is None else None
-        return self._without_padding(executable, compute, q_TGK, k_TGK, v_THV, by_token, beta)
+        return self._states_out(self._without_padding(executable, compute, q_TGK, k_TGK, v_THV, by_token, beta))
 
     @torch.compiler.disable
     def latent_attention(
@@ -156,9 +168,20 @@ class LocalBatch(BatchAttention):
 
     @torch.compiler.disable
     def causal_conv1d(
-        self, x_TC: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: str | None = None
-    ) -> Tensor:
-        """`distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for filters (C, W), or (C, C / G, W) of G groups."""
+        self,
+        x_TC: Tensor,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        initial_state: Tensor | None = None,
+        return_final_state: bool = False,
+    ) -> Any:
+        """`distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for filters (C, W), or (C, C / G, W) of G groups.
+
+        initial_state: (M, C, W - 1), what comes before each of `documents`, and with return_final_state the last W - 1 inputs of
+        each, in x's dtype: on which ranks, and with which gradients, as in `recurrence`.
+        """
         self.used = self.mixed = True
         (x_TC,) = autocast_inputs(x_TC)
         if weight.dim() not in (2, 3):
@@ -171,9 +194,12 @@ class LocalBatch(BatchAttention):
         modifiers = ("grouped",) if weight.dim() == 3 else ()
         shape = AttentionShape(groups, groups, 1, channels, dtype, modifiers=modifiers, op=CONVOLUTION, taps=taps)
         executable = self.executable(shape, x_TC.device)
-        return self._without_padding(
-            executable, lambda x: causal_conv1d(x, weight, executable, bias=bias, activation=activation), x_TC
-        )
+        how: dict[str, Any] = dict(initial_state=self._states_in(initial_state), return_final_state=return_final_state)
+
+        def compute(x: Tensor) -> Any:
+            return causal_conv1d(x, weight, executable, bias=bias, activation=activation, **how)
+
+        return self._states_out(self._without_padding(executable, compute, x_TC))
 
     @torch.compiler.disable
     def token_shift(self, x_T: Tensor, distance: int = 1, *, fill: int = 0) -> Tensor:
@@ -187,6 +213,20 @@ class LocalBatch(BatchAttention):
         shape = AttentionShape(1, 1, 1, math.prod(x_T.shape[1:]), dtype, op=TOKEN_SHIFT, shift_distance=distance)
         executable = self.executable(shape, x_T.device)
         return self._without_padding(executable, lambda x: token_shift(x, executable, fill=fill), x_T, fill=fill)
+
+    @property
+    def block(self) -> BatchBlock:
+        """Who has this batch, and which documents of the axis are its."""
+        if self._block is None:
+            layout = self.planner.lay_out(self.key.documents)[1]
+            self._block = BatchBlock(range(layout.ranks), range(len(layout.lengths)))
+        return self._block
+
+    @property
+    def documents(self) -> tuple[int, ...]:
+        """Tokens of each document of this rank's batch, in its order, on every rank that has it; none where it stands in."""
+        lengths, numbers = self.planner.lay_out(self.key.documents)[1].lengths, self.block.documents
+        return () if self.stands_in else tuple(lengths[numbers.start : numbers.stop])
 
     @property
     def tokens(self) -> int:
@@ -213,15 +253,45 @@ class LocalBatch(BatchAttention):
         self._checked = given
 
     def _without_padding(
-        self, executable: Executable, compute: Callable[..., Tensor], *by_token: Tensor | None, fill: int = 0
-    ) -> Tensor:
-        """What `compute` makes of these tensors of this rank's tokens without those that pad them, and `fill` for these."""
+        self, executable: Executable, compute: Callable[..., Any], *by_token: Tensor | None, fill: int = 0
+    ) -> Any:
+        """What `compute` makes of these tensors of this rank's tokens without those that pad them, and `fill` for these.
+
+        compute: returns a tensor by token, or that and states of documents, which are returned as they are.
+        """
         tokens, given = executable.program.tokens, by_token[0]
         padding = padded(tokens, self.planner.config.pad_to) - tokens
         if not padding or given is None or len(given) != tokens + padding:
             return compute(*by_token)
-        out = compute(*(None if x is None else x[:tokens] for x in by_token))
-        return F.pad(out, (0, 0) * (out.dim() - 1) + (0, padding), value=fill)
+        found = compute(*(None if x is None else x[:tokens] for x in by_token))
+        out, *states = found if isinstance(found, tuple) else (found,)
+        out = F.pad(out, (0, 0) * (out.dim() - 1) + (0, padding), value=fill)
+        return (out, *states) if states else out
+
+    def _states_in(self, states_M: Tensor | None) -> Tensor | None:
+        """States of all documents of the axis, from those of this batch; what other batches' are is not read on this rank."""
+        if states_M is None:
+            return None
+        if not isinstance(states_M, Tensor) or not states_M.dim() or len(states_M) != len(self.documents):
+            given = f"of shape {tuple(states_M.shape)}" if isinstance(states_M, Tensor) else type(states_M).__name__
+            raise DistattnError(
+                f"initial_state is {given}; a tensor with one for each of the batch's {len(self.documents)} documents is wanted."
+            )
+        every, first = len(self.planner.lay_out(self.key.documents)[1].lengths), self.block.documents.start
+        behind = every - first - len(states_M)
+        return F.pad(states_M, (0, 0) * (states_M.dim() - 1) + (first, behind)) if first or behind else states_M
+
+    def _states_out(self, found: Any) -> Any:
+        """An output as it is; or that and the states of this batch's documents, from this rank's share of all documents'."""
+        if not isinstance(found, tuple):
+            return found
+        out, share = found
+        ranks, first = self.block.ranks, self.block.documents.start
+        own = share[first : first + len(self.documents)]
+        if len(ranks) == 1:
+            return out, own
+        rank = self.planner.ranks.rank
+        return out, sum_over_ranks(own, ranks, rank, self.planner.ranks.transport(own.device))
 
     def plan(self, *shape: Any) -> Plan:
         """The plan of this batch for one shape, given as the fields of `AttentionShape`; layers of equal shape share it."""

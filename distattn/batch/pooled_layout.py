@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,13 @@ from distattn.ir.mask import Mask
 
 # the documents of each block of ranks that hold one batch together
 Documents = tuple[tuple[int, ...], ...]
+
+
+class BatchBlock(NamedTuple):
+    """Of the ranks that share attention those that hold one batch together, and the numbers of its documents on the axis."""
+
+    ranks: range
+    documents: range
 
 
 class BlockLayouts:
@@ -48,6 +55,13 @@ class BlockLayouts:
                 parts.append(np.stack([rank, chunks["t0"] + token, chunks["t1"] + token])[:, order])
                 token += sum(block)
         return Mask.documents(lengths, self._document_mask), Layout(lengths, self.ranks, *np.concatenate(parts, 1))
+
+    def block_of(self, rank: int, documents: Documents) -> BatchBlock:
+        """A rank's block, without documents where the rank is beyond the blocks."""
+        number = rank // self.block_ranks
+        ranks, first = number * self.block_ranks, sum(map(len, documents[:number]))
+        own = sum(map(len, documents[number : number + 1]))
+        return BatchBlock(range(ranks, ranks + self.block_ranks), range(first, first + own))
 
     def _of_block(self, lengths: tuple[int, ...]) -> Layout:
         """Who of a block's ranks owns which of its tokens."""

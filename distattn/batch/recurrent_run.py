@@ -13,6 +13,7 @@ from torch import Tensor
 from distattn.batch.local_batch import LocalBatch
 from distattn.batch.packed_batch import padded
 from distattn.batch.planner import AttentionShape
+from distattn.batch.pooled_layout import BatchBlock
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
@@ -111,13 +112,24 @@ class _RelaidBatch(LocalBatch):
     """A batch whose rows lie as another layout has them. Its plans are made and cached with the batch's own."""
 
     def __init__(self, batch: LocalBatch, layout: str):
-        super().__init__(batch.planner, batch.key, batch.number, batch.proven)
-        self.layout, self._batch = layout, batch
+        super().__init__(batch.planner, batch.key, batch.number, batch.proven, batch._block)
+        self.layout, self._batch, self.stands_in = layout, batch, batch.stands_in
 
     @property
     def own_tokens(self) -> int:
         layout = self.planner.layout_of(self.key, self.layout)
-        return 0 if self._batch.stands_in else len(layout.tokens(self.planner.ranks.rank))
+        return 0 if self.stands_in else len(layout.tokens(self.planner.ranks.rank))
+
+    @property
+    def block(self) -> BatchBlock:
+        """See `LocalBatch`. Raises DistattnError where tokens of a block's documents may lie on other ranks."""
+        block, ranks = super().block, self.planner.lay_out(self.key.documents)[1].ranks
+        if len(block.ranks) < ranks:
+            raise DistattnError(
+                "a run of re-laid layers has no states of documents where ranks have batches of their own; give the layer the "
+                "model's batch, outside of the run."
+            )
+        return block
 
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
         self._batch.used = self._batch.mixed = True

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distattn.batch.local_batch import BatchAttention
 from distattn.doctor.comparison import in_global_order
+from distattn.ir.errors import DistattnError
 from distattn.kernels.latent import expanded
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 
@@ -155,8 +156,11 @@ class _EmulatedRank(BatchAttention):
         g: Tensor | None = None,
         beta: Tensor | None = None,
         scale: float | None = None,
+        initial_state: Tensor | None = None,
+        return_final_state: bool = False,
     ) -> Tensor:
         """Compute a recurrence (T, H, V) as `LocalBatch.recurrence` does."""
+        _check_no_states(initial_state, return_final_state)
         exchange = self._exchange
         scale = q_TGK.shape[2] ** -0.5 if scale is None else scale
         x = RecurrenceTokens(q_TGK, k_TGK, v_THV, g, beta)
@@ -172,9 +176,17 @@ class _EmulatedRank(BatchAttention):
         return exchange.together(self._rank, "recurrence", list(x.by_token().values()), compute)
 
     def causal_conv1d(
-        self, x_TC: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: str | None = None
+        self,
+        x_TC: Tensor,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        initial_state: Tensor | None = None,
+        return_final_state: bool = False,
     ) -> Tensor:
         """Compute a convolution (T, C) as `LocalBatch.causal_conv1d` does."""
+        _check_no_states(initial_state, return_final_state)
         exchange = self._exchange
 
         def compute(x_NC: Tensor) -> Tensor:
@@ -191,6 +203,14 @@ class _EmulatedRank(BatchAttention):
             return _shifted(x_N, distance, fill, exchange.seen.convolved)
 
         return exchange.together(self._rank, "token_shift", (x_T,), compute)
+
+
+def _check_no_states(initial_state: Tensor | None, return_final_state: bool) -> None:
+    """Mistakes change which tokens a sequence has, and then nothing says whose the states are."""
+    if initial_state is not None or return_final_state:
+        raise DistattnError(
+            "the doctor knows no states of documents: show it the layer without initial_state and return_final_state."
+        )
 
 
 def _recurrence(x: RecurrenceTokens, sequences: Sequence[Tensor], scale: float) -> Tensor:

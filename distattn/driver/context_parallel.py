@@ -333,13 +333,14 @@ class ContextParallel:
         options = (
             () if self.speeds is None else self.speeds.options([step.infos[at].speed for at in self._table.sharing])
         )
-        proven = step.number % self.config.verify_every == 0
-        return [
-            None
-            if own is None
-            else LocalBatch(self.planner, BatchKey(own, options), step.number * _BATCHES_PER_STEP + index, proven)
-            for index, own in enumerate(documents)
-        ]
+        proven, first = step.number % self.config.verify_every == 0, step.number * _BATCHES_PER_STEP
+
+        def made(number: int, own: Documents) -> LocalBatch:
+            return LocalBatch(
+                self.planner, BatchKey(own, options), number, proven, self._layouts.block_of(self.rank, own)
+            )
+
+        return [None if own is None else made(first + index, own) for index, own in enumerate(documents)]
 
     def loss_scale_of(self, step: GatheredStep, first_of_blocks: Sequence[int] | None = None) -> float:
         """1 / valid labels of the step, each block of ranks with the same batch counted once, times the trainer's factor."""

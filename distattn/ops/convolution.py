@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distattn.ir.bands import HI, LO, OK, OQ, Q0, Q1
 from distattn.ir.errors import DistattnError
+from distattn.ir.intervals import Ints
 from distattn.ir.op import CONVOLUTION, TOKEN_SHIFT
 from distattn.ir.plan import Call, Plan
 from distattn.kernels.merge import accumulation_dtype
@@ -42,7 +43,8 @@ def causal_conv1d(
     bias: Tensor | None = None,
     activation: str | None = None,
     initial_state: Tensor | None = None,
-) -> Tensor:
+    return_final_state: bool = False,
+) -> Any:
     """A causal convolution of this rank's tokens, differentiable; a collective call of all ranks of the plan.
 
     y_t = activation(sum_i weight[..., i] x_(t - W + 1 + i) + bias), over the tokens of t's document alone. x_TC (T, C) holds
@@ -51,7 +53,9 @@ def causal_conv1d(
 
     initial_state: (M, C, W - 1), what comes before the first token of each of all M documents, on every rank; 0 by default.
     weight and bias are the same on all ranks, too; gradients of all three are this rank's share, to be summed over ranks like
-    any parameter's.
+    any parameter's. With return_final_state also (M, C, W - 1) in x's dtype, the last W - 1 inputs of each document, behind its
+    initial state where it is shorter: those that this rank has, 0 for others, so that their sum over ranks is the whole; not
+    inside torch.compile.
 
     plan: of op "convolution" on the mask `Mask.documents(lengths, (W - 1, 0))` with heads x v_head_dim = C (G heads where there
     are groups), which ranks compare at every call, or what `prepare` made of one. What moves is each stretch's W - 1 tokens
@@ -65,16 +69,23 @@ def causal_conv1d(
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
     if activation is not None and not (isinstance(activation, str) and activation == "silu"):
         raise DistattnError(f'activation is "silu" or None, not {activation!r}; apply others to what is returned.')
+    if not isinstance(return_final_state, bool):
+        raise DistattnError(f"return_final_state is True or False, not a {type(return_final_state).__name__}.")
+    if return_final_state and torch.compiler.is_compiling():
+        raise DistattnError("final states of a convolution are not compiled; leave the call out of torch.compile.")
     executable = _executable(plan, group, x_TC, ["grouped"] if weight.dim() == 3 else [])
     (x_TC,) = autocast_inputs(x_TC)
     _check_inputs(executable, x_TC, weight, bias, initial_state)
+    if return_final_state and weight.shape[-1] == 1:
+        raise DistattnError("a convolution of 1 tap has no final state; leave return_final_state out.")
     call = executable.program.call
     by_heads = x_TC.reshape(-1, call.heads, call.v_head_dim), weight.unflatten(0, (call.heads, call.v_head_dim))
     plan_facts = executable.handle, executable.kept_elements
     y_THD, _ = torch.ops.distattn.convolution_forward(*by_heads, initial_state, *plan_facts)
     y_TC = cast(Tensor, y_THD).reshape(x_TC.shape)
     y_TC = y_TC if bias is None else y_TC + bias.to(y_TC.dtype)
-    return y_TC if activation is None else F.silu(y_TC)
+    y_TC = y_TC if activation is None else F.silu(y_TC)
+    return (y_TC, _final_state(executable, x_TC, initial_state, weight.shape[-1])) if return_final_state else y_TC
 
 
 def token_shift(
@@ -272,8 +283,7 @@ class _FirstTokens(NamedTuple):
 
 def _first_tokens(executable: Executable, taps: int, device: torch.device) -> _FirstTokens:
     call = executable.program.call
-    if not np.array_equal(call.documents[:, 1], call.layout.ends):
-        raise DistattnError("initial states are of the layout's documents; plan the convolution on a mask of the same.")
+    _check_documents(call)
     tokens = call.layout.tokens(executable.program.rank)
     document = np.searchsorted(call.layout.ends, tokens, "right")
     position = call.layout.positions_of(tokens)
@@ -290,6 +300,36 @@ def _from_initial(initial_MCW: Tensor, weight: Tensor, first: _FirstTokens, dtyp
     groups = heads * dim if one_filter_a_channel else heads
     heard_MCW = F.conv1d(F.pad(initial_MCW.to(wide), (0, taps - 1)), filters, groups=groups)
     return heard_MCW[first.documents, :, first.positions].reshape(-1, heads, dim)
+
+
+def _final_state(executable: Executable, x_TC: Tensor, initial_MCW: Tensor | None, taps: int) -> Tensor:
+    """(M, C, W - 1), the last inputs of all documents as far as this rank has them, 0 for others. Differentiable."""
+    call = executable.program.call
+    _check_documents(call)
+    ends, width, tokens = call.layout.ends, taps - 1, call.layout.tokens(executable.program.rank)
+    document = np.searchsorted(ends, tokens, "right")
+    # in the state, its last column is a document's last token
+    column = width - (ends[document] - tokens)
+    (rows,) = np.nonzero(column >= 0)
+
+    def on_device(numbers: Ints) -> Tensor:
+        return torch.from_numpy(numbers).to(x_TC.device)
+
+    states_NC = x_TC.new_zeros(len(ends) * width, x_TC.shape[1])
+    states_NC = states_NC.index_copy(0, on_device(document[rows] * width + column[rows]), x_TC[on_device(rows)])
+    if initial_MCW is not None:
+        # of documents that are shorter, where their last token is
+        ended, lengths = document[tokens == ends[document] - 1], np.array(call.layout.lengths)
+        number, column = np.nonzero(lengths[ended][:, None] + np.arange(width) < width)
+        to, short = ended[number] * width + column, lengths[ended[number]]
+        before_NC = initial_MCW.to(x_TC.dtype).transpose(1, 2).flatten(0, 1)
+        states_NC = states_NC.index_copy(0, on_device(to), before_NC[on_device(to + short)])
+    return states_NC.view(len(ends), width, -1).transpose(1, 2)
+
+
+def _check_documents(call: Call) -> None:
+    if not np.array_equal(call.documents[:, 1], call.layout.ends):
+        raise DistattnError("states are of the layout's documents; plan the convolution on a mask of the same.")
 
 
 def _save(ctx, inputs, output) -> None:

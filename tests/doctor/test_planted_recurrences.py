@@ -6,7 +6,8 @@ from plain_batch import PlainBatch
 from planted import MISTAKES, script
 from test_planted import BF16, diagnoses
 
-from distattn.doctor.emulation import _convolution, _shifted
+import distattn as da
+from distattn.doctor.emulation import _convolution, _EmulatedRank, _shifted
 
 # what ranks do in the place of the batch's recurrence or convolution; `parts` are the ranks' tokens
 CARELESS = """
@@ -111,3 +112,11 @@ def test_emulated_convolutions_are_those_of_documents():
     for weight in (torch.randn(6, 4), torch.randn(6, 3, 4)):
         wanted = plain.causal_conv1d(x, weight, bias=bias)
         torch.testing.assert_close(_convolution(x, weight, bias, documents), wanted)
+
+
+def test_states_of_documents_are_refused_by_name():
+    rank, x = _EmulatedRank(None, 0), torch.zeros(4, 2, 8)
+    with pytest.raises(da.DistattnError, match="the doctor knows no states of documents"):
+        rank.recurrence(x, x, x, "linear_attention", return_final_state=True)
+    with pytest.raises(da.DistattnError, match="the doctor knows no states of documents"):
+        rank.causal_conv1d(x.flatten(1), torch.zeros(16, 4), initial_state=torch.zeros(1, 16, 3))

@@ -18,30 +18,35 @@ DISTANCES = (1, 3, -2, 0, 50)
 
 
 class Convolution(NamedTuple):
-    """Inputs of a convolution, then the gradient of its output; the weight is (C, W) or (C, C / G, W)."""
+    """Inputs of a convolution, then gradients of its output and final states; the weight is (C, W) or (C, C / G, W)."""
 
     x: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor
     initial: torch.Tensor
     dy: torch.Tensor
+    dfinal: torch.Tensor
 
 
 def inputs(grouped: bool, dtype: torch.dtype) -> Convolution:
     generator = torch.Generator().manual_seed(0)
     n = sum(LENGTHS)
     weight = (CHANNELS, DIM, TAPS) if grouped else (CHANNELS, TAPS)
-    shapes = (n, CHANNELS), weight, (CHANNELS,), (len(LENGTHS), CHANNELS, TAPS - 1), (n, CHANNELS)
+    states = (len(LENGTHS), CHANNELS, TAPS - 1)
+    shapes = (n, CHANNELS), weight, (CHANNELS,), states, (n, CHANNELS), states
     return Convolution(*(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes))
 
 
-def by_document(given: Convolution) -> torch.Tensor:
-    """`conv1d` of each document behind its initial state."""
+def by_document(given: Convolution) -> list[torch.Tensor]:
+    """(y, final states, dx, dweight, dbias, dinitial): `conv1d` of each document behind its initial state."""
     weight = given.weight if given.weight.dim() == 3 else given.weight[:, None]
     parts = zip(given.x.split(list(LENGTHS)), given.initial, strict=True)
     rows = [torch.cat([initial, part.t()], 1)[None] for part, initial in parts]
     groups = CHANNELS // weight.shape[1]
-    return F.silu(torch.cat([F.conv1d(row, weight, given.bias, groups=groups)[0].t() for row in rows]))
+    y = F.silu(torch.cat([F.conv1d(row, weight, given.bias, groups=groups)[0].t() for row in rows]))
+    final = torch.stack([row[0, :, 1 - TAPS :] for row in rows])
+    grads = torch.autograd.grad([y, final], given[:4], [given.dy.detach(), given.dfinal.detach()])
+    return [y.detach(), final.detach(), *grads]
 
 
 def shifted(x: torch.Tensor, distance: int, fill: int = 0) -> torch.Tensor:
@@ -74,9 +79,10 @@ def convolve(rank: int, layout: da.Layout, given: Convolution) -> list[torch.Ten
     leaves = [layout.shard(given.x, rank), *given[1:4]]
     x, weight, bias, initial = (leaf.clone().requires_grad_() for leaf in leaves)
     plan = plan_of(layout, "convolution", x.dtype, TAPS - 1)
-    y = da.causal_conv1d(x, weight, plan, bias=bias, activation="silu", initial_state=initial)
-    grads = torch.autograd.grad(y, (x, weight, bias, initial), layout.shard(given.dy, rank))
-    return [y.detach(), *grads]
+    how = dict(bias=bias, activation="silu", initial_state=initial)
+    y, final = da.causal_conv1d(x, weight, plan, **how, return_final_state=True)
+    grads = torch.autograd.grad([y, final], (x, weight, bias, initial), [layout.shard(given.dy, rank), given.dfinal])
+    return [y.detach(), final.detach(), *grads]
 
 
 def shift(rank: int, layout: da.Layout, x: torch.Tensor, dy: torch.Tensor, distance: int) -> list[torch.Tensor]:
@@ -93,7 +99,7 @@ def work(rank: int, ranks: int) -> list[list[torch.Tensor]]:
     found = []
     for layout, dtype in itertools.product(layouts(ranks), (torch.float64, torch.float32)):
         found += [convolve(rank, layout, inputs(grouped, dtype)) for grouped in (False, True)]
-        x, *_, dy = inputs(False, dtype)
+        x, dy = inputs(False, dtype)[::4]
         found += [shift(rank, layout, x, dy, distance) for distance in DISTANCES]
     return found
 
@@ -110,13 +116,11 @@ def test_ranks_equal_each_document_alone(ranks):
     for layout, dtype in itertools.product(layouts(ranks), (torch.float64, torch.float32)):
         for grouped in (False, True):
             given = Convolution(*(value.requires_grad_() for value in inputs(grouped, torch.float64)))
-            y = by_document(given)
-            wanted = [y.detach(), *torch.autograd.grad(y, given[:4], given.dy.detach())]
-            y, dx, *of_parameters = zip(*next(everyone), strict=True)
-            found = [layout.unshard(list(y)), layout.unshard(list(dx)), *(sum(each) for each in of_parameters)]
-            for a, b in zip(found, wanted, strict=True):
+            y, final, dx, *of_parameters = zip(*next(everyone), strict=True)
+            found = [layout.unshard(list(y)), sum(final), layout.unshard(list(dx)), *map(sum, of_parameters)]
+            for a, b in zip(found, by_document(given), strict=True):
                 assert_close(a.double(), b, dtype)
-        x, *_, dy = inputs(False, dtype)
+        x, dy = inputs(False, dtype)[::4]
         labels = torch.arange(len(x) * CHANNELS).view(x.shape) % 97 - 100
         for distance in DISTANCES:
             found = [layout.unshard(list(each)) for each in zip(*next(everyone), strict=True)]
@@ -137,7 +141,7 @@ def test_bytes_of_a_shift_do_not_depend_on_the_length(distance):
 
 def test_what_does_not_fit_is_refused_by_name():
     layout = da.Layout.contiguous(LENGTHS, 1)
-    x, weight, bias, initial, _ = inputs(True, torch.float32)
+    x, weight, bias, initial, *_ = inputs(True, torch.float32)
     convolution, one = (plan_of(layout, op, torch.float32, 3) for op in ("convolution", "token_shift"))
     prefix = dict(heads=2, kv_heads=2, head_dim=1, v_head_dim=3, dtype="float32", op="token_shift")
     sums = da.make_plan(da.Mask.documents(LENGTHS), layout, strategy="ring", **prefix)
@@ -153,6 +157,12 @@ def test_what_does_not_fit_is_refused_by_name():
             r"for groups that the plan has as heads \(6, 3, taps\)",
         ),
         (lambda: da.causal_conv1d(x, weight, convolution, initial_state=initial[1:]), "of all documents"),
+        (
+            lambda: da.causal_conv1d(
+                x, weight[:, :, :1], plan_of(layout, "convolution", x.dtype, 0), return_final_state=True
+            ),
+            "1 tap has no final state",
+        ),
         (lambda: da.causal_conv1d(x, weight, convolution, activation="gelu"), 'activation is "silu" or None'),
     ):
         with pytest.raises(da.DistattnError, match=why):

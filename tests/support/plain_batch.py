@@ -29,24 +29,44 @@ class PlainBatch:
         return self._each(of_document, q, k, v)
 
     def recurrence(
-        self, q: Tensor, k: Tensor, v: Tensor, op: str, *, g: Any = None, beta: Any = None, scale: Any = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        op: str,
+        *,
+        g: Any = None,
+        beta: Any = None,
+        scale: Any = None,
+        initial_state: Tensor | None = None,
+        return_final_state: bool = False,
     ):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         ends = list(itertools.accumulate(self.lengths, initial=0))
         zeros = v.new_zeros(len(self.lengths), v.shape[1], q.shape[2], v.shape[2])
-        return token_by_token(RecurrenceTokens(q * scale, k, v, g, beta), list(itertools.pairwise(ends)), zeros)[0]
+        x, stretches = RecurrenceTokens(q * scale, k, v, g, beta), list(itertools.pairwise(ends))
+        o, final = token_by_token(x, stretches, zeros if initial_state is None else initial_state)
+        return (o, final) if return_final_state else o
 
     def causal_conv1d(
-        self, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, activation: str | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        initial_state: Tensor | None = None,
+        return_final_state: bool = False,
+    ):
         weight = weight if weight.dim() == 3 else weight[:, None]
-        groups = len(weight) // weight.shape[1]
-
-        def of_document(part: Tensor) -> Tensor:
-            return F.conv1d(F.pad(part.t(), (weight.shape[2] - 1, 0))[None], weight, bias, groups=groups)[0].t()
-
-        y = self._each(of_document, x)
-        return F.silu(y) if activation == "silu" else y
+        groups, before = len(weight) // weight.shape[1], weight.shape[2] - 1
+        zeros = x.new_zeros(len(self.lengths), x.shape[1], before)
+        states = zeros if initial_state is None else initial_state
+        parts = zip(x.split(self.lengths), states, strict=True)
+        rows = [torch.cat([state, part.t()], 1) for part, state in parts]
+        y = torch.cat([F.conv1d(row[None], weight, bias, groups=groups)[0].t() for row in rows])
+        y = F.silu(y) if activation == "silu" else y
+        return (y, torch.stack([row[:, row.shape[1] - before :] for row in rows])) if return_final_state else y
 
     def token_shift(self, x: Tensor, distance: int = 1, *, fill: int = 0) -> Tensor:
         def of_document(part: Tensor) -> Tensor:

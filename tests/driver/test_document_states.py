@@ -1,0 +1,170 @@
+"""States of documents in and out of local batches: documents in two batches that hand on their states are those of one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_batch import PlainBatch
+from processes import run_on_ranks, sum_gradients
+
+import distattn as da
+from distattn.batch.local_batch import LocalBatch
+from distattn.batch.planner import BatchKey, Planner, PlannerConfig
+from distattn.batch.pooled_layout import BatchBlock
+from distattn.batch.recurrent_run import RecurrentRun
+
+HEADS, DIM, TAPS = 2, 4, 4
+WIDTH = 4 * HEADS * DIM
+# of each document what the first and the second batch have; the third is shorter than a filter
+FIRST, SECOND = [5, 40, 1, 30], [7, 3, 1, 21]
+# of each block of ranks; the last has nothing in either batch
+OF_BLOCKS = [([5, 40, 1], [7, 3, 1]), ([30], [21])]
+
+
+class Layers(torch.nn.Module):
+    """A short convolution and a recurrence of every token's own row, so that gradients are known by token."""
+
+    def __init__(self, tokens, documents):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = (tokens, WIDTH), (WIDTH, TAPS), (documents, WIDTH, TAPS - 1), (documents, HEADS, DIM, DIM)
+        made = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        self.rows, self.filters, self.before, self.state = map(torch.nn.Parameter, made)
+
+    def forward(self, local, ids, states, run=None):
+        """(o, states) of a batch; run: where tokens lie otherwise meanwhile."""
+        x, before, state = self.rows[ids], *states
+        if run is not None:
+            x, local = run.enter(x), run.batch
+        how = dict(activation="silu", return_final_state=True)
+        x, before = local.causal_conv1d(x, self.filters, initial_state=before, **how)
+        q, k, v, gates = (y.reshape(-1, HEADS, DIM) for y in x.chunk(4, -1))
+        g, beta = F.logsigmoid(gates[..., 0]), gates[..., 1].sigmoid()
+        o, state = local.recurrence(
+            q,
+            F.normalize(k, dim=-1),
+            v,
+            "gated_delta_rule",
+            g=g,
+            beta=beta,
+            initial_state=state,
+            return_final_state=True,
+        )
+        o = o.flatten(1)
+        return (o if run is None else run.leave(o)), (before, state)
+
+
+def of_two_batches(rank, settings, relaid, blocks):
+    """(loss of this rank, final states, gradients summed over ranks) of documents of which each batch has a part.
+
+    blocks: of each block of ranks the tokens of its documents in the first and the second batch.
+    """
+    total = sum(sum(first) + sum(second) for first, second in blocks)
+    documents = sum(len(first) for first, _ in blocks)
+    model = Layers(total, documents)
+    with da.ContextParallel(strategy="ring", **settings) as cp:
+        size = cp.block_ranks
+        mine = rank // size
+        token = sum(sum(first) + sum(second) for first, second in blocks[:mine])
+        number = sum(len(first) for first, _ in blocks[:mine])
+        both = blocks[mine] if mine < len(blocks) else ([], [])
+        states = [every[number : number + len(both[0])] for every in (model.before, model.state)]
+        # a rank's share of what all ranks of a block have alike
+        loss = torch.zeros((), dtype=torch.float64)
+        for lengths in both:
+            ids = torch.arange(token, token + sum(lengths))[None]
+            token += sum(lengths)
+            given = [{"input_ids": ids, "document_lengths": lengths}] if lengths else []
+            (batch,) = cp.shard_step(given)
+            local = batch["context_parallel"]
+            assert local.documents == tuple(lengths)
+            run = RecurrentRun(local, relaid) if relaid else None
+            o, states = model(local, batch["input_ids"][0], states, run)
+            loss = loss + weighted(o, batch["input_ids"][0])[: local.own_tokens].sum()
+        loss = loss + sum(state.square().sum() for state in states) / size
+        loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    sum_gradients(model)
+    return loss.detach(), [state.detach() for state in states], [p.grad for p in model.parameters()]
+
+
+def weighted(o, ids):
+    """By token, so that no two are exchanged."""
+    return o.square().sum(1) * (1 + ids % 7)
+
+
+def of_one_batch(blocks):
+    """The same of whole documents, each computed alone."""
+    total = sum(sum(first) + sum(second) for first, second in blocks)
+    model = Layers(total, sum(len(first) for first, _ in blocks))
+    loss, token, number, final = 0.0, 0, 0, []
+    for first, second in blocks:
+        order = [torch.arange(0)]
+        begin, further = token, token + sum(first)
+        for a, b in zip(first, second, strict=True):
+            order += [torch.arange(begin, begin + a), torch.arange(further, further + b)]
+            begin, further = begin + a, further + b
+        ids, token = torch.cat(order), further
+        states = [every[number : number + len(first)] for every in (model.before, model.state)]
+        number += len(first)
+        o, states = model(PlainBatch([a + b for a, b in zip(first, second, strict=True)]), ids, states)
+        loss = loss + weighted(o, ids).sum() + sum(state.square().sum() for state in states)
+        final.append([state.detach() for state in states])
+    loss.backward()
+    return loss.detach(), final, [p.grad for p in model.parameters()]
+
+
+REPLICATED = [(FIRST, SECOND)]
+CASES = {
+    1: [(dict(layout="zigzag"), None, REPLICATED)],
+    4: [
+        (dict(layout="zigzag", pad_to=8), None, REPLICATED),
+        (dict(layout="balanced"), None, REPLICATED),
+        (dict(layout="block_cyclic", layout_options=dict(block=3), pad_to=8), "contiguous", REPLICATED),
+        # ranks that split a batch of their own, and ranks that each have one, of which two have none
+        (dict(data="per_rank", context_parallel_size=2, layout="zigzag", pad_to=8), None, OF_BLOCKS),
+        (dict(data="per_rank"), None, OF_BLOCKS),
+    ],
+}
+
+
+def work(rank, ranks):
+    return [of_two_batches(rank, *case) for case in CASES[ranks]]
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_batches_that_hand_on_states_equal_one(ranks):
+    for (settings, _, blocks), everyone in zip(
+        CASES[ranks], zip(*run_on_ranks(ranks, work, ranks), strict=True), strict=True
+    ):
+        loss, final, gradients = of_one_batch(blocks)
+        assert float(sum(one for one, *_ in everyone)) == pytest.approx(float(loss), rel=1e-11), settings
+        size = settings.get("context_parallel_size", 1) if "data" in settings else ranks
+        for rank, (_, states, found) in enumerate(everyone):
+            mine = rank // size
+            # on every rank that has the batch, whole, and the same bits
+            assert all(map(torch.equal, states, everyone[mine * size][1]))
+            for a, b in zip(states, final[mine] if mine < len(final) else [], strict=False):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+            assert [len(state) for state in states] == [len(blocks[mine][0]) if mine < len(blocks) else 0] * 2
+            for a, b in zip(found, gradients, strict=True):
+                assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max()), settings
+
+
+def test_states_that_are_not_of_the_documents_are_refused():
+    with da.ContextParallel(strategy="ring") as cp:
+        batch = cp.shard({"input_ids": torch.arange(12)[None], "document_lengths": [5, 7]})["context_parallel"]
+        x, filters = torch.randn(12, 8), torch.randn(8, 4)
+        with pytest.raises(da.DistattnError, match=r"of shape \(3, 8, 3\); .* each of the batch's 2 documents"):
+            batch.causal_conv1d(x, filters, initial_state=torch.zeros(3, 8, 3))
+        q = torch.randn(12, 2, 4)
+        with pytest.raises(da.DistattnError, match="initial_state is float; "):
+            batch.recurrence(q, q, q, "linear_attention", initial_state=0.0)
+    # a batch of the first rank's own, whose rows would lie on both in the run
+    planner = Planner(
+        PlannerConfig(strategy="ring"), None, lambda ends: (da.Mask.causal(12), da.Layout.zigzag([12], 2))
+    )
+    batch = LocalBatch(planner, BatchKey(()), 0, False, BatchBlock(range(1), range(1)))
+    assert batch.documents == (12,)
+    with pytest.raises(da.DistattnError, match="re-laid layers has no states of documents"):
+        RecurrentRun(batch, "contiguous").batch._states_in(torch.zeros(1, 2, 4, 4))
