@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distattn.ir.op import ATTENTION, Op
 
@@ -56,3 +57,7 @@ class LaunchShape(NamedTuple):
     head_dim: int
     v_head_dim: int
     dq_bytes: int = 4
+
+
+# a kernel's `workspace_bytes`: direction, shape and schedule of a launch
+Workspace = Callable[[str, LaunchShape, Any], int]

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distattn.adapters.huggingface_modules import folder_of
-from distattn.batch.local_batch import BatchAttention, LocalBatch
 from distattn.ir.errors import DistattnError
 
 # transformers' folders of models whose layers hand what they expand to their attention function as it is; each is tested
@@ -65,7 +64,7 @@ def has_latents(layer: torch.nn.Module) -> bool:
 
 def latent_attention(
     module: Any,
-    batch: BatchAttention,
+    batch: Any,
     query: Tensor,
     latent: Tensor,
     rope: Tensor,
@@ -76,9 +75,10 @@ def latent_attention(
     softcap: float,
     sink: Tensor | None,
 ) -> Tensor:
-    """query (1, H, T, N + R), latent (1, 1, T, L), rope (1, 1, T, R) -> (1, T, H, E), as attention takes the others."""
-    if not isinstance(batch, LocalBatch):
-        raise DistattnError("latent attention is not computed in a pipeline; leave attend_by_latents out.")
+    """query (1, H, T, N + R), latent (1, 1, T, L), rope (1, 1, T, R) -> (1, T, H, E), as attention takes the others.
+
+    batch: of the methods of `LocalBatch`.
+    """
     if softcap or sink is not None:
         raise DistattnError("latent attention with a soft cap or sinks is not computed; leave attend_by_latents out.")
     q_THD, latent_TL, rope_TR = query.squeeze(0).transpose(0, 1), latent.squeeze((0, 1)), rope.squeeze((0, 1))
@@ -89,7 +89,8 @@ def latent_attention(
             "attend_by_latents out."
         )
     up_HEL = up.unflatten(0, (q_THD.shape[1], -1))
-    return batch.latent_attention(q_THD, rope_TR, latent_TL, up_HEL, scale, window=window, layer=layer)[None]
+    o_THE: Tensor = batch.latent_attention(q_THD, rope_TR, latent_TL, up_HEL, scale, window=window, layer=layer)
+    return o_THE[None]
 
 
 def _keep_latents(latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,18 @@ from torch.utils._pytree import tree_leaves
 from distattn.memory.host_offload import HostOffload, Ticket
 from distattn.ops.attention import attention
 from distattn.ops.executable import EXECUTABLES, Executable
+from distattn.ops.latent import latent_attention
 
 # parts of a step
 ATTENTION, FEED_FORWARD, LOSS, OTHER = "attention", "feed-forward", "loss", "other"
 SECTIONS = (ATTENTION, FEED_FORWARD, LOSS, OTHER)
 # the operators of attention, and the number of their argument that names the plan's executable
-_PASSES = {"distattn::forward": ("forward", 5), "distattn::backward": ("backward", 10)}
+_PASSES = {
+    "distattn::forward": ("forward", 5),
+    "distattn::backward": ("backward", 10),
+    "distattn::latent_forward": ("forward", 4),
+    "distattn::latent_backward": ("backward", 8),
+}
 
 
 class StateBytes(NamedTuple):
@@ -236,6 +242,13 @@ class PlannedAttention:
         """`distattn.attention` of this rank's tokens (T, heads, dim); all layers have one shape."""
         modifiers = {name: value for name, value in how.items() if name not in ("window", "layer")}
         out: Tensor = attention(q, k, v, self.executable, scale=scale, **modifiers)
+        return out
+
+    def latent_attention(
+        self, q: Tensor, rope: Tensor, latent: Tensor, up: Tensor, scale: float | None = None, **how: Any
+    ) -> Tensor:
+        """`distattn.latent_attention` of this rank's tokens (T, heads, dim)."""
+        out: Tensor = latent_attention(q, rope, latent, up, self.executable, scale=scale)
         return out
 
     def check_positions(self, given: Tensor) -> None:

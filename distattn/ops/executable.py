@@ -22,6 +22,7 @@ from distattn.ir.arguments import checked
 from distattn.ir.bands import BK, BQ, MAX_BLOCK
 from distattn.ir.errors import DistattnError, LostRankError, PlanError, named_ranks
 from distattn.ir.plan import Call, Plan
+from distattn.kernels.latent import latent_workspace
 from distattn.kernels.registry import AUTO, Kernel, choose_kernel, kernel_preparer, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.trials import Trial
@@ -77,7 +78,9 @@ class Executable:
 
     def memory(self) -> dict[str, PassMemory]:
         """What a layer's "forward" and "backward" pass need on this rank's device; exact for the triton and gluon kernels."""
-        workspace = getattr(load_kernel(self.key.kernel), "workspace_bytes", None)
+        workspace, call = getattr(load_kernel(self.key.kernel), "workspace_bytes", None), self.program.call
+        if call.op.kind == "latent_attention":
+            workspace = latent_workspace(call.op, getattr(torch, call.dtype), workspace)
         return {
             "forward": forward_memory(self.program, workspace),
             "backward": backward_memory(self.program, workspace),

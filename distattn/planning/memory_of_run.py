@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,17 +97,28 @@ def memory_of_config(
         raise DistattnError(
             f"memory is counted of models with attention only; {shape.model_type} has recurrent layers or convolutions, too."
         )
-    if config.parallel.latents:
-        raise DistattnError(
-            "memory is counted of keys and values of all heads; set parallel.latents to false to compare."
-        )
     if getattr(shape, "output_router_logits", False):
         raise DistattnError(
             "memory is counted without a router loss; set output_router_logits to false in the model's config.json to compare."
         )
+    settings = PlanSettings.of_config(config)
+    if hasattr(shape, "kv_lora_rank"):
+        # latent attention, whose heads of keys have a rotary part; transformers' head_dim is that alone
+        rotary = shape.qk_rope_head_dim
+        widths = dict(kv_heads=settings.heads, head_dim=shape.qk_nope_head_dim + rotary, v_head_dim=shape.v_head_dim)
+        settings = replace(
+            settings, **widths, latents=(rotary, shape.kv_lora_rank) if config.parallel.latents else None
+        )
+
+    def make_model() -> Any:
+        model = meta_model(shape, dtype=getattr(torch, config.model.dtype))
+        if config.parallel.latents:
+            huggingface.attend_by_latents(model)
+        return model
+
     return memory_of_run(
-        partial(meta_model, shape, dtype=getattr(torch, config.model.dtype)),
-        PlanSettings.of_config(config).plan(*packs),
+        make_model,
+        settings.plan(*packs),
         memory_settings(config),
         report_progress,
         shards=config.engine.shard_size or config.parallel.ranks,

@@ -9,6 +9,7 @@ from typing import Any
 from distattn.batch.pooled_layout import BlockLayouts
 from distattn.cluster.spec import AnyCluster
 from distattn.ir.plan import Plan
+from distattn.parallel.latent_plan import make_latent_plan
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 from distattn.training.config import Config
 
@@ -17,8 +18,9 @@ from distattn.training.config import Config
 class PlanSettings:
     """Everything that a plan depends on, but for the lengths of the documents.
 
-    heads and kv_heads are query and key/value heads, head_dim is the width of one. None leaves a choice to the strategy
-    (backward), to the device (kernel), to the accumulation dtype (comm_dtype), or sets no limit (max_buffer_bytes).
+    heads and kv_heads are query and key/value heads, head_dim is the width of one, v_head_dim that of values where it is another.
+    latents: the widths of rotary keys and of latents, where latents may move in place of keys and values. None leaves a choice to
+    the strategy (backward), to the device (kernel), to the accumulation dtype (comm_dtype), or sets no limit (max_buffer_bytes).
     """
 
     ranks: int
@@ -36,6 +38,8 @@ class PlanSettings:
     comm_dtype: str | None = None
     cluster: AnyCluster | None = None
     max_buffer_bytes: int | None = None
+    v_head_dim: int | None = None
+    latents: tuple[int, int] | None = None
 
     @staticmethod
     def of_config(config: Config) -> PlanSettings:
@@ -71,12 +75,12 @@ class PlanSettings:
         """
         block_ranks = self.ranks // self.data_parallel_size
         layouts = BlockLayouts(self.ranks, block_ranks, self.layout, self.layout_options, "causal")
-        return make_plan(
-            *layouts.of_batch(tuple(tuple(lengths) for lengths in packs)),
+        mask, layout = layouts.of_batch(tuple(tuple(lengths) for lengths in packs))
+        how: dict[str, Any] = dict(
             strategy=self.strategy,
             heads=self.heads,
-            kv_heads=self.kv_heads,
             head_dim=self.head_dim,
+            v_head_dim=self.v_head_dim or self.head_dim,
             dtype=self.dtype,
             backward=self.backward,
             comm_dtype=self.comm_dtype,
@@ -84,6 +88,10 @@ class PlanSettings:
             options=self.strategy_options,
             max_buffer_bytes=self.max_buffer_bytes,
         )
+        if self.latents is None:
+            return make_plan(mask, layout, kv_heads=self.kv_heads, **how)
+        rotary_dim, latent_dim = self.latents
+        return make_latent_plan(mask, layout, rotary_dim=rotary_dim, latent_dim=latent_dim, **how)
 
     @property
     def strategy_options(self) -> dict[str, Any]:

@@ -8,14 +8,14 @@ https://arxiv.org/abs/2001.03288).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from distattn.ir.plan import REDUCED_PAYLOADS, Call, Payload
-from distattn.kernels.spec import LaunchShape
+from distattn.kernels.spec import LaunchShape, Workspace
 from distattn.parallel.runtime.views import OWN, BufferKey, View, travels_from_its_buffer
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ _SIZES = 32
 # which tensor of a step: a buffer, or a packed message, operand or result, by its number among the step's (messages) or its
 # launch's number and payload
 PlaceKey = BufferKey | tuple[str, int] | tuple[str, int, Payload]
-# a kernel's `workspace_bytes`: direction, shape and schedule of a launch
-Workspace = Callable[[str, LaunchShape, Any], int]
 # the tensors of a payload: (width, dtype) each, width None for one number per token and head
 Widths = tuple[tuple[int | None, str], ...]
 
@@ -73,9 +71,10 @@ class PassMemory(NamedTuple):
     """Bytes that a pass has on the device beside q, k, v and a contiguous dO: `peak` at once, and what that is made of.
 
     arena: buffers, packed messages, gathered operands, partial results. results: the rank's own, as they are summed up, with
-    what the backward finds again, or delta. workspace: the kernel's own, of the launch that needs most; 0 where the kernel does
-    not know. returned: results in the inputs' dtype, where they were summed up in another. states: of a recurrence, those that
-    stay from step to step. A sink's few numbers a row are left out.
+    what the backward finds again, or delta, and of latent attention the gradient of the weights. workspace: the kernel's own, of
+    the launch that needs most; 0 where the kernel does not know, but for keys and values that latents are expanded to, and
+    gradients of them. returned: results in the inputs' dtype, where they were summed up in another. states: of a recurrence,
+    those that stay from step to step. A sink's few numbers a row are left out.
     """
 
     arena: int
@@ -114,6 +113,12 @@ def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory
     if program.backward_states is not None:
         # a recurrence has no delta
         return PassMemory(program.backward_bytes, results, own, returned, program.backward_states.peak_bytes)
+    if call.op.kind == "latent_attention":
+        wide, narrow = (getattr(torch, name).itemsize for name in (call.accumulation_dtype, call.dtype))
+        weights = call.heads * (call.head_dim - call.op.rotary_dim + call.v_head_dim) * call.op.latent_dim
+        results += weights * wide
+        # they are returned when the others are as they shall be, whose sums are gone by then
+        returned += max(weights * narrow - returned // narrow * wide, 0) if wide > narrow else 0
     return PassMemory(program.backward_bytes, results + delta, own, returned)
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import hybrid_models
 import pytest
 import small
 import torch
@@ -10,14 +11,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import distattn as da
+from distattn.adapters import huggingface
 from distattn.ir.errors import DistattnError
 from distattn.launch.plan_command import main
 from distattn.launch.train_command import main as train
-from distattn.memory.accounting import LOSS, AllocationWatch, StateBytes
+from distattn.memory.accounting import ATTENTION, LOSS, AllocationWatch, StateBytes
 from distattn.memory.settings import MemorySettings
 from distattn.ops.executable import Executable, ExecutionKey, checked_program
 from distattn.parallel.runtime.transport import SingleRankTransport
-from distattn.planning.memory_of_run import memory_of_run, memory_table, on_meta, step_memory
+from distattn.planning.memory_of_run import memory_of_config, memory_of_run, memory_table, on_meta, step_memory
 from distattn.training import config as configuration
 
 TOKENS = 96
@@ -36,12 +38,9 @@ def plan(tokens=TOKENS, ranks=1, **how):
     return da.make_plan(da.Mask.causal(tokens), da.Layout.zigzag([tokens], ranks), strategy="ring", **shape, **how)
 
 
-def executable(device):
-    if device == "cpu":
-        key, program = checked_program(plan(), 0, "reference", torch.device("cpu"), None, False)
-    else:
-        _, program = checked_program(plan(), 0, "reference", torch.device("cpu"), None, False)
-        key = ExecutionKey(0, "reference", torch.device("meta"))
+def executable(device, of=None):
+    key, program = checked_program(of or plan(), 0, "reference", torch.device("cpu"), None, False)
+    key = key if device == "cpu" else ExecutionKey(0, "reference", torch.device("meta"))
     return Executable(program, key, SingleRankTransport())
 
 
@@ -57,6 +56,39 @@ def test_meta_tensors_count_what_real_ones_take(settings):
     most = max(real.working.values())
     for name, size in real.working.items():
         assert counted.working[name] == pytest.approx(size, rel=0.02, abs=0.02 * most), name
+
+
+# all layers dense: experts are grouped by values
+DENSE = dict(vocab_size=300, first_k_dense_replace=2)
+
+
+def by_latents():
+    model = hybrid_models.build("deepseek_v3", torch.float32, **DENSE)
+    huggingface.attend_by_latents(model)
+    return model
+
+
+def test_latents_are_counted_as_real_ones_are():
+    shape = dict(heads=4, kv_heads=1, head_dim=12, v_head_dim=6, dtype="float32", op=da.latent_op(4, 16))
+    of = da.make_plan(da.Mask.causal(TOKENS), da.Layout.zigzag([TOKENS], 1), strategy="ring", **shape)
+    settings = MemorySettings(activation_checkpointing="full", loss_tile_tokens=16)
+    real = step_memory(AllocationWatch("cpu"), by_latents(), executable("cpu", of), settings)
+    counted = step_memory(AllocationWatch("meta"), on_meta(by_latents), executable("meta", of), settings)
+    assert counted.saved == pytest.approx(real.saved, rel=0.02)
+    assert counted.working == pytest.approx(real.working, rel=0.02)
+
+
+def test_a_run_by_latents_counts_all_keys_and_values_that_a_rank_expands(tmp_path):
+    hybrid_models.config("deepseek_v3", **DENSE).save_pretrained(tmp_path)
+    words = ["--model.path", str(tmp_path), "--reference_check.steps", "0", "--parallel.ranks", "2"]
+    words += ["--parallel.strategy", "allgather", "--parallel.kernel", "reference", "--memory.loss_tile_tokens", "8"]
+    words += ["--memory.activation_checkpointing", "full", "--parallel.latents"]
+    tokens = 512
+    # of one head 12 and 6 numbers a token, in fp32, and gradients of them: made of latents, or gathered
+    sizes = tokens * 4 * (12 + 6) * 4 * 2
+    for latents in ("True", "False"):
+        found = memory_of_config(configuration.load("configs/tiny.toml", [*words, latents]), [[tokens]])
+        assert all(sizes < one.counts.working[ATTENTION] < 3 * sizes for one in found), latents
 
 
 def test_what_was_there_before_is_not_counted_but_what_comes_at_its_address_is():

@@ -59,6 +59,16 @@ def test_what_a_pass_needs_is_known_beforehand_to_the_byte(strategy, heads, poli
             assert all(found.peak == found.said for found in layer_call(plan, rank)[:2])
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_so_is_what_latents_are_expanded_to(strategy):
+    # heads of DeepSeek-V3, of which a tensor-parallel rank may have few
+    for heads, dtype, lengths in ((16, "bfloat16", packed(65536)), (8, "float32", [1 << 13]), (8, "bfloat16", [128])):
+        mask, layout = da.Mask.documents(lengths), da.Layout.zigzag(lengths, 8)
+        shape = dict(heads=heads, kv_heads=1, head_dim=192, v_head_dim=128, dtype=dtype, op=da.latent_op(64, 512))
+        plan = da.make_plan(mask, layout, strategy=strategy, **shape)
+        assert all(found.peak == found.said for found in layer_call(plan, 1)[:2]), (heads, dtype, lengths)
+
+
 # of a million tokens: GB of new tensors that are alive at once
 MILLION = {
     (32, 8): {

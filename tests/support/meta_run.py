@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from distattn.ir.plan import Plan
 from distattn.kernels.registry import KERNELS
+from distattn.ops import latent
 from distattn.ops.attention import backward_pass, forward_pass
 from distattn.ops.executable import Executable, checked_program
 from distattn.parallel.runtime import execute
@@ -146,24 +148,34 @@ def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
         ready = Executable(program, key, GroupTransport(_GROUP, backend))  # type: ignore[arg-type]
         said = ready.memory()
 
-    def tensor(heads: int, width: int) -> Tensor:
-        return torch.empty(program.tokens, heads, width, dtype=getattr(torch, call.dtype), device=META)
+    def tensor(heads: int, width: int, rows: int | None = None) -> Tensor:
+        """(rows, heads, width), by default of this rank's tokens."""
+        shape = (program.tokens if rows is None else rows, heads, width)
+        return torch.empty(*shape, dtype=getattr(torch, call.dtype), device=META)
 
-    q, k = tensor(call.heads, call.head_dim), tensor(call.kv_heads, call.head_dim)
-    v, do = tensor(call.kv_heads, call.v_head_dim), tensor(call.heads, call.v_head_dim)
+    q, do = tensor(call.heads, call.head_dim), tensor(call.heads, call.v_head_dim)
+    k, v = (tensor(call.kv_heads, width) for width, _ in call.op.fields(call.head_dim, call.v_head_dim)["KV"])
     passes = []
 
-    def watched(run: execute.PausableRun[Any]) -> Any:
+    def watched(run: Callable[[], Any]) -> Any:
         traffic, before = Traffic(), (len(meta_kernel.CALLS), backend.messages)
         with Watch(traffic) as watch:
-            result = execute.run_to_completion(run)
+            result = run()
             kept = watch._alive
         traffic.kernels, traffic.messages = len(meta_kernel.CALLS) - before[0], backend.messages - before[1]
         passes.append(traffic)
         return result, kept
 
-    (o, lse, kept), stays = watched(forward_pass(ready, q, k, v, None, None, 0.1, 0.0))
-    watched(backward_pass(ready, do, None, q, k, v, None, None, o, lse, kept, 0.1, 0.0))
+    if call.op.kind == "latent_attention":
+        up = tensor(call.head_dim - call.op.rotary_dim + call.v_head_dim, call.op.latent_dim, rows=call.heads)
+        facts = ready.handle, ready.kept_elements, 0.1
+        (o, lse, kept), stays = watched(lambda: latent._forward(q, k, v, up, *facts))
+        watched(lambda: latent._backward(do, q, k, v, up, o, lse, kept, ready.handle, 0.1))
+    else:
+        ahead = forward_pass(ready, q, k, v, None, None, 0.1, 0.0)
+        (o, lse, kept), stays = watched(lambda: execute.run_to_completion(ahead))
+        back = backward_pass(ready, do, None, q, k, v, None, None, o, lse, kept, 0.1, 0.0)
+        watched(lambda: execute.run_to_completion(back))
     for direction, traffic in zip(said, passes, strict=True):
         traffic.said = said[direction].peak
     return passes[0], passes[1], stays
