@@ -28,6 +28,7 @@ KERNELS = {
 # by kind of op, those that compute it
 OTHER_KERNELS: dict[str, dict[str, str]] = {
     "recurrence": {"chunked": "distattn.kernels.recurrence.chunked", "fla": "distattn.kernels.recurrence.fla"},
+    "prefix_max": {"cummax": "distattn.kernels.recurrence.cummax"},
     "convolution": {"taps": "distattn.kernels.convolution.taps", "fla_conv1d": "distattn.kernels.convolution.fla"},
 }
 # kernels that need a package of an extra of ours, and the extra

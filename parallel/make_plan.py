@@ -179,7 +179,9 @@ def make_plan(
 
         forwards = tables(forwards)
         derived = forwards if backwards is None else tables(backwards)
-        if not chosen.own_backward:
+        if not op.has_gradient:
+            derived = [Table.from_rows([])] * len(forwards)
+        elif not chosen.own_backward:
             derived = [derive_backward(call, table, policy, cluster) for table in derived]
         chosen_tables = _fewest_bytes(call, forwards, derived, policy)
         return Plan(replace(call, written_once=written_once(call, *chosen_tables)), *chosen_tables, policy, strategy)
@@ -187,7 +189,7 @@ def make_plan(
     policy = backward or chosen.backward
     forwards = candidates("forward", policy)
     # where the backward pass has tasks of its own
-    anew = chosen.own_backward or (chosen.by_direction and policy != "keep")
+    anew = op.has_gradient and (chosen.own_backward or (chosen.by_direction and policy != "keep"))
     backwards = candidates("backward", policy) if anew else None
     plan = planned(policy, forwards, backwards)
     if max_buffer_bytes is None or (least := _most_needed(plan)) <= max_buffer_bytes:

@@ -7,7 +7,8 @@ document in order and keeps a state S (K, V) for each head:
 
 without b the first factor is I and the last b is 1. What a stretch of tokens does to any state that enters it is an affine map,
 S -> A S + B; what it does to the gradient of the state that leaves it, backwards, is dS -> C + A^T dS. (A, B) and (A, C) are the
-states that plans move, named by the tokens that they sum up.
+states that plans move, named by the tokens that they sum up. A *prefix maximum* has one state, too, the elementwise maximum of
+its tokens so far: there is no A, and two states are joined by their maximum.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from distattn.ir.errors import DistattnError
 # a tensor of a payload: its width, None for one number per token and head; and its dtype: that of the inputs, that of the
 # accumulation ("wide"), or "result": that of the accumulation where parts are summed, of the inputs where there is one part
 Field = tuple[int | None, str]
-KINDS = ("attention", "recurrence", "convolution", "latent_attention")
+KINDS = ("attention", "recurrence", "prefix_max", "convolution", "latent_attention")
 MERGES = ("lse", "sum", "never")
 DECAYS = ("none", "head", "token", "channel")
 _MOST_DIM = 1 << 14
@@ -33,11 +34,11 @@ _MOST_DIM = 1 << 14
 class Op:
     """What a task computes.
 
-    kind: "attention", "recurrence", "convolution" or "latent_attention". merge: how two results of one row are joined: by
-    log-sum-exp ("lse"), by "sum", or "never": then a row is computed by one task. decay, of a recurrence: g is 0 ("none"), a
-    number for each head that the caller gives beside the plan ("head"), one number a token and head ("token"), or one for each
-    channel of the key ("channel"). delta: whether there is a b. rotary_dim, latent_dim: widths of what latent attention moves
-    in place of keys and values.
+    kind: "attention", "recurrence", "prefix_max", "convolution" or "latent_attention". merge: how two results of one row are
+    joined: by log-sum-exp ("lse"), by "sum", or "never": then a row is computed by one task. decay, of a recurrence: g is 0
+    ("none"), a number for each head that the caller gives beside the plan ("head"), one number a token and head ("token"), or one
+    for each channel of the key ("channel"). delta: whether there is a b. rotary_dim, latent_dim: widths of what latent attention
+    moves in place of keys and values.
     """
 
     name: str
@@ -64,7 +65,17 @@ class Op:
     @property
     def is_recurrent(self) -> bool:
         """Whether tasks read stretches of tokens in order, and states move."""
-        return self.kind == "recurrence"
+        return self.kind in ("recurrence", "prefix_max")
+
+    @property
+    def is_maximum(self) -> bool:
+        """Whether a state is the maximum of its tokens; otherwise it is an affine map (A, B)."""
+        return self.kind == "prefix_max"
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there is a backward pass; where there is none, backward tables have no rows and nothing is kept."""
+        return not self.is_maximum
 
     @property
     def shared_payloads(self) -> tuple[str, ...]:
@@ -91,7 +102,7 @@ class Op:
                 "O": ((v_head_dim, "result"),),
                 "dO": ((v_head_dim, "input"),),
             }
-        if self.kind == "convolution":
+        if self.kind in ("convolution", "prefix_max"):
             return {
                 "Q": (),
                 "KV": ((v_head_dim, "input"),),
@@ -123,7 +134,7 @@ class Op:
 
         prefix: it begins where its document does, so that no state can enter.
         """
-        has_transition = not prefix and (self.transition_travels or in_memory)
+        has_transition = not (prefix or self.is_maximum) and (self.transition_travels or in_memory)
         return head_dim * v_head_dim + (prod(self.transition_shape(head_dim)) if has_transition else 0)
 
     def as_dict(self) -> dict[str, Any]:
@@ -136,6 +147,8 @@ def _recurrence(name: str, decay: str = "none", delta: bool = False) -> Op:
 
 
 ATTENTION = Op("attention")
+# what keeps a softmax over the tokens so far finite: Milakov and Gimelshein 2018 (online softmax), arXiv 1805.02867
+PREFIX_MAX = Op("prefix_max", "prefix_max", "never")
 # a convolution is linear in its taps: parts of a row are added
 CONVOLUTION = Op("convolution", "convolution", "sum")
 # a convolution of one tap, which is 1: RWKV (Peng et al. 2023, arXiv 2305.13048), labels of several tokens ahead
@@ -158,6 +171,7 @@ OPS: Mapping[str, Op] = {
         _recurrence("gated_delta_rule", "token", True),
         # Kimi Team 2025 (Kimi Delta Attention), arXiv 2510.26692
         _recurrence("kda", "channel", True),
+        PREFIX_MAX,
         CONVOLUTION,
         TOKEN_SHIFT,
     )

@@ -198,6 +198,8 @@ class Call:
         """What may move in the "forward" or "backward" table."""
         if direction == "forward":
             return (*FORWARD_PAYLOADS, Payload.S) if self.op.is_recurrent else FORWARD_PAYLOADS
+        if not self.op.has_gradient:
+            return ()
         return (*BACKWARD_PAYLOADS, *STATE_PAYLOADS) if self.op.is_recurrent else BACKWARD_PAYLOADS
 
     def payload_fields(self, payload: Payload, narrow: bool = False) -> tuple[tuple[int | None, str], ...]:
@@ -243,6 +245,10 @@ class Call:
         return np.isin(t1, self.documents[:, 1]) if payload == Payload.dS else np.isin(t0, self.documents[:, 0])
 
     def _check_documents(self) -> None:
+        if self.op.is_maximum and self.head_dim != 1:
+            raise DistattnError(
+                f"{self.op.name} keeps one number for each value: its head_dim is 1, not {self.head_dim}."
+            )
         pieces = self.mask.pieces
         same = (pieces[:, [Q0, Q1]] == pieces[:, [K0, K1]]).all(1) & (pieces[:, [BQ, BK]] == 1).all(1)
         shift = pieces[:, OK] - pieces[:, OQ]
@@ -270,6 +276,11 @@ class Plan:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise DistattnError(f"backward policy {self.policy!r} is not one of {', '.join(POLICIES)}.")
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether queries, keys and values that the forward pass received stay for the backward pass."""
+        return self.policy == "keep" and self.call.op.has_gradient
 
     def area_by_rank(self) -> Ints:
         """Cells x query heads each rank computes in the forward pass; of a recurrence, tokens x heads."""

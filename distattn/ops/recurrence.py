@@ -106,7 +106,7 @@ def recurrence(
 def _check_inputs(executable: Executable, x: RecurrenceTokens, initial: Tensor | None) -> None:
     program, op = executable.program, executable.program.call.op
     call, tokens = program.call, program.tokens
-    if not op.is_recurrent:
+    if op.kind != "recurrence":
         raise DistattnError(f"the plan is of {op.name}, which is no recurrence; make_plan takes op=.")
     wide = call.accumulation_dtype
     shapes_of_g = {

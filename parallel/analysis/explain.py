@@ -143,6 +143,8 @@ def explain(plan: Plan, cluster: AnyCluster | None = None) -> Explanation:
 
 
 def _heads(call: Call) -> str:
+    if call.op.is_maximum:
+        return f"{call.op.name}, {call.heads} states of {call.v_head_dim} maxima"
     if call.op.is_recurrent:
         return (
             f"{call.op.name}, {call.heads} states of {call.head_dim} x {call.v_head_dim} and {call.kv_heads} key heads"

@@ -26,6 +26,7 @@ from distattn.ir.plan import (
     cell_counts,
     has_rows_and_keys,
     move_bytes,
+    num_rows,
     select_rows,
     task_bands,
 )
@@ -58,7 +59,7 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
     """
     call = plan.call
     forward = _verify_table(plan, "forward", None)
-    kept = moves_of(plan.forward.moves, (Payload.Q, Payload.KV)) if plan.policy == "keep" else None
+    kept = moves_of(plan.forward.moves, (Payload.Q, Payload.KV)) if plan.keeps_inputs else None
     backward = _verify_table(plan, "backward", kept)
     if call.written_once:
         for payload in set(call.written_once) - set(written_once(call, plan.forward, plan.backward)):
@@ -68,7 +69,7 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
         np.add.at(kept_bytes, kept["dst"], move_bytes(call, kept))
         # what is kept is counted apart
         forward = {p: buffers for p, buffers in forward.items() if p not in (Payload.Q, Payload.KV)}
-    if call.op.is_recurrent:
+    if call.op.is_recurrent and call.op.has_gradient:
         # what tasks began with stays for the backward pass; it begins where its document does
         reads = select_rows(plan.forward.tasks, begun_with_state(plan.forward.tasks))
         np.add.at(kept_bytes, reads["rank"], (reads["h1"] - reads["h0"]) * call.state_bytes(True))
@@ -93,6 +94,11 @@ def _verify_table(plan: Plan, direction: str, kept: Columns | None) -> dict[Payl
     """The buffers of each payload of a table that is right."""
     call, table = plan.call, plan.forward if direction == "forward" else plan.backward
     payloads = call.payloads(direction)
+    if direction == "backward" and not call.op.has_gradient:
+        rows = num_rows(table.tasks) + num_rows(table.moves)
+        if rows:
+            raise PlanError(f"{direction}: {call.op.name} has no gradient, and its table {rows} rows; it has none.")
+        return {}
     _check_task_numbers(call, table.tasks, direction)
     _check_move_numbers(call, table.moves, direction, payloads)
     if call.op.is_recurrent:

@@ -18,12 +18,13 @@ from torch import Tensor
 from distattn.ir.op import Op
 from distattn.ir.plan import Payload
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches
-from distattn.parallel.runtime.buffers import Buffers, Fields
+from distattn.parallel.runtime.buffers import Fields
 from distattn.parallel.runtime.execute import PausableRun, Target, run_steps
 from distattn.parallel.runtime.kept_tensors import KeptPlaces
 from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
-from distattn.parallel.runtime.state_program import StateProgram, StretchStates
-from distattn.parallel.runtime.state_tensors import HeldStateTensors, State, composed
+from distattn.parallel.runtime.state_pass import StatePass
+from distattn.parallel.runtime.state_program import StretchStates
+from distattn.parallel.runtime.state_tensors import State, composed
 from distattn.parallel.runtime.stretch_launches import StretchKind
 from distattn.parallel.runtime.transport import Transport
 
@@ -112,11 +113,8 @@ def backward(
     return BackwardResult(dx, run.edge_states)
 
 
-class _Pass:
-    """One pass on one rank.
-
-    edge_states: final states of documents forward, gradients of initial states backward. begun: the states that tasks began with.
-    """
+class _Pass(StatePass):
+    """One pass on one rank. begun: the states that tasks began with."""
 
     def __init__(
         self,
@@ -127,53 +125,35 @@ class _Pass:
         initial_MHKV: Tensor | None,
         dfinal_MHKV: Tensor | None = None,
     ):
-        call = program.call
-        states = program.forward_states if direction == "forward" else program.backward_states
-        assert states is not None, "a program of a recurrence has states"
-        self.program_states: StateProgram = states
-        self.call, self.kernel, self.x = call, kernel, x
-        self.initial, self.dfinal = initial_MHKV, dfinal_MHKV
-        nbytes = program.forward_bytes if direction == "forward" else program.backward_bytes
-        arena = x.v.new_empty(nbytes, dtype=torch.uint8)
-        self.buffers = Buffers(call, arena, program.blank, program.unadded)
+        self.g_H = x.g if x.g is not None and not x.decays_by_token else None
+        super().__init__(program, direction, x.v.device, initial_MHKV, self.g_H)
+        self.kernel, self.dfinal = kernel, dfinal_MHKV
         tensors = tuple(x.by_token().values())
         self.buffers.bind_own(Payload.Q, tensors[:2])
         self.buffers.bind_own(Payload.KV, tensors[2:])
-        self.dtype = getattr(torch, call.accumulation_dtype)
-        self.g_H = x.g if x.g is not None and not x.decays_by_token else None
-        self.states = HeldStateTensors(call, self.g_H, x.v.device)
-        # of all documents: not made where nobody asks for them
-        self.edge_states: Tensor | None = None
         self.begun: list[Tensor] = []
-
-    def make_edge_states(self) -> None:
-        """Room for the states of all documents; those that are not computed on this rank stay 0."""
-        shape = (len(self.call.documents), self.call.heads, self.call.head_dim, self.call.v_head_dim)
-        self.edge_states = torch.zeros(shape, dtype=self.dtype, device=self.x.v.device)
 
     def forward(
         self, launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
     ) -> dict[Payload, Fields]:
         """One launch of the forward pass."""
-        x, tasks = self._tokens(launch, operands), self._tasks(launch)
+        x, tasks = self._tokens(launch, operands), self.tasks(launch)
         if launch.schedule.kind is StretchKind.STATE:
             self._leave_states(launch, x, tasks)
             return {}
-        entering = torch.stack([self._entering(launch, task).b for task in tasks])
+        entering = torch.stack([self.entering(launch, task).b for task in tasks])
         o_THV, leaving = self.kernel.forward(x, launch.schedule.rows, entering)
-        for task, begins, ends in zip(tasks, entering, leaving, strict=True):
+        for task, begins in zip(tasks, entering, strict=True):
             if task.begun >= 0:
                 self.begun[task.begun].copy_(begins)
-            if task.final >= 0 and self.edge_states is not None:
-                self.edge_states[task.final, launch.heads] = ends
-            self._leave(launch, task, State(None, ends))
+        self.leave_final(launch, tasks, leaving)
         return {Payload.O: (o_THV,)}
 
     def backward(
         self, launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
     ) -> dict[Payload, Fields]:
         """One launch of the backward pass."""
-        x, tasks = self._tokens(launch, operands), self._tasks(launch)
+        x, tasks = self._tokens(launch, operands), self.tasks(launch)
         if launch.schedule.kind is StretchKind.STATE:
             self._leave_states(launch, x, tasks)
             return {}
@@ -181,27 +161,27 @@ class _Pass:
         if launch.schedule.kind is StretchKind.GRADIENT_STATE:
             self._leave_gradient_states(launch, x, do_THV, tasks)
             return {}
-        entering = torch.stack([self._entering(launch, task).b for task in tasks])
+        entering = torch.stack([self.entering(launch, task).b for task in tasks])
         dleaving = torch.stack([self._following(launch, task).b for task in tasks])
         dx, dentering = self.kernel.backward(x, launch.schedule.rows, entering, do_THV, dleaving)
         for task, begins in zip(tasks, dentering, strict=True):
             if task.initial >= 0 and self.edge_states is not None:
                 self.edge_states[task.initial, launch.heads] = begins
-            self._leave(launch, task, State(None, begins))
+            self.leave(launch, task, State(None, begins))
         dq, dk, *rest = dx.by_token().values()
         shared = tuple(self._folded(launch, dy) for dy in (dq, dk))
         return {Payload.dQ: shared, Payload.dKV: tuple(rest)}
 
     def _leave_states(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[StretchStates]) -> None:
         """(A, B) of stretches, after what precedes them."""
-        before = [self._entering(launch, task) for task in tasks]
+        before = [self.entering(launch, task) for task in tasks]
         entering, wanted = torch.stack([state.b for state in before]), _need_transitions(tasks)
         leaving, transitions = self.kernel.states(x, launch.schedule.rows, entering, wanted)
         for i, (task, state) in enumerate(zip(tasks, before, strict=True)):
             a = None
             if not task.is_prefix and transitions is not None:
                 a = transitions[i] if state.a is None else composed(state.a, transitions[i])
-            self._leave(launch, task, State(a, leaving[i]))
+            self.leave(launch, task, State(a, leaving[i]))
 
     def _leave_gradient_states(
         self, launch: KernelLaunch, x: RecurrenceTokens, do_THV: Tensor, tasks: Sequence[StretchStates]
@@ -214,33 +194,13 @@ class _Pass:
             a = None
             if not task.is_prefix and transitions is not None:
                 a = transitions[i] if state.a is None else composed(transitions[i], state.a)
-            self._leave(launch, task, State(a, dentering[i]))
-
-    def _leave(self, launch: KernelLaunch, task: StretchStates, state: State) -> None:
-        if task.leaves is not None:
-            # a copy: what a launch makes side by side is not forgotten together
-            a = None if state.a is None else state.a.clone()
-            self.states.put(task.leaves, launch.heads.start, State(a, state.b.clone()))
-
-    def _entering(self, launch: KernelLaunch, task: StretchStates) -> State:
-        """The state that enters a stretch: of what precedes it, or the initial state of its document."""
-        if task.before:
-            return self.states.put_together(task.before)
-        return self._edge(launch, self.initial, task.initial)
+            self.leave(launch, task, State(a, dentering[i]))
 
     def _following(self, launch: KernelLaunch, task: StretchStates) -> State:
         """The gradient of the state that leaves a stretch: from what follows it, or of the final state of its document."""
         if task.after:
             return self.states.put_together(task.after)
-        return self._edge(launch, self.dfinal, task.final)
-
-    def _edge(self, launch: KernelLaunch, states_MHKV: Tensor | None, document: int) -> State:
-        if states_MHKV is None or document < 0:
-            return State(None, self.states.zeros(launch.heads.stop - launch.heads.start))
-        return State(None, states_MHKV[document, launch.heads].to(self.dtype))
-
-    def _tasks(self, launch: KernelLaunch) -> list[StretchStates]:
-        return [self.program_states.tasks[number] for number in launch.schedule.tasks]
+        return self.edge(launch, self.dfinal, task.final)
 
     def _tokens(self, launch: KernelLaunch, operands: dict[Payload, Fields]) -> RecurrenceTokens:
         (q, k), (v, *gates) = operands[Payload.Q], operands[Payload.KV]

@@ -107,6 +107,8 @@ def forward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
 def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
     """What the backward pass of a program needs on its rank; what the forward has kept is not counted again."""
     call = program.call
+    if not call.op.has_gradient:
+        return PassMemory(0, 0, 0, 0)
     results, returned = _result_bytes(program, (Payload.dQ, Payload.dKV))
     delta = program.tokens * call.heads * getattr(torch, call.accumulation_dtype).itemsize
     own = _workspace(program, "backward", program.backward, workspace)

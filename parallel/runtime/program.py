@@ -135,11 +135,12 @@ def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = N
     """
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
-    keep = plan.policy == "keep"
     # the backward's launches are mostly the forward's
     prepare = _memoized(prepare)
     forward = _TableLowering(call, plan.forward, rank, FORWARD_PAYLOADS, prepare)
-    kept = {key: rows for key, rows in forward.sizes.items() if keep and key.payload in (Payload.Q, Payload.KV)}
+    kept = {
+        key: rows for key, rows in forward.sizes.items() if plan.keeps_inputs and key.payload in (Payload.Q, Payload.KV)
+    }
     inherited = [extent._replace(key=kept_key(extent.key)) for extent in forward.buffers if extent.key in kept]
     backward = _TableLowering(call, plan.backward, rank, BACKWARD_PAYLOADS, prepare, inherited)
     ahead, back = forward.steps(kept), backward.steps()

@@ -105,8 +105,8 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
     for payload, trace in traces.items():
         for life in trace.lives:
             steps[life.last].release.append(StateKey(payload, life.name))
-    first_kept = begun_with_state(plan.forward.tasks) & (plan.forward.tasks["rank"] == rank)
-    kept = {int(row): number for number, row in enumerate(first_kept.nonzero()[0])}
+    stays = begun_with_state(plan.forward.tasks) & (plan.forward.tasks["rank"] == rank) & call.op.has_gradient
+    kept = {int(row): number for number, row in enumerate(stays.nonzero()[0])}
     starts, ends = ({int(t): i for i, t in enumerate(call.documents[:, side])} for side in (0, 1))
     tasks = {}
     columns = {name: column.tolist() for name, column in table.tasks.items()}

@@ -1,9 +1,10 @@
 """The states that one rank holds during a pass of a recurrence: put together, sent, received and forgotten."""
 
-# N stretches, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B (H, K, V)
+# N stretches, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B (H, K, V); a maximum is a B
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,10 @@ from distattn.parallel.runtime.transport import Packet
 
 
 class State(NamedTuple):
-    """What tokens do to any state S that enters, A S + B; a None where none can enter. dS likewise, with A transposed."""
+    """What tokens do to any state S that enters, A S + B; a None where none can enter. dS likewise, with A transposed.
+
+    Of an op whose states are maxima it is max(S, B), and a None.
+    """
 
     a: Tensor | None
     b: Tensor
@@ -69,7 +73,7 @@ class HeldStateTensors:
         """Room for a state that comes: there from the end of the step on."""
         heads, op = message.h1 - message.h0, self.call.op
         b = self._empty(heads, self.call.head_dim, self.call.v_head_dim)
-        if message.is_prefix:
+        if message.is_prefix or op.is_maximum:
             state, tensors = State(None, b), [b]
         elif op.transition_travels:
             a = self._empty(heads, *op.transition_shape(self.call.head_dim))
@@ -81,13 +85,16 @@ class HeldStateTensors:
         self.put(message.key, message.h0, state)
         return [Packet(message.peer, message.key.payload, tensor) for tensor in tensors]
 
-    def zeros(self, heads: int) -> Tensor:
-        """B of no tokens, (H, K, V)."""
-        return self._empty(heads, self.call.head_dim, self.call.v_head_dim).zero_()
+    def of_no_tokens(self, heads: int) -> Tensor:
+        """B of no tokens, (H, K, V): 0, or of maxima -inf."""
+        b = self._empty(heads, self.call.head_dim, self.call.v_head_dim)
+        return b.fill_(-torch.inf if self.call.op.is_maximum else 0.0)
 
     def _of(self, part: StatePart) -> State:
         first, *rest = (self._heads(key, part) for key in part.tiles)
         a, b = first
+        if self.call.op.is_maximum:
+            return State(None, reduce(torch.maximum, (state.b for state in rest), b))
         mirrored = part.tiles[0].payload == Payload.dS
         for state in rest:
             later = _present(state.a)

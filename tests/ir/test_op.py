@@ -10,7 +10,7 @@ from distattn.ir.op import ATTENTION, OPS, Op, latent_op, op_of
 from distattn.ir.plan import MOVE_COLUMNS, Call, Payload, Plan, Table, move_bytes, task_areas, task_token_ranges
 from distattn.parallel.make_plan import make_plan
 
-RECURRENT = [name for name, op in OPS.items() if op.is_recurrent]
+RECURRENT = [name for name, op in OPS.items() if op.kind == "recurrence"]
 S, DS = int(Payload.S), int(Payload.dS)
 
 

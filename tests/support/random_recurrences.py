@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -49,13 +50,14 @@ def random_layout(rng: random.Random) -> Layout:
     return Layout.from_chunks(lengths, chunks)
 
 
-def random_recurrent_plan(rng: random.Random) -> RandomPlan:
+def random_recurrent_plan(rng: random.Random, ops: Sequence[str] = RECURRENT) -> RandomPlan:
     """Stretches at owners, by heads or anywhere; schedules mixed or not; some tasks in two."""
     layout = random_layout(rng)
     kv_heads = rng.randint(1, 2)
-    heads, op = kv_heads * rng.randint(1, 2), OPS[rng.choice(RECURRENT)]
+    heads, op = kv_heads * rng.randint(1, 2), OPS[rng.choice(ops)]
     mask = Mask.documents(layout.lengths)
-    call = Call(mask, layout, heads, kv_heads, KEY_DIM, VALUE_DIM, "float64", op=op)
+    key_dim = 1 if op.is_maximum else KEY_DIM
+    call = Call(mask, layout, heads, kv_heads, key_dim, VALUE_DIM, "float64", op=op)
     where = rng.choice(["owners", "owners", "heads", "anywhere"])
     chains = {
         "owners": lambda: layout_chains(call, call.layout),
@@ -65,6 +67,8 @@ def random_recurrent_plan(rng: random.Random) -> RandomPlan:
     name = rng.choice([*SCHEDULES, "mixed"])
     chosen = [_one(rng, rng.choice(list(SCHEDULES)) if name == "mixed" else name) for _ in chains]
     tables = {direction: table_of(call, chains, chosen, direction) for direction in ("forward", "backward")}
+    if not op.has_gradient:
+        tables["backward"] = Table.from_rows([])
     if rng.random() < 0.3:
         tables, name = _split(tables, rng), f"{name}, split"
     return RandomPlan(Plan(call, **tables, policy="keep"), f"{op.name} {where} {name}")

@@ -18,14 +18,14 @@ from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 from distattn.parallel.analysis.verify import verify
-from distattn.parallel.runtime import execute_recurrence
+from distattn.parallel.runtime import execute_recurrence, state_pass
 from distattn.parallel.runtime.execute import run_in_lock_step
 from distattn.parallel.runtime.kept_tensors import KeptPlaces, kept_size
 from distattn.parallel.runtime.program import Program, lower
 from distattn.parallel.runtime.state_tensors import HeldStateTensors
 from distattn.parallel.runtime.transport import InProcessNetwork
 
-RECURRENT = [name for name, op in OPS.items() if op.is_recurrent]
+RECURRENT = [name for name, op in OPS.items() if op.kind == "recurrence"]
 
 
 class RecurrenceCase(NamedTuple):
@@ -137,13 +137,13 @@ def run_recurrence(
         execute_recurrence.forward(program, transport, kernel, x, case.initial)
         for program, transport, x in zip(programs, transports(), local, strict=True)
     ]
-    with patch.object(execute_recurrence, "HeldStateTensors", noted):
+    with patch.object(state_pass, "HeldStateTensors", noted):
         ahead = run_in_lock_step(runs)
     runs = [
         execute_recurrence.backward(program, transport, kernel, do_, case.dfinal, x, case.initial, result.kept)
         for program, transport, x, do_, result in zip(programs, transports(), local, do, ahead, strict=True)
     ]
-    with patch.object(execute_recurrence, "HeldStateTensors", noted):
+    with patch.object(state_pass, "HeldStateTensors", noted):
         back = run_in_lock_step(runs)
     kept = [_kept_bytes(program) for program in programs]
     assert kept == proof.kept.tolist()
