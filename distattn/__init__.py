@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from distattn.ops.executable import Executable as Executable
     from distattn.ops.executable import prepare as prepare
     from distattn.ops.latent import latent_attention as latent_attention
+    from distattn.ops.prefix_max import prefix_max as prefix_max
+    from distattn.ops.prefix_softmax import PrefixSoftmaxState as PrefixSoftmaxState
+    from distattn.ops.prefix_softmax import prefix_softmax as prefix_softmax
     from distattn.ops.recurrence import recurrence as recurrence
     from distattn.parallel.analysis.explain import Explanation as Explanation
     from distattn.parallel.analysis.explain import explain as explain
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from distattn.parallel.analysis.verify import verify as verify
     from distattn.parallel.latent_plan import make_latent_plan as make_latent_plan
     from distattn.parallel.make_plan import make_plan as make_plan
+    from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans as PrefixSoftmaxPlans
+    from distattn.parallel.prefix_softmax_plans import make_prefix_softmax_plans as make_prefix_softmax_plans
 
 _HOME = {
     "Call": "distattn.ir.plan",
@@ -59,6 +64,8 @@ _HOME = {
     "PipelineSchedule": "distattn.driver.pipeline",
     "Op": "distattn.ir.op",
     "Plan": "distattn.ir.plan",
+    "PrefixSoftmaxPlans": "distattn.parallel.prefix_softmax_plans",
+    "PrefixSoftmaxState": "distattn.ops.prefix_softmax",
     "LostRankError": "distattn.ir.errors",
     "PlanError": "distattn.ir.errors",
     "StageSpec": "distattn.driver.pipeline",
@@ -75,6 +82,9 @@ _HOME = {
     "latent_op": "distattn.ir.op",
     "make_latent_plan": "distattn.parallel.latent_plan",
     "make_plan": "distattn.parallel.make_plan",
+    "make_prefix_softmax_plans": "distattn.parallel.prefix_softmax_plans",
+    "prefix_max": "distattn.ops.prefix_max",
+    "prefix_softmax": "distattn.ops.prefix_softmax",
     "prepare": "distattn.ops.executable",
     "quality": "distattn.parallel.analysis.quality",
     "recurrence": "distattn.ops.recurrence",

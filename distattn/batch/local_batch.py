@@ -25,7 +25,9 @@ from distattn.ops.executable import (
     Executable,
 )
 from distattn.ops.latent import latent_attention
+from distattn.ops.prefix_softmax import prefix_softmax
 from distattn.ops.recurrence import recurrence
+from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans, prefix_softmax_shapes
 from distattn.parallel.runtime.rank_sums import sum_over_ranks
 
 
@@ -140,6 +142,20 @@ class LocalBatch(BatchAttention):
 
         by_token = g if of_heads is None else None
         return self._states_out(self._without_padding(executable, compute, q_TGK, k_TGK, v_THV, by_token, beta))
+
+    @torch.compiler.disable
+    def prefix_softmax(self, weights_THL: Tensor, logits_THL: Tensor, v_THV: Tensor) -> Tensor:
+        """`distattn.prefix_softmax` of this rank's tokens: Latte, Aaren, Efficient Attention over the tokens so far.
+
+        weights, logits: (T, H, L) of L latents a head; v: (T, H, V). Every document of the batch begins anew.
+        """
+        self.used = self.mixed = True
+        (v_THV,) = autocast_inputs(v_THV)
+        (heads, latents), dtype = logits_THL.shape[1:], str(v_THV.dtype)[6:]
+        shapes = prefix_softmax_shapes(heads, latents, v_THV.shape[2], dtype)
+        plans = PrefixSoftmaxPlans(*(self.executable(AttentionShape(**shape), v_THV.device) for shape in shapes))
+        inputs = v_THV, logits_THL, weights_THL
+        return self._without_padding(plans.weighted, lambda v, k, w: prefix_softmax(w, k, v, plans), *inputs)
 
     @torch.compiler.disable
     def latent_attention(

@@ -175,6 +175,16 @@ class _EmulatedRank(BatchAttention):
 
         return exchange.together(self._rank, "recurrence", list(x.by_token().values()), compute)
 
+    def prefix_softmax(self, weights_THL: Tensor, logits_THL: Tensor, v_THV: Tensor) -> Tensor:
+        """Compute softmaxes over the tokens so far (T, H, V) as `LocalBatch.prefix_softmax` does."""
+        exchange = self._exchange
+
+        def compute(weights_NHL: Tensor, logits_NHL: Tensor, v_NHV: Tensor) -> Tensor:
+            return _prefix_softmax(weights_NHL, logits_NHL, v_NHV, exchange.seen.read).to(v_THV.dtype)
+
+        # what it reads is a recurrence's state, with a recurrence's mistakes
+        return exchange.together(self._rank, "recurrence", (weights_THL, logits_THL, v_THV), compute)
+
     def causal_conv1d(
         self,
         x_TC: Tensor,
@@ -223,6 +233,21 @@ def _recurrence(x: RecurrenceTokens, sequences: Sequence[Tensor], scale: float) 
         own = sequence.to(out.device)
         part = x._replace(**{name: value[own] for name, value in x.by_token().items()})
         out[own] = token_by_token(part._replace(q=part.q * scale), [(0, len(own))], state_HKV)[0]
+    return out
+
+
+def _prefix_softmax(weights_NHL: Tensor, logits_NHL: Tensor, v_NHV: Tensor, sequences: Sequence[Tensor]) -> Tensor:
+    """Values weighted by softmaxes over each sequence's tokens so far, (N, H, V)."""
+    wide = torch.promote_types(v_NHV.dtype, torch.float32)
+    out = torch.zeros_like(v_NHV, dtype=wide)
+    for sequence in sequences:
+        own = sequence.to(out.device)
+        q, k, v = (x[own].to(wide) for x in (weights_NHL, logits_NHL, v_NHV))
+        # relative to the logarithms of the sums so far, states are the softmaxes themselves
+        total = k.logcumsumexp(0)
+        decays = -total.diff(dim=0, prepend=total[:1])
+        x = RecurrenceTokens(q, (k - total).exp(), v, decays)
+        out[own] = _recurrence(x, [torch.arange(len(own))], 1.0)
     return out
 
 

@@ -311,7 +311,7 @@ class _TickBatch(BatchAttention):
         )
 
     # convolutions and latents are other ops, too
-    causal_conv1d = latent_attention = token_shift = recurrence
+    causal_conv1d = latent_attention = token_shift = prefix_softmax = recurrence
 
 
 class _TickExecutable(Executable):

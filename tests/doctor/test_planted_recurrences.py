@@ -7,7 +7,7 @@ from planted import MISTAKES, script
 from test_planted import BF16, diagnoses
 
 import distattn as da
-from distattn.doctor.emulation import _convolution, _EmulatedRank, _shifted
+from distattn.doctor.emulation import _convolution, _EmulatedRank, _prefix_softmax, _shifted
 
 # what ranks do in the place of the batch's recurrence or convolution; `parts` are the ranks' tokens
 CARELESS = """
@@ -120,3 +120,11 @@ def test_states_of_documents_are_refused_by_name():
         rank.recurrence(x, x, x, "linear_attention", return_final_state=True)
     with pytest.raises(da.DistattnError, match="the doctor knows no states of documents"):
         rank.causal_conv1d(x.flatten(1), torch.zeros(16, 4), initial_state=torch.zeros(1, 16, 3))
+
+
+def test_emulated_softmaxes_over_the_tokens_so_far_are_those_of_documents():
+    lengths = [5, 30, 1]
+    plain, documents = PlainBatch(lengths), torch.arange(36).split(lengths)
+    weights, logits, v = torch.rand(36, 2, 3), 30 * torch.randn(36, 2, 3), torch.randn(36, 2, 4)
+    wanted = plain.prefix_softmax(weights, logits, v)
+    torch.testing.assert_close(_prefix_softmax(weights, logits, v, documents), wanted, rtol=0, atol=2e-5)

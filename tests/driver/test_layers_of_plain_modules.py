@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import layers  # noqa: E402
 
 LENGTHS = [5, 40, 1, 30]
-WIDTH, HEADS, DIM, VOCABULARY, AHEAD = 12, 2, 3, 32, 2
+WIDTH, HEADS, DIM, LATENTS, VOCABULARY, AHEAD = 12, 2, 3, 4, 32, 2
 
 
 class GatedAttention(nn.Module):
@@ -47,6 +47,8 @@ class Model(nn.Module):
                 layers.CompressedConvolutionalAttention(WIDTH, HEADS, DIM),
                 GatedAttention(affine=False),
                 GatedAttention(affine=True),
+                layers.Latte(WIDTH, HEADS, LATENTS, DIM),
+                layers.Aaren(WIDTH, HEADS, DIM),
             ]
         )
         self.ahead = layers.MultiTokenPrediction(WIDTH, AHEAD, GatedAttention(affine=False))

@@ -14,7 +14,7 @@ from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 
 
 class PlainBatch:
-    """`attention`, `recurrence`, `causal_conv1d` and `token_shift` of packed documents, with the arguments of `LocalBatch`."""
+    """What `LocalBatch` computes of packed documents, with its arguments, but for latent attention."""
 
     def __init__(self, lengths: list[int]):
         self.lengths = lengths
@@ -47,6 +47,14 @@ class PlainBatch:
         x, stretches = RecurrenceTokens(q * scale, k, v, g, beta), list(itertools.pairwise(ends))
         o, final = token_by_token(x, stretches, zeros if initial_state is None else initial_state)
         return (o, final) if return_final_state else o
+
+    def prefix_softmax(self, weights: Tensor, logits: Tensor, v: Tensor) -> Tensor:
+        def of_document(w: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            later = torch.ones(len(k), len(k), dtype=torch.bool).triu(1)[..., None, None]
+            softmax = k[None].masked_fill(later, -torch.inf).softmax(1)
+            return torch.einsum("thl,tshl,shv->thv", w, softmax, v)
+
+        return self._each(of_document, weights, logits, v)
 
     def causal_conv1d(
         self,
