@@ -159,6 +159,10 @@ class _Tracing:
 
     def _life(self, rank: int, state: HeldState, heads: int, last: int) -> StateLife:
         assert isinstance(state.name, StateName)
+        if state.name.kind == "task":
+            # it is held whole, though others may use a part of its heads; of what has come all heads are used
+            tasks, row = self.table.tasks, state.name.row
+            heads = int(tasks["h1"][row] - tasks["h0"][row])
         return StateLife(rank, state.name, heads, *self._unmirrored(state.t0, state.t1), state.there, last)
 
     def _collect(self) -> None:

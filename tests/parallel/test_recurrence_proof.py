@@ -4,10 +4,14 @@ import random
 
 import pytest
 from oracle import Record, planned_bytes
-from random_recurrences import attacked, case_of, mutated, random_recurrent_plan
+from random_recurrences import KEY_DIM, VALUE_DIM, attacked, case_of, mutated, random_recurrent_plan
 from recurrences import assert_same, run_recurrence
 
 from distattn.ir.errors import PlanError
+from distattn.ir.layout import Layout
+from distattn.ir.mask import Mask
+from distattn.ir.op import OPS
+from distattn.ir.plan import Call, Plan, Table
 from distattn.parallel.analysis.verify import verify
 
 TOLERANCE = 1e-10
@@ -58,6 +62,19 @@ def test_random_plans_are_accepted_and_right():
 @pytest.mark.full
 def test_more_random_plans_are_accepted_and_right():
     check_plans(240, 1000)
+
+
+def test_a_state_of_which_others_use_a_part_of_its_heads_is_counted_whole():
+    layout = Layout.contiguous((10,), 1)
+    call = Call(Mask.documents((10,)), layout, 2, 2, KEY_DIM, VALUE_DIM, "float64", op=OPS["linear_attention"])
+    # head 1 goes on from the state that the first task leaves, head 0 from that of the second
+    forward = [(0, 0, 0, 0, 0, 0, 5, 1, 2), (1, 0, 0, 0, 5, 0, 5, 0, 2), (2, 0, 0, 5, 10, 0, 10, 0, 2)]
+    backward = [(0, 0, 0, 5, 10, 0, 10, 0, 2), (1, 0, 0, 0, 10, 0, 5, 0, 2)]
+    plan = Plan(call, Table.from_rows(forward), Table.from_rows(backward), "keep")
+    case, wanted = case_of(plan, 0)
+    # which compares states alive with the proof
+    assert_same(run_recurrence(plan, case), wanted, TOLERANCE)
+    assert verify(plan).forward_peak.tolist() == [3 * KEY_DIM * VALUE_DIM * 8]
 
 
 def test_mutants_are_refused_or_right():
