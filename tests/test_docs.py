@@ -208,7 +208,7 @@ SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "monitoring.md": [_monitored],
     "memory.md": [_memory],
     "planning-a-cluster.md": [_cluster],
-    "recurrence.md": [_own_model] * 4,
+    "recurrence.md": [_own_model] * 5,
     "trainers.md": [_model, _model, _mesh, _own_model, None, _reference],
     "training.md": [_loop],
 }
