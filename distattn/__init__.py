@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from distattn.parallel.make_plan import make_plan as make_plan
     from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans as PrefixSoftmaxPlans
     from distattn.parallel.prefix_softmax_plans import make_prefix_softmax_plans as make_prefix_softmax_plans
+    from distattn.parallel.recurrent_plan import make_recurrent_plan as make_recurrent_plan
 
 _HOME = {
     "Call": "distattn.ir.plan",
@@ -85,6 +86,7 @@ _HOME = {
     "make_prefix_softmax_plans": "distattn.parallel.prefix_softmax_plans",
     "prefix_max": "distattn.ops.prefix_max",
     "prefix_softmax": "distattn.ops.prefix_softmax",
+    "make_recurrent_plan": "distattn.parallel.recurrent_plan",
     "prepare": "distattn.ops.executable",
     "quality": "distattn.parallel.analysis.quality",
     "recurrence": "distattn.ops.recurrence",

@@ -116,6 +116,7 @@ def right_calls():
     calls.append(
         (da.make_latent_plan, dict(mask=MASK, layout=one, strategy="ring", rotary_dim=2, latent_dim=5, **layer))
     )
+    calls.append((da.make_recurrent_plan, dict(mask=MASK, layout=one, kv_heads=2, op="gla", **layer)))
     calls.append((da.Op, dict(name="mine", kind="recurrence", merge="never", decay="token", delta=True)))
     settings = dict(group=None, loss_group=None, strategy="ring", layout="zigzag", layout_options={}, data="replicated")
     settings |= dict(document_mask="causal", kernel="reference", backward="refetch-home", comm_dtype=None, cluster=None)

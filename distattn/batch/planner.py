@@ -36,6 +36,7 @@ from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_ch
 from distattn.ops.latent import latent_kernel
 from distattn.parallel.latent_plan import make_latent_plan
 from distattn.parallel.make_plan import check_names, make_plan
+from distattn.parallel.recurrent_plan import make_recurrent_plan
 from distattn.parallel.runtime.transport import Transport
 
 if TYPE_CHECKING:
@@ -276,7 +277,8 @@ class Planner:
             mask = Mask.documents(layout.lengths, (shape.taps - 1, 0))
             how = dict(strategy="allgather", backward="keep")
         elif shape.op.is_recurrent:
-            mask, how = Mask.documents(layout.lengths), dict(strategy="scan")
+            # states move or tokens, whichever is faster
+            mask, how = Mask.documents(layout.lengths), {}
         elif shape.window is not None:
             mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))
         if shape.override is not None:
@@ -289,4 +291,6 @@ class Planner:
             del of_layer["op"], of_layer["kv_heads"]
             how |= dict(rotary_dim=shape.op.rotary_dim, latent_dim=shape.op.latent_dim)
             return make_latent_plan(mask, layout, **how, **of_layer)
+        if shape.op.is_recurrent:
+            return make_recurrent_plan(mask, layout, **how, **of_layer)
         return make_plan(mask, layout, **how, **of_layer)
