@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distattn.batch.recurrent_run import RecurrentRun as RecurrentRun
+    from distattn.batch.recurrent_run import recurrent_run as recurrent_run
     from distattn.cluster.topology import Cluster as Cluster
     from distattn.driver.context_parallel import ContextParallel as ContextParallel
     from distattn.driver.overlap import OverlapSchedule as OverlapSchedule
@@ -69,6 +71,7 @@ _HOME = {
     "PrefixSoftmaxState": "distattn.ops.prefix_softmax",
     "LostRankError": "distattn.ir.errors",
     "PlanError": "distattn.ir.errors",
+    "RecurrentRun": "distattn.batch.recurrent_run",
     "StageSpec": "distattn.driver.pipeline",
     "Executable": "distattn.ops.executable",
     "Proof": "distattn.parallel.analysis.verify",
@@ -90,6 +93,7 @@ _HOME = {
     "prepare": "distattn.ops.executable",
     "quality": "distattn.parallel.analysis.quality",
     "recurrence": "distattn.ops.recurrence",
+    "recurrent_run": "distattn.batch.recurrent_run",
     "save_attention": "distattn.ops.attention",
     "serve": "distattn.driver.servers",
     "simulate": "distattn.parallel.analysis.simulate",

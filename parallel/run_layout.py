@@ -6,11 +6,13 @@ the run and back after it move once, however many layers it has.
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
 
-from distattn.cluster.spec import ClusterSpec
+from distattn.cluster.cost import recurrence_seconds
+from distattn.cluster.spec import DIRECTIONS, ClusterSpec
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
+from distattn.ir.plan import Plan
 from distattn.parallel.analysis.simulate import simulated_seconds
 from distattn.parallel.make_plan import make_plan
 
@@ -18,19 +20,31 @@ from distattn.parallel.make_plan import make_plan
 RUN_LAYOUT = "contiguous"
 
 
-def wants_relayout(layout: Layout, *, layers: int, width: int, cluster: ClusterSpec, dtype: str, **shape: Any) -> bool:
-    """Whether `layers` recurrent layers in a row are faster on contiguous slices, in simulation, forward and backward.
+def relayout_may_be_faster(here: Plan, there: Layout, *, layers: int, width: int, cluster: ClusterSpec) -> bool:
+    """Whether it may be, before a layer is planned in the other layout: no plan is faster than kernels of equal shares.
 
-    width: of hidden states, which move in and out. shape: op, heads, kv_heads, head_dim and v_head_dim, as in `make_plan`.
+    here, layers, width and cluster as in `relayout_is_faster`. False where both layouts are one.
     """
-    there = Layout.contiguous(layout.lengths, layout.ranks)
-    mask = Mask.documents(layout.lengths)
+    call = here.call
+    if there == call.layout:
+        return False
+    work = np.array([call.mask.n]), np.array([call.heads]), np.array([True])
+    seconds = [
+        recurrence_seconds(cluster, direction, call.head_dim, call.v_head_dim, *work)[0] for direction in DIRECTIONS
+    ]
+    least = float(sum(seconds)) / call.ranks
+    gained = layers * (simulated_seconds(here, cluster) - least)
+    return relayout_seconds(call.layout, there, width, call.dtype, cluster) < gained
 
-    def of_layers(where: Layout) -> float:
-        plan = make_plan(mask, where, strategy="scan", cluster=cluster, dtype=dtype, **shape)
-        return layers * simulated_seconds(plan, cluster)
 
-    return of_layers(there) + relayout_seconds(layout, there, width, dtype, cluster) < of_layers(layout)
+def relayout_is_faster(here: Plan, there: Plan, *, layers: int, width: int, cluster: ClusterSpec) -> bool:
+    """Whether `layers` recurrent layers in a row are faster in the layout of another plan, in simulation, forward and backward.
+
+    here, there: of one such layer where its tokens are, and where they would be. width: of hidden states, which move in and out.
+    """
+    gained = layers * (simulated_seconds(here, cluster) - simulated_seconds(there, cluster))
+    call = here.call
+    return relayout_seconds(call.layout, there.call.layout, width, call.dtype, cluster) < gained
 
 
 def relayout_seconds(here: Layout, there: Layout, width: int, dtype: str, cluster: ClusterSpec) -> float:

@@ -126,6 +126,9 @@ def right_calls():
     calls.append((closed, settings))
     calls.append((da.OverlapSchedule, dict(layers=[torch.nn.Linear(2, 2)])))
     cp = da.ContextParallel(strategy="ring", kernel="reference")
+    run = dict(
+        op="gla", layers=2, width=8, heads=4, kv_heads=2, head_dim=8, v_head_dim=8, dtype=torch.float32, device="cpu"
+    )
     calls += [
         (cp.shard, dict(batch=BATCH)),
         (lambda **batch: cp.shard(batch), {**BATCH, "labels": IDS, "shift_labels": None}),
@@ -135,6 +138,7 @@ def right_calls():
         (lambda loader: list(cp.steps(loader)), dict(loader=[BATCH, [BATCH]])),
         (cp.loss_scale, dict(target=None)),
         (cp.mean_loss, dict(losses=[torch.ones(())])),
+        (da.recurrent_run, run | dict(batch=cp.shard(BATCH)["context_parallel"])),
     ]
     return calls
 
@@ -183,7 +187,7 @@ def test_every_public_name_is_called():
     called = {getattr(function, "__qualname__", "").split(".")[0] for function, _ in right_calls()}
     # data that is returned, not made by users; what needs several ranks; what the others call
     others = {"Call", "Executable", "Explanation", "Payload", "Proof", "Table", "Timeline", "StageSpec", "block_mask"}
-    others |= {"PipelineSchedule", "serve", "save_attention", "ContextParallel"}
+    others |= {"RecurrentRun", "PipelineSchedule", "serve", "save_attention", "ContextParallel"}
     public = {name for name in da.__all__ if not (inspect.isclass(getattr(da, name)) and name.endswith("Error"))}
     assert public <= called | others
 

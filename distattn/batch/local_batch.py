@@ -29,6 +29,7 @@ from distattn.ops.prefix_softmax import prefix_softmax
 from distattn.ops.recurrence import recurrence
 from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans, prefix_softmax_shapes
 from distattn.parallel.runtime.rank_sums import sum_over_ranks
+from distattn.parallel.runtime.relaid_rows import RowMoves
 
 
 class BatchAttention(Protocol):
@@ -62,18 +63,23 @@ class LocalBatch(BatchAttention):
     """The packed axis that one batch was laid out on: what attention layers need of it. It travels with the batch.
 
     positions: of this rank's tokens (1, T), where models are to be held to them. stands_in: whether this rank has no such
-    micro-batch, and padding for one. used: whether a layer has asked for anything; mixed: for a recurrence or a convolution.
-    number: of the batch, in the run. proven: whether its plans are proven before they run. block: whose batch it is; by default
-    all ranks', with all documents.
+    micro-batch, and padding for one. layout: where its rows lie, by name, if not where the batch was laid out. used: whether a
+    layer has asked for anything; mixed: for a recurrence or a convolution. number: of the batch, in the run. proven: whether its
+    plans are proven before they run. relaid_runs: of runs of recurrent layers, by their shape, number and width, whether their
+    rows move (see `recurrent_run`). block: whose batch it is; by default all ranks', with all documents.
     """
 
     positions: Tensor | None = None
     stands_in: bool = False
+    layout: str | None = None
 
     def __init__(self, planner: Planner, key: BatchKey, number: int, proven: bool, block: BatchBlock | None = None):
         self.planner, self.key, self.number, self.proven = planner, key, number, proven
         self._block = block
         self.used = self.mixed = False
+        self.relaid_runs: dict[tuple[AttentionShape, int, int], bool] = {}
+        self._row_moves: dict[tuple[str, torch.device], RowMoves] = {}
+        self._plans: dict[AttentionShape, Plan] = {}
         self._executables: dict[tuple[AttentionShape, torch.device], Executable] = {}
         self._ahead: dict[tuple[AttentionShape, torch.device], Future[Planned]] = {}
         self._checked: Tensor | None = None
@@ -247,12 +253,12 @@ class LocalBatch(BatchAttention):
     @property
     def tokens(self) -> int:
         """N, of all ranks together."""
-        return self.planner.lay_out(self.key.documents)[1].n
+        return self.planner.layout_of(self.key, None).n
 
     @property
     def own_tokens(self) -> int:
         """How many of this rank's tokens are of a document; the others are padding."""
-        layout = self.planner.lay_out(self.key.documents)[1]
+        layout = self.planner.layout_of(self.key, self.layout)
         return 0 if self.stands_in else len(layout.tokens(self.planner.ranks.rank))
 
     @torch.compiler.disable
@@ -311,7 +317,16 @@ class LocalBatch(BatchAttention):
 
     def plan(self, *shape: Any) -> Plan:
         """The plan of this batch for one shape, given as the fields of `AttentionShape`; layers of equal shape share it."""
-        return self.planner.plan_of(self.key, AttentionShape(*shape))
+        asked = AttentionShape(*shape)
+        return self._plans.get(asked) or self.planner.plan_of(self.key, asked)
+
+    def row_moves(self, layout: str, device: torch.device) -> RowMoves:
+        """How this rank's rows go to another layout of the batch, by its name; their numbers are copied to a device once."""
+        known = layout, device
+        if known not in self._row_moves:
+            home, there = self.planner.layout_of(self.key, None), self.planner.layout_of(self.key, layout)
+            self._row_moves[known] = RowMoves.of(home, there, self.planner.ranks.rank).to(device)
+        return self._row_moves[known]
 
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
         """The executable of this batch for one shape.
@@ -325,6 +340,7 @@ class LocalBatch(BatchAttention):
             plan, key = self._planned_now(shape, device) if ahead is None else ahead.result()
             ranks = self.planner.ranks
             program = EXECUTABLES.program(plan, key, self.proven)
+            self._plans[shape] = plan
             observer = ranks.observer(self, plan, shape)
             if shape.op != ATTENTION:
                 if observer is not None and not observer.allows_interleaving and not _stays_at_owners(plan):
@@ -349,6 +365,35 @@ class LocalBatch(BatchAttention):
         found = planner.ranks.agree(lambda: planner.planned(self.key, shape, device, self.proven))
         planner.register_shape(shape, device)
         return found
+
+
+class RelaidBatch(LocalBatch):
+    """A batch whose rows lie as another layout has them. Its plans are made and cached with the batch's own."""
+
+    def __init__(self, batch: LocalBatch, layout: str):
+        """layout: by name, over the batch's documents."""
+        super().__init__(batch.planner, batch.key, batch.number, batch.proven, batch._block)
+        self.stands_in, self.layout, self._batch = batch.stands_in, layout, batch
+
+    @property
+    def block(self) -> BatchBlock:
+        """See `LocalBatch`. Raises DistattnError where tokens of a block's documents may lie on other ranks."""
+        block, ranks = super().block, self.planner.lay_out(self.key.documents)[1].ranks
+        if len(block.ranks) < ranks:
+            raise DistattnError(
+                "a run of re-laid layers has no states of documents where ranks have batches of their own; give the layer the "
+                "model's batch, outside of the run."
+            )
+        return block
+
+    def plan(self, *shape: Any) -> Plan:
+        """See `LocalBatch.plan`: of the layout that rows lie in."""
+        return self._batch.plan(*AttentionShape(*shape)._replace(layout=self.layout))
+
+    def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
+        """See `LocalBatch.executable`."""
+        self._batch.used = self._batch.mixed = True
+        return self._batch.executable(shape._replace(layout=self.layout), device)
 
 
 def _stays_at_owners(plan: Plan) -> bool:

@@ -32,6 +32,16 @@ class RowMoves(NamedTuple):
         mine, wanted = here.tokens(rank), there.tokens(rank)
         return RowMoves(rank, len(wanted), _rows_by_owner(mine, there), _rows_by_owner(wanted, here))
 
+    def to(self, device: torch.device) -> RowMoves:
+        """The same with its numbers on a device, where rows are."""
+
+        def there(rows: Tensor) -> Tensor:
+            # from pageable memory a copy would wait for all that the stream has to do
+            return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+
+        sends, receives = ({peer: there(rows) for peer, rows in given.items()} for given in (self.sends, self.receives))
+        return RowMoves(self.rank, self.rows, sends, receives)
+
     def reversed(self) -> RowMoves:
         """Back to the first layout."""
         return RowMoves(self.rank, sum(map(len, self.sends.values())), self.receives, self.sends)
@@ -40,7 +50,7 @@ class RowMoves(NamedTuple):
 def move_rows(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
     """The rows (U, ...) of the second layout, from those (T, ...) of the first; differentiable. A collective call.
 
-    Raises LostRankError naming the peers that stopped answering.
+    moves: with its numbers on the device of x. Raises LostRankError naming the peers that stopped answering.
     """
     moved: Tensor = _MoveRows.apply(x, moves, transport)
     return moved
@@ -61,11 +71,7 @@ class _MoveRows(torch.autograd.Function):
 
 def _moved(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
     out = x.new_empty((moves.rows, *x.shape[1:]))
-
-    def here(rows: Tensor) -> Tensor:
-        return rows.to(x.device)
-
-    sends = [Packet(peer, "rows", x[here(rows)]) for peer, rows in moves.sends.items() if peer != moves.rank]
+    sends = [Packet(peer, "rows", x[rows]) for peer, rows in moves.sends.items() if peer != moves.rank]
     receives = [
         Packet(peer, "rows", x.new_empty((len(rows), *x.shape[1:])))
         for peer, rows in moves.receives.items()
@@ -73,10 +79,10 @@ def _moved(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
     ]
     pending = transport.exchange(sends, receives, True, "of a re-layout")
     if moves.rank in moves.sends:
-        out[here(moves.receives[moves.rank])] = x[here(moves.sends[moves.rank])]
+        out[moves.receives[moves.rank]] = x[moves.sends[moves.rank]]
     pending.wait()
     for packet in receives:
-        out[here(moves.receives[packet.peer])] = packet.tensor
+        out[moves.receives[packet.peer]] = packet.tensor
     return out
 
 
