@@ -32,6 +32,7 @@ from distattn.adapters.huggingface_modules import change_models
 from distattn.adapters.huggingface_recurrent import MIXING, check_mixing_layer, replace_functions
 from distattn.adapters.huggingface_rope import BY_LENGTH, check_rope
 from distattn.adapters.huggingface_rope import scale_rope_by_pack as scale_rope_by_pack
+from distattn.adapters.huggingface_runs import relayout_recurrent_runs as relayout_recurrent_runs
 from distattn.adapters.pytorch import inputs as inputs
 from distattn.batch.local_batch import BatchAttention
 from distattn.ir.errors import DistattnError

@@ -157,7 +157,7 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class ClusterConfig:
     description: str = ""
-    """What the run is timed on by `distattn plan`: a name such as h200-8x8 (nodes x devices) or a TOML file."""
+    """What plans are chosen by time on, and what `distattn plan` times the run on: a name such as h200-8x8, or a TOML file."""
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distattn.batch.pooled_layout import BlockLayouts
-from distattn.cluster.spec import AnyCluster
+from distattn.cluster.spec import AnyCluster, load
+from distattn.cluster.topology import Cluster
 from distattn.ir.plan import Plan
 from distattn.parallel.latent_plan import make_latent_plan
 from distattn.parallel.make_plan import STRATEGIES, make_plan
@@ -59,7 +60,7 @@ class PlanSettings:
             kernel=parallel.kernel,
             backward=parallel.backward or None,
             comm_dtype=parallel.comm_dtype or None,
-            cluster=parallel.cluster,
+            cluster=_cluster_of(config),
             max_buffer_bytes=parallel.max_buffer_bytes or None,
         )
 
@@ -112,3 +113,12 @@ class PlanSettings:
             "cluster": self.cluster,
             "max_buffer_bytes": self.max_buffer_bytes,
         }
+
+
+def _cluster_of(config: Config) -> AnyCluster | None:
+    """How the ranks that share attention are spread over nodes, with the speeds of cluster.description where it is given."""
+    nodes = config.parallel.cluster
+    if not config.cluster.description:
+        return nodes
+    nodes = nodes or Cluster(1, config.parallel.attention_ranks)
+    return replace(load(config.cluster.description), nodes=nodes.nodes, devices=nodes.devices)

@@ -101,7 +101,11 @@ def memory_settings(config: Config) -> MemorySettings:
 
 
 def prepare_layers(model: Any, config: Config) -> None:
-    """Have a transformers model's layers compiled, computed in tiles and again, as the run file says; before they are sharded."""
+    """Have a transformers model's layers compiled, computed in tiles and again, as the run file says; before they are sharded.
+
+    Tokens move for runs of recurrent layers where that is faster.
+    """
+    huggingface.relayout_recurrent_runs(model)
     if config.parallel.latents:
         huggingface.attend_by_latents(model)
     memory, layers = memory_settings(config), list(model.get_decoder().layers)

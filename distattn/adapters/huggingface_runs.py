@@ -1,0 +1,160 @@
+"""Hugging Face transformers: re-layouts around runs of recurrent layers, by public forward hooks of the decoder's layers.
+
+Hooks are called outside of checkpointed layers: transformers and `memory.checkpoint_layers` checkpoint what is inside. So rows
+move once, and what is kept of a layer's input is where the layer is computed.
+"""
+
+# T tokens of this rank, C channels
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distattn.adapters.huggingface_masks import MaskPattern
+from distattn.adapters.huggingface_recurrent import check_mixing_layer
+from distattn.adapters.pytorch import unwrapped
+from distattn.batch.local_batch import LocalBatch
+from distattn.batch.recurrent_run import RecurrentRun, recurrent_run
+from distattn.ir.errors import DistattnError
+
+_RECURRENT = "linear_attention"
+# kinds of layers that do not care where tokens are, as those between recurrent layers
+_BY_TOKEN = ("mlp", "moe")
+# an op, and how configurations call its heads of values, heads of queries and keys, key dim and value dim
+_SHAPES = (
+    (
+        "gated_delta_rule",
+        ("linear_num_value_heads", "linear_num_key_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    ),
+    ("kda", ("linear_num_heads", "linear_num_heads", "linear_head_dim", "linear_head_dim")),
+    ("ssd", ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head")),
+    ("ssd", ("mamba_num_heads", "n_groups", "ssm_state_size", "mamba_head_dim")),
+)
+# what decoders give all layers alike, and only attention reads: recurrent layers have no positions
+_POSITIONS = ("position_ids", "position_embeddings")
+# what decoders may return of each layer or router: rows that the caller expects where the model's are
+_RETURNED = ("output_hidden_states", "output_router_logits")
+
+
+def relayout_recurrent_runs(model: Any) -> list[Any]:
+    """Have tokens move to contiguous slices for runs of recurrent layers where that is faster, by the batch's `cluster`.
+
+    model: a transformers model; call it once, before it is sharded or compiled. For each batch and run the choice is
+    `distattn.recurrent_run`'s: without a described cluster rows stay. They stay, too, where hidden states or router logits are to
+    be returned, where layers are given other tensors of tokens, and in models whose configuration does not say the shape of
+    their states. Returns handles with `remove()`, none where a model has no such runs. Hooks of others on layers inside a run see
+    its rows.
+    """
+    decoder = unwrapped(model).get_decoder()
+    shape = recurrence_shape(decoder.config)
+    if shape is None:
+        return []
+    asked = _Returned(decoder.config)
+    handles = [decoder.register_forward_pre_hook(asked.note, with_kwargs=True)]
+    for numbers in runs_of(decoder.config.layer_types):
+        layers = [decoder.layers[number] for number in numbers]
+        count = sum(decoder.config.layer_types[number] == _RECURRENT for number in numbers)
+        run = _Run(f"layers {numbers[0]} to {numbers[-1]}", shape | dict(layers=count), asked)
+        handles.append(layers[0].register_forward_pre_hook(run.enter, with_kwargs=True))
+        handles += [layer.register_forward_pre_hook(run.within, with_kwargs=True) for layer in layers[1:]]
+        handles.append(layers[-1].register_forward_hook(run.leave))
+    return handles
+
+
+def runs_of(kinds: Sequence[str]) -> list[range]:
+    """The numbers of layers of each run: from a recurrent layer to the last one behind it with nothing that attends between."""
+    found: list[range] = []
+    begin: int | None = None
+    for number, kind in enumerate([*kinds, ""]):
+        if kind == _RECURRENT:
+            begin, last = (number if begin is None else begin), number
+        elif kind not in _BY_TOKEN and begin is not None:
+            found.append(range(begin, last + 1))
+            begin = None
+    return found
+
+
+def recurrence_shape(config: Any) -> dict[str, Any] | None:
+    """op, heads, kv_heads, head_dim and v_head_dim of a model's recurrent layers, by its configuration; None where unknown."""
+    if _RECURRENT not in (getattr(config, "layer_types", None) or ()):
+        return None
+    check_mixing_layer(list(config.layer_types).index(_RECURRENT), config)
+    for op, names in _SHAPES:
+        if all(hasattr(config, name) for name in names):
+            sizes = (getattr(config, name) for name in names)
+            return dict(op=op) | dict(zip(("heads", "kv_heads", "head_dim", "v_head_dim"), sizes, strict=True))
+    return None
+
+
+class _Returned:
+    """Whether the decoder, in this forward pass, is to return rows of its layers."""
+
+    def __init__(self, config: Any):
+        self._config, self.any = config, False
+
+    @torch.compiler.disable
+    def note(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self.any = any(kwargs.get(name, getattr(self._config, name, False)) for name in _RETURNED)
+
+
+class _Run:
+    """The hooks of one run of layers."""
+
+    def __init__(self, name: str, shape: Mapping[str, Any], asked: _Returned):
+        self._name, self._shape, self._asked = name, dict(shape), asked
+        # of the batch whose forward pass is between the first layer and the last; None where rows stay
+        self._run: RecurrentRun | None = None
+
+    @torch.compiler.disable
+    def enter(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the first layer: choose, and move the rows."""
+        self._run = None
+        batch = kwargs.get("context_parallel")
+        if not isinstance(batch, LocalBatch) or self._asked.any or not _hidden_states_only(args, kwargs):
+            return None
+        hidden_1TC = args[0]
+        kind = hidden_1TC.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_1TC.dtype
+        run = recurrent_run(batch, width=hidden_1TC.shape[-1], dtype=dtype, device=hidden_1TC.device, **self._shape)
+        if not run.is_relaid:
+            return None
+        self._run = run
+        return (run.enter(hidden_1TC.squeeze(0))[None],), _within(run, kwargs)
+
+    @torch.compiler.disable
+    def within(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before each other layer."""
+        if self._run is None:
+            return None
+        if not _hidden_states_only(args, kwargs):
+            raise DistattnError(
+                f"{self._name} run where their tokens were moved to, and one of them was given other tensors than its hidden "
+                "states; leave relayout_recurrent_runs out."
+            )
+        return args, _within(self._run, kwargs)
+
+    @torch.compiler.disable
+    def leave(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """After the last layer: move the rows back."""
+        run, self._run = self._run, None
+        if run is None:
+            return None
+        hidden_1TC, *others = output if isinstance(output, tuple) else (output,)
+        moved = run.leave(hidden_1TC.squeeze(0))[None]
+        return (moved, *others) if isinstance(output, tuple) else moved
+
+
+def _within(run: RecurrentRun, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's arguments in a run. A layer that read positions all the same would fail, not be wrong."""
+    return {**kwargs, **{name: None for name in _POSITIONS if name in kwargs}, "context_parallel": run.batch}
+
+
+def _hidden_states_only(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a layer is given hidden states (1, T, C), the batch, positions, and nothing else that could be of tokens."""
+    others = (value for name, value in kwargs.items() if name not in (*_POSITIONS, "context_parallel"))
+    plain = (type(None), bool, int, float, str, MaskPattern)
+    return len(args) == 1 and isinstance(args[0], Tensor) and all(isinstance(value, plain) for value in others)
