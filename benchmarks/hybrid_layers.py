@@ -1,6 +1,7 @@
 """Simulated times of a hybrid model's layers, and of latent attention's two forms, over GPUs. One command, no GPU.
 
     python benchmarks/hybrid_layers.py [--tokens 131072 ...] [--clusters h100-1x8 ...] [--documents 1]
+    python benchmarks/hybrid_layers.py --choices [--documents 1 16 100]
     python benchmarks/hybrid_layers.py --latent
 
 The hybrid has 32 layers, 4,096 wide: of four, three are Gated DeltaNet (32 heads of 128 x 128 and 16 of queries and keys), one is
@@ -12,6 +13,9 @@ backward, in bf16: projections, MLPs, norms and convolutions are on every rank's
     fla           contiguous or zigzag slices; every state goes to every rank, as flash-linear-attention 0.6 does; attention by
                   the faster of ring and gathered keys. Planned by us from what its code does; it was not run
 
+With --choices: one recurrent layer by both strategies, of documents of random lengths in several layouts, with the seconds that
+planning takes; and what is gained for runs of three layers where tokens move to contiguous slices before and back after them.
+
 Latent attention has DeepSeek-V3's shapes: 128 heads of 192 and 128, a latent of 512 beside 64 rotary numbers, one document.
 Kernel times of recurrences and of expansions are estimates from published ones: see distattn/cluster/cost.py.
 """
@@ -21,8 +25,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 import distattn as da
 from distattn.cluster.spec import DIRECTIONS, ClusterSpec, load
@@ -47,10 +54,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1 << 17, 1 << 18, 1 << 19, 1 << 20])
     parser.add_argument("--clusters", nargs="+", default=CLUSTERS)
-    parser.add_argument("--documents", type=int, default=1, help="equal documents that the tokens are")
+    parser.add_argument(
+        "--documents", type=int, nargs="+", default=[1], help="documents that the tokens are, equal ones"
+    )
+    parser.add_argument("--choices", action="store_true", help="recurrences by both strategies, and re-laid")
     parser.add_argument("--latent", action="store_true", help="latents against expanded keys and values, by strategy")
     arguments = parser.parse_args()
-    rows = latent_rows(arguments) if arguments.latent else hybrid_rows(arguments)
+    table = latent_rows if arguments.latent else choice_rows if arguments.choices else hybrid_rows
+    rows = table(arguments)
     for line in aligned(rows):
         sys.stdout.write(line + "\n")
     sys.stdout.write(
@@ -62,9 +73,9 @@ def hybrid_rows(arguments: argparse.Namespace) -> list[list[str]]:
     """The table of a hybrid: milliseconds of attention's layers + recurrent ones, and all of them over ours."""
     head = ["tokens", "GPUs", "ours", "all-to-all", "fla, contiguous", "fla, zigzag", "ours: attention, recurrences"]
     rows = [head]
-    for tokens, name in itertools.product(arguments.tokens, arguments.clusters):
+    for documents, tokens, name in itertools.product(arguments.documents, arguments.tokens, arguments.clusters):
         cluster = load(name)
-        lengths = [tokens // arguments.documents] * arguments.documents
+        lengths = [tokens // documents] * documents
         zigzag, contiguous = (make(lengths, cluster.ranks) for make in (da.Layout.zigzag, da.Layout.contiguous))
         best_attention = fastest((key, attention(zigzag, key, cluster)) for key in STRATEGIES)
         relaid = (
@@ -93,6 +104,61 @@ def hybrid_rows(arguments: argparse.Namespace) -> list[list[str]]:
         rows.append([f"{tokens:,}", str(cluster.ranks), *(cell(*one, ours) for one in columns)])
         rows[-1].append(f"{best_attention[0]}, {best_recurrence[0]}")
     return rows
+
+
+def choice_rows(arguments: argparse.Namespace) -> list[list[str]]:
+    """The table of choices for recurrent layers: milliseconds of a layer, by strategy and layout, and of a run."""
+    head = [
+        "GPUs",
+        "documents",
+        "layout",
+        "scan",
+        "ulysses",
+        "planned in",
+        "chosen",
+        "slices",
+        "moves",
+        f"{RUN} layers",
+        "re-laid",
+    ]
+    rows, random = [head], np.random.default_rng(0)
+    for tokens, name, documents in itertools.product(arguments.tokens, arguments.clusters, arguments.documents):
+        cluster = load(name)
+        cuts = np.sort(random.choice(np.arange(1, tokens), documents - 1, replace=False))
+        lengths = np.diff([0, *cuts, tokens]).tolist()
+        there = da.Layout.contiguous(lengths, cluster.ranks)
+        slices = chosen_recurrence(there, cluster)
+        for make in (da.Layout.zigzag, da.Layout.document_zigzag, da.Layout.balanced, da.Layout.block_cyclic):
+            layout = make(lengths, cluster.ranks)
+            seconds, planning = {}, []
+            for strategy in ("scan", "ulysses"):
+                began = time.perf_counter()
+                seconds[strategy] = recurrence(layout, strategy, cluster)
+                planning.append(time.perf_counter() - began)
+            strategy, best = fastest(seconds.items())
+            moves = relayout_seconds(layout, there, WIDTH, "bfloat16", cluster)
+            run = RUN * best, RUN * slices + moves
+            rows.append([str(cluster.ranks), str(documents), make.__name__, *map(milliseconds, seconds.values())])
+            rows[-1] += [
+                " + ".join(f"{one:.2f} s" for one in planning),
+                strategy,
+                milliseconds(slices),
+                milliseconds(moves),
+            ]
+            rows[-1] += [milliseconds(min(run)), "yes" if run[1] < run[0] else "no"]
+    return rows
+
+
+def chosen_recurrence(layout: da.Layout, cluster: ClusterSpec) -> float:
+    """Seconds of one recurrent layer by the faster strategy."""
+    return simulated_seconds(
+        da.make_recurrent_plan(da.Mask.documents(layout.lengths), layout, cluster=cluster, **RECURRENCE), cluster
+    )
+
+
+def milliseconds(seconds: float | None) -> str:
+    """A number of the table; None where a strategy refuses."""
+    return "refused" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
 def cell(of_attention: float | None, of_recurrence: float | None, ours: float) -> str:

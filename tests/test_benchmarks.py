@@ -119,6 +119,11 @@ DATA = ["--documents", "3000", "--context", "2048"]
             ["--latent", "--tokens", "16384", "--clusters", "h100-1x2"],
             ["ulysses", "expanded", "estimated"],
         ),
+        (
+            "hybrid_layers.py",
+            ["--choices", "--tokens", "4096", "--clusters", "h100-1x2", "--documents", "3"],
+            ["document_zigzag", "scan", "re-laid"],
+        ),
         ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),
     ],
 )
