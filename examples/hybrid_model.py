@@ -33,12 +33,14 @@ class Mixer(nn.Module):
 
 
 class Hybrid(nn.Module):
-    """ratio: recurrent layers for each of attention; 0: attention alone, -1: none."""
+    """ratio: recurrent layers for each of attention, which is the second of them all; 0: attention alone, -1: none."""
 
     def __init__(self, ratio: int, layers: int = 4, vocabulary: int = 256) -> None:
         super().__init__()
         self.tokens, self.head = nn.Embedding(vocabulary, WIDTH), nn.Linear(WIDTH, vocabulary, bias=False)
-        self.mixers = nn.ModuleList(Mixer(ratio >= 0 and i % (ratio + 1) == ratio) for i in range(layers))
+        # early: it sees tokens that few other layers have changed, and learns sooner
+        attends = [ratio >= 0 and i % (ratio + 1) == min(ratio, 1) for i in range(layers)]
+        self.mixers = nn.ModuleList(map(Mixer, attends))
         parts = [(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 128), nn.GELU(), nn.Linear(128, WIDTH)) for _ in range(layers)]
         self.mlps = nn.ModuleList(nn.Sequential(*part) for part in parts)
 

@@ -18,9 +18,8 @@ DOCUMENTS, PAIRS, SYMBOLS = 16, 16, 32
 
 
 def documents(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    keys = torch.rand(DOCUMENTS, SYMBOLS, generator=generator).argsort(1)[:, :PAIRS]
+    keys, order = (torch.rand(DOCUMENTS, n, generator=generator).argsort(1)[:, :PAIRS] for n in (SYMBOLS, PAIRS))
     pairs = torch.stack([keys, torch.randint(SYMBOLS, 2 * SYMBOLS, keys.shape, generator=generator)], -1)
-    order = torch.rand(DOCUMENTS, PAIRS, generator=generator).argsort(1)
     asked = pairs.gather(1, order[..., None].expand(-1, -1, 2))
     ids = torch.cat([pairs, asked], 1).flatten(1)
     labels = torch.full_like(ids, -100)
@@ -30,12 +29,13 @@ def documents(generator: torch.Generator) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, default in (("ratio", 3), ("layers", 4), ("steps", 400)):
+    for name, default in (("ratio", 3), ("layers", 4), ("steps", 400), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    given, generator, recalled = parser.parse_args(), torch.Generator().manual_seed(1), []
-    torch.manual_seed(0)
+    given, recalled = parser.parse_args(), []
+    generator = torch.Generator().manual_seed(given.seed + 1)
+    torch.manual_seed(given.seed)
     model = Hybrid(given.ratio, given.layers, 2 * SYMBOLS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - 0.9 * step / given.steps))
