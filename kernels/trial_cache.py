@@ -41,6 +41,15 @@ def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
     return f"{_machine(requirements.device)} | kernels {_sources()} | {shape}{extras}{steps}{windows}, {rows} rows"
 
 
+def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int) -> str:
+    """The same for a recurrence or convolution, whose trials depend on no plan, but on packages that have its kernels."""
+    packages = ", ".join(f"{name} {_version(name)}" for name in ("fla-core", "tilelang"))
+    shape = f"{str(requirements.dtype)[6:]} {heads}:{key_heads} {requirements.head_dim}/{requirements.v_head_dim}"
+    groups = " groups" * requirements.grouped
+    kernels = f"{packages} | kernels {_sources()}"
+    return f"{_machine(requirements.device)} | {kernels} | {requirements.op.name} {shape}{groups}"
+
+
 def read_trials(key: str, names: tuple[str, ...]) -> dict[str, Trial] | None:
     """The trials of these kernels, or None where one has not been tried."""
     found = _read().get(key, {})
@@ -98,9 +107,12 @@ def _machine(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
         with suppress(OSError):
             driver = Path("/proc/driver/nvidia/version").read_text().split("Module", 1)[-1].split()[0]
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
     flash = implementation()
-    return f"{name} | driver {driver or 'unknown'} | torch {torch.__version__} ({flash}) | triton {triton}"
+    return f"{name} | driver {driver or 'unknown'} | torch {torch.__version__} ({flash}) | triton {_version('triton')}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

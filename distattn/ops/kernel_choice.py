@@ -24,7 +24,7 @@ from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.recurrence.trial import try_recurrence
 from distattn.kernels.registry import candidates, load_kernel
 from distattn.kernels.spec import KernelRequirements
-from distattn.kernels.trial_cache import read_trials, trial_key, write_trials
+from distattn.kernels.trial_cache import read_trials, trial_key, trial_key_of_op, write_trials
 from distattn.kernels.trials import Trial, ranking, try_kernels
 from distattn.parallel.runtime.program import lower
 
@@ -79,13 +79,19 @@ def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple
     with suppress(DistattnError):
         lower(plan, rank, masks.append)
     key = trial_key(masks, requirements)
-    found = read_trials(key, names)
-    if found is None:
-        found = try_kernels(names, masks, requirements, _LOG.info)
-        write_trials(key, {name: trial for name, trial in found.items() if not trial.passing})
+    found = _kept_or_tried(key, names, lambda: try_kernels(names, masks, requirements, _LOG.info))
     for name, trial in found.items():
         if trial.passing or trial.fault.startswith("wrong"):
             _warn(name, key, trial.fault)
+    return found
+
+
+def _kept_or_tried(key: str, names: tuple[str, ...], attempt: Callable[[], dict[str, Trial]]) -> dict[str, Trial]:
+    """The trials of a key from the cache, or else made now, and kept there."""
+    found = read_trials(key, names)
+    if found is None:
+        found = attempt()
+        write_trials(key, {name: trial for name, trial in found.items() if not trial.passing})
     return found
 
 
@@ -93,8 +99,13 @@ def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple
 def _trials_of_shape(
     names: tuple[str, ...], requirements: KernelRequirements, heads: int, key_heads: int
 ) -> dict[str, Trial]:
-    """Of calls of such a shape, whatever their documents are; once in a process."""
-    found = _TRIALS_OF_KIND[requirements.op.kind](names, requirements, heads, key_heads, _LOG.info)
+    """Of calls of such a shape, whatever their documents are; looked up once in a process."""
+    attempt = _TRIALS_OF_KIND[requirements.op.kind]
+    found = _kept_or_tried(
+        trial_key_of_op(requirements, heads, key_heads),
+        names,
+        lambda: attempt(names, requirements, heads, key_heads, _LOG.info),
+    )
     for name, trial in found.items():
         if trial.fault:
             _warn(name, f"{requirements.op.name} on {requirements.device}", trial.fault)

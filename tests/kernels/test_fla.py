@@ -14,7 +14,7 @@ from waiting import LIMIT_SECONDS
 
 import distattn as da
 from distattn.ir.op import OPS
-from distattn.kernels import registry
+from distattn.kernels import registry, trial_cache, trials
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import ranking
@@ -72,8 +72,9 @@ def test_on_gpus_they_are_tried_before_the_chunked_kernel():
 
 
 @pytest.fixture
-def as_on_gpus(monkeypatch):
-    """The CPU has the choice that a GPU has."""
+def as_on_gpus(monkeypatch, tmp_path):
+    """The CPU has the choice that a GPU has, and nothing is kept of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernel_choice, "candidates", lambda device, op: ("fla", "chunked"))
     kernel_choice._trials_of_shape.cache_clear()
     kernel_choice._warn.cache_clear()
@@ -96,18 +97,32 @@ def test_without_the_package_the_chunked_kernel_is_used_by_name(as_on_gpus, capl
         da.prepare(plan_of("ssd"), kernel="fla")
 
 
-def test_a_kernel_that_is_wrong_is_not_used(as_on_gpus, monkeypatch):
-    class Wrong:
-        states, gradient_states, forward = chunked.states, chunked.gradient_states, chunked.forward
-        unsupported_reason = chunked.unsupported_reason
+class WrongGradient:
+    """The chunked kernel with a wrong gradient of decays."""
 
-        @staticmethod
-        def backward(*given):
-            dx, dstate = chunked.backward(*given)
-            return dx._replace(g=dx.g * 1.1), dstate
+    states, gradient_states, forward = chunked.states, chunked.gradient_states, chunked.forward
+    unsupported_reason = chunked.unsupported_reason
 
-    monkeypatch.setitem(sys.modules, "distattn.kernels.recurrence.fla", Wrong)
+    @staticmethod
+    def backward(*given):
+        dx, dstate = chunked.backward(*given)
+        return dx._replace(g=dx.g * 1.1), dstate
+
+
+def test_a_kernel_that_is_wrong_is_not_used_by_later_processes_either(as_on_gpus, monkeypatch):
+    def tried_again():
+        kernel_choice._trials_of_shape.cache_clear()
+        return kernel_choice.kernel_trials(plan, 0, NEEDED._replace(op=plan.call.op))
+
+    monkeypatch.setitem(sys.modules, "distattn.kernels.recurrence.fla", WrongGradient)
     plan = plan_of("gated_delta_rule")
-    own = kernel_choice.kernel_trials(plan, 0, NEEDED._replace(op=plan.call.op))
+    own = tried_again()
     assert own["fla"].fault.startswith("wrong") and not own["chunked"].fault
     assert ranking([own], ("fla", "chunked")) == ["chunked"]
+    ((key, kept),) = trial_cache.all_trials().items()
+    assert kept == own and "fla-core" in key and key.endswith("gated_delta_rule float32 2:1 16/16")
+    monkeypatch.setattr(trials, "tried", lambda name, *given: trials.Trial(0.0, 1.0))
+    assert tried_again() == own
+    # another version of the package is another kernel
+    monkeypatch.setattr(trial_cache, "version", lambda package: "9")
+    assert not tried_again()["fla"].fault
