@@ -11,7 +11,6 @@ short axis, for the parity alone.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from findings import Findings
 from gpu_executor import Case, at_once, far, too_far
-from harness import Cell, compare, table
+from harness import Cell, compare, joined, table
 from torch import Tensor
 
 import distattn as da
@@ -84,12 +83,8 @@ class Job(NamedTuple):
     @staticmethod
     def join(tokens: int) -> Job:
         """Join the process group of the launcher; on a CPU the axis is short, whatever is asked for."""
-        cuda = torch.cuda.is_available()
-        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        rank, ranks, device = joined()
+        cuda = device.type == "cuda"
         case = Case.of(tokens if cuda else 128, 128 if cuda else 32, ranks, device)
         local, wanted = (
             {name: case.layout.shard(part, rank) for name, part in whole.items()}

@@ -3,8 +3,9 @@
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/cluster_plants.py
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/cluster_plants.py --stop
 
-One rank has another plan; a message is altered on its way; the memory of a message is used again before it was waited for. With
---stop, in a run of its own, the last rank stops, and the others must name it, with what they wait for, and leave in good order.
+One rank has another plan; a message is altered on its way, of attention or of a recurrent layer; the memory of a message is used
+again before it was waited for. With --stop, in a run of its own, the last rank stops, and the others must name it, with what they
+wait for, and leave in good order.
 Each fault is a line; exit code 1 where one is not found. Over NCCL on several GPUs, otherwise over gloo (TRITON_INTERPRET=1).
 """
 
@@ -18,20 +19,24 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from check_cluster import Job, check, layer
+from check_recurrences import Case as RecurrenceCase
 from findings import Findings
 from gpu_executor import HEADS, KV_HEADS
-from harness import compare
+from harness import Contestant, compare
+from recurrence import Way
 from torch import Tensor
 
 import distattn as da
 from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
 
 TOKENS = 16384
+# few, so that a state counts for much of what a rank computes
+STATE_TOKENS = 2048
 # of the driver whose rank stops: a step takes far less, also the first one, which compiles
 TIMEOUT = 30.0
 TIMEOUT_ON_CPU = 8.0
@@ -57,16 +62,12 @@ def main() -> int:
     else:
         other_plan(job, findings)
         for strategy in ("ring", "ulysses"):
-            found_by_parity(
-                f"a message of {strategy} is altered on its way", strategy, lambda t: Altered(t, job), job, findings
-            )
-        found_by_parity(
-            "memory that is being sent is used again before it was waited for",
-            "ring",
-            lambda t: Reused(t, job),
-            job,
-            findings,
-        )
+            what = f"a message of {strategy} is altered on its way"
+            found_by_parity(what, attention_by(strategy, job), lambda t: Altered(t, job), findings)
+        what = "memory that is being sent is used again before it was waited for"
+        found_by_parity(what, attention_by("ring", job), lambda t: Reused(t, job), findings)
+        what = "a state of a recurrent layer is altered on its way"
+        found_by_parity(what, recurrence(job), lambda t: Altered(t, job), findings)
     dist.destroy_process_group()
     return findings.ended()
 
@@ -86,15 +87,35 @@ def other_plan(job: Job, findings: Findings) -> None:
     findings.planted("one rank has another plan", everyone[0] if named else "")
 
 
-def found_by_parity(
-    what: str, strategy: str, wrap: Callable[[Transport], Transport], job: Job, findings: Findings
-) -> None:
+class Parity(NamedTuple):
+    """A strategy by name, what computes with it when messages go through a transport, and how its results are judged."""
+
+    strategy: str
+    contestant: Callable[[Callable[[Transport], Transport]], Contestant]
+    check: Callable[[Any], str]
+
+
+def attention_by(strategy: str, job: Job) -> Parity:
+    """Attention forward and backward, beside the whole axis at once."""
+    plan = job.case.plan(strategy)
+    return Parity(strategy, lambda wrap: lambda: layer(plan, job, wrap), lambda result: check(result, job.wanted))
+
+
+def recurrence(job: Job) -> Parity:
+    """Gated DeltaNet by states that are handed from rank to rank, beside fp64."""
+    tokens, heads = (STATE_TOKENS, 32) if job.cuda else (128, 4)
+    case = RecurrenceCase.of("gated_delta_rule", [tokens], heads, job.device)
+    return Parity("scan", lambda wrap: case.by(Way("contiguous", schedule="in_turn"), wrap), case.check)
+
+
+def found_by_parity(what: str, parity: Parity, wrap: Callable[[Transport], Transport], findings: Findings) -> None:
     """The comparison of outputs and gradients must say that the strategy is wrong, and on which ranks."""
-    case, plan = f"{job.ranks} ranks", job.case.plan(strategy)
+    strategy = parity.strategy
 
     def judged(wrapped: Callable[[Transport], Transport]) -> str:
-        makers = {strategy: lambda: layer(plan, job, wrapped)}
-        (cell,) = compare(case, makers, lambda result: check(result, job.wanted), repeats=0)
+        (cell,) = compare(
+            f"{dist.get_world_size()} ranks", {strategy: parity.contestant(wrapped)}, parity.check, repeats=0
+        )
         return "" if cell.status == "ok" else f"{strategy} is {cell.status}: {cell.note}"
 
     before = judged(lambda transport: transport)

@@ -88,6 +88,7 @@ def cluster(gpus: int, more: Sequence[str]) -> list[list[Part]]:
     return [
         [Part("planted faults", launched(ranks, "cluster_plants.py"), 120)],
         [Part("all strategies", launched(ranks, "check_cluster.py", *more), 240)],
+        [Part("recurrent layers", launched(ranks, "check_recurrences.py"), 150, keeps_time=True)],
         [Part("planted: a lost rank", launched(ranks, "cluster_plants.py", "--stop"), 120)],
     ]
 

@@ -153,6 +153,26 @@ def table(cells: Sequence[Cell], facts: Mapping[str, Callable[[Any], str]] | Non
     return "\n".join(lines)
 
 
+def joined() -> tuple[int, int, torch.device]:
+    """Join the process group of the launcher, NCCL where there are GPUs, otherwise gloo: (this rank, ranks, its device)."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def slowest(value: float) -> float:
+    """The largest value of any rank; on all of them the same."""
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    number = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return float(number)
+
+
 def _judge(cell: Cell, check: Callable[[Any], str], result: Any) -> None:
     if why := check(result):
         cell.status, cell.note = "wrong", why
@@ -173,7 +193,7 @@ def _guarded(cell: Cell, work: Callable[[], Any]) -> None:
             "error",
             f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}",
         )
-    worst = STATUSES[int(_slowest(STATUSES.index(cell.status)))]
+    worst = STATUSES[int(slowest(STATUSES.index(cell.status)))]
     if worst != "ok" and dist.is_initialized():
         cell.status, cell.note = worst, _named(cell, worst)
 
@@ -196,18 +216,9 @@ def _timed(work: Callable[[], Any]) -> float:
     work()
     _finish()
     # some are several calls at once
-    return _slowest(time.perf_counter() - began) / getattr(work, "calls", 1)
+    return slowest(time.perf_counter() - began) / getattr(work, "calls", 1)
 
 
 def _finish() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _slowest(value: float) -> float:
-    if not dist.is_initialized():
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    number = torch.tensor(float(value), dtype=torch.float64, device=device)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return float(number)

@@ -14,9 +14,10 @@ import argparse
 import itertools
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,16 +31,35 @@ import distattn as da
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.runtime.transport import Transport
 
 HEADS, DIM = 4, 64
 TOLERANCE = 2e-4
-# name: layout, strategy, options
-WAYS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
-    "contiguous, in turn": ("contiguous", "scan", {"schedule": "in_turn"}),
-    "contiguous, gathered": ("contiguous", "scan", {"schedule": "gathered"}),
-    "zigzag, gathered": ("zigzag", "scan", {"schedule": "gathered"}),
-    "zigzag, by heads": ("zigzag", "scan", {"schedule": "by_heads"}),
-    "all-to-all": ("zigzag", "ulysses", None),
+
+
+class Way(NamedTuple):
+    """How a recurrence is split: the layout of tokens, the strategy and its schedule."""
+
+    layout: str
+    strategy: str = "scan"
+    schedule: str | None = None
+
+    def plan(self, op: str, lengths: Sequence[int], ranks: int, x: RecurrenceTokens) -> da.Plan:
+        """Of documents of such lengths, and heads as the tokens have them."""
+        shape: dict[str, Any] = dict(
+            heads=x.heads, kv_heads=x.q.shape[1], head_dim=x.q.shape[2], dtype=str(x.q.dtype)[6:]
+        )
+        options = {"schedule": self.schedule} if self.schedule else None
+        layout = getattr(da.Layout, self.layout)(lengths, ranks)
+        return da.make_plan(da.Mask.documents(lengths), layout, strategy=self.strategy, op=op, options=options, **shape)
+
+
+WAYS = {
+    "contiguous, in turn": Way("contiguous", schedule="in_turn"),
+    "contiguous, gathered": Way("contiguous", schedule="gathered"),
+    "zigzag, gathered": Way("zigzag", schedule="gathered"),
+    "zigzag, by heads": Way("zigzag", schedule="by_heads"),
+    "all-to-all": Way("zigzag", "ulysses"),
 }
 
 
@@ -55,13 +75,6 @@ def main() -> None:
         mp.spawn(_rank, (arguments, f"file://{folder}/store", sys.argv), nprocs=arguments.ranks)
 
 
-def _plan(name: str, lengths: list[int], ranks: int, **shape: Any) -> da.Plan:
-    layout, strategy, options = WAYS[name]
-    made = getattr(da.Layout, layout)(lengths, ranks)
-    shape |= dict(kv_heads=shape["heads"], op="gated_delta_rule", options=options)
-    return da.make_plan(da.Mask.documents(lengths), made, strategy=strategy, **shape)
-
-
 def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str]) -> None:
     sys.argv = argv
     torch.set_num_threads(1)
@@ -72,7 +85,7 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
     pack = [arguments.tokens // 2, *[arguments.tokens // 16] * 8]
     for case, lengths in {"one document": [arguments.tokens], "nine documents": pack}.items():
         x, do = make_inputs(sum(lengths))
-        contestants = {name: contestant(name, lengths, x, do) for name in WAYS}
+        contestants = {name: contestant(way, "gated_delta_rule", lengths, x, do) for name, way in WAYS.items()}
         contestants["contiguous, fla's way"] = lambda lengths=lengths, x=x, do=do: gathered_by_all(lengths, x, do)
         say = (lambda line: sys.stderr.write(line + "\n")) if rank == 0 else (lambda line: None)
         named = f"{case}, {sum(lengths):,} tokens, {arguments.ranks} ranks"
@@ -112,21 +125,29 @@ def checker(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     return check
 
 
-def contestant(name: str, lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Contestant:
-    """One way to compute it."""
+def contestant(
+    way: Way,
+    op: str,
+    lengths: Sequence[int],
+    x: RecurrenceTokens,
+    do: Tensor,
+    wrap: Callable[[Transport], Transport] = lambda transport: transport,
+) -> Contestant:
+    """One way to compute it, on this rank's tokens of the whole axis. wrap: what becomes of the transport of its messages."""
 
     def make() -> Any:
-        plan = _plan(name, lengths, dist.get_world_size(), heads=HEADS, head_dim=DIM, dtype="float32")
-        ready, rank, layout = da.prepare(plan), dist.get_rank(), plan.call.layout
+        plan = way.plan(op, lengths, dist.get_world_size(), x)
+        ready, rank, layout = da.prepare(plan, device=x.q.device), dist.get_rank(), plan.call.layout
+        ready.transport = wrap(ready.transport)
         tokens = torch.from_numpy(layout.tokens(rank))
-        local = [layout.shard(value, rank) for value in x]
+        local = {name: layout.shard(value, rank) for name, value in x.by_token().items()}
         do_local = layout.shard(do, rank)
 
         def run() -> tuple[Tensor, ...]:
-            leaves = [value.detach().requires_grad_() for value in local]
-            q, k, v, g, beta = leaves
+            leaves = {name: value.detach().requires_grad_() for name, value in local.items()}
+            q, k, v, g, beta = x._replace(**leaves)
             o = da.recurrence(q, k, v, ready, g=g, beta=beta, scale=1.0)
-            return tokens, o.detach(), *torch.autograd.grad(o, leaves, do_local)
+            return tokens, o.detach(), *torch.autograd.grad(o, list(leaves.values()), do_local)
 
         run.facts = {"plan_bytes": int(plan.bytes()["bytes"].sum())}  # type: ignore[attr-defined]
         return run

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import findings
 import harness
 import pytest
 import torch
@@ -177,6 +178,19 @@ def test_the_cluster_check_runs_over_gloo_with_the_triton_kernel():
     done = run_interpreted(*launcher, "benchmarks/check_cluster.py")
     assert done.returncode == 0 and "2 ranks, gloo" in done.stdout, done.stdout + done.stderr[-1500:]
     assert "wrong" not in done.stdout and "error" not in done.stdout
+
+
+@pytest.mark.full
+def test_recurrent_layers_are_right_on_every_rank_over_gloo(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    out = tmp_path / "found.jsonl"
+    done = run_interpreted(*launcher, "benchmarks/check_recurrences.py", "--findings", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr[-1500:]
+    assert "fla-core's own context parallelism: left out: it " in done.stdout
+    rows = findings.read(out)
+    checks = [row for row in rows if row["kind"] == "check"]
+    # seven ops, one document or nine, five ways and one device
+    assert len(checks) == 7 * 2 * 6 and not any(row["text"] for row in checks) and rows[-1]["kind"] == "ended"
 
 
 def test_disaggregation_beside_its_rivals(tmp_path):

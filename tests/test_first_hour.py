@@ -55,6 +55,7 @@ def run(*command, ranks=0):
                 "message of ulysses is altered on its way ... found: ulysses is wrong: rank ",
                 "used again before it was waited for ... found: ring is wrong: rank 0: ",
                 "; rank 1: ",
+                "state of a recurrent layer is altered on its way ... found: scan is wrong: rank 1: o is off by",
             ],
         ),
         (

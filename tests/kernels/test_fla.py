@@ -64,6 +64,20 @@ def test_what_they_do_not_take_is_refused_by_name(found):
     assert said["filters"] == "" and "not of groups" in said["groups"] and "a shift has none" in said["shift"]
 
 
+@pytest.mark.full
+def test_its_own_context_parallelism_is_right_as_the_cluster_check_calls_it():
+    if not FOLDER.exists():
+        pytest.skip("fla-core is not there; `make fla` puts it beside the environment")
+    support = ROOT / "tests" / "support"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{support}:{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
+    how = dict(env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    done = subprocess.run([*launcher, str(support / "fla_over_ranks.py"), str(FOLDER)], **how)
+    assert done.returncode == 0, done.stderr[-3000:]
+    right = {f"{op}, {layout}": "" for op in ("gated_delta_rule", "kda") for layout in ("contiguous", "zigzag")}
+    assert json.loads(done.stdout.splitlines()[-1]) == [right, right]
+
+
 def test_on_gpus_they_are_tried_before_the_chunked_kernel():
     gpu = torch.device("cuda", 0)
     assert registry.candidates(gpu, OPS["kda"]) == ("fla", "chunked")

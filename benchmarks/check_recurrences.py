@@ -1,0 +1,217 @@
+"""Recurrent layers on several GPUs over NCCL: right on every rank, and how fast beside all-to-all and fla-core's own way?
+
+    python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/check_recurrences.py [--tokens 32768]
+
+Outputs and all gradients, of every op and schedule, are compared with fp64 in one process: on no rank may they be farther off
+than twice what one device's kernel is on the same tokens, or 2e-5. Then medians of the slowest rank, forward and backward, in one
+run: our schedules, tokens all to all, one device with the whole axis, and of ops that have it fla-core's own context parallelism
+(`fla.ops.cp`, contiguous and zigzag slices), which is left out where it is not right. Without GPUs it runs on gloo, on a short
+axis, for the parity alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from findings import Findings
+from gpu_recurrence import NAMES
+from harness import Contestant, compare, joined, slowest, table, write
+from recurrence import Way, contestant
+from torch import Tensor
+
+import distattn as da
+from distattn.ir.op import OPS
+from distattn.kernels.recurrence import chunked
+from distattn.kernels.recurrence.tokens import RecurrenceTokens
+from distattn.kernels.recurrence.trial import RecurrenceInputs
+from distattn.kernels.spec import KernelRequirements
+from distattn.parallel.analysis.columns import readable_bytes
+from distattn.parallel.runtime.transport import Transport
+
+WAYS = {
+    "in turn": Way("contiguous", schedule="in_turn"),
+    "gathered": Way("zigzag", schedule="gathered"),
+    "by heads": Way("zigzag", schedule="by_heads"),
+    "by halves": Way("zigzag", schedule="by_halves"),
+    "all-to-all": Way("zigzag", "ulysses"),
+}
+# ops of which fla-core has context parallelism: the module and the function
+FLA = {
+    "gated_delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+    "kda": ("fla.ops.kda", "chunk_kda"),
+}
+SLICES_OF_FLA = {"fla": "contiguous", "fla, zigzag": "zigzag"}
+# an error of fp32, relative; one device's own may happen to be smaller
+LEAST_ALLOWED = 2e-5
+# heads that are computed in fp64 at once
+EXACT_HEADS = 4
+
+
+def main() -> int:
+    """Exit code 1 where any rank has a wrong result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="what is not begun by then is left out, by name"
+    )
+    parser.add_argument("--out", type=Path, help="append the cells to this file, as JSON lines")
+    parser.add_argument("--findings", type=Path, help="where rank 0 keeps them, as JSON lines")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    rank, ranks, device = joined()
+    cuda = device.type == "cuda"
+    findings = Findings(arguments.findings, speaks=rank == 0)
+    # pieces of one length for all, whatever is asked for: fla-core takes no others
+    piece = 16 * 2 * ranks
+    tokens, heads = (max(arguments.tokens // piece, 1) * piece, arguments.heads) if cuda else (128, 4)
+    if without_fla := why_not_fla(device):
+        findings.left_out("fla-core's own context parallelism", without_fla)
+    packs = {"one document": [tokens], "nine documents": [tokens // 2, *[tokens // 16] * 8]}
+    for op, (documents, lengths) in itertools.product(NAMES, packs.items()):
+        if slowest(time.monotonic() - began) > arguments.seconds:
+            findings.left_out(f"{op} of {documents}", "no time was left")
+            continue
+        case = Case.of(op, lengths, heads, device)
+        named = f"{op}, {documents}, {tokens:,} tokens, {ranks} ranks, {dist.get_backend()}"
+        cells = compare(named, case.contestants(not without_fla), case.check, repeats=9 if cuda else 1)
+        for cell in cells:
+            what, note = f"{cell.contestant} of {named}", f"{cell.status}: {cell.note}" * (cell.status != "ok")
+            if note and cell.contestant in SLICES_OF_FLA:
+                findings.left_out(what, note)
+            else:
+                findings.check(what, note)
+            findings.time(named, cell.contestant, note, cell.median)
+        findings.say(table(cells, {"plan_bytes": readable_bytes}))
+        if arguments.out and rank == 0:
+            write(arguments.out, cells)
+    dist.destroy_process_group()
+    return findings.ended()
+
+
+class Case(NamedTuple):
+    """An op on packed documents, the whole axis on every rank: what is given, what is exact, and what one device makes of it."""
+
+    op: str
+    lengths: Sequence[int]
+    given: RecurrenceInputs
+    exact: tuple[Tensor, ...]
+    one_device: Callable[[], tuple[Tensor, ...]]
+    of_one_device: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(op: str, lengths: Sequence[int], heads: int, device: torch.device) -> Case:
+        """In the precision that is used on such a device, with dims as most models have, or small ones on a CPU."""
+        dtype, dim = (torch.bfloat16, 128) if device.type == "cuda" else (torch.float32, 16)
+        given = RecurrenceInputs.random(lengths, heads, heads, KernelRequirements(dtype, dim, dim, device, op=OPS[op]))
+        # documents begin with nothing, and what ranks hand on counts for hundreds of tokens
+        x = given.x if given.x.g is None else given.x._replace(g=given.x.g / 100)
+        given = given._replace(x=x, state=torch.zeros_like(given.state), dstate=torch.zeros_like(given.dstate))
+        kernel = da.prepare(Way("contiguous").plan(op, lengths, dist.get_world_size(), x), device=device).kernel
+
+        def one_device() -> tuple[Tensor, ...]:
+            return torch.arange(len(x.v)), *computed(kernel, given)
+
+        one_device.facts = {"plan_bytes": 0}  # type: ignore[attr-defined]
+        return Case(op, lengths, given, in_fp64(given), one_device, one_device()[1:])
+
+    def contestants(self, with_fla: bool) -> dict[str, Contestant]:
+        """All ways to compute it; each returns its tokens, their outputs, and the gradients of what they were computed of."""
+        ways: dict[str, Contestant] = {name: self.by(way) for name, way in WAYS.items()}
+        if with_fla and self.op in FLA:
+            ways |= {name: lambda slices=slices: of_fla(self, slices) for name, slices in SLICES_OF_FLA.items()}
+        return ways | {"one device": lambda: self.one_device}
+
+    def by(self, way: Way, wrap: Callable[[Transport], Transport] = lambda transport: transport) -> Contestant:
+        """By a plan. wrap: what becomes of the transport of its messages."""
+        return contestant(way, self.op, self.lengths, self.given.x, self.given.do, wrap)
+
+    def check(self, result: tuple[Tensor, ...]) -> str:
+        """What is wrong with a rank's result, or nothing."""
+        tokens, *got = result
+        names = ("o", *(f"d{name}" for name in self.given.x.by_token()))
+        for name, mine, one, right in zip(names, got, self.of_one_device, self.exact, strict=True):
+            error, allowed = far(mine, right[tokens]), max(2 * far(one[tokens], right[tokens]), LEAST_ALLOWED)
+            # what is no number is wrong, too
+            if not error <= allowed:
+                return f"{name} is off by {error:.1e} (allowed: {allowed:.0e})"
+        return ""
+
+
+def in_fp64(given: RecurrenceInputs) -> tuple[Tensor, ...]:
+    """Outputs and gradients by the chunked kernel in fp64, some heads after others."""
+    parts = []
+    for begin in range(0, given.x.heads, EXACT_HEADS):
+        heads = slice(begin, begin + EXACT_HEADS)
+        # decays of a head, not of its tokens, are a list of heads
+        some = {name: y[:, heads] if y.dim() > 1 else y[heads] for name, y in given.x.present().items()}
+        x = RecurrenceTokens(**{name: y.double() for name, y in some.items()})
+        state = given.state[:, heads].double()
+        parts.append(computed(chunked, given._replace(x=x, state=state, do=given.do[:, heads].double(), dstate=state)))
+    return tuple(torch.cat(parts_of_one, 1) for parts_of_one in zip(*parts, strict=True))
+
+
+def computed(kernel: Any, given: RecurrenceInputs) -> tuple[Tensor, ...]:
+    """Outputs, and gradients of all that has an entry for each token, by a kernel on the whole axis at once."""
+    x, state, do, dstate, stretches = given
+    o, _ = kernel.forward(x, stretches, state)
+    dx, _ = kernel.backward(x, stretches, state, do, dstate)
+    return o, *dx.by_token().values()
+
+
+def far(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+def why_not_fla(device: torch.device) -> str:
+    """Why fla-core's own context parallelism cannot be measured here, or nothing."""
+    if find_spec("fla") is None or find_spec("fla.ops.cp") is None:
+        return 'it is not installed: pip install "distattn[fla]"'
+    return "" if device.type == "cuda" else "it runs on GPUs alone"
+
+
+def of_fla(case: Case, layout: str) -> Callable[[], tuple[Tensor, ...]]:
+    """fla-core's own context parallelism, by its public functions."""
+    module, function = FLA[case.op]
+    compute = getattr(import_module(module), function)
+    x, device = case.given.x, case.given.do.device
+    tokens = slices_of_fla(len(x.v), layout, dist.get_rank(), dist.get_world_size())
+    ends = torch.tensor([0, *itertools.accumulate(case.lengths)])
+    build = import_module("fla.ops.cp").build_cp_context
+    context = build(ends.to(device), dist.group.WORLD, cu_seqlens_cpu=ends, layout=layout)
+    local = {name: value[tokens] for name, value in x.by_token().items()}
+    do_local = case.given.do[tokens][None]
+    # a pass gathers a state and its transition of every piece, in fp32
+    heads, key_dim, value_dim = case.given.state.shape[1:]
+    pieces = dist.get_world_size() * (2 if layout == "zigzag" else 1)
+    gathered = 4 * pieces * heads * key_dim * (key_dim + value_dim) * (dist.get_world_size() - 1)
+
+    def run() -> tuple[Tensor, ...]:
+        leaves = {name: value.detach().requires_grad_() for name, value in local.items()}
+        o, _ = compute(**{name: leaf[None] for name, leaf in leaves.items()}, scale=1.0, cp_context=context)
+        return tokens, o[0].detach(), *torch.autograd.grad(o, list(leaves.values()), do_local)
+
+    run.facts = {"plan_bytes": 2 * gathered}  # type: ignore[attr-defined]
+    return run
+
+
+def slices_of_fla(tokens: int, layout: str, rank: int, ranks: int) -> Tensor:
+    """The tokens of a rank as fla-core slices the axis; it takes pieces of one length only."""
+    pieces = [rank] if layout == "contiguous" else [rank, 2 * ranks - 1 - rank]
+    length = tokens // (ranks * len(pieces))
+    return torch.cat([torch.arange(piece * length, (piece + 1) * length) for piece in pieces])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
