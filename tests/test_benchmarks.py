@@ -9,6 +9,7 @@ from pathlib import Path
 import findings
 import harness
 import pytest
+import recall_by_ratio
 import torch
 from waiting import LIMIT_SECONDS
 
@@ -191,6 +192,22 @@ def test_recurrent_layers_are_right_on_every_rank_over_gloo(tmp_path):
     checks = [row for row in rows if row["kind"] == "check"]
     # seven ops, one document or nine, five ways and one device
     assert len(checks) == 7 * 2 * 6 and not any(row["text"] for row in checks) and rows[-1]["kind"] == "ended"
+
+
+def test_what_hybrids_recall_is_a_table_and_a_figure_of_all_runs(tmp_path):
+    learned, other = recall_by_ratio.Setting(6, 7), recall_by_ratio.Setting(-1, 7)
+    row = recall_by_ratio.trained(learned, 1, 2)
+    assert len(row["recall"]) == 2 and max(row["recall"]) < 0.2 and row["cpu_seconds"] > 0
+    rows = [row | dict(seed=seed, recall=[0.0, 0.5, 0.95]) for seed in (0, 1)]
+    rows.append(row | other._asdict() | dict(seed=1, recall=[0.03, 0.03, 0.04], cpu_seconds=2.0))
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert recall_by_ratio.kept(tmp_path / "runs.jsonl", 2) == rows
+    assert recall_by_ratio.kept(tmp_path / "runs.jsonl", 3) == recall_by_ratio.kept(tmp_path / "none", 2) == []
+    text = recall_by_ratio.table(rows)
+    assert "| 6 recurrent : 1 attention | 7 | 0.950 | 0.950 | 3, 3 |" in text
+    assert "| recurrent alone | 7 |  | 0.040 | - | 2 |" in text
+    recall_by_ratio.draw(rows, tmp_path / "recall.png")
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_disaggregation_beside_its_rivals(tmp_path):

@@ -1,0 +1,142 @@
+"""What hybrids recall, by how many recurrent layers there are for each of attention: a table and a figure of several seeds.
+
+    python benchmarks/recall_by_ratio.py [--seeds 3] [--steps 400] [--out FILE.jsonl] [--figure FILE.png]
+
+Every run is `examples/recall.py` on one core, with the same settings but for the ratio and the number of layers: a hybrid has
+one layer of attention, and stands beside attention alone and recurrent layers alone of as many layers. Each run is a line of the
+file, by default in benchmarks/results, with its whole curve; runs that are there already are not made again. Recall is the share
+of right values in the last 20 steps. The figure is by default the one in docs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from harness import environment
+
+ROOT = Path(__file__).parents[1]
+# of an answer that knows which symbols are values: one of 32
+CHANCE = 1 / 32
+
+
+class Setting(NamedTuple):
+    """A model of `examples/hybrid_model.py`: its layers' ratio and number."""
+
+    ratio: int
+    layers: int
+
+    @property
+    def name(self) -> str:
+        return {0: "attention alone", -1: "recurrent alone"}.get(self.ratio, f"{self.ratio} recurrent : 1 attention")
+
+
+# the colour of a line, for each
+SETTINGS = {
+    Setting(0, 4): "tab:gray",
+    Setting(3, 4): "tab:blue",
+    Setting(-1, 4): "tab:red",
+    Setting(0, 7): "black",
+    Setting(6, 7): "tab:cyan",
+    Setting(-1, 7): "tab:orange",
+}
+
+
+def main() -> None:
+    """Make the runs that are missing, seed by seed; then the table and the figure of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "recall.jsonl")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "recall.png")
+    arguments = parser.parse_args()
+    wanted = [(setting, seed) for seed in range(arguments.seeds) for setting in SETTINGS]
+    there = {(setting_of(row), row["seed"]) for row in kept(arguments.out, arguments.steps)}
+    for setting, seed in wanted:
+        if (setting, seed) not in there:
+            sys.stderr.write(f"{setting.name}, {setting.layers} layers, seed {seed}\n")
+            row = trained(setting, seed, arguments.steps)
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(environment() | row) + "\n")
+    rows = [row for row in kept(arguments.out, arguments.steps) if (setting_of(row), row["seed"]) in wanted]
+    sys.stdout.write(table(rows) + "\n")
+    draw(rows, arguments.figure)
+
+
+def kept(path: Path, steps: int) -> list[dict[str, Any]]:
+    """The runs of so many steps in a file; none where there is no file."""
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return [row for row in rows if row["steps"] == steps]
+
+
+def setting_of(row: dict[str, Any]) -> Setting:
+    return Setting(row["ratio"], row["layers"])
+
+
+def trained(setting: Setting, seed: int, steps: int) -> dict[str, Any]:
+    """One run of the example: recall at every step, and CPU seconds. Raises CalledProcessError where it fails."""
+    given = dict(setting._asdict(), seed=seed, steps=steps)
+    command = ["examples/recall.py", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    how = dict(check=True, cwd=ROOT, env=os.environ | own, stdout=subprocess.PIPE, text=True)
+    said = subprocess.run([sys.executable, *command], **how).stdout
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    recall = [float(value) for value in re.findall(r"^step \d+ loss \S+ recall (\S+)$", said, re.M)]
+    return {**given, "recall": recall, "cpu_seconds": round(seconds, 1), "command": " ".join(["python", *command])}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Recall at the end of each run by setting, as rows of a table in Markdown."""
+    seeds = sorted({row["seed"] for row in rows})
+    head = ["model", "layers", *(f"seed {seed}" for seed in seeds), "0.9 at step", "CPU seconds"]
+    lines = [head, ["---"] * len(head)]
+    for setting in SETTINGS:
+        here = {row["seed"]: row for row in rows if setting_of(row) == setting}
+        ends = [f"{here[seed]['recall'][-1]:.3f}" if seed in here else "" for seed in seeds]
+        learned = [first_step(row["recall"], 0.9) for row in here.values()]
+        seconds = f"{mean(row['cpu_seconds'] for row in here.values()):.0f}" if here else ""
+        lines.append([setting.name, str(setting.layers), *ends, ", ".join(learned), seconds])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def first_step(recall: Sequence[float], level: float) -> str:
+    """The first step from which recall is at such a level, or a dash."""
+    return next((str(step + 1) for step, value in enumerate(recall) if value >= level), "-")
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """On the left every run's curve, on the right where it ended, by setting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    curves, ends = figure.subplots(1, 2, width_ratios=(3, 2))
+    for at, (setting, colour) in enumerate(SETTINGS.items()):
+        here = [row["recall"] for row in rows if setting_of(row) == setting]
+        for number, recall in enumerate(here):
+            label = f"{setting.name}, {setting.layers} layers" if not number else None
+            curves.plot(range(1, len(recall) + 1), recall, color=colour, linewidth=1, label=label)
+        ends.plot([at] * len(here), [recall[-1] for recall in here], "o", color=colour, alpha=0.6)
+    for axis in (curves, ends):
+        axis.axhline(CHANCE, color="black", linewidth=0.6, linestyle=":")
+        axis.set(ylim=(-0.02, 1.02), ylabel="recall (mean of 20 steps)")
+    curves.set(xlabel="step of 1,024 tokens", title="Training; one line for each seed")
+    curves.legend(fontsize="x-small", loc="center right")
+    ends.set_title("At the end; dotted: a guess")
+    short = {0: "attention\nalone", -1: "recurrent\nalone"}
+    names = [f"{short.get(one.ratio, f'{one.ratio} : 1')}\n{one.layers} layers" for one in SETTINGS]
+    ends.set_xticks(range(len(SETTINGS)), names, fontsize="x-small")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
