@@ -18,6 +18,8 @@ commands:
       compare; distattn train --help lists all keys
   resume RUN [--json] [--section.key value ...]
       go on with a run from its newest checkpoint, also on other ranks or with another engine
+  preflight CONFIG [--json] [--section.key value ...]
+      start a run's ranks here, compare what they are and measure how fast, and end; every run does so before its first step
   calibrate --out FILE.toml
       measure this machine for plan --cluster FILE.toml; distattn calibrate --help
   launch {local,slurm} CONFIG, launch {status,logs,cancel} RUN
@@ -37,7 +39,7 @@ exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3
 """
 
 # each is a module distattn.launch.NAME_command with a function main
-_COMMANDS = ("train", "resume", "plan", "calibrate", "doctor", "launch", "data", "ckpt")
+_COMMANDS = ("train", "resume", "preflight", "plan", "calibrate", "doctor", "launch", "data", "ckpt")
 
 
 def entry() -> None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.kernels.registry import AUTO, CPU_KERNELS
+from distattn.memory.host_memory import available_bytes
 from distattn.training.config import Config
-from distattn.training.run_data import vocabulary_size
+from distattn.training.state_bytes import model_parameters, state_bytes
 
 # 10^6 bytes that one rank has for itself (Private_Dirty), measured with torch 2.13 and transformers 5 on Linux: what
 # ranks share, such as the libraries' code, is not in it
 TRAIN_RANK_MB = 400
 DOCTOR_RANK_MB = 270
 CALIBRATE_RANK_MB = 240
-# the value cgroup v1 has for "no limit" is 2^63 less a page
-_NO_LIMIT = 1 << 60
 
 
 def check_run_fits(config: Config) -> None:
@@ -82,87 +79,3 @@ def gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def state_bytes(config: Config) -> int:
-    """Bytes that a rank keeps of weights, gradients and AdamW's two averages, as the engine shards them."""
-    ranks, wide = config.parallel.ranks, 8 if config.model.dtype == "float64" else 4
-    weights = gradients = averages = 1
-    if config.engine.name == "fsdp2":
-        weights = gradients = averages = config.engine.shard_size or ranks
-    elif config.engine.name == "deepspeed":
-        stage = config.engine.zero_stage
-        weights, gradients, averages = (ranks if stage >= least else 1 for least in (3, 2, 1))
-    else:
-        weights = gradients = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
-        averages = ranks
-    parts = (1 / weights, 1 / gradients, 2 / averages)
-    extra = 0.0
-    if config.engine.name != "fsdp2" and config.model.dtype == "bfloat16":
-        # what computes beside the master weights, which are sharded as the averages are
-        parts, extra = (1 / averages, 1 / gradients, 2 / averages), 2 / weights
-    return round(model_parameters(config) * (wide * sum(parts) + extra))
-
-
-def model_parameters(config: Config) -> int:
-    """How many numbers the model has."""
-    model = config.model
-    if model.path:
-        # experts, biases and norms are the architecture's own; seconds to import
-        from distattn.models.build import meta_model, model_config
-
-        return sum(parameter.numel() for parameter in meta_model(model_config(model.path)).parameters())
-    attention = model.hidden_size * model.head_size * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
-    layer = attention + 3 * model.hidden_size * model.intermediate_size + 2 * model.hidden_size
-    return 2 * vocabulary_size(config) * model.hidden_size + model.num_layers * layer + model.hidden_size
-
-
-def available_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes that new processes can have: the machine's, or what its cgroups leave. None where nothing tells (not Linux)."""
-    left = _cgroup_bytes(root)
-    try:
-        for line in (root / "proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                left.append(int(line.split()[1]) * 1024)
-    except OSError:
-        pass
-    return min(left, default=None)
-
-
-def _cgroup_bytes(root: Path) -> list[int]:
-    """Bytes left below each memory limit of this process's cgroup and of those above it."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
-    except OSError:
-        return []
-    left = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            mount, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
-            limit, used, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-        else:
-            continue
-        # a container sees its own cgroup at the mount point, whatever the path says
-        own = mount / path.strip("/")
-        for folder in (own, *own.parents):
-            found = _left_in(folder, limit, used, cache)
-            if found is not None:
-                left.append(found)
-            if folder == mount:
-                break
-    return left
-
-
-def _left_in(folder: Path, limit: str, used: str, cache: str) -> int | None:
-    """Bytes below one limit; file pages that the kernel would give up at once do not count as used."""
-    try:
-        most = (folder / limit).read_text("ascii").strip()
-        if most == "max" or int(most) >= _NO_LIMIT:
-            return None
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
-        return max(int(most) - int((folder / used).read_text("ascii")) + int(stat.get(cache, 0)), 0)
-    except (OSError, ValueError):
-        return None

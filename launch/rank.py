@@ -14,9 +14,12 @@ def run(folder: str, json_lines: bool) -> int:
     """Run one rank of a run, in a process of its own that torchrun has named. Returns the exit code."""
     if (logs := Path(folder, "logs")).is_dir():
         keep_log(logs)
+    from distattn.launch.command_line import no_progress, print_line
+    from distattn.preflight.preflight import check_run
     from distattn.training.rank import main
 
-    return main(folder, json_lines)
+    report = no_progress if json_lines else print_line
+    return main(folder, json_lines, lambda run, config, device: check_run(run, config, device, report))
 
 
 def set_allocator() -> None:

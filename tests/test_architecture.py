@@ -36,7 +36,8 @@ LEVELS = {
     "training": 11,
     "doctor": 11,
     "planning": 12,
-    "launch": 13,
+    "preflight": 13,
+    "launch": 14,
 }
 NUMPY_ONLY = ("ir",)
 

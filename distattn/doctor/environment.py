@@ -14,7 +14,7 @@ from typing import NamedTuple
 from packaging.version import Version
 
 # packages, the versions they were tested with (from, below), and whether one can do without
-_PACKAGES = {
+PACKAGES = {
     "torch": ("2.11", "2.14", True),
     "numpy": ("1.26", "3", True),
     "triton": ("3.6", "3.10", False),
@@ -57,7 +57,7 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
-    for name, (low, high, needed) in _PACKAGES.items():
+    for name, (low, high, needed) in PACKAGES.items():
         try:
             have = version(name)
         except PackageNotFoundError:

@@ -49,8 +49,9 @@ def memory_of_run(
     shards: int | None = None,
     master_weights: bool = False,
     state_on_host: bool = False,
+    ranks: Sequence[int] | None = None,
 ) -> list[RankMemory]:
-    """What every rank of a plan needs in a step of its model, ranks that need the same together.
+    """What every rank of a plan, or these of its ranks, need in a step of its model, ranks that need the same together.
 
     make_model: makes a transformers model of attention "distattn"; it is called on the meta device. shards: ranks over which
     parameters are sharded, by default the plan's.
@@ -66,7 +67,7 @@ def memory_of_run(
         host = state.parameters + state.gradients + state.optimizer
         state = state._replace(parameters=0, gradients=0, optimizer=0)
     groups: dict[tuple[int, int], list[Executable]] = {}
-    for rank in range(plan.call.ranks):
+    for rank in range(plan.call.ranks) if ranks is None else ranks:
         # the proof is not needed, nor what a kernel prepares
         program = lower(plan, rank, lambda cells: cells)
         executable = Executable(program, ExecutionKey(rank, "reference", _META), SingleRankTransport())
@@ -82,9 +83,18 @@ def memory_of_run(
 
 
 def memory_of_config(
-    config: Config, packs: Sequence[Sequence[int]], report_progress: Callable[[str], None] = lambda line: None
+    config: Config,
+    packs: Sequence[Sequence[int]],
+    report_progress: Callable[[str], None] = lambda line: None,
+    *,
+    plan: Plan | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> list[RankMemory]:
-    """What every rank needs of a run of `distattn train`; packs: lengths of the documents of a step, as `PlanSettings.plan`'s."""
+    """What every rank needs of a run of `distattn train`, or these ranks of its attention plan.
+
+    packs: lengths of the documents of a step, as `PlanSettings.plan`'s; plan: theirs, where it is made already. Raises
+    DistattnError for a run that is not counted.
+    """
     if config.engine.name != "fsdp2":
         raise DistattnError(
             f"plan: --memory counts runs of engine fsdp2, not {config.engine.name}; set engine.name to compare."
@@ -105,6 +115,8 @@ def memory_of_config(
     if hasattr(shape, "kv_lora_rank"):
         # latent attention, whose heads of keys have a rotary part; transformers' head_dim is that alone
         rotary = shape.qk_rope_head_dim
+        # a plan by the run file alone has other widths
+        plan = None
         widths = dict(kv_heads=settings.heads, head_dim=shape.qk_nope_head_dim + rotary, v_head_dim=shape.v_head_dim)
         settings = replace(
             settings, **widths, latents=(rotary, shape.kv_lora_rank) if config.parallel.latents else None
@@ -118,12 +130,13 @@ def memory_of_config(
 
     return memory_of_run(
         make_model,
-        settings.plan(*packs),
+        plan or settings.plan(*packs),
         memory_settings(config),
         report_progress,
         shards=config.engine.shard_size or config.parallel.ranks,
         master_weights=config.model.dtype == "bfloat16",
         state_on_host=config.memory.state_on_host,
+        ranks=ranks,
     )
 
 

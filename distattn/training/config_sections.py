@@ -285,6 +285,14 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class PreflightConfig:
+    """What the ranks compare and measure before the first step."""
+
+    action: str = "stop"
+    """What follows where something is wrong: stop, or warn and train all the same; off leaves the preflight out."""
+
+
+@dataclass(frozen=True)
 class ReferenceCheckConfig:
     steps: int = 5
     """First steps repeated in plain transformers, one process, one document at a time; 0 leaves the check out."""
@@ -309,6 +317,7 @@ class Config:
     watch: WatchConfig = field(default_factory=WatchConfig)
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     reference_check: ReferenceCheckConfig = field(default_factory=ReferenceCheckConfig)
 
 
@@ -327,6 +336,7 @@ for _section in (
     WatchConfig,
     SupervisionConfig,
     EvaluationConfig,
+    PreflightConfig,
     ReferenceCheckConfig,
 ):
     setattr(_section, "__pydantic_config__", _STRICT)  # noqa: B010

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,13 +13,26 @@ import torch.distributed as dist
 from distattn.ir.errors import DistattnError
 from distattn.supervision.heartbeats import tell_end, telling
 from distattn.training import config as configuration
+from distattn.training.config import Config
 from distattn.training.loop import train
 from distattn.training.run_folder import RunFolder
 from distattn.training.run_settings import runs_on_gpus
 
 
-def main(folder: str, json_lines: bool) -> int:
-    """Run one rank of a run. Returns the exit code."""
+def main(folder: str, json_lines: bool, may_begin: Callable[[RunFolder, Config, torch.device], bool]) -> int:
+    """Run one rank of a run. Returns the exit code. may_begin: looks at all ranks before they train, and has said why not."""
+
+    def work(run: RunFolder, config: Config, device: torch.device) -> int:
+        if not may_begin(run, config, device):
+            return DistattnError.exit_code
+        train(run, config, json_lines, device)
+        return 0
+
+    return on_rank(folder, work)
+
+
+def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int]) -> int:
+    """Do work as one rank of the run of a folder, with a device and the process group. Returns its exit code, or an error's."""
     run = RunFolder(Path(folder))
     config = configuration.load(run.config_file)
     # ranks share the machine's cores; more threads than cores only wait for each other
@@ -33,7 +47,7 @@ def main(folder: str, json_lines: bool) -> int:
     with telling("connecting to the other ranks", waits=True):
         dist.init_process_group("gloo" if device.type == "cpu" else on_device)
     try:
-        train(run, config, json_lines, device)
+        return work(run, config, device)
     except DistattnError as error:
         tell_end(error.exit_code, error)
         sys.stderr.write(f"distattn: rank {dist.get_rank()}: {error}\n")
@@ -44,4 +58,3 @@ def main(folder: str, json_lines: bool) -> int:
         return DistattnError.exit_code
     finally:
         dist.destroy_process_group()
-    return 0

@@ -77,6 +77,8 @@ class RunFolder:
         self.report_file = folder / "report.html"
         self.replay_file = folder / "replay.jsonl"
         self.reference_check_file = folder / "reference_check.json"
+        # what the ranks found of each other before the first step
+        self.preflight_file = folder / "preflight.json"
         self.logs = folder / "logs"
         # why ranks were started again, and where they stood
         self.attempts = folder / "attempts"

@@ -7,10 +7,12 @@ import pytest
 
 from distattn.ir.errors import DistattnError
 from distattn.launch import cli, machine_limits
+from distattn.memory.host_memory import available_bytes
 from distattn.training import config as configuration
 from distattn.training.config import Config, ModelConfig, ParallelConfig
 from distattn.training.config_sections import EngineConfig
 from distattn.training.run_settings import build_model, configured_model
+from distattn.training.state_bytes import model_parameters, state_bytes
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.toml")
@@ -90,8 +92,8 @@ def test_what_a_rank_keeps_is_counted_as_the_engine_shards_it(dtype, engine, byt
     config = Config(model=dataclasses.replace(SHAPE, dtype=dtype), engine=engine, parallel=ParallelConfig(ranks=8))
     model = build_model(config, configured_model(config, 256, 64), "sdpa")
     parameters = sum(p.numel() for p in model.parameters())
-    assert machine_limits.model_parameters(config) == parameters
-    assert machine_limits.state_bytes(config) == pytest.approx(parameters * bytes_each, abs=1)
+    assert model_parameters(config) == parameters
+    assert state_bytes(config) == pytest.approx(parameters * bytes_each, abs=1)
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
@@ -105,8 +107,8 @@ MEMINFO = {"proc/meminfo": "MemTotal: 33554432 kB\nMemFree: 1048576 kB\nMemAvail
 
 
 def test_without_limits_the_machine_s_available_memory_counts(tmp_path):
-    assert machine_limits.available_bytes(machine(tmp_path, MEMINFO)) == 20 * GIB
-    assert machine_limits.available_bytes(tmp_path / "no such system") is None
+    assert available_bytes(machine(tmp_path, MEMINFO)) == 20 * GIB
+    assert available_bytes(tmp_path / "no such system") is None
 
 
 def test_the_tightest_cgroup_of_version_2_counts_without_its_file_cache(tmp_path):
@@ -119,7 +121,7 @@ def test_the_tightest_cgroup_of_version_2_counts_without_its_file_cache(tmp_path
         "sys/fs/cgroup/job/step/memory.current": "5\n",
         "sys/fs/cgroup/job/step/memory.stat": "inactive_file 0\n",
     }
-    assert machine_limits.available_bytes(machine(tmp_path, files)) == 6 * GIB
+    assert available_bytes(machine(tmp_path, files)) == 6 * GIB
 
 
 def test_a_container_s_limit_of_version_1_counts_at_the_mount_point(tmp_path):
@@ -130,11 +132,11 @@ def test_a_container_s_limit_of_version_1_counts_at_the_mount_point(tmp_path):
         "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{2 * GIB}\n",
         "sys/fs/cgroup/memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB}\n",
     }
-    assert machine_limits.available_bytes(machine(tmp_path, files)) == 3 * GIB
+    assert available_bytes(machine(tmp_path, files)) == 3 * GIB
     files["sys/fs/cgroup/memory/memory.limit_in_bytes"] = "9223372036854771712\n"
-    assert machine_limits.available_bytes(machine(tmp_path, files)) == 20 * GIB
+    assert available_bytes(machine(tmp_path, files)) == 20 * GIB
 
 
 def test_this_machine_says_how_much_it_has():
-    available = machine_limits.available_bytes()
+    available = available_bytes()
     assert available is None or 0 < available < 1 << 60

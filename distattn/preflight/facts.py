@@ -1,0 +1,160 @@
+"""What each rank knows of itself before a run: its code, configuration, packages, device, disk, data and memory forecast."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from distattn.checkpoints.checkpoint_folder import list_checkpoints
+from distattn.checkpoints.owner import machine_digest
+from distattn.doctor.environment import PACKAGES
+from distattn.ir.errors import DistattnError
+from distattn.ir.plan import Plan
+from distattn.memory.host_memory import available_bytes
+from distattn.preflight.device_state import DeviceState, device_state, driver_version
+from distattn.preflight.memory_forecast import MemoryForecast, forecast_memory
+from distattn.training.config import Config
+from distattn.training.run_data import open_data
+from distattn.training.run_facts import facts_of
+from distattn.training.run_folder import RunFolder
+from distattn.training.run_settings import configured_model
+from distattn.training.state_bytes import model_parameters
+
+# of files whose text is the code
+_CODE = (".py", ".json", ".j2")
+# what is compared of `facts_of`, and what it is called
+_DIGESTS = {"model": "model configuration", "plan": "plan of packs"}
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What a rank says of itself.
+
+    rank: of all, from 0. host: its name; machine: what tells machines of one name apart. config: key to value. host_free: bytes
+    of memory. disk_free: bytes where the run folder is; disk_needed: what its checkpoints still take at once. digests: of what is
+    trained, by its name. failure: what could not be found out, in a sentence; what depends on it is left out.
+    """
+
+    rank: int
+    host: str
+    machine: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    device: DeviceState
+    host_free: int | None
+    disk_free: int = 0
+    disk_needed: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+    forecast: MemoryForecast | None = None
+    failure: str = ""
+
+    def as_json(self) -> str:
+        """The same as text, for `from_json`."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> RankFacts:
+        """What `as_json` wrote."""
+        known = json.loads(text)
+        forecast = known.pop("forecast")
+        known["device"] = DeviceState(*known["device"])
+        return RankFacts(**known, forecast=None if forecast is None else MemoryForecast(*forecast))
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The machine: ranks that have the same one share its memory."""
+        return self.host, self.machine
+
+
+def collect_facts(run: RunFolder, config: Config, device: torch.device) -> RankFacts:
+    """The facts of this rank. What cannot be found out is not raised: `failure` says it, so that all ranks learn of it."""
+    known: dict[str, Any] = {
+        "rank": dist.get_rank(),
+        "host": socket.gethostname(),
+        "machine": machine_digest(),
+        "config": _flat(asdict(config)),
+        "versions": package_versions(),
+        "device": device_state(device),
+        "host_free": available_bytes(),
+    }
+    try:
+        disk = os.statvfs(run.folder)
+        known |= {"disk_free": disk.f_bavail * disk.f_frsize, "disk_needed": checkpoint_bytes(run, config)}
+        known |= _facts_of_data(run, config, device, dist.get_rank())
+    except DistattnError as error:
+        known["failure"] = str(error)
+    except OSError as error:
+        known["failure"] = f"{error.filename or run.folder}: {error.strerror or error}."
+    return RankFacts(**known)
+
+
+def code_digest() -> str:
+    """Of all source files of this package, as they are on this rank's disk; 16 hexadecimal digits."""
+    root = Path(__file__).parents[1]
+    hashed = xxhash.xxh3_64()
+    # rooms are links of the package's folder
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        for name in sorted(files):
+            if name.endswith(_CODE):
+                file = Path(folder, name)
+                hashed.update(f"{file.relative_to(root)}\0".encode())
+                hashed.update(file.read_bytes())
+    return hashed.hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python, of what a run computes with, and of NVIDIA's driver; what is not here is left out."""
+    found: dict[str, str | None] = {"Python": platform.python_version()}
+    for name in ("distattn", *PACKAGES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found |= {"CUDA": torch.version.cuda, "NVIDIA driver": driver_version()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def checkpoint_bytes(run: RunFolder, config: Config) -> int:
+    """Bytes that checkpoints of a run will take beside those it has already: as many at once as `[checkpoint]` keeps, and the one
+    that is being written. Those that checkpoint.keep_every_hours keeps for good are not counted."""
+    every, steps = config.checkpoint.every_steps, config.train.steps
+    if every < 0:
+        return 0
+    saves = -(-steps // every) if every else 1
+    at_once = min(saves, config.checkpoint.keep_last + 1)
+    # weights and both averages of AdamW; the next one has to fit in any case
+    each = 3 * model_parameters(config) * (8 if config.model.dtype == "float64" else 4)
+    return each * max(at_once - len(list_checkpoints(run.checkpoints)), 1)
+
+
+def _facts_of_data(run: RunFolder, config: Config, device: torch.device, rank: int) -> dict[str, Any]:
+    """Digests of what is trained, and the memory it needs."""
+    data = open_data(run, config)
+    facts = facts_of(config, data, configured_model(config, data.vocabulary, data.context))
+    digests = {name: facts[key] for key, name in _DIGESTS.items()}
+    digests |= {f"corpus {corpus.name}": corpus.digest for corpus in data.corpora}
+    plan = Plan.load(run.plan_file) if run.plan_file.exists() else None
+    if plan is not None:
+        digests["attention plan"] = plan.digest
+    found = {"digests": digests, "forecast": forecast_memory(config, data, device, plan, rank)}
+    data.plan.close()
+    return found
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Keys of all sections, as they are named on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -1,0 +1,144 @@
+"""Before the first step all ranks say what they are and how fast; what is wrong is named, and no GPU hour is spent on it.
+
+Ranks talk over a gloo communicator of their own beside the process group, and measured messages go the way attention's do.
+Nothing here knows what engine will train.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from distattn.parallel.runtime.attendance import attended
+from distattn.parallel.runtime.communicator import gather_objects, open_communicator, open_host_communicator
+from distattn.parallel.runtime.transport import GroupTransport
+from distattn.preflight.comparison import code_problems, problems_of, warnings_of
+from distattn.preflight.device_state import Clock, gpu_clock
+from distattn.preflight.facts import RankFacts, code_digest, collect_facts
+from distattn.preflight.outliers import outliers_of
+from distattn.preflight.probes import RankSpeed, measure_speed
+from distattn.preflight.report import report_facts, report_table
+from distattn.training.config import Config
+from distattn.training.json_lines import json_text, write_whole
+from distattn.training.run_folder import RunFolder
+
+# that a rank may take longer than others to open its data, or to answer
+_LIMIT = timedelta(seconds=120)
+
+
+class PreflightReport(NamedTuple):
+    """What was found, the same on all ranks but for `seconds`.
+
+    problems: what makes the run fail; warnings: what is slow or unusual. facts, speeds, clocks: by rank; speeds and clocks are
+    empty where there are problems, since nothing is measured then, and facts where ranks run different code.
+    """
+
+    problems: list[str]
+    warnings: list[str]
+    facts: Sequence[RankFacts]
+    speeds: Sequence[RankSpeed]
+    clocks: Sequence[Clock | None]
+    seconds: float
+
+
+def check_run(run: RunFolder, config: Config, device: torch.device, report_progress: Callable[[str], None]) -> bool:
+    """Whether a run may begin, as `preflight.action` says. Collective.
+
+    Rank 0 says what was found, problems and warnings on stderr and a short table by `report_progress`, and writes it to the run
+    folder. Raises LostRankError naming ranks that do not answer.
+    """
+    if config.preflight.action == "off":
+        return True
+    report = preflight(run, config, device)
+    if dist.get_rank() == 0:
+        show_report(report, report_progress, stops=config.preflight.action == "stop")
+        write_report(run, report)
+    # a launcher ends all ranks when the first one ends
+    dist.barrier()
+    return not report.problems or config.preflight.action == "warn"
+
+
+def preflight(run: RunFolder, config: Config, device: torch.device, limit: timedelta = _LIMIT) -> PreflightReport:
+    """Compare and measure all ranks of the default group, which call it together. device: of this rank.
+
+    limit: how long ranks wait for each other. Raises LostRankError naming ranks that do not answer within it.
+    """
+    began, group = time.monotonic(), dist.group.WORLD
+    assert group is not None
+    host = open_host_communicator(group, limit)
+
+    def gather(value: Any, what: str) -> list[Any]:
+        return attended(group, f"the preflight's {what}", lambda: gather_objects(host, value))
+
+    mine = collect_facts(run, config, device)
+    told = gather((code_digest(), mine.host, mine.as_json()), "comparison of code, configuration, data and memory")
+    digests, hosts, texts = zip(*told, strict=True)
+    facts: list[RankFacts] = []
+    # other code may say other things
+    problems = code_problems(hosts, digests)
+    if not problems:
+        facts = list(map(RankFacts.from_json, texts))
+        problems = problems_of(facts)
+    if problems:
+        return PreflightReport(problems, [], facts, [], [], time.monotonic() - began)
+    transport = None
+    if len(facts) > 1:
+        backend = host if device.type == "cpu" else open_communicator(group, device, limit)
+        transport = GroupTransport(group, backend)
+    speed = measure_speed(mine.rank, _nodes(facts), transport, device, limit)
+    clock = gpu_clock(device)
+    if transport is not None and backend is not host:
+        # nothing is under way; it would keep buffers for each peer
+        transport.abort()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    measured = gather((speed, clock), "measurement of devices and links")
+    speeds, clocks = zip(*measured, strict=True)
+    warnings = warnings_of(facts) + outliers_of(facts, speeds, clocks, device.type)
+    return PreflightReport([], warnings, facts, speeds, clocks, time.monotonic() - began)
+
+
+def show_report(report: PreflightReport, report_progress: Callable[[str], None], stops: bool) -> None:
+    """Say what was found: a table by `report_progress`, problems and warnings on stderr. stops: whether problems end the run."""
+    for line in report_table(report.facts, report.speeds, report.clocks, report.seconds) if report.speeds else []:
+        report_progress(line)
+    for problem in report.problems:
+        sys.stderr.write(f"distattn: preflight: {problem}\n")
+    if report.problems and not stops:
+        sys.stderr.write("distattn: preflight.action is warn: the run goes on.\n")
+    for warning in report.warnings:
+        sys.stderr.write(f"distattn: preflight: warning: {warning}\n")
+    sys.stderr.flush()
+
+
+def write_report(run: RunFolder, report: PreflightReport) -> None:
+    """Write what was found to the run folder; a disk that is full is warned of."""
+    try:
+        write_whole(run.preflight_file, json_text(report_json(report), indent=1) + "\n")
+    except OSError as error:
+        sys.stderr.write(f"distattn: {run.preflight_file}: cannot be written: {error.strerror}.\n")
+
+
+def report_json(report: PreflightReport) -> dict[str, Any]:
+    """What was found, in values of JSON: problems, warnings, seconds, and of each rank its facts and speeds."""
+    rows = report_facts(report.facts, report.speeds, report.clocks)
+    return {
+        "problems": report.problems,
+        "warnings": report.warnings,
+        "seconds": round(report.seconds, 3),
+        "ranks": rows,
+    }
+
+
+def _nodes(facts: Sequence[RankFacts]) -> list[list[int]]:
+    """The ranks of each machine."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for one in facts:
+        found.setdefault(one.place, []).append(one.rank)
+    return list(found.values())

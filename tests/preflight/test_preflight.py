@@ -1,0 +1,198 @@
+"""The preflight on real ranks: what is planted in one of them is named with its host and a remedy, before anything is trained."""
+
+import dataclasses
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import run_on_ranks, run_survivors
+
+from distattn.ir.errors import LostRankError
+from distattn.launch.command_line import no_progress
+from distattn.launch.start_run import start_run
+from distattn.preflight import facts as facts_module
+from distattn.preflight import probes
+from distattn.preflight.preflight import check_run, preflight
+from distattn.training.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from distattn.training.config_sections import PreflightConfig
+from distattn.training.run_folder import RunFolder
+
+CPU = torch.device("cpu")
+RANKS, ODD = 4, 2
+HOSTS = ("node-a", "node-a", "node-b", "node-b")
+
+
+def config_of(texts: Path, folder: Path) -> Config:
+    return Config(
+        run=RunConfig(folder=str(folder), seed=3),
+        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100),
+        model=ModelConfig(
+            num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
+        ),
+        parallel=ParallelConfig(ranks=RANKS, layout="document_zigzag", min_chunk=16),
+        train=TrainConfig(steps=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Two folders of text: what ranks read, and what a rank reads by mistake."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, times in (("right", 3), ("wrong", 4)):
+        (folder / name).mkdir()
+        for number in range(8):
+            (folder / name / f"{number}.py").write_text(f"number {number} of some text\n" * (times + number))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(texts, tmp_path_factory) -> tuple[RunFolder, RunFolder, Config]:
+    folder = tmp_path_factory.mktemp("runs")
+    right, wrong = (config_of(texts / name, folder / name) for name in ("right", "wrong"))
+    return start_run(right, no_progress), start_run(wrong, no_progress), right
+
+
+def _plant(fault: str, runs, monkeypatch) -> tuple[RunFolder, Config]:
+    """Make this rank the odd one."""
+    right, wrong, config = runs
+    if fault == "code":
+        monkeypatch.setattr("distattn.preflight.preflight.code_digest", lambda: "0" * 16)
+    elif fault == "package":
+        version = facts_module.version
+        monkeypatch.setattr(facts_module, "version", lambda name: "1.26.9" if name == "numpy" else version(name))
+    elif fault == "configuration":
+        return right, dataclasses.replace(config, train=TrainConfig(steps=4, learning_rate=0.5))
+    elif fault == "data":
+        return wrong, config
+    elif fault == "no data":
+        return RunFolder(right.folder / "nothing here"), config
+    elif fault == "disk":
+        full = SimpleNamespace(f_bavail=1, f_frsize=4096)
+        monkeypatch.setattr(facts_module, "os", SimpleNamespace(**vars(os) | {"statvfs": lambda path: full}))
+    elif fault == "memory":
+        monkeypatch.setattr(facts_module, "available_bytes", lambda: 1000)
+    elif fault == "slow product":
+        monkeypatch.setattr(probes, "torch", _slowed(torch, "mm"))
+    elif fault == "slow links":
+        monkeypatch.setattr(probes.GroupTransport, "exchange", _late(probes.GroupTransport.exchange))
+    return right, config
+
+
+def _late(work):
+    def late(*arguments, **named):
+        time.sleep(0.2)
+        return work(*arguments, **named)
+
+    return late
+
+
+def _slowed(module, name: str):
+    return SimpleNamespace(**vars(module) | {name: _late(getattr(module, name))})
+
+
+def _preflights(rank: int, runs, faults) -> dict[str, tuple[list[str], list[str]]]:
+    found = {}
+    for fault in faults:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            hosts = ["one-node"] * RANKS if fault == "slow links" else HOSTS
+            monkeypatch.setattr(facts_module.socket, "gethostname", lambda hosts=hosts: hosts[rank])
+            run, config = _plant(fault if rank == ODD else "", runs, monkeypatch)
+            report = preflight(run, config, CPU)
+            found[fault] = report.problems, report.warnings
+    return found
+
+
+# what is planted in a rank, and of the sentence that names it: how it begins, what is found, what to do
+PROBLEMS = {
+    "code": ("rank 2 on node-b", "the code of distattn is another (digest 0000000000000000)", "install one revision"),
+    "package": ("rank 2 on node-b", "numpy is 1.26.9, on most ranks ", "install the same"),
+    "configuration": ("rank 2 on node-b", "train.learning_rate is 0.5, on most ranks 0.003", "one run folder"),
+    "data": ("rank 2 on node-b", "the corpus text is another (digest ", "read the same files"),
+    "no data": ("rank 2 on node-b", "nothing here", "No such file"),
+    "disk": ("rank 2 on node-b", "4.1 kB are free where the run folder is, its checkpoints need 382.8 kB", "make room"),
+    # the host's, and so of both ranks there
+    "memory": (
+        "ranks 2, 3 on node-b",
+        "model and optimizer need 255.2 kB of the host's memory, 1.0 kB of it",
+        "fewer ranks",
+    ),
+}
+WARNINGS = {
+    "slow product": ("rank 2 on node-b", "matrix products at ", "the median of all ranks is "),
+    "slow links": ("rank 2 on one-node", "all its links inside the host are slow", "look at its network adapter"),
+}
+
+
+def test_what_is_planted_in_one_rank_is_named_with_its_host(runs):
+    by_rank = run_on_ranks(RANKS, _preflights, runs, ("", *PROBLEMS, *WARNINGS))
+    # all ranks know the same, and so stop together
+    assert all(one == by_rank[0] for one in by_rank)
+    found = by_rank[0]
+    assert not found[""][0]
+    for fault, words in PROBLEMS.items():
+        problems, warnings = found[fault]
+        assert any(_says(one, words) for one in problems), (fault, problems)
+        assert not warnings and "node-a" not in str(problems), fault
+    for fault, words in WARNINGS.items():
+        problems, warnings = found[fault]
+        assert not problems and any(_says(one, words) for one in warnings), (fault, warnings)
+
+
+def _says(sentence: str, words: tuple[str, ...]) -> bool:
+    return sentence.startswith(words[0]) and all(part in sentence for part in words)
+
+
+def _checks(rank: int, runs) -> dict[str, tuple[bool, list[str]]]:
+    """What a run does with a problem, by `preflight.action`."""
+    found = {}
+    for action in ("stop", "warn", "off"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            run, config = _plant("configuration" if rank == ODD else "", runs, monkeypatch)
+            config = dataclasses.replace(config, preflight=PreflightConfig(action=action))
+            lines: list[str] = []
+            found[action] = check_run(run, config, CPU, lines.append), lines
+    run, _, config = runs
+    lines = []
+    found["right"] = check_run(run, config, CPU, lines.append), lines
+    return found
+
+
+def test_a_run_stops_warns_or_does_not_look_and_leaves_what_was_found(runs):
+    by_rank = run_on_ranks(RANKS, _checks, runs)
+    for rank, found in enumerate(by_rank):
+        assert {name: begins for name, (begins, _) in found.items()} == {
+            "stop": False,
+            "warn": True,
+            "off": True,
+            "right": True,
+        }
+        assert [bool(lines) for _, lines in found.values()] == [False, False, False, rank == 0]
+    table = by_rank[0]["right"][1]
+    assert table[0].startswith("preflight: 4 ranks on 1 host in ") and "0, 1, 2, 3" in table[-1]
+    written = json.loads(runs[0].preflight_file.read_text())
+    assert written["problems"] == [] and [one["rank"] for one in written["ranks"]] == [0, 1, 2, 3]
+    for one in written["ranks"]:
+        assert one["tflops"] > 0 and sorted(link["peer"] for link in one["inside"]) == sorted(
+            {0, 1, 2, 3} - {one["rank"]}
+        )
+        assert one["digests"]["attention plan"] and one["versions"]["torch"]
+
+
+def _waits(rank: int, runs) -> str:
+    run, _, config = runs
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(LostRankError) as lost:
+        if rank == ODD:
+            # files that never answer
+            monkeypatch.setattr(facts_module, "open_data", lambda run, config: time.sleep(3600))
+        preflight(run, config, CPU, timedelta(seconds=5))
+    return str(lost.value)
+
+
+def test_a_rank_that_does_not_answer_is_named_within_the_limit(runs):
+    for said in run_survivors(RANKS, ODD, _waits, runs).values():
+        assert "rank 2 did not come to the preflight's comparison of code, configuration, data and memory" in said
