@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import no_progress, print_line
 from distattn.launch.machine_limits import check_run_fits
 from distattn.launch.start_run import start_run
 from distattn.training import config as configuration
 from distattn.training.config import Config
+from distattn.training.json_lines import json_text
 from distattn.training.run_folder import RunFolder
 
 USAGE = """usage: distattn preflight CONFIG [--json] [--section.key value ...]
@@ -49,20 +51,18 @@ def main(arguments: Sequence[str]) -> int:
 def rank_main(folder: str, as_json: bool) -> int:
     """Be one rank of a preflight. Returns the exit code; rank 0 says what was found."""
     import torch
-    import torch.distributed as dist
 
-    from distattn.preflight.preflight import preflight, report_json, show_report
+    from distattn.preflight.preflight import PreflightReport, preflight, report_json, show_report
     from distattn.training.rank import on_rank
 
-    def work(run: RunFolder, config: Config, device: torch.device) -> int:
-        report = preflight(run, config, device)
-        if dist.get_rank() == 0 and as_json:
-            print_line(json.dumps(report_json(report)))
-        elif dist.get_rank() == 0:
+    def tell(report: PreflightReport) -> None:
+        if as_json:
+            print_line(json_text(report_json(report)))
+        else:
             show_report(report, print_line, stops=True)
-        # a launcher ends all ranks when the first one ends
-        dist.barrier()
-        return 2 if report.problems else 0
+
+    def work(run: RunFolder, config: Config, device: torch.device) -> int:
+        return DistattnError.exit_code if preflight(run, config, device, tell).problems else 0
 
     return on_rank(folder, work)
 

@@ -55,19 +55,26 @@ def check_run(run: RunFolder, config: Config, device: torch.device, report_progr
     """
     if config.preflight.action == "off":
         return True
-    report = preflight(run, config, device)
-    if dist.get_rank() == 0:
+
+    def tell(report: PreflightReport) -> None:
         show_report(report, report_progress, stops=config.preflight.action == "stop")
         write_report(run, report)
-    # a launcher ends all ranks when the first one ends
-    dist.barrier()
+
+    report = preflight(run, config, device, tell)
     return not report.problems or config.preflight.action == "warn"
 
 
-def preflight(run: RunFolder, config: Config, device: torch.device, limit: timedelta = _LIMIT) -> PreflightReport:
+def preflight(
+    run: RunFolder,
+    config: Config,
+    device: torch.device,
+    tell: Callable[[PreflightReport], None] = lambda report: None,
+    limit: timedelta = _LIMIT,
+) -> PreflightReport:
     """Compare and measure all ranks of the default group, which call it together. device: of this rank.
 
-    limit: how long ranks wait for each other. Raises LostRankError naming ranks that do not answer within it.
+    tell: what rank 0 does with what was found, before any rank goes on. limit: how long ranks wait for each other. Raises
+    LostRankError naming ranks that do not answer within it.
     """
     began, group = time.monotonic(), dist.group.WORLD
     assert group is not None
@@ -79,29 +86,22 @@ def preflight(run: RunFolder, config: Config, device: torch.device, limit: timed
     mine = collect_facts(run, config, device)
     told = gather((code_digest(), mine.host, mine.as_json()), "comparison of code, configuration, data and memory")
     digests, hosts, texts = zip(*told, strict=True)
-    facts: list[RankFacts] = []
-    # other code may say other things
-    problems = code_problems(hosts, digests)
-    if not problems:
+    report = PreflightReport(code_problems(hosts, digests), [], [], [], [], 0.0)
+    if not report.problems:
+        # other code may say other things
         facts = list(map(RankFacts.from_json, texts))
-        problems = problems_of(facts)
-    if problems:
-        return PreflightReport(problems, [], facts, [], [], time.monotonic() - began)
-    transport = None
-    if len(facts) > 1:
-        backend = host if device.type == "cpu" else open_communicator(group, device, limit)
-        transport = GroupTransport(group, backend)
-    speed = measure_speed(mine.rank, _nodes(facts), transport, device, limit)
-    clock = gpu_clock(device)
-    if transport is not None and backend is not host:
-        # nothing is under way; it would keep buffers for each peer
-        transport.abort()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    measured = gather((speed, clock), "measurement of devices and links")
-    speeds, clocks = zip(*measured, strict=True)
-    warnings = warnings_of(facts) + outliers_of(facts, speeds, clocks, device.type)
-    return PreflightReport([], warnings, facts, speeds, clocks, time.monotonic() - began)
+        report = report._replace(problems=problems_of(facts), facts=facts)
+    if not report.problems:
+        measured = gather(_measured(mine.rank, report.facts, host, device, limit), "measurement of devices and links")
+        speeds, clocks = zip(*measured, strict=True)
+        warnings = warnings_of(report.facts) + outliers_of(report.facts, speeds, clocks, device.type)
+        report = report._replace(warnings=warnings, speeds=speeds, clocks=clocks)
+    report = report._replace(seconds=time.monotonic() - began)
+    if mine.rank == 0:
+        tell(report)
+    # a launcher ends all ranks when the first one ends
+    gather(None, "end")
+    return report
 
 
 def show_report(report: PreflightReport, report_progress: Callable[[str], None], stops: bool) -> None:
@@ -134,6 +134,26 @@ def report_json(report: PreflightReport) -> dict[str, Any]:
         "seconds": round(report.seconds, 3),
         "ranks": rows,
     }
+
+
+def _measured(
+    rank: int, facts: Sequence[RankFacts], host: Any, device: torch.device, limit: timedelta
+) -> tuple[RankSpeed, Clock | None]:
+    """What this rank measures, messages of processors over `host`."""
+    group, transport = dist.group.WORLD, None
+    assert group is not None
+    if len(facts) > 1:
+        backend = host if device.type == "cpu" else open_communicator(group, device, limit)
+        transport = GroupTransport(group, backend)
+    speed = measure_speed(rank, _nodes(facts), transport, device, limit)
+    # before the device has been idle for long
+    clock = gpu_clock(device)
+    if device.type == "cuda":
+        if transport is not None:
+            # nothing is under way; open, it would keep buffers for each peer
+            transport.abort()
+        torch.cuda.empty_cache()
+    return speed, clock
 
 
 def _nodes(facts: Sequence[RankFacts]) -> list[list[int]]:

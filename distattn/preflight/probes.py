@@ -64,11 +64,27 @@ def measure_speed(
     all_to_all = probe.all_to_all(rank, everyone)
     longest = _MESSAGE[device.type]
     own = next(node for node in nodes if rank in node)
-    inside = [probe.link(peer, longest) for peer in _peers(rank, list(_rounds(own))[:_MOST_INSIDE])]
-    rounds = list(_rounds_across(nodes))
+    inside = [probe.link(peer, longest) for peer in _peers(rank, list(rounds_of(own))[:_MOST_INSIDE])]
+    rounds = list(rounds_across(nodes))
     size = min(longest, max(_ACROSS_BYTES // max(len(rounds), 1), _LEAST_MESSAGE))
     across = [probe.link(peer, size) for peer in _peers(rank, rounds)]
     return RankSpeed(tflops, all_to_all, inside, across)
+
+
+def rounds_of(members: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """All pairs of members, in rounds in which each is in one pair at most: all but one go round a circle."""
+    circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
+    half = len(circle) // 2
+    for _ in range(len(circle) - 1):
+        pairs = zip(circle[:half], reversed(circle[half:]), strict=True)
+        yield [(a, b) for a, b in pairs if a is not None and b is not None]
+        circle = [circle[0], circle[-1], *circle[1:-1]]
+
+
+def rounds_across(nodes: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
+    """All pairs of nodes, in rounds; of two nodes the ranks of equal numbers meet."""
+    for pairs in rounds_of(range(len(nodes))):
+        yield [ranks for a, b in pairs for ranks in zip(nodes[a], nodes[b], strict=False)]
 
 
 def _product_tflops(device: torch.device) -> float:
@@ -82,22 +98,6 @@ def _product_tflops(device: torch.device) -> float:
         _synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best / 1e12
-
-
-def _rounds(members: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-    """All pairs of members, in rounds in which each is in one pair at most: all but one go round a circle."""
-    circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
-    half = len(circle) // 2
-    for _ in range(len(circle) - 1):
-        pairs = zip(circle[:half], reversed(circle[half:]), strict=True)
-        yield [(a, b) for a, b in pairs if a is not None and b is not None]
-        circle = [circle[0], circle[-1], *circle[1:-1]]
-
-
-def _rounds_across(nodes: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
-    """All pairs of nodes, in rounds; of two nodes the ranks of equal numbers meet."""
-    for pairs in _rounds(range(len(nodes))):
-        yield [ranks for a, b in pairs for ranks in zip(nodes[a], nodes[b], strict=False)]
 
 
 def _peers(rank: int, rounds: Sequence[Sequence[tuple[int, int]]]) -> list[int]:

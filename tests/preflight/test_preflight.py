@@ -13,11 +13,14 @@ import torch
 from processes import run_on_ranks, run_survivors
 
 from distattn.ir.errors import LostRankError
+from distattn.launch import cli
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import start_run
 from distattn.preflight import facts as facts_module
 from distattn.preflight import probes
 from distattn.preflight.preflight import check_run, preflight
+from distattn.training import config as configuration
+from distattn.training import rank as rank_module
 from distattn.training.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from distattn.training.config_sections import PreflightConfig
 from distattn.training.run_folder import RunFolder
@@ -189,10 +192,31 @@ def _waits(rank: int, runs) -> str:
         if rank == ODD:
             # files that never answer
             monkeypatch.setattr(facts_module, "open_data", lambda run, config: time.sleep(3600))
-        preflight(run, config, CPU, timedelta(seconds=5))
+        preflight(run, config, CPU, limit=timedelta(seconds=5))
     return str(lost.value)
 
 
 def test_a_rank_that_does_not_answer_is_named_within_the_limit(runs):
     for said in run_survivors(RANKS, ODD, _waits, runs).values():
         assert "rank 2 did not come to the preflight's comparison of code, configuration, data and memory" in said
+
+
+def _trains(rank: int, runs) -> int:
+    """The exit code of a rank whose preflight has found something, in the group that is there already."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("init_process_group", "destroy_process_group"):
+            monkeypatch.setattr(rank_module.dist, name, lambda *backend: None)
+        return rank_module.main(str(runs[1].folder), True, lambda run, config, device: False)
+
+
+def test_a_run_that_may_not_begin_trains_nothing(runs):
+    assert run_on_ranks(1, _trains, runs) == [2]
+    assert not runs[1].metrics_file.exists() and not runs[1].checkpoints.exists()
+
+
+def test_the_command_says_what_a_run_here_would_find_and_leaves_nothing(texts, tmp_path, capfd):
+    configuration.save(config_of(texts / "right", tmp_path / "out"), tmp_path / "run.toml")
+    code = cli.main(["preflight", str(tmp_path / "run.toml"), "--parallel.ranks=1", "--json"])
+    found = json.loads(capfd.readouterr().out)
+    assert code == 0 and found["problems"] == [] and [one["rank"] for one in found["ranks"]] == [0]
+    assert [file.name for file in tmp_path.iterdir()] == ["run.toml"]

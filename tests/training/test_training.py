@@ -152,6 +152,7 @@ def config_file(texts, tmp_path_factory) -> Path:
 def test_one_command_trains_compares_and_leaves_a_run_folder(config_file, tmp_path):
     done = distattn("train", str(config_file), "--parallel.strategy", "allgather", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.index("preflight: 2 ranks on 1 host") < done.stdout.index("step 1/6")
     assert "step 6/6  loss" in done.stdout and "tokens/s" in done.stdout and "s left" in done.stdout
     assert "largest relative difference to plain transformers" in done.stdout
     assert "\r" not in done.stdout and "\x1b" not in done.stdout
