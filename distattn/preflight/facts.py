@@ -141,15 +141,14 @@ def checkpoint_bytes(run: RunFolder, config: Config) -> int:
 def _facts_of_data(run: RunFolder, config: Config, device: torch.device, rank: int) -> dict[str, Any]:
     """Digests of what is trained, and the memory it needs."""
     data = open_data(run, config)
-    facts = facts_of(config, data, configured_model(config, data.vocabulary, data.context))
-    digests = {name: facts[key] for key, name in _DIGESTS.items()}
-    digests |= {f"corpus {corpus.name}": corpus.digest for corpus in data.corpora}
-    plan = Plan.load(run.plan_file) if run.plan_file.exists() else None
-    if plan is not None:
-        digests["attention plan"] = plan.digest
-    found = {"digests": digests, "forecast": forecast_memory(config, data, device, plan, rank)}
-    data.plan.close()
-    return found
+    with data.plan:
+        facts = facts_of(config, data, configured_model(config, data.vocabulary, data.context))
+        digests = {name: facts[key] for key, name in _DIGESTS.items()}
+        digests |= {f"corpus {corpus.name}": corpus.digest for corpus in data.corpora}
+        plan = Plan.load(run.plan_file) if run.plan_file.exists() else None
+        if plan is not None:
+            digests["attention plan"] = plan.digest
+        return {"digests": digests, "forecast": forecast_memory(config, data, device, plan, rank)}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

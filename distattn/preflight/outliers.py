@@ -10,9 +10,15 @@ from distattn.preflight.device_state import Clock
 from distattn.preflight.facts import RankFacts
 from distattn.preflight.probes import Link, RankSpeed
 
-# what is so many times slower than the median is named: ranks that share a processor's cores are in each other's way, while GPUs
-# of one kind are within a few per cent of each other
-_FACTOR = {"cpu": 4.0, "cuda": 1.25}
+# what is so many times slower than the median is named: ranks that share a processor's cores are in each other's way for a time
+# slice or two, while GPUs of one kind are within a few per cent of each other
+_FACTOR = {"cpu": 30.0, "cuda": 1.25}
+# what to look at where a link is slow
+_INSIDE_REMEDY = {
+    "cpu": "see what else runs there",
+    "cuda": "nvidia-smi topo -m and nvidia-smi nvlink -s say how it is connected",
+}
+_ACROSS_REMEDY = "look at the network adapter, its cable and its switch"
 # slow links that are named one by one
 _MOST_LINKS = 8
 # of a link, by who measured it: (rank, peer)
@@ -25,8 +31,9 @@ def outliers_of(
     """Slow devices, ranks all of whose links are slow, and slow links between others. All by rank."""
     factor = _FACTOR[device_type]
     found = list(_slow_devices(facts, speeds, clocks, factor))
-    for where, links_of in (("inside the host", _inside), ("to other hosts", _across)):
-        found += _slow_links(facts, pair_speeds(map(links_of, speeds)), where, factor)
+    inside, across = (pair_speeds(links) for links in ([one.inside for one in speeds], [one.across for one in speeds]))
+    found += _slow_links(facts, inside, factor, "inside the host", _INSIDE_REMEDY[device_type])
+    found += _slow_links(facts, across, factor, "to other hosts", _ACROSS_REMEDY)
     return found
 
 
@@ -62,14 +69,6 @@ def slow_pairs(links: Mapping[Pair, float], factor: float) -> dict[Pair, float]:
     return {pair: gbs for pair, gbs in sorted(links.items()) if gbs * factor < usual}
 
 
-def _inside(speed: RankSpeed) -> list[Link]:
-    return speed.inside
-
-
-def _across(speed: RankSpeed) -> list[Link]:
-    return speed.across
-
-
 def _slow_devices(
     facts: Sequence[RankFacts], speeds: Sequence[RankSpeed], clocks: Sequence[Clock | None], factor: float
 ) -> Iterator[str]:
@@ -84,18 +83,20 @@ def _slow_devices(
             yield f"{named_places([one])}: matrix products at {fast}{at}; {remedy}."
 
 
-def _slow_links(facts: Sequence[RankFacts], links: Mapping[Pair, float], where: str, factor: float) -> Iterator[str]:
+def _slow_links(
+    facts: Sequence[RankFacts], links: Mapping[Pair, float], factor: float, where: str, remedy: str
+) -> Iterator[str]:
     ranks = slow_ranks(links, factor)
     rest = {pair: gbs for pair, gbs in links.items() if not ranks.keys() & set(pair)}
     usual = statistics.median(rest.values()) if rest else 0.0
     for rank, gbs in ranks.items():
         fast = f"the best has {gbs:.3g} GB/s, the median of others is {usual:.3g}"
-        yield f"{named_places([facts[rank]])}: all its links {where} are slow, {fast}; look at its network adapter."
+        yield f"{named_places([facts[rank]])}: all its links {where} are slow, {fast}; {remedy}."
     slow = slow_pairs(rest, factor)
     for (a, b), gbs in list(slow.items())[:_MOST_LINKS]:
         yield (
             f"the link between {named_places([facts[a]])} and {named_places([facts[b]])} has {gbs:.3g} GB/s, the median "
-            f"{where} is {usual:.3g}; look at its cable and switch."
+            f"{where} is {usual:.3g}; {remedy}."
         )
     if len(slow) > _MOST_LINKS:
         yield f"{len(slow) - _MOST_LINKS} more links {where} are as slow; preflight.json has them all."

@@ -27,7 +27,7 @@ _TO_ALL = {"cpu": 1 << 18, "cuda": 1 << 27}
 # bytes that a rank sends to ranks of other nodes, about: with many nodes messages are shorter, but not too short to tell
 _ACROSS_BYTES, _LEAST_MESSAGE = 1 << 31, 1 << 22
 # messages of a link that are timed: short ones tell the latency, the first of them connects
-_SHORT, _LONG = 3, 2
+_SHORT, _LONG = 3, 4
 # ranks of one node that a rank meets, at most
 _MOST_INSIDE = 15
 
