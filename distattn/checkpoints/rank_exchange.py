@@ -7,12 +7,11 @@ all, and one that ends leaves the others with an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from distattn.checkpoints.rank_sockets import connect_to_root
+from distattn.checkpoints.rank_sockets import RankConnection, connect_to_root
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
 
 # that ranks may take longer than others to write their part, in seconds; one that has ended is noticed at once
@@ -59,7 +58,7 @@ class RankExchange:
     def __init__(self, group: dist.ProcessGroup | None):
         self.rank = 0 if group is None else dist.get_rank(group)
         self.ranks = 1 if group is None else dist.get_world_size(group)
-        self._connections: dict[int, Connection] = {}
+        self._connections: dict[int, RankConnection] = {}
         if group is not None and self.ranks > 1:
             self._connections = connect_to_root(group)
 

@@ -3,7 +3,11 @@
 import json
 import os
 import socket
+import threading
+import time
 from datetime import timedelta
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -11,7 +15,9 @@ from processes import run_on_ranks
 
 from distattn.checkpoints import rank_sockets
 from distattn.checkpoints.rank_exchange import RankExchange, RankFailure
-from distattn.ir.errors import DamagedDataError, LostRankError
+from distattn.checkpoints.rank_sockets import RankConnection
+from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
+from distattn.parallel.runtime import attendance, interfaces
 
 
 def answers(rank):
@@ -61,6 +67,7 @@ def test_every_rank_hears_of_the_same_failure():
 
 def one_does_not_come(rank):
     rank_sockets.timeout_of = lambda group: timedelta(seconds=2)
+    attendance._LATER = 0.5
     if rank == 2:
         return ""
     try:
@@ -72,47 +79,110 @@ def one_does_not_come(rank):
 
 def test_a_rank_that_does_not_come_is_named():
     first, second, _ = run_on_ranks(3, one_does_not_come)
-    assert first.startswith("rank 2 of the group did not come to open the checkpoints")
-    # it has done its part, and hears of it when it next asks
-    assert second == ""
+    assert first.startswith("rank 2 did not come to the opening of checkpoints: killed, stopped or elsewhere")
+    assert second.startswith("rank 2 did not come")
 
 
-def with_strangers(rank):
-    """Somebody who does not know the key, and one who says nothing, connect before rank 1 does."""
+def among_strangers(rank):
+    """Who says nothing, who does not know the key, and who listens in rank 0's place: nobody is let in, or believed."""
     rank_sockets._CONNECT_SECONDS = 0.2
+    refused = []
     if rank == 1:
         connect = rank_sockets._connect
 
-        def connect_after_strangers(store, *given):
+        def connect_after_strangers(store, key, own, timeout):
             store.wait(["root"], timedelta(seconds=60))
-            port = json.loads(store.get("root"))["port"]
-            strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-            strangers[0].sendall(bytes(36))
+            where = json.loads(store.get("root"))
+            # the key is not among what the store tells
+            assert sorted(where) == ["address", "port"] and where["address"] == "127.0.0.1"
+            address = where["address"], where["port"]
+            strangers = [socket.create_connection(address) for _ in range(3)]
+            strangers[0].sendall(bytes(68))
             strangers[1].sendall(b"GET / HTTP/1.0\r\n\r\n")
-            connection = connect(store, *given)
+            with socket.create_connection(address) as wrong, pytest.raises(OSError) as raised:
+                rank_sockets._introduce(wrong, time.monotonic() + 5, bytes(32), 1)
+            refused.append(str(raised.value))
+            with socket.create_server(("127.0.0.1", 0)) as false:
+                known = SimpleNamespace(
+                    wait=lambda *given: None,
+                    get=lambda name: json.dumps({"address": "127.0.0.1", "port": false.getsockname()[1]}),
+                )
+                threading.Thread(target=answer_falsely, args=(false,), daemon=True).start()
+                with pytest.raises(LostRankError) as raised:
+                    connect(known, key, own, timedelta(0))
+            refused.append(str(raised.value))
+            connection = connect(store, key, own, timeout)
             for stranger in strangers:
                 stranger.close()
             return connection
 
         rank_sockets._connect = connect_after_strangers
     exchange = RankExchange(dist.group.WORLD)
-    return exchange.decide(os.getpid, lambda results: [results] * 2)
+    return exchange.decide(os.getpid, lambda results: [results] * 2), refused
 
 
-def test_strangers_are_not_let_in():
-    first, second = run_on_ranks(2, with_strangers)
+def answer_falsely(server):
+    opened, _ = server.accept()
+    opened.sendall(bytes(32))
+    opened.recv(1000)
+    opened.sendall(bytes(32))
+
+
+def test_strangers_are_not_let_in_and_not_believed():
+    (first, _), (second, refused) = run_on_ranks(2, among_strangers)
     assert first == second and len(set(first)) == 2
+    closed, unknown = refused
+    assert "closed" in closed or "reset" in closed
+    assert "what answers there does not know the key" in unknown
 
 
-def from_another_machine(rank):
-    if rank == 1:
-        rank_sockets.machine_digest = lambda: "other"
-    return RankExchange(dist.group.WORLD).decide(lambda: rank, lambda results: [results] * 2)
+def test_what_does_not_match_its_digest_is_never_unpickled():
+    class Armed:
+        def __reduce__(self):
+            return exec, ("raise SystemExit('unpickled')",)
+
+    ends = socket.socketpair()
+    one, other = (Connection(end.detach()) for end in ends)
+    key = bytes(range(32))
+    sender, receiver = RankConnection(one, key, 1, 0), RankConnection(other, key, 0, 1)
+    sender.send({"step": 3})
+    assert receiver.recv() == {"step": 3}
+    stranger = RankConnection(one, bytes(32), 1, 0)
+    stranger._sent = 1
+    stranger.send(Armed())
+    with pytest.raises(ConnectionError, match="does not match its digest"):
+        receiver.recv()
+    # nor one that was sent before, or the other way
+    for own, sent in ((1, 0), (0, 1)):
+        again = RankConnection(one, key, own, 1 - own)
+        again._sent = sent
+        again.send(Armed())
+        with pytest.raises(ConnectionError, match="does not match its digest"):
+            receiver.recv()
+    one.close()
+    with pytest.raises(EOFError):
+        receiver.recv()
 
 
-def test_ranks_of_other_machines_find_rank_0_by_its_name():
+def from_another_machine(rank, interface):
+    """Ranks of two machines, as far as they know."""
+    rank_sockets.machine_digest = lambda: f"machine {rank}"
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    if interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    if interface is None:
+        # a machine whose name stands for the loopback alone
+        interfaces.resolved = lambda host: ["127.0.1.1"]
     try:
-        socket.getaddrinfo(socket.gethostname(), None)
-    except OSError:
-        pytest.skip("the name of this machine does not resolve")
-    assert run_on_ranks(2, from_another_machine) == [[0, 1], [0, 1]]
+        return RankExchange(dist.group.WORLD).decide(lambda: rank, lambda results: [results] * 2)
+    except DistattnError as error:
+        return str(error)
+
+
+def test_ranks_of_other_machines_come_by_the_interface_of_gloo():
+    assert run_on_ranks(2, from_another_machine, "lo") == [[0, 1], [0, 1]]
+    first, second = run_on_ranks(2, from_another_machine, None)
+    assert "no address is known under which other machines reach this one; name the interface" in first
+    assert second == f"rank 0 of the group: {first}"
+    first, _ = run_on_ranks(2, from_another_machine, "nosuch0")
+    assert first == "GLOO_SOCKET_IFNAME: nosuch0 has no address here; name an interface of `ip addr`."
