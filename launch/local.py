@@ -15,6 +15,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from distattn.launch.loopback import RENDEZVOUS, gloo_on_loopback
+
 _WRAPPER = "distattn.launch.die_with_launcher"
 
 
@@ -55,10 +57,7 @@ def torchrun_config(ranks: int, start_method: str = "spawn", interval: float = 0
         max_nodes=1,
         nproc_per_node=ranks,
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        # a machine's own host name need not resolve
-        local_addr="localhost",
+        rdzv_backend=RENDEZVOUS,
         max_restarts=0,
         monitor_interval=interval,
         start_method=start_method,
@@ -67,11 +66,12 @@ def torchrun_config(ranks: int, start_method: str = "spawn", interval: float = 0
 
 @contextlib.contextmanager
 def as_found() -> Iterator[None]:
-    """Around torchrun: its log is silent, since ranks and launchers say it in a sentence, and signal handlers are as before."""
+    """Around torchrun: gloo listens on the loopback, logs are silent, as ranks say it in a sentence, handlers are as before."""
     logging.disable(logging.CRITICAL)
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with gloo_on_loopback():
+            yield
     finally:
         logging.disable(logging.NOTSET)
         for name, handler in handlers.items():

@@ -16,6 +16,7 @@ from distattn.parallel.analysis.explain import explain
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.held_out import check_held_out
+from distattn.training.job_secret import write_secret
 from distattn.training.json_lines import write_whole
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_data import (
@@ -84,6 +85,7 @@ def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
             if not before.exists():
                 write_whole(before, run.config_file.read_text("utf-8"))
             configuration.save(config, run.config_file)
+            write_secret(run.secret_file)
         except OSError as error:
             raise DistattnError(f"{run.config_file}: cannot be written: {error.strerror}; make room.") from None
     report_progress(

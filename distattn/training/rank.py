@@ -14,6 +14,8 @@ from distattn.ir.errors import DistattnError
 from distattn.supervision.heartbeats import tell_end, telling
 from distattn.training import config as configuration
 from distattn.training.config import Config
+from distattn.training.job_members import check_members
+from distattn.training.job_store import job_store
 from distattn.training.loop import train
 from distattn.training.run_folder import RunFolder
 from distattn.training.run_settings import runs_on_gpus
@@ -45,8 +47,9 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int])
     # norms of gradients on the host are added up there
     on_device = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
     with telling("connecting to the other ranks", waits=True):
-        dist.init_process_group("gloo" if device.type == "cpu" else on_device)
+        dist.init_process_group("gloo" if device.type == "cpu" else on_device, **job_store())
     try:
+        check_members(run.secret_file)
         return work(run, config, device)
     except DistattnError as error:
         tell_end(error.exit_code, error)

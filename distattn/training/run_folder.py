@@ -9,6 +9,7 @@ from typing import Any
 from distattn.ir.errors import DistattnError
 from distattn.training import config as configuration
 from distattn.training.config import Config
+from distattn.training.job_secret import write_secret
 from distattn.training.json_lines import JsonLines, Row, read_rows
 
 # whose losses by position and corpus are written
@@ -75,6 +76,8 @@ class RunFolder:
         self.plan_file = folder / "plan.npz"
         self.explanation_file = folder / "plan.txt"
         self.report_file = folder / "report.html"
+        # what a process must know to be a rank of the run
+        self.secret_file = folder / "secret"
         self.replay_file = folder / "replay.jsonl"
         self.reference_check_file = folder / "reference_check.json"
         # what the ranks found of each other before the first step
@@ -97,6 +100,7 @@ class RunFolder:
         try:
             run = RunFolder(_new_folder(Path(config.run.folder)))
             configuration.save(config, run.config_file)
+            write_secret(run.secret_file)
         except OSError as error:
             raise DistattnError(f"run.folder: {config.run.folder} cannot be written: {error.strerror}.") from None
         return run

@@ -1,0 +1,57 @@
+"""Whether all ranks of a process group know the job's secret: neither PyTorch's store nor gloo or NCCL asks who joins."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.ir.errors import DistattnError, named_ranks
+from distattn.parallel.runtime.communicator import sendable_device
+from distattn.training.job_secret import read_secret
+
+_BYTES = 32
+
+
+def check_members(file: Path) -> None:
+    """Have all ranks of the default group prove to each other that they know the secret in a file. A collective call.
+
+    Every rank draws a number, and all are in each proof, so that none can be used again. Nothing is unpickled before. Raises
+    DistattnError, on every rank that knows the secret, with the ranks that do not.
+    """
+    # who cannot read it still takes part, so that the others learn who it is
+    try:
+        secret, error = read_secret(file), None
+    except DistattnError as unreadable:
+        secret, error = secrets.token_bytes(_BYTES), unreadable
+    numbers = b"".join(_exchange(secrets.token_bytes(_BYTES)))
+    proofs = _exchange(_proof(secret, dist.get_rank(), numbers))
+    if error is not None:
+        raise error
+    strangers = [
+        rank for rank, proof in enumerate(proofs) if not hmac.compare_digest(proof, _proof(secret, rank, numbers))
+    ]
+    if strangers:
+        raise DistattnError(
+            f"{named_ranks(strangers)} did not prove to know the secret in {file}: a process of another job or of somebody else, "
+            "or one that reads another run folder."
+        )
+
+
+def _proof(secret: bytes, rank: int, numbers: bytes) -> bytes:
+    return hmac.digest(secret, rank.to_bytes(4, "little") + numbers, "sha256")
+
+
+def _exchange(content: bytes) -> list[bytes]:
+    """Every rank's bytes, by rank; all ranks have equally many."""
+    mine: Tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    group = dist.group.WORLD
+    assert group is not None
+    mine = mine.to(sendable_device(group))
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return [one.cpu().numpy().tobytes() for one in everyone]

@@ -1,0 +1,162 @@
+"""Where a run listens, who may join it, and where its secret is: nowhere but on the loopback, nobody, and in one file."""
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch.distributed as dist
+from processes import run_on_ranks
+from waiting import LIMIT_SECONDS
+
+from distattn.ir.errors import DistattnError
+from distattn.training.job_members import check_members
+from distattn.training.job_secret import read_secret, write_secret
+from distattn.training.job_store import job_store
+
+ROOT = Path(__file__).parents[2]
+# an environment variable that no log and no report may show
+PLANTED = secrets.token_hex(16)
+CONFIG = """
+[run]
+folder = "run"
+[data]
+path = "texts/*.txt"
+tokens_per_step = 256
+max_document_tokens = 100
+[model]
+num_layers = 1
+hidden_size = 16
+num_attention_heads = 2
+num_key_value_heads = 2
+intermediate_size = 16
+[parallel]
+ranks = 2
+[train]
+steps = 100000
+[checkpoint]
+every_steps = 1
+keep_last = 1
+[reference_check]
+steps = 0
+"""
+
+
+def test_a_run_listens_on_the_loopback_alone_and_keeps_its_secret(tmp_path):
+    (tmp_path / "run.toml").write_text(CONFIG)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text((ROOT / "LICENSE").read_text())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PLANTED_TOKEN": PLANTED}
+    environment.pop("GLOO_SOCKET_IFNAME", None)
+    command = [sys.executable, "-m", "distattn.launch.cli", "train", "run.toml"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    said = []
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("step "):
+                break
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        listening = {at for member in family for at in listening_addresses(member)}
+        assert len(family) >= 3 and listening, said
+        assert {address for address, _ in listening} == {"127.0.0.1"}
+        secret = (tmp_path / "run" / "secret").read_text().strip()
+        assert (tmp_path / "run" / "secret").stat().st_mode & 0o777 == 0o600
+        # the store answers whoever asks on this machine: no secret is in it
+        ((_, port),) = set(listening_addresses(family[0]))
+        content = list(content_of_store(port))
+        assert content and not any(bytes.fromhex(secret) in one or secret.encode() in one for one in content)
+        for member in family:
+            assert secret not in " ".join(member.cmdline()) and secret not in str(environment_of(member))
+    finally:
+        process.terminate()
+        said.append(process.communicate(timeout=LIMIT_SECONDS)[0])
+    assert secret not in "".join(said) and PLANTED not in "".join(said)
+    for file in (tmp_path / "run").rglob("*"):
+        if file.is_file() and file.name != "secret":
+            found = file.read_bytes()
+            assert secret.encode() not in found and PLANTED.encode() not in found, file
+
+
+def listening_addresses(process):
+    """(address, port) of the TCP sockets on which a process waits for connections."""
+    found = process.net_connections("tcp")
+    return [(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN]
+
+
+def environment_of(process):
+    """Its environment; none of one that has just ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.environ()
+    return {}
+
+
+def content_of_store(port):
+    """All keys and values of the TCPStore on a port."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    for key in store.list_keys():
+        yield key.encode()
+        if store.check([key]):
+            yield store.get(key)
+
+
+def members(rank, folder):
+    file = Path(folder, "secret" if rank != 1 else "other")
+    try:
+        check_members(file)
+    except DistattnError as error:
+        return str(error)
+    return ""
+
+
+def test_who_does_not_know_the_secret_is_named_and_no_rank(tmp_path):
+    write_secret(tmp_path / "secret")
+    (tmp_path / "other").write_bytes((tmp_path / "secret").read_bytes())
+    (tmp_path / "other").chmod(0o600)
+    assert run_on_ranks(3, members, str(tmp_path)) == ["", "", ""]
+    write_secret(tmp_path / "other")
+    first, second, third = run_on_ranks(3, members, str(tmp_path))
+    assert first == third and first.startswith("rank 1 did not prove to know the secret in")
+    assert second.startswith("ranks 0, 2 did not prove")
+    (tmp_path / "other").unlink()
+    first, second, _ = run_on_ranks(3, members, str(tmp_path))
+    assert first.startswith("rank 1 did not prove") and "there is no secret of this job" in second
+
+
+def test_a_secret_is_its_users_alone(tmp_path):
+    file = tmp_path / "secret"
+    write_secret(file)
+    before = read_secret(file)
+    write_secret(file)
+    assert read_secret(file) != before and len(before) == 32
+    file.chmod(0o640)
+    with pytest.raises(DistattnError, match="others may read this job's secret; chmod 600 it"):
+        read_secret(file)
+    file.write_text("00")
+    file.chmod(0o600)
+    with pytest.raises(DistattnError, match="damaged; distattn resume writes a new secret"):
+        read_secret(file)
+
+
+def test_the_store_of_rank_0_listens_on_the_address_that_it_was_given(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        given = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        with pytest.raises(DistattnError, match=f"rank 0 cannot listen on 127.0.0.1, port {port}"):
+            job_store()
+    found = job_store()
+    assert (found["rank"], found["world_size"]) == (0, 1)
+    assert ("127.0.0.1", port) in listening_addresses(psutil.Process())
+    assert {address for address, at in listening_addresses(psutil.Process()) if at == port} == {"127.0.0.1"}
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    with pytest.raises(DistattnError, match="rank 0 cannot listen on 192.0.2.1"):
+        job_store()
