@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from distattn.ir.plan import POLICIES
 from distattn.kernels.registry import AUTO, KERNELS
 from distattn.memory.checkpointing_modes import CHECKPOINTING
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.training.config_sections import Config, DataConfig, EngineConfig, MemoryConfig, SlurmConfig
+from distattn.training.config_sections import Config, DataConfig, EngineConfig, HealthConfig, MemoryConfig, SlurmConfig
 
 # as in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
 _SLURM_TIME = r"\d+(:\d{2}){0,2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE|infinite|unlimited"
@@ -32,6 +33,7 @@ def problems_of(config: Config) -> list[str]:
         *_shape_problems(config),
         *_name_problems(config),
         *_slurm_problems(config.slurm),
+        *_health_problems(config.health),
     ]
 
 
@@ -75,6 +77,8 @@ def _number_problems(config: Config) -> Iterator[str]:
         "supervision.max_restarts": (config.supervision.max_restarts, 0),
         "supervision.patience_seconds": (config.supervision.patience_seconds, 1),
         "supervision.starting_seconds": (config.supervision.starting_seconds, 1),
+        "health.every_steps": (config.health.every_steps, 0),
+        "health.prometheus_port": (config.health.prometheus_port, 0),
         "evaluation.every_steps": (config.evaluation.every_steps, 0),
         "evaluation.steps": (config.evaluation.steps, 1),
         "reference_check.steps": (config.reference_check.steps, 0),
@@ -82,6 +86,7 @@ def _number_problems(config: Config) -> Iterator[str]:
     }
     # the packs of a run on text are planned when it begins
     most = {"train.steps": _MOST_STEPS, "train.beta1": 1, "train.beta2": 1, "engine.zero_stage": 3}
+    most["health.prometheus_port"] = 65535
     for key, (value, low) in least.items():
         if value < low:
             yield f"{key}: at least {low}, not {value}."
@@ -266,6 +271,20 @@ def _slurm_problems(slurm: SlurmConfig) -> Iterator[str]:
     for option in slurm.options:
         if not re.fullmatch(r"--?[A-Za-z].*", option):
             yield f"slurm.options: {option!r} is no option of sbatch; it begins with a dash, such as --qos=long."
+
+
+def _health_problems(health: HealthConfig) -> Iterator[str]:
+    """Find what would be published where there are no reports, and an address that is none."""
+    for name in ("prometheus_file", "prometheus_port"):
+        if getattr(health, name) and not health.every_steps:
+            yield f"health.{name}: there are no reports to publish; set health.every_steps."
+    try:
+        ipaddress.ip_address(health.prometheus_address)
+    except ValueError:
+        yield (
+            f"health.prometheus_address: {health.prometheus_address!r} is no address; write one of rank 0's machine as a number, "
+            "such as 127.0.0.1."
+        )
 
 
 def _name_problems(config: Config) -> Iterator[str]:

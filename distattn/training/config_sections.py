@@ -273,6 +273,20 @@ class SupervisionConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """How fast ranks are, and what errors their GPUs count, in health.jsonl and TensorBoard."""
+
+    every_steps: int = 50
+    """Report every so many steps; 0 for never."""
+    prometheus_file: str = ""
+    """A file that each report replaces, in Prometheus' text format, such as a .prom of the node exporter's textfile collector."""
+    prometheus_port: int = 0
+    """Serve the same at http://ADDRESS:PORT/metrics to who knows the token in RUN/prometheus_token; 0 for no port."""
+    prometheus_address: str = "127.0.0.1"
+    """The address of rank 0's machine on which health.prometheus_port listens, and no other."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out documents."""
 
@@ -316,6 +330,7 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     reference_check: ReferenceCheckConfig = field(default_factory=ReferenceCheckConfig)
@@ -335,6 +350,7 @@ for _section in (
     MemoryConfig,
     WatchConfig,
     SupervisionConfig,
+    HealthConfig,
     EvaluationConfig,
     PreflightConfig,
     ReferenceCheckConfig,

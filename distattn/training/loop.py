@@ -39,6 +39,7 @@ from distattn.training.replay_check import ReplayCheck
 from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
 from distattn.training.run_facts import REQUIRED, facts_of
 from distattn.training.run_folder import TRAINING, RunFolder, StepMetrics
+from distattn.training.run_health import RunHealth
 from distattn.training.run_settings import (
     Utilisation,
     configured_model,
@@ -73,6 +74,7 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
         stack.enter_context(closing(checkpoints))
         loop = TrainingLoop(given, engine, checkpoints, reporter, lock)
         stack.enter_context(closing(loop.documents))
+        stack.enter_context(closing(loop.health))
         loop.run()
     steps = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)]
     if lock is not None and config.checkpoint.every_steps >= 0 and config.train.steps not in steps:
@@ -121,6 +123,7 @@ class TrainingLoop:
         self.replay = ReplayCheck(engine.model, config.watch.replay_every, group, engine.cp.messages, engine.stage)
         self.by_position = LossByPosition(data.context, [corpus.name for corpus in data.corpora], device)
         self.utilisation = Utilisation.of_config(config, shape)
+        self.health = RunHealth(engine.cp, device, config.health, self.folder, reporter)
 
     def run(self) -> None:
         """Train from the newest checkpoint to the last step, and save there."""
@@ -140,7 +143,7 @@ class TrainingLoop:
     def _train_from(self, begin: int) -> int:
         """Train from a step on; returns the last step, or the one to go on from after a rollback."""
         last, evaluation, every = self.config.train.steps, self.config.evaluation, self.config.checkpoint.every_steps
-        clock = StepClock(self.device, self.engine.cp.messages)
+        clock = self.health.clock()
         steps = self.engine.cp.steps(self._loader(self.data, begin, last))
         tell(f"reading the data of step {begin + 1}")
         for step, batches in enumerate(clock.steps(steps), begin):
@@ -169,7 +172,7 @@ class TrainingLoop:
         token_losses: list[tuple[Tensor, Batch]] = []
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
         tell("the norm of all gradients", waits=True)
-        norm = self.engine.clip(train.max_grad_norm)
+        norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
         mean = self.engine.cp.mean_loss(losses)
         verdict = self.watch.judge(step, mean, norm)
         if train.histogram_every and step % train.histogram_every == 0:
@@ -200,6 +203,7 @@ class TrainingLoop:
                 **costs._asdict(),
             )
         )
+        self.health.after_step(step + 1, costs)
         return verdict.applies or self._act(verdict, batches)
 
     def _replay(self, step: int, batches: Sequence[Batch]) -> None:

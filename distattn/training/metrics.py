@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.parallel.analysis.explain import draw_score_matrix
+from distattn.training.device_counters import COUNTERS
+from distattn.training.health import HealthReport
 from distattn.training.json_lines import json_text, write_whole
 from distattn.training.loss_by_position import LossTable
 from distattn.training.module_observer import plain_name
@@ -152,6 +154,22 @@ class MetricsReporter:
         self.tensorboard.write(
             lambda writer: writer.add_image("score matrix of the first plan", picture[..., :3], 0, dataformats="HWC")
         )
+
+    def report_health(self, report: HealthReport) -> None:
+        """Record how fast ranks are; what a person should look at is an event as well, and shown."""
+        if not self.visible:
+            return
+        self.run.append(self.run.health_file, asdict(report))
+        scalars = {"health/over_median": report.over_median, "health/slowest_rank": report.slowest}
+        for name in ("seconds", "compute_seconds", "wait_seconds", "data_seconds", "probe_seconds"):
+            scalars |= {f"health_{name}/{rank}": one for rank, one in enumerate(getattr(report, name))}
+        for rank, counters in enumerate(report.counters):
+            scalars |= {f"health_errors/{name}/{rank}": one for name, one in zip(COUNTERS, counters, strict=True)}
+        self._log({name: value for name, value in scalars.items() if value is not None}, report.step)
+        if report.is_news:
+            self.report_event(report.step, "health", report.text)
+            sys.stderr.write(f"distattn: step {report.step}: {report.text}\n")
+            sys.stderr.flush()
 
     def report_event(self, step: int, kind: str, text: str, facts: Mapping[str, Any] | None = None) -> None:
         """Record what happens seldom. kind: refused, restart, rollback, wrong rank, ...; text: a sentence; facts: as JSON."""

@@ -68,6 +68,9 @@ class RunFolder:
         self.losses_file = folder / "losses.jsonl"
         # steps that were refused and what was found, restarts, ranks that compute wrongly
         self.events_file = folder / "events.jsonl"
+        # how fast ranks are, and errors that their GPUs count; what a scrape of the same must show
+        self.health_file = folder / "health.jsonl"
+        self.prometheus_token = folder / "prometheus_token"
         # its name in Weights & Biases
         self.wandb_file = folder / "wandb_id"
         # a checkpoint each, and the weights before the first step, which the reference check begins with

@@ -1,0 +1,280 @@
+"""Reports of health: the slow rank is named while it is slow, and a GPU whose counters grow."""
+
+import os
+import socket
+import sys
+import time
+import types
+import urllib.error
+import urllib.request
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_on_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import distattn as da
+from distattn.ir.errors import DistattnError
+from distattn.training import loop
+from distattn.training.config_checks import problems_of
+from distattn.training.config_sections import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    HealthConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReferenceCheckConfig,
+    RunConfig,
+    TrainConfig,
+)
+from distattn.training.device_counters import COUNTERS, DeviceCounters
+from distattn.training.health import HealthReport, HealthReports, slowest_rank
+from distattn.training.json_lines import read_rows
+from distattn.training.prometheus import PrometheusFile, PrometheusPort, prometheus_text
+from distattn.training.run_data import find_text, write_text
+from distattn.training.run_folder import RunFolder
+from distattn.training.step_clock import StepCosts
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+HOST = socket.gethostname()
+# seconds of a planted sleep: long beside what the tiny model computes, on a busy machine too
+NAP = 0.4
+
+
+def costs(compute):
+    return StepCosts(compute + 0.7, 0.2, 0.5, None, None, None)
+
+
+def reported(rank, adaptive):
+    """Two steps a report, with compute times given: rank 2 is slow, then nobody, then rank 0."""
+    settings = dict(strategy="cad", data="per_rank", adaptive=True) if adaptive else dict(strategy="ring")
+    found = []
+    with da.ContextParallel(**settings) as cp:
+        health = HealthReports(cp, torch.device("cpu"), 2, found.append)
+        for step, computes in enumerate([(1, 1, 1.5)] * 6 + [(1, 1, 1.05)] * 2 + [(1.25, 1, 1)] * 2, 1):
+            health.after_step(step, costs(computes[rank]))
+        health.close()
+    return [asdict(one) for one in found]
+
+
+def test_a_slow_rank_is_named_as_long_as_it_is_slow():
+    reports, same, others = run_on_ranks(3, reported, False)
+    assert reports == same == others
+    reports = [HealthReport(**one) for one in reports]
+    assert [one.step for one in reports] == [2, 4, 6, 8, 10]
+    first, _, third, fourth, fifth = reports
+    assert first.compute_seconds == pytest.approx((1, 1, 1.5)) and first.wait_seconds == (0.5, 0.5, 0.5)
+    assert (first.slowest, first.slow, first.hosts) == (2, True, (HOST,) * 3) and first.over_median == pytest.approx(
+        0.5
+    )
+    assert first.text == (
+        f"Rank 2 on {HOST} computes 1.5 s a step, 50% over the median of 1 (named in 1 of 1 reports, the last 1 in a row)."
+    )
+    assert "named in 3 of 3 reports, the last 3 in a row" in third.text
+    # said to a person once
+    assert [one.is_news for one in reports] == [False, False, True, False, False]
+    assert fourth.text == "No rank computes 10% longer than the median of 1 s a step." and not fourth.slow
+    assert f"Rank 0 on {HOST}" in fifth.text and "named in 1 of 5 reports" in fifth.text
+
+
+def test_where_attention_is_shared_out_by_speed_the_report_says_so():
+    reports = run_on_ranks(3, reported, True)[0]
+    assert reports[0]["text"].endswith(
+        "; attention is shared out by the ranks' speeds already, so this is what is left."
+    )
+    assert slowest_rank([1.0, None]) == (None, None) and slowest_rank([]) == (None, None)
+
+
+def config_of(engine, texts, folder, **health):
+    small = dict(num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+    return Config(
+        run=RunConfig(folder=str(folder), seed=3),
+        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100),
+        model=ModelConfig(**small),
+        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+        engine=EngineConfig(name=engine),
+        train=TrainConfig(steps=6),
+        checkpoint=CheckpointConfig(every_steps=-1),
+        reference_check=ReferenceCheckConfig(steps=0),
+        health=HealthConfig(every_steps=2, **health),
+    )
+
+
+def train_with_naps(rank, folder, config, place):
+    """Rank 1 sleeps in steps 1 to 4, rank 0 as well in steps 5 and 6. place: in a layer, or before the optimizer's step."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    if config.engine.name == "megatron":
+        import megatron_on_cpu  # noqa: F401
+    open_engine = loop.open_engine
+
+    def opened(*given):
+        engine = open_engine(*given)
+        step = [0]
+        backward, update = engine.backward, engine.update
+
+        def nap(*_):
+            if rank == 1 or step[0] > 4:
+                time.sleep(NAP)
+
+        def counted(*given):
+            step[0] += 1
+            return backward(*given)
+
+        engine.backward = counted
+        if place == "layer":
+            layer = next(one for name, one in engine.model.named_modules() if name.endswith(".mlp"))
+            layer.register_forward_pre_hook(nap)
+        else:
+            engine.update = lambda rate: (nap(), update(rate))
+        return engine
+
+    loop.open_engine = opened
+    original = dist.Work.wait
+    loop.train(RunFolder(folder), config, True, torch.device("cpu"))
+    assert dist.Work.wait is original
+
+
+@pytest.mark.parametrize(("engine", "place"), [("fsdp2", "update"), ("deepspeed", "layer"), ("megatron", "layer")])
+def test_in_every_engine_the_rank_that_sleeps_is_named(texts, tmp_path, engine, place):
+    pytest.importorskip({"fsdp2": "torch", "deepspeed": "deepspeed", "megatron": "megatron.core"}[engine])
+    metrics = tmp_path / "health.prom"
+    config = config_of(engine, texts, tmp_path / "run", prometheus_file=str(metrics))
+    run = RunFolder.create(config)
+    write_text(run, config, find_text(config))
+    run_on_ranks(2, train_with_naps, run.folder, config, place)
+    # in the first one ranks also load what they need, which may take one of them long
+    _, second, third = read_rows(run.health_file)
+    assert second["slowest"] == 1 and second["slow"] and f"Rank 1 on {HOST}" in second["text"]
+    # the sleep is the sleeper's own, and the other one's wait, but for what it waits for the report between two steps
+    compute, waited = second["compute_seconds"], second["wait_seconds"]
+    assert compute[1] - compute[0] > NAP / 2 and waited[0] - waited[1] > NAP / 4
+    # both sleep now: it is no longer the one
+    assert third["compute_seconds"][0] > NAP / 2 and third["over_median"] < second["over_median"]
+    assert f'distattn_compute_seconds{{rank="1",host="{HOST}"}}' in metrics.read_text()
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    assert {"health/slowest_rank", "health_compute_seconds/1", "health_wait_seconds/0"} <= set(events.Tags()["scalars"])
+
+
+class Nvml(types.ModuleType):
+    """NVML as the package nvidia-ml-py offers it, for one GPU whose counters a test sets."""
+
+    NVML_MEMORY_ERROR_TYPE_CORRECTED, NVML_MEMORY_ERROR_TYPE_UNCORRECTED, NVML_VOLATILE_ECC = 0, 1, 0
+    NVML_NVLINK_ERROR_DL_REPLAY, NVML_NVLINK_ERROR_DL_RECOVERY, NVML_NVLINK_ERROR_DL_CRC_FLIT = 0, 1, 2
+    NVML_NVLINK_MAX_LINKS, NVML_ERROR_NOT_SUPPORTED, nvmlEventTypeXidCriticalError = 4, 3, 8
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, index):
+        super().__init__("pynvml")
+        self.index, self.memory, self.rows, self.crc, self.xids = index, {0: 0, 1: 0}, (0, 0), [0, 0], []
+        self.ended = []
+        self.nvmlInit = lambda: None
+        self.nvmlShutdown = lambda: self.ended.append("shut down")
+        self.nvmlEventSetFree = lambda events: self.ended.append(events)
+        self.nvmlDeviceGetIndex = lambda handle: self.index
+        self.nvmlDeviceGetTotalEccErrors = lambda handle, kind, counter: self.memory[kind]
+        self.nvmlDeviceGetRemappedRows = lambda handle: (*self.rows, 0, 0)
+        self.nvmlEventSetCreate = lambda: "events"
+        self.nvmlDeviceRegisterEvents = lambda handle, kinds, events: None
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        if uuid != "GPU-1":
+            raise self.NVMLError(6)
+        return uuid
+
+    def nvmlDeviceGetNvLinkErrorCounter(self, handle, link, kind):
+        if link >= 2 or kind == self.NVML_NVLINK_ERROR_DL_REPLAY:
+            raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
+        return self.crc[link] if kind == self.NVML_NVLINK_ERROR_DL_CRC_FLIT else 0
+
+    def nvmlEventSetWait_v2(self, events, milliseconds):
+        assert milliseconds == 0
+        if not self.xids:
+            raise self.NVMLError(10)
+        return types.SimpleNamespace(eventData=self.xids.pop(0))
+
+
+def with_counters(rank):
+    nvml, found = Nvml(index=4 + rank), []
+    sys.modules["pynvml"] = nvml
+    nvml.memory[0], nvml.crc = 7, [5, 6]
+    with da.ContextParallel(strategy="ring") as cp:
+        health = HealthReports(cp, torch.device("cpu"), 1, found.append, DeviceCounters("GPU-1"))
+        health.after_step(1, costs(1.0))
+        if rank == 1:
+            nvml.memory[1], nvml.crc, nvml.xids = 2, [5, 9], [48, 63]
+        health.after_step(2, costs(1.0))
+        health.after_step(3, costs(1.0))
+        health.close()
+    assert nvml.ended == ["events", "shut down"]
+    return [asdict(one) for one in found]
+
+
+def test_a_counter_that_grows_is_named_with_its_gpu():
+    quiet, grown, after = (HealthReport(**one) for one in run_on_ranks(2, with_counters)[0])
+    # what was there before the run is no news
+    assert quiet.errors == () and not quiet.is_news and quiet.counters[0][:5] == (7, 0, 0, 11, None)
+    place = f"rank 1 on {HOST}, GPU 5: "
+    assert grown.errors == (
+        f"{place}2 more uncorrected memory errors, 2 in all.",
+        f"{place}3 more NVLink CRC errors, 14 in all.",
+        f"{place}2 more Xid messages (the last: 63), 2 in all.",
+    )
+    assert grown.is_news and all(one in grown.text for one in grown.errors)
+    assert after.errors == () and after.counters[1][-1] == 2
+
+
+def test_without_nvml_there_are_no_counters(monkeypatch):
+    for module in (None, Nvml(0)):
+        monkeypatch.setitem(sys.modules, "pynvml", module)
+        for uuid in (None, "GPU-of another container"):
+            counters = DeviceCounters(uuid)
+            assert counters.index == -1 and all(one != one for one in counters.read())
+            counters.close()
+    assert DeviceCounters.of_device(torch.device("cpu")).index == -1
+
+
+def test_prometheus_reads_a_file_or_a_port_with_the_token(tmp_path, capsys):
+    report = HealthReport(**run_on_ranks(2, with_counters)[0][1] | {"hosts": ('a"b', "c")})
+    text = prometheus_text(report)
+    assert (
+        "# TYPE distattn_compute_seconds gauge\n" in text and 'distattn_wait_seconds{rank="1",host="c"} 0.5\n' in text
+    )
+    assert (
+        'distattn_device_errors{rank="1",host="c",kind="NVLink CRC errors"} 14.0\n' in text and r'host="a\"b"' in text
+    )
+    assert "nan" not in text and len(COUNTERS) == len(report.counters[0])
+    PrometheusFile(tmp_path / "a.prom").publish(report)
+    assert (tmp_path / "a.prom").read_text() == text and [one.name for one in tmp_path.iterdir()] == ["a.prom"]
+    missing = PrometheusFile(tmp_path / "no" / "a.prom")
+    missing.publish(report)
+    missing.publish(report)
+    assert capsys.readouterr().err.count("cannot be written: No such file or directory; the run goes on.") == 1
+    port = PrometheusPort("127.0.0.1", 0, "right")
+    try:
+        port.publish(report)
+        request = urllib.request.Request(f"http://127.0.0.1:{port.port}/metrics")
+        for token in ("wrong", "rigĥt".encode().decode("latin-1"), ""):
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(request)
+        request.add_unredirected_header("Authorization", "Bearer right")
+        with urllib.request.urlopen(request) as answer:
+            assert answer.read().decode() == text
+        with pytest.raises(DistattnError, match=f"nothing can listen on 127.0.0.1, port {port.port}"):
+            PrometheusPort("127.0.0.1", port.port, "right")
+    finally:
+        port.close()
+
+
+def test_health_that_cannot_be_is_refused_by_name():
+    wrong = HealthConfig(every_steps=0, prometheus_file="a.prom", prometheus_port=70000, prometheus_address="eth0")
+    problems = " ".join(problems_of(Config(health=wrong)))
+    assert "health.prometheus_file: there are no reports to publish" in problems
+    assert "health.prometheus_port: at most 65,535" in problems and "health.prometheus_address: 'eth0'" in problems
