@@ -22,7 +22,7 @@ commands:
       start a run's ranks here, compare what they are and measure how fast, and end; every run does so before its first step
   calibrate --out FILE.toml
       measure this machine for plan --cluster FILE.toml; distattn calibrate --help
-  launch {local,slurm} CONFIG, launch {status,logs,cancel} RUN
+  launch {local,slurm,folder} CONFIG, launch {status,logs,cancel} RUN
       start a run on this machine or on Slurm, and look after it; distattn launch --help
   doctor [SCRIPT.py | MODEL] [--ranks N]
       check this machine, and whether a model computes on several ranks what it does on one; distattn doctor --help
@@ -35,7 +35,8 @@ commands:
 
   --version
 
-exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3 damaged data
+exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3 damaged data,
+75 training stopped because it was asked to, and can be resumed
 """
 
 # each is a module distattn.launch.NAME_command with a function main

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from distattn.data.text import find_files
 from distattn.ir.errors import DistattnError
@@ -23,13 +24,18 @@ from distattn.training.run_data import first_packs, pack_config, planned_packs
 from distattn.training.run_folder import RunFolder
 
 USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value ...] [--dry-run] [--json]
-       distattn launch slurm CONFIG [--nodes N] [--gpus N] [--section.key value ...] [--dry-run] [--json]
+       distattn launch slurm CONFIG [--nodes N] [--spare N] [--gpus N] [--array KEY=VALUE,VALUE...]
+                             [--section.key value ...] [--dry-run] [--json]
+       distattn launch folder CONFIG [--nodes N] [--gpus N] [--section.key value ...] [--json]
        distattn launch status|cancel RUN [--json]
        distattn launch logs RUN [--rank N]
 
 local starts one process per rank here: rank 0 on the console, a log file for each rank in the run folder.
 slurm writes a batch script into the run folder and submits it; --dry-run prints it and leaves nothing behind.
---nodes and --gpus set parallel.ranks and parallel.devices_per_node; --gpus is the number of ranks on a node.
+--nodes and --gpus set parallel.ranks and parallel.devices_per_node; --gpus is the number of ranks on a node. Of the nodes
+--spare wait for others to fail. --array submits one run for each value of a key, in folders 0, 1, ... of the run folder.
+folder makes the run folder only, for ranks that another scheduler starts (docs/clusters.md). status shows the attempts of a run,
+and why each ended.
 """
 
 
@@ -39,19 +45,20 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
     command = arguments[0]
-    if command in ("local", "slurm"):
+    if command in ("local", "slurm", "folder"):
         return _start(command, arguments[1:])
     if command in ("status", "logs", "cancel"):
         return _manage_run(command, arguments[1:])
-    raise DistattnError(f"launch: there is no {command!r}; there are local, slurm, status, logs and cancel.")
+    raise DistattnError(f"launch: there is no {command!r}; there are local, slurm, folder, status, logs and cancel.")
 
 
 def _start(where: str, arguments: Sequence[str]) -> int:
-    """Start a run, `local` or on `slurm`, or show what would be started."""
+    """Start a run, `local` or on `slurm`, or make its `folder` only; or show what would be started."""
     parser = CommandParser("launch")
     parser.add_argument("config", nargs="?")
-    for name in ("nodes", "gpus"):
+    for name in ("nodes", "spare", "gpus"):
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--array")
     for name in ("dry-run", "json"):
         parser.add_argument(f"--{name}", action="store_true")
     if {"-h", "--help"} & set(arguments):
@@ -60,79 +67,120 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise DistattnError(f"launch {where}: a configuration comes first, such as configs/tiny.toml.")
     given, overrides = parser.parse_known_args(arguments)
-    config = configuration.load(
-        given.config, [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
-    )
+    if where != "slurm" and (given.spare is not None or given.array is not None):
+        raise DistattnError(f"launch {where}: --spare and --array are for Slurm; see distattn launch slurm.")
+    if given.spare is not None:
+        overrides = [*overrides, f"--slurm.spare_nodes={given.spare}"]
+    overrides = [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
+    config = configuration.load(given.config, overrides)
+    # of a sweep, one for each task
+    words = _array_overrides(given.array)
+    sweep = [configuration.load(given.config, [*overrides, word]) for word in words]
     # a configuration's cluster is for `distattn plan`; it does not bind a launch of another size
     named = any(word.startswith("--cluster.description") for word in overrides)
     if config.cluster.description and (named or not (given.nodes or given.gpus)):
         check_device_holds_state(config, cluster_for_run(config, config.cluster.description))
     if given.dry_run:
-        return _dry_run(where, config, given.json)
+        return _dry_run(where, config, sweep, given.json)
     if where == "slurm":
-        return _submit(config, given.json)
+        return _submit(config, sweep, given.json)
+    if where == "folder":
+        run = start_run(config, no_progress if given.json else print_line)
+        run.logs.mkdir()
+        sys.stdout.write(json.dumps({"run": str(run.folder)}) + "\n" if given.json else "")
+        return 0
     from distattn.launch.run_locally import run_locally
 
     return run_locally(config, given.json, logs=True)
 
 
-def _dry_run(where: str, config: Config, json_output: bool) -> int:
+def _dry_run(where: str, config: Config, sweep: Sequence[Config], json_output: bool) -> int:
     """Print what would be started. Nothing is left behind, and what a run would refuse is refused."""
     if where == "local":
         check_run_fits(config)
-    if pack_config(config) is None:
-        PlanSettings.of_config(config).plan([config.data.max_document_tokens])
-        find_files(config.data.path, config.data.suffix, config.data.exclude)
-    else:
-        with planned_packs(config) as plan:
-            PlanSettings.of_config(config).plan(*first_packs(plan, config))
+    for one in sweep or [config]:
+        if pack_config(one) is None:
+            PlanSettings.of_config(one).plan([one.data.max_document_tokens])
+            find_files(one.data.path, one.data.suffix, one.data.exclude)
+        else:
+            with planned_packs(one) as plan:
+                PlanSettings.of_config(one).plan(*first_packs(plan, one))
     folder = Path(config.run.folder).absolute()
-    text = slurm.batch_script(config, folder)
-    if where == "local":
-        text = f"{config.parallel.ranks} processes here, logs in {folder}/logs\n"
+    text = slurm.batch_script(config, folder, len(sweep))
+    if where != "slurm":
+        here = " here" if where == "local" else ""
+        text = f"{config.parallel.ranks} processes{here}, logs in {folder}/logs\n"
     sys.stdout.write(json.dumps({"script": text}) + "\n" if json_output else text)
     return 0
 
 
-def _submit(config: Config, json_output: bool) -> int:
-    """Make the run folder and submit its batch script. A job that Slurm rejects leaves no folder."""
+def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
+    """Make the run folders and submit their batch script. A job that Slurm rejects leaves no folder."""
     slurm.require_slurm()
     check_nodes_hold_ranks(config, slurm.node_bytes(config.slurm.partition))
     # the script names the folder from other machines
-    config = replace(config, run=replace(config.run, folder=str(Path(config.run.folder).absolute())))
-    run = start_run(config, no_progress if json_output else print_line)
+    folder = Path(config.run.folder).absolute()
+    if sweep and folder.exists():
+        raise DistattnError(f"run.folder: {folder} is there already; name another one for the sweep.")
+    places = [folder / str(task) for task in range(len(sweep))] if sweep else [folder]
+    runs: list[RunFolder] = []
     try:
-        run.logs.mkdir()
-        job = slurm.submit(config, run)
+        for one, place in zip(sweep or [config], places, strict=True):
+            one = replace(one, run=replace(one.run, folder=str(place)))
+            runs.append(start_run(one, no_progress if json_output else print_line))
+            runs[-1].logs.mkdir()
+        # a run's folder may have got another name
+        folder = folder if sweep else runs[0].folder
+        job = slurm.submit(config, folder, runs)
     except slurm.SubmittedError:
         raise
     except BaseException:
-        shutil.rmtree(run.folder)
+        for made in [folder] if sweep else [run.folder for run in runs]:
+            shutil.rmtree(made, ignore_errors=True)
         raise
-    facts = {"run": str(run.folder), "job": job, "script": str(run.script_file)}
-    print_line(json.dumps(facts) if json_output else f"job {job}: distattn launch status {run.folder}")
+    facts = {"run": str(folder), "job": job, "script": str(RunFolder(folder).script_file)}
+    if sweep:
+        facts["runs"] = [str(run.folder) for run in runs]
+    print_line(json.dumps(facts) if json_output else f"job {job}: distattn launch status {folder}")
     return 0
+
+
+def _array_overrides(array: str | None) -> list[str]:
+    """Turn --array=KEY=VALUE,VALUE into an override for each task."""
+    if array is None:
+        return []
+    key, _, values = array.removeprefix("--").partition("=")
+    if not key or "." not in key or not all(values.split(",")):
+        raise DistattnError(
+            f"launch: --array: {array!r}; write a key and its values, such as train.learning_rate=1e-3,3e-3."
+        )
+    return [f"--{key}={value}" for value in values.split(",")]
 
 
 def _size_overrides(where: str, nodes: int | None, gpus: int | None, path: str, overrides: Sequence[str]) -> list[str]:
     """Turn --nodes and --gpus into overrides of parallel.ranks and parallel.devices_per_node."""
     if nodes is None and gpus is None:
         return []
-    parallel = configuration.load(path, overrides).parallel
+    given = configuration.load(path, overrides)
+    parallel, spare = given.parallel, given.slurm.spare_nodes
     if where == "local" and nodes not in (None, 1):
         raise DistattnError(f"launch local: --nodes is 1 on this machine, not {nodes}; see distattn launch slurm.")
     for name, value in (("nodes", nodes), ("gpus", gpus)):
         if value is not None and value < 1:
             raise DistattnError(f"launch: --{name}: at least 1, not {value}.")
     per_node = gpus or parallel.devices_per_node or parallel.ranks
-    if nodes is None and where == "slurm" and parallel.ranks % per_node:
+    if nodes is not None and nodes <= spare:
+        raise DistattnError(
+            f"launch: --nodes={nodes} has no node beside {spare} spare ones (--spare, slurm.spare_nodes)."
+        )
+    if nodes is None and where != "local" and parallel.ranks % per_node:
         raise DistattnError(f"launch: {parallel.ranks} ranks do not fill nodes of {per_node}; say --nodes, too.")
-    count = nodes or (1 if where == "local" else max(parallel.ranks // per_node, 1))
+    count = nodes - spare if nodes else (1 if where == "local" else max(parallel.ranks // per_node, 1))
     return [f"--parallel.ranks={count * per_node}", f"--parallel.devices_per_node={per_node}"]
 
 
 def _manage_run(command: str, arguments: Sequence[str]) -> int:
-    """Show the state or the logs of a submitted run, or cancel it."""
+    """Show the state or the logs of a submitted run or sweep, or cancel it."""
     parser = CommandParser("launch")
     parser.add_argument("run")
     if command == "logs":
@@ -141,8 +189,12 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
         parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     run = RunFolder(Path(given.run))
-    if not run.config_file.exists():
-        raise DistattnError(f"{given.run}: this is no run folder; there is no {run.config_file.name} in it.")
+    sweep = slurm.sweep_runs(run.folder)
+    if not run.config_file.exists() and (command == "logs" or not sweep):
+        where = (
+            f"name one of its runs, such as {sweep[0].folder}" if sweep else f"there is no {run.config_file.name} in it"
+        )
+        raise DistattnError(f"{given.run}: this is no run folder; {where}.")
     if command == "logs":
         return _print_logs(run, given.rank)
     if command == "cancel":
@@ -151,10 +203,23 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
             json.dumps({"job": job, "cancelled": True}) + "\n" if given.json else f"job {job} is cancelled\n"
         )
         return 0
-    facts = slurm.status(run)
-    line = f"job {facts['job']}: {facts['state']}, {facts['steps']} steps done\n"
-    sys.stdout.write(json.dumps(facts) + "\n" if given.json else line)
+    for one in sweep or [run]:
+        facts = slurm.status(one)
+        sys.stdout.write(json.dumps(facts) + "\n" if given.json else _status_lines(facts))
     return 0
+
+
+def _status_lines(facts: Mapping[str, Any]) -> str:
+    """A line about the job, and one for each attempt."""
+    lines = [f"job {facts['job']}: {facts['state']}, {facts['steps']} steps done"]
+    for row in facts["attempts"]:
+        began, ended = row.get("began"), row.get("ended")
+        lasted = f"{ended - began:,.0f} s, " if began and ended else ""
+        hosts = f" on {' '.join(row['hosts'])}" if row.get("hosts") else ""
+        lines.append(
+            f"  attempt {row['attempt']}{hosts}: {lasted}{row.get('why', 'goes on, or was killed with its job')}"
+        )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _print_logs(run: RunFolder, rank: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Ranks of one machine, started through torchrun's API."""
+"""Ranks of one machine, or of one node of several, started through torchrun's API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,14 +20,32 @@ from distattn.launch.loopback import RENDEZVOUS, gloo_on_loopback
 _WRAPPER = "distattn.launch.die_with_launcher"
 
 
-def run_ranks(ranks: int, module: str, *arguments: str) -> int:
+class Node(NamedTuple):
+    """One of several machines. number: its place among `nodes`. address: host:port, where the first one is to listen.
+
+    keeps_sigterm: the caller answers this process's SIGTERM; else it ends the ranks.
+    """
+
+    number: int = 0
+    nodes: int = 1
+    address: str = ""
+    keeps_sigterm: bool = False
+
+
+HERE = Node()
+
+
+def run_ranks(ranks: int, module: str, *arguments: str, node: Node = HERE) -> int:
     """Run `python -m module ARGUMENTS` once per rank, and wait. Returns the exit code. Ranks end when this process ends.
+
+    ranks: on this machine. node: this machine, where there are several.
 
     0 when all ranks end well, else the first failing rank's, or 128 + the signal that stopped this process.
     """
     try:
-        with as_found():
-            elastic_launch(torchrun_config(ranks), sys.executable)("-m", _WRAPPER, str(os.getpid()), module, *arguments)
+        with as_found(node):
+            launch = elastic_launch(torchrun_config(ranks, node), sys.executable)
+            launch("-m", _WRAPPER, str(os.getpid()), module, *arguments)
     except ChildFailedError as error:
         # a killed rank makes its peers fail in the same instant: it is the cause, they are not
         failures = error.failures.items()
@@ -47,30 +65,37 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
     return 0
 
 
-def torchrun_config(ranks: int, start_method: str = "spawn", interval: float = 0.1) -> LaunchConfig:
-    """Of ranks on this machine alone, with a rendezvous of their own.
+def torchrun_config(ranks: int, node: Node = HERE, start_method: str = "spawn", interval: float = 0.1) -> LaunchConfig:
+    """Of ranks on this machine, alone or one of several, with a rendezvous of their own.
 
     start_method: of ranks that are functions. interval: seconds between two looks at them.
     """
+    # of several nodes each knows its place, which the plan counts on: nothing is left to agree on
+    meeting: dict[str, Any] = {"rdzv_backend": "static", "rdzv_endpoint": node.address}
+    if node.nodes == 1:
+        meeting = {"rdzv_backend": RENDEZVOUS}
     return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=node.nodes,
+        max_nodes=node.nodes,
         nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend=RENDEZVOUS,
+        # the same on all nodes
+        run_id=node.address or uuid.uuid4().hex,
+        rdzv_configs={"rank": node.number} if node.nodes > 1 else {},
         max_restarts=0,
         monitor_interval=interval,
         start_method=start_method,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT" if node.keeps_sigterm else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+        **meeting,
     )
 
 
 @contextlib.contextmanager
-def as_found() -> Iterator[None]:
-    """Around torchrun: gloo listens on the loopback, logs are silent, as ranks say it in a sentence, handlers are as before."""
+def as_found(node: Node = HERE) -> Iterator[None]:
+    """Around torchrun: ranks and launchers say what its logs would, handlers are as before, and one machine has its loopback."""
     logging.disable(logging.CRITICAL)
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with gloo_on_loopback():
+        with gloo_on_loopback() if node.nodes == 1 else contextlib.nullcontext():
             yield
     finally:
         logging.disable(logging.NOTSET)

@@ -1,4 +1,4 @@
-"""One rank of a run: `run`, or `python -m distattn.launch.rank RUN true|false` (the last word: metrics as JSON lines)."""
+"""One rank of a run: `run`, or `python -m distattn.launch.rank RUN true|false [node]` (true: metrics as JSON lines)."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from distattn.launch.die_with_launcher import die_with_launcher
+from distattn.launch.die_with_launcher import die_with_launcher, outlive_other_sigterms
 
 
 def run(folder: str, json_lines: bool) -> int:
@@ -51,5 +51,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # on Slurm torchrun is the parent
     die_with_launcher(os.getppid())
+    # before the log's process and all threads, which are to outlive them, too
+    if sys.argv[3:] == ["node"]:
+        outlive_other_sigterms(os.getppid())
     set_allocator()
     sys.exit(run(sys.argv[1], json.loads(sys.argv[2])))

@@ -1,6 +1,7 @@
 """Runs on Slurm: a batch script that a person can read, submitted, watched and cancelled with Slurm's own commands.
 
-Needs neither torch nor a GPU where it runs. What was submitted is in the run folder: the script and the job's number.
+Needs neither torch nor a GPU where it runs. What was submitted is in the run folder: the script and the job's number. Of a sweep
+they are in a folder that has the run folders of its tasks, by number.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.kernels.registry import CPU_KERNELS
+from distattn.launch.attempts import Attempts
+from distattn.launch.slurm_commands import ask_slurm, job_state
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
 
@@ -36,43 +40,60 @@ class SubmittedError(DistattnError):
     """Something went wrong after Slurm had taken a job: its run folder stays."""
 
 
-def batch_script(config: Config, folder: Path) -> str:
-    """Write the batch script of a run in this folder, as text. Raises DistattnError where a setting does not fit into one."""
+def batch_script(config: Config, folder: Path, tasks: int = 0) -> str:
+    """Write the batch script of a run in this folder, as text. Raises DistattnError where a setting does not fit into one.
+
+    tasks: of a sweep, whose runs are in folders 0, 1, ... of this one; 0 for a single run.
+    """
     per_node = config.parallel.devices_per_node or config.parallel.ranks
     gpus = config.parallel.kernel not in CPU_KERNELS
     slurm = config.slurm
-    for line in (*slurm.setup, *slurm.options, slurm.partition, slurm.account, slurm.time, str(folder)):
+    given = (slurm.partition, slurm.account, slurm.time, slurm.container_image, *slurm.container_mounts)
+    for line in (*slurm.setup, *slurm.options, *given, str(folder)):
         if "\n" in line or "\r" in line:
             raise DistattnError(f"slurm: a line of the batch script cannot hold a line break: {line!r}.")
     if "\\" in str(folder):
         raise DistattnError(f"run.folder: sbatch cannot write to a path with a backslash: {folder}.")
+    nodes = config.parallel.ranks // per_node
+    escaped = str(folder).replace("%", "%%")
+    options, prefix = _container(config, folder, gpus)
     return _TEMPLATES.get_template("job.sbatch.j2").render(
         title=f"{config.parallel.ranks} ranks, {config.parallel.strategy}",
         name=folder.name,
         folder=str(folder),
-        nodes=config.parallel.ranks // per_node,
+        output=f"{escaped}/%a/slurm-%A_%a.out" if tasks else f"{escaped}/slurm-%j.out",
+        tasks=tasks,
+        nodes=nodes,
         per_node=per_node,
         gpus=per_node if gpus else 0,
         cpus=per_node * (_CPUS_PER_GPU if gpus else 1),
+        container_options=options,
+        container_prefix=prefix,
+        # without checkpoints there is nothing to go on from
+        requeues=slurm.max_requeues if config.checkpoint.every_steps >= 0 else 0,
         slurm=slurm,
     )
 
 
-def submit(config: Config, run: RunFolder) -> int:
-    """Write the script into the run folder and submit it. Returns the job's number.
+def submit(config: Config, folder: Path, runs: Sequence[RunFolder]) -> int:
+    """Write the script of a run, or of the runs of a sweep, into a folder and submit it. Returns the job's number.
 
     Raises DistattnError with Slurm's own words where it rejects the job.
     """
-    run.script_file.write_text(batch_script(config, run.folder), "utf-8")
+    place = RunFolder(folder)
+    tasks = 0 if [run.folder for run in runs] == [folder] else len(runs)
+    place.script_file.write_text(batch_script(config, folder, tasks), "utf-8")
     # from here to the job's number in the file nothing may come between
     waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        answer = _slurm("sbatch", "--parsable", str(run.script_file))
+        answer = ask_slurm("sbatch", "--parsable", str(place.script_file))
         # "number" or "number;cluster", below whatever a site says first
         number = re.match(r"(\d+)(;|$)", (answer.splitlines() or [""])[-1])
         if number is None:
             raise SubmittedError(f"sbatch took the job and answered {answer!r}: no job number; see squeue --me.")
-        run.job_file.write_text(json.dumps({"job": int(number[1])}) + "\n", "utf-8")
+        place.job_file.write_text(json.dumps({"job": int(number[1])}) + "\n", "utf-8")
+        for task, run in enumerate(runs if tasks else ()):
+            run.job_file.write_text(json.dumps({"job": f"{number[1]}_{task}"}) + "\n", "utf-8")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
     return int(number[1])
@@ -89,7 +110,7 @@ def require_slurm() -> None:
 def node_bytes(partition: str) -> int | None:
     """Memory of the largest node of a partition, or of the cluster, as Slurm was told; None where it does not say."""
     try:
-        given = _slurm(
+        given = ask_slurm(
             "sinfo", "--noheader", "--Node", "--format=%m", *([f"--partition={partition}"] if partition else [])
         )
     except DistattnError:
@@ -100,52 +121,62 @@ def node_bytes(partition: str) -> int | None:
     return max(megabytes) << 20 if max(megabytes, default=1) > 1 else None
 
 
-def status(run: RunFolder) -> dict[str, str | int]:
-    """Look up a job: its number, its state and the steps done.
+def status(run: RunFolder) -> dict[str, Any]:
+    """Look up a job: its number, its state, the steps done and the attempts (see `Attempts.rows`).
 
     The state is Slurm's while Slurm knows the job, else what the script left in the run folder.
     """
     job = _job(run)
-    try:
-        state = _slurm("squeue", "--noheader", "--jobs", str(job), "--format=%T")
-    except DistattnError as error:
-        # Slurm forgets a job some minutes after its end
-        if "Invalid job id" not in str(error):
-            raise
-        state = ""
+    state = job_state(str(job))
     if not state:
         left = run.state_file.read_text("utf-8").split() if run.state_file.exists() else []
         state = (
             "gone: it never began" if not left else "killed" if left == ["running"] else f"ended, exit code {left[1]}"
         )
     steps = len(run.metrics()) if run.metrics_file.exists() else 0
-    return {"run": str(run.folder), "job": job, "state": state, "steps": steps}
+    return {
+        "run": str(run.folder),
+        "job": job,
+        "state": state,
+        "steps": steps,
+        "attempts": Attempts(run.attempts).rows(),
+    }
 
 
-def cancel(run: RunFolder) -> int:
-    """Cancel the job; returns its number."""
+def sweep_runs(folder: Path) -> list[RunFolder]:
+    """The runs of a sweep, by number; none where the folder is not one of a sweep."""
+    if not RunFolder(folder).job_file.exists() or RunFolder(folder).config_file.exists():
+        return []
+    tasks = [entry for entry in folder.iterdir() if entry.name.isdecimal() and RunFolder(entry).config_file.exists()]
+    return [RunFolder(entry) for entry in sorted(tasks, key=lambda entry: int(entry.name))]
+
+
+def cancel(run: RunFolder) -> int | str:
+    """Cancel the job of a run, or of a whole sweep; returns its number. Ranks save what they can until Slurm kills them."""
     job = _job(run)
-    _slurm("scancel", str(job))
+    ask_slurm("scancel", str(job))
     return job
 
 
-def _job(run: RunFolder) -> int:
+def _container(config: Config, folder: Path, gpus: bool) -> tuple[str, str]:
+    """Options of srun, and what stands before a command, for a container; both empty without one."""
+    slurm = config.slurm
+    if not slurm.container_image:
+        return "", ""
+    mounts = ",".join([f"{folder}:{folder}", *slurm.container_mounts])
+    if slurm.container_runtime == "pyxis":
+        return shlex.join([f"--container-image={slurm.container_image}", f"--container-mounts={mounts}"]), ""
+    return "", shlex.join(["apptainer", "exec", *(["--nv"] if gpus else []), f"--bind={mounts}", slurm.container_image])
+
+
+def _job(run: RunFolder) -> int | str:
+    """The job's number; of a task of a sweep both numbers, as Slurm writes them."""
     try:
-        return int(json.loads(run.job_file.read_text("utf-8"))["job"])
+        job = json.loads(run.job_file.read_text("utf-8"))["job"]
+        return job if re.fullmatch(r"\d+_\d+", str(job)) else int(job)
     except FileNotFoundError:
         raise DistattnError(
             f"{run.folder}: nothing was submitted from here; there is no {run.job_file.name}."
         ) from None
     except (ValueError, KeyError, TypeError):
         raise DamagedDataError(f"{run.job_file}: damaged; find the job's number with squeue --me.") from None
-
-
-def _slurm(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise DistattnError(f"there is no {command[0]} here: run this on a machine of a Slurm cluster.") from None
-    if done.returncode:
-        words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise DistattnError(f"{command[0]} refused: {words}")
-    return done.stdout.strip()

@@ -86,6 +86,7 @@ def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
                 write_whole(before, run.config_file.read_text("utf-8"))
             configuration.save(config, run.config_file)
             write_secret(run.secret_file)
+            run.stop_file.unlink(missing_ok=True)
         except OSError as error:
             raise DistattnError(f"{run.config_file}: cannot be written: {error.strerror}; make room.") from None
     report_progress(

@@ -18,9 +18,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
-from distattn.ir.errors import TRY_AGAIN
+from distattn.ir.errors import LostRankError
 from distattn.launch.attempts import Attempts
 from distattn.launch.local import as_found, say, stopped_by, torchrun_config
+from distattn.launch.loopback import gloo_on_loopback
 from distattn.launch.rank_entry import run_rank
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
@@ -83,7 +84,7 @@ def _may_go_better(trouble: Trouble, code: int, before: str) -> bool:
     """Whether another attempt makes sense. before: what went wrong in the last one."""
     if trouble.kind == "raised":
         return trouble.steps > 0 and str(trouble) != before
-    return trouble.kind != "refused" or code == TRY_AGAIN
+    return trouble.kind != "refused" or code == LostRankError.exit_code
 
 
 def _start_fork_server(preload: Sequence[str]) -> None:
@@ -94,7 +95,9 @@ def _start_fork_server(preload: Sequence[str]) -> None:
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        # ranks have its environment
+        with gloo_on_loopback():
+            forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -112,7 +115,9 @@ def _run_once(
     trouble = None
     try:
         with as_found():
-            elastic_launch(torchrun_config(ranks, "forkserver", _INTERVAL_SECONDS), run_rank)(*given)
+            elastic_launch(torchrun_config(ranks, start_method="forkserver", interval=_INTERVAL_SECONDS), run_rank)(
+                *given
+            )
         code = 0
     except ChildFailedError as error:
         trouble = watch.close()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong with what was asked for, and the same command goes on from where it stood
-TRY_AGAIN = 75
-
 
 class DistattnError(ValueError):
     """Something asked for cannot be done exactly, and is refused. Exit code 2 on the command line."""
@@ -15,9 +12,15 @@ class DistattnError(ValueError):
 
 
 class LostRankError(DistattnError):
-    """Another rank stopped answering; the message names it. Exit code TRY_AGAIN on the command line."""
+    """Another rank stopped answering; the message names it. Exit code 1, as of what another attempt may do better."""
 
-    exit_code = TRY_AGAIN
+    exit_code = 1
+
+
+class RunStopped(DistattnError):
+    """Training ended early because it was asked to, with a checkpoint to go on from. Exit code 75: EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
 
 
 class PlanError(DistattnError):

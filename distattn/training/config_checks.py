@@ -22,6 +22,7 @@ _MOST, _MOST_STEPS = 1 << 40, 1_000_000
 DTYPES = ("float32", "float64", "bfloat16")
 DATA = ("replicated", "per_rank")
 ENGINES = ("fsdp2", "deepspeed", "megatron")
+CONTAINER_RUNTIMES = ("pyxis", "apptainer")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 
 
@@ -71,6 +72,10 @@ def _number_problems(config: Config) -> Iterator[str]:
         "checkpoint.keep_every_hours": (config.checkpoint.keep_every_hours, 0),
         "memory.loss_tile_tokens": (config.memory.loss_tile_tokens, 1),
         "memory.mlp_tile_tokens": (config.memory.mlp_tile_tokens, 0),
+        "slurm.signal_seconds": (config.slurm.signal_seconds, 1),
+        "slurm.max_requeues": (config.slurm.max_requeues, 0),
+        "slurm.max_restarts": (config.slurm.max_restarts, 0),
+        "slurm.spare_nodes": (config.slurm.spare_nodes, 0),
         "watch.spike_window": (config.watch.spike_window, 0),
         "watch.spike_threshold": (config.watch.spike_threshold, 0),
         "watch.replay_every": (config.watch.replay_every, 0),
@@ -85,8 +90,14 @@ def _number_problems(config: Config) -> Iterator[str]:
         "reference_check.tolerance": (config.reference_check.tolerance, 0),
     }
     # the packs of a run on text are planned when it begins
-    most = {"train.steps": _MOST_STEPS, "train.beta1": 1, "train.beta2": 1, "engine.zero_stage": 3}
-    most["health.prometheus_port"] = 65535
+    most = {
+        "train.steps": _MOST_STEPS,
+        "train.beta1": 1,
+        "train.beta2": 1,
+        "engine.zero_stage": 3,
+        "health.prometheus_port": 65_535,
+        "slurm.signal_seconds": 65_535,
+    }
     for key, (value, low) in least.items():
         if value < low:
             yield f"{key}: at least {low}, not {value}."
@@ -268,6 +279,11 @@ def _slurm_problems(slurm: SlurmConfig) -> Iterator[str]:
             yield f"slurm.{name}: {value!r} is no name of Slurm's: one word, without spaces."
     if slurm.time and not re.fullmatch(_SLURM_TIME, slurm.time):
         yield f"slurm.time: {slurm.time!r} is no time limit; write minutes, 12:00:00 or 2-00:00:00."
+    if slurm.container_runtime not in CONTAINER_RUNTIMES:
+        yield f"slurm.container_runtime: {slurm.container_runtime!r}; choose one of {', '.join(CONTAINER_RUNTIMES)}."
+    for mount in slurm.container_mounts:
+        if not re.fullmatch(r"/[^:,]*(:/[^:,]*){0,2}|/[^:,]*:/[^:,]*:r[ow]", mount):
+            yield f"slurm.container_mounts: {mount!r} is no mount; write /host/folder:/folder, or one of these with :ro."
     for option in slurm.options:
         if not re.fullmatch(r"--?[A-Za-z].*", option):
             yield f"slurm.options: {option!r} is no option of sbatch; it begins with a dash, such as --qos=long."

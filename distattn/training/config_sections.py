@@ -172,6 +172,20 @@ class SlurmConfig:
     """More lines for sbatch, such as --exclusive or --qos=long. On the command line --slurm.options=--exclusive adds one."""
     setup: UseAppendAction[tuple[str, ...]] = ()
     """Shell lines before the job begins, such as `module load cuda`. On the command line --slurm.setup="..." adds one."""
+    signal_seconds: int = 120
+    """So long before its time limit a job saves, ends with exit code 75 and is queued again; Slurm may say so a minute early."""
+    max_requeues: int = 100
+    """How often a job is queued again after its time limit, a preemption or a lost node; 0 for never."""
+    max_restarts: int = 3
+    """How often in a row ranks are started again inside a job without a further checkpoint; 0 for never."""
+    spare_nodes: int = 0
+    """Nodes of the job that wait for another to fail; `--spare` sets it."""
+    container_image: str = ""
+    """Ranks run in a container of this image; distattn must be in it, too. Empty for none."""
+    container_mounts: UseAppendAction[tuple[str, ...]] = ()
+    """More folders for the container, as /host/folder:/folder; the run folder is there by itself."""
+    container_runtime: str = "pyxis"
+    """pyxis (srun --container-image) or apptainer (apptainer exec)."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.run_lock import RunLock
 from distattn.data.loader import PackLoader
 from distattn.data.order import derived_key
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, RunStopped
 from distattn.ir.plan import Plan
 from distattn.supervision.heartbeats import tell
 from distattn.training.config import Config
@@ -49,12 +49,14 @@ from distattn.training.run_settings import (
 from distattn.training.schedule import learning_rate
 from distattn.training.step_clock import StepClock
 from distattn.training.step_documents import append_documents
+from distattn.training.stop_request import StopRequest
 
 
 def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device) -> None:
     """Train on this rank from the newest checkpoint of the run folder, or from the beginning, to the last step.
 
-    Raises DistattnError for what cannot be, and where numbers went wrong and the run file says to stop.
+    Raises DistattnError for what cannot be, and where numbers went wrong and the run file says to stop; RunStopped where the
+    run was asked to stop, with a checkpoint of the last step that was done.
     """
     data = open_data(run, config)
     with ExitStack() as stack:
@@ -75,6 +77,7 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
         loop = TrainingLoop(given, engine, checkpoints, reporter, lock)
         stack.enter_context(closing(loop.documents))
         stack.enter_context(closing(loop.health))
+        stack.enter_context(closing(loop.stop))
         loop.run()
     steps = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)]
     if lock is not None and config.checkpoint.every_steps >= 0 and config.train.steps not in steps:
@@ -109,6 +112,7 @@ class TrainingLoop:
         self.folder, self.config, self.data, shape, self.facts, self.device = run
         self.engine, self.checkpoints, self.reporter, self.lock = engine, checkpoints, reporter, lock
         config, data, device = self.config, self.data, self.device
+        self.stop = StopRequest(self.folder.stop_file)
         self.documents = JsonLines(self.folder.documents_file, append_documents)
         self.schedule, group = schedule_settings(config), dist.group.WORLD
         self.watch = NumericsWatch(
@@ -147,6 +151,7 @@ class TrainingLoop:
         steps = self.engine.cp.steps(self._loader(self.data, begin, last))
         tell(f"reading the data of step {begin + 1}")
         for step, batches in enumerate(clock.steps(steps), begin):
+            self.stop.look()
             tell("forward and backward", step=step)
             if not self._train_step(step, batches, clock):
                 return self._roll_back(step)
@@ -154,8 +159,11 @@ class TrainingLoop:
             # before the save: a run that is resumed from it has evaluated
             if evaluation.every_steps and (done % evaluation.every_steps == 0 or done == last):
                 self._evaluate(done)
-            if every > 0 and done % every == 0 and done < last:
+            stops = self.stop.is_made() and done < last
+            if done < last and (every > 0 and done % every == 0 or every >= 0 and stops):
                 self._save(done)
+            if stops:
+                self._stop(done)
             clock.skip()
             tell(f"reading the data of step {done + 1}")
         return last
@@ -238,6 +246,13 @@ class TrainingLoop:
         self.reporter.report_losses(done, found)
         self.reporter.report_losses(done, self.by_position.reduce(self.engine.cp.loss_group), TRAINING)
         self.by_position.reset()
+
+    def _stop(self, done: int) -> None:
+        self.checkpoints.wait()
+        self.reporter.report_event(done, "stopped", "Stopped as it was asked to.")
+        raise RunStopped(
+            f"stopped after step {done} as {self.folder.stop_file} asks; distattn resume goes on from there."
+        )
 
     def _seed(self, step: int) -> None:
         """What is random in a step, such as dropout, depends on the step alone."""

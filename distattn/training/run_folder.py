@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ class RunFolder:
         self.logs = folder / "logs"
         # why ranks were started again, and where they stood
         self.attempts = folder / "attempts"
+        # who makes it asks the run to save and to end; it holds the reason
+        self.stop_file = folder / "stop"
         # of a batch system
         self.script_file = folder / "job.sbatch"
         self.job_file = folder / "job.json"
@@ -96,6 +99,11 @@ class RunFolder:
     def log_file(self, rank: int) -> Path:
         """The file of a rank's output, where the run keeps logs."""
         return self.logs / f"rank-{rank}.log"
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Have the ranks save and end after their next step, with exit code 75; a reason that is there stays."""
+        with suppress(FileExistsError), open(self.stop_file, "x", encoding="utf-8") as file:
+            file.write(f"{reason}\n")
 
     @staticmethod
     def create(config: Config) -> RunFolder:

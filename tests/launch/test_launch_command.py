@@ -1,4 +1,4 @@
-"""`distattn launch`: here, as a script, and on a real Slurm of two nodes."""
+"""`distattn launch`: here, and as a script for Slurm; test_slurm_runs.py submits it."""
 
 import json
 import os
@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SlurmCluster, why_not
-from waiting import eventually
 
 from distattn.launch import cli, slurm
 from distattn.planning.compare_strategies import cluster_for_run
@@ -40,6 +38,47 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(capsys, tmp_path, monkey
     assert code == 0 and "#SBATCH --nodes=2" in json.loads(out)["script"] and "gpus-per-node" not in out
 
 
+def test_spare_nodes_containers_and_sweeps_are_in_the_script(capsys):
+    tiny = str(ROOT / "configs/tiny.toml")
+    code, out, _ = run(
+        capsys, "slurm", tiny, "--dry-run", "--nodes=33", "--spare=1", "--gpus=2", "--run.folder=/runs/a"
+    )
+    assert code == 0 and "#SBATCH --nodes=33\n" in out and "  --nodes=32 --max-restarts=3" in out and "--no-kill" in out
+    code, out, _ = run(capsys, "slurm", tiny, "--dry-run", "--slurm.container-image=/i.sqsh", "--run.folder=/runs/a")
+    assert code == 0 and "--container-image=/i.sqsh --container-mounts=/runs/a:/runs/a \\\n" in out
+    given = (
+        "--slurm.container-image=/i.sif",
+        "--slurm.container-runtime=apptainer",
+        "--slurm.container-mounts=/data:/data:ro",
+    )
+    code, out, _ = run(capsys, "slurm", tiny, "--dry-run", *given, "--run.folder=/runs/a")
+    assert code == 0 and "  apptainer exec --bind=/runs/a:/runs/a,/data:/data:ro /i.sif python -m" in out
+    sweep = "--array=train.learning_rate=1e-3,3e-3"
+    code, out, _ = run(capsys, "slurm", tiny, "--dry-run", sweep, "--run.folder=/runs/a", "--checkpoint.every-steps=-1")
+    assert code == 0 and "#SBATCH --array=0-1\n" in out and 'run=/runs/a/"$SLURM_ARRAY_TASK_ID"\n' in out
+    # without checkpoints there is nothing to go on from
+    assert "#SBATCH --no-requeue" in out and "--max-requeues=0" in out and "slurm-%A_%a.out" in out
+
+
+def test_each_task_of_a_sweep_has_a_run_folder(capsys, slurm_that):
+    folder = slurm_that(sbatch="echo 7", squeue='echo "PENDING"')
+    given = (
+        "slurm",
+        str(ROOT / "configs/tiny.toml"),
+        "--array=train.learning_rate=1e-3,3e-3",
+        f"--run.folder={folder}",
+    )
+    assert run(capsys, *given, *SHORT)[0] == 0
+    rates = [configuration.load(folder / task / "config.toml").train.learning_rate for task in "01"]
+    assert rates == [1e-3, 3e-3] and json.loads((folder / "1/job.json").read_text()) == {"job": "7_1"}
+    code, out, _ = run(capsys, "status", str(folder))
+    assert code == 0 and out == "job 7_0: PENDING, 0 steps done\njob 7_1: PENDING, 0 steps done\n"
+    code, _, err = run(capsys, "logs", str(folder))
+    assert code == 2 and f"name one of its runs, such as {folder}/0" in err
+    code, _, err = run(capsys, *given, *SHORT)
+    assert code == 2 and "is there already; name another one for the sweep" in err
+
+
 @pytest.mark.parametrize("config", sorted(ROOT.glob("configs/*-*.toml")), ids=lambda path: path.stem)
 def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
     code = cli.main(["plan", str(config), "--json"])
@@ -69,6 +108,10 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
         (("slurm", "configs/tiny.toml", "--slurm.setup=a\nb", "--dry-run"), "cannot hold a line break"),
         (("slurm", "configs/tiny.toml", "--slurm.time=1\n2", "--dry-run"), "is no time limit"),
         (("slurm", "configs/tiny.toml", "--run.folder=a\\b", "--dry-run"), "a path with a backslash"),
+        (("slurm", "configs/tiny.toml", "--nodes=2", "--spare=2"), "--nodes=2 has no node beside 2 spare ones"),
+        (("slurm", "configs/tiny.toml", "--array=learning_rate"), "write a key and its values"),
+        (("slurm", "configs/tiny.toml", "--slurm.container-mounts=data"), "'data' is no mount"),
+        (("local", "configs/tiny.toml", "--spare=1"), "--spare and --array are for Slurm"),
         (("slurm",), "a configuration comes first"),
         (("moon", "configs/tiny.toml"), "there is no 'moon'"),
         (("status", "configs"), "this is no run folder"),
@@ -153,97 +196,6 @@ def test_local_keeps_a_log_of_every_rank(tmp_path):
     assert done.returncode == 0, done.stderr
     logs = {file.name: file.read_text() for file in (tmp_path / "run/logs").iterdir()}
     assert set(logs) == {"rank-0.log", "rank-1.log"} and "loss" in logs["rank-0.log"] in done.stdout
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    if reason := why_not():
-        pytest.skip(reason)
-    found = SlurmCluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        found.start()
-        yield found
-    finally:
-        found.stop()
-
-
-def distattn(cluster, *arguments: str) -> subprocess.CompletedProcess:
-    # every node is this machine: its name need not resolve
-    environment = os.environ | cluster.environment | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    command = [sys.executable, "-m", "distattn.launch.cli", "launch", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def wait_for(cluster, folder: Path, *states: str) -> dict:
-    """Wait until the job's state begins with one of these words; returns the whole status."""
-
-    def status() -> dict:
-        return json.loads(distattn(cluster, "status", str(folder), "--json").stdout)
-
-    def arrived() -> dict | None:
-        found = status()
-        return found if found["state"].startswith(states) else None
-
-    return eventually(arrived, lambda: f"{status()}\n{distattn(cluster, 'logs', str(folder)).stdout[-3000:]}")
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.full
-def test_two_nodes_train_like_one_machine(cluster, tmp_path):
-    done = distattn(
-        cluster, "slurm", "configs/tiny.toml", "--nodes=2", "--gpus=2", f"--run.folder={tmp_path}/far", "--json", *SHORT
-    )
-    assert done.returncode == 0, done.stderr
-    far = Path(json.loads(done.stdout)["run"])
-    status = wait_for(cluster, far, "ended", "gone", "killed")
-    log = distattn(cluster, "logs", str(far)).stdout
-    assert status["state"] == "ended, exit code 0" and status["steps"] == 3, log
-    assert "led by 127.0.0.1:" in log and "largest relative difference to plain transformers" in log
-    assert {file.name for file in (far / "logs").iterdir()} == {f"rank-{rank}.log" for rank in range(4)}
-    assert (far / "report.html").exists()
-    # the same plan on one machine
-    near = [sys.executable, "-m", "distattn.launch.cli", "train", "configs/tiny.toml", f"--run.folder={tmp_path}/near"]
-    near += [
-        "--parallel.devices_per_node=2",
-        "--reference_check.steps=0",
-        *(word for word in SHORT if "reference_check" not in word),
-    ]
-    assert subprocess.run(near, cwd=ROOT, capture_output=True).returncode == 0
-    assert losses(far) == pytest.approx(losses(tmp_path / "near"), rel=1e-6)
-
-
-@pytest.mark.full
-def test_a_run_is_cancelled(cluster, tmp_path):
-    folder = tmp_path / "long"
-    long = (
-        "--train.steps=100000",
-        "--data.tokens_per_step=2048",
-        "--data.max_document_tokens=900",
-        "--reference_check.steps=0",
-    )
-    done = distattn(cluster, "slurm", "configs/tiny.toml", "--nodes=1", "--gpus=2", f"--run.folder={folder}", *long)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("job "), done.stderr
-    wait_for(cluster, folder, "RUNNING")
-    assert distattn(cluster, "cancel", str(folder)).returncode == 0
-    assert wait_for(cluster, folder, "killed", "ended", "gone", "CANCELLED")["state"] != "ended, exit code 0"
-
-
-def test_a_model_that_no_node_can_hold_is_not_submitted(cluster, tmp_path):
-    large = ("--model.hidden_size=4096", "--model.num_layers=2", f"--run.folder={tmp_path}/never")
-    done = distattn(cluster, "slurm", "configs/tiny.toml", *large, *SHORT)
-    assert done.returncode == 2 and "the largest node has 2.1 GB. Take fewer ranks" in done.stderr, done.stderr
-    assert not (tmp_path / "never").exists()
-
-
-def test_a_job_that_slurm_rejects_leaves_nothing(cluster, tmp_path):
-    folder = tmp_path / "never"
-    done = distattn(cluster, "slurm", "configs/tiny.toml", "--slurm.partition=moon", f"--run.folder={folder}", *SHORT)
-    assert done.returncode == 2 and "sbatch refused" in done.stderr and "partition" in done.stderr
-    assert not folder.exists()
 
 
 def test_the_script_is_short_enough_to_read():

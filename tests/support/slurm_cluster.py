@@ -1,9 +1,10 @@
-"""A real Slurm of two nodes on one machine, without systemd and without touching the machine's own configuration."""
+"""A real Slurm of three nodes on one machine, without systemd and without touching the machine's own configuration."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -11,13 +12,14 @@ from pathlib import Path
 from waiting import eventually
 
 _DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+_NODES = ("node1", "node2", "node3")
 _CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge.sock
+AuthInfo=socket={root}/munge.sock,cred_expire=5
 CredType=cred/munge
 SlurmctldPort={port}
 SlurmctldPidFile={root}/slurmctld.pid
@@ -35,12 +37,16 @@ ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
-KillWait=3
+KillWait=20
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 MinJobAge=300
 AccountingStorageType=accounting_storage/none
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node1} CPUs=2 CoresPerSocket=2 RealMemory=2000 State=UNKNOWN
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={node2} CPUs=2 CoresPerSocket=2 RealMemory=2000 State=UNKNOWN
-PartitionName=test Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+NodeName=node3 NodeHostname={host} NodeAddr=127.0.0.1 Port={node3} CPUs=2 CoresPerSocket=2 RealMemory=2000 State=UNKNOWN
+PartitionName=test Nodes=node[1-3] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent Nodes=node[1-3] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -53,14 +59,14 @@ def why_not() -> str | None:
 
 
 class SlurmCluster:
-    """Two nodes of two processors; `environment` makes Slurm's commands find it."""
+    """Three nodes of two processors; `environment` makes Slurm's commands find it."""
 
     def __init__(self, root: Path):
         self.root = root
-        ports = _free_ports(3)
+        ports = _free_ports(1 + len(_NODES))
         host = socket.gethostname().split(".")[0]
-        names = dict(zip(("port", "node1", "node2"), ports, strict=True))
-        for folder in ("state", "spool/node1", "spool/node2"):
+        names = dict(zip(("port", *_NODES), ports, strict=True))
+        for folder in ("state", *(f"spool/{node}" for node in _NODES)):
             (root / folder).mkdir(parents=True)
         (root / "slurm.conf").write_text(_CONF.format(root=root, host=host, **names))
         (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
@@ -69,14 +75,35 @@ class SlurmCluster:
         self.environment = {"SLURM_CONF": str(root / "slurm.conf")}
 
     def start(self) -> None:
-        """Start the daemons and wait until both nodes are idle."""
+        """Start the daemons and wait until all nodes are idle."""
         files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munged.pid", "log-file": "munged.log"}
         options = [f"--{option}={self.root}/{file}" for option, file in files.items()]
-        self._run("munged", "--force", *options, f"--seed-file={self.root}/munge.seed")
-        self._run("slurmctld", "-f", self.environment["SLURM_CONF"])
-        for node in ("node1", "node2"):
-            self._run("slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
-        eventually(lambda: self._node_states() == ["idle", "idle"], self._trouble)
+        self.run("munged", "--force", *options, f"--seed-file={self.root}/munge.seed")
+        self.run("slurmctld", "-f", self.environment["SLURM_CONF"])
+        for node in _NODES:
+            self.start_node(node)
+        eventually(lambda: self._node_states() == ["idle"] * len(_NODES), self._trouble)
+
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon."""
+        self.run("slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """End a node as a power cut does: its daemon, and all that it has started."""
+        os.kill(int((self.root / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (process / "environ").read_bytes().split(b"\0")
+                command = (process / "cmdline").read_bytes()
+            except OSError:
+                # it has ended meanwhile
+                continue
+            ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment
+            # a daemon of a step has no name of its node, but its children have
+            if ours and f"SLURMD_NODENAME={node}".encode() in environment and b"run_node" in command:
+                parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                for pid in (parent, int(process.name)):
+                    os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """End the daemons."""
@@ -85,13 +112,13 @@ class SlurmCluster:
                 subprocess.run(["kill", file.read_text().strip()], capture_output=True)
 
     def _node_states(self) -> list[str]:
-        return self._run("sinfo", "-h", "-N", "-o", "%T", check=False).split()
+        return self.run("sinfo", "-h", "-N", "-p", "test", "-o", "%T", check=False).split()
 
     def _trouble(self) -> str:
         logs = "".join(file.read_text()[-2000:] for file in sorted(self.root.glob("*.log")))
         return f"the nodes are {self._node_states()}\n{logs}"
 
-    def _run(self, *command: str, check: bool = True) -> str:
+    def run(self, *command: str, check: bool = True) -> str:
         done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout

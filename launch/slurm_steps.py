@@ -1,0 +1,90 @@
+"""How a step of a Slurm job has ended, as srun says it, and which nodes the next one takes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from distattn.ir.errors import DamagedDataError, DistattnError, RunStopped
+from distattn.launch.slurm_commands import expand_hosts, unusable_hosts
+
+# a rank that ends so has said why, and would again
+_FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
+# of one host before it is left out
+_MOST_FAILURES = 2
+# srun's own lines about tasks and nodes
+_TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\[\]-]+: (?:Exited with exit code (\d+)|(\w[^\n]*))")
+_NODE_LOST = re.compile(r"srun: error: (?:Node failure on|[^\n]*failed on node) ([\w.,\[\]-]+)")
+
+
+@dataclass
+class StepEnd:
+    """How a step has ended. code: srun's. codes: of hosts in the order of their ends, None where a signal killed them.
+
+    words: what srun said of them. lost: hosts that Slurm has lost.
+    """
+
+    code: int = 0
+    codes: dict[str, int | None] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+
+    def read(self, line: str, tasks: bool) -> bool:
+        """Take over what a line of srun's says; returns whether it tells of a failure. tasks: whether ends of tasks count."""
+        if found := _NODE_LOST.search(line):
+            self.lost += [host for host in expand_hosts(found[1]) if host not in self.lost]
+            return True
+        if not tasks or not (found := _TASK_ENDED.search(line)):
+            return False
+        code = int(found[2]) if found[2] else None
+        for host in expand_hosts(found[1]):
+            self.codes.setdefault(host, code)
+            self.words.setdefault(host, f"was {found[3].lower()}" if code is None else f"ended with exit code {code}")
+        return code != RunStopped.exit_code
+
+    def blamed(self, hosts: Sequence[str]) -> list[str]:
+        """Of the step's hosts those to blame: lost ones, else those whose ranks were killed, else those that did not answer."""
+        killed = [host for host, code in self.codes.items() if code is None or code > 128]
+        return self.lost or killed or self.silent(hosts) or list(self.codes)[:1]
+
+    def silent(self, hosts: Sequence[str]) -> list[str]:
+        """Of the step's hosts those that said nothing any more when others had failed."""
+        return [host for host in hosts if host not in self.codes] if self.codes else []
+
+    def is_final(self) -> bool:
+        """Whether ranks have said why they cannot go on, which another attempt would not change."""
+        return self.code in _FINAL and not self.lost and all(code in (*_FINAL, 0) for code in self.codes.values())
+
+    def why(self, hosts: Sequence[str]) -> str:
+        """What became of the hosts to blame."""
+        words = {host: "did not answer any more" for host in hosts} | self.words | dict.fromkeys(self.lost, "was lost")
+        return (
+            ", ".join(f"{host} {words[host]}" for host in self.blamed(hosts))
+            or f"srun ended with exit code {self.code}"
+        )
+
+
+class JobHosts:
+    """The nodes of a job, and which of them an attempt takes. wanted: how many."""
+
+    def __init__(self, hosts: Sequence[str], wanted: int):
+        self.hosts, self.wanted = list(hosts), wanted
+        self.left_out: list[str] = []
+        self._failures: Counter[str] = Counter()
+
+    def choose(self) -> list[str] | None:
+        """The first of the nodes that are well, in Slurm's order; None where too few are."""
+        unusable = unusable_hosts(self.hosts)
+        well = [host for host in self.hosts if host not in self.left_out and host not in unusable]
+        return well[: self.wanted] if len(well) >= self.wanted else None
+
+    def blame(self, hosts: Sequence[str], end: StepEnd) -> None:
+        """Leave a host out that is lost; one that fell silent, or failed repeatedly, where another can stand in for it."""
+        for host in hosts:
+            self._failures[host] += 1
+            suspect = host not in end.codes or self._failures[host] >= _MOST_FAILURES
+            spare = len(self.hosts) - len(self.left_out) > self.wanted
+            if host not in self.left_out and (host in end.lost or suspect and spare):
+                self.left_out.append(host)

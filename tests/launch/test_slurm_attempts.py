@@ -1,0 +1,134 @@
+"""Attempts of a run in one Slurm job, with commands of a Slurm that says what a test wants."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distattn.launch.attempts import Attempts
+
+ROOT = Path(__file__).parents[2]
+LOST = "srun: error: Node failure on node2"
+KILLED = "srun: error: node2: task 1: Killed"
+FAILED = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 1"
+REFUSED = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 2"
+SAVED = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 75"
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Runs the helper in a job of three nodes; `steps` are what srun says and its exit code, one step after another."""
+
+    def run(*steps: tuple[str, int], restarts: int = 3, requeues: int = 5, **environment: str):
+        bin_folder, folder = tmp_path / "bin", tmp_path / "run"
+        bin_folder.mkdir()
+        folder.mkdir()
+        for number, (words, code) in enumerate(steps):
+            stop = f"echo SIGTERM > {folder}/stop\n" if code == 75 else ""
+            (bin_folder / f"step{number}").write_text(f"{stop}echo '{words}' >&2\nexit {code}\n")
+        scripts = {
+            "srun": f'echo "$@" >> {tmp_path}/steps\nbash {bin_folder}/step$(($(wc -l < {tmp_path}/steps) - 1))',
+            "sinfo": "printf 'node1 allocated\\nnode2 allocated\\nnode3 allocated\\n'",
+            "squeue": "echo RUNNING",
+            "scontrol": f"""case $2 in
+                hostnames) [ "$3" = 'node[1-3]' ] && echo node1 node2 node3 || echo node1 node2;;
+                node) echo "NodeName=$3 NodeAddr=10.0.0.${{3#node}} Port=1";;
+                *) echo "$1 $2" >> {tmp_path}/requeued;;
+            esac""",
+        }
+        for name, lines in scripts.items():
+            (bin_folder / name).write_text(f"#!/bin/bash\n{lines}\n")
+            (bin_folder / name).chmod(0o755)
+        environment = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node[1-3]"} | environment
+        environment = os.environ | environment | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "distattn.launch.slurm_attempts", str(folder), "--nodes=2"]
+        command += [f"--max-restarts={restarts}", f"--max-requeues={requeues}", "--", "srun", "python"]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        started = (tmp_path / "steps").read_text().splitlines()
+        requeued = (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else []
+        assert (folder / "state").read_text() == f"ended {done.returncode}\n"
+        return done, started, requeued, Attempts(folder / "attempts").rows()
+
+    return run
+
+
+def test_a_lost_node_is_left_out_and_each_attempt_listens_elsewhere(job):
+    done, started, requeued, rows = job((LOST, 1), ("", 0), ("", 0))
+    assert done.returncode == 0 and not requeued, done.stderr
+    assert started == [
+        "--nodes=2 --ntasks=2 --nodelist=node1,node2 python 10.0.0.1:21021",
+        "--nodes=2 --ntasks=2 --nodelist=node1,node3 python 10.0.0.1:22030",
+        "--nodes=1 --ntasks=1 --nodelist=node1 python finish",
+    ]
+    assert rows[0]["why"] == "node2 was lost" and rows[0]["job"] == 12 and rows[1]["why"] == "ended well"
+    assert "node2 was lost; all ranks start again from step 0 (restart 1 of 3)" in done.stderr
+
+
+def test_a_node_that_fails_twice_is_left_out(job):
+    done, started, _, rows = job((KILLED, 137), (KILLED, 137), ("", 0), ("", 0))
+    assert done.returncode == 0 and [row.get("blamed") for row in rows] == [["node2"], ["node2"], None]
+    assert "node1,node2" in started[1] and "node1,node3" in started[2] and rows[0]["why"] == "node2 was killed"
+
+
+def test_where_too_few_nodes_are_left_the_job_is_queued_again(job):
+    done, _, requeued, _ = job((LOST, 1), (LOST.replace("2", "3"), 1))
+    assert done.returncode == 75 and requeued == ["requeue", "12"] and "fewer than 2 nodes are left" in done.stderr
+
+
+def test_ranks_that_say_why_they_cannot_go_on_are_not_started_again(job):
+    done, started, requeued, _ = job((REFUSED, 2))
+    assert done.returncode == 2 and len(started) == 1 and not requeued
+
+
+def test_a_run_that_comes_no_further_ends(job):
+    done, started, requeued, rows = job(*[(FAILED, 1)] * 3, restarts=2)
+    assert done.returncode == 1 and len(started) == 3 and not requeued and "3 attempts came no further" in done.stderr
+    # of several that said the same the first
+    assert rows[0]["why"] == "node1 ended with exit code 1"
+
+
+def test_a_job_is_queued_again_after_a_signal_and_not_for_ever(job):
+    done, started, requeued, rows = job((SAVED, 75), requeues=1)
+    assert done.returncode == 75 and requeued == ["requeue", "12"] and rows[0]["why"] == "stopped, asked by SIGTERM"
+    assert len(started) == 1
+
+
+def test_the_limit_of_requeues_is_named(job):
+    done, _, requeued, _ = job((SAVED, 75), requeues=1, SLURM_RESTART_COUNT="1")
+    assert done.returncode == 75 and not requeued and "queued again 1 times, slurm.max_requeues" in done.stderr
+
+
+def test_an_attempt_whose_job_was_killed_is_noted_by_the_next(tmp_path):
+    attempts = Attempts(tmp_path / "attempts")
+    assert attempts.begin(job=3, hosts=["a"]) == 1 and attempts.rows()[0]["job"] == 3
+    attempts.end_open("ended with its job")
+    assert attempts.begin(job=4, hosts=["b"]) == 2
+    attempts.end(2, 0, "ended well")
+    rows = [json.loads(line) for line in (tmp_path / "attempts/attempts.jsonl").read_text().splitlines()]
+    assert [(row["attempt"], row["job"], row["exit_code"]) for row in rows] == [(1, 3, None), (2, 4, 0)]
+    assert (
+        rows == attempts.rows()
+        and rows[0]["ended"] is None
+        and [one.name for one in (tmp_path / "attempts").iterdir()] == ["attempts.jsonl"]
+    )
+
+
+def test_only_its_launcher_ends_a_rank_by_sigterm():
+    code = (
+        "import os, sys, time\n"
+        "from distattn.launch.die_with_launcher import outlive_other_sigterms\n"
+        "outlive_other_sigterms(int(sys.argv[1]))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", code, str(os.getpid())], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None and rank.stdout.readline() == "ready\n"
+    subprocess.run(["bash", "-c", f"kill -TERM {rank.pid}"], check=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        rank.wait(0.3)
+    rank.terminate()
+    assert rank.wait() == -signal.SIGTERM

@@ -1,0 +1,67 @@
+"""A run that is asked to stop saves after its step on all ranks, and goes on from there bit by bit."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_on_ranks
+
+from distattn.ir.errors import RunStopped
+from distattn.training.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReferenceCheckConfig,
+    RunConfig,
+    TrainConfig,
+)
+from distattn.training.loop import train
+from distattn.training.run_data import find_text, write_text
+from distattn.training.run_folder import RunFolder
+
+
+def _train(rank: int, folder: Path, whole: Path, config: Config) -> None:
+    run = RunFolder(folder)
+    with pytest.raises(RunStopped, match=r"stopped after step 1 as .*/stop asks"):
+        train(run, config, True, torch.device("cpu"))
+    torch.distributed.barrier()
+    if rank == 0:
+        run.stop_file.unlink()
+    torch.distributed.barrier()
+    train(run, config, True, torch.device("cpu"))
+    train(RunFolder(whole), config, True, torch.device("cpu"))
+
+
+def test_all_ranks_stop_after_the_same_step_and_go_on_bit_by_bit(texts, tmp_path):
+    config = Config(
+        run=RunConfig(folder=str(tmp_path / "stopped"), seed=3),
+        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100, context_length=128),
+        model=ModelConfig(
+            num_layers=1,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            dtype="float64",
+        ),
+        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+        train=TrainConfig(steps=4),
+        reference_check=ReferenceCheckConfig(steps=0),
+    )
+    runs = []
+    for name in ("stopped", "whole"):
+        one = dataclasses.replace(config, run=RunConfig(folder=str(tmp_path / name), seed=3))
+        runs.append(RunFolder.create(one))
+        write_text(runs[-1], one, find_text(one))
+    stopped, whole = runs
+    stopped.ask_to_stop("SIGUSR1")
+    # the first who asks is remembered
+    stopped.ask_to_stop("SIGTERM")
+    assert stopped.stop_file.read_text() == "SIGUSR1\n"
+    run_on_ranks(2, _train, stopped.folder, whole.folder, config)
+    curves = [[(step.step, step.loss, step.grad_norm) for step in run.metrics()] for run in runs]
+    assert curves[0] == curves[1] and len(curves[0]) == 4
+    assert [event["kind"] for event in stopped.events()] == ["stopped", "resumed"]
+    assert sorted(one.name for one in stopped.checkpoints.glob("step-*")) == ["step-00000001", "step-00000004"]
