@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from distattn.data.text import find_files
 from distattn.ir.errors import DistattnError
 from distattn.launch import slurm
 from distattn.launch.command_line import CommandParser, no_progress, print_line
 from distattn.launch.machine_limits import check_device_holds_state, check_nodes_hold_ranks, check_run_fits
+from distattn.launch.run_status import cancel, status, status_lines
 from distattn.launch.start_run import start_run
 from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
@@ -198,28 +198,14 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
     if command == "logs":
         return _print_logs(run, given.rank)
     if command == "cancel":
-        job = slurm.cancel(run)
-        sys.stdout.write(
-            json.dumps({"job": job, "cancelled": True}) + "\n" if given.json else f"job {job} is cancelled\n"
-        )
+        what, number = cancel(run)
+        facts = {what: number, "cancelled": True}
+        sys.stdout.write(json.dumps(facts) + "\n" if given.json else f"{what} {number} is cancelled\n")
         return 0
     for one in sweep or [run]:
-        facts = slurm.status(one)
-        sys.stdout.write(json.dumps(facts) + "\n" if given.json else _status_lines(facts))
+        facts = status(one)
+        sys.stdout.write(json.dumps(facts) + "\n" if given.json else status_lines(facts))
     return 0
-
-
-def _status_lines(facts: Mapping[str, Any]) -> str:
-    """A line about the job, and one for each attempt."""
-    lines = [f"job {facts['job']}: {facts['state']}, {facts['steps']} steps done"]
-    for row in facts["attempts"]:
-        began, ended = row.get("began"), row.get("ended")
-        lasted = f"{ended - began:,.0f} s, " if began and ended else ""
-        hosts = f" on {' '.join(row['hosts'])}" if row.get("hosts") else ""
-        lines.append(
-            f"  attempt {row['attempt']}{hosts}: {lasted}{row.get('why', 'goes on, or was killed with its job')}"
-        )
-    return "".join(f"{line}\n" for line in lines)
 
 
 def _print_logs(run: RunFolder, rank: int | None) -> int:

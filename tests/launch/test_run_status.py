@@ -1,0 +1,44 @@
+"""`distattn launch status` and `cancel` of a run that was started on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from distattn.ir.errors import DistattnError
+from distattn.launch import cli
+from distattn.launch.attempts import Attempts
+from distattn.launch.run_status import cancel, status
+from distattn.supervision.heartbeats import HeartbeatBoard
+from distattn.training.run_folder import RunFolder
+
+
+def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path, capsys):
+    run = RunFolder(tmp_path)
+    run.config_file.touch()
+    assert status(run)["state"] == "not begun"
+    with pytest.raises(DistattnError, match="no ranks of this machine work on it"):
+        cancel(run)
+    # a launcher with the board of its ranks
+    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    board, attempts = HeartbeatBoard.make(2), Attempts(run.attempts)
+    facts = {"host": socket.gethostname(), "launcher": launcher.pid, "board": str(board.path)}
+    number = attempts.begin(**facts)
+    board.writer(1, number)("key/value move 3 of layer 17 from rank 0", 11, 0.0, True)
+    assert cli.main(["launch", "status", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        said.startswith("running, 0 steps done\n  attempt 1: goes on") and "  rank 1: step 12, key/value move 3" in said
+    )
+    assert cli.main(["launch", "cancel", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"launcher": launcher.pid, "cancelled": True}
+    assert launcher.wait() == -15 and status(run)["state"] == "killed with its launcher"
+    attempts.end(number, 143, "stopped by SIGTERM")
+    found = status(run)
+    assert found["state"] == "ended, exit code 143" and found["attempts"][0]["why"] == "stopped by SIGTERM"
+    attempts.begin(**facts | {"launcher": os.getpid(), "host": "elsewhere"})
+    assert status(run)["ranks"] == {}
+    board.close()
