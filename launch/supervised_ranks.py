@@ -129,7 +129,6 @@ def _run_once(
         code = stopped_by(stop)
     finally:
         watch.close()
-        board.close()
     # of stacks that nobody asked for
     for file in folder.glob("stacks-*.txt"):
         if not file.stat().st_size:
@@ -139,6 +138,8 @@ def _run_once(
     else:
         facts = {"ranks": [one.rank for one in trouble.culprits], "kind": trouble.kind, "steps": trouble.steps}
         attempts.end(number, code, str(trouble), **facts, noticed_seconds=round(trouble.seconds, 3))
+    # once nobody looks for it any more
+    board.close()
     return code, trouble
 
 

@@ -7,6 +7,7 @@ for each rank, which that rank alone writes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import struct
@@ -19,6 +20,8 @@ from typing import NamedTuple
 from distattn.ir.errors import DistattnError
 
 SLOT_BYTES = 256
+# of the memory, as /proc shows it
+_NAME = "distattn-heartbeats"
 # what a rank tells last: it has done its part, refuses to go on, or something was raised; the reason follows
 ENDED, REFUSED, RAISED = "ended", "refused with exit code ", "raised "
 # sequence number (odd while the slot is written), pid, attempt, nanoseconds, beats, step, seconds, waits, bytes of words
@@ -47,22 +50,31 @@ class Heartbeat(NamedTuple):
 class HeartbeatBoard:
     """The slots of some ranks. Read by one process, written by each rank; nobody but this user can open it."""
 
-    def __init__(self, descriptor: int):
+    def __init__(self, descriptor: int, writable: bool = True):
         self._descriptor = descriptor
-        self._memory = mmap.mmap(descriptor, 0)
+        self._memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
         self._known: dict[int, Heartbeat] = {}
 
     @classmethod
     def make(cls, ranks: int) -> HeartbeatBoard:
         """A board in memory that goes with the last process that has it. Raises OSError."""
-        descriptor = os.memfd_create("distattn-heartbeats")
+        descriptor = os.memfd_create(_NAME)
         os.ftruncate(descriptor, ranks * SLOT_BYTES)
         return cls(descriptor)
 
     @classmethod
-    def open(cls, path: Path) -> HeartbeatBoard:
-        """The board of another process, by its `path`. Raises OSError."""
-        return cls(os.open(path, os.O_RDWR))
+    def open(cls, path: Path, writable: bool = False) -> HeartbeatBoard:
+        """The board of another process, by its `path`. Raises OSError, also where that process has put it away."""
+        # not even read: the number may be that of any other file of the process by now
+        descriptor = os.open(path, os.O_PATH)
+        try:
+            what = os.readlink(f"/proc/self/fd/{descriptor}")
+            if not what.startswith(f"/memfd:{_NAME}"):
+                raise FileNotFoundError(errno.ENOENT, f"no board of heartbeats, but {what}", str(path))
+            opened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR if writable else os.O_RDONLY)
+        finally:
+            os.close(descriptor)
+        return cls(opened, writable)
 
     @property
     def slots(self) -> int:
@@ -136,7 +148,7 @@ _TOLD = _Told()
 
 def attach(path: Path, slot: int, attempt: int) -> None:
     """Have this process tell what it does on a board from now on. Raises OSError where there is none."""
-    _TOLD.write = HeartbeatBoard.open(path).writer(slot, attempt)
+    _TOLD.write = HeartbeatBoard.open(path, writable=True).writer(slot, attempt)
 
 
 def tell(words: str, *, step: int | None = None, seconds: float = 0.0, waits: bool = False) -> None:

@@ -41,4 +41,11 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     assert found["state"] == "ended, exit code 143" and found["attempts"][0]["why"] == "stopped by SIGTERM"
     attempts.begin(**facts | {"launcher": os.getpid(), "host": "elsewhere"})
     assert status(run)["ranks"] == {}
+    # the number of a board that was put away may be another file's
+    attempts.begin(**facts | {"launcher": os.getpid()})
+    place = board.path
+    assert status(run)["ranks"] and place.exists()
     board.close()
+    # the lowest number that is free, which is the board's
+    with open(tmp_path / "other", "wb") as other:
+        assert other.fileno() == int(place.name) and status(run)["ranks"] == {}
