@@ -6,6 +6,7 @@ of its own, since torch 2.13 keeps the dead ranks' addresses over restarts (pyto
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -61,11 +63,17 @@ def run_supervised(
     process, or 1 where ranks hang.
     """
     attempts.end_open("ended with its launcher, before anybody could tell why")
-    _start_fork_server(preload)
+    server = _start_fork_server(preload)
     without_progress, furthest, before = 0, restarts.progress(), ""
     while True:
-        code, trouble = _run_once(ranks, function, arguments, attempts, patience)
+        try:
+            code, trouble = _run_once(ranks, function, arguments, attempts, patience)
+        except BaseException:
+            _end_fork_server(server)
+            raise
         if trouble is None:
+            if code:
+                _end_fork_server(server)
             return code
         now = restarts.progress()
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
@@ -87,12 +95,14 @@ def _may_go_better(trouble: Trouble, code: int, before: str) -> bool:
     return trouble.kind != "refused" or code == LostRankError.exit_code
 
 
-def _start_fork_server(preload: Sequence[str]) -> None:
+def _start_fork_server(preload: Sequence[str]) -> list[int]:
+    """Returns its process's number, in a list; an empty one where there was a server before."""
     # a process with more than one thread must not fork: BLAS starts its threads when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload([*_PRELOAD, *preload])
     # Ctrl-C in a terminal reaches it, too, while it imports; the tracker comes first, whose start lets signals through again
     resource_tracker.ensure_running()
+    children = _children()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         # ranks have its environment
@@ -100,6 +110,25 @@ def _start_fork_server(preload: Sequence[str]) -> None:
             forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return sorted(_children() - children)
+
+
+def _children() -> set[int]:
+    """Processes of this one, as Linux has them."""
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        # others end meanwhile
+        with contextlib.suppress(OSError):
+            if file.read_text("utf-8", "replace").rpartition(")")[2].split()[1] == str(os.getpid()):
+                found.add(int(file.parent.name))
+    return found
+
+
+def _end_fork_server(server: Sequence[int]) -> None:
+    """End it before this process: it may be about to make ranks that nobody waits for any more."""
+    for pid in server:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _run_once(

@@ -35,18 +35,18 @@ def make_recurrent_plan(
 ) -> Plan:
     """Plan one call of a recurrence by `scan` or by `ulysses`, whichever is faster in simulation, forward and backward together.
 
-    op and heads as in `make_plan`, which has the other settings; options are scan's. `explain` says what both take. It is scan
-    where nothing is known of speeds, where there are fewer heads than ranks, and where a rank has no tokens: it may be a
-    server, which computes attention only. Raises as `make_plan` does, of two refusals scan's.
+    op and heads as in `make_plan`, which has the other settings; `explain` says what both take. It is scan where its options are
+    given, where nothing is known of speeds, where there are fewer heads than ranks, and where a rank has no tokens: it may be
+    a server, which computes attention only. Raises as `make_plan` does, of two refusals scan's.
     """
     cluster = resolve_cluster(cluster)
     shape = dict(op=op, heads=heads, cluster=cluster) | settings
-    if not isinstance(cluster, ClusterSpec) or heads < layout.ranks or not layout.shard_sizes().all():
+    if options or not isinstance(cluster, ClusterSpec) or heads < layout.ranks or not layout.shard_sizes().all():
         return make_plan(mask, layout, strategy="scan", options=options, **shape)
     plans, refusals = [], []
-    for strategy, given in (("scan", options), ("ulysses", None)):
+    for strategy in ("scan", "ulysses"):
         try:
-            plans.append(make_plan(mask, layout, strategy=strategy, options=given, **shape))
+            plans.append(make_plan(mask, layout, strategy=strategy, **shape))
         except PlanError as refusal:
             # of more memory than there may be: the other one may need less
             refusals.append(refusal)

@@ -178,10 +178,17 @@ class Planner:
     """Makes and caches the plans of batches over some ranks.
 
     lay_out: documents of a batch to its mask and layout. Equal documents, as batches of fixed length have, are planned once.
+    is_one_block: whether all ranks have the same batch.
     """
 
-    def __init__(self, config: PlannerConfig, ranks: Ranks, lay_out: Callable[[Any], tuple[Mask, Layout]]):
-        self.config, self.ranks = config, ranks
+    def __init__(
+        self,
+        config: PlannerConfig,
+        ranks: Ranks,
+        lay_out: Callable[[Any], tuple[Mask, Layout]],
+        is_one_block: bool = True,
+    ):
+        self.config, self.ranks, self._is_one_block = config, ranks, is_one_block
         self.overrides = LayerOverrides(config.layers)
         # fixed-length batches have the same documents again and again; packed ones never do
         self.lay_out = lru_cache(maxsize=8)(lay_out)
@@ -291,6 +298,9 @@ class Planner:
             del of_layer["op"], of_layer["kv_heads"]
             how |= dict(rotary_dim=shape.op.rotary_dim, latent_dim=shape.op.latent_dim)
             return make_latent_plan(mask, layout, **how, **of_layer)
+        if shape.op.is_recurrent and not self._is_one_block:
+            # states of documents are known to the ranks that have the batch: tokens stay there
+            return make_plan(mask, layout, strategy="scan", **how, **of_layer)
         if shape.op.is_recurrent:
             return make_recurrent_plan(mask, layout, **how, **of_layer)
         return make_plan(mask, layout, **how, **of_layer)

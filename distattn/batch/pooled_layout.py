@@ -36,7 +36,7 @@ class BlockLayouts:
         options: Mapping[str, Any],
         document_mask: str | tuple[int, int],
     ):
-        self.ranks, self.block_ranks = ranks, block_ranks
+        self.ranks, self.block_ranks, self.is_one_block = ranks, block_ranks, block_ranks == ranks
         self._layout, self._options, self._document_mask = layout, dict(options), document_mask
         self.of_block = lru_cache(maxsize=8)(self._of_block)
 

@@ -108,7 +108,9 @@ class ContextParallel:
         self._layouts = BlockLayouts(
             self.ranks, self.block_ranks, layouts.layout, layouts.layout_options or {}, layouts.document_mask
         )
-        self.planner = Planner(self.config.with_buffer_limit(), self, self._layouts.of_batch)
+        self.planner = Planner(
+            self.config.with_buffer_limit(), self, self._layouts.of_batch, self._layouts.is_one_block
+        )
         self.speeds = RankSpeeds(self.config.adaptive, self.ranks) if self.config.adaptive else None
         # by which a trainer's losses are to be multiplied, so that its gradients are sums over ranks
         self._factor = 1.0

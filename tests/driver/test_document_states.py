@@ -1,5 +1,7 @@
 """States of documents in and out of local batches: documents in two batches that hand on their states are those of one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from distattn.batch.local_batch import LocalBatch
 from distattn.batch.planner import BatchKey, Planner, PlannerConfig
 from distattn.batch.pooled_layout import BatchBlock
 from distattn.batch.recurrent_run import RecurrentRun
+from distattn.cluster.spec import Link, load
 
 HEADS, DIM, TAPS = 2, 4, 4
 WIDTH = 4 * HEADS * DIM
@@ -115,8 +118,20 @@ def of_one_batch(blocks):
 
 
 REPLICATED = [(FIRST, SECOND)]
+# in which it takes no time to move tokens, where that may be
+_H100 = load("h100-1x2")
+FAST = replace(
+    _H100,
+    intra_node=Link(1e9, 0.0),
+    device=replace(_H100.device, launch_us=0.01, task_us=0.001, host_us=0.01),
+)
 CASES = {
     1: [(dict(layout="zigzag"), None, REPLICATED)],
+    2: [
+        (dict(layout="block_cyclic", layout_options=dict(block=1), cluster=FAST), None, REPLICATED),
+        # states of a rank's own documents are not known to the other one
+        (dict(data="per_rank", cluster=FAST), None, OF_BLOCKS),
+    ],
     4: [
         (dict(layout="zigzag", pad_to=8), None, REPLICATED),
         (dict(layout="balanced"), None, REPLICATED),
