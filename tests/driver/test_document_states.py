@@ -10,10 +10,11 @@ from processes import run_on_ranks, sum_gradients
 
 import distattn as da
 from distattn.batch.local_batch import LocalBatch
-from distattn.batch.planner import BatchKey, Planner, PlannerConfig
+from distattn.batch.planner import AttentionShape, BatchKey, Planner, PlannerConfig
 from distattn.batch.pooled_layout import BatchBlock
 from distattn.batch.recurrent_run import RecurrentRun
 from distattn.cluster.spec import Link, load
+from distattn.ir.op import OPS
 
 HEADS, DIM, TAPS = 2, 4, 4
 WIDTH = 4 * HEADS * DIM
@@ -183,3 +184,21 @@ def test_states_that_are_not_of_the_documents_are_refused():
     assert batch.documents == (12,)
     with pytest.raises(da.DistattnError, match="re-laid layers has no states of documents"):
         RecurrentRun(batch, "contiguous").batch._states_in(torch.zeros(1, 2, 4, 4))
+
+
+SHAPE = dict(heads=2, kv_heads=2, head_dim=64, v_head_dim=64, dtype="float32")
+
+
+def _strategies(rank):
+    """What a batch of the rank's own is planned by, and what would be faster."""
+    with da.ContextParallel(strategy="ring", data="per_rank", cluster=FAST) as cp:
+        lengths = [[4000, 96], [8]][rank]
+        batch = cp.shard({"input_ids": torch.zeros(1, sum(lengths), dtype=torch.int64), "document_lengths": lengths})
+        plan = batch["context_parallel"].plan(*AttentionShape(**SHAPE, op=OPS["linear_attention"]))
+        call = plan.call
+        faster = da.make_recurrent_plan(call.mask, call.layout, op=call.op, cluster=FAST, **SHAPE)
+        return plan.strategy, faster.strategy
+
+
+def test_tokens_stay_where_ranks_have_states_of_documents_of_their_own():
+    assert run_on_ranks(2, _strategies) == [("scan", "ulysses")] * 2
