@@ -198,7 +198,11 @@ def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
     wanted |= {
         f"distattn/{file}"
         for file in tracked(
-            "configs/*.toml", "configs/models/*.json", "cluster/descriptions/*.toml", "launch/templates/*.j2"
+            "configs/*.toml",
+            "configs/models/*.json",
+            "cluster/descriptions/*.toml",
+            "cluster/jobs/*.yaml",
+            "launch/templates/*.j2",
         )
     }
     wanted |= {"distattn/py.typed", *map(str, tracked("distattn/pages/templates/*.j2"))}
