@@ -1,4 +1,8 @@
-"""Every op on every layout: packed documents, one over all ranks, ranks without tokens, three dtypes, bytes as planned."""
+"""An op of each kind but attention on every layout: packed documents, one over all ranks, ranks without tokens, bytes as planned.
+
+Each in the dtypes of `DTYPES`. Attention is in test_parity.py; all recurrences are in test_recurrence.py (float64) and in
+test_recurrence_precision.py (float32, bfloat16).
+"""
 
 import functools
 import itertools

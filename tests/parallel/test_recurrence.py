@@ -60,13 +60,6 @@ def test_tokens_may_move_instead(cases, name, ranks):
         assert record.bytes == planned_bytes(plan)
 
 
-@pytest.mark.parametrize("name", ["gla", "gated_delta_rule"])
-def test_single_precision(cases, name):
-    case, wanted = cases(name)
-    for layout in layouts(LENGTHS, 4).values():
-        assert_same(run_recurrence(plan_of(layout, name, dtype="float32"), case), wanted, 2e-5)
-
-
 def test_groups_of_heads_follow_each_other_to_the_same_result():
     case = recurrence_case(OPS["kda"], LENGTHS, heads=6, key_heads=2)
     wanted = by_definition(case)
