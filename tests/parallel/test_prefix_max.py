@@ -123,6 +123,12 @@ def test_random_plans_are_right_and_mutants_refused_or_right():
     assert refused > 10 * right > 0
 
 
+@pytest.mark.full
+def test_more_random_plans_are_right_and_mutants_refused_or_right():
+    refused, right = check_plans_and_mutants(350, 1000)
+    assert refused > 10 * right > 0
+
+
 def test_a_state_is_one_number_a_value_and_there_is_no_backward_table():
     plan = plan_of(Layout.zigzag(LENGTHS, 4), cluster="h100-1x4")
     assert not len(plan.backward.tasks["step"]) and not len(plan.backward.moves["step"])

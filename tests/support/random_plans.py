@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from distattn.ir.bands import clip, tighten
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
+from distattn.ir.op import ATTENTION, TOKEN_SHIFT, Op
 from distattn.ir.plan import (
     BACKWARD_PAYLOADS,
     FORWARD_PAYLOADS,
@@ -25,17 +26,23 @@ from distattn.ir.plan import (
 
 Cell = tuple[int, int]
 Row = tuple[int, ...]
+# how many tokens a convolution's tokens see
+TAPS = 3
 # steps before the first task, so that inputs have time to travel
 _LEAD = 4
 # an accumulating payload travels like this holding one, in reversed time
 _MIRROR = {Payload.O: Payload.Q, Payload.dQ: Payload.Q, Payload.dKV: Payload.KV}
 
 
-def random_plan(rng: random.Random) -> Plan:
-    """A plan that `verify` must accept."""
+def random_plan(rng: random.Random, op: Op = ATTENTION) -> Plan:
+    """A plan of attention, latent attention, a convolution of `TAPS` taps or a token shift, that `verify` must accept."""
     n, ranks = rng.randrange(6, 16), rng.randrange(1, 5)
     heads, kv_heads = rng.choice([(2, 1), (6, 2), (4, 4), (6, 3)])
-    call = Call(_mask(rng, n), _layout(rng, n, ranks), heads, kv_heads, 4, 4, "float64")
+    if op != ATTENTION:
+        # all heads of a latent are one
+        kv_heads = 1 if op.kind == "latent_attention" else heads
+    mask = _mask_of_few_tokens(rng, n, op) if op.kind == "convolution" else _mask(rng, n)
+    call = Call(mask, _layout(rng, n, ranks), heads, kv_heads, 4, 4, "float64", op=op)
     forward = _tasks(rng, call)
     backward = forward if rng.random() < 0.5 else _tasks(rng, call)
     policy = rng.choice(["keep", "refetch-home"])
@@ -60,6 +67,17 @@ def _mask(rng: random.Random, n: int) -> Mask:
             Mask.sliding_window(n, rng.randrange(n), 2),
             Mask.from_pieces(blocks, n),
         ]
+    )
+
+
+def _mask_of_few_tokens(rng: random.Random, n: int, op: Op) -> Mask:
+    """Of documents, some of which may be shorter than what their tokens see."""
+    cuts = sorted(rng.sample(range(1, n // 2), rng.randrange(3)))
+    lengths = [b - a for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
+    return (
+        Mask.token_shift(lengths, rng.choice([-2, 1, 3]))
+        if op == TOKEN_SHIFT
+        else Mask.documents(lengths, (TAPS - 1, 0))
     )
 
 

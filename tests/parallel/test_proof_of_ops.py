@@ -1,0 +1,161 @@
+"""The verifier of convolutions, token shifts and latent attention, which are planned like attention.
+
+Plans no strategy would make are accepted and right, changed ones refused or right.
+"""
+
+import random
+
+import pytest
+import torch
+from oracle import Inputs, Record, RecordingTransport, alive_bytes, dense, planned_bytes
+from random_plans import TAPS, random_plan
+from random_recurrences import mutated
+
+from distattn.ir.errors import PlanError
+from distattn.ir.op import CONVOLUTION, TOKEN_SHIFT, latent_op
+from distattn.kernels.latent import LatentKernel, LatentScore, expanded
+from distattn.kernels.registry import kernel_preparer, load_kernel
+from distattn.kernels.spec import ScoreMod
+from distattn.ops.executable import kernel_requirements
+from distattn.parallel.analysis.verify import verify
+from distattn.parallel.runtime import execute, execute_convolution
+from distattn.parallel.runtime.execute import run_in_lock_step
+from distattn.parallel.runtime.program import lower
+from distattn.parallel.runtime.transport import InProcessNetwork
+
+ROPE, LATENT = 2, 3
+# results of one row are added, or joined by log-sum-exp
+OPS = [CONVOLUTION, TOKEN_SHIFT, latent_op(ROPE, LATENT)]
+SCORE = ScoreMod(0.5)
+TOLERANCE = 1e-11
+
+
+def inputs_of(call, seed):
+    """([inputs by token], weight or None, gradient of the output)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    n, heads, values = call.mask.n, call.heads, call.v_head_dim
+    do = normal(n, heads, values)
+    if call.op.kind == "latent_attention":
+        by_token = [normal(n, heads, call.head_dim), normal(n, 1, ROPE), normal(n, 1, LATENT)]
+        return by_token, normal(heads, call.head_dim - ROPE + values, LATENT), do
+    return [normal(n, heads, values)], normal(heads, values, TAPS) if call.op == CONVOLUTION else None, do
+
+
+def by_definition(call, by_token, weight, do):
+    """[output, gradients by token, gradient of the weight], of the dense mask."""
+    leaves = [x.clone().requires_grad_() for x in (*by_token, *([] if weight is None else [weight]))]
+    if call.op.kind == "latent_attention":
+        q, rope, latent, up = leaves
+        k, v = expanded(rope[:, 0], latent[:, 0], up, call.head_dim - ROPE)
+        found = dense(call.mask, Inputs(q, k.detach(), v.detach(), do), SCORE.scale)
+        return [found.o, found.dq, *torch.autograd.grad([k, v], leaves[1:], [found.dk, found.dv])]
+    allowed = torch.from_numpy(call.mask.dense()).double()
+    if call.op == CONVOLUTION:
+        distance = torch.arange(call.mask.n)[:, None] - torch.arange(call.mask.n)
+        taps = leaves[1][..., (TAPS - 1 - distance).clamp(0, TAPS - 1)]
+        o = torch.einsum("qk,hdqk,khd->qhd", allowed, taps, leaves[0])
+    else:
+        o = torch.einsum("qk,khd->qhd", allowed, leaves[0])
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+def run(plan, by_token, weight, do, record=None):
+    """The same of all ranks of a plan in one process."""
+    call, layout, ranks = plan.call, plan.call.layout, range(plan.call.ranks)
+    record = Record() if record is None else record
+    proof, latents = verify(plan), plan.call.op.kind == "latent_attention"
+    kernel = "reference" if latents else "taps"
+    make = kernel_preparer(kernel, kernel_requirements(call, torch.device("cpu")))
+    record.programs = [lower(plan, rank, make, proof) for rank in ranks]
+    module = execute if latents else execute_convolution
+    computes = LatentKernel(load_kernel(kernel)) if latents else load_kernel(kernel)
+    local = [[layout.shard(x, rank) for x in by_token] for rank in ranks]
+    gradients = [layout.shard(do, rank) for rank in ranks]
+    dweight = None if weight is None else torch.zeros_like(weight)
+    shared = LatentScore(SCORE, weight, call.head_dim - ROPE, dweight) if latents else weight
+
+    def passes(direction, given):
+        network = InProcessNetwork()
+        each = zip(record.programs, given, strict=True)
+        return run_in_lock_step(
+            direction(
+                program, RecordingTransport(network.transport(program.rank), program.rank, record), computes, *mine
+            )
+            for program, mine in each
+        )
+
+    ahead = passes(module.forward, [(*mine, shared) for mine in local])
+    if latents:
+        outputs, lse, kept = zip(*ahead, strict=True)
+        delta = [(mine * o).sum(-1) for mine, o in zip(gradients, outputs, strict=True)]
+        columns = gradients, local, lse, delta, kept
+        back = passes(module.backward, [(g, *mine, *rest, shared) for g, mine, *rest in zip(*columns, strict=True)])
+    else:
+        outputs, kept = zip(*ahead, strict=True)
+        columns = gradients, local, kept
+        back = passes(module.backward, [(g, *mine, weight, stays) for g, mine, stays in zip(*columns, strict=True)])
+        *back, shares = zip(*back, strict=True)
+        back, dweight = list(zip(*back, strict=True)), None if weight is None else sum(shares)
+    found = [layout.unshard(list(parts)) for parts in (outputs, *zip(*back, strict=True))]
+    return found if weight is None else [*found, dweight]
+
+
+def assert_right(plan, seed, record=None):
+    given = inputs_of(plan.call, seed)
+    found, wanted = run(plan, *given, record), by_definition(plan.call, *given)
+    for got, right in zip(found, wanted, strict=True):
+        # absolute: a row with one key has gradients of exactly zero
+        assert (got - right).abs().max() < TOLERANCE
+
+
+def check_mutants(op, mutants, seed):
+    """(refused, accepted and right); fails where one is accepted and wrong."""
+    refused = right = 0
+    while refused + right < mutants:
+        seed += 1
+        rng = random.Random(seed)
+        plan = random_plan(rng, op)
+        for _ in range(12):
+            other = mutated(plan, rng)
+            if other is None:
+                continue
+            try:
+                verify(other)
+            except PlanError:
+                refused += 1
+                continue
+            try:
+                assert_right(other, seed)
+            except Exception as error:
+                raise AssertionError(f"a mutant of plan {seed} is accepted and wrong") from error
+            right += 1
+    return refused, right
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_plans_no_strategy_would_make_are_accepted_and_right(op):
+    for seed in range(20):
+        plan, record = random_plan(random.Random(seed), op), Record()
+        assert_right(plan, seed, record)
+        proof = verify(plan)
+        assert record.bytes == +planned_bytes(plan), seed
+        for program in record.programs:
+            assert alive_bytes(plan.call, program.forward) == proof.forward_peak[program.rank], seed
+            assert alive_bytes(plan.call, program.backward) == proof.backward_peak[program.rank], seed
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_mutants_are_refused_or_right(op):
+    refused, right = check_mutants(op, 300, 0)
+    assert refused > 10 * right > 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_more_mutants_are_refused_or_right(op):
+    refused, right = check_mutants(op, 1400, 1_000_000)
+    assert refused > 10 * right > 0
