@@ -6,12 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import check_recurrences
 import findings
 import harness
 import pytest
 import recall_by_ratio
 import torch
 from waiting import LIMIT_SECONDS
+
+from distattn.ir.op import OPS
+from distattn.kernels.recurrence import chunked
+from distattn.kernels.recurrence.trial import RecurrenceInputs
+from distattn.kernels.spec import KernelRequirements
 
 ROOT = Path(__file__).parents[1]
 
@@ -192,6 +198,23 @@ def test_recurrent_layers_are_right_on_every_rank_over_gloo(tmp_path):
     checks = [row for row in rows if row["kind"] == "check"]
     # seven ops, one document or nine, five ways and one device
     assert len(checks) == 7 * 2 * 6 and not any(row["text"] for row in checks) and rows[-1]["kind"] == "ended"
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_ranks_that_are_as_wrong_as_one_device_are_wrong(dtype, most):
+    lengths = (300, 20)
+    needed = KernelRequirements(dtype, 16, 16, torch.device("cpu"), op=OPS["gated_delta_rule"])
+    given = RecurrenceInputs.random(lengths, 2, 2, needed)
+    given = given._replace(state=torch.zeros_like(given.state), dstate=torch.zeros_like(given.dstate))
+    mine, exact = check_recurrences.computed(chunked, given), check_recurrences.in_fp64(given)
+    tokens = torch.arange(sum(lengths))
+    right = check_recurrences.Case(needed.op.name, lengths, given, exact, lambda: (tokens, *mine), mine)
+    assert right.check((tokens, *mine)) == ""
+    for off in (2 * most, float("nan")):
+        o = mine[0].clone()
+        o[250, 1, 3] += off * exact[0].abs().max()
+        wrong = (o, *mine[1:])
+        assert "o of one device is off by" in right._replace(of_one_device=wrong).check((tokens, *wrong))
 
 
 def test_what_hybrids_recall_is_a_table_and_a_figure_of_all_runs(tmp_path):
