@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from distattn.ir.errors import DistattnError
-from distattn.ops.attention import INTERLEAVED, RECOMPUTING, backward_pass, forward_pass, interleaved_batch
+from distattn.ops.attention import backward_pass, forward_pass
 from distattn.ops.executable import Executable
+from distattn.ops.interleaving import INTERLEAVED, RECOMPUTING, interleaved_batch
 from distattn.parallel.runtime.execute import PausableRun
 from distattn.parallel.runtime.transport import Packet, PendingMessages, Transport
 

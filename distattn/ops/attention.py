@@ -8,10 +8,9 @@ The plan enters the operators as a whole number, the handle of its executable (s
 from __future__ import annotations
 
 import math
-import threading
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,45 +24,14 @@ from distattn.kernels.glue import row_products
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import choose_kernel
 from distattn.kernels.spec import ScoreMod
-from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements, prepare
+from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements
+from distattn.ops.interleaving import interleaved_batch
+from distattn.ops.plan_argument import executable_of
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.streams import has_streams
 from distattn.parallel.runtime.transport import Transport
 
-
-class InterleavedBatch(Protocol):
-    """A micro-batch that takes turns with others on this rank (see `driver.overlap`): it runs its own attention calls."""
-
-    def attention(
-        self,
-        executable: Executable,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        slopes: Tensor | None,
-        scale: float,
-        softcap: float,
-    ) -> Tensor: ...
-
-
 _SAVED_BY_CHECKPOINTS = {f"distattn.{name}.default" for name in ("forward", "recurrence_forward", "latent_forward")}
-
-
-class _PerThread(threading.local):
-    """Which micro-batch this thread works on, where several take turns."""
-
-    batch: InterleavedBatch | None = None
-
-
-INTERLEAVED = _PerThread()
-# the micro-batch whose backward pass runs: a forward that is recomputed there may be on a thread of autograd's
-RECOMPUTING: list[InterleavedBatch] = []
-
-
-def interleaved_batch() -> InterleavedBatch | None:
-    """The micro-batch whose turn it is, where several take turns."""
-    return INTERLEAVED.batch or (RECOMPUTING[-1] if RECOMPUTING else None)
 
 
 def attention(
@@ -104,8 +72,6 @@ def attention(
             raise DistattnError(f"{name} is a {type(given).__name__}; a tensor (tokens, heads, dim) is wanted.")
     if not isinstance(return_lse, bool):
         raise DistattnError(f"return_lse is True or False, not a {type(return_lse).__name__}.")
-    if not isinstance(plan, (Plan, Executable)):
-        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
     # strides of a fused projection are usual; kernels and messages read whole rows
     q_THD, k_TKD, v_TKE = (x.contiguous() for x in autocast_inputs(q_THD, k_TKD, v_TKE))
     for name, given in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
@@ -130,17 +96,12 @@ def attention(
         raise DistattnError("alibi_slopes want a gradient, which is not computed; pass alibi_slopes.detach().")
     if gate is not None:
         gate = _broadcast_gate(gate, (*q_THD.shape[:2], v_TKE.shape[2]))
-    if isinstance(plan, Executable):
-        if group is not None or kernel is not None:
-            raise DistattnError("an executable knows its group and kernel; give them to prepare instead.")
-        ready = plan
-    elif torch.compiler.is_compiling():
-        raise DistattnError("inside torch.compile, attention takes prepare(plan, group) instead of a plan.")
-    else:
-        modifiers = score_modifiers(softcap, alibi_slopes)
-        if return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q_THD, k_TKD, v_TKE)):
-            modifiers = (*modifiers, "lse")
-        ready = prepare(plan, group, kernel=kernel, device=q_THD.device, modifiers=modifiers)
+    modifiers = score_modifiers(softcap, alibi_slopes)
+    if return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q_THD, k_TKD, v_TKE)):
+        modifiers = (*modifiers, "lse")
+    ready = executable_of(
+        plan, group, "attention", q_THD.device, kernel=kernel, modifiers=modifiers, can_interleave=True
+    )
     interleaved = interleaved_batch()
     if interleaved is not None:
         # it lets the others run while its messages travel

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -22,8 +21,9 @@ from distattn.ir.plan import Call, Plan
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import load_kernel
 from distattn.kernels.spec import ScoreMod
-from distattn.ops.attention import autocast_inputs, interleaved_batch
-from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements, prepare
+from distattn.ops.attention import autocast_inputs
+from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements
+from distattn.ops.plan_argument import executable_of
 from distattn.parallel.runtime import execute_convolution
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
@@ -73,7 +73,9 @@ def causal_conv1d(
         raise DistattnError(f"return_final_state is True or False, not a {type(return_final_state).__name__}.")
     if return_final_state and torch.compiler.is_compiling():
         raise DistattnError("final states of a convolution are not compiled; leave the call out of torch.compile.")
-    executable = _executable(plan, group, x_TC, ["grouped"] if weight.dim() == 3 else [])
+    executable = executable_of(
+        plan, group, "causal_conv1d", x_TC.device, modifiers=["grouped"] if weight.dim() == 3 else []
+    )
     (x_TC,) = autocast_inputs(x_TC)
     _check_inputs(executable, x_TC, weight, bias, initial_state)
     if return_final_state and weight.shape[-1] == 1:
@@ -105,7 +107,7 @@ def token_shift(
         raise DistattnError(f"x is a {type(x_T).__name__}; a tensor is wanted.")
     if type(fill) is not int or abs(fill) > _MOST_WHOLE:
         raise DistattnError(f"fill is a whole number between -2^52 and 2^52, not {fill!r}.")
-    executable = _executable(plan, group, x_T)
+    executable = executable_of(plan, group, "token_shift", x_T.device)
     whole = x_T.dtype in _WHOLE
     too_large = whole and x_T.numel() and max(int(x_T.max()), -int(x_T.min())) > _MOST_WHOLE
     if too_large or not x_T.dim() or not (whole or x_T.is_floating_point()):
@@ -124,18 +126,6 @@ def token_shift(
     y, _ = torch.ops.distattn.convolution_forward(by_heads, None, None, executable.handle, executable.kept_elements)
     y_T = cast(Tensor, y).reshape(x_T.shape)
     return y_T.to(x_T.dtype) + fill if whole else y_T
-
-
-def _executable(
-    plan: Plan | Executable, group: dist.ProcessGroup | None, x: Tensor, modifiers: Sequence[str] = ()
-) -> Executable:
-    if not isinstance(plan, (Plan, Executable)):
-        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
-    if isinstance(plan, Executable) and group is not None:
-        raise DistattnError("an executable knows its group; give it to prepare instead.")
-    if interleaved_batch() is not None:
-        raise DistattnError("convolutions cannot take turns with other micro-batches yet; leave OverlapSchedule out.")
-    return plan if isinstance(plan, Executable) else prepare(plan, group, device=x.device, modifiers=modifiers)
 
 
 def _check_inputs(

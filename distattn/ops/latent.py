@@ -20,8 +20,9 @@ from distattn.kernels.latent import LatentKernel, LatentScore, expanded
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import Kernel, choose_kernel
 from distattn.kernels.spec import ScoreMod
-from distattn.ops.attention import attention, autocast_inputs, interleaved_batch
-from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements, prepare
+from distattn.ops.attention import attention, autocast_inputs
+from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements
+from distattn.ops.plan_argument import executable_of
 from distattn.parallel.runtime import execute
 from distattn.parallel.runtime.execute import run_to_completion
 
@@ -49,18 +50,10 @@ def latent_attention(
     or of attention with kv_heads=H: then each rank expands its own latents, and keys and values move. Raises PlanError when the
     plan cannot be proven or ranks have different ones, DistattnError when the tensors do not fit it.
     """
-    if isinstance(plan, Executable) and (group is not None or kernel is not None):
-        raise DistattnError("an executable knows its group and kernel; give them to prepare instead.")
-    if interleaved_batch() is not None:
-        raise DistattnError(
-            "latent attention cannot take turns with other micro-batches yet; leave OverlapSchedule out."
-        )
     q_THD, rope_TR, latent_TL, up_HEL = autocast_inputs(q_THD, rope_TR, latent_TL, up_HEL)
-    if isinstance(plan, Executable):
-        executable = plan
-    else:
-        kernel = latent_kernel(plan.call, q_THD.device) if kernel is None else kernel
-        executable = prepare(plan, group, kernel=kernel, device=q_THD.device)
+    if kernel is None and isinstance(plan, Plan):
+        kernel = latent_kernel(plan.call, q_THD.device)
+    executable = executable_of(plan, group, "latent_attention", q_THD.device, kernel=kernel)
     _check_inputs(executable, q_THD, rope_TR, latent_TL, up_HEL)
     if executable.program.call.op == ATTENTION:
         key_dim = q_THD.shape[2] - rope_TR.shape[1]

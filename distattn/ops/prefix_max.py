@@ -13,8 +13,8 @@ from torch import Tensor
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.kernels.spec import ScoreMod
-from distattn.ops.attention import interleaved_batch
-from distattn.ops.executable import Executable, prepare
+from distattn.ops.executable import Executable
+from distattn.ops.plan_argument import executable_of
 from distattn.parallel.runtime import execute_prefix_max
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_prefix_max import PrefixMaxKernel
@@ -48,13 +48,7 @@ def prefix_max(
     for name, tensor in (("x", x_THV), ("initial_state", initial_state)):
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "x"):
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
-    if not isinstance(plan, (Plan, Executable)):
-        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
-    if isinstance(plan, Executable) and group is not None:
-        raise DistattnError("an executable knows its group; give it to prepare instead.")
-    if interleaved_batch() is not None:
-        raise DistattnError("prefix maxima cannot take turns with other micro-batches yet; leave OverlapSchedule out.")
-    executable = plan if isinstance(plan, Executable) else prepare(plan, group, device=x_THV.device)
+    executable = executable_of(plan, group, "prefix_max", x_THV.device)
     _check_inputs(executable, x_THV, initial_state)
     executable.begin_pass("forward", _NO_SCORE)
     kernel = cast(PrefixMaxKernel, executable.kernel)

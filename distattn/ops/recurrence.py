@@ -17,8 +17,9 @@ from distattn.ir.plan import Plan
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import ScoreMod
-from distattn.ops.attention import autocast_inputs, interleaved_batch
-from distattn.ops.executable import EXECUTABLES, Executable, prepare
+from distattn.ops.attention import autocast_inputs
+from distattn.ops.executable import EXECUTABLES, Executable
+from distattn.ops.plan_argument import executable_of
 from distattn.parallel.runtime import execute_recurrence
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_recurrence import RecurrenceKernel
@@ -72,22 +73,11 @@ def recurrence(
     ):
         if not isinstance(tensor, Tensor) and (tensor is not None or name in "qkv"):
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
-    if not isinstance(plan, (Plan, Executable)):
-        raise DistattnError(f"plan is what make_plan or prepare returned, not a {type(plan).__name__}.")
     if not isinstance(return_final_state, bool):
         raise DistattnError(f"return_final_state is True or False, not a {type(return_final_state).__name__}.")
     if not isinstance(scale, (Real, type(None))) or isinstance(scale, bool):
         raise DistattnError(f"scale is a number, not a {type(scale).__name__}.")
-    if isinstance(plan, Executable):
-        if group is not None or kernel is not None:
-            raise DistattnError("an executable knows its group and kernel; give them to prepare instead.")
-        executable = plan
-    elif torch.compiler.is_compiling():
-        raise DistattnError("inside torch.compile, recurrence takes prepare(plan, group) instead of a plan.")
-    else:
-        executable = prepare(plan, group, kernel=kernel, device=q_TGK.device)
-    if interleaved_batch() is not None:
-        raise DistattnError("recurrences cannot take turns with other micro-batches yet; leave OverlapSchedule out.")
+    executable = executable_of(plan, group, "recurrence", q_TGK.device, kernel=kernel)
     q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
     beta = None if beta is None else autocast_inputs(beta)[0]
     x = RecurrenceTokens(q_TGK, k_TGK, v_THV, g, beta)

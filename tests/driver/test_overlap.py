@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector
 
 import distattn as da
 from distattn.adapters.pytorch import local_loss
-from distattn.ops.attention import RECOMPUTING, interleaved_batch
+from distattn.ops.interleaving import RECOMPUTING, interleaved_batch
 from distattn.parallel.make_plan import STRATEGIES
 
 pytestmark = pytest.mark.sampled(3)

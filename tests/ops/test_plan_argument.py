@@ -1,0 +1,45 @@
+"""Every op says in the same sentences what is wrong with its plan argument."""
+
+import pytest
+import torch
+
+import distattn as da
+
+# what is wrong with a plan is said before shapes are looked at
+CALLS = {
+    "attention": lambda x, *given: da.attention(x, x, x, *given),
+    "latent_attention": lambda x, *given: da.latent_attention(x, x[:, 0, :2], x[:, 0], x, *given),
+    "recurrence": lambda x, *given: da.recurrence(x, x, x, *given),
+    "causal_conv1d": lambda x, *given: da.causal_conv1d(x[:, 0], x[:, 0], *given),
+    "token_shift": lambda x, *given: da.token_shift(x, *given),
+    "prefix_max": lambda x, *given: da.prefix_max(x, *given),
+}
+
+
+@pytest.fixture(scope="module")
+def plan():
+    mask, shape = da.Mask.documents([4]), dict(heads=2, kv_heads=2, head_dim=8, dtype="float32")
+    return da.make_plan(mask, da.Layout.contiguous([4], 1), strategy="ring", **shape)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_what_is_no_plan_or_has_a_group_twice_is_refused(op, plan):
+    call, x = CALLS[op], torch.zeros(4, 2, 8)
+    with pytest.raises(da.DistattnError, match=r"plan is .*, not (a str|'ring')"):
+        call(x, "ring")
+    with pytest.raises(da.DistattnError, match="an executable knows its group and kernel; give them to prepare"):
+        call(x, da.prepare(plan), torch.distributed.ProcessGroup(0, 1))
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if op != "attention"])
+def test_only_attention_takes_turns_with_other_micro_batches(op, plan, monkeypatch):
+    monkeypatch.setattr("distattn.ops.interleaving.RECOMPUTING", [object()])
+    with pytest.raises(da.DistattnError, match=f"^{op} cannot take turns with other micro-batches yet; leave Overlap"):
+        CALLS[op](torch.zeros(4, 2, 8), plan)
+
+
+@pytest.mark.parametrize("op", ["recurrence", "causal_conv1d", "token_shift"])
+def test_plans_are_prepared_outside_of_torch_compile(op, plan):
+    compiled = torch.compile(lambda x: CALLS[op](x, plan), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=f"inside torch.compile, {op} takes prepare"):
+        compiled(torch.zeros(4, 2, 8))
