@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 
 from distattn.adapters.huggingface_modules import folder_of
 from distattn.adapters.pytorch import MIXING as MIXING
-from distattn.adapters.recurrent_layers import mamba2, unit_length
+from distattn.adapters.recurrent_layers import l2norm, ssd_scan
 from distattn.batch.local_batch import LocalBatch
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
@@ -117,7 +117,7 @@ def _delta_rule(
     """query, key (1, T, G, K), value (1, T, H, V), g (1, T, H) or (1, T, H, K), beta (1, T, H) -> (1, T, H, V), and no state."""
     _refuse_states(initial_state, output_final_state)
     if use_qk_l2norm_in_kernel:
-        query, key = unit_length(query), unit_length(key)
+        query, key = l2norm(query), l2norm(key)
     q_TGK, k_TGK, v_THV, beta_TH = (x.squeeze(0) for x in (query, key, value, beta))
     wide = g.squeeze(0).to(accumulation_dtype(value.dtype))
     return batch.recurrence(q_TGK, k_TGK, v_THV, op, g=wide, beta=beta_TH.to(v_THV.dtype))[None], None
@@ -152,7 +152,7 @@ def _state_space(
     dt_TH = dt_TH if dt_bias is None else dt_TH + dt_bias.to(wide)
     dt_TH = (F.softplus(dt_TH) if dt_softplus else dt_TH).clamp(*dt_limit)
     skip_H1 = None if D is None else D[:, None]
-    return mamba2(batch, hidden_states.squeeze(0), dt_TH, A.to(wide), B.squeeze(0), C.squeeze(0), skip_H1)[None]
+    return ssd_scan(batch, hidden_states.squeeze(0), dt_TH, A.to(wide), B.squeeze(0), C.squeeze(0), skip_H1)[None]
 
 
 def _not_fused(batch: LocalBatch, *given: Any, **named: Any) -> None:

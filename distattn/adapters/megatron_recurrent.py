@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from distattn.adapters.megatron_batches import MegatronBatches
-from distattn.adapters.recurrent_layers import mamba2, unit_length
+from distattn.adapters.recurrent_layers import l2norm, ssd_scan
 from distattn.batch.local_batch import LocalBatch
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
@@ -93,7 +93,7 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
     def _key_heads(self, x_TX: Tensor) -> Tensor:
         """(T, G, K), of norm 1 where that is asked for."""
         x = x_TX.unflatten(-1, (-1, self.key_head_dim)).contiguous()
-        return unit_length(x) if self.use_qk_l2norm else x
+        return l2norm(x) if self.use_qk_l2norm else x
 
 
 class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
@@ -127,7 +127,7 @@ class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
         wide = accumulation_dtype(dt_TH.dtype)
         dt_TH = F.softplus(dt_TH.to(wide) + self.dt_bias.to(wide))
         skip = self.D.view(-1, self.headdim if self.D_has_hdim else 1)
-        o_THV = mamba2(batch, x_THV, dt_TH, -self.A_log.to(wide).exp(), k_TGK, q_TGK, skip)
+        o_THV = ssd_scan(batch, x_THV, dt_TH, -self.A_log.to(wide).exp(), k_TGK, q_TGK, skip)
         gate_THV = self.act(z_TX.to(wide)).view(o_THV.shape)
         y_TBX = _rows((o_THV * gate_THV).to(x_THV.dtype), projected_TBX)
         out: tuple[Tensor, Tensor | None] = self.out_proj(self.norm(y_TBX) if self.rmsnorm else y_TBX)

@@ -14,13 +14,13 @@ from distattn.kernels.merge import accumulation_dtype
 _NORM_EPSILON = 1e-6
 
 
-def unit_length(x: Tensor) -> Tensor:
-    """x with rows of length 1 along the last dim, in its dtype: queries and keys of delta rules."""
+def l2norm(x: Tensor) -> Tensor:
+    """x divided by its L2 norm along the last dim, in its dtype: queries and keys of delta rules."""
     wide = x.to(accumulation_dtype(x.dtype))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _NORM_EPSILON)).to(x.dtype)
 
 
-def mamba2(
+def ssd_scan(
     batch: LocalBatch,
     x_THV: Tensor,
     dt_TH: Tensor,
@@ -29,7 +29,9 @@ def mamba2(
     q_TGK: Tensor,
     skip_H1: Tensor | None,
 ) -> Tensor:
-    """Mamba-2's scan (T, H, V), in the accumulation dtype, as mamba-ssm's kernels compute it.
+    """Mamba-2's SSD scan with time steps and skip, (T, H, V) in the accumulation dtype, as mamba-ssm's kernels compute it.
+
+    The layer's convolution and gate are not in it.
 
     dt_TH: time steps, and a_H: what they are multiplied by to decays, both in the accumulation dtype. k_TGK and q_TGK are called
     B and C there. skip_H1: (H, 1) or (H, V), how much of x is added.

@@ -28,7 +28,7 @@ from distattn.ops.latent import latent_attention
 from distattn.ops.prefix_softmax import prefix_softmax
 from distattn.ops.recurrence import recurrence
 from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans, prefix_softmax_shapes
-from distattn.parallel.runtime.rank_sums import sum_over_ranks
+from distattn.parallel.runtime.all_reduce import all_reduce_sum
 from distattn.parallel.runtime.relaid_rows import RowMoves
 
 
@@ -313,7 +313,7 @@ class LocalBatch(BatchAttention):
         if len(ranks) == 1:
             return out, own
         rank = self.planner.ranks.rank
-        return out, sum_over_ranks(own, ranks, rank, self.planner.ranks.transport(own.device))
+        return out, all_reduce_sum(own, ranks, rank, self.planner.ranks.transport(own.device))
 
     def plan(self, *shape: Any) -> Plan:
         """The plan of this batch for one shape, given as the fields of `AttentionShape`; layers of equal shape share it."""

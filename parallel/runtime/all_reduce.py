@@ -1,4 +1,4 @@
-"""Sums over some ranks through the transport of their plans: every rank gets the same bits, and so do gradients."""
+"""An all-reduce over some ranks through the transport of their plans: every rank gets the same bits, and so do gradients."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from distattn.parallel.runtime.transport import Packet, Transport
 
 
-def sum_over_ranks(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
+def all_reduce_sum(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
     """The sum of what `ranks`, of which `rank` is this one, give in tensors of one shape and dtype. A collective call of them.
 
     Differentiable: the gradient is the sum of the ranks' gradients. Numbers are added in the order of the ranks. Raises
     LostRankError naming the peers that stopped answering.
     """
-    summed: Tensor = _SumOverRanks.apply(x, ranks, rank, transport)
+    summed: Tensor = _AllReduceSum.apply(x, ranks, rank, transport)
     return summed
 
 
-class _SumOverRanks(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     """Its own gradient: every rank's sum depends alike on what every rank gave."""
 
     @staticmethod
@@ -31,7 +31,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return _SumOverRanks.apply(grad, ctx.ranks, ctx.rank, ctx.transport), None, None, None
+        return _AllReduceSum.apply(grad, ctx.ranks, ctx.rank, ctx.transport), None, None, None
 
 
 def _summed(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
@@ -55,4 +55,4 @@ def _exchange(sent: dict[int, Tensor], received: dict[int, Tensor], rank: int, t
         [Packet(peer, "sums", tensor) for peer, tensor in tensors.items() if peer != rank and tensor.numel()]
         for tensors in (sent, received)
     )
-    transport.exchange(sends, receives, False, "of a sum over ranks").wait()
+    transport.exchange(sends, receives, False, "of an all-reduce").wait()
