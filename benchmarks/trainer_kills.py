@@ -344,8 +344,8 @@ def rank(folder: str, json_lines: bool) -> int:
         write(words, step, seconds, waits)
         if step >= 0 and not first:
             first.append(step)
-        # in the first step of an attempt ranks are given longer
-        if first and step > first[0] and planted.exists():
+        # in the first steps of an attempt ranks are given longer
+        if first and step > first[0] + 1 and planted.exists():
             fault = json.loads(planted.read_text("utf-8"))
             if fault["rank"] == int(os.environ["RANK"]) and _WORDS[fault["kind"]] in words:
                 planted.unlink()

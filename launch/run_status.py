@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,17 +18,23 @@ from distattn.training.run_folder import RunFolder
 def status(run: RunFolder) -> dict[str, Any]:
     """Look up a run: its state, the steps done and the attempts; its job's number on Slurm, else what each rank does, by rank.
 
-    Raises DistattnError as `slurm.status` does, and for a run that was started on another machine.
+    Raises DistattnError as `slurm.status` does.
     """
-    if run.job_file.exists():
+    attempts = Attempts(run.attempts)
+    # a run of Slurm's may have been resumed here
+    if run.job_file.exists() and attempts.beats() is None:
         return slurm.status(run)
-    attempts, steps = Attempts(run.attempts), len(run.metrics()) if run.metrics_file.exists() else 0
-    rows, beats = attempts.rows(), attempts.beats() or {}
+    steps = len(run.metrics()) if run.metrics_file.exists() else 0
+    rows, beats = attempts.rows(), attempts.beats()
     last = rows[-1] if rows else {}
-    state = "running" if beats else "not begun" if not rows else "killed with its launcher"
-    if "why" in last:
+    state = "running" if beats is not None else "killed with its launcher"
+    if not rows:
+        state = "not begun" if not steps else "begun by another scheduler"
+    elif "why" in last:
         state = f"ended, exit code {last['exit_code']}"
-    ranks = {str(rank): words(beat) for rank, beat in beats.items()}
+    elif (host := last.get("host")) != socket.gethostname():
+        state = f"begun on {host}, which knows whether it goes on"
+    ranks = {str(rank): words(beat) for rank, beat in (beats or {}).items()}
     return {"run": str(run.folder), "state": state, "steps": steps, "attempts": rows, "ranks": ranks}
 
 
@@ -36,10 +43,10 @@ def cancel(run: RunFolder) -> tuple[str, int | str]:
 
     Raises DistattnError where neither goes on.
     """
-    if run.job_file.exists():
-        return "job", slurm.cancel(run)
     attempts = Attempts(run.attempts)
-    if not attempts.beats():
+    if run.job_file.exists() and attempts.beats() is None:
+        return "job", slurm.cancel(run)
+    if attempts.beats() is None:
         raise DistattnError(f"{run.folder}: nothing was submitted from here, and no ranks of this machine work on it.")
     launcher = int(attempts.rows()[-1]["launcher"])
     os.kill(launcher, signal.SIGTERM)

@@ -33,10 +33,11 @@ _STOPPED = RunStopped.exit_code
 
 
 class _Job(NamedTuple):
-    """This job. requeues: how often it was queued again."""
+    """This job. requeues: how often it was queued again. name: by which Slurm's commands know it alone, not the whole array."""
 
     number: str
     requeues: int
+    name: str
 
 
 class _Outcome(NamedTuple):
@@ -59,7 +60,10 @@ class JobAttempts:
     def stop(self, number: int, frame: FrameType | None = None) -> None:
         """Have the ranks save and end: a handler of Slurm's signals."""
         self._signal = signal.Signals(number).name
-        self._run.ask_to_stop(self._signal)
+        try:
+            self._run.ask_to_stop(self._signal)
+        except OSError as error:
+            _say(f"the ranks cannot be asked to stop: {error}; the run goes on from its newest checkpoint.")
 
     def run(self) -> _Outcome:
         """Attempt after attempt."""
@@ -127,7 +131,7 @@ class JobAttempts:
             waited = time.monotonic() - failed_at if failed_at else 0.0
             if waited > _OTHERS_SECONDS and not killed:
                 killed = True
-                end_steps(self._job.number)
+                end_steps(self._job.name)
             if waited > _OTHERS_SECONDS + _ENDING_SECONDS:
                 process.kill()
         code = process.wait()
@@ -144,7 +148,11 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=int, required=True)
     given = parser.parse_args(arguments[:split])
     run = RunFolder(given.run)
-    job = _Job(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    name = os.environ["SLURM_JOB_ID"]
+    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
+        # one task's number is that of the array
+        name = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+    job = _Job(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0")), name)
     outcome = _Outcome(1)
     try:
         hosts = JobHosts(expand_hosts(os.environ["SLURM_JOB_NODELIST"]), given.nodes)
@@ -169,8 +177,8 @@ def _queue_again(job: _Job, most: int) -> None:
         return
     try:
         # a job that was cancelled, or that Slurm itself queues again, is not running any more
-        if job_state(job.number) == "RUNNING":
-            ask_slurm("scontrol", "requeue", job.number)
+        if job_state(job.name) == "RUNNING":
+            ask_slurm("scontrol", "requeue", job.name)
     except DistattnError as error:
         _say(f"job {job.number} is not queued again: {error}")
 

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from distattn.ir.errors import DamagedDataError, DistattnError, RunStopped
+from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError, RunStopped
 from distattn.launch.slurm_commands import expand_hosts, unusable_hosts
 
 # a rank that ends so has said why, and would again
 _FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
+# of ranks that end for what others do
+_OF_OTHERS = (0, LostRankError.exit_code, RunStopped.exit_code)
 # of one host before it is left out
 _MOST_FAILURES = 2
 # srun's own lines about tasks and nodes
@@ -45,9 +47,13 @@ class StepEnd:
         return code != RunStopped.exit_code
 
     def blamed(self, hosts: Sequence[str]) -> list[str]:
-        """Of the step's hosts those to blame: lost ones, else those whose ranks were killed, else those that did not answer."""
+        """Of the step's hosts those to blame: lost ones, else those whose ranks were killed, or have said why they end.
+
+        Where all that have ended only miss another one, those that did not answer.
+        """
         killed = [host for host, code in self.codes.items() if code is None or code > 128]
-        return self.lost or killed or self.silent(hosts) or list(self.codes)[:1]
+        own = [host for host, code in self.codes.items() if code not in _OF_OTHERS]
+        return self.lost or killed or own[:1] or self.silent(hosts) or list(self.codes)[:1]
 
     def silent(self, hosts: Sequence[str]) -> list[str]:
         """Of the step's hosts those that said nothing any more when others had failed."""
@@ -55,7 +61,10 @@ class StepEnd:
 
     def is_final(self) -> bool:
         """Whether ranks have said why they cannot go on, which another attempt would not change."""
-        return self.code in _FINAL and not self.lost and all(code in (*_FINAL, 0) for code in self.codes.values())
+        # others end because it has
+        following = (*_FINAL, 0, 1, LostRankError.exit_code)
+        codes = self.codes.values()
+        return not self.lost and any(code in _FINAL for code in codes) and all(code in following for code in codes)
 
     def why(self, hosts: Sequence[str]) -> str:
         """What became of the hosts to blame."""

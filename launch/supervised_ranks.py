@@ -25,6 +25,7 @@ from distattn.launch.attempts import Attempts
 from distattn.launch.local import as_found, say, stopped_by, torchrun_config
 from distattn.launch.loopback import gloo_on_loopback
 from distattn.launch.rank_entry import run_rank
+from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
@@ -149,9 +150,9 @@ def _run_once(
             )
         code = 0
     except ChildFailedError as error:
-        trouble = watch.close()
+        trouble = watch.close() or _silent_end(error)
         code = _exit_code(error, trouble)
-        if trouble is not None and trouble.kind == "killed" and code > 128:
+        if trouble.kind == "killed" and code > 128:
             how = f"was killed by {signal.Signals(code - 128).name}"
             trouble = replace(trouble, culprits=tuple(one._replace(how=how) for one in trouble.culprits))
     except SignalException as stop:
@@ -172,11 +173,20 @@ def _run_once(
     return code, trouble
 
 
-def _exit_code(error: ChildFailedError, trouble: Trouble | None) -> int:
+def _silent_end(error: ChildFailedError) -> Trouble:
+    """Of ranks that told nothing, that which ended first."""
+    rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
+    if failure.exitcode < 0:
+        return Trouble((Culprit(rank, "was killed before it told anything"),), "killed", 0, 0.0)
+    how = f"ended with exit code {failure.exitcode} before it told anything"
+    return Trouble((Culprit(rank, how),), "raised", 0, 0.0, failure.exitcode)
+
+
+def _exit_code(error: ChildFailedError, trouble: Trouble) -> int:
     """Of the ranks that are to blame; all others were killed after them."""
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    if trouble is not None and trouble.kind != "killed":
+    if trouble.kind != "killed":
         return trouble.exit_code
-    blamed = [codes[one.rank] for one in trouble.culprits if one.rank in codes] if trouble else []
+    blamed = [codes[one.rank] for one in trouble.culprits if one.rank in codes]
     code = (blamed or list(codes.values()))[0]
     return code if code > 0 else 128 - code

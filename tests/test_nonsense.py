@@ -117,6 +117,14 @@ def right_calls():
         (da.make_latent_plan, dict(mask=MASK, layout=one, strategy="ring", rotary_dim=2, latent_dim=5, **layer))
     )
     calls.append((da.make_recurrent_plan, dict(mask=MASK, layout=one, kv_heads=2, op="gla", **layer)))
+    sums = dict(heads=4, latents=3, v_head_dim=8, dtype="float32")
+    softmaxes = da.make_prefix_softmax_plans(MASK, one, **sums)
+    logits = dict(logits_THL=torch.ones(16, 4, 3), v_THV=q, plans=softmaxes, group=None)
+    states = dict(initial_state=None, return_final_state=False)
+    calls.append((da.make_prefix_softmax_plans, dict(mask=MASK, layout=one, strategy="scan", **sums)))
+    calls.append((da.prefix_softmax, dict(weights_THL=torch.ones(16, 4, 3), **logits, **states)))
+    maxima = dict(plan=softmaxes.maximum, group=None, initial_state=torch.zeros(3, 4, 3))
+    calls.append((da.prefix_max, dict(x_THV=torch.ones(16, 4, 3), return_final_state=False, **maxima)))
     calls.append((da.Op, dict(name="mine", kind="recurrence", merge="never", decay="token", delta=True)))
     settings = dict(group=None, loss_group=None, strategy="ring", layout="zigzag", layout_options={}, data="replicated")
     settings |= dict(document_mask="causal", kernel="reference", backward="refetch-home", comm_dtype=None, cluster=None)
@@ -187,7 +195,15 @@ def test_every_public_name_is_called():
     called = {getattr(function, "__qualname__", "").split(".")[0] for function, _ in right_calls()}
     # data that is returned, not made by users; what needs several ranks; what the others call
     others = {"Call", "Executable", "Explanation", "Payload", "Proof", "Table", "Timeline", "StageSpec", "block_mask"}
-    others |= {"RecurrentRun", "PipelineSchedule", "serve", "save_attention", "ContextParallel"}
+    others |= {
+        "RecurrentRun",
+        "PrefixSoftmaxPlans",
+        "PrefixSoftmaxState",
+        "PipelineSchedule",
+        "serve",
+        "save_attention",
+        "ContextParallel",
+    }
     public = {name for name in da.__all__ if not (inspect.isclass(getattr(da, name)) and name.endswith("Error"))}
     assert public <= called | others
 

@@ -12,9 +12,9 @@ class DistattnError(ValueError):
 
 
 class LostRankError(DistattnError):
-    """Another rank stopped answering; the message names it. Exit code 1, as of what another attempt may do better."""
+    """Another rank stopped answering; the message names it. Exit code 4: another attempt may do better."""
 
-    exit_code = 1
+    exit_code = 4
 
 
 class RunStopped(DistattnError):

@@ -23,7 +23,7 @@ from distattn.kernels.registry import load_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs
 from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements
-from distattn.ops.plan_argument import executable_of
+from distattn.ops.plan_argument import check_flag, executable_of
 from distattn.parallel.runtime import execute_convolution
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_convolution import ConvolutionKernel
@@ -69,8 +69,7 @@ def causal_conv1d(
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
     if activation is not None and not (isinstance(activation, str) and activation == "silu"):
         raise DistattnError(f'activation is "silu" or None, not {activation!r}; apply others to what is returned.')
-    if not isinstance(return_final_state, bool):
-        raise DistattnError(f"return_final_state is True or False, not a {type(return_final_state).__name__}.")
+    check_flag("return_final_state", return_final_state)
     if return_final_state and torch.compiler.is_compiling():
         raise DistattnError("final states of a convolution are not compiled; leave the call out of torch.compile.")
     executable = executable_of(

@@ -13,6 +13,12 @@ from distattn.ops.executable import Executable, prepare
 from distattn.ops.interleaving import interleaved_batch
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise DistattnError where what is to be True or False is anything else."""
+    if not isinstance(value, bool):
+        raise DistattnError(f"{name} is True or False, not a {type(value).__name__}.")
+
+
 def executable_of(
     plan: Plan | Executable,
     group: dist.ProcessGroup | None,

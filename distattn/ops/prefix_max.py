@@ -14,7 +14,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.executable import Executable
-from distattn.ops.plan_argument import executable_of
+from distattn.ops.plan_argument import check_flag, executable_of
 from distattn.parallel.runtime import execute_prefix_max
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_prefix_max import PrefixMaxKernel
@@ -48,6 +48,7 @@ def prefix_max(
     for name, tensor in (("x", x_THV), ("initial_state", initial_state)):
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "x"):
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
+    check_flag("return_final_state", return_final_state)
     executable = executable_of(plan, group, "prefix_max", x_THV.device)
     _check_inputs(executable, x_THV, initial_state)
     executable.begin_pass("forward", _NO_SCORE)

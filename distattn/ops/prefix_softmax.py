@@ -22,6 +22,7 @@ from distattn.ir.plan import Plan
 from distattn.kernels.merge import accumulation_dtype
 from distattn.ops.attention import autocast_inputs
 from distattn.ops.executable import Executable
+from distattn.ops.plan_argument import check_flag
 from distattn.ops.prefix_max import prefix_max
 from distattn.ops.recurrence import recurrence
 from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans
@@ -81,6 +82,7 @@ def prefix_softmax(
             f"weights {tuple(weights_THL.shape)}, logits {tuple(logits_THL.shape)} and v {tuple(v_THV.shape)} are of different "
             "tokens or heads, or weights and logits not of the same latents."
         )
+    check_flag("return_final_state", return_final_state)
     _check_plans(plans)
     _check_state(initial_state, logits_THL, v_THV)
     (v_THV,) = autocast_inputs(v_THV)

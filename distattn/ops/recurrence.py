@@ -19,7 +19,7 @@ from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs
 from distattn.ops.executable import EXECUTABLES, Executable
-from distattn.ops.plan_argument import executable_of
+from distattn.ops.plan_argument import check_flag, executable_of
 from distattn.parallel.runtime import execute_recurrence
 from distattn.parallel.runtime.execute import run_to_completion
 from distattn.parallel.runtime.execute_recurrence import RecurrenceKernel
@@ -73,8 +73,7 @@ def recurrence(
     ):
         if not isinstance(tensor, Tensor) and (tensor is not None or name in "qkv"):
             raise DistattnError(f"{name} is a {type(tensor).__name__}; a tensor is wanted.")
-    if not isinstance(return_final_state, bool):
-        raise DistattnError(f"return_final_state is True or False, not a {type(return_final_state).__name__}.")
+    check_flag("return_final_state", return_final_state)
     if not isinstance(scale, (Real, type(None))) or isinstance(scale, bool):
         raise DistattnError(f"scale is a number, not a {type(scale).__name__}.")
     executable = executable_of(plan, group, "recurrence", q_TGK.device, kernel=kernel)

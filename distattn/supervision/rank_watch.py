@@ -25,8 +25,8 @@ Kind = Literal["killed", "hung", "raised", "refused"]
 class Patience:
     """How long all ranks may be silent, in seconds.
 
-    starting: until all ranks have done a step: what is imported, connected, loaded and compiled. running: afterwards, or `factor`
-    times the longest silence of a finished step where that is longer.
+    starting: until all ranks have done two steps: what is imported, connected, loaded and compiled. running: afterwards, or
+    `factor` times the longest silence since the first of them where that is longer.
     """
 
     starting: float = 300.0
@@ -63,7 +63,7 @@ class RankWatch:
         self._board, self._ranks, self._patience, self._folder = board, ranks, patience, folder
         self.trouble: Trouble | None = None
         self._began = time.monotonic()
-        # the step that each rank has begun first, and the longest silence of all ranks in a step that followed
+        # the step that each rank has begun first, and the longest silence of all ranks since all have done it
         self._first: dict[int, int] = {}
         self._longest = 0.0
         self._closed = threading.Event()
@@ -85,13 +85,16 @@ class RankWatch:
             latest = max((beat.at for beat in known.values()), default=self._began)
             done = min(self._done(known).values(), default=0)
             if latest > spoke:
-                if done == last and self._has_started(known):
+                # of the first steps, which compile and allocate, only from the second on
+                if last > 0 and len(known) == self._ranks:
                     self._longest = max(self._longest, latest - spoke)
                 spoke, last = latest, done
             silent = time.monotonic() - spoke
             if self._is_too_long(silent, known):
                 self._hung(known, silent)
                 return
+        # torchrun may have been first to see that one has ended
+        self._end_of_one(self._read())
 
     def _read(self) -> dict[int, Heartbeat]:
         beats = {rank: self._board.read(rank) for rank in range(self._ranks)}
@@ -106,7 +109,7 @@ class RankWatch:
         return {rank: known[rank].step - first for rank, first in self._first.items()}
 
     def _has_started(self, known: Mapping[int, Heartbeat]) -> bool:
-        return len(known) == self._ranks and min(self._done(known).values(), default=0) > 0
+        return len(known) == self._ranks and min(self._done(known).values(), default=0) > 1
 
     def _is_too_long(self, silent: float, known: Mapping[int, Heartbeat]) -> bool:
         """Whether ranks hang that have been silent for so many seconds."""
@@ -157,6 +160,9 @@ class RankWatch:
         for beat in known.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(beat.pid, signal.SIGKILL)
+        if not known:
+            # nobody has said who it is: torchrun knows, and ends its ranks with this process
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _is_gone(beat: Heartbeat) -> bool:

@@ -283,7 +283,7 @@ class SupervisionConfig:
     patience_seconds: float = 10.0
     """A rank hangs when no rank has done anything for so long, and for four times the longest pause of an earlier step."""
     starting_seconds: float = 300.0
-    """The same until a step is done: connecting, loading a checkpoint and compiling take their time."""
+    """The same until two steps are done: connecting, loading a checkpoint and compiling take their time."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from distattn.training.job_store import job_store
 from distattn.training.loop import train
 from distattn.training.run_folder import RunFolder
 from distattn.training.run_settings import runs_on_gpus
+
+# of the system's errors those that do not pass; a file system that does not answer for a while is another matter
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT)
 
 
 def main(folder: str, json_lines: bool, may_begin: Callable[[RunFolder, Config, torch.device], bool]) -> int:
@@ -57,7 +61,10 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int])
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"distattn: rank {dist.get_rank()}: {where}{error.strerror or error}.\n")
-        return DistattnError.exit_code
+        text = f"{where}{error.strerror or error}."
+        sys.stderr.write(f"distattn: rank {dist.get_rank()}: {text}\n")
+        code = DistattnError.exit_code if error.errno in _LASTING else 1
+        tell_end(code, DistattnError(text) if error.errno in _LASTING else error)
+        return code
     finally:
         dist.destroy_process_group()
