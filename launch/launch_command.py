@@ -76,6 +76,11 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     # of a sweep, one for each task
     words = _array_overrides(given.array)
     sweep = [configuration.load(given.config, [*overrides, word]) for word in words]
+    for word, one in zip(words, sweep, strict=True):
+        if _commands(one, config) != _commands(config, config):
+            raise DistattnError(
+                f"launch: --array: {word[2:]} asks for another batch script, which all runs of a sweep share; submit it alone."
+            )
     # a configuration's cluster is for `distattn plan`; it does not bind a launch of another size
     named = any(word.startswith("--cluster.description") for word in overrides)
     if config.cluster.description and (named or not (given.nodes or given.gpus)):
@@ -117,7 +122,9 @@ def _dry_run(where: str, config: Config, sweep: Sequence[Config], json_output: b
 def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
     """Make the run folders and submit their batch script. A job that Slurm rejects leaves no folder."""
     slurm.require_slurm()
-    check_nodes_hold_ranks(config, slurm.node_bytes(config.slurm.partition))
+    largest = slurm.node_bytes(config.slurm.partition)
+    for one in sweep or [config]:
+        check_nodes_hold_ranks(one, largest)
     # the script names the folder from other machines
     folder = Path(config.run.folder).absolute()
     if sweep and folder.exists():
@@ -143,6 +150,12 @@ def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
         facts["runs"] = [str(run.folder) for run in runs]
     print_line(json.dumps(facts) if json_output else f"job {job}: distattn launch status {folder}")
     return 0
+
+
+def _commands(config: Config, sweep: Config) -> list[str]:
+    """The batch script of a sweep, if this configuration were its own, without comments."""
+    lines = slurm.batch_script(config, Path(sweep.run.folder).absolute(), tasks=1).splitlines()
+    return [line for line in lines if not line.startswith("# ")]
 
 
 def _array_overrides(array: str | None) -> list[str]:

@@ -63,6 +63,7 @@ def batch_script(config: Config, folder: Path, tasks: int = 0) -> str:
         folder=str(folder),
         output=f"{escaped}/%a/slurm-%A_%a.out" if tasks else f"{escaped}/slurm-%j.out",
         tasks=tasks,
+        restarts=config.supervision.max_restarts,
         nodes=nodes,
         per_node=per_node,
         gpus=per_node if gpus else 0,

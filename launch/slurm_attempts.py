@@ -23,7 +23,7 @@ from typing import NamedTuple
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.ir.errors import DistattnError, RunStopped
 from distattn.launch.attempts import Attempts
-from distattn.launch.slurm_commands import ask_slurm, end_steps, expand_hosts, host_address, job_state
+from distattn.launch.slurm_commands import OUTAGE_SECONDS, ask_slurm, end_steps, expand_hosts, host_address, job_state
 from distattn.launch.slurm_steps import JobHosts, StepEnd
 from distattn.training.run_folder import RunFolder
 
@@ -173,12 +173,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _queue_again(job: _Job, most: int) -> None:
     if job.requeues >= most:
-        _say(f"job {job.number} was queued again {job.requeues} times, slurm.max_requeues; distattn resume goes on.")
+        times = f"was queued again {job.requeues} times, slurm.max_requeues" if most else "is not queued again"
+        _say(f"job {job.number} {times}; sbatch RUN/job.sbatch goes on from the newest checkpoint, if there is one.")
         return
     try:
         # a job that was cancelled, or that Slurm itself queues again, is not running any more
-        if job_state(job.name) == "RUNNING":
-            ask_slurm("scontrol", "requeue", job.name)
+        if job_state(job.name, OUTAGE_SECONDS) == "RUNNING":
+            ask_slurm("scontrol", "requeue", job.name, patience=OUTAGE_SECONDS)
     except DistattnError as error:
         _say(f"job {job.number} is not queued again: {error}")
 

@@ -74,7 +74,6 @@ def _number_problems(config: Config) -> Iterator[str]:
         "memory.mlp_tile_tokens": (config.memory.mlp_tile_tokens, 0),
         "slurm.signal_seconds": (config.slurm.signal_seconds, 1),
         "slurm.max_requeues": (config.slurm.max_requeues, 0),
-        "slurm.max_restarts": (config.slurm.max_restarts, 0),
         "slurm.spare_nodes": (config.slurm.spare_nodes, 0),
         "watch.spike_window": (config.watch.spike_window, 0),
         "watch.spike_threshold": (config.watch.spike_threshold, 0),

@@ -176,8 +176,6 @@ class SlurmConfig:
     """So long before its time limit a job saves, ends with exit code 75 and is queued again; Slurm may say so a minute early."""
     max_requeues: int = 100
     """How often a job is queued again after its time limit, a preemption or a lost node; 0 for never."""
-    max_restarts: int = 3
-    """How often in a row ranks are started again inside a job without a further checkpoint; 0 for never."""
     spare_nodes: int = 0
     """Nodes of the job that wait for another to fail; `--spare` sets it."""
     container_image: str = ""
@@ -279,7 +277,7 @@ class SupervisionConfig:
     """What happens where a rank is killed, or hangs: it is named, and all ranks go on from the newest checkpoint."""
 
     max_restarts: int = 3
-    """So many times in a row without a further checkpoint; 0 ends the run at the first failure."""
+    """So many times in a row without a further checkpoint, on Slurm inside a job; 0 ends the run at the first failure."""
     patience_seconds: float = 10.0
     """A rank hangs when no rank has done anything for so long, and for four times the longest pause of an earlier step."""
     starting_seconds: float = 300.0

@@ -56,7 +56,8 @@ def test_spare_nodes_containers_and_sweeps_are_in_the_script(capsys):
     sweep = "--array=train.learning_rate=1e-3,3e-3"
     code, out, _ = run(capsys, "slurm", tiny, "--dry-run", sweep, "--run.folder=/runs/a", "--checkpoint.every-steps=-1")
     assert code == 0 and "#SBATCH --array=0-1\n" in out and 'run=/runs/a/"$SLURM_ARRAY_TASK_ID"\n' in out
-    # without checkpoints there is nothing to go on from
+    code, _, err = run(capsys, "slurm", tiny, "--dry-run", "--array=parallel.ranks=2,4", "--run.folder=/runs/a")
+    assert code == 2 and "--array: parallel.ranks=2 asks for another batch script" in err
     assert "#SBATCH --no-requeue" in out and "--max-requeues=0" in out and "slurm-%A_%a.out" in out
 
 

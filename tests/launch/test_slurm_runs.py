@@ -11,7 +11,7 @@ from slurm_cluster import SlurmCluster, why_not
 from waiting import eventually
 
 ROOT = Path(__file__).parents[2]
-STEPS = 40
+STEPS = 60
 SHORT = (f"--train.steps={STEPS}", "--data.tokens_per_step=2048", "--data.max_document_tokens=900")
 
 

@@ -1,0 +1,55 @@
+"""How long ranks may be silent, and what is said of one that told nothing."""
+
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+from waiting import eventually
+
+from distattn.launch.supervised_ranks import _exit_code, _silent_end
+from distattn.supervision.heartbeats import HeartbeatBoard
+from distattn.supervision.rank_watch import Patience, RankWatch
+
+
+def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_one(tmp_path):
+    # what tells, and is ended in the end
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    board = HeartbeatBoard.make(1)
+    with_pid = threading.Thread(target=_steps, args=(board, sleeper.pid))
+    watch = RankWatch(board, 1, Patience(starting=600.0, running=0.05, factor=200.0), tmp_path)
+    with_pid.start()
+    with_pid.join()
+    # two steps were done, of 0.2 s without a word each
+    assert watch.trouble is None
+    watch.close()
+    # nothing but the patience is left
+    watch = RankWatch(board, 1, Patience(starting=0.05, running=0.05), tmp_path)
+    eventually(lambda: watch.trouble is not None, "the silence is not noticed")
+    assert str(watch.close()) == "rank 0 neither waits for others nor goes on: step 4, forward and backward"
+    # it is asked for its stacks, of which it knows nothing, and killed
+    assert sleeper.wait() < 0
+    board.close()
+
+
+def _steps(board, pid):
+    write = board.writer(0, 1)
+    for step in range(4):
+        write("forward and backward", step, 0.0, False)
+        # of another process, which is the one to be ended
+        board._memory[8:12] = pid.to_bytes(4, "little")
+        time.sleep(0.2)
+
+
+def test_a_rank_that_ends_before_it_tells_anything_is_named():
+    killed = SimpleNamespace(
+        failures={1: SimpleNamespace(exitcode=-9, timestamp=1), 0: SimpleNamespace(exitcode=1, timestamp=2)}
+    )
+    trouble = _silent_end(killed)
+    assert trouble.kind == "killed" and str(trouble) == "rank 1 was killed before it told anything"
+    assert _exit_code(killed, trouble) == 137
+    broken = SimpleNamespace(failures={2: SimpleNamespace(exitcode=1, timestamp=1)})
+    trouble = _silent_end(broken)
+    assert trouble.kind == "raised" and str(trouble) == "rank 2 ended with exit code 1 before it told anything"
+    assert _exit_code(broken, trouble) == 1
