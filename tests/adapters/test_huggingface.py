@@ -194,7 +194,7 @@ def test_a_model_without_attention_is_refused():
     shape = dict(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1)
     model = AutoModelForCausalLM.from_config(MambaConfig(**shape))
     batch = da.ContextParallel(strategy="ring").shard({"input_ids": torch.arange(8)[None]})
-    with pytest.raises(da.DistattnError, match="MambaForCausalLM did not ask for attention"):
+    with pytest.raises(da.DistattnError, match="selective scan of Mamba-1"):
         local_loss(model, batch)
 
 

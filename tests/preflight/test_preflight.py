@@ -196,6 +196,7 @@ def _trains(rank: int, runs) -> int:
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in ("init_process_group", "destroy_process_group"):
             monkeypatch.setattr(rank_module.dist, name, lambda *backend: None)
+        monkeypatch.setattr(rank_module, "job_store", dict)
         return rank_module.main(str(runs[1].folder), True, lambda run, config, device: False)
 
 
