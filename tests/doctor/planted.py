@@ -435,6 +435,12 @@ Own = Counted
 MISTAKES["layer scaled a little"] = MISTAKES["layer scaled"].replace("* 1.5", "* 1.0001")
 
 
+def plant(mistakes: dict[str, str]) -> None:
+    """Add mistakes to those of all tests, which have names of their own."""
+    assert not (twice := MISTAKES.keys() & mistakes.keys()), twice
+    MISTAKES.update(mistakes)
+
+
 def script(family: str, trainer: str = "loop", *mistakes: str, dtype: str = "float32", more: str = "") -> str:
     """A script for the doctor."""
     parts = [HEAD.format(dtype=dtype), FAMILIES[family], TRAINERS[trainer], *(MISTAKES[one] for one in mistakes), more]

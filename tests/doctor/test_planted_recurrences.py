@@ -3,7 +3,7 @@
 import pytest
 import torch
 from plain_batch import PlainBatch
-from planted import MISTAKES, script
+from planted import plant, script
 from test_planted import BF16, diagnoses
 
 import distattn as da
@@ -52,25 +52,27 @@ class Careless(Careless):
             out = out.index_copy(0, one, Alone.causal_conv1d(self, whole[one], weight, bias))
         return out[self.parts[self.rank]]
 """
-MISTAKES |= {
-    "states over the pack": CARELESS + READS % "[torch.arange(97)]",
-    "ranks in turn": CARELESS + READS % "torch.cat([torch.cat(self.parts)[torch.isin(torch.cat(self.parts), d)]]) "
-    "for d in self.documents",
-    "states of a rank": CARELESS + READS % "one for part in self.parts for one in self.own(part)",
-    "taps over the pack": CARELESS + CONVOLVES % "[torch.arange(97)]",
-    "taps of a rank": CARELESS + CONVOLVES % "self.parts",
-    "coarse decays": CARELESS
-    + """
+plant(
+    {
+        "states over the pack": CARELESS + READS % "[torch.arange(97)]",
+        "ranks in turn": CARELESS + READS % "torch.cat([torch.cat(self.parts)[torch.isin(torch.cat(self.parts), d)]]) "
+        "for d in self.documents",
+        "states of a rank": CARELESS + READS % "one for part in self.parts for one in self.own(part)",
+        "taps over the pack": CARELESS + CONVOLVES % "[torch.arange(97)]",
+        "taps of a rank": CARELESS + CONVOLVES % "self.parts",
+        "coarse decays": CARELESS
+        + """
 class Careless(Careless):
     def recurrence(self, q, k, v, op, g, beta):
         return self.local.recurrence(q, k, v, op, g=g.bfloat16().float(), beta=beta)
 """,
-    "a convolution of its own": """
+        "a convolution of its own": """
 class Recurrent(Recurrent):
     def convolved(self, x, context_parallel):
         return self.conv(F.pad(x.t(), (3, 0))[None])[0].t()
 """,
-}
+    }
+)
 PLANTED = [
     ("states over the pack", "state not reset"),
     ("ranks in turn", "stretches out of order"),

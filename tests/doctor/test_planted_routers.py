@@ -1,7 +1,7 @@
 """Planted mistakes of router losses are named; healthy mixtures of experts have no finding."""
 
 import pytest
-from planted import MISTAKES, script
+from planted import plant, script
 from set_ups import FAMILIES
 from test_planted import BF16, diagnoses
 
@@ -50,29 +50,32 @@ def z_loss(output, tokens, divisor):
     layers = torch.stack(output.router_logits)[:, :tokens]
     return layers.logsumexp(-1).square().sum() / divisor / len(layers)
 """
-MISTAKES |= {
-    "aux_loss": OUTPUT + "def extra(model, output, part):\n    return output.aux_loss / 2",
-    "aux_loss by labels": OUTPUT
-    + "def extra(model, output, part):\n"
-    + "    return output.aux_loss * part['loss_scale'] * (part['labels'] != -100).sum()",
-    "none": OUTPUT + "def extra(model, output, part):\n    return 0.0",
-    "whole loss on each rank": OUTPUT
-    + "def extra(model, output, part):\n"
-    + "    return 2 * router_loss_of_tokens(model, [everywhere(one) for one in output.router_logits]) / COEFFICIENT",
-    "all tokens and padding": PADDED
-    + OUTPUT
-    + "def extra(model, output, part):\n"
-    + "    return router_loss_of_tokens(model, [everywhere(one) for one in output.router_logits]) / COEFFICIENT",
-    "logits alone": "def forward(model, part):\n    return pytorch.forward(model, part)",
-    "z-loss of own tokens": Z_LOSS
-    + OUTPUT
-    + "def extra(model, output, part):\n    own = part['context_parallel'].own_tokens\n    return z_loss(output, own, own) / 2",
-    "padding": PADDED,
-    "z-loss": Z_LOSS
-    + OUTPUT
-    + "def extra(model, output, part):\n    return z_loss(output, part['context_parallel'].own_tokens, 97)",
-    "two micro-batches": "def batch():\n    return [pack(1), pack(2)]",
-}
+plant(
+    {
+        "aux_loss": OUTPUT + "def extra(model, output, part):\n    return output.aux_loss / 2",
+        "aux_loss by labels": OUTPUT
+        + "def extra(model, output, part):\n"
+        + "    return output.aux_loss * part['loss_scale'] * (part['labels'] != -100).sum()",
+        "none": OUTPUT + "def extra(model, output, part):\n    return 0.0",
+        "whole loss on each rank": OUTPUT
+        + "def extra(model, output, part):\n"
+        + "    return 2 * router_loss_of_tokens(model, [everywhere(one) for one in output.router_logits]) / COEFFICIENT",
+        "all tokens and padding": PADDED
+        + OUTPUT
+        + "def extra(model, output, part):\n"
+        + "    return router_loss_of_tokens(model, [everywhere(one) for one in output.router_logits]) / COEFFICIENT",
+        "logits alone": "def forward(model, part):\n    return pytorch.forward(model, part)",
+        "z-loss of own tokens": Z_LOSS
+        + OUTPUT
+        + "def extra(model, output, part):\n    own = part['context_parallel'].own_tokens\n"
+        + "    return z_loss(output, own, own) / 2",
+        "padded ranks": PADDED,
+        "z-loss": Z_LOSS
+        + OUTPUT
+        + "def extra(model, output, part):\n    return z_loss(output, part['context_parallel'].own_tokens, 97)",
+        "two micro-batches": "def batch():\n    return [pack(1), pack(2)]",
+    }
+)
 PLANTED = [
     ("loop", "aux_loss", "router loss of own tokens"),
     ("loop", "aux_loss by labels", "router loss of own tokens"),
@@ -83,7 +86,7 @@ PLANTED = [
     ("loop", "z-loss of own tokens", "router loss of own tokens"),
     ("loop", None, None),
     ("loop", None, None, BF16),
-    ("loop", "padding", None),
+    ("loop", "padded ranks", None),
     ("loop", "z-loss", None),
     ("DDP", "two micro-batches", None),
 ]
@@ -94,7 +97,7 @@ def test_mistakes_of_router_losses_are_named_and_none_is_found_where_none_is(tmp
         script("experts", on, *filter(None, [name]), dtype=(*dtype, "float32")[0]) for on, name, _, *dtype in PLANTED
     ]
     # and the model's own loss where there is padding, too
-    texts.append(script("experts", "loop", "padding", "aux_loss"))
+    texts.append(script("experts", "loop", "padded ranks", "aux_loss"))
     *found, padded = diagnoses(tmp_path, texts)
     wrong = []
     for (on, name, cause, *dtype), one in zip(PLANTED, found, strict=True):

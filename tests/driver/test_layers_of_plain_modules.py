@@ -14,6 +14,7 @@ import distattn as da
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import layers  # noqa: E402
+import prefix_softmax  # noqa: E402
 
 LENGTHS = [5, 40, 1, 30]
 WIDTH, HEADS, DIM, LATENTS, VOCABULARY, AHEAD = 12, 2, 3, 4, 32, 2
@@ -47,8 +48,8 @@ class Model(nn.Module):
                 layers.CompressedConvolutionalAttention(WIDTH, HEADS, DIM),
                 GatedAttention(affine=False),
                 GatedAttention(affine=True),
-                layers.Latte(WIDTH, HEADS, LATENTS, DIM),
-                layers.Aaren(WIDTH, HEADS, DIM),
+                prefix_softmax.Latte(WIDTH, HEADS, LATENTS, DIM),
+                prefix_softmax.Aaren(WIDTH, HEADS, DIM),
             ]
         )
         self.ahead = layers.MultiTokenPrediction(WIDTH, AHEAD, GatedAttention(affine=False))
