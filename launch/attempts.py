@@ -12,7 +12,7 @@ from distattn.supervision.culprits import process_state
 from distattn.supervision.heartbeats import Heartbeat, HeartbeatBoard
 from distattn.training.json_lines import append_rows, json_text, parse_json, read_rows, write_whole
 
-_BEGUN = "begun.json"
+_BEGUN, _NODE = "begun.json", "trouble-"
 
 
 class Attempts:
@@ -23,7 +23,7 @@ class Attempts:
 
     def begin(self, **facts: Any) -> int:
         """Note that an attempt begins; returns its number, from 1. facts: what is known of it, such as its job and hosts."""
-        number = 1 + len(read_rows(self._file))
+        number = self.latest
         with contextlib.suppress(OSError):
             self._begun(number).parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._begun(number), json_text({"attempt": number, "began": time.time(), **facts}))
@@ -40,7 +40,7 @@ class Attempts:
 
     def end_open(self, why: str) -> None:
         """Note the end of an attempt that nobody could note, since its job was killed."""
-        number = 1 + len(read_rows(self._file))
+        number = self.latest
         if self._begun(number).exists():
             self.end(number, None, why)
 
@@ -49,6 +49,25 @@ class Attempts:
         ended = read_rows(self._file)
         number = 1 + len(ended)
         return [*ended, self._open(number)] if self._begun(number).exists() else ended
+
+    @property
+    def latest(self) -> int:
+        """The number of the attempt that goes on, or that is next."""
+        return 1 + len(read_rows(self._file))
+
+    def tell(self, number: int, node: int, facts: dict[str, Any]) -> None:
+        """Say what went wrong on a node: for who starts its attempts, on another machine. Full disks stop nobody."""
+        with contextlib.suppress(OSError):
+            self.folder(number).mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder(number) / f"{_NODE}{node}.json", json_text(facts))
+
+    def told(self, number: int) -> dict[int, dict[str, Any]]:
+        """What nodes have said of an attempt, by node."""
+        found = {}
+        for file in self.folder(number).glob(f"{_NODE}*.json"):
+            with contextlib.suppress(OSError, ValueError):
+                found[int(file.stem.removeprefix(_NODE))] = parse_json(file.read_bytes())
+        return found
 
     def folder(self, number: int) -> Path:
         """Where evidence of an attempt is kept."""

@@ -30,25 +30,6 @@ def die_with_launcher(launcher: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def outlive_other_sigterms(launcher: int) -> None:
-    """Have SIGTERM end this process only when a process of this id, its parent, sends it; nobody else's does anything.
-
-    Slurm sends SIGTERM to every process of a step, also where it only means that there is little time left; torchrun sends it to
-    ranks when another one has failed. To be called before the process has other threads; children inherit it.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def follow() -> None:
-        # of a sender in another container the number is 0
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != launcher:
-            pass
-        # by its default action, as without all this; only this thread takes the signal
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
-
-    threading.Thread(target=follow, daemon=True, name="distattn-sigterm").start()
-
-
 def _set_parent_death_signal() -> bool:
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl

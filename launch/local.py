@@ -35,17 +35,14 @@ class Node(NamedTuple):
 HERE = Node()
 
 
-def run_ranks(ranks: int, module: str, *arguments: str, node: Node = HERE) -> int:
+def run_ranks(ranks: int, module: str, *arguments: str) -> int:
     """Run `python -m module ARGUMENTS` once per rank, and wait. Returns the exit code. Ranks end when this process ends.
-
-    ranks: on this machine. node: this machine, where there are several.
 
     0 when all ranks end well, else the first failing rank's, or 128 + the signal that stopped this process.
     """
     try:
-        with as_found(node):
-            launch = elastic_launch(torchrun_config(ranks, node), sys.executable)
-            launch("-m", _WRAPPER, str(os.getpid()), module, *arguments)
+        with as_found():
+            elastic_launch(torchrun_config(ranks), sys.executable)("-m", _WRAPPER, str(os.getpid()), module, *arguments)
     except ChildFailedError as error:
         # a killed rank makes its peers fail in the same instant: it is the cause, they are not
         failures = error.failures.items()

@@ -1,13 +1,8 @@
-"""One rank of a run: `run`, or `python -m distattn.launch.rank RUN true|false [node]` (true: metrics as JSON lines)."""
+"""One rank of a run, in a process that is forked for it."""
 
-import json
 import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
-
-from distattn.launch.die_with_launcher import die_with_launcher, outlive_other_sigterms
 
 
 def run(folder: str, json_lines: bool) -> int:
@@ -44,15 +39,3 @@ def keep_log(folder: Path) -> None:
         target = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(target, stream)
-
-
-if __name__ == "__main__":
-    # before the imports, which take seconds: Ctrl-C ends a rank at once and silently, the launcher says the sentence
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # on Slurm torchrun is the parent
-    die_with_launcher(os.getppid())
-    # before the log's process and all threads, which are to outlive them, too
-    if sys.argv[3:] == ["node"]:
-        outlive_other_sigterms(os.getppid())
-    set_allocator()
-    sys.exit(run(sys.argv[1], json.loads(sys.argv[2])))

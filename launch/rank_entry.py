@@ -30,7 +30,7 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     end_with_process(launcher)
     rank = int(os.environ["RANK"])
-    attach(Path(board), rank, attempt)
+    attach(Path(board), int(os.environ["LOCAL_RANK"]), attempt)
     answer_with_stacks(Path(evidence), rank)
     tell("starting")
     module, name = function.split(":")

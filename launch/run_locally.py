@@ -16,6 +16,8 @@ from distattn.training.run_folder import RunFolder
 
 # what a rank runs
 RANK = "distattn.launch.rank:run"
+# and what all ranks import
+PRELOAD = ("distattn.training.rank", "transformers.models.auto.modeling_auto")
 _PACKAGES = ("transformers", "tensorboard", "matplotlib", "safetensors")
 
 
@@ -46,16 +48,15 @@ def resume_locally(run: RunFolder, config: Config, json_lines: bool) -> int:
 def _run(run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool) -> int:
     # heavy imports only once the run is known to be possible
     from distattn.launch.finish_run import finish_run
+    from distattn.launch.rank_attempt import Ranks
     from distattn.launch.supervised_ranks import Restarts, run_supervised
 
     set_allocator()
+    patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
     code = run_supervised(
-        config.parallel.ranks,
-        RANK,
-        [str(run.folder), json_lines],
-        attempts=Attempts(run.attempts),
-        restarts=Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints)),
-        patience=Patience(config.supervision.starting_seconds, config.supervision.patience_seconds),
-        preload=["distattn.training.rank", "transformers.models.auto.modeling_auto"],
+        Ranks(config.parallel.ranks, RANK, [str(run.folder), json_lines], patience),
+        Attempts(run.attempts),
+        Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints)),
+        PRELOAD,
     )
     return code or finish_run(run, config, report_progress, json_lines)

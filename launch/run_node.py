@@ -6,12 +6,15 @@ as where `distattn.launch.slurm_attempts` has srun start it on each node. RUN fi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
+from distattn.launch.attempts import Attempts
+from distattn.launch.rank import set_allocator
 from distattn.training import config as configuration
 from distattn.training.run_folder import RunFolder
 
@@ -30,16 +33,33 @@ def main(folder: str, what: str, *place: str) -> int:
     # whoever ends a step or a container sends SIGTERM, and kills it some seconds later: what can be saved until then is
     signal.signal(signal.SIGTERM, lambda *_: run.ask_to_stop("SIGTERM"))
     # torch takes seconds, in which the signal may come
-    from distattn.launch.local import Node, run_ranks
+    from distattn.launch.local import Node, say
+    from distattn.launch.rank_attempt import AttemptStopped, Ranks, fork_server, run_attempt
+    from distattn.launch.run_locally import PRELOAD, RANK
+    from distattn.supervision.heartbeats import HeartbeatBoard
+    from distattn.supervision.rank_watch import Patience
 
     try:
-        parallel = configuration.load(run.config_file).parallel
-        per_node = parallel.devices_per_node or parallel.ranks
+        config = configuration.load(run.config_file)
+        per_node = config.parallel.devices_per_node or config.parallel.ranks
         node = Node(number, nodes, what, keeps_sigterm=True)
-        return run_ranks(per_node, "distattn.launch.rank", folder, "false", "node", node=node)
+        patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
+        ranks = Ranks(per_node, RANK, [folder, False], patience, node)
+        set_allocator()
+        attempts = Attempts(run.attempts)
+        with fork_server(PRELOAD, node), contextlib.closing(HeartbeatBoard.make(per_node)) as board:
+            code, trouble = run_attempt(ranks, attempts.latest, attempts.folder(attempts.latest), board)
+    except AttemptStopped as stop:
+        return stop.exit_code
     except DistattnError as error:
         sys.stderr.write(f"distattn: {error}\n")
         return error.exit_code
+    if trouble is not None:
+        blamed = sorted({one.rank // per_node for one in trouble.culprits})
+        facts = {"why": str(trouble), "exit_code": code, "nodes": blamed} | trouble.facts()
+        attempts.tell(attempts.latest, number, facts)
+        say(f"node {number}: {trouble}; its other ranks were stopped.")
+    return code
 
 
 if __name__ == "__main__":

@@ -82,20 +82,18 @@ class JobAttempts:
             if end.code == _STOPPED:
                 self._attempts.end(number, _STOPPED, f"stopped, asked by {asked or 'a file in the run folder'}")
                 return _Outcome(_STOPPED, again=asked.startswith("SIG"))
-            blamed = end.blamed(hosts)
-            self._attempts.end(number, end.code, end.why(hosts), blamed=blamed)
+            why, blamed = end.cause(hosts, self._attempts.told(number))
+            self._attempts.end(number, end.code, why, blamed=blamed)
             if end.is_final():
-                _say(f"{end.why(hosts)}; the other ranks were stopped.")
+                _say(f"{why}; the other ranks were stopped.")
                 return _Outcome(end.code)
             now = self._progress()
             restarts, furthest = (1, now) if now > furthest else (restarts + 1, furthest)
             if asked or restarts > self._max_restarts:
-                _say(f"{end.why(hosts)}; {'the job was to stop' if asked else f'{restarts} attempts came no further'}.")
+                _say(f"{why}; {'the job was to stop' if asked else f'{restarts} attempts came no further'}.")
                 return _Outcome(end.code, again=asked.startswith("SIG"))
             self._hosts.blame(blamed, end)
-            _say(
-                f"{end.why(hosts)}; all ranks start again from step {now:,} (restart {restarts} of {self._max_restarts})."
-            )
+            _say(f"{why}; all ranks start again from step {now:,} (restart {restarts} of {self._max_restarts}).")
         _say(f"of {' '.join(self._hosts.hosts)} fewer than {self._hosts.wanted} nodes are left.")
         return _Outcome(_STOPPED, again=True)
 

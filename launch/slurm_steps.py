@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError, RunStopped
 from distattn.launch.slurm_commands import expand_hosts, unusable_hosts
 
 # a rank that ends so has said why, and would again
 _FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
+# what may be wrong with a rank, the likeliest cause of what happens to others first
+_KINDS = ("killed", "hung", "raised", "refused")
 # of ranks that end for what others do
 _OF_OTHERS = (0, LostRankError.exit_code, RunStopped.exit_code)
 # of one host before it is left out
@@ -66,6 +69,18 @@ class StepEnd:
         codes = self.codes.values()
         return not self.lost and any(code in _FINAL for code in codes) and all(code in following for code in codes)
 
+    def cause(self, hosts: Sequence[str], told: Mapping[int, Mapping[str, Any]]) -> tuple[str, list[str]]:
+        """(What went wrong, the hosts to blame). told: what nodes say of their own ranks, by their place in hosts."""
+        if self.lost or not told:
+            return self.why(hosts), self.blamed(hosts)
+        least = min(map(_rank_of_cause, told.values()))
+        first = [facts for facts in told.values() if _rank_of_cause(facts) == least]
+        # of ranks that hang, all nodes say the same
+        words = list(
+            dict.fromkeys(f"{', '.join(hosts[node] for node in facts['nodes'])}: {facts['why']}" for facts in first)
+        )
+        return "; ".join(words), sorted({hosts[node] for facts in first for node in facts["nodes"]})
+
     def why(self, hosts: Sequence[str]) -> str:
         """What became of the hosts to blame."""
         words = {host: "did not answer any more" for host in hosts} | self.words | dict.fromkeys(self.lost, "was lost")
@@ -73,6 +88,11 @@ class StepEnd:
             ", ".join(f"{host} {words[host]}" for host in self.blamed(hosts))
             or f"srun ended with exit code {self.code}"
         )
+
+
+def _rank_of_cause(facts: Mapping[str, Any]) -> int:
+    """How likely what a node says is what others failed for: 0 is most likely."""
+    return _KINDS.index(facts["kind"]) if facts["exit_code"] != LostRankError.exit_code else len(_KINDS)
 
 
 class JobHosts:

@@ -15,7 +15,12 @@ from typing import Literal
 from distattn.supervision.culprits import Culprit, culprits, process_state, words
 from distattn.supervision.evidence import is_in_collective, keep_evidence
 from distattn.supervision.heartbeats import ENDED, RAISED, REFUSED, Heartbeat, HeartbeatBoard
+from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeReports, merged
 
+# seconds between two looks at other nodes' questions
+_ASKED_SECONDS = 0.5
+# an answer to another node's question counts that was given so long before the own one
+_OTHERS_FIRST_SECONDS = 2.0
 # seconds between two looks
 POLL_SECONDS = 0.02
 Kind = Literal["killed", "hung", "raised", "refused"]
@@ -52,15 +57,29 @@ class Trouble:
     def __str__(self) -> str:
         return "; ".join(map(str, self.culprits))
 
+    def facts(self) -> dict[str, object]:
+        """What is written down of it, beside its words."""
+        ranks = [one.rank for one in self.culprits]
+        return {"ranks": ranks, "kind": self.kind, "steps": self.steps, "noticed_seconds": round(self.seconds, 3)}
+
 
 class RankWatch:
     """A thread that watches the ranks of a board until `close`. The first trouble ends them all, by SIGKILL.
 
-    folder: where evidence of ranks that hang is kept; there by then. Ranks are known by what they tell first.
+    ranks: of this machine, by their numbers, each with a slot of the board. folder: where evidence of ranks that hang is kept;
+    there by then. reports: what other nodes say of theirs, where there are several. Ranks are known by what they tell first.
     """
 
-    def __init__(self, board: HeartbeatBoard, ranks: int, patience: Patience, folder: Path):
+    def __init__(
+        self,
+        board: HeartbeatBoard,
+        ranks: range,
+        patience: Patience,
+        folder: Path,
+        reports: NodeReports | None = None,
+    ):
         self._board, self._ranks, self._patience, self._folder = board, ranks, patience, folder
+        self._reports, self._answered = reports, 0.0
         self.trouble: Trouble | None = None
         self._began = time.monotonic()
         # the step that each rank has begun first, and the longest silence of all ranks since all have done it
@@ -77,7 +96,7 @@ class RankWatch:
         return self.trouble
 
     def _run(self) -> None:
-        spoke, last = self._began, -1
+        spoke, last, looked = self._began, -1, 0.0
         while not self._closed.wait(POLL_SECONDS):
             known = self._read()
             if self._end_of_one(known):
@@ -86,18 +105,23 @@ class RankWatch:
             done = min(self._done(known).values(), default=0)
             if latest > spoke:
                 # of the first steps, which compile and allocate, only from the second on
-                if last > 0 and len(known) == self._ranks:
+                if last > 0 and len(known) == len(self._ranks):
                     self._longest = max(self._longest, latest - spoke)
                 spoke, last = latest, done
             silent = time.monotonic() - spoke
+            if self._reports is not None and time.monotonic() > looked + _ASKED_SECONDS:
+                looked = time.monotonic()
+                self._answer(self._reports, known, silent)
             if self._is_too_long(silent, known):
-                self._hung(known, silent)
-                return
+                if self._hung(known, silent):
+                    return
+                # ranks of other nodes work, and these wait for them
+                spoke = time.monotonic()
         # torchrun may have been first to see that one has ended
         self._end_of_one(self._read())
 
     def _read(self) -> dict[int, Heartbeat]:
-        beats = {rank: self._board.read(rank) for rank in range(self._ranks)}
+        beats = {rank: self._board.read(slot) for slot, rank in enumerate(self._ranks)}
         known = {rank: beat for rank, beat in beats.items() if beat is not None}
         for rank, beat in known.items():
             if beat.step >= 0:
@@ -109,7 +133,7 @@ class RankWatch:
         return {rank: known[rank].step - first for rank, first in self._first.items()}
 
     def _has_started(self, known: Mapping[int, Heartbeat]) -> bool:
-        return len(known) == self._ranks and min(self._done(known).values(), default=0) > 1
+        return len(known) == len(self._ranks) and min(self._done(known).values(), default=0) > 1
 
     def _is_too_long(self, silent: float, known: Mapping[int, Heartbeat]) -> bool:
         """Whether ranks hang that have been silent for so many seconds."""
@@ -141,17 +165,52 @@ class RankWatch:
                 self._end((Culprit(rank, beat.words),), "raised", silent, known)
         return True
 
-    def _hung(self, known: Mapping[int, Heartbeat], silent: float) -> None:
+    def _hung(self, known: Mapping[int, Heartbeat], silent: float) -> bool:
+        """End ranks that hang; False where they only wait for ranks of other nodes, which work."""
+        report = self._report(known, silent)
+        if self._reports is None:
+            found = culprits(*report[:3])
+        else:
+            others = self._of_others(self._reports, report)
+            if any(other.silent < self._patience.running / 4 for other in others.values()):
+                return False
+            mine = self._reports.node
+            absent = sorted(set(range(self._reports.nodes)) - {mine, *others})
+            found = culprits(*merged({mine: report, **others})[:3])
+            if absent:
+                first = {node: node * len(self._ranks) for node in absent}
+                found = [Culprit(first[node], f"and the others of node {node} do not answer") for node in absent]
+        self._end(tuple(found), "hung", silent, known)
+        return True
+
+    def _report(self, known: Mapping[int, Heartbeat], silent: float) -> NodeReport:
+        """What this machine's ranks do, with evidence of it in the folder."""
         pids = {rank: beat.pid for rank, beat in known.items() if beat.words != ENDED}
         states = {rank: process_state(pid) for rank, pid in pids.items()}
         stacks: dict[int, str] = {}
         # a full disk must not keep a run from going on
         with contextlib.suppress(OSError):
             stacks = keep_evidence(self._folder, pids, known)
-        waiting = [rank for rank in range(self._ranks) if rank not in known or rank in pids]
-        collective = [rank for rank, text in stacks.items() if is_in_collective(text)]
-        found = culprits({rank: known.get(rank) for rank in waiting}, states, collective)
-        self._end(tuple(found), "hung", silent, known)
+        beats = {rank: known.get(rank) for rank in self._ranks if rank not in known or rank in pids}
+        return NodeReport(beats, states, [rank for rank, text in stacks.items() if is_in_collective(text)], silent)
+
+    def _answer(self, reports: NodeReports, known: Mapping[int, Heartbeat], silent: float) -> None:
+        with contextlib.suppress(OSError):
+            if (asked := reports.asked()) > self._answered:
+                self._answered = asked
+                reports.answer(self._report(known, silent))
+
+    def _of_others(self, reports: NodeReports, report: NodeReport) -> dict[int, NodeReport]:
+        """What other nodes answer, until all have or the time is over."""
+        found: dict[int, NodeReport] = {}
+        with contextlib.suppress(OSError):
+            asked, ends = reports.ask(), time.monotonic() + ANSWER_SECONDS
+            # to others that ask as well
+            reports.answer(report)
+            while len(found) < reports.nodes - 1 and time.monotonic() < ends and not self._closed.is_set():
+                time.sleep(POLL_SECONDS)
+                found = reports.answers(asked - _OTHERS_FIRST_SECONDS)
+        return found
 
     def _end(
         self, found: tuple[Culprit, ...], kind: Kind, seconds: float, known: Mapping[int, Heartbeat], code: int = 1
@@ -162,7 +221,7 @@ class RankWatch:
                 os.kill(beat.pid, signal.SIGKILL)
         if not known:
             # nobody has said who it is: torchrun knows, and ends its ranks with this process
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def _is_gone(beat: Heartbeat) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from distattn.launch.attempts import Attempts
+from distattn.launch.slurm_steps import StepEnd
 
 ROOT = Path(__file__).parents[2]
 LOST = "srun: error: Node failure on node2"
@@ -102,6 +102,19 @@ def test_the_limit_of_requeues_is_named(job):
     assert done.returncode == 75 and not requeued and "queued again 1 times, slurm.max_requeues" in done.stderr
 
 
+def test_what_nodes_say_of_their_ranks_is_the_cause_that_others_failed_for():
+    hosts, end = ["a", "b", "c"], StepEnd(1, {"a": 1, "c": 4, "b": 137}, {"b": "ended with exit code 137"})
+    killed = {"why": "rank 3 was killed", "exit_code": 137, "nodes": [1], "kind": "killed"}
+    raised = {"why": "rank 0 raised an error", "exit_code": 1, "nodes": [0], "kind": "raised"}
+    missed = {"why": "rank 3 is lost", "exit_code": 4, "nodes": [2], "kind": "refused"}
+    assert end.cause(hosts, {0: raised, 1: killed, 2: missed}) == ("b: rank 3 was killed", ["b"])
+    assert end.cause(hosts, {2: missed, 0: raised}) == ("a: rank 0 raised an error", ["a"])
+    hung = killed | {"why": "rank 3 is stopped", "exit_code": 1, "kind": "hung"}
+    # all nodes say it
+    assert end.cause(hosts, {0: hung, 1: hung, 2: hung}) == ("b: rank 3 is stopped", ["b"])
+    assert end.cause(hosts, {}) == (end.why(hosts), end.blamed(hosts)) == ("b ended with exit code 137", ["b"])
+
+
 def test_an_attempt_whose_job_was_killed_is_noted_by_the_next(tmp_path):
     attempts = Attempts(tmp_path / "attempts")
     assert attempts.begin(job=3, hosts=["a"]) == 1 and attempts.rows()[0]["job"] == 3
@@ -115,20 +128,3 @@ def test_an_attempt_whose_job_was_killed_is_noted_by_the_next(tmp_path):
         and rows[0]["ended"] is None
         and [one.name for one in (tmp_path / "attempts").iterdir()] == ["attempts.jsonl"]
     )
-
-
-def test_only_its_launcher_ends_a_rank_by_sigterm():
-    code = (
-        "import os, sys, time\n"
-        "from distattn.launch.die_with_launcher import outlive_other_sigterms\n"
-        "outlive_other_sigterms(int(sys.argv[1]))\n"
-        "print('ready', flush=True)\n"
-        "time.sleep(600)\n"
-    )
-    rank = subprocess.Popen([sys.executable, "-c", code, str(os.getpid())], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert rank.stdout is not None and rank.stdout.readline() == "ready\n"
-    subprocess.run(["bash", "-c", f"kill -TERM {rank.pid}"], check=True)
-    with pytest.raises(subprocess.TimeoutExpired):
-        rank.wait(0.3)
-    rank.terminate()
-    assert rank.wait() == -signal.SIGTERM

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from waiting import eventually
 
-from distattn.launch.supervised_ranks import _exit_code, _silent_end
+from distattn.launch.rank_attempt import _exit_code, _silent_end
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Patience, RankWatch
 
@@ -18,14 +18,14 @@ def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board = HeartbeatBoard.make(1)
     with_pid = threading.Thread(target=_steps, args=(board, sleeper.pid))
-    watch = RankWatch(board, 1, Patience(starting=600.0, running=0.05, factor=200.0), tmp_path)
+    watch = RankWatch(board, range(1), Patience(starting=600.0, running=0.05, factor=200.0), tmp_path)
     with_pid.start()
     with_pid.join()
     # two steps were done, of 0.2 s without a word each
     assert watch.trouble is None
     watch.close()
     # nothing but the patience is left
-    watch = RankWatch(board, 1, Patience(starting=0.05, running=0.05), tmp_path)
+    watch = RankWatch(board, range(1), Patience(starting=0.05, running=0.05), tmp_path)
     eventually(lambda: watch.trouble is not None, "the silence is not noticed")
     assert str(watch.close()) == "rank 0 neither waits for others nor goes on: step 4, forward and backward"
     # it is asked for its stacks, of which it knows nothing, and killed

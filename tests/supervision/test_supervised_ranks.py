@@ -43,6 +43,7 @@ def runs(tmp_path_factory):
         {"name": "refused", "fault": {"rank": 2, "step": 3, "kind": "refused"}},
         {"name": "raised at once", "fault": {"rank": 1, "step": 0, "kind": "raised"}},
         {"name": "no restarts", "fault": {"rank": 0, "step": 3, "kind": "kill"}, "limit": 0},
+        {"name": "forked", "forked": True},
     ]
     done = subprocess.run(
         command(folder, *cases), capture_output=True, text=True, env=ENVIRONMENT, timeout=LIMIT_SECONDS
@@ -55,6 +56,10 @@ def outcome(folder: Path) -> tuple[int, str, list[dict]]:
     """The exit code, what the launcher said, and what is known of the attempts."""
     said = [line for line in (folder / "said").read_text().splitlines() if line.startswith("distattn: ")]
     return int((folder / "code").read_text()), "\n".join(said), Attempts(folder / "attempts").rows()
+
+
+def test_a_process_that_was_forked_of_a_launcher_launches_too(runs):
+    assert outcome(runs / "forked")[:2] == (0, "")
 
 
 def test_a_run_that_nothing_happens_to_says_nothing(runs):

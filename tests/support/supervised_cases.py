@@ -4,11 +4,13 @@ In a process of its own, since a launcher changes how its process forks; one for
 """
 
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
 
 from distattn.launch.attempts import Attempts
+from distattn.launch.rank_attempt import Ranks
 from distattn.launch.supervised_ranks import Restarts, run_supervised
 from distattn.supervision.rank_watch import Patience
 
@@ -22,23 +24,30 @@ def main() -> None:
         folder.mkdir()
         if "fault" in case:
             (folder / "fault.json").write_text(json.dumps(case["fault"]))
-        said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT)
-        os.dup2(said, 2)
-        losses = folder / "losses.jsonl"
+        if not case.get("forked"):
+            _run(folder, case)
+            continue
+        process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, case))
+        process.start()
+        process.join()
 
-        def progress(file: Path = losses) -> int:
-            return len(file.read_text().splitlines()) if file.exists() else 0
 
-        code = run_supervised(
-            RANKS,
-            "faulty_ranks:run",
-            [str(folder), STEPS],
-            attempts=Attempts(folder / "attempts"),
-            restarts=Restarts(case.get("limit", 3), progress),
-            patience=Patience(60, case.get("patience", 2.0)),
-            preload=["faulty_ranks"],
-        )
-        (folder / "code").write_text(str(code))
+def _run(folder: Path, case: dict) -> None:
+    said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 2)
+    losses = folder / "losses.jsonl"
+
+    def progress() -> int:
+        return len(losses.read_text().splitlines()) if losses.exists() else 0
+
+    patience = Patience(600, case.get("patience", 4.0))
+    code = run_supervised(
+        Ranks(RANKS, "faulty_ranks:run", [str(folder), STEPS], patience),
+        Attempts(folder / "attempts"),
+        Restarts(case.get("limit", 3), progress),
+        ["faulty_ranks"],
+    )
+    (folder / "code").write_text(str(code))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""One attempt of a run's ranks on this machine, which are watched: torchrun's API around a fork server.
+
+A fork of a process that has imported torch takes a hundredth of a second, a fresh import seconds. Every attempt has a rendezvous
+of its own, since torch 2.13 keeps the dead ranks' addresses over restarts (pytorch#167288).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import elastic_launch
+
+from distattn.launch.local import HERE, Node, as_found, stopped_by, torchrun_config
+from distattn.launch.loopback import gloo_on_loopback
+from distattn.launch.rank_entry import run_rank
+from distattn.supervision.culprits import Culprit
+from distattn.supervision.heartbeats import HeartbeatBoard
+from distattn.supervision.node_reports import NodeReports
+from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
+
+# what a rank imports sooner or later; torch._dynamo is what the first optimizer imports
+_PRELOAD = ("torch", "torch._dynamo", "distattn.launch.rank_entry")
+# torchrun would end the others where one has failed, and then nobody could tell who was first: the watch looks more often
+_INTERVAL_SECONDS = 0.25
+
+
+class Ranks(NamedTuple):
+    """What runs on this machine: a function, module:name, which returns an exit code, once for each of so many ranks (size)."""
+
+    size: int
+    function: str
+    arguments: Sequence[object]
+    patience: Patience
+    node: Node = HERE
+
+
+@contextlib.contextmanager
+def fork_server(preload: Sequence[str], node: Node = HERE) -> Iterator[None]:
+    """Around attempts: the process that ranks are forked from. preload: modules that it imports, besides torch."""
+    # a process with more than one thread must not fork: BLAS starts its threads when it is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _forget_server_of_parent()
+    multiprocessing.set_forkserver_preload([*_PRELOAD, *preload])
+    # Ctrl-C in a terminal reaches it, too, while it imports, and Slurm's SIGTERM all processes of a step; the tracker comes
+    # first, whose start lets signals through again
+    resource_tracker.ensure_running()
+    children = _children()
+    blocked = {signal.SIGINT, signal.SIGTERM} if node.keeps_sigterm else {signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        # ranks have its environment
+        with gloo_on_loopback() if node.nodes == 1 else contextlib.nullcontext():
+            forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    server = _children() - children
+    try:
+        yield
+    except BaseException:
+        # before this process: it may be about to make ranks that nobody waits for any more
+        for pid in server:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise
+
+
+class AttemptStopped(Exception):
+    """This process was stopped, and its ranks with it. exit_code: 128 + the signal."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) -> tuple[int, Trouble | None]:
+    """Run the ranks once; returns the exit code, and what went wrong with one. number: of the attempt.
+
+    folder: for evidence, and where there are several nodes, one that all of them have. board: of this machine's ranks. The code
+    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang. Raises AttemptStopped.
+    """
+    node, reports = ranks.node, None
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder
+    if node.nodes > 1:
+        reports, own = NodeReports(folder, node.number, node.nodes), folder / f"node-{node.number}"
+        own.mkdir(exist_ok=True)
+    numbers = range(node.number * ranks.size, (node.number + 1) * ranks.size)
+    watch = RankWatch(board, numbers, ranks.patience, own, reports)
+    given = (os.getpid(), str(board.path), number, str(own), ranks.function, *ranks.arguments)
+    config = torchrun_config(ranks.size, node, "forkserver", _INTERVAL_SECONDS)
+    code, trouble = 0, None
+    try:
+        with as_found(node):
+            elastic_launch(config, run_rank)(*given)
+    except ChildFailedError as error:
+        trouble = watch.close() or _silent_end(error)
+        code = _exit_code(error, trouble)
+        if trouble.kind == "killed" and code > 128:
+            how = f"was killed by {signal.Signals(code - 128).name}"
+            trouble = replace(trouble, culprits=tuple(one._replace(how=how) for one in trouble.culprits))
+    except SignalException as stop:
+        raise AttemptStopped(stopped_by(stop)) from None
+    finally:
+        watch.close()
+        # of stacks that nobody asked for
+        for file in own.glob("stacks-*.txt"):
+            if not file.stat().st_size:
+                file.unlink()
+    return code, trouble
+
+
+def _forget_server_of_parent() -> None:
+    """Have a process that was forked start a server of its own: for its parent's it cannot wait, as multiprocessing would."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid is not None and server._forkserver_pid not in _children():
+        # while it is open the parent's server goes on after the parent
+        os.close(server._forkserver_alive_fd)
+        server.__init__()
+
+
+def _children() -> set[int]:
+    """Processes of this one, as Linux has them."""
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        # others end meanwhile
+        with contextlib.suppress(OSError):
+            if file.read_text("utf-8", "replace").rpartition(")")[2].split()[1] == str(os.getpid()):
+                found.add(int(file.parent.name))
+    return found
+
+
+def _silent_end(error: ChildFailedError) -> Trouble:
+    """Of ranks that told nothing, that which ended first."""
+    rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
+    if failure.exitcode < 0:
+        return Trouble((Culprit(rank, "was killed before it told anything"),), "killed", 0, 0.0)
+    how = f"ended with exit code {failure.exitcode} before it told anything"
+    return Trouble((Culprit(rank, how),), "raised", 0, 0.0, failure.exitcode)
+
+
+def _exit_code(error: ChildFailedError, trouble: Trouble) -> int:
+    """Of the ranks that are to blame; all others were killed after them."""
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    if trouble.kind != "killed":
+        return trouble.exit_code
+    blamed = [codes[one.rank] for one in trouble.culprits if one.rank in codes]
+    code = (blamed or list(codes.values()))[0]
+    return code if code > 0 else 128 - code

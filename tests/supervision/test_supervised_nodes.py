@@ -1,0 +1,69 @@
+"""Ranks of two nodes, which are two launchers of this machine: who hangs is named from what all nodes know."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from waiting import LIMIT_SECONDS
+
+ROOT = Path(__file__).parents[2]
+BUSY = "neither waits for others nor goes on: step 6, "
+WANTED = {
+    "lock": f"rank 2 {BUSY}reading shard 12",
+    "stop": "rank 2 is stopped (SIGSTOP or a debugger): step 6, computing",
+    "message": "rank 2 waits for what does not come: step 6, key/value move 3 of layer 17 from rank 3; "
+    "the others: all-reduce of the loss",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nodes")
+    cases = [(name, free_port()) for name in ("whole", *WANTED, "kill")]
+    for name, _ in cases:
+        (folder / name).mkdir()
+        if name != "whole":
+            (folder / name / "fault.json").write_text(json.dumps({"rank": 2, "step": 5, "kind": name}))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, str(ROOT / "tests" / "support" / "supervised_nodes.py"), str(folder)]
+    nodes = [
+        subprocess.Popen([*command, str(node), json.dumps(cases)], env=environment, stderr=subprocess.PIPE, text=True)
+        for node in range(2)
+    ]
+    for node in nodes:
+        _, said = node.communicate(timeout=LIMIT_SECONDS)
+        assert node.returncode == 0, said
+    return folder
+
+
+def told(folder: Path) -> list[dict]:
+    return [json.loads((folder / f"node-{node}.json").read_text()) for node in range(2)]
+
+
+def test_ranks_of_two_nodes_end_well(runs):
+    assert [node["code"] for node in told(runs / "whole")] == [0, 0]
+
+
+@pytest.mark.parametrize("kind", WANTED)
+def test_both_nodes_name_the_rank_of_one_that_hangs(kind, runs):
+    for node in told(runs / kind):
+        assert node == {"code": 1, "why": WANTED[kind], "ranks": [2]}
+    # evidence of each node beside the other's
+    assert {file.parent.name for file in (runs / kind / "attempt").glob("*/heartbeats.jsonl")} == {"node-0", "node-1"}
+
+
+def test_a_killed_rank_is_named_by_its_own_node(runs):
+    first, second = told(runs / "kill")
+    assert second == {"code": 137, "why": "rank 2 was killed by SIGKILL: step 6, computing", "ranks": [2]}
+    # the other's ranks miss it
+    assert first["code"] == 1 and set(first["ranks"]) <= {0, 1}

@@ -1,0 +1,30 @@
+"""One of two nodes, with ranks of `faulty_ranks`: python supervised_nodes.py FOLDER NODE '[[name, port], ...]'."""
+
+import json
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from distattn.launch.local import Node
+from distattn.launch.rank_attempt import Ranks, fork_server, run_attempt
+from distattn.supervision.heartbeats import HeartbeatBoard
+from distattn.supervision.rank_watch import Patience
+
+PER_NODE, STEPS = 2, 12
+
+
+def main() -> None:
+    """What became of each case goes into a file of its folder."""
+    number = int(sys.argv[2])
+    with fork_server(["faulty_ranks"], Node(nodes=2, keeps_sigterm=True)):
+        for name, port in json.loads(sys.argv[3]):
+            folder, node = Path(sys.argv[1], name), Node(number, 2, f"127.0.0.1:{port}", keeps_sigterm=True)
+            ranks = Ranks(PER_NODE, "faulty_ranks:run", [str(folder), STEPS], Patience(600, 5.0), node)
+            with closing(HeartbeatBoard.make(PER_NODE)) as board:
+                code, trouble = run_attempt(ranks, 1, folder / "attempt", board)
+            facts = {"code": code, "why": str(trouble or ""), "ranks": trouble.facts()["ranks"] if trouble else []}
+            (folder / f"node-{number}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
