@@ -71,7 +71,7 @@ def show(mark: Mark) -> list[str]:
     return [
         f"{mark.by}: {mark.tokens:,} tokens of {mark.model} on {mark.ranks} x {mark.limit / 1e9:.1f} GB, {mark.strategy}"
         f"{', state on the host' if mark.state_on_host else ''}: {most / 1e9:.1f} GB {verdict}",
-        *memory_table(found),
+        *memory_table(found, mark.ranks),
     ]
 
 

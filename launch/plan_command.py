@@ -111,11 +111,12 @@ def _show_memory(given: argparse.Namespace, config: Config | None) -> int:
     from distattn.planning.memory_of_run import memory_json, memory_of_config, memory_table
 
     packs = _longest(_phases(given, config)).packs
-    found = memory_of_config(config, packs, print_to_stderr if sys.stderr.isatty() else no_progress)
+    # a count takes seconds, and few of many ranks that have other numbers of tokens say how much is needed
+    found = memory_of_config(config, packs, print_to_stderr if sys.stderr.isatty() else no_progress, extremes=True)
     if given.json:
         sys.stdout.write(memory_json(found) + "\n")
         return 0
-    _show_table(memory_table(found))
+    _show_table(memory_table(found, config.parallel.ranks))
     return 0
 
 

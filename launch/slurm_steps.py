@@ -10,6 +10,7 @@ from typing import Any
 
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError, RunStopped
 from distattn.launch.slurm_commands import expand_hosts, unusable_hosts
+from distattn.supervision.culprits import tells_of_lost_peer
 
 # a rank that ends so has said why, and would again
 _FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
@@ -74,6 +75,9 @@ class StepEnd:
         if self.lost or not told:
             return self.why(hosts), self.blamed(hosts)
         least = min(map(_rank_of_cause, told.values()))
+        untold = [host for node, host in enumerate(hosts) if node not in told]
+        if least == len(_KINDS) and untold:
+            return self._words(untold), untold
         first = [facts for facts in told.values() if _rank_of_cause(facts) == least]
         # of ranks that hang, all nodes say the same
         words = list(
@@ -83,16 +87,17 @@ class StepEnd:
 
     def why(self, hosts: Sequence[str]) -> str:
         """What became of the hosts to blame."""
-        words = {host: "did not answer any more" for host in hosts} | self.words | dict.fromkeys(self.lost, "was lost")
-        return (
-            ", ".join(f"{host} {words[host]}" for host in self.blamed(hosts))
-            or f"srun ended with exit code {self.code}"
-        )
+        return self._words(self.blamed(hosts)) or f"srun ended with exit code {self.code}"
+
+    def _words(self, hosts: Sequence[str]) -> str:
+        said = self.words | dict.fromkeys(self.lost, "was lost")
+        return ", ".join(f"{host} {said.get(host, 'did not answer any more')}" for host in hosts)
 
 
 def _rank_of_cause(facts: Mapping[str, Any]) -> int:
     """How likely what a node says is what others failed for: 0 is most likely."""
-    return _KINDS.index(facts["kind"]) if facts["exit_code"] != LostRankError.exit_code else len(_KINDS)
+    follows = facts["exit_code"] == LostRankError.exit_code or tells_of_lost_peer(facts["why"])
+    return len(_KINDS) if follows and facts["kind"] in ("raised", "refused") else _KINDS.index(facts["kind"])
 
 
 class JobHosts:

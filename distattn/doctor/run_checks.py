@@ -8,10 +8,9 @@ import torch
 
 from distattn.doctor.comparison import Finding, RankResult, parts_of
 from distattn.doctor.reference import ReferenceResult
+from distattn.supervision.culprits import tells_of_lost_peer
 
 _SAME_START = "seed before the model is made, or broadcast its weights and buffers from one rank"
-# what the error of a rank says that ended because another one had
-_LOST_PEER = ("stopped answering", "Connection", "gloo", "NCCL", "timed out", "Broken pipe")
 
 
 def check_inputs(ranks: Sequence[RankResult]) -> Finding | None:
@@ -97,7 +96,7 @@ def _stopped_rank(ranks: Sequence[RankResult]) -> Finding | None:
 
 def _lost_its_peer(found: RankResult) -> bool:
     message = found.get("refusal", "") + found.get("failure", "")
-    return any(phrase in message for phrase in _LOST_PEER)
+    return tells_of_lost_peer(message)
 
 
 def _other_tokens(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:

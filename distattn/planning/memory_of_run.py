@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,8 +50,11 @@ def memory_of_run(
     master_weights: bool = False,
     state_on_host: bool = False,
     ranks: Sequence[int] | None = None,
+    extremes: bool = False,
 ) -> list[RankMemory]:
     """What every rank of a plan, or these of its ranks, need in a step of its model, ranks that need the same together.
+
+    extremes: only ranks with the fewest and the most tokens, and those whose attention keeps, and needs at once, the most.
 
     make_model: makes a transformers model of attention "distattn"; it is called on the meta device. shards: ranks over which
     parameters are sharded, by default the plan's.
@@ -72,11 +75,13 @@ def memory_of_run(
         program = lower(plan, rank, lambda cells: cells)
         executable = Executable(program, ExecutionKey(rank, "reference", _META), SingleRankTransport())
         groups.setdefault((program.tokens, executable.kept_elements), []).append(executable)
+    counted = _extremes(groups) if extremes else list(groups)
     found: list[RankMemory] = []
-    for (tokens, _), executables in groups.items():
+    for tokens, kept in counted:
+        executables = groups[tokens, kept]
         ranks = tuple(one.key.rank for one in executables)
         report_progress(f"{tokens:,} tokens ...")
-        most = max(executables, key=lambda one: max(one.peak for one in one.memory().values()))
+        most = max(executables, key=_peak)
         counts = step_memory(AllocationWatch(), model if not found else on_meta(make_model), most, settings)
         found.append(RankMemory(ranks, tokens, state, counts, counts.host + host))
     return found
@@ -89,8 +94,9 @@ def memory_of_config(
     *,
     plan: Plan | None = None,
     ranks: Sequence[int] | None = None,
+    extremes: bool = False,
 ) -> list[RankMemory]:
-    """What every rank needs of a run of `distattn train`, or these ranks of its attention plan.
+    """What every rank needs of a run of `distattn train`, or these ranks of its attention plan; extremes: see `memory_of_run`.
 
     packs: lengths of the documents of a step, as `PlanSettings.plan`'s; plan: theirs, where it is made already. Raises
     DistattnError for a run that is not counted.
@@ -137,6 +143,7 @@ def memory_of_config(
         master_weights=config.model.dtype == "bfloat16",
         state_on_host=config.memory.state_on_host,
         ranks=ranks,
+        extremes=extremes,
     )
 
 
@@ -159,8 +166,8 @@ def step_memory(watch: AllocationWatch, model: Any, executable: Executable, sett
     return count_step(watch, model, parts, lambda: pytorch.local_loss(model, batch, loss=settings.loss))
 
 
-def memory_table(found: Sequence[RankMemory]) -> list[str]:
-    """Return the lines of a text table with one line for ranks that have equally many tokens."""
+def memory_table(found: Sequence[RankMemory], ranks: int) -> list[str]:
+    """Return the lines of a text table with one line for ranks that need the same. ranks: of the run, counted or not."""
     head = [
         "ranks",
         "tokens",
@@ -181,11 +188,13 @@ def memory_table(found: Sequence[RankMemory]) -> list[str]:
     cells = iter(in_one_unit([float(number) for row in rows for number in row], "B"))
     numbers = [[next(cells) for _ in row] for row in rows]
     first = [[_ranks(one.ranks), f"{one.tokens:,}"] for one in found]
+    left = ranks - sum(len(one.ranks) for one in found)
     table = aligned([head, *(a + b for a, b in zip(first, numbers, strict=True))])
     return [
         "on a rank's device, arithmetic for weights, counted on meta tensors for the rest; host: in pinned memory",
         *table,
         "of attention, feed-forward, loss and other only the largest counts: they are not there at once",
+        *([f"{left} ranks have numbers of tokens between these, and were not counted"] if left else []),
     ]
 
 
@@ -206,6 +215,21 @@ def memory_json(found: Sequence[RankMemory]) -> str:
         ],
         indent=2,
     )
+
+
+def _extremes(groups: Mapping[tuple[int, int], Sequence[Executable]]) -> list[tuple[int, int]]:
+    """Of groups, by tokens and kept elements, those with the fewest and the most tokens, and that keep and need the most."""
+    ways: list[Callable[[tuple[int, int]], int]] = [
+        lambda key: -key[0],
+        lambda key: key[0],
+        lambda key: key[1],
+        lambda key: max(map(_peak, groups[key])),
+    ]
+    return sorted({max(groups, key=way) for way in ways})
+
+
+def _peak(executable: Executable) -> int:
+    return max(one.peak for one in executable.memory().values())
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from distattn.supervision.heartbeats import Heartbeat
 
+# what errors say of ranks that end because another one has ended
+_LOST_PEER = ("stopped answering", "Connection", "gloo", "NCCL", "timed out", "Broken pipe")
+
 
 class Culprit(NamedTuple):
     """A rank that is to blame. how: what is wrong with it, as the rest of a sentence; does: what it has told last."""
@@ -28,6 +31,11 @@ def process_state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0]
     except OSError:
         return "X"
+
+
+def tells_of_lost_peer(message: str) -> bool:
+    """Whether an error's message is one of ranks that have lost another one, whose own end it would follow from."""
+    return any(phrase in message for phrase in _LOST_PEER)
 
 
 def culprits(

@@ -110,6 +110,10 @@ def test_what_nodes_say_of_their_ranks_is_the_cause_that_others_failed_for():
     assert end.cause(hosts, {0: raised, 1: killed, 2: missed}) == ("b: rank 3 was killed", ["b"])
     assert end.cause(hosts, {2: missed, 0: raised}) == ("a: rank 0 raised an error", ["a"])
     hung = killed | {"why": "rank 3 is stopped", "exit_code": 1, "kind": "hung"}
+    # of a node whose launcher is dead, too, nobody tells: others miss it
+    reset = raised | {"why": "rank 0 raised RuntimeError: Read error: Connection reset by peer"}
+    assert end.cause(hosts, {0: reset, 2: missed}) == ("b ended with exit code 137", ["b"])
+    assert end.cause(hosts, {0: reset, 1: missed}) == ("c did not answer any more", ["c"])
     # all nodes say it
     assert end.cause(hosts, {0: hung, 1: hung, 2: hung}) == ("b: rank 3 is stopped", ["b"])
     assert end.cause(hosts, {}) == (end.why(hosts), end.blamed(hosts)) == ("b ended with exit code 137", ["b"])

@@ -155,10 +155,24 @@ def test_ranks_with_equally_many_tokens_share_a_line():
         sorted(rank for one in found for rank in one.ranks) == [0, 1, 2, 3]
         and sum(len(one.ranks) * one.tokens for one in found) == 97
     )
-    lines = memory_table(found)
+    lines = memory_table(found, 4)
     assert "gathered" in lines[1] and len(lines) == len(found) + 3
     on_host = memory_of_run(lambda: small.build(torch.float32), plan(97, 4), settings, state_on_host=True)
     assert on_host[0].total < found[0].total and on_host[0].host > 0
+
+
+def test_of_ranks_that_differ_the_extremes_say_how_much_is_needed():
+    ends = [0, 5, 17, 30, 32, 60, 97]
+    layout = da.Layout.from_chunks([97], [[chunk] for chunk in zip(ends, ends[1:], strict=False)])
+    shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="float32", strategy="ring")
+    uneven = da.make_plan(da.Mask.causal(97), layout, **shape)
+    settings = MemorySettings(activation_checkpointing="full", loss_tile_tokens=8)
+    few, every = (memory_of_run(lambda: small.build(torch.float32), uneven, settings, extremes=one) for one in (1, 0))
+    assert len(every) == 6 and len(few) < 5 and [few[0].tokens, few[-1].tokens] == [2, 37]
+    assert max(one.total for one in few) == max(one.total for one in every)
+    assert (
+        memory_table(few, 6)[-1] == f"{6 - len(few)} ranks have numbers of tokens between these, and were not counted"
+    )
 
 
 @pytest.mark.parametrize(
