@@ -9,6 +9,8 @@ from collections import Counter
 os.environ["TRITON_INTERPRET"] = "1"
 # as torchrun sets it: else accelerate has every rank compute on as many threads as there are cores
 os.environ["OMP_NUM_THREADS"] = "1"
+# a run of one rank has all cores, which other tests have, too: threads that spin while they wait take three times as long then
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
 import torch
