@@ -38,6 +38,8 @@ from distattn.training.run_data import vocabulary_size
 from distattn.training.run_settings import configured_model, memory_settings
 
 _META = torch.device("meta")
+# more than are on their way to and from the host at once
+_FEW_LAYERS = 4
 
 
 def memory_of_run(
@@ -82,7 +84,7 @@ def memory_of_run(
         ranks = tuple(one.key.rank for one in executables)
         report_progress(f"{tokens:,} tokens ...")
         most = max(executables, key=_peak)
-        counts = step_memory(AllocationWatch(), model if not found else on_meta(make_model), most, settings)
+        counts = _counts(make_model, most, settings)
         found.append(RankMemory(ranks, tokens, state, counts, counts.host + host))
     return found
 
@@ -215,6 +217,30 @@ def memory_json(found: Sequence[RankMemory]) -> str:
         ],
         indent=2,
     )
+
+
+def _counts(make_model: Callable[[], Any], executable: Executable, settings: MemorySettings) -> RankCounts:
+    """Count a step of the model; of one whose layers are all alike by two models of few layers, which a line goes through.
+
+    Each layer saves as much as the others, and what one needs while it is computed does not depend on how many there are.
+    """
+    model = on_meta(make_model)
+    layers = model.get_decoder().layers
+    further = len(layers) - _FEW_LAYERS
+    if further < 2 or len({_shapes(layer) for layer in layers}) > 1:
+        return step_memory(AllocationWatch(), model, executable, settings)
+    counts = []
+    for number, one in ((_FEW_LAYERS, model), (_FEW_LAYERS + 1, on_meta(make_model))):
+        decoder = one.get_decoder()
+        decoder.layers = decoder.layers[:number]
+        counts.append(step_memory(AllocationWatch(), one, executable, settings))
+    few, more = counts
+    saved, host = (a + further * (b - a) for a, b in ((few.saved, more.saved), (few.host, more.host)))
+    return RankCounts(saved, more.working, host)
+
+
+def _shapes(layer: nn.Module) -> tuple[object, ...]:
+    return (type(layer), *((name, one.shape) for name, one in layer.named_parameters()))
 
 
 def _extremes(groups: Mapping[tuple[int, int], Sequence[Executable]]) -> list[tuple[int, int]]:

@@ -161,6 +161,15 @@ def test_ranks_with_equally_many_tokens_share_a_line():
     assert on_host[0].total < found[0].total and on_host[0].host > 0
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_many_equal_layers_are_counted_by_few(settings):
+    def model():
+        return small.build(torch.float32, num_hidden_layers=9)
+
+    (found,) = memory_of_run(model, plan(), settings)
+    assert found.counts == step_memory(AllocationWatch(), on_meta(model), executable("meta"), settings)
+
+
 def test_of_ranks_that_differ_the_extremes_say_how_much_is_needed():
     ends = [0, 5, 17, 30, 32, 60, 97]
     layout = da.Layout.from_chunks([97], [[chunk] for chunk in zip(ends, ends[1:], strict=False)])
