@@ -19,8 +19,6 @@ from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeRe
 
 # seconds between two looks at other nodes' questions
 _ASKED_SECONDS = 0.5
-# an answer to another node's question counts that was given so long before the own one
-_OTHERS_FIRST_SECONDS = 2.0
 # seconds between two looks
 POLL_SECONDS = 0.02
 Kind = Literal["killed", "hung", "raised", "refused"]
@@ -209,7 +207,8 @@ class RankWatch:
             reports.answer(report)
             while len(found) < reports.nodes - 1 and time.monotonic() < ends and not self._closed.is_set():
                 time.sleep(POLL_SECONDS)
-                found = reports.answers(asked - _OTHERS_FIRST_SECONDS)
+                # what others said since these ranks are silent counts: who asked first may have ended its ranks and be gone
+                found = reports.answers(asked - report.silent)
         return found
 
     def _end(

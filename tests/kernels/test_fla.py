@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_once import made_once
 from recurrences import RECURRENT
 from waiting import LIMIT_SECONDS
 
@@ -26,16 +27,20 @@ NEEDED = KernelRequirements(torch.float32, 16, 16, torch.device("cpu"), op=OPS["
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(tmp_path_factory):
     """What a process found in which fla-core is there and kernels are interpreted."""
     if not FOLDER.exists():
         pytest.skip("fla-core is not there; `make fla` puts it beside the environment")
+    return json.loads((made_once(tmp_path_factory, "fla", interpret) / "found.json").read_text())
+
+
+def interpret(folder: Path) -> None:
     script = ROOT / "tests" / "support" / "fla_in_interpreter.py"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{script.parent}"}
     command = [sys.executable, str(script), str(FOLDER), *RECURRENT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    (folder / "found.json").write_text(done.stdout.splitlines()[-1])
 
 
 def test_outputs_states_and_gradients_are_those_of_the_chunked_kernel(found):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_once import made_once
 from waiting import LIMIT_SECONDS
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nodes")
+    return made_once(tmp_path_factory, "supervised_nodes", run_cases)
+
+
+def run_cases(folder: Path) -> None:
     cases = [(name, free_port()) for name in ("whole", *WANTED, "kill")]
     for name, _ in cases:
         (folder / name).mkdir()
@@ -43,7 +47,6 @@ def runs(tmp_path_factory):
     for node in nodes:
         _, said = node.communicate(timeout=LIMIT_SECONDS)
         assert node.returncode == 0, said
-    return folder
 
 
 def told(folder: Path) -> list[dict]:

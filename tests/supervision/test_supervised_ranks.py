@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_once import made_once
 from supervised_cases import STEPS
 from waiting import LIMIT_SECONDS, eventually
 
@@ -36,7 +37,10 @@ def command(folder: Path, *cases: dict) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
+    return made_once(tmp_path_factory, "supervised_ranks", run_cases)
+
+
+def run_cases(folder: Path) -> None:
     cases = [
         {"name": "whole"},
         *({"name": kind, "fault": {"rank": 1, "step": 5, "kind": kind}} for kind in KINDS),
@@ -49,7 +53,6 @@ def runs(tmp_path_factory):
         command(folder, *cases), capture_output=True, text=True, env=ENVIRONMENT, timeout=LIMIT_SECONDS
     )
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 def outcome(folder: Path) -> tuple[int, str, list[dict]]:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from made_once import made_once
 from waiting import LIMIT_SECONDS
 
 from distattn.data.pack_plan import PackPlan
@@ -45,8 +47,18 @@ files = ["web"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A plan whose documents are cut, with a context length that doubles, and a run file of two ranks."""
-    folder = tmp_path_factory.mktemp("planned")
+    """A plan whose documents are cut, with a context length that doubles, and a run file of two ranks, which was run."""
+    return made_once(tmp_path_factory, "planned", plan_and_train)
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """The run; a copy, since some add to it."""
+    shutil.copytree(folder / "out", tmp_path / "out")
+    return RunFolder(tmp_path / "out")
+
+
+def plan_and_train(folder: Path) -> None:
     lines = [json.dumps({"text": paragraph}) for paragraph in (ROOT / "LICENSE").read_text().split("\n\n")]
     (folder / "web.jsonl").write_text("\n".join(lines))
     (folder / "packs.toml").write_text(PLAN)
@@ -62,16 +74,10 @@ def folder(tmp_path_factory):
         reference_check=ReferenceCheckConfig(steps=STEPS),
     )
     configuration.save(config, folder / "run.toml")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(folder):
     command = [sys.executable, "-m", "distattn.launch.cli", "train", "run.toml"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert done.returncode == 0, done.stderr
-    return RunFolder(folder / "out")
 
 
 def test_a_run_on_a_plan_trains_as_plain_transformers(folder, run):
