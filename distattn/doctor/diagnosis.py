@@ -72,10 +72,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
             finding = explain_convolution(model, first) or finding
         if finding.cause == "unknown":
             finding = explain_by_module(model, ranks, lambda: emulation.gives(logits_NV, tolerances.logits)) or finding
-        if finding.cause == "unknown" and emulation.failures:
-            tried = f"; {len(emulation.failures)} mistakes could not be tried in one process: {emulation.failures[0]}"
-            finding = finding._replace(observed=finding.observed + tried)
-        return Diagnosis(measured, first, [finding])
+        return Diagnosis(measured, first, [emulation.with_failures(finding) if finding.cause == "unknown" else finding])
     if first in lookups(model):
         observed = f"{first} does not put out what it does for the documents' positions"
         return Diagnosis(measured, first, [Finding("positions not sharded", observed, _PASS_POSITIONS)])
@@ -84,15 +81,23 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
         return Diagnosis(measured, None, [finding])
     compared = GradientComparison.of(reference, ranks, tolerances.gradients)
     measured |= {"loss": _loss_ratio(reference, ranks), "gradient": compared.norm_ratio}
+    routing: list[_Emulation] = []
+
+    def routed() -> list[RoutedBatch] | None:
+        routing.append(_Emulation(target, model, reference, ranks))
+        return routing[0].routed_batches()
+
     of_router = partial(
         explain_router_loss,
         reference,
         compared,
         model,
         partial(target.router_loss, model),
-        lambda: _Emulation(target, model, reference, ranks).routed_batches(),
+        routed,
     )
     finding = _explain_gradients_and_weights(reference, ranks, losses, compared, of_router)
+    if finding is not None and routing:
+        finding = routing[0].with_failures(finding)
     finding = finding or check_state(ranks)
     return Diagnosis(measured, None, [finding] if finding else [])
 
@@ -131,14 +136,22 @@ class _Emulation:
         found = self(RIGHT, False)
         return found is not None and distance(found, logits_NV) <= tolerance
 
+    def with_failures(self, finding: Finding) -> Finding:
+        """The finding, and what could not be tried."""
+        if not self.failures:
+            return finding
+        tried = f"; {len(self.failures)} mistakes could not be tried in one process: {self.failures[0]}"
+        return finding._replace(observed=finding.observed + tried)
+
     def routed_batches(self) -> list[RoutedBatch] | None:
-        """What routers make of each micro-batch and of all ranks' padding; None where the model cannot be run so."""
+        """What routers make of each micro-batch and of all ranks' padding; None where there is none, or `failures` say why."""
         routed = []
         for batch in self._batches:
             with recorded_returns(self._model) as returned:
                 try:
                     self._emulate(self._forward, RIGHT, _whole(batch), torch.cat(batch.padding))
-                except Exception:
+                except Exception as error:
+                    self.failures.append(self._target.describe_error(error))
                     return None
             layers = self._target.router_logits(returned)
             if layers is None:

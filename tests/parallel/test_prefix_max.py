@@ -1,13 +1,14 @@
 """Prefix maxima over ranks: those of one process, for any plan; and plans with changed rows are refused or right."""
 
-import random
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 from cases import layouts
+from mutants import check_mutants
 from oracle import Record, RecordingTransport, planned_bytes
-from random_recurrences import mutated, random_recurrent_plan
+from random_recurrences import random_recurrent_plan
 
 from distattn.ir.errors import DistattnError, PlanError
 from distattn.ir.layout import Layout
@@ -97,35 +98,20 @@ def test_every_schedule_and_layout_equals_one_process(schedule, ranks):
         assert record.bytes == planned_bytes(plan)
 
 
-def check_plans_and_mutants(plans, seed):
-    """(refused, accepted and right) mutants; fails where a plan is refused, or anything accepted is wrong."""
-    refused = right = 0
-    for number in range(seed, seed + plans):
-        rng = random.Random(number)
-        plan, _ = random_recurrent_plan(rng, ["prefix_max"])
-        assert_right(plan, number)
-        for _ in range(12):
-            other = mutated(plan, rng)
-            if other is None:
-                continue
-            try:
-                verify(other)
-            except PlanError:
-                refused += 1
-                continue
-            assert_right(other, number)
-            right += 1
-    return refused, right
+def random_case(rng, seed):
+    plan, _ = random_recurrent_plan(rng, ["prefix_max"])
+    assert_right(plan, seed)
+    return plan, partial(assert_right, seed=seed)
 
 
 def test_random_plans_are_right_and_mutants_refused_or_right():
-    refused, right = check_plans_and_mutants(40, 0)
+    refused, right = check_mutants(300, 0, random_case)
     assert refused > 10 * right > 0
 
 
 @pytest.mark.full
 def test_more_random_plans_are_right_and_mutants_refused_or_right():
-    refused, right = check_plans_and_mutants(350, 1000)
+    refused, right = check_mutants(2600, 1000, random_case)
     assert refused > 10 * right > 0
 
 

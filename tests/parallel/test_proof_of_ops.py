@@ -4,14 +4,14 @@ Plans no strategy would make are accepted and right, changed ones refused or rig
 """
 
 import random
+from functools import partial
 
 import pytest
 import torch
+from mutants import check_mutants
 from oracle import Inputs, Record, RecordingTransport, alive_bytes, dense, planned_bytes
 from random_plans import TAPS, random_plan
-from random_recurrences import mutated
 
-from distattn.ir.errors import PlanError
 from distattn.ir.op import CONVOLUTION, TOKEN_SHIFT, latent_op
 from distattn.kernels.latent import LatentKernel, LatentScore, expanded
 from distattn.kernels.registry import kernel_preparer, load_kernel
@@ -112,28 +112,11 @@ def assert_right(plan, seed, record=None):
         assert (got - right).abs().max() < TOLERANCE
 
 
-def check_mutants(op, mutants, seed):
-    """(refused, accepted and right); fails where one is accepted and wrong."""
-    refused = right = 0
-    while refused + right < mutants:
-        seed += 1
-        rng = random.Random(seed)
-        plan = random_plan(rng, op)
-        for _ in range(12):
-            other = mutated(plan, rng)
-            if other is None:
-                continue
-            try:
-                verify(other)
-            except PlanError:
-                refused += 1
-                continue
-            try:
-                assert_right(other, seed)
-            except Exception as error:
-                raise AssertionError(f"a mutant of plan {seed} is accepted and wrong") from error
-            right += 1
-    return refused, right
+def random_case(op):
+    def make(rng, seed):
+        return random_plan(rng, op), partial(assert_right, seed=seed)
+
+    return make
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -150,12 +133,12 @@ def test_plans_no_strategy_would_make_are_accepted_and_right(op):
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_mutants_are_refused_or_right(op):
-    refused, right = check_mutants(op, 300, 0)
+    refused, right = check_mutants(300, 0, random_case(op))
     assert refused > 10 * right > 0
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_more_mutants_are_refused_or_right(op):
-    refused, right = check_mutants(op, 1400, 1_000_000)
+    refused, right = check_mutants(1400, 1_000_000, random_case(op))
     assert refused > 10 * right > 0
