@@ -52,5 +52,11 @@ def print_to_stderr(line: str) -> None:
     sys.stderr.flush()
 
 
+def say(text: str) -> None:
+    """Print a sentence of a launcher's for the user at the console, on the error stream."""
+    sys.stderr.write(f"distattn: {text}\n")
+    sys.stderr.flush()
+
+
 def no_progress(line: str) -> None:
     """Print nothing."""

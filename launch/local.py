@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from distattn.launch.command_line import say
 from distattn.launch.loopback import RENDEZVOUS, gloo_on_loopback
 
 _WRAPPER = "distattn.launch.die_with_launcher"
@@ -104,9 +105,3 @@ def stopped_by(stop: SignalException) -> int:
     """Say that a signal has stopped this process; returns its exit code."""
     say(f"stopped by {signal.Signals(stop.sigval).name}; what was done is in the run folder.")
     return 128 + int(stop.sigval)
-
-
-def say(text: str) -> None:
-    """Print a sentence for the user at the console."""
-    sys.stderr.write(f"distattn: {text}\n")
-    sys.stderr.flush()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
+from distattn.launch.command_line import say
 from distattn.launch.rank import set_allocator
 from distattn.training import config as configuration
 from distattn.training.run_folder import RunFolder
@@ -33,7 +34,7 @@ def main(folder: str, what: str, *place: str) -> int:
     # whoever ends a step or a container sends SIGTERM, and kills it some seconds later: what can be saved until then is
     signal.signal(signal.SIGTERM, lambda *_: run.ask_to_stop("SIGTERM"))
     # torch takes seconds, in which the signal may come
-    from distattn.launch.local import Node, say
+    from distattn.launch.local import Node
     from distattn.launch.rank_attempt import AttemptStopped, Ranks, fork_server, run_attempt
     from distattn.launch.run_locally import PRELOAD, RANK
     from distattn.supervision.heartbeats import HeartbeatBoard

@@ -17,19 +17,18 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
-from distattn.checkpoints.checkpoint_folder import list_checkpoints
-from distattn.ir.errors import DistattnError, RunStopped
-from distattn.launch.attempts import Attempts
+from distattn.ir.errors import DistattnError
+from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd
+from distattn.launch.command_line import say
+from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.slurm_commands import OUTAGE_SECONDS, ask_slurm, end_steps, expand_hosts, host_address, job_state
-from distattn.launch.slurm_steps import JobHosts, StepEnd
+from distattn.launch.slurm_steps import JobHosts, read_line
 from distattn.training.run_folder import RunFolder
 
-# after the first failure of a step: for those of other nodes, then for Slurm to end the step
-_OTHERS_SECONDS, _ENDING_SECONDS = 5.0, 15.0
-_STOPPED = RunStopped.exit_code
+# for Slurm to end a step of which one node has failed, and OTHERS_SECONDS have passed
+_ENDING_SECONDS = 15.0
 
 
 class _Job(NamedTuple):
@@ -40,74 +39,35 @@ class _Job(NamedTuple):
     name: str
 
 
-class _Outcome(NamedTuple):
-    """How a job ends. again: whether it is to be queued again."""
+class JobNodes:
+    """Runs attempts on nodes of a job, each as a step. command: srun and what it starts."""
 
-    code: int
-    again: bool = False
+    def __init__(self, job: _Job, command: Sequence[str], hosts: JobHosts):
+        self._job, self._command, self._hosts = job, list(command), hosts
 
+    def choose(self) -> list[str] | None:
+        """The hosts of the next attempt: see `JobHosts.choose`."""
+        return self._hosts.choose()
 
-class JobAttempts:
-    """Runs attempts until the run has ended, can go on in another job only, or not at all. command: srun and what it starts."""
+    def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
+        """Run the attempt's step, at an address of its own."""
+        address = f"{host_address(hosts[0])}:{_port(int(self._job.number), attempt)}"
+        say(f"attempt {attempt} of job {self._job.number} on {' '.join(hosts)}, led by {address}")
+        return self._step(hosts, address)
 
-    def __init__(self, run: RunFolder, job: _Job, command: Sequence[str], hosts: JobHosts, max_restarts: int):
-        self._run, self._job, self._command, self._hosts = run, job, list(command), hosts
-        self._max_restarts = max_restarts
-        self._attempts = Attempts(run.attempts)
-        # the signal that asks this job to stop
-        self._signal = ""
+    def finish(self, hosts: Sequence[str]) -> int:
+        """Write the report, as a step on the first host."""
+        return self._step(hosts[:1], "finish").code
 
-    def stop(self, number: int, frame: FrameType | None = None) -> None:
-        """Have the ranks save and end: a handler of Slurm's signals."""
-        self._signal = signal.Signals(number).name
-        try:
-            self._run.ask_to_stop(self._signal)
-        except OSError as error:
-            _say(f"the ranks cannot be asked to stop: {error}; the run goes on from its newest checkpoint.")
+    def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
+        """See `JobHosts.blame`."""
+        self._hosts.blame(hosts, end)
 
-    def run(self) -> _Outcome:
-        """Attempt after attempt."""
-        self._attempts.end_open("ended with its job, before anybody could tell why")
-        self._run.stop_file.unlink(missing_ok=True)
-        restarts, furthest = 0, self._progress()
-        while (hosts := self._hosts.choose()) is not None:
-            number = self._attempts.begin(job=int(self._job.number), requeues=self._job.requeues, hosts=hosts)
-            address = f"{host_address(hosts[0])}:{_port(int(self._job.number), number)}"
-            _say(f"attempt {number} of job {self._job.number} on {' '.join(hosts)}, led by {address}")
-            end = self._step(hosts, address)
-            asked = self._asked()
-            if end.code == 0:
-                self._attempts.end(number, 0, "ended well")
-                return _Outcome(self._step(hosts[:1], "finish").code)
-            if end.code == _STOPPED:
-                self._attempts.end(number, _STOPPED, f"stopped, asked by {asked or 'a file in the run folder'}")
-                return _Outcome(_STOPPED, again=asked.startswith("SIG"))
-            why, blamed = end.cause(hosts, self._attempts.told(number))
-            self._attempts.end(number, end.code, why, blamed=blamed)
-            if end.is_final():
-                _say(f"{why}; the other ranks were stopped.")
-                return _Outcome(end.code)
-            now = self._progress()
-            restarts, furthest = (1, now) if now > furthest else (restarts + 1, furthest)
-            if asked or restarts > self._max_restarts:
-                _say(f"{why}; {'the job was to stop' if asked else f'{restarts} attempts came no further'}.")
-                return _Outcome(end.code, again=asked.startswith("SIG"))
-            self._hosts.blame(blamed, end)
-            _say(f"{why}; all ranks start again from step {now:,} (restart {restarts} of {self._max_restarts}).")
-        _say(f"of {' '.join(self._hosts.hosts)} fewer than {self._hosts.wanted} nodes are left.")
-        return _Outcome(_STOPPED, again=True)
+    def shortage(self) -> str:
+        """Which nodes the job has."""
+        return f"of {' '.join(self._hosts.hosts)} fewer than {self._hosts.wanted} nodes are left"
 
-    def _asked(self) -> str:
-        """Who asked the ranks to stop, empty where nobody has. Nodes are told by Slurm, too, and write the signal's name."""
-        try:
-            return self._signal or self._run.stop_file.read_text("utf-8").strip()
-        except FileNotFoundError:
-            return ""
-
-    def _progress(self) -> int:
-        return max((one.step for one in list_checkpoints(self._run.checkpoints)), default=0)
-
-    def _step(self, hosts: Sequence[str], what: str) -> StepEnd:
+    def _step(self, hosts: Sequence[str], what: str) -> AttemptEnd:
         """One step of the job on these hosts; what srun says is read as it comes."""
         places = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", f"--nodelist={','.join(hosts)}"]
         process = subprocess.Popen(
@@ -115,7 +75,7 @@ class JobAttempts:
         )
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=_pass_on, args=(process, lines), daemon=True).start()
-        end, failed_at, killed = StepEnd(), 0.0, False
+        end, failed_at, killed = AttemptEnd(), 0.0, False
         while True:
             try:
                 line = lines.get(timeout=0.2)
@@ -124,13 +84,13 @@ class JobAttempts:
             if line is None:
                 break
             # what becomes of tasks after the step was ended is our doing
-            if end.read(line, tasks=not killed) and not failed_at:
+            if read_line(end, line, tasks=not killed) and not failed_at:
                 failed_at = time.monotonic()
             waited = time.monotonic() - failed_at if failed_at else 0.0
-            if waited > _OTHERS_SECONDS and not killed:
+            if waited > OTHERS_SECONDS and not killed:
                 killed = True
                 end_steps(self._job.name)
-            if waited > _OTHERS_SECONDS + _ENDING_SECONDS:
+            if waited > OTHERS_SECONDS + _ENDING_SECONDS:
                 process.kill()
         code = process.wait()
         end.code = code if code >= 0 else 128 - code
@@ -151,16 +111,18 @@ def main(arguments: Sequence[str]) -> int:
         # one task's number is that of the array
         name = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
     job = _Job(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0")), name)
-    outcome = _Outcome(1)
+    outcome = Outcome(1)
     try:
         hosts = JobHosts(expand_hosts(os.environ["SLURM_JOB_NODELIST"]), given.nodes)
-        attempts = JobAttempts(run, job, arguments[split + 1 :], hosts, given.max_restarts)
+        nodes = JobNodes(job, arguments[split + 1 :], hosts)
+        facts = {"job": int(job.number), "requeues": job.requeues}
+        attempts = NodeAttempts(run, nodes, given.max_restarts, facts)
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, attempts.stop)
         outcome = attempts.run()
     except DistattnError as error:
-        _say(str(error))
-        outcome = _Outcome(error.exit_code)
+        say(str(error))
+        outcome = Outcome(error.exit_code)
     finally:
         # before the job is queued again, which ends this process
         run.state_file.write_text(f"ended {outcome.code}\n", "utf-8")
@@ -172,14 +134,14 @@ def main(arguments: Sequence[str]) -> int:
 def _queue_again(job: _Job, most: int) -> None:
     if job.requeues >= most:
         times = f"was queued again {job.requeues} times, slurm.max_requeues" if most else "is not queued again"
-        _say(f"job {job.number} {times}; sbatch RUN/job.sbatch goes on from the newest checkpoint, if there is one.")
+        say(f"job {job.number} {times}; sbatch RUN/job.sbatch goes on from the newest checkpoint, if there is one.")
         return
     try:
         # a job that was cancelled, or that Slurm itself queues again, is not running any more
         if job_state(job.name, OUTAGE_SECONDS) == "RUNNING":
             ask_slurm("scontrol", "requeue", job.name, patience=OUTAGE_SECONDS)
     except DistattnError as error:
-        _say(f"job {job.number} is not queued again: {error}")
+        say(f"job {job.number} is not queued again: {error}")
 
 
 def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
@@ -194,11 +156,6 @@ def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None
 def _port(job: int, attempt: int) -> int:
     """Where the first node listens: a port of each attempt's own, since ranks of the one before may still hold theirs."""
     return 20_000 + (job + 1_009 * attempt) % 20_000
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"distattn: {text}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from distattn.ir.errors import LostRankError
 from distattn.launch.attempts import Attempts
-from distattn.launch.local import say
+from distattn.launch.command_line import say
 from distattn.launch.rank_attempt import AttemptStopped, Ranks, fork_server, run_attempt
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Trouble

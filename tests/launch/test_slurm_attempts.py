@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from distattn.launch.attempt_end import AttemptEnd
 from distattn.launch.attempts import Attempts
-from distattn.launch.slurm_steps import StepEnd
 
 ROOT = Path(__file__).parents[2]
 LOST = "srun: error: Node failure on node2"
@@ -103,7 +103,7 @@ def test_the_limit_of_requeues_is_named(job):
 
 
 def test_what_nodes_say_of_their_ranks_is_the_cause_that_others_failed_for():
-    hosts, end = ["a", "b", "c"], StepEnd(1, {"a": 1, "c": 4, "b": 137}, {"b": "ended with exit code 137"})
+    hosts, end = ["a", "b", "c"], AttemptEnd(1, {"a": 1, "c": 4, "b": 137}, {"b": "ended with exit code 137"})
     killed = {"why": "rank 3 was killed", "exit_code": 137, "nodes": [1], "kind": "killed"}
     raised = {"why": "rank 0 raised an error", "exit_code": 1, "nodes": [0], "kind": "raised"}
     missed = {"why": "rank 3 is lost", "exit_code": 4, "nodes": [2], "kind": "refused"}

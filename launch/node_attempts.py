@@ -1,0 +1,102 @@
+"""The attempts of a run on several nodes, one after another: the same on Slurm and on Ray. Needs neither torch nor a GPU."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+from distattn.checkpoints.checkpoint_folder import list_checkpoints
+from distattn.ir.errors import RunStopped
+from distattn.launch.attempt_end import AttemptEnd
+from distattn.launch.attempts import Attempts
+from distattn.launch.command_line import say
+from distattn.training.run_folder import RunFolder
+
+_STOPPED = RunStopped.exit_code
+
+
+class Nodes(Protocol):
+    """Where attempts run. Hosts are names that people know."""
+
+    def choose(self) -> list[str] | None:
+        """The hosts of the next attempt, in the order of their ranks; None where too few are left, or the run is to stop."""
+
+    def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
+        """Run one `distattn.launch.run_node` on each host, until all have ended."""
+
+    def finish(self, hosts: Sequence[str]) -> int:
+        """Write the report of the run, on one of the hosts. Returns the exit code."""
+
+    def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
+        """Take note of hosts that failed: some are left out of the attempts that follow."""
+
+    def shortage(self) -> str:
+        """Why `choose` has found too few hosts: a sentence without its period."""
+
+
+class Outcome(NamedTuple):
+    """How a run's attempts end. again: whether who has stopped them wants them to go on later."""
+
+    code: int
+    again: bool = False
+
+
+class NodeAttempts:
+    """Runs attempts until the run has ended, can go on elsewhere only, or not at all. facts: noted of every attempt."""
+
+    def __init__(self, run: RunFolder, nodes: Nodes, max_restarts: int, facts: Mapping[str, Any]):
+        self._run, self._nodes, self._max_restarts, self._facts = run, nodes, max_restarts, facts
+        self._attempts = Attempts(run.attempts)
+        # the signal that asks this process to stop
+        self._signal = ""
+
+    def stop(self, number: int, frame: FrameType | None = None) -> None:
+        """Have the ranks save and end: a handler of signals."""
+        self._signal = signal.Signals(number).name
+        try:
+            self._run.ask_to_stop(self._signal)
+        except OSError as error:
+            say(f"the ranks cannot be asked to stop: {error}; the run goes on from its newest checkpoint.")
+
+    def run(self) -> Outcome:
+        """Attempt after attempt."""
+        self._attempts.end_open("ended with its job, before anybody could tell why")
+        self._run.stop_file.unlink(missing_ok=True)
+        restarts, furthest = 0, self._progress()
+        while (hosts := self._nodes.choose()) is not None:
+            number = self._attempts.begin(**self._facts, hosts=hosts)
+            end = self._nodes.run(hosts, number)
+            asked = self._asked()
+            if end.code == 0:
+                self._attempts.end(number, 0, "ended well")
+                return Outcome(self._nodes.finish(hosts))
+            if end.code == _STOPPED:
+                self._attempts.end(number, _STOPPED, f"stopped, asked by {asked or 'a file in the run folder'}")
+                return Outcome(_STOPPED, again=asked.startswith("SIG"))
+            why, blamed = end.cause(hosts, self._attempts.told(number))
+            self._attempts.end(number, end.code, why, blamed=blamed)
+            if end.is_final():
+                say(f"{why}; the other ranks were stopped.")
+                return Outcome(end.code)
+            now = self._progress()
+            restarts, furthest = (1, now) if now > furthest else (restarts + 1, furthest)
+            if asked or restarts > self._max_restarts:
+                say(f"{why}; {'the run was to stop' if asked else f'{restarts} attempts came no further'}.")
+                return Outcome(end.code, again=asked.startswith("SIG"))
+            self._nodes.blame(blamed, end)
+            say(f"{why}; all ranks start again from step {now:,} (restart {restarts} of {self._max_restarts}).")
+        asked = self._asked()
+        say(f"stopped between attempts, asked by {asked}." if asked else f"{self._nodes.shortage()}.")
+        return Outcome(_STOPPED, again=not asked or asked.startswith("SIG"))
+
+    def _asked(self) -> str:
+        """Who asked the ranks to stop, empty where nobody has. Nodes are told by Slurm, too, and write the signal's name."""
+        try:
+            return self._signal or self._run.stop_file.read_text("utf-8").strip()
+        except FileNotFoundError:
+            return ""
+
+    def _progress(self) -> int:
+        return max((one.step for one in list_checkpoints(self._run.checkpoints)), default=0)
