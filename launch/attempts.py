@@ -40,9 +40,8 @@ class Attempts:
 
     def end_open(self, why: str) -> None:
         """Note the end of an attempt that nobody could note, since its job was killed."""
-        number = self.latest
-        if self._begun(number).exists():
-            self.end(number, None, why)
+        if self.goes_on:
+            self.end(self.latest, None, why)
 
     def rows(self) -> list[dict[str, Any]]:
         """All attempts in their order: attempt, began, ended, exit_code, why, and their facts; the last may have no end yet."""
@@ -54,6 +53,11 @@ class Attempts:
     def latest(self) -> int:
         """The number of the attempt that goes on, or that is next."""
         return 1 + len(read_rows(self._file))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an attempt has begun and nobody has noted its end."""
+        return self._begun(self.latest).exists()
 
     def tell(self, number: int, node: int, facts: dict[str, Any]) -> None:
         """Say what went wrong on a node: for who starts its attempts, on another machine. Full disks stop nobody."""
@@ -81,7 +85,8 @@ class Attempts:
             return None
         try:
             board = HeartbeatBoard.open(Path(facts["board"]))
-        except OSError:
+        except (OSError, KeyError):
+            # or the ranks are on other machines
             return None
         with contextlib.closing(board):
             beats = {rank: board.read(rank) for rank in range(board.slots)}

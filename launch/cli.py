@@ -22,8 +22,8 @@ commands:
       start a run's ranks here, compare what they are and measure how fast, and end; every run does so before its first step
   calibrate --out FILE.toml
       measure this machine for plan --cluster FILE.toml; distattn calibrate --help
-  launch {local,slurm,folder} CONFIG, launch {status,logs,cancel} RUN
-      start a run on this machine or on Slurm, and look after it; distattn launch --help
+  launch {local,slurm,ray,folder} CONFIG, launch {status,logs,cancel} RUN
+      start a run on this machine, on Slurm or on Ray, and look after it; distattn launch --help
   doctor [SCRIPT.py | MODEL] [--ranks N]
       check this machine, and whether a model computes on several ranks what it does on one; distattn doctor --help
   plan CONFIG | --docs LENGTHS --cluster h200-8x8

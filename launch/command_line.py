@@ -54,8 +54,7 @@ def print_to_stderr(line: str) -> None:
 
 def say(text: str) -> None:
     """Print a sentence of a launcher's for the user at the console, on the error stream."""
-    sys.stderr.write(f"distattn: {text}\n")
-    sys.stderr.flush()
+    print_to_stderr(f"distattn: {text}")
 
 
 def no_progress(line: str) -> None:

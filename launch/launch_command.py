@@ -1,7 +1,8 @@
-"""`distattn launch`: start a run on this machine or on Slurm; look after one that was submitted."""
+"""`distattn launch`: start a run on this machine, on Slurm or on Ray; look after one that was started."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -26,12 +27,14 @@ from distattn.training.run_folder import RunFolder
 USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value ...] [--dry-run] [--json]
        distattn launch slurm CONFIG [--nodes N] [--spare N] [--gpus N] [--array KEY=VALUE,VALUE...]
                              [--section.key value ...] [--dry-run] [--json]
+       distattn launch ray CONFIG [--nodes N] [--gpus N] [--ray.address HOST:PORT] [--section.key value ...] [--dry-run] [--json]
        distattn launch folder CONFIG [--nodes N] [--gpus N] [--section.key value ...] [--json]
        distattn launch status|cancel RUN [--json]
        distattn launch logs RUN [--rank N]
 
 local starts one process per rank here: rank 0 on the console, a log file for each rank in the run folder.
 slurm writes a batch script into the run folder and submits it; --dry-run prints it and leaves nothing behind.
+ray runs on nodes of a Ray cluster, as slurm does on those of a job, until the run has ended; without a cluster on a new one here.
 --nodes and --gpus set parallel.ranks and parallel.devices_per_node; --gpus is the number of ranks on a node. Of the nodes
 --spare wait for others to fail. --array submits one run for each value of a key, in folders 0, 1, ... of the run folder.
 folder makes the run folder only, for ranks that another scheduler starts (docs/clusters.md). status shows the attempts of a run,
@@ -45,15 +48,17 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
     command = arguments[0]
-    if command in ("local", "slurm", "folder"):
+    if command in ("local", "slurm", "ray", "folder"):
         return _start(command, arguments[1:])
     if command in ("status", "logs", "cancel"):
         return _manage_run(command, arguments[1:])
-    raise DistattnError(f"launch: there is no {command!r}; there are local, slurm, folder, status, logs and cancel.")
+    raise DistattnError(
+        f"launch: there is no {command!r}; there are local, slurm, ray, folder, status, logs and cancel."
+    )
 
 
 def _start(where: str, arguments: Sequence[str]) -> int:
-    """Start a run, `local` or on `slurm`, or make its `folder` only; or show what would be started."""
+    """Start a run, `local`, on `slurm` or on `ray`, or make its `folder` only; or show what would be started."""
     parser = CommandParser("launch")
     parser.add_argument("config", nargs="?")
     for name in ("nodes", "spare", "gpus"):
@@ -89,6 +94,8 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         return _dry_run(where, config, sweep, given.json)
     if where == "slurm":
         return _submit(config, sweep, given.json)
+    if where == "ray":
+        return _run_on_ray(config, given.json)
     if where == "folder":
         run = start_run(config, no_progress if given.json else print_line)
         run.logs.mkdir()
@@ -111,8 +118,9 @@ def _dry_run(where: str, config: Config, sweep: Sequence[Config], json_output: b
             with planned_packs(one) as plan:
                 PlanSettings.of_config(one).plan(*first_packs(plan, one))
     folder = Path(config.run.folder).absolute()
-    text = slurm.batch_script(config, folder, len(sweep))
-    if where != "slurm":
+    if where == "slurm":
+        text = slurm.batch_script(config, folder, len(sweep))
+    else:
         here = " here" if where == "local" else ""
         text = f"{config.parallel.ranks} processes{here}, logs in {folder}/logs\n"
     sys.stdout.write(json.dumps({"script": text}) + "\n" if json_output else text)
@@ -152,6 +160,20 @@ def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
     return 0
 
 
+def _run_on_ray(config: Config, json_output: bool) -> int:
+    """Run on a Ray cluster to the end, and write the report."""
+    if importlib.util.find_spec("ray") is None:
+        raise DistattnError("launch ray needs ray: pip install 'distattn[ray]'.")
+    from distattn.launch.ray_attempts import connected, run_attempts
+
+    with connected(config, quiet=json_output):
+        run = start_run(config, no_progress if json_output else print_line)
+        run.logs.mkdir()
+        code = run_attempts(run, config)
+    sys.stdout.write(json.dumps({"run": str(run.folder), "exit_code": code}) + "\n" if json_output else "")
+    return code
+
+
 def _commands(config: Config, sweep: Config) -> list[str]:
     """The batch script of a sweep, if this configuration were its own, without comments."""
     lines = slurm.batch_script(config, Path(sweep.run.folder).absolute(), tasks=1).splitlines()
@@ -175,7 +197,7 @@ def _size_overrides(where: str, nodes: int | None, gpus: int | None, path: str, 
     if nodes is None and gpus is None:
         return []
     given = configuration.load(path, overrides)
-    parallel, spare = given.parallel, given.slurm.spare_nodes
+    parallel, spare = given.parallel, given.slurm.spare_nodes if where == "slurm" else 0
     if where == "local" and nodes not in (None, 1):
         raise DistattnError(f"launch local: --nodes is 1 on this machine, not {nodes}; see distattn launch slurm.")
     for name, value in (("nodes", nodes), ("gpus", gpus)):

@@ -1,7 +1,8 @@
 """The ranks of one node of a run: `python -m distattn.launch.run_node RUN ADDRESS NUMBER NODES`.
 
-ADDRESS, host:port, is where the first node listens; NUMBER is this node's among NODES. Without these Slurm's variables say it,
-as where `distattn.launch.slurm_attempts` has srun start it on each node. RUN finish writes the report.
+ADDRESS, host:port, is where the first node listens; NUMBER is this node's among NODES, as where
+`distattn.launch.ray_agent` starts it. Without these Slurm's variables say it, as where `distattn.launch.slurm_attempts` has srun
+start it on each node. RUN finish writes the report.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def main(folder: str, what: str, *place: str) -> int:
         return finish_run.main(folder)
     run = RunFolder(Path(folder))
     number, nodes = map(int, place or (os.environ["SLURM_NODEID"], os.environ["SLURM_NNODES"]))
-    if place and number == 0:
-        # of the attempt before; on Slurm there may be one of this attempt already
+    attempts = Attempts(run.attempts)
+    if number == 0 and not attempts.goes_on:
+        # of the attempt before; whoever notes attempts removes it, and may have made one for this attempt already
         run.stop_file.unlink(missing_ok=True)
     # whoever ends a step or a container sends SIGTERM, and kills it some seconds later: what can be saved until then is
     signal.signal(signal.SIGTERM, lambda *_: run.ask_to_stop("SIGTERM"))
@@ -47,7 +49,6 @@ def main(folder: str, what: str, *place: str) -> int:
         patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
         ranks = Ranks(per_node, RANK, [folder, False], patience, node)
         set_allocator()
-        attempts = Attempts(run.attempts)
         with fork_server(PRELOAD, node), contextlib.closing(HeartbeatBoard.make(per_node)) as board:
             code, trouble = run_attempt(ranks, attempts.latest, attempts.folder(attempts.latest), board)
     except AttemptStopped as stop:

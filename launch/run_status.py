@@ -1,4 +1,4 @@
-"""What becomes of a run, whether it was submitted to Slurm or started here: its state, its attempts, and what its ranks do."""
+"""What becomes of a run on Slurm, on Ray or on this machine: its state, its attempts, and what its ranks do."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch import slurm
 from distattn.launch.attempts import Attempts
-from distattn.supervision.culprits import words
+from distattn.supervision.culprits import process_state, words
+from distattn.training.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
 
 
@@ -26,6 +27,8 @@ def status(run: RunFolder) -> dict[str, Any]:
         return slurm.status(run)
     steps = len(run.metrics()) if run.metrics_file.exists() else 0
     rows, beats = attempts.rows(), attempts.beats()
+    if run.ray_file.exists() and beats is None:
+        return {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
     last = rows[-1] if rows else {}
     state = "running" if beats is not None else "killed with its launcher"
     if not rows:
@@ -41,16 +44,41 @@ def status(run: RunFolder) -> dict[str, Any]:
 def cancel(run: RunFolder) -> tuple[str, int | str]:
     """Cancel the "job", or end the "launcher" that goes on here; returns which, and its number.
 
-    Raises DistattnError where neither goes on.
+    Ranks on Ray are asked to save and to end, through the run folder. Raises DistattnError where neither goes on.
     """
     attempts = Attempts(run.attempts)
     if run.job_file.exists() and attempts.beats() is None:
         return "job", slurm.cancel(run)
+    if run.ray_file.exists() and attempts.beats() is None:
+        if (state := _ray_state(run)).startswith(("ended", "killed")):
+            raise DistattnError(f"{run.folder}: the run on Ray goes on no more: {state}.")
+        run.ask_to_stop("distattn launch cancel")
+        return "launcher", int(_ray_facts(run)["launcher"])
     if attempts.beats() is None:
         raise DistattnError(f"{run.folder}: nothing was submitted from here, and no ranks of this machine work on it.")
     launcher = int(attempts.rows()[-1]["launcher"])
     os.kill(launcher, signal.SIGTERM)
     return "launcher", launcher
+
+
+def _ray_facts(run: RunFolder) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = parse_json(run.ray_file.read_bytes())
+        return found
+    except ValueError:
+        raise DamagedDataError(f"{run.ray_file}: damaged; remove it.") from None
+
+
+def _ray_state(run: RunFolder) -> str:
+    """The state of a run on Ray, as its launcher has left it in the run folder."""
+    facts = _ray_facts(run)
+    ended = run.state_file.read_text("utf-8").split()[1:]
+    place = f"{facts['host']} on the Ray cluster at {facts['cluster']}"
+    if ended:
+        return f"ended, exit code {ended[0]}"
+    if facts["host"] == socket.gethostname():
+        return "killed with its launcher" if process_state(facts["launcher"]) in "XZ" else f"running from {place}"
+    return f"begun from {place}, which knows whether it goes on"
 
 
 def status_lines(facts: Mapping[str, Any]) -> str:

@@ -18,14 +18,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.kernels.registry import CPU_KERNELS
 from distattn.launch.attempts import Attempts
+from distattn.launch.node_needs import node_needs
 from distattn.launch.slurm_commands import ask_slurm, job_state
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
 
-# data loading, planning ahead and NCCL's own threads
-_CPUS_PER_GPU = 4
 _TEMPLATES = Environment(
     loader=PackageLoader("distattn.launch"),
     undefined=StrictUndefined,
@@ -45,18 +43,15 @@ def batch_script(config: Config, folder: Path, tasks: int = 0) -> str:
 
     tasks: of a sweep, whose runs are in folders 0, 1, ... of this one; 0 for a single run.
     """
-    per_node = config.parallel.devices_per_node or config.parallel.ranks
-    gpus = config.parallel.kernel not in CPU_KERNELS
-    slurm = config.slurm
+    node, slurm = node_needs(config), config.slurm
     given = (slurm.partition, slurm.account, slurm.time, slurm.container_image, *slurm.container_mounts)
     for line in (*slurm.setup, *slurm.options, *given, str(folder)):
         if "\n" in line or "\r" in line:
             raise DistattnError(f"slurm: a line of the batch script cannot hold a line break: {line!r}.")
     if "\\" in str(folder):
         raise DistattnError(f"run.folder: sbatch cannot write to a path with a backslash: {folder}.")
-    nodes = config.parallel.ranks // per_node
     escaped = str(folder).replace("%", "%%")
-    options, prefix = _container(config, folder, gpus)
+    options, prefix = _container(config, folder, node.gpus > 0)
     return _TEMPLATES.get_template("job.sbatch.j2").render(
         title=f"{config.parallel.ranks} ranks, {config.parallel.strategy}",
         name=folder.name,
@@ -64,10 +59,9 @@ def batch_script(config: Config, folder: Path, tasks: int = 0) -> str:
         output=f"{escaped}/%a/slurm-%A_%a.out" if tasks else f"{escaped}/slurm-%j.out",
         tasks=tasks,
         restarts=config.supervision.max_restarts,
-        nodes=nodes,
-        per_node=per_node,
-        gpus=per_node if gpus else 0,
-        cpus=per_node * (_CPUS_PER_GPU if gpus else 1),
+        nodes=config.parallel.ranks // node.ranks,
+        gpus=node.gpus,
+        cpus=node.cpus,
         container_options=options,
         container_prefix=prefix,
         # without checkpoints there is nothing to go on from

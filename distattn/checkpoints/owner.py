@@ -15,13 +15,16 @@ from pathlib import Path
 
 import xxhash
 
+# in the environment of processes that a launcher starts: the name of its job, which is that of its attempts alone
+JOB_VARIABLE = "DISTATTN_JOB"
+
 
 @dataclass(frozen=True)
 class Owner:
     """A process. host: its name; machine: what tells this boot of this machine (or container) from all others.
 
-    pid: within the machine; started: when, in clock ticks after the boot, since numbers of processes are used again. job: the
-    Slurm job, "" without one. since: ISO 8601, UTC, when it became the owner. token: of this ownership alone.
+    pid: within the machine; started: when, in clock ticks after the boot, since numbers of processes are used again. job: whose
+    attempts follow one another, the number of a Slurm job or a name that a launcher gave (JOB_VARIABLE), "" without one. since: ISO 8601, UTC, when it became the owner. token: of this ownership alone.
     """
 
     host: str
@@ -36,7 +39,7 @@ class Owner:
     def of_this_process(cls) -> Owner:
         """This process, as an owner from now on."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        job = os.environ.get("SLURM_JOB_ID", "")
+        job = os.environ.get(JOB_VARIABLE) or os.environ.get("SLURM_JOB_ID", "")
         pid = os.getpid()
         return cls(socket.gethostname(), _machine(), pid, _started(pid), job, since, secrets.token_hex(8))
 
@@ -60,7 +63,8 @@ class Owner:
         return _started(self.pid) == self.started
 
     def __str__(self) -> str:
-        job = f", Slurm job {self.job}" if self.job else ""
+        kind = "Slurm job " if self.job.isdecimal() else ""
+        job = f", {kind}{self.job}" if self.job else ""
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
 

@@ -28,7 +28,7 @@ class RunLock:
 
     On one machine the lock is flock's, and ends with its process. To other machines, whose file system may not share it, the
     owner's file is a lease: its owner renews it every RENEWAL_SECONDS, and it ends LEASE_SECONDS after the last time. An attempt
-    of the same Slurm job takes over at once: Slurm ends one attempt before it starts the next.
+    of the same job (`Owner.job`) takes over at once: its launcher ends one attempt before it starts the next.
     """
 
     def __init__(self, folder: Path):

@@ -187,6 +187,16 @@ class SlurmConfig:
 
 
 @dataclass(frozen=True)
+class RayConfig:
+    """Where `distattn launch ray` finds nodes."""
+
+    address: str = ""
+    """HOST:PORT of a cluster; empty for RAY_ADDRESS or the one that this machine belongs to, and without any a new one here."""
+    waiting_seconds: float = 600.0
+    """So long at most it is waited for nodes with room, also where one was lost and another is to be added."""
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """What holds the model over the ranks."""
 
@@ -336,6 +346,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -356,6 +367,7 @@ for _section in (
     ParallelConfig,
     ClusterConfig,
     SlurmConfig,
+    RayConfig,
     EngineConfig,
     TrainConfig,
     CheckpointConfig,

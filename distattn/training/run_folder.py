@@ -95,6 +95,8 @@ class RunFolder:
         self.script_file = folder / "job.sbatch"
         self.job_file = folder / "job.json"
         self.state_file = folder / "state"
+        # of a cluster of Ray: who runs its attempts, and where
+        self.ray_file = folder / "ray.json"
 
     def log_file(self, rank: int) -> Path:
         """The file of a rank's output, where the run keeps logs."""

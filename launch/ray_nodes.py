@@ -1,0 +1,221 @@
+"""Nodes of a Ray cluster for the attempts of a run: one bundle of a placement group each, and an agent in each bundle."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd, LeftOut
+from distattn.launch.command_line import say
+from distattn.launch.node_needs import NodeNeeds
+from distattn.launch.ray_agent import NodeAgent, NodePlace
+from distattn.training.run_folder import RunFolder
+
+# that an agent may take to start: Ray may be late to know that a node is gone, and a new process imports
+_ANSWER_SECONDS = 60.0
+# between two looks at agents, and at the file that asks to stop
+_LOOK_SECONDS = 0.2
+# before it is said what is waited for
+_SILENT_SECONDS = 5.0
+
+
+class RayNodes:
+    """Runs attempts on nodes of the cluster that this process is connected to. job: the name that ranks of all attempts have.
+
+    Ray chooses the nodes, each for one bundle; ranks follow the natural order of their names, since bundles have none. The
+    group stays for all attempts, so that nobody else gets a node between them, until a node has to be left out.
+    """
+
+    def __init__(self, run: RunFolder, job: str, needs: NodeNeeds, wanted: int, waiting_seconds: float):
+        self._folder, self._stop_file = run.folder.absolute(), run.stop_file
+        self._job, self._needs, self._wanted, self._waiting_seconds = job, needs, wanted, waiting_seconds
+        self._group: PlacementGroup | None = None
+        # by the nodes' names: of the attempt that goes on
+        self._agents: dict[str, Any] = {}
+        self._places: dict[str, NodePlace] = {}
+        # by Ray's numbers, which a node that is started again does not keep
+        self._left_out = LeftOut()
+
+    def choose(self) -> list[str] | None:
+        """Nodes on each of which an agent answers. One that has room, but does not answer in time, is left out.
+
+        None where there is no room for so long as `waiting_seconds`, or where the run is asked to stop.
+        """
+        while (group := self._placed()) is not None:
+            agents = [self._agent(group, bundle) for bundle in range(self._wanted)]
+            asked = [agent.place.remote() for agent in agents]
+            ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS)
+            answers = [_answer(one) for one in asked]
+            names = node_names()
+            found = [
+                (names[place.node], agent, place)
+                for agent, place in zip(agents, answers, strict=True)
+                if isinstance(place, NodePlace)
+            ]
+            if len(found) == self._wanted:
+                found.sort(key=lambda one: _natural(one[0]))
+                self._agents = {name: agent for name, agent, _ in found}
+                self._places = {name: place for name, _, place in found}
+                return list(self._agents)
+            self._leave_out(group, answers)
+            _end(agents)
+        return None
+
+    def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
+        """Have each agent run its node's ranks. Where one has failed, the others are ended soon after."""
+        first = self._places[hosts[0]]
+        address = f"{first.address}:{first.port}"
+        say(f"attempt {attempt} on {' '.join(hosts)}, led by {address}")
+        places = [(address, str(number), str(len(hosts))) for number in range(len(hosts))]
+        runs = {
+            self._agents[host].run.remote(self._folder, self._job, attempt, *place): host
+            for host, place in zip(hosts, places, strict=True)
+        }
+        end, failed_at = AttemptEnd(), 0.0
+        try:
+            while runs and (not failed_at or time.monotonic() - failed_at < OTHERS_SECONDS):
+                for done in ray.wait(list(runs), num_returns=1, timeout=_LOOK_SECONDS)[0]:
+                    code, words = _exit(done)
+                    if end.add(runs.pop(done), code, words) and code != 0 and not failed_at:
+                        failed_at = time.monotonic()
+        finally:
+            _end(self._agents.values())
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        end.lost = [host for host, code in end.codes.items() if code is None and self._places[host].node not in alive]
+        if any(end.codes.values()) or None in end.codes.values():
+            code = end.codes.get(end.blamed(hosts)[0])
+            end.code = 1 if code is None else code
+        return end
+
+    def finish(self, hosts: Sequence[str]) -> int:
+        """Write the report, by an agent of its own on any of the nodes."""
+        assert self._group is not None
+        agent = self._agent(self._group, 0)
+        try:
+            code, words = _exit(agent.run.remote(self._folder, self._job, 0, "finish"))
+        finally:
+            _end([agent])
+        if code is None:
+            say(
+                f"the report was not written: its process {words}; python -m distattn.launch.finish_run {self._folder} does."
+            )
+        return 1 if code is None else code
+
+    def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
+        """Leave out what `LeftOut.blame` says of nodes that Ray still has; the next group is placed without them."""
+        nodes = {name: place.node for name, place in self._places.items()}
+        # Ray itself replaces a node that it knows to be gone
+        known = AttemptEnd(codes={nodes[host]: code for host, code in end.codes.items()})
+        before = len(self._left_out.hosts)
+        self._left_out.blame([nodes[host] for host in hosts], known, spare=self._usable() - self._wanted)
+        if len(self._left_out.hosts) > before:
+            self.close()
+
+    def shortage(self) -> str:
+        """What was waited for, and what the cluster has."""
+        return f"for {self._waiting_seconds:,.0f} s there was no room for {self._demand()}: {self._usable()} nodes are that large"
+
+    def close(self) -> None:
+        """Give the nodes back."""
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+    def _placed(self) -> PlacementGroup | None:
+        """The group, once Ray has a node for each bundle."""
+        if self._group is None:
+            bundle = {"CPU": float(self._needs.cpus)} | ({"GPU": float(self._needs.gpus)} if self._needs.gpus else {})
+            # no blanks: Ray takes them for a part of the number
+            others = {"ray.io/node-id": f"!in({','.join(self._left_out.hosts)})"} if self._left_out.hosts else {}
+            self._group = placement_group(
+                [bundle] * self._wanted, strategy="STRICT_SPREAD", bundle_label_selector=[others] * self._wanted
+            )
+        began, said = time.monotonic(), False
+        while not self._group.wait(_LOOK_SECONDS):
+            waited = time.monotonic() - began
+            if waited > self._waiting_seconds or self._stop_file.exists():
+                self.close()
+                return None
+            if waited > _SILENT_SECONDS and not said:
+                said = True
+                say(f"waiting for room for {self._demand()}, for {self._waiting_seconds:,.0f} s at most.")
+        return self._group
+
+    def _demand(self) -> str:
+        gpus = f"{self._needs.gpus} GPUs and " if self._needs.gpus else ""
+        return f"{self._wanted} nodes of {gpus}{self._needs.cpus} CPUs"
+
+    def _usable(self) -> int:
+        """How many nodes of the cluster are large enough, used or not, and not left out."""
+        needs = {"CPU": self._needs.cpus, "GPU": self._needs.gpus}
+        return sum(
+            node["Alive"]
+            and node["NodeID"] not in self._left_out.hosts
+            and all(node["Resources"].get(kind, 0) >= count for kind, count in needs.items())
+            for node in ray.nodes()
+        )
+
+    def _agent(self, group: PlacementGroup, bundle: int) -> Any:
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        options: dict[str, Any] = {"num_cpus": self._needs.cpus, "num_gpus": self._needs.gpus, "max_restarts": 0}
+        return ray.remote(NodeAgent).options(scheduling_strategy=place, **options).remote()
+
+    def _leave_out(self, group: PlacementGroup, answers: Sequence[NodePlace | str]) -> None:
+        """Take the nodes no more whose agents did not answer, or could not start."""
+        nodes, names = placement_group_table(group)["bundles_to_node_id"], node_names()
+        for bundle, answer in enumerate(answers):
+            # a bundle whose node is gone has none
+            if isinstance(answer, str) and (node := nodes.get(bundle)):
+                say(f"{names.get(node, node)} is left out: its agent {answer}.")
+                self._left_out.hosts.append(node)
+        self.close()
+
+
+def node_names() -> dict[str, str]:
+    """The name of each node of the cluster, dead ones included, by Ray's number: its address, unless somebody has named it."""
+    nodes = {node["NodeID"]: node["NodeName"] or node["NodeManagerAddress"] for node in ray.nodes()}
+    often = Counter(nodes.values())
+    # a node that came back has the name of the one before
+    return {node: name if often[name] == 1 else f"{name}/{node[:6]}" for node, name in nodes.items()}
+
+
+def _answer(asked: Any) -> NodePlace | str:
+    """Where an agent is, or why that is not known."""
+    try:
+        place: NodePlace = ray.get(asked, timeout=0)
+        return place
+    except TimeoutError:
+        return f"did not answer for {_ANSWER_SECONDS:.0f} s"
+    except RayError as error:
+        return f"could not start: {_first_line(error)}"
+
+
+def _exit(done: Any) -> tuple[int | None, str]:
+    """(An exit code of `run_node`, None where a signal killed it or its agent, and what to say of it)."""
+    try:
+        code: int = ray.get(done)
+    except RayError as error:
+        return None, f"was lost: {_first_line(error)}"
+    return (code, "") if code >= 0 else (None, f"was killed by signal {-code}")
+
+
+def _first_line(error: RayError) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".:")
+
+
+def _end(agents: Any) -> None:
+    for agent in agents:
+        ray.kill(agent)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that puts node2 before node10, and so for addresses."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

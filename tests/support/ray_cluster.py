@@ -1,0 +1,103 @@
+"""A Ray of several raylets on this machine, each a node of its own; everything listens on the loopback.
+
+The cluster is another process, since Ray reads its environment when it is imported: python ray_cluster.py CPUS, which does what
+its input says (add NAME, kill NAME) and answers each line with one.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+NODE = {"object_store_memory": 80 << 20, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+# how soon Ray knows that a node is gone; its own settings take 12 s
+HEALTH = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 4,
+}
+
+
+class RayCluster:
+    """Nodes of CPUs beside a head without any. environment: of processes that use the cluster; address: where its head is."""
+
+    def __init__(self, cpus: int, *names: str):
+        # paths of sockets must be short, and nobody else reads the token
+        self._folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+        token = Path(self._folder.name, "token")
+        token.touch(0o600)
+        token.write_text(os.urandom(32).hex())
+        self.environment = {
+            # or Ray takes another address than the loopback
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_TMPDIR": self._folder.name,
+            # every node is this machine: its name need not resolve
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        self._said = Path(self._folder.name, "said")
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(cpus)],
+            env=os.environ | self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said.open("w"),
+            text=True,
+        )
+        self.address = self._answer()
+        for name in names:
+            self.add(name)
+
+    def add(self, name: str) -> None:
+        """Add a node of this name."""
+        self._ask(f"add {name}")
+
+    def kill(self, name: str) -> None:
+        """Kill a node's raylet, and so all that it runs."""
+        self._ask(f"kill {name}")
+
+    def stop(self) -> None:
+        """End all of it."""
+        self._process.communicate()
+        self._folder.cleanup()
+
+    def _ask(self, words: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{words}\n")
+        self._process.stdin.flush()
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        assert line, self._said.read_text()
+        return line
+
+
+def main(cpus: int) -> None:
+    from ray.cluster_utils import Cluster
+
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    # what Ray prints is no answer
+    os.dup2(2, 1)
+    head = {"num_cpus": 0, "_system_config": HEALTH, **NODE}
+    cluster = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)
+    nodes: dict[str, Any] = {}
+    answers.write(f"{cluster.address}\n")
+    for line in sys.stdin:
+        what, name = line.split()
+        if what == "add":
+            nodes[name] = cluster.add_node(num_cpus=cpus, node_name=name, **NODE)
+        else:
+            cluster.remove_node(nodes.pop(name), allow_graceful=False)
+        answers.write(f"{what} {name}\n")
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
