@@ -75,6 +75,7 @@ def _number_problems(config: Config) -> Iterator[str]:
         "slurm.signal_seconds": (config.slurm.signal_seconds, 1),
         "slurm.max_requeues": (config.slurm.max_requeues, 0),
         "slurm.spare_nodes": (config.slurm.spare_nodes, 0),
+        "ray.waiting_seconds": (config.ray.waiting_seconds, 0),
         "watch.spike_window": (config.watch.spike_window, 0),
         "watch.spike_threshold": (config.watch.spike_threshold, 0),
         "watch.replay_every": (config.watch.replay_every, 0),

@@ -113,6 +113,8 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
         (("slurm", "configs/tiny.toml", "--array=learning_rate"), "write a key and its values"),
         (("slurm", "configs/tiny.toml", "--slurm.container-mounts=data"), "'data' is no mount"),
         (("local", "configs/tiny.toml", "--spare=1"), "--spare and --array are for Slurm"),
+        (("ray", "configs/tiny.toml", "--spare=1"), "--spare and --array are for Slurm"),
+        (("ray", "configs/tiny.toml", "--ray.waiting-seconds=-1"), "ray.waiting_seconds: at least 0, not -1"),
         (("slurm",), "a configuration comes first"),
         (("moon", "configs/tiny.toml"), "there is no 'moon'"),
         (("status", "configs"), "this is no run folder"),
@@ -171,6 +173,12 @@ def test_an_answer_without_a_number_keeps_the_folder(capsys, slurm_that):
     folder = slurm_that(sbatch="echo submitted, good luck")
     code, _, err = run(capsys, "slurm", str(ROOT / "configs/tiny.toml"), f"--run.folder={folder}", *SHORT)
     assert code == 2 and "no job number; see squeue --me" in err and (folder / "job.sbatch").exists()
+
+
+def test_without_ray_one_sentence_says_what_to_install(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run(capsys, "ray", str(ROOT / "configs/tiny.toml"), f"--run.folder={tmp_path}/run")
+    assert code == 2 and "launch ray needs ray: pip install 'distattn[ray]'" in err and not list(tmp_path.iterdir())
 
 
 def test_without_slurm_nothing_is_left(capsys, tmp_path, monkeypatch):
