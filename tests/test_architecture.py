@@ -30,14 +30,14 @@ LEVELS = {
     "driver": 8,
     "memory": 8,
     "checkpoints": 9,
-    "adapters": 9,
+    "adapters": 10,
     "pages": 9,
-    "models": 10,
-    "training": 11,
-    "doctor": 11,
-    "planning": 12,
-    "preflight": 13,
-    "launch": 14,
+    "models": 11,
+    "training": 12,
+    "doctor": 12,
+    "planning": 13,
+    "preflight": 14,
+    "launch": 15,
 }
 NUMPY_ONLY = ("ir",)
 

@@ -106,3 +106,27 @@ def test_a_run_that_loses_a_rank_and_a_node_and_is_cancelled_learns_the_same(clu
 
 def status(cluster, folder: Path) -> str:
     return distattn(cluster, "launch", "status", str(folder)).communicate()[0]
+
+
+@pytest.mark.full
+def test_nodes_that_fail_or_do_not_answer_are_left_out(cluster, tmp_path):
+    # beside the two that others of these tests leave
+    cluster.add("node9")
+    try:
+        environment = os.environ | cluster.environment | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support"}
+        command = [sys.executable, str(ROOT / "tests/support/ray_cases.py"), cluster.address, str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    finally:
+        cluster.kill("node9")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.split("found ", 1)[1])
+    first, second, third = found["nodes"]
+    assert found["ends"][1] == 0
+    # the process of its actor was killed, not the node
+    hosts, code, why, blamed = found["dies"]
+    assert hosts == [first, second] and code == 1 and blamed == [second] and f"{second} was lost: " in why
+    assert found["fails twice"] == [[first, second], 137, f"{second} ended with exit code 137", [second]]
+    assert found["is left out"][:2] == [sorted([first, third]), 0]
+    assert found["no room"] == [None, "for 5 s there was no room for 2 nodes of 2 CPUs: 1 nodes are that large"]
+    assert f"{third} is left out: its agent did not answer for 20 s" in done.stderr
+    assert found["given up"] == -signal.SIGKILL

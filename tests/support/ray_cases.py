@@ -1,0 +1,79 @@
+"""Nodes of Ray that fail as a test wants: python ray_cases.py ADDRESS FOLDER prints what `RayNodes` makes of each case.
+
+The agents are real actors; what they would run is replaced by what the file FOLDER/NODE says: an exit code, die, or silent.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import ray
+
+from distattn.launch import ray_agent, ray_nodes
+from distattn.launch.node_needs import NodeNeeds
+from distattn.training.run_folder import RunFolder
+
+
+class Agent(ray_agent.NodeAgent):
+    """Does as its node's file says."""
+
+    def _says(self) -> str:
+        name = ray_nodes.node_names()[ray.get_runtime_context().get_node_id()]
+        file = Path(os.environ["CASES"], name)
+        return file.read_text() if file.exists() else "0"
+
+    def place(self) -> ray_agent.NodePlace:
+        """Or never."""
+        if self._says() == "silent":
+            time.sleep(3600)
+        return super().place()
+
+    def run(self, folder: Path, job: str, attempt: int, *words: str) -> int:
+        """Return the exit code, or end this process."""
+        if self._says() == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return int(self._says())
+
+
+def main(address: str, folder: str) -> None:
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {"CASES": folder}})
+    run, needs, found = RunFolder(Path(folder)), NodeNeeds(2, 0, 2), {}
+    with patch.object(ray_nodes, "NodeAgent", Agent), patch.object(ray_nodes, "_ANSWER_SECONDS", 20.0):
+        nodes = ray_nodes.RayNodes(run, "a job", needs, 2, 5.0)
+
+        def attempt(name: str, **says: str) -> None:
+            for node, words in says.items():
+                Path(folder, node).write_text(words)
+            hosts = nodes.choose()
+            assert hosts is not None, nodes.shortage()
+            end = nodes.run(hosts, 1)
+            found[name] = [hosts, end.code, *end.cause(hosts, {})]
+            if end.code:
+                nodes.blame(end.blamed(hosts), end)
+
+        attempt("ends")
+        first, second = found["ends"][0]
+        attempt("dies", **{second: "die"})
+        attempt("fails twice", **{second: "137"})
+        attempt("is left out", **{second: "0"})
+        (third,) = set(found["is left out"][0]) - {first}
+        found["nodes"] = [first, second, third]
+        Path(folder, third).write_text("silent")
+        found["no room"] = [nodes.choose(), nodes.shortage()]
+        nodes.close()
+    # of an attempt that is not the one that goes on
+    with patch.object(subprocess, "Popen", lambda *_, popen=subprocess.Popen, **__: popen(["sleep", "3600"])):
+        found["given up"] = ray_agent.NodeAgent().run(Path(folder), "a job", 2)
+    sys.stdout.write(f"found {json.dumps(found)}\n")
+
+
+if __name__ == "__main__":
+    # actors import the class from a module
+    import ray_cases
+
+    ray_cases.main(*sys.argv[1:])

@@ -1,0 +1,43 @@
+"""Ray Train's example, whose last worker kills itself once: python ray_train_run.py STORAGE. Prints what was reported."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+
+def train_and_die(given: dict) -> None:
+    """Train, and die after the report of step 4, unless that has been done before."""
+    sys.path.insert(0, str(EXAMPLES))
+    import ray_train
+
+    from distattn.adapters.ray_train import RunCheckpoints
+
+    report, done = RunCheckpoints.report, Path(given["storage"], "killed")
+
+    def report_and_die(self, step: int, *others) -> None:
+        report(self, step, *others)
+        rank = torch.distributed.get_rank()
+        if rank == 0:
+            with open(Path(given["storage"], "steps"), "a", encoding="utf-8") as file:
+                file.write(f"{step}\n")
+        if step == 4 and rank == given["workers"] - 1 and not done.exists():
+            done.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunCheckpoints.report = report_and_die
+    ray_train.train(given)
+
+
+if __name__ == "__main__":
+    import ray_train
+
+    result = ray_train.fit({"storage": sys.argv[1], "workers": 2, "every": 2, "steps": 8}, train_and_die)
+    reported = [[metrics["step"], metrics["loss"], checkpoint.path] for checkpoint, metrics in result.best_checkpoints]
+    sys.stdout.write(f"reported {json.dumps(reported)}\n")
