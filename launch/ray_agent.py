@@ -9,13 +9,13 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import ray
 from ray.util import get_node_ip_address
 
-import distattn
 from distattn.checkpoints.owner import JOB_VARIABLE
 from distattn.launch.attempts import Attempts
 from distattn.training.run_folder import RunFolder
@@ -51,7 +51,9 @@ class NodeAgent:
         # Ray sets it to the number of CPUs; ranks are forked from a process that must have one thread
         environment.pop("OMP_NUM_THREADS", None)
         # the same package as this actor's, wherever Ray has it from
-        places = [str(Path(distattn.__file__).parents[1]), environment.get("PYTHONPATH", "")]
+        package = find_spec("distattn")
+        assert package is not None and package.origin is not None
+        places = [str(Path(package.origin).parents[1]), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
         module = "distattn.launch.run_node"
         command = [sys.executable, "-m", "distattn.launch.die_with_launcher", str(os.getpid()), module, str(folder)]
