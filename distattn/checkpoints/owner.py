@@ -24,7 +24,8 @@ class Owner:
     """A process. host: its name; machine: what tells this boot of this machine (or container) from all others.
 
     pid: within the machine; started: when, in clock ticks after the boot, since numbers of processes are used again. job: whose
-    attempts follow one another, the number of a Slurm job or a name that a launcher gave (JOB_VARIABLE), "" without one. since: ISO 8601, UTC, when it became the owner. token: of this ownership alone.
+    attempts follow one another, the number of a Slurm job or a name that a launcher gave (JOB_VARIABLE), "" without one.
+    since: ISO 8601, UTC, when it became the owner. token: of this ownership alone.
     """
 
     host: str
