@@ -134,7 +134,7 @@ def main() -> int:
     findings = Findings(arguments.findings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
-    tokens, dim = (arguments.tokens, 128) if cuda else (256, 32)
+    tokens, dim = (arguments.tokens, 128) if cuda else (128, 32)
     demand = KernelRequirements(torch.bfloat16 if cuda else torch.float16, dim, dim, device)
     if why_not := load_kernel(arguments.kernel).unsupported_reason(demand):
         findings.left_out(f"executor with {arguments.kernel}", why_not)

@@ -1,5 +1,6 @@
 """Masks, layouts and plans that many tests use."""
 
+import functools
 from collections.abc import Iterator
 
 from distattn.cluster.topology import Cluster
@@ -31,6 +32,7 @@ def masks(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Mask]:
     }
 
 
+@functools.cache
 def all_masks(heads: int, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Mask]:
     """The twelve static patterns of the long-context attention benchmark, sink tokens, odd bands and head groups."""
     n = sum(lengths)

@@ -68,13 +68,17 @@ def dense(mask: Mask, inputs: Inputs, scale: float | None = None) -> Result:
 def relative_error(a: Tensor, b: Tensor) -> float:
     """max|a-b| / max|b|, 0 if both are zero; infinities must match exactly."""
     a, b = a.double(), b.double()
-    if not torch.equal(torch.isinf(a), torch.isinf(b)) or torch.isnan(a).any():
+    infinite = torch.isinf(b)
+    if not torch.equal(torch.isinf(a), infinite):
         return math.inf
-    finite = ~torch.isinf(b)
-    a, b = a[finite], b[finite]
-    if not b.numel() or (not a.any() and not b.any()):
+    if infinite.any():
+        a, b = a[~infinite], b[~infinite]
+    if not b.numel():
         return 0.0
-    return float((a - b).abs().max() / b.abs().max())
+    off, largest = float((a - b).abs().max()), float(b.abs().max())
+    if math.isnan(off):
+        return math.inf
+    return off / largest if largest else math.inf if off else 0.0
 
 
 def assert_close(got: Result, wanted: Result, tolerance: float) -> None:
