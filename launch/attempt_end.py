@@ -26,13 +26,15 @@ _MOST_FAILURES = 2
 class AttemptEnd:
     """How an attempt has ended. code: of the whole. codes: of hosts in the order of their ends, None where a signal killed them.
 
-    words: what was said of them by who started them. lost: hosts that are there no more.
+    words: what was said of them by who started them. lost: hosts that are there no more. next_nodes: how many
+    the next attempt is to have, where ranks were asked to end for it, else 0.
     """
 
     code: int = 0
     codes: dict[str, int | None] = field(default_factory=dict)
     words: dict[str, str] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    next_nodes: int = 0
 
     def add(self, host: str, code: int | None, words: str = "") -> bool:
         """Note how the ranks of a host have ended; returns whether they failed. words: default to the exit code."""

@@ -14,6 +14,7 @@ from distattn.data.text import find_files
 from distattn.ir.errors import DistattnError
 from distattn.launch import slurm
 from distattn.launch.command_line import CommandParser, no_progress, print_line
+from distattn.launch.elastic_run import node_counts
 from distattn.launch.machine_limits import check_device_holds_state, check_nodes_hold_ranks, check_run_fits
 from distattn.launch.run_status import cancel, status, status_lines
 from distattn.launch.start_run import start_run
@@ -90,6 +91,9 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     named = any(word.startswith("--cluster.description") for word in overrides)
     if config.cluster.description and (named or not (given.nodes or given.gpus)):
         check_device_holds_state(config, cluster_for_run(config, config.cluster.description))
+    if where == "ray":
+        # what cannot be is said before anything starts
+        node_counts(config)
     if given.dry_run:
         return _dry_run(where, config, sweep, given.json)
     if where == "slurm":

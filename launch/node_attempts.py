@@ -44,7 +44,8 @@ class Outcome(NamedTuple):
 
 
 class NodeAttempts:
-    """Runs attempts until the run has ended, can go on elsewhere only, or not at all. facts: noted of every attempt."""
+    """Runs attempts until the run has ended, can go on elsewhere only, or not at all. facts: noted of every attempt, as they are
+    when it begins."""
 
     def __init__(self, run: RunFolder, nodes: Nodes, max_restarts: int, facts: Mapping[str, Any]):
         self._run, self._nodes, self._max_restarts, self._facts = run, nodes, max_restarts, facts
@@ -63,7 +64,7 @@ class NodeAttempts:
     def run(self) -> Outcome:
         """Attempt after attempt."""
         self._attempts.end_open("ended with its job, before anybody could tell why")
-        self._run.stop_file.unlink(missing_ok=True)
+        self._run.forget_requests()
         restarts, furthest = 0, self._progress()
         while (hosts := self._nodes.choose()) is not None:
             number = self._attempts.begin(**self._facts, hosts=hosts)
@@ -72,6 +73,9 @@ class NodeAttempts:
             if end.code == 0:
                 self._attempts.end(number, 0, "ended well")
                 return Outcome(self._nodes.finish(hosts))
+            if end.code == _STOPPED and end.next_nodes and not asked:
+                self._attempts.end(number, _STOPPED, f"saved, to go on with {end.next_nodes} nodes")
+                continue
             if end.code == _STOPPED:
                 self._attempts.end(number, _STOPPED, f"stopped, asked by {asked or 'a file in the run folder'}")
                 return Outcome(_STOPPED, again=asked.startswith("SIG"))

@@ -20,14 +20,20 @@ from typing import Any
 
 import ray
 
+from distattn.checkpoints.owner import JOB_VARIABLE
 from distattn.ir.errors import DistattnError, RunStopped
 from distattn.launch.command_line import say
+from distattn.launch.elastic_run import ElasticRun
 from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.node_needs import node_needs
-from distattn.launch.ray_nodes import RayNodes
+from distattn.launch.ray_nodes import NodeCounts, RayNodes
+from distattn.launch.run_status import ray_facts
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
+
+# of ray.address: a new cluster on this machine
+_HERE = "local"
 
 
 @contextmanager
@@ -36,18 +42,14 @@ def connected(config: Config, quiet: bool) -> Iterator[None]:
 
     quiet: nothing of what processes of the cluster print appears here. Raises DistattnError where no cluster can be had.
     """
-    needs = node_needs(config)
     given: dict[str, Any] = {"log_to_driver": not quiet, "logging_level": "ERROR"}
-    try:
-        ray.init(address=config.ray.address or "auto", **given)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if config.ray.address:
-            raise DistattnError(f"ray.address: no cluster at {config.ray.address}: {_first_line(error)}") from None
+    if config.ray.address == _HERE or not _joined(config.ray.address, given):
+        needs = node_needs(config)
         if config.parallel.ranks > needs.ranks:
             raise DistattnError(
-                f"launch ray: {config.parallel.ranks // needs.ranks} nodes want a Ray cluster, and none runs here: name one "
-                "(--ray.address=HOST:PORT), or start it (ray start)."
-            ) from None
+                f"launch ray: {config.parallel.ranks // needs.ranks} nodes want a Ray cluster, and a new one here has one: name "
+                "another (--ray.address=HOST:PORT), or start it (ray start)."
+            )
         # ranks may share cores here, as those of `distattn launch local`
         cores = max(os.cpu_count() or 1, needs.cpus)
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **given)
@@ -55,6 +57,17 @@ def connected(config: Config, quiet: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _joined(address: str, given: dict[str, Any]) -> bool:
+    """Become a driver of a cluster; False where none was named and none is there. Raises DistattnError."""
+    try:
+        ray.init(address=address or "auto", **given)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address:
+            raise DistattnError(f"ray.address: no cluster at {address}: {_first_line(error)}") from None
+        return False
+    return True
 
 
 def run_attempts(run: RunFolder, config: Config) -> int:
@@ -65,11 +78,16 @@ def run_attempts(run: RunFolder, config: Config) -> int:
     needs, context = node_needs(config), ray.get_runtime_context()
     job = f"Ray job {context.get_job_id()} ({secrets.token_hex(4)})"
     facts = {"cluster": context.gcs_address, "host": socket.gethostname(), "launcher": os.getpid()}
-    run.ray_file.write_text(json.dumps({"job": context.get_job_id(), **facts}) + "\n", "utf-8")
+    last = ray_facts(run) if run.ray_file.exists() else {}
+    elastic = ElasticRun(run, config, last.get("nodes", 0), facts)
+    noted = {"job": context.get_job_id(), **facts, "nodes": elastic.counts[0]}
+    run.ray_file.write_text(json.dumps(noted) + "\n", "utf-8")
     run.state_file.write_text("running\n", "utf-8")
-    wanted = config.parallel.ranks // needs.ranks
-    nodes = RayNodes(run, job, needs, wanted, config.ray.waiting_seconds)
-    attempts = NodeAttempts(run, nodes, config.supervision.max_restarts, facts)
+    # the folder is this job's, too, while its configuration is changed
+    os.environ[JOB_VARIABLE] = job
+    size = NodeCounts(elastic.counts, config.ray.waiting_seconds, config.ray.shrink_seconds, elastic.resize)
+    nodes = RayNodes(run, job, needs, size)
+    attempts = NodeAttempts(run, nodes, config.supervision.max_restarts, elastic.facts)
 
     def stop(number: int, frame: FrameType | None) -> None:
         attempts.stop(number)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd, LeftOut
 from distattn.launch.command_line import say
 from distattn.launch.node_needs import NodeNeeds
 from distattn.launch.ray_agent import NodeAgent, NodePlace
+from distattn.launch.ray_room import MoreNodes, bundle_nodes, hold_nodes
 from distattn.training.run_folder import RunFolder
 
 # that an agent may take to start: Ray may be late to know that a node is gone, and a new process imports
@@ -27,16 +29,31 @@ _LOOK_SECONDS = 0.2
 _SILENT_SECONDS = 5.0
 
 
+@dataclass(frozen=True)
+class NodeCounts:
+    """How many nodes attempts may have, the most first.
+
+    waiting_seconds: how long it is waited for them in all; shrink_seconds: before it is waited for fewer, where there are fewer.
+    resize: called with the number that the next attempt has.
+    """
+
+    counts: tuple[int, ...]
+    waiting_seconds: float
+    shrink_seconds: float
+    resize: Callable[[int], None]
+
+
 class RayNodes:
     """Runs attempts on nodes of the cluster that this process is connected to. job: the name that ranks of all attempts have.
 
     Ray chooses the nodes, each for one bundle; ranks follow the natural order of their names, since bundles have none. The
-    group stays for all attempts, so that nobody else gets a node between them, until a node has to be left out.
+    group stays for all attempts, so that nobody else gets a node between them, until a node has to be left out, or the next
+    attempt has another number of nodes.
     """
 
-    def __init__(self, run: RunFolder, job: str, needs: NodeNeeds, wanted: int, waiting_seconds: float):
-        self._folder, self._stop_file = run.folder.absolute(), run.stop_file
-        self._job, self._needs, self._wanted, self._waiting_seconds = job, needs, wanted, waiting_seconds
+    def __init__(self, run: RunFolder, job: str, needs: NodeNeeds, size: NodeCounts):
+        self._run, self._job, self._needs, self._size = run, job, needs, size
+        self._folder, self._wanted = run.folder.absolute(), size.counts[0]
         self._group: PlacementGroup | None = None
         # by the nodes' names: of the attempt that goes on
         self._agents: dict[str, Any] = {}
@@ -64,13 +81,18 @@ class RayNodes:
                 found.sort(key=lambda one: _natural(one[0]))
                 self._agents = {name: agent for name, agent, _ in found}
                 self._places = {name: place for name, _, place in found}
+                self._size.resize(self._wanted)
                 return list(self._agents)
             self._leave_out(group, answers)
             _end(agents)
         return None
 
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
-        """Have each agent run its node's ranks. Where one has failed, the others are ended soon after."""
+        """Have each agent run its node's ranks. Where one has failed, the others are ended soon after.
+
+        Where there is room for more nodes, ranks are asked to save and end: the next attempt has them.
+        """
+        self._run.regroup_file.unlink(missing_ok=True)
         first = self._places[hosts[0]]
         address = f"{first.address}:{first.port}"
         say(f"attempt {attempt} on {' '.join(hosts)}, led by {address}")
@@ -80,19 +102,28 @@ class RayNodes:
             for host, place in zip(hosts, places, strict=True)
         }
         end, failed_at = AttemptEnd(), 0.0
+        taken = [place.node for place in self._places.values()]
+        more = MoreNodes(self._needs, taken, self._size.counts, self._left_out.hosts)
         try:
             while runs and (not failed_at or time.monotonic() - failed_at < OTHERS_SECONDS):
                 for done in ray.wait(list(runs), num_returns=1, timeout=_LOOK_SECONDS)[0]:
                     code, words = _exit(done)
                     if end.add(runs.pop(done), code, words) and code != 0 and not failed_at:
                         failed_at = time.monotonic()
+                if not end.codes and not end.next_nodes and (nodes := more.found()):
+                    end.next_nodes = nodes
+                    self._ask_to_regroup(nodes)
         finally:
             _end(self._agents.values())
+            more.close()
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         end.lost = [host for host, code in end.codes.items() if code is None and self._places[host].node not in alive]
         if any(end.codes.values()) or None in end.codes.values():
             code = end.codes.get(end.blamed(hosts)[0])
             end.code = 1 if code is None else code
+            if end.next_nodes:
+                self.close()
+                self._wanted = end.next_nodes
         return end
 
     def finish(self, hosts: Sequence[str]) -> int:
@@ -121,7 +152,8 @@ class RayNodes:
 
     def shortage(self) -> str:
         """What was waited for, and what the cluster has."""
-        return f"for {self._waiting_seconds:,.0f} s there was no room for {self._demand()}: {self._usable()} nodes are that large"
+        waited = f"{self._size.waiting_seconds:,.0f} s"
+        return f"for {waited} there was no room for {self._demand()}: {self._usable()} nodes are that large"
 
     def close(self) -> None:
         """Give the nodes back."""
@@ -131,23 +163,38 @@ class RayNodes:
 
     def _placed(self) -> PlacementGroup | None:
         """The group, once Ray has a node for each bundle."""
-        if self._group is None:
-            bundle = {"CPU": float(self._needs.cpus)} | ({"GPU": float(self._needs.gpus)} if self._needs.gpus else {})
-            # no blanks: Ray takes them for a part of the number
-            others = {"ray.io/node-id": f"!in({','.join(self._left_out.hosts)})"} if self._left_out.hosts else {}
-            self._group = placement_group(
-                [bundle] * self._wanted, strategy="STRICT_SPREAD", bundle_label_selector=[others] * self._wanted
-            )
-        began, said = time.monotonic(), False
-        while not self._group.wait(_LOOK_SECONDS):
-            waited = time.monotonic() - began
-            if waited > self._waiting_seconds or self._stop_file.exists():
+        began = asked = time.monotonic()
+        said = False
+        while not (group := self._held()).wait(_LOOK_SECONDS):
+            now = time.monotonic()
+            if now - began > self._size.waiting_seconds or self._run.stop_file.exists():
                 self.close()
                 return None
-            if waited > _SILENT_SECONDS and not said:
+            if now - began > _SILENT_SECONDS and not said:
                 said = True
-                say(f"waiting for room for {self._demand()}, for {self._waiting_seconds:,.0f} s at most.")
+                say(f"waiting for room for {self._demand()}, for {self._size.waiting_seconds:,.0f} s at most.")
+            if now - asked > self._size.shrink_seconds and (fewer := self._fewer()):
+                self.close()
+                self._wanted, asked = fewer, now
+        return group
+
+    def _held(self) -> PlacementGroup:
+        """The group, which may still wait for room."""
+        if self._group is None:
+            self._group = hold_nodes(self._needs, self._wanted, self._left_out.hosts)
         return self._group
+
+    def _fewer(self) -> int:
+        """The number of nodes to ask for next: fewer than now, and not more than there are, where that can be; 0 for none."""
+        fewer, usable = [count for count in self._size.counts if count < self._wanted], self._usable()
+        return next((count for count in fewer if count <= usable), fewer[-1] if fewer else 0)
+
+    def _ask_to_regroup(self, nodes: int) -> None:
+        say(f"there is room for {nodes} nodes: the ranks save, and all start again.")
+        try:
+            self._run.regroup_file.touch()
+        except OSError as error:
+            say(f"the ranks cannot be asked to: {error}; the next attempt has so many nodes.")
 
     def _demand(self) -> str:
         gpus = f"{self._needs.gpus} GPUs and " if self._needs.gpus else ""
@@ -170,9 +217,8 @@ class RayNodes:
 
     def _leave_out(self, group: PlacementGroup, answers: Sequence[NodePlace | str]) -> None:
         """Take the nodes no more whose agents did not answer, or could not start."""
-        nodes, names = placement_group_table(group)["bundles_to_node_id"], node_names()
+        nodes, names = bundle_nodes(group), node_names()
         for bundle, answer in enumerate(answers):
-            # a bundle whose node is gone has none
             if isinstance(answer, str) and (node := nodes.get(bundle)):
                 say(f"{names.get(node, node)} is left out: its agent {answer}.")
                 self._left_out.hosts.append(node)

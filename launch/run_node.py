@@ -32,7 +32,7 @@ def main(folder: str, what: str, *place: str) -> int:
     attempts = Attempts(run.attempts)
     if number == 0 and not attempts.goes_on:
         # of the attempt before; whoever notes attempts removes it, and may have made one for this attempt already
-        run.stop_file.unlink(missing_ok=True)
+        run.forget_requests()
     # whoever ends a step or a container sends SIGTERM, and kills it some seconds later: what can be saved until then is
     signal.signal(signal.SIGTERM, lambda *_: run.ask_to_stop("SIGTERM"))
     # torch takes seconds, in which the signal may come

@@ -53,7 +53,7 @@ def cancel(run: RunFolder) -> tuple[str, int | str]:
         if (state := _ray_state(run)).startswith(("ended", "killed")):
             raise DistattnError(f"{run.folder}: the run on Ray goes on no more: {state}.")
         run.ask_to_stop("distattn launch cancel")
-        return "launcher", int(_ray_facts(run)["launcher"])
+        return "launcher", int(ray_facts(run)["launcher"])
     if attempts.beats() is None:
         raise DistattnError(f"{run.folder}: nothing was submitted from here, and no ranks of this machine work on it.")
     launcher = int(attempts.rows()[-1]["launcher"])
@@ -61,7 +61,8 @@ def cancel(run: RunFolder) -> tuple[str, int | str]:
     return "launcher", launcher
 
 
-def _ray_facts(run: RunFolder) -> dict[str, Any]:
+def ray_facts(run: RunFolder) -> dict[str, Any]:
+    """What the last launcher of a run on Ray has noted of it. Raises DamagedDataError."""
     try:
         found: dict[str, Any] = parse_json(run.ray_file.read_bytes())
         return found
@@ -71,7 +72,7 @@ def _ray_facts(run: RunFolder) -> dict[str, Any]:
 
 def _ray_state(run: RunFolder) -> str:
     """The state of a run on Ray, as its launcher has left it in the run folder."""
-    facts = _ray_facts(run)
+    facts = ray_facts(run)
     ended = run.state_file.read_text("utf-8").split()[1:]
     place = f"{facts['host']} on the Ray cluster at {facts['cluster']}"
     if ended:

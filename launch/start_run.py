@@ -69,6 +69,16 @@ def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
 
     Raises DistattnError for all that can go wrong before ranks start; nothing is changed then.
     """
+    step = change_config(run, config)
+    run.forget_requests()
+    report_progress(f"run folder: {run.folder}, " + (f"checkpoint of step {step:,}" if step else "no checkpoint yet"))
+
+
+def change_config(run: RunFolder, config: Config) -> int:
+    """Give a run that nobody works on a configuration; the one before is kept beside it.
+
+    Returns the step of the newest checkpoint, or 0. Raises DistattnError as `resume_run`. A request to stop stays.
+    """
     data = open_data(run, config)
     # not under a run that goes on
     with RunLock(run.folder), _removed_afterwards(run.packs_file.with_name("corpus.longer.packs")) as longer:
@@ -86,12 +96,9 @@ def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
                 write_whole(before, run.config_file.read_text("utf-8"))
             configuration.save(config, run.config_file)
             write_secret(run.secret_file)
-            run.stop_file.unlink(missing_ok=True)
         except OSError as error:
             raise DistattnError(f"{run.config_file}: cannot be written: {error.strerror}; make room.") from None
-    report_progress(
-        f"run folder: {run.folder}, " + (f"checkpoint of step {max(steps):,}" if steps else "no checkpoint yet")
-    )
+    return max(steps, default=0)
 
 
 def _check_plans(config: Config, data: RunData, after: int = -1) -> None:

@@ -35,6 +35,7 @@ def problems_of(config: Config) -> list[str]:
         *_name_problems(config),
         *_slurm_problems(config.slurm),
         *_health_problems(config.health),
+        *_elastic_problems(config),
     ]
 
 
@@ -76,6 +77,8 @@ def _number_problems(config: Config) -> Iterator[str]:
         "slurm.max_requeues": (config.slurm.max_requeues, 0),
         "slurm.spare_nodes": (config.slurm.spare_nodes, 0),
         "ray.waiting_seconds": (config.ray.waiting_seconds, 0),
+        "ray.min_nodes": (config.ray.min_nodes, 0),
+        "ray.shrink_seconds": (config.ray.shrink_seconds, 0),
         "watch.spike_window": (config.watch.spike_window, 0),
         "watch.spike_threshold": (config.watch.spike_threshold, 0),
         "watch.replay_every": (config.watch.replay_every, 0),
@@ -301,6 +304,19 @@ def _health_problems(health: HealthConfig) -> Iterator[str]:
             f"health.prometheus_address: {health.prometheus_address!r} is no address; write one of rank 0's machine as a number, "
             "such as 127.0.0.1."
         )
+
+
+def _elastic_problems(config: Config) -> Iterator[str]:
+    """Find why a run cannot go on with another number of data-parallel replicas."""
+    if config.ray.min_nodes < 1:
+        return
+    if config.parallel.data == "replicated" and not config.parallel.context_parallel_size:
+        yield (
+            "ray.min_nodes: all ranks split one pack, so that none can be left out; set parallel.context_parallel_size to the "
+            "ranks of a replica."
+        )
+    if config.checkpoint.every_steps < 0:
+        yield "ray.min_nodes: a run goes on from its checkpoints; set checkpoint.every_steps to 0 or more."
 
 
 def _name_problems(config: Config) -> Iterator[str]:

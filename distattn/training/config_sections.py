@@ -191,9 +191,14 @@ class RayConfig:
     """Where `distattn launch ray` finds nodes."""
 
     address: str = ""
-    """HOST:PORT of a cluster; empty for RAY_ADDRESS or the one that this machine belongs to, and without any a new one here."""
+    """HOST:PORT of a cluster, or local for a new one here; empty for RAY_ADDRESS or the one that this machine belongs to, and
+    without any a new one here."""
     waiting_seconds: float = 600.0
     """So long at most it is waited for nodes with room, also where one was lost and another is to be added."""
+    min_nodes: int = 0
+    """The fewest nodes the run may go on with, each number with fewer or more data-parallel replicas; 0 for no other number."""
+    shrink_seconds: float = 30.0
+    """With ray.min_nodes it is waited so long for as many nodes as before, then for fewer."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class TrainingLoop:
         self.folder, self.config, self.data, shape, self.facts, self.device = run
         self.engine, self.checkpoints, self.reporter, self.lock = engine, checkpoints, reporter, lock
         config, data, device = self.config, self.data, self.device
-        self.stop = StopRequest(self.folder.stop_file)
+        self.stop = StopRequest(self.folder.stop_file, self.folder.regroup_file)
         self.documents = JsonLines(self.folder.documents_file, append_documents)
         self.schedule, group = schedule_settings(config), dist.group.WORLD
         self.watch = NumericsWatch(
@@ -251,7 +251,7 @@ class TrainingLoop:
         self.checkpoints.wait()
         self.reporter.report_event(done, "stopped", "Stopped as it was asked to.")
         raise RunStopped(
-            f"stopped after step {done} as {self.folder.stop_file} asks; distattn resume goes on from there."
+            f"stopped after step {done}, asked by a file in {self.folder.folder}; distattn resume goes on from there."
         )
 
     def _seed(self, step: int) -> None:

@@ -91,6 +91,8 @@ class RunFolder:
         self.attempts = folder / "attempts"
         # who makes it asks the run to save and to end; it holds the reason
         self.stop_file = folder / "stop"
+        # a launcher makes it to have ranks save and end, and starts them again on more nodes
+        self.regroup_file = folder / "regroup"
         # of a batch system
         self.script_file = folder / "job.sbatch"
         self.job_file = folder / "job.json"
@@ -106,6 +108,11 @@ class RunFolder:
         """Have the ranks save and end after their next step, with exit code 75; a reason that is there stays."""
         with suppress(FileExistsError), open(self.stop_file, "x", encoding="utf-8") as file:
             file.write(f"{reason}\n")
+
+    def forget_requests(self) -> None:
+        """Remove what asked ranks to end that have ended. Raises OSError."""
+        for file in (self.stop_file, self.regroup_file):
+            file.unlink(missing_ok=True)
 
     @staticmethod
     def create(config: Config) -> RunFolder:

@@ -42,9 +42,9 @@ class Agent(ray_agent.NodeAgent):
 
 def main(address: str, folder: str) -> None:
     ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {"CASES": folder}})
-    run, needs, found = RunFolder(Path(folder)), NodeNeeds(2, 0, 2), {}
+    run, needs, found, sizes = RunFolder(Path(folder)), NodeNeeds(2, 0, 2), {}, []
     with patch.object(ray_nodes, "NodeAgent", Agent), patch.object(ray_nodes, "_ANSWER_SECONDS", 20.0):
-        nodes = ray_nodes.RayNodes(run, "a job", needs, 2, 5.0)
+        nodes = ray_nodes.RayNodes(run, "a job", needs, ray_nodes.NodeCounts((2,), 5.0, 5.0, sizes.append))
 
         def attempt(name: str, **says: str) -> None:
             for node, words in says.items():
