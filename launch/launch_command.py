@@ -6,7 +6,8 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from distattn.launch import slurm
 from distattn.launch.command_line import CommandParser, no_progress, print_line
 from distattn.launch.elastic_run import node_counts
 from distattn.launch.machine_limits import check_device_holds_state, check_nodes_hold_ranks, check_run_fits
-from distattn.launch.run_status import cancel, status, status_lines
+from distattn.launch.run_status import cancel, status, status_lines, sweep_runs
 from distattn.launch.start_run import start_run
 from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
@@ -28,7 +29,8 @@ from distattn.training.run_folder import RunFolder
 USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value ...] [--dry-run] [--json]
        distattn launch slurm CONFIG [--nodes N] [--spare N] [--gpus N] [--array KEY=VALUE,VALUE...]
                              [--section.key value ...] [--dry-run] [--json]
-       distattn launch ray CONFIG [--nodes N] [--gpus N] [--ray.address HOST:PORT] [--section.key value ...] [--dry-run] [--json]
+       distattn launch ray CONFIG [--nodes N] [--gpus N] [--ray.address HOST:PORT] [--array KEY=VALUE,VALUE...]
+                           [--section.key value ...] [--dry-run] [--json]
        distattn launch folder CONFIG [--nodes N] [--gpus N] [--section.key value ...] [--json]
        distattn launch status|cancel RUN [--json]
        distattn launch logs RUN [--rank N]
@@ -37,7 +39,7 @@ local starts one process per rank here: rank 0 on the console, a log file for ea
 slurm writes a batch script into the run folder and submits it; --dry-run prints it and leaves nothing behind.
 ray runs on nodes of a Ray cluster, as slurm does on those of a job, until the run has ended; without a cluster on a new one here.
 --nodes and --gpus set parallel.ranks and parallel.devices_per_node; --gpus is the number of ranks on a node. Of the nodes
---spare wait for others to fail. --array submits one run for each value of a key, in folders 0, 1, ... of the run folder.
+--spare wait for others to fail. --array starts one run for each value of a key, in folders 0, 1, ... of the run folder.
 folder makes the run folder only, for ranks that another scheduler starts (docs/clusters.md). status shows the attempts of a run,
 and why each ended.
 """
@@ -73,8 +75,10 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise DistattnError(f"launch {where}: a configuration comes first, such as configs/tiny.toml.")
     given, overrides = parser.parse_known_args(arguments)
-    if where != "slurm" and (given.spare is not None or given.array is not None):
-        raise DistattnError(f"launch {where}: --spare and --array are for Slurm; see distattn launch slurm.")
+    if where != "slurm" and given.spare is not None:
+        raise DistattnError(f"launch {where}: --spare is for Slurm; see distattn launch slurm.")
+    if where not in ("slurm", "ray") and given.array is not None:
+        raise DistattnError(f"launch {where}: --array is for Slurm and Ray; see distattn launch slurm.")
     if given.spare is not None:
         overrides = [*overrides, f"--slurm.spare_nodes={given.spare}"]
     overrides = [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
@@ -83,23 +87,26 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     words = _array_overrides(given.array)
     sweep = [configuration.load(given.config, [*overrides, word]) for word in words]
     for word, one in zip(words, sweep, strict=True):
-        if _commands(one, config) != _commands(config, config):
+        if where == "slurm" and _commands(one, config) != _commands(config, config):
             raise DistattnError(
                 f"launch: --array: {word[2:]} asks for another batch script, which all runs of a sweep share; submit it alone."
             )
+        if one.ray.address != config.ray.address:
+            raise DistattnError(f"launch: --array: {word[2:]} names another cluster; all runs of a sweep are on one.")
     # a configuration's cluster is for `distattn plan`; it does not bind a launch of another size
     named = any(word.startswith("--cluster.description") for word in overrides)
     if config.cluster.description and (named or not (given.nodes or given.gpus)):
         check_device_holds_state(config, cluster_for_run(config, config.cluster.description))
     if where == "ray":
         # what cannot be is said before anything starts
-        node_counts(config)
+        for one in sweep or [config]:
+            node_counts(one)
     if given.dry_run:
         return _dry_run(where, config, sweep, given.json)
     if where == "slurm":
         return _submit(config, sweep, given.json)
     if where == "ray":
-        return _run_on_ray(config, given.json)
+        return _run_on_ray(config, sweep, given.json)
     if where == "folder":
         run = start_run(config, no_progress if given.json else print_line)
         run.logs.mkdir()
@@ -137,7 +144,41 @@ def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
     largest = slurm.node_bytes(config.slurm.partition)
     for one in sweep or [config]:
         check_nodes_hold_ranks(one, largest)
-    # the script names the folder from other machines
+    with _made_runs(config, sweep, json_output) as (folder, runs):
+        job = slurm.submit(config, folder, runs)
+    facts = {"run": str(folder), "job": job, "script": str(RunFolder(folder).script_file)}
+    if sweep:
+        facts["runs"] = [str(run.folder) for run in runs]
+    print_line(json.dumps(facts) if json_output else f"job {job}: distattn launch status {folder}")
+    return 0
+
+
+def _run_on_ray(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
+    """Run on a Ray cluster to the end, and write the report; of a sweep one run for each configuration."""
+    if importlib.util.find_spec("ray") is None:
+        raise DistattnError("launch ray needs ray: pip install 'distattn[ray]'.")
+    from distattn.launch.ray_attempts import connected, run_attempts
+    from distattn.launch.ray_sweep import run_sweep
+
+    with connected(sweep or [config], quiet=json_output):
+        with _made_runs(config, sweep, json_output) as (folder, runs):
+            pass
+        if sweep:
+            code = run_sweep(RunFolder(folder), [(run, configuration.load(run.config_file)) for run in runs])
+        else:
+            code = run_attempts(runs[0], config)
+    facts = {"run": str(folder), "exit_code": code} | ({"runs": [str(run.folder) for run in runs]} if sweep else {})
+    sys.stdout.write(json.dumps(facts) + "\n" if json_output else "")
+    return code
+
+
+@contextmanager
+def _made_runs(config: Config, sweep: Sequence[Config], json_output: bool) -> Iterator[tuple[Path, list[RunFolder]]]:
+    """The folder of a new run and the run itself, or of a sweep and its runs in folders 0, 1, ... of it.
+
+    Nothing is left behind where one of them cannot be, or cannot be submitted meanwhile.
+    """
+    # batch scripts and actors name the folder from other machines
     folder = Path(config.run.folder).absolute()
     if sweep and folder.exists():
         raise DistattnError(f"run.folder: {folder} is there already; name another one for the sweep.")
@@ -149,33 +190,13 @@ def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
             runs.append(start_run(one, no_progress if json_output else print_line))
             runs[-1].logs.mkdir()
         # a run's folder may have got another name
-        folder = folder if sweep else runs[0].folder
-        job = slurm.submit(config, folder, runs)
+        yield folder if sweep else runs[0].folder, runs
     except slurm.SubmittedError:
         raise
     except BaseException:
         for made in [folder] if sweep else [run.folder for run in runs]:
             shutil.rmtree(made, ignore_errors=True)
         raise
-    facts = {"run": str(folder), "job": job, "script": str(RunFolder(folder).script_file)}
-    if sweep:
-        facts["runs"] = [str(run.folder) for run in runs]
-    print_line(json.dumps(facts) if json_output else f"job {job}: distattn launch status {folder}")
-    return 0
-
-
-def _run_on_ray(config: Config, json_output: bool) -> int:
-    """Run on a Ray cluster to the end, and write the report."""
-    if importlib.util.find_spec("ray") is None:
-        raise DistattnError("launch ray needs ray: pip install 'distattn[ray]'.")
-    from distattn.launch.ray_attempts import connected, run_attempts
-
-    with connected(config, quiet=json_output):
-        run = start_run(config, no_progress if json_output else print_line)
-        run.logs.mkdir()
-        code = run_attempts(run, config)
-    sys.stdout.write(json.dumps({"run": str(run.folder), "exit_code": code}) + "\n" if json_output else "")
-    return code
 
 
 def _commands(config: Config, sweep: Config) -> list[str]:
@@ -228,7 +249,7 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
         parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     run = RunFolder(Path(given.run))
-    sweep = slurm.sweep_runs(run.folder)
+    sweep = sweep_runs(run.folder)
     if not run.config_file.exists() and (command == "logs" or not sweep):
         where = (
             f"name one of its runs, such as {sweep[0].folder}" if sweep else f"there is no {run.config_file.name} in it"

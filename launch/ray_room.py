@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from distattn.launch.node_needs import NodeNeeds
@@ -21,6 +22,13 @@ def hold_nodes(needs: NodeNeeds, count: int, without: Sequence[str]) -> Placemen
     # no blanks: Ray takes them for a part of the number
     others = {"ray.io/node-id": f"!in({','.join(without)})"} if without else {}
     return placement_group([bundle] * count, strategy="STRICT_SPREAD", bundle_label_selector=[others] * count)
+
+
+def node_slots(needs: NodeNeeds) -> int:
+    """How many nodes' ranks the cluster could hold if nobody used it; a large node may hold those of several runs."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted = {"CPU": needs.cpus, "GPU": needs.gpus}
+    return sum(min(int(has.get(kind, 0) // count) for kind, count in wanted.items() if count) for has in resources)
 
 
 def bundle_nodes(group: PlacementGroup) -> dict[int, str]:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from distattn.ir.errors import DamagedDataError, DistattnError
@@ -61,6 +62,15 @@ def cancel(run: RunFolder) -> tuple[str, int | str]:
     return "launcher", launcher
 
 
+def sweep_runs(folder: Path) -> list[RunFolder]:
+    """The runs of a sweep on Slurm or on Ray, by number; none where the folder is not one of a sweep."""
+    place = RunFolder(folder)
+    if place.config_file.exists() or not (place.job_file.exists() or place.ray_file.exists()):
+        return []
+    tasks = [entry for entry in folder.iterdir() if entry.name.isdecimal() and RunFolder(entry).config_file.exists()]
+    return [RunFolder(entry) for entry in sorted(tasks, key=lambda entry: int(entry.name))]
+
+
 def ray_facts(run: RunFolder) -> dict[str, Any]:
     """What the last launcher of a run on Ray has noted of it. Raises DamagedDataError."""
     try:
@@ -73,12 +83,12 @@ def ray_facts(run: RunFolder) -> dict[str, Any]:
 def _ray_state(run: RunFolder) -> str:
     """The state of a run on Ray, as its launcher has left it in the run folder."""
     facts = ray_facts(run)
-    ended = run.state_file.read_text("utf-8").split()[1:]
+    state, *ended = run.state_file.read_text("utf-8").split()
     place = f"{facts['host']} on the Ray cluster at {facts['cluster']}"
     if ended:
         return f"ended, exit code {ended[0]}"
     if facts["host"] == socket.gethostname():
-        return "killed with its launcher" if process_state(facts["launcher"]) in "XZ" else f"running from {place}"
+        return "killed with its launcher" if process_state(facts["launcher"]) in "XZ" else f"{state} from {place}"
     return f"begun from {place}, which knows whether it goes on"
 
 

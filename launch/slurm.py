@@ -138,14 +138,6 @@ def status(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def sweep_runs(folder: Path) -> list[RunFolder]:
-    """The runs of a sweep, by number; none where the folder is not one of a sweep."""
-    if not RunFolder(folder).job_file.exists() or RunFolder(folder).config_file.exists():
-        return []
-    tasks = [entry for entry in folder.iterdir() if entry.name.isdecimal() and RunFolder(entry).config_file.exists()]
-    return [RunFolder(entry) for entry in sorted(tasks, key=lambda entry: int(entry.name))]
-
-
 def cancel(run: RunFolder) -> int | str:
     """Cancel the job of a run, or of a whole sweep; returns its number. Ranks save what they can until Slurm kills them."""
     job = _job(run)

@@ -1,0 +1,88 @@
+"""The runs of a sweep: how many at a time, and how the whole is stopped. Attempts are stood in for."""
+
+import importlib.util
+import threading
+from pathlib import Path
+
+import pytest
+from waiting import eventually
+
+from distattn.launch.node_needs import NodeNeeds
+from distattn.training.run_folder import RunFolder
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("ray is not installed", allow_module_level=True)
+
+from distattn.launch import ray_sweep
+
+
+class Run:
+    """A run of two nodes that goes on until it may end."""
+
+    def __init__(self, folder: Path, code: int):
+        folder.mkdir()
+        self.run, self.needs, self.most_nodes, self.code = RunFolder(folder), NodeNeeds(1, 0, 1), 2, code
+        self.may_end, self.began, self.signals = threading.Event(), threading.Event(), []
+
+    def train(self) -> int:
+        self.began.set()
+        eventually(lambda: self.may_end.is_set() or self.signals or self.run.stop_file.exists(), "nobody ends the run")
+        return self.code if self.may_end.is_set() else 75
+
+    def stop(self, number: int) -> None:
+        self.signals.append(number)
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Begins a sweep of three runs on a cluster of five nodes."""
+    monkeypatch.setattr(ray_sweep, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(ray_sweep, "node_slots", lambda needs: 5)
+    found = {}
+
+    def begin(*codes: int):
+        runs = [Run(tmp_path / str(number), code) for number, code in enumerate(codes)]
+        whole = ray_sweep.RaySweep(RunFolder(tmp_path), runs)
+        thread = threading.Thread(target=lambda: found.update(code=whole.train()), daemon=True)
+        thread.start()
+        return whole, runs
+
+    def end() -> int:
+        return eventually(lambda: found, "the sweep does not end")["code"]
+
+    return begin, end
+
+
+def states(runs) -> list[str]:
+    return [one.run.state_file.read_text().strip() for one in runs]
+
+
+def test_as_many_runs_go_on_as_have_room_and_the_exit_code_is_that_of_a_failure(sweep):
+    begin, end = sweep
+    _, runs = begin(0, 2, 0)
+    assert runs[0].began.wait(60) and runs[1].began.wait(60) and not runs[2].began.is_set()
+    runs[1].may_end.set()
+    assert runs[2].began.wait(60)
+    for one in runs:
+        one.may_end.set()
+    assert end() == 2 and states(runs) == ["ended 0", "ended 2", "ended 0"]
+
+
+def test_a_run_can_be_cancelled_while_it_waits_and_the_whole_by_its_folder(sweep, tmp_path):
+    begin, end = sweep
+    _, runs = begin(0, 0, 0, 0)
+    assert runs[1].began.wait(60)
+    runs[2].run.ask_to_stop("a person")
+    runs[0].may_end.set()
+    assert runs[3].began.wait(60) and not runs[2].began.is_set()
+    RunFolder(tmp_path).ask_to_stop("distattn launch cancel")
+    assert end() == 75 and states(runs) == ["ended 0", "ended 75", "ended 75", "ended 75"]
+    assert runs[3].run.stop_file.read_text() == "distattn launch cancel\n"
+
+
+def test_a_signal_stops_the_runs_that_go_on_and_begins_no_other(sweep):
+    begin, end = sweep
+    whole, runs = begin(0, 0, 0)
+    assert runs[1].began.wait(60)
+    whole.stop(15)
+    assert end() == 75 and [one.signals for one in runs] == [[15], [15], []] and not runs[2].began.is_set()
