@@ -6,6 +6,7 @@ As a module with arguments it is one rank of the measurement.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -20,9 +21,11 @@ from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.launch import machine_limits
+from distattn.launch.calibrate_nodes import calibrate_nodes, slow_nodes
 from distattn.launch.command_line import CommandParser, no_progress, print_line, print_to_stderr
 
 USAGE = """usage: distattn calibrate --out FILE.toml [--ranks N] [--nodes N] [--name NAME] [options]
+       distattn calibrate --out FILE.toml --ray [HOST:PORT] [--ranks N] [--json]
 
 Measures attention kernels, matrix products, copies and links on this machine with N ranks at once, and writes a cluster
 description for distattn plan --cluster FILE.toml. Takes a minute or two.
@@ -31,6 +34,7 @@ description for distattn plan --cluster FILE.toml. Takes a minute or two.
   --nodes N             how many such machines there are (default 1)
   --nccl-inside FILE    take the link inside nodes from nccl-tests' output (text table or -J) instead of own probes
   --nccl-across FILE    the link across nodes, wanted where --nodes is more than 1
+  --ray [HOST:PORT]     every node of a Ray cluster measures itself, into FILE-NODE.toml; slow nodes are named
   --json                the description as JSON on the console, too
 
 Where the binaries of nccl-tests are on the PATH they are run for the link inside; their commands are printed in any case.
@@ -43,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
     given = _parse(arguments)
+    if given.ray is not None:
+        return _calibrate_nodes(given)
     # what cannot be read is said before minutes are spent
     inside = nccl.read(given.nccl_inside).link() if given.nccl_inside else None
     across = nccl.read(given.nccl_across).link() if given.nccl_across else None
@@ -78,6 +84,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}")
     parser.add_argument("--ranks", type=int)
     parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--ray", nargs="?", const="")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     if not given.out or Path(given.out).suffix != ".toml":
@@ -88,6 +95,32 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise DistattnError(f"calibrate: --{name}: at least 1, not {getattr(given, name)}.")
     return given
+
+
+def _calibrate_nodes(given: argparse.Namespace) -> int:
+    """Write a description for each node of a Ray cluster, and name those that are slow."""
+    if given.name or given.nccl_inside or given.nccl_across or given.nodes > 1:
+        raise DistattnError(
+            "calibrate: with --ray every node describes itself: leave out --name, --nodes and --nccl-*."
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise DistattnError("calibrate --ray needs ray: pip install 'distattn[ray]'.")
+    ranks = ("--ranks", str(given.ranks)) if given.ranks else ()
+    found = calibrate_nodes(given.ray, ranks, print_to_stderr)
+    out, slow = Path(given.out), list(slow_nodes(found))
+    files = {name: out.with_name(f"{out.stem}-{name.replace('/', '_')}.toml") for name in found}
+    for name, spec in found.items():
+        try:
+            spec.save(files[name])
+        except OSError as error:
+            raise DistattnError(f"--out: {files[name]} cannot be written: {error.strerror}.") from None
+    if given.json:
+        print_line(json.dumps({"clusters": {name: str(file) for name, file in files.items()}, "slow": slow}))
+    else:
+        for name, spec in found.items():
+            print_line(f"{name}: {_summary(spec)}\nwritten to {files[name]}")
+        print_line("\n".join(slow) or "no node is much slower than the others")
+    return 0
 
 
 def _ranks(asked: int | None) -> int:

@@ -59,3 +59,11 @@ def say(text: str) -> None:
 
 def no_progress(line: str) -> None:
     """Print nothing."""
+
+
+def array_words(array: str) -> list[str]:
+    """Turn --array's KEY=VALUE,VALUE into a word --KEY=VALUE for each value. Raises DistattnError."""
+    key, _, values = array.removeprefix("--").partition("=")
+    if not key or not all(values.split(",")):
+        raise DistattnError(f"--array: {array!r}; write a key and its values, such as train.learning_rate=1e-3,3e-3.")
+    return [f"--{key}={value}" for value in values.split(",")]

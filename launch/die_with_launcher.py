@@ -1,6 +1,7 @@
 """Ranks end with their launcher, however it ends: `python -m distattn.launch.die_with_launcher PID MODULE ARGUMENTS`.
 
 Runs a module as `python -m MODULE ARGUMENTS` would, in a process that is killed as soon as process PID, its parent, is gone.
+With -- COMMAND ARGUMENTS in place of a module the process becomes that command, which Linux kills as soon.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ if __name__ == "__main__":
     # Ctrl-C ends a rank at once and silently: the launcher says the sentence
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_launcher(int(sys.argv[1]))
+    if sys.argv[2] == "--":
+        os.execvp(sys.argv[3], sys.argv[3:])
     _module = sys.argv[2]
     # runpy puts the module's own file in place of the first word
     sys.argv = sys.argv[2:]

@@ -14,7 +14,7 @@ from pathlib import Path
 from distattn.data.text import find_files
 from distattn.ir.errors import DistattnError
 from distattn.launch import slurm
-from distattn.launch.command_line import CommandParser, no_progress, print_line
+from distattn.launch.command_line import CommandParser, array_words, no_progress, print_line
 from distattn.launch.elastic_run import node_counts
 from distattn.launch.machine_limits import check_device_holds_state, check_nodes_hold_ranks, check_run_fits
 from distattn.launch.run_status import cancel, status, status_lines, sweep_runs
@@ -84,7 +84,7 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     overrides = [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
     config = configuration.load(given.config, overrides)
     # of a sweep, one for each task
-    words = _array_overrides(given.array)
+    words = array_words(given.array) if given.array is not None else []
     sweep = [configuration.load(given.config, [*overrides, word]) for word in words]
     for word, one in zip(words, sweep, strict=True):
         if where == "slurm" and _commands(one, config) != _commands(config, config):
@@ -203,18 +203,6 @@ def _commands(config: Config, sweep: Config) -> list[str]:
     """The batch script of a sweep, if this configuration were its own, without comments."""
     lines = slurm.batch_script(config, Path(sweep.run.folder).absolute(), tasks=1).splitlines()
     return [line for line in lines if not line.startswith("# ")]
-
-
-def _array_overrides(array: str | None) -> list[str]:
-    """Turn --array=KEY=VALUE,VALUE into an override for each task."""
-    if array is None:
-        return []
-    key, _, values = array.removeprefix("--").partition("=")
-    if not key or "." not in key or not all(values.split(",")):
-        raise DistattnError(
-            f"launch: --array: {array!r}; write a key and its values, such as train.learning_rate=1e-3,3e-3."
-        )
-    return [f"--{key}={value}" for value in values.split(",")]
 
 
 def _size_overrides(where: str, nodes: int | None, gpus: int | None, path: str, overrides: Sequence[str]) -> list[str]:

@@ -32,6 +32,17 @@ class NodePlace(NamedTuple):
     port: int
 
 
+def child_environment() -> dict[str, str]:
+    """The environment of a process that an actor or a task starts: it imports the same distattn, wherever Ray has it from."""
+    environment = dict(os.environ)
+    # Ray sets it to the number of CPUs; ranks are forked from a process that must have one thread
+    environment.pop("OMP_NUM_THREADS", None)
+    package = find_spec("distattn")
+    assert package is not None and package.origin is not None
+    places = [str(Path(package.origin).parents[1]), environment.get("PYTHONPATH", "")]
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+
+
 class NodeAgent:
     """Of one node, for one attempt. An actor's class: its process ends with the driver's, and its child with it."""
 
@@ -47,14 +58,7 @@ class NodeAgent:
 
         An agent of a node that was given up, but still lives, kills its ranks: a later attempt has them now.
         """
-        environment = os.environ | {JOB_VARIABLE: job}
-        # Ray sets it to the number of CPUs; ranks are forked from a process that must have one thread
-        environment.pop("OMP_NUM_THREADS", None)
-        # the same package as this actor's, wherever Ray has it from
-        package = find_spec("distattn")
-        assert package is not None and package.origin is not None
-        places = [str(Path(package.origin).parents[1]), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+        environment = child_environment() | {JOB_VARIABLE: job}
         module = "distattn.launch.run_node"
         command = [sys.executable, "-m", "distattn.launch.die_with_launcher", str(os.getpid()), module, str(folder)]
         # signals of a terminal are for the driver

@@ -11,11 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import ray
 
 from distattn.ir.errors import DistattnError
+from distattn.launch import ray_driver
 from distattn.launch.command_line import say
 from distattn.launch.node_needs import node_needs
 from distattn.launch.ray_run import RayRun, new_job, stopping
@@ -25,44 +23,25 @@ from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
 
-# of ray.address: a new cluster on this machine
-_HERE = "local"
-
 
 @contextmanager
 def connected(configs: Sequence[Config], quiet: bool) -> Iterator[None]:
-    """Around runs: this process is a driver of a Ray cluster, of a new one here where none was named or found.
-
-    quiet: nothing of what processes of the cluster print appears here. Raises DistattnError where no cluster can be had.
-    """
-    given: dict[str, Any] = {"log_to_driver": not quiet, "logging_level": "ERROR"}
-    address = configs[0].ray.address
-    if address == _HERE or not _joined(address, given):
-        needs = [node_needs(config) for config in configs]
-        nodes = max(config.parallel.ranks // need.ranks for config, need in zip(configs, needs, strict=True))
-        if nodes > 1:
-            raise DistattnError(
-                f"launch ray: {nodes} nodes want a Ray cluster, and a new one here has one: name another "
-                "(--ray.address=HOST:PORT), or start it (ray start)."
-            )
-        # ranks may share cores here, as those of `distattn launch local`
-        cores = max(os.cpu_count() or 1, *(need.cpus for need in needs))
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **given)
-    try:
+    """Around runs, which name the same cluster: see `ray_driver.connected`."""
+    with ray_driver.connected(configs[0].ray.address, quiet, lambda: _cores_here(configs)):
         yield
-    finally:
-        ray.shutdown()
 
 
-def _joined(address: str, given: dict[str, Any]) -> bool:
-    """Become a driver of a cluster; False where none was named and none is there. Raises DistattnError."""
-    try:
-        ray.init(address=address or "auto", **given)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if address:
-            raise DistattnError(f"ray.address: no cluster at {address}: {_first_line(error)}") from None
-        return False
-    return True
+def _cores_here(configs: Sequence[Config]) -> int:
+    """CPUs of a Ray on this machine alone. Raises DistattnError for runs of several nodes."""
+    needs = [node_needs(config) for config in configs]
+    nodes = max(config.parallel.ranks // need.ranks for config, need in zip(configs, needs, strict=True))
+    if nodes > 1:
+        raise DistattnError(
+            f"launch ray: {nodes} nodes want a Ray cluster, and a new one here has one: name another "
+            "(--ray.address=HOST:PORT), or start it (ray start)."
+        )
+    # ranks may share cores here, as those of `distattn launch local`
+    return max(os.cpu_count() or 1, *(need.cpus for need in needs))
 
 
 def run_attempts(run: RunFolder, config: Config) -> int:
@@ -86,10 +65,6 @@ def main(arguments: Sequence[str]) -> int:
     except DistattnError as error:
         say(str(error))
         return error.exit_code
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 if __name__ == "__main__":

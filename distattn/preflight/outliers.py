@@ -12,7 +12,7 @@ from distattn.preflight.probes import Link, RankSpeed
 
 # what is so many times slower than the median is named: ranks that share a processor's cores are in each other's way for a time
 # slice or two, while GPUs of one kind are within a few per cent of each other
-_FACTOR = {"cpu": 30.0, "cuda": 1.25}
+SLOW_FACTOR = {"cpu": 30.0, "cuda": 1.25}
 # what to look at where a link is slow
 _INSIDE_REMEDY = {
     "cpu": "see what else runs there",
@@ -29,7 +29,7 @@ def outliers_of(
     facts: Sequence[RankFacts], speeds: Sequence[RankSpeed], clocks: Sequence[Clock | None], device_type: str
 ) -> list[str]:
     """Slow devices, ranks all of whose links are slow, and slow links between others. All by rank."""
-    factor = _FACTOR[device_type]
+    factor = SLOW_FACTOR[device_type]
     found = list(_slow_devices(facts, speeds, clocks, factor))
     inside, across = (pair_speeds(links) for links in ([one.inside for one in speeds], [one.across for one in speeds]))
     found += _slow_links(facts, inside, factor, "inside the host", _INSIDE_REMEDY[device_type])

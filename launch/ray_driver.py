@@ -1,0 +1,42 @@
+"""This process as a driver of a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from distattn.ir.errors import DistattnError
+
+# in place of an address: a new cluster on this machine
+_HERE = "local"
+
+
+@contextmanager
+def connected(address: str, quiet: bool, cores_here: Callable[[], int]) -> Iterator[None]:
+    """Around work on a cluster: that at an address, HOST:PORT, or of RAY_ADDRESS or this machine; a new one here where none is.
+
+    quiet: nothing of what processes of the cluster print appears here. cores_here: called for the CPUs of a new one. Raises
+    DistattnError where no cluster can be had.
+    """
+    given: dict[str, Any] = {"log_to_driver": not quiet, "logging_level": "ERROR"}
+    if address == _HERE or not _joined(address, given):
+        ray.init(address="local", num_cpus=cores_here(), include_dashboard=False, **given)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _joined(address: str, given: dict[str, Any]) -> bool:
+    """Become a driver of a cluster; False where none was named and none is there. Raises DistattnError."""
+    try:
+        ray.init(address=address or "auto", **given)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address:
+            first = str(error).strip().splitlines()[0]
+            raise DistattnError(f"ray.address: no cluster at {address}: {first}") from None
+        return False
+    return True

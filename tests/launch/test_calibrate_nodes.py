@@ -1,0 +1,69 @@
+"""Descriptions of the nodes of a Ray cluster: slow ones are named, and what cannot be is refused. The tasks are stood in for."""
+
+import importlib.util
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import tomli_w
+
+from distattn.cluster import spec as describe
+from distattn.launch import cli
+from distattn.launch.calibrate_nodes import slow_nodes
+
+USUAL = describe.load("h100-1x8")
+HOT = replace(USUAL, device=replace(USUAL.device, gemm_tflops=USUAL.device.gemm_tflops / 2))
+LOOSE = replace(USUAL, intra_node=replace(USUAL.intra_node, gbs=USUAL.intra_node.gbs / 3))
+CPU = replace(HOT, device=replace(HOT.device, name="CPU, 2 threads a rank", gemm_tflops=0.1))
+
+
+def test_nodes_are_compared_with_those_of_the_same_device():
+    found = list(slow_nodes({"a": USUAL, "b": HOT, "c": USUAL, "d": LOOSE, "e": CPU}))
+    assert [sentence.partition(" at ")[0] for sentence in found] == ["b: matrix products", "d: links inside"]
+    assert found[0].endswith(f"the median of 4 nodes is {USUAL.device.gemm_tflops:.3g}.")
+    assert not list(slow_nodes({"a": HOT}))
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    """Nodes that answer with what a test says, in place of a cluster."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    from distattn.launch import ray_driver, ray_tasks
+
+    nodes = {"node1": USUAL, "node2": USUAL, "node10": HOT}
+    monkeypatch.setattr(ray_driver, "connected", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(
+        ray_tasks, "task_nodes", lambda: [ray_tasks.RayNode(name, name * 9, 8.0, 8.0) for name in nodes]
+    )
+
+    def run(given):
+        for task in given:
+            assert task.words[-4:] == ("--ranks", "2", "--name", task.name) and (task.gpus, task.node) == (
+                8.0,
+                task.name * 9,
+            )
+            content = tomli_w.dumps(describe.asdict(nodes[task.name])) if nodes[task.name] else ""
+            files = {"node.toml": content.encode()} if content else {}
+            yield task, ray_tasks.TaskEnd(0 if content else 3, "no GPU answers\n", files)
+
+    monkeypatch.setattr(ray_tasks, "run_tasks", run)
+    return nodes
+
+
+def test_each_node_gets_a_description_and_the_slow_one_is_named(tasks, tmp_path, capsys):
+    arguments = ["calibrate", "--out", str(tmp_path / "mine.toml"), "--ray", "--ranks=2", "--json"]
+    assert cli.main(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {name: describe.load(file) for name, file in told["clusters"].items()} == tasks
+    assert told["clusters"]["node10"] == str(tmp_path / "mine-node10.toml")
+    assert len(told["slow"]) == 1 and told["slow"][0].startswith("node10: matrix products at ")
+    tasks["node2"] = None
+    assert cli.main(arguments) == 2
+    assert "node2: the measurement failed, exit code 3: no GPU answers" in capsys.readouterr().err
+
+
+def test_what_every_node_says_of_itself_is_not_given(capsys, tmp_path):
+    assert cli.main(["calibrate", "--out", str(tmp_path / "mine.toml"), "--ray", "--nodes=2"]) == 2
+    assert "with --ray every node describes itself: leave out --name, --nodes" in capsys.readouterr().err
