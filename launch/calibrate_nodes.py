@@ -26,7 +26,7 @@ def calibrate_nodes(
     from distattn.launch.ray_tasks import Task, run_tasks, task_nodes
 
     command = (sys.executable, "-m", "distattn.launch.cli", "calibrate", "--out", "{out}/node.toml", *words)
-    found = {}
+    found: dict[str, ClusterSpec] = {}
     with (
         connected(address, quiet=True, cores_here=lambda: os.cpu_count() or 1),
         tempfile.TemporaryDirectory() as folder,

@@ -95,7 +95,7 @@ class RayNodes:
         self._run.regroup_file.unlink(missing_ok=True)
         first = self._places[hosts[0]]
         address = f"{first.address}:{first.port}"
-        say(f"attempt {attempt} on {' '.join(hosts)}, led by {address}")
+        say(f"attempt {attempt} of {self._run.folder} on {' '.join(hosts)}, led by {address}")
         places = [(address, str(number), str(len(hosts))) for number in range(len(hosts))]
         runs = {
             self._agents[host].run.remote(self._folder, self._job, attempt, *place): host

@@ -28,7 +28,8 @@ USAGE = """usage: python -m distattn.launch.ray_tasks FOLDER [--ray.address HOST
 
 Runs a command on a Ray cluster: once for each value of an argument (--KEY=VALUE is added), as many at a time as the cluster has
 room for, or once on every node. FOLDER gets NAME.log with what each prints; files that it writes into {out} come into
-FOLDER/NAME. --gpus and --cpus are those of one task (default 0 and 1), with --every-node all that the node has.
+FOLDER/NAME. --gpus and --cpus are those of one task (default 0 and 1), with --every-node all that the node has. The command's
+python is the one that runs Ray's workers.
 """
 # what stands for the folder whose files come back
 _OUT = "{out}"
@@ -90,10 +91,11 @@ def run_tasks(tasks: Sequence[Task]) -> Iterator[tuple[Task, TaskEnd]]:
 
 def run_command(words: Sequence[str], folder: str) -> TaskEnd:
     """Run a command in a folder, or where this process is where a node does not have it: a task. It ends with its worker."""
+    program = sys.executable if words[0] == "python" else words[0]
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "distattn.launch.die_with_launcher", str(os.getpid()), "--"]
         done = subprocess.run(
-            [*command, *(word.replace(_OUT, out) for word in words)],
+            [*command, program, *(word.replace(_OUT, out) for word in words[1:])],
             cwd=folder if os.path.isdir(folder) else None,
             env=child_environment(),
             stdin=subprocess.DEVNULL,
