@@ -162,6 +162,7 @@ def _run_on_ray(config: Config, sweep: Sequence[Config], json_output: bool) -> i
 
     with connected(sweep or [config], quiet=json_output):
         with _made_runs(config, sweep, json_output) as (folder, runs):
+            # what goes wrong from here on is noted in the folders
             pass
         if sweep:
             code = run_sweep(RunFolder(folder), [(run, configuration.load(run.config_file)) for run in runs])

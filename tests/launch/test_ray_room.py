@@ -1,0 +1,58 @@
+"""Nodes that are held beside an attempt until there are enough of them. What Ray answers is stood in for."""
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+
+from distattn.launch.node_needs import NodeNeeds
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("ray is not installed", allow_module_level=True)
+
+from distattn.launch import ray_room
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """A cluster that gives nodes when a test says so. asked: (how many, without which); now: seconds."""
+    cluster = SimpleNamespace(asked=[], given={}, held=[], now=0.0)
+
+    def hold(needs, count, without):
+        cluster.asked.append((count, list(without)))
+        cluster.held.append(len(cluster.asked))
+        return len(cluster.asked)
+
+    def table(group):
+        nodes = cluster.given.get(group, [])
+        return {"state": "CREATED" if nodes else "PENDING", "bundles_to_node_id": dict(enumerate(nodes))}
+
+    monkeypatch.setattr(ray_room, "hold_nodes", hold)
+    monkeypatch.setattr(ray_room, "placement_group_table", table)
+    monkeypatch.setattr(ray_room, "remove_placement_group", cluster.held.remove)
+    monkeypatch.setattr(ray_room, "time", SimpleNamespace(monotonic=lambda: cluster.now))
+    return cluster
+
+
+def test_nodes_that_come_together_are_taken_together_and_the_most_at_once(ray):
+    more = ray_room.MoreNodes(NodeNeeds(2, 0, 2), ["a", "b"], (8, 4, 3, 2, 1), ["bad"])
+
+    def found(seconds: float) -> int:
+        ray.now += seconds
+        return more.found()
+
+    assert found(0) == 0 and ray.asked == [(1, ["bad", "a", "b"])]
+    ray.given[1] = ["c"]
+    # the next one may follow
+    assert found(2) == 0 and ray.asked[1:] == [(1, ["bad", "a", "b", "c"])]
+    assert found(9) == 0 and found(2) == 3
+    ray.given[2] = ["d"]
+    assert found(2) == 0 and ray.asked[2:] == [(4, ["bad", "a", "b", "c", "d"])]
+    ray.given[3] = ["e", "f", "g", "h"]
+    assert found(2) == 8 and len(ray.asked) == 3
+    more.close()
+    assert not ray.held
+
+
+def test_an_attempt_that_has_all_nodes_asks_for_none(ray):
+    assert ray_room.MoreNodes(NodeNeeds(2, 0, 2), ["a", "b"], (2, 1), []).found() == 0 and not ray.asked
