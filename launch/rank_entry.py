@@ -15,6 +15,7 @@ from pathlib import Path
 
 from distattn.ir.errors import DistattnError
 from distattn.supervision.evidence import answer_with_stacks
+from distattn.supervision.flight_recorder import answer_with_flight_recorder
 from distattn.supervision.heartbeats import attach, tell, tell_end
 
 _AFTER_OTHERS_SECONDS = 0.5
@@ -32,6 +33,7 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     rank = int(os.environ["RANK"])
     attach(Path(board), int(os.environ["LOCAL_RANK"]), attempt)
     answer_with_stacks(Path(evidence), rank)
+    answer_with_flight_recorder()
     tell("starting")
     module, name = function.split(":")
     work: Callable[..., int] = getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""What is kept of ranks before they are killed: where each thread stands, and what each told last."""
+"""What is kept of ranks before they are killed: where each thread stands, what each told last, and its flight recorder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distattn.supervision.culprits import process_state
+from distattn.supervision.flight_recorder import keep_flight_recorders
 from distattn.supervision.heartbeats import Heartbeat
 
 # USR1 is what batch systems send before a time limit
@@ -36,21 +37,24 @@ def answer_with_stacks(folder: Path, rank: int) -> None:
 
 
 def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat]) -> dict[int, str]:
-    """Write what each rank told last, and the stacks of its threads, into a folder; returns the stacks. Raises OSError.
+    """Write what each rank told last, the stacks of its threads and its flight recorder into a folder; returns the stacks.
 
-    pids: by rank. The ranks write their stacks themselves; those of a stopped one are read by py-spy where that is installed.
+    pids: by rank. The ranks write their stacks themselves; those of a stopped one, which answers nothing, are read by py-spy
+    where that is installed. Raises OSError.
     """
     lines = [
         json.dumps({"rank": rank, "state": process_state(pid)} | _fields(beats[rank])) for rank, pid in pids.items()
     ]
     (folder / "heartbeats.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     before = {rank: _size(_stacks_file(folder, rank)) for rank in pids}
+    stopped = {rank for rank, pid in pids.items() if process_state(pid) in "Tt"}
     for rank, pid in pids.items():
-        if process_state(pid) in "Tt":
+        if rank in stopped:
             _spy(pid, _stacks_file(folder, rank))
         else:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, _TELL_STACKS)
+    keep_flight_recorders(folder, {rank: pid for rank, pid in pids.items() if rank not in stopped})
     ends = time.monotonic() + _ANSWER_SECONDS
     while any(_size(_stacks_file(folder, rank)) == before[rank] for rank in pids) and time.monotonic() < ends:
         time.sleep(0.01)

@@ -61,8 +61,11 @@ def test_ranks_of_two_nodes_end_well(runs):
 def test_both_nodes_name_the_rank_of_one_that_hangs(kind, runs):
     for node in told(runs / kind):
         assert node == {"code": 1, "why": WANTED[kind], "ranks": [2]}
-    # evidence of each node beside the other's
-    assert {file.parent.name for file in (runs / kind / "attempt").glob("*/heartbeats.jsonl")} == {"node-0", "node-1"}
+    # evidence of each node beside the other's; a stopped rank answers nothing
+    kept = {f"{file.parent.name}/{file.name}" for file in (runs / kind / "attempt").glob("*/[hf]*.json*")}
+    wanted = {f"node-{node}/heartbeats.jsonl" for node in range(2)}
+    wanted |= {f"node-{rank // 2}/flight-recorder-{rank}.json" for rank in range(4) if (kind, rank) != ("stop", 2)}
+    assert kept == wanted
 
 
 def test_a_killed_rank_is_named_by_its_own_node(runs):

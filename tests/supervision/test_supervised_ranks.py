@@ -28,6 +28,8 @@ KINDS = {
     "message": "rank 1 waits for what does not come: step 6, key/value move 3 of layer 17 from rank 2; "
     "the others: all-reduce of the loss",
 }
+# a barrier, and the all-reduces of five steps
+COLLECTIVES = 6
 HANGS = [kind for kind in KINDS if kind not in ("kill", "raised")]
 
 
@@ -82,8 +84,20 @@ def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on(kind, runs)
     assert first["kind"] == {"kill": "killed", "raised": "raised"}.get(kind, "hung") and 0 < first["steps"] <= 5
     kept = runs / kind / "attempts" / "001"
     assert (kept / "heartbeats.jsonl").exists() == (kind in HANGS)
-    if kind in HANGS and kind != "stop":
-        assert "faulty_ranks.py" in (kept / "stacks-1.txt").read_text()
+    if kind in HANGS:
+        answering = [0, 2] if kind == "stop" else [0, 1, 2]
+        assert all("faulty_ranks.py" in (kept / f"stacks-{rank}.txt").read_text() for rank in answering)
+        assert recorded(kept) == {rank: COLLECTIVES + (rank != 1) for rank in answering}
+
+
+def recorded(folder: Path) -> dict[int, int]:
+    """How many collectives each rank has begun, by the flight recorders that are kept."""
+    found = {}
+    for file in folder.glob("flight-recorder-*.json"):
+        trace = json.loads(file.read_text())["gloo"]
+        assert {entry["profiling_name"] for entry in trace["entries"]} == {"gloo:all_reduce", "gloo:barrier"}
+        found[int(file.stem.rpartition("-")[2])] = int(trace["pg_status"]["0"]["last_enqueued_collective"])
+    return found
 
 
 def test_what_a_rank_says_of_its_end_is_no_reason_to_start_again(runs):
