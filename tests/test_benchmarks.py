@@ -132,6 +132,11 @@ DATA = ["--documents", "3000", "--context", "2048"]
             ["--choices", "--tokens", "4096", "--clusters", "h100-1x2", "--documents", "3"],
             ["document_zigzag", "scan", "re-laid"],
         ),
+        (
+            "supervision_rivals.py",
+            ["--only", "distattn", "torchrun", "--faults", "SIGKILL", "--repeats", "1", "--limit", "2"],
+            ["| distattn | SIGKILL |", "| torchrun | SIGKILL |"],
+        ),
         ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),
     ],
 )

@@ -1,0 +1,308 @@
+"""Ranks that are killed and stopped, under distattn's supervision and beside torchrun, NVIDIA's ft_launcher and torchft.
+
+    python benchmarks/supervision_rivals.py [--ranks 2] [--repeats 3] [--patience 5] [--limit 30] [--rivals FOLDER]
+
+All contestants start the training of `supervision_loop.py` on this machine: gloo, CPUs, a checkpoint every ten steps. Its last
+rank gets a SIGKILL, and another time a SIGSTOP, five steps after a checkpoint. Told are medians of the seconds from there to
+the first line of it that the supervisor prints (noticed), and to the end of a step of the rank that takes the place of the last
+one, and so of all ranks (trains again); the steps that are done again (steps lost); and the ranks that the supervisor blames.
+--patience is given to all that have one. What does not come within --limit seconds never comes here, and is tried once. A step
+that is done again with another loss is an error; torchft's ranks are replicas that come and go, whose losses depend on who was
+there.
+
+`pip install --target FOLDER --no-deps nvidia-resiliency-ext==0.4.1 nvidia-ml-py pynvml defusedxml psutil pyyaml` makes the folder
+of rivals; torchft is added by `--no-deps torchft==0.2.0`, and `opentelemetry-sdk opentelemetry-exporter-otlp-proto-http`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from harness import Cell, write
+from supervision_loop import EVERY, torchrun
+
+HERE = Path(__file__).parent
+FAULTS = ("SIGKILL", "SIGSTOP")
+# until ranks train at all, on a machine that is busy
+_START_SECONDS = 240.0
+_NEVER = "not within {:.0f} s"
+# what agents of torchrun, and what is made of it, say of a rank that has failed
+_FAILED = r"failed \(exitcode: .*?\) local_rank: (\d+)"
+# what any of them says first of a fault; torchft's lighthouse says something in every step
+_NOTICED = re.compile(r"^distattn: |failed \(exitcode|closing signal|timeout elapsed")
+_NVIDIA = "nvidia_resiliency_ext.fault_tolerance.launcher"
+
+
+class Rival(NamedTuple):
+    """A supervisor. command: that starts it with its ranks. blames: finds a rank in what it prints.
+
+    module: that it needs. repeats: whether steps that are done again must have the same loss.
+    """
+
+    command: Callable[[Path, argparse.Namespace], Sequence[object]]
+    blames: str = _FAILED
+    environment: dict[str, str] = {}
+    module: str = "torch"
+    repeats: bool = True
+
+
+class Note(NamedTuple):
+    """A step that a rank has done."""
+
+    at: float
+    pid: int
+    step: int
+    loss: str
+
+
+class Struck(NamedTuple):
+    """What became of a fault; None what did not within the limit. alone: until the other ranks went on without that one."""
+
+    noticed: float | None = None
+    again: float | None = None
+    lost: int | None = None
+    alone: float | None = None
+    blamed: tuple[int, ...] = ()
+
+
+def _of_loop(what: str) -> Callable[[Path, argparse.Namespace], Sequence[object]]:
+    return lambda folder, given: [
+        sys.executable,
+        HERE / "supervision_loop.py",
+        what,
+        folder,
+        given.ranks,
+        given.patience,
+    ]
+
+
+def _of_torchrun(folder: Path, given: argparse.Namespace) -> Sequence[object]:
+    return [*torchrun(given.ranks), *_logs(folder), "train", folder]
+
+
+def _of_nvidia(folder: Path, given: argparse.Namespace) -> Sequence[object]:
+    beats = ["--ft-rank-heartbeat-timeout", given.patience, "--ft-initial-rank-heartbeat-timeout", _START_SECONDS]
+    checks = ["--ft-workload-check-interval", 0.5, "--ft-enable-nic-monitor", "False"]
+    return [*torchrun(given.ranks, _NVIDIA), *beats, *checks, *_logs(folder), "monitored", folder]
+
+
+def _logs(folder: Path) -> Sequence[object]:
+    return ["--redirects", "3", "--log-dir", folder / "logs", HERE / "supervision_loop.py"]
+
+
+RIVALS = {
+    "distattn": Rival(_of_loop("launch_supervised"), r"^distattn: rank (\d+)"),
+    "torchrun": Rival(_of_torchrun),
+    "torchrun, a store for each restart": Rival(_of_torchrun, environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}),
+    "ft_launcher": Rival(_of_nvidia, module="nvidia_resiliency_ext"),
+    "torchft": Rival(
+        _of_loop("launch_replicas"), r"^replica (\d+): .*failed \(exitcode", module="torchft", repeats=False
+    ),
+}
+
+
+class Launch:
+    """A supervisor and its ranks, as long as the context lasts."""
+
+    def __init__(self, rival: Rival, folder: Path, given: argparse.Namespace):
+        self._rival, self._folder, self._given = rival, folder, given
+        self._victim = given.ranks - 1
+        paths = [HERE, HERE.parent, *([given.rivals] if given.rivals else [])]
+        loopback = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": ":".join(map(str, paths))}
+        self._process = subprocess.Popen(
+            [str(word) for word in rival.command(folder, given)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | loopback | rival.environment,
+        )
+        self._lines: list[tuple[float, str]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._seen: set[psutil.Process] = set()
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._look()
+        self._process.kill()
+        for process in self._seen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+
+    def strike(self, fault: str) -> Struck:
+        """Send a signal to the last rank amid two checkpoints, once all ranks train, and see what becomes of it."""
+        begun = {rank: len(self._notes(rank)) for rank in range(self._given.ranks)}
+
+        def amid_checkpoints() -> bool:
+            done = all(len(self._notes(rank)) > begun[rank] + EVERY for rank in begun)
+            return done and self._notes(self._victim)[-1].step % EVERY == EVERY // 2
+
+        if not self._until(amid_checkpoints, _START_SECONDS):
+            raise RuntimeError(f"the ranks do not train: {self.said()}")
+        self._look()
+        victim, at = self._notes(self._victim)[-1], time.time()
+        old = {self._notes(rank)[-1].pid for rank in begun}
+        os.kill(victim.pid, signal.Signals[fault])
+        done = self._until(lambda: self._notes(self._victim)[-1].pid not in old, self._given.limit)
+        self._look()
+        after = [(when, line) for when, line in self._lines if when > at]
+        blamed = {int(rank) for _, line in after for rank in re.findall(self._rival.blames, line)}
+        alone = [one.at for one in self._notes(0) if one.at > at and one.pid in old and one.step > victim.step + 1]
+        noticed = next((when for when, line in after if _NOTICED.search(line)), None)
+        new = [one for one in self._notes(self._victim) if one.pid not in old and one.at > at]
+        return Struck(
+            None if noticed is None else noticed - at,
+            new[0].at - at if done else None,
+            max(0, victim.step + 1 - new[0].step) if done else None,
+            alone[0] - at if alone else None,
+            tuple(sorted(blamed)),
+        )
+
+    def wrong(self) -> str:
+        """What is wrong with the steps that were done again, or nothing."""
+        losses: dict[int, str] = {}
+        for note in self._notes(0):
+            if losses.setdefault(note.step, note.loss) != note.loss:
+                return f"step {note.step} has another loss when it is done again"
+        return ""
+
+    def said(self) -> str:
+        """The end of what the supervisor has printed."""
+        return "\n".join(line for _, line in self._lines[-20:])
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._lines.append((time.time(), line.rstrip()))
+
+    def _notes(self, rank: int) -> list[Note]:
+        file = self._folder / f"rank-{rank}.steps"
+        words = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+        return [Note(float(at), int(pid), int(step), loss) for at, pid, step, loss in words]
+
+    def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Whether it becomes so in time, and before the supervisor ends."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends and self._process.poll() is None:
+            if condition():
+                return True
+            time.sleep(0.002)
+        return condition()
+
+    def _look(self) -> None:
+        """Note the processes that there are: some outlive who has started them."""
+        if self._process.poll() is None:
+            self._seen |= set(psutil.Process(self._process.pid).children(recursive=True))
+
+
+def measured(name: str, given: argparse.Namespace, folder: Path) -> list[Cell]:
+    """A contestant with both faults, in as few launches as can be."""
+    rival = RIVALS[name]
+    found: dict[str, list[Struck]] = {fault: [] for fault in given.faults}
+    if importlib.util.find_spec(rival.module) is None:
+        note = f"{rival.module} is not there: see --rivals"
+        return [Cell(fault, name, "unsupported", note) for fault in given.faults]
+    note, launches = "", 0
+    while not note and (left := [fault for fault in given.faults if _is_left(found[fault], given.repeats)]):
+        launches += 1
+        (here := folder / f"{launches}").mkdir(parents=True)
+        with Launch(rival, here, given) as launch:
+            for fault in [one for _ in range(given.repeats) for one in left]:
+                if _is_left(found[fault], given.repeats):
+                    sys.stderr.write(f"{name}: {fault} {len(found[fault]) + 1} of {given.repeats}\n")
+                    found[fault].append(launch.strike(fault))
+                    if found[fault][-1].again is None:
+                        # nothing trains there any more
+                        break
+            note = launch.wrong() if rival.repeats else ""
+    return [_cell(name, fault, found[fault], note, given) for fault in given.faults]
+
+
+def _is_left(struck: Sequence[Struck], repeats: int) -> bool:
+    return len(struck) < repeats and (not struck or struck[-1].again is not None)
+
+
+def _cell(name: str, fault: str, struck: Sequence[Struck], note: str, given: argparse.Namespace) -> Cell:
+    """One line of the record."""
+    facts = {
+        "noticed": _known(one.noticed for one in struck),
+        "lost": _known(one.lost for one in struck),
+        "alone": _known(one.alone for one in struck),
+        "blamed": [list(one.blamed) for one in struck],
+        "victim": given.ranks - 1,
+        "ranks": given.ranks,
+        "patience": given.patience,
+        "limit": given.limit,
+    }
+    return Cell(fault, name, "wrong" if note else "ok", note, _known(one.again for one in struck), facts)
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def line(cell: Cell) -> str:
+    """A row of the table."""
+    if cell.status != "ok":
+        return f"| {cell.contestant} | {cell.case} | {cell.status}: {cell.note} | | | |"
+    facts = cell.facts
+    never = _NEVER.format(facts["limit"])
+
+    def median(values: Sequence[float], form: str = "{:.2f} s") -> str:
+        return form.format(statistics.median(values)) if values else never
+
+    again = median(cell.seconds)
+    if facts["alone"]:
+        again += f"; the others alone: {median(facts['alone'])}"
+    blamed = sorted({rank for ranks in facts["blamed"] for rank in ranks})
+    whom = "nobody" if not blamed else "it" if blamed == [facts["victim"]] else f"ranks {blamed}"
+    lost = median(facts["lost"], "{:.0f}") if facts["lost"] else "-"
+    return f"| {cell.contestant} | {cell.case} | {median(facts['noticed'])} | {again} | {lost} | {whom} |"
+
+
+def main() -> int:
+    """Print the table, as the documents have it; --out appends the numbers to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option, default in (("ranks", 2), ("repeats", 3), ("patience", 5.0), ("limit", 30.0)):
+        parser.add_argument(f"--{option}", type=type(default), default=default)
+    parser.add_argument("--rivals", type=Path, help="a folder with packages of rivals")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
+    parser.add_argument("--only", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    if given.rivals:
+        sys.path.append(str(given.rivals))
+    sys.stdout.write("| what | fault | noticed | trains again | steps lost | names |\n|---|---|---|---|---|---|\n")
+    failed = False
+    for name in given.only:
+        with tempfile.TemporaryDirectory() as folder:
+            cells = measured(name, given, Path(folder))
+        for cell in cells:
+            sys.stdout.write(f"{line(cell)}\n")
+            failed |= cell.status == "wrong"
+        sys.stdout.flush()
+        if given.out:
+            write(given.out, cells)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
