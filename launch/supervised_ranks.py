@@ -43,17 +43,24 @@ def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload
 
 def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int:
     without_progress, furthest, before = 0, restarts.progress(), ""
+    # ranks to blame in each of the last attempts, and of how many
+    suspects, failures = set[int](), 0
     while True:
         code, trouble = _run_once(ranks, attempts)
         if trouble is None:
             return code
+        blamed = {one.rank for one in trouble.culprits}
+        suspects, failures = (suspects & blamed, failures + 1) if suspects & blamed else (blamed, 1)
         now = restarts.progress()
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
         if not _may_go_better(trouble, code, before) or without_progress > restarts.limit:
-            blamed = ", ".join(f"rank {one.rank}" for one in trouble.culprits)
+            names = ", ".join(f"rank {one.rank}" for one in trouble.culprits)
             # who refuses has said so
-            how = f"{blamed} ended with exit code {code}" if trouble.kind == "refused" else str(trouble)
+            how = f"{names} ended with exit code {code}" if trouble.kind == "refused" else str(trouble)
             say(f"{how}; the other ranks were stopped.")
+            if failures > 1 and len(suspects) == 1 and trouble.kind != "refused":
+                same, host = f"rank {min(suspects)} failed {failures} times in a row", socket.gethostname()
+                say(f"{same} on {host}: where its memory or a device of it is the cause, leave {host} out.")
             return code
         before = str(trouble)
         count = f"restart {without_progress} of {restarts.limit} until the run comes further"

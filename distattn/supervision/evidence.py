@@ -48,15 +48,15 @@ def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Hea
     (folder / "heartbeats.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     before = {rank: _size(_stacks_file(folder, rank)) for rank in pids}
     stopped = {rank for rank, pid in pids.items() if process_state(pid) in "Tt"}
-    for rank, pid in pids.items():
-        if rank in stopped:
-            _spy(pid, _stacks_file(folder, rank))
-        else:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, _TELL_STACKS)
-    keep_flight_recorders(folder, {rank: pid for rank, pid in pids.items() if rank not in stopped})
+    answering = {rank: pid for rank, pid in pids.items() if rank not in stopped}
+    for rank in stopped:
+        _spy(pids[rank], _stacks_file(folder, rank))
+    for pid in answering.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, _TELL_STACKS)
+    keep_flight_recorders(folder, answering)
     ends = time.monotonic() + _ANSWER_SECONDS
-    while any(_size(_stacks_file(folder, rank)) == before[rank] for rank in pids) and time.monotonic() < ends:
+    while any(_size(_stacks_file(folder, rank)) == before[rank] for rank in answering) and time.monotonic() < ends:
         time.sleep(0.01)
     # threads are written one after another
     time.sleep(0.05)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def run_cases(folder: Path) -> None:
         *({"name": kind, "fault": {"rank": 1, "step": 5, "kind": kind}} for kind in KINDS),
         {"name": "refused", "fault": {"rank": 2, "step": 3, "kind": "refused"}},
         {"name": "raised at once", "fault": {"rank": 1, "step": 0, "kind": "raised"}},
-        {"name": "no restarts", "fault": {"rank": 0, "step": 3, "kind": "kill"}, "limit": 0},
+        {"name": "too often", "fault": {"rank": 0, "step": 3, "kind": "kill", "again": True}, "limit": 1},
         {"name": "forked", "forked": True},
     ]
     done = subprocess.run(
@@ -110,10 +111,12 @@ def test_what_a_rank_says_of_its_end_is_no_reason_to_start_again(runs):
     assert code == 1 and len(attempts) == 1 and attempts[0]["kind"] == "raised"
 
 
-def test_a_rank_that_is_killed_too_often_ends_the_run(runs):
-    code, said, attempts = outcome(runs / "no restarts")
-    assert code == 128 + 9 and len(attempts) == 1
-    assert said.endswith("distattn: rank 0 was killed by SIGKILL: step 4, computing; the other ranks were stopped.")
+def test_a_rank_that_is_killed_too_often_ends_the_run_and_its_host_is_named(runs):
+    code, said, attempts = outcome(runs / "too often")
+    assert code == 128 + 9 and len(attempts) == 2
+    end, host = said.splitlines()[-2:]
+    assert end == "distattn: rank 0 was killed by SIGKILL: step 4, computing; the other ranks were stopped."
+    assert host.startswith(f"distattn: rank 0 failed 2 times in a row on {socket.gethostname()}: ")
 
 
 def test_ranks_end_with_their_launcher_and_tell_what_they_do_until_then(tmp_path):
