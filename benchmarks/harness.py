@@ -97,7 +97,7 @@ def compare(
 def environment() -> dict[str, Any]:
     """Versions, machine and command, for the record."""
     versions = {}
-    for name in ("torch", "numpy", "triton", "deepspeed", "transformers"):
+    for name in ("torch", "numpy", "triton", "deepspeed", "transformers", "nvidia-resiliency-ext", "torchft"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

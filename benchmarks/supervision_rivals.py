@@ -269,7 +269,9 @@ def line(cell: Cell) -> str:
     def median(values: Sequence[float], form: str = "{:.2f} s") -> str:
         return form.format(statistics.median(values)) if values else never
 
-    again = median(cell.seconds)
+    again, tried = median(cell.seconds), len(facts["blamed"])
+    if 0 < len(cell.seconds) < tried:
+        again += f" in {len(cell.seconds)} of {tried}, else {never}"
     if facts["alone"]:
         again += f"; the others alone: {median(facts['alone'])}"
     blamed = sorted({rank for ranks in facts["blamed"] for rank in ranks})
