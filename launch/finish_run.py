@@ -68,7 +68,9 @@ def main(folder: str) -> int:
     """Finish the run of a folder. Returns the exit code."""
     run = RunFolder(Path(folder))
     try:
-        return finish_run(run, configuration.load(run.config_file), print_line, False)
+        config = configuration.load(run.config_file)
+        # a preflight alone has no steps
+        return 0 if config.preflight.action == "only" else finish_run(run, config, print_line, False)
     except DistattnError as error:
         sys.stderr.write(f"distattn: {error}\n")
         return error.exit_code

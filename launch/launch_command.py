@@ -18,7 +18,7 @@ from distattn.launch.command_line import CommandParser, array_words, no_progress
 from distattn.launch.elastic_run import node_counts
 from distattn.launch.machine_limits import check_device_holds_state, check_nodes_hold_ranks, check_run_fits
 from distattn.launch.run_status import cancel, status, status_lines, sweep_runs
-from distattn.launch.start_run import start_run
+from distattn.launch.start_run import preflight_alone, start_run
 from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
 from distattn.training.config import Config
@@ -41,7 +41,8 @@ ray runs on nodes of a Ray cluster, as slurm does on those of a job, until the r
 --nodes and --gpus set parallel.ranks and parallel.devices_per_node; --gpus is the number of ranks on a node. Of the nodes
 --spare wait for others to fail. --array starts one run for each value of a key, in folders 0, 1, ... of the run folder.
 folder makes the run folder only, for ranks that another scheduler starts (docs/clusters.md). status shows the attempts of a run,
-and why each ended.
+and why each ended. With --preflight.action=only the ranks compare and measure each other as before the first step of any run, and
+the run ends, in the folder RUN-preflight; of it nothing is started or queued again.
 """
 
 
@@ -82,10 +83,10 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     if given.spare is not None:
         overrides = [*overrides, f"--slurm.spare_nodes={given.spare}"]
     overrides = [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
-    config = configuration.load(given.config, overrides)
+    config = preflight_alone(configuration.load(given.config, overrides))
     # of a sweep, one for each task
     words = array_words(given.array) if given.array is not None else []
-    sweep = [configuration.load(given.config, [*overrides, word]) for word in words]
+    sweep = [preflight_alone(configuration.load(given.config, [*overrides, word])) for word in words]
     for word, one in zip(words, sweep, strict=True):
         if where == "slurm" and _commands(one, config) != _commands(config, config):
             raise DistattnError(

@@ -1,30 +1,25 @@
-"""`distattn preflight`: what a run's ranks compare and measure before the first step, without the run.
-
-As a module with arguments it is one rank of it.
-"""
+"""`distattn preflight`: what a run's ranks compare and measure before the first step, without the run, on this machine."""
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import no_progress, print_line
+from distattn.launch.command_line import no_progress
 from distattn.launch.machine_limits import check_run_fits
-from distattn.launch.start_run import start_run
+from distattn.launch.run_locally import run_ranks_and_finish
+from distattn.launch.start_run import preflight_alone, start_run
 from distattn.training import config as configuration
-from distattn.training.config import Config
-from distattn.training.json_lines import json_text
-from distattn.training.run_folder import RunFolder
+from distattn.training.config_sections import PreflightConfig
 
 USAGE = """usage: distattn preflight CONFIG [--json] [--section.key value ...]
 
 Starts the ranks of a run on this machine, compares their code, configuration, packages, data and memory, measures products
-and links between them, and ends. Every run does so before its first step, on all its hosts (see preflight.action).
+and links between them, and ends; nothing is left behind. Every run does so before its first step, on all its hosts (see
+preflight.action). On the hosts of a cluster alone: distattn launch slurm|ray CONFIG --preflight.action=only.
 """
 
 
@@ -40,32 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     there = next(folder for folder in wanted.parents if folder.is_dir())
     # where the run will be: its disk and its file system are looked at
     with tempfile.TemporaryDirectory(prefix=".distattn-preflight-", dir=there) as folder:
-        run = start_run(replace(config, run=replace(config.run, folder=str(Path(folder, "run")))), no_progress)
-        # seconds to import, and only once the run is known to be possible
-        from distattn.launch.local import run_ranks
-
-        as_json = json.dumps(len(words) < len(arguments))
-        return run_ranks(config.parallel.ranks, "distattn.launch.preflight_command", str(run.folder), as_json)
-
-
-def rank_main(folder: str, as_json: bool) -> int:
-    """Be one rank of a preflight. Returns the exit code; rank 0 says what was found."""
-    import torch
-
-    from distattn.preflight.preflight import PreflightReport, preflight, report_json, show_report
-    from distattn.training.rank import on_rank
-
-    def tell(report: PreflightReport) -> None:
-        if as_json:
-            print_line(json_text(report_json(report)))
-        else:
-            show_report(report, print_line, stops=True)
-
-    def work(run: RunFolder, config: Config, device: torch.device) -> int:
-        return DistattnError.exit_code if preflight(run, config, device, tell).problems else 0
-
-    return on_rank(folder, work)
-
-
-if __name__ == "__main__":
-    sys.exit(rank_main(sys.argv[1], json.loads(sys.argv[2])))
+        place = replace(config.run, folder=str(Path(folder, "run")))
+        config = preflight_alone(replace(config, run=place, preflight=PreflightConfig("only")))
+        run = start_run(config, no_progress)
+        return run_ranks_and_finish(run, config, no_progress, json_lines=len(words) < len(arguments))

@@ -32,5 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     before = configuration.load(run.config_file)
     config = configuration.load(run.config_file, words[1:])
+    if config.preflight.action == "only":
+        raise DistattnError(f"preflight.action: only is for new folders: distattn preflight {run.config_file}.")
     check_same_run(before, config)
     return resume_locally(run, config, json_lines=len(words) < len(arguments))

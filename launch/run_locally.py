@@ -12,6 +12,7 @@ from distattn.launch.rank import set_allocator
 from distattn.launch.start_run import require_packages, resume_run, start_run
 from distattn.supervision.rank_watch import Patience
 from distattn.training.config import Config
+from distattn.training.json_lines import json_text, parse_json
 from distattn.training.run_folder import RunFolder
 
 # what a rank runs
@@ -33,7 +34,7 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
     if logs:
         run.logs.mkdir()
 
-    return _run(run, config, report_progress, json_lines)
+    return run_ranks_and_finish(run, config, report_progress, json_lines)
 
 
 def resume_locally(run: RunFolder, config: Config, json_lines: bool) -> int:
@@ -42,10 +43,13 @@ def resume_locally(run: RunFolder, config: Config, json_lines: bool) -> int:
     check_run_fits(config)
     report_progress = no_progress if json_lines else print_line
     resume_run(run, config, report_progress)
-    return _run(run, config, report_progress, json_lines)
+    return run_ranks_and_finish(run, config, report_progress, json_lines)
 
 
-def _run(run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool) -> int:
+def run_ranks_and_finish(
+    run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool
+) -> int:
+    """Train in a run folder that is ready, and report; of a preflight alone JSON is its report. Returns the exit code."""
     # heavy imports only once the run is known to be possible
     from distattn.launch.finish_run import finish_run
     from distattn.launch.rank_attempt import Ranks
@@ -59,4 +63,8 @@ def _run(run: RunFolder, config: Config, report_progress: Callable[[str], None],
         Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints)),
         PRELOAD,
     )
+    if config.preflight.action == "only":
+        if json_lines and run.preflight_file.exists():
+            print_line(json_text(parse_json(run.preflight_file.read_bytes())))
+        return code
     return code or finish_run(run, config, report_progress, json_lines)

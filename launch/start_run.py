@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
@@ -62,6 +63,21 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
     report_progress(run.explanation_file.read_text("utf-8").splitlines()[0])
     report_progress(f"run folder: {run.folder}")
     return run
+
+
+def preflight_alone(config: Config) -> Config:
+    """The configuration that a run is started with: one that ends after its preflight is neither started nor queued again.
+
+    Its folder is another one, so that the run that trains has its own.
+    """
+    if config.preflight.action != "only":
+        return config
+    return replace(
+        config,
+        run=replace(config.run, folder=f"{config.run.folder.rstrip('/')}-preflight"),
+        supervision=replace(config.supervision, max_restarts=0),
+        slurm=replace(config.slurm, max_requeues=0),
+    )
 
 
 def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], None]) -> None:

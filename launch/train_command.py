@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from distattn.launch.run_locally import run_locally
+from distattn.launch.start_run import preflight_alone
 from distattn.training import config as configuration
 
 USAGE = "usage: distattn train CONFIG [--json] [--section.key value ...]\n\n"
@@ -17,4 +18,5 @@ def main(arguments: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(USAGE + configuration.help_text())
         return 0 if words else 2
-    return run_locally(configuration.load(words[0], words[1:]), json_lines=len(words) < len(arguments))
+    config = preflight_alone(configuration.load(words[0], words[1:]))
+    return run_locally(config, json_lines=len(words) < len(arguments))

@@ -49,7 +49,7 @@ class PreflightReport(NamedTuple):
 
 
 def check_run(run: RunFolder, config: Config, device: torch.device, report_progress: Callable[[str], None]) -> bool:
-    """Whether a run may begin, as `preflight.action` says. Collective.
+    """Whether a run may begin, or nothing was found wrong before it ends, as `preflight.action` says. Collective.
 
     Rank 0 says what was found, problems and warnings on stderr and a short table by `report_progress`, and writes it to the run
     folder. Raises LostRankError naming ranks that do not answer.
@@ -58,7 +58,7 @@ def check_run(run: RunFolder, config: Config, device: torch.device, report_progr
         return True
 
     def tell(report: PreflightReport) -> None:
-        show_report(report, report_progress, stops=config.preflight.action == "stop")
+        show_report(report, report_progress, stops=config.preflight.action != "warn")
         write_report(run, report)
 
     report = preflight(run, config, device, tell)

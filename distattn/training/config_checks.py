@@ -328,7 +328,7 @@ def _name_problems(config: Config) -> Iterator[str]:
         "engine.name": (config.engine.name, ENGINES),
         "train.schedule": (config.train.schedule, SCHEDULES),
         "watch.action": (config.watch.action, ("skip", "stop", "rollback")),
-        "preflight.action": (config.preflight.action, ("stop", "warn", "off")),
+        "preflight.action": (config.preflight.action, ("stop", "warn", "off", "only")),
         "memory.activation_checkpointing": (config.memory.activation_checkpointing, CHECKPOINTING),
         "parallel.comm_dtype": (parallel.comm_dtype or DTYPES[0], DTYPES),
         "parallel.strategy": (parallel.strategy, list(STRATEGIES)),

@@ -330,7 +330,8 @@ class PreflightConfig:
     """What the ranks compare and measure before the first step."""
 
     action: str = "stop"
-    """What follows where something is wrong: stop, or warn and train all the same; off leaves the preflight out."""
+    """What follows where something is wrong: stop, or warn and train all the same; off leaves the preflight out. With only the
+    run ends after it in any case, and its folder is RUN-preflight."""
 
 
 @dataclass(frozen=True)

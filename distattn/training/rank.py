@@ -31,6 +31,8 @@ def main(folder: str, json_lines: bool, may_begin: Callable[[RunFolder, Config, 
     def work(run: RunFolder, config: Config, device: torch.device) -> int:
         if not may_begin(run, config, device):
             return DistattnError.exit_code
+        if config.preflight.action == "only":
+            return 0
         train(run, config, json_lines, device)
         return 0
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from distattn.launch import cli, slurm
+from distattn.launch import cli, finish_run, slurm
 from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
+from distattn.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden") / "job.sbatch"
@@ -59,6 +60,20 @@ def test_spare_nodes_containers_and_sweeps_are_in_the_script(capsys):
     code, _, err = run(capsys, "slurm", tiny, "--dry-run", "--array=parallel.ranks=2,4", "--run.folder=/runs/a")
     assert code == 2 and "--array: parallel.ranks=2 asks for another batch script" in err
     assert "#SBATCH --no-requeue" in out and "--max-requeues=0" in out and "slurm-%A_%a.out" in out
+
+
+def test_a_preflight_alone_has_a_folder_of_its_own_and_is_neither_repeated_nor_reported(capsys, tmp_path):
+    given = (str(ROOT / "configs/tiny.toml"), f"--run.folder={tmp_path}/run/", "--preflight.action=only", *SHORT)
+    code, out, _ = run(capsys, "slurm", *given, "--dry-run")
+    assert code == 0 and f"run={tmp_path}/run-preflight\n" in out and "#SBATCH --no-requeue" in out
+    assert "--max-restarts=0 --max-requeues=0" in out
+    code, out, _ = run(capsys, "folder", *given, "--json")
+    folder = Path(json.loads(out)["run"])
+    assert code == 0 and list(tmp_path.iterdir()) == [folder] and folder.name == "run-preflight"
+    # as a scheduler does once the ranks have ended
+    assert finish_run.main(str(folder)) == 0 and not RunFolder(folder).report_file.exists()
+    assert cli.main(["resume", str(folder)]) == 2
+    assert f"distattn preflight {folder}/config.toml" in capsys.readouterr().err
 
 
 def test_each_task_of_a_sweep_has_a_run_folder(capsys, slurm_that):
