@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distattn.checkpoints.run_lock import folder_owner
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch import slurm
 from distattn.launch.attempts import Attempts
@@ -20,6 +21,7 @@ from distattn.training.run_folder import RunFolder
 def status(run: RunFolder) -> dict[str, Any]:
     """Look up a run: its state, the steps done and the attempts; its job's number on Slurm, else what each rank does, by rank.
 
+    Of a run that another scheduler starts there are no attempts, but what nodes said when their ranks last failed, by node.
     Raises DistattnError as `slurm.status` does.
     """
     attempts = Attempts(run.attempts)
@@ -33,13 +35,14 @@ def status(run: RunFolder) -> dict[str, Any]:
     last = rows[-1] if rows else {}
     state = "running" if beats is not None else "killed with its launcher"
     if not rows:
-        state = "not begun" if not steps else "begun by another scheduler"
+        state = _state_elsewhere(run, steps)
     elif "why" in last:
         state = f"ended, exit code {last['exit_code']}"
     elif (host := last.get("host")) != socket.gethostname():
         state = f"begun on {host}, which knows whether it goes on"
     ranks = {str(rank): words(beat) for rank, beat in (beats or {}).items()}
-    return {"run": str(run.folder), "state": state, "steps": steps, "attempts": rows, "ranks": ranks}
+    told = {} if rows else {str(node): facts["why"] for node, facts in sorted(attempts.told(attempts.latest).items())}
+    return {"run": str(run.folder), "state": state, "steps": steps, "attempts": rows, "ranks": ranks, "nodes": told}
 
 
 def cancel(run: RunFolder) -> tuple[str, int | str]:
@@ -69,6 +72,18 @@ def sweep_runs(folder: Path) -> list[RunFolder]:
         return []
     tasks = [entry for entry in folder.iterdir() if entry.name.isdecimal() and RunFolder(entry).config_file.exists()]
     return [RunFolder(entry) for entry in sorted(tasks, key=lambda entry: int(entry.name))]
+
+
+def _state_elsewhere(run: RunFolder, steps: int) -> str:
+    """The state of a run of which no attempt is written down: who has its folder."""
+    if not steps and not run.attempts.exists():
+        return "not begun"
+    begun = "begun by another scheduler, no attempts are written down"
+    found = folder_owner(run.folder)
+    if found is None:
+        return f"{begun}, " + ("its report is written" if run.report_file.exists() else "no ranks work on it")
+    owner, alive = found
+    return f"{begun}, {'goes on' if alive else 'was killed'}: {owner}"
 
 
 def ray_facts(run: RunFolder) -> dict[str, Any]:
@@ -103,5 +118,6 @@ def status_lines(facts: Mapping[str, Any]) -> str:
         lines.append(
             f"  attempt {row['attempt']}{hosts}: {lasted}{row.get('why', 'goes on, or was killed with its job')}"
         )
+    lines += [f"  node {node} said last: {why}" for node, why in facts.get("nodes", {}).items()]
     lines += [f"  rank {rank}: {text}" for rank, text in facts.get("ranks", {}).items()]
     return "".join(f"{line}\n" for line in lines)

@@ -132,3 +132,12 @@ class RunLock:
             with contextlib.suppress(OSError):
                 if Owner.read(self._file) == self._me:
                     os.utime(self._file)
+
+
+def folder_owner(folder: Path) -> tuple[Owner, bool] | None:
+    """Who has a folder, and whether it lives, as far as can be known; None where nobody does. Raises OSError."""
+    file = folder / _OWNER_FILE
+    if (owner := Owner.read(file)) is None:
+        return None
+    alive = owner.is_alive()
+    return owner, file_age(file) <= LEASE_SECONDS if alive is None else alive

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from job_schemas import DstackTask, JobSet, SkyTask, TrainingRuntime, TrainJob
 
+from distattn.checkpoints.owner import JOB_VARIABLE
 from distattn.ir.errors import RunStopped
 from distattn.launch import run_node
 
@@ -31,6 +32,10 @@ def check_policies(spec) -> None:
     assert failure.onExitCodes.containerName == container.name
     pod = job.template.spec.template.spec
     assert {mount.name for mount in container.volumeMounts} == {volume.name for volume in pod.volumes}
+    # JobSet labels all pods of all its restarts with it
+    (variable,) = container.env
+    assert variable.name == JOB_VARIABLE
+    assert variable.valueFrom.fieldRef.fieldPath == "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"
 
 
 def test_kubeflow_trainer():
@@ -59,7 +64,7 @@ def test_skypilot():
     task = SkyTask.model_validate(found)
     assert task.resources.job_recovery.recover_on_exit_codes == [STOPPED]
     given = {"SKYPILOT_NODE_IPS": "a\nb\nc\nd", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "4"}
-    check_command(["bash", "-c", task.run], given)
+    check_command(["bash", "-c", task.run], given | {"SKYPILOT_TASK_ID": "sky 7"}, job="sky 7")
 
 
 def test_dstack():
@@ -67,18 +72,18 @@ def test_dstack():
     task = DstackTask.model_validate(found)
     assert set(task.retry.on_events) == {"no-capacity", "interruption", "error"}
     given = {"DSTACK_MASTER_NODE_IP": "a", "DSTACK_NODE_RANK": "1", "DSTACK_NODES_NUM": str(task.nodes)}
-    check_command(["bash", "-c", task.commands[0]], given)
+    check_command(["bash", "-c", task.commands[0]], given | {"DSTACK_RUN_ID": "sky 7"}, job="sky 7")
 
 
-def check_command(command: list[str], environment: dict[str, str]) -> None:
-    """What a shell makes of a command is a call of run_node for the second of four nodes."""
+def check_command(command: list[str], environment: dict[str, str], job: str = "") -> None:
+    """What a shell makes of a command is a call of run_node for the second of four nodes. job: the name that the command sets."""
     assert command[:2] == ["bash", "-c"]
-    shown = 'exec() { printf "%s\\n" "$@"; }\n' + command[2]
+    shown = f'exec() {{ printf "%s\\n" "${JOB_VARIABLE}" "$@"; }}\n' + command[2]
     done = subprocess.run(
         ["bash", "-c", shown], env=environment | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True
     )
-    words = done.stdout.splitlines()
-    assert words[:3] == ["python", "-m", run_node.__name__] and done.returncode == 0, done.stderr
+    given, *words = done.stdout.splitlines()
+    assert words[:3] == ["python", "-m", run_node.__name__] and done.returncode == 0 and given == job, done.stderr
     address = words[4]
     assert words[3] == "/runs/mine" and words[5:] == ["1", "4"] and address.endswith(":29500"), shlex.join(words)
 

@@ -5,15 +5,49 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
+from distattn.checkpoints.owner import JOB_VARIABLE
+from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch import cli
 from distattn.launch.attempts import Attempts
 from distattn.launch.run_status import cancel, status
 from distattn.supervision.heartbeats import HeartbeatBoard
-from distattn.training.run_folder import RunFolder
+from distattn.training.run_folder import RunFolder, StepMetrics
+
+
+def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tmp_path, capsys, monkeypatch):
+    run = RunFolder(tmp_path)
+    run.config_file.touch()
+    run.append(run.metrics_file, asdict(StepMetrics(0, 2.0, 1.0, 64, 0.5)))
+    monkeypatch.setenv(JOB_VARIABLE, "sky-7")
+    begun = "begun by another scheduler, no attempts are written down"
+    with RunLock(tmp_path):
+        assert cli.main(["launch", "status", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        host = f"process {os.getpid()} on {socket.gethostname()}, sky-7, since "
+        assert said.startswith(f"{begun}, goes on: {host}") and said.endswith(", 1 steps done\n")
+        # on a machine that has been silent for longer than its lease
+        owner = json.loads((tmp_path / "owner.json").read_text())
+        elsewhere = json.dumps(owner | {"machine": "another"})
+    (tmp_path / "owner.json").write_text(elsewhere)
+    assert status(run)["state"].startswith(f"{begun}, goes on: ")
+    os.utime(tmp_path / "owner.json", (0, 0))
+    assert status(run)["state"].startswith(f"{begun}, was killed: ")
+    (tmp_path / "owner.json").unlink()
+    # as run_node does
+    Attempts(run.attempts).tell(1, 3, {"why": "rank 6 was killed by SIGKILL: step 2"})
+    assert cli.main(["launch", "status", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        said
+        == f"{begun}, no ranks work on it, 1 steps done\n  node 3 said last: rank 6 was killed by SIGKILL: step 2\n"
+    )
+    run.report_file.touch()
+    assert status(run)["state"] == f"{begun}, its report is written"
 
 
 def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path, capsys):

@@ -54,10 +54,25 @@ class Port(Strict):
     containerPort: Annotated[int, Field(ge=1, le=65535)]
 
 
+class FieldRef(Strict):
+    # of the fields that environment variables can have
+    fieldPath: Annotated[str, Field(pattern=r"^metadata\.(name|namespace|uid|(labels|annotations)\['[^']+'\])$")]
+
+
+class EnvSource(Strict):
+    fieldRef: FieldRef
+
+
+class EnvVar(Strict):
+    name: str
+    valueFrom: EnvSource
+
+
 class Container(Strict):
     name: Name
     image: str
     command: list[str] = []
+    env: list[EnvVar] = []
     ports: list[Port] = []
     resources: Resources = Resources()
     volumeMounts: list[VolumeMount] = []
