@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,9 +38,11 @@ def distattn(cluster, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def submit(cluster, folder: Path, *arguments: str) -> None:
+def submit(cluster, folder: Path, *arguments: str) -> str:
+    """The number of the job."""
     done = distattn(cluster, "launch", "slurm", "configs/tiny.toml", f"--run.folder={folder}", *SHORT, *arguments)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("job "), done.stderr
+    return done.stdout.splitlines()[-1].removeprefix("job ").partition(":")[0]
 
 
 def rows(folder: Path, file: str) -> list[dict]:
@@ -59,7 +64,7 @@ def wait_for(cluster, folder: Path, what: str, condition) -> None:
 
 
 @pytest.mark.full
-def test_a_run_that_loses_a_node_and_is_preempted_learns_the_same(cluster, tmp_path):
+def test_a_run_that_loses_a_node_hangs_and_is_preempted_learns_the_same(cluster, tmp_path):
     far, near = tmp_path / "far", tmp_path / "near"
     submit(
         cluster, far, "--nodes=3", "--spare=1", "--gpus=2", "--checkpoint.every_steps=4", "--reference_check.steps=1"
@@ -69,14 +74,24 @@ def test_a_run_that_loses_a_node_and_is_preempted_learns_the_same(cluster, tmp_p
     wait_for(cluster, far, "no second attempt", lambda: len(rows(far, "attempts/attempts.jsonl")) == 1)
     cluster.start_node("node2")
     again = len(rows(far, "metrics.jsonl"))
-    wait_for(cluster, far, "no steps of the second attempt", lambda: len(rows(far, "metrics.jsonl")) > again)
+    # until two steps are done ranks have longer
+    wait_for(cluster, far, "no steps of the second attempt", lambda: len(rows(far, "metrics.jsonl")) > again + 3)
+    cluster.signal_ranks("node3", signal.SIGSTOP, most=1)
+    wait_for(cluster, far, "no third attempt", lambda: len(rows(far, "attempts/attempts.jsonl")) == 2)
+    again = len(rows(far, "metrics.jsonl"))
+    wait_for(cluster, far, "no steps of the third attempt", lambda: len(rows(far, "metrics.jsonl")) > again)
     cluster.run("sbatch", "--partition=urgent", "--nodes=3", "--output=/dev/null", "--wrap=sleep 1")
     wait_for(cluster, far, "it does not end", lambda: (far / "state").read_text() == "ended 0\n")
 
-    first, second, third = rows(far, "attempts/attempts.jsonl")
+    first, second, third, fourth = rows(far, "attempts/attempts.jsonl")
     assert first["hosts"] == ["node1", "node2"] and first["blamed"] == ["node2"] and "node2" in first["why"]
-    assert second["hosts"] == ["node1", "node3"] and second["exit_code"] == 75 and "SIGTERM" in second["why"]
-    assert third["exit_code"] == 0 and third["requeues"] == 1 and third["job"] == first["job"]
+    assert second["hosts"] == ["node1", "node3"] and second["blamed"] == ["node3"] and second["exit_code"] == 1
+    assert re.match(r"node3: rank [23] is stopped \(SIGSTOP or a debugger\): step \d+, ", second["why"]), second["why"]
+    for node in ("node-0", "node-1"):
+        kept = far / "attempts/002" / node
+        assert rows(kept, "heartbeats.jsonl") and list(kept.glob("stacks-*.txt")), list(kept.iterdir())
+    assert third["hosts"] == ["node1", "node3"] and third["exit_code"] == 75 and "SIGTERM" in third["why"]
+    assert fourth["exit_code"] == 0 and fourth["requeues"] == 1 and fourth["job"] == first["job"] == second["job"]
     said = distattn(cluster, "launch", "status", str(far)).stdout
     assert f"{STEPS} steps done" in said and "attempt 2 on node1 node3: " in said and "ended well" in said
     log = distattn(cluster, "launch", "logs", str(far)).stdout
@@ -90,26 +105,50 @@ def test_a_run_that_loses_a_node_and_is_preempted_learns_the_same(cluster, tmp_p
 
 
 @pytest.mark.full
-def test_a_run_out_of_time_is_queued_again_and_can_be_cancelled(cluster, tmp_path):
-    folder = tmp_path / "long"
-    submit(cluster, folder, "--nodes=1", "--gpus=2", "--train.steps=100000", "--reference_check.steps=0")
-    job = str(json.loads((folder / "job.json").read_text())["job"])
-    wait_for(cluster, folder, "it does not begin", lambda: list(folder.glob("attempts/001/*")))
-    # as Slurm does so long before the time limit as the script says
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
+def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(cluster, tmp_path):
+    folder, near = tmp_path / "long", tmp_path / "near"
+    began = time.time()
+    limits = ("--slurm.signal_seconds=100", "--supervision.patience_seconds=600")
+    job = submit(cluster, folder, "--nodes=1", "--gpus=2", *limits)
+    # on the nodes that are free
+    submit(cluster, tmp_path / "new", "--nodes=2", "--gpus=2", "--preflight.action=only")
+    wait_for(cluster, folder, "no steps", lambda: len(rows(folder, "metrics.jsonl")) > 3)
+    # Slurm looks at limits twice a minute: the run must not end before
+    cluster.signal_ranks("node1", signal.SIGSTOP, most=2)
+    cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={2 + int(time.time() - began) // 60}")
+    wait_for(cluster, folder, "it is not asked to stop", (folder / "stop").exists)
+    cluster.signal_ranks("node1", signal.SIGCONT, most=2)
     wait_for(
         cluster, folder, "it is not queued again", lambda: "Restarts=1" in cluster.run("scontrol", "show", "job", job)
     )
+    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=UNLIMITED")
+    again = len(rows(folder, "metrics.jsonl"))
+    wait_for(cluster, folder, "no steps afterwards", lambda: len(rows(folder, "metrics.jsonl")) > again + 2)
+    cluster.signal_ranks("node1", signal.SIGSTOP, most=2)
     (stopped,) = rows(folder, "attempts/attempts.jsonl")
-    assert stopped["why"] == "stopped, asked by SIGUSR1" and stopped["exit_code"] == 75
+    assert stopped["why"] == "stopped, asked by SIGUSR1" and stopped["exit_code"] == 75, stopped
+    assert stopped["hosts"] == ["node1"]
     assert len(list(folder.glob("checkpoints/step-*"))) == 1
     assert distattn(cluster, "launch", "cancel", str(folder)).returncode == 0
+    cluster.signal_ranks("node1", signal.SIGCONT, most=2)
     wait_for(
         cluster,
         folder,
         "it is not cancelled",
         lambda: "JobState=CANCELLED" in cluster.run("scontrol", "show", "job", job),
     )
+    plain = ("--parallel.ranks=2", "--parallel.devices_per_node=2", "--reference_check.steps=0", f"--run.folder={near}")
+    done = distattn(cluster, "train", "configs/tiny.toml", *SHORT, *plain)
+    assert done.returncode == 0, done.stderr
+    done_steps = len(curve(folder))
+    assert curve(folder) == curve(near)[:done_steps] and again < done_steps
+
+    checked = tmp_path / "new-preflight"
+    wait_for(cluster, checked, "no preflight", lambda: (checked / "state").read_text() == "ended 0\n")
+    assert json.loads((checked / "preflight.json").read_text())["problems"] == []
+    assert not (checked / "metrics.jsonl").exists() and not (checked / "report.html").exists()
+    assert "preflight: 4 ranks on 1 host in " in distattn(cluster, "launch", "logs", str(checked)).stdout
+    assert "attempt 1 on node2 node3: " in distattn(cluster, "launch", "status", str(checked)).stdout
 
 
 def test_what_cannot_run_is_not_submitted(cluster, tmp_path):

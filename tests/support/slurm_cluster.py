@@ -91,25 +91,43 @@ class SlurmCluster:
     def kill_node(self, node: str) -> None:
         """End a node as a power cut does: its daemon, and all that it has started."""
         os.kill(int((self.root / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (process / "environ").read_bytes().split(b"\0")
-                command = (process / "cmdline").read_bytes()
-            except OSError:
-                # it has ended meanwhile
-                continue
-            ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment
-            # a daemon of a step has no name of its node, but its children have
-            if ours and f"SLURMD_NODENAME={node}".encode() in environment and b"run_node" in command:
-                parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-                for pid in (parent, int(process.name)):
-                    os.kill(pid, signal.SIGKILL)
+        # a daemon of a step has no name of its node, but its children have
+        for pid, (parent, command) in self._processes(node).items():
+            if b"run_node" in command:
+                os.kill(parent, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+
+    def signal_ranks(self, node: str, number: int, most: int) -> None:
+        """Send a signal to at most so many of the ranks that work on a node."""
+        processes = self._processes(node)
+        # ranks are forks of a server, and look like it
+        servers = {pid for pid, (_, command) in processes.items() if b"forkserver" in command}
+        ranks = sorted(pid for pid in servers if processes[pid][0] in servers)
+        assert ranks, f"there are no ranks on {node}: {processes}"
+        for pid in ranks[:most]:
+            os.kill(pid, number)
 
     def stop(self) -> None:
         """End the daemons."""
         for file in [*self.root.glob("slurmd.*.pid"), self.root / "slurmctld.pid", self.root / "munged.pid"]:
             if file.exists():
                 subprocess.run(["kill", file.read_text().strip()], capture_output=True)
+
+    def _processes(self, node: str) -> dict[int, tuple[int, bytes]]:
+        """(Parent, command line) of what runs on a node, but its daemons, by number."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (process / "environ").read_bytes().split(b"\0")
+                command = (process / "cmdline").read_bytes()
+                parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                # it has ended meanwhile
+                continue
+            ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment
+            if ours and f"SLURMD_NODENAME={node}".encode() in environment:
+                found[int(process.name)] = parent, command
+        return found
 
     def _node_states(self) -> list[str]:
         return self.run("sinfo", "-h", "-N", "-p", "test", "-o", "%T", check=False).split()
