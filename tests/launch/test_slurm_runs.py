@@ -1,4 +1,4 @@
-"""Runs on a real Slurm of three nodes: lost nodes, preemptions and time limits change nothing of what is learned."""
+"""Runs on a real Slurm of four nodes: lost nodes, preemptions and time limits change nothing of what is learned."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from made_once import made_once
 from slurm_cluster import SlurmCluster, why_not
 from waiting import eventually
 
@@ -55,6 +56,20 @@ def curve(folder: Path) -> list[tuple[int, float, float]]:
     return [last[step] for step in sorted(last)]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(cluster, tmp_path_factory) -> list[tuple[int, float, float]]:
+    """The curve of the same plan on one machine."""
+
+    def make(folder: Path) -> None:
+        plain = ("--parallel.devices_per_node=2", "--reference_check.steps=0", f"--run.folder={folder}/run")
+        done = distattn(cluster, "train", "configs/tiny.toml", *SHORT, *plain)
+        assert done.returncode == 0, done.stderr
+
+    found = curve(made_once(tmp_path_factory, "uninterrupted", make) / "run")
+    assert len(found) == STEPS
+    return found
+
+
 def wait_for(cluster, folder: Path, what: str, condition) -> None:
     def trouble() -> str:
         logs = "".join(file.read_text()[-3000:] for file in sorted(folder.glob("slurm-*.out")))
@@ -64,8 +79,8 @@ def wait_for(cluster, folder: Path, what: str, condition) -> None:
 
 
 @pytest.mark.full
-def test_a_run_that_loses_a_node_hangs_and_is_preempted_learns_the_same(cluster, tmp_path):
-    far, near = tmp_path / "far", tmp_path / "near"
+def test_a_run_that_loses_a_node_hangs_and_is_preempted_learns_the_same(cluster, uninterrupted, tmp_path):
+    far = tmp_path / "far"
     submit(
         cluster, far, "--nodes=3", "--spare=1", "--gpus=2", "--checkpoint.every_steps=4", "--reference_check.steps=1"
     )
@@ -80,7 +95,7 @@ def test_a_run_that_loses_a_node_hangs_and_is_preempted_learns_the_same(cluster,
     wait_for(cluster, far, "no third attempt", lambda: len(rows(far, "attempts/attempts.jsonl")) == 2)
     again = len(rows(far, "metrics.jsonl"))
     wait_for(cluster, far, "no steps of the third attempt", lambda: len(rows(far, "metrics.jsonl")) > again)
-    cluster.run("sbatch", "--partition=urgent", "--nodes=3", "--output=/dev/null", "--wrap=sleep 1")
+    cluster.run("sbatch", "--partition=urgent", "--nodes=4", "--output=/dev/null", "--wrap=sleep 1")
     wait_for(cluster, far, "it does not end", lambda: (far / "state").read_text() == "ended 0\n")
 
     first, second, third, fourth = rows(far, "attempts/attempts.jsonl")
@@ -97,19 +112,15 @@ def test_a_run_that_loses_a_node_hangs_and_is_preempted_learns_the_same(cluster,
     log = distattn(cluster, "launch", "logs", str(far)).stdout
     assert "largest relative difference to plain transformers" in log and (far / "report.html").exists()
     assert {file.name for file in (far / "logs").iterdir()} == {f"rank-{rank}.log" for rank in range(4)}
-    # the same plan on one machine, without any interruption
-    plain = ("--parallel.devices_per_node=2", "--reference_check.steps=0", f"--run.folder={near}")
-    done = distattn(cluster, "train", "configs/tiny.toml", *SHORT, *plain)
-    assert done.returncode == 0, done.stderr
-    assert curve(far) == curve(near) and len(curve(near)) == STEPS
+    assert curve(far) == uninterrupted
 
 
 @pytest.mark.full
-def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(cluster, tmp_path):
-    folder, near = tmp_path / "long", tmp_path / "near"
+def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(cluster, uninterrupted, tmp_path):
+    folder = tmp_path / "long"
     began = time.time()
     limits = ("--slurm.signal_seconds=100", "--supervision.patience_seconds=600")
-    job = submit(cluster, folder, "--nodes=1", "--gpus=2", *limits)
+    job = submit(cluster, folder, "--nodes=2", "--gpus=2", *limits)
     # on the nodes that are free
     submit(cluster, tmp_path / "new", "--nodes=2", "--gpus=2", "--preflight.action=only")
     wait_for(cluster, folder, "no steps", lambda: len(rows(folder, "metrics.jsonl")) > 3)
@@ -127,7 +138,7 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     cluster.signal_ranks("node1", signal.SIGSTOP, most=2)
     (stopped,) = rows(folder, "attempts/attempts.jsonl")
     assert stopped["why"] == "stopped, asked by SIGUSR1" and stopped["exit_code"] == 75, stopped
-    assert stopped["hosts"] == ["node1"]
+    assert stopped["hosts"] == ["node1", "node2"]
     assert len(list(folder.glob("checkpoints/step-*"))) == 1
     assert distattn(cluster, "launch", "cancel", str(folder)).returncode == 0
     cluster.signal_ranks("node1", signal.SIGCONT, most=2)
@@ -137,18 +148,15 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
         "it is not cancelled",
         lambda: "JobState=CANCELLED" in cluster.run("scontrol", "show", "job", job),
     )
-    plain = ("--parallel.ranks=2", "--parallel.devices_per_node=2", "--reference_check.steps=0", f"--run.folder={near}")
-    done = distattn(cluster, "train", "configs/tiny.toml", *SHORT, *plain)
-    assert done.returncode == 0, done.stderr
-    done_steps = len(curve(folder))
-    assert curve(folder) == curve(near)[:done_steps] and again < done_steps
+    steps = len(curve(folder))
+    assert curve(folder) == uninterrupted[:steps] and again < steps
 
     checked = tmp_path / "new-preflight"
     wait_for(cluster, checked, "no preflight", lambda: (checked / "state").read_text() == "ended 0\n")
     assert json.loads((checked / "preflight.json").read_text())["problems"] == []
     assert not (checked / "metrics.jsonl").exists() and not (checked / "report.html").exists()
     assert "preflight: 4 ranks on 1 host in " in distattn(cluster, "launch", "logs", str(checked)).stdout
-    assert "attempt 1 on node2 node3: " in distattn(cluster, "launch", "status", str(checked)).stdout
+    assert "attempt 1 on node3 node4: " in distattn(cluster, "launch", "status", str(checked)).stdout
 
 
 def test_what_cannot_run_is_not_submitted(cluster, tmp_path):

@@ -1,4 +1,4 @@
-"""A real Slurm of three nodes on one machine, without systemd and without touching the machine's own configuration."""
+"""A real Slurm of four nodes on one machine, without systemd and without touching the machine's own configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from waiting import eventually
 
 _DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
-_NODES = ("node1", "node2", "node3")
+_NODES = ("node1", "node2", "node3", "node4")
 _CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -41,12 +41,14 @@ KillWait=20
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MinJobAge=300
+FirstJobId={port}
 AccountingStorageType=accounting_storage/none
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node1} CPUs=2 CoresPerSocket=2 RealMemory=2000 State=UNKNOWN
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={node2} CPUs=2 CoresPerSocket=2 RealMemory=2000 State=UNKNOWN
 NodeName=node3 NodeHostname={host} NodeAddr=127.0.0.1 Port={node3} CPUs=2 CoresPerSocket=2 RealMemory=2000 State=UNKNOWN
-PartitionName=test Nodes=node[1-3] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=urgent Nodes=node[1-3] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+NodeName=node4 NodeHostname={host} NodeAddr=127.0.0.1 Port={node4} CPUs=2 CoresPerSocket=2 RealMemory=2000 State=UNKNOWN
+PartitionName=test Nodes=node[1-4] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent Nodes=node[1-4] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -59,7 +61,7 @@ def why_not() -> str | None:
 
 
 class SlurmCluster:
-    """Three nodes of two processors; `environment` makes Slurm's commands find it."""
+    """Four nodes of two processors; `environment` makes Slurm's commands find it."""
 
     def __init__(self, root: Path):
         self.root = root
