@@ -17,9 +17,10 @@ commands:
       train as a TOML file says (see configs/tiny.toml) and repeat the first steps in plain transformers, one process, to
       compare; distattn train --help lists all keys
   resume RUN [--json] [--section.key value ...]
-      go on with a run from its newest checkpoint, also on other ranks or with another engine
+      go on with a run here from its newest checkpoint, also on other ranks or with another engine
   preflight CONFIG [--json] [--section.key value ...]
-      start a run's ranks here, compare what they are and measure how fast, and end; every run does so before its first step
+      start a run's ranks here, compare their versions, configuration and data, measure their speed, and end; every run does
+      so before its first step
   calibrate --out FILE.toml
       measure this machine for plan --cluster FILE.toml; distattn calibrate --help
   launch {local,slurm,ray,folder} CONFIG, launch {status,logs,cancel} RUN
@@ -35,8 +36,8 @@ commands:
 
   --version
 
-exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3 damaged data,
-75 training stopped because it was asked to, and can be resumed
+exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3 damaged data, 4 another rank was lost,
+75 training stopped because it was asked to, and can be resumed, 128 + N ended by signal N (130 Ctrl-C, 143 SIGTERM)
 """
 
 # each is a module distattn.launch.NAME_command with a function main

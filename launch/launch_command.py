@@ -38,11 +38,12 @@ USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value .
 local starts one process per rank here: rank 0 on the console, a log file for each rank in the run folder.
 slurm writes a batch script into the run folder and submits it; --dry-run prints it and leaves nothing behind.
 ray runs on nodes of a Ray cluster, as slurm does on those of a job, until the run has ended; without a cluster on a new one here.
---nodes and --gpus set parallel.ranks and parallel.devices_per_node; --gpus is the number of ranks on a node. Of the nodes
---spare wait for others to fail. --array starts one run for each value of a key, in folders 0, 1, ... of the run folder.
+--nodes and --gpus set parallel.ranks and parallel.devices_per_node; --gpus is the number of ranks on a node, with a GPU each
+where parallel.kernel computes on GPUs. --spare N of the nodes stay idle until another one fails (Slurm only). --array starts one
+run for each value of a key, in folders 0, 1, ... of a new run folder.
 folder makes the run folder only, for ranks that another scheduler starts (docs/clusters.md). status shows the attempts of a run,
 and why each ended. With --preflight.action=only the ranks compare and measure each other as before the first step of any run, and
-the run ends, in the folder RUN-preflight; of it nothing is started or queued again.
+the run ends, in the folder RUN-preflight; such a run is not restarted or requeued.
 """
 
 

@@ -17,9 +17,9 @@ from distattn.training.config_sections import PreflightConfig
 
 USAGE = """usage: distattn preflight CONFIG [--json] [--section.key value ...]
 
-Starts the ranks of a run on this machine, compares their code, configuration, packages, data and memory, measures products
-and links between them, and ends; nothing is left behind. Every run does so before its first step, on all its hosts (see
-preflight.action). On the hosts of a cluster alone: distattn launch slurm|ray CONFIG --preflight.action=only.
+Starts the ranks of a run on this machine, compares their code, configuration, packages, data and memory, measures matrix
+products and the links between them, and ends; nothing is left behind. Every run does so before its first step, on all its
+hosts (see preflight.action). On the hosts of a cluster alone: distattn launch slurm|ray CONFIG --preflight.action=only.
 """
 
 

@@ -108,7 +108,7 @@ class ParallelConfig:
     min_chunk: int = 0
     """document_zigzag cuts documents into chunks of at least this many tokens; 0 for 512, or less where tokens are few."""
     kernel: str = "cpu"
-    """What computes core attention on one device: cpu, reference, and on GPUs triton, triton_tf32 or gluon."""
+    """What computes core attention on one device: cpu or reference; on GPUs auto, flash, triton, triton_tf32 or gluon."""
     backward: str = ""
     """keep, refetch-home or refetch-follow; empty for the strategy's own."""
     devices_per_node: int = 0
