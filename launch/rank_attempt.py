@@ -109,7 +109,11 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
             how = f"was killed by {signal.Signals(code - 128).name}"
             trouble = replace(trouble, culprits=tuple(one._replace(how=how) for one in trouble.culprits))
     except SignalException as stop:
-        raise AttemptStopped(stopped_by(stop)) from None
+        trouble = watch.close()
+        if trouble is None:
+            raise AttemptStopped(stopped_by(stop)) from None
+        # ranks that have told nothing the watch can end only by a signal to this process
+        code = trouble.exit_code
     finally:
         watch.close()
         # of stacks that nobody asked for

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
-from distattn.supervision.evidence import answer_with_stacks
+from distattn.supervision.evidence import answer_with_stacks, be_read_by
 from distattn.supervision.flight_recorder import answer_with_flight_recorder
 from distattn.supervision.heartbeats import attach, tell, tell_end
 
@@ -33,6 +33,7 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     rank = int(os.environ["RANK"])
     attach(Path(board), int(os.environ["LOCAL_RANK"]), attempt)
     answer_with_stacks(Path(evidence), rank)
+    be_read_by(launcher)
     answer_with_flight_recorder()
     tell("starting")
     module, name = function.split(":")

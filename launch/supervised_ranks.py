@@ -53,7 +53,10 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
         suspects, failures = (suspects & blamed, failures + 1) if suspects & blamed else (blamed, 1)
         now = restarts.progress()
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
-        if not _may_go_better(trouble, code, before) or without_progress > restarts.limit:
+        if (
+            not _may_go_better(trouble, code, before if without_progress > 1 else "")
+            or without_progress > restarts.limit
+        ):
             names = ", ".join(f"rank {one.rank}" for one in trouble.culprits)
             # who refuses has said so
             how = f"{names} ended with exit code {code}" if trouble.kind == "refused" else str(trouble)
@@ -68,7 +71,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
 
 
 def _may_go_better(trouble: Trouble, code: int, before: str) -> bool:
-    """Whether another attempt makes sense. before: what went wrong in the last one."""
+    """Whether another attempt makes sense. before: what went wrong in the last one that came no further."""
     if trouble.kind == "raised":
         return trouble.steps > 0 and str(trouble) != before
     return trouble.kind != "refused" or code == LostRankError.exit_code

@@ -23,6 +23,12 @@ _ENDING_SECONDS = 30.0
 _NAMING_SECONDS = 3.0
 
 
+def _ending_seconds(owner: Owner | None) -> float:
+    """That an owner of the same job may take to end. A file server may keep the locks of a lost host for its own lease."""
+    elsewhere = owner is not None and owner.is_alive() is None
+    return LEASE_SECONDS if elsewhere else _ENDING_SECONDS
+
+
 class RunLock:
     """Holds a folder for this process until it is closed, or ends. One process of a job takes it, as a rule rank 0.
 
@@ -92,9 +98,9 @@ class RunLock:
                 # a child of the dead owner has inherited its lock; a new owner would have written its name by now
                 if waited > _NAMING_SECONDS:
                     self._open_new()
-            elif not self._is_of_same_job(owner) or waited > _ENDING_SECONDS:
+            elif not self._is_of_same_job(owner) or waited > _ending_seconds(owner):
                 raise self._refused(owner, "")
-            # an earlier attempt of this job, on this machine, that has not ended yet
+            # an earlier attempt of this job that has not ended yet
             time.sleep(0.1)
         owner = Owner.read(self._file)
         # flock is free: an owner on this machine is dead, one elsewhere may not share it

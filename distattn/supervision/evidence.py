@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -19,6 +20,8 @@ from distattn.supervision.heartbeats import Heartbeat
 
 # USR1 is what batch systems send before a time limit
 _TELL_STACKS = signal.SIGUSR2
+# from linux/prctl.h
+_PR_SET_PTRACER = 0x59616D61
 # for py-spy, and for a rank's own answer
 _PY_SPY_SECONDS, _ANSWER_SECONDS = 10.0, 2.0
 # in how many innermost frames, of which torchrun's own do not count
@@ -36,6 +39,12 @@ def answer_with_stacks(folder: Path, rank: int) -> None:
     faulthandler.register(_TELL_STACKS, file=descriptor, all_threads=True)
 
 
+def be_read_by(pid: int) -> None:
+    """Let a process, and those that it starts, read this one's stacks where Yama keeps that from all but parents."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
+
+
 def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat]) -> dict[int, str]:
     """Write what each rank told last, the stacks of its threads and its flight recorder into a folder; returns the stacks.
 
@@ -49,11 +58,10 @@ def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Hea
     before = {rank: _size(_stacks_file(folder, rank)) for rank in pids}
     stopped = {rank for rank, pid in pids.items() if process_state(pid) in "Tt"}
     answering = {rank: pid for rank, pid in pids.items() if rank not in stopped}
-    for rank in stopped:
-        _spy(pids[rank], _stacks_file(folder, rank))
     for pid in answering.values():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, _TELL_STACKS)
+    _spy({_stacks_file(folder, rank): pids[rank] for rank in stopped})
     keep_flight_recorders(folder, answering)
     ends = time.monotonic() + _ANSWER_SECONDS
     while any(_size(_stacks_file(folder, rank)) == before[rank] for rank in answering) and time.monotonic() < ends:
@@ -83,12 +91,19 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def _spy(pid: int, file: Path) -> None:
-    if shutil.which("py-spy") is None:
+def _spy(pids: Mapping[Path, int]) -> None:
+    """Add what py-spy reads of processes to files, by their files; nothing where it is not installed."""
+    if not pids or shutil.which("py-spy") is None:
         return
-    # a stopped process does not answer the stop that py-spy sends
-    command = ["py-spy", "dump", "--pid", str(pid), "--nonblocking"]
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PY_SPY_SECONDS)
-        with open(file, "a", encoding="utf-8") as opened:
-            opened.write(done.stdout)
+    ends, started = time.monotonic() + _PY_SPY_SECONDS, []
+    for file, pid in pids.items():
+        # a stopped process does not answer the stop that py-spy sends; what it cannot read it says
+        with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as opened:
+            command = ["py-spy", "dump", "--pid", str(pid), "--nonblocking"]
+            started.append(subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT))
+    for process in started:
+        try:
+            process.wait(max(0.0, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -34,22 +34,20 @@ class NodeReports:
 
     def __init__(self, folder: Path, node: int, nodes: int):
         self._folder, self.node, self.nodes = folder, node, nodes
+        # network file systems remember for a while that a file was not there
+        for file in (self._asked_by(node), self._told_by(node)):
+            with contextlib.suppress(OSError):
+                file.write_text("", "utf-8")
 
     def ask(self) -> float:
         """Want to know from all nodes what their ranks do. Returns when, by the file system's clock. Raises OSError."""
-        file = self._folder / f"asked-{self.node}"
+        file = self._asked_by(self.node)
         file.write_text("what do your ranks do?\n", "utf-8")
         return file.stat().st_mtime
 
     def asked(self) -> float:
         """When another node has last asked, by the file system's clock; 0 where none has."""
-        found = [0.0]
-        for file in self._folder.glob("asked-*"):
-            # of a node that is about to be ended
-            with contextlib.suppress(OSError):
-                if file.name != f"asked-{self.node}":
-                    found.append(file.stat().st_mtime)
-        return max(found)
+        return max((_read(self._asked_by(node))[0] for node in self._others()), default=0.0)
 
     def answer(self, report: NodeReport) -> None:
         """Tell the others. Clocks of hosts agree to less than ranks differ. Raises OSError."""
@@ -58,19 +56,36 @@ class NodeReports:
             for rank, beat in report.beats.items()
         }
         text = json.dumps(report._replace(beats={})._asdict() | {"beats": beats})
-        aside = self._folder / f".beats-{self.node}"
-        aside.write_text(text, "utf-8")
-        os.replace(aside, self._folder / f"beats-{self.node}.json")
+        self._told_by(self.node).write_text(text, "utf-8")
 
     def answers(self, since: float) -> dict[int, NodeReport]:
         """What other nodes have told since a time that `ask` has returned, by node."""
         found = {}
-        for node in set(range(self.nodes)) - {self.node}:
-            file = self._folder / f"beats-{node}.json"
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                if file.stat().st_mtime >= since:
-                    found[node] = _report(json.loads(file.read_text("utf-8")))
+        for node in self._others():
+            at, text = _read(self._told_by(node))
+            # while it writes, an answer is not whole
+            with contextlib.suppress(ValueError, KeyError):
+                if text and at >= since:
+                    found[node] = _report(json.loads(text))
         return found
+
+    def _others(self) -> list[int]:
+        return [node for node in range(self.nodes) if node != self.node]
+
+    def _asked_by(self, node: int) -> Path:
+        return self._folder / f"asked-{node}"
+
+    def _told_by(self, node: int) -> Path:
+        return self._folder / f"beats-{node}.json"
+
+
+def _read(file: Path) -> tuple[float, str]:
+    """When a file was last written, and its text; 0 and nothing where it is empty, or not there."""
+    # a network file system looks at the server when a file is opened, and may show an old time before
+    with contextlib.suppress(OSError), open(file, encoding="utf-8") as opened:
+        if text := opened.read():
+            return os.fstat(opened.fileno()).st_mtime, text
+    return 0.0, ""
 
 
 def merged(reports: Mapping[int, NodeReport]) -> NodeReport:

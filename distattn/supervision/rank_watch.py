@@ -77,7 +77,8 @@ class RankWatch:
         reports: NodeReports | None = None,
     ):
         self._board, self._ranks, self._patience, self._folder = board, ranks, patience, folder
-        self._reports, self._answered = reports, 0.0
+        # what was asked in an attempt before this one, of a scheduler that does not number them, is over
+        self._reports, self._answered = reports, reports.asked() if reports is not None else 0.0
         self.trouble: Trouble | None = None
         self._began = time.monotonic()
         # the step that each rank has begun first, and the longest silence of all ranks since all have done it
@@ -170,11 +171,13 @@ class RankWatch:
             found = culprits(*report[:3])
         else:
             others = self._of_others(self._reports, report)
+            if others is None:
+                others, absent = {}, []
+            else:
+                absent = sorted(set(range(self._reports.nodes)) - {self._reports.node, *others})
             if any(other.silent < self._patience.running / 4 for other in others.values()):
                 return False
-            mine = self._reports.node
-            absent = sorted(set(range(self._reports.nodes)) - {mine, *others})
-            found = culprits(*merged({mine: report, **others})[:3])
+            found = culprits(*merged({self._reports.node: report, **others})[:3])
             if absent:
                 first = {node: node * len(self._ranks) for node in absent}
                 found = [Culprit(first[node], f"and the others of node {node} do not answer") for node in absent]
@@ -198,17 +201,19 @@ class RankWatch:
                 self._answered = asked
                 reports.answer(self._report(known, silent))
 
-    def _of_others(self, reports: NodeReports, report: NodeReport) -> dict[int, NodeReport]:
-        """What other nodes answer, until all have or the time is over."""
+    def _of_others(self, reports: NodeReports, report: NodeReport) -> dict[int, NodeReport] | None:
+        """What other nodes answer, until all have or the time is over; None where they cannot be asked."""
         found: dict[int, NodeReport] = {}
-        with contextlib.suppress(OSError):
+        try:
             asked, ends = reports.ask(), time.monotonic() + ANSWER_SECONDS
             # to others that ask as well
             reports.answer(report)
-            while len(found) < reports.nodes - 1 and time.monotonic() < ends and not self._closed.is_set():
-                time.sleep(POLL_SECONDS)
-                # what others said since these ranks are silent counts: who asked first may have ended its ranks and be gone
-                found = reports.answers(asked - report.silent)
+        except OSError:
+            return None
+        while len(found) < reports.nodes - 1 and time.monotonic() < ends and not self._closed.is_set():
+            time.sleep(POLL_SECONDS)
+            # what others said since these ranks are silent counts: who asked first may have ended its ranks and be gone
+            found = reports.answers(asked - report.silent)
         return found
 
     def _end(

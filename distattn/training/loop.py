@@ -126,6 +126,7 @@ class TrainingLoop:
         )
         self.replay = ReplayCheck(engine.model, config.watch.replay_every, group, engine.cp.messages, engine.stage)
         self.by_position = LossByPosition(data.context, [corpus.name for corpus in data.corpora], device)
+        self._has_evaluated = False
         self.utilisation = Utilisation.of_config(config, shape)
         self.health = RunHealth(engine.cp, device, config.health, self.folder, reporter)
 
@@ -238,7 +239,9 @@ class TrainingLoop:
 
     def _evaluate(self, done: int) -> None:
         """Losses of held-out documents by position and corpus, and of training since the last time."""
-        tell("evaluation")
+        # what is compiled, it is at the first one
+        tell("evaluation", seconds=0.0 if self._has_evaluated else self.config.supervision.starting_seconds)
+        self._has_evaluated = True
         data, begin = held_out_data(self.config, self.data)
         sums = LossByPosition(data.context, [corpus.name for corpus in data.corpora], self.device)
         loader = self._loader(data, begin, begin + self.config.evaluation.steps)

@@ -56,7 +56,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int])
         dist.init_process_group("gloo" if device.type == "cpu" else on_device, **job_store())
     try:
         check_members(run.secret_file)
-        return work(run, config, device)
+        code = work(run, config, device)
     except DistattnError as error:
         tell_end(error.exit_code, error)
         sys.stderr.write(f"distattn: rank {dist.get_rank()}: {error}\n")
@@ -68,5 +68,6 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int])
         code = DistattnError.exit_code if error.errno in _LASTING else 1
         tell_end(code, DistattnError(text) if error.errno in _LASTING else error)
         return code
-    finally:
-        dist.destroy_process_group()
+    # only where all have come so far: NCCL waits for the others here, and an error is to be told at once
+    dist.destroy_process_group()
+    return code
