@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distattn.launch.command_line import say
-from distattn.launch.loopback import RENDEZVOUS, gloo_on_loopback
+from distattn.launch.loopback import NODES_RENDEZVOUS, RENDEZVOUS, gloo_on_loopback
 
 _WRAPPER = "distattn.launch.die_with_launcher"
 
@@ -69,7 +69,7 @@ def torchrun_config(ranks: int, node: Node = HERE, start_method: str = "spawn", 
     start_method: of ranks that are functions. interval: seconds between two looks at them.
     """
     # of several nodes each knows its place, which the plan counts on: nothing is left to agree on
-    meeting: dict[str, Any] = {"rdzv_backend": "static", "rdzv_endpoint": node.address}
+    meeting: dict[str, Any] = {"rdzv_backend": NODES_RENDEZVOUS, "rdzv_endpoint": node.address}
     if node.nodes == 1:
         meeting = {"rdzv_backend": RENDEZVOUS}
     return LaunchConfig(

@@ -1,13 +1,18 @@
-"""Ranks of one machine meet on its loopback: torchrun's own rendezvous listens on all interfaces.
+"""Ranks of one machine meet on its loopback, those of several on the first one's address: torchrun's own rendezvous listens on
+all interfaces.
 
 A store for each attempt, too: PyTorch's own is kept over restarts, with the addresses of the dead ranks in it (pytorch#167288).
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import (
@@ -17,14 +22,17 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from distattn.parallel.runtime.interfaces import LOOPBACK, listening_socket
+from distattn.parallel.runtime.interfaces import LOOPBACK, listening_socket, resolved
 
-# rdzv_backend of torchrun's `LaunchConfig`
-RENDEZVOUS = "distattn-loopback"
+# rdzv_backend of torchrun's `LaunchConfig`: of one machine, and of several
+RENDEZVOUS, NODES_RENDEZVOUS = "distattn-loopback", "distattn-nodes"
 _GLOO_INTERFACE, _INTERFACE = "GLOO_SOCKET_IFNAME", "lo"
 # connections that the store may not have taken yet
 _WAITING = 1024
+# that the first node may take to come
+_LIMIT = timedelta(minutes=10)
 
 
 @contextmanager
@@ -78,4 +86,40 @@ class _LoopbackRendezvous(RendezvousHandler):
         return True
 
 
+class _NodesRendezvous(_LoopbackRendezvous):
+    """Of agents on several nodes that know their places. The first one's holds the store."""
+
+    def __init__(self, parameters: RendezvousParameters):
+        super().__init__(parameters)
+        self._host, self._port = parse_rendezvous_endpoint(parameters.endpoint, -1)
+        self._node, self._nodes = parameters.config["rank"], parameters.max_nodes
+
+    def get_backend(self) -> str:
+        return NODES_RENDEZVOUS
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        held: dict[str, Any] = {}
+        if self._node == 0:
+            held = {"is_master": True, "master_listen_fd": _socket_of(self._host, self._port).detach()}
+        store = dist.TCPStore(self._host, self._port, self._nodes, timeout=_LIMIT, **held)
+        where = RendezvousStoreInfo(self._host, self._port)
+        return RendezvousInfo(dist.PrefixStore(self._run, store), self._node, self._nodes, where)
+
+
+def _socket_of(host: str, port: int) -> socket.socket:
+    """A socket that listens on the address of a name of this machine. Raises OSError where the port is taken.
+
+    On all interfaces where the name stands for nothing here, for another machine's address, or for the loopback, as in
+    /etc/hosts of some systems, though others reach this machine by it.
+    """
+    for address in resolved(host)[:1]:
+        if host in (address, "localhost") or not ipaddress.ip_address(address).is_loopback:
+            with suppress(OSError):
+                return listening_socket(address, port, _WAITING)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("::", port), family=socket.AF_INET6, backlog=_WAITING, dualstack_ipv6=True)
+    return listening_socket("0.0.0.0", port, _WAITING)
+
+
 rendezvous_handler_registry.register(RENDEZVOUS, _LoopbackRendezvous)
+rendezvous_handler_registry.register(NODES_RENDEZVOUS, _NodesRendezvous)

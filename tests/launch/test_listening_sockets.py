@@ -6,15 +6,18 @@ import secrets
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 import torch.distributed as dist
 from processes import run_on_ranks
+from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 from waiting import LIMIT_SECONDS
 
 from distattn.ir.errors import DistattnError
+from distattn.launch.loopback import NODES_RENDEZVOUS, _socket_of
 from distattn.training.job_members import check_members
 from distattn.training.job_secret import read_secret, write_secret
 from distattn.training.job_store import job_store
@@ -160,3 +163,34 @@ def test_the_store_of_rank_0_listens_on_the_address_that_it_was_given(monkeypatc
     monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
     with pytest.raises(DistattnError, match="rank 0 cannot listen on 192.0.2.1"):
         job_store()
+
+
+@pytest.mark.parametrize(
+    ("host", "everywhere"), [("127.0.0.1", False), ("localhost", False), ("a-name-of-no-host", True)]
+)
+def test_the_store_of_several_nodes_listens_on_the_address_that_they_were_given(host, everywhere):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with _socket_of(host, port):
+        found = {address for address, at in listening_addresses(psutil.Process()) if at == port}
+    assert found == ({"::"} if everywhere else {"127.0.0.1"})
+
+
+def test_agents_of_several_nodes_meet_in_the_first_ones_store():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    first, second = (_agent(node, port) for node in range(2))
+    with ThreadPoolExecutor() as threads:
+        # each waits for the other
+        there = threads.submit(first.next_rendezvous)
+        here = second.next_rendezvous()
+        one = there.result()
+    assert [(found.rank, found.world_size) for found in (one, here)] == [(0, 2), (1, 2)]
+    one.store.set("of the first", "word")
+    assert here.store.get("of the first") == b"word"
+    assert {address for address, at in listening_addresses(psutil.Process()) if at == port} == {"127.0.0.1"}
+
+
+def _agent(node: int, port: int):
+    parameters = RendezvousParameters(NODES_RENDEZVOUS, f"127.0.0.1:{port}", "a run", 2, 2, rank=node)
+    return rendezvous_handler_registry.create_handler(parameters)
