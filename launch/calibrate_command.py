@@ -106,7 +106,7 @@ def _calibrate_nodes(given: argparse.Namespace) -> int:
     if importlib.util.find_spec("ray") is None:
         raise DistattnError("calibrate --ray needs ray: pip install 'distattn[ray]'.")
     ranks = ("--ranks", str(given.ranks)) if given.ranks else ()
-    found = calibrate_nodes(given.ray, ranks, print_to_stderr)
+    found, failed = calibrate_nodes(given.ray, ranks, print_to_stderr)
     out, slow = Path(given.out), list(slow_nodes(found))
     files = {name: out.with_name(f"{out.stem}-{name.replace('/', '_')}.toml") for name in found}
     for name, spec in found.items():
@@ -120,7 +120,9 @@ def _calibrate_nodes(given: argparse.Namespace) -> int:
         for name, spec in found.items():
             print_line(f"{name}: {_summary(spec)}\nwritten to {files[name]}")
         print_line("\n".join(slow) or "no node is much slower than the others")
-    return 0
+    for sentence in failed:
+        print_to_stderr(sentence)
+    return 1 if failed else 0
 
 
 def _ranks(asked: int | None) -> int:

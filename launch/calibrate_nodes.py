@@ -11,22 +11,22 @@ from pathlib import Path
 
 from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
-from distattn.ir.errors import DistattnError
 from distattn.preflight.outliers import SLOW_FACTOR
 
 
 def calibrate_nodes(
     address: str, words: Sequence[str], report_progress: Callable[[str], None]
-) -> dict[str, ClusterSpec]:
-    """The description that each node has of itself, by the node's name. words: more options of `distattn calibrate`.
+) -> tuple[dict[str, ClusterSpec], list[str]]:
+    """(The description that each node has of itself, by the node's name; sentences about nodes that could not measure).
 
-    address: of the cluster, as in `ray_driver.connected`. Raises DistattnError, with what a node said, where one cannot measure.
+    address: of the cluster, as in `ray_driver.connected`. words: more options of `distattn calibrate`.
     """
     from distattn.launch.ray_driver import connected
     from distattn.launch.ray_tasks import Task, run_tasks, task_nodes
 
     command = (sys.executable, "-m", "distattn.launch.cli", "calibrate", "--out", "{out}/node.toml", *words)
     found: dict[str, ClusterSpec] = {}
+    failed: list[str] = []
     with (
         connected(address, quiet=True, cores_here=lambda: os.cpu_count() or 1),
         tempfile.TemporaryDirectory() as folder,
@@ -36,14 +36,14 @@ def calibrate_nodes(
         tasks = [Task(node.name, (*command, "--name", node.name), node.cpus, node.gpus, node.number) for node in nodes]
         for task, end in run_tasks(tasks):
             if end.code or "node.toml" not in end.files:
-                raise DistattnError(
-                    f"{task.name}: the measurement failed, exit code {end.code}: {end.output[-2000:].strip()}"
-                )
+                said = end.output[-2000:].strip()
+                failed.append(f"{task.name}: the measurement failed, exit code {end.code}: {said}")
+                continue
             file = Path(folder, f"{len(found)}.toml")
             file.write_bytes(end.files["node.toml"])
             found[task.name] = describe.load(file)
             report_progress(f"{task.name} is measured ({len(found)} of {len(tasks)})")
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), failed
 
 
 def slow_nodes(found: Mapping[str, ClusterSpec]) -> Iterator[str]:

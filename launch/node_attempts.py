@@ -65,7 +65,10 @@ class NodeAttempts:
         """Attempt after attempt."""
         self._attempts.end_open("ended with its job, before anybody could tell why")
         self._run.forget_requests()
-        restarts, furthest = 0, self._progress()
+        if self._signal:
+            # it came before there was anything to stop
+            self._run.ask_to_stop(self._signal)
+        restarts, furthest, first = 0, self._progress(), True
         while (hosts := self._nodes.choose()) is not None:
             number = self._attempts.begin(**self._facts, hosts=hosts)
             end = self._nodes.run(hosts, number)
@@ -79,9 +82,13 @@ class NodeAttempts:
             if end.code == _STOPPED:
                 self._attempts.end(number, _STOPPED, f"stopped, asked by {asked or 'a file in the run folder'}")
                 return Outcome(_STOPPED, again=asked.startswith("SIG"))
-            why, blamed = end.cause(hosts, self._attempts.told(number))
+            told = self._attempts.told(number)
+            why, blamed = end.cause(hosts, told)
             self._attempts.end(number, end.code, why, blamed=blamed)
-            if end.is_final():
+            # before the first step of a later attempt ranks may refuse what the one before has left: memory, locks, files
+            left_over = not first and bool(told) and not any(facts.get("steps", 1) for facts in told.values())
+            first = False
+            if end.is_final() and not left_over:
                 say(f"{why}; the other ranks were stopped.")
                 return Outcome(end.code)
             now = self._progress()
@@ -89,7 +96,8 @@ class NodeAttempts:
             if asked or restarts > self._max_restarts:
                 say(f"{why}; {'the run was to stop' if asked else f'{restarts} attempts came no further'}.")
                 return Outcome(end.code, again=asked.startswith("SIG"))
-            self._nodes.blame(blamed, end)
+            if not end.is_final():
+                self._nodes.blame(blamed, end)
             say(f"{why}; all ranks start again from step {now:,} (restart {restarts} of {self._max_restarts}).")
         asked = self._asked()
         say(f"stopped between attempts, asked by {asked}." if asked else f"{self._nodes.shortage()}.")

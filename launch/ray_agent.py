@@ -68,5 +68,5 @@ class NodeAgent:
             try:
                 return child.wait(_LOOK_SECONDS)
             except subprocess.TimeoutExpired:
-                if attempt and attempts.latest != attempt:
+                if attempt and attempts.latest > attempt:
                     child.kill()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from distattn.ir.errors import DistattnError
 
@@ -32,11 +34,13 @@ def connected(address: str, quiet: bool, cores_here: Callable[[], int]) -> Itera
 
 def _joined(address: str, given: dict[str, Any]) -> bool:
     """Become a driver of a cluster; False where none was named and none is there. Raises DistattnError."""
+    named = address or os.environ.get("RAY_ADDRESS", "")
     try:
-        ray.init(address=address or "auto", **given)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if address:
+        ray.init(address=named or "auto", **given)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        # a cluster that is there and lets nobody in was meant, too
+        if named or isinstance(error, RayError):
             first = str(error).strip().splitlines()[0]
-            raise DistattnError(f"ray.address: no cluster at {address}: {first}") from None
+            raise DistattnError(f"ray.address: no cluster at {named or 'this machine'}: {first}") from None
         return False
     return True

@@ -146,7 +146,9 @@ class RayNodes:
         # Ray itself replaces a node that it knows to be gone
         known = AttemptEnd(codes={nodes[host]: code for host, code in end.codes.items()})
         before = len(self._left_out.hosts)
-        self._left_out.blame([nodes[host] for host in hosts], known, spare=self._usable() - self._wanted)
+        # a run that may have fewer nodes has them to spare
+        spare = self._usable() - min(self._size.counts)
+        self._left_out.blame([nodes[host] for host in hosts], known, spare)
         if len(self._left_out.hosts) > before:
             self.close()
 

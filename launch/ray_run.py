@@ -23,6 +23,7 @@ from distattn.launch.node_needs import node_needs
 from distattn.launch.ray_nodes import NodeCounts, RayNodes
 from distattn.launch.run_status import ray_facts
 from distattn.training.config import Config
+from distattn.training.json_lines import write_whole
 from distattn.training.run_folder import RunFolder
 
 
@@ -69,13 +70,13 @@ def launcher_facts() -> dict[str, Any]:
 def note_launcher(run: RunFolder, state: str, **facts: Any) -> None:
     """Note in the folder of a run, or of a sweep, who launches it. facts: others."""
     noted = {"job": ray.get_runtime_context().get_job_id(), **launcher_facts(), **facts}
-    run.ray_file.write_text(json.dumps(noted) + "\n", "utf-8")
+    write_whole(run.ray_file, json.dumps(noted) + "\n")
     note_state(run, state)
 
 
 def note_state(run: RunFolder, state: str) -> None:
     """Note waiting, running, or that it has ended and its exit code."""
-    run.state_file.write_text(f"{state}\n", "utf-8")
+    write_whole(run.state_file, f"{state}\n")
 
 
 def new_job() -> str:

@@ -25,19 +25,22 @@ class RaySweep:
         self._folder, self._runs, self._waiting = folder, runs, list(runs)
         self._threads: dict[RayRun, threading.Thread] = {}
         self._codes: dict[RayRun, int] = {}
+        self._stopped = False
 
     def stop(self, number: int) -> None:
         """Have all ranks save and end, and begin no other run: a handler of signals."""
-        self._waiting.clear()
-        for one in self._running():
-            one.stop(number)
+        self._stopped = True
+        for one, thread in self._threads.items():
+            # also one that is about to begin
+            if thread.is_alive() or one not in self._codes:
+                one.stop(number)
 
     def train(self) -> int:
         """Run all. Returns the exit code: that of the first run that failed, else 75 where one was stopped, else 0."""
         for place in (self._folder, *(one.run for one in self._runs)):
             place.forget_requests()
-        while self._waiting or self._running():
-            if self._waiting and self._has_room(self._waiting[0]):
+        while (self._waiting and not self._stopped) or self._running():
+            if self._waiting and not self._stopped and self._has_room(self._waiting[0]):
                 self._begin(self._waiting.pop(0))
             if self._folder.stop_file.exists():
                 self._stop_as_asked()
@@ -71,7 +74,7 @@ class RaySweep:
 
     def _stop_as_asked(self) -> None:
         """Pass the request of a person on to the runs."""
-        self._waiting.clear()
+        self._stopped = True
         reason = self._folder.stop_file.read_text("utf-8").strip()
         for one in self._running():
             one.run.ask_to_stop(reason)

@@ -150,7 +150,9 @@ def _run(arguments: Sequence[str]) -> int:
     codes = []
     with connected(given.address, quiet=False, cores_here=lambda: os.cpu_count() or 1):
         if given.every_node:
-            tasks = [Task(node.name, words, node.cpus, node.gpus, node.number) for node in task_nodes()]
+            tasks = [
+                Task(node.name.replace("/", "_"), words, node.cpus, node.gpus, node.number) for node in task_nodes()
+            ]
         else:
             tasks = [
                 Task(word.partition("=")[2].replace("/", "_"), (*words, word), given.cpus, given.gpus)

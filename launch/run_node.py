@@ -30,11 +30,12 @@ def main(folder: str, what: str, *place: str) -> int:
     run = RunFolder(Path(folder))
     number, nodes = map(int, place or (os.environ["SLURM_NODEID"], os.environ["SLURM_NNODES"]))
     attempts = Attempts(run.attempts)
+    attempt = attempts.latest
     if number == 0 and not attempts.goes_on:
         # of the attempt before; whoever notes attempts removes it, and may have made one for this attempt already
         run.forget_requests()
     # whoever ends a step or a container sends SIGTERM, and kills it some seconds later: what can be saved until then is
-    signal.signal(signal.SIGTERM, lambda *_: run.ask_to_stop("SIGTERM"))
+    signal.signal(signal.SIGTERM, lambda *_: _ask_to_stop(run))
     # torch takes seconds, in which the signal may come
     from distattn.launch.local import Node
     from distattn.launch.rank_attempt import AttemptStopped, Ranks, fork_server, run_attempt
@@ -50,7 +51,7 @@ def main(folder: str, what: str, *place: str) -> int:
         ranks = Ranks(per_node, RANK, [folder, False], patience, node)
         set_allocator()
         with fork_server(PRELOAD, node), contextlib.closing(HeartbeatBoard.make(per_node)) as board:
-            code, trouble = run_attempt(ranks, attempts.latest, attempts.folder(attempts.latest), board)
+            code, trouble = run_attempt(ranks, attempt, attempts.folder(attempt), board)
     except AttemptStopped as stop:
         return stop.exit_code
     except DistattnError as error:
@@ -59,9 +60,16 @@ def main(folder: str, what: str, *place: str) -> int:
     if trouble is not None:
         blamed = sorted({one.rank // per_node for one in trouble.culprits})
         facts = {"why": str(trouble), "exit_code": code, "nodes": blamed} | trouble.facts()
-        attempts.tell(attempts.latest, number, facts)
+        attempts.tell(attempt, number, facts)
         say(f"node {number}: {trouble}; its other ranks were stopped.")
     return code
+
+
+def _ask_to_stop(run: RunFolder) -> None:
+    try:
+        run.ask_to_stop("SIGTERM")
+    except OSError as error:
+        say(f"the ranks cannot be asked to stop: {error}; the run goes on from its newest checkpoint.")
 
 
 if __name__ == "__main__":

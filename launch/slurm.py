@@ -86,9 +86,9 @@ def submit(config: Config, folder: Path, runs: Sequence[RunFolder]) -> int:
         number = re.match(r"(\d+)(;|$)", (answer.splitlines() or [""])[-1])
         if number is None:
             raise SubmittedError(f"sbatch took the job and answered {answer!r}: no job number; see squeue --me.")
-        place.job_file.write_text(json.dumps({"job": int(number[1])}) + "\n", "utf-8")
+        place.note_job(int(number[1]))
         for task, run in enumerate(runs if tasks else ()):
-            run.job_file.write_text(json.dumps({"job": f"{number[1]}_{task}"}) + "\n", "utf-8")
+            run.note_job(f"{number[1]}_{task}")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
     return int(number[1])

@@ -8,6 +8,7 @@ limit or a preemption, the ranks save and end with exit code 75, and the job is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import signal
@@ -107,9 +108,16 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments[:split])
     run = RunFolder(given.run)
     name = os.environ["SLURM_JOB_ID"]
+    notes: list[tuple[RunFolder, int | str]] = [(run, int(name))]
     if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
         # one task's number is that of the array
-        name = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+        array = os.environ["SLURM_ARRAY_JOB_ID"]
+        name = f"{array}_{task}"
+        notes = [(run, name), (RunFolder(run.folder.parent), int(array))]
+    for place, number in notes:
+        # another one than launch has noted where somebody submits the script again; the tasks of a sweep note the same
+        with contextlib.suppress(OSError):
+            place.note_job(number)
     job = _Job(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0")), name)
     outcome = Outcome(1)
     try:
@@ -117,8 +125,8 @@ def main(arguments: Sequence[str]) -> int:
         nodes = JobNodes(job, arguments[split + 1 :], hosts)
         facts = {"job": int(job.number), "requeues": job.requeues}
         attempts = NodeAttempts(run, nodes, given.max_restarts, facts)
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, attempts.stop)
+        for asked in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(asked, attempts.stop)
         outcome = attempts.run()
     except DistattnError as error:
         say(str(error))

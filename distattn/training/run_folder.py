@@ -11,7 +11,7 @@ from distattn.ir.errors import DistattnError
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.job_secret import write_secret
-from distattn.training.json_lines import JsonLines, Row, read_rows
+from distattn.training.json_lines import JsonLines, Row, json_text, read_rows, write_whole
 
 # whose losses by position and corpus are written
 TRAINING, EVALUATION = "training", "evaluation"
@@ -103,6 +103,10 @@ class RunFolder:
     def log_file(self, rank: int) -> Path:
         """The file of a rank's output, where the run keeps logs."""
         return self.logs / f"rank-{rank}.log"
+
+    def note_job(self, job: int | str) -> None:
+        """Leave the number of the Slurm job of a run, or of a sweep, where it is looked up. Raises OSError."""
+        write_whole(self.job_file, json_text({"job": job}) + "\n")
 
     def ask_to_stop(self, reason: str) -> None:
         """Have the ranks save and end after their next step, with exit code 75; a reason that is there stays."""

@@ -51,6 +51,10 @@ def job(tmp_path):
         started = (tmp_path / "steps").read_text().splitlines()
         requeued = (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else []
         assert (folder / "state").read_text() == f"ended {done.returncode}\n"
+        # also where somebody has submitted the script again
+        task = environment.get("SLURM_ARRAY_TASK_ID")
+        assert json.loads((folder / "job.json").read_text()) == {"job": f"9_{task}" if task else 12}
+        assert not task or json.loads((tmp_path / "job.json").read_text()) == {"job": 9}
         return done, started, requeued, Attempts(folder / "attempts").rows()
 
     return run
@@ -95,6 +99,11 @@ def test_a_job_is_queued_again_after_a_signal_and_not_for_ever(job):
     done, started, requeued, rows = job((SAVED, 75), requeues=1)
     assert done.returncode == 75 and requeued == ["requeue", "12"] and rows[0]["why"] == "stopped, asked by SIGTERM"
     assert len(started) == 1
+
+
+def test_a_task_of_a_sweep_is_queued_again_alone(job):
+    done, _, requeued, _ = job((SAVED, 75), requeues=1, SLURM_ARRAY_JOB_ID="9", SLURM_ARRAY_TASK_ID="2")
+    assert done.returncode == 75 and requeued == ["requeue", "9_2"]
 
 
 def test_the_limit_of_requeues_is_named(job):

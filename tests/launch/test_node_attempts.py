@@ -1,0 +1,70 @@
+"""Attempts on several nodes: which failures are followed by another one. The nodes are stood in for."""
+
+import signal
+
+import pytest
+
+from distattn.launch.attempt_end import AttemptEnd
+from distattn.launch.attempts import Attempts
+from distattn.launch.node_attempts import NodeAttempts
+from distattn.training.config import Config, RunConfig
+from distattn.training.run_folder import RunFolder
+
+KILLED, REFUSED = ("killed", 137), ("refused", 2)
+
+
+class Nodes:
+    """Two nodes, whose attempts end as told: (kind, exit code, steps done) of the second one's ranks, or well."""
+
+    def __init__(self, run, *ends):
+        self._run, self._ends, self.blamed, self.asked = run, list(ends), [], []
+
+    def choose(self):
+        return ["a", "b"]
+
+    def run(self, hosts, attempt):
+        self.asked.append(self._run.stop_file.exists())
+        if not self._ends:
+            return AttemptEnd(0, {"a": 0, "b": 0})
+        kind, code, steps = self._ends.pop(0)
+        facts = {"why": f"rank 1 {kind}", "exit_code": code, "nodes": [1], "kind": kind, "steps": steps}
+        Attempts(self._run.attempts).tell(attempt, 1, facts)
+        return AttemptEnd(code, {"b": code, "a": 4 if kind == "killed" else code})
+
+    def finish(self, hosts):
+        return 0
+
+    def blame(self, hosts, end):
+        self.blamed += hosts
+
+    def shortage(self):
+        raise AssertionError
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder.create(Config(run=RunConfig(folder=str(tmp_path / "run"))))
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "attempts", "blamed"),
+    [
+        ([(*REFUSED, 0)], 2, 1, []),
+        # what the attempt before has left may be what is refused, and no node is blamed for it
+        ([(*KILLED, 5), (*REFUSED, 0)], 0, 3, ["b"]),
+        ([(*KILLED, 5), (*REFUSED, 3)], 2, 2, ["b"]),
+        ([(*KILLED, 5), *[(*REFUSED, 0)] * 3], 2, 4, ["b"]),
+    ],
+)
+def test_ranks_that_refuse_before_the_first_step_of_a_later_attempt_are_tried_again(run, ends, code, attempts, blamed):
+    nodes = Nodes(run, *ends)
+    assert NodeAttempts(run, nodes, 3, {}).run().code == code
+    assert len(Attempts(run.attempts).rows()) == attempts and nodes.blamed == blamed
+
+
+def test_a_signal_that_comes_before_the_first_attempt_is_not_forgotten(run):
+    nodes = Nodes(run)
+    attempts = NodeAttempts(run, nodes, 3, {})
+    attempts.stop(signal.SIGTERM)
+    attempts.run()
+    assert nodes.asked == [True]
