@@ -53,10 +53,8 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
         suspects, failures = (suspects & blamed, failures + 1) if suspects & blamed else (blamed, 1)
         now = restarts.progress()
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
-        if (
-            not _may_go_better(trouble, code, before if without_progress > 1 else "")
-            or without_progress > restarts.limit
-        ):
+        repeated = without_progress > 1 and str(trouble) == before
+        if not _may_go_better(trouble, code, repeated) or without_progress > restarts.limit:
             names = ", ".join(f"rank {one.rank}" for one in trouble.culprits)
             # who refuses has said so
             how = f"{names} ended with exit code {code}" if trouble.kind == "refused" else str(trouble)
@@ -70,10 +68,10 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
         say(f"{trouble}; all ranks start again from step {now:,} ({count}).")
 
 
-def _may_go_better(trouble: Trouble, code: int, before: str) -> bool:
-    """Whether another attempt makes sense. before: what went wrong in the last one that came no further."""
+def _may_go_better(trouble: Trouble, code: int, repeated: bool) -> bool:
+    """Whether another attempt makes sense. repeated: whether the last one came no further, for the same reason."""
     if trouble.kind == "raised":
-        return trouble.steps > 0 and str(trouble) != before
+        return trouble.steps > 0 and not repeated
     return trouble.kind != "refused" or code == LostRankError.exit_code
 
 
