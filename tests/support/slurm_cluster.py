@@ -126,6 +126,9 @@ class SlurmCluster:
             except OSError:
                 # it has ended meanwhile
                 continue
+            if not parent:
+                # it ends now; a signal to 0 would be for all processes of these tests
+                continue
             ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment
             if ours and f"SLURMD_NODENAME={node}".encode() in environment:
                 found[int(process.name)] = parent, command
