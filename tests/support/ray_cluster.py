@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 NODE = {"object_store_memory": 80 << 20, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
-# how soon Ray knows that a node is gone; its own settings take 12 s
+# how soon Ray knows that a node is gone: 5 s of one that is killed, whose checks fail at once; its own settings take 12 s. A node
+# that a loaded machine keeps from answering has a minute and more
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 4,
+    "health_check_timeout_ms": 10000,
+    "health_check_failure_threshold": 10,
 }
 
 
