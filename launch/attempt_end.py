@@ -92,6 +92,8 @@ class LeftOut:
     def __init__(self) -> None:
         self.hosts: list[str] = []
         self._failures: Counter[str] = Counter()
+        # of the hosts those that still answer
+        self._failing: list[str] = []
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd, spare: int) -> None:
         """Leave a host out that is lost; one that fell silent, or failed repeatedly, where another can stand in for it.
@@ -104,6 +106,16 @@ class LeftOut:
             suspect = host not in end.codes or self._failures[host] >= _MOST_FAILURES
             if host not in self.hosts and (host in end.lost or suspect and len(self.hosts) - before < spare):
                 self.hosts.append(host)
+                if host in end.codes and host not in end.lost:
+                    self._failing.append(host)
+
+    def take_back(self) -> list[str]:
+        """Take hosts again that have failed, but answered: better than none. Returns which."""
+        found, self._failing = self._failing, []
+        for host in found:
+            self.hosts.remove(host)
+            del self._failures[host]
+        return found
 
 
 def _rank_of_cause(facts: Mapping[str, Any]) -> int:

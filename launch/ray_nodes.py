@@ -175,10 +175,21 @@ class RayNodes:
             if now - began > _SILENT_SECONDS and not said:
                 said = True
                 say(f"waiting for room for {self._demand()}, for {self._size.waiting_seconds:,.0f} s at most.")
-            if now - asked > self._size.shrink_seconds and (fewer := self._fewer()):
-                self.close()
-                self._wanted, asked = fewer, now
+            if now - asked > self._size.shrink_seconds:
+                asked = now
+                self._ask_for_less()
         return group
+
+    def _ask_for_less(self) -> None:
+        """Fewer nodes, or where a run cannot have fewer than there are, those again that were left out for their failures."""
+        if fewer := self._fewer():
+            self._wanted = fewer
+        elif self._usable() >= self._wanted or not (again := self._left_out.take_back()):
+            return
+        else:
+            names = node_names()
+            say(f"there are no others: {' '.join(names.get(node, node) for node in again)} may be taken again.")
+        self.close()
 
     def _held(self) -> PlacementGroup:
         """The group, which may still wait for room."""

@@ -22,7 +22,10 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the cases of a test marked sampled(n), the first and every n-th are for `make test`; the others are marked full."""
+    """Of the cases of a test marked sampled(n), the first and every n-th are for `make test`; the others are marked full.
+
+    Those marked waits come first, or the suite would end with one process that waits for them.
+    """
     seen: Counter[str] = Counter()
     for item in items:
         name = item.nodeid.partition("[")[0]
@@ -30,3 +33,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if sampled is not None and seen[name] % sampled.args[0]:
             item.add_marker(pytest.mark.full)
         seen[name] += 1
+    items.sort(key=lambda item: item.get_closest_marker("waits") is None)

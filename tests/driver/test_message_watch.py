@@ -16,6 +16,8 @@ from distattn.driver.message_watch import awaited
 from distattn.ir.plan import Payload
 from distattn.parallel.runtime.transport import Packet
 
+pytestmark = pytest.mark.waits
+
 # of the driver: what a loaded machine takes for a step is far less
 TIMEOUT = 8.0
 SHAPES = dict(q=4, k=2, v=2)

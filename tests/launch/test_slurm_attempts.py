@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distattn.launch.attempt_end import AttemptEnd
+from distattn.launch.attempt_end import AttemptEnd, LeftOut
 from distattn.launch.attempts import Attempts
 
 ROOT = Path(__file__).parents[2]
@@ -141,3 +141,14 @@ def test_an_attempt_whose_job_was_killed_is_noted_by_the_next(tmp_path):
         and rows[0]["ended"] is None
         and [one.name for one in (tmp_path / "attempts").iterdir()] == ["attempts.jsonl"]
     )
+
+
+def test_hosts_that_failed_but_answer_are_taken_again_where_there_are_no_others():
+    left_out = LeftOut()
+    left_out.blame(["a"], AttemptEnd(1, {"a": 137}), spare=2)
+    left_out.blame(["a", "b", "c"], AttemptEnd(1, {"a": 137, "c": None}, lost=["c"]), spare=2)
+    # a has failed twice, b fell silent, c is gone
+    assert left_out.hosts == ["a", "b", "c"]
+    assert left_out.take_back() == ["a"] and left_out.hosts == ["b", "c"] and not left_out.take_back()
+    left_out.blame(["a"], AttemptEnd(1, {"a": 137}), spare=2)
+    assert left_out.hosts == ["b", "c"]

@@ -14,6 +14,8 @@ from made_once import made_once
 from slurm_cluster import SlurmCluster, why_not
 from waiting import eventually
 
+pytestmark = pytest.mark.waits
+
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 SHORT = (f"--train.steps={STEPS}", "--data.tokens_per_step=2048", "--data.max_document_tokens=900")

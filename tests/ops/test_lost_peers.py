@@ -13,6 +13,8 @@ from processes import run_survivors
 
 import distattn as da
 
+pytestmark = pytest.mark.waits
+
 # of the group, and so of what is made beside it; then others are given some seconds to come
 TIMEOUT = timedelta(seconds=6)
 

@@ -11,6 +11,8 @@ import pytest
 from made_once import made_once
 from waiting import LIMIT_SECONDS
 
+pytestmark = pytest.mark.waits
+
 ROOT = Path(__file__).parents[2]
 BUSY = "neither waits for others nor goes on: step 6, "
 WANTED = {

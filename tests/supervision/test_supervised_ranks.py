@@ -15,6 +15,8 @@ from waiting import LIMIT_SECONDS, eventually
 
 from distattn.launch.attempts import Attempts
 
+pytestmark = pytest.mark.waits
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
 BUSY = "rank 1 neither waits for others nor goes on: step 6, "

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import ray
 
 from distattn.launch import ray_agent, ray_nodes
+from distattn.launch.attempts import Attempts
 from distattn.launch.node_needs import NodeNeeds
 from distattn.training.run_folder import RunFolder
 
@@ -66,7 +67,10 @@ def main(address: str, folder: str) -> None:
         Path(folder, third).write_text("silent")
         found["no room"] = [nodes.choose(), nodes.shortage()]
         nodes.close()
-    # of an attempt that is not the one that goes on
+    # of an attempt that others have followed
+    attempts = Attempts(run.attempts)
+    for _ in range(2):
+        attempts.end(attempts.begin(), 0, "ended well")
     with patch.object(subprocess, "Popen", lambda *_, popen=subprocess.Popen, **__: popen(["sleep", "3600"])):
         found["given up"] = ray_agent.NodeAgent().run(Path(folder), "a job", 2)
     sys.stdout.write(f"found {json.dumps(found)}\n")
