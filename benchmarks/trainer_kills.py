@@ -40,6 +40,7 @@ from distattn.launch import cli, run_locally
 from distattn.launch import rank as rank_process
 from distattn.launch.attempts import Attempts
 from distattn.launch.die_with_launcher import die_with_launcher
+from distattn.parallel.runtime.transport import GroupTransport, Packet, PendingMessages
 from distattn.supervision import heartbeats
 from distattn.supervision.culprits import process_state
 from distattn.supervision.heartbeats import Heartbeat
@@ -264,7 +265,9 @@ class Faults:
             if len(before) == ended or before[ended]["exit_code"] == 0:
                 # the run had come to its end
                 return None
-            assert before[ended]["ranks"] == [victim], f"{moment} of rank {victim}: {before[ended]['why']}"
+            # whose messages are lost does not hang, but the other rank
+            named = RANKS - 1 - victim if moment == "message" else victim
+            assert before[ended]["ranks"] == [named], f"{moment} of rank {victim}: {before[ended]['why']}"
             wanted = {"stopped": "is stopped"} | _WORDS
             assert wanted.get(moment, "was killed") in before[ended]["why"], f"{moment}: {before[ended]['why']}"
             launch.until(lambda beats: min(beat.step for beat in beats.values()) >= 0)
@@ -339,6 +342,16 @@ def rank(folder: str, json_lines: bool) -> int:
     assert write is not None
 
     first: list[int] = []
+    lost = threading.Event()
+    exchange = GroupTransport.exchange
+
+    def lose(
+        transport: GroupTransport, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
+    ) -> PendingMessages:
+        return exchange(transport, [] if lost.is_set() else sends, receives, collective, where)
+
+    # a network that takes messages and does not bring them
+    GroupTransport.exchange = lose  # type: ignore[method-assign]
 
     def write_and_hang(words: str, step: int, seconds: float, waits: bool) -> None:
         write(words, step, seconds, waits)
@@ -349,7 +362,10 @@ def rank(folder: str, json_lines: bool) -> int:
             fault = json.loads(planted.read_text("utf-8"))
             if fault["rank"] == int(os.environ["RANK"]) and _WORDS[fault["kind"]] in words:
                 planted.unlink()
-                _stand_still(fault["kind"])
+                if fault["kind"] == "message":
+                    lost.set()
+                else:
+                    _stand_still(fault["kind"])
 
     told.write = write_and_hang
     return rank_process.run(folder, json_lines)
@@ -368,8 +384,6 @@ def _stand_still(kind: str) -> None:
     if kind == "read":
         # a pipe into which nobody writes
         os.read(os.pipe()[0], 1)
-    while kind == "message":
-        time.sleep(1000)
 
 
 def _launcher(words: list[str], log: Path) -> None:

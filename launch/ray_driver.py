@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayError
 
 from distattn.ir.errors import DistattnError
+from distattn.parallel.runtime.interfaces import LOOPBACK
 
 # in place of an address: a new cluster on this machine
 _HERE = "local"
@@ -25,11 +27,19 @@ def connected(address: str, quiet: bool, cores_here: Callable[[], int]) -> Itera
     """
     given: dict[str, Any] = {"log_to_driver": not quiet, "logging_level": "ERROR"}
     if address == _HERE or not _joined(address, given):
-        ray.init(address="local", num_cpus=cores_here(), include_dashboard=False, **given)
+        _begin_here(cores_here(), given)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _begin_here(cores: int, given: dict[str, Any]) -> None:
+    """A cluster of this machine alone, all of whose sockets are on the loopback."""
+    # Ray takes an address of the machine for the loopback's otherwise, and listens on all of them; here, and in its processes
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray.init(address="local", num_cpus=cores, include_dashboard=False, _node_ip_address=LOOPBACK, **given)
 
 
 def _joined(address: str, given: dict[str, Any]) -> bool:

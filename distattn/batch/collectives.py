@@ -6,7 +6,6 @@ DistattnError that names who is missing (see `health`).
 
 from __future__ import annotations
 
-import pickle
 import queue
 import threading
 import time
@@ -21,7 +20,8 @@ import torch.distributed as dist
 
 from distattn.batch.health import HealthMonitor
 from distattn.parallel.runtime.attendance import default_store
-from distattn.parallel.runtime.communicator import gather_objects
+from distattn.parallel.runtime.communicator import gather_objects, gather_over
+from distattn.parallel.runtime.sealed_values import seal, unseal
 
 # a control message, padded: gloo's receiver has to know the size beforehand
 _MESSAGE_BYTES = 2048
@@ -53,7 +53,7 @@ class HostGroup:
 
     def send(self, message: Any, destination: int) -> None:
         """Send a small picklable message; returns at once unless many are under way to that rank."""
-        data = pickle.dumps(message)
+        data = seal(message)
         if len(data) > _MESSAGE_BYTES - 4:
             raise ValueError(f"a control message of {len(data)} bytes; at most {_MESSAGE_BYTES - 4} fit.")
         padded = len(data).to_bytes(4, "little") + data.ljust(_MESSAGE_BYTES - 4, b"\0")
@@ -86,7 +86,7 @@ class HostGroup:
                     silent_since = time.monotonic()
 
         def result() -> Any:
-            if isinstance(found, RuntimeError):
+            if isinstance(found, RuntimeError | ConnectionError):
                 raise found
             return found
 
@@ -117,15 +117,13 @@ def _receive_all(gloo: Any, source: int, received: queue.SimpleQueue[Any]) -> No
         tensor = torch.empty(_MESSAGE_BYTES, dtype=torch.uint8)
         try:
             gloo.recv([tensor], source, 0).wait()
-        except RuntimeError as error:
+            data = tensor.numpy().tobytes()
+            received.put(unseal(data[4 : 4 + int.from_bytes(data[:4], "little")]))
+        except (RuntimeError, ConnectionError) as error:
             received.put(error)
             return
-        data = tensor.numpy().tobytes()
-        received.put(pickle.loads(data[4 : 4 + int.from_bytes(data[:4], "little")]))
 
 
 def shared_name(group: dist.ProcessGroup) -> str:
     """A name that nobody else uses, the same on all ranks of a group. A collective call."""
-    made: list[Any] = [uuid.uuid4().hex]
-    dist.broadcast_object_list(made, dist.get_global_rank(group, 0), group=group)
-    return str(made[0])
+    return str(gather_over(group, uuid.uuid4().hex)[0])

@@ -10,6 +10,7 @@ from distattn.batch.collectives import shared_name
 from distattn.driver.driver_config import DriverConfig
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.attendance import attended
+from distattn.parallel.runtime.communicator import gather_over
 
 
 class RankTable(NamedTuple):
@@ -40,13 +41,12 @@ class RankTable(NamedTuple):
         if exchange is None:
             members, name, everyone = [0], "", [mine]
         else:
-            members, everyone = dist.get_process_group_ranks(exchange), [mine] * dist.get_world_size(exchange)
+            members = dist.get_process_group_ranks(exchange)
 
-            def compare() -> str:
-                dist.all_gather_object(everyone, mine, group=exchange)
-                return shared_name(exchange)
+            def compare() -> tuple[list[Any], str]:
+                return gather_over(exchange, mine), shared_name(exchange)
 
-            name = attended(exchange, "the making of a ContextParallel", compare)
+            everyone, name = attended(exchange, "the making of a ContextParallel", compare)
         first = _checked(everyone, members)
         rank = members.index(dist.get_rank()) if len(members) > 1 else 0
         first_of_block, has_model = [], []

@@ -32,6 +32,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from distattn.ir.errors import DistattnError
 from distattn.models.build import meta_model
 from distattn.models.safetensors_files import INDEX, ONE_FILE
+from distattn.parallel.runtime.communicator import gather_over
 
 # as large as Hugging Face recommends for files that many read at once
 MAX_SHARD_BYTES = 5_000_000_000
@@ -80,12 +81,12 @@ def export_model(
     # the others gather with rank 0, also what it does not write any more
     for _ in tensors:
         pass
-    outcome = [None if failure is None else f"{failure}"]
-    dist.broadcast_object_list(outcome, src=0)
+    assert dist.group.WORLD is not None
+    outcome = gather_over(dist.group.WORLD, None if failure is None else f"{failure}")[0]
     if failure is not None:
         raise failure
-    if outcome[0] is not None:
-        raise DistattnError(f"rank 0 could not export the model: {outcome[0]}")
+    if outcome is not None:
+        raise DistattnError(f"rank 0 could not export the model: {outcome}")
     return written
 
 

@@ -59,9 +59,9 @@ def culprits(
         rank = min(busy, key=lambda one: busy[one].at)
         return [Culprit(rank, "neither waits for others nor goes on", words(busy[rank]))]
     # a collective waits for all: whoever waits for a message instead keeps it from ending
-    if (waiting := _waiting_for_messages(known)) and len(waiting) < len(known):
+    if waiting := _waiting_for_messages(known):
         others = Counter(_call(known[rank], rank in in_collective) for rank in known if rank not in waiting)
-        what = f"; the others: {others.most_common(1)[0][0]}"
+        what = f"; the others: {others.most_common(1)[0][0]}" if others else ""
         return [Culprit(rank, "waits for what does not come", f"{words(known[rank])}{what}") for rank in waiting]
     least = min((beat.step for beat in known.values()), default=-1)
     behind = [rank for rank, beat in known.items() if beat.step == least]
@@ -79,10 +79,14 @@ def culprits(
 
 
 def _waiting_for_messages(known: Mapping[int, Heartbeat]) -> list[int]:
-    """Ranks that wait for messages, without those that wait for one of them alone."""
+    """Ranks that wait for messages, without those that wait for one of them alone.
+
+    Of ranks that all wait for each other the one that has waited the longest: the others came further without its message.
+    """
     awaited = {rank: _peers(beat.words) for rank, beat in known.items()}
     waiting = {rank for rank, peers in awaited.items() if peers}
-    return [rank for rank in sorted(waiting) if not awaited[rank] <= waiting] or sorted(waiting)
+    roots = [rank for rank in sorted(waiting) if not awaited[rank] <= waiting]
+    return roots or sorted(waiting, key=lambda rank: known[rank].at)[:1]
 
 
 def _peers(text: str) -> set[int]:

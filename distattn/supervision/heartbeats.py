@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 from distattn.ir.errors import DistattnError
 
@@ -24,9 +25,10 @@ SLOT_BYTES = 256
 _NAME = "distattn-heartbeats"
 # what a rank tells last: it has done its part, refuses to go on, or something was raised; the reason follows
 ENDED, REFUSED, RAISED = "ended", "refused with exit code ", "raised "
-# sequence number (odd while the slot is written), pid, attempt, nanoseconds, beats, step, seconds, waits, bytes of words
-_HEAD = struct.Struct("<QIIQQqfBB")
-_WORD_BYTES = SLOT_BYTES - _HEAD.size
+# pid, attempt, nanoseconds, beats, step, seconds, waits, bytes of words; before it a checksum of all that follows
+_HEAD = struct.Struct("<IIQQqfBB")
+_SUM_BYTES = 4
+_WORD_BYTES = SLOT_BYTES - _SUM_BYTES - _HEAD.size
 _TRIES = 20
 
 
@@ -88,16 +90,17 @@ class HeartbeatBoard:
 
     def writer(self, slot: int, attempt: int) -> Callable[[str, int, float, bool], None]:
         """A function that tells what the rank of a slot does: words, step, seconds, whether it waits for others."""
-        memory, start, text_at = self._memory, slot * SLOT_BYTES, slot * SLOT_BYTES + _HEAD.size
-        pack, clock, pid, beats = _HEAD.pack_into, time.monotonic_ns, os.getpid(), 0
+        memory, start = self._memory, slot * SLOT_BYTES
+        pack, clock, pid, beats = _HEAD.pack, time.monotonic_ns, os.getpid(), 0
 
         def write(words: str, step: int, seconds: float, waits: bool) -> None:
             nonlocal beats
             beats += 1
             text = words.encode()[:_WORD_BYTES]
-            pack(memory, start, 2 * beats - 1, pid, attempt, clock(), beats, step, seconds, waits, len(text))
-            memory[text_at : text_at + len(text)] = text
-            pack(memory, start, 2 * beats, pid, attempt, clock(), beats, step, seconds, waits, len(text))
+            content = pack(pid, attempt, clock(), beats, step, seconds, waits, len(text)) + text
+            # no order of writes would do: the interpreter's and the processor's are their own
+            content = crc32(content).to_bytes(_SUM_BYTES, "little") + content
+            memory[start : start + len(content)] = content
 
         return write
 
@@ -109,11 +112,14 @@ class HeartbeatBoard:
         start = slot * SLOT_BYTES
         for _ in range(_TRIES):
             raw = self._memory[start : start + SLOT_BYTES]
-            sequence, pid, attempt, at, beats, step, seconds, waits, size = _HEAD.unpack_from(raw)
-            if sequence % 2 == 0 and raw == self._memory[start : start + SLOT_BYTES]:
-                if sequence:
-                    words = raw[_HEAD.size : _HEAD.size + size].decode(errors="replace")
-                    self._known[slot] = Heartbeat(pid, attempt, at / 1e9, beats, step, seconds, bool(waits), words)
+            pid, attempt, at, beats, step, seconds, waits, size = _HEAD.unpack_from(raw, _SUM_BYTES)
+            content = raw[_SUM_BYTES : _SUM_BYTES + _HEAD.size + size]
+            if crc32(content) == int.from_bytes(raw[:_SUM_BYTES], "little"):
+                words = content[_HEAD.size :].decode(errors="replace")
+                self._known[slot] = Heartbeat(pid, attempt, at / 1e9, beats, step, seconds, bool(waits), words)
+                break
+            if not any(raw):
+                # nobody has written yet
                 break
         return self._known.get(slot)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distattn.ir.errors import DistattnError, named_ranks
 from distattn.parallel.runtime.communicator import sendable_device
+from distattn.parallel.runtime.sealed_values import use_secret
 from distattn.training.job_secret import read_secret
 
 _BYTES = 32
@@ -35,6 +36,7 @@ def check_members(file: Path) -> None:
     strangers = [
         rank for rank, proof in enumerate(proofs) if not hmac.compare_digest(proof, _proof(secret, rank, numbers))
     ]
+    use_secret(secret)
     if strangers:
         raise DistattnError(
             f"{named_ranks(strangers)} did not prove to know the secret in {file}: a process of another job or of somebody else, "

@@ -8,7 +8,6 @@ it keeps what it has made until destroy_process_group.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.attendance import attended, default_store
+from distattn.parallel.runtime.sealed_values import seal, unseal
 
 # after which PyTorch's own watchdog may end a process that waits
 _WATCHDOG = timedelta(hours=1)
@@ -50,16 +51,37 @@ def open_host_communicator(group: dist.ProcessGroup, timeout: timedelta) -> Any:
 
 
 def gather_objects(gloo: Any, value: Any) -> list[Any]:
-    """Every rank's value, by rank, over a gloo backend; values are pickled. A collective call."""
-    data = pickle.dumps(value)
-    size = torch.tensor([len(data)])
-    sizes = [torch.empty_like(size) for _ in range(gloo.size())]
-    gloo.allgather([sizes], [size]).wait()
-    mine = torch.zeros(max(int(one) for one in sizes), dtype=torch.uint8)
+    """Every rank's value, by rank, over a gloo backend; values are pickled (`sealed_values`). A collective call."""
+
+    def gather(parts: list[Tensor], mine: Tensor) -> None:
+        gloo.allgather([parts], [mine]).wait()
+
+    return _gathered(gather, gloo.size(), torch.device("cpu"), value)
+
+
+def gather_over(group: dist.ProcessGroup, value: Any) -> list[Any]:
+    """The same over a process group, in its rank order."""
+
+    def gather(parts: list[Tensor], mine: Tensor) -> None:
+        dist.all_gather(parts, mine, group=group)
+
+    return _gathered(gather, dist.get_world_size(group), sendable_device(group), value)
+
+
+def _gathered(
+    gather: Callable[[list[Tensor], Tensor], None], ranks: int, device: torch.device, value: Any
+) -> list[Any]:
+    data = seal(value)
+    size = torch.tensor([len(data)], device=device)
+    sizes = [torch.empty_like(size) for _ in range(ranks)]
+    gather(sizes, size)
+    lengths = [int(one) for one in sizes]
+    mine = torch.zeros(max(lengths), dtype=torch.uint8)
     mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    everyone = [torch.empty_like(mine) for _ in range(gloo.size())]
-    gloo.allgather([everyone], [mine]).wait()
-    return [pickle.loads(part.numpy()[: int(length)].tobytes()) for part, length in zip(everyone, sizes, strict=True)]
+    mine = mine.to(device)
+    everyone = [torch.empty_like(mine) for _ in range(ranks)]
+    gather(everyone, mine)
+    return [unseal(part.cpu().numpy()[:length].tobytes()) for part, length in zip(everyone, lengths, strict=True)]
 
 
 def backend_name(group: dist.ProcessGroup, device: torch.device) -> str | None:

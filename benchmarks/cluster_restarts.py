@@ -1,0 +1,171 @@
+"""How soon a run on Slurm or Ray trains again after one of its ranks was killed, or stopped.
+
+    python benchmarks/cluster_restarts.py [--on local slurm ray] [--repeats 3] [--patience 5]
+
+The clusters are real ones of two nodes of two ranks each, all on this machine, as the tests have them. Rank 0 of
+`configs/tiny.toml` gets a SIGKILL, and another time a SIGSTOP. Told are medians of the seconds from there until the rank's node
+has named it (noticed), until the next attempt begins, and until it has done its first step (trains again), of which the new
+processes' imports are a part: they are measured beside it. `local` is `distattn launch local` with four ranks, whose restarts
+import nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from distattn.checkpoints.owner import Owner
+from distattn.launch.attempts import Attempts
+from distattn.training.json_lines import read_rows
+
+ROOT = Path(__file__).parents[1]
+FAULTS = (signal.SIGKILL, signal.SIGSTOP)
+TARGETS = ("local", "slurm", "ray")
+# only what never comes takes so long
+_LIMIT_SECONDS = 600.0
+
+
+class Times(NamedTuple):
+    """Seconds after a fault."""
+
+    noticed: float
+    begun: float
+    again: float
+
+
+class Target(NamedTuple):
+    """words: of the command that starts a run; environment: of it, and of what asks for the run."""
+
+    words: tuple[str, ...]
+    environment: dict[str, str]
+
+
+@contextlib.contextmanager
+def cluster(name: str, folder: Path) -> Iterator[Target]:
+    """A cluster of two nodes."""
+    # the tests' own
+    sys.path.append(str(ROOT / "tests" / "support"))
+    if name == "slurm":
+        from slurm_cluster import SlurmCluster
+
+        slurm = SlurmCluster(folder)
+        slurm.start()
+        try:
+            yield Target(("slurm", "--nodes=2", "--gpus=2"), slurm.environment)
+        finally:
+            slurm.stop()
+    elif name == "ray":
+        from ray_cluster import RayCluster
+
+        ray = RayCluster(2, "node1", "node2")
+        try:
+            yield Target(("ray", "--nodes=2", "--gpus=2", f"--ray.address={ray.address}"), ray.environment)
+        finally:
+            ray.stop()
+    else:
+        yield Target(("local", "--gpus=4"), {})
+
+
+def measured(target: Target, folder: Path, given: argparse.Namespace) -> dict[signal.Signals, list[Times]]:
+    """Every fault so many times, all in one run."""
+    options = (
+        "--checkpoint.every_steps=2",
+        "--checkpoint.keep_last=2",
+        "--reference_check.steps=0",
+        "--train.steps=100000",
+    )
+    limits = (f"--supervision.patience_seconds={given.patience}", "--supervision.max_restarts=1000")
+    words = ("launch", target.words[0], str(ROOT / "configs/tiny.toml"), *target.words[1:], f"--run.folder={folder}")
+    paths = {
+        "PYTHONPATH": str(ROOT),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    environment = os.environ | target.environment | paths
+    cli = [sys.executable, "-m", "distattn.launch.cli"]
+    log = Path(f"{folder}.out")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*cli, *words, *options, *limits], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+
+    def trouble() -> str:
+        return f"{target.words[0]}: {log.read_text()[-3000:]}"
+
+    found: dict[signal.Signals, list[Times]] = {fault: [] for fault in FAULTS}
+    attempts = Attempts(folder / "attempts")
+    try:
+        for number in range(given.repeats * len(FAULTS)):
+            _until_steps(folder, attempts, number + 1, trouble)
+            fault = FAULTS[number % len(FAULTS)]
+            found[fault].append(_struck(folder, attempts, fault, number + 1, trouble))
+            sys.stderr.write(f"{target.words[0]}, {fault.name}: {found[fault][-1]}\n")
+    finally:
+        subprocess.run([*cli, "launch", "cancel", str(folder)], env=environment, capture_output=True)
+        process.wait()
+    return found
+
+
+def _struck(folder: Path, attempts: Attempts, fault: signal.Signals, number: int, trouble: Callable[[], str]) -> Times:
+    """Strike rank 0 of an attempt; what comes after."""
+    os.kill(Owner.read(folder / "owner.json").pid, fault)
+    began = time.time()
+    _until(lambda: attempts.told(number) or attempts.latest > number, trouble)
+    noticed = time.time() - began
+    _until(lambda: attempts.latest == number + 1 and attempts.goes_on, trouble)
+    begun = time.time() - began
+    rows = len(read_rows(folder / "metrics.jsonl"))
+    _until(lambda: len(read_rows(folder / "metrics.jsonl")) > rows, trouble)
+    return Times(noticed, begun, time.time() - began)
+
+
+def _until_steps(folder: Path, attempts: Attempts, number: int, trouble: Callable[[], str]) -> None:
+    """Until an attempt has done some steps: before, ranks have longer."""
+    _until(lambda: (folder / "metrics.jsonl").exists() and attempts.latest == number, trouble)
+    rows = len(read_rows(folder / "metrics.jsonl"))
+    _until(lambda: len(read_rows(folder / "metrics.jsonl")) > rows + 4, trouble)
+
+
+def _until(condition: Callable[[], object], trouble: Callable[[], str]) -> None:
+    ends = time.monotonic() + _LIMIT_SECONDS
+    while not condition():
+        if time.monotonic() > ends:
+            raise TimeoutError(trouble())
+        time.sleep(0.01)
+
+
+def import_seconds() -> float:
+    """Of a new process that starts a node's ranks."""
+    began = time.time()
+    subprocess.run([sys.executable, "-c", "import distattn.launch.run_node"], cwd=ROOT, check=True)
+    return time.time() - began
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--on", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=5)
+    given = parser.parse_args()
+    lines = ["| on | fault | noticed | next attempt | trains again |", "|---|---|---|---|---|"]
+    for name in given.on:
+        with tempfile.TemporaryDirectory() as folder, cluster(name, Path(folder, "cluster")) as target:
+            for fault, times in measured(target, Path(folder, "run"), given).items():
+                medians = (f"{statistics.median(column):.1f} s" for column in zip(*times, strict=True))
+                lines.append(f"| {name} | {fault.name} | {' | '.join(medians)} |")
+    sys.stdout.write("\n".join([*lines, "", f"imports of a new process: {import_seconds():.1f} s", ""]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What ranks tell each other is not unpickled unless it matches its digest, by the job's secret where there is one."""
+
+import queue
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_on_ranks
+
+from distattn.batch.collectives import _receive_all
+from distattn.parallel.runtime import sealed_values
+from distattn.parallel.runtime.communicator import gather_over
+from distattn.parallel.runtime.sealed_values import seal, unseal, use_secret
+
+REFUSED = "does not match its digest: it was changed on its way, or does not come from a rank of this job"
+UNPICKLED = []
+
+
+class Planted:
+    """Tells that it was unpickled."""
+
+    def __reduce__(self):
+        return told, ("it was",)
+
+
+def told(words):
+    UNPICKLED.append(words)
+
+
+@pytest.fixture(autouse=True)
+def no_secret(monkeypatch):
+    monkeypatch.setattr(sealed_values, "_KEYS", [b""])
+    UNPICKLED.clear()
+
+
+@pytest.mark.parametrize("secret", [b"", b"a secret"])
+def test_a_value_is_taken_as_it_was_made_and_not_at_all_when_a_bit_of_it_is_another(secret):
+    if secret:
+        use_secret(secret)
+    value = {"a": [1, 2.5, None], "b": ("c", b"d")}
+    sealed = seal(value)
+    assert unseal(sealed) == value
+    changed = bytearray(seal(Planted()))
+    for place in range(len(changed)):
+        changed[place] ^= 1 << place % 8
+        with pytest.raises(ConnectionError, match=REFUSED):
+            unseal(bytes(changed))
+        changed[place] ^= 1 << place % 8
+    for short in (b"", sealed[:31], sealed[:-1], sealed + b"0"):
+        with pytest.raises(ConnectionError, match=REFUSED):
+            unseal(short)
+    assert not UNPICKLED
+    unseal(bytes(changed))
+    assert UNPICKLED == ["it was"]
+
+
+def test_what_does_not_come_from_this_job_is_not_unpickled():
+    plain = seal(Planted())
+    use_secret(b"of this job")
+    own = seal("hello")
+    for secret in (b"of another", b"of this job"):
+        use_secret(secret)
+        with pytest.raises(ConnectionError, match=REFUSED):
+            unseal(plain)
+    assert unseal(own) == "hello" and not UNPICKLED
+
+
+def gather(rank, stranger):
+    use_secret(b"one" if rank != stranger else b"another")
+    own = "x" * (rank + 1), rank
+    try:
+        return gather_over(dist.group.WORLD, own)
+    except ConnectionError as error:
+        return str(error)
+
+
+def test_ranks_of_one_secret_tell_each_other_values_of_any_length():
+    wanted = [("x" * (rank + 1), rank) for rank in range(3)]
+    assert run_on_ranks(3, gather, None) == [wanted] * 3
+    assert all(REFUSED in said for said in run_on_ranks(3, gather, 1))
+
+
+class Gloo:
+    """Gives a message, changed."""
+
+    def recv(self, tensors, source, tag):
+        data = seal(Planted())
+        content = len(data).to_bytes(4, "little") + data[:-1] + b"?"
+        tensors[0][: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return self
+
+    def wait(self):
+        return True
+
+
+def test_a_message_that_was_changed_ends_the_channel_that_it_comes_by():
+    received = queue.SimpleQueue()
+    _receive_all(Gloo(), 0, received)
+    found = received.get_nowait()
+    assert isinstance(found, ConnectionError) and REFUSED in str(found) and received.empty() and not UNPICKLED

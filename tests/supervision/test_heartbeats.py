@@ -1,0 +1,62 @@
+"""What a rank tells is read whole or not at all, however the writer and the reader take turns."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from distattn.supervision.heartbeats import HeartbeatBoard
+
+
+@pytest.fixture
+def board():
+    made = HeartbeatBoard.make(2)
+    yield made
+    with contextlib.suppress(ValueError):
+        made.close()
+
+
+def test_what_is_half_written_is_what_was_told_before(board):
+    write = board.writer(1, 3)
+    assert board.read(0) is None and board.read(1) is None
+    slots = [board._memory[:]]
+    for step, words in enumerate(("reading", "key/value move 3 of layer 17 from rank 5", "")):
+        write(words, step, 2.5, step == 1)
+        slots.append(board._memory[:])
+    told = [None]
+    for before, after in zip(slots, slots[1:], strict=False):
+        # from either end, as a processor may show it
+        mixed = {after[:done] + before[done:] for done in range(len(after) + 1)}
+        mixed |= {before[:done] + after[done:] for done in range(len(after) + 1)}
+        for content in mixed - {after}:
+            board._memory[:] = content
+            assert board.read(1) == told[-1]
+        board._memory[:] = after
+        told.append(board.read(1))
+    assert [(beat.pid, beat.attempt, beat.step, beat.seconds, beat.waits, beat.words) for beat in told[1:]] == [
+        (os.getpid(), 3, 0, 2.5, False, "reading"),
+        (os.getpid(), 3, 1, 2.5, True, "key/value move 3 of layer 17 from rank 5"),
+        (os.getpid(), 3, 2, 2.5, False, ""),
+    ]
+    assert board.read(0) is None
+
+
+def test_a_rank_that_never_ceases_to_tell_is_read_as_it_wrote(board):
+    writer = os.fork()
+    if writer == 0:
+        write, step = board.writer(1, 3), 0
+        while True:
+            step += 1
+            write("x" * (step % 60), step, 0.0, bool(step % 2))
+    try:
+        read = set()
+        for _ in range(200_000):
+            if (beat := board.read(1)) is not None:
+                read.add(beat.step)
+                assert (beat.pid, beat.attempt, beat.beats) == (writer, 3, beat.step)
+                assert beat.words == "x" * (beat.step % 60) and beat.waits == bool(beat.step % 2)
+        assert len(read) > 1
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
