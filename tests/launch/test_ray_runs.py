@@ -197,6 +197,7 @@ def test_nodes_that_fail_or_do_not_answer_are_left_out(cluster, tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     finally:
         cluster.kill("node9")
+        cluster.wait_without("node9")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.split("found ", 1)[1])
     first, second, third = found["nodes"]

@@ -1,13 +1,14 @@
 """A Ray of several raylets on this machine, each a node of its own; everything listens on the loopback.
 
 The cluster is another process, since Ray reads its environment when it is imported: python ray_cluster.py CPUS, which does what
-its input says (add NAME, kill NAME) and answers each line with one.
+its input says (add NAME, kill NAME, miss NAME) and answers each line with one.
 """
 
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ class RayCluster:
         """Kill a node's raylet, and so all that it runs."""
         self._ask(f"kill {name}")
 
+    def wait_without(self, name: str) -> None:
+        """Until the others know that a node is gone."""
+        self._ask(f"miss {name}")
+
     def stop(self) -> None:
         """End all of it."""
         self._process.communicate()
@@ -81,6 +86,7 @@ class RayCluster:
 
 
 def main(cpus: int) -> None:
+    import ray
     from ray.cluster_utils import Cluster
 
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
@@ -94,8 +100,13 @@ def main(cpus: int) -> None:
         what, name = line.split()
         if what == "add":
             nodes[name] = cluster.add_node(num_cpus=cpus, node_name=name, **NODE)
-        else:
+        elif what == "kill":
             cluster.remove_node(nodes.pop(name), allow_graceful=False)
+        else:
+            if not ray.is_initialized():
+                ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+            while any(node["Alive"] and node["NodeName"] == name for node in ray.nodes()):
+                time.sleep(0.1)
         answers.write(f"{what} {name}\n")
     cluster.shutdown()
 
