@@ -24,6 +24,7 @@ from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.run_lock import RunLock
 from distattn.data.loader import PackLoader
 from distattn.data.order import derived_key
+from distattn.data.pack_plan import StepPacks
 from distattn.ir.errors import DistattnError, RunStopped
 from distattn.ir.plan import Plan
 from distattn.supervision.heartbeats import tell
@@ -127,6 +128,8 @@ class TrainingLoop:
         self.replay = ReplayCheck(engine.model, config.watch.replay_every, group, engine.cp.messages, engine.stage)
         self.by_position = LossByPosition(data.context, [corpus.name for corpus in data.corpora], device)
         self._has_evaluated = False
+        # of the step before
+        self._context: int | None = None
         self.utilisation = Utilisation.of_config(config, shape)
         self.health = RunHealth(engine.cp, device, config.health, self.folder, reporter)
 
@@ -153,8 +156,12 @@ class TrainingLoop:
         tell(f"reading the data of step {begin + 1}")
         for step, batches in enumerate(clock.steps(steps), begin):
             self.stop.look()
-            tell("forward and backward", step=step)
-            if not self._train_step(step, batches, clock):
+            planned = self.data.plan.step(step)
+            # steps of another length compile and allocate, as the first
+            unusual = self._context not in (None, planned.context)
+            self._context = planned.context
+            tell("forward and backward", step=step, seconds=unusual * self.config.supervision.starting_seconds)
+            if not self._train_step(step, planned, batches, clock):
                 return self._roll_back(step)
             done = step + 1
             # before the save: a run that is resumed from it has evaluated
@@ -169,7 +176,7 @@ class TrainingLoop:
             tell(f"reading the data of step {done + 1}")
         return last
 
-    def _train_step(self, step: int, batches: Sequence[Batch], clock: StepClock) -> bool:
+    def _train_step(self, step: int, planned: StepPacks, batches: Sequence[Batch], clock: StepClock) -> bool:
         """One step; False where the run is to go back to a checkpoint."""
         train = self.config.train
         if self.reporter.visible:
@@ -196,7 +203,6 @@ class TrainingLoop:
                 self.by_position.add_batch(losses_T, batch)
         else:
             self.engine.drop()
-        planned = self.data.plan.step(step)
         lengths = [length for pack in planned.packs for length in pack.lengths]
         costs = clock.lap()
         self.reporter.report(

@@ -15,6 +15,7 @@ from distattn.launch.command_line import no_progress
 from distattn.launch.plan_command import main as plan_command
 from distattn.launch.start_run import start_run
 from distattn.training import config as configuration
+from distattn.training import loop
 from distattn.training.config import (
     Config,
     DataConfig,
@@ -81,6 +82,28 @@ def test_a_run_goes_on_bit_by_bit_from_the_middle_of_each_phase(config, tmp_path
     assert [(one.step, one.value) for one in events.Scalars("context_length")] == list(enumerate(CONTEXTS, 1))
     assert _curves(run.metrics(), [], None)["labels"]["context_length"] == "context length"
     assert "context_length" not in _curves(run.metrics()[:2], [], None)["labels"]
+
+
+def _told(rank: int, folder: Path, config: Config) -> list[tuple[int, float]]:
+    """(step, seconds that it may take without another heartbeat) as it is told of each step."""
+    tell, found = loop.tell, []
+
+    def note(words, **given):
+        if words == "forward and backward":
+            found.append((given["step"], given["seconds"]))
+        tell(words, **given)
+
+    loop.tell = note
+    train(RunFolder(folder), config, True, torch.device("cpu"))
+    return found
+
+
+def test_the_first_step_of_a_phase_may_take_as_long_as_the_first_of_a_run(config):
+    run = RunFolder.create(config)
+    write_text(run, config, find_text(config))
+    longer = config.supervision.starting_seconds
+    wanted = [(0, 0), (1, 0), (2, longer), (3, 0), (4, longer), (5, 0)]
+    assert run_on_ranks(2, _told, run.folder, config) == [wanted] * 2
 
 
 def test_a_plan_shows_every_phase(config, tmp_path, capsys):
