@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from harness import Cell, write
+
 from distattn.checkpoints.owner import Owner
 from distattn.launch.attempts import Attempts
 from distattn.training.json_lines import read_rows
@@ -157,14 +159,21 @@ def main() -> None:
     parser.add_argument("--on", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--patience", type=float, default=5)
+    parser.add_argument("--out", type=Path, help="a file that gets the numbers, too")
     given = parser.parse_args()
     lines = ["| on | fault | noticed | next attempt | trains again |", "|---|---|---|---|---|"]
+    cells, imports = [], import_seconds()
     for name in given.on:
         with tempfile.TemporaryDirectory() as folder, cluster(name, Path(folder, "cluster")) as target:
             for fault, times in measured(target, Path(folder, "run"), given).items():
-                medians = (f"{statistics.median(column):.1f} s" for column in zip(*times, strict=True))
+                noticed, begun, again = map(list, zip(*times, strict=True))
+                medians = (f"{statistics.median(column):.1f} s" for column in (noticed, begun, again))
                 lines.append(f"| {name} | {fault.name} | {' | '.join(medians)} |")
-    sys.stdout.write("\n".join([*lines, "", f"imports of a new process: {import_seconds():.1f} s", ""]))
+                facts = {"noticed": noticed, "begun": begun, "patience": given.patience, "imports": imports}
+                cells.append(Cell(fault.name, name, seconds=again, facts=facts))
+    sys.stdout.write("\n".join([*lines, "", f"imports of a new process: {imports:.1f} s", ""]))
+    if given.out:
+        write(given.out, cells)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,11 @@ DATA = ["--documents", "3000", "--context", "2048"]
             ["--only", "distattn", "torchrun", "--faults", "SIGKILL", "--repeats", "1", "--limit", "2"],
             ["| distattn | SIGKILL |", "| torchrun | SIGKILL |"],
         ),
+        (
+            "cluster_restarts.py",
+            ["--on", "local", "--repeats", "1"],
+            ["| local | SIGKILL |", "| local | SIGSTOP |", "imports of a new process"],
+        ),
         ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),
     ],
 )

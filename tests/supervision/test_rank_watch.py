@@ -1,10 +1,12 @@
 """How long ranks may be silent, and what is said of one that told nothing."""
 
+import os
 import subprocess
 import sys
 import threading
 import time
 from types import SimpleNamespace
+from unittest.mock import patch
 
 from waiting import eventually
 
@@ -34,11 +36,11 @@ def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_
 
 
 def _steps(board, pid):
-    write = board.writer(0, 1)
+    # of another process, which is the one to be ended
+    with patch.object(os, "getpid", lambda: pid):
+        write = board.writer(0, 1)
     for step in range(4):
         write("forward and backward", step, 0.0, False)
-        # of another process, which is the one to be ended
-        board._memory[8:12] = pid.to_bytes(4, "little")
         time.sleep(0.2)
 
 
