@@ -35,6 +35,8 @@ FAULTS = (signal.SIGKILL, signal.SIGSTOP)
 TARGETS = ("local", "slurm", "ray")
 # only what never comes takes so long
 _LIMIT_SECONDS = 600.0
+# that ranks may take to save when the run is cancelled
+_ENDING_SECONDS = 60.0
 
 
 class Times(NamedTuple):
@@ -114,7 +116,10 @@ def measured(target: Target, folder: Path, given: argparse.Namespace) -> dict[si
             sys.stderr.write(f"{target.words[0]}, {fault.name}: {found[fault][-1]}\n")
     finally:
         subprocess.run([*cli, "launch", "cancel", str(folder)], env=environment, capture_output=True)
-        process.wait()
+        ends, ranks = time.monotonic() + _ENDING_SECONDS, Path(f"/proc/{Owner.read(folder / 'owner.json').pid}")
+        while (process.poll() is None or ranks.exists()) and time.monotonic() < ends:
+            time.sleep(0.1)
+        process.kill()
     return found
 
 
@@ -147,9 +152,9 @@ def _until(condition: Callable[[], object], trouble: Callable[[], str]) -> None:
 
 
 def import_seconds() -> float:
-    """Of a new process that starts a node's ranks."""
+    """Of what a rank needs, in a new process."""
     began = time.time()
-    subprocess.run([sys.executable, "-c", "import distattn.launch.run_node"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", "import distattn.training.rank, distattn.training.loop"], cwd=ROOT, check=True)
     return time.time() - began
 
 
@@ -161,17 +166,22 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=5)
     parser.add_argument("--out", type=Path, help="a file that gets the numbers, too")
     given = parser.parse_args()
-    lines = ["| on | fault | noticed | next attempt | trains again |", "|---|---|---|---|---|"]
+    sys.stdout.write("| on | fault | noticed | next attempt | trains again |\n|---|---|---|---|---|\n")
     cells, imports = [], import_seconds()
     for name in given.on:
-        with tempfile.TemporaryDirectory() as folder, cluster(name, Path(folder, "cluster")) as target:
+        # ranks of a job that was cancelled may still write
+        with (
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+            cluster(name, Path(folder, "cluster")) as target,
+        ):
             for fault, times in measured(target, Path(folder, "run"), given).items():
                 noticed, begun, again = map(list, zip(*times, strict=True))
                 medians = (f"{statistics.median(column):.1f} s" for column in (noticed, begun, again))
-                lines.append(f"| {name} | {fault.name} | {' | '.join(medians)} |")
+                sys.stdout.write(f"| {name} | {fault.name} | {' | '.join(medians)} |\n")
+                sys.stdout.flush()
                 facts = {"noticed": noticed, "begun": begun, "patience": given.patience, "imports": imports}
                 cells.append(Cell(fault.name, name, seconds=again, facts=facts))
-    sys.stdout.write("\n".join([*lines, "", f"imports of a new process: {imports:.1f} s", ""]))
+    sys.stdout.write(f"\nimports of a new process: {imports:.1f} s\n")
     if given.out:
         write(given.out, cells)
 

@@ -110,9 +110,10 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
             trouble = replace(trouble, culprits=tuple(one._replace(how=how) for one in trouble.culprits))
     except SignalException as stop:
         trouble = watch.close()
-        if trouble is None:
+        # torchrun ends ranks before it says by what signal, which the watch sees; ranks that have told nothing the watch can end
+        # only by a signal to this process
+        if trouble is None or not watch.interrupts:
             raise AttemptStopped(stopped_by(stop)) from None
-        # ranks that have told nothing the watch can end only by a signal to this process
         code = trouble.exit_code
     finally:
         watch.close()

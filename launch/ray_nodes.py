@@ -62,10 +62,11 @@ class RayNodes:
         self._left_out = LeftOut()
 
     def choose(self) -> list[str] | None:
-        """Nodes on each of which an agent answers. One that has room, but does not answer in time, is left out.
+        """Nodes on each of which an agent answers. One that has room, but does not answer in time, is left out for another.
 
         None where there is no room for so long as `waiting_seconds`, or where the run is asked to stop.
         """
+        began = time.monotonic()
         while (group := self._placed()) is not None:
             agents = [self._agent(group, bundle) for bundle in range(self._wanted)]
             asked = [agent.place.remote() for agent in agents]
@@ -83,8 +84,10 @@ class RayNodes:
                 self._places = {name: place for name, _, place in found}
                 self._size.resize(self._wanted)
                 return list(self._agents)
-            self._leave_out(group, answers)
+            others = self._leave_out(group, answers)
             _end(agents)
+            if not others and time.monotonic() - began > self._size.waiting_seconds:
+                break
         return None
 
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
@@ -131,7 +134,10 @@ class RayNodes:
         assert self._group is not None
         agent = self._agent(self._group, 0)
         try:
-            code, words = _exit(agent.run.remote(self._folder, self._job, 0, "finish"))
+            placed = ray.wait([agent.place.remote()], timeout=_ANSWER_SECONDS)[0]
+            code, words = None, f"had no room for {_ANSWER_SECONDS:.0f} s"
+            if placed:
+                code, words = _exit(agent.run.remote(self._folder, self._job, 0, "finish"))
         finally:
             _end([agent])
         if code is None:
@@ -184,12 +190,17 @@ class RayNodes:
         """Fewer nodes, or where a run cannot have fewer than there are, those again that were left out for their failures."""
         if fewer := self._fewer():
             self._wanted = fewer
-        elif self._usable() >= self._wanted or not (again := self._left_out.take_back()):
+        elif self._usable() >= self._wanted or not self._take_back():
             return
-        else:
-            names = node_names()
-            say(f"there are no others: {' '.join(names.get(node, node) for node in again)} may be taken again.")
         self.close()
+
+    def _take_back(self) -> bool:
+        """Have nodes taken again that have failed, but answered; returns whether there are any."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        again, names = [node for node in self._left_out.take_back() if node in alive], node_names()
+        if again:
+            say(f"there are no others: {' '.join(names[node] for node in again)} may be taken again.")
+        return bool(again)
 
     def _held(self) -> PlacementGroup:
         """The group, which may still wait for room."""
@@ -228,14 +239,20 @@ class RayNodes:
         options: dict[str, Any] = {"num_cpus": self._needs.cpus, "num_gpus": self._needs.gpus, "max_restarts": 0}
         return ray.remote(NodeAgent).options(scheduling_strategy=place, **options).remote()
 
-    def _leave_out(self, group: PlacementGroup, answers: Sequence[NodePlace | str]) -> None:
-        """Take the nodes no more whose agents did not answer, or could not start."""
+    def _leave_out(self, group: PlacementGroup, answers: Sequence[NodePlace | str]) -> bool:
+        """Take the nodes no more whose agents did not answer, or could not start; returns False where there are no others."""
+        others = True
         nodes, names = bundle_nodes(group), node_names()
         for bundle, answer in enumerate(answers):
             if isinstance(answer, str) and (node := nodes.get(bundle)):
-                say(f"{names.get(node, node)} is left out: its agent {answer}.")
-                self._left_out.hosts.append(node)
+                if self._usable() > min(self._size.counts) or self._take_back():
+                    say(f"{names.get(node, node)} is left out: its agent {answer}.")
+                    self._left_out.hosts.append(node)
+                else:
+                    others = False
+                    say(f"{names.get(node, node)} is asked again, since there is no other: its agent {answer}.")
         self.close()
+        return others
 
 
 def node_names() -> dict[str, str]:

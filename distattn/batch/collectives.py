@@ -86,7 +86,7 @@ class HostGroup:
                     silent_since = time.monotonic()
 
         def result() -> Any:
-            if isinstance(found, RuntimeError | ConnectionError):
+            if isinstance(found, RuntimeError):
                 raise found
             return found
 
@@ -119,7 +119,7 @@ def _receive_all(gloo: Any, source: int, received: queue.SimpleQueue[Any]) -> No
             gloo.recv([tensor], source, 0).wait()
             data = tensor.numpy().tobytes()
             received.put(unseal(data[4 : 4 + int.from_bytes(data[:4], "little")]))
-        except (RuntimeError, ConnectionError) as error:
+        except RuntimeError as error:
             received.put(error)
             return
 

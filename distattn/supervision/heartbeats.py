@@ -96,7 +96,7 @@ class HeartbeatBoard:
         def write(words: str, step: int, seconds: float, waits: bool) -> None:
             nonlocal beats
             beats += 1
-            text = words.encode()[:_WORD_BYTES]
+            text = words.encode(errors="replace")[:_WORD_BYTES]
             content = pack(pid, attempt, clock(), beats, step, seconds, waits, len(text)) + text
             # no order of writes would do: the interpreter's and the processor's are their own
             content = crc32(content).to_bytes(_SUM_BYTES, "little") + content

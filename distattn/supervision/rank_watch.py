@@ -80,6 +80,8 @@ class RankWatch:
         # what was asked in an attempt before this one, of a scheduler that does not number them, is over
         self._reports, self._answered = reports, reports.asked() if reports is not None else 0.0
         self.trouble: Trouble | None = None
+        # whether this process was sent a SIGINT for it
+        self.interrupts = False
         self._began = time.monotonic()
         # the step that each rank has begun first, and the longest silence of all ranks since all have done it
         self._first: dict[int, int] = {}
@@ -142,8 +144,7 @@ class RankWatch:
             # whatever it was about to do
             return True
         usual = max(self._patience.running, self._patience.factor * self._longest)
-        said = max((beat.seconds for beat in known.values()), default=0.0)
-        return silent > max(usual if self._has_started(known) else self._patience.starting, said)
+        return silent > max(usual if self._has_started(known) else self._patience.starting, _said(known))
 
     def _end_of_one(self, known: Mapping[int, Heartbeat]) -> bool:
         """Whether a rank has ended without having done its part; all others are ended then."""
@@ -175,7 +176,7 @@ class RankWatch:
                 others, absent = {}, []
             else:
                 absent = sorted(set(range(self._reports.nodes)) - {self._reports.node, *others})
-            if any(other.silent < self._patience.running / 4 for other in others.values()):
+            if any(other.silent < max(self._patience.running / 4, _said(other.beats)) for other in others.values()):
                 return False
             found = culprits(*merged({self._reports.node: report, **others})[:3])
             if absent:
@@ -221,11 +222,19 @@ class RankWatch:
     ) -> None:
         self.trouble = Trouble(found, kind, max(self._done(known).values(), default=0), seconds, code)
         for beat in known.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(beat.pid, signal.SIGKILL)
+            # the number of one that has ended may be somebody else's by now
+            if beat.words != ENDED:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(beat.pid, signal.SIGKILL)
         if not known:
             # nobody has said who it is: torchrun knows, and ends its ranks with this process
+            self.interrupts = True
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def _said(beats: Mapping[int, Heartbeat | None]) -> float:
+    """Seconds that ranks have said to need for what they do."""
+    return max((beat.seconds for beat in beats.values() if beat is not None), default=0.0)
 
 
 def _is_gone(beat: Heartbeat) -> bool:

@@ -198,7 +198,7 @@ class RayConfig:
     min_nodes: int = 0
     """The fewest nodes the run may go on with, each number with fewer or more data-parallel replicas; 0 for no other number."""
     shrink_seconds: float = 30.0
-    """With ray.min_nodes it is waited so long for as many nodes as before, then for fewer."""
+    """It is waited so long for as many nodes as before; then for fewer (ray.min_nodes), or those are taken that failed before."""
 
 
 @dataclass(frozen=True)

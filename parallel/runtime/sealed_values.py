@@ -29,10 +29,11 @@ def seal(value: Any) -> bytes:
 
 
 def unseal(data: bytes) -> Any:
-    """The value of what `seal` has made, in this job. Raises ConnectionError, and unpickles nothing, for anything else."""
+    """The value of what `seal` has made, in this job. Raises RuntimeError, and unpickles nothing, for anything else."""
     digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
     if not hmac.compare_digest(digest, _digest(content)):
-        raise ConnectionError(
+        # as gloo does for a connection that breaks, which is told to all ranks
+        raise RuntimeError(
             "what came from another rank does not match its digest: it was changed on its way, or does not come from a rank of "
             "this job; nothing of it was unpickled."
         )

@@ -64,7 +64,8 @@ def main(address: str, folder: str) -> None:
         attempt("is left out", **{second: "0"})
         (third,) = set(found["is left out"][0]) - {first}
         found["nodes"] = [first, second, third]
-        Path(folder, third).write_text("silent")
+        attempt("is taken again", **{third: "silent"})
+        Path(folder, first).write_text("silent")
         found["no room"] = [nodes.choose(), nodes.shortage()]
         nodes.close()
     # of an attempt that others have followed

@@ -126,8 +126,8 @@ class SlurmCluster:
             except OSError:
                 # it has ended meanwhile
                 continue
-            if not parent:
-                # it ends now; a signal to 0 would be for all processes of these tests
+            if parent < 2:
+                # it ends now, or its parent has ended; a signal to 0 would be for all processes of these tests
                 continue
             ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment
             if ours and f"SLURMD_NODENAME={node}".encode() in environment:

@@ -149,9 +149,9 @@ def test_in_every_engine_the_rank_that_sleeps_is_named(texts, tmp_path, engine, 
     # in the first one ranks also load what they need, which may take one of them long
     _, second, third = read_rows(run.health_file)
     assert second["slowest"] == 1 and second["slow"] and f"Rank 1 on {HOST}" in second["text"]
-    # the sleep is the sleeper's own, and the other one's wait, but for what it waits for the report between two steps
-    compute, waited = second["compute_seconds"], second["wait_seconds"]
-    assert compute[1] - compute[0] > NAP / 2 and waited[0] - waited[1] > NAP / 4
+    # the sleep is the sleeper's own, and the other one's wait, but for what it waits for the report between two steps; a machine
+    # that is busy only adds to both
+    assert second["compute_seconds"][1] >= NAP and second["wait_seconds"][0] > NAP / 4
     # both sleep now: it is no longer the one
     assert third["compute_seconds"][0] > NAP / 2 and third["over_median"] < second["over_median"]
     assert f'distattn_compute_seconds{{rank="1",host="{HOST}"}}' in metrics.read_text()
