@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -136,3 +137,15 @@ def test_ranks_end_with_their_launcher_and_tell_what_they_do_until_then(tmp_path
     launcher.wait()
     eventually(lambda: not any(Path(f"/proc/{beat.pid}").exists() for beat in beats.values()), "ranks live on")
     assert attempts.beats() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_launcher_that_is_stopped_ends_its_ranks_and_starts_no_others(number, tmp_path):
+    case = {"name": "run", "fault": {"rank": 1, "step": 5, "kind": "lock"}, "patience": 600.0}
+    launcher = subprocess.Popen(command(tmp_path, case), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    attempts = Attempts(tmp_path / "run" / "attempts")
+    eventually(lambda: len(attempts.beats() or {}) == 3, "no ranks")
+    launcher.send_signal(number)
+    launcher.wait(LIMIT_SECONDS)
+    (row,) = attempts.rows()
+    assert (row["exit_code"], row["why"]) == (128 + number, f"stopped by {number.name}")
