@@ -154,7 +154,9 @@ def _until(condition: Callable[[], object], trouble: Callable[[], str]) -> None:
 def import_seconds() -> float:
     """Of what a rank needs, in a new process."""
     began = time.time()
-    subprocess.run([sys.executable, "-c", "import distattn.training.rank, distattn.training.loop"], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import distattn.training.rank, distattn.training.loop"], cwd=ROOT, check=True
+    )
     return time.time() - began
 
 
