@@ -25,7 +25,8 @@ from distattn.training.json_lines import read_rows
 pytestmark = pytest.mark.waits
 
 ROOT = Path(__file__).parents[2]
-STEPS = 20
+# a run must not come to its end before it is stopped for the last time
+STEPS = 40
 SHORT = (
     f"--train.steps={STEPS}",
     "--data.tokens_per_step=2048",

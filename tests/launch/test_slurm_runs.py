@@ -14,6 +14,8 @@ from made_once import made_once
 from slurm_cluster import SlurmCluster, why_not
 from waiting import eventually
 
+from distattn.launch.attempts import Attempts
+
 pytestmark = pytest.mark.waits
 
 ROOT = Path(__file__).parents[2]
@@ -137,13 +139,24 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     cluster.run("scontrol", "update", f"jobid={job}", "timelimit=UNLIMITED")
     again = len(rows(folder, "metrics.jsonl"))
     wait_for(cluster, folder, "no steps afterwards", lambda: len(rows(folder, "metrics.jsonl")) > again + 2)
-    cluster.signal_ranks("node1", signal.SIGSTOP, most=2)
-    (stopped,) = rows(folder, "attempts/attempts.jsonl")
+    assert len(list(folder.glob("checkpoints/step-*"))) == 1
+    # somebody takes a node away, and gives it back
+    down = Attempts(folder / "attempts").rows()[-1]["hosts"][1]
+    cluster.run("scontrol", "update", f"nodename={down}", "state=down", "reason=test")
+    wait_for(
+        cluster, folder, "it is not queued again", lambda: "Restarts=2" in cluster.run("scontrol", "show", "job", job)
+    )
+    cluster.run("scontrol", "update", f"nodename={down}", "state=resume")
+    again = len(rows(folder, "metrics.jsonl"))
+    wait_for(cluster, folder, "no steps without the node", lambda: len(rows(folder, "metrics.jsonl")) > again + 2)
+    first = Attempts(folder / "attempts").rows()[-1]["hosts"][0]
+    cluster.signal_ranks(first, signal.SIGSTOP, most=2)
+    stopped, lost = rows(folder, "attempts/attempts.jsonl")
+    assert lost["exit_code"] != 0, lost
     assert stopped["why"] == "stopped, asked by SIGUSR1" and stopped["exit_code"] == 75, stopped
     assert stopped["hosts"] == ["node1", "node2"]
-    assert len(list(folder.glob("checkpoints/step-*"))) == 1
     assert distattn(cluster, "launch", "cancel", str(folder)).returncode == 0
-    cluster.signal_ranks("node1", signal.SIGCONT, most=2)
+    cluster.signal_ranks(first, signal.SIGCONT, most=2)
     wait_for(
         cluster,
         folder,
