@@ -265,9 +265,11 @@ class Faults:
             if len(before) == ended or before[ended]["exit_code"] == 0:
                 # the run had come to its end
                 return None
-            # whose messages are lost does not hang, but the other rank
-            named = RANKS - 1 - victim if moment == "message" else victim
-            assert before[ended]["ranks"] == [named], f"{moment} of rank {victim}: {before[ended]['why']}"
+            why, named = before[ended]["why"], before[ended]["ranks"]
+            # whose messages are lost does not hang, but the other rank, and soon it waits for that one
+            right = named == [victim] if moment != "message" else RANKS - 1 - victim in named
+            assert right, f"{moment} of rank {victim}: {why}"
+            assert moment != "message" or f"from rank {victim} " in why, why
             wanted = {"stopped": "is stopped"} | _WORDS
             assert wanted.get(moment, "was killed") in before[ended]["why"], f"{moment}: {before[ended]['why']}"
             launch.until(lambda beats: min(beat.step for beat in beats.values()) >= 0)

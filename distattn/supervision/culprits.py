@@ -81,12 +81,12 @@ def culprits(
 def _waiting_for_messages(known: Mapping[int, Heartbeat]) -> list[int]:
     """Ranks that wait for messages, without those that wait for one of them alone.
 
-    Of ranks that all wait for each other the one that has waited the longest: the others came further without its message.
+    Of ranks that all wait for each other all: a receiver of a lost message and its sender stop within a message, in any order.
     """
     awaited = {rank: _peers(beat.words) for rank, beat in known.items()}
     waiting = {rank for rank, peers in awaited.items() if peers}
     roots = [rank for rank in sorted(waiting) if not awaited[rank] <= waiting]
-    return roots or sorted(waiting, key=lambda rank: known[rank].at)[:1]
+    return roots or sorted(waiting)
 
 
 def _peers(text: str) -> set[int]:

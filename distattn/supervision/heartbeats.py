@@ -141,12 +141,21 @@ class _Told:
         self.beside: dict[int, str] = {}
 
     def tell(self, words: str, seconds: float, waits: bool) -> None:
-        write = self.write
-        if write is not None:
+        if self.write is not None:
             with self.lock:
                 self.last = words, seconds, waits
-                text = "; meanwhile ".join((words, *self.beside.values())) if self.beside else words
-                write(text, self.step, seconds, waits)
+                self._write(self.write)
+
+    def repeat(self) -> None:
+        if self.write is not None:
+            # what is repeated is looked up in here: another thread may tell something new meanwhile
+            with self.lock:
+                self._write(self.write)
+
+    def _write(self, write: Callable[[str, int, float, bool], None]) -> None:
+        words, seconds, waits = self.last
+        text = "; meanwhile ".join((words, *self.beside.values())) if self.beside else words
+        write(text, self.step, seconds, waits)
 
 
 _TOLD = _Told()
@@ -169,7 +178,7 @@ def tell(words: str, *, step: int | None = None, seconds: float = 0.0, waits: bo
 
 def beat() -> None:
     """Say that this process goes on with what it told last: more of a file is written, for example. From any thread."""
-    _TOLD.tell(*_TOLD.last)
+    _TOLD.repeat()
 
 
 class telling:  # noqa: N801

@@ -50,13 +50,14 @@ def beat(words, at=1.0, step=5, waits=None):
                 "rank 1 waits for what does not come: step 6, keys from rank 0 in step 2 of layer 1; the others: the norm"
             ],
         ),
-        # a message that is lost keeps its receiver first, and soon who waits for that one
+        # one of the messages is lost, and soon everybody waits
         (
             [beat(KEYS.format(1), 3.0), beat(KEYS.format(2), 2.0), beat(KEYS.format(0), 2.5)],
             "SSS",
             [],
             [
-                "rank 1 waits for what does not come: step 6, keys from rank 2 in step 2 of layer 1; the others: keys from rank"
+                f"rank {rank} waits for what does not come: step 6, keys from rank {peer} "
+                for rank, peer in ((0, 1), (1, 2), (2, 0))
             ],
         ),
         ([beat(SUM), beat(SUM, step=4), beat(SUM)], "SSS", [], ["rank 1 is behind the others: step 5, the norm"]),

@@ -3,9 +3,12 @@
 import contextlib
 import os
 import signal
+import threading
+import time
 
 import pytest
 
+from distattn.supervision import heartbeats
 from distattn.supervision.heartbeats import HeartbeatBoard
 
 
@@ -60,3 +63,23 @@ def test_a_rank_that_never_ceases_to_tell_is_read_as_it_wrote(board):
     finally:
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
+
+
+def test_a_thread_that_says_that_it_goes_on_does_not_take_back_what_is_told_meanwhile(board, monkeypatch):
+    monkeypatch.setattr(heartbeats, "_TOLD", heartbeats._Told())
+    write = board.writer(0, 1)
+    beats, told = threading.Thread(target=heartbeats.beat), threading.Event()
+
+    def slow(words, step, seconds, waits):
+        if not told.is_set():
+            told.set()
+            beats.start()
+            # the thread waits for its turn now
+            time.sleep(0.2)
+        write(words, step, seconds, waits)
+
+    heartbeats._TOLD.write = slow
+    heartbeats.tell("keys from rank 1", waits=True)
+    beats.join()
+    found = board.read(0)
+    assert (found.words, found.waits, found.beats) == ("keys from rank 1", True, 2)
