@@ -76,6 +76,10 @@ class HeartbeatBoard:
             opened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR if writable else os.O_RDONLY)
         finally:
             os.close(descriptor)
+        if not os.fstat(opened).st_size:
+            # another one that is being made, under the number of one that was put away
+            os.close(opened)
+            raise FileNotFoundError(errno.ENOENT, "a board of heartbeats without slots", str(path))
         return cls(opened, writable)
 
     @property

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +84,12 @@ def test_a_thread_that_says_that_it_goes_on_does_not_take_back_what_is_told_mean
     beats.join()
     found = board.read(0)
     assert (found.words, found.waits, found.beats) == ("keys from rank 1", True, 2)
+
+
+def test_a_board_that_is_being_made_is_none_yet():
+    descriptor = os.memfd_create(heartbeats._NAME)
+    try:
+        with pytest.raises(FileNotFoundError, match="without slots"):
+            HeartbeatBoard.open(Path(f"/proc/{os.getpid()}/fd/{descriptor}"))
+    finally:
+        os.close(descriptor)
