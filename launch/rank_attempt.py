@@ -103,7 +103,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         with as_found(node):
             elastic_launch(config, run_rank)(*given)
     except ChildFailedError as error:
-        trouble = watch.close() or _silent_end(error)
+        trouble = _first_to_die(error, watch.close() or _silent_end(error))
         code = _exit_code(error, trouble)
         if trouble.kind == "killed" and code > 128:
             how = f"was killed by {signal.Signals(code - 128).name}"
@@ -142,6 +142,12 @@ def _children() -> set[int]:
             if file.read_text("utf-8", "replace").rpartition(")")[2].split()[1] == str(os.getpid()):
                 found.add(int(file.parent.name))
     return found
+
+
+def _first_to_die(error: ChildFailedError, trouble: Trouble) -> Trouble:
+    """Of ranks that the watch has found dead at once, those that torchrun had not ended itself."""
+    first = tuple(one for one in trouble.culprits if one.rank in error.failures)
+    return replace(trouble, culprits=first) if trouble.kind == "killed" and first else trouble
 
 
 def _silent_end(error: ChildFailedError) -> Trouble:

@@ -10,9 +10,10 @@ from unittest.mock import patch
 
 from waiting import eventually
 
-from distattn.launch.rank_attempt import _exit_code, _silent_end
+from distattn.launch.rank_attempt import _exit_code, _first_to_die, _silent_end
+from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
-from distattn.supervision.rank_watch import Patience, RankWatch
+from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
 
 def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_one(tmp_path):
@@ -51,6 +52,11 @@ def test_a_rank_that_ends_before_it_tells_anything_is_named():
     trouble = _silent_end(killed)
     assert trouble.kind == "killed" and str(trouble) == "rank 1 was killed before it told anything"
     assert _exit_code(killed, trouble) == 137
+    # torchrun ended rank 0 for it, before the watch looked
+    both = Trouble(tuple(Culprit(rank, "was killed", "step 3") for rank in (0, 1)), "killed", 2, 0.1)
+    alone = SimpleNamespace(failures={1: killed.failures[1]})
+    assert [one.rank for one in _first_to_die(alone, both).culprits] == [1]
+    assert _first_to_die(SimpleNamespace(failures={2: killed.failures[1]}), both) == both
     broken = SimpleNamespace(failures={2: SimpleNamespace(exitcode=1, timestamp=1)})
     trouble = _silent_end(broken)
     assert trouble.kind == "raised" and str(trouble) == "rank 2 ended with exit code 1 before it told anything"
