@@ -57,8 +57,6 @@ class Target(NamedTuple):
 @contextlib.contextmanager
 def cluster(name: str, folder: Path) -> Iterator[Target]:
     """A cluster of two nodes."""
-    # the tests' own
-    sys.path.append(str(ROOT / "tests" / "support"))
     if name == "slurm":
         from slurm_cluster import SlurmCluster
 
@@ -116,8 +114,8 @@ def measured(target: Target, folder: Path, given: argparse.Namespace) -> dict[si
             sys.stderr.write(f"{target.words[0]}, {fault.name}: {found[fault][-1]}\n")
     finally:
         subprocess.run([*cli, "launch", "cancel", str(folder)], env=environment, capture_output=True)
-        ends, ranks = time.monotonic() + _ENDING_SECONDS, Path(f"/proc/{Owner.read(folder / 'owner.json').pid}")
-        while (process.poll() is None or ranks.exists()) and time.monotonic() < ends:
+        ends, owner = time.monotonic() + _ENDING_SECONDS, Owner.read(folder / "owner.json")
+        while (process.poll() is None or (owner and owner.is_alive())) and time.monotonic() < ends:
             time.sleep(0.1)
         process.kill()
     return found
@@ -169,6 +167,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file that gets the numbers, too")
     given = parser.parse_args()
     sys.stdout.write("| on | fault | noticed | next attempt | trains again |\n|---|---|---|---|---|\n")
+    # the clusters are the tests' own
+    sys.path.append(str(ROOT / "tests" / "support"))
     cells, imports = [], import_seconds()
     for name in given.on:
         # ranks of a job that was cancelled may still write

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from distattn.batch.health import HealthMonitor
 from distattn.parallel.runtime.attendance import default_store
-from distattn.parallel.runtime.communicator import gather_objects, gather_over
+from distattn.parallel.runtime.communicator import all_gather_objects, gather_objects
 from distattn.parallel.runtime.sealed_values import seal, unseal
 
 # a control message, padded: gloo's receiver has to know the size beforehand
@@ -126,4 +126,4 @@ def _receive_all(gloo: Any, source: int, received: queue.SimpleQueue[Any]) -> No
 
 def shared_name(group: dist.ProcessGroup) -> str:
     """A name that nobody else uses, the same on all ranks of a group. A collective call."""
-    return str(gather_over(group, uuid.uuid4().hex)[0])
+    return str(all_gather_objects(group, uuid.uuid4().hex)[0])

@@ -29,7 +29,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ops.attention import attention, autocast_inputs, score_modifiers
 from distattn.ops.executable import EXECUTABLES, Executable, whole_device
 from distattn.parallel.make_plan import STRATEGIES
-from distattn.parallel.runtime.communicator import gather_over
+from distattn.parallel.runtime.communicator import all_gather_objects
 from distattn.parallel.runtime.transport import Packet
 
 StageFunction = Callable[[Tensor | None, dict[str, Any]], Tensor]
@@ -91,7 +91,7 @@ class PipelineSchedule:
         self.score = scale, float(spec.softcap)
         depths: list[Any] = [spec.attention_layers]
         if cp.group is not None:
-            depths = gather_over(cp.group, spec.attention_layers)
+            depths = all_gather_objects(cp.group, spec.attention_layers)
         # attention layers of each stage
         self.depths = [int(depth) for depth in depths[:: self.replicas]]
         self.ticks: list[Tick] = []

@@ -10,7 +10,7 @@ from distattn.batch.collectives import shared_name
 from distattn.driver.driver_config import DriverConfig
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.attendance import attended
-from distattn.parallel.runtime.communicator import gather_over
+from distattn.parallel.runtime.communicator import all_gather_objects
 
 
 class RankTable(NamedTuple):
@@ -44,7 +44,7 @@ class RankTable(NamedTuple):
             members = dist.get_process_group_ranks(exchange)
 
             def compare() -> tuple[list[Any], str]:
-                return gather_over(exchange, mine), shared_name(exchange)
+                return all_gather_objects(exchange, mine), shared_name(exchange)
 
             everyone, name = attended(exchange, "the making of a ContextParallel", compare)
         first = _checked(everyone, members)

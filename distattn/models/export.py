@@ -32,7 +32,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from distattn.ir.errors import DistattnError
 from distattn.models.build import meta_model
 from distattn.models.safetensors_files import INDEX, ONE_FILE
-from distattn.parallel.runtime.communicator import gather_over
+from distattn.parallel.runtime.communicator import all_gather_objects
 
 # as large as Hugging Face recommends for files that many read at once
 MAX_SHARD_BYTES = 5_000_000_000
@@ -82,7 +82,7 @@ def export_model(
     for _ in tensors:
         pass
     assert dist.group.WORLD is not None
-    outcome = gather_over(dist.group.WORLD, None if failure is None else f"{failure}")[0]
+    outcome = all_gather_objects(dist.group.WORLD, None if failure is None else f"{failure}")[0]
     if failure is not None:
         raise failure
     if outcome is not None:

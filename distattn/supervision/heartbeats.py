@@ -122,9 +122,6 @@ class HeartbeatBoard:
                 words = content[_HEAD.size :].decode(errors="replace")
                 self._known[slot] = Heartbeat(pid, attempt, at / 1e9, beats, step, seconds, bool(waits), words)
                 break
-            if not any(raw):
-                # nobody has written yet
-                break
         return self._known.get(slot)
 
     def close(self) -> None:

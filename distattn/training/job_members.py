@@ -36,12 +36,12 @@ def check_members(file: Path) -> None:
     strangers = [
         rank for rank, proof in enumerate(proofs) if not hmac.compare_digest(proof, _proof(secret, rank, numbers))
     ]
-    use_secret(secret)
     if strangers:
         raise DistattnError(
             f"{named_ranks(strangers)} did not prove to know the secret in {file}: a process of another job or of somebody else, "
             "or one that reads another run folder."
         )
+    use_secret(secret)
 
 
 def _proof(secret: bytes, rank: int, numbers: bytes) -> bytes:

@@ -160,7 +160,9 @@ class TrainingLoop:
             # steps of another length compile and allocate, as the first
             unusual = self._context not in (None, planned.context)
             self._context = planned.context
-            tell("forward and backward", step=step, seconds=unusual * self.config.supervision.starting_seconds)
+            tell(
+                "forward and backward", step=step, seconds=self.config.supervision.starting_seconds if unusual else 0.0
+            )
             if not self._train_step(step, planned, batches, clock):
                 return self._roll_back(step)
             done = step + 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distattn.driver.message_monitor import MessageMonitor
-from distattn.parallel.runtime.communicator import gather_over
+from distattn.parallel.runtime.communicator import all_gather_objects
 from distattn.parallel.runtime.transport import Packet
 from distattn.training.engines.engine import PipelineStage
 
@@ -161,7 +161,7 @@ def gathered(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
     """A value of every rank of a group; None is this process alone. A collective call."""
     if group is None or dist.get_world_size(group) == 1:
         return [value]
-    return gather_over(group, value)
+    return all_gather_objects(group, value)
 
 
 def plain_name(name: str) -> str:

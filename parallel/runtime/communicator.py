@@ -59,7 +59,7 @@ def gather_objects(gloo: Any, value: Any) -> list[Any]:
     return _gathered(gather, gloo.size(), torch.device("cpu"), value)
 
 
-def gather_over(group: dist.ProcessGroup, value: Any) -> list[Any]:
+def all_gather_objects(group: dist.ProcessGroup, value: Any) -> list[Any]:
     """The same over a process group, in its rank order."""
 
     def gather(parts: list[Tensor], mine: Tensor) -> None:

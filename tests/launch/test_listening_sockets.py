@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
+from listening import family_of, listening_addresses
 from processes import run_on_ranks
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 from waiting import LIMIT_SECONDS
@@ -65,7 +66,7 @@ def test_a_run_listens_on_the_loopback_alone_and_keeps_its_secret(tmp_path):
             said.append(line)
             if line.startswith("step "):
                 break
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        family = list(family_of(process.pid))
         listening = {at for member in family for at in listening_addresses(member)}
         assert len(family) >= 3 and listening, said
         assert {address for address, _ in listening} == {"127.0.0.1"}
@@ -85,12 +86,6 @@ def test_a_run_listens_on_the_loopback_alone_and_keeps_its_secret(tmp_path):
         if file.is_file() and file.name != "secret":
             found = file.read_bytes()
             assert secret.encode() not in found and PLANTED.encode() not in found, file
-
-
-def listening_addresses(process):
-    """(address, port) of the TCP sockets on which a process waits for connections."""
-    found = process.net_connections("tcp")
-    return [(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN]
 
 
 def environment_of(process):

@@ -1,6 +1,5 @@
 """Runs on a real Ray of several raylets: killed ranks and lost nodes change nothing of what is learned."""
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -8,12 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
+from listening import family_of, listening_addresses
 from ray_cluster import RayCluster
 from waiting import eventually
 
@@ -133,7 +131,7 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(clus
     # a cluster of this machine alone, without any interruption
     run = launch(cluster, near, "--gpus=4", "--ray.address=local")
     wait_for(run, near, "no steps", lambda: rows(near, "metrics.jsonl"))
-    assert set(listening(run.pid)) == {"127.0.0.1"}
+    assert {address for one in family_of(run.pid) for address, _ in listening_addresses(one)} == {"127.0.0.1"}
     wait_for(run, near, "the run does not end", lambda: run.poll() == 0)
     before = min(int(file.stem.split("-")[1]) for file in far.glob("config.until-*.toml"))
     assert curve(far)[:before] == curve(near)[:before] and before > 2
@@ -142,19 +140,6 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(clus
     # steps after the newest checkpoint were done again, with the same pieces
     assert set(pieces(far)) == set(pieces(near)) and len(set(pieces(near))) == len(pieces(near))
     assert len(curve(near)) == STEPS
-
-
-def listening(pid: int) -> Iterator[str]:
-    """Addresses that a process and those that come of it wait for connections on."""
-    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found = process.net_connections("tcp")
-            yield from (
-                # IPv6 sockets of addresses of IPv4
-                one.laddr.ip.removeprefix("::ffff:")
-                for one in found
-                if one.status == psutil.CONN_LISTEN
-            )
 
 
 def pieces(folder: Path) -> list[tuple[int, ...]]:

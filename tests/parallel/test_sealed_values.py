@@ -9,7 +9,7 @@ from processes import run_on_ranks
 
 from distattn.batch.collectives import _receive_all
 from distattn.parallel.runtime import sealed_values
-from distattn.parallel.runtime.communicator import gather_over
+from distattn.parallel.runtime.communicator import all_gather_objects
 from distattn.parallel.runtime.sealed_values import seal, unseal, use_secret
 
 REFUSED = "does not match its digest: it was changed on its way, or does not come from a rank of this job"
@@ -69,7 +69,7 @@ def gather(rank, stranger):
     use_secret(b"one" if rank != stranger else b"another")
     own = "x" * (rank + 1), rank
     try:
-        return gather_over(dist.group.WORLD, own)
+        return all_gather_objects(dist.group.WORLD, own)
     except RuntimeError as error:
         return str(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -95,7 +96,8 @@ class SlurmCluster:
         os.kill(int((self.root / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
         # a daemon of a step has no name of its node, but its children have
         for pid, (parent, command) in self._processes(node).items():
-            if b"run_node" in command:
+            # a signal to 0 would be for all processes of these tests, and 1 has taken in whose parent has ended
+            if b"run_node" in command and parent > 1:
                 os.kill(parent, signal.SIGKILL)
                 os.kill(pid, signal.SIGKILL)
 
@@ -110,10 +112,14 @@ class SlurmCluster:
             os.kill(pid, number)
 
     def stop(self) -> None:
-        """End the daemons."""
+        """End the daemons, and what a failed test has left on the nodes, stopped ranks among it."""
         for file in [*self.root.glob("slurmd.*.pid"), self.root / "slurmctld.pid", self.root / "munged.pid"]:
             if file.exists():
                 subprocess.run(["kill", file.read_text().strip()], capture_output=True)
+        for node in _NODES:
+            for pid in self._processes(node):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _processes(self, node: str) -> dict[int, tuple[int, bytes]]:
         """(Parent, command line) of what runs on a node, but its daemons, by number."""
@@ -125,9 +131,6 @@ class SlurmCluster:
                 parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 # it has ended meanwhile
-                continue
-            if parent < 2:
-                # it ends now, or its parent has ended; a signal to 0 would be for all processes of these tests
                 continue
             ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment
             if ours and f"SLURMD_NODENAME={node}".encode() in environment:
