@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distattn.batch.awaited_result import AwaitedResult
 from distattn.batch.packed_batch import padded
 from distattn.batch.planner import AttentionShape, BatchKey, Planned, Planner
 from distattn.batch.pooled_layout import BatchBlock
@@ -81,7 +81,7 @@ class LocalBatch(BatchAttention):
         self._row_moves: dict[tuple[str, torch.device], RowMoves] = {}
         self._plans: dict[AttentionShape, Plan] = {}
         self._executables: dict[tuple[AttentionShape, torch.device], Executable] = {}
-        self._ahead: dict[tuple[AttentionShape, torch.device], Future[Planned]] = {}
+        self._ahead: dict[tuple[AttentionShape, torch.device], AwaitedResult[Planned]] = {}
         self._checked: Tensor | None = None
 
     # plans are looked up, and maybe made: compiled layers are compiled before and behind it
@@ -353,9 +353,9 @@ class LocalBatch(BatchAttention):
             self._executables[known] = Executable(program, key, ranks.transport(device), observer)
         return self._executables[known]
 
-    def plan_ahead(self, shapes: Sequence[tuple[AttentionShape, torch.device]]) -> list[Future[Planned]]:
+    def plan_ahead(self, shapes: Sequence[tuple[AttentionShape, torch.device]]) -> list[AwaitedResult[Planned]]:
         """Expect to be asked for these shapes: futures for the planning thread to fulfil."""
-        self._ahead = {known: Future() for known in shapes}
+        self._ahead = {known: AwaitedResult("the comparison of plans") for known in shapes}
         return list(self._ahead.values())
 
     def _planned_now(self, shape: AttentionShape, device: torch.device) -> Planned:

@@ -14,13 +14,13 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from distattn.batch.awaited_result import AwaitedResult
 from distattn.batch.local_batch import LocalBatch
 from distattn.batch.packed_batch import IGNORE_INDEX, Batch, PackedBatch, micro_batches_of, padded
 from distattn.batch.planner import AttentionShape, BatchKey, Planned, Planner
@@ -324,7 +324,7 @@ class ContextParallel:
                     self._release(running)
                 self._release(number)
 
-    def serve_step(self) -> Future[GatheredStep]:
+    def serve_step(self) -> AwaitedResult[GatheredStep]:
         """For ranks that only serve: the next step, with its batches."""
         return self._exchange.announce(None, self._batches_of_step, self.planner, self._measured_speed())
 
@@ -406,7 +406,7 @@ class ContextParallel:
         make: Callable[[GatheredStep], tuple[Any, list[LocalBatch]]],
         same_batch: Sequence[int] | None,
         known: KnownInfos | None = None,
-    ) -> tuple[int, Future[GatheredStep]]:
+    ) -> tuple[int, AwaitedResult[GatheredStep]]:
         if self._closed:
             raise DistattnError("this ContextParallel has been closed.")
         if packed:

@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from distattn.batch.awaited_result import AwaitedResult
 from distattn.batch.local_batch import LocalBatch
 from distattn.batch.planner import AttentionShape
 from distattn.driver.context_parallel import ContextParallel
@@ -49,7 +49,7 @@ def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "
     if not (dist.is_available() and dist.is_initialized()):
         raise DistattnError("a server needs torch.distributed; call init_process_group first.")
     counts = {FORWARD: 0, BACKWARD: 0}
-    steps: dict[int, Future[GatheredStep]] = {}
+    steps: dict[int, AwaitedResult[GatheredStep]] = {}
     with torch.cuda.device(device) if has_streams(device) else nullcontext(), _joined(group) as cp:
         communicators = cp._communicators
         assert communicators is not None and communicators.control is not None
@@ -101,7 +101,7 @@ def _empty(shape: AttentionShape, heads: int, width: int, device: torch.device) 
     return torch.empty((0, heads, width), dtype=getattr(torch, shape.dtype), device=device)
 
 
-def _batch(steps: dict[int, Future[GatheredStep]], number: int) -> LocalBatch:
+def _batch(steps: dict[int, AwaitedResult[GatheredStep]], number: int) -> LocalBatch:
     """The batch of that number, of the steps that are not over."""
     for step in steps.values():
         for batch in step.result().made:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
 
+from distattn.batch.awaited_result import AwaitedResult
 from distattn.batch.collectives import HostGroup
 from distattn.batch.local_batch import LocalBatch
 from distattn.batch.packed_batch import Batch
@@ -98,7 +99,7 @@ class StepExchange:
         same_batch: Sequence[int] | None = None,
         loader: str = "",
         known: list[StepInfo] | None = None,
-    ) -> Future[GatheredStep]:
+    ) -> AwaitedResult[GatheredStep]:
         """Tell the others of this rank's next step, and hear of theirs; all ranks call it in the same order.
 
         loader: see `StepInfo`; known: what they would tell, where every rank knows it, so that nobody is asked.
@@ -108,7 +109,7 @@ class StepExchange:
         number, shapes = self.steps, planner.registered_shapes()
         same = self.same_batch if same_batch is None else list(same_batch)
         self.steps += 1
-        future: Future[GatheredStep] = Future()
+        future = AwaitedResult[GatheredStep]("the exchange of a step")
         # this thread's stream may still have to fill a loader's tensors on a GPU
         given = Handover.of(tensor for batch in micro_batches or () for tensor in batch.tensors)
 
@@ -118,7 +119,9 @@ class StepExchange:
                 infos = known
                 if infos is None:
                     compared = any(rank != first for rank, first in enumerate(same))
-                    infos = self._gather(StepInfo.of(micro_batches, speed, compared, loader), same)
+                    info = StepInfo.of(micro_batches, speed, compared, loader)
+                    with future.asking():
+                        infos = self._gather(info, same)
                 made, batches = make(GatheredStep(number, infos))
                 step = GatheredStep(number, infos, made)
                 pending = [known for batch in batches for known in batch.plan_ahead(shapes)]
@@ -160,12 +163,15 @@ class StepExchange:
             )
 
     def _plan(
-        self, batches: list[LocalBatch], pending: list[Future[Planned]], planner: Planner, shapes: Shapes
+        self, batches: list[LocalBatch], pending: list[AwaitedResult[Planned]], planner: Planner, shapes: Shapes
     ) -> None:
         """Plan all batches of a step for all shapes, and compare the plans with the other ranks'."""
         try:
             found = [_attempt(planner, batch, *shape) for batch in batches for shape in shapes]
-            self._compare(found)
+            with contextlib.ExitStack() as asking:
+                for future in pending:
+                    asking.enter_context(future.asking())
+                self._compare(found)
         except BaseException as error:
             for future in pending:
                 future.set_exception(error)
