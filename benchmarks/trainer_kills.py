@@ -244,7 +244,10 @@ class Faults:
             launch.signal(victim, signal.SIGSTOP)
         else:
             planted = run.folder / _PLANTED
-            planted.write_text(json.dumps({"rank": victim, "kind": kind}), "utf-8")
+            # ranks look for it all the time
+            aside = planted.with_suffix(".new")
+            aside.write_text(json.dumps({"rank": victim, "kind": kind}), "utf-8")
+            aside.rename(planted)
             if launch.until(lambda beats: not planted.exists()) is None:
                 planted.unlink(missing_ok=True)
                 return None
@@ -272,7 +275,9 @@ class Faults:
             assert moment != "message" or f"from rank {victim} " in why, why
             wanted = {"stopped": "is stopped"} | _WORDS
             assert wanted.get(moment, "was killed") in before[ended]["why"], f"{moment}: {before[ended]['why']}"
-            launch.until(lambda beats: min(beat.step for beat in beats.values()) >= 0)
+            # what ranks told in the attempt that has ended can still be read
+            last = before[ended]["attempt"]
+            launch.until(lambda beats: all(beat.attempt > last and beat.step >= 0 for beat in beats.values()))
             resumed = time.monotonic() - began
         steps = [one.step for one in list_checkpoints(run.checkpoints)] if run.checkpoints.exists() else []
         name = "launcher" if victim < 0 else f"rank {victim}"
@@ -360,8 +365,12 @@ def rank(folder: str, json_lines: bool) -> int:
         if step >= 0 and not first:
             first.append(step)
         # in the first steps of an attempt ranks are given longer
-        if first and step > first[0] + 1 and planted.exists():
-            fault = json.loads(planted.read_text("utf-8"))
+        if first and step > first[0] + 1:
+            try:
+                fault = json.loads(planted.read_text("utf-8"))
+            except FileNotFoundError:
+                # none, or the other rank's, which has just taken it
+                return
             if fault["rank"] == int(os.environ["RANK"]) and _WORDS[fault["kind"]] in words:
                 planted.unlink()
                 if fault["kind"] == "message":
