@@ -41,7 +41,7 @@ ray runs on nodes of a Ray cluster, as slurm does on those of a job, until the r
 --nodes and --gpus set parallel.ranks and parallel.devices_per_node; --gpus is the number of ranks on a node, with a GPU each
 where parallel.kernel computes on GPUs. --spare N of the nodes stay idle until another one fails (Slurm only). --array starts one
 run for each value of a key, in folders 0, 1, ... of a new run folder.
-folder makes the run folder only, for ranks that another scheduler starts (docs/kubernetes.md). status shows the attempts of a run,
+folder makes the run folder only, for ranks that another scheduler starts (docs/kubernetes.md). status shows a run's attempts,
 and why each ended. With --preflight.action=only the ranks compare and measure each other as before the first step of any run, and
 the run ends, in the folder RUN-preflight; such a run is not restarted or requeued.
 """
