@@ -65,7 +65,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
             return code
         before = str(trouble)
         count = f"restart {without_progress} of {restarts.limit} until the run comes further"
-        say(f"{trouble}; all ranks start again from step {now:,} ({count}).")
+        say(f"{trouble}; all ranks start again on {socket.gethostname()} from step {now:,} ({count}).")
 
 
 def _may_go_better(trouble: Trouble, code: int, repeated: bool) -> bool:

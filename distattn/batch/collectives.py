@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from distattn.batch.health import HealthMonitor
 from distattn.parallel.runtime.attendance import default_store
-from distattn.parallel.runtime.communicator import all_gather_objects, gather_objects
+from distattn.parallel.runtime.communicator import all_gather_objects, all_gather_objects_over_gloo
 from distattn.parallel.runtime.sealed_values import seal, unseal
+from distattn.supervision.heartbeats import doing
 
 # a control message, padded: gloo's receiver has to know the size beforehand
 _MESSAGE_BYTES = 2048
@@ -43,13 +44,15 @@ class HostGroup:
         store = dist.PrefixStore(f"distattn/{name}", default_store())
         arguments = store, self.rank, self.ranks, _FOREVER if idles else monitor.wait_timeout
         self._received: queue.SimpleQueue[Any] | None = None
-        self._gloo: Any = self._guarded(lambda: dist.ProcessGroupGloo(*arguments), "connecting")
+        with doing("connecting to the other ranks", waits=True):
+            self._gloo: Any = self._guarded(lambda: dist.ProcessGroupGloo(*arguments), "connecting")
         self._in_flight: dict[int, deque[tuple[Any, torch.Tensor]]] = {}
 
     def all_gather(self, value: Any, what: str) -> list[Any]:
         """Every rank's value, by rank; values are pickled. what: what ranks do here, for the error of a missing one."""
         self._monitor.enter(what)
-        return list(self._guarded(lambda: gather_objects(self._gloo, value), what))
+        with doing(what, waits=True):
+            return list(self._guarded(lambda: all_gather_objects_over_gloo(self._gloo, value), what))
 
     def send(self, message: Any, destination: int) -> None:
         """Send a small picklable message; returns at once unless many are under way to that rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ from distattn.ops.recurrence import recurrence
 from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans, prefix_softmax_shapes
 from distattn.parallel.runtime.all_reduce import all_reduce_sum
 from distattn.parallel.runtime.relaid_rows import RowMoves
+from distattn.supervision.heartbeats import tell_layer
 
 
 class BatchAttention(Protocol):
@@ -109,7 +111,12 @@ class LocalBatch(BatchAttention):
         executable = self.executable(shape, q_THD.device)
         # padding attends to nothing, but others may need the help of a rank that has nothing else
         return self._without_padding(
-            executable, lambda q, k, v: attention(q, k, v, executable, scale=scale, **modifiers), q_THD, k_TKD, v_TKE
+            executable,
+            lambda q, k, v: attention(q, k, v, executable, scale=scale, **modifiers),
+            q_THD,
+            k_TKD,
+            v_TKE,
+            layer=layer,
         )
 
     @torch.compiler.disable
@@ -185,7 +192,7 @@ class LocalBatch(BatchAttention):
         executable = self.executable(shape, q_THD.device)
         inputs = q_THD, rope_TR, latent_TL
         return self._without_padding(
-            executable, lambda q, r, c: latent_attention(q, r, c, up_HEL, executable, scale=scale), *inputs
+            executable, lambda q, r, c: latent_attention(q, r, c, up_HEL, executable, scale=scale), *inputs, layer=layer
         )
 
     @torch.compiler.disable
@@ -275,12 +282,19 @@ class LocalBatch(BatchAttention):
         self._checked = given
 
     def _without_padding(
-        self, executable: Executable, compute: Callable[..., Any], *by_token: Tensor | None, fill: int = 0
+        self,
+        executable: Executable,
+        compute: Callable[..., Any],
+        *by_token: Tensor | None,
+        fill: int = 0,
+        layer: int | None = None,
     ) -> Any:
         """What `compute` makes of these tensors of this rank's tokens without those that pad them, and `fill` for these.
 
-        compute: returns a tensor by token, or that and states of documents, which are returned as they are.
+        compute: returns a tensor by token, or that and states of documents, which are returned as they are. layer: its number
+        in the model, for what is said of messages.
         """
+        compute = _in_layer(layer, compute)
         tokens, given = executable.program.tokens, by_token[0]
         padding = padded(tokens, self.planner.config.pad_to) - tokens
         if not padding or given is None or len(given) != tokens + padding:
@@ -354,8 +368,8 @@ class LocalBatch(BatchAttention):
         return self._executables[known]
 
     def plan_ahead(self, shapes: Sequence[tuple[AttentionShape, torch.device]]) -> list[AwaitedResult[Planned]]:
-        """Expect to be asked for these shapes: futures for the planning thread to fulfil."""
-        self._ahead = {known: AwaitedResult("the comparison of plans") for known in shapes}
+        """Expect to be asked for these shapes: futures for the planning thread, which calls this, to fulfil."""
+        self._ahead = {known: AwaitedResult(threading.get_ident()) for known in shapes}
         return list(self._ahead.values())
 
     def _planned_now(self, shape: AttentionShape, device: torch.device) -> Planned:
@@ -394,6 +408,21 @@ class RelaidBatch(LocalBatch):
         """See `LocalBatch.executable`."""
         self._batch.used = self._batch.mixed = True
         return self._batch.executable(shape._replace(layout=self.layout), device)
+
+
+def _in_layer(layer: int | None, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """`compute`, in whose forward and backward pass messages are said to be for a layer."""
+
+    def computed(*given: Tensor | None) -> Any:
+        tell_layer(layer)
+        found = compute(*given)
+        out = found[0] if isinstance(found, tuple) else found
+        if out.requires_grad:
+            # called right before the gradient goes through what was computed
+            out.register_hook(lambda _: tell_layer(layer))
+        return found
+
+    return computed
 
 
 def _stays_at_owners(plan: Plan) -> bool:

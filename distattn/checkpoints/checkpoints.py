@@ -42,7 +42,7 @@ from distattn.checkpoints.rank_exchange import RankExchange, RankFailure
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.staging import HostBuffers, StagedState
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
-from distattn.supervision.heartbeats import doing, telling
+from distattn.supervision.heartbeats import awaiting, doing, telling
 
 # waiting for an earlier save that is worth a warning, in seconds
 _LONG_WAIT = 1.0
@@ -165,8 +165,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Return once the last save is written, or has failed. Raises as `save` does."""
         if self._last is not None:
-            with telling(f"writing {checkpoint_name(self._last.step)}", seconds=_WRITE_SECONDS):
-                self._last.written.wait()
+            self._wait_for_writer(self._last)
         self._raise_error()
 
     def close(self) -> None:
@@ -263,8 +262,7 @@ class Checkpoints:
         if self._last is None:
             return
         began = time.monotonic()
-        with telling(f"writing {checkpoint_name(self._last.step)}", seconds=_WRITE_SECONDS):
-            self._last.written.wait()
+        self._wait_for_writer(self._last)
         waited = time.monotonic() - began
         if waited > _LONG_WAIT and self._is_root:
             self._warn(
@@ -273,6 +271,11 @@ class Checkpoints:
             )
         # once it is written, so that all ranks raise in the same call
         self._raise_error()
+
+    def _wait_for_writer(self, save: _Save) -> None:
+        words = f"writing {checkpoint_name(save.step)}"
+        with telling(words, seconds=_WRITE_SECONDS), awaiting(self._writer.ident or 0):
+            save.written.wait()
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -54,6 +54,7 @@ class MonitoredTransport:
         # what is under way since may have been given up: its results are not to be used
         self._monitor.raise_verdict()
         self._monitor.enter(MESSAGES)
+        where += heartbeats.layer_in_words()
         if self.messages.on_send is not None:
             self.messages.on_send(sends)
         work = self.guarded(lambda: self._transport.exchange(sends, receives, collective, where))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -61,6 +60,12 @@ class PlanningThread:
         self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-planning")
         self._thread.start()
 
+    @property
+    def ident(self) -> int:
+        """The thread's, as `threading.get_ident` gives it there."""
+        assert self._thread.ident is not None
+        return self._thread.ident
+
     def submit(self, work: Callable[[], None]) -> None:
         """Run `work`, which raises nothing, after all that was submitted before."""
         self._queue.put(work)
@@ -109,7 +114,7 @@ class StepExchange:
         number, shapes = self.steps, planner.registered_shapes()
         same = self.same_batch if same_batch is None else list(same_batch)
         self.steps += 1
-        future = AwaitedResult[GatheredStep]("the exchange of a step")
+        future = AwaitedResult[GatheredStep](self._thread.ident)
         # this thread's stream may still have to fill a loader's tensors on a GPU
         given = Handover.of(tensor for batch in micro_batches or () for tensor in batch.tensors)
 
@@ -119,9 +124,7 @@ class StepExchange:
                 infos = known
                 if infos is None:
                     compared = any(rank != first for rank, first in enumerate(same))
-                    info = StepInfo.of(micro_batches, speed, compared, loader)
-                    with future.asking():
-                        infos = self._gather(info, same)
+                    infos = self._gather(StepInfo.of(micro_batches, speed, compared, loader), same)
                 made, batches = make(GatheredStep(number, infos))
                 step = GatheredStep(number, infos, made)
                 pending = [known for batch in batches for known in batch.plan_ahead(shapes)]
@@ -168,10 +171,7 @@ class StepExchange:
         """Plan all batches of a step for all shapes, and compare the plans with the other ranks'."""
         try:
             found = [_attempt(planner, batch, *shape) for batch in batches for shape in shapes]
-            with contextlib.ExitStack() as asking:
-                for future in pending:
-                    asking.enter_context(future.asking())
-                self._compare(found)
+            self._compare(found)
         except BaseException as error:
             for future in pending:
                 future.set_exception(error)

@@ -30,7 +30,7 @@ from distattn.ops.kernel_choice import agreed_ranking, first_that_serves, has_ch
 from distattn.parallel.analysis.verify import check_max_buffer_bytes, verify
 from distattn.parallel.runtime.attendance import attended
 from distattn.parallel.runtime.communicator import (
-    gather_objects,
+    all_gather_objects_over_gloo,
     open_communicator,
     open_host_communicator,
     timeout_of,
@@ -235,7 +235,7 @@ def _gather_over(group: dist.ProcessGroup | None) -> Callable[[Any], list[Any]]:
     if group is None:
         return lambda value: [value]
     host = EXECUTABLES.host(group)
-    return lambda value: attended(group, "the trial of kernels", lambda: gather_objects(host, value))
+    return lambda value: attended(group, "the trial of kernels", lambda: all_gather_objects_over_gloo(host, value))
 
 
 def whole_device(device: torch.device | str | int) -> torch.device:
@@ -340,11 +340,11 @@ def _agree(plan: Plan, group: dist.ProcessGroup, refusal: DistattnError | None) 
     """
     host = EXECUTABLES.host(group)
     mine = plan.digest, refusal is not None
-    everyone = attended(group, "the comparison of plans", lambda: gather_objects(host, mine))
+    everyone = attended(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, mine))
     if all(other == mine for other in everyone) and refusal is None:
         return
     own = plan_summary(plan) | {"refusal": str(refusal or "")}
-    summaries = attended(group, "the comparison of plans", lambda: gather_objects(host, own))
+    summaries = attended(group, "the comparison of plans", lambda: all_gather_objects_over_gloo(host, own))
     raise_disagreement([digest for digest, _ in everyone], summaries, refusal)
 
 

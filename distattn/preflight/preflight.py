@@ -16,7 +16,11 @@ import torch
 import torch.distributed as dist
 
 from distattn.parallel.runtime.attendance import attended
-from distattn.parallel.runtime.communicator import gather_objects, open_communicator, open_host_communicator
+from distattn.parallel.runtime.communicator import (
+    all_gather_objects_over_gloo,
+    open_communicator,
+    open_host_communicator,
+)
 from distattn.parallel.runtime.transport import GroupTransport
 from distattn.preflight.comparison import code_problems, problems_of, warnings_of
 from distattn.preflight.device_state import Clock, gpu_clock
@@ -83,7 +87,7 @@ def preflight(
 
     def gather(value: Any, what: str) -> list[Any]:
         with telling(f"the preflight's {what}", waits=True):
-            return attended(group, f"the preflight's {what}", lambda: gather_objects(host, value))
+            return attended(group, f"the preflight's {what}", lambda: all_gather_objects_over_gloo(host, value))
 
     with telling("reading its data and disk for the preflight"):
         mine = collect_facts(run, config, device)

@@ -137,26 +137,51 @@ class _Told:
         self.write: Callable[[str, int, float, bool], None] | None = None
         self.lock = threading.Lock()
         self.step = -1
+        self.layer: int | None = None
         self.last: tuple[str, float, bool] = "", 0.0, False
-        # what other threads do meanwhile
-        self.beside: dict[int, str] = {}
+        # what other threads do meanwhile, and whether they wait for other ranks; and the one that the main thread waits for
+        self.beside: dict[int, tuple[str, bool]] = {}
+        self.awaited: int | None = None
 
     def tell(self, words: str, seconds: float, waits: bool) -> None:
         if self.write is not None:
             with self.lock:
                 self.last = words, seconds, waits
-                self._write(self.write)
+                self._write_now()
 
     def repeat(self) -> None:
         if self.write is not None:
             # what is repeated is looked up in here: another thread may tell something new meanwhile
             with self.lock:
-                self._write(self.write)
+                self._write_now()
+
+    def tell_beside(self, thread: int, does: tuple[str, bool] | None) -> None:
+        with self.lock:
+            before = self.beside.pop(thread, None)
+            if does is not None:
+                self.beside[thread] = does
+            # of a thread that waits nobody hears but whoever waits for it
+            if thread == self.awaited or not all(waits for _, waits in filter(None, (before, does))):
+                self._write_now()
+
+    def wait_for(self, thread: int | None) -> None:
+        with self.lock:
+            self.awaited = thread
+            self._write_now()
+
+    def _write_now(self) -> None:
+        if self.write is not None:
+            self._write(self.write)
 
     def _write(self, write: Callable[[str, int, float, bool], None]) -> None:
         words, seconds, waits = self.last
-        text = "; meanwhile ".join((words, *self.beside.values())) if self.beside else words
-        write(text, self.step, seconds, waits)
+        if self.beside:
+            awaited, waits_too = self.beside.get(self.awaited or 0, ("", False))
+            if waits_too:
+                words, seconds, waits = awaited, 0.0, True
+            beside = (what for what, waiting in self.beside.values() if not waiting)
+            words = "; meanwhile ".join(dict.fromkeys((words, *beside)))
+        write(words, self.step, seconds, waits)
 
 
 _TOLD = _Told()
@@ -200,23 +225,49 @@ class telling:  # noqa: N801
 
 
 @contextlib.contextmanager
-def doing(words: str) -> Iterator[None]:
-    """Say what the thread that is in here does: as `telling` on the main thread, of others beside what that one does."""
+def doing(words: str, *, waits: bool = False) -> Iterator[None]:
+    """Say what the thread that is in here does: as `telling` on the main thread, of others beside what that one does.
+
+    waits: for other ranks; of another thread it is told where the main thread waits for that one (see `awaiting`).
+    """
     if _TOLD.write is None:
         yield
         return
     if threading.current_thread() is threading.main_thread():
-        with telling(words):
+        with telling(words, waits=waits):
             yield
         return
     thread = threading.get_ident()
-    _TOLD.beside[thread] = words
-    beat()
+    before = _TOLD.beside.get(thread)
+    _TOLD.tell_beside(thread, (words, waits))
     try:
         yield
     finally:
-        del _TOLD.beside[thread]
-        beat()
+        _TOLD.tell_beside(thread, before)
+
+
+@contextlib.contextmanager
+def awaiting(thread: int) -> Iterator[None]:
+    """Say that the main thread waits for another one, by its ident, in here: where that waits for other ranks, so does this one.
+
+    So a rank that hangs elsewhere is found by what it has told, and this one is not to blame.
+    """
+    before = _TOLD.awaited
+    _TOLD.wait_for(thread)
+    try:
+        yield
+    finally:
+        _TOLD.wait_for(before)
+
+
+def tell_layer(layer: int | None) -> None:
+    """Say which layer of the model messages are for, from now on; None: it is not known."""
+    _TOLD.layer = layer
+
+
+def layer_in_words() -> str:
+    """ " of layer 17" of what `tell_layer` was given, or nothing."""
+    return "" if _TOLD.layer is None else f" of layer {_TOLD.layer}"
 
 
 def tell_end(code: int, error: BaseException | None = None) -> None:

@@ -27,7 +27,7 @@ from distattn.data.order import derived_key
 from distattn.data.pack_plan import StepPacks
 from distattn.ir.errors import DistattnError, RunStopped
 from distattn.ir.plan import Plan
-from distattn.supervision.heartbeats import tell
+from distattn.supervision.heartbeats import tell, telling
 from distattn.training.config import Config
 from distattn.training.engines.engine import Batch, Engine, EngineState
 from distattn.training.engines.opened import open_engine
@@ -189,9 +189,10 @@ class TrainingLoop:
             self._replay(step, batches)
         token_losses: list[tuple[Tensor, Batch]] = []
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
-        tell("the norm of all gradients", waits=True)
-        norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
-        mean = self.engine.cp.mean_loss(losses)
+        with telling("the norm of all gradients", waits=True):
+            norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
+            mean = self.engine.cp.mean_loss(losses)
+        tell("looking at losses and gradients")
         verdict = self.watch.judge(step, mean, norm)
         if train.histogram_every and step % train.histogram_every == 0:
             self.reporter.report_histograms(step + 1, self.engine)

@@ -50,7 +50,7 @@ def open_host_communicator(group: dist.ProcessGroup, timeout: timedelta) -> Any:
     return _opened(group, _open_gloo, torch.device("cpu"), timeout)
 
 
-def gather_objects(gloo: Any, value: Any) -> list[Any]:
+def all_gather_objects_over_gloo(gloo: Any, value: Any) -> list[Any]:
     """Every rank's value, by rank, over a gloo backend; values are pickled (`sealed_values`). A collective call."""
 
     def gather(parts: list[Tensor], mine: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from processes import run_on_ranks
+from waiting import eventually
 
 from distattn.checkpoints import checkpoints as module
 from distattn.checkpoints import digested_files
@@ -21,6 +22,9 @@ from distattn.checkpoints.checkpoint_folder import list_checkpoints, remove_chec
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 from distattn.ir.errors import DistattnError
+from distattn.supervision import heartbeats
+from distattn.supervision.culprits import Culprit, culprits
+from distattn.supervision.heartbeats import HeartbeatBoard
 
 
 def open_checkpoints(folder, warn=faults.no_warning, keep=None, group=None, **facts):
@@ -272,6 +276,38 @@ def fail_on_one_rank(rank, folder, failing):
     saver.save(3, faults.state_of(3))
     saver.close()
     return warned
+
+
+@pytest.mark.waits
+@pytest.mark.parametrize("hangs", [0, 1])
+def test_of_ranks_that_wait_for_a_save_the_one_that_writes_is_to_blame(hangs, tmp_path):
+    board = HeartbeatBoard.make(2)
+    run_on_ranks(2, hang_on_one_rank, tmp_path, hangs, board.path)
+    board.close()
+
+
+def hang_on_one_rank(rank, folder, hangs, board):
+    heartbeats.attach(board, rank, 1)
+    read, write = HeartbeatBoard.open(board).read, digested_files.DigestingFile.write
+    told = "the part of a checkpoint from rank"
+    wanted = [Culprit(hangs, "neither waits for others nor goes on", "step 3, writing step-00000002")]
+
+    def hang(file, content):
+        # until the other one has done its part, and waits for this one
+        eventually(lambda: read(1 - rank).waits and read(rank).seconds, lambda: f"{read(0)}, {read(1)}")
+        assert read(1 - rank).words == f"{told} {rank}" and read(1 - rank).seconds == 0
+        assert culprits({0: read(0), 1: read(1)}, {0: "S", 1: "S"}) == wanted
+        return write(file, content)
+
+    if rank == hangs:
+        digested_files.DigestingFile.write = hang
+    saver = open_checkpoints(folder, group=dist.group.WORLD)
+    heartbeats.tell("forward and backward", step=2)
+    saver.save(2, faults.state_of(2))
+    saver.wait()
+    assert not read(rank).waits and read(rank).words == "forward and backward"
+    saver.close()
+    assert steps(folder) == [2]
 
 
 @pytest.mark.parametrize("name", ["new_unfinished", "commit", "synchronise"])

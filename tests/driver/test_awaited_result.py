@@ -1,14 +1,18 @@
-"""Whoever waits for another thread's answer is told to wait for other ranks only while that thread asks them."""
+"""Whoever waits for another thread's answer is told to wait for other ranks while that thread does, and only then."""
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from packs_of_ranks import loader, model_of, shared
+from processes import run_on_ranks
 from waiting import eventually
 
+from distattn.adapters.pytorch import local_loss
 from distattn.batch.awaited_result import AwaitedResult
 from distattn.supervision import heartbeats
-from distattn.supervision.heartbeats import HeartbeatBoard, tell
+from distattn.supervision.heartbeats import HeartbeatBoard, doing, tell
 
 
 @pytest.fixture
@@ -23,49 +27,108 @@ def told(monkeypatch):
 
 def test_a_rank_waits_for_others_only_while_they_are_asked(told):
     tell("evaluation", step=3, seconds=300.0)
-    result, asks, makes = AwaitedResult("the exchange of a step"), threading.Event(), threading.Event()
-    answers = threading.Event()
+    results, idents = [], []
+    steps = [threading.Event() for _ in range(4)]
 
     def thread():
-        asks.wait()
-        with result.asking():
-            answers.wait()
-        makes.wait()
-        result.set_result(7)
+        idents.append(threading.get_ident())
+        # of the step before, whose plans nobody waits for yet
+        with doing("the comparison of plans", waits=True):
+            steps[0].wait()
+        steps[1].wait()
+        with doing("reading shard 12"), doing("the exchange of a step", waits=True):
+            steps[2].wait()
+        steps[3].wait()
+        results[0].set_result(7)
 
     with ThreadPoolExecutor() as pool:
-        pool.submit(thread)
-        waiting = pool.submit(result.result)
-        # its own thread still does something else: that is this rank's own time
-        assert not told().waits and told().words == "evaluation"
-        asks.set()
-        eventually(lambda: told().waits, lambda: str(told()))
-        assert (told().words, told().seconds, told().step) == ("the exchange of a step", 0.0, 3)
-        answers.set()
-        eventually(lambda: not told().waits, lambda: str(told()))
-        assert told().words == "evaluation" and told().seconds == 300
-        makes.set()
-        assert waiting.result() == 7
+        try:
+            pool.submit(thread)
+            eventually(lambda: idents and heartbeats._TOLD.beside, "the thread does not come")
+            # nobody waits for it: this rank does its own work
+            assert not told().waits and told().words == "evaluation" and told().seconds == 300
+            results.append(AwaitedResult(idents[0]))
+            waiting = pool.submit(results[0].result)
+            eventually(lambda: told().waits, lambda: str(told()))
+            assert (told().words, told().seconds, told().step) == ("the comparison of plans", 0.0, 3)
+            steps[0].set()
+            # the thread works for itself: that is this rank's own time
+            eventually(lambda: not told().waits, lambda: str(told()))
+            assert told().words == "evaluation" and told().seconds == 300
+            steps[1].set()
+            eventually(lambda: told().waits, lambda: str(told()))
+            assert told().words == "the exchange of a step"
+            steps[2].set()
+            eventually(lambda: not told().waits, lambda: str(told()))
+            assert told().words == "evaluation" and heartbeats._TOLD.awaited == idents[0]
+            steps[3].set()
+            assert waiting.result() == 7 and heartbeats._TOLD.awaited is None
+        finally:
+            for step in steps:
+                step.set()
 
 
 def test_what_is_there_is_not_waited_for(told):
     tell("forward and backward", step=1)
-    result = AwaitedResult("the exchange of a step")
+    result = AwaitedResult(1)
     result.set_result(7)
     beats = told().beats
     assert result.result() == 7 and told().beats == beats
 
 
 def test_errors_of_the_thread_come_to_whoever_waits(told):
-    result = AwaitedResult("the exchange of a step")
+    result = AwaitedResult(1)
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(result.result)
-        result.set_exception(ValueError("no"))
-        with pytest.raises(ValueError, match="no"):
+        result.set_exception(ConnectionError("no"))
+        with pytest.raises(ConnectionError, match="no"):
             waiting.result()
-    result = AwaitedResult("the exchange of a step")
-    with pytest.raises(ConnectionError), result.asking():
-        raise ConnectionError
-    result.set_exception(ConnectionError())
-    with pytest.raises(ConnectionError):
-        result.result()
+    assert heartbeats._TOLD.awaited is None
+
+
+# what rank 0 is to say while rank 1 is elsewhere: before its first layer, and in its loader
+LATE = ("the trial of kernels", "the exchange of a step")
+
+
+def trained_beside_a_late_rank(rank, folder):
+    """What this rank told: pairs of words and whether it waits for others."""
+    told = []
+
+    def write(words, step, seconds, waits):
+        told.append((words, waits))
+        if rank == 0 and waits and words in LATE:
+            (folder / words).touch()
+
+    def late(words):
+        if rank == 1:
+            eventually((folder / words).exists, f"rank 0 does not say that it waits for {words}")
+
+    def steps():
+        for number, step in enumerate([*loader(0), *loader(0)]):
+            if number == 3:
+                late(LATE[1])
+            yield step
+
+    heartbeats._TOLD.write = write
+    model = model_of()
+    model.model.layers[0].register_forward_pre_hook(lambda *_: late(LATE[0]))
+    with shared(strategy="ring", data="replicated") as cp:
+        for micro_batches in cp.steps(steps()):
+            tell("forward and backward")
+            for batch in micro_batches:
+                local_loss(model, batch).backward()
+    return told
+
+
+@pytest.mark.waits
+def test_ranks_say_what_they_wait_for_and_of_which_layer(tmp_path):
+    of_ranks = run_on_ranks(2, trained_beside_a_late_rank, tmp_path)
+    for rank, told in enumerate(of_ranks):
+        messages = [words for words, waits in told if waits and "from rank" in words]
+        form = rf"\w+(, \w+)* from rank {1 - rank} in step \d+ of \d+ of the (forward|backward) pass of layer [01]"
+        assert messages and all(re.fullmatch(form, words) for words in messages), told
+        passes = {words.rpartition("the ")[2] for words in messages}
+        assert passes == {f"{direction} pass of layer {n}" for direction in ("forward", "backward") for n in (0, 1)}
+        # backward passes come in the opposite order
+        order = [words[-1] for words in messages if "backward" in words]
+        assert order[0] == "1" and "0" in order

@@ -11,6 +11,7 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is not installed", allow_module_level=True)
 
 from distattn.launch import ray_room
+from distattn.launch.ray_nodes import _natural
 
 
 @pytest.fixture
@@ -56,3 +57,8 @@ def test_nodes_that_come_together_are_taken_together_and_the_most_at_once(ray):
 
 def test_an_attempt_that_has_all_nodes_asks_for_none(ray):
     assert ray_room.MoreNodes(NodeNeeds(2, 0, 2), ["a", "b"], (2, 1), []).found() == 0 and not ray.asked
+
+
+def test_nodes_keep_the_order_of_their_numbers():
+    names = ["node10", "10.0.0.9", "node2", "10.0.0.10", "node1"]
+    assert sorted(names, key=_natural) == ["10.0.0.9", "10.0.0.10", "node1", "node2", "node10"]

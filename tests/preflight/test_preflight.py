@@ -73,6 +73,12 @@ def _plant(fault: str, runs, monkeypatch) -> tuple[RunFolder, Config]:
         return right, dataclasses.replace(config, train=TrainConfig(steps=4, learning_rate=0.5))
     elif fault == "data":
         return wrong, config
+    elif fault == "plan of packs":
+        facts_of = facts_module.facts_of
+        monkeypatch.setattr(facts_module, "facts_of", lambda *given: facts_of(*given) | {"plan": "0" * 16})
+    elif fault == "attention plan":
+        other = SimpleNamespace(load=lambda file: SimpleNamespace(digest="0" * 16))
+        monkeypatch.setattr(facts_module, "Plan", other)
     elif fault == "no data":
         return RunFolder(right.folder / "nothing here"), config
     elif fault == "disk":
@@ -105,6 +111,16 @@ PROBLEMS = {
     "package": ("rank 2 on node-b", "numpy is 1.26.9, on most ranks ", "install the same"),
     "configuration": ("rank 2 on node-b", "train.learning_rate is 0.5, on most ranks 0.003", "one run folder"),
     "data": ("rank 2 on node-b", "the corpus text is another (digest ", "read the same files"),
+    "plan of packs": (
+        "rank 2 on node-b",
+        "the plan of packs is another (digest 0000000000000000)",
+        "read the same files",
+    ),
+    "attention plan": (
+        "rank 2 on node-b",
+        "the attention plan is another (digest 0000000000000000)",
+        "read the same files",
+    ),
     "no data": ("rank 2 on node-b", "nothing here", "No such file"),
     "disk": ("rank 2 on node-b", "4.1 kB are free where the run folder is, its checkpoints need 382.8 kB", "make room"),
     # the host's, and so of both ranks there

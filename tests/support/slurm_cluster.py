@@ -97,9 +97,9 @@ class SlurmCluster:
         # a daemon of a step has no name of its node, but its children have
         for pid, (parent, command) in self._processes(node).items():
             # a signal to 0 would be for all processes of these tests, and 1 has taken in whose parent has ended
-            if b"run_node" in command and parent > 1:
-                os.kill(parent, signal.SIGKILL)
-                os.kill(pid, signal.SIGKILL)
+            if b"run_node" in command:
+                for number in (parent, pid) if parent > 1 else (pid,):
+                    os.kill(number, signal.SIGKILL)
 
     def signal_ranks(self, node: str, number: int, most: int) -> None:
         """Send a signal to at most so many of the ranks that work on a node."""
