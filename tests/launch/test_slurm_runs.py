@@ -127,6 +127,8 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     job = submit(cluster, folder, "--nodes=2", "--gpus=2", *limits)
     # on the nodes that are free
     submit(cluster, tmp_path / "new", "--nodes=2", "--gpus=2", "--preflight.action=only")
+    rates = ("--array=train.learning_rate=1e-3,3e-3", "--train.steps=2", "--reference_check.steps=0")
+    submit(cluster, tmp_path / "rates", "--nodes=1", "--gpus=2", *rates)
     wait_for(cluster, folder, "no steps", lambda: len(rows(folder, "metrics.jsonl")) > 3)
     # Slurm looks at limits twice a minute: the run must not end before
     cluster.signal_ranks("node1", signal.SIGSTOP, most=2)
@@ -173,6 +175,15 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     assert not (checked / "metrics.jsonl").exists() and not (checked / "report.html").exists()
     assert "preflight: 4 ranks on 1 host in " in distattn(cluster, "launch", "logs", str(checked)).stdout
     assert "attempt 1 on node3 node4: " in distattn(cluster, "launch", "status", str(checked)).stdout
+
+    sweep = [tmp_path / "rates" / task for task in "01"]
+    for run in sweep:
+        wait_for(cluster, run, "no end of the sweep", lambda run=run: (run / "state").read_text() == "ended 0\n")
+    found = [[(row["step"], row["learning_rate"]) for row in rows(run, "metrics.jsonl")] for run in sweep]
+    # with a schedule the rates of a step differ as the sweep's do
+    assert [[step for step, _ in one] for one in found] == [[1, 2], [1, 2]]
+    assert [3 * rate for _, rate in found[0]] == pytest.approx([rate for _, rate in found[1]])
+    assert distattn(cluster, "launch", "status", str(tmp_path / "rates")).stdout.count("2 steps done") == 2
 
 
 def test_what_cannot_run_is_not_submitted(cluster, tmp_path):
