@@ -24,14 +24,15 @@ def die_with_launcher(launcher: int) -> None:
 
     Linux does it itself; elsewhere a thread looks every second whether the parent is still the same.
     """
-    if not _set_parent_death_signal():
+    if not set_parent_death_signal():
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
     # the launcher may have died before the signal was asked for: then somebody else is the parent by now
     if os.getppid() != launcher:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _set_parent_death_signal() -> bool:
+def set_parent_death_signal() -> bool:
+    """Have Linux kill this process when its parent ends; returns whether it will."""
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
     except (OSError, AttributeError):

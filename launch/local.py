@@ -55,8 +55,7 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
 
         rank, failure = min(failures, key=lambda item: blame(item[1]))
         code = failure.exitcode
-        how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
-        say(f"rank {rank} {how}; the other ranks were stopped.")
+        say(f"rank {rank} {how_it_ended(code)}; the other ranks were stopped.")
         return code if code > 0 else 128 - code
     except SignalException as stop:
         return stopped_by(stop)
@@ -99,6 +98,14 @@ def as_found(node: Node = HERE) -> Iterator[None]:
         logging.disable(logging.NOTSET)
         for name, handler in handlers.items():
             signal.signal(name, handler)
+
+
+def how_it_ended(code: int) -> str:
+    """What to say of a process by its exit code, which is negative where a signal killed it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    known = -code in {number.value for number in signal.Signals}
+    return f"was killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
 
 
 def stopped_by(stop: SignalException) -> int:

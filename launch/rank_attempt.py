@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
-from distattn.launch.local import HERE, Node, as_found, stopped_by, torchrun_config
+from distattn.launch.local import HERE, Node, as_found, how_it_ended, stopped_by, torchrun_config
 from distattn.launch.loopback import gloo_on_loopback
 from distattn.launch.rank_entry import run_rank
 from distattn.supervision.culprits import Culprit
@@ -29,9 +29,9 @@ from distattn.supervision.node_reports import NodeReports
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
 # what a rank imports sooner or later; torch._dynamo is what the first optimizer imports
-_PRELOAD = ("torch", "torch._dynamo", "distattn.launch.rank_entry")
-# torchrun would end the others where one has failed, and then nobody could tell who was first: the watch looks more often
-_INTERVAL_SECONDS = 0.25
+_PRELOAD = ("distattn.launch.ends_with_parent", "torch", "torch._dynamo", "distattn.launch.rank_entry")
+# torchrun ends the others where one has failed, and then nobody could tell who was first: the watch looks more often
+_INTERVAL_SECONDS = 0.1
 
 
 class Ranks(NamedTuple):
@@ -86,7 +86,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     """Run the ranks once; returns the exit code, and what went wrong with one. number: of the attempt.
 
     folder: for evidence, and where there are several nodes, one that all of them have. board: of this machine's ranks. The code
-    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang. Raises AttemptStopped.
+    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises AttemptStopped.
     """
     node, reports = ranks.node, None
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,12 +102,12 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     try:
         with as_found(node):
             elastic_launch(config, run_rank)(*given)
+        # for torchrun an exit code of 0 is a good end, whatever was left undone
+        if (trouble := watch.close()) is not None:
+            code, trouble = _ended({}, trouble)
     except ChildFailedError as error:
-        trouble = _first_to_die(error, watch.close() or _silent_end(error))
-        code = _exit_code(error, trouble)
-        if trouble.kind == "killed" and code > 128:
-            how = f"was killed by {signal.Signals(code - 128).name}"
-            trouble = replace(trouble, culprits=tuple(one._replace(how=how) for one in trouble.culprits))
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        code, trouble = _ended(codes, watch.close() or _silent_end(error))
     except SignalException as stop:
         trouble = watch.close()
         # torchrun ends ranks before it says by what signal, which the watch sees; ranks that have told nothing the watch can end
@@ -144,26 +144,28 @@ def _children() -> set[int]:
     return found
 
 
-def _first_to_die(error: ChildFailedError, trouble: Trouble) -> Trouble:
-    """Of ranks that the watch has found dead at once, those that torchrun had not ended itself."""
-    first = tuple(one for one in trouble.culprits if one.rank in error.failures)
-    return replace(trouble, culprits=first) if trouble.kind == "killed" and first else trouble
+def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
+    """The exit code of an attempt, and its trouble with how the ranks to blame have ended. codes: by rank, as torchrun has them.
+
+    Of ranks that the watch has found dead at once those are to blame that torchrun had not ended itself. Where it knows another
+    rank's code only, which the watch has ended, nobody knows that of the rank to blame.
+    """
+    if trouble.kind != "killed":
+        return trouble.exit_code, trouble
+    first = [one for one in trouble.culprits if one.rank in codes]
+    named = tuple(one._replace(how=_of_silent_rank(codes[one.rank])) for one in first if one.does)
+    code = codes[first[0].rank] if first else trouble.exit_code
+    return (code if code > 0 else 128 - code), replace(trouble, culprits=named or trouble.culprits)
+
+
+def _of_silent_rank(code: int) -> str:
+    return how_it_ended(code) + (" without a word" if code >= 0 else "")
 
 
 def _silent_end(error: ChildFailedError) -> Trouble:
     """Of ranks that told nothing, that which ended first."""
     rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
+    culprits = (Culprit(rank, f"{how_it_ended(failure.exitcode)} before it told anything"),)
     if failure.exitcode < 0:
-        return Trouble((Culprit(rank, "was killed before it told anything"),), "killed", 0, 0.0)
-    how = f"ended with exit code {failure.exitcode} before it told anything"
-    return Trouble((Culprit(rank, how),), "raised", 0, 0.0, failure.exitcode)
-
-
-def _exit_code(error: ChildFailedError, trouble: Trouble) -> int:
-    """Of the ranks that are to blame; all others were killed after them."""
-    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    if trouble.kind != "killed":
-        return trouble.exit_code
-    blamed = [codes[one.rank] for one in trouble.culprits if one.rank in codes]
-    code = (blamed or list(codes.values()))[0]
-    return code if code > 0 else 128 - code
+        return Trouble(culprits, "killed", 0, 0.0)
+    return Trouble(culprits, "raised", 0, 0.0, failure.exitcode)

@@ -14,11 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
+from distattn.launch.die_with_launcher import set_parent_death_signal
 from distattn.supervision.evidence import answer_with_stacks, be_read_by
 from distattn.supervision.flight_recorder import answer_with_flight_recorder
 from distattn.supervision.heartbeats import attach, tell, tell_end
 
 _AFTER_OTHERS_SECONDS = 0.5
+# that threads which libraries have left may go on after a rank's work
+_LEFT_THREADS_SECONDS = 60.0
 
 
 def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: str, *arguments: object) -> None:
@@ -30,6 +33,8 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     end_with_process(launcher)
+    # a thread comes to nothing where another one keeps the interpreter to itself; the fork server ends with the launcher
+    set_parent_death_signal()
     rank = int(os.environ["RANK"])
     attach(Path(board), int(os.environ["LOCAL_RANK"]), attempt)
     answer_with_stacks(Path(evidence), rank)
@@ -53,6 +58,7 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
         time.sleep(_AFTER_OTHERS_SECONDS)
         # torchrun knows exceptions and exit codes, not return values
         os._exit(code)
+    _end_within(_LEFT_THREADS_SECONDS, rank)
 
 
 def end_with_process(pid: int) -> None:
@@ -67,3 +73,19 @@ def end_with_process(pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=follow, daemon=True, name="distattn-launcher").start()
+
+
+def _end_within(seconds: float, rank: int) -> None:
+    """End this process well after some time, whatever threads are left that Python waits for: all that it was for is done."""
+
+    def end() -> None:
+        left = [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+        sys.stderr.write(
+            f"rank {rank} is done, but {', '.join(left) or 'its exit'} goes on: not waited for any longer.\n"
+        )
+        sys.stderr.flush()
+        os._exit(0)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()

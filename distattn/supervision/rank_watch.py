@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,8 @@ from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeRe
 _ASKED_SECONDS = 0.5
 # seconds between two looks
 POLL_SECONDS = 0.02
+# that torchrun may take to notice how a rank has ended, which it alone is told
+_TORCHRUN_SECONDS = 5.0
 Kind = Literal["killed", "hung", "raised", "refused"]
 
 
@@ -41,9 +43,9 @@ class Patience:
 class Trouble:
     """Why the ranks of an attempt were ended, by those that are to blame.
 
-    kind: whether they were killed, hung, raised an error or refused to go on. steps: that the rank that was furthest had done in
-    this attempt. seconds: from the last sign of life, what a rank has said of its end, or its death at most, to the decision.
-    exit_code: of a rank that refuses.
+    kind: whether they were killed or ended without a word, hung, raised an error or refused to go on. steps: that the rank that
+    was furthest had done in this attempt. seconds: from the last sign of life, what a rank has said of its end, or its death at
+    most, to the decision. exit_code: of a rank that refuses.
     """
 
     culprits: tuple[Culprit, ...]
@@ -153,7 +155,8 @@ class RankWatch:
             return False
         # who was killed could say nothing, who was left alone by it says so, and ends later
         if killed := {rank: beat for rank, beat in gone.items() if not _has_said_why(beat)}:
-            first = tuple(Culprit(rank, "was killed", words(beat)) for rank, beat in killed.items())
+            first = tuple(Culprit(rank, "ended without a word", words(beat)) for rank, beat in killed.items())
+            self._wait_for_torchrun([beat.pid for rank, beat in known.items() if rank not in gone])
             self._end(first, "killed", POLL_SECONDS, known)
         else:
             rank, beat = min(gone.items(), key=lambda item: item[1].at)
@@ -164,6 +167,13 @@ class RankWatch:
             else:
                 self._end((Culprit(rank, beat.words),), "raised", silent, known)
         return True
+
+    def _wait_for_torchrun(self, others: Sequence[int]) -> None:
+        """Until torchrun has ended the others, or tried to: before, it knows how the first has ended."""
+        ends = time.monotonic() + _TORCHRUN_SECONDS
+        while not any(map(_is_asked_to_end, others)) and others and time.monotonic() < ends:
+            if self._closed.wait(POLL_SECONDS):
+                break
 
     def _hung(self, known: Mapping[int, Heartbeat], silent: float) -> bool:
         """End ranks that hang; False where they only wait for ranks of other nodes, which work."""
@@ -239,6 +249,17 @@ def _said(beats: Mapping[int, Heartbeat | None]) -> float:
 
 def _is_gone(beat: Heartbeat) -> bool:
     return beat.words != ENDED and process_state(beat.pid) in "XZ"
+
+
+def _is_asked_to_end(pid: int) -> bool:
+    """Whether a process has ended, or has a SIGTERM that it has blocked."""
+    try:
+        fields = dict(
+            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text("utf-8", "replace").splitlines()
+        )
+    except OSError:
+        return True
+    return fields["State"].strip()[0] in "XZ" or bool(int(fields["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def _has_said_why(beat: Heartbeat) -> bool:

@@ -28,7 +28,7 @@ WITHOUT_PRCTL = """
 import os, sys, time
 from pathlib import Path
 from distattn.launch import die_with_launcher
-die_with_launcher._set_parent_death_signal = lambda: False
+die_with_launcher.set_parent_death_signal = lambda: False
 die_with_launcher.die_with_launcher(os.getppid())
 Path(sys.argv[1], f"{os.getpid()}.pid").touch()
 time.sleep(100000)
@@ -137,3 +137,11 @@ def test_a_module_sees_the_arguments_and_the_exit_code_of_python_m(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (7, "__main__ ['a', 'b c']\n"), done.stderr
+
+
+def test_threads_that_libraries_leave_do_not_keep_a_rank_that_is_done(tmp_path):
+    rank = "import threading; from distattn.launch import rank_entry; rank_entry._end_within(0.2, 3); "
+    command = [sys.executable, "-c", f"{rank}threading.Thread(target=threading.Event().wait, name='upload').start()"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == "rank 3 is done, but upload goes on: not waited for any longer.\n"

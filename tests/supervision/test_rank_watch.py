@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from waiting import eventually
 
-from distattn.launch.rank_attempt import _exit_code, _first_to_die, _silent_end
+from distattn.launch.rank_attempt import _ended, _silent_end
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
@@ -50,14 +50,28 @@ def test_a_rank_that_ends_before_it_tells_anything_is_named():
         failures={1: SimpleNamespace(exitcode=-9, timestamp=1), 0: SimpleNamespace(exitcode=1, timestamp=2)}
     )
     trouble = _silent_end(killed)
-    assert trouble.kind == "killed" and str(trouble) == "rank 1 was killed before it told anything"
-    assert _exit_code(killed, trouble) == 137
-    # torchrun ended rank 0 for it, before the watch looked
-    both = Trouble(tuple(Culprit(rank, "was killed", "step 3") for rank in (0, 1)), "killed", 2, 0.1)
-    alone = SimpleNamespace(failures={1: killed.failures[1]})
-    assert [one.rank for one in _first_to_die(alone, both).culprits] == [1]
-    assert _first_to_die(SimpleNamespace(failures={2: killed.failures[1]}), both) == both
+    assert trouble.kind == "killed" and str(trouble) == "rank 1 was killed by SIGKILL before it told anything"
+    assert _ended({1: -9, 0: 1}, trouble) == (137, trouble)
     broken = SimpleNamespace(failures={2: SimpleNamespace(exitcode=1, timestamp=1)})
     trouble = _silent_end(broken)
     assert trouble.kind == "raised" and str(trouble) == "rank 2 ended with exit code 1 before it told anything"
-    assert _exit_code(broken, trouble) == 1
+    assert _ended({2: 1}, trouble) == (1, trouble)
+
+
+def test_how_a_rank_has_ended_is_what_torchrun_was_told_of_it():
+    both = Trouble(tuple(Culprit(rank, "ended without a word", "step 3") for rank in (0, 1)), "killed", 2, 0.1)
+
+    def said(**codes):
+        code, trouble = _ended({int(rank[1:]): number for rank, number in codes.items()}, both)
+        return code, str(trouble)
+
+    # torchrun ended rank 0 for it, before the watch looked
+    assert said(r1=-9) == (137, "rank 1 was killed by SIGKILL: step 3")
+    assert said(r0=-6, r1=3) == (
+        134,
+        "rank 0 was killed by SIGABRT: step 3; rank 1 ended with exit code 3 without a word: step 3",
+    )
+    assert said(r1=255) == (255, "rank 1 ended with exit code 255 without a word: step 3")
+    assert said(r1=-40) == (168, "rank 1 was killed by signal 40: step 3")
+    # of another rank, which the watch has ended
+    assert said(r2=-9) == (1, str(both)) == said()

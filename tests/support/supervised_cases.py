@@ -40,7 +40,7 @@ def _run(folder: Path, case: dict) -> None:
     def progress() -> int:
         return len(losses.read_text().splitlines()) if losses.exists() else 0
 
-    patience = Patience(600, case.get("patience", 4.0))
+    patience = Patience(600, case["patience"])
     code = run_supervised(
         Ranks(RANKS, "faulty_ranks:run", [str(folder), STEPS], patience),
         Attempts(folder / "attempts"),
