@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,8 @@ _KINDS = ("killed", "hung", "raised", "refused")
 _OF_OTHERS = (0, LostRankError.exit_code, RunStopped.exit_code)
 # that nodes may take to fail after the first, for what it failed for, before they are ended
 OTHERS_SECONDS = 5.0
-# of one host before it is left out
-_MOST_FAILURES = 2
+# of one host in a row before it is left out, each within so long of the one before
+_MOST_FAILURES, _FORGOTTEN_SECONDS = 2, 86400.0
 
 
 @dataclass
@@ -27,7 +27,8 @@ class AttemptEnd:
     """How an attempt has ended. code: of the whole. codes: of hosts in the order of their ends, None where a signal killed them.
 
     words: what was said of them by who started them. lost: hosts that are there no more. next_nodes: how many
-    the next attempt is to have, where ranks were asked to end for it, else 0.
+    the next attempt is to have, where ranks were asked to end for it, else 0. unstarted: why no ranks were started, in the
+    scheduler's words, else empty.
     """
 
     code: int = 0
@@ -35,6 +36,7 @@ class AttemptEnd:
     words: dict[str, str] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
     next_nodes: int = 0
+    unstarted: str = ""
 
     def add(self, host: str, code: int | None, words: str = "") -> bool:
         """Note how the ranks of a host have ended; returns whether they failed. words: default to the exit code."""
@@ -79,21 +81,61 @@ class AttemptEnd:
 
     def why(self, hosts: Sequence[str]) -> str:
         """What became of the hosts to blame."""
-        return self._words(self.blamed(hosts)) or f"the attempt ended with exit code {self.code}"
+        none = (
+            f"no ranks were started: {self.unstarted}"
+            if self.unstarted
+            else f"the attempt ended with exit code {self.code}"
+        )
+        return self._words(self.blamed(hosts)) or none
 
     def _words(self, hosts: Sequence[str]) -> str:
         said = self.words | dict.fromkeys(self.lost, "was lost")
         return ", ".join(f"{host} {said.get(host, 'did not answer any more')}" for host in hosts)
 
 
+class RepeatedFailures:
+    """Whether one and the same rank or host was to blame for the last failures, which chance hardly explains.
+
+    Other ones' failures in between, or a day, make it begin anew.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._suspects: set[Any] = set()
+        self._last = float("-inf")
+
+    def add(self, blamed: Iterable[Any]) -> None:
+        """Take note of who was to blame for a failure."""
+        now, blamed = time.monotonic(), set(blamed)
+        common = self._suspects & blamed if now - self._last < _FORGOTTEN_SECONDS else set()
+        self._suspects, self.count = (common, self.count + 1) if common else (blamed, 1)
+        self._last = now
+
+    @property
+    def culprit(self) -> Any:
+        """Who failed each time, as nobody else did; None where there is no such one."""
+        return next(iter(self._suspects)) if self.count >= _MOST_FAILURES and len(self._suspects) == 1 else None
+
+    def forget(self, one: Any) -> None:
+        """Begin anew where one of these was the suspect."""
+        if one in self._suspects:
+            self._suspects, self.count = set(), 0
+
+
 class LeftOut:
-    """Hosts that attempts take no more, and how often each has failed."""
+    """Hosts that attempts take no more."""
 
     def __init__(self) -> None:
         self.hosts: list[str] = []
-        self._failures: Counter[str] = Counter()
+        self._failures = RepeatedFailures()
         # of the hosts those that still answer
         self._failing: list[str] = []
+
+    @property
+    def failing(self) -> list[str]:
+        """Hosts that have failed repeatedly and still answer, whether they are left out or not."""
+        culprit = self._failures.culprit
+        return [*self._failing, *([] if culprit is None or culprit in self.hosts else [culprit])]
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd, spare: int) -> None:
         """Leave a host out that is lost; one that fell silent, or failed repeatedly, where another can stand in for it.
@@ -101,9 +143,9 @@ class LeftOut:
         spare: how many more hosts there are than an attempt takes.
         """
         before = len(self.hosts)
+        self._failures.add(hosts)
         for host in hosts:
-            self._failures[host] += 1
-            suspect = host not in end.codes or self._failures[host] >= _MOST_FAILURES
+            suspect = host not in end.codes or host == self._failures.culprit
             if host not in self.hosts and (host in end.lost or suspect and len(self.hosts) - before < spare):
                 self.hosts.append(host)
                 if host in end.codes and host not in end.lost:
@@ -114,7 +156,7 @@ class LeftOut:
         found, self._failing = self._failing, []
         for host in found:
             self.hosts.remove(host)
-            del self._failures[host]
+            self._failures.forget(host)
         return found
 
 

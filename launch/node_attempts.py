@@ -32,6 +32,9 @@ class Nodes(Protocol):
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
         """Take note of hosts that failed: some are left out of the attempts that follow."""
 
+    def give_back(self) -> str:
+        """Why the run is to stop, to go on elsewhere later: a sentence without its period; empty where it goes on here."""
+
     def shortage(self) -> str:
         """Why `choose` has found too few hosts: a sentence without its period."""
 
@@ -68,7 +71,8 @@ class NodeAttempts:
         if self._signal:
             # it came before there was anything to stop
             self._run.ask_to_stop(self._signal)
-        restarts, furthest, first = 0, self._progress(), True
+        restarts, start, first, started = 0, self._progress(), True, False
+        furthest = start
         while (hosts := self._nodes.choose()) is not None:
             number = self._attempts.begin(**self._facts, hosts=hosts)
             end = self._nodes.run(hosts, number)
@@ -85,6 +89,11 @@ class NodeAttempts:
             told = self._attempts.told(number)
             why, blamed = end.cause(hosts, told)
             self._attempts.end(number, end.code, why, blamed=blamed)
+            if end.unstarted and started:
+                # what is asked for is right, since ranks have been started before: the scheduler has lost track of the nodes
+                say(f"{why}.")
+                return Outcome(_STOPPED, again=not asked or asked.startswith("SIG"))
+            started = started or not end.unstarted
             # before the first step of a later attempt ranks may refuse what the one before has left: memory, locks, files
             left_over = not first and bool(told) and not any(facts.get("steps", 1) for facts in told.values())
             first = False
@@ -98,6 +107,10 @@ class NodeAttempts:
                 return Outcome(end.code, again=asked.startswith("SIG"))
             if not end.is_final():
                 self._nodes.blame(blamed, end)
+            # without progress in between, other nodes would most likely fail, too
+            if now > start and (back := self._nodes.give_back()):
+                say(f"{why}; {back}.")
+                return Outcome(_STOPPED, again=True)
             say(f"{why}; all ranks start again from step {now:,} (restart {restarts} of {self._max_restarts}).")
         asked = self._asked()
         say(f"stopped between attempts, asked by {asked}." if asked else f"{self._nodes.shortage()}.")

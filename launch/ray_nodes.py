@@ -158,6 +158,10 @@ class RayNodes:
         if len(self._left_out.hosts) > before:
             self.close()
 
+    def give_back(self) -> str:
+        """Never: a node that is left out is given back, and Ray replaces it while the run goes on."""
+        return ""
+
     def shortage(self) -> str:
         """What was waited for, and what the cluster has."""
         waited = f"{self._size.waiting_seconds:,.0f} s"

@@ -20,11 +20,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, RunStopped
 from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd
 from distattn.launch.command_line import say
 from distattn.launch.node_attempts import NodeAttempts, Outcome
-from distattn.launch.slurm_commands import OUTAGE_SECONDS, ask_slurm, end_steps, expand_hosts, host_address, job_state
+from distattn.launch.slurm_commands import (
+    OUTAGE_SECONDS,
+    SlurmError,
+    ask_slurm,
+    avoid_hosts,
+    avoided_hosts,
+    end_steps,
+    expand_hosts,
+    host_address,
+    job_state,
+    usable_hosts,
+)
 from distattn.launch.slurm_steps import JobHosts, read_line
 from distattn.training.run_folder import RunFolder
 
@@ -33,11 +44,16 @@ _ENDING_SECONDS = 15.0
 
 
 class _Job(NamedTuple):
-    """This job. requeues: how often it was queued again. name: by which Slurm's commands know it alone, not the whole array."""
+    """This job. requeues: how often it was queued again, max_requeues at most.
+
+    name: by which Slurm's commands know it alone, not the whole array.
+    """
 
     number: str
     requeues: int
+    max_requeues: int
     name: str
+    partition: str
 
 
 class JobNodes:
@@ -63,6 +79,19 @@ class JobNodes:
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
         """See `JobHosts.blame`."""
         self._hosts.blame(hosts, end)
+
+    def give_back(self) -> str:
+        """Which node is given back that failed repeatedly and has no spare one: the job is queued again to go on without it."""
+        if self._job.requeues >= self._job.max_requeues or not (stuck := self._hosts.stuck) or not self.to_avoid():
+            return ""
+        return f"{' '.join(stuck)} failed repeatedly and is given back"
+
+    def to_avoid(self) -> list[str]:
+        """The nodes that have failed repeatedly, where Slurm has enough others."""
+        if not (failing := self._hosts.failing):
+            return []
+        others = usable_hosts(self._job.partition) - {*failing, *avoided_hosts(self._job.name)}
+        return failing if len(others) >= len(self._hosts.hosts) else []
 
     def shortage(self) -> str:
         """Which nodes the job has."""
@@ -90,7 +119,11 @@ class JobNodes:
             waited = time.monotonic() - failed_at if failed_at else 0.0
             if waited > OTHERS_SECONDS and not killed:
                 killed = True
-                end_steps(self._job.name)
+                try:
+                    end_steps(self._job.name)
+                except SlurmError as error:
+                    # the step may have ended by itself meanwhile
+                    say(str(error))
             if waited > OTHERS_SECONDS + _ENDING_SECONDS:
                 process.kill()
         code = process.wait()
@@ -103,6 +136,8 @@ def main(arguments: Sequence[str]) -> int:
     split = arguments.index("--")
     parser = argparse.ArgumentParser("slurm_attempts")
     parser.add_argument("run", type=Path)
+    # a signal that the script was sent before this began
+    parser.add_argument("--asked", default="")
     for name in ("nodes", "max-restarts", "max-requeues"):
         parser.add_argument(f"--{name}", type=int, required=True)
     given = parser.parse_args(arguments[:split])
@@ -118,8 +153,10 @@ def main(arguments: Sequence[str]) -> int:
         # another one than launch has noted where somebody submits the script again; the tasks of a sweep note the same
         with contextlib.suppress(OSError):
             place.note_job(number)
-    job = _Job(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0")), name)
-    outcome = Outcome(1)
+    requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    partition = os.environ.get("SLURM_JOB_PARTITION", "")
+    job = _Job(os.environ["SLURM_JOB_ID"], requeues, given.max_requeues, name, partition)
+    outcome, nodes = Outcome(1), None
     try:
         hosts = JobHosts(expand_hosts(os.environ["SLURM_JOB_NODELIST"]), given.nodes)
         nodes = JobNodes(job, arguments[split + 1 :], hosts)
@@ -127,7 +164,13 @@ def main(arguments: Sequence[str]) -> int:
         attempts = NodeAttempts(run, nodes, given.max_restarts, facts)
         for asked in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(asked, attempts.stop)
+        if given.asked:
+            attempts.stop(signal.Signals[given.asked])
         outcome = attempts.run()
+    except SlurmError as error:
+        # nothing is wrong with the run
+        say(str(error))
+        outcome = Outcome(RunStopped.exit_code, again=True)
     except DistattnError as error:
         say(str(error))
         outcome = Outcome(error.exit_code)
@@ -135,19 +178,28 @@ def main(arguments: Sequence[str]) -> int:
         # before the job is queued again, which ends this process
         run.state_file.write_text(f"ended {outcome.code}\n", "utf-8")
     if outcome.again:
-        _queue_again(job, given.max_requeues)
+        _queue_again(job, nodes)
     return outcome.code
 
 
-def _queue_again(job: _Job, most: int) -> None:
-    if job.requeues >= most:
-        times = f"was queued again {job.requeues} times, slurm.max_requeues" if most else "is not queued again"
+def _queue_again(job: _Job, nodes: JobNodes | None) -> None:
+    if job.requeues >= job.max_requeues:
+        times = (
+            f"was queued again {job.requeues} times, slurm.max_requeues" if job.max_requeues else "is not queued again"
+        )
         say(f"job {job.number} {times}; sbatch RUN/job.sbatch goes on from the newest checkpoint, if there is one.")
         return
     try:
         # a job that was cancelled, or that Slurm itself queues again, is not running any more
         if job_state(job.name, OUTAGE_SECONDS) == "RUNNING":
+            avoid = nodes.to_avoid() if nodes is not None else []
             ask_slurm("scontrol", "requeue", job.name, patience=OUTAGE_SECONDS)
+            if avoid:
+                # Slurm takes this of jobs that wait, and ends this process soon
+                avoid_hosts(job.name, avoid)
+                say(
+                    f"job {job.number} begins again without {' '.join(avoid)}; scontrol update excnodelist= allows all nodes."
+                )
     except DistattnError as error:
         say(f"job {job.number} is not queued again: {error}")
 

@@ -17,8 +17,12 @@ _UNANSWERED = re.compile(r"[Uu]nable to contact|timed out|[Cc]onnection refused|
 OUTAGE_SECONDS, _PAUSE_SECONDS = 120.0, 2.0
 
 
+class SlurmError(DistattnError):
+    """Slurm refuses, or does not answer."""
+
+
 def ask_slurm(*command: str, patience: float = 0.0) -> str:
-    """What a command of Slurm's prints. Raises DistattnError with its own words where it refuses.
+    """What a command of Slurm's prints. Raises SlurmError with its own words where it refuses.
 
     patience: seconds in which it is asked again where its controller does not answer.
     """
@@ -32,7 +36,7 @@ def ask_slurm(*command: str, patience: float = 0.0) -> str:
             return done.stdout.strip()
         words = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         if time.monotonic() >= ends or not _UNANSWERED.search(words):
-            raise DistattnError(f"{command[0]} refused: {words}")
+            raise SlurmError(f"{command[0]} refused: {words}")
         time.sleep(_PAUSE_SECONDS)
 
 
@@ -53,6 +57,28 @@ def unusable_hosts(hosts: Sequence[str]) -> set[str]:
     lines = ask_slurm(*command, patience=OUTAGE_SECONDS).splitlines()
     states = [line.split() for line in lines if len(line.split()) == 2]
     return {host for host, state in states if state.endswith("*") or state.startswith(_UNUSABLE)}
+
+
+def usable_hosts(partition: str) -> set[str]:
+    """The nodes of a partition, empty for all of the cluster, on which jobs may begin once these are free."""
+    command = ["sinfo", "--noheader", "--Node", "--format=%N %T", *([f"--partition={partition}"] if partition else [])]
+    lines = ask_slurm(*command, patience=OUTAGE_SECONDS).splitlines()
+    states = [line.split() for line in lines if len(line.split()) == 2]
+    unusable = *_UNUSABLE, "drain", "maint"
+    return {host for host, state in states if not state.endswith("*") and not state.startswith(unusable)}
+
+
+def avoided_hosts(job: str) -> list[str]:
+    """The nodes on which a job must not begin."""
+    words = ask_slurm("scontrol", "show", "job", job, patience=OUTAGE_SECONDS).split()
+    found = next((word.removeprefix("ExcNodeList=") for word in words if word.startswith("ExcNodeList=")), "(null)")
+    return [] if found in ("", "(null)") else expand_hosts(found)
+
+
+def avoid_hosts(job: str, hosts: Sequence[str]) -> None:
+    """Have a job that waits begin on none of these nodes, nor on those that it avoids already."""
+    avoided = dict.fromkeys([*avoided_hosts(job), *hosts])
+    ask_slurm("scontrol", "update", f"jobid={job}", f"excnodelist={','.join(avoided)}", patience=OUTAGE_SECONDS)
 
 
 def job_state(job: str, patience: float = 0.0) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from distattn.ir.errors import LostRankError
+from distattn.launch.attempt_end import RepeatedFailures
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import say
 from distattn.launch.rank_attempt import AttemptStopped, Ranks, fork_server, run_attempt
@@ -43,14 +44,12 @@ def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload
 
 def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int:
     without_progress, furthest, before = 0, restarts.progress(), ""
-    # ranks to blame in each of the last attempts, and of how many
-    suspects, failures = set[int](), 0
+    failures = RepeatedFailures()
     while True:
         code, trouble = _run_once(ranks, attempts)
         if trouble is None:
             return code
-        blamed = {one.rank for one in trouble.culprits}
-        suspects, failures = (suspects & blamed, failures + 1) if suspects & blamed else (blamed, 1)
+        failures.add(one.rank for one in trouble.culprits)
         now = restarts.progress()
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
         repeated = without_progress > 1 and str(trouble) == before
@@ -59,8 +58,8 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
             # who refuses has said so
             how = f"{names} ended with exit code {code}" if trouble.kind == "refused" else str(trouble)
             say(f"{how}; the other ranks were stopped.")
-            if failures > 1 and len(suspects) == 1 and trouble.kind != "refused":
-                same, host = f"rank {min(suspects)} failed {failures} times in a row", socket.gethostname()
+            if failures.culprit is not None and trouble.kind != "refused":
+                same, host = f"rank {failures.culprit} failed {failures.count} times in a row", socket.gethostname()
                 say(f"{same} on {host}: where its memory or a device of it is the cause, leave {host} out.")
             return code
         before = str(trouble)

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -16,39 +18,69 @@ LOST = "srun: error: Node failure on node2"
 KILLED = "srun: error: node2: task 1: Killed"
 FAILED = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 1"
 REFUSED = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 2"
+NO_STEP = "srun: error: Unable to create step for job 12: Requested node configuration is not available"
 SAVED = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 75"
 
 
 @pytest.fixture
 def job(tmp_path):
-    """Runs the helper in a job of three nodes; `steps` are what srun says and its exit code, one step after another."""
+    """Runs the helper in a job of three nodes; `steps` are what srun says and its exit code, one step after another.
 
-    def run(*steps: tuple[str, int], restarts: int = 3, requeues: int = 5, **environment: str):
+    A first attempt that is KILLED has saved step 4. broken: a command of Slurm's that does not work. others: nodes of the cluster
+    beside the job's.
+    """
+
+    def run(
+        *steps: tuple[str, int],
+        restarts: int = 3,
+        requeues: int = 5,
+        nodes: int = 2,
+        broken: str = "",
+        others: str = "",
+        asked: str = "",
+        **environment: str,
+    ):
         bin_folder, folder = tmp_path / "bin", tmp_path / "run"
         bin_folder.mkdir()
         folder.mkdir()
         for number, (words, code) in enumerate(steps):
-            stop = f"echo SIGTERM > {folder}/stop\n" if code == 75 else ""
-            (bin_folder / f"step{number}").write_text(f"{stop}echo '{words}' >&2\nexit {code}\n")
+            first = f"echo SIGTERM > {folder}/stop\n" if code == 75 else ""
+            if words == KILLED and number == 0:
+                first = f"mkdir -p {folder}/checkpoints/step-00000004\n"
+            # a step that does not end by itself
+            last = "exec sleep 1000" if code < 0 else f"exit {code}"
+            (bin_folder / f"step{number}").write_text(f"{first}echo '{words}' >&2\n{last}\n")
+        listed = [*(f"node{number} allocated" for number in (1, 2, 3)), *others.splitlines()]
         scripts = {
-            "srun": f'echo "$@" >> {tmp_path}/steps\nbash {bin_folder}/step$(($(wc -l < {tmp_path}/steps) - 1))',
-            "sinfo": "printf 'node1 allocated\\nnode2 allocated\\nnode3 allocated\\n'",
+            "srun": f'echo "$@" >> {tmp_path}/steps\nexec bash {bin_folder}/step$(($(wc -l < {tmp_path}/steps) - 1))',
+            "sinfo": f"printf '%s\\n' {' '.join(repr(line) for line in listed)}",
+            "scancel": "true",
             "squeue": "echo RUNNING",
             "scontrol": f"""case $2 in
                 hostnames) [ "$3" = 'node[1-3]' ] && echo node1 node2 node3 || echo node1 node2;;
+                job) echo "JobId=$3 ExcNodeList=node8";;
                 node) echo "NodeName=$3 NodeAddr=10.0.0.${{3#node}} Port=1";;
-                *) echo "$1 $2" >> {tmp_path}/requeued;;
+                *) echo "$@" >> {tmp_path}/requeued;;
             esac""",
         }
+        if broken:
+            scripts[broken] = "echo slurm_load: Access denied >&2\nexit 1"
         for name, lines in scripts.items():
             (bin_folder / name).write_text(f"#!/bin/bash\n{lines}\n")
             (bin_folder / name).chmod(0o755)
         environment = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node[1-3]"} | environment
         environment = os.environ | environment | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "distattn.launch.slurm_attempts", str(folder), "--nodes=2"]
+        command = [
+            sys.executable,
+            "-m",
+            "distattn.launch.slurm_attempts",
+            str(folder),
+            f"--nodes={nodes}",
+            f"--asked={asked}",
+        ]
         command += [f"--max-restarts={restarts}", f"--max-requeues={requeues}", "--", "srun", "python"]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        started = (tmp_path / "steps").read_text().splitlines()
+        started = (tmp_path / "steps").read_text().splitlines() if (tmp_path / "steps").exists() else []
         requeued = (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else []
         assert (folder / "state").read_text() == f"ended {done.returncode}\n"
         # also where somebody has submitted the script again
@@ -81,6 +113,57 @@ def test_a_node_that_fails_twice_is_left_out(job):
 def test_where_too_few_nodes_are_left_the_job_is_queued_again(job):
     done, _, requeued, _ = job((LOST, 1), (LOST.replace("2", "3"), 1))
     assert done.returncode == 75 and requeued == ["requeue", "12"] and "fewer than 2 nodes are left" in done.stderr
+
+
+def test_a_node_that_fails_twice_without_a_spare_one_is_given_back(job):
+    # node8 is avoided already, node7 is on its way out
+    done, started, requeued, _ = job(*[(KILLED, 137)] * 2, nodes=3, others="node4 idle\nnode7 draining\nnode8 idle")
+    assert done.returncode == 75 and len(started) == 2 and "node2 failed repeatedly and is given back" in done.stderr
+    assert requeued == ["requeue", "12", "update", "jobid=12", "excnodelist=node8,node2"]
+
+
+@pytest.mark.parametrize(
+    ("others", "requeues"),
+    [("node7 draining\nnode8 idle", 5), ("node4 idle", 0)],
+    ids=["no other node", "never queued again"],
+)
+def test_a_node_that_fails_twice_is_better_than_none(others, requeues, job):
+    done, started, requeued, _ = job(*[(KILLED, 137)] * 2, ("", 0), ("", 0), nodes=3, others=others, requeues=requeues)
+    assert done.returncode == 0 and not requeued and len(started) == 4
+
+
+def test_a_node_that_was_left_out_is_avoided_by_the_job_that_is_queued_again(job):
+    done, started, requeued, _ = job(*[(KILLED, 137)] * 2, (SAVED, 75), others="node4 idle")
+    assert "node1,node3" in started[2] and requeued[2:] == ["update", "jobid=12", "excnodelist=node8,node2"]
+
+
+def test_a_job_whose_nodes_slurm_has_lost_track_of_is_queued_again(job):
+    done, started, requeued, rows = job((FAILED, 1), (NO_STEP, 1))
+    assert done.returncode == 75 and len(started) == 2 and requeued == ["requeue", "12"]
+    assert rows[1]["why"] == "no ranks were started: Requested node configuration is not available"
+
+
+def test_a_job_that_never_starts_ranks_ends_and_says_why(job):
+    done, started, requeued, _ = job(*[(NO_STEP, 1)] * 3, restarts=2)
+    assert done.returncode == 1 and len(started) == 3 and not requeued
+    assert "Requested node configuration is not available; 3 attempts came no further" in done.stderr
+
+
+def test_commands_of_slurm_that_fail_do_not_end_the_run(job):
+    done, started, requeued, _ = job(broken="sinfo")
+    assert done.returncode == 75 and not started and requeued == ["requeue", "12"]
+    assert "sinfo refused: slurm_load: Access denied" in done.stderr
+
+
+def test_a_step_that_cannot_be_killed_ends_all_the_same(job):
+    # srun itself is killed some seconds later
+    done, started, requeued, _ = job((FAILED, -1), ("", 0), ("", 0), broken="scancel")
+    assert done.returncode == 0 and len(started) == 3 and not requeued and "scancel refused" not in done.stdout
+
+
+def test_a_signal_that_came_before_the_ranks_has_them_save(job):
+    done, _, requeued, rows = job((SAVED, 75), asked="SIGUSR1")
+    assert done.returncode == 75 and requeued == ["requeue", "12"] and rows[0]["why"] == "stopped, asked by SIGUSR1"
 
 
 def test_ranks_that_say_why_they_cannot_go_on_are_not_started_again(job):
@@ -152,3 +235,28 @@ def test_hosts_that_failed_but_answer_are_taken_again_where_there_are_no_others(
     assert left_out.take_back() == ["a"] and left_out.hosts == ["b", "c"] and not left_out.take_back()
     left_out.blame(["a"], AttemptEnd(1, {"a": 137}), spare=2)
     assert left_out.hosts == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("blamed", "left_out"),
+    [
+        ("a a", "a"),
+        # failures of several hosts over weeks, and errors that all of them raise
+        ("a b a b", ""),
+        ("abc abc abc", ""),
+        ("ab ac", "a"),
+    ],
+)
+def test_a_host_is_left_out_that_alone_failed_again_and_again(blamed, left_out):
+    found = LeftOut()
+    for hosts in blamed.split():
+        found.blame(list(hosts), AttemptEnd(1, dict.fromkeys(hosts, 137)), spare=3)
+    assert found.hosts == found.failing == list(left_out)
+
+
+def test_a_host_that_failed_once_in_a_while_stays():
+    found = LeftOut()
+    for day in (0.0, 86401.0):
+        with patch.object(time, "monotonic", lambda day=day: day):
+            found.blame(["a"], AttemptEnd(1, {"a": 137}), spare=3)
+    assert not found.hosts and not found.failing
