@@ -193,9 +193,11 @@ def _queue_again(job: _Job, nodes: JobNodes | None) -> None:
         # a job that was cancelled, or that Slurm itself queues again, is not running any more
         if job_state(job.name, OUTAGE_SECONDS) == "RUNNING":
             avoid = nodes.to_avoid() if nodes is not None else []
+            # to be queued again all of the job is sent SIGTERM, the command that asks for it included; who ignores it goes on
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             ask_slurm("scontrol", "requeue", job.name, patience=OUTAGE_SECONDS)
             if avoid:
-                # Slurm takes this of jobs that wait, and ends this process soon
+                # Slurm takes this of jobs that wait, and kills this process after its KillWait
                 avoid_hosts(job.name, avoid)
                 say(
                     f"job {job.number} begins again without {' '.join(avoid)}; scontrol update excnodelist= allows all nodes."

@@ -20,7 +20,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge.sock,cred_expire=5
+AuthInfo=socket={root}/munge.sock,cred_expire=20
 CredType=cred/munge
 SlurmctldPort={port}
 SlurmctldPidFile={root}/slurmctld.pid
