@@ -79,7 +79,9 @@ class NodeAttempts:
             asked = self._asked()
             if end.code == 0:
                 self._attempts.end(number, 0, "ended well")
-                return Outcome(self._nodes.finish(hosts))
+                code = self._nodes.finish(hosts)
+                # where the signal has ended the report, too, all that is left to do later is to write it
+                return Outcome(code, again=code != 0 and self._asked().startswith("SIG"))
             if end.code == _STOPPED and end.next_nodes and not asked:
                 self._attempts.end(number, _STOPPED, f"saved, to go on with {end.next_nodes} nodes")
                 continue

@@ -17,7 +17,7 @@ class Nodes:
     """Two nodes, whose attempts end as told: (kind, exit code, steps done) of the second one's ranks, or well."""
 
     def __init__(self, run, *ends):
-        self._run, self._ends, self.blamed, self.asked = run, list(ends), [], []
+        self._run, self._ends, self.blamed, self.asked, self.report = run, list(ends), [], [], 0
 
     def choose(self):
         return ["a", "b"]
@@ -32,7 +32,7 @@ class Nodes:
         return AttemptEnd(code, {"b": code, "a": 4 if kind == "killed" else code})
 
     def finish(self, hosts):
-        return 0
+        return self.report
 
     def blame(self, hosts, end):
         self.blamed += hosts
@@ -71,3 +71,12 @@ def test_a_signal_that_comes_before_the_first_attempt_is_not_forgotten(run):
     attempts.stop(signal.SIGTERM)
     attempts.run()
     assert nodes.asked == [True]
+
+
+def test_a_report_that_a_signal_has_ended_is_written_later(run):
+    nodes = Nodes(run)
+    nodes.report = 143
+    attempts = NodeAttempts(run, nodes, 3, {})
+    assert attempts.run() == (143, False)
+    attempts.stop(signal.SIGTERM)
+    assert attempts.run() == (143, True)

@@ -148,7 +148,7 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     wait_for(
         cluster, folder, "it is not queued again", lambda: "Restarts=2" in cluster.run("scontrol", "show", "job", job)
     )
-    # Slurm may have taken it back by itself: with ReturnToService=2 any node that registers is. Slurm waits for cred_expire before
+    # Slurm may have taken it back by itself: with ReturnToService=2 any node that registers is. It waits for cred_expire before
     # it starts the job again: steps have the same numbers, and what it is told late of an old one it takes for the new one's end
     cluster.run("scontrol", "update", f"nodename={down}", "state=resume", check=False)
     again = len(rows(folder, "metrics.jsonl"))
