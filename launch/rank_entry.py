@@ -11,13 +11,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
 from distattn.launch.die_with_launcher import set_parent_death_signal
 from distattn.supervision.evidence import answer_with_stacks, be_read_by
 from distattn.supervision.flight_recorder import answer_with_flight_recorder
-from distattn.supervision.heartbeats import attach, tell, tell_end
+from distattn.supervision.heartbeats import LEFT, attach, tell, tell_end
 
 _AFTER_OTHERS_SECONDS = 0.5
 # that threads which libraries have left may go on after a rank's work
@@ -58,7 +59,8 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
         time.sleep(_AFTER_OTHERS_SECONDS)
         # torchrun knows exceptions and exit codes, not return values
         os._exit(code)
-    _end_within(_LEFT_THREADS_SECONDS, rank)
+    # once torchrun has let all ranks go, for whom each waits
+    Finalize(None, _leave, (_LEFT_THREADS_SECONDS, rank), exitpriority=0)
 
 
 def end_with_process(pid: int) -> None:
@@ -75,8 +77,9 @@ def end_with_process(pid: int) -> None:
     threading.Thread(target=follow, daemon=True, name="distattn-launcher").start()
 
 
-def _end_within(seconds: float, rank: int) -> None:
+def _leave(seconds: float, rank: int) -> None:
     """End this process well after some time, whatever threads are left that Python waits for: all that it was for is done."""
+    tell(LEFT)
 
     def end() -> None:
         left = [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]

@@ -25,6 +25,8 @@ SLOT_BYTES = 256
 _NAME = "distattn-heartbeats"
 # what a rank tells last: it has done its part, refuses to go on, or something was raised; the reason follows
 ENDED, REFUSED, RAISED = "ended", "refused with exit code ", "raised "
+# and of one that has ended, once it need not wait for the others' ends any more
+LEFT = "left"
 # pid, attempt, nanoseconds, beats, step, seconds, waits, bytes of words; before it a checksum of all that follows
 _HEAD = struct.Struct("<IIQQqfBB")
 _SUM_BYTES = 4

@@ -14,7 +14,7 @@ from typing import Literal
 
 from distattn.supervision.culprits import Culprit, culprits, process_state, words
 from distattn.supervision.evidence import is_in_collective, keep_evidence
-from distattn.supervision.heartbeats import ENDED, RAISED, REFUSED, Heartbeat, HeartbeatBoard
+from distattn.supervision.heartbeats import ENDED, LEFT, RAISED, REFUSED, Heartbeat, HeartbeatBoard
 from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeReports, merged
 
 # seconds between two looks at other nodes' questions
@@ -23,6 +23,8 @@ _ASKED_SECONDS = 0.5
 POLL_SECONDS = 0.02
 # that torchrun may take to notice how a rank has ended, which it alone is told
 _TORCHRUN_SECONDS = 5.0
+# what ranks have told that have done their part
+_DONE = (ENDED, LEFT)
 Kind = Literal["killed", "hung", "raised", "refused"]
 
 
@@ -140,7 +142,7 @@ class RankWatch:
 
     def _is_too_long(self, silent: float, known: Mapping[int, Heartbeat]) -> bool:
         """Whether ranks hang that have been silent for so many seconds."""
-        if silent <= self._patience.running or known and all(beat.words == ENDED for beat in known.values()):
+        if silent <= self._patience.running or known and all(beat.words in _DONE for beat in known.values()):
             return False
         if any(process_state(beat.pid) in "Tt" for beat in known.values()):
             # whatever it was about to do
@@ -156,8 +158,9 @@ class RankWatch:
         # who was killed could say nothing, who was left alone by it says so, and ends later
         if killed := {rank: beat for rank, beat in gone.items() if not _has_said_why(beat)}:
             first = tuple(Culprit(rank, "ended without a word", words(beat)) for rank, beat in killed.items())
-            self._wait_for_torchrun([beat.pid for rank, beat in known.items() if rank not in gone])
-            self._end(first, "killed", POLL_SECONDS, known)
+            others = [beat.pid for rank, beat in known.items() if rank not in gone]
+            noticed = self._wait_for_torchrun(others, all(beat.words == ENDED for beat in killed.values()))
+            self._end(first, "killed", POLL_SECONDS, known, noticed=noticed)
         else:
             rank, beat = min(gone.items(), key=lambda item: item[1].at)
             silent = time.monotonic() - beat.at
@@ -168,12 +171,17 @@ class RankWatch:
                 self._end((Culprit(rank, beat.words),), "raised", silent, known)
         return True
 
-    def _wait_for_torchrun(self, others: Sequence[int]) -> None:
-        """Until torchrun has ended the others, or tried to: before, it knows how the first has ended."""
+    def _wait_for_torchrun(self, others: Sequence[int], done: bool) -> bool:
+        """Until torchrun has ended the others, or tried to: it knows how the first has ended by then.
+
+        done: whether ranks have been killed that had done their part. They wait for each other, and where torchrun is about to
+        let them go it waits for the dead one for ever (`multiprocessing.Event.set`). Returns False then.
+        """
         ends = time.monotonic() + _TORCHRUN_SECONDS
-        while not any(map(_is_asked_to_end, others)) and others and time.monotonic() < ends:
-            if self._closed.wait(POLL_SECONDS):
-                break
+        while (others or done) and time.monotonic() < ends:
+            if any(map(_is_asked_to_end, others)) or self._closed.wait(POLL_SECONDS):
+                return True
+        return not done
 
     def _hung(self, known: Mapping[int, Heartbeat], silent: float) -> bool:
         """End ranks that hang; False where they only wait for ranks of other nodes, which work."""
@@ -197,7 +205,7 @@ class RankWatch:
 
     def _report(self, known: Mapping[int, Heartbeat], silent: float) -> NodeReport:
         """What this machine's ranks do, with evidence of it in the folder."""
-        pids = {rank: beat.pid for rank, beat in known.items() if beat.words != ENDED}
+        pids = {rank: beat.pid for rank, beat in known.items() if beat.words not in _DONE}
         states = {rank: process_state(pid) for rank, pid in pids.items()}
         stacks: dict[int, str] = {}
         # a full disk must not keep a run from going on
@@ -228,16 +236,22 @@ class RankWatch:
         return found
 
     def _end(
-        self, found: tuple[Culprit, ...], kind: Kind, seconds: float, known: Mapping[int, Heartbeat], code: int = 1
+        self,
+        found: tuple[Culprit, ...],
+        kind: Kind,
+        seconds: float,
+        known: Mapping[int, Heartbeat],
+        code: int = 1,
+        noticed: bool = True,
     ) -> None:
         self.trouble = Trouble(found, kind, max(self._done(known).values(), default=0), seconds, code)
         for beat in known.values():
             # the number of one that has ended may be somebody else's by now
-            if beat.words != ENDED:
+            if beat.words not in _DONE:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(beat.pid, signal.SIGKILL)
-        if not known:
-            # nobody has said who it is: torchrun knows, and ends its ranks with this process
+        if not known or not noticed:
+            # nobody has said who it is, or torchrun waits for a dead one: it ends its ranks with this process
             self.interrupts = True
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -248,7 +262,7 @@ def _said(beats: Mapping[int, Heartbeat | None]) -> float:
 
 
 def _is_gone(beat: Heartbeat) -> bool:
-    return beat.words != ENDED and process_state(beat.pid) in "XZ"
+    return beat.words != LEFT and process_state(beat.pid) in "XZ"
 
 
 def _is_asked_to_end(pid: int) -> bool:

@@ -1,6 +1,7 @@
 """How long ranks may be silent, and what is said of one that told nothing."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from unittest.mock import patch
 from waiting import eventually
 
 from distattn.launch.rank_attempt import _ended, _silent_end
+from distattn.supervision import rank_watch
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
@@ -56,6 +58,29 @@ def test_a_rank_that_ends_before_it_tells_anything_is_named():
     trouble = _silent_end(broken)
     assert trouble.kind == "raised" and str(trouble) == "rank 2 ended with exit code 1 before it told anything"
     assert _ended({2: 1}, trouble) == (1, trouble)
+
+
+def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp_path):
+    ranks = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2)]
+    board = HeartbeatBoard.make(2)
+    for slot, rank in enumerate(ranks):
+        with patch.object(os, "getpid", lambda pid=rank.pid: pid):
+            board.writer(slot, 1)("ended", 13, 0.0, False)
+    watch = RankWatch(board, range(2), Patience(starting=600.0, running=600.0), tmp_path)
+    ranks[0].kill()
+    with patch.object(rank_watch, "_TORCHRUN_SECONDS", 0.1), patch.object(os, "kill") as killed:
+        ranks[0].wait()
+        eventually(lambda: watch.interrupts and killed.called, "nobody is interrupted")
+        killed.assert_called_once_with(os.getpid(), signal.SIGINT)
+    assert str(watch.close()) == "rank 0 ended without a word: step 14, ended"
+    # as all do whom torchrun has let go
+    with patch.object(os, "getpid", lambda: ranks[0].pid):
+        board.writer(0, 1)("left", 13, 0.0, False)
+    watch = RankWatch(board, range(2), Patience(starting=600.0, running=600.0), tmp_path)
+    assert watch.close() is None
+    ranks[1].kill()
+    ranks[1].wait()
+    board.close()
 
 
 def test_how_a_rank_has_ended_is_what_torchrun_was_told_of_it():
