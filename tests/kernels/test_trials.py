@@ -51,12 +51,6 @@ def raising(*given):
     raise RuntimeError("an illegal memory access was encountered\nat 0x7f")
 
 
-def slow(*given):
-    for _ in range(200):
-        torch.ones(100_000).sum()
-    return cpu.forward(*given)
-
-
 def no_number_at_the_end(*given):
     dq, dk, dv = cpu.backward(*given)
     dv[-1] = torch.nan
@@ -173,6 +167,14 @@ def test_ranks_take_the_kernel_that_is_right_on_all_of_them_and_fastest_on_the_s
 def candidates(monkeypatch, tmp_path):
     """Two right kernels for the CPU, of which "tardy" is slow, and a wrong one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # a clock of its own: a busy machine may keep either kernel waiting
+    now = [0.0]
+
+    def slow(*given):
+        now[0] += 1.0
+        return cpu.forward(*given)
+
+    monkeypatch.setattr(trials, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     planted("tardy", monkeypatch, forward=slow)
     planted("wrong", monkeypatch, **WRONG["wrong gradient"])
     monkeypatch.setitem(registry.CANDIDATES, "cpu", ("wrong", "tardy", "cpu"))
