@@ -106,8 +106,8 @@ def supervised(folder: str) -> int:
 def launch_supervised(folder: str, ranks: str, patience: str) -> None:
     """distattn's launcher."""
     from distattn.launch.attempts import Attempts
-    from distattn.launch.rank_attempt import Ranks
-    from distattn.launch.supervised_ranks import Restarts, run_supervised
+    from distattn.launch.ranks.attempt import Ranks
+    from distattn.launch.ranks.supervised import Restarts, run_supervised
     from distattn.supervision.rank_watch import Patience
 
     run_supervised(

@@ -27,7 +27,7 @@ from harness import Unsupported, compare, table, write
 
 from distattn.data.indexed_file import IndexedFile
 from distattn.data.tokenize import plan_job
-from distattn.launch.tokenize_processes import tokenize
+from distattn.launch.data.tokenize_processes import tokenize
 
 
 def main() -> None:

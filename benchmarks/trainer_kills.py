@@ -39,9 +39,9 @@ import torch
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.launch import cli, run_locally
-from distattn.launch import rank as rank_process
 from distattn.launch.attempts import Attempts
-from distattn.launch.die_with_launcher import die_with_launcher
+from distattn.launch.ranks import rank as rank_process
+from distattn.launch.ranks.die_with_launcher import die_with_launcher
 from distattn.parallel.runtime.transport import GroupTransport, Packet, PendingMessages
 from distattn.supervision import heartbeats
 from distattn.supervision.culprits import process_state

@@ -20,9 +20,9 @@ from distattn.cluster import nccl_tests as nccl
 from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
-from distattn.launch import machine_limits
-from distattn.launch.calibrate_nodes import calibrate_nodes, slow_nodes
 from distattn.launch.command_line import CommandParser, no_progress, print_line, print_to_stderr
+from distattn.launch.ranks import machine_limits
+from distattn.launch.ray.calibrate import calibrate_nodes, slow_nodes
 
 USAGE = """usage: distattn calibrate --out FILE.toml [--ranks N] [--nodes N] [--name NAME] [options]
        distattn calibrate --out FILE.toml --ray [HOST:PORT] [--ranks N] [--json]
@@ -138,7 +138,7 @@ def _ranks(asked: int | None) -> int:
 
 def measure_with_ranks(ranks: int, name: str) -> ClusterSpec:
     """Measure this machine by so many processes at once. Raises DistattnError where one of them fails."""
-    from distattn.launch.local import run_ranks
+    from distattn.launch.ranks.local import run_ranks
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "measured.toml"

@@ -19,7 +19,7 @@ from distattn.checkpoints.checkpoint_folder import (
 )
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser, ResultConsole
-from distattn.launch.data_progress import ProgressReporter
+from distattn.launch.data.progress import ProgressReporter
 from distattn.parallel.analysis.columns import readable_bytes
 
 USAGE = """usage: distattn ckpt {list,verify,show} RUN_OR_FOLDER [--json]
@@ -42,7 +42,7 @@ RUN_OR_FOLDER is the folder of a run, a folder of checkpoints, or one checkpoint
 """
 
 # modules of their own
-_OF_MODELS = {"export-hf": "ckpt_export_hf", "import-hf": "ckpt_import_hf"}
+_OF_MODELS = {"export-hf": "export_hf", "import-hf": "import_hf"}
 _WIDTH = 160
 
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
     if command in _OF_MODELS:
         # they read tensors, and torch takes seconds to import
-        code: int = importlib.import_module(f"distattn.launch.{_OF_MODELS[command]}").main(rest)
+        code: int = importlib.import_module(f"distattn.launch.ckpt.{_OF_MODELS[command]}").main(rest)
         return code
     if not arguments or {"-h", "--help"} & set(arguments):
         sys.stdout.write(USAGE)

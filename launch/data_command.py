@@ -22,7 +22,7 @@ USAGE = """usage: distattn data COMMAND ...
       the packs of a step, of a plan or of a run, as text; distattn data show --help
 """
 
-# each is a module distattn.launch.data_NAME with a function main
+# each is a module distattn.launch.data.NAME with a function main
 _COMMANDS = ("tokenize", "verify", "pack", "stats", "show")
 
 
@@ -35,4 +35,4 @@ def main(arguments: Sequence[str]) -> int:
     if command not in _COMMANDS:
         known = f"{', '.join(_COMMANDS[:-1])} and {_COMMANDS[-1]}"
         raise DistattnError(f"data: there is no command {command!r}; there are {known}. See distattn data --help.")
-    return int(importlib.import_module(f"distattn.launch.data_{command}").main(rest))
+    return int(importlib.import_module(f"distattn.launch.data.{command}").main(rest))

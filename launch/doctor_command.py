@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distattn.doctor.environment import Check, check_machine
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_line
-from distattn.launch.machine_limits import DOCTOR_RANK_MB, check_memory
+from distattn.launch.ranks.machine_limits import DOCTOR_RANK_MB, check_memory
 
 if TYPE_CHECKING:
     from distattn.doctor.comparison import Diagnosis
@@ -73,7 +73,7 @@ def examine_target(path: str, ranks: int, report_progress: Callable[[str], None]
 
     from distattn.doctor.diagnosis import diagnose
     from distattn.doctor.target import Target
-    from distattn.launch.local import run_ranks
+    from distattn.launch.ranks.local import run_ranks
 
     target = Target(path)
     target.check_reference()

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from distattn.data.text import find_files
 from distattn.ir.errors import DistattnError
-from distattn.launch import slurm
 from distattn.launch.command_line import CommandParser, array_words, no_progress, print_line
 from distattn.launch.elastic_run import node_counts
-from distattn.launch.machine_limits import check_device_holds_state, check_nodes_hold_ranks, check_run_fits
+from distattn.launch.ranks.machine_limits import check_device_holds_state, check_nodes_hold_ranks, check_run_fits
 from distattn.launch.run_status import cancel, status, status_lines, sweep_runs
+from distattn.launch.slurm import jobs as slurm
 from distattn.launch.start_run import preflight_alone, start_run
 from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
@@ -159,8 +159,8 @@ def _run_on_ray(config: Config, sweep: Sequence[Config], json_output: bool) -> i
     """Run on a Ray cluster to the end, and write the report; of a sweep one run for each configuration."""
     if importlib.util.find_spec("ray") is None:
         raise DistattnError("launch ray needs ray: pip install 'distattn[ray]'.")
-    from distattn.launch.ray_attempts import connected, run_attempts
-    from distattn.launch.ray_sweep import run_sweep
+    from distattn.launch.ray.attempts import connected, run_attempts
+    from distattn.launch.ray.sweep import run_sweep
 
     with connected(sweep or [config], quiet=json_output):
         with _made_runs(config, sweep, json_output) as (folder, runs):

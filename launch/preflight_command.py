@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distattn.launch.command_line import no_progress
-from distattn.launch.machine_limits import check_run_fits
+from distattn.launch.ranks.machine_limits import check_run_fits
 from distattn.launch.run_locally import run_ranks_and_finish
 from distattn.launch.start_run import preflight_alone, start_run
 from distattn.training import config as configuration

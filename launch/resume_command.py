@@ -16,7 +16,7 @@ USAGE = """usage: distattn resume RUN [--json] [--section.key value ...]
 
 Goes on with the run of a folder on this machine, from its newest good checkpoint, or from its first step where there is none.
 Ranks, degrees, strategy, kernel, engine and all that is logged or saved may change; the model's shape, the data and the seed
-stay. Runs on Slurm go on with sbatch RUN/job.sbatch, on Ray with python -m distattn.launch.ray_attempts RUN.
+stay. Runs on Slurm go on with sbatch RUN/job.sbatch, on Ray with python -m distattn.launch.ray.attempts RUN.
 """
 
 

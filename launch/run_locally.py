@@ -7,8 +7,8 @@ from collections.abc import Callable
 from distattn.checkpoints.checkpoint_folder import newest_step
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress, print_line
-from distattn.launch.machine_limits import check_run_fits
-from distattn.launch.rank import set_allocator
+from distattn.launch.ranks.machine_limits import check_run_fits
+from distattn.launch.ranks.rank import set_allocator
 from distattn.launch.start_run import require_packages, resume_run, start_run
 from distattn.supervision.rank_watch import Patience
 from distattn.training.config import Config
@@ -16,7 +16,7 @@ from distattn.training.json_lines import json_text, parse_json
 from distattn.training.run_folder import RunFolder
 
 # what a rank runs
-RANK = "distattn.launch.rank:run"
+RANK = "distattn.launch.ranks.rank:run"
 # and what all ranks import
 PRELOAD = ("distattn.training.rank", "transformers.models.auto.modeling_auto")
 _PACKAGES = ("transformers", "tensorboard", "matplotlib", "safetensors")
@@ -52,8 +52,8 @@ def run_ranks_and_finish(
     """Train in a run folder that is ready, and report; of a preflight alone JSON is its report. Returns the exit code."""
     # heavy imports only once the run is known to be possible
     from distattn.launch.finish_run import finish_run
-    from distattn.launch.rank_attempt import Ranks
-    from distattn.launch.supervised_ranks import Restarts, run_supervised
+    from distattn.launch.ranks.attempt import Ranks
+    from distattn.launch.ranks.supervised import Restarts, run_supervised
 
     set_allocator()
     patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)

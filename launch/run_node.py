@@ -1,7 +1,7 @@
 """The ranks of one node of a run: `python -m distattn.launch.run_node RUN ADDRESS NUMBER NODES`.
 
 ADDRESS, host:port, is where the first node listens; NUMBER is this node's among NODES, as where
-`distattn.launch.ray_agent` starts it. Without these Slurm's variables say it, as where `distattn.launch.slurm_attempts` has srun
+`distattn.launch.ray.agent` starts it. Without these Slurm's variables say it, as where `distattn.launch.slurm.attempts` has srun
 start it on each node. RUN finish writes the report.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import say
-from distattn.launch.rank import set_allocator
+from distattn.launch.ranks.rank import set_allocator
 from distattn.training import config as configuration
 from distattn.training.run_folder import RunFolder
 
@@ -37,8 +37,8 @@ def main(folder: str, what: str, *place: str) -> int:
     # whoever ends a step or a container sends SIGTERM, and kills it some seconds later: what can be saved until then is
     signal.signal(signal.SIGTERM, lambda *_: _ask_to_stop(run))
     # torch takes seconds, in which the signal may come
-    from distattn.launch.local import Node
-    from distattn.launch.rank_attempt import AttemptStopped, Ranks, fork_server, run_attempt
+    from distattn.launch.ranks.attempt import AttemptStopped, Ranks, fork_server, run_attempt
+    from distattn.launch.ranks.local import Node
     from distattn.launch.run_locally import PRELOAD, RANK
     from distattn.supervision.heartbeats import HeartbeatBoard
     from distattn.supervision.rank_watch import Patience

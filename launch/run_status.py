@@ -11,8 +11,8 @@ from typing import Any
 
 from distattn.checkpoints.run_lock import folder_owner
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.launch import slurm
 from distattn.launch.attempts import Attempts
+from distattn.launch.slurm import jobs as slurm
 from distattn.supervision.culprits import process_state, words
 from distattn.training.json_lines import parse_json
 from distattn.training.run_folder import RunFolder

@@ -217,7 +217,7 @@ def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
             "configs/models/*.json",
             "cluster/descriptions/*.toml",
             "cluster/jobs/*.yaml",
-            "launch/templates/*.j2",
+            "launch/slurm/templates/*.j2",
         )
     }
     wanted |= {"distattn/py.typed", *map(str, tracked("distattn/pages/templates/*.j2"))}

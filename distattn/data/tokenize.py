@@ -2,7 +2,7 @@
 
 Shards are tokenized into PREFIX.parts/, each into an indexed file named by a digest of everything it is a function of. So a
 command that was killed goes on where it was, and of another command's shards those are taken that are the same. Processes are
-started by `launch/tokenize_processes.py`.
+started by `launch/data/tokenize_processes.py`.
 """
 
 from __future__ import annotations

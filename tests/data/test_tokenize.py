@@ -170,7 +170,7 @@ def test_the_number_of_processes_changes_nothing_and_a_finished_command_does_not
 
 
 def test_torch_is_not_imported_by_what_tokenizes():
-    code = "import sys, distattn.data.tokenize_worker, distattn.launch.data_tokenize; assert 'torch' not in sys.modules"
+    code = "import sys, distattn.data.tokenize_worker, distattn.launch.data.tokenize; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -10,7 +10,7 @@ import tomli_w
 
 from distattn.cluster import spec as describe
 from distattn.launch import cli
-from distattn.launch.calibrate_nodes import slow_nodes
+from distattn.launch.ray.calibrate import slow_nodes
 
 USUAL = describe.load("h100-1x8")
 HOT = replace(USUAL, device=replace(USUAL.device, gemm_tflops=USUAL.device.gemm_tflops / 2))
@@ -30,7 +30,8 @@ def tasks(monkeypatch):
     """Nodes that answer with what a test says, in place of a cluster."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
-    from distattn.launch import ray_driver, ray_tasks
+    from distattn.launch.ray import driver as ray_driver
+    from distattn.launch.ray import tasks as ray_tasks
 
     nodes = {"node1": USUAL, "node2": USUAL, "node10": HOT}
     monkeypatch.setattr(ray_driver, "connected", lambda *_, **__: nullcontext())

@@ -14,7 +14,9 @@ from distattn.data.manifest import Manifest
 from distattn.data.pack_config import load_pack_config
 from distattn.data.pack_plan import PackPlan
 from distattn.data.tokenizer import load_tokenizer
-from distattn.launch import cli, data_progress, data_stats
+from distattn.launch import cli
+from distattn.launch.data import progress as data_progress
+from distattn.launch.data import stats as data_stats
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """plan = "run.packs"

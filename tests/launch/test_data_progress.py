@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from distattn.launch import data_progress
-from distattn.launch.data_progress import ProgressReporter
+from distattn.launch.data import progress as data_progress
+from distattn.launch.data.progress import ProgressReporter
 
 
 def test_lines_tell_how_far_it_is_and_how_long_it_takes(monkeypatch, capsys):

@@ -21,13 +21,13 @@ time.sleep(100000)
 """
 LAUNCHER = """
 import sys
-from distattn.launch.local import run_ranks
+from distattn.launch.ranks.local import run_ranks
 sys.exit(run_ranks(2, "sleeper", sys.argv[1]))
 """
 WITHOUT_PRCTL = """
 import os, sys, time
 from pathlib import Path
-from distattn.launch import die_with_launcher
+from distattn.launch.ranks import die_with_launcher
 die_with_launcher.set_parent_death_signal = lambda: False
 die_with_launcher.die_with_launcher(os.getppid())
 Path(sys.argv[1], f"{os.getpid()}.pid").touch()
@@ -126,14 +126,14 @@ def test_without_prctl_the_parent_is_watched(tmp_path):
 
 def test_a_rank_whose_launcher_died_before_it_could_ask_ends_at_once(tmp_path):
     # a process of that id is not the parent of the rank: the launcher is gone, and somebody else has adopted the rank
-    command = [sys.executable, "-m", "distattn.launch.die_with_launcher", str(1 << 30), "this"]
+    command = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(1 << 30), "this"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL and not done.stdout
 
 
 def test_a_module_sees_the_arguments_and_the_exit_code_of_python_m(tmp_path):
     (tmp_path / "shown.py").write_text("import sys; print(__name__, sys.argv[1:]); sys.exit(7)")
-    command = [sys.executable, "-m", "distattn.launch.die_with_launcher", str(os.getpid()), "shown", "a", "b c"]
+    command = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "shown", "a", "b c"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (7, "__main__ ['a', 'b c']\n"), done.stderr

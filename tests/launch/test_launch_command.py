@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from distattn.launch import cli, finish_run, slurm
+from distattn.launch import cli, finish_run
+from distattn.launch.slurm import jobs as slurm
 from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
 from distattn.training.run_folder import RunFolder

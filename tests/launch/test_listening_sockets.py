@@ -18,7 +18,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvou
 from waiting import LIMIT_SECONDS
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.loopback import NODES_RENDEZVOUS, _socket_of
+from distattn.launch.ranks.loopback import NODES_RENDEZVOUS, _socket_of
 from distattn.training.job_members import check_members
 from distattn.training.job_secret import read_secret, write_secret
 from distattn.training.job_store import job_store

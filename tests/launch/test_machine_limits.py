@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from distattn.ir.errors import DistattnError
-from distattn.launch import cli, machine_limits
+from distattn.launch import cli
+from distattn.launch.ranks import machine_limits
 from distattn.memory.host_memory import available_bytes
 from distattn.training import config as configuration
 from distattn.training.config import Config, ModelConfig, ParallelConfig
@@ -34,8 +35,8 @@ def test_too_many_ranks_are_refused_with_the_arithmetic(capsys, tmp_path, monkey
     def started(*arguments):
         raise AssertionError("ranks are started")
 
-    monkeypatch.setattr("distattn.launch.local.run_ranks", started)
-    monkeypatch.setattr("distattn.launch.supervised_ranks.run_supervised", started)
+    monkeypatch.setattr("distattn.launch.ranks.local.run_ranks", started)
+    monkeypatch.setattr("distattn.launch.ranks.supervised.run_supervised", started)
     monkeypatch.setattr(machine_limits, "available_bytes", lambda: 8_000_000_000)
     code = cli.main([word.replace("{folder}", str(tmp_path)) for word in command])
     said = capsys.readouterr().err

@@ -10,8 +10,8 @@ from distattn.launch.node_needs import NodeNeeds
 if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is not installed", allow_module_level=True)
 
-from distattn.launch import ray_room
-from distattn.launch.ray_nodes import _natural
+from distattn.launch.ray import room as ray_room
+from distattn.launch.ray.nodes import _natural
 
 
 @pytest.fixture

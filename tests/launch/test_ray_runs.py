@@ -166,7 +166,7 @@ def wait_for_attempt(run: subprocess.Popen, folder: Path, number: int) -> None:
 
 def go_on(cluster, folder: Path) -> subprocess.Popen:
     with open(f"{folder}.out", "a", encoding="utf-8") as output:
-        return distattn(cluster, str(folder), module="ray_attempts", output=output)
+        return distattn(cluster, str(folder), module="ray.attempts", output=output)
 
 
 def status(cluster, folder: Path) -> str:
@@ -208,14 +208,14 @@ def test_commands_run_on_every_node_and_for_every_value(cluster, tmp_path):
         "import sys; print(*sys.argv[2:]); open(sys.argv[1] + '/file', 'w').write('kept'); sys.exit('3' in sys.argv[2])"
     )
     words = ("--", sys.executable, "-c", code, "{out}")
-    run = distattn(cluster, str(tmp_path / "nodes"), address, "--every-node", *words, "1", module="ray_tasks")
+    run = distattn(cluster, str(tmp_path / "nodes"), address, "--every-node", *words, "1", module="ray.tasks")
     said = run.communicate()[0]
     assert run.returncode == 0, said
     # those that others of these tests have left
     nodes = sorted(file.stem for file in (tmp_path / "nodes").glob("*.log"))
     assert len(nodes) == 2 and all(f"{node}: exit code 0" in said for node in nodes)
     assert {(tmp_path / f"nodes/{node}/file").read_text() for node in nodes} == {"kept"}
-    run = distattn(cluster, str(tmp_path / "values"), address, "--array=side=2,3,4", *words, module="ray_tasks")
+    run = distattn(cluster, str(tmp_path / "values"), address, "--array=side=2,3,4", *words, module="ray.tasks")
     said = run.communicate()[0]
     assert run.returncode == 1 and "3: exit code 1" in said, said
     assert [(tmp_path / f"values/{side}.log").read_text() for side in (2, 3, 4)] == [

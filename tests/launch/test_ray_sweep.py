@@ -13,7 +13,7 @@ from distattn.training.run_folder import RunFolder
 if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is not installed", allow_module_level=True)
 
-from distattn.launch import ray_sweep
+from distattn.launch.ray import sweep as ray_sweep
 
 
 class Run:

@@ -73,7 +73,7 @@ def job(tmp_path):
         command = [
             sys.executable,
             "-m",
-            "distattn.launch.slurm_attempts",
+            "distattn.launch.slurm.attempts",
             str(folder),
             f"--nodes={nodes}",
             f"--asked={asked}",

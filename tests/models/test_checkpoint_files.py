@@ -16,7 +16,8 @@ from distattn.adapters import pytorch
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.launch import ckpt_export_hf, ckpt_import_hf
+from distattn.launch.ckpt import export_hf as ckpt_export_hf
+from distattn.launch.ckpt import import_hf as ckpt_import_hf
 from distattn.models.build import materialise, meta_model, model_config
 from distattn.models.checkpoint_files import checkpoint_tensors
 from distattn.models.export import export_model

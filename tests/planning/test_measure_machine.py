@@ -69,7 +69,7 @@ def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
 
 
 def test_two_processes_measure_together(tmp_path, monkeypatch):
-    from distattn.launch.local import run_ranks
+    from distattn.launch.ranks.local import run_ranks
 
     tests = Path(__file__).parents[1] / "support"
     monkeypatch.setenv("PYTHONPATH", f"{tests}:{tests.parents[1]}")

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from waiting import eventually
 
-from distattn.launch.rank_attempt import _ended, _silent_end
+from distattn.launch.ranks.attempt import _ended, _silent_end
 from distattn.supervision import rank_watch
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard

@@ -14,9 +14,10 @@ from unittest.mock import patch
 
 import ray
 
-from distattn.launch import ray_agent, ray_nodes
 from distattn.launch.attempts import Attempts
 from distattn.launch.node_needs import NodeNeeds
+from distattn.launch.ray import agent as ray_agent
+from distattn.launch.ray import nodes as ray_nodes
 from distattn.training.run_folder import RunFolder
 
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from distattn.launch.attempts import Attempts
-from distattn.launch.rank_attempt import Ranks
-from distattn.launch.supervised_ranks import Restarts, run_supervised
+from distattn.launch.ranks.attempt import Ranks
+from distattn.launch.ranks.supervised import Restarts, run_supervised
 from distattn.supervision.rank_watch import Patience
 
 RANKS, STEPS = 3, 12

@@ -5,8 +5,8 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from distattn.launch.local import Node
-from distattn.launch.rank_attempt import Ranks, fork_server, run_attempt
+from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
+from distattn.launch.ranks.local import Node
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Patience
 

@@ -16,9 +16,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distattn.launch.command_line import say
-from distattn.launch.loopback import NODES_RENDEZVOUS, RENDEZVOUS, gloo_on_loopback
+from distattn.launch.ranks.loopback import NODES_RENDEZVOUS, RENDEZVOUS, gloo_on_loopback
 
-_WRAPPER = "distattn.launch.die_with_launcher"
+_WRAPPER = "distattn.launch.ranks.die_with_launcher"
 
 
 class Node(NamedTuple):

@@ -1,6 +1,6 @@
 """Commands as tasks of a Ray cluster, each with GPUs and CPUs of its own: measurements on every node, or cases of a benchmark.
 
-python -m distattn.launch.ray_tasks FOLDER [options] -- COMMAND
+python -m distattn.launch.ray.tasks FOLDER [options] -- COMMAND
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser, array_words, print_line, say
-from distattn.launch.ray_agent import child_environment
-from distattn.launch.ray_driver import connected
-from distattn.launch.ray_nodes import node_names
+from distattn.launch.ray.agent import child_environment
+from distattn.launch.ray.driver import connected
+from distattn.launch.ray.nodes import node_names
 
-USAGE = """usage: python -m distattn.launch.ray_tasks FOLDER [--ray.address HOST:PORT] [--array KEY=VALUE,VALUE... | --every-node]
+USAGE = """usage: python -m distattn.launch.ray.tasks FOLDER [--ray.address HOST:PORT] [--array KEY=VALUE,VALUE... | --every-node]
                                            [--gpus N] [--cpus N] -- COMMAND ARGUMENTS
 
 Runs a command on a Ray cluster: once for each value of an argument (--KEY=VALUE is added), as many at a time as the cluster has
@@ -93,7 +93,7 @@ def run_command(words: Sequence[str], folder: str) -> TaskEnd:
     """Run a command in a folder, or where this process is where a node does not have it: a task. It ends with its worker."""
     program = sys.executable if words[0] == "python" else words[0]
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "distattn.launch.die_with_launcher", str(os.getpid()), "--"]
+        command = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "--"]
         done = subprocess.run(
             [*command, program, *(word.replace(_OUT, out) for word in words[1:])],
             cwd=folder if os.path.isdir(folder) else None,
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parser = CommandParser("ray_tasks")
+    parser = CommandParser("ray.tasks")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ray.address", dest="address", default="")
     parser.add_argument("--array")
@@ -136,16 +136,16 @@ def _run(arguments: Sequence[str]) -> int:
     split = list(arguments).index("--") if "--" in arguments else len(arguments)
     given, words = parser.parse_args(arguments[:split]), tuple(arguments[split + 1 :])
     if not words:
-        raise DistattnError("ray_tasks: the command comes after --, such as -- python benchmarks/planning.py.")
+        raise DistattnError("ray.tasks: the command comes after --, such as -- python benchmarks/planning.py.")
     if given.every_node == (given.array is not None):
         raise DistattnError(
-            "ray_tasks: --array has one task for each value, --every-node one for each node; give one of both."
+            "ray.tasks: --array has one task for each value, --every-node one for each node; give one of both."
         )
     try:
         given.folder.mkdir(parents=True)
     except OSError as error:
         raise DistattnError(
-            f"ray_tasks: {given.folder} cannot be made: {error.strerror}; name another folder."
+            f"ray.tasks: {given.folder} cannot be made: {error.strerror}; name another folder."
         ) from None
     codes = []
     with connected(given.address, quiet=False, cores_here=lambda: os.cpu_count() or 1):

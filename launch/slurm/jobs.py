@@ -20,12 +20,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.node_needs import node_needs
-from distattn.launch.slurm_commands import ask_slurm, job_state
+from distattn.launch.slurm.commands import ask_slurm, job_state
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("distattn.launch"),
+    loader=PackageLoader("distattn.launch.slurm"),
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

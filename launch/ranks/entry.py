@@ -15,7 +15,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.die_with_launcher import set_parent_death_signal
+from distattn.launch.ranks.die_with_launcher import set_parent_death_signal
 from distattn.supervision.evidence import answer_with_stacks, be_read_by
 from distattn.supervision.flight_recorder import answer_with_flight_recorder
 from distattn.supervision.heartbeats import LEFT, attach, tell, tell_end

@@ -1,4 +1,4 @@
-"""Ranks end with their launcher, however it ends: `python -m distattn.launch.die_with_launcher PID MODULE ARGUMENTS`.
+"""Ranks end with their launcher, however it ends: `python -m distattn.launch.ranks.die_with_launcher PID MODULE ARGUMENTS`.
 
 Runs a module as `python -m MODULE ARGUMENTS` would, in a process that is killed as soon as process PID, its parent, is gone.
 With -- COMMAND ARGUMENTS in place of a module the process becomes that command, which Linux kills as soon.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from distattn.ir.errors import RunStopped
 from distattn.launch.command_line import say
-from distattn.launch.ray_room import node_slots
-from distattn.launch.ray_run import RayRun, new_job, note_launcher, note_state, stopping
+from distattn.launch.ray.room import node_slots
+from distattn.launch.ray.run import RayRun, new_job, note_launcher, note_state, stopping
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
 

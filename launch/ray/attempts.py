@@ -1,4 +1,4 @@
-"""The attempts of a run on a Ray cluster: `python -m distattn.launch.ray_attempts RUN`, which goes on with the run of a folder.
+"""The attempts of a run on a Ray cluster: `python -m distattn.launch.ray.attempts RUN`, which goes on with the run of a folder.
 
 `distattn launch ray` does the same with a new run. Where a node is lost, or ranks are killed or hang, the next attempt follows on
 nodes that are left, or that were added. Needs a Ray cluster whose nodes share the run folder, and neither torch nor a GPU here.
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
-from distattn.launch import ray_driver
 from distattn.launch.command_line import say
 from distattn.launch.node_needs import node_needs
-from distattn.launch.ray_run import RayRun, new_job, stopping
-from distattn.launch.ray_sweep import run_sweep
+from distattn.launch.ray import driver as ray_driver
+from distattn.launch.ray.run import RayRun, new_job, stopping
+from distattn.launch.ray.sweep import run_sweep
 from distattn.launch.run_status import sweep_runs
 from distattn.training import config as configuration
 from distattn.training.config import Config
@@ -26,7 +26,7 @@ from distattn.training.run_folder import RunFolder
 
 @contextmanager
 def connected(configs: Sequence[Config], quiet: bool) -> Iterator[None]:
-    """Around runs, which name the same cluster: see `ray_driver.connected`."""
+    """Around runs, which name the same cluster: see `driver.connected`."""
     with ray_driver.connected(configs[0].ray.address, quiet, lambda: _cores_here(configs)):
         yield
 

@@ -13,7 +13,7 @@ from distattn.ir.errors import LostRankError
 from distattn.launch.attempt_end import RepeatedFailures
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import say
-from distattn.launch.rank_attempt import AttemptStopped, Ranks, fork_server, run_attempt
+from distattn.launch.ranks.attempt import AttemptStopped, Ranks, fork_server, run_attempt
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Trouble
 

@@ -17,8 +17,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd, LeftOut
 from distattn.launch.command_line import say
 from distattn.launch.node_needs import NodeNeeds
-from distattn.launch.ray_agent import NodeAgent, NodePlace
-from distattn.launch.ray_room import MoreNodes, bundle_nodes, hold_nodes
+from distattn.launch.ray.agent import NodeAgent, NodePlace
+from distattn.launch.ray.room import MoreNodes, bundle_nodes, hold_nodes
 from distattn.training.run_folder import RunFolder
 
 # that an agent may take to start: Ray may be late to know that a node is gone, and a new process imports

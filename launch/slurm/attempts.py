@@ -1,4 +1,4 @@
-"""The attempts of a run inside one Slurm job: `python -m distattn.launch.slurm_attempts RUN ... -- srun ...`, on its first node.
+"""The attempts of a run inside one Slurm job: `python -m distattn.launch.slurm.attempts RUN ... -- srun ...`, on its first node.
 
 The batch script ends in it. Each attempt is a step of the job on as many of its nodes as the run wants, with an address of its
 own. Where a node is lost, or ranks are killed, the next attempt follows on nodes that are left. When Slurm tells of the time
@@ -24,7 +24,7 @@ from distattn.ir.errors import DistattnError, RunStopped
 from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd
 from distattn.launch.command_line import say
 from distattn.launch.node_attempts import NodeAttempts, Outcome
-from distattn.launch.slurm_commands import (
+from distattn.launch.slurm.commands import (
     OUTAGE_SECONDS,
     SlurmError,
     ask_slurm,
@@ -36,7 +36,7 @@ from distattn.launch.slurm_commands import (
     job_state,
     usable_hosts,
 )
-from distattn.launch.slurm_steps import JobHosts, read_line
+from distattn.launch.slurm.steps import JobHosts, read_line
 from distattn.training.run_folder import RunFolder
 
 # for Slurm to end a step of which one node has failed, and OTHERS_SECONDS have passed
@@ -134,7 +134,7 @@ class JobNodes:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code of the batch script."""
     split = arguments.index("--")
-    parser = argparse.ArgumentParser("slurm_attempts")
+    parser = argparse.ArgumentParser("slurm.attempts")
     parser.add_argument("run", type=Path)
     # a signal that the script was sent before this began
     parser.add_argument("--asked", default="")

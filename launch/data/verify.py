@@ -16,7 +16,7 @@ from distattn.data.plan_coverage import CorpusCoverage, check_coverage
 from distattn.data.verify_files import VerifiedFile, verify_file
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser, ResultConsole
-from distattn.launch.data_progress import ProgressReporter
+from distattn.launch.data.progress import ProgressReporter
 from distattn.parallel.analysis.columns import readable_bytes
 
 USAGE = """usage: distattn data verify PREFIX|PACKS.toml... [--vocabulary N] [--write-digests] [--json]

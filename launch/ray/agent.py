@@ -60,7 +60,14 @@ class NodeAgent:
         """
         environment = child_environment() | {JOB_VARIABLE: job}
         module = "distattn.launch.run_node"
-        command = [sys.executable, "-m", "distattn.launch.die_with_launcher", str(os.getpid()), module, str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "distattn.launch.ranks.die_with_launcher",
+            str(os.getpid()),
+            module,
+            str(folder),
+        ]
         # signals of a terminal are for the driver
         child = subprocess.Popen([*command, *words], env=environment, start_new_session=True)
         attempts = Attempts(RunFolder(folder).attempts)

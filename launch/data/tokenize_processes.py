@@ -25,7 +25,7 @@ from distattn.data.tokenize import (
 )
 from distattn.ir.errors import DamagedDataError, DistattnError
 
-_WRAPPER = "distattn.launch.die_with_launcher"
+_WRAPPER = "distattn.launch.ranks.die_with_launcher"
 _WORKER = "distattn.data.tokenize_worker"
 
 

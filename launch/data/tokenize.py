@@ -11,8 +11,8 @@ from dataclasses import asdict
 from distattn.data.tokenize import Progress, plan_job
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser
-from distattn.launch.data_progress import ProgressReporter
-from distattn.launch.tokenize_processes import tokenize
+from distattn.launch.data.progress import ProgressReporter
+from distattn.launch.data.tokenize_processes import tokenize
 from distattn.parallel.analysis.columns import readable_bytes
 
 USAGE = """usage: distattn data tokenize PATH... --out PREFIX --tokenizer NAME [options]

@@ -13,8 +13,8 @@ from distattn.data.pack_config import load_pack_config, open_configured_plan, op
 from distattn.data.pack_plan import PackPlan
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser
-from distattn.launch.data_progress import ProgressReporter
-from distattn.launch.data_tables import plan_facts, print_plan
+from distattn.launch.data.progress import ProgressReporter
+from distattn.launch.data.tables import plan_facts, print_plan
 
 USAGE = """usage: distattn data stats PACKS.toml [--picture FILE] [--json]
 

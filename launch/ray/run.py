@@ -20,7 +20,7 @@ from distattn.launch.command_line import say
 from distattn.launch.elastic_run import ElasticRun
 from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.node_needs import node_needs
-from distattn.launch.ray_nodes import NodeCounts, RayNodes
+from distattn.launch.ray.nodes import NodeCounts, RayNodes
 from distattn.launch.run_status import ray_facts
 from distattn.training.config import Config
 from distattn.training.json_lines import write_whole
@@ -58,7 +58,7 @@ class RayRun:
             self._nodes.close()
             note_state(self.run, f"ended {outcome.code}")
         if outcome.code == RunStopped.exit_code:
-            say(f"python -m distattn.launch.ray_attempts {self.run.folder} goes on from the newest checkpoint.")
+            say(f"python -m distattn.launch.ray.attempts {self.run.folder} goes on from the newest checkpoint.")
         return outcome.code
 
 

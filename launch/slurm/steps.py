@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from distattn.launch.attempt_end import AttemptEnd, LeftOut
-from distattn.launch.slurm_commands import expand_hosts, unusable_hosts
+from distattn.launch.slurm.commands import expand_hosts, unusable_hosts
 
 # srun's own lines about tasks and nodes
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\[\]-]+: (?:Exited with exit code (\d+)|(\w[^\n]*))")

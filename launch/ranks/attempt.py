@@ -20,16 +20,16 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
-from distattn.launch.local import HERE, Node, as_found, how_it_ended, stopped_by, torchrun_config
-from distattn.launch.loopback import gloo_on_loopback
-from distattn.launch.rank_entry import run_rank
+from distattn.launch.ranks.entry import run_rank
+from distattn.launch.ranks.local import HERE, Node, as_found, how_it_ended, stopped_by, torchrun_config
+from distattn.launch.ranks.loopback import gloo_on_loopback
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.node_reports import NodeReports
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
 # what a rank imports sooner or later; torch._dynamo is what the first optimizer imports
-_PRELOAD = ("distattn.launch.ends_with_parent", "torch", "torch._dynamo", "distattn.launch.rank_entry")
+_PRELOAD = ("distattn.launch.ranks.ends_with_parent", "torch", "torch._dynamo", "distattn.launch.ranks.entry")
 # torchrun ends the others where one has failed, and then nobody could tell who was first: the watch looks more often
 _INTERVAL_SECONDS = 0.1
 
