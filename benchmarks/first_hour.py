@@ -121,11 +121,14 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
     folder.mkdir(parents=True)
     began, outcomes = time.monotonic(), []
     with (folder / "output.txt").open("w") as kept:
+        lock = threading.Lock()
 
         def say(text: str) -> None:
-            for file in (sys.stdout, kept):
-                file.write(text + "\n")
-                file.flush()
+            # parts that run together speak from threads
+            with lock:
+                for file in (sys.stdout, kept):
+                    file.write(text + "\n")
+                    file.flush()
 
         environment = os.environ | (NO_GPU if without else {})
         for stage in stages:

@@ -139,7 +139,7 @@ DATA = ["--documents", "3000", "--context", "2048"]
         ),
         (
             "cluster_restarts.py",
-            ["--on", "local", "--repeats", "1"],
+            ["--on", "local", "--repeats", "1", "--patience", "20"],
             ["| local | SIGKILL |", "| local | SIGSTOP |", "imports of a new process"],
         ),
         ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),

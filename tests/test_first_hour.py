@@ -59,7 +59,7 @@ def run(*command, ranks=0):
             ],
         ),
         (
-            ["cluster_plants.py", "--stop", "--timeout", "5"],
+            ["cluster_plants.py", "--stop", "--timeout", "20"],
             2,
             ["a rank stops ... found: rank 1 stopped answering", "(KV in step 1 of 2 of the forward pass)"],
         ),

@@ -22,8 +22,10 @@ from distattn.supervision.heartbeats import Heartbeat
 _TELL_STACKS = signal.SIGUSR2
 # from linux/prctl.h
 _PR_SET_PTRACER = 0x59616D61
-# for py-spy, and for a rank's own answer
-_PY_SPY_SECONDS, _ANSWER_SECONDS = 10.0, 2.0
+# for py-spy, for a rank to begin its own answer, and to end it
+_PY_SPY_SECONDS, _BEGIN_SECONDS, _ANSWER_SECONDS = 10.0, 2.0, 10.0
+# how faulthandler ends the stack of a thread: at its outermost frame, or after a hundred
+_OUTERMOST = (" in <module>", "  ...", "<no Python frame>")
 # in how many innermost frames, of which torchrun's own do not count
 _COLLECTIVES, _TORCHRUN, _INNERMOST = "/torch/distributed/", "/torch/distributed/elastic/", 4
 
@@ -63,12 +65,19 @@ def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Hea
             os.kill(pid, _TELL_STACKS)
     _spy({_stacks_file(folder, rank): pids[rank] for rank in stopped})
     keep_flight_recorders(folder, answering)
-    ends = time.monotonic() + _ANSWER_SECONDS
-    while any(_size(_stacks_file(folder, rank)) == before[rank] for rank in answering) and time.monotonic() < ends:
+
+    def stacks() -> dict[int, str]:
+        return {rank: _stacks_file(folder, rank).read_bytes()[before[rank] :].decode(errors="replace") for rank in pids}
+
+    def unfinished() -> list[str]:
+        alive = {rank for rank, pid in answering.items() if process_state(pid) not in "XZ"}
+        return [text for rank, text in stacks().items() if rank in alive and not _is_whole(text)]
+
+    began = time.monotonic()
+    # a busy machine may interrupt a rank in the middle of its answer
+    while (left := unfinished()) and time.monotonic() < began + (_ANSWER_SECONDS if any(left) else _BEGIN_SECONDS):
         time.sleep(0.01)
-    # threads are written one after another
-    time.sleep(0.05)
-    return {rank: _stacks_file(folder, rank).read_bytes()[before[rank] :].decode(errors="replace") for rank in pids}
+    return stacks()
 
 
 def is_in_collective(stacks: str) -> bool:
@@ -85,6 +94,11 @@ def _fields(beat: Heartbeat) -> dict[str, object]:
 
 def _stacks_file(folder: Path, rank: int) -> Path:
     return folder / f"stacks-{rank}.txt"
+
+
+def _is_whole(stacks: str) -> bool:
+    """Whether the main thread, the last one that is written, is there to its end."""
+    return stacks.endswith("\n") and stacks.rstrip("\n").endswith(_OUTERMOST)
 
 
 def _size(file: Path) -> int:

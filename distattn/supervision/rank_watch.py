@@ -103,6 +103,8 @@ class RankWatch:
     def _run(self) -> None:
         spoke, last, looked = self._began, -1, 0.0
         while not self._closed.wait(POLL_SECONDS):
+            # before it reads: what is told while this process waits for a core is no silence
+            now = time.monotonic()
             known = self._read()
             if self._end_of_one(known):
                 return
@@ -113,9 +115,9 @@ class RankWatch:
                 if last > 0 and len(known) == len(self._ranks):
                     self._longest = max(self._longest, latest - spoke)
                 spoke, last = latest, done
-            silent = time.monotonic() - spoke
-            if self._reports is not None and time.monotonic() > looked + _ASKED_SECONDS:
-                looked = time.monotonic()
+            silent = now - spoke
+            if self._reports is not None and now > looked + _ASKED_SECONDS:
+                looked = now
                 self._answer(self._reports, known, silent)
             if self._is_too_long(silent, known):
                 if self._hung(known, silent):

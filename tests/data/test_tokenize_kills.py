@@ -17,15 +17,18 @@ from waiting import LIMIT_SECONDS, eventually
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".bin", ".idx", ".xxh3", ".json")
 SHARDS = 40
-# shards small enough that there are many; the process kills itself before the n-th time that it gives a file its name
+# shards small enough that there are many; the process kills itself before the n-th time that it gives a file its name, or some
+# seconds after its workers have done so many shards
 DRIVER = """
-import os, signal, sys
-from distattn.data import document_sources
+import os, signal, sys, time
+from distattn.data import document_sources, tokenize
 from distattn.launch import cli
+from distattn.launch.data import tokenize_processes
 
 document_sources._shard_bytes = lambda sources: 60_000
-left = int(sys.argv[1])
-rename = os.rename
+tokenize._LOCK_SECONDS = 600.0
+left, shards, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+rename, give = os.rename, tokenize_processes._Worker.give
 
 def fatal_rename(*names):
     global left
@@ -34,9 +37,21 @@ def fatal_rename(*names):
         os.kill(os.getpid(), signal.SIGKILL)
     rename(*names)
 
+def fatal_give(*given):
+    global shards
+    shards -= 1
+    if shards == 0:
+        # amid what the other worker does
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+    give(*given)
+
 os.rename = fatal_rename
-sys.exit(cli.main(sys.argv[2:]))
+tokenize_processes._Worker.give = fatal_give
+sys.exit(cli.main(sys.argv[4:]))
 """
+# each begins with a shard
+WORKERS = 2
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +68,7 @@ def corpus(tmp_path_factory):
     return folder, contents(folder / "whole")
 
 
-def start(folder, out, die_at=0, **more):
+def start(folder, out, die_at=0, shards=0, seconds=0.0, **more):
     command = [
         "data",
         "tokenize",
@@ -63,11 +78,11 @@ def start(folder, out, die_at=0, **more):
         "--tokenizer",
         "bytes",
         "--processes",
-        "2",
+        str(WORKERS),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(die_at), *command],
+        [sys.executable, "-c", DRIVER, str(die_at), str(shards), str(seconds), *command],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -76,8 +91,8 @@ def start(folder, out, die_at=0, **more):
     )
 
 
-def finish(folder, out, die_at=0, **more):
-    process = start(folder, out, die_at, **more)
+def finish(folder, out, *when, **more):
+    process = start(folder, out, *when, **more)
     stdout, stderr = process.communicate(timeout=LIMIT_SECONDS)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
@@ -115,20 +130,15 @@ def test_a_command_that_is_killed_again_and_again_goes_on(corpus, tmp_path):
     folder, whole = corpus
     rng = random.Random(1)
     out = tmp_path / "out"
-    kills = 0
-    # each time a few shards further
-    for goal in sorted(rng.sample(range(1, SHARDS), 6)):
-        process, wait = start(folder, out), rng.random() * 0.02
+    # each time a few shards further, never all
+    for shards in rng.choices(range(1, 5), k=6):
         before = finished(out)
-        if reached(lambda goal=goal: finished(out) >= goal, process):
-            time.sleep(wait)
-            process.kill()
-        process.communicate(timeout=LIMIT_SECONDS)
-        kills += process.returncode == -signal.SIGKILL
-        assert finished(out) >= before
+        killed = finish(folder, out, shards=WORKERS + shards, seconds=rng.random() * 0.02)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert before + shards <= finished(out) <= before + shards + WORKERS
     done = finish(folder, out)
     assert done.returncode == 0, done.stderr
-    assert kills >= 3 and "by an earlier command" in done.stdout
+    assert "by an earlier command" in done.stdout
     assert contents(out) == whole
     assert not Path(f"{out}.parts").exists()
 
@@ -162,8 +172,8 @@ def test_a_worker_that_is_killed_is_named_and_the_command_goes_on(corpus, tmp_pa
     folder, whole = corpus
     out = tmp_path / "out"
     process = start(folder, out)
+    victim = eventually(lambda: len(found := workers(process)) == WORKERS and found[-1], "no workers")
     assert reached(lambda: finished(out) >= 2, process)
-    victim = workers(process)[-1]
     os.kill(victim, signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 1, stderr

@@ -17,7 +17,7 @@ from distattn.batch.planner import AttentionShape
 pytestmark = [pytest.mark.sampled(16), pytest.mark.waits]
 
 # of the driver: long enough for a rank that is only slow on a loaded machine, short enough for a test
-TIMEOUT = 10.0
+TIMEOUT = 16.0
 WHERE = ("the loader", "the loop", "a forward pass", "a backward pass")
 
 

@@ -19,7 +19,7 @@ from distattn.parallel.runtime.transport import Packet
 pytestmark = pytest.mark.waits
 
 # of the driver: what a loaded machine takes for a step is far less
-TIMEOUT = 8.0
+TIMEOUT = 16.0
 SHAPES = dict(q=4, k=2, v=2)
 
 
@@ -55,7 +55,7 @@ def test_a_lost_rank_is_named_with_the_move_that_is_waited_for(how):
         assert "rank 1 stopped answering: killed, stopped or unreachable" in error
     # of those who wait for it
     assert any(
-        "KV from rank" in error and "of the forward pass did not come within 6 s" in error for error in errors.values()
+        "KV from rank" in error and "of the forward pass did not come within 12 s" in error for error in errors.values()
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from packs_of_ranks import shared
 from processes import run_on_ranks
+from waiting import eventually
 
 import distattn as da
 
@@ -85,6 +86,8 @@ def opened_and_closed(rank, times):
             for (batch,) in cp.steps(batches(rank, 2)):
                 q, k, v = (torch.randn(batch["input_ids"].shape[1], heads, 8) for heads in (2, 1, 1))
                 batch["context_parallel"].attention(q, k, v)
+        # closing waits a second for it, which a busy machine may take longer for
+        eventually(lambda: not any("distattn-health" in one.name for one in threading.enumerate()), "it goes on")
         gc.collect()
         counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
     return counts

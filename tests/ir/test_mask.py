@@ -178,15 +178,15 @@ def test_masks_are_immutable_values():
 def test_a_million_tokens_in_hundreds_of_documents_answer_at_once():
     lengths = np.random.default_rng(0).integers(1, 5_000, 400)
     lengths[0] += (1 << 20) - lengths.sum()
-    began = time.perf_counter()
+    began = time.thread_time()
     mask = Mask.documents(lengths)
     assert mask.area() == (lengths.astype(object) * (lengths + 1) // 2).sum()
     mask.cut((1000, 900_000), (0, 1 << 19))
     mask.needed_keys([(5, 90_000), (500_000, 700_000)])
     runs = mask.tiles(128, 128)
     assert len(runs["tile"]) < 10_000
-    # milliseconds on a quiet machine; the bound only catches anything that grows with tokens squared
-    assert time.perf_counter() - began < 1.0
+    # milliseconds of the processor; the bound only catches anything that grows with tokens squared
+    assert time.thread_time() - began < 1.0
 
 
 def as_booleans(intervals_: np.ndarray, n: int) -> np.ndarray:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.waits
 
 ROOT = Path(__file__).parents[2]
 # a run must not come to its end before it is stopped for the last time
-STEPS = 40
+STEPS = 60
 SHORT = (
     f"--train.steps={STEPS}",
     "--data.tokens_per_step=2048",
@@ -33,6 +33,7 @@ SHORT = (
     "--parallel.context_parallel_size=2",
     "--checkpoint.every_steps=2",
     "--reference_check.steps=0",
+    "--supervision.patience_seconds=30",
 )
 # several failures follow each other before the next checkpoint
 ELASTIC = ("--ray.min_nodes=1", "--ray.shrink_seconds=1", "--supervision.max_restarts=9")

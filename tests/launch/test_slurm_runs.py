@@ -85,9 +85,9 @@ def wait_for(cluster, folder: Path, what: str, condition) -> None:
 @pytest.mark.full
 def test_a_run_that_loses_a_node_hangs_and_is_preempted_learns_the_same(cluster, uninterrupted, tmp_path):
     far = tmp_path / "far"
-    submit(
-        cluster, far, "--nodes=3", "--spare=1", "--gpus=2", "--checkpoint.every_steps=4", "--reference_check.steps=1"
-    )
+    # no loaded machine is to be taken for a hang
+    how = ("--checkpoint.every_steps=4", "--reference_check.steps=1", "--supervision.patience_seconds=30")
+    submit(cluster, far, "--nodes=3", "--spare=1", "--gpus=2", *how)
     wait_for(cluster, far, "no steps", lambda: len(rows(far, "metrics.jsonl")) > 5)
     cluster.kill_node("node2")
     wait_for(cluster, far, "no second attempt", lambda: len(rows(far, "attempts/attempts.jsonl")) == 1)

@@ -16,7 +16,7 @@ import distattn as da
 pytestmark = pytest.mark.waits
 
 # of the group, and so of what is made beside it; then others are given some seconds to come
-TIMEOUT = timedelta(seconds=6)
+TIMEOUT = timedelta(seconds=15)
 
 
 def lost_in(rank, lost, how, where):

@@ -59,9 +59,9 @@ def test_random_cuts_take_near_linear_time():
         group = np.zeros(count, np.int64)
         best = float("inf")
         for _ in range(3):
-            began = time.process_time()
+            began = time.thread_time()
             assert disjoint._clash_in_levels(group, *boxes.T) is None
-            best = min(best, time.process_time() - began)
+            best = min(best, time.thread_time() - began)
         return best
 
     # slabs would take 16 ** 1.5 = 64 times as long

@@ -23,7 +23,7 @@ class Group:
 
 GROUP = Group()
 # of a wait that is never to end, in tests of breaches
-SOON = 0.5
+SOON = 5.0
 
 
 def on_threads(runs):

@@ -196,8 +196,8 @@ def test_a_million_tokens_are_timed_in_a_moment():
         plan = da.make_plan(
             da.Mask.causal(n), da.Layout.zigzag([n], ranks), strategy=strategy, cluster=cluster, **shape
         )
-        began = time.perf_counter()
+        began = time.thread_time()
         simulate(plan, "h200-8x8")
-        took[strategy] = time.perf_counter() - began
-    # the aim is 0.3 s; a busy machine is given more
+        took[strategy] = time.thread_time() - began
+    # of the processor, for which others wait, too; the aim is 0.3 s
     assert max(took.values()) < 1.0, took

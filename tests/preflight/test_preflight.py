@@ -198,7 +198,7 @@ def _waits(rank: int, runs) -> str:
         if rank == ODD:
             # files that never answer
             monkeypatch.setattr(facts_module, "open_data", lambda run, config: time.sleep(3600))
-        preflight(run, config, CPU, limit=timedelta(seconds=5))
+        preflight(run, config, CPU, limit=timedelta(seconds=20))
     return str(lost.value)
 
 

@@ -54,13 +54,14 @@ def test_a_rank_that_never_ceases_to_tell_is_read_as_it_wrote(board):
             step += 1
             write("x" * (step % 60), step, 0.0, bool(step % 2))
     try:
-        read = set()
-        for _ in range(200_000):
+        read, looks = set(), 0
+        # the writer may have to wait for a core
+        while looks < 200_000 or len(read) < 2:
+            looks += 1
             if (beat := board.read(1)) is not None:
                 read.add(beat.step)
                 assert (beat.pid, beat.attempt, beat.beats) == (writer, 3, beat.step)
                 assert beat.words == "x" * (beat.step % 60) and beat.waits == bool(beat.step % 2)
-        assert len(read) > 1
     finally:
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)

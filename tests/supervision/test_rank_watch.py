@@ -20,9 +20,19 @@ from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
 def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_one(tmp_path):
     # what tells, and is ended in the end
-    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    sleeper = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], **how)
+    assert sleeper.stdout.readline()
     board = HeartbeatBoard.make(1)
-    with_pid = threading.Thread(target=_steps, args=(board, sleeper.pid))
+    seen, read = [-1], board.read
+
+    def watched(slot):
+        beat = read(slot)
+        seen[0] = -1 if beat is None else beat.step
+        return beat
+
+    board.read = watched
+    with_pid = threading.Thread(target=_steps, args=(board, sleeper.pid, seen))
     watch = RankWatch(board, range(1), Patience(starting=600.0, running=0.05, factor=200.0), tmp_path)
     with_pid.start()
     with_pid.join()
@@ -38,12 +48,14 @@ def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_
     board.close()
 
 
-def _steps(board, pid):
+def _steps(board, pid, seen):
     # of another process, which is the one to be ended
     with patch.object(os, "getpid", lambda: pid):
         write = board.writer(0, 1)
     for step in range(4):
         write("forward and backward", step, 0.0, False)
+        # the watch of a busy machine may be late
+        eventually(lambda step=step: seen[0] == step, "nobody looks")
         time.sleep(0.2)
 
 

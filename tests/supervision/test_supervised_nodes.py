@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from made_once import made_once
+from ports import free_ports
 from waiting import LIMIT_SECONDS
 
 pytestmark = pytest.mark.waits
@@ -23,19 +23,14 @@ WANTED = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return made_once(tmp_path_factory, "supervised_nodes", run_cases)
 
 
 def run_cases(folder: Path) -> None:
-    cases = [(name, free_port()) for name in ("whole", *WANTED, "kill")]
+    names = ("whole", *WANTED, "kill")
+    cases = list(zip(names, free_ports(len(names)), strict=True))
     for name, _ in cases:
         (folder / name).mkdir()
         if name != "whole":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -9,7 +10,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ports import free_ports
 
 # a message that never comes is told of by the group, before a rank counts as hung
 _GROUP_TIMEOUT = timedelta(seconds=120)
@@ -66,7 +67,7 @@ def run_survivors(
     with tempfile.TemporaryDirectory() as folder:
         port, holder = context.SimpleQueue(), None
         if rank_0_holds_store:
-            port.put(_free_port())
+            port.put(free_ports(1)[0])
         else:
             holder = context.Process(target=_hold_store, args=(port,))
             holder.start()
@@ -92,7 +93,7 @@ def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str |
     """What a script prints on its ranks, started as torchrun would; before: a module to be imported first."""
     context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        (port,) = free_ports(1)
         given = [(rank, ranks, port, Path(folder), script, arguments, before) for rank in range(ranks)]
         processes = [context.Process(target=_script, args=one) for one in given]
         for process in processes:
@@ -150,13 +151,13 @@ def _fork_context() -> Any:
     behind holds locks of modules that NumPy imports as it goes.
     """
     _give_back_memory()
-    ends = time.monotonic() + 1
+    began = time.monotonic()
     while ending := _native_threads() - {thread.native_id for thread in threading.enumerate()} - _POOLS:
-        if time.monotonic() > ends:
-            # those of a library's pool stay
-            _POOLS.update(ending)
+        if time.monotonic() > began + 1:
+            # those of a library's pool stay, and sleep; one that waits for a core on a busy machine is running
+            _POOLS.update(ending if time.monotonic() > began + 30 else filter(_sleeps, ending))
         time.sleep(0.001)
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while _others_compute() and time.monotonic() < ends:
         pass
     return multiprocessing.get_context("fork")
@@ -178,6 +179,12 @@ def _nanoseconds(thread: int | None) -> int:
         return 0
 
 
+def _sleeps(thread: int | None) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+    return False
+
+
 def _native_threads() -> set[int | None]:
     return {int(number) for number in os.listdir("/proc/self/task")}
 
@@ -190,12 +197,6 @@ def _hung(processes: dict[int, Any], folder: str) -> str:
     if alive:
         time.sleep(2)
     return "".join(f"rank {rank} hangs:\n{Path(folder, f'{rank}.stacks').read_text()}\n" for rank in alive)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _hold_store(port: Any) -> None:

@@ -66,7 +66,7 @@ class SlurmCluster:
 
     def __init__(self, root: Path):
         self.root = root
-        ports = _free_ports(1 + len(_NODES))
+        ports = free_ports(1 + len(_NODES))
         host = socket.gethostname().split(".")[0]
         names = dict(zip(("port", *_NODES), ports, strict=True))
         for folder in ("state", *(f"spool/{node}" for node in _NODES)):
@@ -148,13 +148,3 @@ class SlurmCluster:
         done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

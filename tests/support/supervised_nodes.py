@@ -20,7 +20,7 @@ def main() -> None:
         for name, port in json.loads(sys.argv[3]):
             folder, node = Path(sys.argv[1], name), Node(number, 2, f"127.0.0.1:{port}", keeps_sigterm=True)
             # no loaded machine is to be taken for a hang
-            patience = Patience(600, 600.0 if name in ("whole", "kill") else 5.0)
+            patience = Patience(600, 600.0 if name in ("whole", "kill") else 15.0)
             ranks = Ranks(PER_NODE, "faulty_ranks:run", [str(folder), STEPS], patience, node)
             with closing(HeartbeatBoard.make(PER_NODE)) as board:
                 code, trouble = run_attempt(ranks, 1, folder / "attempt", board)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_on_ranks
+from waiting import eventually
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints, newest_good
 from distattn.training.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
@@ -60,6 +61,11 @@ def fill(disk: Path) -> None:
             pass
 
 
+def warned_of(step: int, said: Path) -> None:
+    """Wait until the save of a step, which goes on beside the training, has failed."""
+    eventually(lambda: f"step-{step:08d}" in said.read_text(), said.read_text)
+
+
 def mounted(disk: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
 
@@ -100,7 +106,7 @@ def rows(run: RunFolder) -> list[tuple[int, float, float]]:
 def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts, disk, tmp_path):
     plain = trained(config_of(texts, tmp_path / "plain"), tmp_path / "said-0", {})
     # the whole run is on the disk, which is full from before the first save to after the third
-    full = {1: lambda: fill(disk), 7: lambda: (disk / "ballast").unlink()}
+    full = {1: lambda: fill(disk), 7: lambda: (warned_of(6, tmp_path / "said-1"), (disk / "ballast").unlink())}
     run = trained(config_of(texts, disk / "run"), tmp_path / "said-1", full)
     assert [one.step for one in list_checkpoints(run.checkpoints)] == [8, 10]
     assert newest_good(run.checkpoints) == run.checkpoints / "step-00000010"
@@ -116,7 +122,7 @@ def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts,
         assert sum(what in line for line in ours) == 1, lines
     # checkpoints are on the disk, which cannot be written from before the first save to after the second
     shutil.rmtree(run.folder)
-    read_only = {1: lambda: mounted(disk, "ro"), 5: lambda: mounted(disk, "rw")}
+    read_only = {1: lambda: mounted(disk, "ro"), 5: lambda: (warned_of(4, tmp_path / "said-2"), mounted(disk, "rw"))}
     run = trained(config_of(texts, tmp_path / "run"), tmp_path / "said-2", read_only, disk)
     assert [one.step for one in list_checkpoints(run.checkpoints)] == [6, 8, 10]
     assert rows(run) == rows(plain)

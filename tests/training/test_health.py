@@ -42,7 +42,7 @@ from distattn.training.step_clock import StepCosts
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 HOST = socket.gethostname()
 # seconds of a planted sleep: long beside what the tiny model computes, on a busy machine too
-NAP = 0.4
+NAP = 3.0
 
 
 def costs(compute):
@@ -105,7 +105,7 @@ def config_of(engine, texts, folder, **health):
 
 
 def train_with_naps(rank, folder, config, place):
-    """Rank 1 sleeps in steps 1 to 4, rank 0 as well in steps 5 and 6. place: in a layer, or before the optimizer's step."""
+    """Rank 1 sleeps in steps 3 to 6, rank 0 as well in steps 5 and 6. place: in a layer, or before the optimizer's step."""
     os.environ["LOCAL_RANK"] = str(rank)
     if config.engine.name == "megatron":
         import megatron_on_cpu  # noqa: F401
@@ -117,7 +117,7 @@ def train_with_naps(rank, folder, config, place):
         backward, update = engine.backward, engine.update
 
         def nap(*_):
-            if rank == 1 or step[0] > 4:
+            if step[0] > 2 and (rank == 1 or step[0] > 4):
                 time.sleep(NAP)
 
         def counted(*given):

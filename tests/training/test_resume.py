@@ -14,6 +14,7 @@ import torch
 from processes import run_on_ranks
 from waiting import LIMIT_SECONDS, eventually
 
+from distattn.checkpoints.checkpoint_folder import newest_step
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
@@ -280,13 +281,14 @@ def config_file(config, tmp_path) -> Path:
 
 
 def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, config_file, tmp_path):
-    wanted = trained(config)
-    more = (str(config_file), f"--run.folder={tmp_path}/killed", "--supervision.max_restarts=0")
+    # long enough for a busy machine to see it before its end
+    wanted = trained(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=60)))
+    more = (str(config_file), f"--run.folder={tmp_path}/killed", "--supervision.max_restarts=0", "--train.steps=60")
     process = subprocess.Popen(
         command("train", *more), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
     )
     run = RunFolder(tmp_path / "killed")
-    eventually(lambda: list(run.checkpoints.glob("step-0000000[2-9]")), "two checkpoints")
+    eventually(lambda: newest_step(run.checkpoints) > 1, "two checkpoints")
     beats = Attempts(run.attempts).beats()
     assert beats is not None
     os.kill(beats[1].pid, signal.SIGKILL)
