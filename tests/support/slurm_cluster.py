@@ -10,6 +10,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+from ports import free_ports
 from waiting import eventually
 
 _DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
