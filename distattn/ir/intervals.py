@@ -119,3 +119,13 @@ def lexicographic_argsort(*columns: Ints) -> Ints:
     for key in keys[-2::-1]:
         index = index[stable_argsort(key[index])]
     return index
+
+
+def numbers_of_rows(*columns: Ints) -> Ints:
+    """Of each row its number among the different ones, in their lexicographic order: `np.unique` of rows, with its inverse."""
+    order = lexicographic_argsort(*columns)
+    fresh = np.zeros(len(order), np.int64)
+    fresh[run_starts(*(column[order] for column in columns))] = 1
+    numbers = np.empty(len(order), np.int64)
+    numbers[order] = np.cumsum(fresh) - 1
+    return numbers

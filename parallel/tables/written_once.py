@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.ir.intervals import expand_ranges, merge_intervals, sorted_unique, stable_argsort
+from distattn.ir.intervals import expand_ranges, merge_intervals, numbers_of_rows, sorted_unique, stable_argsort
 from distattn.ir.plan import REDUCED_PAYLOADS, Call, Columns, Payload, Table, select_rows, task_token_ranges
 
 
@@ -22,8 +22,7 @@ def _no_two_meet(call: Call, payload: Payload, tasks: Columns) -> bool:
     some = where["t0"] < where["t1"]
     tasks, where = select_rows(tasks, some), {name: column[some] for name, column in where.items()}
     # tasks of a rank and step are one kernel call, unless their heads differ: then they may be several
-    calls = np.unique(np.stack([tasks[name] for name in ("rank", "step", "h0", "h1")], 1), axis=0, return_inverse=True)
-    call_number = calls[1].reshape(-1)
+    call_number = numbers_of_rows(*(tasks[name] for name in ("rank", "step", "h0", "h1")))
     limits = sorted_unique(np.concatenate([where["h0"], where["h1"]]))
     task, head = expand_ranges(np.searchsorted(limits, where["h0"]), np.searchsorted(limits, where["h1"]))
     # what each call writes, by elementary head range; then whether two calls meet in one of these

@@ -56,8 +56,8 @@ def test_nothing_grows_over_many_steps(settings):
 
 
 @pytest.mark.full
-def test_nothing_grows_over_a_thousand_steps_with_servers():
-    assert_nothing_grows(1000, {"servers": 1})
+def test_nothing_grows_over_hundreds_of_steps_with_servers():
+    assert_nothing_grows(500, {"servers": 1})
 
 
 def assert_nothing_grows(steps, settings):
@@ -70,7 +70,7 @@ def assert_nothing_grows(steps, settings):
         (files, threads, objects, _), (files_later, threads_later, objects_later, in_flight) = result
         assert files_later <= files and threads_later <= threads
         # a step's own objects vary; what leaks a thing a step is more than one object a step
-        assert objects_later - objects < (steps - WARM_UP) / 2 + 500
+        assert objects_later - objects < (steps - WARM_UP) / 2 + 200
         assert in_flight <= 64
 
 

@@ -123,8 +123,14 @@ def trained(rank, settings, loads="cpu", takes_turns=False, is_checkpointed=Fals
             is_first_over = True
 
 
-@pytest.mark.parametrize(("ranks", "loads"), [(3, DEVICE), pytest.param(4, "cpu", marks=pytest.mark.full)])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+# with batches that the loader has put on the device, and with some of the host
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "loads"),
+    [
+        *((strategy, 3, DEVICE) for strategy in STRATEGIES),
+        *(pytest.param(strategy, 4, "cpu", marks=pytest.mark.full) for strategy in list(STRATEGIES)[::2]),
+    ],
+)
 def test_every_strategy_trains_without_a_race(strategy, ranks, loads):
     assert_none_found(run_on_ranks(ranks, watched, trained, dict(strategy=strategy), loads))
 

@@ -74,7 +74,8 @@ def wide_case(mask, heads, dims):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("mask", all_masks(8))
 def test_outputs_and_gradients_equal_the_oracle(mask, strategy):
-    for row in rows(strategy):
+    # every mask meets every fourth row, four masks that follow each other meet them all
+    for row in rows(strategy)[list(all_masks(8)).index(mask) % 4 :: 4]:
         inputs, wanted = wide_case(mask, row["heads"], row["dims"])
         plan = make_plan(
             all_masks(row["heads"][0])[mask],
@@ -216,10 +217,11 @@ def test_longer_axes_equal_the_oracle_too(mask, strategy, ranks, heads, layout):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_policy_is_right_moves_what_it_says_and_stays_in_memory(strategy, policy):
-    for mask in ("causal", "documents", "window"):
+    for number, mask in enumerate(("causal", "documents", "window")):
         inputs, wanted = case(LENGTHS, mask, (6, 2))
         for ranks in (2, 4):
-            for layout in all_layouts(LENGTHS, ranks).values():
+            # every other layout, and the rest with the other number of ranks and the next mask
+            for layout in list(all_layouts(LENGTHS, ranks).values())[(number + ranks // 2) % 2 :: 2]:
                 shape = dict(heads=6, kv_heads=2, head_dim=8, dtype="float64", backward=policy)
                 plan = make_plan(masks(LENGTHS)[mask], layout, strategy=strategy, **shape)
                 record = Record()

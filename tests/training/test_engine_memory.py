@@ -21,8 +21,8 @@ from distattn.training.engines.opened import open_engine  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-# 20 layers in the proportions of Llama 3 70B, 64 times narrower
-SHAPE = ModelConfig(num_layers=20, hidden_size=128, num_attention_heads=8, num_key_value_heads=8, intermediate_size=448)
+# 8 layers in the proportions of Llama 3 70B, 64 times narrower
+SHAPE = ModelConfig(num_layers=8, hidden_size=128, num_attention_heads=8, num_key_value_heads=8, intermediate_size=448)
 VOCABULARY = 2048
 
 
