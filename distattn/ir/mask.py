@@ -30,7 +30,7 @@ from distattn.ir.bands import (
     tighten,
 )
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, as_int64, expand_ranges, merge_intervals
+from distattn.ir.intervals import Ints, as_int64, expand_ranges, merge_intervals, numbers_of_rows
 
 # of query heads: so that every product with them fits in int64
 MAX_HEADS = 1 << 14
@@ -189,9 +189,9 @@ class Mask:
             raise DistattnError(f"a head group has at least 1 head, all together at most {MAX_HEADS}.")
         rows = np.concatenate([mask.pieces for _, mask in groups])
         group = np.repeat(np.arange(len(groups)), [len(mask.pieces) for _, mask in groups])
-        _, same = np.unique(rows, axis=0, return_inverse=True)
-        order = np.lexsort((group, same.ravel()))
-        group, same = group[order], same.ravel()[order]
+        same = numbers_of_rows(*rows.T)
+        order = np.lexsort((group, same))
+        group, same = group[order], same[order]
         fresh = np.ones(len(group), bool)
         fresh[1:] = (same[1:] != same[:-1]) | (group[1:] != group[:-1] + 1)
         last = group[np.append(np.flatnonzero(fresh)[1:], len(group)) - 1]
