@@ -27,15 +27,15 @@ _NAME = "distattn-heartbeats"
 ENDED, REFUSED, RAISED = "ended", "refused with exit code ", "raised "
 # and of one that has ended, once it need not wait for the others' ends any more
 LEFT = "left"
-# pid, attempt, nanoseconds, beats, step, seconds, waits, bytes of words; before it a checksum of all that follows
-_HEAD = struct.Struct("<IIQQqfBB")
+# pid, attempt, nanoseconds, beats, step, first, seconds, waits, bytes of words; before it a checksum of all that follows
+_HEAD = struct.Struct("<IIQQqqfBB")
 _SUM_BYTES = 4
 _WORD_BYTES = SLOT_BYTES - _SUM_BYTES - _HEAD.size
 _TRIES = 20
 
 
 class Heartbeat(NamedTuple):
-    """What a rank told last. at: seconds of CLOCK_MONOTONIC. step: of training, -1 before the first.
+    """What a rank told last. at: seconds of CLOCK_MONOTONIC. step: of training; first: the one its process began with; -1 before.
 
     seconds: that this may take without another word; 0 where the supervisor decides. waits: for other ranks; what a rank that
     waits stands still for is elsewhere.
@@ -49,6 +49,7 @@ class Heartbeat(NamedTuple):
     seconds: float
     waits: bool
     words: str
+    first: int = -1
 
 
 class HeartbeatBoard:
@@ -97,13 +98,15 @@ class HeartbeatBoard:
     def writer(self, slot: int, attempt: int) -> Callable[[str, int, float, bool], None]:
         """A function that tells what the rank of a slot does: words, step, seconds, whether it waits for others."""
         memory, start = self._memory, slot * SLOT_BYTES
-        pack, clock, pid, beats = _HEAD.pack, time.monotonic_ns, os.getpid(), 0
+        pack, clock, pid, beats, first = _HEAD.pack, time.monotonic_ns, os.getpid(), 0, -1
 
         def write(words: str, step: int, seconds: float, waits: bool) -> None:
-            nonlocal beats
+            nonlocal beats, first
             beats += 1
+            if first < 0:
+                first = step
             text = words.encode(errors="replace")[:_WORD_BYTES]
-            content = pack(pid, attempt, clock(), beats, step, seconds, waits, len(text)) + text
+            content = pack(pid, attempt, clock(), beats, step, first, seconds, waits, len(text)) + text
             # no order of writes would do: the interpreter's and the processor's are their own
             content = crc32(content).to_bytes(_SUM_BYTES, "little") + content
             memory[start : start + len(content)] = content
@@ -118,11 +121,11 @@ class HeartbeatBoard:
         start = slot * SLOT_BYTES
         for _ in range(_TRIES):
             raw = self._memory[start : start + SLOT_BYTES]
-            pid, attempt, at, beats, step, seconds, waits, size = _HEAD.unpack_from(raw, _SUM_BYTES)
+            pid, attempt, at, beats, step, first, seconds, waits, size = _HEAD.unpack_from(raw, _SUM_BYTES)
             content = raw[_SUM_BYTES : _SUM_BYTES + _HEAD.size + size]
             if crc32(content) == int.from_bytes(raw[:_SUM_BYTES], "little"):
                 words = content[_HEAD.size :].decode(errors="replace")
-                self._known[slot] = Heartbeat(pid, attempt, at / 1e9, beats, step, seconds, bool(waits), words)
+                self._known[slot] = Heartbeat(pid, attempt, at / 1e9, beats, step, seconds, bool(waits), words, first)
                 break
         return self._known.get(slot)
 

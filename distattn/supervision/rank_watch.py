@@ -87,8 +87,7 @@ class RankWatch:
         # whether this process was sent a SIGINT for it
         self.interrupts = False
         self._began = time.monotonic()
-        # the step that each rank has begun first, and the longest silence of all ranks since all have done it
-        self._first: dict[int, int] = {}
+        # the longest silence of all ranks since all have done their first step
         self._longest = 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-rank-watch")
@@ -129,15 +128,11 @@ class RankWatch:
 
     def _read(self) -> dict[int, Heartbeat]:
         beats = {rank: self._board.read(slot) for slot, rank in enumerate(self._ranks)}
-        known = {rank: beat for rank, beat in beats.items() if beat is not None}
-        for rank, beat in known.items():
-            if beat.step >= 0:
-                self._first.setdefault(rank, beat.step)
-        return known
+        return {rank: beat for rank, beat in beats.items() if beat is not None}
 
     def _done(self, known: Mapping[int, Heartbeat]) -> dict[int, int]:
         """Steps that each rank has done in this attempt, by rank; without those that never begin one, as attention servers."""
-        return {rank: known[rank].step - first for rank, first in self._first.items()}
+        return {rank: beat.step - beat.first for rank, beat in known.items() if beat.first >= 0}
 
     def _has_started(self, known: Mapping[int, Heartbeat]) -> bool:
         return len(known) == len(self._ranks) and min(self._done(known).values(), default=0) > 1
