@@ -122,7 +122,7 @@ def lexicographic_argsort(*columns: Ints) -> Ints:
 
 
 def numbers_of_rows(*columns: Ints) -> Ints:
-    """Of each row its number among the different ones, in their lexicographic order: `np.unique` of rows, with its inverse."""
+    """Of each row its number among the different ones, in their lexicographic order: the inverse of `np.unique` of rows."""
     order = lexicographic_argsort(*columns)
     fresh = np.zeros(len(order), np.int64)
     fresh[run_starts(*(column[order] for column in columns))] = 1

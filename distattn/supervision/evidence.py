@@ -22,10 +22,12 @@ from distattn.supervision.heartbeats import Heartbeat
 _TELL_STACKS = signal.SIGUSR2
 # from linux/prctl.h
 _PR_SET_PTRACER = 0x59616D61
-# for py-spy, for a rank to begin its own answer, and to end it
-_PY_SPY_SECONDS, _BEGIN_SECONDS, _ANSWER_SECONDS = 10.0, 2.0, 10.0
-# how faulthandler ends the stack of a thread: at its outermost frame, or after a hundred
-_OUTERMOST = (" in <module>", "  ...", "<no Python frame>")
+# for py-spy; for a rank to begin its own answer, and to end it, since it was asked; and at least after all else
+_PY_SPY_SECONDS, _BEGIN_SECONDS, _ANSWER_SECONDS, _LEAST_SECONDS = 10.0, 5.0, 10.0, 1.0
+# how faulthandler ends the stack of a main thread, and all stacks: at its outermost frame, or after a hundred
+_OUTERMOST = (" in <module>", "...", "<no Python frame>")
+# that an answer stays as it is before it counts as whole: one that ends so, and any
+_STILL_SECONDS, _STUCK_SECONDS = 0.05, 2.0
 # in how many innermost frames, of which torchrun's own do not count
 _COLLECTIVES, _TORCHRUN, _INNERMOST = "/torch/distributed/", "/torch/distributed/elastic/", 4
 
@@ -63,21 +65,12 @@ def keep_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Hea
     for pid in answering.values():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, _TELL_STACKS)
+    asked = time.monotonic()
     _spy({_stacks_file(folder, rank): pids[rank] for rank in stopped})
     keep_flight_recorders(folder, answering)
-
-    def stacks() -> dict[int, str]:
-        return {rank: _stacks_file(folder, rank).read_bytes()[before[rank] :].decode(errors="replace") for rank in pids}
-
-    def unfinished() -> list[str]:
-        alive = {rank for rank, pid in answering.items() if process_state(pid) not in "XZ"}
-        return [text for rank, text in stacks().items() if rank in alive and not _is_whole(text)]
-
-    began = time.monotonic()
-    # a busy machine may interrupt a rank in the middle of its answer
-    while (left := unfinished()) and time.monotonic() < began + (_ANSWER_SECONDS if any(left) else _BEGIN_SECONDS):
-        time.sleep(0.01)
-    return stacks()
+    files = {rank: _stacks_file(folder, rank) for rank in pids}
+    _wait_for_answers(answering, {rank: (files[rank], before[rank]) for rank in answering}, asked)
+    return {rank: _added_to(file, before[rank]) for rank, file in files.items()}
 
 
 def is_in_collective(stacks: str) -> bool:
@@ -96,9 +89,33 @@ def _stacks_file(folder: Path, rank: int) -> Path:
     return folder / f"stacks-{rank}.txt"
 
 
-def _is_whole(stacks: str) -> bool:
-    """Whether the main thread, the last one that is written, is there to its end."""
+def _wait_for_answers(pids: Mapping[int, int], files: Mapping[int, tuple[Path, int]], asked: float) -> None:
+    """Until each rank has written its stacks into its file, beyond so many bytes, or the time is over.
+
+    Threads are written one after another, the main one last, and a busy machine may interrupt a rank in the middle of it.
+    """
+    found, changed, began = dict.fromkeys(pids, ""), dict.fromkeys(pids, asked), time.monotonic()
+    left = set(pids)
+    while left:
+        time.sleep(0.01)
+        now = time.monotonic()
+        for rank in list(left):
+            if (text := _added_to(*files[rank])) != found[rank]:
+                found[rank], changed[rank] = text, now
+            is_still = text and now - changed[rank] > (_STILL_SECONDS if _seems_whole(text) else _STUCK_SECONDS)
+            if is_still or process_state(pids[rank]) in "XZ":
+                left.remove(rank)
+        seconds = _ANSWER_SECONDS if any(found[rank] for rank in left) else _BEGIN_SECONDS
+        if now > max(asked + seconds, began + _LEAST_SECONDS):
+            break
+
+
+def _seems_whole(stacks: str) -> bool:
     return stacks.endswith("\n") and stacks.rstrip("\n").endswith(_OUTERMOST)
+
+
+def _added_to(file: Path, before: int) -> str:
+    return file.read_bytes()[before:].decode(errors="replace") if file.exists() else ""
 
 
 def _size(file: Path) -> int:

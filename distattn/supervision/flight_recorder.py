@@ -20,7 +20,7 @@ from typing import Any
 _SOCKET = "distattn-flight-recorder"
 # what PyTorch's server calls the traces, by backend; without CUDA it has no second one
 _TRACES = {"gloo": "fr_trace_json", "nccl": "dump_nccl_trace_json"}
-_ANSWER_SECONDS = 5.0
+_ANSWER_SECONDS = 3.0
 # the servers of this process: one that is not referenced any more ends
 _SERVERS: list[object] = []
 
@@ -41,7 +41,7 @@ def answer_with_flight_recorder() -> None:
 def keep_flight_recorders(folder: Path, pids: Mapping[int, int]) -> None:
     """Write flight-recorder-RANK.json into a folder for each rank that answers: its traces by backend. Raises OSError.
 
-    pids: of the ranks, by rank. Takes 5 s at most, however many of them do not answer.
+    pids: of the ranks, by rank. Takes 3 s at most, however many of them do not answer.
     """
     ends = time.monotonic() + _ANSWER_SECONDS
     asked: dict[tuple[int, str], http.client.HTTPConnection] = {}

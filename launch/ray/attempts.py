@@ -26,7 +26,7 @@ from distattn.training.run_folder import RunFolder
 
 @contextmanager
 def connected(configs: Sequence[Config], quiet: bool) -> Iterator[None]:
-    """Around runs, which name the same cluster: see `driver.connected`."""
+    """Around runs, which name the same cluster: see `ray.driver.connected`."""
     with ray_driver.connected(configs[0].ray.address, quiet, lambda: _cores_here(configs)):
         yield
 

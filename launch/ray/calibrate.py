@@ -19,7 +19,7 @@ def calibrate_nodes(
 ) -> tuple[dict[str, ClusterSpec], list[str]]:
     """(The description that each node has of itself, by the node's name; sentences about nodes that could not measure).
 
-    address: of the cluster, as in `driver.connected`. words: more options of `distattn calibrate`.
+    address: of the cluster, as in `ray.driver.connected`. words: more options of `distattn calibrate`.
     """
     from distattn.launch.ray.driver import connected
     from distattn.launch.ray.tasks import Task, run_tasks, task_nodes

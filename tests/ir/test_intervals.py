@@ -1,4 +1,4 @@
-"""Rows of whole numbers are numbered as NumPy numbers them, and sooner."""
+"""Rows of whole numbers are numbered as NumPy numbers them."""
 
 import numpy as np
 from hypothesis import given

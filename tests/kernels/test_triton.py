@@ -231,6 +231,7 @@ def test_keys_that_all_rows_see_are_summed_by_several_programs(dims, dtype):
     assert relative_error(dk - 1, wanted.dk) < TOLERANCE[dtype] and relative_error(dv - 1, wanted.dv) < TOLERANCE[dtype]
 
 
+# each strategy has one of the two masks
 STRATEGY_MASKS = list(zip(STRATEGIES, itertools.cycle(["documents", "head groups"]), strict=False))
 
 

@@ -140,7 +140,7 @@ def test_a_module_sees_the_arguments_and_the_exit_code_of_python_m(tmp_path):
 
 
 def test_threads_that_libraries_leave_do_not_keep_a_rank_that_is_done(tmp_path):
-    rank = "import threading; from distattn.launch import rank_entry; rank_entry._leave(0.2, 3); "
+    rank = "import threading; from distattn.launch.ranks import entry; entry._leave(0.2, 3); "
     command = [sys.executable, "-c", f"{rank}threading.Thread(target=threading.Event().wait, name='upload').start()"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0

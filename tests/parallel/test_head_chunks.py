@@ -47,8 +47,8 @@ def test_outputs_and_gradients_of_chunks_equal_the_oracle(strategy, mask, heads)
     made = all_masks(heads[0])[mask]
     inputs = random_inputs(sum(LENGTHS), *heads, 8)
     wanted = dense(made, inputs)
-    # every other way on three ranks, the rest on four; with the next mask or heads the other way round
-    turn = MASKS.index(mask) + HEADS.index(heads)
+    # every other way on three ranks, the rest on four; with the next mask, heads or strategy the other way round
+    turn = MASKS.index(mask) + HEADS.index(heads) + list(STRATEGIES).index(strategy)
     for number, way in enumerate(WAYS, turn):
         ranks, layout = ((3, "from_chunks"), (4, "balanced"))[number % 2]
         laid_out = layouts(LENGTHS, ranks)

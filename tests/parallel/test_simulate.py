@@ -199,5 +199,5 @@ def test_a_million_tokens_are_timed_in_a_moment():
         began = time.thread_time()
         simulate(plan, "h200-8x8")
         took[strategy] = time.thread_time() - began
-    # of the processor, for which others wait, too; the aim is 0.3 s
+    # seconds of the processor, which other tests use as well; the aim is 0.3 s
     assert max(took.values()) < 1.0, took

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT_SECONDS
 
 from distattn.supervision import heartbeats
 from distattn.supervision.heartbeats import HeartbeatBoard
@@ -54,10 +55,11 @@ def test_a_rank_that_never_ceases_to_tell_is_read_as_it_wrote(board):
             step += 1
             write("x" * (step % 60), step, 0.0, bool(step % 2))
     try:
-        read, looks = set(), 0
+        read, looks, ends = set(), 0, time.monotonic() + LIMIT_SECONDS
         # the writer may have to wait for a core
         while looks < 200_000 or len(read) < 2:
             looks += 1
+            assert time.monotonic() < ends
             if (beat := board.read(1)) is not None:
                 read.add(beat.step)
                 assert (beat.pid, beat.attempt, beat.beats) == (writer, 3, beat.step)

@@ -1,9 +1,9 @@
-"""Ports that nobody else takes before a test has them."""
+"""Ports that hardly anybody else takes before a test has them."""
 
 import random
 import socket
 
-# below those that Linux gives whoever asks for any
+# below those that Linux gives whoever asks for any, by default
 _LOWEST, _HIGHEST = 15000, 32000
 
 

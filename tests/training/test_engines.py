@@ -39,7 +39,7 @@ from distattn.training.run_settings import build_model, configured_model  # noqa
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.sampled(6)]
 
-STEPS = 12
+STEPS = 20
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
