@@ -102,8 +102,8 @@ DATA = ["--documents", "3000", "--context", "2048"]
         ("data_packers.py", ["--documents", "500"], ["distattn plan", "utilisation", "0.000%"]),
         (
             "data_ranks.py",
-            [*DATA, "--open-documents", "4000", "--processes", "2", "--ranks", "8", "--micro-batches", "2"],
-            ["all together", "2 processes at once", "simulated: 8 ranks"],
+            [*DATA, "--open-documents", "20000", "--processes", "2", "--ranks", "16", "--micro-batches", "2"],
+            ["all together", "2 processes at once", "simulated: 16 ranks"],
         ),
         ("host_time.py", ["--tokens", "256", "--ranks", "4"], ["us_per_step", "double_ring"]),
         ("adapter_overhead.py", ["--repeats", "1", "--tokens", "256"], ["transformers beyond the operators", "aim 2%"]),

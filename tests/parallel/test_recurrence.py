@@ -42,7 +42,7 @@ def cases():
 def test_every_schedule_and_layout_equals_the_definition(cases, name, schedule, ranks):
     case, wanted = cases(name)
     # of each op every other layout: the next one, or the next schedule, has the others
-    first = (RECURRENT.index(name) + SCHEDULES.index(schedule)) % 2
+    first = (RECURRENT.index(name) + list(SCHEDULES).index(schedule)) % 2
     for layout in list(layouts(LENGTHS, ranks).values())[first::2]:
         plan = plan_of(layout, name, options={"schedule": schedule, "state_first": ranks == 4})
         record = Record()
