@@ -21,6 +21,8 @@ from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeRe
 _ASKED_SECONDS = 0.5
 # seconds between two looks
 POLL_SECONDS = 0.02
+# that a look may be late; what is more is time in which nobody ran: the machine, or all of the job, was paused
+_LATE_SECONDS = 1.0
 # that torchrun may take to notice how a rank has ended, which it alone is told
 _TORCHRUN_SECONDS = 5.0
 # what ranks have told that have done their part
@@ -100,10 +102,14 @@ class RankWatch:
         return self.trouble
 
     def _run(self) -> None:
-        spoke, last, looked = self._began, -1, 0.0
+        spoke, last, asked_at = self._began, -1, 0.0
+        # since `spoke`, and the time of the last look
+        paused, looked = 0.0, self._began
         while not self._closed.wait(POLL_SECONDS):
             # before it reads: what is told while this process waits for a core is no silence
             now = time.monotonic()
+            late, looked = max(0.0, now - looked - _LATE_SECONDS), now
+            paused += late
             known = self._read()
             if self._end_of_one(known):
                 return
@@ -112,17 +118,20 @@ class RankWatch:
             if latest > spoke:
                 # of the first steps, which compile and allocate, only from the second on
                 if last > 0 and len(known) == len(self._ranks):
-                    self._longest = max(self._longest, latest - spoke)
-                spoke, last = latest, done
-            silent = now - spoke
-            if self._reports is not None and now > looked + _ASKED_SECONDS:
-                looked = now
+                    self._longest = max(self._longest, latest - spoke - paused)
+                spoke, last, paused = latest, done, min(late, now - latest)
+            silent = now - spoke - paused
+            if self._reports is not None and now > asked_at + _ASKED_SECONDS:
+                asked_at = now
                 self._answer(self._reports, known, silent)
+                # what takes time here is no pause
+                looked = time.monotonic()
             if self._is_too_long(silent, known):
                 if self._hung(known, silent):
                     return
                 # ranks of other nodes work, and these wait for them
-                spoke = time.monotonic()
+                spoke = looked = time.monotonic()
+                paused = 0.0
         # torchrun may have been first to see that one has ended
         self._end_of_one(self._read())
 

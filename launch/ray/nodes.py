@@ -25,6 +25,8 @@ from distattn.training.run_folder import RunFolder
 _ANSWER_SECONDS = 60.0
 # between two looks at agents, and at the file that asks to stop
 _LOOK_SECONDS = 0.2
+# that nodes may be taken before it is waited for fewer: Ray frees those of this run once their processes have ended
+_FREED_SECONDS = 60.0
 # before it is said what is waited for
 _SILENT_SECONDS = 5.0
 
@@ -185,10 +187,15 @@ class RayNodes:
             if now - began > _SILENT_SECONDS and not said:
                 said = True
                 say(f"waiting for room for {self._demand()}, for {self._size.waiting_seconds:,.0f} s at most.")
-            if now - asked > self._size.shrink_seconds:
+            if self._is_short(now - asked):
                 asked = now
                 self._ask_for_less()
         return group
+
+    def _is_short(self, waited: float) -> bool:
+        """Whether it was waited long enough for so many nodes; longer where there are as many, but taken."""
+        enough = waited > max(self._size.shrink_seconds, _FREED_SECONDS)
+        return enough or waited > self._size.shrink_seconds and self._usable() < self._wanted
 
     def _ask_for_less(self) -> None:
         """Fewer nodes, or where a run cannot have fewer than there are, those again that were left out for their failures."""

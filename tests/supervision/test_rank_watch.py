@@ -59,6 +59,33 @@ def _steps(board, pid, seen):
         time.sleep(0.2)
 
 
+def test_time_in_which_nobody_ran_is_no_silence(tmp_path):
+    rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    board = HeartbeatBoard.make(1)
+    with patch.object(os, "getpid", lambda: rank.pid):
+        board.writer(0, 1)("forward and backward", 3, 0.0, False)
+    # seconds that the machine was suspended for, looks of the watch, and seconds that each takes
+    suspended, looks, tick, passed = [0.0], [0], [0.0], [0.0]
+
+    def clock() -> float:
+        looks[0] += 1
+        passed[0] += tick[0]
+        return time.monotonic() + suspended[0] + passed[0]
+
+    with patch.object(rank_watch, "time", SimpleNamespace(monotonic=clock)):
+        watch = RankWatch(board, range(1), Patience(starting=60.0, running=60.0), tmp_path)
+        for _ in range(3):
+            suspended[0] += 1000.0
+            before = looks[0]
+            eventually(lambda before=before: looks[0] > before + 2, "nobody looks")
+        assert watch.trouble is None
+        # looks that follow each other see a silence that stays
+        tick[0] = 0.9
+        eventually(lambda: watch.trouble is not None, "the silence is not noticed")
+    assert watch.close().kind == "hung" and rank.wait() < 0
+    board.close()
+
+
 def test_a_rank_that_ends_before_it_tells_anything_is_named():
     killed = SimpleNamespace(
         failures={1: SimpleNamespace(exitcode=-9, timestamp=1), 0: SimpleNamespace(exitcode=1, timestamp=2)}
