@@ -1,6 +1,7 @@
 """A training run whose ranks are killed and hang again and again ends with the curve and the checkpoint of one nobody disturbed.
 
-    python benchmarks/trainer_kills.py [--kills 200] [--hangs 20] [--seed 1] [--ranks 2] [--strategy ring] [--folder FOLDER]
+    python benchmarks/trainer_kills.py [--kills 200] [--hangs 20] [--seed 1] [--ranks 2] [--strategy ring]
+        [--patience 5] [--folder FOLDER]
 
 `distattn train` of a tiny model on some ranks is killed by SIGKILL: one of the ranks, which its launcher starts again, or the
 launcher, after which `distattn resume` goes on. A third of the kills fall at any time, a third amid a save, a third when a
@@ -168,7 +169,7 @@ class Launch:
 class Faults:
     """Runs that are killed, and hang, until they have come to their end, and compared with one that nobody disturbed."""
 
-    def __init__(self, folder: Path, seed: int, ranks: int, strategy: str):
+    def __init__(self, folder: Path, seed: int, ranks: int, strategy: str, patience: float):
         self._folder, self._random, self._ranks = folder, random.Random(seed), ranks
         self.faults: list[Fault] = []
         self._hung = 0
@@ -179,7 +180,7 @@ class Faults:
         for number, paragraph in enumerate(TEXT.read_text("utf-8").split("\n\n")):
             (text / f"{number:03d}.txt").write_text(paragraph, "utf-8")
         self._config_file = folder / "run.toml"
-        configuration.save(tiny_config(text, ranks, strategy), self._config_file)
+        configuration.save(tiny_config(text, ranks, strategy, patience), self._config_file)
         self._undisturbed = RunFolder(folder / "undisturbed")
         launch = Launch(self._command(self._undisturbed), self._undisturbed, ranks, folder / "undisturbed.log")
         launch.until(lambda beats: True)
@@ -287,7 +288,7 @@ class Faults:
         return Fault(name, moment, max(steps, default=0), bool(_unfinished(run)), noticed, resumed)
 
 
-def tiny_config(text: Path, ranks: int, strategy: str) -> Config:
+def tiny_config(text: Path, ranks: int, strategy: str, patience: float) -> Config:
     """A run of some seconds that saves every second step, and evaluates."""
     model = ModelConfig(
         num_layers=1, hidden_size=16, num_attention_heads=ranks, num_key_value_heads=1, intermediate_size=24
@@ -299,8 +300,7 @@ def tiny_config(text: Path, ranks: int, strategy: str) -> Config:
         parallel=ParallelConfig(ranks=ranks, strategy=strategy, layout="document_zigzag", min_chunk=16),
         train=TrainConfig(steps=STEPS, schedule="cosine", warmup_steps=2),
         checkpoint=CheckpointConfig(every_steps=2, keep_last=3),
-        # less than ranks of a real run get: a step takes a tenth of a second
-        supervision=SupervisionConfig(max_restarts=1000, patience_seconds=5, starting_seconds=120),
+        supervision=SupervisionConfig(max_restarts=1000, patience_seconds=patience, starting_seconds=120),
         evaluation=EvaluationConfig(every_steps=5, steps=1),
         reference_check=ReferenceCheckConfig(steps=0),
     )
@@ -331,14 +331,16 @@ def compare_runs(run: RunFolder, wanted: RunFolder) -> None:
     assert not left and not expected - files, f"{run.folder}: {left} are left, {expected - files} are missing"
 
 
-def run_faults(kills: int, hangs: int, seed: int, ranks: int, strategy: str, folder: Path) -> FaultReport:
+def run_faults(
+    kills: int, hangs: int, seed: int, ranks: int, strategy: str, patience: float, folder: Path
+) -> FaultReport:
     """Kill ranks and launchers so many times, and have so many ranks hang."""
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     # a forked process must not use the parent's pool
     torch.set_num_threads(1)
     began = time.monotonic()
-    faults = Faults(folder, seed, ranks, strategy)
+    faults = Faults(folder, seed, ranks, strategy, patience)
     while left := kills + hangs - len(faults.faults):
         hung = sum(fault.moment in _HANGS for fault in faults.faults)
         faults.until_done(left - (hangs - hung), hangs - hung)
@@ -443,11 +445,13 @@ def main() -> int:
     for name, count in (("kills", 200), ("hangs", 20), ("seed", 1), ("ranks", 2)):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--strategy", default="ring")
+    # less than ranks of a real run get: a step takes a tenth of a second
+    parser.add_argument("--patience", type=float, default=5, help="seconds without a heartbeat that are a hang")
     parser.add_argument("--folder", type=Path, help="an empty folder to work in; by default a temporary one")
     given = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        found = run_faults(given.kills, given.hangs, given.seed, given.ranks, given.strategy, folder)
+        found = run_faults(given.kills, given.hangs, given.seed, given.ranks, given.strategy, given.patience, folder)
     for name, faults in (
         ("kills", [fault for fault in found.faults if fault.moment not in _HANGS]),
         ("hangs", [fault for fault in found.faults if fault.moment in _HANGS]),
