@@ -158,7 +158,14 @@ class RankWatch:
 
     def _end_of_one(self, known: Mapping[int, Heartbeat]) -> bool:
         """Whether a rank has ended without having done its part; all others are ended then."""
-        gone = {rank: beat for rank, beat in known.items() if _is_gone(beat)}
+        dead = {
+            rank: beat.pid for rank, beat in known.items() if beat.words != LEFT and process_state(beat.pid) in "XZ"
+        }
+        if not dead:
+            return False
+        # again: they may have said why, or that they leave, just before they ended
+        known = self._read()
+        gone = {rank: known[rank] for rank, pid in dead.items() if known[rank].words != LEFT and known[rank].pid == pid}
         if not gone:
             return False
         # who was killed could say nothing, who was left alone by it says so, and ends later
@@ -265,10 +272,6 @@ class RankWatch:
 def _said(beats: Mapping[int, Heartbeat | None]) -> float:
     """Seconds that ranks have said to need for what they do."""
     return max((beat.seconds for beat in beats.values() if beat is not None), default=0.0)
-
-
-def _is_gone(beat: Heartbeat) -> bool:
-    return beat.words != LEFT and process_state(beat.pid) in "XZ"
 
 
 def _is_asked_to_end(pid: int) -> bool:

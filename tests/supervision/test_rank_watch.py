@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import pytest
 from waiting import eventually
 
 from distattn.launch.ranks.attempt import _ended, _silent_end
@@ -119,6 +120,32 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
     assert watch.close() is None
     ranks[1].kill()
     ranks[1].wait()
+    board.close()
+
+
+@pytest.mark.parametrize(
+    ("last", "said"), [("left", "None"), ("raised ValueError: no", "rank 0 raised ValueError: no")]
+)
+def test_what_a_rank_says_between_two_looks_and_ends_is_heard(last, said, tmp_path):
+    rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    board = HeartbeatBoard.make(1)
+    with patch.object(os, "getpid", lambda: rank.pid):
+        write = board.writer(0, 1)
+    write("ended" if last == "left" else "forward and backward", 13, 0.0, False)
+    looked = threading.Event()
+
+    def end_first(pid: int) -> str:
+        # after the watch has read what the rank told before
+        write(last, 13, 0.0, False)
+        rank.kill()
+        rank.wait()
+        looked.set()
+        return "X"
+
+    with patch.object(rank_watch, "process_state", end_first):
+        watch = RankWatch(board, range(1), Patience(starting=600.0, running=600.0), tmp_path)
+        looked.wait()
+        assert str(watch.close()) == said
     board.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
@@ -111,6 +112,7 @@ def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str |
 def _script(
     rank: int, ranks: int, port: int, folder: Path, script: Path, arguments: tuple[str, ...], before: str | None
 ) -> None:
+    gc.freeze()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -215,6 +217,8 @@ def _rank(
 ) -> None:
     """store: who holds it, and its port, in runs that lose a rank; nobody waits for the others at the end of them."""
     faulthandler.register(_TELL_STACKS, os.open(Path(folder, f"{rank}.stacks"), os.O_CREAT | os.O_WRONLY))
+    # looking through all that was there before would copy the memory of it
+    gc.freeze()
     # before anything is computed: a forked child must not use the parent's thread pool
     torch.set_num_threads(1)
     together = store is None
