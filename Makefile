@@ -19,7 +19,7 @@ test: check
 
 # everything, as CI runs it
 test-all: check
-	$(BIN)/python -m pytest -n 4 --dist worksteal --durations=30
+	$(BIN)/python -m pytest -n 5 --dist worksteal --durations=30
 
 # strict: a link that leads nowhere is an error
 docs: $(VENV)/.docs

@@ -33,7 +33,7 @@ RUNS = {
     "fsdp2 in float64": (
         "fsdp2",
         ["--dtype", "float64"],
-        [(2, []), (4, []), (4, ["--replicas", "2"]), (2, SHARED), (4, SHARED)],
+        [(2, []), (4, ["--replicas", "2"]), (4, SHARED)],
         1e-9,
     ),
     "hf_trainer": ("hf_trainer", [], [(2, []), (4, [])], 1e-4),
@@ -50,12 +50,10 @@ RUNS = {
         "megatron_gpt",
         [],
         [
-            (2, []),
             (4, []),
             (4, ["--tp", "2"]),
             (4, ["--pp", "2"]),
             (2, SHARED),
-            (4, SHARED),
             (4, [*SHARED, "--tp", "2"]),
         ],
         1e-4,

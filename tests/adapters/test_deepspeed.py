@@ -174,11 +174,17 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
     return factor, gradients, state
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
+# DeepSpeed offloads, and sums in another dtype, from stage 1 on
+@pytest.mark.parametrize(
+    ("variant", "stage"),
+    [
+        *(("fp32, clipped", stage) for stage in (0, 1, 2, 3)),
+        *(("bf16", stage) for stage in (0, 2)),
+        *(("bf16, sums in fp32", stage) for stage in (1, 3)),
+        *(("offload", stage) for stage in (2, 3)),
+    ],
+)
 def test_probes_between_steps_change_not_a_bit(variant, stage):
-    if variant == "offload" and stage == 0 or variant == "bf16, sums in fp32" and stage == 0:
-        pytest.skip("DeepSpeed has no such thing")
     probed, plain = (run_on_ranks(2, _variant, variant, stage, probes)[0] for probes in (True, False))
     assert probed[0] == plain[0]
     for got, wanted in zip(probed[2], plain[2], strict=True):

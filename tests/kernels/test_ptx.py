@@ -38,13 +38,11 @@ SEVERAL = Case("forward", heads=3, tokens=408, documents=(384, 24), multiprocess
 CASES = [
     SEVERAL,
     Case("forward", dim=128, tokens=LONG, multiprocessors=3),
-    Case("forward", dim=128, tokens=LONG),
     Case("forward", "float16", tokens=LONG),
     Case("forward", "float16", dim=128, heads=4, kv_heads=2),
     Case("forward", dim=128, modifiers=True),
     Case("forward", dim=128, documents=DOCUMENTS),
     Case("backward"),
-    Case("backward", dim=128),
     Case("backward", dim=128, documents=DOCUMENTS),
     Case("backward", "float16", heads=4, kv_heads=2),
     # the tile of the first keys is cut
@@ -106,7 +104,7 @@ def test_one_forward_program_equals_the_reference():
 def test_all_programs_equal_the_reference(case):
     first = run(case, compiled(case))
     assert_close_to_the_reference(case, first)
-    if CASES.index(case) % 2 == 0:
+    if case in (SEVERAL, Case("backward"), Case("split")):
         # whatever the order of warps and copies, the numbers are the same to the last bit
         second = run(case, compiled(case), seed=1)
         assert all(torch.equal(first[name], second[name]) for name in first)

@@ -46,7 +46,7 @@ def test_random_plans_are_accepted_and_right():
 
 @pytest.mark.full
 def test_more_random_plans_are_accepted_and_right():
-    check_plans(240, 1000)
+    check_plans(120, 1000)
 
 
 def test_a_state_of_which_others_use_a_part_of_its_heads_is_counted_whole():

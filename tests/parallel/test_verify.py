@@ -21,7 +21,7 @@ from distattn.parallel.make_plan import make_plan
 pytestmark = pytest.mark.sampled(4)
 
 Q, KV, O, dO, dQ, dKV = (int(payload) for payload in Payload if payload not in STATE_PAYLOADS)
-MUTATIONS = 10000
+MUTATIONS = 5000
 
 
 @functools.cache

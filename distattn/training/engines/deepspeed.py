@@ -72,6 +72,9 @@ class DeepSpeedEngine:
         prepare_layers(model, config)
         self._keepers = keepers_of(model, range(dist.get_world_size()))
         settings = _settings(config)
+        if device.type == "cpu":
+            # else a C++ extension for shared memory is compiled
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         for module in whole_modules(model, getattr(torch, config.model.dtype)):
             if self._stage == 3:
                 deepspeed.zero.Init(module=module, config_dict_or_path=settings)
@@ -82,9 +85,6 @@ class DeepSpeedEngine:
             eps=train.epsilon,
             fused=device.type == "cuda",
         )
-        if device.type == "cpu":
-            # else a C++ extension for shared memory is compiled
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.engine: Any = deepspeed.initialize(
             model=model,
             optimizer=self._adam,
