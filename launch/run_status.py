@@ -29,7 +29,10 @@ def status(run: RunFolder) -> dict[str, Any]:
     if run.job_file.exists() and attempts.beats() is None:
         return slurm.status(run)
     steps = len(run.metrics()) if run.metrics_file.exists() else 0
-    rows, beats = attempts.rows(), attempts.beats()
+    beats, rows = attempts.beats(), attempts.rows()
+    if beats is None and rows and "why" not in rows[-1]:
+        # it has begun in between, or nobody goes on with it
+        beats = attempts.beats()
     if run.ray_file.exists() and beats is None:
         return {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
     last = rows[-1] if rows else {}
@@ -103,7 +106,11 @@ def _ray_state(run: RunFolder) -> str:
     if ended:
         return f"ended, exit code {ended[0]}"
     if facts["host"] == socket.gethostname():
-        return "killed with its launcher" if process_state(facts["launcher"]) in "XZ" else f"{state} from {place}"
+        if process_state(facts["launcher"]) not in "XZ":
+            return f"{state} from {place}"
+        # it may have noted its end just before
+        ended = run.state_file.read_text("utf-8").split()[1:]
+        return f"ended, exit code {ended[0]}" if ended else "killed with its launcher"
     return f"begun from {place}, which knows whether it goes on"
 
 

@@ -21,7 +21,9 @@ ANSWER_SECONDS = 15.0
 
 
 class NodeReport(NamedTuple):
-    """What a node says of its ranks. beats: None of those that have told nothing. silent: for how many seconds none has."""
+    """What a node says of its ranks. beats: None of those that have told nothing. silent: for how many seconds none has,
+    less the time in which nobody ran.
+    """
 
     beats: dict[int, Heartbeat | None]
     states: dict[int, str]

@@ -23,6 +23,8 @@ _ASKED_SECONDS = 0.5
 POLL_SECONDS = 0.02
 # that a look may be late; what is more is time in which nobody ran: the machine, or all of the job, was paused
 _LATE_SECONDS = 1.0
+# looks at a stopped rank before it is one that nobody lets go on
+_STOPPED_LOOKS = 10
 # that torchrun may take to notice how a rank has ended, which it alone is told
 _TORCHRUN_SECONDS = 5.0
 # what ranks have told that have done their part
@@ -48,8 +50,8 @@ class Trouble:
     """Why the ranks of an attempt were ended, by those that are to blame.
 
     kind: whether they were killed or ended without a word, hung, raised an error or refused to go on. steps: that the rank that
-    was furthest had done in this attempt. seconds: from the last sign of life, what a rank has said of its end, or its death at
-    most, to the decision. exit_code: of a rank that refuses.
+    was furthest had done in this attempt. seconds: to the decision, from the last sign of life, less pauses of the machine, from
+    what a rank has said of its end, or at most from its death. exit_code: of a rank that refuses.
     """
 
     culprits: tuple[Culprit, ...]
@@ -89,6 +91,8 @@ class RankWatch:
         # whether this process was sent a SIGINT for it
         self.interrupts = False
         self._began = time.monotonic()
+        # looks in a row that have seen a stopped rank, after ranks were silent for too long
+        self._stopped_looks = 0
         # the longest silence of all ranks since all have done their first step
         self._longest = 0.0
         self._closed = threading.Event()
@@ -116,18 +120,20 @@ class RankWatch:
             latest = max((beat.at for beat in known.values()), default=self._began)
             done = min(self._done(known).values(), default=0)
             if latest > spoke:
+                # of this pause, what came after the word; less than nothing of a word that was told after `now`
+                after = min(late, now - latest)
                 # of the first steps, which compile and allocate, only from the second on
                 if last > 0 and len(known) == len(self._ranks):
-                    self._longest = max(self._longest, latest - spoke - paused)
-                spoke, last, paused = latest, done, min(late, now - latest)
+                    self._longest = max(self._longest, latest - spoke - (paused - after))
+                spoke, last, paused = latest, done, after
             silent = now - spoke - paused
             if self._reports is not None and now > asked_at + _ASKED_SECONDS:
                 asked_at = now
-                self._answer(self._reports, known, silent)
-                # what takes time here is no pause
-                looked = time.monotonic()
+                if self._answer(self._reports, known, silent):
+                    # what has taken time is no pause
+                    looked = time.monotonic()
             if self._is_too_long(silent, known):
-                if self._hung(known, silent):
+                if self._hung(known, silent, now - spoke):
                     return
                 # ranks of other nodes work, and these wait for them
                 spoke = looked = time.monotonic()
@@ -150,7 +156,10 @@ class RankWatch:
         """Whether ranks hang that have been silent for so many seconds."""
         if silent <= self._patience.running or known and all(beat.words in _DONE for beat in known.values()):
             return False
-        if any(process_state(beat.pid) in "Tt" for beat in known.values()):
+        is_stopped = any(process_state(beat.pid) in "Tt" for beat in known.values())
+        # a job that was stopped as a whole goes on one process after another
+        self._stopped_looks = self._stopped_looks + 1 if is_stopped else 0
+        if self._stopped_looks > _STOPPED_LOOKS:
             # whatever it was about to do
             return True
         usual = max(self._patience.running, self._patience.factor * self._longest)
@@ -196,13 +205,16 @@ class RankWatch:
                 return True
         return not done
 
-    def _hung(self, known: Mapping[int, Heartbeat], silent: float) -> bool:
-        """End ranks that hang; False where they only wait for ranks of other nodes, which work."""
+    def _hung(self, known: Mapping[int, Heartbeat], silent: float, ago: float) -> bool:
+        """End ranks that hang; False where they only wait for ranks of other nodes, which work.
+
+        ago: seconds since their last word, pauses included.
+        """
         report = self._report(known, silent)
         if self._reports is None:
             found = culprits(*report[:3])
         else:
-            others = self._of_others(self._reports, report)
+            others = self._of_others(self._reports, report, ago)
             if others is None:
                 others, absent = {}, []
             else:
@@ -227,13 +239,16 @@ class RankWatch:
         beats = {rank: known.get(rank) for rank in self._ranks if rank not in known or rank in pids}
         return NodeReport(beats, states, [rank for rank, text in stacks.items() if is_in_collective(text)], silent)
 
-    def _answer(self, reports: NodeReports, known: Mapping[int, Heartbeat], silent: float) -> None:
+    def _answer(self, reports: NodeReports, known: Mapping[int, Heartbeat], silent: float) -> bool:
+        """Tell another node that has asked what these ranks do; returns whether one has."""
         with contextlib.suppress(OSError):
             if (asked := reports.asked()) > self._answered:
                 self._answered = asked
                 reports.answer(self._report(known, silent))
+                return True
+        return False
 
-    def _of_others(self, reports: NodeReports, report: NodeReport) -> dict[int, NodeReport] | None:
+    def _of_others(self, reports: NodeReports, report: NodeReport, ago: float) -> dict[int, NodeReport] | None:
         """What other nodes answer, until all have or the time is over; None where they cannot be asked."""
         found: dict[int, NodeReport] = {}
         try:
@@ -245,7 +260,7 @@ class RankWatch:
         while len(found) < reports.nodes - 1 and time.monotonic() < ends and not self._closed.is_set():
             time.sleep(POLL_SECONDS)
             # what others said since these ranks are silent counts: who asked first may have ended its ranks and be gone
-            found = reports.answers(asked - report.silent)
+            found = reports.answers(asked - ago)
         return found
 
     def _end(

@@ -187,15 +187,15 @@ class RayNodes:
             if now - began > _SILENT_SECONDS and not said:
                 said = True
                 say(f"waiting for room for {self._demand()}, for {self._size.waiting_seconds:,.0f} s at most.")
-            if self._is_short(now - asked):
+            if self._is_short(now - asked, now - began):
                 asked = now
                 self._ask_for_less()
         return group
 
-    def _is_short(self, waited: float) -> bool:
-        """Whether it was waited long enough for so many nodes; longer where there are as many, but taken."""
-        enough = waited > max(self._size.shrink_seconds, _FREED_SECONDS)
-        return enough or waited > self._size.shrink_seconds and self._usable() < self._wanted
+    def _is_short(self, waited: float, in_all: float) -> bool:
+        """Whether it was waited long enough for so many nodes; longer at first where there are as many, but taken."""
+        freed = in_all > min(_FREED_SECONDS, self._size.waiting_seconds / 2)
+        return waited > self._size.shrink_seconds and (freed or self._usable() < self._wanted)
 
     def _ask_for_less(self) -> None:
         """Fewer nodes, or where a run cannot have fewer than there are, those again that were left out for their failures."""

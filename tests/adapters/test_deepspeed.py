@@ -174,7 +174,7 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
     return factor, gradients, state
 
 
-# DeepSpeed offloads, and sums in another dtype, from stage 1 on
+# every stage and every variant; DeepSpeed offloads, and sums in another dtype, from stage 1 on
 @pytest.mark.parametrize(
     ("variant", "stage"),
     [

@@ -11,7 +11,8 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is not installed", allow_module_level=True)
 
 from distattn.launch.ray import room as ray_room
-from distattn.launch.ray.nodes import _natural
+from distattn.launch.ray.nodes import NodeCounts, RayNodes, _natural
+from distattn.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -62,3 +63,23 @@ def test_an_attempt_that_has_all_nodes_asks_for_none(ray):
 def test_nodes_keep_the_order_of_their_numbers():
     names = ["node10", "10.0.0.9", "node2", "10.0.0.10", "node1"]
     assert sorted(names, key=_natural) == ["10.0.0.9", "10.0.0.10", "node1", "node2", "node10"]
+
+
+@pytest.mark.parametrize(
+    ("usable", "fewer"),
+    [
+        # there are as many as before, and fewer are asked for once Ray has had the time to free them
+        (2, [False, False, True, False, True]),
+        # one is lost
+        (1, [False, True, True, False, True]),
+    ],
+)
+def test_nodes_that_are_there_but_taken_are_waited_for(usable, fewer, tmp_path, monkeypatch):
+    nodes = RayNodes(RunFolder(tmp_path), "job", NodeNeeds(2, 0, 2), NodeCounts((2, 1), 600, 30, lambda nodes: None))
+    monkeypatch.setattr(nodes, "_usable", lambda: usable)
+    # seconds for so many nodes, and in all
+    waited = [(29, 29), (31, 31), (61, 61), (29, 90), (31, 92)]
+    assert [nodes._is_short(*seconds) for seconds in waited] == fewer
+    hasty = RayNodes(RunFolder(tmp_path), "job", NodeNeeds(2, 0, 2), NodeCounts((2, 1), 40, 10, lambda nodes: None))
+    monkeypatch.setattr(hasty, "_usable", lambda: 2)
+    assert [hasty._is_short(*seconds) for seconds in [(15, 15), (21, 21)]] == [False, True]

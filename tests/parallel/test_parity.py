@@ -74,9 +74,9 @@ def wide_case(mask, heads, dims):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("mask", all_masks(8))
 def test_outputs_and_gradients_equal_the_oracle(mask, strategy):
-    # an eighth of the rows: each strategy meets them all with two masks, each mask with all strategies
-    first = list(all_masks(8)).index(mask) + list(STRATEGIES).index(strategy) // 2
-    for row in rows(strategy)[first % 8 :: 8]:
+    # a seventh of the rows: each strategy meets them all with two masks, each mask with all strategies
+    first = list(all_masks(8)).index(mask) + list(STRATEGIES).index(strategy)
+    for row in rows(strategy)[first % 7 :: 7]:
         inputs, wanted = wide_case(mask, row["heads"], row["dims"])
         plan = make_plan(
             all_masks(row["heads"][0])[mask],

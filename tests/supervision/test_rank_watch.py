@@ -13,7 +13,7 @@ import pytest
 from waiting import eventually
 
 from distattn.launch.ranks.attempt import _ended, _silent_end
-from distattn.supervision import rank_watch
+from distattn.supervision import heartbeats, rank_watch
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
@@ -63,27 +63,39 @@ def _steps(board, pid, seen):
 def test_time_in_which_nobody_ran_is_no_silence(tmp_path):
     rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board = HeartbeatBoard.make(1)
-    with patch.object(os, "getpid", lambda: rank.pid):
-        board.writer(0, 1)("forward and backward", 3, 0.0, False)
-    # seconds that the machine was suspended for, looks of the watch, and seconds that each takes
+    # seconds that the machine was suspended for, looks of the watch, seconds that each takes, and all have taken
     suspended, looks, tick, passed = [0.0], [0], [0.0], [0.0]
 
-    def clock() -> float:
-        looks[0] += 1
-        passed[0] += tick[0]
+    def seconds() -> float:
         return time.monotonic() + suspended[0] + passed[0]
 
-    with patch.object(rank_watch, "time", SimpleNamespace(monotonic=clock)):
+    def look() -> float:
+        looks[0] += 1
+        passed[0] += tick[0]
+        return seconds()
+
+    def wait_for_looks() -> None:
+        before = looks[0]
+        eventually(lambda: watch.trouble or looks[0] > before + 2, "nobody looks")
+
+    clock = SimpleNamespace(monotonic_ns=lambda: int(1e9 * seconds()))
+    with patch.object(os, "getpid", lambda: rank.pid), patch.object(heartbeats, "time", clock):
+        write = board.writer(0, 1)
+    write("forward and backward", 0, 0.0, False)
+    with patch.object(rank_watch, "time", SimpleNamespace(monotonic=look)):
         watch = RankWatch(board, range(1), Patience(starting=60.0, running=60.0), tmp_path)
-        for _ in range(3):
+        for step in range(1, 5):
             suspended[0] += 1000.0
-            before = looks[0]
-            eventually(lambda before=before: watch.trouble or looks[0] > before + 2, "nobody looks")
+            wait_for_looks()
+            write("forward and backward", step, 0.0, False)
+            wait_for_looks()
         assert watch.trouble is None
         # looks that follow each other see a silence that stays
         tick[0] = 0.9
         eventually(lambda: watch.trouble is not None, "the silence is not noticed")
-    assert watch.close().kind == "hung" and rank.wait() < 0
+    found = watch.close()
+    # and no step is taken for one of a thousand seconds
+    assert found.kind == "hung" and 60 < found.seconds < 1000 and rank.wait() < 0
     board.close()
 
 
@@ -144,7 +156,7 @@ def test_what_a_rank_says_between_two_looks_and_ends_is_heard(last, said, tmp_pa
 
     with patch.object(rank_watch, "process_state", end_first):
         watch = RankWatch(board, range(1), Patience(starting=600.0, running=600.0), tmp_path)
-        looked.wait()
+        eventually(looked.is_set, "nobody looks")
         assert str(watch.close()) == said
     board.close()
 

@@ -112,6 +112,7 @@ def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str |
 def _script(
     rank: int, ranks: int, port: int, folder: Path, script: Path, arguments: tuple[str, ...], before: str | None
 ) -> None:
+    # as in `_rank`
     gc.freeze()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
