@@ -273,8 +273,8 @@ class RankWatch:
         noticed: bool = True,
     ) -> None:
         self.trouble = Trouble(found, kind, max(self._done(known).values(), default=0), seconds, code)
-        for beat in known.values():
-            # the number of one that has ended may be somebody else's by now
+        for beat in self._read().values():
+            # the number of one that has ended meanwhile may be somebody else's by now
             if beat.words not in _DONE:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(beat.pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -29,7 +30,10 @@ def run(folder: str, steps: int) -> int:
     file = Path(folder, "losses.jsonl")
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     dist.barrier()
-    fault = json.loads(torn.read_text()) if torn.exists() else {}
+    fault = {}
+    # the rank with the fault may have taken it away
+    with contextlib.suppress(FileNotFoundError):
+        fault = json.loads(torn.read_text())
     value = torch.tensor(before[-1][1] if before else 1.0, dtype=torch.float64)
     for step in range(len(before), steps):
         # so that no loaded machine is taken for a hang
