@@ -1,12 +1,12 @@
 """How soon a run on Slurm or Ray trains again after one of its ranks was killed, or stopped.
 
-    python benchmarks/cluster_restarts.py [--on local slurm ray] [--repeats 3] [--patience 5]
+    python benchmarks/cluster_restarts.py [--on local slurm ray] [--repeats 3] [--patience 5] [--data.tokens_per_step ...]
 
 The clusters are real ones of two nodes of two ranks each, all on this machine, as the tests have them. Rank 0 of
 `configs/tiny.toml` gets a SIGKILL, and another time a SIGSTOP. Told are medians of the seconds from there until the rank's node
 has named it (noticed), until the next attempt begins, and until it has done its first step (trains again), of which the new
 processes' imports are a part: they are measured beside it. `local` is `distattn launch local` with four ranks, whose restarts
-import nothing.
+import nothing. Further arguments are the run's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,8 +78,10 @@ def cluster(name: str, folder: Path) -> Iterator[Target]:
         yield Target(("local", "--gpus=4"), {})
 
 
-def measured(target: Target, folder: Path, given: argparse.Namespace) -> dict[signal.Signals, list[Times]]:
-    """Every fault so many times, all in one run."""
+def measured(
+    target: Target, folder: Path, given: argparse.Namespace, further: Sequence[str]
+) -> dict[signal.Signals, list[Times]]:
+    """Every fault so many times, all in one run. further: arguments of it."""
     options = (
         "--checkpoint.every_steps=2",
         "--checkpoint.keep_last=2",
@@ -98,7 +100,11 @@ def measured(target: Target, folder: Path, given: argparse.Namespace) -> dict[si
     log = Path(f"{folder}.out")
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*cli, *words, *options, *limits], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+            [*cli, *words, *options, *limits, *further],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
 
     def trouble() -> str:
@@ -165,7 +171,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--patience", type=float, default=5)
     parser.add_argument("--out", type=Path, help="a file that gets the numbers, too")
-    given = parser.parse_args()
+    given, further = parser.parse_known_args()
     sys.stdout.write("| on | fault | noticed | next attempt | trains again |\n|---|---|---|---|---|\n")
     # the clusters are the tests' own
     sys.path.append(str(ROOT / "tests" / "support"))
@@ -176,7 +182,7 @@ def main() -> None:
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
             cluster(name, Path(folder, "cluster")) as target,
         ):
-            for fault, times in measured(target, Path(folder, "run"), given).items():
+            for fault, times in measured(target, Path(folder, "run"), given, further).items():
                 noticed, begun, again = map(list, zip(*times, strict=True))
                 medians = (f"{statistics.median(column):.1f} s" for column in (noticed, begun, again))
                 sys.stdout.write(f"| {name} | {fault.name} | {' | '.join(medians)} |\n")

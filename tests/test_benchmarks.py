@@ -87,6 +87,7 @@ def test_records_and_tables_hold_every_cell(cells, tmp_path):
 
 
 DATA = ["--documents", "3000", "--context", "2048"]
+SHORT_STEPS = ["--data.tokens_per_step=1024", "--data.max_document_tokens=900"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ DATA = ["--documents", "3000", "--context", "2048"]
         ),
         (
             "cluster_restarts.py",
-            ["--on", "local", "--repeats", "1", "--patience", "20"],
+            ["--on", "local", "--repeats", "1", "--patience", "20", *SHORT_STEPS],
             ["| local | SIGKILL |", "| local | SIGSTOP |", "imports of a new process"],
         ),
         ("rivals.py", ["--tokens", "256", "--ranks", "2", "--repeats", "1"], ["torch ring loop", "<- fastest"]),
