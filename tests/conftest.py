@@ -5,6 +5,7 @@ Triton's kernels run in its interpreter; they are what the environment makes the
 
 import os
 from collections import Counter
+from zlib import crc32
 
 os.environ["TRITON_INTERPRET"] = "1"
 # as torchrun sets it: else accelerate has every rank compute on as many threads as there are cores
@@ -21,16 +22,30 @@ settings.register_profile("suite", deadline=None, print_blob=True, derandomize=T
 settings.load_profile("suite")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--half: CI has the time for one half of the cases that `make test` leaves out of long products."""
+    parser.addoption("--half", type=int, choices=(0, 1), help="one half of the cases that `make test` leaves out")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the cases of a test marked sampled(n), the first and every n-th are for `make test`; the others are marked full.
 
-    Those marked waits come first, or the suite would end with one process that waits for them.
+    Of those --half leaves one half out. Tests marked waits come first, or the suite would end with one process that waits.
     """
+    half = config.getoption("half")
     seen: Counter[str] = Counter()
+    left_out = []
     for item in items:
         name = item.nodeid.partition("[")[0]
         sampled = item.get_closest_marker("sampled")
         if sampled is not None and seen[name] % sampled.args[0]:
             item.add_marker(pytest.mark.full)
+            # not every other one, which may all have the same value of a parameter
+            if half is not None and crc32(item.nodeid.encode()) % 2 != half:
+                left_out.append(item)
         seen[name] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
     items.sort(key=lambda item: item.get_closest_marker("waits") is None)
