@@ -199,7 +199,7 @@ class RayConfig:
     """The fewest nodes the run may go on with, each number with fewer or more data-parallel replicas; 0 for no other number."""
     shrink_seconds: float = 30.0
     """It is waited so long for as many nodes as before; then for fewer (ray.min_nodes), or those are taken that failed before.
-    While the cluster has as many, and somebody uses them, it is a minute at least."""
+    While the cluster has as many, and somebody uses them, it is a minute at least, or half of ray.waiting_seconds."""
 
 
 @dataclass(frozen=True)

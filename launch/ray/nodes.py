@@ -194,6 +194,7 @@ class RayNodes:
 
     def _is_short(self, waited: float, in_all: float) -> bool:
         """Whether it was waited long enough for so many nodes; longer at first where there are as many, but taken."""
+        # and not so long that no time is left for fewer
         freed = in_all > min(_FREED_SECONDS, self._size.waiting_seconds / 2)
         return waited > self._size.shrink_seconds and (freed or self._usable() < self._wanted)
 
