@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,8 +128,9 @@ class LeftOut:
     def __init__(self) -> None:
         self.hosts: list[str] = []
         self._failures = RepeatedFailures()
-        # of the hosts those that still answer
+        # of the hosts those that still answer, and those whose agents took too long to
         self._failing: list[str] = []
+        self._slow: list[str] = []
 
     @property
     def failing(self) -> list[str]:
@@ -150,6 +151,20 @@ class LeftOut:
                 self.hosts.append(host)
                 if host in end.codes and host not in end.lost:
                     self._failing.append(host)
+
+    def add_slow(self, host: str) -> None:
+        """Leave a host out that did not answer in time when an attempt was about to begin."""
+        self.hosts.append(host)
+        self._slow.append(host)
+
+    def take_back_slow(self, alive: Collection[str]) -> str:
+        """Take the host again that was left out first of those that did not answer in time; returns which, or "" for none."""
+        for host in self._slow:
+            if host in alive:
+                self._slow.remove(host)
+                self.hosts.remove(host)
+                return host
+        return ""
 
     def take_back(self) -> list[str]:
         """Take hosts again that have failed, but answered: better than none. Returns which."""

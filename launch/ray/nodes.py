@@ -66,14 +66,13 @@ class RayNodes:
     def choose(self) -> list[str] | None:
         """Nodes on each of which an agent answers. One that has room, but does not answer in time, is left out for another.
 
+        Where all others were left out so, the first of them is asked again: it may have been slow, and this one dead.
         None where there is no room for so long as `waiting_seconds`, or where the run is asked to stop.
         """
         began = time.monotonic()
         while (group := self._placed()) is not None:
             agents = [self._agent(group, bundle) for bundle in range(self._wanted)]
-            asked = [agent.place.remote() for agent in agents]
-            ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS)
-            answers = [_answer(one) for one in asked]
+            answers = _answers([agent.place.remote() for agent in agents])
             names = node_names()
             found = [
                 (names[place.node], agent, place)
@@ -121,7 +120,7 @@ class RayNodes:
         finally:
             _end(self._agents.values())
             more.close()
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        alive = _alive()
         end.lost = [host for host, code in end.codes.items() if code is None and self._places[host].node not in alive]
         if any(end.codes.values()) or None in end.codes.values():
             code = end.codes.get(end.blamed(hosts)[0])
@@ -202,16 +201,23 @@ class RayNodes:
         """Fewer nodes, or where a run cannot have fewer than there are, those again that were left out for their failures."""
         if fewer := self._fewer():
             self._wanted = fewer
-        elif self._usable() >= self._wanted or not self._take_back():
+        elif self._usable() >= self._wanted or not (self._take_back() or self._take_back_slow()):
             return
         self.close()
 
     def _take_back(self) -> bool:
         """Have nodes taken again that have failed, but answered; returns whether there are any."""
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        again, names = [node for node in self._left_out.take_back() if node in alive], node_names()
+        alive, names = _alive(), node_names()
+        again = [node for node in self._left_out.take_back() if node in alive]
         if again:
             say(f"there are no others: {' '.join(names[node] for node in again)} may be taken again.")
+        return bool(again)
+
+    def _take_back_slow(self) -> bool:
+        """Have a node asked again that did not answer; returns whether there is any."""
+        again = self._left_out.take_back_slow(_alive())
+        if again:
+            say(f"there are no others: {node_names()[again]} is asked again.")
         return bool(again)
 
     def _held(self) -> PlacementGroup:
@@ -252,16 +258,20 @@ class RayNodes:
         return ray.remote(NodeAgent).options(scheduling_strategy=place, **options).remote()
 
     def _leave_out(self, group: PlacementGroup, answers: Sequence[NodePlace | str]) -> bool:
-        """Take the nodes no more whose agents did not answer, or could not start; returns False where there are no others."""
+        """Take the nodes no more whose agents did not answer, or could not start.
+
+        Returns False where there are no others, or only some that did not answer either.
+        """
         others = True
         nodes, names = bundle_nodes(group), node_names()
         for bundle, answer in enumerate(answers):
             if isinstance(answer, str) and (node := nodes.get(bundle)):
-                if self._usable() > min(self._size.counts) or self._take_back():
+                enough = self._usable() > min(self._size.counts) or self._take_back()
+                others = others and enough
+                if enough or self._take_back_slow():
                     say(f"{names.get(node, node)} is left out: its agent {answer}.")
-                    self._left_out.hosts.append(node)
+                    self._left_out.add_slow(node)
                 else:
-                    others = False
                     say(f"{names.get(node, node)} is asked again, since there is no other: its agent {answer}.")
         self.close()
         return others
@@ -273,6 +283,17 @@ def node_names() -> dict[str, str]:
     often = Counter(nodes.values())
     # a node that came back has the name of the one before
     return {node: name if often[name] == 1 else f"{name}/{node[:6]}" for node, name in nodes.items()}
+
+
+def _alive() -> set[str]:
+    """Ray's numbers of the nodes that are there."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _answers(asked: Sequence[Any]) -> list[NodePlace | str]:
+    """Of each agent, once all have answered or the time for it is over."""
+    ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+    return [_answer(one) for one in asked]
 
 
 def _answer(asked: Any) -> NodePlace | str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import ray
@@ -32,6 +33,7 @@ class Agent(ray_agent.NodeAgent):
     def place(self) -> ray_agent.NodePlace:
         """Or never."""
         if self._says() == "silent":
+            Path(os.environ["CASES"], f"{ray.get_runtime_context().get_actor_id()}.silent").touch()
             time.sleep(3600)
         return super().place()
 
@@ -42,12 +44,36 @@ class Agent(ray_agent.NodeAgent):
         return int(self._says())
 
 
+class Answers:
+    """Stands in for `nodes._answers`: an agent that answers at all has the time it takes, however busy the machine is."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._truly = folder, ray_nodes._answers
+        # that silent agents have had, by the clock of `nodes`
+        self.seconds = 0.0
+
+    def __call__(self, asked: list[Any]) -> list[ray_agent.NodePlace | str]:
+        silent: list[Path] = []
+        while len(ray.wait(asked, num_returns=len(asked), timeout=0.2)[0]) + len(silent) < len(asked):
+            silent = list(self._folder.glob("*.silent"))
+        for file in silent:
+            file.unlink()
+            self.seconds += 60
+        return self._truly(asked)
+
+    def monotonic(self) -> float:
+        """The time, as `nodes` is to see it."""
+        return time.monotonic() + self.seconds
+
+
 def main(address: str, folder: str) -> None:
     ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {"CASES": folder}})
-    run, needs, found, sizes = RunFolder(Path(folder)), NodeNeeds(2, 0, 2), {}, []
-    with patch.object(ray_nodes, "NodeAgent", Agent), patch.object(ray_nodes, "_ANSWER_SECONDS", 120.0):
-        # what a busy machine takes for an agent and for room is far less
-        nodes = ray_nodes.RayNodes(run, "a job", needs, ray_nodes.NodeCounts((2,), 120.0, 5.0, sizes.append))
+    run, needs, found = RunFolder(Path(folder)), NodeNeeds(2, 0, 2), {}
+    answers = Answers(run.folder)
+    stands_in = {"NodeAgent": Agent, "_answers": answers, "_ANSWER_SECONDS": 1.0, "time": answers}
+    with patch.multiple(ray_nodes, **stands_in):
+        # what a busy machine takes for room is far less
+        nodes = ray_nodes.RayNodes(run, "a job", needs, ray_nodes.NodeCounts((2,), 150.0, 5.0, lambda count: None))
 
         def attempt(name: str, **says: str) -> None:
             for node, words in says.items():
@@ -66,10 +92,11 @@ def main(address: str, folder: str) -> None:
         attempt("is left out", **{second: "0"})
         (third,) = set(found["is left out"][0]) - {first}
         found["nodes"] = [first, second, third]
-        ray_nodes._ANSWER_SECONDS = 20.0
         attempt("is taken again", **{third: "silent"})
+        # it was slow, and answers now; another one does not
+        attempt("was slow", **{third: "0", second: "silent"})
         Path(folder, first).write_text("silent")
-        nodes._size = ray_nodes.NodeCounts((2,), 5.0, 5.0, sizes.append)
+        Path(folder, third).write_text("silent")
         found["no room"] = [nodes.choose(), nodes.shortage()]
         nodes.close()
     # of an attempt that others have followed
