@@ -134,28 +134,9 @@ class JobNodes:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code of the batch script."""
     split = arguments.index("--")
-    parser = argparse.ArgumentParser("slurm.attempts")
-    parser.add_argument("run", type=Path)
-    # a signal that the script was sent before this began
-    parser.add_argument("--asked", default="")
-    for name in ("nodes", "max-restarts", "max-requeues"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    given = parser.parse_args(arguments[:split])
+    given = _parsed(arguments[:split])
     run = RunFolder(given.run)
-    name = os.environ["SLURM_JOB_ID"]
-    notes: list[tuple[RunFolder, int | str]] = [(run, int(name))]
-    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
-        # one task's number is that of the array
-        array = os.environ["SLURM_ARRAY_JOB_ID"]
-        name = f"{array}_{task}"
-        notes = [(run, name), (RunFolder(run.folder.parent), int(array))]
-    for place, number in notes:
-        # another one than launch has noted where somebody submits the script again; the tasks of a sweep note the same
-        with contextlib.suppress(OSError):
-            place.note_job(number)
-    requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    partition = os.environ.get("SLURM_JOB_PARTITION", "")
-    job = _Job(os.environ["SLURM_JOB_ID"], requeues, given.max_requeues, name, partition)
+    job = _this_job(run, given.max_requeues)
     outcome, nodes = Outcome(1), None
     try:
         hosts = JobHosts(expand_hosts(os.environ["SLURM_JOB_NODELIST"]), given.nodes)
@@ -180,6 +161,33 @@ def main(arguments: Sequence[str]) -> int:
     if outcome.again:
         _queue_again(job, nodes)
     return outcome.code
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("slurm.attempts")
+    parser.add_argument("run", type=Path)
+    # a signal that the script was sent before this began
+    parser.add_argument("--asked", default="")
+    for name in ("nodes", "max-restarts", "max-requeues"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    return parser.parse_args(arguments)
+
+
+def _this_job(run: RunFolder, max_requeues: int) -> _Job:
+    """The job as Slurm's variables have it, which is noted in the run's folder, and in a sweep's."""
+    number = name = os.environ["SLURM_JOB_ID"]
+    notes: list[tuple[RunFolder, int | str]] = [(run, int(number))]
+    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
+        # one task's number is that of the array
+        array = os.environ["SLURM_ARRAY_JOB_ID"]
+        name = f"{array}_{task}"
+        notes = [(run, name), (RunFolder(run.folder.parent), int(array))]
+    for place, noted in notes:
+        # another one than launch has noted where somebody submits the script again; the tasks of a sweep note the same
+        with contextlib.suppress(OSError):
+            place.note_job(noted)
+    requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return _Job(number, requeues, max_requeues, name, os.environ.get("SLURM_JOB_PARTITION", ""))
 
 
 def _queue_again(job: _Job, nodes: JobNodes | None) -> None:
