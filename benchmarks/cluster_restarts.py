@@ -2,11 +2,11 @@
 
     python benchmarks/cluster_restarts.py [--on local slurm ray] [--repeats 3] [--patience 5] [--data.tokens_per_step ...]
 
-The clusters are real ones of two nodes of two ranks each, all on this machine, as the tests have them. Rank 0 of
-`configs/tiny.toml` gets a SIGKILL, and another time a SIGSTOP. Told are medians of the seconds from there until the rank's node
-has named it (noticed), until the next attempt begins, and until it has done its first step (trains again), of which the new
-processes' imports are a part: they are measured beside it. `local` is `distattn launch local` with four ranks, whose restarts
-import nothing. Further arguments are the run's.
+The clusters are real ones of two nodes of two ranks each, all on this machine, as the tests have them. Rank 0 of a run of
+`configs/tiny.toml` gets a SIGKILL, that of another run a SIGSTOP: a node that is to blame twice in a row is left out. Told are
+medians of the seconds from there until the rank's node has named it (noticed), until the next attempt begins, and until it has
+done its first step (trains again), of which the new processes' imports are a part: they are measured beside it. `local` is
+`distattn launch local` with four ranks, whose restarts import nothing. Further arguments are the runs'.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ TARGETS = ("local", "slurm", "ray")
 _LIMIT_SECONDS = 600.0
 # that ranks may take to save when the run is cancelled
 _ENDING_SECONDS = 60.0
+_STEPS = 4
 
 
 class Times(NamedTuple):
@@ -78,17 +79,15 @@ def cluster(name: str, folder: Path) -> Iterator[Target]:
         yield Target(("local", "--gpus=4"), {})
 
 
-def measured(
-    target: Target, folder: Path, given: argparse.Namespace, further: Sequence[str]
-) -> dict[signal.Signals, list[Times]]:
-    """Every fault so many times, all in one run. further: arguments of it."""
+def measured(target: Target, folder: Path, fault: signal.Signals, patience: float, further: Sequence[str]) -> Times:
+    """The times of a fault in a run of its own, in a new folder. further: arguments of the run."""
     options = (
         "--checkpoint.every_steps=2",
         "--checkpoint.keep_last=2",
         "--reference_check.steps=0",
         "--train.steps=100000",
     )
-    limits = (f"--supervision.patience_seconds={given.patience}", "--supervision.max_restarts=1000")
+    limit = f"--supervision.patience_seconds={patience}"
     words = ("launch", target.words[0], str(ROOT / "configs/tiny.toml"), *target.words[1:], f"--run.folder={folder}")
     paths = {
         "PYTHONPATH": str(ROOT),
@@ -100,7 +99,7 @@ def measured(
     log = Path(f"{folder}.out")
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*cli, *words, *options, *limits, *further],
+            [*cli, *words, *options, limit, *further],
             cwd=ROOT,
             env=environment,
             stdout=output,
@@ -110,41 +109,30 @@ def measured(
     def trouble() -> str:
         return f"{target.words[0]}: {log.read_text()[-3000:]}"
 
-    found: dict[signal.Signals, list[Times]] = {fault: [] for fault in FAULTS}
-    attempts = Attempts(folder / "attempts")
     try:
-        for number in range(given.repeats * len(FAULTS)):
-            _until_steps(folder, attempts, number + 1, trouble)
-            fault = FAULTS[number % len(FAULTS)]
-            found[fault].append(_struck(folder, attempts, fault, number + 1, trouble))
-            sys.stderr.write(f"{target.words[0]}, {fault.name}: {found[fault][-1]}\n")
+        return _struck(folder, fault, trouble)
     finally:
         subprocess.run([*cli, "launch", "cancel", str(folder)], env=environment, capture_output=True)
         ends, owner = time.monotonic() + _ENDING_SECONDS, Owner.read(folder / "owner.json")
         while (process.poll() is None or (owner and owner.is_alive())) and time.monotonic() < ends:
             time.sleep(0.1)
         process.kill()
-    return found
 
 
-def _struck(folder: Path, attempts: Attempts, fault: signal.Signals, number: int, trouble: Callable[[], str]) -> Times:
-    """Strike rank 0 of an attempt; what comes after."""
+def _struck(folder: Path, fault: signal.Signals, trouble: Callable[[], str]) -> Times:
+    """Strike rank 0 of the first attempt; what comes after."""
+    attempts, metrics = Attempts(folder / "attempts"), folder / "metrics.jsonl"
+    # before some steps are done, ranks have longer
+    _until(lambda: metrics.exists() and len(read_rows(metrics)) > _STEPS, trouble)
     os.kill(Owner.read(folder / "owner.json").pid, fault)
     began = time.time()
-    _until(lambda: attempts.told(number) or attempts.latest > number, trouble)
+    _until(lambda: attempts.told(1) or attempts.latest > 1, trouble)
     noticed = time.time() - began
-    _until(lambda: attempts.latest == number + 1 and attempts.goes_on, trouble)
+    _until(lambda: attempts.latest == 2 and attempts.goes_on, trouble)
     begun = time.time() - began
-    rows = len(read_rows(folder / "metrics.jsonl"))
-    _until(lambda: len(read_rows(folder / "metrics.jsonl")) > rows, trouble)
+    rows = len(read_rows(metrics))
+    _until(lambda: len(read_rows(metrics)) > rows, trouble)
     return Times(noticed, begun, time.time() - began)
-
-
-def _until_steps(folder: Path, attempts: Attempts, number: int, trouble: Callable[[], str]) -> None:
-    """Until an attempt has done some steps: before, ranks have longer."""
-    _until(lambda: (folder / "metrics.jsonl").exists() and attempts.latest == number, trouble)
-    rows = len(read_rows(folder / "metrics.jsonl"))
-    _until(lambda: len(read_rows(folder / "metrics.jsonl")) > rows + 4, trouble)
 
 
 def _until(condition: Callable[[], object], trouble: Callable[[], str]) -> None:
@@ -182,7 +170,12 @@ def main() -> None:
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
             cluster(name, Path(folder, "cluster")) as target,
         ):
-            for fault, times in measured(target, Path(folder, "run"), given, further).items():
+            for fault in FAULTS:
+                times = []
+                for number in range(given.repeats):
+                    run = Path(folder, f"{fault.name}-{number}")
+                    times.append(measured(target, run, fault, given.patience, further))
+                    sys.stderr.write(f"{name}, {fault.name}: {times[-1]}\n")
                 noticed, begun, again = map(list, zip(*times, strict=True))
                 medians = (f"{statistics.median(column):.1f} s" for column in (noticed, begun, again))
                 sys.stdout.write(f"| {name} | {fault.name} | {' | '.join(medians)} |\n")

@@ -113,17 +113,16 @@ class SlurmCluster:
             os.kill(pid, number)
 
     def stop(self) -> None:
-        """End the daemons, and what a failed test has left on the nodes, stopped ranks among it."""
+        """End the daemons, those of steps included, and what a failed test has left on the nodes, stopped ranks among it."""
         for file in [*self.root.glob("slurmd.*.pid"), self.root / "slurmctld.pid", self.root / "munged.pid"]:
             if file.exists():
                 subprocess.run(["kill", file.read_text().strip()], capture_output=True)
-        for node in _NODES:
-            for pid in self._processes(node):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        for pid in self._processes(""):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _processes(self, node: str) -> dict[int, tuple[int, bytes]]:
-        """(Parent, command line) of what runs on a node, but its daemons, by number."""
+        """(Parent, command line) of what runs on a node, but its daemons, by number; "": of all that the cluster has started."""
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -134,7 +133,7 @@ class SlurmCluster:
                 # it has ended meanwhile
                 continue
             ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment
-            if ours and f"SLURMD_NODENAME={node}".encode() in environment:
+            if ours and (not node or f"SLURMD_NODENAME={node}".encode() in environment):
                 found[int(process.name)] = parent, command
         return found
 
