@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import statistics
@@ -37,6 +38,7 @@ TARGETS = ("local", "slurm", "ray")
 _LIMIT_SECONDS = 600.0
 # that ranks may take to save when the run is cancelled
 _ENDING_SECONDS = 60.0
+# before some are done, ranks have longer
 _STEPS = 4
 
 
@@ -122,13 +124,12 @@ def measured(target: Target, folder: Path, fault: signal.Signals, patience: floa
 def _struck(folder: Path, fault: signal.Signals, trouble: Callable[[], str]) -> Times:
     """Strike rank 0 of the first attempt; what comes after."""
     attempts, metrics = Attempts(folder / "attempts"), folder / "metrics.jsonl"
-    # before some steps are done, ranks have longer
     _until(lambda: metrics.exists() and len(read_rows(metrics)) > _STEPS, trouble)
     os.kill(Owner.read(folder / "owner.json").pid, fault)
     began = time.time()
     _until(lambda: attempts.told(1) or attempts.latest > 1, trouble)
     noticed = time.time() - began
-    _until(lambda: attempts.latest == 2 and attempts.goes_on, trouble)
+    _until(lambda: attempts.latest >= 2 and attempts.goes_on, trouble)
     begun = time.time() - began
     rows = len(read_rows(metrics))
     _until(lambda: len(read_rows(metrics)) > rows, trouble)
@@ -170,12 +171,12 @@ def main() -> None:
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
             cluster(name, Path(folder, "cluster")) as target,
         ):
-            for fault in FAULTS:
-                times = []
-                for number in range(given.repeats):
-                    run = Path(folder, f"{fault.name}-{number}")
-                    times.append(measured(target, run, fault, given.patience, further))
-                    sys.stderr.write(f"{name}, {fault.name}: {times[-1]}\n")
+            found: dict[signal.Signals, list[Times]] = {fault: [] for fault in FAULTS}
+            for number, fault in itertools.product(range(given.repeats), FAULTS):
+                run = Path(folder, f"{fault.name}-{number}")
+                found[fault].append(measured(target, run, fault, given.patience, further))
+                sys.stderr.write(f"{name}, {fault.name}: {found[fault][-1]}\n")
+            for fault, times in found.items():
                 noticed, begun, again = map(list, zip(*times, strict=True))
                 medians = (f"{statistics.median(column):.1f} s" for column in (noticed, begun, again))
                 sys.stdout.write(f"| {name} | {fault.name} | {' | '.join(medians)} |\n")

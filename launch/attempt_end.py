@@ -128,9 +128,9 @@ class LeftOut:
     def __init__(self) -> None:
         self.hosts: list[str] = []
         self._failures = RepeatedFailures()
-        # of the hosts those that still answer, and those whose agents took too long to
+        # of the hosts those that still answer, and those on which no attempt could begin
         self._failing: list[str] = []
-        self._slow: list[str] = []
+        self._unstarted: list[str] = []
 
     @property
     def failing(self) -> list[str]:
@@ -152,16 +152,16 @@ class LeftOut:
                 if host in end.codes and host not in end.lost:
                     self._failing.append(host)
 
-    def add_slow(self, host: str) -> None:
-        """Leave a host out that did not answer in time when an attempt was about to begin."""
+    def leave_out_unstarted(self, host: str) -> None:
+        """Leave a host out that did not answer in time, or could start nothing, when an attempt was about to begin."""
         self.hosts.append(host)
-        self._slow.append(host)
+        self._unstarted.append(host)
 
-    def take_back_slow(self, alive: Collection[str]) -> str:
-        """Take the host again that was left out first of those that did not answer in time; returns which, or "" for none."""
-        for host in self._slow:
+    def take_back_unstarted(self, alive: Collection[str]) -> str:
+        """Take the host again that was left out first of those on which no attempt could begin; returns which, or "" for none."""
+        for host in self._unstarted:
             if host in alive:
-                self._slow.remove(host)
+                self._unstarted.remove(host)
                 self.hosts.remove(host)
                 return host
         return ""

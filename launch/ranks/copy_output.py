@@ -1,7 +1,8 @@
-"""Copies its input to the console, and to a file where one is named: python copy_output.py [FILE].
+"""Copies its input to a log and to the console: python copy_output.py LOG.
 
-Unlike tee it never keeps the rank that writes waiting: what a paused console, or a pager that nobody scrolls, does not take yet
-waits here in memory. Else a rank would hang in a line that it prints, and be killed for it. Imports little, to start at once.
+Unlike with tee the console never keeps the rank that writes waiting: what it does not take yet, since it is paused or a pager
+that nobody scrolls, waits here in memory. Else a rank would hang in a line that it prints, and be killed for it. Imports little,
+to start at once.
 """
 
 import os
@@ -12,19 +13,26 @@ import threading
 from contextlib import suppress
 
 
-def main(*files: str) -> None:
-    """Copy until the input ends. Where a copy cannot be written any more, the other one goes on."""
+def main(log: str) -> None:
+    """Copy until the input ends. Where one of the two can be written no more, the other one goes on."""
+    targets = []
+    try:
+        targets.append(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+    except OSError as error:
+        with suppress(OSError):
+            _write(2, f"distattn: {log} cannot be written: {error.strerror}; the console has all lines.\n".encode())
     chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # this process ends once it has written all
     threading.Thread(target=_to_console, args=(chunks,)).start()
-    logs = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for file in files]
-    while chunk := os.read(0, 1 << 16):
-        chunks.put(chunk)
-        for log in logs:
-            # of a full disk, where there may be room again for the next one
-            with suppress(OSError):
-                _write(log, chunk)
-    chunks.put(b"")
+    try:
+        while chunk := os.read(0, 1 << 16):
+            chunks.put(chunk)
+            for target in targets:
+                # a full disk may have room again for the next lines
+                with suppress(OSError):
+                    _write(target, chunk)
+    finally:
+        chunks.put(b"")
 
 
 def _to_console(chunks: queue.SimpleQueue[bytes]) -> None:
@@ -43,4 +51,4 @@ def _write(target: int, chunk: bytes) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

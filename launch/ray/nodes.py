@@ -198,10 +198,15 @@ class RayNodes:
         return waited > self._size.shrink_seconds and (freed or self._usable() < self._wanted)
 
     def _ask_for_less(self) -> None:
-        """Fewer nodes, or where a run cannot have fewer than there are, those again that were left out for their failures."""
+        """Fewer nodes, or where a run cannot have fewer, such as were left out.
+
+        Those that failed again and again only where there are too few others, and not where others are only taken.
+        """
         if fewer := self._fewer():
             self._wanted = fewer
-        elif self._usable() >= self._wanted or not (self._take_back() or self._take_back_slow()):
+        elif (self._usable() < self._wanted and self._take_back()) or self._take_back_unstarted():
+            pass
+        else:
             return
         self.close()
 
@@ -213,11 +218,11 @@ class RayNodes:
             say(f"there are no others: {' '.join(names[node] for node in again)} may be taken again.")
         return bool(again)
 
-    def _take_back_slow(self) -> bool:
-        """Have a node asked again that did not answer; returns whether there is any."""
-        again = self._left_out.take_back_slow(_alive())
+    def _take_back_unstarted(self) -> bool:
+        """Have a node asked again that did not answer, or could start nothing; returns whether there is any."""
+        again = self._left_out.take_back_unstarted(_alive())
         if again:
-            say(f"there are no others: {node_names()[again]} is asked again.")
+            say(f"there are too few others: {node_names()[again]} is asked again.")
         return bool(again)
 
     def _held(self) -> PlacementGroup:
@@ -268,9 +273,9 @@ class RayNodes:
             if isinstance(answer, str) and (node := nodes.get(bundle)):
                 enough = self._usable() > min(self._size.counts) or self._take_back()
                 others = others and enough
-                if enough or self._take_back_slow():
+                if enough or self._take_back_unstarted():
                     say(f"{names.get(node, node)} is left out: its agent {answer}.")
-                    self._left_out.add_slow(node)
+                    self._left_out.leave_out_unstarted(node)
                 else:
                     say(f"{names.get(node, node)} is asked again, since there is no other: its agent {answer}.")
         self.close()

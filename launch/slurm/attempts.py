@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
     split = arguments.index("--")
     given = _parsed(arguments[:split])
     run = RunFolder(given.run)
-    job = _this_job(run, given.max_requeues)
+    job = _noted_job(run, given.max_requeues)
     outcome, nodes = Outcome(1), None
     try:
         hosts = JobHosts(expand_hosts(os.environ["SLURM_JOB_NODELIST"]), given.nodes)
@@ -173,8 +173,8 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _this_job(run: RunFolder, max_requeues: int) -> _Job:
-    """The job as Slurm's variables have it, which is noted in the run's folder, and in a sweep's."""
+def _noted_job(run: RunFolder, max_requeues: int) -> _Job:
+    """Note the job, as Slurm's variables have it, in the run's folder and in a sweep's; returns it."""
     number = name = os.environ["SLURM_JOB_ID"]
     notes: list[tuple[RunFolder, int | str]] = [(run, int(number))]
     if task := os.environ.get("SLURM_ARRAY_TASK_ID"):

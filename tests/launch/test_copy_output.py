@@ -3,23 +3,48 @@
 import contextlib
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import termios
 from pathlib import Path
 
+import pytest
 from waiting import eventually
 
 from distattn.launch.ranks import copy_output
 
+ROOT = Path(__file__).parents[2]
 # more than pipes hold
 LINES = b"".join(b"step %d\n" % number for number in range(100000))
+RANK = """
+import os, sys, time
+from pathlib import Path
+from distattn.launch.ranks.rank import keep_log
+keep_log(Path("."))
+for number in range(100000):
+    print("step", number)
+sys.stdout.flush()
+Path("printed").touch()
+if sys.argv[1:]:
+    time.sleep(1000)
+# as a library does that knows nothing of Python
+os.write(2, b"the end\\n")
+"""
 
 
-def copying(*files, **how) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-IS", copy_output.__file__, *map(str, files)], stdin=subprocess.PIPE, **how
-    )
+@contextlib.contextmanager
+def killed_at_last(command, **how):
+    """A process, which a test that fails does not wait for."""
+    with subprocess.Popen(command, **how) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def copying(log, **how):
+    return killed_at_last([sys.executable, "-SP", copy_output.__file__, str(log)], stdin=subprocess.PIPE, **how)
 
 
 def test_a_paused_console_keeps_nobody_waiting(tmp_path):
@@ -28,62 +53,61 @@ def test_a_paused_console_keeps_nobody_waiting(tmp_path):
         # tee would block here
         copy.stdin.write(LINES)
         copy.stdin.close()
-        assert copy.stdout.read() == LINES
-    assert copy.returncode == 0 and (tmp_path / "log").read_bytes() == LINES
+        assert copy.stdout.read() == LINES and copy.wait() == 0
+    assert (tmp_path / "log").read_bytes() == LINES
 
 
-def test_a_console_that_does_not_block_is_waited_for():
+def test_a_console_that_does_not_block_is_waited_for(tmp_path):
     console, end = os.pipe()
     os.set_blocking(end, False)
-    with copying(stdout=end) as copy, open(console, "rb") as read:
+    with copying(tmp_path / "log", stdout=end) as copy, open(console, "rb") as read:
         os.close(end)
         copy.stdin.write(LINES)
         copy.stdin.close()
-        assert read.read() == LINES
-    assert copy.returncode == 0
+        assert read.read() == LINES and copy.wait() == 0
 
 
-def test_a_full_disk_leaves_the_console():
-    with copying("/dev/full", stdout=subprocess.PIPE) as copy:
+@pytest.mark.parametrize("log", ["/dev/full", "no such folder/log"])
+def test_a_log_that_cannot_be_written_leaves_the_console(log, tmp_path):
+    with open(tmp_path / "said", "w+") as said, copying(log, stdout=subprocess.PIPE, stderr=said) as copy:
         copy.stdin.write(LINES)
         copy.stdin.close()
-        assert copy.stdout.read() == LINES
-    assert copy.returncode == 0
+        assert copy.stdout.read() == LINES and copy.wait() == 0
+        said.seek(0)
+        missing = (
+            "distattn: no such folder/log cannot be written: No such file or directory; the console has all lines.\n"
+        )
+        assert said.read() == ("" if log == "/dev/full" else missing)
 
 
 def test_a_pager_that_was_left_leaves_the_log(tmp_path):
     with copying(tmp_path / "log", stdout=subprocess.PIPE) as copy:
         copy.stdout.close()
         copy.stdin.write(LINES)
-    assert copy.returncode == 0 and (tmp_path / "log").read_bytes() == LINES
+        copy.stdin.close()
+        assert copy.wait() == 0
+    assert (tmp_path / "log").read_bytes() == LINES
 
 
-PRINTING = """
-import sys
-from pathlib import Path
-from distattn.launch.ranks.rank import redirected_output
-with redirected_output(Path("logs")):
-    for number in range(100000):
-        print("step", number)
-    Path("printed").touch()
-print("the end")
-"""
-
-
-def test_a_paused_terminal_does_not_hold_up_rank_0(tmp_path):
+@pytest.mark.parametrize("end", ["ends", "is killed"])
+def test_a_paused_terminal_does_not_hold_up_rank_0(end, tmp_path):
     reader, terminal = os.openpty()
     # Ctrl-S, and later Ctrl-Q
     termios.tcflow(terminal, termios.TCOOFF)
-    environment = os.environ | {"RANK": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen([sys.executable, "-c", PRINTING], cwd=tmp_path, stdout=terminal, env=environment) as rank:
+    command = [sys.executable, "-c", RANK, *(["stay"] if end == "is killed" else [])]
+    how = dict(stdout=terminal, stderr=terminal, env=os.environ | {"RANK": "0", "PYTHONPATH": str(ROOT)})
+    with killed_at_last(command, cwd=tmp_path, **how) as rank:
         eventually((tmp_path / "printed").exists, "rank 0 waits for the terminal")
+        if end == "is killed":
+            rank.kill()
+        assert rank.wait() == (-signal.SIGKILL if end == "is killed" else 0)
         termios.tcflow(terminal, termios.TCOON)
         os.close(terminal)
         shown = bytearray()
-        # of a terminal that nobody has open any more
+        # of a terminal that nobody has open any more: what copies has ended, too
         with contextlib.suppress(OSError):
             while chunk := os.read(reader, 1 << 16):
                 shown += chunk
     os.close(reader)
-    # where the terminal was paused for long, it does not come last
-    assert rank.returncode == 0 and shown.replace(b"\r\n", b"\n").replace(b"the end\n", b"") == LINES
+    wanted = LINES + (b"the end\n" if end == "ends" else b"")
+    assert shown.replace(b"\r\n", b"\n") == wanted == (tmp_path / "rank-0.log").read_bytes()

@@ -237,14 +237,14 @@ def test_hosts_that_failed_but_answer_are_taken_again_where_there_are_no_others(
     assert left_out.hosts == ["b", "c"]
 
 
-def test_hosts_that_were_slow_to_answer_are_asked_again_the_first_one_first():
+def test_hosts_that_did_not_answer_are_asked_again_the_first_one_first():
     left_out = LeftOut()
     for host in "abc":
-        left_out.add_slow(host)
+        left_out.leave_out_unstarted(host)
     # a is gone
-    assert left_out.take_back_slow({"b", "c", "d"}) == "b" and left_out.hosts == ["a", "c"]
-    left_out.add_slow("b")
-    assert [left_out.take_back_slow({"b", "c"}) for _ in range(3)] == ["c", "b", ""] and left_out.hosts == ["a"]
+    assert left_out.take_back_unstarted({"b", "c", "d"}) == "b" and left_out.hosts == ["a", "c"]
+    left_out.leave_out_unstarted("b")
+    assert [left_out.take_back_unstarted({"b", "c"}) for _ in range(3)] == ["c", "b", ""] and left_out.hosts == ["a"]
 
 
 @pytest.mark.parametrize(

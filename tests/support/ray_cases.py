@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import ray
+from waiting import LIMIT_SECONDS, eventually
 
 from distattn.launch.attempts import Attempts
 from distattn.launch.node_needs import NodeNeeds
@@ -44,36 +45,48 @@ class Agent(ray_agent.NodeAgent):
         return int(self._says())
 
 
+class Clock:
+    """Stands in for the module `time` of `nodes`; a test moves it on."""
+
+    seconds = 0.0
+
+    def monotonic(self) -> float:
+        """The time with what was added."""
+        return time.monotonic() + self.seconds
+
+
 class Answers:
     """Stands in for `nodes._answers`: an agent that answers at all has the time it takes, however busy the machine is."""
 
-    def __init__(self, folder: Path):
-        self._folder, self._truly = folder, ray_nodes._answers
-        # that silent agents have had, by the clock of `nodes`
-        self.seconds = 0.0
+    def __init__(self, folder: Path, clock: Clock):
+        self._folder, self._clock, self._truly = folder, clock, ray_nodes._answers
 
     def __call__(self, asked: list[Any]) -> list[ray_agent.NodePlace | str]:
-        silent: list[Path] = []
-        while len(ray.wait(asked, num_returns=len(asked), timeout=0.2)[0]) + len(silent) < len(asked):
-            silent = list(self._folder.glob("*.silent"))
-        for file in silent:
-            file.unlink()
-            self.seconds += 60
-        return self._truly(asked)
+        def silent() -> list[Path]:
+            return list(self._folder.glob("*.silent"))
 
-    def monotonic(self) -> float:
-        """The time, as `nodes` is to see it."""
-        return time.monotonic() + self.seconds
+        def all_known() -> bool:
+            return len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) + len(silent()) == len(asked)
+
+        eventually(all_known, "an agent neither answers nor is silent")
+        for file in silent():
+            file.unlink()
+            self._clock.seconds += 60
+        return self._truly(asked)
 
 
 def main(address: str, folder: str) -> None:
     ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {"CASES": folder}})
     run, needs, found = RunFolder(Path(folder)), NodeNeeds(2, 0, 2), {}
-    answers = Answers(run.folder)
-    stands_in = {"NodeAgent": Agent, "_answers": answers, "_ANSWER_SECONDS": 1.0, "time": answers}
+    clock = Clock()
+    stands_in = {"NodeAgent": Agent, "_answers": Answers(run.folder, clock), "_ANSWER_SECONDS": 1.0, "time": clock}
     with patch.multiple(ray_nodes, **stands_in):
+
+        def size(waiting: float) -> ray_nodes.NodeCounts:
+            return ray_nodes.NodeCounts((2,), waiting, 5.0, lambda count: None)
+
         # what a busy machine takes for room is far less
-        nodes = ray_nodes.RayNodes(run, "a job", needs, ray_nodes.NodeCounts((2,), 150.0, 5.0, lambda count: None))
+        nodes = ray_nodes.RayNodes(run, "a job", needs, size(LIMIT_SECONDS))
 
         def attempt(name: str, **says: str) -> None:
             for node, words in says.items():
@@ -97,6 +110,7 @@ def main(address: str, folder: str) -> None:
         attempt("was slow", **{third: "0", second: "silent"})
         Path(folder, first).write_text("silent")
         Path(folder, third).write_text("silent")
+        nodes._size = size(100.0)
         found["no room"] = [nodes.choose(), nodes.shortage()]
         nodes.close()
     # of an attempt that others have followed

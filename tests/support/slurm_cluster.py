@@ -114,15 +114,14 @@ class SlurmCluster:
 
     def stop(self) -> None:
         """End the daemons, those of steps included, and what a failed test has left on the nodes, stopped ranks among it."""
-        for file in [*self.root.glob("slurmd.*.pid"), self.root / "slurmctld.pid", self.root / "munged.pid"]:
-            if file.exists():
-                subprocess.run(["kill", file.read_text().strip()], capture_output=True)
-        for pid in self._processes(""):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # a daemon may be about to start another process
+        while ours := self._processes(None):
+            for pid in ours:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
-    def _processes(self, node: str) -> dict[int, tuple[int, bytes]]:
-        """(Parent, command line) of what runs on a node, but its daemons, by number; "": of all that the cluster has started."""
+    def _processes(self, node: str | None) -> dict[int, tuple[int, bytes]]:
+        """(Parent, command line) of what runs on a node, but its daemons, by number; None: of all that is the cluster's."""
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -133,7 +132,7 @@ class SlurmCluster:
                 # it has ended meanwhile
                 continue
             ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment
-            if ours and (not node or f"SLURMD_NODENAME={node}".encode() in environment):
+            if ours and (node is None or f"SLURMD_NODENAME={node}".encode() in environment):
                 found[int(process.name)] = parent, command
         return found
 
