@@ -131,6 +131,8 @@ class LeftOut:
         # of the hosts those that still answer, and those on which no attempt could begin
         self._failing: list[str] = []
         self._unstarted: list[str] = []
+        # of the latter those that were taken again
+        self.asked_again: set[str] = set()
 
     @property
     def failing(self) -> list[str]:
@@ -163,6 +165,7 @@ class LeftOut:
             if host in alive:
                 self._unstarted.remove(host)
                 self.hosts.remove(host)
+                self.asked_again.add(host)
                 return host
         return ""
 

@@ -198,16 +198,14 @@ class RayNodes:
         return waited > self._size.shrink_seconds and (freed or self._usable() < self._wanted)
 
     def _ask_for_less(self) -> None:
-        """Fewer nodes, or where a run cannot have fewer, such as were left out.
-
-        Those that failed again and again only where there are too few others, and not where others are only taken.
-        """
+        """Fewer nodes, or where a run cannot have fewer, some of those that were left out."""
         if fewer := self._fewer():
             self._wanted = fewer
-        elif (self._usable() < self._wanted and self._take_back()) or self._take_back_unstarted():
-            pass
         else:
-            return
+            # for others that are only taken it is rather waited than for nodes that fail again and again
+            again = self._usable() < self._wanted and self._take_back()
+            if not again and not self._take_back_unstarted():
+                return
         self.close()
 
     def _take_back(self) -> bool:
@@ -265,14 +263,14 @@ class RayNodes:
     def _leave_out(self, group: PlacementGroup, answers: Sequence[NodePlace | str]) -> bool:
         """Take the nodes no more whose agents did not answer, or could not start.
 
-        Returns False where there are no others, or only some that did not answer either.
+        Returns False where there are no others, or only such as were asked before.
         """
         others = True
         nodes, names = bundle_nodes(group), node_names()
         for bundle, answer in enumerate(answers):
             if isinstance(answer, str) and (node := nodes.get(bundle)):
                 enough = self._usable() > min(self._size.counts) or self._take_back()
-                others = others and enough
+                others = others and enough and node not in self._left_out.asked_again
                 if enough or self._take_back_unstarted():
                     say(f"{names.get(node, node)} is left out: its agent {answer}.")
                     self._left_out.leave_out_unstarted(node)

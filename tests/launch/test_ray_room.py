@@ -10,6 +10,7 @@ from distattn.launch.node_needs import NodeNeeds
 if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is not installed", allow_module_level=True)
 
+from distattn.launch.ray import nodes as ray_nodes
 from distattn.launch.ray import room as ray_room
 from distattn.launch.ray.nodes import NodeCounts, RayNodes, _natural
 from distattn.training.run_folder import RunFolder
@@ -83,3 +84,32 @@ def test_nodes_that_are_there_but_taken_are_waited_for(usable, fewer, tmp_path, 
     hasty = RayNodes(RunFolder(tmp_path), "job", NodeNeeds(2, 0, 2), NodeCounts((2, 1), 40, 10, lambda nodes: None))
     monkeypatch.setattr(hasty, "_usable", lambda: 2)
     assert [hasty._is_short(*seconds) for seconds in [(15, 15), (21, 21)]] == [False, True]
+
+
+def test_a_node_that_never_answers_while_others_stay_taken_ends_the_waiting(tmp_path, monkeypatch):
+    nodes = RayNodes(RunFolder(tmp_path), "job", NodeNeeds(2, 0, 2), NodeCounts((2,), 600, 30, lambda nodes: None))
+    clock, left_out = [0.0], nodes._left_out.hosts
+
+    def placed():
+        # there are a, b and c, and c is taken; Ray gives a node for the rest once it is not left out any more
+        while "b" in left_out:
+            clock[0] += 70.0
+            if clock[0] > 2000:
+                return None
+            nodes._ask_for_less()
+        return "group"
+
+    def answers(asked):
+        clock[0] += 60.0
+        return [SimpleNamespace(), "did not answer for 60 s"]
+
+    monkeypatch.setattr(nodes, "_placed", placed)
+    monkeypatch.setattr(nodes, "_usable", lambda: 3 - len(left_out))
+    monkeypatch.setattr(nodes, "_agent", lambda group, bundle: SimpleNamespace(place=SimpleNamespace(remote=int)))
+    monkeypatch.setattr(ray_nodes, "_answers", answers)
+    monkeypatch.setattr(ray_nodes, "_alive", lambda: {"a", "b", "c"})
+    monkeypatch.setattr(ray_nodes, "_end", lambda agents: None)
+    monkeypatch.setattr(ray_nodes, "bundle_nodes", lambda group: {0: "a", 1: "b"})
+    monkeypatch.setattr(ray_nodes, "node_names", lambda: {one: one for one in "abc"})
+    monkeypatch.setattr(ray_nodes, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    assert nodes.choose() is None and 600 < clock[0] < 800

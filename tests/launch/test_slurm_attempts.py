@@ -244,7 +244,8 @@ def test_hosts_that_did_not_answer_are_asked_again_the_first_one_first():
     # a is gone
     assert left_out.take_back_unstarted({"b", "c", "d"}) == "b" and left_out.hosts == ["a", "c"]
     left_out.leave_out_unstarted("b")
-    assert [left_out.take_back_unstarted({"b", "c"}) for _ in range(3)] == ["c", "b", ""] and left_out.hosts == ["a"]
+    assert [left_out.take_back_unstarted({"b", "c"}) for _ in range(3)] == ["c", "b", ""]
+    assert left_out.hosts == ["a"] and left_out.asked_again == {"b", "c"}
 
 
 @pytest.mark.parametrize(
