@@ -15,22 +15,22 @@ from contextlib import suppress
 
 def main(log: str) -> None:
     """Copy until the input ends. Where one of the two can be written no more, the other one goes on."""
-    targets = []
-    try:
-        targets.append(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
-    except OSError as error:
-        with suppress(OSError):
-            _write(2, f"distattn: {log} cannot be written: {error.strerror}; the console has all lines.\n".encode())
     chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # this process ends once it has written all
     threading.Thread(target=_to_console, args=(chunks,)).start()
+    target, complained = None, False
     try:
         while chunk := os.read(0, 1 << 16):
             chunks.put(chunk)
-            for target in targets:
+            try:
+                if target is None:
+                    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                _write(target, chunk)
+            except OSError as error:
                 # a full disk may have room again for the next lines
-                with suppress(OSError):
-                    _write(target, chunk)
+                if not complained:
+                    complained = True
+                    chunks.put(f"distattn: {log} lacks lines: {error.strerror}; the console has them.\n".encode())
     finally:
         chunks.put(b"")
 

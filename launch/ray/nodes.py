@@ -66,7 +66,7 @@ class RayNodes:
     def choose(self) -> list[str] | None:
         """Nodes on each of which an agent answers. One that has room, but does not answer in time, is left out for another.
 
-        Where all others were left out so, the first of them is asked again: it may have been slow, and this one dead.
+        Where there are too few others, or they stay taken, the first that was left out so is asked again: it may have been slow.
         None where there is no room for so long as `waiting_seconds`, or where the run is asked to stop.
         """
         began = time.monotonic()
