@@ -54,8 +54,13 @@ class Owner:
     def write(self, file: Path) -> None:
         """Name this owner in a file, whole or not at all. Raises OSError."""
         aside = file.with_name(f"{file.name}.{self.token}")
-        aside.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
-        aside.rename(file)
+        try:
+            aside.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
+            aside.rename(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
 
     def is_alive(self) -> bool | None:
         """Whether the process still runs; None where it ran on another machine, or before this one was started again."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ from types import TracebackType
 from distattn.checkpoints.owner import Owner, file_age
 from distattn.ir.errors import DistattnError
 
-# what flock is held on, and who holds it; two files, since the second is replaced
+# what is locked, and who has locked it; two files, since the second is replaced
 _LOCK_FILE, _OWNER_FILE = "owner.lock", "owner.json"
 # an owner on another machine that does not renew its lease for so long is dead; it renews it so often
 LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
@@ -21,20 +23,38 @@ LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
 _ENDING_SECONDS = 30.0
 # that a new owner may take to write its name
 _NAMING_SECONDS = 3.0
+# of a disk that has room again one day
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+# the folders that this process has locked, by device and inode: locks of one process do not exclude each other
+_HELD: set[tuple[int, int]] = set()
+_HELD_MUTEX = threading.Lock()
 
 
-def _ending_seconds(owner: Owner | None) -> float:
+def _forget_parent_s_locks() -> None:
+    global _HELD_MUTEX  # noqa: PLW0603
+    # another thread of the parent may have had the mutex
+    _HELD_MUTEX = threading.Lock()
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent_s_locks)
+
+
+def _ending_seconds(owner: Owner) -> float:
     """That an owner of the same job may take to end. A file server may keep the locks of a lost host for its own lease."""
-    elsewhere = owner is not None and owner.is_alive() is None
-    return LEASE_SECONDS if elsewhere else _ENDING_SECONDS
+    return LEASE_SECONDS if owner.is_alive() is None else _ENDING_SECONDS
 
 
 class RunLock:
     """Holds a folder for this process until it is closed, or ends. One process of a job takes it, as a rule rank 0.
 
-    On one machine the lock is flock's, and ends with its process. To other machines, whose file system may not share it, the
-    owner's file is a lease: its owner renews it every RENEWAL_SECONDS, and it ends LEASE_SECONDS after the last time. An attempt
-    of the same job (`Owner.job`) takes over at once: its launcher ends one attempt before it starts the next.
+    On one machine the lock is a record lock (fcntl): it ends with its process, and forked children do not have it, as they would
+    have flock's. To other machines, whose file system may not share it, the owner's file is a lease: its owner renews it every
+    RENEWAL_SECONDS, and it ends LEASE_SECONDS after the last time. An attempt of the same job (`Owner.job`) takes over at once:
+    its launcher ends one attempt before it starts the next.
+
+    On a full disk the owner's name is written once there is room; until then only processes of this machine find the folder taken.
     """
 
     def __init__(self, folder: Path):
@@ -42,22 +62,20 @@ class RunLock:
         self._folder, self._me = folder, Owner.of_this_process()
         self._closing = threading.Event()
         self._file = folder / _OWNER_FILE
+        # of the lock file while this process has it; and whose name is still written where a full disk has kept this one's out
+        self._descriptor: int | None = None
+        self._identity = (0, 0)
+        self._before: Owner | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = self._open()
-        except OSError as error:
-            raise DistattnError(
-                f"{folder}: cannot be locked: {error.strerror}; name a folder that can be written."
-            ) from None
-        try:
             self._take()
         except OSError as error:
-            os.close(self._descriptor)
+            self._release()
             raise DistattnError(
                 f"{folder}: cannot be locked: {error.strerror}; name a folder that can be written."
             ) from None
         except BaseException:
-            os.close(self._descriptor)
+            self._release()
             raise
         self._renewer = threading.Thread(target=self._renew, daemon=True, name="distattn-run-lock")
         self._renewer.start()
@@ -65,21 +83,21 @@ class RunLock:
     def check(self) -> None:
         """Raise DistattnError where another job has taken the folder meanwhile: this one was silent for longer than its lease."""
         owner = Owner.read(self._file)
-        if owner is not None and owner != self._me:
+        if owner is not None and owner not in (self._me, self._before):
             raise DistattnError(
                 f"{self._folder}: was taken by {owner}, while this process was stopped; end one of them."
             )
 
     def close(self) -> None:
-        """Let others have the folder."""
-        if self._closing.is_set():
+        """Let others have the folder. A forked child of the owner has nothing to let go."""
+        if self._closing.is_set() or self._me.pid != os.getpid():
             return
         self._closing.set()
         self._renewer.join()
         if Owner.read(self._file) == self._me:
             with contextlib.suppress(OSError):
                 self._file.unlink()
-        os.close(self._descriptor)
+        self._release()
 
     def __enter__(self) -> RunLock:
         return self
@@ -91,53 +109,116 @@ class RunLock:
 
     def _take(self) -> None:
         began = time.monotonic()
-        while not self._flock():
+        while not self._lock_file():
             owner = Owner.read(self._file)
-            waited = time.monotonic() - began
-            if owner is not None and owner.is_alive() is False:
-                # a child of the dead owner has inherited its lock; a new owner would have written its name by now
-                if waited > _NAMING_SECONDS:
-                    self._open_new()
-            elif not self._is_of_same_job(owner) or waited > _ending_seconds(owner):
+            if owner is None or owner.is_alive() is False:
+                # its successor has the lock, and will write its name
+                limit = _NAMING_SECONDS
+            else:
+                # an earlier attempt of this job may not have ended yet
+                limit = _ending_seconds(owner) if self._is_of_same_job(owner) else 0.0
+            if time.monotonic() - began > limit:
                 raise self._refused(owner, "")
-            # an earlier attempt of this job that has not ended yet
             time.sleep(0.1)
         owner = Owner.read(self._file)
-        # flock is free: an owner on this machine is dead, one elsewhere may not share it
+        # an owner on this machine is dead, one elsewhere may not share the lock
         if owner is not None and owner.is_alive() is None and not self._is_of_same_job(owner):
-            left = LEASE_SECONDS - file_age(self._file)
-            if left > 0:
-                raise self._refused(owner, f"; if it is dead, try again in {left:.0f} s")
-        self._me.write(self._file)
+            self._wait_for_end_of_lease(owner)
+        self._before = owner
+        if (error := self._write_name()) is not None:
+            sys.stderr.write(
+                f"distattn: {self._file}: cannot be written: {error.strerror}; jobs on other machines cannot see that the folder is "
+                "in use until there is room.\n"
+            )
 
-    def _flock(self) -> bool:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+    def _lock_file(self) -> bool:
+        """Lock the folder's lock file; return False where another owner has it. Raises OSError."""
+        with _HELD_MUTEX:
+            folder = os.stat(self._folder)
+            self._identity = folder.st_dev, folder.st_ino
+            # to open and close the file would end the lock that this process has
+            if self._identity in _HELD:
+                return False
+            path = self._folder / _LOCK_FILE
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            # another owner is there, or somebody has removed the file meanwhile
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)) and not self._another_lives():
+                    self._descriptor = descriptor
+                    _HELD.add(self._identity)
+                    return True
+            os.close(descriptor)
+        return False
 
-    def _open_new(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._folder / _LOCK_FILE)
-        os.close(self._descriptor)
-        self._descriptor = self._open()
+    def _another_lives(self) -> bool:
+        """Return whether the folder's owner is alive on this machine, though the file that it has locked was removed."""
+        owner = Owner.read(self._file)
+        # what this process has closed is not in the registry any more
+        return owner is not None and owner.pid != self._me.pid and owner.is_alive() is True
 
-    def _open(self) -> int:
-        return os.open(self._folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    def _release(self) -> None:
+        """Unlock the folder, if this process has locked it."""
+        with _HELD_MUTEX:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+                _HELD.discard(self._identity)
 
-    def _is_of_same_job(self, owner: Owner | None) -> bool:
-        return owner is not None and owner.job != "" and owner.job == self._me.job
+    def _wait_for_end_of_lease(self, owner: Owner) -> None:
+        """Return once an owner on another machine is known to be dead. Raises DistattnError where it may be alive, or OSError.
+
+        A clock that jumps makes a lease look ended, or begin in the future. So a lease is not believed to have ended until
+        nothing has renewed it for twice RENEWAL_SECONDS of this process's own time.
+        """
+        age = file_age(self._file)
+        if 0 <= age < LEASE_SECONDS:
+            raise self._refused(owner, f"; if it is dead, try again in {LEASE_SECONDS - age:.0f} s")
+        seconds = 2 * RENEWAL_SECONDS
+        sys.stderr.write(f"distattn: {self._folder}: looking for {seconds:.0f} s whether {owner} is alive.\n")
+        sys.stderr.flush()
+        renewed = _modified(self._file)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(min(1.0, seconds / 4))
+            if _modified(self._file) != renewed:
+                raise self._refused(owner, "")
+
+    def _is_of_same_job(self, owner: Owner) -> bool:
+        return owner.job != "" and owner.job == self._me.job
 
     def _refused(self, owner: Owner | None, hint: str) -> DistattnError:
-        who = str(owner) if owner is not None else "a process that has not said its name yet"
+        known = owner is not None and owner.is_alive() is not False
+        who = str(owner) if known else "a process that has not said its name yet"
         return DistattnError(f"{self._folder}: belongs to {who}; end it, or choose another folder{hint}.")
+
+    def _write_name(self) -> OSError | None:
+        """Write this process's name as the owner's; return the error of a full disk. Raises OSError."""
+        try:
+            self._me.write(self._file)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            return error
+        self._before = None
+        return None
 
     def _renew(self) -> None:
         while not self._closing.wait(RENEWAL_SECONDS):
             with contextlib.suppress(OSError):
-                if Owner.read(self._file) == self._me:
+                owner = Owner.read(self._file)
+                if owner == self._me:
                     os.utime(self._file)
+                elif owner == self._before:
+                    self._write_name()
+
+
+def _modified(file: Path) -> int:
+    """Return when a file was last changed, in nanoseconds; 0 where there is none. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), open(file, "rb") as opened:
+        # a network file system may show an old time to whoever does not open the file
+        return os.fstat(opened.fileno()).st_mtime_ns
+    return 0
 
 
 def folder_owner(folder: Path) -> tuple[Owner, bool] | None:
@@ -146,4 +227,5 @@ def folder_owner(folder: Path) -> tuple[Owner, bool] | None:
     if (owner := Owner.read(file)) is None:
         return None
     alive = owner.is_alive()
-    return owner, file_age(file) <= LEASE_SECONDS if alive is None else alive
+    # a lease from the future is one of a clock that was ahead
+    return owner, abs(file_age(file)) <= LEASE_SECONDS if alive is None else alive

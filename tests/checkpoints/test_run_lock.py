@@ -15,6 +15,9 @@ from distattn.checkpoints.run_lock import LEASE_SECONDS, RunLock
 from distattn.ir.errors import DistattnError
 
 
+_ROUNDS = 8
+
+
 def hold(folder, job, ready, child):
     os.environ.pop("SLURM_JOB_ID", None)
     if job:
@@ -74,8 +77,7 @@ def test_the_folder_of_a_killed_owner_is_free_at_once(owner, tmp_path):
     assert os.listdir(tmp_path) == ["owner.lock"]
 
 
-def test_children_of_a_killed_owner_do_not_keep_the_folder(owner, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "_NAMING_SECONDS", 0.2)
+def test_children_of_a_killed_owner_do_not_keep_the_folder(owner, tmp_path):
     child = multiprocessing.get_context("fork").SimpleQueue()
     process = owner(child=child)
     process.kill()
@@ -86,6 +88,68 @@ def test_children_of_a_killed_owner_do_not_keep_the_folder(owner, tmp_path, monk
             RunLock(tmp_path)
     finally:
         os.kill(pid, signal.SIGKILL)
+
+
+def contend(folder, start, outcomes, done):
+    """Try to take the folder when the others do; say how it went, and keep the folder until all have."""
+    os.environ.pop("SLURM_JOB_ID", None)
+    start.wait()
+    try:
+        lock = RunLock(folder)
+    except DistattnError as error:
+        outcomes.put(str(error))
+    else:
+        outcomes.put("")
+        done.wait()
+        lock.close()
+
+
+def own_and_die(folder, children):
+    """Take the folder, leave a child that has all of this process's open files, and be killed."""
+    RunLock(folder)
+    if (child := os.fork()) == 0:
+        signal.pause()
+    children.put(child)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_one_of_three_jobs_that_come_at_once_gets_the_folder_of_a_killed_owner(tmp_path):
+    context = multiprocessing.get_context("fork")
+    children = context.SimpleQueue()
+    for _ in range(_ROUNDS):
+        dead = context.Process(target=own_and_die, args=(tmp_path, children))
+        dead.start()
+        dead.join()
+        start, done, outcomes = context.Barrier(3), context.Event(), context.SimpleQueue()
+        jobs = [context.Process(target=contend, args=(tmp_path, start, outcomes, done)) for _ in range(3)]
+        for job in jobs:
+            job.start()
+        said = sorted(outcomes.get() for _ in jobs)
+        named = Owner.read(tmp_path / "owner.json")
+        done.set()
+        for job in jobs:
+            job.join()
+        os.kill(children.get(), signal.SIGKILL)
+        assert said[0] == "" and all("belongs to process" in one for one in said[1:]), said
+        assert named is not None and named.pid in {job.pid for job in jobs}
+
+
+def test_a_lock_on_a_file_that_was_removed_is_no_lock(tmp_path):
+    with RunLock(tmp_path):
+        (tmp_path / "owner.lock").unlink()
+        with pytest.raises(DistattnError, match=f"belongs to process {os.getpid()}"):
+            RunLock(tmp_path)
+
+
+def test_a_forked_child_that_closes_the_lock_takes_nothing_from_its_parent(tmp_path):
+    with RunLock(tmp_path) as lock:
+        pid = os.fork()
+        if pid == 0:
+            lock.close()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        lock.check()
+        assert Owner.read(tmp_path / "owner.json").pid == os.getpid()
 
 
 def test_an_attempt_of_the_same_job_waits_for_the_one_before_to_end(owner, tmp_path, monkeypatch):
@@ -104,14 +168,36 @@ def elsewhere(folder, **changes):
     return folder / "owner.json"
 
 
-def test_a_lease_of_another_machine_is_respected_until_it_ends(tmp_path):
+def test_a_lease_of_another_machine_is_respected_until_it_ends(tmp_path, monkeypatch):
     file = elsewhere(tmp_path)
     with pytest.raises(
         DistattnError, match=r"on node-7, Slurm job 4711, .*; if it is dead, try again in (1[01]\d|120) s\."
     ):
         RunLock(tmp_path)
+    monkeypatch.setattr(run_lock, "RENEWAL_SECONDS", 0.05)
     ended = time.time() - LEASE_SECONDS - 5
     os.utime(file, (ended, ended))
+    with RunLock(tmp_path):
+        assert Owner.read(file).pid == os.getpid()
+
+
+@pytest.mark.parametrize("days", [-3, 3])
+def test_a_lease_that_is_still_renewed_has_not_ended_whatever_the_clock_says(days, tmp_path, monkeypatch):
+    # the clock has jumped since it was last renewed
+    file = elsewhere(tmp_path)
+    then = time.time() + days * 86400
+    os.utime(file, (then, then))
+    monkeypatch.setattr(run_lock, "RENEWAL_SECONDS", 0.2)
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: os.utime(file))
+    with pytest.raises(DistattnError, match="belongs to process .* on node-7"):
+        RunLock(tmp_path)
+
+
+def test_a_lease_from_the_future_that_nobody_renews_ends(tmp_path, monkeypatch):
+    file = elsewhere(tmp_path)
+    then = time.time() + 86400
+    os.utime(file, (then, then))
+    monkeypatch.setattr(run_lock, "RENEWAL_SECONDS", 0.05)
     with RunLock(tmp_path):
         assert Owner.read(file).pid == os.getpid()
 
