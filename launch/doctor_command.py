@@ -84,7 +84,7 @@ def examine_target(path: str, ranks: int, report_progress: Callable[[str], None]
         if code or not all(file.exists() for file in files):
             raise DistattnError(f"doctor: the ranks did not end well (exit code {code}); what they said is above.")
         # our own files, of plain tensors and words
-        found = [torch.load(file) for file in files]
+        found = [torch.load(file, weights_only=True) for file in files]
     report_progress("the same in one process ...")
     return diagnose(target, found)
 

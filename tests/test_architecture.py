@@ -183,6 +183,8 @@ def test_rooms_are_linked_into_the_package_and_shadow_nobody():
 def test_no_object_is_unpickled_that_has_not_matched_its_digest():
     """PyTorch's collectives of objects unpickle what comes; `distattn.parallel.runtime.sealed_values` is used instead."""
     sealed = {Path("parallel/runtime/sealed_values.py"), Path("distattn/checkpoints/rank_sockets.py")}
+    # and what may be named in what is unpickled
+    listed = {Path("distattn/checkpoints/pickled_names.py")}
     theirs = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "recv_object_list")
     for file in modules():
         names = set()
@@ -192,7 +194,32 @@ def test_no_object_is_unpickled_that_has_not_matched_its_digest():
             elif isinstance(node, ast.ImportFrom):
                 names |= {name for one in node.names for name in (one.name, f"{node.module}.{one.name}")}
         assert not names & set(theirs), file
-        assert file in sealed or not names & {"pickle.loads", "pickle.load", "pickle.Unpickler"}, file
+        assert file in sealed | listed or not names & {"pickle.loads", "pickle.load", "pickle.Unpickler"}, file
+
+
+def test_what_is_read_from_files_is_never_asked_to_run_code():
+    """Every reader that could run what a file names says that it must not, and DCP's own ones are not used."""
+    wanted = {
+        "torch.load": "weights_only=True",
+        "np.load": "allow_pickle=False",
+        ".from_pretrained": "trust_remote_code=False",
+    }
+    never = (
+        "FileSystemReader(",
+        "DefaultLoadPlanner(",
+        "yaml.load(",
+        "pd.read_pickle(",
+        "joblib.load(",
+        "shelve.",
+    )
+    for file in modules():
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node)
+                for name, keyword in wanted.items():
+                    assert not ast.unparse(node.func).endswith(name) or keyword in called, f"{file}:{node.lineno}"
+                assert not called.startswith(never), f"{file}:{node.lineno}"
+                assert "dcp.load" not in ast.unparse(node.func) or "PlainLoadPlanner" in called, f"{file}:{node.lineno}"
 
 
 def test_files_are_short():

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from distattn.checkpoints.digested_files import read_block
 from distattn.checkpoints.manifest import BLOCK_BYTES, MANIFEST_FILE, FileDigests, Manifest
 from distattn.checkpoints.owner import file_age, writer_is_alive, writer_name
+from distattn.checkpoints.pickled_names import foreign_pickles
 from distattn.data.indexed_file import synchronise_folder
 from distattn.ir.errors import DamagedDataError, DistattnError
 
@@ -111,13 +112,25 @@ def newest_good(folder: Path) -> Path | None:
 
 
 def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: None) -> list[Problem]:
-    """Read a checkpoint from end to end and name everything that is not what was written. report: is told of bytes read."""
+    """Read a checkpoint from end to end; name all that is not what was written, and pickles that could run code.
+
+    report: is told of bytes read.
+    """
     match = _CHECKPOINT.fullmatch(folder.name)
     try:
         manifest = _manifest_of(folder, int(match[1])) if match else Manifest.read(folder)
     except DamagedDataError as error:
         return [Problem("manifest.json", None, str(error))]
-    return list(problems_of(folder, manifest, report=report))
+    problems = list(problems_of(folder, manifest, report=report))
+    if not problems:
+        # a digest is that of whoever made the folder
+        try:
+            problems += [Problem(*found) for found in foreign_pickles(folder)]
+        except OSError as error:
+            problems.append(
+                Problem(Path(error.filename).name, None, f"{error.filename}: cannot be read: {error.strerror}.")
+            )
+    return problems
 
 
 def first_problem(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> Problem | None:

@@ -305,7 +305,7 @@ class Checkpoints:
         except RankFailure as failure:
             if failure.kind == "error":
                 what = f"{checkpoint_name(save.step)} cannot be saved: rank {failure.rank}: {failure.what}"
-                self._error = DistattnError(f"{what}; a state has tensors and what pickle takes.")
+                self._error = DistattnError(f"{what}; a state has tensors and plain values.")
             elif failure.kind != "files":
                 self._error = failure.raised()
             elif self._is_root:

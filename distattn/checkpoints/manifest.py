@@ -84,8 +84,17 @@ class Manifest:
             raise DamagedDataError(f"{file}: was altered: its content does not have the digest that stands in it.")
         if (version, block) != (FORMAT_VERSION, BLOCK_BYTES):
             raise DamagedDataError(f"{file}: format version {version}; this distattn reads version {FORMAT_VERSION}.")
-        content["files"] = [FileDigests(f["name"], f["bytes"], tuple(f["blocks"])) for f in content["files"]]
-        return cls(**content)
+        try:
+            content["files"] = [FileDigests(f["name"], f["bytes"], tuple(f["blocks"])) for f in content["files"]]
+            outside = [one.name for one in content["files"] if Path(one.name).name != one.name]
+            found = cls(**content)
+        except (KeyError, TypeError):
+            raise DamagedDataError(
+                f"{file}: has other fields than this distattn reads; take the version that wrote it."
+            ) from None
+        if outside:
+            raise DamagedDataError(f"{file}: names {outside[0]}, which is no file of this folder.")
+        return found
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:

@@ -54,7 +54,7 @@ class RunLock:
     RENEWAL_SECONDS, and it ends LEASE_SECONDS after the last time. An attempt of the same job (`Owner.job`) takes over at once:
     its launcher ends one attempt before it starts the next.
 
-    On a full disk the owner's name is written once there is room; until then only processes of this machine find the folder taken.
+    On a full disk the owner's name is written once there is room; until then only this machine's processes find the folder taken.
     """
 
     def __init__(self, folder: Path):
@@ -127,8 +127,8 @@ class RunLock:
         self._before = owner
         if (error := self._write_name()) is not None:
             sys.stderr.write(
-                f"distattn: {self._file}: cannot be written: {error.strerror}; jobs on other machines cannot see that the folder is "
-                "in use until there is room.\n"
+                f"distattn: {self._file}: cannot be written: {error.strerror}; until there is room, jobs on other machines "
+                "cannot see that the folder is in use.\n"
             )
 
     def _lock_file(self) -> bool:

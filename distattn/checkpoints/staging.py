@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import io
 from typing import Any
 
 import torch
@@ -46,12 +46,17 @@ class StagedState(DefaultSavePlanner):
         self.set_up_planner(state, is_coordinator=is_coordinator)
         self._staged: dict[str, Any] = {}
         self._buffers = buffers
+        self._refusal: DistattnError | None = None
         # each with the count of changes made in place
         self._sources: list[tuple[str, torch.Tensor, int]] = []
         signature = []
         for name, value in self.state_dict.items():
             if not isinstance(value, torch.Tensor):
-                self._staged[name] = value if type(value) in _PLAIN else copy.deepcopy(value)
+                try:
+                    self._staged[name] = value if type(value) in _PLAIN else _copied(name, value)
+                except DistattnError as error:
+                    # raised where all ranks hear of it
+                    self._refusal = self._refusal or error
                 signature.append((name,))
                 continue
             local = value.detach()
@@ -69,7 +74,9 @@ class StagedState(DefaultSavePlanner):
             stream.wait_stream(torch.cuda.current_stream(device))
 
     def copy_tensors(self) -> None:
-        """Copy all tensors. Raises DistattnError where one was changed meanwhile."""
+        """Copy all tensors. Raises DistattnError where one was changed meanwhile, or another value cannot be saved."""
+        if self._refusal is not None:
+            raise self._refusal
         sources = self._sources
         for name, local, _ in sources:
             buffer = self._buffers.like(name, local)
@@ -97,3 +104,19 @@ class StagedState(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Any:
         """The copy of what DCP writes. A tensor sharded over ranks has one part on this rank, and that is what was copied."""
         return self._staged[index.fqn]
+
+
+def _copied(name: str, value: Any) -> Any:
+    """Return a copy of a value that is no tensor. Raises DistattnError for one that could not be read again without danger."""
+    again = io.BytesIO()
+    try:
+        torch.save(value, again)
+        again.seek(0)
+        return torch.load(again, weights_only=True)
+    # what cannot be pickled raises nearly anything
+    except Exception:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise DistattnError(
+            f"{name} ({kind}) cannot be read again without unpickling more than plain values; a state has tensors, numbers, "
+            "texts, and lists, tuples and dictionaries of them."
+        ) from None

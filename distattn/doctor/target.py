@@ -300,7 +300,7 @@ def _config(path: Path) -> Any:
             f"{path} is neither a script (.py) nor a transformers configuration (a folder or config.json)."
         )
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DistattnError(
             f"{path}: no configuration that transformers can read: {str(error).splitlines()[0]}"

@@ -52,7 +52,9 @@ def model_config(folder: str | Path) -> PretrainedConfig:
     if not isinstance(content, dict) or "model_type" not in content:
         raise DistattnError(f"{file}: it has no model_type, so it is not the configuration of a Hugging Face model.")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         # whatever its classes raise for values that do not fit
         kind = content["model_type"]

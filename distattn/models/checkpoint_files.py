@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from distattn.checkpoints.dcp_storage import file_writer
+from distattn.checkpoints.dcp_storage import CheckpointReader, PlainLoadPlanner, file_writer
 from distattn.checkpoints.manifest import FileDigests
 from distattn.ir.errors import DamagedDataError, DistattnError
 
@@ -29,10 +29,10 @@ _METADATA = ".metadata"
 def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the model's tensors of a checkpoint by name, whole, one after the other.
 
-    Verify the checkpoint first: its metadata is a pickle. Raises DistattnError where the folder has no model in it,
-    DamagedDataError where a tensor cannot be read.
+    Raises DistattnError where the folder has no model in it, DamagedDataError where a tensor cannot be read, or a pickle names
+    what no checkpoint does.
     """
-    reader = dcp.FileSystemReader(str(folder))
+    reader = CheckpointReader(Path(folder))
     stored = reader.read_metadata().state_dict_metadata
     names = [key for key, what in stored.items() if key.startswith(PREFIX) and isinstance(what, TensorStorageMetadata)]
     if not names:
@@ -42,8 +42,10 @@ def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         state = {key: torch.empty(what.size, dtype=what.properties.dtype)}
         try:
             with _one_process_on_purpose():
-                dcp.load(state, storage_reader=reader, no_dist=True)
+                dcp.load(state, storage_reader=reader, planner=PlainLoadPlanner(), no_dist=True)
         except dcp.CheckpointException as error:
+            if isinstance(cause := _cause(error), DistattnError):
+                raise cause from None
             raise DamagedDataError(f"{folder}: {key} cannot be read: {_first_line(_cause(error))}.") from error
         yield key.removeprefix(PREFIX), state[key]
 

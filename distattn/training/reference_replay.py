@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     train, dtype = config["train"], getattr(torch, config["model"]["dtype"])
     # bfloat16 computes, float32 is trained
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
-    model = AutoModelForCausalLM.from_pretrained(folder / "initial", dtype=wide)
+    model = AutoModelForCausalLM.from_pretrained(folder / "initial", dtype=wide, trust_remote_code=False)
     parameters = list(model.parameters())
     matrices, vectors = ([one for one in parameters if (one.dim() > 1) == kind] for kind in (True, False))
     groups = [{"params": matrices, "weight_decay": train["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,5 +1,6 @@
 """Damage to a checkpoint is found before anything of it is unpickled, named by file and byte, and the one before is loaded."""
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -8,14 +9,17 @@ from pathlib import Path
 import checkpoint_faults as faults
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from processes import run_on_ranks
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints, newest_good, verify_checkpoint
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.digested_files import CheckedFile, DigestingFile
 from distattn.checkpoints.manifest import BLOCK_BYTES, Manifest
+from distattn.checkpoints.pickled_names import VALUES
 from distattn.checkpoints.retention import KeepRule
-from distattn.ir.errors import DamagedDataError
+from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.models.checkpoint_files import checkpoint_tensors
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,97 @@ def test_nothing_is_unpickled_before_its_digest_is_right(copy):
     (copy / faults.NEWER / ".metadata").write_bytes(pickle.dumps(Hostile()))
     loaded, _, _ = load(copy)
     assert loaded.step == 100 and not ran.exists()
+
+
+class RunsCode:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def forged(folder, where, marker):
+    """A checkpoint of somebody who wants code to run, with the right digests. where: the part that names the code."""
+    step = folder / "step-00000007"
+    state = {"weights": torch.ones(4), "model.w": torch.ones(4), "words": "plain", "hostile": RunsCode(marker)}
+    dcp.save(state, checkpoint_id=step, no_dist=True)
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    places = {index.fqn: index for index in metadata.storage_data}
+    hostile = metadata.storage_data.pop(places["hostile"])
+    del metadata.state_dict_metadata["hostile"]
+    if where == "value":
+        metadata.storage_data[places["words"]] = hostile
+    elif where == "tensor":
+        metadata.storage_data[places["weights"]] = metadata.storage_data[places["model.w"]] = hostile
+    else:
+        metadata.planner_data = RunsCode(marker)
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    files = []
+    for name in sorted(os.listdir(step)):
+        content = (step / name).read_bytes()
+        with DigestingFile(step / name) as file:
+            file.write(content)
+        files.append(file.digests(name))
+    Manifest(1, 7, "2026-01-01T00:00:00+00:00", 1, torch.__version__, {}, files).write(step)
+    return step
+
+
+@pytest.mark.parametrize("where", ["metadata", "value", "tensor"])
+def test_a_checkpoint_with_right_digests_runs_no_code_and_is_not_called_good(where, tmp_path):
+    marker = tmp_path / "ran"
+    step = forged(tmp_path / "checkpoints", where, marker)
+    (problem,) = {str(problem) for problem in verify_checkpoint(step)}
+    assert "names posix.mkdir, which no checkpoint of PyTorch's does" in problem
+    state = {"weights": torch.zeros(4), "words": ""}
+    checkpoints = Checkpoints(step.parent, group=None, facts={}, keep=KeepRule(), warn=faults.no_warning)
+    try:
+        with pytest.raises(DamagedDataError, match=r"none of its 1 checkpoints is whole.*run code"):
+            checkpoints.load_newest(state)
+    finally:
+        checkpoints.close()
+    if where != "value":
+        with pytest.raises(DamagedDataError, match=r"metadata: names posix\.mkdir|model\.w cannot be read"):
+            dict(checkpoint_tensors(step))
+    assert not marker.exists()
+    # why: DCP alone runs it
+    dcp.load({"weights": torch.zeros(4), "words": ""} if where != "tensor" else {"words": ""}, checkpoint_id=step)
+    assert marker.exists() == (where != "tensor")
+
+
+@pytest.mark.parametrize("outside", ["../secret", "/etc/passwd", "a/b"])
+def test_a_checkpoint_names_no_files_outside_of_its_folder(outside, copy):
+    step = copy / faults.NEWER
+    manifest = Manifest.read(step)
+    first = manifest.files[0]._replace(name=outside)
+    dataclasses.replace(manifest, files=[first, *manifest.files[1:]]).write(step)
+    with pytest.raises(DamagedDataError, match=f"names {outside}, which is no file of this folder"):
+        Manifest.read(step)
+
+
+def test_what_verify_lets_pass_torch_takes_as_plain_values():
+    allowed = torch._weights_only_unpickler._get_allowed_globals()
+    # of other versions of torch there may be dtypes that this one does not have
+    missing = {f"{module}.{name}" for module, name in VALUES} - set(allowed)
+    assert all(not hasattr(torch, name.removeprefix("torch.")) for name in missing), missing
+
+
+def test_a_value_that_could_not_be_read_again_is_refused_when_it_is_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path, group=None, facts={}, keep=KeepRule(), warn=faults.no_warning)
+    try:
+        checkpoints.save(1, {"rng": (Path("a"), 1)})
+        with pytest.raises(DistattnError, match=r"rng \(builtins\.tuple\) cannot be read again"):
+            checkpoints.wait()
+        plain = {"list": [1, (2.0, "three", None)], "weights": torch.ones(2), "dtype": (torch.float32, b"bytes")}
+        checkpoints.save(2, plain)
+        found = {"list": [0, ()], "weights": torch.zeros(2), "dtype": ()}
+        checkpoints.load_newest(found)
+        assert found["list"] == plain["list"] and found["dtype"] == plain["dtype"]
+        assert not verify_checkpoint(tmp_path / "step-00000002")
+    finally:
+        checkpoints.close()
 
 
 def test_damage_between_the_check_and_the_reading_is_found_too(copy, monkeypatch):

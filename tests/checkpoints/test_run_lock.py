@@ -14,7 +14,6 @@ from distattn.checkpoints.owner import Owner
 from distattn.checkpoints.run_lock import LEASE_SECONDS, RunLock
 from distattn.ir.errors import DistattnError
 
-
 _ROUNDS = 8
 
 
