@@ -9,6 +9,7 @@ from pathlib import Path
 from distattn.ir.errors import DistattnError
 from distattn.launch.run_locally import resume_locally
 from distattn.training import config as configuration
+from distattn.training.config import Config
 from distattn.training.run_facts import check_same_run
 from distattn.training.run_folder import RunFolder
 
@@ -16,8 +17,19 @@ USAGE = """usage: distattn resume RUN [--json] [--section.key value ...]
 
 Goes on with the run of a folder on this machine, from its newest good checkpoint, or from its first step where there is none.
 Ranks, degrees, strategy, kernel, engine and all that is logged or saved may change; the model's shape, the data and the seed
-stay. Runs on Slurm go on with sbatch RUN/job.sbatch, on Ray with python -m distattn.launch.ray.attempts RUN.
+stay. With other ranks all are on one node, unless parallel.devices_per_node is given, too. A resume that is refused, by the
+command or by its ranks, leaves the run's configuration as it was. Runs on Slurm go on with sbatch RUN/job.sbatch, on Ray with
+python -m distattn.launch.ray.attempts RUN.
 """
+
+
+def _derived_anew(before: Config, overrides: Sequence[str]) -> list[str]:
+    """Return overrides for what a launcher has derived from the ranks of a run, where the run is to have others."""
+    named = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in overrides}
+    if before.parallel.devices_per_node and "parallel.ranks" in named and "parallel.devices_per_node" not in named:
+        # all of them are on this machine
+        return ["--parallel.devices_per_node=0"]
+    return []
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{words[0]}: is no run folder, it has no {run.config_file.name}; name one that distattn train made."
         )
     before = configuration.load(run.config_file)
-    config = configuration.load(run.config_file, words[1:])
+    config = configuration.load(run.config_file, [*words[1:], *_derived_anew(before, words[1:])])
     if config.preflight.action == "only":
         raise DistattnError(f"preflight.action: only is for new folders: distattn preflight {run.config_file}.")
     check_same_run(before, config)

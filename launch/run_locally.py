@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from distattn.checkpoints.checkpoint_folder import newest_step
@@ -43,13 +44,26 @@ def resume_locally(run: RunFolder, config: Config, json_lines: bool) -> int:
     check_run_fits(config)
     report_progress = no_progress if json_lines else print_line
     resume_run(run, config, report_progress)
-    return run_ranks_and_finish(run, config, report_progress, json_lines)
+    try:
+        return run_ranks_and_finish(run, config, report_progress, json_lines, proposed=True)
+    finally:
+        # refused, the run keeps the configuration that it has
+        with contextlib.suppress(OSError):
+            run.proposed_config_file.unlink(missing_ok=True)
 
 
 def run_ranks_and_finish(
-    run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool
+    run: RunFolder,
+    config: Config,
+    report_progress: Callable[[str], None],
+    json_lines: bool,
+    *,
+    proposed: bool = False,
 ) -> int:
-    """Train in a run folder that is ready, and report; of a preflight alone JSON is its report. Returns the exit code."""
+    """Train in a run folder that is ready, and report; of a preflight alone JSON is its report. Returns the exit code.
+
+    proposed: whether ranks read the folder's proposed configuration where there is one.
+    """
     # heavy imports only once the run is known to be possible
     from distattn.launch.finish_run import finish_run
     from distattn.launch.ranks.attempt import Ranks
@@ -58,7 +72,7 @@ def run_ranks_and_finish(
     set_allocator()
     patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
     code = run_supervised(
-        Ranks(config.parallel.ranks, RANK, [str(run.folder), json_lines], patience),
+        Ranks(config.parallel.ranks, RANK, [str(run.folder), json_lines, proposed], patience),
         Attempts(run.attempts),
         Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints)),
         PRELOAD,

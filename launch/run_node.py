@@ -16,8 +16,10 @@ from pathlib import Path
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import say
+from distattn.launch.node_needs import node_needs
 from distattn.launch.ranks.rank import set_allocator
 from distattn.training import config as configuration
+from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
 
 
@@ -45,7 +47,8 @@ def main(folder: str, what: str, *place: str) -> int:
 
     try:
         config = configuration.load(run.config_file)
-        per_node = config.parallel.devices_per_node or config.parallel.ranks
+        check_places(run, config, nodes)
+        per_node = node_needs(config).ranks
         node = Node(number, nodes, what, keeps_sigterm=True)
         patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
         ranks = Ranks(per_node, RANK, [folder, False], patience, node)
@@ -63,6 +66,16 @@ def main(folder: str, what: str, *place: str) -> int:
         attempts.tell(attempt, number, facts)
         say(f"node {number}: {trouble}; its other ranks were stopped.")
     return code
+
+
+def check_places(run: RunFolder, config: Config, nodes: int) -> None:
+    """Raise DistattnError where a run does not have as many ranks as fill a job's nodes: it was resumed elsewhere, on others."""
+    ranks, per_node = config.parallel.ranks, node_needs(config).ranks
+    if ranks != nodes * per_node:
+        raise DistattnError(
+            f"{run.config_file}: the run has {ranks} ranks, {per_node} a node, but this job has {nodes} nodes: set "
+            "parallel.ranks and parallel.devices_per_node there to what the job has."
+        )
 
 
 def _ask_to_stop(run: RunFolder) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from distattn.checkpoints.checkpoint_folder import list_checkpoints
+from distattn.checkpoints.checkpoint_folder import newest_step
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import say
 from distattn.parallel.analysis.columns import readable_bytes
 from distattn.parallel.analysis.explain import explain
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.held_out import check_held_out
 from distattn.training.job_secret import write_secret
-from distattn.training.json_lines import write_whole
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_data import (
     RunData,
@@ -29,6 +29,7 @@ from distattn.training.run_data import (
     plan_longer,
     write_text,
 )
+from distattn.training.run_facts import check_steps_left
 from distattn.training.run_folder import RunFolder
 
 
@@ -81,21 +82,34 @@ def preflight_alone(config: Config) -> Config:
 
 
 def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], None]) -> None:
-    """Make the folder of a run ready to go on with a configuration; the one before is kept beside it.
+    """Make the folder of a run ready to go on with a configuration, which is proposed to its ranks where it differs.
 
     Raises DistattnError for all that can go wrong before ranks start; nothing is changed then.
     """
-    step = change_config(run, config)
+    step = _make_ready(run, config, run.proposed_config_file)
     run.forget_requests()
     report_progress(f"run folder: {run.folder}, " + (f"checkpoint of step {step:,}" if step else "no checkpoint yet"))
 
 
-def change_config(run: RunFolder, config: Config) -> int:
+def change_config(run: RunFolder, config: Config) -> None:
     """Give a run that nobody works on a configuration; the one before is kept beside it.
 
-    Returns the step of the newest checkpoint, or 0. Raises DistattnError as `resume_run`. A request to stop stays.
+    Raises DistattnError as `resume_run`. A request to stop stays.
+    """
+    step = _make_ready(run, config, run.proposed_config_file)
+    try:
+        run.accept_proposed_config(step)
+    except OSError as error:
+        raise DistattnError(f"{run.config_file}: cannot be written: {error.strerror}; make room.") from None
+
+
+def _make_ready(run: RunFolder, config: Config, file: Path) -> int:
+    """Check a configuration for a run that nobody works on, and write it into a file where it is not the run's.
+
+    Returns the step of the newest checkpoint, or 0. Raises DistattnError; nothing is changed then.
     """
     data = open_data(run, config)
+    check_steps_left(run, config, newest_step(run.checkpoints))
     # not under a run that goes on
     with RunLock(run.folder), _removed_afterwards(run.packs_file.with_name("corpus.longer.packs")) as longer:
         # a plan that others made is long enough, or was refused
@@ -103,18 +117,30 @@ def change_config(run: RunFolder, config: Config) -> int:
             data = plan_longer(run, config, data, longer)
         _check_evaluation(config, data)
         _check_plans(config, data)
-        steps = [found.step for found in list_checkpoints(run.checkpoints)]
-        before = run.folder / f"config.until-{max(steps, default=0)}.toml"
+        try:
+            if config == configuration.load(run.config_file):
+                file.unlink(missing_ok=True)
+            else:
+                configuration.save(config, file)
+            _renew_secret(run)
+        except OSError as error:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+            raise DistattnError(f"{file}: cannot be written: {error.strerror}; make room.") from None
+        # it begins as the plan before does
         if longer.exists():
             longer.replace(run.packs_file)
-        try:
-            if not before.exists():
-                write_whole(before, run.config_file.read_text("utf-8"))
-            configuration.save(config, run.config_file)
-            write_secret(run.secret_file)
-        except OSError as error:
-            raise DistattnError(f"{run.config_file}: cannot be written: {error.strerror}; make room.") from None
-    return max(steps, default=0)
+        return newest_step(run.checkpoints)
+
+
+def _renew_secret(run: RunFolder) -> None:
+    """Draw a new secret; on a disk that cannot be written the one before stays, with a warning. Raises OSError without one."""
+    try:
+        write_secret(run.secret_file)
+    except OSError as error:
+        if not run.secret_file.exists():
+            raise
+        say(f"{run.secret_file}: cannot be written: {error.strerror}; the run keeps the secret that it has.")
 
 
 def _check_plans(config: Config, data: RunData, after: int = -1) -> None:

@@ -38,7 +38,7 @@ from distattn.training.metrics import MetricsReporter
 from distattn.training.numerics_watch import NumericsWatch, Verdict
 from distattn.training.replay_check import ReplayCheck
 from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
-from distattn.training.run_facts import REQUIRED, facts_of
+from distattn.training.run_facts import REQUIRED, check_steps_left, facts_of
 from distattn.training.run_folder import TRAINING, RunFolder, StepMetrics
 from distattn.training.run_health import RunHealth
 from distattn.training.run_settings import (
@@ -53,11 +53,12 @@ from distattn.training.step_documents import append_documents
 from distattn.training.stop_request import StopRequest
 
 
-def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device) -> None:
+def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device, *, accept: bool = False) -> None:
     """Train on this rank from the newest checkpoint of the run folder, or from the beginning, to the last step.
 
-    Raises DistattnError for what cannot be, and where numbers went wrong and the run file says to stop; RunStopped where the
-    run was asked to stop, with a checkpoint of the last step that was done.
+    accept: whether the configuration is the folder's proposed one, to become the run's once nothing speaks against it. Raises
+    DistattnError for what cannot be, and where numbers went wrong and the run file says to stop; RunStopped where the run was
+    asked to stop, with a checkpoint of the last step that was done.
     """
     data = open_data(run, config)
     with ExitStack() as stack:
@@ -75,7 +76,7 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
         keep = KeepRule(config.checkpoint.keep_last, config.checkpoint.keep_every_hours or None)
         checkpoints = Checkpoints(run.checkpoints, group=dist.group.WORLD, facts=given.facts, keep=keep, warn=_warn)
         stack.enter_context(closing(checkpoints))
-        loop = TrainingLoop(given, engine, checkpoints, reporter, lock)
+        loop = TrainingLoop(given, engine, checkpoints, reporter, lock, accept)
         stack.enter_context(closing(loop.documents))
         stack.enter_context(closing(loop.health))
         stack.enter_context(closing(loop.stop))
@@ -100,7 +101,7 @@ class TrainingRun(NamedTuple):
 
 
 class TrainingLoop:
-    """The steps of a run on one rank. lock: of rank 0, on the run's folder."""
+    """The steps of a run on one rank. lock: of rank 0, on the run's folder. accept: as for `train`."""
 
     def __init__(
         self,
@@ -109,9 +110,11 @@ class TrainingLoop:
         checkpoints: Checkpoints,
         reporter: MetricsReporter,
         lock: RunLock | None,
+        accept: bool = False,
     ):
         self.folder, self.config, self.data, shape, self.facts, self.device = run
         self.engine, self.checkpoints, self.reporter, self.lock = engine, checkpoints, reporter, lock
+        self._accept = accept
         config, data, device = self.config, self.data, self.device
         self.stop = StopRequest(self.folder.stop_file, self.folder.regroup_file)
         self.documents = JsonLines(self.folder.documents_file, append_documents)
@@ -137,6 +140,9 @@ class TrainingLoop:
         """Train from the newest checkpoint to the last step, and save there."""
         config, last = self.config, self.config.train.steps
         step = begin = self._resume()
+        check_steps_left(self.folder, config, begin)
+        if self._accept and self.lock is not None:
+            self._accept_config(begin)
         if not begin and self.folder.plan_file.exists():
             self.reporter.report_plan(Plan.load(self.folder.plan_file))
         if not begin and config.watch.action == "rollback":
@@ -314,6 +320,16 @@ class TrainingLoop:
         self.by_position.load(state["token_losses"])
         self.reporter.report_event(loaded.step, "resumed", f"Went on from {loaded.folder.name}.")
         return loaded.step
+
+    def _accept_config(self, step: int) -> None:
+        """Make the proposed configuration the run's. A disk that cannot be written costs a warning, and the run its change."""
+        try:
+            self.folder.accept_proposed_config(step)
+        except OSError as error:
+            _warn(
+                f"{self.folder.config_file}: cannot be written: {error.strerror}; these ranks train with the new configuration, "
+                "and the next resume has the one before, unless it is given the same keys."
+            )
 
     def _state(self, engine_state: EngineState | None = None) -> dict[str, Any]:
         """What a checkpoint has."""

@@ -25,24 +25,34 @@ from distattn.training.run_settings import runs_on_gpus
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT)
 
 
-def main(folder: str, json_lines: bool, may_begin: Callable[[RunFolder, Config, torch.device], bool]) -> int:
-    """Run one rank of a run. Returns the exit code. may_begin: looks at all ranks before they train, and has said why not."""
+def main(
+    folder: str, json_lines: bool, proposed: bool, may_begin: Callable[[RunFolder, Config, torch.device], bool]
+) -> int:
+    """Run one rank of a run. Returns the exit code. may_begin: looks at all ranks before they train, and has said why not.
+
+    proposed: whether the run is resumed with the folder's proposed configuration, which becomes the run's before the first step.
+    """
 
     def work(run: RunFolder, config: Config, device: torch.device) -> int:
         if not may_begin(run, config, device):
             return DistattnError.exit_code
         if config.preflight.action == "only":
             return 0
-        train(run, config, json_lines, device)
+        train(run, config, json_lines, device, accept=proposed)
         return 0
 
-    return on_rank(folder, work)
+    return on_rank(folder, work, proposed)
 
 
-def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int]) -> int:
-    """Do work as one rank of the run of a folder, with a device and the process group. Returns its exit code, or an error's."""
+def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int], proposed: bool = False) -> int:
+    """Do work as one rank of the run of a folder, with a device and the process group. Returns its exit code, or an error's.
+
+    proposed: whether to read the proposed configuration, if there is one still.
+    """
     run = RunFolder(Path(folder))
-    config = configuration.load(run.config_file)
+    # an earlier attempt may have accepted it
+    takes_proposed = proposed and run.proposed_config_file.exists()
+    config = configuration.load(run.proposed_config_file if takes_proposed else run.config_file)
     # ranks share the machine's cores; more threads than cores only wait for each other
     here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.ranks))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))

@@ -11,6 +11,7 @@ import xxhash
 from distattn.ir.errors import DistattnError
 from distattn.training.config import Config
 from distattn.training.run_data import RunData
+from distattn.training.run_folder import RunFolder
 
 # these stay: a run with others is another run
 _FIXED = ("model", "data")
@@ -54,6 +55,14 @@ def check_same_run(before: Config, after: Config) -> None:
             raise DistattnError(
                 f"{key}: the run has {was!r}, and resuming with {now!r} would make it another; start a new one."
             )
+
+
+def check_steps_left(run: RunFolder, config: Config, done: int) -> None:
+    """Raise DistattnError where a run has done more steps than its configuration asks for. done: those of its checkpoint."""
+    if done > config.train.steps:
+        raise DistattnError(
+            f"train.steps: {config.train.steps:,}, but {run.folder} has a checkpoint of step {done:,}: give {done:,} or more."
+        )
 
 
 def _digest(values: Any) -> str:

@@ -59,6 +59,8 @@ class RunFolder:
         self.folder = folder
         self._lines: dict[Path, JsonLines] = {}
         self.config_file = folder / "config.toml"
+        # of a resumed run until its ranks have accepted it
+        self.proposed_config_file = folder / "config.proposed.toml"
         # of a run on text: its bytes as an indexed file, and the plan of its packs
         self.corpus_prefix = folder / "corpus"
         self.packs_file = folder / "corpus.packs"
@@ -117,6 +119,17 @@ class RunFolder:
         """Remove what asked ranks to end that have ended. Raises OSError."""
         for file in (self.stop_file, self.regroup_file):
             file.unlink(missing_ok=True)
+
+    def accept_proposed_config(self, step: int) -> None:
+        """Make the proposed configuration the run's; the one before is kept as config.until-STEP.toml. No rank may read it then.
+
+        step: that the ranks go on from. Nothing is done where there is none. Raises OSError; both files stay then.
+        """
+        if self.proposed_config_file.exists():
+            before = self.folder / f"config.until-{step}.toml"
+            if not before.exists():
+                write_whole(before, self.config_file.read_text("utf-8"))
+            self.proposed_config_file.replace(self.config_file)
 
     @staticmethod
     def create(config: Config) -> RunFolder:

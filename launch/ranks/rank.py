@@ -8,8 +8,11 @@ from pathlib import Path
 from distattn.launch.ranks import copy_output
 
 
-def run(folder: str, json_lines: bool) -> int:
-    """Run one rank of a run, in a process of its own that torchrun has named. Returns the exit code."""
+def run(folder: str, json_lines: bool, proposed: bool = False) -> int:
+    """Run one rank of a run, in a process of its own that torchrun has named. Returns the exit code.
+
+    proposed: whether its configuration is the one that `distattn resume` proposes.
+    """
     if (logs := Path(folder, "logs")).is_dir():
         keep_log(logs)
     from distattn.launch.command_line import no_progress, print_line
@@ -17,7 +20,7 @@ def run(folder: str, json_lines: bool) -> int:
     from distattn.training.rank import main
 
     report = no_progress if json_lines else print_line
-    return main(folder, json_lines, lambda run, config, device: check_run(run, config, device, report))
+    return main(folder, json_lines, proposed, lambda run, config, device: check_run(run, config, device, report))
 
 
 def set_allocator() -> None:

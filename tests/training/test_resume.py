@@ -74,6 +74,10 @@ def _train(rank: int, folder: Path, config: Config) -> None:
     train(RunFolder(folder), config, True, torch.device("cpu"))
 
 
+def _train_accepting(rank: int, folder: Path, config: Config) -> None:
+    train(RunFolder(folder), config, True, torch.device("cpu"), accept=True)
+
+
 def created(config: Config) -> RunFolder:
     run = RunFolder.create(config)
     write_text(run, config, find_text(config))
@@ -214,9 +218,21 @@ def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
     run = trained(config)
     before, planned = rows(run), open_data(run, config).plan
     assert planned.steps == STEPS
+    # fewer steps than were done are refused by ranks, too, and the run's configuration stays
+    fewer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+    configuration.save(fewer, run.proposed_config_file)
+    with pytest.raises(
+        AssertionError, match=rf"train\.steps: 2, but \S+ has a checkpoint of step {STEPS}: give {STEPS} or more"
+    ):
+        run_on_ranks(2, _train_accepting, run.folder, fewer)
+    assert configuration.load(run.config_file).train.steps == STEPS and rows(run) == before
     resume_run(run, longer, no_progress)
     assert not (run.folder / "corpus.longer.packs").exists()
-    run_on_ranks(2, _train, run.folder, configuration.load(run.config_file))
+    # the run's own configuration is another one once the ranks have found nothing against it
+    assert configuration.load(run.config_file).train.steps == STEPS
+    run_on_ranks(2, _train_accepting, run.folder, configuration.load(run.proposed_config_file))
+    assert configuration.load(run.config_file).train.steps == 3 * STEPS and not run.proposed_config_file.exists()
+    assert configuration.load(run.folder / f"config.until-{STEPS}.toml").train.steps == STEPS
     assert len(rows(run)) == 3 * STEPS and rows(run)[:STEPS] == before
     assert open_data(run, longer).plan.order_digest == planned.order_digest
     assert documents_of_step(run.documents_file, 3 * STEPS - 1)

@@ -1,0 +1,80 @@
+"""What `distattn resume` refuses leaves the run as it was, and what a launcher has derived is derived anew."""
+
+import pytest
+
+from distattn.checkpoints.manifest import Manifest
+from distattn.ir.errors import DistattnError
+from distattn.launch import resume_command, run_locally
+from distattn.launch.command_line import no_progress
+from distattn.launch.run_node import check_places
+from distattn.launch.start_run import start_run
+from distattn.training import config as configuration
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of four ranks on one node, as `launch local --gpus 4` makes it, with a checkpoint of step 34 that has no files."""
+    words = ["--parallel.ranks=4", "--parallel.devices_per_node=4", "--train.steps=40", "--reference_check.steps=0"]
+    (tmp_path / "text.py").write_text("Some text to train on. " * 2000)
+    words += [f"--data.path={tmp_path}/text.py", "--data.tokens_per_step=256", "--data.max_document_tokens=100"]
+    made = start_run(configuration.load("configs/tiny.toml", [*words, f"--run.folder={tmp_path}/run"]), no_progress)
+    step = made.checkpoints / "step-00000034"
+    step.mkdir(parents=True)
+    Manifest(1, 34, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(step)
+    return made
+
+
+def content_of(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "owner.lock"}
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """The configurations that ranks would have read, and the exit code that they end with."""
+    seen = []
+
+    def run_ranks_and_finish(run, config, report_progress, json_lines, *, proposed):
+        file = run.proposed_config_file if proposed and run.proposed_config_file.exists() else run.config_file
+        seen.append(configuration.load(file))
+        assert seen[-1] == config
+        return 2
+
+    monkeypatch.setattr(run_locally, "run_ranks_and_finish", run_ranks_and_finish)
+    return seen
+
+
+def test_fewer_steps_than_were_done_are_refused_before_ranks_start(run, ranks):
+    before = content_of(run.folder)
+    with pytest.raises(DistattnError) as refused:
+        resume_command.main([str(run.folder), "--train.steps", "10"])
+    assert str(refused.value) == f"train.steps: 10, but {run.folder} has a checkpoint of step 34: give 34 or more."
+    assert content_of(run.folder) == before and not ranks
+
+
+def test_what_ranks_refuse_does_not_change_the_run_s_configuration(run, ranks):
+    before = content_of(run.folder)
+    assert resume_command.main([str(run.folder), "--train.learning_rate=0.5"]) == 2
+    assert ranks[0].train.learning_rate == 0.5
+    after = content_of(run.folder)
+    assert {file for file in before if before[file] != after.get(file)} == {run.secret_file}
+    assert set(after) == set(before)
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks_and_nodes"),
+    [
+        (["--parallel.ranks", "2"], (2, 0)),
+        (["--parallel.ranks=2", "--parallel.devices-per-node=1"], (2, 1)),
+        (["--train.learning_rate=0.5"], (4, 4)),
+    ],
+)
+def test_ranks_of_a_node_are_derived_anew_where_a_resume_has_other_ranks(words, ranks_and_nodes, run, ranks):
+    resume_command.main([str(run.folder), *words])
+    assert (ranks[0].parallel.ranks, ranks[0].parallel.devices_per_node) == ranks_and_nodes
+
+
+def test_a_node_refuses_a_job_of_another_size_than_the_run(run):
+    config = configuration.load(run.config_file)
+    check_places(run, config, nodes=1)
+    with pytest.raises(DistattnError, match="the run has 4 ranks, 4 a node, but this job has 2 nodes"):
+        check_places(run, config, nodes=2)
