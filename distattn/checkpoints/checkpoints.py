@@ -119,6 +119,9 @@ class Checkpoints:
         # on rank 0: of all ranks
         self._local_plans: list[SavePlan] = []
         self._metadata: Metadata | None = None
+        # when this was made, and the seconds that the folder was saved into before: see `Manifest.seconds`
+        self._began = time.monotonic()
+        self._seconds_before: float | None = None
         # of the writing thread; whether it was raised and stays
         self._error: DistattnError | None = None
         self._told = False
@@ -153,6 +156,10 @@ class Checkpoints:
             self.wait_staged()
         elif self._step_hook is None:
             self._step_hook = register_optimizer_step_pre_hook(lambda *_: self.wait_staged())
+
+    def move_to(self, folder: Path) -> None:
+        """Save into another folder from the next save on; rank 0's is that of all ranks."""
+        self._folder = folder
 
     def wait_staged(self) -> None:
         """Return once the tensors of the last save are copied, and may change."""
@@ -351,8 +358,10 @@ class Checkpoints:
                 )
         folder = new_unfinished(self._folder, step)
         try:
-            serials = [one.manifest.serial for one in list_checkpoints(self._folder) if one.manifest is not None]
-            serial = 1 + max(serials, default=0)
+            manifests = [one.manifest for one in list_checkpoints(self._folder) if one.manifest is not None]
+            serial = 1 + max((one.serial for one in manifests), default=0)
+            if self._seconds_before is None:
+                self._seconds_before = max((one.seconds or 0.0 for one in manifests), default=0.0)
             if all(plan is None for plan in plans):
                 return [_Start(folder, serial, None)] * len(plans)
             local = [plan or self._local_plans[rank] for rank, plan in enumerate(plans)]
@@ -392,6 +401,7 @@ class Checkpoints:
             torch=torch.__version__,
             facts=self._facts,
             files=digests,
+            seconds=round((self._seconds_before or 0.0) + time.monotonic() - self._began, 3),
         ).write(folder)
         commit(folder, step)
         self._remove_old()

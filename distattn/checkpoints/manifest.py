@@ -39,9 +39,10 @@ class Manifest:
     """What a checkpoint is.
 
     serial: checkpoints of a folder are numbered in the order in which they were saved, which is not that of their steps where a
-    run has gone back. step: training steps done. saved_at: ISO 8601, UTC. world_size: ranks that saved. torch: its version.
-    facts: names to digests or other words about what the state belongs to (configuration, plan, corpora). files: all files but
-    the manifest.
+    run has gone back. step: training steps done. saved_at: ISO 8601, UTC, for people, since clocks jump. world_size: ranks that
+    saved. torch: its version. facts: names to digests or other words about what the state belongs to (configuration, plan,
+    corpora). files: all files but the manifest. seconds: for which jobs have saved into the folder so far, by a clock that never
+    jumps; None in manifests of earlier versions.
     """
 
     serial: int
@@ -51,6 +52,7 @@ class Manifest:
     torch: str
     facts: Mapping[str, str]
     files: Sequence[FileDigests]
+    seconds: float | None = None
 
     @property
     def bytes(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 
 from distattn.checkpoints.checkpoint_folder import Checkpoint, sizes_are_right
 from distattn.ir.errors import DistattnError
@@ -12,9 +11,10 @@ from distattn.ir.errors import DistattnError
 
 @dataclass(frozen=True)
 class KeepRule:
-    """What is kept: the `last` newest checkpoints, and besides one of every `every_hours` hours.
+    """What is kept: the `last` newest checkpoints, and besides one of every `every_hours` hours of training.
 
-    last: at least 1. Raises DistattnError where a number is too small.
+    Hours are those in which jobs went on (`Manifest.seconds`), since the time of day may jump. last: at least 1. Raises
+    DistattnError where a number is too small.
     """
 
     last: int = 3
@@ -40,14 +40,17 @@ class KeepRule:
         return [one for one in whole if one.folder not in kept]
 
     def _spaced(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """The first checkpoint, and after each the first that is `every_hours` younger."""
-        kept: list[tuple[datetime, Checkpoint]] = []
+        """Return the first checkpoint, after each the first that is `every_hours` younger, and those whose hour is not known."""
         if self.every_hours is None:
             return []
-        gap = timedelta(hours=self.every_hours)
+        kept, next_seconds = [], 0.0
         for one in checkpoints:
             assert one.manifest is not None
-            when = datetime.fromisoformat(one.manifest.saved_at)
-            if not kept or when - kept[-1][0] >= gap:
-                kept.append((when, one))
-        return [one for _, one in kept]
+            seconds = one.manifest.seconds
+            if seconds is None:
+                # earlier versions have chosen these by their own rule
+                kept.append(one)
+            elif seconds >= next_seconds:
+                kept.append(one)
+                next_seconds = seconds + 3600 * self.every_hours
+        return kept

@@ -1,13 +1,15 @@
 """Saving goes on beside the training, survives a disk that is full or cannot be written, and keeps what the rule says."""
 
+import dataclasses
 import errno
 import os
 import re
 import resource
 import threading
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoint_faults as faults
 import pytest
@@ -381,18 +383,15 @@ def save_other_steps(rank, folder):
 
 
 def fill(folder, hours, keep):
-    """Checkpoints saved at these hours; those that the rule would remove."""
+    """Checkpoints saved after these hours of training, None where that is not known; those that the rule would remove."""
     saver = open_checkpoints(folder, keep=KeepRule(last=1000))
     for step, _ in enumerate(hours):
         saver.save(step, {"a": 1})
     saver.close()
-    start = datetime(2026, 1, 1, tzinfo=UTC)
-    found = []
-    for one, hour in zip(list_checkpoints(folder), hours, strict=True):
-        manifest = one.manifest.__class__(
-            **{**one.manifest.__dict__, "saved_at": (start + timedelta(hours=hour)).isoformat()}
-        )
-        found.append(one._replace(manifest=manifest))
+    found = [
+        one._replace(manifest=dataclasses.replace(one.manifest, seconds=None if hour is None else 3600.0 * hour))
+        for one, hour in zip(list_checkpoints(folder), hours, strict=True)
+    ]
     return found, [one.step for one in keep.removable(found)]
 
 
@@ -404,6 +403,34 @@ def test_one_checkpoint_of_every_few_hours_is_kept(tmp_path):
     # what is kept does not depend on how often the rule was applied
     left = [one for one in found if one.step not in removable]
     assert KeepRule(last=2, every_hours=3).removable(left) == []
+
+
+def test_a_clock_that_was_ahead_does_not_end_the_keeping_of_hours(tmp_path, monkeypatch):
+    days, clock = iter([0, 3, 0, 0, 0, 0, 0, 0]), [0.0]
+
+    class Jumping(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            # the second save is made while the time of day is three days ahead
+            return datetime.now(tz) + timedelta(days=next(days))
+
+    monkeypatch.setattr(module, "datetime", Jumping)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for first, began in ((1, 1e6), (5, 7.0)):
+        # a second job, on a machine that was just started
+        clock[0] = began
+        saver = open_checkpoints(tmp_path, keep=KeepRule(last=1, every_hours=2))
+        for step in range(first, first + 4):
+            clock[0] += 3600
+            saver.save(step, {"a": 1})
+            saver.wait()
+        saver.close()
+    assert steps(tmp_path) == [1, 3, 5, 7, 8]
+
+
+def test_checkpoints_of_versions_that_counted_no_seconds_stay(tmp_path):
+    found, removable = fill(tmp_path, [None, None, 0, 1, 2, 3], KeepRule(last=1, every_hours=2))
+    assert removable == [3]
 
 
 def test_the_only_good_checkpoint_is_never_removed(tmp_path):
