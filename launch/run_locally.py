@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable
 
 from distattn.checkpoints.checkpoint_folder import newest_step
+from distattn.checkpoints.held_folder import HeldFolder
+from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress, print_line
 from distattn.launch.ranks.machine_limits import check_run_fits
@@ -71,14 +73,23 @@ def run_ranks_and_finish(
 
     set_allocator()
     patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
-    code = run_supervised(
-        Ranks(config.parallel.ranks, RANK, [str(run.folder), json_lines, proposed], patience),
-        Attempts(run.attempts),
-        Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints)),
-        PRELOAD,
-    )
-    if config.preflight.action == "only":
-        if json_lines and run.preflight_file.exists():
-            print_line(json_text(parse_json(run.preflight_file.read_bytes())))
-        return code
-    return code or finish_run(run, config, report_progress, json_lines)
+    with HeldFolder(run.folder) as held:
+        code = run_supervised(
+            Ranks(config.parallel.ranks, RANK, [str(run.folder), json_lines, proposed], patience),
+            Attempts(run.attempts),
+            Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints), held),
+            PRELOAD,
+        )
+        if config.preflight.action == "only":
+            if json_lines and run.preflight_file.exists():
+                print_line(json_text(parse_json(run.preflight_file.read_bytes())))
+            return code
+        if code:
+            return code
+        held.check()
+        try:
+            return finish_run(run, config, report_progress, json_lines)
+        except (DistattnError, OSError):
+            # what is missing then is not what has to be said
+            held.check()
+            raise

@@ -48,15 +48,16 @@ def problems_of(facts: Sequence[RankFacts]) -> list[str]:
         *_config_problems(facts),
         *_version_problems(facts),
         *_digest_problems([one for one in facts if not one.failure]),
-        *_disk_problems(facts),
+        *_disk_shortages([one for one in facts if not one.goes_on]),
         *_device_memory_problems(facts),
         *_host_memory_problems(facts),
     ]
 
 
 def warnings_of(facts: Sequence[RankFacts]) -> list[str]:
-    """What is unusual, and lets a run go on."""
-    found = [
+    """What is unusual, and lets a run go on: also a full disk where steps were done before, since these bear it."""
+    found = list(_disk_shortages([one for one in facts if one.goes_on]))
+    found += [
         f"{who} has the device {there}, most ranks {common}; the slowest device sets the pace."
         for who, there, common in _differing(facts, lambda one: one.device.name)
     ]
@@ -96,7 +97,7 @@ def _digest_problems(facts: Sequence[RankFacts]) -> Iterator[str]:
             )
 
 
-def _disk_problems(facts: Sequence[RankFacts]) -> Iterator[str]:
+def _disk_shortages(facts: Sequence[RankFacts]) -> Iterator[str]:
     for (need, free), ranks in _grouped(facts, lambda one: (one.disk_needed, one.disk_free)).items():
         if need > free:
             yield (

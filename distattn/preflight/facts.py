@@ -41,8 +41,9 @@ class RankFacts:
     """What a rank says of itself.
 
     rank: of all, from 0. host: its name; machine: what tells machines of one name apart. config: key to value. host_free: bytes
-    of memory. disk_free: bytes where the run folder is; disk_needed: what its checkpoints still take at once. digests: of what is
-    trained, by its name. failure: what could not be found out, in a sentence; what depends on it is left out.
+    of memory. disk_free: bytes where the run folder is; disk_needed: what its checkpoints still take at once. goes_on: whether
+    steps were done before. digests: of what is trained, by its name. failure: what could not be found out, in a sentence; what
+    depends on it is left out.
     """
 
     rank: int
@@ -54,6 +55,7 @@ class RankFacts:
     host_free: int | None
     disk_free: int = 0
     disk_needed: int = 0
+    goes_on: bool = False
     digests: dict[str, str] = field(default_factory=dict)
     forecast: MemoryForecast | None = None
     failure: str = ""
@@ -90,6 +92,7 @@ def collect_facts(run: RunFolder, config: Config, device: torch.device) -> RankF
     try:
         disk = os.statvfs(run.folder)
         known |= {"disk_free": disk.f_bavail * disk.f_frsize, "disk_needed": checkpoint_bytes(run, config)}
+        known["goes_on"] = run.metrics_file.exists() or bool(list_checkpoints(run.checkpoints))
         known |= _facts_of_data(run, config, device, dist.get_rank())
     except DistattnError as error:
         known["failure"] = str(error)

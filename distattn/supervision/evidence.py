@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,9 +37,16 @@ def answer_with_stacks(folder: Path, rank: int) -> None:
     """Have this process write where its threads stand into stacks-RANK.txt of a folder, when it is asked to.
 
     From C, so that neither a lock nor a call that keeps the interpreter to itself is in the way. What ends it by a signal of its
-    own, such as a segmentation fault, is written there, too.
+    own, such as a segmentation fault, is written there, too. Where the file cannot be made, this process's error stream has them.
     """
-    descriptor = os.open(_stacks_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    file = _stacks_file(folder, rank)
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        sys.stderr.write(
+            f"distattn: {file}: cannot be made: {error.strerror}; stacks of rank {rank} are printed instead.\n"
+        )
+        descriptor = os.dup(2)
     faulthandler.enable(descriptor)
     faulthandler.register(_TELL_STACKS, file=descriptor, all_threads=True)
 

@@ -80,11 +80,17 @@ def read_rows(path: Path) -> list[Row]:
 class JsonLines:
     """A file of a run. A full disk ends no run: it is warned of, and rows are kept and added when there is room.
 
-    append: adds the rows of one call to the file, all or none, and raises OSError where it cannot.
+    append: adds the rows of one call to the file, all or none, and raises OSError where it cannot. is_in_place: tells whether
+    the file's folder is still the same one; in another one nothing is written.
     """
 
-    def __init__(self, path: Path, append: Callable[[Path, Sequence[Row]], None] = append_rows):
-        self._path, self._append = path, append
+    def __init__(
+        self,
+        path: Path,
+        append: Callable[[Path, Sequence[Row]], None] = append_rows,
+        is_in_place: Callable[[], bool] = lambda: True,
+    ):
+        self._path, self._append, self._is_in_place = path, append, is_in_place
         self._waiting: list[Callable[[], Sequence[Row]]] = []
 
     def add(self, rows: Callable[[], Sequence[Row]]) -> None:
@@ -95,6 +101,10 @@ class JsonLines:
         if error is not None and not was_waiting:
             _warn(f"{self._path}: cannot be written: {error.strerror}; its lines are kept and added later.")
 
+    def move_to(self, folder: Path) -> None:
+        """Go on in the folder's new place."""
+        self._path, self._is_in_place = folder / self._path.name, lambda: True
+
     def close(self) -> None:
         """Add what still waits; says how many rows are lost where that cannot be."""
         error = self._write()
@@ -103,6 +113,8 @@ class JsonLines:
             _warn(f"{self._path}: cannot be written: {error.strerror}; its last {lost:,} lines are lost.")
 
     def _write(self) -> OSError | None:
+        if self._waiting and not self._is_in_place():
+            return FileNotFoundError(errno.ENOENT, "its folder was moved or deleted")
         try:
             while self._waiting:
                 self._append(self._path, self._waiting[0]())

@@ -32,7 +32,7 @@ from distattn.training.config import Config
 from distattn.training.engines.engine import Batch, Engine, EngineState
 from distattn.training.engines.opened import open_engine
 from distattn.training.evaluation import evaluate
-from distattn.training.json_lines import JsonLines
+from distattn.training.json_lines import write_whole
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter
 from distattn.training.numerics_watch import NumericsWatch, Verdict
@@ -50,7 +50,7 @@ from distattn.training.run_settings import (
 from distattn.training.schedule import learning_rate
 from distattn.training.step_clock import StepClock
 from distattn.training.step_documents import append_documents
-from distattn.training.stop_request import StopRequest
+from distattn.training.stop_request import Stop, StopRequest
 
 
 def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device, *, accept: bool = False) -> None:
@@ -66,8 +66,9 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
         given = TrainingRun(run, config, data, shape, facts_of(config, data, shape), device)
         if dist.get_rank() == 0:
             lock = stack.enter_context(RunLock(run.folder))
+            run.hold()
             stack.enter_context(closing(run))
-            shape.save_pretrained(run.folder)
+            _write_shape(run, shape)
         engine = stack.enter_context(closing(open_engine(config, device, data.vocabulary, data.context)))
         visible, train_config = dist.get_rank() == 0, config.train
         reporter = stack.enter_context(
@@ -77,10 +78,10 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
         checkpoints = Checkpoints(run.checkpoints, group=dist.group.WORLD, facts=given.facts, keep=keep, warn=_warn)
         stack.enter_context(closing(checkpoints))
         loop = TrainingLoop(given, engine, checkpoints, reporter, lock, accept)
-        stack.enter_context(closing(loop.documents))
         stack.enter_context(closing(loop.health))
         stack.enter_context(closing(loop.stop))
         loop.run()
+        loop.check_folder()
     steps = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)]
     if lock is not None and config.checkpoint.every_steps >= 0 and config.train.steps not in steps:
         raise DistattnError(
@@ -116,8 +117,8 @@ class TrainingLoop:
         self.engine, self.checkpoints, self.reporter, self.lock = engine, checkpoints, reporter, lock
         self._accept = accept
         config, data, device = self.config, self.data, self.device
-        self.stop = StopRequest(self.folder.stop_file, self.folder.regroup_file)
-        self.documents = JsonLines(self.folder.documents_file, append_documents)
+        self.stop = StopRequest(self.folder.stop_file, self.folder.regroup_file, of_folder=self._look_at_folder)
+        self.documents = self.folder.lines(self.folder.documents_file, append_documents)
         self.schedule, group = schedule_settings(config), dist.group.WORLD
         self.watch = NumericsWatch(
             engine.model,
@@ -175,11 +176,12 @@ class TrainingLoop:
             # before the save: a run that is resumed from it has evaluated
             if evaluation.every_steps and (done % evaluation.every_steps == 0 or done == last):
                 self._evaluate(done)
-            stops = self.stop.is_made() and done < last
-            if done < last and (every > 0 and done % every == 0 or every >= 0 and stops):
+            stop = self.stop.made() if done < last else Stop.NO
+            due = done < last and (every > 0 and done % every == 0 or every >= 0 and stop)
+            if due and stop != Stop.FOLDER_LOST:
                 self._save(done)
-            if stops:
-                self._stop(done)
+            if stop:
+                self._end(done, stop)
             clock.skip()
             tell(f"reading the data of step {done + 1}")
         return last
@@ -265,8 +267,33 @@ class TrainingLoop:
         self.reporter.report_losses(done, self.by_position.reduce(self.engine.cp.loss_group), TRAINING)
         self.by_position.reset()
 
-    def _stop(self, done: int) -> None:
+    def _look_at_folder(self) -> Stop:
+        """On rank 0: look whether the run's folder is where it was."""
+        if self.folder.is_in_place():
+            return Stop.NO
+        return Stop.FOLDER_LOST if self.folder.follow() is None else Stop.FOLDER_MOVED
+
+    def check_folder(self) -> None:
+        """Raise DistattnError on rank 0 where the run's folder is not where it was, with what has become of it."""
+        if self.lock is not None:
+            self.folder.hold().check()
+
+    def _end(self, done: int, stop: Stop) -> None:
+        """End the run after a step, saved if it can be. Raises RunStopped, or DistattnError where its folder is elsewhere."""
         self.checkpoints.wait()
+        if stop != Stop.ASKED:
+            what = (
+                self.folder.hold().what_happened()
+                if self.lock is not None
+                else f"{self.folder.folder}: is not in place"
+            )
+            self.reporter.report_event(done, "stopped", what)
+            if stop == Stop.FOLDER_LOST or self.config.checkpoint.every_steps < 0:
+                raise DistattnError(f"{what}; the run ends after step {done:,}, which is not saved.")
+            place = self.folder.follow() or "its new name"
+            raise DistattnError(
+                f"{what}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
+            )
         self.reporter.report_event(done, "stopped", "Stopped as it was asked to.")
         raise RunStopped(
             f"stopped after step {done}, asked by a file in {self.folder.folder}; distattn resume goes on from there."
@@ -297,6 +324,12 @@ class TrainingLoop:
     def _save(self, done: int) -> None:
         if self.lock is not None:
             self.lock.check()
+            if not self.folder.is_in_place():
+                if (place := self.folder.follow()) is None:
+                    # nothing is left to save into
+                    self.check_folder()
+                else:
+                    self.checkpoints.move_to(place / self.folder.checkpoints.name)
         self.checkpoints.save(done, self._state(), overlap=True)
 
     def _roll_back(self, step: int) -> int:
@@ -342,6 +375,16 @@ class TrainingLoop:
             "token_losses": self.by_position.state(self.engine.cp.loss_group),
             "progress": json.dumps(progress),
         }
+
+
+def _write_shape(run: RunFolder, shape: Any) -> None:
+    """Write the model's transformers configuration, for exports; a disk that cannot be written costs a warning."""
+    file, text = run.folder / "config.json", f"{shape.to_json_string()}"
+    try:
+        if not file.exists() or file.read_text("utf-8") != text:
+            write_whole(file, text)
+    except OSError as error:
+        _warn(f"{file}: cannot be written: {error.strerror}; checkpoints cannot be exported without it.")
 
 
 def _warn(text: str) -> None:

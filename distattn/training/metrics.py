@@ -61,7 +61,7 @@ class MetricsReporter:
         self.run, self.steps, self.json_lines, self.visible = run, steps, json_lines, visible
         self.began = self.last_line = 0.0
         self.bar: Progress | None = None
-        self.tensorboard = TensorBoardFiles(run.folder / "tensorboard")
+        self.tensorboard = TensorBoardFiles(run.folder / "tensorboard", run.is_in_place)
         self._project = wandb
         self._wandb: Any = None
         self._first_step: int | None = None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distattn.checkpoints.held_folder import HeldFolder
 from distattn.ir.errors import DistattnError
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.job_secret import write_secret
-from distattn.training.json_lines import JsonLines, Row, json_text, read_rows, write_whole
+from distattn.training.json_lines import JsonLines, Row, append_rows, json_text, read_rows, write_whole
 
 # whose losses by position and corpus are written
 TRAINING, EVALUATION = "training", "evaluation"
@@ -58,6 +60,7 @@ class RunFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self._lines: dict[Path, JsonLines] = {}
+        self._held: HeldFolder | None = None
         self.config_file = folder / "config.toml"
         # of a resumed run until its ranks have accepted it
         self.proposed_config_file = folder / "config.proposed.toml"
@@ -144,12 +147,39 @@ class RunFolder:
 
     def append(self, path: Path, *rows: Row) -> None:
         """Add JSON lines to a file of the run; see `JsonLines`."""
-        self._lines.setdefault(path, JsonLines(path)).add(lambda: rows)
+        self.lines(path).add(lambda: rows)
+
+    def lines(self, path: Path, append: Callable[[Path, Sequence[Row]], None] = append_rows) -> JsonLines:
+        """Return the JSON lines of a file of the run, which `close` closes."""
+        if path not in self._lines:
+            self._lines[path] = JsonLines(path, append, self.is_in_place)
+        return self._lines[path]
+
+    def hold(self) -> HeldFolder:
+        """Keep the folder open until `close`, so that this process notices where it is moved or deleted. Raises OSError."""
+        if self._held is None:
+            self._held = HeldFolder(self.folder)
+        return self._held
+
+    def is_in_place(self) -> bool:
+        """Return whether the folder's path names the folder that this process holds, if it holds it."""
+        return self._held is None or self._held.is_in_place()
+
+    def follow(self) -> Path | None:
+        """Return where the held folder is now, and have waiting lines added there; None where that is nowhere."""
+        place = None if self._held is None else self._held.where()
+        if place is not None:
+            for lines in self._lines.values():
+                lines.move_to(place)
+        return place
 
     def close(self) -> None:
-        """Add the lines that waited for room on the disk; see `JsonLines`."""
+        """Add the lines that waited for room on the disk; see `JsonLines`. Let go of the folder."""
         for lines in self._lines.values():
             lines.close()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def metrics(self) -> list[StepMetrics]:
         """The metrics of the steps so far, in their order; of a step that was done again after going back, the last."""

@@ -33,7 +33,12 @@ class RunHealth(HealthReports):
         if reporter.visible and config.prometheus_file:
             self._publishers.append(PrometheusFile(Path(config.prometheus_file)).publish)
         if reporter.visible and config.prometheus_port:
-            write_secret(run.prometheus_token)
+            try:
+                write_secret(run.prometheus_token)
+            except OSError:
+                # on a full disk the one of an earlier attempt stays
+                if not run.prometheus_token.exists():
+                    raise
             token = read_secret(run.prometheus_token).hex()
             port = PrometheusPort(config.prometheus_address, config.prometheus_port, token)
             self._opened.callback(port.close)

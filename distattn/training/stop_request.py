@@ -1,37 +1,55 @@
-"""Asking a run to save and to end: somebody makes a file in its folder, and all ranks hear of it in the same step."""
+"""Asking a run to save and to end: somebody makes a file in its folder, and all ranks hear of it in the same step.
+
+In the same way all ranks hear that the folder is not where it was.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 
-class StopRequest:
-    """Whether a run is asked to stop. Made and closed by all ranks together.
+class Stop(IntEnum):
+    """Why a run stops. FOLDER_MOVED: its folder has another name, where it can be saved. FOLDER_LOST: it has none."""
 
-    files: each asks for it, if it is there. Rank 0 looks for them when a step begins, and tells the others while the step
-    computes: nothing waits for it. A group of its own, on the host, keeps the message apart from what the trainer sends.
+    NO = 0
+    ASKED = 1
+    FOLDER_MOVED = 2
+    FOLDER_LOST = 3
+
+
+class StopRequest:
+    """Whether a run is to stop. Made and closed by all ranks together.
+
+    files: each asks for it, if it is there. of_folder: on rank 0, tells what became of the run's folder. Rank 0 looks for them
+    when a step begins, and tells the others while the step computes: nothing waits for it. A group of its own, on the host,
+    keeps the message apart from what the trainer sends.
     """
 
-    def __init__(self, *files: Path):
-        self._files, self._group = files, dist.new_group(backend="gloo")
+    def __init__(self, *files: Path, of_folder: Callable[[], Stop] = lambda: Stop.NO):
+        self._files, self._of_folder = files, of_folder
+        self._group = dist.new_group(backend="gloo")
         self._asked = torch.zeros(1, dtype=torch.uint8)
         self._work: dist.Work | None = None
 
     def look(self) -> None:
         """Begin to tell all ranks whether a file is there. All ranks call it when a step begins."""
         if dist.get_rank() == 0:
-            self._asked.fill_(any(file.exists() for file in self._files))
+            self._asked.fill_(
+                self._of_folder() or (Stop.ASKED if any(file.exists() for file in self._files) else Stop.NO)
+            )
         self._work = dist.broadcast(self._asked, src=0, group=self._group, async_op=True)
 
-    def is_made(self) -> bool:
-        """Whether a file was there at the last `look`, the same on all ranks."""
+    def made(self) -> Stop:
+        """Return whether, and why, the run is to stop since the last `look`, the same on all ranks."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return bool(self._asked)
+        return Stop(int(self._asked))
 
     def close(self) -> None:
         """End the group."""

@@ -10,10 +10,13 @@ from typing import Any
 
 
 class TensorBoardFiles:
-    """Files of one process in a folder. What cannot be written is left out: the same numbers are in the run's JSON lines."""
+    """Files of one process in a folder. What cannot be written is left out: the same numbers are in the run's JSON lines.
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    is_in_place: tells whether the run's folder is still the same one; nothing is made anew elsewhere.
+    """
+
+    def __init__(self, folder: Path, is_in_place: Callable[[], bool] = lambda: True):
+        self._folder, self._is_in_place = folder, is_in_place
         self._writer: Any = None
         self._warned = False
 
@@ -27,6 +30,8 @@ class TensorBoardFiles:
         The first time that it cannot be written is warned of. TensorBoard writes in a thread, so what was added just before is
         lost as well, and the thread may tell of the same error.
         """
+        if not self._is_in_place():
+            return
         try:
             if self._writer is None:
                 # a second, at the first time

@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
+from distattn.launch.command_line import say
 from distattn.launch.ranks.entry import run_rank
 from distattn.launch.ranks.local import HERE, Node, as_found, how_it_ended, stopped_by, torchrun_config
 from distattn.launch.ranks.loopback import gloo_on_loopback
@@ -89,11 +90,14 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises AttemptStopped.
     """
     node, reports = ranks.node, None
-    folder.mkdir(parents=True, exist_ok=True)
-    own = folder
+    own = folder if node.nodes == 1 else folder / f"node-{node.number}"
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        # a full disk must not keep a run from going on
+        say(f"{own}: cannot be made: {error.strerror}; nothing is kept there of ranks that hang.")
     if node.nodes > 1:
-        reports, own = NodeReports(folder, node.number, node.nodes), folder / f"node-{node.number}"
-        own.mkdir(exist_ok=True)
+        reports = NodeReports(folder, node.number, node.nodes)
     numbers = range(node.number * ranks.size, (node.number + 1) * ranks.size)
     watch = RankWatch(board, numbers, ranks.patience, own, reports)
     given = (os.getpid(), str(board.path), number, str(own), ranks.function, *ranks.arguments)

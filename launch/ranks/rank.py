@@ -43,6 +43,12 @@ def keep_log(folder: Path) -> None:
         assert copy.stdin is not None
         target = copy.stdin.fileno()
     else:
-        target = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            target = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            sys.stderr.write(
+                f"distattn: {file}: cannot be opened: {error.strerror}; the console has what rank {rank} says.\n"
+            )
+            return
     for stream in (1, 2):
         os.dup2(target, stream)

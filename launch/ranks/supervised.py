@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from distattn.checkpoints.held_folder import HeldFolder
 from distattn.ir.errors import LostRankError
 from distattn.launch.attempt_end import RepeatedFailures
 from distattn.launch.attempts import Attempts
@@ -20,10 +21,14 @@ from distattn.supervision.rank_watch import Trouble
 
 @dataclass(frozen=True)
 class Restarts:
-    """How often ranks are started again without having come further. progress: how far the run has come, as a number."""
+    """How often ranks are started again without having come further. progress: how far the run has come, as a number.
+
+    folder: without which they are not started again.
+    """
 
     limit: int
     progress: Callable[[], int]
+    folder: HeldFolder | None = None
 
 
 def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload: Sequence[str] = ()) -> int:
@@ -49,6 +54,8 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
         code, trouble = _run_once(ranks, attempts)
         if trouble is None:
             return code
+        if restarts.folder is not None and trouble.kind != "refused":
+            restarts.folder.check()
         failures.add(one.rank for one in trouble.culprits)
         now = restarts.progress()
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)

@@ -56,7 +56,12 @@ class RayRun:
             outcome = Outcome(error.exit_code)
         finally:
             self._nodes.close()
-            note_state(self.run, f"ended {outcome.code}")
+            try:
+                note_state(self.run, f"ended {outcome.code}")
+            except OSError as error:
+                say(
+                    f"{self.run.state_file}: cannot be written: {error.strerror}; the run ended with exit code {outcome.code}."
+                )
         if outcome.code == RunStopped.exit_code:
             say(f"python -m distattn.launch.ray.attempts {self.run.folder} goes on from the newest checkpoint.")
         return outcome.code

@@ -157,7 +157,10 @@ def main(arguments: Sequence[str]) -> int:
         outcome = Outcome(error.exit_code)
     finally:
         # before the job is queued again, which ends this process
-        run.state_file.write_text(f"ended {outcome.code}\n", "utf-8")
+        try:
+            run.state_file.write_text(f"ended {outcome.code}\n", "utf-8")
+        except OSError as error:
+            say(f"{run.state_file}: cannot be written: {error.strerror}; the job ended with exit code {outcome.code}.")
     if outcome.again:
         _queue_again(job, nodes)
     return outcome.code

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from processes import run_on_ranks
 from waiting import eventually
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints, newest_good
+from distattn.checkpoints.owner import Owner
 from distattn.training.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from distattn.training.config_sections import CheckpointConfig, EvaluationConfig, ReferenceCheckConfig
 from distattn.training.engines.fsdp2 import Fsdp2Engine
@@ -24,6 +26,7 @@ from distattn.training.step_documents import documents_of_step
 
 STEPS = 10
 DISK_BYTES = 8 << 20
+DISK_FILES = 1000
 
 
 @pytest.fixture
@@ -32,7 +35,9 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},nr_inodes={DISK_FILES}", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
@@ -59,6 +64,15 @@ def fill(disk: Path) -> None:
     with open(disk / "ballast", "wb", buffering=0) as ballast, suppress(OSError):
         while ballast.write(bytes(1 << 16)):
             pass
+
+
+def fill_with_files(disk: Path) -> None:
+    """Leave room for not a byte, nor for another file or folder."""
+    fill(disk)
+    (many := disk / "many").mkdir()
+    with suppress(OSError):
+        for number in range(DISK_FILES):
+            (many / str(number)).touch()
 
 
 def warned_of(step: int, said: Path) -> None:
@@ -128,3 +142,53 @@ def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts,
     assert rows(run) == rows(plain)
     lines = (tmp_path / "said-2").read_text().splitlines()
     assert len(lines) == 2 and all("was not saved" in line and "Read-only file system" in line for line in lines), lines
+
+
+def test_a_restart_bears_a_full_disk(texts, disk, tmp_path):
+    config, said = config_of(texts, disk / "run"), tmp_path / "said"
+    run = RunFolder.create(config)
+    write_text(run, config, find_text(config))
+    run_on_ranks(2, _train, run.folder, replace(config, train=replace(config.train, steps=4)), tmp_path / "said-0", {})
+    # as a killed rank 0 leaves it: its own name is that of a process that is no more
+    dead = replace(Owner.of_this_process(), pid=2**22 + 1)
+    dead.write(run.folder / "owner.json")
+    fill_with_files(disk)
+    room = {2: lambda: (shutil.rmtree(disk / "many"), (disk / "ballast").unlink())}
+    run_on_ranks(2, _train, run.folder, config, said, room)
+    assert [one.step for one in list_checkpoints(run.checkpoints)] == [6, 8, 10]
+    assert [step.step for step in run.metrics()] == list(range(1, STEPS + 1))
+    lines = [line for line in said.read_text().splitlines() if line.startswith("distattn: ")]
+    assert all("No space left on device" in line for line in lines) and any("owner.json" in line for line in lines), (
+        lines
+    )
+
+
+def test_a_run_whose_folder_is_renamed_is_saved_there_and_ends(texts, tmp_path):
+    place, moved = tmp_path / "run", tmp_path / "moved"
+
+    def rename():
+        # and another run begins under the name
+        place.rename(moved)
+        place.mkdir()
+
+    with pytest.raises(
+        AssertionError, match=rf"run: was renamed to {moved} meanwhile; the run was saved there after step 5"
+    ):
+        trained(config_of(texts, place), tmp_path / "said", {4: rename})
+    assert list(place.iterdir()) == []
+    run = RunFolder(moved)
+    assert newest_good(run.checkpoints) == run.checkpoints / "step-00000005"
+    assert [step.step for step in run.metrics()] == [1, 2, 3, 4, 5]
+    for step in range(5):
+        assert documents_of_step(run.documents_file, step)
+    assert run.events()[-1]["kind"] == "stopped"
+
+
+def test_a_run_whose_folder_is_deleted_ends_and_does_not_make_half_of_it_anew(texts, tmp_path):
+    place = tmp_path / "run"
+    with pytest.raises(
+        AssertionError, match="was deleted meanwhile, or moved elsewhere; the run ends after step 4, which is not"
+    ):
+        trained(config_of(texts, place), tmp_path / "said", {3: lambda: shutil.rmtree(place)})
+    assert not place.exists()
+    assert "No such file" in (said := (tmp_path / "said").read_text()) or "moved or deleted" in said
