@@ -17,6 +17,8 @@ from distattn.supervision.evidence import is_in_collective, keep_evidence
 from distattn.supervision.heartbeats import ENDED, LEFT, RAISED, REFUSED, Heartbeat, HeartbeatBoard
 from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeReports, merged
 
+# sent to this process itself where only its main thread can end the ranks; no person or scheduler sends it to launchers
+INTERRUPT = signal.SIGUSR2
 # seconds between two looks at other nodes' questions
 _ASKED_SECONDS = 0.5
 # seconds between two looks
@@ -88,8 +90,6 @@ class RankWatch:
         # what was asked in an attempt before this one, of a scheduler that does not number them, is over
         self._reports, self._answered = reports, reports.asked() if reports is not None else 0.0
         self.trouble: Trouble | None = None
-        # whether this process was sent a SIGINT for it
-        self.interrupts = False
         self._began = time.monotonic()
         # looks in a row that have seen a stopped rank, after ranks were silent for too long
         self._stopped_looks = 0
@@ -280,8 +280,7 @@ class RankWatch:
                     os.kill(beat.pid, signal.SIGKILL)
         if not known or not noticed:
             # nobody has said who it is, or torchrun waits for a dead one: it ends its ranks with this process
-            self.interrupts = True
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), INTERRUPT)
 
 
 def _said(beats: Mapping[int, Heartbeat | None]) -> float:

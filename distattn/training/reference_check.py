@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,9 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
     write_initial_weights(run, config)
     # -P: the script's own folder must not shadow anybody's packages
     command = [sys.executable, "-P", str(_REPLAY), str(run.folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # it ends with this process, however this one ends
+    wrapper = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "--"]
+    done = subprocess.run([*wrapper, *command], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DistattnError(f"the replay in plain transformers failed ({last}); run it by hand: {' '.join(command)}")

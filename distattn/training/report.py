@@ -11,6 +11,7 @@ from distattn.ir.plan import Plan
 from distattn.pages.render import render_page
 from distattn.parallel.analysis.explain import draw_score_matrix
 from distattn.training.config import Config
+from distattn.training.json_lines import write_whole
 from distattn.training.report_losses import corpus_rows, loss_charts
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
 
@@ -58,7 +59,7 @@ def write_report(run: RunFolder, config: Config, checked: dict | None) -> None:
         explanation=run.explanation_file.read_text("utf-8"),
         configuration=run.config_file.read_text("utf-8"),
     )
-    run.report_file.write_text(page, "utf-8")
+    write_whole(run.report_file, page)
 
 
 def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]]) -> list[tuple[str, str, str]]:

@@ -16,13 +16,12 @@ from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
 from distattn.launch.command_line import say
 from distattn.launch.ranks.entry import run_rank
-from distattn.launch.ranks.local import HERE, Node, as_found, how_it_ended, stopped_by, torchrun_config
+from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, as_found, how_it_ended, torchrun_config
 from distattn.launch.ranks.loopback import gloo_on_loopback
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
@@ -75,19 +74,11 @@ def fork_server(preload: Sequence[str], node: Node = HERE) -> Iterator[None]:
         raise
 
 
-class AttemptStopped(Exception):
-    """This process was stopped, and its ranks with it. exit_code: 128 + the signal."""
-
-    def __init__(self, exit_code: int):
-        super().__init__(exit_code)
-        self.exit_code = exit_code
-
-
 def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) -> tuple[int, Trouble | None]:
     """Run the ranks once; returns the exit code, and what went wrong with one. number: of the attempt.
 
     folder: for evidence, and where there are several nodes, one that all of them have. board: of this machine's ranks. The code
-    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises AttemptStopped.
+    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises CommandStopped.
     """
     node, reports = ranks.node, None
     own = folder if node.nodes == 1 else folder / f"node-{node.number}"
@@ -112,12 +103,12 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         code, trouble = _ended(codes, watch.close() or _silent_end(error))
-    except SignalException as stop:
+    except RanksInterrupted as interrupted:
         trouble = watch.close()
-        # torchrun ends ranks before it says by what signal, which the watch sees; ranks that have told nothing the watch can end
-        # only by a signal to this process
-        if trouble is None or not watch.interrupts:
-            raise AttemptStopped(stopped_by(stop)) from None
+        if interrupted.stop is not None:
+            raise interrupted.stop from None
+        # ranks that have told nothing the watch can end only by a signal to this process
+        assert trouble is not None
         code = trouble.exit_code
     finally:
         watch.close()

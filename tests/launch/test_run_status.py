@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict
+from unittest.mock import patch
 
 import pytest
 
-from distattn.checkpoints.owner import JOB_VARIABLE
+from distattn.checkpoints.owner import JOB_VARIABLE, writer_name
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch import cli
@@ -48,6 +49,32 @@ def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tm
     )
     run.report_file.touch()
     assert status(run)["state"] == f"{begun}, its report is written"
+
+
+def test_a_run_whose_launcher_was_killed_in_the_comparison_says_what_completes_it(tmp_path, capsys):
+    run = RunFolder(tmp_path)
+    run.config_file.touch()
+    attempts, facts = Attempts(run.attempts), {"host": socket.gethostname(), "launcher": 1}
+    run.append(run.metrics_file, asdict(StepMetrics(0, 2.0, 1.0, 64, 0.5)))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as launcher:
+        with patch.object(os, "getpid", lambda: launcher.pid):
+            attempts.end(attempts.begin(**facts, process=writer_name()), 0, "ended well")
+        assert status(run)["state"] == "all steps are done, its launcher compares and reports"
+        launcher.kill()
+    wanted = "ended, exit code 0, all steps are done, but not reported: "
+    wanted += f"python -m distattn.launch.finish_run {tmp_path} compares and reports"
+    assert status(run)["state"] == wanted
+    assert cli.main(["launch", "status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{wanted}, 1 steps done\n")
+    run.report_file.touch()
+    assert status(run)["state"] == "ended, exit code 0"
+    # of the run before it was resumed for further steps
+    os.utime(run.report_file, (0, 0))
+    assert status(run)["state"] == wanted
+    # on Ray the launcher has written down that it reports, and on Slurm that it has ended
+    run.ray_file.write_text(json.dumps({"host": socket.gethostname(), "launcher": launcher.pid, "cluster": "a:1"}))
+    run.state_file.write_text("running\n")
+    assert status(run)["state"] == wanted.replace("ended, exit code 0", "killed with its launcher")
 
 
 def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path, capsys):
