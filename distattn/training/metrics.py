@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
-from distattn.parallel.analysis.explain import draw_score_matrix
+from distattn.parallel.analysis.score_matrix import draw_score_matrix
 from distattn.training.device_counters import COUNTERS
 from distattn.training.health import HealthReport
 from distattn.training.json_lines import json_text, write_whole

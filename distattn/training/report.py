@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import statistics
 from typing import Any
 
+from markupsafe import Markup
+
 from distattn.ir.plan import Plan
 from distattn.pages.render import render_page
-from distattn.parallel.analysis.explain import draw_score_matrix
+from distattn.parallel.analysis.score_matrix import score_matrix_html
 from distattn.training.config import Config
 from distattn.training.report_losses import corpus_rows, loss_charts
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
@@ -54,7 +55,7 @@ def write_report(run: RunFolder, config: Config, checked: dict | None) -> None:
         checked=checked,
         verdict=_verdict(checked) if checked else _unchecked(config),
         check_rows=[_check_row(row) for row in checked["steps"]] if checked else [],
-        picture=base64.b64encode(draw_score_matrix(Plan.load(run.plan_file))).decode(),
+        picture=Markup(score_matrix_html(Plan.load(run.plan_file))),
         explanation=run.explanation_file.read_text("utf-8"),
         configuration=run.config_file.read_text("utf-8"),
     )

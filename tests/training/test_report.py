@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict
 
 import pytest
-from browser import needs_browser, what_a_script_says
+from browser import LEGIBLE, as_printed, needs_browser, what_a_script_says
 
 import distattn as da
 from distattn.training import config as configuration
@@ -133,7 +133,7 @@ def test_a_long_run_shows_what_became_of_it(run):
         "8 to 15: 0.0000, 150 tokens",
     ):
         assert said in page, said
-    assert page.count("<svg") == 2 and "step 1,000" in page and "step 6,000" not in page
+    assert page.count('<svg class="chart"') == 2 and "step 1,000" in page and "step 6,000" not in page
 
 
 MONTH_SCRIPT = """
@@ -173,3 +173,17 @@ def test_every_curve_of_a_long_run_is_drawn(run, tmp_path, width):
         and "MFU 40.0 %" in said["tip"]
     )
     assert said["dot"][0] and said["dot"][1].startswith("step 12,000, 1: 3.0000") and said["dot"][2]
+
+
+@needs_browser
+def test_charts_and_score_matrices_are_legible_on_a_telephone_and_in_the_dark(run, tmp_path):
+    month(run)
+    said = what_a_script_says(page_of(run, CHECKED), LEGIBLE, tmp_path, 420, dark=True)
+    assert said["texts"] > 2 * 8 + 2 * 10 and not said["unread"] and not said["cut"] and not said["error"], said
+
+
+@needs_browser
+def test_paper_shows_all_columns_and_lines(run, tmp_path):
+    month(run)
+    said = what_a_script_says(as_printed(page_of(run, CHECKED)), LEGIBLE, tmp_path, 1047)
+    assert not said["wide"] and not said["unread"] and not said["cut"], said
