@@ -48,9 +48,9 @@ def main(folder: str, what: str, *place: str) -> int:
         per_node = config.parallel.devices_per_node or config.parallel.ranks
         node = Node(number, nodes, what, keeps_sigterm=True)
         patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
-        ranks = Ranks(per_node, RANK, [folder, False], patience, node)
+        ranks = Ranks(per_node, RANK, [folder, False], patience, node, folder)
         set_allocator()
-        with fork_server(PRELOAD, node), contextlib.closing(HeartbeatBoard.make(per_node)) as board:
+        with fork_server(PRELOAD, node, folder), contextlib.closing(HeartbeatBoard.make(per_node)) as board:
             code, trouble = run_attempt(ranks, attempt, attempts.folder(attempt), board)
     except AttemptStopped as stop:
         return stop.exit_code

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 from distattn.launch.ranks import copy_output
+from distattn.launch.ranks.process_title import set_title
 
 
 def run(folder: str, json_lines: bool) -> int:
     """Run one rank of a run, in a process of its own that torchrun has named. Returns the exit code."""
+    set_title(f"rank {os.environ['RANK']}", folder)
     if (logs := Path(folder, "logs")).is_dir():
         keep_log(logs)
     from distattn.launch.command_line import no_progress, print_line

@@ -36,7 +36,7 @@ def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload
     """
     attempts.end_open("ended with its launcher, before anybody could tell why")
     try:
-        with fork_server(preload):
+        with fork_server(preload, run=ranks.run):
             return _run_until_done(ranks, attempts, restarts)
     except AttemptStopped as stop:
         return stop.exit_code
