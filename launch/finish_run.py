@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distattn.ir.errors import DistattnError
+from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command, print_line
 from distattn.launch.stop_signals import CommandStopped, answering_signals, end_now, stopped
 from distattn.training import config as configuration
@@ -55,7 +56,7 @@ def _report(
     steps = run.metrics()
     if not steps:
         raise DistattnError(f"{run.metrics_file}: has no step that could be reported; was its disk full?")
-    write_report(run, config, checked)
+    write_report(run, config, checked, Attempts(run.attempts).rows())
     if json_lines:
         losses = {"first_loss": steps[0].loss, "last_loss": steps[-1].loss}
         print_line(

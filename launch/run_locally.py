@@ -79,7 +79,9 @@ def run_ranks_and_finish(
             set_allocator()
             patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
             code = run_supervised(
-                Ranks(config.parallel.ranks, RANK, [str(run.folder), json_lines, proposed], patience),
+                Ranks(
+                    config.parallel.ranks, RANK, [str(run.folder), json_lines, proposed], patience, run=str(run.folder)
+                ),
                 Attempts(run.attempts),
                 Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints), held),
                 PRELOAD,

@@ -52,10 +52,11 @@ def main(folder: str, what: str, *place: str) -> int:
         per_node = node_needs(config).ranks
         node = Node(number, nodes, what, keeps_sigterm=True)
         patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
-        ranks = Ranks(per_node, RANK, [folder, False], patience, node)
+        ranks = Ranks(per_node, RANK, [folder, False], patience, node, folder)
         set_allocator()
         board = HeartbeatBoard.make(per_node)
-        with answering_signals(), stopped("in training"), fork_server(PRELOAD, node), contextlib.closing(board):
+        served = fork_server(PRELOAD, node, folder)
+        with answering_signals(), stopped("in training"), served, contextlib.closing(board):
             code, trouble = run_attempt(ranks, attempt, attempts.folder(attempt), board)
     except CommandStopped as stop:
         say(f"node {number}: {stop}")

@@ -144,9 +144,16 @@ def status_lines(facts: Mapping[str, Any]) -> str:
         began, ended = row.get("began"), row.get("ended")
         lasted = f"{ended - began:,.0f} s, " if began and ended else ""
         hosts = f" on {' '.join(row['hosts'])}" if row.get("hosts") else ""
-        lines.append(
-            f"  attempt {row['attempt']}{hosts}: {lasted}{row.get('why', 'goes on, or was killed with its job')}"
-        )
+        lines.append(f"  attempt {row['attempt']}{hosts}: {lasted}{row.get('why') or _without_end(facts)}")
     lines += [f"  node {node} said last: {why}" for node, why in facts.get("nodes", {}).items()]
     lines += [f"  rank {rank}: {text}" for rank, text in facts.get("ranks", {}).items()]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _without_end(facts: Mapping[str, Any]) -> str:
+    """Say what an attempt does whose end is not noted, as far as the state of its run tells."""
+    # Slurm's states are written in capitals
+    state = facts["state"].lower()
+    if state.startswith("running"):
+        return f"runs, at step {facts['steps'] + 1:,}"
+    return "was killed" if state.startswith("killed") else "goes on, or was killed with its job"

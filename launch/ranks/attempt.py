@@ -23,6 +23,7 @@ from distattn.launch.command_line import say
 from distattn.launch.ranks.entry import run_rank
 from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, as_found, how_it_ended, torchrun_config
 from distattn.launch.ranks.loopback import gloo_on_loopback
+from distattn.launch.ranks.process_title import RUN_VARIABLE
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.node_reports import NodeReports
@@ -35,20 +36,28 @@ _INTERVAL_SECONDS = 0.1
 
 
 class Ranks(NamedTuple):
-    """What runs on this machine: a function, module:name, which returns an exit code, once for each of so many ranks (size)."""
+    """What runs on this machine: a function, module:name, which returns an exit code, once for each of so many ranks (size).
+
+    run: the folder of the run that they are of, for the titles of processes.
+    """
 
     size: int
     function: str
     arguments: Sequence[object]
     patience: Patience
     node: Node = HERE
+    run: str = ""
 
 
 @contextlib.contextmanager
-def fork_server(preload: Sequence[str], node: Node = HERE) -> Iterator[None]:
-    """Around attempts: the process that ranks are forked from. preload: modules that it imports, besides torch."""
+def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Iterator[None]:
+    """Run the process that ranks are forked from, around attempts.
+
+    preload: modules that it imports, besides torch. run: as in `Ranks`.
+    """
     # a process with more than one thread must not fork: BLAS starts its threads when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[RUN_VARIABLE] = run
     _forget_server_of_parent()
     multiprocessing.set_forkserver_preload([*_PRELOAD, *preload])
     # Ctrl-C in a terminal reaches it, too, while it imports, and Slurm's SIGTERM all processes of a step; the tracker comes
@@ -63,6 +72,7 @@ def fork_server(preload: Sequence[str], node: Node = HERE) -> Iterator[None]:
             forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        del os.environ[RUN_VARIABLE]
     server = _children() - children
     try:
         yield

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from distattn.launch.ranks import copy_output
+from distattn.launch.ranks.process_title import set_title
 
 
 def run(folder: str, json_lines: bool, proposed: bool = False) -> int:
@@ -13,6 +14,7 @@ def run(folder: str, json_lines: bool, proposed: bool = False) -> int:
 
     proposed: whether its configuration is the one that `distattn resume` proposes.
     """
+    set_title(f"rank {os.environ['RANK']}", folder)
     if (logs := Path(folder, "logs")).is_dir():
         keep_log(logs)
     from distattn.launch.command_line import no_progress, print_line

@@ -41,7 +41,7 @@ def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload
     Returns 0 when all ranks end well, else the exit code of `run_attempt`. Raises CommandStopped where this process is stopped.
     """
     attempts.end_open("ended with its launcher, before anybody could tell why")
-    with answering_signals(), fork_server(preload):
+    with answering_signals(), fork_server(preload, run=ranks.run):
         return _run_until_done(ranks, attempts, restarts)
 
 

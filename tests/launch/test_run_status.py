@@ -15,7 +15,7 @@ from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch import cli
 from distattn.launch.attempts import Attempts
-from distattn.launch.run_status import cancel, status
+from distattn.launch.run_status import cancel, status, status_lines
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.training.run_folder import RunFolder, StepMetrics
 
@@ -92,11 +92,13 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     assert cli.main(["launch", "status", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert (
-        said.startswith("running, 0 steps done\n  attempt 1: goes on") and "  rank 1: step 12, key/value move 3" in said
+        said.startswith("running, 0 steps done\n  attempt 1: runs, at step 1\n")
+        and "  rank 1: step 12, key/value move 3" in said
     )
     assert cli.main(["launch", "cancel", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"launcher": launcher.pid, "cancelled": True}
     assert launcher.wait() == -15 and status(run)["state"] == "killed with its launcher"
+    assert status_lines(status(run)).endswith("  attempt 1: was killed\n")
     attempts.end(number, 143, "stopped by SIGTERM")
     found = status(run)
     assert found["state"] == "ended, exit code 143" and found["attempts"][0]["why"] == "stopped by SIGTERM"
