@@ -12,8 +12,9 @@ loss is asked for; with `compute_metrics`, and in `predict`, each process has wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import Trainer
 
 from distattn.adapters.huggingface import single_process_attention
 from distattn.adapters.pytorch import ProbeTarget, local_loss, output_layer_of
+from distattn.batch.packed_batch import int64_labels
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 
@@ -96,7 +98,7 @@ class ContextParallelTrainer(Trainer):
 
     def _shared_out(self, dataset: Any, seed: int, how: dict[str, Any]) -> DataLoader:
         args: Any = self.args
-        how |= dict(collate_fn=self.data_collator)
+        how |= dict(collate_fn=partial(_copied_batch, self.data_collator))
         how |= dict(num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory)
         how |= dict(
             persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor
@@ -137,6 +139,8 @@ class ContextParallelTrainer(Trainer):
     ) -> Any:
         """Of a split batch, this rank's share; of a whole one (evaluation), transformers' own."""
         if "context_parallel" not in inputs:
+            if isinstance(inputs.get("labels"), torch.Tensor):
+                inputs = {**inputs, "labels": int64_labels(inputs["labels"])}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise DistattnError("a split batch has no whole outputs to return; evaluate on whole sequences.")
@@ -176,3 +180,11 @@ class ContextParallelTrainer(Trainer):
             return deepspeed.ProbeTarget(self.model_wrapped, scale_wrt_gas=False)
         model: Any = self.model
         return ProbeTarget(self.model_wrapped, output_layer=output_layer_of(model))
+
+
+def _copied_batch(collate: Callable[[Any], Any], rows: Any) -> Any:
+    """Collate rows, and copy the tensors: accelerate holds a batch while the collator, which may reuse them, makes the next."""
+    batch = collate(rows)
+    if not isinstance(batch, Mapping):
+        return batch
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

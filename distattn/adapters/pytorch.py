@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from distattn.adapters.router_loss import router_loss
 from distattn.batch.local_batch import LocalBatch
-from distattn.batch.packed_batch import IGNORE_INDEX
+from distattn.batch.packed_batch import IGNORE_INDEX, int64_labels
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
@@ -177,7 +177,7 @@ def logit_change(model: torch.nn.Module) -> LogitChange:
 def loss_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """The same of logits (1, T, V)."""
     logits_TV = logits.flatten(0, -2)
-    given = logits_TV.to(accumulation_dtype(logits_TV.dtype)), batch["labels"].flatten()
+    given = logits_TV.to(accumulation_dtype(logits_TV.dtype)), int64_labels(batch["labels"]).flatten()
     return F.cross_entropy(*given, ignore_index=IGNORE_INDEX, reduction="sum") * batch["loss_scale"]
 
 

@@ -78,6 +78,25 @@ def _as_torchrun(rank: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 
+def _refilled(rank: int, folder: str) -> list[int]:
+    """The first token id of each batch of a collator that fills one tensor again and again."""
+    _as_torchrun(rank)
+    ids = torch.zeros(4, 3, dtype=torch.int64)
+    trainer = ContextParallelTrainer(
+        model=small.build(),
+        args=arguments(folder, 1, 1, train_sampling_strategy="sequential"),
+        train_dataset=list(range(12)),
+        data_collator=lambda rows: {"input_ids": ids.copy_(torch.tensor(rows)[:, None].expand(4, 3))},
+        context_parallel=da.ContextParallel(strategy="ring", kernel="reference"),
+    )
+    # as the micro-batches of one step are collected
+    return [int(batch["input_ids"][0, 0]) for batch in list(trainer.get_train_dataloader())]
+
+
+def test_a_collator_may_fill_one_tensor_again(tmp_path):
+    assert run_on_ranks(1, _refilled, str(tmp_path)) == [[0, 4, 8]]
+
+
 def _train(
     rank: int, folder, degree: int, micro_batches: int, changes: dict, dtype=torch.float64, data=Rows, shared=False
 ):
