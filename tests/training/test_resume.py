@@ -132,7 +132,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
     "changes",
     [
         dict(parallel=ParallelConfig(ranks=1)),
-        dict(parallel=ParallelConfig(ranks=4, strategy="allgather", layout="zigzag")),
+        dict(parallel=ParallelConfig(ranks=3, strategy="allgather", layout="zigzag")),
         dict(parallel=ParallelConfig(ranks=4, strategy="cad", data="per_rank", context_parallel_size=2)),
         dict(
             parallel=ParallelConfig(ranks=2, kernel="reference", strategy="ulysses"), engine=EngineConfig(shard_size=1)
