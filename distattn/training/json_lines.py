@@ -98,7 +98,8 @@ class JsonLines:
         was_waiting = bool(self._waiting)
         self._waiting.append(rows)
         error = self._write()
-        if error is not None and not was_waiting:
+        # of a folder that was moved or deleted the run says more
+        if error is not None and not was_waiting and self._is_in_place():
             _warn(f"{self._path}: cannot be written: {error.strerror}; its lines are kept and added later.")
 
     def move_to(self, folder: Path) -> None:
@@ -108,7 +109,7 @@ class JsonLines:
     def close(self) -> None:
         """Add what still waits; says how many rows are lost where that cannot be."""
         error = self._write()
-        if error is not None:
+        if error is not None and self._is_in_place():
             lost = sum(len(rows()) for rows in self._waiting)
             _warn(f"{self._path}: cannot be written: {error.strerror}; its last {lost:,} lines are lost.")
 

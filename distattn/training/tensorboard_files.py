@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+# room that is looked for before a file is begun
+_PROBE_BYTES = 4096
 
 
 class TensorBoardFiles:
@@ -34,6 +38,9 @@ class TensorBoardFiles:
             return
         try:
             if self._writer is None:
+                # on a full disk a writer's thread would print a traceback at each try
+                with tempfile.TemporaryFile(dir=self._folder.parent, buffering=0) as probe:
+                    probe.write(bytes(_PROBE_BYTES))
                 # a second, at the first time
                 from torch.utils.tensorboard import SummaryWriter
 

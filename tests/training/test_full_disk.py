@@ -158,6 +158,7 @@ def test_a_restart_bears_a_full_disk(texts, disk, tmp_path):
     assert [one.step for one in list_checkpoints(run.checkpoints)] == [6, 8, 10]
     assert [step.step for step in run.metrics()] == list(range(1, STEPS + 1))
     lines = [line for line in said.read_text().splitlines() if line.startswith("distattn: ")]
+    assert "Traceback" not in said.read_text()
     assert all("No space left on device" in line for line in lines) and any("owner.json" in line for line in lines), (
         lines
     )
@@ -191,4 +192,4 @@ def test_a_run_whose_folder_is_deleted_ends_and_does_not_make_half_of_it_anew(te
     ):
         trained(config_of(texts, place), tmp_path / "said", {3: lambda: shutil.rmtree(place)})
     assert not place.exists()
-    assert "No such file" in (said := (tmp_path / "said").read_text()) or "moved or deleted" in said
+    assert (tmp_path / "said").read_text() == ""
