@@ -24,7 +24,14 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from distattn.parallel.runtime.interfaces import LOOPBACK, listening_socket, resolved
+from distattn.parallel.runtime.interfaces import (
+    LOOPBACK,
+    addresses_towards,
+    interface_address,
+    listening_socket,
+    resolved,
+)
+from distattn.supervision.node_links import NodeAddress
 
 # rdzv_backend of torchrun's `LaunchConfig`: of one machine, and of several
 RENDEZVOUS, NODES_RENDEZVOUS = "distattn-loopback", "distattn-nodes"
@@ -47,6 +54,20 @@ def gloo_on_loopback() -> Iterator[None]:
             del os.environ[_GLOO_INTERFACE]
         else:
             os.environ[_GLOO_INTERFACE] = named
+
+
+def own_place(endpoint: str) -> NodeAddress | None:
+    """Where this machine is for the other nodes of an attempt; None where that is not known.
+
+    endpoint: host:port of the first node. The address is that of the interface that gloo is told to take, else the one that faces
+    the first node.
+    """
+    host, port = parse_rendezvous_endpoint(endpoint, -1)
+    if names := os.environ.get(_GLOO_INTERFACE):
+        address = interface_address(names.split(",")[0].strip())
+    else:
+        address = next(addresses_towards(host, port), None)
+    return None if address is None else NodeAddress(socket.gethostname(), address, port)
 
 
 class _LoopbackRendezvous(RendezvousHandler):

@@ -1,7 +1,6 @@
 """How long ranks may be silent, and what is said of one that told nothing."""
 
 import os
-import signal
 import subprocess
 import sys
 import threading
