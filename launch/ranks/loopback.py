@@ -24,6 +24,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
+from distattn.ir.errors import LostRankError
 from distattn.parallel.runtime.interfaces import (
     LOOPBACK,
     addresses_towards,
@@ -122,7 +123,19 @@ class _NodesRendezvous(_LoopbackRendezvous):
         held: dict[str, Any] = {}
         if self._node == 0:
             held = {"is_master": True, "master_listen_fd": _socket_of(self._host, self._port).detach()}
-        store = dist.TCPStore(self._host, self._port, self._nodes, timeout=_LIMIT, **held)
+        try:
+            store = dist.TCPStore(self._host, self._port, self._nodes, timeout=_LIMIT, **held)
+        except dist.DistError as error:
+            where, minutes = f"{self._host}:{self._port}", f"{_LIMIT.total_seconds() / 60:.0f} minutes"
+            missing = (
+                f"of {self._nodes} nodes some did not come to {where} within {minutes}"
+                if self._node == 0
+                else f"node {self._node} does not reach node 0 at {where} within {minutes}"
+            )
+            words = str(error).strip().splitlines()[0]
+            raise LostRankError(
+                f"{missing}: look at the network between them, or whether all began ({words})."
+            ) from None
         where = RendezvousStoreInfo(self._host, self._port)
         return RendezvousInfo(dist.PrefixStore(self._run, store), self._node, self._nodes, where)
 

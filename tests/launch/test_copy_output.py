@@ -14,6 +14,7 @@ import pytest
 from waiting import eventually
 
 from distattn.launch.ranks import copy_output
+from distattn.supervision.culprits import process_state
 
 ROOT = Path(__file__).parents[2]
 # more than pipes hold
@@ -123,6 +124,7 @@ def test_a_copier_that_is_lost_is_replaced_and_named(how, tmp_path):
     with killed_at_last([sys.executable, "-c", rank_0], cwd=tmp_path, **pipes) as rank:
         (copier,) = eventually(lambda: psutil.Process(rank.pid).children(), "no copier is started")
         copier.send_signal(how)
+        eventually(lambda: process_state(copier.pid) in "ZTX", "the signal has no effect")
         rank.stdin.write(b"\n")
         rank.stdin.close()
         shown = rank.stdout.read()
