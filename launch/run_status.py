@@ -41,8 +41,12 @@ def status(run: RunFolder) -> dict[str, Any]:
         beats = attempts.beats()
     if run.ray_file.exists() and beats is None:
         found = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
-        over = found["state"].startswith(("ended", "killed"))
-        return found | {"state": found["state"] + _unreported(run, found)} if over else found
+        if not found["state"].startswith(("ended", "killed")):
+            return found
+        missing = _unreported(run, found)
+        if not missing and found["state"].startswith("killed"):
+            missing = f", python -m distattn.launch.ray.attempts {run.folder} goes on"
+        return found | {"state": found["state"] + missing}
     last = rows[-1] if rows else {}
     state = "running" if beats is not None else "killed with its launcher"
     if not rows:

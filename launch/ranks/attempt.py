@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
@@ -21,11 +22,13 @@ from torch.distributed.launcher.api import elastic_launch
 
 from distattn.launch.command_line import say
 from distattn.launch.ranks.entry import run_rank
-from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, as_found, how_it_ended, torchrun_config
-from distattn.launch.ranks.loopback import gloo_on_loopback
+from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, as_found, torchrun_config
+from distattn.launch.ranks.loopback import gloo_on_loopback, own_place
 from distattn.launch.ranks.process_title import RUN_VARIABLE
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
+from distattn.supervision.helpers import Helper, how_it_ended
+from distattn.supervision.node_links import NodeLinks
 from distattn.supervision.node_reports import NodeReports
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
@@ -57,13 +60,23 @@ def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Ite
     """
     # a process with more than one thread must not fork: BLAS starts its threads when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ[RUN_VARIABLE] = run
     _forget_server_of_parent()
     multiprocessing.set_forkserver_preload([*_PRELOAD, *preload])
+    _start_server(node, run)
+    try:
+        yield
+    except BaseException:
+        # before this process: it may be about to make ranks that nobody waits for any more
+        _server().kill()
+        raise
+
+
+def _start_server(node: Node, run: str) -> None:
+    """Start the fork server, unless it runs. run: as in `Ranks`."""
+    os.environ[RUN_VARIABLE] = run
     # Ctrl-C in a terminal reaches it, too, while it imports, and Slurm's SIGTERM all processes of a step; the tracker comes
     # first, whose start lets signals through again
     resource_tracker.ensure_running()
-    children = _children()
     blocked = {signal.SIGINT, signal.SIGTERM} if node.keeps_sigterm else {signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
@@ -73,15 +86,26 @@ def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Ite
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         del os.environ[RUN_VARIABLE]
-    server = _children() - children
-    try:
-        yield
-    except BaseException:
-        # before this process: it may be about to make ranks that nobody waits for any more
-        for pid in server:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        raise
+
+
+def _server() -> Helper:
+    """The fork server: ranks are its children, and end with it."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    return Helper("the fork server", server._forkserver_pid or 0)
+
+
+def _tracker() -> Helper:
+    """The resource tracker of multiprocessing, which removes semaphores that dead processes have left."""
+    tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
+
+    def replace() -> int:
+        # it warns of what may leak; semaphores of ranks are anonymous by then
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            resource_tracker.ensure_running()
+        return int(tracker._pid)
+
+    return Helper("the resource tracker", tracker._pid, replace)
 
 
 def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) -> tuple[int, Trouble | None]:
@@ -90,7 +114,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     folder: for evidence, and where there are several nodes, one that all of them have. board: of this machine's ranks. The code
     is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises CommandStopped.
     """
-    node, reports = ranks.node, None
+    node, reports, links = ranks.node, None, None
     own = folder if node.nodes == 1 else folder / f"node-{node.number}"
     try:
         own.mkdir(parents=True, exist_ok=True)
@@ -98,9 +122,13 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         # a full disk must not keep a run from going on
         say(f"{own}: cannot be made: {error.strerror}; nothing is kept there of ranks that hang.")
     if node.nodes > 1:
-        reports = NodeReports(folder, node.number, node.nodes)
+        if (place := own_place(node.address)) is not None:
+            links = NodeLinks(folder, node.number, node.nodes, place)
+        reports = NodeReports(folder, node.number, node.nodes, links)
     numbers = range(node.number * ranks.size, (node.number + 1) * ranks.size)
-    watch = RankWatch(board, numbers, ranks.patience, own, reports)
+    # the one of the attempt before may have been killed
+    _start_server(node, ranks.run)
+    watch = RankWatch(board, numbers, ranks.patience, own, reports, [_server(), _tracker()], say)
     given = (os.getpid(), str(board.path), number, str(own), ranks.function, *ranks.arguments)
     config = torchrun_config(ranks.size, node, "forkserver", _INTERVAL_SECONDS)
     code, trouble = 0, None
@@ -113,6 +141,11 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         code, trouble = _ended(codes, watch.close() or _silent_end(error))
+    except (EOFError, OSError):
+        # of a fork server that is gone while it is asked for ranks
+        if (trouble := watch.close()) is None:
+            raise
+        code = trouble.exit_code
     except RanksInterrupted as interrupted:
         trouble = watch.close()
         if interrupted.stop is not None:
@@ -122,6 +155,8 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         code = trouble.exit_code
     finally:
         watch.close()
+        if links is not None:
+            links.close()
         # of stacks that nobody asked for
         for file in own.glob("stacks-*.txt"):
             if not file.stat().st_size:
@@ -155,7 +190,7 @@ def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
     Of ranks that the watch has found dead at once those are to blame that torchrun had not ended itself. Where it knows another
     rank's code only, which the watch has ended, nobody knows that of the rank to blame.
     """
-    if trouble.kind != "killed":
+    if trouble.kind != "killed" or any(one.helper for one in trouble.culprits):
         return trouble.exit_code, trouble
     first = [one for one in trouble.culprits if one.rank in codes]
     named = tuple(one._replace(how=_of_silent_rank(codes[one.rank])) for one in first if one.does)

@@ -20,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from distattn.launch.command_line import say
 from distattn.launch.ranks.loopback import NODES_RENDEZVOUS, RENDEZVOUS, gloo_on_loopback
 from distattn.launch.stop_signals import STOPPING, CommandStopped
+from distattn.supervision.helpers import how_it_ended
 from distattn.supervision.rank_watch import INTERRUPT
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
@@ -135,11 +136,3 @@ def as_found(node: Node = HERE) -> Iterator[None]:
             for number in answered:
                 # the watch may ask just after torchrun has ended by itself
                 signal.signal(number, signal.SIG_IGN if number == INTERRUPT else handlers[number])
-
-
-def how_it_ended(code: int) -> str:
-    """What to say of a process by its exit code, which is negative where a signal killed it."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    known = -code in {number.value for number in signal.Signals}
-    return f"was killed by {signal.Signals(-code).name if known else f'signal {-code}'}"

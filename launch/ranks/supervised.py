@@ -54,17 +54,17 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
             return code
         if restarts.folder is not None and trouble.kind != "refused":
             restarts.folder.check()
-        failures.add(one.rank for one in trouble.culprits)
+        failures.add(one.name for one in trouble.culprits)
         now = restarts.progress()
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
         repeated = without_progress > 1 and str(trouble) == before
         if not _may_go_better(trouble, code, repeated) or without_progress > restarts.limit:
-            names = ", ".join(f"rank {one.rank}" for one in trouble.culprits)
+            names = ", ".join(one.name for one in trouble.culprits)
             # who refuses has said so
             how = f"{names} ended with exit code {code}" if trouble.kind == "refused" else str(trouble)
             say(f"{how}; the other ranks were stopped.")
             if failures.culprit is not None and trouble.kind != "refused":
-                same, host = f"rank {failures.culprit} failed {failures.count} times in a row", socket.gethostname()
+                same, host = f"{failures.culprit} failed {failures.count} times in a row", socket.gethostname()
                 say(f"{same} on {host}: where its memory or a device of it is the cause, leave {host} out.")
             return code
         before = str(trouble)

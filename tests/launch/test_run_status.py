@@ -75,6 +75,10 @@ def test_a_run_whose_launcher_was_killed_in_the_comparison_says_what_completes_i
     run.ray_file.write_text(json.dumps({"host": socket.gethostname(), "launcher": launcher.pid, "cluster": "a:1"}))
     run.state_file.write_text("running\n")
     assert status(run)["state"] == wanted.replace("ended, exit code 0", "killed with its launcher")
+    # of one that was killed before all steps were done
+    attempts.begin(**facts)
+    wanted = f"killed with its launcher, python -m distattn.launch.ray.attempts {tmp_path} goes on"
+    assert status(run)["state"] == wanted
 
 
 def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path, capsys):
