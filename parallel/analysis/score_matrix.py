@@ -107,7 +107,7 @@ def _fill(axis: Any, plan: Plan, panel: Panel) -> None:
     paint = _scale(panel).to_rgba(panel.tasks[panel.colour_by])
     # edges in the face's colour close the hairlines between neighbours
     axis.add_collection(
-        PolyCollection(_outlines(plan, panel.tasks), facecolors=paint, edgecolors=paint, linewidths=0.4)
+        PolyCollection(task_outlines(plan, panel.tasks), facecolors=paint, edgecolors=paint, linewidths=0.4)
     )
     axis.set(xlim=(0, plan.call.mask.n), ylim=(plan.call.mask.n, 0))
 
@@ -126,8 +126,8 @@ def _ticks(colours: int) -> Ints:
     return np.unique(np.linspace(0, colours - 1, min(colours, _MOST_TICKS)).round().astype(int))
 
 
-def _outlines(plan: Plan, tasks: Columns) -> list[np.ndarray]:
-    """The outline of each task's allowed cells as a polygon of (key, query) corners."""
+def task_outlines(plan: Plan, tasks: Columns) -> list[np.ndarray]:
+    """Return the outline of each task's allowed cells as a polygon of (key, query) corners, exact up to _OUTLINE_ROWS rows."""
     out = []
     for band in task_bands(plan.call.mask, tasks):
         q: Ints = np.unique(np.linspace(band[Q0], band[Q1] - 1, _OUTLINE_ROWS).astype(np.int64))
