@@ -387,7 +387,7 @@ class ProbeTarget:
 
     def parameters(self) -> list[ProbedParameter]:
         """All of this rank's stage. Tensor-parallel ranks, and those with other experts, have other numbers by right."""
-        if self.config.gradient_accumulation_fusion:
+        if self.config.gradient_accumulation_fusion and dist.get_rank() == 0:
             _LOG.warning(
                 "with gradient_accumulation_fusion Megatron adds gradients where the probe does not see them: only the output "
                 "layer's was compared. Probe once with gradient_accumulation_fusion=False to compare all parameters."
