@@ -23,8 +23,16 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from distattn.adapters.pytorch import full_tensor, gradients_aside, logits_of, output_layer_of, trained_layer
+from distattn.adapters.pytorch import (
+    full_tensor,
+    gradients_aside,
+    logits_of,
+    output_layer_of,
+    probed_parameters,
+    trained_layer,
+)
 from distattn.driver.context_parallel import ContextParallel
+from distattn.driver.parameter_probe import ProbedParameter
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.communicator import new_group
 
@@ -149,6 +157,16 @@ class ProbeTarget:
         """Of the layer's weight, without the scale of fp16 losses."""
         weight: Any = self.layer().weight
         return full_tensor(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
+
+    def parameters(self) -> list[ProbedParameter]:
+        """All of the model's. What stage 3 has partitioned is empty here: there is one copy of it."""
+        scale = getattr(self.engine.optimizer, "loss_scale", None) or 1.0
+
+        def gradient_of(parameter: Any) -> Tensor | None:
+            found = safe_get_full_grad(parameter)
+            return None if found is None else found / scale
+
+        return probed_parameters(self.engine.module, gradient_of)
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:

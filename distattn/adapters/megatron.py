@@ -14,6 +14,7 @@ per-document zigzag, per-batch groups. With sharded batches of ours any layout a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -36,11 +37,13 @@ from torch import Tensor
 
 from distattn.adapters.megatron_batches import MegatronBatches, Packed
 from distattn.adapters.megatron_experts import check_experts, padding_of, replace_router
-from distattn.adapters.pytorch import full_tensor, gradients_aside, unwrapped
+from distattn.adapters.pytorch import full_tensor, gradients_aside, probed_parameters, unwrapped
 from distattn.batch.packed_batch import IGNORE_INDEX
+from distattn.driver.parameter_probe import ProbedParameter
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 
+_LOG = logging.getLogger("distattn")
 # what is replaced: other core attentions are other functions (sparse, linear)
 _STOCK = ("DotProductAttention", "TEDotProductAttention", "CoreAttention")
 # layers whose states and convolutions move
@@ -372,27 +375,83 @@ class ProbeTarget:
         weight = self._last.output_layer.weight
         if weight is None:
             weight = self._last.shared_embedding_or_output_weight()
+        return full_tensor(self._gathered_gradient(weight)) / self._scale()
+
+    def _scale(self) -> float:
+        """By what Megatron has multiplied gradients."""
         scale = 1.0 if self.config.grad_scale_func is None else float(self.config.grad_scale_func(torch.ones(1)))
         if self.config.calculate_per_token_loss:
             # each rank of the probe counts one token
             scale /= parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        return self._gathered_gradient(weight) / scale
+        return scale
 
-    def _gathered_gradient(self, weight: Any) -> Tensor:
-        for buffer in getattr(self.chunks[-1], "buffers", None) or ():
-            if not isinstance(self.chunks[-1].buffers, list) or weight not in buffer.param_index_map:
-                continue
-            if not buffer.ddp_config.use_distributed_optimizer:
-                break
-            start, end, number = buffer.param_index_map[weight]
-            bucket = buffer.buckets[number]
-            parts = bucket.grad_data.view(buffer.data_parallel_world_size, -1)
-            everyone = [torch.empty_like(parts[0]) for _ in parts]
-            mine = parts[dist.get_rank(buffer.data_parallel_group)].contiguous()
-            dist.all_gather(everyone, mine, group=buffer.data_parallel_group)
-            return torch.cat(everyone)[start - bucket.offset : end - bucket.offset].view(weight.shape)
+    def parameters(self) -> list[ProbedParameter]:
+        """All of this rank's stage. Tensor-parallel ranks, and those with other experts, have other numbers by right."""
+        if self.config.gradient_accumulation_fusion and dist.get_rank() == 0:
+            _LOG.warning(
+                "with gradient_accumulation_fusion Megatron adds gradients where the probe does not see them: only the output "
+                "layer's was compared. Probe once with gradient_accumulation_fusion=False to compare all parameters."
+            )
+        scale, found = self._scale(), []
+        gathered: dict[int, tuple[Any, Tensor]] = {}
+        for number, chunk in enumerate(self.chunks):
+            prefix = f"chunk {number}: " if len(self.chunks) > 1 else ""
+
+            def reduced(parameter: Any) -> Tensor | None:
+                gradient = self._gathered_gradient(parameter, gathered)
+                return None if gradient is None else gradient / scale
+
+            for one in probed_parameters(chunk, reduced):
+                found.append(one._replace(name=prefix + one.name, **self._sums_of(one)))
+        return found
+
+    def _sums_of(self, one: ProbedParameter) -> dict[str, Any]:
+        """Over which ranks Megatron sums a parameter's gradient besides the loss group, where it does."""
+        parameter: Any = one.held
+        group: dict[str, Any] = {}
+        if self.config.gradient_accumulation_fusion:
+            group["leaf"] = lambda: None
+        if not getattr(parameter, "allreduce", True):
+            experts = parallel_state.get_expert_tensor_and_model_parallel_rank()
+            group |= dict(group=parallel_state.get_expert_data_parallel_group(), part=experts)
+        further = []
+        tensor_ranks = self.config.tensor_model_parallel_size
+        is_norm = self.config.qk_layernorm and ("q_layernorm" in one.name or "k_layernorm" in one.name)
+        if tensor_ranks > 1 and getattr(parameter, "average_gradients_across_tp_domain", False):
+            further.append(parallel_state.get_tensor_model_parallel_group())
+            group["share"] = 1 / tensor_ranks
+        elif tensor_ranks > 1 and (
+            is_norm or (self.config.sequence_parallel and getattr(parameter, "sequence_parallel", False))
+        ):
+            further.append(parallel_state.get_tensor_model_parallel_group())
+        if self.config.pipeline_model_parallel_size > 1 and getattr(parameter, "shared_embedding", False):
+            further.append(parallel_state.get_embedding_group())
+        return group | dict(further=tuple(further))
+
+    def _gathered_gradient(self, weight: Any, gathered: dict[int, tuple[Any, Tensor]] | None = None) -> Tensor | None:
+        """Return the reduced gradient from Megatron's buffers; the parts of a distributed optimizer are gathered.
+
+        gathered: the last bucket of each buffer, and its gradients. Not of all buffers together: ranks with other experts may
+        read fewer of their parameters, and yet have to gather equally often.
+        """
+        gathered = {} if gathered is None else gathered
+        for chunk in self.chunks:
+            # of a chunk without Megatron's wrapper it is a method of modules
+            buffers = chunk.buffers if isinstance(getattr(chunk, "buffers", None), list) else []
+            for buffer in (*buffers, *(chunk.expert_parallel_buffers if buffers else ())):
+                if weight not in buffer.param_index_map or not buffer.ddp_config.use_distributed_optimizer:
+                    continue
+                start, end, number = buffer.param_index_map[weight]
+                bucket = buffer.buckets[number]
+                if gathered.get(id(buffer), (None,))[0] is not bucket:
+                    parts = bucket.grad_data.view(buffer.data_parallel_world_size, -1)
+                    everyone = [torch.empty_like(parts[0]) for _ in parts]
+                    mine = parts[dist.get_rank(buffer.data_parallel_group)].contiguous()
+                    dist.all_gather(everyone, mine, group=buffer.data_parallel_group)
+                    gathered[id(buffer)] = bucket, torch.cat(everyone)
+                return gathered[id(buffer)][1][start - bucket.offset : end - bucket.offset].view(weight.shape)
         found = getattr(weight, "main_grad", None)
-        return full_tensor(weight.grad if found is None else found)
+        return weight.grad if found is None else found
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:

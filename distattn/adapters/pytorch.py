@@ -29,6 +29,7 @@ from distattn.adapters.router_loss import router_loss
 from distattn.batch.local_batch import LocalBatch
 from distattn.batch.packed_batch import IGNORE_INDEX, int64_labels
 from distattn.driver.context_parallel import ContextParallel
+from distattn.driver.parameter_probe import ProbedParameter, held_part
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 from distattn.memory.tiled_loss import LogitChange, TiledLoss
@@ -247,12 +248,18 @@ class ProbeTarget:
         weight: Any = self.layer().weight
         return full_tensor(weight.grad)
 
+    def parameters(self) -> list[ProbedParameter]:
+        """All of the model's, with FSDP2's shards of them."""
+        return probed_parameters(self.model, lambda parameter: parameter.grad)
+
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
         """Gradients are put aside meanwhile. Raises DistattnError where FSDP2 holds some that nobody can put aside."""
         for module in self.model.modules():
+            _check_synchronized(module)
             if isinstance(module, FSDPModule):
-                _check_synchronized(module)
+                # after an evaluation the root's parameters are still whole, and others than those that get gradients
+                module.reshard()
         with gradients_aside(self.model):
             yield
 
@@ -297,13 +304,51 @@ def trained_layer(model: torch.nn.Module, output_layer: Any) -> torch.nn.Module:
     return trained[-1]
 
 
+def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -> list[ProbedParameter]:
+    """Return all parameters of a model for `GradientProbeTarget.parameters`. gradient_of: the reduced gradient, or its part."""
+    inner = unwrapped(model)
+    # FSDP2 computes with another tensor than the one that the optimizer has
+    of_tensor: dict[int, Any] = {}
+    for module in inner.modules():
+        for one in (one for group in _fsdp_groups(module) for one in group.fsdp_params):
+            of_tensor[id(one.sharded_param)] = one
+            # after a forward pass it may still be the module's
+            of_tensor[id(getattr(one, "_unsharded_param", one))] = one
+    found = []
+    for name, parameter in inner.named_parameters():
+        sharded = of_tensor.get(id(parameter))
+        held: Any = parameter if sharded is None else sharded.sharded_param
+
+        def leaf(held: Any = held, sharded: Any = sharded) -> Tensor | None:
+            return held if sharded is None else getattr(sharded, "_unsharded_param", None)
+
+        def reduced(held: Any = held) -> Tensor | None:
+            gradient = gradient_of(held)
+            return None if gradient is None else full_tensor(gradient)
+
+        name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+        local, part = held_part(held)
+        trained = parameter.requires_grad
+        found.append(ProbedParameter(name, local, leaf if trained else _no_leaf, reduced, part))
+    return found
+
+
+def _no_leaf() -> None:
+    return None
+
+
+def _fsdp_groups(module: Any) -> list[Any]:
+    """FSDP2's groups of parameters that are gathered together, of one module."""
+    if not isinstance(module, FSDPModule):
+        return []
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
 def _check_synchronized(module: Any) -> None:
     # FSDP2 tells nobody of this but itself
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    for group in groups:
-        if group is None:
-            continue
+    for group in _fsdp_groups(module):
         whole_ones = [getattr(one, "_unsharded_param", None) for one in group.fsdp_params]
         held = any(one.unsharded_accumulated_grad is not None for one in group.fsdp_params)
         held |= any(one is not None and one.grad is not None for one in whole_ones)

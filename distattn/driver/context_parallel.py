@@ -22,20 +22,20 @@ import torch.distributed as dist
 
 from distattn.batch.awaited_result import AwaitedResult
 from distattn.batch.local_batch import LocalBatch
-from distattn.batch.packed_batch import IGNORE_INDEX, Batch, PackedBatch, micro_batches_of, padded
+from distattn.batch.packed_batch import IGNORE_INDEX, Batch, PackedBatch, padded
 from distattn.batch.planner import AttentionShape, BatchKey, Planned, Planner
 from distattn.batch.pooled_layout import BlockLayouts, Documents
 from distattn.driver.communicators import SINGLE_RANK, Communicators
 from distattn.driver.control_channel import ANNOUNCE_STEP, NEW_SHAPE, RELEASE_STEP, ControlMessage
 from distattn.driver.driver_config import DriverConfig
-from distattn.driver.gradient_probe import GradientProbeTarget, Reduction, probe
+from distattn.driver.gradient_probe import NOT_PROBED, OTHER_COUNT, GradientProbeTarget, Reduction, probe, probe_ids
 from distattn.driver.known_steps import KnownInfos, KnownSteps
 from distattn.driver.loss_sums import sum_over_loss_group
 from distattn.driver.pass_observer import BatchObserver
 from distattn.driver.rank_speeds import RankSpeeds
 from distattn.driver.rank_table import RankTable
 from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_plan
-from distattn.driver.steps_ahead import StepAhead, StepsAhead
+from distattn.driver.steps_ahead import StepLoop, StepsAhead
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Plan
 from distattn.parallel.runtime.communicator import new_group, timeout_of
@@ -121,8 +121,7 @@ class ContextParallel:
         # steps whose batches may be used; those of shard_step, oldest first
         self._live: set[int] = set()
         self._sharded: deque[int] = deque()
-        self._ahead = StepsAhead()
-        self._closed = False
+        self._ahead, self._closed = StepsAhead(), False
 
     # ---- what a trainer calls
 
@@ -196,10 +195,10 @@ class ContextParallel:
     def loss_scale(self, target: GradientProbeTarget | None = None) -> float:
         """The factor by which this trainer's losses are to be multiplied, so that its gradients are sums over ranks.
 
-        With a target (each adapter has one for its trainer), how it reduces gradients is probed by one synthetic backward
-        pass, and the factor goes into the `loss_scale` of all later batches; all ranks call it. Without, what was found
-        last (1 at first). Raises DistattnError where the trainer leaves ranks out, or weighs them unequally, and where ranks
-        begin with other weights. See `gradient_probe`.
+        With a target (each adapter has one for its trainer), how it reduces gradients is probed by two synthetic backward
+        passes, and the factor goes into the `loss_scale` of all later batches; all ranks call it. Without, what was found
+        last (1 at first). Raises DistattnError, naming ranks and parameters, where the trainer leaves some out, reduces them
+        by other factors or clips gradients meanwhile, and where ranks begin with other weights. See `gradient_probe`.
         """
         if target is not None:
             if not isinstance(target, GradientProbeTarget):
@@ -249,8 +248,7 @@ class ContextParallel:
         if self.group is None or self.block_ranks == self.ranks:
             return self.group
         first = self.rank - self.rank % self.block_ranks
-        ranks = dist.get_process_group_ranks(self.group)[first : first + self.block_ranks]
-        return new_group(ranks)
+        return new_group(dist.get_process_group_ranks(self.group)[first : first + self.block_ranks])
 
     def close(self) -> None:
         """End threads and communicators, and let servers go. All ranks call it; a second call does nothing."""
@@ -294,25 +292,13 @@ class ContextParallel:
         make: what is to be made of a gathered step, and the batches in it. same_batch: of each rank of the group, the rank
         whose data it has as well.
         """
+        loop = StepLoop(loader, self._ahead)
         # ranks that only serve, and speeds, are not in a plan of packs
         ask = bool(self.config.servers) or self.speeds is not None
-        try:
-            given = iter(loader)
-        except TypeError as error:
-            # such as an array without a dimension
-            raise DistattnError(f"this loader cannot be iterated over: {error}.") from None
-        # an iterator goes on, and so does a loader with a position; what else can be iterated over begins anew
-        goes_on = given is loader or isinstance(loader, KnownSteps)
-        # before the loader's position is read
-        begun = self._ahead.take(loader) if goes_on else None
         known = KnownInfos(loader, self._table, same_batch, ask) if isinstance(loader, KnownSteps) else None
-
-        def following(begun: StepAhead | None) -> list[Batch] | None:
-            return begun.packed if begun is not None and known is None else micro_batches_of(next(given, None))
-
-        packed = following(begun)
+        packed = loop.next()
         number, future = self._announce(packed, make, same_batch, known)
-        running = ahead = failure = None
+        running = failure = None
         try:
             while True:
                 step, this = future.result(), packed
@@ -322,31 +308,24 @@ class ContextParallel:
                 if all(info.ended for info in self._table.of_models(step.infos)):
                     return
                 try:
-                    packed = following(None)
-                except Exception as error:
-                    # it is the next step's, and this one is whole
-                    failure, ahead = error, None
+                    packed = loop.next()
+                except Exception as error:  # of the next step; this one is whole
+                    failure = error
                 else:
                     number, future = self._announce(packed, make, same_batch, known)
-                    ahead = StepAhead(packed, None if known is None else known.rewind)
-                    if goes_on:
-                        self._ahead.hold(loader, ahead)
+                    loop.hold(packed, None if known is None else known.rewind)
                 yield this or [], step
-                if ahead is None:
-                    assert failure is not None
+                if failure is not None:
                     raise failure
-                self._ahead.drop(loader, ahead)
-                if ahead.taken_over:
+                if not loop.take_back():
                     self._release(number)
                     if known is not None:
-                        raise known.refusal(loader.step)
-                    packed = following(self._ahead.take(loader))
+                        raise known.refusal()
+                    packed = loop.next()
                     number, future = self._announce(packed, make, same_batch, known)
                 self._release(running)
         except GeneratorExit:
-            if known is not None and ahead is not None and not ahead.taken_over:
-                self._ahead.drop(loader, ahead)
-                known.rewind()
+            loop.leave()
             raise
         finally:
             # a generator that is closed must not raise: a lost rank is named where it is waited for
@@ -492,28 +471,17 @@ class ContextParallel:
         if not torch.is_grad_enabled():
             return
         if self._micro_batches not in (None, micro_batches):
-            raise DistattnError(
-                f"this step has {micro_batches} micro-batches, but the trainer accumulates {self._micro_batches}: its gradients "
-                "would be off by that factor. Give shard_step as many as the trainer accumulates; shard batches for "
-                "evaluation under torch.no_grad()."
-            )
+            raise DistattnError(OTHER_COUNT.format(micro_batches, self._micro_batches))
         if self._probed or self.loss_group is None or dist.get_world_size(self.loss_group) == 1:
             return
         self._probed = True
         if self._table.rank == 0:
-            _LOG.warning(
-                "ContextParallel.loss_scale(target) was not called, so gradients are right only if they are summed over the "
-                "ranks. Most trainers average them: call cp.loss_scale(...ProbeTarget(...)) once, before the first step; it "
-                "measures sums as well."
-            )
+            _LOG.warning(NOT_PROBED)
 
     def _probe_batch(self, ranks: int, rows: int, device: torch.device) -> dict[str, Any]:
-        """A batch of two tokens a rank for the probe; its token ids are none of 0 to ranks - 1."""
-        # another block's tokens differ: what its gradients add is not taken for ours
+        # another block's tokens differ, so that its gradients are not taken for ours; padding is no id of a rank either
         first = self._table.members[self._table.first_of_block[self._table.rank]]
-        ids_N = ranks + (torch.arange(2 * self.block_ranks) + 3 * first) % (rows - ranks)
-        batch = self.shard({"input_ids": ids_N[None].to(device)})
-        # nor is the padding token of a rank without tokens
+        batch = self.shard({"input_ids": probe_ids(self.block_ranks, first, ranks, rows).to(device)})
         return {**batch, "input_ids": batch["input_ids"].clamp(min=ranks)}
 
     def _check_live(self, batch: LocalBatch) -> None:
@@ -528,5 +496,4 @@ class ContextParallel:
     def _loss_group(self, given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
         if given is not None or not self.config.servers or self.group is None or self.rank >= self.models:
             return self.group if given is None else given
-        ranks = dist.get_process_group_ranks(self.group)[: self.models]
-        return new_group(ranks)
+        return new_group(dist.get_process_group_ranks(self.group)[: self.models])

@@ -1,18 +1,22 @@
-"""How a trainer reduces gradients: measured by one synthetic backward pass, so that nobody has to know.
+"""How a trainer reduces gradients: measured by two synthetic backward passes, so that nobody has to know.
 
 Trainers differ in it, and one trainer in its stages: some sum over ranks, some take the mean over all or only over replicas,
 some divide by the number of micro-batches. What it does to each rank's gradient is read off one weight matrix, that of the
 output layer: rank r's loss is column r of its logits, so row r of the gradient is rank r's alone, times what the trainer
 did to it; what it was is known from the layer's input. Where that layer is frozen (LoRA) another linear layer is read, whose
 gradient is a sum over ranks that is solved for the weights.
+
+The loss of the second pass is larger, or smaller: gradients that do not change by the same factor were clipped. All other
+parameters are compared with the layer that is read (see `parameter_probe`).
 """
 
 # N tokens on the axis, T tokens on this rank, V rows of the output layer's weight on this rank, E its columns, R ranks
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -20,16 +24,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from distattn.driver.parameter_probe import GradientSketches, ProbedParameter, check_same_weights
 from distattn.ir.errors import DistattnError
 
 # of a rank's weight: bf16 gradients are sums of a few terms
 _TOLERANCE = 0.02
-# of a weight's norm: sums of the same numbers on unlike devices
-_SAME = 1e-6
+# by which the loss of the second pass is larger; or smaller, where half precision or a trainer's own scale may overflow
+_LARGER, _SMALLER = 64.0, 1 / 32
 # of a gradient so many rows are read, at least
 _ROWS = 16
+# what a driver says of steps whose loss scale was not measured
+NOT_PROBED = (
+    "ContextParallel.loss_scale(target) was not called, so gradients are right only if they are summed over the ranks. Most "
+    "trainers average them: call cp.loss_scale(...ProbeTarget(...)) once, before the first step; it measures sums as well."
+)
+OTHER_COUNT = (
+    "this step has {} micro-batches, but the trainer accumulates {}: its gradients would be off by that factor. Give shard_step "
+    "as many as the trainer accumulates; shard batches for evaluation under torch.no_grad()."
+)
 
 
 @runtime_checkable
@@ -60,6 +73,9 @@ class GradientProbeTarget(Protocol):
     def preserve_state(self) -> AbstractContextManager[None]:
         """When it is left, parameters, gradients and optimizer are as before."""
 
+    def parameters(self) -> Sequence[ProbedParameter]:
+        """All parameters, in the same order on all ranks, also those that are not trained."""
+
 
 class Reduction(NamedTuple):
     """What a trainer does to the gradient of each rank of the loss group before it is used: multiplies by this, and sums."""
@@ -67,9 +83,19 @@ class Reduction(NamedTuple):
     weights: tuple[float, ...]
 
     @property
+    def mean(self) -> float:
+        """The mean weight."""
+        return sum(self.weights) / len(self.weights)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all ranks have the same weight."""
+        return max(abs(weight - self.mean) for weight in self.weights) <= _TOLERANCE * self.mean
+
+    @property
     def factor(self) -> float:
         """By what losses are to be multiplied so that gradients are sums. Raises DistattnError where no number does."""
-        mean = sum(self.weights) / len(self.weights)
+        mean = self.mean
         left_out = [rank for rank, weight in enumerate(self.weights) if abs(weight) < _TOLERANCE * abs(mean)]
         if left_out or mean <= 0:
             who = ", ".join(map(str, left_out)) or "all"
@@ -77,7 +103,7 @@ class Reduction(NamedTuple):
                 f"the trainer's gradients leave out ranks {who} of the loss group (weights {_listed(self.weights)}): it has to "
                 "reduce over all data- and context-parallel ranks; give it a group or mesh of both."
             )
-        if max(abs(weight - mean) for weight in self.weights) > _TOLERANCE * mean:
+        if not self.is_even:
             raise DistattnError(
                 f"the trainer weighs ranks unequally, {_listed(self.weights)}; no loss scale makes that right."
             )
@@ -89,9 +115,11 @@ class Reduction(NamedTuple):
 
 
 def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.ProcessGroup | None) -> Reduction | None:
-    """One synthetic backward pass; all ranks of the loss group call it. None where the trainer has no output layer.
+    """Run two synthetic backward passes; all ranks of the loss group call it. Return None where the trainer has no output layer.
 
-    make_batch: see `MakeBatch`. See the top of the file for how weights are read off the gradient.
+    make_batch: see `MakeBatch`. See the top of the file for how weights are read off the gradient. Raises DistattnError, naming
+    parameters and ranks, where ranks hold other weights, where gradients are no weighted sums, and where the weights differ from
+    parameter to parameter.
     """
     ranks = 1 if group is None else dist.get_world_size(group)
     layer, rows = target.layer(), target.vocab_rows()
@@ -99,13 +127,24 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
         raise DistattnError(f"the output layer has {rows} rows; to tell {ranks} ranks apart more are needed.")
     weight = getattr(layer, "weight", None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if weight is None else weight.device
-    batch = make_batch(ranks, rows, device)
-    observed = _observe_backward(target, layer, batch, ranks, 0 if group is None else dist.get_rank(group))
-    if observed is None:
+    parameters = list(target.parameters())
+    check_same_weights(parameters, group, device)
+    batch, me = make_batch(ranks, rows, device), 0 if group is None else dist.get_rank(group)
+    sketches = GradientSketches(parameters, group, device)
+    observed = _observe_backward(target, layer, batch, ranks, me, 1.0, sketches)
+    magnitude = _SMALLER if observed is not None and observed.may_overflow else _LARGER
+    again = _observe_backward(target, layer, batch, ranks, me, magnitude)
+    if observed is None or again is None:
+        sketches.check(None)
         return None
-    _check_same_start(weight, group, ranks)
-    weights = _solve_weights(*observed, group, ranks)
-    return Reduction(_agreed_weights(weights, group, ranks))
+    weights, weights_again = (_solve_weights(one.own, one.reduced, group, ranks) for one in (observed, again))
+    agreed = _agreed_weights(weights, group, ranks)
+    _check_linear(agreed, weights_again, again.magnitude, group, ranks)
+    found = Reduction(agreed)
+    # ranks that are weighed unequally are refused with the factor
+    if found.is_even:
+        sketches.check(found.mean / observed.scale)
+    return found
 
 
 class MakeBatch(Protocol):
@@ -117,25 +156,59 @@ class MakeBatch(Protocol):
     def __call__(self, ranks: int, rows: int, device: torch.device) -> Mapping[str, Any]: ...
 
 
+def probe_ids(block_ranks: int, first: int, ranks: int, rows: int) -> Tensor:
+    """Return token ids (1, N), two for each rank of a block, none of them 0 to ranks - 1. first: the block's first rank."""
+    return (ranks + (torch.arange(2 * block_ranks) + 3 * first) % (rows - ranks))[None]
+
+
+class _Observed(NamedTuple):
+    """A backward pass: this rank's own gradient of the rows that are read, and the reduced one, both (rows, E) fp64.
+
+    scale: what the trainer multiplies the loss by before it goes backward. magnitude: what the probe has multiplied it by.
+    may_overflow: whether a larger loss may, because logits are in fp16 or the trainer has a scale for that.
+    """
+
+    own: Tensor
+    reduced: Tensor
+    scale: float
+    magnitude: float
+    may_overflow: bool
+
+
 def _observe_backward(
-    target: GradientProbeTarget, layer: torch.nn.Module | None, batch: Mapping[str, Any], ranks: int, me: int
-) -> tuple[Tensor, Tensor] | None:
-    """Run the backward pass: this rank's own gradient of the rows that are read, and the reduced one, both (rows, E) fp64."""
+    target: GradientProbeTarget,
+    layer: torch.nn.Module | None,
+    batch: Mapping[str, Any],
+    ranks: int,
+    me: int,
+    magnitude: float,
+    sketches: GradientSketches | None = None,
+) -> _Observed | None:
+    """Run the backward pass of a loss times `magnitude`. sketches: are taken of the gradients of all parameters."""
     seen: dict[str, Tensor] = {}
     hook = None if layer is None else layer.register_forward_hook(lambda _, given, out: _record(seen, given, out))
 
     def loss_of(logits: Tensor) -> Tensor:
-        loss = logits[..., me].float().sum()
+        if sketches is not None:
+            # what FSDP2 gathers is there after the forward pass
+            sketches.watch()
+        loss = magnitude * logits[..., me].float().sum()
         # a trainer may scale the loss before it goes backward
         loss.register_hook(lambda gradient: seen.update(scale=gradient))
         return loss
 
     with _same_random_numbers(), target.preserve_state():
+        if sketches is not None:
+            sketches.watch()
         try:
             target.backward(batch, loss_of)
         finally:
             if hook is not None:
                 hook.remove()
+            if sketches is not None:
+                sketches.unwatch()
+        if sketches is not None:
+            sketches.read_reduced()
         if layer is None:
             return None
         if seen.keys() != {"input", "gradient", "scale"}:
@@ -145,28 +218,27 @@ def _observe_backward(
         x_TE = target.inputs(seen["input"]).flatten(0, -2).double()
         read = max(ranks, _ROWS)
         dy_TV = seen["gradient"].flatten(0, -2)[:, :read].double()
-        own = dy_TV.t() @ x_TE / seen["scale"].double()
-        return own, target.gradient()[:read].double()
+        scale = float(seen["scale"])
+        may_overflow = scale != 1.0 or seen["gradient"].dtype == torch.float16
+        return _Observed(dy_TV.t() @ x_TE / scale, target.gradient()[:read].double(), scale, magnitude, may_overflow)
 
 
-def _check_same_start(weight: Tensor | None, group: dist.ProcessGroup | None, ranks: int) -> None:
-    """Raise DistattnError where a rank has other numbers in the layer's weight than rank 0, and so, likely, in all others."""
-    if weight is None:
+def _check_linear(
+    agreed: tuple[float, ...], again: Tensor, magnitude: float, group: dist.ProcessGroup | None, ranks: int
+) -> None:
+    """Raise DistattnError where gradients do not change as the loss does."""
+    everyone_RR = _gathered(again, group, ranks)
+    off = float((everyone_RR - everyone_RR.new_tensor(agreed)).abs().max())
+    largest = max(map(abs, agreed))
+    if off <= _TOLERANCE * largest:
         return
-    values = weight.detach()
-    # parts of a weight differ by right: of DTensors, and of what ZeRO 3 has partitioned, whose weight is empty meanwhile
-    whole = not isinstance(values, DTensor) and values.numel() > 0
-    sums = [float("nan")] * 2
-    if whole:
-        # no copy in fp64 of what may be gigabytes
-        sums = [float(values.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(values, dtype=torch.float64))]
-    everyone_R2 = _gathered(torch.tensor(sums, dtype=torch.float64, device=values.device), group, ranks)
-    odd = ((everyone_R2 - everyone_R2[:1]).abs() > _SAME * everyone_R2[:1, 1:]).any(1).nonzero().flatten()
-    if len(odd):
-        raise DistattnError(
-            f"rank {int(odd[0])} of the loss group begins with other weights than rank 0: seed before the model is made, or "
-            "broadcast its weights from one rank."
-        )
+    times = float(everyone_RR.abs().max()) / largest * magnitude
+    become = f"{times:.3g} times as large" if math.isfinite(times) else "that are no sum of the ranks' own"
+    raise DistattnError(
+        f"the trainer's gradients are not linear: a loss {magnitude:g} times as large makes gradients {become}. "
+        "Clipping belongs after the reduction: take it out of `reduce`, and clip before the optimizer's step (with half "
+        "precision it may be an overflow: lower the loss scale)."
+    )
 
 
 def _solve_weights(own: Tensor, reduced: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:
@@ -195,8 +267,8 @@ def _agreed_weights(weights: Tensor, group: dist.ProcessGroup | None, ranks: int
         if any(weight != weight for weight in row):
             raise DistattnError(
                 f"gradients on rank {rank} of the loss group are no weighted sum of the ranks' own: ranks outside of it add "
-                "theirs (give ContextParallel loss_group= all ranks with data), or something changes them (clipping, an "
-                "overflow, gradients of an earlier micro-batch)."
+                "theirs (give ContextParallel loss_group= all ranks with data), or something changes them (clipping, which "
+                "belongs after the reduction, an overflow, gradients of an earlier micro-batch)."
             )
     uneven = (everyone_RR - everyone_RR[:1]).abs().max() > _TOLERANCE * everyone_RR.abs().max()
     if uneven:

@@ -97,15 +97,14 @@ class KnownInfos:
             infos = [of_shares[share] for share in self._share_of]
         mine = infos[self._table.rank]
         if mine.ended != (batches is None) or mine.digests != tuple(batch.digest for batch in batches or ()):
-            raise self.refusal(step)
+            raise self.refusal()
         return infos
 
-    @staticmethod
-    def refusal(step: int) -> DistattnError:
-        """The error of a loop whose loader was used by something else."""
+    def refusal(self) -> DistattnError:
+        """Return the error of a loop whose loader was used by something else."""
         return DistattnError(
-            f"the loader has given another step than step {step:,}: something else went on with it, such as a loop inside "
-            "this one or load_state_dict; give each loop a loader of its own."
+            f"the loader has given another step than step {self._next - 1:,}: something else went on with it, such as a loop "
+            "inside this one or load_state_dict; give each loop a loader of its own."
         )
 
     def rewind(self) -> None:

@@ -191,6 +191,25 @@ def test_probes_between_steps_change_not_a_bit(variant, stage):
         assert torch.equal(got, wanted)
 
 
+def _other_weights(rank: int) -> str:
+    """What is said of a rank that loads other weights into one layer, after DeepSpeed has made all alike."""
+    _start(rank)
+    cp = da.ContextParallel(dist.group.WORLD, strategy="ring")
+    engine = engine_of(cp, 1, 1)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    with torch.no_grad():
+        engine.module.get_parameter(name)[0, 0] += rank
+    with pytest.raises(da.DistattnError) as refusal:
+        cp.loss_scale(ProbeTarget(engine))
+    return str(refusal.value)
+
+
+def test_a_rank_with_other_weights_is_named_with_the_parameter():
+    for refusal in run_on_ranks(2, _other_weights):
+        assert "rank 1 of the loss group begins with other weights than rank 0" in refusal
+        assert refusal.endswith("Different: model.layers.1.self_attn.o_proj.weight.")
+
+
 def _by_mesh(rank: int) -> str:
     _start(rank)
     cp = da.ContextParallel(groups(rank, 2), loss_group=dist.group.WORLD, strategy="ring")

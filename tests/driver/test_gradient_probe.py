@@ -297,6 +297,7 @@ def _other_weights(rank):
 def test_ranks_that_begin_with_other_weights_are_refused():
     for said in run_on_ranks(2, _other_weights):
         assert "rank 1 of the loss group begins with other weights than rank 0: seed before" in said
+        assert said.endswith("Different: lm_head.weight.")
 
 
 def _other_counts(rank):

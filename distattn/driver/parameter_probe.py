@@ -1,0 +1,267 @@
+"""Every parameter of a trainer: whether all ranks hold the same numbers, and whether its gradient is reduced as all others are.
+
+Weights are compared by checksums of their bits. Gradients are compared by sketches: a few sums of a gradient with random signs.
+A sketch is linear, so the sketch of a sum over ranks is the sum of the ranks' sketches; nothing as large as a gradient is sent.
+"""
+
+# P parameters, R ranks of the loss group, S sketches of a gradient, n numbers of a tensor
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from distattn.ir.errors import DistattnError
+from distattn.parallel.runtime.communicator import all_gather_objects, sendable_device
+
+# of the norm of the ranks' own gradients; rounding in bf16 is under 0.01, a rank that is left out of R changes 1 / sqrt(R)
+_TOLERANCE = 0.05
+_SKETCHES = 8
+# words of 8 bytes of a tensor that are summed as a row for its checksum
+_COLUMNS = 4096
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# names in one sentence
+_NAMED = 3
+
+
+class ProbedParameter(NamedTuple):
+    """What the probe asks of one parameter.
+
+    held: what this rank has of it. part: which part that is; ranks with equal parts hold equal numbers. leaf: returns the tensor
+    whose gradient in autograd is this rank's own; None before it exists, and for parameters that are not trained or whose own
+    gradient cannot be seen. reduced: returns the whole reduced gradient, or None; all ranks call it in the same order. group: the
+    ranks that the gradient is summed over, by default the loss group; further: groups whose sums are added up after that. share:
+    by what the trainer multiplies the gradient besides.
+    """
+
+    name: str
+    held: Tensor
+    leaf: Callable[[], Tensor | None]
+    reduced: Callable[[], Tensor | None]
+    part: int = 0
+    group: dist.ProcessGroup | None = None
+    further: tuple[dist.ProcessGroup, ...] = ()
+    share: float = 1.0
+
+
+def held_part(parameter: Tensor) -> tuple[Tensor, int]:
+    """Return what this rank holds of a parameter, sharded or not, and the number of that part: replicas hold equal parts."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    parameter = parameter.detach()
+    assert isinstance(parameter, DTensor)
+    mesh, number = parameter.device_mesh, 0
+    for coordinate, size, placement in zip(mesh.get_coordinate() or (), mesh.shape, parameter.placements, strict=False):
+        if not placement.is_replicate():
+            number = number * size + coordinate
+    return parameter.to_local(), number
+
+
+def check_same_weights(
+    parameters: Sequence[ProbedParameter], group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Raise DistattnError, naming parameters and ranks, where ranks of a group hold other numbers; all of them call it."""
+    if group is None:
+        return
+    names = [parameter.name for parameter in parameters]
+    everyone = all_gather_objects(group, names)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            odd = next(iter(set(theirs) ^ set(everyone[0])), None)
+            what = f"only one of them has {odd}" if odd else "their order differs"
+            raise DistattnError(
+                f"rank {rank} of the loss group has other parameters than rank 0 ({what}): make the same model on all ranks."
+            )
+    if not parameters:
+        return
+    mine = torch.stack([_checksum(parameter.held, parameter.part).to(device) for parameter in parameters])
+    numbers = _gathered(mine, group).tolist()
+    wrong: dict[int, list[str]] = {}
+    first = 0
+    for index, name in enumerate(names):
+        by_part: dict[int, tuple[int, list[int]]] = {}
+        for rank, of_rank in enumerate(numbers):
+            part, *sums = of_rank[index]
+            known, wanted = by_part.setdefault(part, (rank, sums))
+            if sums != wanted:
+                first = known if not wrong else first
+                wrong.setdefault(rank, []).append(name)
+    if wrong:
+        different = list(dict.fromkeys(name for names in wrong.values() for name in names))
+        raise DistattnError(
+            f"{_ranks(wrong)} of the loss group {'begin' if len(wrong) > 1 else 'begins'} with other weights than rank {first}: "
+            f"seed before the model is made, or broadcast its weights from one rank. Different: {_few(different)}."
+        )
+
+
+class GradientSketches:
+    """Sketches of the gradients of one backward pass: each rank's own, and those that the trainer made of them."""
+
+    def __init__(
+        self, parameters: Sequence[ProbedParameter], group: dist.ProcessGroup | None, device: torch.device
+    ) -> None:
+        self._parameters, self._group, self._device = parameters, group, device
+        self._own = torch.zeros(len(parameters), _SKETCHES, dtype=torch.float64, device=device)
+        self._reduced = torch.zeros_like(self._own)
+        self._is_read, self._is_missing = (torch.zeros(len(parameters), dtype=torch.bool) for _ in range(2))
+        self._hooks: dict[int, Any] = {}
+        self._signs: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def watch(self) -> None:
+        """See the gradients of all parameters whose leaves exist by now; called before and after the forward pass."""
+        for index, parameter in enumerate(self._parameters):
+            leaf = None if index in self._hooks else parameter.leaf()
+            if leaf is not None and leaf.requires_grad:
+                self._hooks[index] = leaf.register_hook(partial(self._add, index))
+
+    def unwatch(self) -> None:
+        """See no more gradients."""
+        for hook in self._hooks.values():
+            hook.remove()
+
+    def read_reduced(self) -> None:
+        """Read the reduced gradients of all parameters that some rank has a gradient of; all ranks call it."""
+        reached = self._summed((self._own != 0).any(1).double()[:, None])[:, 0]
+        for index, parameter in enumerate(self._parameters):
+            if not reached[index] > 0:
+                continue
+            gradient = parameter.reduced()
+            self._is_read[index], self._is_missing[index] = True, gradient is None
+            self._reduced[index] = 0.0 if gradient is None else self._sketch(gradient).to(self._device)
+
+    def check(self, factor: float | None) -> None:
+        """Raise DistattnError, naming parameters and ranks, for gradients that are not reduced as the layer's that was read.
+
+        factor: of that layer, by which own gradients are multiplied in the sum. None where it is not known, since the layer is
+        on another pipeline stage: then it is the median of all parameters' factors.
+        """
+        share_P1 = self._own.new_tensor([parameter.share for parameter in self._parameters])[:, None]
+        own = self._own * share_P1
+        wanted, size = self._summed(own), self._summed(own.square().sum(1, keepdim=True)).sqrt()[:, 0]
+        if factor is None:
+            read = self._is_read.to(self._device)
+            factor = float(_fitted(self._reduced, wanted)[read].nanmedian()) if bool(read.any()) else 1.0
+        wanted, size = wanted * factor, size * abs(factor)
+        # how far off a gradient is; the factor that it has instead, and how far off it is then; how far off the rank's own it is
+        times, alone = _fitted(self._reduced, wanted), _fitted(self._reduced, self._own)
+        facts = [
+            (self._reduced - wanted).norm(dim=1) / size,
+            times,
+            (self._reduced - times[:, None] * wanted).norm(dim=1) / size,
+            (self._reduced - alone[:, None] * self._own).norm(dim=1) / self._reduced.norm(dim=1),
+            self._is_missing.to(self._device, torch.float64),
+        ]
+        mine_P5 = torch.stack(facts, 1)
+        everyone_RP5 = _gathered(mine_P5, self._group) if self._group is not None else mine_P5[None]
+        wrong: dict[str, tuple[list[str], list[int]]] = {}
+        for index, parameter in enumerate(self._parameters):
+            if not self._is_read[index]:
+                continue
+            of_ranks = everyone_RP5[:, index].tolist()
+            ranks = [rank for rank, (off, *_) in enumerate(of_ranks) if not off <= _TOLERANCE]
+            if ranks:
+                names, found = wrong.setdefault(_how(of_ranks[ranks[0]]), ([], []))
+                names.append(parameter.name)
+                found += [rank for rank in ranks if rank not in found]
+        if wrong:
+            said = "; ".join(
+                f"on {_ranks(ranks)} of the loss group the gradient of {_few(names)} {how}"
+                for how, (names, ranks) in wrong.items()
+            )
+            raise DistattnError(
+                f"the trainer does not reduce all parameters alike: {said}. Reduce the gradients of all trained parameters over "
+                "the same ranks, and by the same factor."
+            )
+
+    def _add(self, index: int, gradient: Tensor) -> None:
+        self._own[index] += self._sketch(gradient).to(self._device)
+
+    def _sketch(self, gradient: Tensor) -> Tensor:
+        """(S,) fp64: sums of a gradient, each with the signs of a random row times a random column."""
+        whole = gradient.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        whole = whole.to_dense() if whole.is_sparse else whole
+        matrix = whole.reshape(len(whole), -1) if whole.dim() > 1 else whole.reshape(1, -1)
+        matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+        with torch.autocast(matrix.device.type, enabled=False):
+            rows, columns = (self._signs_of(size, matrix) for size in matrix.shape)
+            return ((matrix @ columns) * rows).sum(0).double()
+
+    def _signs_of(self, size: int, like: Tensor) -> Tensor:
+        """Random signs (size, S), the same on all ranks."""
+        key = size, like.device, like.dtype
+        if key not in self._signs:
+            generator = torch.Generator().manual_seed(size)
+            signs = 2.0 * torch.randint(0, 2, (size, _SKETCHES), generator=generator) - 1.0
+            self._signs[key] = signs.to(like.device, like.dtype)
+        return self._signs[key]
+
+    def _summed(self, mine: Tensor) -> Tensor:
+        """The sum (P, ...) over the ranks that each parameter's gradient is summed over."""
+        total = mine.clone()
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for index, parameter in enumerate(self._parameters):
+            found.setdefault((parameter.group or self._group, *parameter.further), []).append(index)
+        for groups, indices in found.items():
+            part = total[indices]
+            for group in groups:
+                if group is not None:
+                    sent = part.to(sendable_device(group))
+                    dist.all_reduce(sent, group=group)
+                    part = sent.to(self._device)
+            total[indices] = part
+        return total
+
+
+def _checksum(held: Tensor, part: int) -> Tensor:
+    """(3,) int64: the part, and two sums of a tensor's bits by their places. Sums of whole numbers are exact on all devices."""
+    flat = held.detach().contiguous().reshape(-1)
+    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    # words of 8 bytes begin at the tensor, wherever that lies in its storage
+    flat = flat.clone() if flat.storage_offset() * flat.element_size() % 8 else flat
+    whole = flat.numel() * flat.element_size() // (8 * _COLUMNS) * (8 * _COLUMNS) // flat.element_size()
+    rows = flat[:whole].view(torch.int64).view(-1, _COLUMNS)
+    rest = flat[whole:].view(_BITS[flat.element_size()]).to(torch.int64)
+    sums = [rows.sum(1, dtype=torch.int64), rows.sum(0, dtype=torch.int64), rest]
+    by_row, by_column, last = (((2 * torch.arange(len(x), device=x.device) + 1) * x).sum() for x in sums)
+    return torch.stack([by_row.new_tensor(part), by_row + 3 * last, by_column + 5 * last])
+
+
+def _fitted(reduced: Tensor, wanted: Tensor) -> Tensor:
+    """(P,) the factors by which `wanted` is nearest to `reduced`, both (P, S); NaN where it is 0."""
+    return (reduced * wanted).sum(1) / wanted.square().sum(1)
+
+
+def _how(facts: Sequence[float]) -> str:
+    """What has become of a gradient, for a sentence; facts: as in `GradientSketches.check`."""
+    _, factor, off_with_factor, off_own, is_missing = facts
+    if is_missing:
+        return "is not there after the reduction"
+    if off_with_factor <= _TOLERANCE:
+        return f"is {factor:.4g} times what the other gradients' reduction would make of it"
+    if off_own <= _TOLERANCE:
+        return "is the rank's own (it is left out of the reduction)"
+    return "is not the sum over all ranks that other gradients are"
+
+
+def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    sent = mine.to(sendable_device(group)).contiguous()
+    everyone = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, sent, group=group)
+    return torch.stack(everyone)
+
+
+def _ranks(ranks: Any) -> str:
+    numbers = sorted(ranks)
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))}"
+
+
+def _few(names: Sequence[str]) -> str:
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
