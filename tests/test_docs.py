@@ -127,6 +127,12 @@ def _model(names: dict[str, Any]) -> None:
     names |= dict(group=None, everyone=None, target=pytorch.ProbeTarget(model), micro_batches=tiny_loader()[0])
 
 
+def _packs_one_by_one(names: dict[str, Any]) -> None:
+    """The loader gives a pack at a time."""
+    _model(names)
+    names |= dict(cp=da.ContextParallel(strategy="ring"), loader=[pack for step in tiny_loader() for pack in step])
+
+
 def _schedule(names: dict[str, Any]) -> None:
     _model(names)
     names |= dict(partial=partial, cp=da.ContextParallel(strategy="cad", data="per_rank"))
@@ -217,7 +223,7 @@ SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "memory.md": [_memory],
     "planning-a-cluster.md": [_cluster],
     "recurrence.md": [_own_model] * 5,
-    "trainers.md": [_model, _model, _mesh, _own_model, None, _reference],
+    "trainers.md": [_model, _packs_one_by_one, _model, _mesh, _own_model, None, _reference],
     "training.md": [_loop],
 }
 # what is made small, or runs on one CPU rank, where the page has more

@@ -26,6 +26,7 @@ from transformers import Trainer
 
 from distattn.adapters.huggingface import single_process_attention
 from distattn.adapters.pytorch import ProbeTarget, local_loss, output_layer_of
+from distattn.adapters.refusals import print_refusals_once
 from distattn.batch.packed_batch import int64_labels
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
@@ -38,6 +39,7 @@ class ContextParallelTrainer(Trainer):
     """
 
     def __init__(self, *given: Any, context_parallel: ContextParallel, **named: Any):
+        print_refusals_once()
         super().__init__(*given, **named)
         self.context_parallel = context_parallel
         # transformers' documented way to say that compute_loss has seen to it

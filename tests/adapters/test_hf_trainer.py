@@ -1,6 +1,9 @@
 """transformers' Trainer on several ranks: the curve of one process, evaluation, and what is refused."""
 
+import contextlib
+import io
 import os
+import sys
 
 import pytest
 
@@ -270,6 +273,36 @@ def test_deepspeed_under_the_trainer_has_the_same_curve(tmp_path):
     for curve, _, _, tokens in run_on_ranks(2, _train, tmp_path, 2, 2, {"deepspeed": settings}, torch.float32):
         assert tokens == one[3]
         assert curve == pytest.approx(one[0], rel=2e-3)
+
+
+def _refused(rank: int, folder, error: Exception | None) -> tuple[str, int | None]:
+    """(What this rank prints as its script ends with a refusal of the Trainer or another error, its exit code)."""
+    _as_torchrun(rank)
+    cp = da.ContextParallel(strategy="ring")
+    printed = io.StringIO()
+    try:
+        ContextParallelTrainer(
+            model=small.build(), args=arguments(folder, 1, 1, label_smoothing_factor=0.1), context_parallel=cp
+        )
+    except da.DistattnError as refusal:
+        error = error or refusal
+    with contextlib.redirect_stderr(printed):
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except SystemExit as end:
+            return printed.getvalue(), end.code
+    return printed.getvalue(), None
+
+
+def test_a_refusal_is_one_sentence_of_one_rank(tmp_path):
+    said, codes = zip(*run_on_ranks(2, _refused, tmp_path, None), strict=True)
+    assert codes == (2, 2)
+    (sentence,) = "".join(said).splitlines()
+    assert sentence.startswith("distattn: rank ") and "label_smoothing_factor is not supported" in sentence
+    assert "(test_hf_trainer.py, line " in sentence
+    # other errors are every rank's own
+    for printed, code in run_on_ranks(2, _refused, tmp_path, KeyError("mine")):
+        assert "KeyError: 'mine'" in printed and code is None
 
 
 @pytest.mark.parametrize(
