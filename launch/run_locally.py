@@ -37,12 +37,15 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
     return run_ranks_and_finish(run, config, report_progress, json_lines)
 
 
-def resume_locally(run: RunFolder, config: Config, json_lines: bool) -> int:
-    """Go on with a run here from its newest checkpoint, with a configuration that may differ. Returns the exit code."""
+def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int | None = None) -> int:
+    """Go on with a run here, with a configuration that may differ. Returns the exit code.
+
+    step: of the checkpoint to go on from, None for the newest one that is good.
+    """
     require_packages(*_PACKAGES)
     check_run_fits(config)
     report_progress = no_progress if json_lines else print_line
-    resume_run(run, config, report_progress)
+    resume_run(run, config, report_progress, step)
     return run_ranks_and_finish(run, config, report_progress, json_lines)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from distattn.checkpoints.checkpoint_folder import list_checkpoints
+from distattn.checkpoints.checkpoint_folder import by_preference, check_step, choose_step, list_checkpoints
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.parallel.analysis.columns import readable_bytes
@@ -80,14 +80,23 @@ def preflight_alone(config: Config) -> Config:
     )
 
 
-def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], None]) -> None:
+def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], None], step: int | None = None) -> None:
     """Make the folder of a run ready to go on with a configuration; the one before is kept beside it.
 
-    Raises DistattnError for all that can go wrong before ranks start; nothing is changed then.
+    step: of the checkpoint to go on from, None for the newest one that is good. Raises DistattnError for all that can go wrong
+    before ranks start; nothing is changed then.
     """
-    step = change_config(run, config)
+    if step is not None:
+        check_step(run.checkpoints, step)
+    change_config(run, config)
+    if step is not None:
+        with RunLock(run.folder):
+            choose_step(run.checkpoints, step)
     run.forget_requests()
-    report_progress(f"run folder: {run.folder}, " + (f"checkpoint of step {step:,}" if step else "no checkpoint yet"))
+    tried = by_preference(list_checkpoints(run.checkpoints))
+    report_progress(
+        f"run folder: {run.folder}, " + (f"checkpoint of step {tried[0].step:,}" if tried else "no checkpoint yet")
+    )
 
 
 def change_config(run: RunFolder, config: Config) -> int:

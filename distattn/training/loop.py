@@ -18,10 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.checkpoints.checkpoint_folder import list_checkpoints
-from distattn.checkpoints.checkpoints import Checkpoints
+from distattn.checkpoints.checkpoint_folder import (
+    judge_checkpoint,
+    keep_newest_good,
+    list_checkpoints,
+    release_kept,
+)
+from distattn.checkpoints.checkpoints import Checkpoints, Loaded
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.run_lock import RunLock
+from distattn.checkpoints.verdicts import GOOD, REFUSED, CheckpointVerdict
 from distattn.data.loader import PackLoader
 from distattn.data.order import derived_key
 from distattn.data.pack_plan import StepPacks
@@ -35,7 +41,7 @@ from distattn.training.evaluation import evaluate
 from distattn.training.json_lines import JsonLines
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter
-from distattn.training.numerics_watch import NumericsWatch, Verdict
+from distattn.training.numerics_watch import ROLLBACK, STOP, NumericsWatch, Streak, Verdict
 from distattn.training.replay_check import ReplayCheck
 from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
 from distattn.training.run_facts import REQUIRED, facts_of
@@ -128,6 +134,15 @@ class TrainingLoop:
         self.replay = ReplayCheck(engine.model, config.watch.replay_every, group, engine.cp.messages, engine.stage)
         self.by_position = LossByPosition(data.context, [corpus.name for corpus in data.corpora], device)
         self._has_evaluated = False
+        # of the last step; None before there is one
+        self._loss: float | None = None
+        # a save that waits until a step is applied again
+        self._save_is_due = False
+        # the step of the checkpoint that has the weights of now, and what they were loaded from; None once an update changed them
+        self._saved_step: int | None = None
+        self._loaded: Loaded | None = None
+        # what was found of the first step of a streak
+        self._finding = ""
         # of the step before
         self._context: int | None = None
         self.utilisation = Utilisation.of_config(config, shape)
@@ -144,6 +159,8 @@ class TrainingLoop:
             self._save(0)
         while step < last:
             step = self._train_from(step)
+        if self.watch.streak is not None:
+            self._say(last - 1, "refused", f"The run ends with refused steps: {_in_a_row(self.watch.streak)}.")
         if config.checkpoint.every_steps >= 0 and begin < last:
             self._save(last)
             self.checkpoints.wait()
@@ -170,7 +187,9 @@ class TrainingLoop:
             if evaluation.every_steps and (done % evaluation.every_steps == 0 or done == last):
                 self._evaluate(done)
             stops = self.stop.is_made() and done < last
-            if done < last and (every > 0 and done % every == 0 or every >= 0 and stops):
+            self._save_is_due |= every > 0 and done % every == 0
+            # weights after refused steps may be bad ones: they are saved only where the run ends
+            if done < last and (self._save_is_due and self.watch.streak is None or every >= 0 and stops):
                 self._save(done)
             if stops:
                 self._stop(done)
@@ -193,15 +212,17 @@ class TrainingLoop:
             norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
             mean = self.engine.cp.mean_loss(losses)
         tell("looking at losses and gradients")
-        verdict = self.watch.judge(step, mean, norm)
+        verdict, self._loss = self.watch.judge(step, mean, norm), mean
         if train.histogram_every and step % train.histogram_every == 0:
             self.reporter.report_histograms(step + 1, self.engine)
         # the last save may still be copying what the update changes
         self.checkpoints.wait_staged()
         rate = learning_rate(self.schedule, step)
         tell("the optimizer's step")
+        self._judge_checkpoint(verdict)
         if verdict.applies:
             self.engine.update(rate)
+            self._saved_step = self._loaded = None
             for losses_T, batch in token_losses:
                 self.by_position.add_batch(losses_T, batch)
         else:
@@ -231,20 +252,63 @@ class TrainingLoop:
         if difference is not None:
             self._say(step, "wrong rank", difference.text)
 
+    def _judge_checkpoint(self, verdict: Verdict) -> None:
+        """Note what a step shows of the checkpoints: of that with the weights it was computed with, and of those before a streak.
+
+        The newest good one from before a streak is kept for good, unless the run recovers.
+        """
+        at, step, streak = self._saved_step, verdict.step, verdict.streak
+        if verdict.begins_streak:
+            text = f"step {step + 1:,}, computed from it, was refused: {verdict.reason.removesuffix('.')}"
+            # a rollback loads it first, and the step is computed again
+            if at is not None and (verdict.action != ROLLBACK or self._loaded is not None):
+                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, REFUSED, text))
+            self.checkpoints.note(lambda folder: keep_newest_good(folder, _kept_before(step)))
+        elif verdict.applies:
+            if at is not None:
+                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, GOOD))
+            if streak is not None:
+                self._end_streak(streak, verdict.recovered)
+
+    def _end_streak(self, streak: Streak, recovered: bool) -> None:
+        """Tell of a streak that is over, once."""
+        if recovered:
+            self.checkpoints.note(lambda folder: release_kept(folder, _kept_before(streak.first)))
+        if streak.count > 1:
+            how = (
+                "loss and gradient norm are as before again"
+                if recovered
+                else "they are usual by now, and the run goes on at another level: the checkpoint from before them is kept"
+            )
+            self._say(streak.last, "refused", f"{_in_a_row(streak)}; {how}.")
+
     def _act(self, verdict: Verdict, batches: Sequence[Batch]) -> bool:
-        """Find what went wrong and do what the run file says; False where the run is to go back to a checkpoint."""
+        """Do what the run file says of a refused step; False where the run is to go back to a checkpoint.
+
+        Of refused steps in a row the first is looked into, kept as evidence and told of.
+        """
+        if verdict.begins_streak:
+            self._finding = self._find(verdict, batches)
+            self._say(verdict.step, "refused", f"{verdict.reason} In a second run: {self._finding}")
+        if verdict.action == STOP:
+            first = verdict.streak.first if verdict.streak else verdict.step
+            raise DistattnError(
+                f"step {verdict.step + 1}: {verdict.reason} In a second run of step {first + 1}: {self._finding} See "
+                f"{self.folder.folder}/evidence; distattn resume goes on with the newest checkpoint from before it, distattn "
+                f"ckpt list {self.folder.folder} shows all, and watch.action says what else to do."
+            )
+        # where the first step from a checkpoint is bad again, the run goes further back
+        loaded = self._loaded
+        further = loaded is not None and loaded.step == verdict.step and not loaded.in_doubt
+        return not (verdict.action == ROLLBACK or self.config.watch.action == ROLLBACK and further)
+
+    def _find(self, verdict: Verdict, batches: Sequence[Batch]) -> str:
+        """Run a refused step again and keep what is known of it; returns what was found."""
         self._seed(verdict.step)
         finding = self.watch.find(verdict.step, lambda number: self.engine.backward([batches[number]])[0], len(batches))
         self.engine.drop()
         self.watch.keep_evidence(verdict, finding, list(piece_rows(self.data, verdict.step)), batches)
-        text = f"{verdict.reason} In a second run: {finding.text}"
-        self._say(verdict.step, "refused", text)
-        if verdict.action == "stop":
-            raise DistattnError(
-                f"step {verdict.step + 1}: {text} See {self.folder.folder}/evidence; distattn resume goes on with the newest "
-                "checkpoint, and watch.action says what else to do."
-            )
-        return verdict.action != "rollback"
+        return finding.text
 
     def _evaluate(self, done: int) -> None:
         """Losses of held-out documents by position and corpus, and of training since the last time."""
@@ -291,11 +355,17 @@ class TrainingLoop:
     def _save(self, done: int) -> None:
         if self.lock is not None:
             self.lock.check()
-        self.checkpoints.save(done, self._state(), overlap=True)
+        facts, streak = {} if self._loss is None else {"loss": f"{self._loss:.6g}"}, self.watch.streak
+        verdict = CheckpointVerdict()
+        if streak is not None:
+            text = f"it was saved after refused steps, from {streak.first + 1:,} on: {streak.reason.removesuffix('.')}"
+            verdict = CheckpointVerdict(REFUSED, text)
+        self.checkpoints.save(done, self._state(), overlap=True, facts=facts, verdict=verdict)
+        self._save_is_due, self._saved_step, self._loaded = False, done, None
 
     def _roll_back(self, step: int) -> int:
         """Go back to the newest checkpoint; returns its step."""
-        if not (checkpoint := self._resume()) and not list_checkpoints(self.folder.checkpoints):
+        if not (checkpoint := self._resume()) and self._loaded is None:
             raise DistattnError(
                 f"step {step + 1}: there is no checkpoint to go back to, as none could be saved; see what is said above."
             )
@@ -306,6 +376,7 @@ class TrainingLoop:
         engine_state = self.engine.state()
         state = self._state(engine_state)
         loaded = self.checkpoints.load_newest(state, required={name: self.facts[name] for name in REQUIRED})
+        self._loaded, self._saved_step, self._save_is_due = loaded, loaded and loaded.step, False
         if loaded is None:
             return 0
         progress = json.loads(state["progress"])
@@ -326,6 +397,16 @@ class TrainingLoop:
             "token_losses": self.by_position.state(self.engine.cp.loss_group),
             "progress": json.dumps(progress),
         }
+
+
+def _kept_before(step: int) -> str:
+    return f"the newest good one before step {step + 1:,}, which was refused"
+
+
+def _in_a_row(streak: Streak) -> str:
+    if streak.count == 1:
+        return f"step {streak.first + 1:,} was refused"
+    return f"{streak.count:,} steps in a row were refused, {streak.first + 1:,} to {streak.last + 1:,}"
 
 
 def _warn(text: str) -> None:
