@@ -104,6 +104,12 @@ def judge_checkpoint(folder: Path, step: int, kind: str, text: str = "") -> None
         CheckpointVerdict.read(checkpoint)._replace(kind=kind, text=text).write(checkpoint)
 
 
+def discard_checkpoint(folder: Path, step: int) -> None:
+    """Remove the checkpoint of a step, if it is there. Raises OSError. folder: of all checkpoints."""
+    if (checkpoint := folder / checkpoint_name(step)).is_dir():
+        remove_checkpoint(checkpoint)
+
+
 def keep_newest_good(folder: Path, why: str) -> None:
     """Keep the newest checkpoint from which training went on well: no rule removes it from now on. Raises OSError."""
     good = [one for one in by_preference(list_checkpoints(folder)) if one.verdict.kind == GOOD]

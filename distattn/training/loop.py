@@ -9,6 +9,7 @@ watch and the loss by position have seen.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distattn.checkpoints.checkpoint_folder import (
+    discard_checkpoint,
     judge_checkpoint,
     keep_newest_good,
     list_checkpoints,
@@ -31,7 +33,7 @@ from distattn.checkpoints.verdicts import GOOD, REFUSED, CheckpointVerdict
 from distattn.data.loader import PackLoader
 from distattn.data.order import derived_key
 from distattn.data.pack_plan import StepPacks
-from distattn.ir.errors import DistattnError, RunStopped
+from distattn.ir.errors import DamagedStateError, DistattnError, RunStopped
 from distattn.ir.plan import Plan
 from distattn.supervision.heartbeats import tell, telling
 from distattn.training.config import Config
@@ -54,9 +56,11 @@ from distattn.training.run_settings import (
     watch_settings,
 )
 from distattn.training.schedule import learning_rate
+from distattn.training.state_digest import MOST_OF_ONE_RANK, Damage, StateDigest
 from distattn.training.step_clock import StepClock
 from distattn.training.step_documents import append_documents
 from distattn.training.stop_request import StopRequest
+from distattn.training.weight_growth import WeightGrowth
 
 
 def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device) -> None:
@@ -122,6 +126,9 @@ class TrainingLoop:
         self.stop = StopRequest(self.folder.stop_file, self.folder.regroup_file)
         self.documents = JsonLines(self.folder.documents_file, append_documents)
         self.schedule, group = schedule_settings(config), dist.group.WORLD
+        self.digest, self.growth = StateDigest(engine.state_tensors, group), WeightGrowth(engine.state_tensors)
+        # whether all ranks learn each other's loss; those of tensor and pipeline parallelism do not
+        self._shares_loss = dist.get_world_size(engine.cp.loss_group) == dist.get_world_size()
         self.watch = NumericsWatch(
             engine.model,
             watch_settings(config),
@@ -130,6 +137,7 @@ class TrainingLoop:
             engine.cp.messages,
             engine,
             engine.stage,
+            self.growth,
         )
         self.replay = ReplayCheck(engine.model, config.watch.replay_every, group, engine.cp.messages, engine.stage)
         self.by_position = LossByPosition(data.context, [corpus.name for corpus in data.corpora], device)
@@ -143,6 +151,8 @@ class TrainingLoop:
         self._loaded: Loaded | None = None
         # what was found of the first step of a streak
         self._finding = ""
+        # for which the run is to go back
+        self._damage: Damage | None = None
         # of the step before
         self._context: int | None = None
         self.utilisation = Utilisation.of_config(config, shape)
@@ -157,13 +167,21 @@ class TrainingLoop:
         if not begin and config.watch.action == "rollback":
             # something to go back to
             self._save(0)
+        if not begin:
+            self._digest("the begin of the run", 0)
         while step < last:
             step = self._train_from(step)
+            if step == last and config.checkpoint.every_steps >= 0 and begin < last:
+                step = self._save_last(last)
         if self.watch.streak is not None:
             self._say(last - 1, "refused", f"The run ends with refused steps: {_in_a_row(self.watch.streak)}.")
-        if config.checkpoint.every_steps >= 0 and begin < last:
-            self._save(last)
-            self.checkpoints.wait()
+
+    def _save_last(self, last: int) -> int:
+        """Save after the last step; returns the step to go on from, which is another one where the state was found damaged."""
+        self._save(last)
+        self.checkpoints.wait()
+        damage = self.digest.compare(last - 1, "the end of the run")
+        return last if damage is None else self._leave_damaged(damage)
 
     def _train_from(self, begin: int) -> int:
         """Train from a step on; returns the last step, or the one to go on from after a rollback."""
@@ -210,19 +228,27 @@ class TrainingLoop:
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
         with telling("the norm of all gradients", waits=True):
             norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
-            mean = self.engine.cp.mean_loss(losses)
+        # what is saved is copied between two digests, and before the update changes it
+        self.checkpoints.wait_staged()
+        with telling("the mean loss of all ranks", waits=True):
+            mean, damage = self._mean_loss(step, losses)
+        if damage is not None:
+            self.engine.drop()
+            self._damage = damage
+            return False
         tell("looking at losses and gradients")
         verdict, self._loss = self.watch.judge(step, mean, norm), mean
         if train.histogram_every and step % train.histogram_every == 0:
             self.reporter.report_histograms(step + 1, self.engine)
-        # the last save may still be copying what the update changes
-        self.checkpoints.wait_staged()
         rate = learning_rate(self.schedule, step)
         tell("the optimizer's step")
         self._judge_checkpoint(verdict)
         if verdict.applies:
+            self.digest.forget()
             self.engine.update(rate)
             self._saved_step = self._loaded = None
+            self.growth.after_update(step)
+            self._digest(f"the update of step {step + 1}", step + 1)
             for losses_T, batch in token_losses:
                 self.by_position.add_batch(losses_T, batch)
         else:
@@ -244,6 +270,53 @@ class TrainingLoop:
         )
         self.health.after_step(step + 1, costs)
         return verdict.applies or self._act(verdict, batches)
+
+    def _mean_loss(self, step: int, losses: Sequence[Tensor]) -> tuple[float, Damage | None]:
+        """The mean loss of a step, and what has changed in the state since the last update, on all ranks the same.
+
+        A rank whose state has changed tells the others by a loss that is NaN, so nothing more is sent while all is well.
+        """
+        changed = self.digest.changed()
+        self.health.state_checks = self.digest.comparisons
+        spoilt = [losses[0] * math.nan] if changed and self._shares_loss else []
+        mean = self.engine.cp.mean_loss([*losses, *spoilt])
+        if not self._shares_loss and self.config.watch.digest_every:
+            to_look = self.digest.any(bool(changed))
+        else:
+            to_look = not math.isfinite(mean)
+        return mean, self.digest.explain(step, changed) if to_look else None
+
+    def _digest(self, after: str, done: int) -> None:
+        """Digest the state after so many steps, where the run file says so, or it is about to be saved."""
+        every, saves = self.config.watch.digest_every, self.config.checkpoint.every_steps
+        is_saved = saves > 0 and done % saves == 0 or saves >= 0 and done == self.config.train.steps
+        if every and (done % every == 0 or is_saved or self._save_is_due or self.stop.is_made()):
+            self.digest.take(after)
+
+    def _leave_damaged(self, damage: Damage) -> int:
+        """Tell of a damaged state and go back to a checkpoint of a whole one; returns its step."""
+        step, saved = damage.step, self._saved_step
+        self._say(step, "damaged state", damage.text)
+        self.health.tell_damage(step + 1, damage.text)
+        if saved is not None and self._loaded is None:
+            # its copy was made while the state changed
+            self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved))
+        if damage.repeats:
+            raise DistattnError(
+                f"step {step + 1}: {damage.text} It is so {MOST_OF_ONE_RANK} times in this run: have the memory of its host "
+                f"tested, leave the host out, and go on by distattn resume {self.folder.folder}."
+            )
+        if self.config.watch.action == STOP:
+            raise DistattnError(
+                f"step {step + 1}: {damage.text} distattn resume {self.folder.folder} goes on from the newest checkpoint of a "
+                "whole state; watch.action says what else to do."
+            )
+        if (begin := self._resume()) or self._loaded is not None:
+            return begin
+        raise DamagedStateError(
+            f"step {step + 1}: {damage.text} There is no checkpoint to go back to: the run begins anew, or does so by "
+            f"distattn resume {self.folder.folder}."
+        )
 
     def _replay(self, step: int, batches: Sequence[Batch]) -> None:
         """Compute the first micro-batch twice and compare; the step begins anew afterwards."""
@@ -325,6 +398,9 @@ class TrainingLoop:
 
     def _stop(self, done: int) -> None:
         self.checkpoints.wait()
+        if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
+            self._say(damage.step, "damaged state", damage.text)
+            self.checkpoints.note(lambda folder: discard_checkpoint(folder, done))
         self.reporter.report_event(done, "stopped", "Stopped as it was asked to.")
         raise RunStopped(
             f"stopped after step {done}, asked by a file in {self.folder.folder}; distattn resume goes on from there."
@@ -365,6 +441,9 @@ class TrainingLoop:
 
     def _roll_back(self, step: int) -> int:
         """Go back to the newest checkpoint; returns its step."""
+        damage, self._damage = self._damage, None
+        if damage is not None:
+            return self._leave_damaged(damage)
         if not (checkpoint := self._resume()) and self._loaded is None:
             raise DistattnError(
                 f"step {step + 1}: there is no checkpoint to go back to, as none could be saved; see what is said above."
@@ -383,6 +462,9 @@ class TrainingLoop:
         self.engine.load(engine_state._replace(updates=progress["updates"]))
         self.watch.load_state_dict(progress["watch"])
         self.by_position.load(state["token_losses"])
+        self.growth.forget()
+        if self.config.watch.digest_every:
+            self.digest.take(f"the loading of {loaded.folder.name}")
         self.reporter.report_event(loaded.step, "resumed", f"Went on from {loaded.folder.name}.")
         return loaded.step
 

@@ -24,6 +24,7 @@ from distattn.training import evidence
 from distattn.training.engines.engine import PipelineStage
 from distattn.training.module_observer import OUTPUT, Observations, gathered, local_part, observed_modules, plain_name
 from distattn.training.spike_detector import SpikeDetector
+from distattn.training.weight_growth import WeightGrowth
 
 APPLY, SKIP, STOP, ROLLBACK = "apply", "skip", "stop", "rollback"
 ACTIONS = (SKIP, STOP, ROLLBACK)
@@ -130,7 +131,8 @@ class NumericsWatch:
 
     group: None for one process. folder: evidence goes into its subfolder `evidence`. messages: the driver's
     (`ContextParallel.messages`), so that a rank which sends what is not finite is named, not those that receive it. weights: what
-    has `named_parameters`, if not the model. stage: the pipeline's that `model` is.
+    has `named_parameters`, if not the model. stage: the pipeline's that `model` is. growth: what the last updates did to weights,
+    so that an update that has destroyed them is named.
     """
 
     def __init__(
@@ -142,8 +144,9 @@ class NumericsWatch:
         messages: MessageMonitor | None = None,
         weights: Any = None,
         stage: PipelineStage = PipelineStage(),  # noqa: B008
+        growth: WeightGrowth | None = None,
     ):
-        self._stage = stage
+        self._stage, self._growth = stage, growth
         self._weights = model if weights is None else weights
         self.settings, self.folder, self._messages = settings, Path(folder), messages
         self._model, self._group = model, group
@@ -207,14 +210,20 @@ class NumericsWatch:
                 ]
                 outputs = [module for module, _ in shown]
                 largest.append([value for _, value in shown])
-        found, everyone = zip(*gathered(self._group, (first, (outputs, largest))), strict=True)
+        growth = self._growth and self._growth.largest()
+        found, everyone, grown = zip(*gathered(self._group, (first, (outputs, largest), growth)), strict=True)
         bad = [one for one in found if one is not None]
         if bad:
-            return _not_finite(step, bad)
-        if not self._was_finite:
-            text = "all values are finite in a second run: the fault did not repeat."
-            return Finding(step, CLEAN, text)
-        return _largest(step, everyone)
+            finding = _not_finite(step, bad)
+        elif not self._was_finite:
+            finding = Finding(step, CLEAN, "all values are finite in a second run: the fault did not repeat.")
+        else:
+            finding = _largest(step, everyone)
+        causes = [(one.step, -one.factor, rank, one) for rank, one in enumerate(grown) if one is not None]
+        if causes:
+            *_, rank, cause = min(causes, key=lambda found: found[:3])
+            finding = replace(finding, text=f"{cause.text(rank)}; {finding.text}")
+        return finding
 
     def keep_evidence(
         self,
