@@ -10,6 +10,7 @@ from processes import run_on_ranks
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.ir.errors import DamagedStateError, DistattnError
+from distattn.training import loop
 from distattn.training.config import (
     Config,
     DataConfig,
@@ -26,10 +27,8 @@ from distattn.training.config_sections import (
     MemoryConfig,
     WatchConfig,
 )
-from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.engines.opened import open_engine
 from distattn.training.json_lines import read_rows
-from distattn.training.loop import train
 from distattn.training.run_data import find_text, write_text
 from distattn.training.run_folder import RunFolder
 from distattn.training.state_digest import StateDigest, state_tensors
@@ -202,17 +201,27 @@ def test_engines_digest_all_that_an_update_changes(texts, tmp_path, engine):
 
 def _train_with_flips(rank: int, folder: Path, config: Config, before: tuple[int, ...], kind: str = "weight") -> None:
     """Train; a bit of rank 1's state flips before these updates, counted from 1 over rollbacks, amid forward and backward."""
-    backward, done = Fsdp2Engine.backward, []
+    if config.engine.name == "megatron":
+        import megatron_on_cpu  # noqa: F401
+    os.environ["LOCAL_RANK"] = str(rank)
+    open_engine, done = loop.open_engine, []
 
-    def flipping(self, batches, on_token_losses=None):
-        losses = backward(self, batches, on_token_losses)
-        done.append(None)
-        if rank == 1 and len(done) in before:
-            flip(next(part for found, _, part in self.state_tensors() if found == kind and part.numel()), bit=9)
-        return losses
+    def opened(*given):
+        engine = open_engine(*given)
+        backward = engine.backward
 
-    Fsdp2Engine.backward = flipping
-    train(RunFolder(folder), config, True, torch.device("cpu"))
+        def flipping(*given):
+            losses = backward(*given)
+            done.append(None)
+            if rank == 1 and len(done) in before:
+                flip(next(part for found, _, part in engine.state_tensors() if found == kind and part.numel()), bit=9)
+            return losses
+
+        engine.backward = flipping
+        return engine
+
+    loop.open_engine = opened
+    loop.train(RunFolder(folder), config, True, torch.device("cpu"))
 
 
 def trained(config: Config, *fault) -> RunFolder:
@@ -247,7 +256,18 @@ def test_a_run_with_a_flipped_bit_ends_as_one_without(texts, tmp_path):
     assert read_rows(run.health_file)[-1]["state_checks"] > STEPS
 
 
-def test_the_last_checkpoint_is_not_one_of_a_damaged_state(texts, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_ranks_of_a_pipeline_that_share_no_loss_learn_of_it_too(texts, tmp_path):
+    pytest.importorskip("megatron.core")
+    config = config_of("megatron", texts, tmp_path / "run")
+    parallel = dataclasses.replace(config.parallel, pipeline_parallel_size=2, kernel="reference")
+    run = trained(dataclasses.replace(config, parallel=parallel), (4,), "exp_avg")
+    events = [event["kind"] for event in run.events()]
+    assert events == ["damaged state", "resumed"] and "rank 1 on" in run.events()[0]["text"]
+    assert [step.step for step in run.metrics()] == list(range(1, STEPS + 1))
+
+
+def test_the_last_checkpoint_is_not_one_of_a_damaged_state(texts, tmp_path):
     """A bit that flips while the last state is copied, when no step follows that could show it."""
     config = config_of("fsdp2", texts, tmp_path / "run")
     run = RunFolder.create(config)
@@ -259,8 +279,6 @@ def test_the_last_checkpoint_is_not_one_of_a_damaged_state(texts, tmp_path, monk
 
 
 def _train_and_flip_last(rank: int, folder: Path, config: Config) -> None:
-    from distattn.training import loop
-
     save, done = loop.TrainingLoop._save, []
 
     def flipping(self, step):
