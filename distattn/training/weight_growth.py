@@ -57,8 +57,8 @@ class WeightGrowth:
         weights = [(name, part) for kind, name, part in self._tensors() if kind == WEIGHT and part.numel()]
         self._names = [plain_name(name) for name, _ in weights]
         if weights:
-            norms = torch._foreach_norm([part for _, part in weights])
-            self._norms.append((step, torch.stack([norm.double() for norm in norms])))
+            norms = [torch.linalg.vector_norm(part).double() for _, part in weights]
+            self._norms.append((step, torch.stack(norms)))
 
     def forget(self) -> None:
         """Begin anew: other weights were loaded."""
