@@ -1,13 +1,15 @@
-"""What reports of health cost a training step on 4 ranks: counting each wait, adding up each step, and the report itself.
+"""What health costs a training step on 4 ranks: reports (each wait, each step, the report itself), and digests of the state.
 
-    torchrun --nproc-per-node 4 benchmarks/health_overhead.py
+    torchrun --nproc-per-node 4 benchmarks/health_overhead.py [CONFIG] [--tokens N] [--engine NAME]
 
 The ranks train the tiny Llama of configs/tiny.toml by FSDP2 on packs of 2,048 tokens. Medians of rank 0; ranks meet before each
-report, so that waiting for a slow one does not count. The aim is 0.1 % of a step.
+report and each digest, so that waiting for a slow one does not count. The aim is 0.1 % of a step for reports, and 0.5 % for
+digests: one after each update, and one before the next.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -26,22 +28,30 @@ from distattn.training.engines.opened import open_engine
 from distattn.training.health import HealthReport, HealthReports
 from distattn.training.metrics import MetricsReporter
 from distattn.training.run_folder import RunFolder
+from distattn.training.state_digest import StateDigest
+from distattn.training.weight_growth import WeightGrowth
 
 ROOT = Path(__file__).parents[1]
-TOKENS, STEPS, EVERY, CALLS = 2048, 12, 50, 200
+STEPS, EVERY, CALLS = 12, 50, 200
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default=str(ROOT / "configs/tiny.toml"))
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--engine", default="fsdp2")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    config = configuration.load(str(ROOT / "configs/tiny.toml"))
+    config = configuration.load(given.config)
     parallel = replace(config.parallel, ranks=dist.get_world_size())
-    engine = open_engine(replace(config, parallel=parallel), torch.device("cpu"), 256, TOKENS)
+    config = replace(config, parallel=parallel, engine=replace(config.engine, name=given.engine))
+    engine = open_engine(config, torch.device("cpu"), 256, given.tokens)
     reports: list[HealthReport] = []
     health = HealthReports(engine.cp, torch.device("cpu"), 1, reports.append)
     clock, waits, steps = health.clock(), [0], []
-    batch = {"input_ids": torch.arange(TOKENS)[None] % 251, "document_lengths": [TOKENS // 2] * 2}
+    batch = {"input_ids": torch.arange(given.tokens)[None] % 251, "document_lengths": [given.tokens // 2] * 2}
     counted = dist.Work.wait
 
     def counting(work: Any, *given: Any) -> Any:
@@ -65,6 +75,12 @@ def main() -> None:
     step = median(lambda: quiet.after_step(1, costs))
     quiet.close()
     health.close()
+    digest, growth = StateDigest(engine.state_tensors, dist.group.WORLD), WeightGrowth(engine.state_tensors)
+    taken = median(lambda: digest.take("an update"), before=dist.barrier)
+    changed = median(digest.changed, before=dist.barrier)
+    compared = median(lambda: digest.compare(0), before=dist.barrier)
+    norms = median(lambda: growth.after_update(0), before=dist.barrier)
+    state = sum(one.numel() * one.element_size() for _, _, one in engine.state_tensors())
     done = dist.all_reduce(torch.zeros(1), async_op=True)
     assert done is not None
     done.wait()
@@ -86,6 +102,16 @@ def main() -> None:
         for name, cost in rows.items():
             sys.stdout.write(f"{name:40s}{cost * 1e6:10.1f} us  {cost / seconds:.4%} of a step\n")
         sys.stdout.write(f"{'together':53s} {sum(rows.values()) / seconds:.4%} of a step\n")
+        rows = {
+            "a digest after each update": taken,
+            "a digest before the next, compared": changed,
+            "norms of weights after each update": norms,
+        }
+        sys.stdout.write(f"weights and optimizer state of rank 0: {state:,} bytes\n")
+        for name, cost in rows.items():
+            sys.stdout.write(f"{name:40s}{cost * 1e6:10.1f} us  {cost / seconds:.4%} of a step\n")
+        sys.stdout.write(f"{'both digests':53s} {(taken + changed) / seconds:.4%} of a step\n")
+        sys.stdout.write(f"told to all ranks (only with pipelines)  {(compared - changed) * 1e6:10.1f} us\n")
     engine.close()
     dist.destroy_process_group()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,12 +20,15 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data.progress import ProgressReporter
 from distattn.parallel.analysis.columns import readable_bytes
+from distattn.training.json_lines import json_text
 
 USAGE = """usage: distattn ckpt {list,verify,show} RUN_OR_FOLDER [--json]
        distattn ckpt {export-hf,import-hf} FROM TO
 
   list RUN_OR_FOLDER
-      the checkpoints of a run, in the order in which they were saved; their files are not read
+      the checkpoints of a run, in the order in which they were saved, each with the loss of its last step and a verdict: good
+      where the step that was computed from it was applied, refused where it was not, or where it was saved after refused steps;
+      their files are not read
   verify RUN_OR_FOLDER
       read checkpoints from end to end and compare every block with its digest; exit code 3 where one is not what was written
   show RUN_OR_FOLDER
@@ -70,19 +72,30 @@ def _list(arguments: Sequence[str]) -> int:
             _write_json(_facts(one))
         return 0
     table = Table(box=None, pad_edge=False)
-    for name in ("step", "size", "ranks"):
+    for name in ("step", "loss", "size", "ranks"):
         table.add_column(name, justify="right")
-    for name in ("saved at (UTC)", "", "folder"):
+    for name in ("saved at (UTC)", "verdict", "folder", ""):
         table.add_column(name, no_wrap=True)
-    for one in found:
+    notes = [
+        ", ".join(filter(None, (one.verdict.text, one.verdict.kept and f"kept: {one.verdict.kept}"))) for one in found
+    ]
+    for one, note in zip(found, notes, strict=True):
         if one.manifest is None:
-            table.add_row(f"{one.step:,}", "", "", "", "[red]damaged[/]", escape(str(one.folder)))
+            table.add_row(f"{one.step:,}", "", "", "", "", "[red]damaged[/]", escape(str(one.folder)))
             continue
-        whole = "" if sizes_are_right(one) else "[red]damaged[/]"
-        numbers = (f"{one.step:,}", readable_bytes(one.manifest.bytes), f"{one.manifest.world_size:,}")
-        table.add_row(*numbers, one.manifest.saved_at[:19].replace("T", " "), whole, escape(str(one.folder)))
+        verdict = f"[yellow]{one.verdict.kind}[/]" if one.verdict.is_doubtful else one.verdict.kind
+        whole = verdict if sizes_are_right(one) else "[red]damaged[/]"
+        numbers = (
+            f"{one.step:,}",
+            one.manifest.facts.get("loss", ""),
+            readable_bytes(one.manifest.bytes),
+            f"{one.manifest.world_size:,}",
+        )
+        when = one.manifest.saved_at[:19].replace("T", " ")
+        table.add_row(*numbers, when, whole, escape(str(one.folder)), escape(note))
     # a name that is folded or cut is no name
-    ResultConsole(highlight=False, width=_WIDTH + max(len(str(one.folder)) for one in found)).print(table)
+    widest = max(len(str(one.folder)) + len(note) for one, note in zip(found, notes, strict=True))
+    ResultConsole(highlight=False, width=_WIDTH + widest).print(table)
     return 0
 
 
@@ -98,9 +111,10 @@ def _verify(arguments: Sequence[str]) -> int:
         if as_json:
             _write_json({"folder": str(one.folder), "problems": [problem._asdict() for problem in problems]})
             continue
-        console.print(
-            f"{'[red]damaged[/]' if problems else '[green]good[/]'} {escape(str(one.folder))}", soft_wrap=True
-        )
+        bytes_are = "[red]damaged[/]" if problems else "[green]good[/]"
+        # every byte may be what was written, and the weights be bad
+        doubt = f" ({one.verdict.kind}: {one.verdict.text})" if one.verdict.is_doubtful else ""
+        console.print(f"{bytes_are} {escape(str(one.folder))}{escape(doubt)}", soft_wrap=True)
         for problem in problems:
             console.print(f"  {problem}", markup=False, soft_wrap=True)
     return DamagedDataError.exit_code if any(problems for _, problems in results) else 0
@@ -121,6 +135,7 @@ def _show(arguments: Sequence[str]) -> int:
         f"{newest.folder}: step {manifest.step:,}, saved at {manifest.saved_at}",
         f"by {manifest.world_size} ranks with torch {manifest.torch}",
         f"{readable_bytes(manifest.bytes)} in {len(manifest.files)} files",
+        f"verdict: {newest.verdict.kind}" + (f", {newest.verdict.text}" if newest.verdict.text else ""),
     ]
     lines += [f"  {name}: {value}" for name, value in sorted(manifest.facts.items())]
     lines += [f"  {file.name}  {readable_bytes(file.bytes)}" for file in manifest.files]
@@ -146,8 +161,10 @@ def _facts(one: Checkpoint) -> dict[str, object]:
     if one.manifest is not None:
         manifest = one.manifest
         facts |= {"saved_at": manifest.saved_at, "ranks": manifest.world_size, "bytes": manifest.bytes}
+        loss = manifest.facts.get("loss")
+        facts |= {"loss": None if loss is None else float(loss), "verdict": one.verdict._asdict()}
     return facts
 
 
 def _write_json(content: dict[str, object]) -> None:
-    sys.stdout.write(json.dumps(content) + "\n")
+    sys.stdout.write(json_text(content) + "\n")

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distattn.checkpoints.checkpoint_folder import by_preference, list_checkpoints
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command, print_line
@@ -25,7 +28,8 @@ from distattn.training.run_folder import RunFolder
 def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool) -> int:
     """Compare with plain transformers, write the report, and say how it went. Returns the exit code.
 
-    The report is written whatever becomes of the comparison, whose errors are raised afterwards, unless the command is stopped.
+    That is 1 where the comparison failed, or the last loss is not finite: stderr says what to do then. The report is written
+    whatever becomes of the comparison, whose errors are raised afterwards, unless the command is stopped.
     """
     checked: dict[str, Any] | None = None
     later = f"all steps are done, and {finish_command(run.folder)}"
@@ -40,10 +44,28 @@ def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
             _report(run, config, checked, report_progress, json_lines)
             raise
         _report(run, config, checked, report_progress, json_lines)
+    failures = []
     if checked and not checked["passed"]:
-        sys.stderr.write("distattn: the run differs from plain transformers: the reference check failed.\n")
-        return 1
-    return 0
+        failures.append("the run differs from plain transformers: the reference check failed.")
+    last = run.metrics()[-1]
+    if not math.isfinite(last.loss):
+        failures.append(f"the loss of the last step, {last.step:,}, is {last.loss}: {_way_back(run)}")
+    for failure in failures:
+        sys.stderr.write(f"distattn: {failure}\n")
+    return 1 if failures else 0
+
+
+def _way_back(run: RunFolder) -> str:
+    """Return what to do with a run whose weights may be destroyed: a clause that ends a sentence."""
+    refused = list(itertools.takewhile(lambda step: step.skipped, reversed(run.metrics())))
+    since = f"steps from {refused[-1].step:,} on were refused, and " if refused else ""
+    good = [one.step for one in by_preference(list_checkpoints(run.checkpoints)) if not one.verdict.is_doubtful]
+    if not good:
+        return f"{since}no checkpoint is good; begin anew, with a lower train.learning_rate, for example."
+    return (
+        f"{since}the weights may be destroyed; distattn resume {run.folder} --step {good[0]} goes on from the newest checkpoint "
+        "that is not in doubt, distattn ckpt list shows all."
+    )
 
 
 def _report(

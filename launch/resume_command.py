@@ -13,9 +13,10 @@ from distattn.training.config import Config
 from distattn.training.run_facts import check_same_run
 from distattn.training.run_folder import RunFolder
 
-USAGE = """usage: distattn resume RUN [--json] [--section.key value ...]
+USAGE = """usage: distattn resume RUN [--step N] [--json] [--section.key value ...]
 
 Goes on with the run of a folder on this machine, from its newest good checkpoint, or from its first step where there is none.
+--step N goes on from the checkpoint after step N: those that were saved later are set aside. distattn ckpt list RUN shows them.
 Ranks, degrees, strategy, kernel, engine and all that is logged or saved may change; the model's shape, the data and the seed
 stay. With other ranks all are on one node, unless parallel.devices_per_node is given, too. A resume that is refused, by the
 command or by its ranks, leaves the run's configuration as it was. Runs on Slurm go on with sbatch RUN/job.sbatch, on Ray with
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if words else 2
+    step, words = _step(words)
+    if not words:
+        raise DistattnError(f"resume: name a run folder: {USAGE.splitlines()[0].removeprefix('usage: ')}")
     run = RunFolder(Path(words[0]))
     if not run.config_file.is_file():
         raise DistattnError(
@@ -48,4 +52,23 @@ def main(arguments: Sequence[str]) -> int:
     if config.preflight.action == "only":
         raise DistattnError(f"preflight.action: only is for new folders: distattn preflight {run.config_file}.")
     check_same_run(before, config)
-    return resume_locally(run, config, json_lines=len(words) < len(arguments))
+    return resume_locally(run, config, json_lines="--json" in arguments, step=step)
+
+
+def _step(words: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Take --step N, or --step=N, out of a command's words. Returns the step, None where none is given, and the other words."""
+    step, others, left = None, [], list(words)
+    while left:
+        word = left.pop(0)
+        if word != "--step" and not word.startswith("--step="):
+            others.append(word)
+            continue
+        value = word.partition("=")[2] if "=" in word else (left.pop(0) if left else "")
+        # numbers as ckpt list shows them
+        digits = value.replace(",", "")
+        if not (digits.isascii() and digits.isdigit()):
+            raise DistattnError(
+                f"--step: {value!r} is not the step of a checkpoint; distattn ckpt list RUN shows them."
+            )
+        step = int(digits)
+    return step, others

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from distattn.checkpoints.checkpoint_folder import newest_step
+from distattn.checkpoints.checkpoint_folder import newest_step, preferred_step
 from distattn.checkpoints.held_folder import HeldFolder
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
@@ -41,14 +41,17 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
     return run_ranks_and_finish(run, config, report_progress, json_lines)
 
 
-def resume_locally(run: RunFolder, config: Config, json_lines: bool) -> int:
-    """Go on with a run here from its newest checkpoint, with a configuration that may differ. Returns the exit code."""
+def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int | None = None) -> int:
+    """Go on with a run here, with a configuration that may differ. Returns the exit code.
+
+    step: of the checkpoint to go on from, None for the newest one that is good.
+    """
     require_packages(*_PACKAGES)
     check_run_fits(config)
     report_progress = no_progress if json_lines else print_line
     try:
         with stopped("before training", "the run is as it was"):
-            resume_run(run, config, report_progress)
+            resume_run(run, config, report_progress, step)
         return run_ranks_and_finish(run, config, report_progress, json_lines, proposed=True)
     finally:
         # refused, the run keeps the configuration that it has
@@ -100,5 +103,5 @@ def run_ranks_and_finish(
 
 
 def _how_to_go_on(run: RunFolder) -> str:
-    step = newest_step(run.checkpoints)
+    step = preferred_step(run.checkpoints)
     return f"distattn resume {run.folder} goes on from " + (f"step {step:,}" if step else "the first step")

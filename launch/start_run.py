@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from distattn.checkpoints.checkpoint_folder import newest_step
+from distattn.checkpoints.checkpoint_folder import check_step, choose_step, preferred_step
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import say
@@ -81,14 +81,21 @@ def preflight_alone(config: Config) -> Config:
     )
 
 
-def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], None]) -> None:
+def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], None], step: int | None = None) -> None:
     """Make the folder of a run ready to go on with a configuration, which is proposed to its ranks where it differs.
 
-    Raises DistattnError for all that can go wrong before ranks start; nothing is changed then.
+    step: of the checkpoint to go on from, None for the newest one that is good. Raises DistattnError for all that can go wrong
+    before ranks start; nothing is changed then.
     """
-    step = _make_ready(run, config, run.proposed_config_file)
+    if step is not None:
+        check_step(run.checkpoints, step)
+    _make_ready(run, config, run.proposed_config_file, step)
+    if step is not None:
+        with RunLock(run.folder):
+            choose_step(run.checkpoints, step)
     run.forget_requests()
-    report_progress(f"run folder: {run.folder}, " + (f"checkpoint of step {step:,}" if step else "no checkpoint yet"))
+    first = preferred_step(run.checkpoints)
+    report_progress(f"run folder: {run.folder}, " + (f"checkpoint of step {first:,}" if first else "no checkpoint yet"))
 
 
 def change_config(run: RunFolder, config: Config) -> None:
@@ -103,13 +110,15 @@ def change_config(run: RunFolder, config: Config) -> None:
         raise DistattnError(f"{run.config_file}: cannot be written: {error.strerror}; make room.") from None
 
 
-def _make_ready(run: RunFolder, config: Config, file: Path) -> int:
-    """Check a configuration for a run that nobody works on, and write it into a file where it is not the run's.
+def _make_ready(run: RunFolder, config: Config, file: Path, step: int | None = None) -> int:
+    """Check a configuration for a run that no process works on, and write it into a file where it is not the run's.
 
-    Returns the step of the newest checkpoint, or 0. Raises DistattnError; nothing is changed then.
+    step: of the checkpoint to go on from, None for the one that the run tries first. Returns that step, or 0. Raises
+    DistattnError; nothing is changed then.
     """
     data = open_data(run, config)
-    check_steps_left(run, config, newest_step(run.checkpoints))
+    begin = preferred_step(run.checkpoints) if step is None else step
+    check_steps_left(run, config, begin)
     # not under a run that goes on
     with RunLock(run.folder), _removed_afterwards(run.packs_file.with_name("corpus.longer.packs")) as longer:
         # a plan that others made is long enough, or was refused
@@ -130,7 +139,7 @@ def _make_ready(run: RunFolder, config: Config, file: Path) -> int:
         # it begins as the plan before does
         if longer.exists():
             longer.replace(run.packs_file)
-        return newest_step(run.checkpoints)
+        return begin
 
 
 def _renew_secret(run: RunFolder) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from distattn.checkpoints.digested_files import read_block
 from distattn.checkpoints.manifest import BLOCK_BYTES, MANIFEST_FILE, FileDigests, Manifest
 from distattn.checkpoints.owner import file_age, writer_is_alive, writer_name
 from distattn.checkpoints.pickled_names import foreign_pickles
+from distattn.checkpoints.verdicts import GOOD, SET_ASIDE, UNTESTED, CheckpointVerdict
 from distattn.data.indexed_file import synchronise_folder
 from distattn.ir.errors import DamagedDataError, DistattnError
 
@@ -47,12 +48,16 @@ class Problem(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A folder that has the name of a checkpoint. manifest: None where it cannot be trusted, and why stands in `problem`."""
+    """A folder that has the name of a checkpoint. manifest: None where it cannot be trusted, and why stands in `problem`.
+
+    verdict: what training has shown of it.
+    """
 
     step: int
     folder: Path
     manifest: Manifest | None
     problem: str
+    verdict: CheckpointVerdict = CheckpointVerdict()
 
 
 def checkpoint_name(step: int) -> str:
@@ -71,7 +76,8 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
             continue
         step = int(match[1])
         try:
-            found.append(Checkpoint(step, folder / name, _manifest_of(folder / name, step), ""))
+            manifest = _manifest_of(folder / name, step)
+            found.append(Checkpoint(step, folder / name, manifest, "", CheckpointVerdict.read(folder / name)))
         except DamagedDataError as error:
             found.append(Checkpoint(step, folder / name, None, str(error)))
     return sorted(found, key=lambda one: (one.manifest is None, one.manifest.serial if one.manifest else 0, one.step))
@@ -80,6 +86,74 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 def newest_step(folder: Path) -> int:
     """Of the checkpoints of a folder that have a manifest; 0 where there is none. Raises DistattnError as `list_checkpoints`."""
     return max((one.step for one in list_checkpoints(folder) if one.manifest is not None), default=0)
+
+
+def by_preference(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """Return the checkpoints that have a manifest, in the order in which a run tries them: those in doubt after all others,
+    and the newest first."""
+    whole = [(one.verdict.is_doubtful, -one.manifest.serial, one) for one in checkpoints if one.manifest is not None]
+    return [one for *_, one in sorted(whole, key=lambda entry: entry[:2])]
+
+
+def preferred_step(folder: Path) -> int:
+    """Return the step of the checkpoint that a run tries first, or 0 where there is none."""
+    return next((checkpoint.step for checkpoint in by_preference(list_checkpoints(folder))), 0)
+
+
+def judge_checkpoint(folder: Path, step: int, kind: str, text: str = "") -> None:
+    """Write the verdict of the checkpoint of a step, if it is there. Raises OSError.
+
+    folder: of all checkpoints. A checkpoint that is kept for good stays so.
+    """
+    checkpoint = folder / checkpoint_name(step)
+    if checkpoint.is_dir():
+        CheckpointVerdict.read(checkpoint)._replace(kind=kind, text=text).write(checkpoint)
+
+
+def discard_checkpoint(folder: Path, step: int) -> None:
+    """Remove the checkpoint of a step, if it is there. Raises OSError. folder: of all checkpoints."""
+    if (checkpoint := folder / checkpoint_name(step)).is_dir():
+        remove_checkpoint(checkpoint)
+
+
+def keep_newest_good(folder: Path, why: str) -> None:
+    """Keep the newest checkpoint from which training went on well: no rule removes it from now on. Raises OSError."""
+    good = [one for one in by_preference(list_checkpoints(folder)) if one.verdict.kind == GOOD]
+    if good and not good[0].verdict.kept:
+        good[0].verdict._replace(kept=why).write(good[0].folder)
+
+
+def release_kept(folder: Path, why: str) -> None:
+    """Leave the checkpoints that `keep_newest_good` keeps for this reason to the rule again. Raises OSError."""
+    for one in list_checkpoints(folder):
+        if one.verdict.kept == why:
+            one.verdict._replace(kept="").write(one.folder)
+
+
+def check_step(folder: Path, step: int) -> Checkpoint:
+    """Return the checkpoint of a step. Raises DistattnError where there is none that has a manifest."""
+    whole = {one.step: one for one in list_checkpoints(folder) if one.manifest is not None}
+    if step not in whole:
+        there = f"it has those of steps {', '.join(f'{one:,}' for one in sorted(whole))}" if whole else "it has none"
+        raise DistattnError(f"{folder}: has no checkpoint of step {step:,}; {there}.")
+    return whole[step]
+
+
+def choose_step(folder: Path, step: int) -> None:
+    """Have a run go on from the checkpoint of this step: those that were saved later are set aside.
+
+    Raises DistattnError as `check_step`, and where a verdict cannot be written.
+    """
+    chosen = check_step(folder, step)
+    whole = [one for one in list_checkpoints(folder) if one.manifest is not None]
+    try:
+        for later in whole[whole.index(chosen) + 1 :]:
+            text = f"it was saved later than step {step:,}, from which a person went on"
+            later.verdict._replace(kind=SET_ASIDE, text=text).write(later.folder)
+        if chosen.verdict.is_doubtful:
+            chosen.verdict._replace(kind=UNTESTED, text="").write(chosen.folder)
+    except OSError as error:
+        raise DistattnError(f"{folder}: a verdict on a checkpoint cannot be written: {error.strerror}.") from None
 
 
 def find_checkpoints(given: Path) -> list[Checkpoint]:
@@ -99,7 +173,7 @@ def find_checkpoints(given: Path) -> list[Checkpoint]:
     if (given / MANIFEST_FILE).exists():
         # a copy with another name
         manifest = Manifest.read(given)
-        return [Checkpoint(manifest.step, given, manifest, "")]
+        return [Checkpoint(manifest.step, given, manifest, "", CheckpointVerdict.read(given))]
     raise DistattnError(f"{given}: has no checkpoints; name a run, a folder of checkpoints, or a checkpoint.")
 
 

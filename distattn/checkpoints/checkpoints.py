@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distattn.checkpoints.checkpoint_folder import (
     Problem,
+    by_preference,
     checkpoint_name,
     clean_leftovers,
     commit,
@@ -41,6 +42,7 @@ from distattn.checkpoints.manifest import FileDigests, Manifest
 from distattn.checkpoints.rank_exchange import RankExchange, RankFailure
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.staging import HostBuffers, StagedState
+from distattn.checkpoints.verdicts import REFUSED, CheckpointVerdict
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
 from distattn.supervision.heartbeats import awaiting, doing, telling
 
@@ -51,19 +53,33 @@ _WRITE_SECONDS = 120.0
 
 
 class Loaded(NamedTuple):
-    """What a state was loaded from. step: training steps done. facts: those that it was saved with."""
+    """What a state was loaded from. step: training steps done. facts: those that it was saved with.
+
+    in_doubt: whether its verdict speaks against it, and there was no other one.
+    """
 
     step: int
     folder: Path
     facts: Mapping[str, str]
+    in_doubt: bool = False
 
 
 @dataclass
 class _Save:
     step: int
     state: StagedState
+    facts: Mapping[str, str]
+    verdict: CheckpointVerdict
     staged: threading.Event = field(default_factory=threading.Event)
     written: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
+class _Note:
+    """Work on the folder of checkpoints that waits until what is being saved is written."""
+
+    work: Callable[[Path], None]
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class _Start(NamedTuple):
@@ -82,11 +98,12 @@ class _Written(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A checkpoint that all ranks are to verify. unreadable: what is wrong with those that have no manifest to be trusted."""
+    """A checkpoint that all ranks are to verify. passed_over: why newer ones, or unreadable ones, are not taken."""
 
     folder: Path
     manifest: Manifest
-    unreadable: list[str]
+    in_doubt: bool
+    passed_over: list[str]
 
 
 class Checkpoints:
@@ -128,7 +145,8 @@ class Checkpoints:
         self._last: _Save | None = None
         # of all optimizers, while a save overlaps
         self._step_hook: RemovableHandle | None = None
-        self._queue: queue.SimpleQueue[_Save | None] = queue.SimpleQueue()
+        self._last_note: _Note | None = None
+        self._queue: queue.SimpleQueue[_Save | _Note | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, daemon=True, name="distattn-checkpoints")
         self._writer.start()
         if self._is_root:
@@ -136,12 +154,21 @@ class Checkpoints:
             with contextlib.suppress(DistattnError):
                 clean_leftovers(self._folder)
 
-    def save(self, step: int, state: dict[str, Any], *, overlap: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        *,
+        overlap: bool = False,
+        facts: Mapping[str, str] | None = None,
+        verdict: CheckpointVerdict = CheckpointVerdict(),  # noqa: B008
+    ) -> None:
         """Save a state after `step` training steps; a thread writes it. Collective, and all ranks must save the same steps.
 
         state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them. Returns once the tensors are
         copied to host memory; with `overlap` at once, and no tensor may change before `wait_staged` has returned. Steps of
-        torch.optim's optimizers wait by themselves; whatever else changes the state must call it first.
+        torch.optim's optimizers wait by themselves; whatever else changes the state must call it first. facts: more of them, of
+        this save alone, such as its loss. verdict: what speaks against the state already.
 
         An earlier save that still runs is waited for, with a warning: skipping this one would need all ranks to agree, at every
         save, and a second copy of the state would need as much memory again. A disk that is full or cannot be written costs one
@@ -150,7 +177,7 @@ class Checkpoints:
         """
         self._wait_for_earlier(step)
         staged = StagedState(state, self._is_root, self._buffers)
-        self._last = _Save(step, staged)
+        self._last = _Save(step, staged, facts or {}, verdict)
         self._queue.put(self._last)
         if not overlap:
             self.wait_staged()
@@ -169,10 +196,21 @@ class Checkpoints:
             self._step_hook.remove()
             self._step_hook = None
 
+    def note(self, work: Callable[[Path], None]) -> None:
+        """Have rank 0 work on the folder of checkpoints once the last save is written, such as by `judge_checkpoint`.
+
+        Not collective: on other ranks it does nothing. The rule of what is kept is applied afterwards. An OSError is warned of.
+        """
+        if self._is_root:
+            self._last_note = _Note(work)
+            self._queue.put(self._last_note)
+
     def wait(self) -> None:
-        """Return once the last save is written, or has failed. Raises as `save` does."""
+        """Return once the last save is written, or has failed, and the work of `note` is done. Raises as `save` does."""
         if self._last is not None:
             self._wait_for_writer(self._last)
+        if self._last_note is not None:
+            self._last_note.done.wait()
         self._raise_error()
 
     def close(self) -> None:
@@ -187,6 +225,7 @@ class Checkpoints:
     def load_newest(self, state: dict[str, Any], *, required: Mapping[str, str] | None = None) -> Loaded | None:
         """Load the newest checkpoint that is whole into a state, in place as `dcp.load` does. Collective.
 
+        Those in doubt by their verdict are tried last; where that passes over a newer one, a warning says so.
         Each rank reads a share of the checkpoint's blocks and compares their digests, before anything is unpickled. One that is
         not whole is passed over, with one warning that says what is wrong with it. Where the newest is whole, those that the rule
         does not keep are removed. required: facts that must be those of the
@@ -200,7 +239,7 @@ class Checkpoints:
         passed: list[str] = []
         while (candidate := self._next_candidate(tried, passed)) is not None:
             tried.add(candidate.folder)
-            passed += candidate.unreadable
+            passed += candidate.passed_over
             _check_facts(candidate, required or {})
             problem = self._verify_and_read(candidate, state)
             if problem is None:
@@ -209,24 +248,29 @@ class Checkpoints:
                 elif self._is_root:
                     # a job that was killed right after its last save has not
                     self._remove_old()
-                return Loaded(candidate.manifest.step, candidate.folder, dict(candidate.manifest.facts))
+                facts = dict(candidate.manifest.facts)
+                return Loaded(candidate.manifest.step, candidate.folder, facts, candidate.in_doubt)
             passed.append(problem)
         return None
 
     # ---- loading
 
     def _next_candidate(self, tried: set[Path], passed: list[str]) -> _Candidate | None:
-        """The newest checkpoint that was not tried, the same on all ranks. passed: what is wrong with those that were."""
+        """The best checkpoint that was not tried, the same on all ranks. passed: what is wrong with those that were."""
 
         def choose(_: Sequence[None]) -> Sequence[_Candidate | None]:
             clean_leftovers(self._folder)
             found = list_checkpoints(self._folder)
             unreadable = [] if tried else [one.problem for one in found if one.manifest is None]
-            left = [one for one in found if one.manifest is not None and one.folder not in tried]
+            left = [one for one in by_preference(found) if one.folder not in tried]
             if left:
-                newest = left[-1]
-                assert newest.manifest is not None
-                return [_Candidate(newest.folder, newest.manifest, unreadable)] * self._exchange.ranks
+                best, in_doubt = left[0], left[0].verdict.is_doubtful
+                assert best.manifest is not None
+                newer = found[found.index(best) + 1 :] if not tried and not in_doubt else []
+                # those that a person set aside are no news
+                passed_over = [f"{one.folder}: {one.verdict.text}." for one in newer if one.verdict.kind == REFUSED]
+                candidate = _Candidate(best.folder, best.manifest, in_doubt, [*passed_over, *unreadable])
+                return [candidate] * self._exchange.ranks
             if found:
                 raise DamagedDataError(
                     f"{self._folder}: none of its {len(found)} checkpoints is whole. {' '.join([*passed, *unreadable])} Put "
@@ -296,6 +340,9 @@ class Checkpoints:
 
     def _write_all(self) -> None:
         while (save := self._queue.get()) is not None:
+            if isinstance(save, _Note):
+                self._do_note(save)
+                continue
             try:
                 with doing(f"writing {checkpoint_name(save.step)}"):
                     self._write_or_tell(save)
@@ -305,6 +352,15 @@ class Checkpoints:
             finally:
                 save.staged.set()
                 save.written.set()
+
+    def _do_note(self, note: _Note) -> None:
+        try:
+            note.work(self._folder)
+            self._remove_old()
+        except (OSError, DistattnError) as error:
+            self._warn(f"{self._folder}: a verdict on a checkpoint cannot be written: {error}.")
+        finally:
+            note.done.set()
 
     def _write_or_tell(self, save: _Save) -> None:
         try:
@@ -331,7 +387,7 @@ class Checkpoints:
             folder, serial = start.folder, start.serial
             self._exchange.decide(
                 lambda: self._write_files(save.state, folder),
-                lambda parts: self._commit(save.step, folder, serial, parts),
+                lambda parts: self._commit(save, folder, serial, parts),
             )
         finally:
             if self._is_root and start is not None:
@@ -387,7 +443,7 @@ class Checkpoints:
             raise
         return _Written(results, files.digests())
 
-    def _commit(self, step: int, folder: Path, serial: int, parts: list[_Written]) -> Sequence[None]:
+    def _commit(self, save: _Save, folder: Path, serial: int, parts: list[_Written]) -> Sequence[None]:
         """On rank 0, once all parts are on the disk: write the rest, and give the folder its name."""
         assert self._metadata is not None
         writer, files = file_writer(folder)
@@ -395,15 +451,16 @@ class Checkpoints:
         digests = sorted([*files.digests(), *(file for part in parts for file in part.files)])
         Manifest(
             serial=serial,
-            step=step,
+            step=save.step,
             saved_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             world_size=self._exchange.ranks,
             torch=torch.__version__,
-            facts=self._facts,
+            facts=self._facts | dict(save.facts),
             files=digests,
             seconds=round((self._seconds_before or 0.0) + time.monotonic() - self._began, 3),
         ).write(folder)
-        commit(folder, step)
+        save.verdict.write(folder)
+        commit(folder, save.step)
         self._remove_old()
         return [None] * len(parts)
 

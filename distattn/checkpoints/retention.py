@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distattn.checkpoints.checkpoint_folder import Checkpoint, sizes_are_right
+from distattn.checkpoints.verdicts import GOOD
 from distattn.ir.errors import DistattnError
 
 
@@ -13,8 +14,11 @@ from distattn.ir.errors import DistattnError
 class KeepRule:
     """What is kept: the `last` newest checkpoints, and besides one of every `every_hours` hours of training.
 
-    Hours are those in which jobs went on (`Manifest.seconds`), since the time of day may jump. last: at least 1. Raises
-    DistattnError where a number is too small.
+    Hours are those in which jobs went on (`Manifest.seconds`), since the time of day may jump. Checkpoints in doubt
+    (`CheckpointVerdict`) do not count, so they push no other one out; they go with the ones before them. The newest good one
+    stays until one of the `last` newest is good, and those that are kept for good stay.
+
+    last: at least 1. Raises DistattnError where a number is too small.
     """
 
     last: int = 3
@@ -33,10 +37,14 @@ class KeepRule:
         no manifest that can be trusted is not removed: a person may want to look at it.
         """
         whole = [one for one in checkpoints if one.manifest is not None]
-        newest = whole[-self.last :]
+        counted = [one for one in whole if not one.verdict.is_doubtful]
+        newest = counted[-self.last :]
         if not any(map(sizes_are_right, newest)):
             return []
-        kept = {one.folder for one in [*newest, *self._spaced(whole)]}
+        good = (one for one in reversed(counted) if one.verdict.kind == GOOD and sizes_are_right(one))
+        others = [one for one in whole[whole.index(newest[0]) :] if one.verdict.is_doubtful]
+        others += [one for one in whole if one.verdict.kept] + [one for one in [next(good, None)] if one is not None]
+        kept = {one.folder for one in [*newest, *others, *self._spaced(counted)]}
         return [one for one in whole if one.folder not in kept]
 
     def _spaced(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

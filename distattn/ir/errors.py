@@ -17,6 +17,12 @@ class LostRankError(DistattnError):
     exit_code = 4
 
 
+class DamagedStateError(DistattnError):
+    """The state of a run changed between two updates, and there is no checkpoint. Exit code 4: another attempt may do better."""
+
+    exit_code = 4
+
+
 class RunStopped(DistattnError):
     """Training ended early because it was asked to, with a checkpoint to go on from. Exit code 75: EX_TEMPFAIL of sysexits.h."""
 

@@ -122,6 +122,7 @@ def _number_problems(config: Config) -> Iterator[str]:
         "watch.spike_window": (config.watch.spike_window, 0),
         "watch.spike_threshold": (config.watch.spike_threshold, 0),
         "watch.replay_every": (config.watch.replay_every, 0),
+        "watch.digest_every": (config.watch.digest_every, 0),
         "supervision.max_restarts": (config.supervision.max_restarts, 0),
         "supervision.patience_seconds": (config.supervision.patience_seconds, 1),
         "supervision.starting_seconds": (config.supervision.starting_seconds, 1),

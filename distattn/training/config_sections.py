@@ -286,6 +286,9 @@ class WatchConfig:
     """A spike is so many median absolute deviations above their median."""
     replay_every: int = 0
     """Every so many steps the first micro-batch is computed twice and compared bit by bit; 0 for never."""
+    digest_every: int = 1
+    """After every so many updates, and before each save, weights and optimizer state are digested, and compared before the next
+    update: bits that flip in memory are found. 0 for never."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ class HealthReport:
     compute_seconds: of a step without waits and data. probe_seconds: of the fixed matrix product of `DeviceProbe`. slowest: the
     rank that takes longest, by compute_seconds or, on GPUs, by probe_seconds; over_median: by which share of the median it
     takes longer. slow: whether that is enough to name it; reports_in_a_row: in which it was named, this one among them. errors:
-    a sentence for each counter of a GPU that has grown. counters: of each rank's GPU by `COUNTERS`. text: all in a sentence.
+    a sentence for each counter of a GPU that has grown. counters: of each rank's GPU by `COUNTERS`. state_checks: comparisons of
+    state digests so far, in this process; damaged: a sentence for each that found a difference since the last report. text: all
+    in a sentence.
     """
 
     step: int
@@ -61,6 +63,8 @@ class HealthReport:
     errors: tuple[str, ...]
     counters: tuple[tuple[float | None, ...], ...]
     text: str
+    state_checks: int = 0
+    damaged: tuple[str, ...] = ()
 
     @property
     def is_news(self) -> bool:
@@ -95,6 +99,9 @@ class HealthReports:
         self._last: int | None = None
         self._counted: list[list[float]] | None = None
         self._hosts: tuple[str, ...] = ()
+        # of the state digest
+        self.state_checks = 0
+        self._damaged: tuple[str, ...] = ()
         if every:
             self._hosts = self._host_names()
             self._counted = self._gather([_UNKNOWN] * len(_TIMES) + self._counters.read())
@@ -116,14 +123,22 @@ class HealthReports:
             before + now for before, now in zip(self._times, (costs.seconds, costs.data_seconds, waited), strict=True)
         ]
         self._steps += 1
-        if step % self._every:
-            return
+        if step % self._every == 0:
+            self._tell(step)
+
+    def tell_damage(self, step: int, text: str) -> None:
+        """Report at once that the state was found damaged; a collective call. text: a sentence."""
+        self._damaged += (text,)
+        if self._every and self._steps:
+            self._tell(step)
+
+    def _tell(self, step: int) -> None:
         times = [seconds / self._steps for seconds in self._times]
         counted = self._counters.read()
         own = [*times, self._probe.seconds(), float(self._counters.index), float(self._counters.last_xid)]
         rows = self._gather(own + counted)
         self._publish(self._report(step, rows))
-        self._times, self._steps = [0.0, 0.0, 0.0], 0
+        self._times, self._steps, self._damaged = [0.0, 0.0, 0.0], 0, ()
 
     def close(self) -> None:
         """Count waits no more, and let NVML go."""
@@ -181,7 +196,9 @@ class HealthReports:
             self._in_a_row,
             errors,
             tuple(tuple(_known(value) for value in row[len(_TIMES) :]) for row in rows),
-            " ".join([text, *errors]).strip() or "Neither compute times nor counters are known.",
+            " ".join([text, *errors, *self._damaged]).strip() or "Neither compute times nor counters are known.",
+            self.state_checks,
+            self._damaged,
         )
 
     def _sentence(self, slowest: int, over: float | None, measure: Sequence[float | None], of_steps: bool) -> str:

@@ -9,6 +9,7 @@ watch and the loss by position have seen.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -18,14 +19,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.checkpoints.checkpoint_folder import list_checkpoints
-from distattn.checkpoints.checkpoints import Checkpoints
+from distattn.checkpoints.checkpoint_folder import (
+    discard_checkpoint,
+    judge_checkpoint,
+    keep_newest_good,
+    list_checkpoints,
+    release_kept,
+)
+from distattn.checkpoints.checkpoints import Checkpoints, Loaded
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.run_lock import RunLock
+from distattn.checkpoints.verdicts import GOOD, REFUSED, CheckpointVerdict
 from distattn.data.loader import PackLoader
 from distattn.data.order import derived_key
 from distattn.data.pack_plan import StepPacks
-from distattn.ir.errors import DistattnError, RunStopped
+from distattn.ir.errors import DamagedStateError, DistattnError, RunStopped
 from distattn.ir.plan import Plan
 from distattn.supervision.heartbeats import tell, telling
 from distattn.training.config import Config
@@ -35,7 +43,7 @@ from distattn.training.evaluation import evaluate
 from distattn.training.json_lines import write_whole
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter
-from distattn.training.numerics_watch import NumericsWatch, Verdict
+from distattn.training.numerics_watch import ROLLBACK, STOP, NumericsWatch, Streak, Verdict
 from distattn.training.replay_check import ReplayCheck
 from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
 from distattn.training.run_facts import REQUIRED, check_steps_left, facts_of
@@ -48,9 +56,11 @@ from distattn.training.run_settings import (
     watch_settings,
 )
 from distattn.training.schedule import learning_rate
+from distattn.training.state_digest import MOST_OF_ONE_RANK, Damage, StateDigest
 from distattn.training.step_clock import StepClock
 from distattn.training.step_documents import append_documents
 from distattn.training.stop_request import Stop, StopRequest
+from distattn.training.weight_growth import WeightGrowth
 
 
 def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device, *, accept: bool = False) -> None:
@@ -120,6 +130,9 @@ class TrainingLoop:
         self.stop = StopRequest(self.folder.stop_file, self.folder.regroup_file, of_folder=self._look_at_folder)
         self.documents = self.folder.lines(self.folder.documents_file, append_documents)
         self.schedule, group = schedule_settings(config), dist.group.WORLD
+        self.digest, self.growth = StateDigest(engine.state_tensors, group), WeightGrowth(engine.state_tensors)
+        # whether all ranks learn each other's loss; those of tensor and pipeline parallelism do not
+        self._shares_loss = dist.get_world_size(engine.cp.loss_group) == dist.get_world_size()
         self.watch = NumericsWatch(
             engine.model,
             watch_settings(config),
@@ -128,10 +141,22 @@ class TrainingLoop:
             engine.cp.messages,
             engine,
             engine.stage,
+            self.growth,
         )
         self.replay = ReplayCheck(engine.model, config.watch.replay_every, group, engine.cp.messages, engine.stage)
         self.by_position = LossByPosition(data.context, [corpus.name for corpus in data.corpora], device)
         self._has_evaluated = False
+        # of the last step; None before there is one
+        self._loss: float | None = None
+        # a save that waits until a step is applied again
+        self._save_is_due = False
+        # the step of the checkpoint that has the weights of now, and what they were loaded from; None once an update changed them
+        self._saved_step: int | None = None
+        self._loaded: Loaded | None = None
+        # what was found of the first step of a streak
+        self._finding = ""
+        # for which the run is to go back
+        self._damage: Damage | None = None
         # of the step before
         self._context: int | None = None
         self.utilisation = Utilisation.of_config(config, shape)
@@ -149,11 +174,21 @@ class TrainingLoop:
         if not begin and config.watch.action == "rollback":
             # something to go back to
             self._save(0)
+        if not begin:
+            self._digest("the begin of the run", 0)
         while step < last:
             step = self._train_from(step)
-        if config.checkpoint.every_steps >= 0 and begin < last:
-            self._save(last)
-            self.checkpoints.wait()
+            if step == last and config.checkpoint.every_steps >= 0 and begin < last:
+                step = self._save_last(last)
+        if self.watch.streak is not None:
+            self._say(last - 1, "refused", f"The run ends with refused steps: {_in_a_row(self.watch.streak)}.")
+
+    def _save_last(self, last: int) -> int:
+        """Save after the last step; returns the step to go on from, which is another one where the state was found damaged."""
+        self._save(last)
+        self.checkpoints.wait()
+        damage = self.digest.compare(last - 1, "the end of the run")
+        return last if damage is None else self._leave_damaged(damage)
 
     def _train_from(self, begin: int) -> int:
         """Train from a step on; returns the last step, or the one to go on from after a rollback."""
@@ -177,8 +212,10 @@ class TrainingLoop:
             if evaluation.every_steps and (done % evaluation.every_steps == 0 or done == last):
                 self._evaluate(done)
             stop = self.stop.made() if done < last else Stop.NO
-            due = done < last and (every > 0 and done % every == 0 or every >= 0 and stop)
-            if due and stop != Stop.FOLDER_LOST:
+            self._save_is_due |= every > 0 and done % every == 0
+            # weights after refused steps may be bad ones: they are saved only where the run ends
+            saves = self._save_is_due and self.watch.streak is None or every >= 0 and stop
+            if done < last and saves and stop != Stop.FOLDER_LOST:
                 self._save(done)
             if stop:
                 self._end(done, stop)
@@ -199,17 +236,27 @@ class TrainingLoop:
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
         with telling("the norm of all gradients", waits=True):
             norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
-            mean = self.engine.cp.mean_loss(losses)
+        # what is saved is copied between two digests, and before the update changes it
+        self.checkpoints.wait_staged()
+        with telling("the mean loss of all ranks", waits=True):
+            mean, damage = self._mean_loss(step, losses)
+        if damage is not None:
+            self.engine.drop()
+            self._damage = damage
+            return False
         tell("looking at losses and gradients")
-        verdict = self.watch.judge(step, mean, norm)
+        verdict, self._loss = self.watch.judge(step, mean, norm), mean
         if train.histogram_every and step % train.histogram_every == 0:
             self.reporter.report_histograms(step + 1, self.engine)
-        # the last save may still be copying what the update changes
-        self.checkpoints.wait_staged()
         rate = learning_rate(self.schedule, step)
         tell("the optimizer's step")
+        self._judge_checkpoint(verdict)
         if verdict.applies:
+            self.digest.forget()
             self.engine.update(rate)
+            self._saved_step = self._loaded = None
+            self.growth.after_update(step)
+            self._digest(f"the update of step {step + 1}", step + 1)
             for losses_T, batch in token_losses:
                 self.by_position.add_batch(losses_T, batch)
         else:
@@ -232,6 +279,53 @@ class TrainingLoop:
         self.health.after_step(step + 1, costs)
         return verdict.applies or self._act(verdict, batches)
 
+    def _mean_loss(self, step: int, losses: Sequence[Tensor]) -> tuple[float, Damage | None]:
+        """The mean loss of a step, and what has changed in the state since the last update, on all ranks the same.
+
+        A rank whose state has changed tells the others by a loss that is NaN, so nothing more is sent while all is well.
+        """
+        changed = self.digest.changed()
+        self.health.state_checks = self.digest.comparisons
+        spoilt = [losses[0] * math.nan] if changed and self._shares_loss else []
+        mean = self.engine.cp.mean_loss([*losses, *spoilt])
+        if not self._shares_loss and self.config.watch.digest_every:
+            to_look = self.digest.any(bool(changed))
+        else:
+            to_look = not math.isfinite(mean)
+        return mean, self.digest.explain(step, changed) if to_look else None
+
+    def _digest(self, after: str, done: int) -> None:
+        """Digest the state after so many steps, where the run file says so, or it is about to be saved."""
+        every, saves = self.config.watch.digest_every, self.config.checkpoint.every_steps
+        is_saved = saves > 0 and done % saves == 0 or saves >= 0 and done == self.config.train.steps
+        if every and (done % every == 0 or is_saved or self._save_is_due or self.stop.is_made()):
+            self.digest.take(after)
+
+    def _leave_damaged(self, damage: Damage) -> int:
+        """Tell of a damaged state and go back to a checkpoint of a whole one; returns its step."""
+        step, saved = damage.step, self._saved_step
+        self._say(step, "damaged state", damage.text)
+        self.health.tell_damage(step + 1, damage.text)
+        if saved is not None and self._loaded is None:
+            # its copy was made while the state changed
+            self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved))
+        if damage.repeats:
+            raise DistattnError(
+                f"step {step + 1}: {damage.text} It is so {MOST_OF_ONE_RANK} times in this run: have the memory of its host "
+                f"tested, leave the host out, and go on by distattn resume {self.folder.folder}."
+            )
+        if self.config.watch.action == STOP:
+            raise DistattnError(
+                f"step {step + 1}: {damage.text} distattn resume {self.folder.folder} goes on from the newest checkpoint of a "
+                "whole state; watch.action says what else to do."
+            )
+        if (begin := self._resume()) or self._loaded is not None:
+            return begin
+        raise DamagedStateError(
+            f"step {step + 1}: {damage.text} There is no checkpoint to go back to: the run begins anew, or does so by "
+            f"distattn resume {self.folder.folder}."
+        )
+
     def _replay(self, step: int, batches: Sequence[Batch]) -> None:
         """Compute the first micro-batch twice and compare; the step begins anew afterwards."""
         difference = self.replay.check(step, lambda: self.engine.backward(batches[:1]), self.engine.drop)
@@ -239,20 +333,63 @@ class TrainingLoop:
         if difference is not None:
             self._say(step, "wrong rank", difference.text)
 
+    def _judge_checkpoint(self, verdict: Verdict) -> None:
+        """Note what a step shows of the checkpoints: of that with the weights it was computed with, and of those before a streak.
+
+        The newest good one from before a streak is kept for good, unless the run recovers.
+        """
+        at, step, streak = self._saved_step, verdict.step, verdict.streak
+        if verdict.begins_streak:
+            text = f"step {step + 1:,}, computed from it, was refused: {verdict.reason.removesuffix('.')}"
+            # a rollback loads it first, and the step is computed again
+            if at is not None and (verdict.action != ROLLBACK or self._loaded is not None):
+                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, REFUSED, text))
+            self.checkpoints.note(lambda folder: keep_newest_good(folder, _kept_before(step)))
+        elif verdict.applies:
+            if at is not None:
+                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, GOOD))
+            if streak is not None:
+                self._end_streak(streak, verdict.recovered)
+
+    def _end_streak(self, streak: Streak, recovered: bool) -> None:
+        """Tell of a streak that is over, once."""
+        if recovered:
+            self.checkpoints.note(lambda folder: release_kept(folder, _kept_before(streak.first)))
+        if streak.count > 1:
+            how = (
+                "loss and gradient norm are as before again"
+                if recovered
+                else "they are usual by now, and the run goes on at another level: the checkpoint from before them is kept"
+            )
+            self._say(streak.last, "refused", f"{_in_a_row(streak)}; {how}.")
+
     def _act(self, verdict: Verdict, batches: Sequence[Batch]) -> bool:
-        """Find what went wrong and do what the run file says; False where the run is to go back to a checkpoint."""
+        """Do what the run file says of a refused step; False where the run is to go back to a checkpoint.
+
+        Of refused steps in a row the first is looked into, kept as evidence and told of.
+        """
+        if verdict.begins_streak:
+            self._finding = self._find(verdict, batches)
+            self._say(verdict.step, "refused", f"{verdict.reason} In a second run: {self._finding}")
+        if verdict.action == STOP:
+            first = verdict.streak.first if verdict.streak else verdict.step
+            raise DistattnError(
+                f"step {verdict.step + 1}: {verdict.reason} In a second run of step {first + 1}: {self._finding} See "
+                f"{self.folder.folder}/evidence; distattn resume goes on with the newest checkpoint from before it, distattn "
+                f"ckpt list {self.folder.folder} shows all, and watch.action says what else to do."
+            )
+        # where the first step from a checkpoint is bad again, the run goes further back
+        loaded = self._loaded
+        further = loaded is not None and loaded.step == verdict.step and not loaded.in_doubt
+        return not (verdict.action == ROLLBACK or self.config.watch.action == ROLLBACK and further)
+
+    def _find(self, verdict: Verdict, batches: Sequence[Batch]) -> str:
+        """Run a refused step again and keep what is known of it; returns what was found."""
         self._seed(verdict.step)
         finding = self.watch.find(verdict.step, lambda number: self.engine.backward([batches[number]])[0], len(batches))
         self.engine.drop()
         self.watch.keep_evidence(verdict, finding, list(piece_rows(self.data, verdict.step)), batches)
-        text = f"{verdict.reason} In a second run: {finding.text}"
-        self._say(verdict.step, "refused", text)
-        if verdict.action == "stop":
-            raise DistattnError(
-                f"step {verdict.step + 1}: {text} See {self.folder.folder}/evidence; distattn resume goes on with the newest "
-                "checkpoint, and watch.action says what else to do."
-            )
-        return verdict.action != "rollback"
+        return finding.text
 
     def _evaluate(self, done: int) -> None:
         """Losses of held-out documents by position and corpus, and of training since the last time."""
@@ -281,6 +418,9 @@ class TrainingLoop:
     def _end(self, done: int, stop: Stop) -> None:
         """End the run after a step, saved if it can be. Raises RunStopped, or DistattnError where its folder is elsewhere."""
         self.checkpoints.wait()
+        if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
+            self._say(damage.step, "damaged state", damage.text)
+            self.checkpoints.note(lambda folder: discard_checkpoint(folder, done))
         if stop != Stop.ASKED:
             what = (
                 self.folder.hold().what_happened()
@@ -330,11 +470,20 @@ class TrainingLoop:
                     self.check_folder()
                 else:
                     self.checkpoints.move_to(place / self.folder.checkpoints.name)
-        self.checkpoints.save(done, self._state(), overlap=True)
+        facts, streak = {} if self._loss is None else {"loss": f"{self._loss:.6g}"}, self.watch.streak
+        verdict = CheckpointVerdict()
+        if streak is not None:
+            text = f"it was saved after refused steps, from {streak.first + 1:,} on: {streak.reason.removesuffix('.')}"
+            verdict = CheckpointVerdict(REFUSED, text)
+        self.checkpoints.save(done, self._state(), overlap=True, facts=facts, verdict=verdict)
+        self._save_is_due, self._saved_step, self._loaded = False, done, None
 
     def _roll_back(self, step: int) -> int:
         """Go back to the newest checkpoint; returns its step."""
-        if not (checkpoint := self._resume()) and not list_checkpoints(self.folder.checkpoints):
+        damage, self._damage = self._damage, None
+        if damage is not None:
+            return self._leave_damaged(damage)
+        if not (checkpoint := self._resume()) and self._loaded is None:
             raise DistattnError(
                 f"step {step + 1}: there is no checkpoint to go back to, as none could be saved; see what is said above."
             )
@@ -345,6 +494,7 @@ class TrainingLoop:
         engine_state = self.engine.state()
         state = self._state(engine_state)
         loaded = self.checkpoints.load_newest(state, required={name: self.facts[name] for name in REQUIRED})
+        self._loaded, self._saved_step, self._save_is_due = loaded, loaded and loaded.step, False
         if loaded is None:
             return 0
         progress = json.loads(state["progress"])
@@ -354,6 +504,9 @@ class TrainingLoop:
         ranks, before = self.config.parallel.ranks, int(loaded.facts["ranks"])
         on = f", on {ranks} ranks; it was saved on {before}" if ranks != before else ""
         facts = {"ranks": ranks, "saved_on": before}
+        self.growth.forget()
+        if self.config.watch.digest_every:
+            self.digest.take(f"the loading of {loaded.folder.name}")
         self.reporter.report_event(loaded.step, "resumed", f"Went on from {loaded.folder.name}{on}.", facts)
         return loaded.step
 
@@ -388,6 +541,16 @@ def _write_shape(run: RunFolder, shape: Any) -> None:
             write_whole(file, text)
     except OSError as error:
         _warn(f"{file}: cannot be written: {error.strerror}; checkpoints cannot be exported without it.")
+
+
+def _kept_before(step: int) -> str:
+    return f"the newest good one before step {step + 1:,}, which was refused"
+
+
+def _in_a_row(streak: Streak) -> str:
+    if streak.count == 1:
+        return f"step {streak.first + 1:,} was refused"
+    return f"{streak.count:,} steps in a row were refused, {streak.first + 1:,} to {streak.last + 1:,}"
 
 
 def _warn(text: str) -> None:

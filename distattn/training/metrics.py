@@ -65,6 +65,7 @@ class MetricsReporter:
         self._project = wandb
         self._wandb: Any = None
         self._first_step: int | None = None
+        self._was_skipped = False
 
     def __enter__(self) -> MetricsReporter:
         if not self.visible:
@@ -106,16 +107,18 @@ class MetricsReporter:
         # of a run that goes on, the steps before took no time of this one
         self._first_step = step.step if self._first_step is None else self._first_step
         now = time.perf_counter()
+        # of refused steps in a row the first is shown with its reason
+        begins, self._was_skipped = bool(step.skipped) and not self._was_skipped, bool(step.skipped)
         if self.json_lines:
             sys.stdout.write(json_text(step.as_dict()) + "\n")
             sys.stdout.flush()
         elif self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step.step, loss=step.loss, rate=step.tokens_per_second)
-            if step.skipped:
+            if begins:
                 self.bar.console.print(f"step {step.step} was not applied: {step.skipped}")
-        elif step.skipped or now - self.last_line >= _LINE_SECONDS or step.step in (1, self.steps):
+        elif begins or now - self.last_line >= _LINE_SECONDS or step.step in (1, self.steps):
             left = (now - self.began) / (step.step - self._first_step + 1) * (self.steps - step.step)
-            skipped = f"; not applied: {step.skipped}" if step.skipped else ""
+            skipped = f"; not applied{f': {step.skipped}' if begins else ''}" if step.skipped else ""
             sys.stdout.write(
                 f"step {step.step}/{self.steps}  loss {step.loss:.3f}  "
                 f"{step.tokens_per_second:,.0f} tokens/s  about {left:.0f} s left{skipped}\n"

@@ -164,6 +164,11 @@ def gathered(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
     return all_gather_objects(group, value)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank has of a tensor, detached."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def plain_name(name: str) -> str:
     """The name of a module or parameter as the model has it that nobody has compiled."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)

@@ -10,27 +10,29 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from distattn.driver.message_monitor import MessageMonitor
 from distattn.ir.errors import DistattnError, named_ranks
 from distattn.training import evidence
 from distattn.training.engines.engine import PipelineStage
-from distattn.training.module_observer import OUTPUT, Observations, gathered, observed_modules, plain_name
+from distattn.training.module_observer import OUTPUT, Observations, gathered, local_part, observed_modules, plain_name
 from distattn.training.spike_detector import SpikeDetector
+from distattn.training.weight_growth import WeightGrowth
 
 APPLY, SKIP, STOP, ROLLBACK = "apply", "skip", "stop", "rollback"
 ACTIONS = (SKIP, STOP, ROLLBACK)
 NOT_FINITE, LARGE, CLEAN = "not finite", "large", "clean"
 _WATCHED = ("loss", "grad_norm")
 _SHOWN = {"loss": "loss", "grad_norm": "gradient norm"}
+# a gradient norm may well grow tenfold in the first steps of a run, a mean loss does not
+_EARLY = {"loss": 0.5, "grad_norm": 5.0}
 # in the order of a step: weights before micro-batch 0, reduced gradients after all that a micro-batch's modules computed
 _BEFORE, _AFTER = -1, 1 << 40
 
@@ -64,17 +66,43 @@ class WatchSettings:
 
 
 @dataclass(frozen=True)
+class Streak:
+    """Refused steps in a row. first, last: their numbers; count: how many; reason: of the first.
+
+    limits: by "loss" and "grad_norm", what a value must not have exceeded when the streak began.
+    """
+
+    first: int
+    last: int
+    count: int
+    reason: str
+    limits: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What a loop is to do with a step. action: apply, skip, stop or rollback; reason: a sentence, empty where it is applied."""
+    """What a loop is to do with a step. action: apply, skip, stop or rollback; reason: a sentence, empty where it is applied.
+
+    streak: the refused steps in a row that this one belongs to; of a step that is applied those that it ends, else None.
+    recovered: of a step that is applied after a streak whether it would have been applied before the streak, too; where it would
+    not, what was refused first is usual by now.
+    """
 
     step: int
     action: str
     reason: str = ""
+    streak: Streak | None = field(default=None, compare=False)
+    recovered: bool = field(default=True, compare=False)
 
     @property
     def applies(self) -> bool:
         """Whether the optimizer may take the step."""
         return self.action == APPLY
+
+    @property
+    def begins_streak(self) -> bool:
+        """Whether the step is refused, and the one before was not: the one to look at and to tell of."""
+        return not self.applies and (self.streak is None or self.streak.count == 1)
 
 
 @dataclass(frozen=True)
@@ -103,7 +131,8 @@ class NumericsWatch:
 
     group: None for one process. folder: evidence goes into its subfolder `evidence`. messages: the driver's
     (`ContextParallel.messages`), so that a rank which sends what is not finite is named, not those that receive it. weights: what
-    has `named_parameters`, if not the model. stage: the pipeline's that `model` is.
+    has `named_parameters`, if not the model. stage: the pipeline's that `model` is. growth: what the last updates did to weights,
+    so that an update that has destroyed them is named.
     """
 
     def __init__(
@@ -115,14 +144,19 @@ class NumericsWatch:
         messages: MessageMonitor | None = None,
         weights: Any = None,
         stage: PipelineStage = PipelineStage(),  # noqa: B008
+        growth: WeightGrowth | None = None,
     ):
-        self._stage = stage
+        self._stage, self._growth = stage, growth
         self._weights = model if weights is None else weights
         self.settings, self.folder, self._messages = settings, Path(folder), messages
         self._model, self._group = model, group
         self._rank = 0 if group is None else dist.get_rank()
-        self._curves = {name: SpikeDetector(settings.spike_window, settings.spike_threshold) for name in _WATCHED}
+        self._curves = {
+            name: SpikeDetector(settings.spike_window, settings.spike_threshold, _EARLY[name]) for name in _WATCHED
+        }
         self._in_a_row = 0
+        # the refused steps up to the one that was judged last
+        self.streak: Streak | None = None
         # of the step that was judged last
         self._was_finite = True
         # steps for which the run has gone back: when they are bad again, they are left out
@@ -136,19 +170,25 @@ class NumericsWatch:
         values = {"loss": float(loss), "grad_norm": float(grad_norm)}
         self._was_finite = all(map(math.isfinite, values.values()))
         reason = next(filter(None, (self._reason(name, value) for name, value in values.items())), "")
+        before, limits = self.streak, {name: curve.limit() for name, curve in self._curves.items()}
         for name, value in values.items():
             self._curves[name].add(value)
         # a new level becomes usual by itself; what is not finite does not
         self._in_a_row = 0 if self._was_finite else self._in_a_row + 1
         if not reason:
-            return Verdict(step, APPLY)
+            self.streak = None
+            recovered = before is None or all(value <= before.limits[name] for name, value in values.items())
+            return Verdict(step, APPLY, "", before, recovered)
+        self.streak = Streak(step, step, 1, reason, limits)
+        if before is not None:
+            self.streak = replace(before, last=step, count=before.count + 1)
         action = self.settings.action
         if self._in_a_row >= self.settings.most_in_a_row:
             action, reason = STOP, f"{reason[:-1]}; {self._in_a_row} steps in a row were not finite."
         elif action == ROLLBACK:
             action = SKIP if step in self._rolled_back else ROLLBACK
             self._rolled_back.add(step)
-        return Verdict(step, action, reason)
+        return Verdict(step, action, reason, self.streak)
 
     def find(self, step: int, run: Callable[[int], Tensor | None], micro_batches: int) -> Finding:
         """Run a refused step again, and name the first tensor that is not finite, or what stands out. A collective call.
@@ -170,14 +210,20 @@ class NumericsWatch:
                 ]
                 outputs = [module for module, _ in shown]
                 largest.append([value for _, value in shown])
-        found, everyone = zip(*gathered(self._group, (first, (outputs, largest))), strict=True)
+        growth = self._growth and self._growth.largest()
+        found, everyone, grown = zip(*gathered(self._group, (first, (outputs, largest), growth)), strict=True)
         bad = [one for one in found if one is not None]
         if bad:
-            return _not_finite(step, bad)
-        if not self._was_finite:
-            text = "all values are finite in a second run: the fault did not repeat."
-            return Finding(step, CLEAN, text)
-        return _largest(step, everyone)
+            finding = _not_finite(step, bad)
+        elif not self._was_finite:
+            finding = Finding(step, CLEAN, "all values are finite in a second run: the fault did not repeat.")
+        else:
+            finding = _largest(step, everyone)
+        causes = [(one.step, -one.factor, rank, one) for rank, one in enumerate(grown) if one is not None]
+        if causes:
+            *_, rank, cause = min(causes, key=lambda found: found[:3])
+            finding = replace(finding, text=f"{cause.text(rank)}; {finding.text}")
+        return finding
 
     def keep_evidence(
         self,
@@ -210,6 +256,8 @@ class NumericsWatch:
         for name, curve in self._curves.items():
             curve.load(state[name])
         self._in_a_row = max(int(state["in_a_row"]), self._in_a_row)
+        # other weights
+        self.streak = None
         self._rolled_back |= set(state["rolled_back"])
 
     def _reason(self, name: str, value: float) -> str:
@@ -225,10 +273,10 @@ class NumericsWatch:
 
     def _first_bad_weight(self) -> _Bad | None:
         for name, parameter in self._weights.named_parameters():
-            bad = int((~_local(parameter).isfinite()).sum())
+            bad = int((~local_part(parameter).isfinite()).sum())
             if bad:
                 return _Bad(
-                    (_BEFORE, 0, 0, 0), f"weight {plain_name(name)}", "", self._rank, bad, _local(parameter).numel()
+                    (_BEFORE, 0, 0, 0), f"weight {plain_name(name)}", "", self._rank, bad, local_part(parameter).numel()
                 )
         return None
 
@@ -245,8 +293,8 @@ class NumericsWatch:
         if seen is not None:
             return _Bad((index, *place), str(seen), seen.computed_in, self._rank, bad, seen.elements)
         for name, parameter in self._weights.named_parameters():
-            if parameter.grad is not None and (bad := int((~_local(parameter.grad).isfinite()).sum())):
-                elements = _local(parameter.grad).numel()
+            if parameter.grad is not None and (bad := int((~local_part(parameter.grad).isfinite()).sum())):
+                elements = local_part(parameter.grad).numel()
                 return _Bad(
                     (index, _AFTER, 0, 0), f"gradient of weight {plain_name(name)}", "", self._rank, bad, elements
                 )
@@ -269,11 +317,6 @@ def _counted(tensor: Tensor) -> Tensor:
     finite = tensor.isfinite()
     largest = torch.where(finite, tensor, 0).abs().amax()
     return torch.stack([(~finite).sum().double(), largest.double()])
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """What this rank has of a parameter, or of its gradient."""
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def _not_finite(step: int, found: Sequence[_Bad]) -> Finding:

@@ -15,20 +15,24 @@ class SpikeDetector:
     """Watches one curve. A value is a spike above median + threshold * deviation of the last `window` finite values.
 
     The deviation is the median of |value - median|, or 1 % of the median where that is more. Spikes count among the last values,
-    too: after half a window of them they are usual. Until the window is full there are no spikes.
+    too: after half a window of them they are usual. While only n values are known, fewer than a window, the deviation is at least
+    0.01 + early / n of the median, since few values of a curve that has just begun do not show how far it scatters. The first
+    value is never a spike.
     """
 
-    def __init__(self, window: int, threshold: float):
-        self.window, self.threshold = window, threshold
+    def __init__(self, window: int, threshold: float, early: float = 1.0):
+        self.window, self.threshold, self._early = window, threshold, early
         self._last: deque[float] = deque(maxlen=window)
 
     def limit(self) -> float:
-        """What a value must not exceed; infinite while too few are known."""
-        if not self.window or len(self._last) < self.window:
+        """Return what a value must not exceed; infinite while no value is known, or without a window."""
+        known = len(self._last)
+        if not known:
             return math.inf
         median = statistics.median(self._last)
         deviation = statistics.median(abs(value - median) for value in self._last)
-        return median + self.threshold * max(deviation, _LEAST_DEVIATION * abs(median))
+        least = _LEAST_DEVIATION + (self._early / known if known < self.window else 0.0)
+        return median + self.threshold * max(deviation, least * abs(median))
 
     def add(self, value: float) -> None:
         """Count a value among the last ones, unless it is not finite."""

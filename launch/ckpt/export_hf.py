@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distattn.checkpoints.checkpoint_folder import find_checkpoints, first_problem
+from distattn.checkpoints.checkpoint_folder import by_preference, find_checkpoints, first_problem
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.command_line import CommandParser
 
@@ -75,9 +75,11 @@ def main(arguments: Sequence[str]) -> int:
 def _verified(given: Path) -> Path:
     """The folder of a checkpoint all of whose files are what was written: one of them is a pickle."""
     found = find_checkpoints(given)
-    newest = max(found, key=lambda one: one.manifest.serial if one.manifest else -1)
+    newest = next(iter(by_preference(found)), found[-1])
     if newest.manifest is None:
         raise DamagedDataError(newest.problem)
+    if newest.verdict.is_doubtful:
+        sys.stderr.write(f"distattn: {newest.folder}: {newest.verdict.kind}: {newest.verdict.text}.\n")
     problem = first_problem(newest.folder, newest.manifest)
     if problem is not None:
         raise DamagedDataError(str(problem))

@@ -21,9 +21,18 @@ from waiting import eventually
 
 from distattn.checkpoints import checkpoints as module
 from distattn.checkpoints import digested_files
-from distattn.checkpoints.checkpoint_folder import list_checkpoints, remove_checkpoint, verify_checkpoint
+from distattn.checkpoints.checkpoint_folder import (
+    choose_step,
+    judge_checkpoint,
+    keep_newest_good,
+    list_checkpoints,
+    release_kept,
+    remove_checkpoint,
+    verify_checkpoint,
+)
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
+from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED, CheckpointVerdict
 from distattn.ir.errors import DistattnError
 from distattn.supervision import heartbeats
 from distattn.supervision.culprits import Culprit, culprits
@@ -183,7 +192,7 @@ def test_a_required_fact_that_differs_is_refused_with_both_values(tmp_path):
     saver = open_checkpoints(tmp_path, plan="abc", config="one")
     saver.save(1, {"a": 1})
     loaded = saver.load_newest({"a": 0}, required={"plan": "abc"})
-    assert loaded == (1, tmp_path / "step-00000001", {"plan": "abc", "config": "one"})
+    assert loaded == (1, tmp_path / "step-00000001", {"plan": "abc", "config": "one"}, False)
     with pytest.raises(DistattnError, match="has plan abc, but this run has plan xyz"):
         saver.load_newest({"a": 0}, required={"plan": "xyz"})
     with pytest.raises(DistattnError, match="does not say its corpus, but this run has corpus c"):
@@ -220,6 +229,75 @@ def test_after_a_run_has_gone_back_the_newest_is_what_was_saved_last(tmp_path):
     assert saver.load_newest(state).step == 30 and state == {"a": 31}
     saver.close()
     assert steps(tmp_path) == [15, 30] and len(os.listdir(tmp_path)) == 2
+
+
+# ---- verdicts
+
+
+def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path):
+    warned = []
+    saver = open_checkpoints(tmp_path, warned.append, keep=KeepRule(last=1))
+
+    def judged(step, kind):
+        in_doubt = CheckpointVerdict(kind, "why") if kind == REFUSED else CheckpointVerdict()
+        saver.save(step, {"a": step}, facts={"loss": str(step)}, verdict=in_doubt)
+        if kind == GOOD:
+            saver.note(lambda folder: judge_checkpoint(folder, step, GOOD))
+
+    for step, kind in ((1, GOOD), (2, GOOD), (3, REFUSED), (4, UNTESTED), (5, REFUSED)):
+        judged(step, kind)
+    saver.wait()
+    # 2 is the newest that is known to be good, 4 the newest that is not in doubt
+    assert steps(tmp_path) == [2, 4, 5]
+    state = {"a": 0}
+    assert saver.load_newest(state).step == 4 and state == {"a": 4}
+    assert warned == [f"{tmp_path / 'step-00000005'}: why. Resuming from step-00000004 instead."]
+    # once it is shown to be good, nothing before it is kept
+    saver.note(lambda folder: judge_checkpoint(folder, 4, GOOD))
+    saver.wait()
+    assert steps(tmp_path) == [4, 5]
+    assert list_checkpoints(tmp_path)[0].manifest.facts == {"loss": "4"}
+    # what is kept for a reason stays, until it is released
+    saver.note(lambda folder: keep_newest_good(folder, "reason"))
+    for step in (6, 7):
+        judged(step, GOOD)
+    saver.wait()
+    assert steps(tmp_path) == [4, 7]
+    saver.note(lambda folder: release_kept(folder, "another reason"))
+    saver.wait()
+    assert steps(tmp_path) == [4, 7]
+    saver.note(lambda folder: release_kept(folder, "reason"))
+    # where all are in doubt, the newest is taken
+    saver.note(lambda folder: judge_checkpoint(folder, 7, REFUSED, "why"))
+    found = saver.load_newest(state)
+    assert (found.step, found.in_doubt) == (7, True) and steps(tmp_path) == [7]
+    saver.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"kind": "fine"}', b'{"kind": 3}', b"\xff", b"[" * 100_000])
+def test_a_verdict_that_cannot_be_read_is_none(tmp_path, content):
+    saver = open_checkpoints(tmp_path)
+    saver.save(1, {"a": 1})
+    saver.close()
+    (one,) = list_checkpoints(tmp_path)
+    (one.folder / "verdict.json").write_bytes(content)
+    assert list_checkpoints(tmp_path)[0].verdict == CheckpointVerdict() and not verify_checkpoint(one.folder)
+
+
+def test_a_person_chooses_a_step_and_later_ones_are_set_aside(tmp_path):
+    saver = open_checkpoints(tmp_path, keep=KeepRule(last=9))
+    for step in (10, 20, 30, 40):
+        saver.save(step, {"a": step})
+    saver.wait()
+    judge_checkpoint(tmp_path, 20, REFUSED, "why")
+    with pytest.raises(DistattnError, match="has no checkpoint of step 25; it has those of steps 10, 20, 30, 40"):
+        choose_step(tmp_path, 25)
+    choose_step(tmp_path, 20)
+    kinds = [one.verdict.kind for one in list_checkpoints(tmp_path)]
+    assert kinds == [UNTESTED, UNTESTED, SET_ASIDE, SET_ASIDE]
+    state = {"a": 0}
+    assert saver.load_newest(state).step == 20
+    saver.close()
 
 
 # ---- what cannot be written

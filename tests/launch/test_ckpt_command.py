@@ -9,9 +9,12 @@ import sys
 import pytest
 import torch
 
+from distattn.checkpoints.checkpoint_folder import judge_checkpoint, keep_newest_good
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
-from distattn.launch import cli
+from distattn.checkpoints.verdicts import GOOD, REFUSED
+from distattn.launch import cli, resume_command
+from distattn.training import config as configuration
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,42 @@ def test_list_names_the_checkpoints_of_a_run_and_of_a_folder(run, capsys):
     rows = [json.loads(line) for line in said(capsys, "list", run, "--json").out.splitlines()]
     assert [row["step"] for row in rows] == [20, 30, 10]
     assert rows[1]["problem"] is None and rows[1]["ranks"] == 1 and "is missing" in rows[2]["problem"]
+
+
+def test_list_shows_loss_and_verdict_and_verify_what_is_in_doubt(tmp_path, capsys):
+    run, folder = tmp_path, tmp_path / "checkpoints"
+    saver = Checkpoints(folder, group=None, facts={}, keep=KeepRule(), warn=lambda line: None)
+    for step in (10, 20, 30):
+        saver.save(step, {"w": torch.zeros(9)}, facts={"loss": f"{step / 8}"})
+    saver.close()
+    judge_checkpoint(folder, 20, GOOD)
+    keep_newest_good(folder, "the newest good one before step 31, which was refused")
+    judge_checkpoint(folder, 30, REFUSED, "step 31, computed from it, was refused: the loss is nan")
+    head, *lines = map(str.rstrip, said(capsys, "list", run).out.splitlines())
+    assert head.split()[:2] == ["step", "loss"] and "verdict" in head
+    assert [line.split()[1] for line in lines] == ["1.25", "2.5", "3.75"]
+    assert [line.split()[7] for line in lines] == ["untested", "good", "refused"]
+    assert lines[1].endswith("kept: the newest good one before step 31, which was refused")
+    assert lines[2].endswith("was refused: the loss is nan")
+    rows = [json.loads(line) for line in said(capsys, "list", run, "--json").out.splitlines()]
+    assert [row["loss"] for row in rows] == [1.25, 2.5, 3.75]
+    assert [row["verdict"]["kind"] for row in rows] == ["untested", "good", "refused"]
+    assert "(refused: step 31, computed from it, was refused" in said(capsys, "verify", run).out
+    assert "verdict: refused, step 31" in said(capsys, "show", run).out
+
+
+def test_resume_goes_on_from_the_step_that_is_asked_for(run, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(resume_command, "resume_locally", lambda run, config, **others: asked.append(others) or 0)
+    configuration.save(configuration.Config(), run / "config.toml")
+    for words in (["--step", "1,020"], ["--step=1020", "--json"]):
+        assert cli.main(["resume", *words, str(run)]) == 0
+    assert cli.main(["resume", str(run), "--train.steps", "70"]) == 0
+    assert [one["step"] for one in asked] == [1020, 1020, None]
+    assert [one["json_lines"] for one in asked] == [False, True, False]
+    for words in (["--step"], ["--step", "last"], ["--step=-1"]):
+        assert cli.main(["resume", str(run), *words]) == 2
+        assert "is not the step of a checkpoint" in capsys.readouterr().err
 
 
 def test_verify_names_what_is_damaged_with_exit_code_3(run, capsys):

@@ -80,6 +80,36 @@ def test_a_new_level_becomes_usual_and_a_constant_curve_has_no_spikes_of_roundin
     assert SpikeDetector(0, 1).limit() == math.inf
 
 
+@pytest.mark.parametrize(
+    ("steps", "loss", "norm"), [(1, 100.0, 150.0), (4, 60.0, 30.0), (20, 20.0, 12.0), (127, 16.0, 9.0)]
+)
+def test_spikes_are_refused_from_the_first_steps_on(steps, loss, norm):
+    """The limit comes down with the number of steps that are known, while curves of a beginning run stay under it."""
+    for value, reason in (((loss, 0.5), "the loss is "), ((9.0, norm), "the gradient norm is ")):
+        scatter, watch = random.Random(5), watch_of()
+        for step in range(steps):
+            assert watch.judge(step, falling(step, scatter), heavy_tailed(scatter)).applies
+        assert watch.judge(steps, 11.5, 1.5).applies
+        verdict = watch.judge(steps + 1, *value)
+        assert not verdict.applies and verdict.reason.startswith(reason), verdict
+
+
+def test_refused_steps_in_a_row_are_a_streak_that_says_how_it_ended():
+    watch = watch_of(spike_window=8, spike_threshold=5)
+    for step in range(20):
+        assert watch.judge(step, 2.0, 1.0).streak is None
+    first, second = watch.judge(20, NAN, 1.0), watch.judge(21, 9.0, 1.0)
+    assert first.begins_streak and not second.begins_streak
+    assert (second.streak.first, second.streak.last, second.streak.count) == (20, 21, 2)
+    assert second.streak.reason == "the loss is nan." and watch.streak == second.streak
+    last = watch.judge(22, 2.0, 1.0)
+    assert last.applies and last.recovered and last.streak == second.streak and watch.streak is None
+    # a level that becomes usual is no recovery
+    verdicts = [watch.judge(step, 9.0, 1.0) for step in range(23, 40)]
+    ended = next(one for one in verdicts if one.applies)
+    assert ended.streak.count == verdicts.index(ended) > 1 and not ended.recovered
+
+
 def test_a_state_goes_on_as_the_run_would_have():
     scatter, one = random.Random(4), watch_of(spike_window=32)
     curve = [(falling(step, scatter) + 9 * (step % 97 == 96), heavy_tailed(scatter)) for step in range(400)]

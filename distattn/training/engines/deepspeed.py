@@ -21,6 +21,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -35,11 +37,21 @@ from distattn.adapters import pytorch
 from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups
 from distattn.models.shards import shard_rows, whole_modules
 from distattn.training.config import Config
-from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses, PipelineStage
+from distattn.training.engines.engine import (
+    COUNTS,
+    MASTER_WEIGHT,
+    WEIGHT,
+    Batch,
+    EngineState,
+    OnTokenLosses,
+    PipelineStage,
+    StateTensor,
+)
 from distattn.training.engines.keepers import keepers_of
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_settings import build_model, configured_model, prepare_layers, tiled_loss
 from distattn.training.schedule import parameter_groups, set_learning_rate
+from distattn.training.state_digest import state_tensors
 
 # what AdamW keeps of each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")
@@ -149,6 +161,22 @@ class DeepSpeedEngine:
         """See `Engine`. In stage 3 this rank's partitions (P,)."""
         for name, parameter in self._named():
             yield name, parameter.ds_tensor if self._stage == 3 else parameter
+
+    def state_tensors(self) -> Iterator[StateTensor]:
+        """See `Engine`. What is computed with, and of the master weights and averages this rank's partitions (P,)."""
+        if self._stage == 0:
+            yield from state_tensors(self._named(), self._adam)
+            return
+        for name, parameter in self.named_parameters():
+            yield WEIGHT, name, parameter.detach()
+        for name, parameter in self._named():
+            for kind in ("", *_AVERAGES):
+                if self._stage == 3:
+                    get = safe_get_local_optimizer_state if kind else safe_get_local_fp32_param
+                    yield kind or MASTER_WEIGHT, name, get(parameter, *([kind] if kind else [])).detach()
+                elif parameter._hp_mapping is not None:
+                    yield kind or MASTER_WEIGHT, name, parameter._hp_mapping.get_hp_fragment(kind or None).detach()
+        yield COUNTS, "", torch.stack([kept["step"] for kept in self._adam.state.values()])
 
     def state(self) -> EngineState:
         """See `Engine`. Whole tensors; each rank keeps a share of them, so ranks have different names.

@@ -15,6 +15,10 @@ from distattn.driver.context_parallel import ContextParallel
 Batch = Mapping[str, Any]
 # called with the losses of a micro-batch's tokens (T,), detached, and the micro-batch
 OnTokenLosses = Callable[[Tensor, Batch], None]
+# kinds of tensors that only an update changes, beside the names that an optimizer gives its own
+WEIGHT, MASTER_WEIGHT, COUNTS = "weight", "master weight", "counts of updates"
+# (kind, name of the parameter, this rank's part)
+StateTensor = tuple[str, str, Tensor]
 
 
 class EngineState(NamedTuple):
@@ -86,6 +90,9 @@ class Engine(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's parameters by their names in transformers, gradients beside them where the engine shows them."""
+
+    def state_tensors(self) -> Iterator[StateTensor]:
+        """This rank's own part of weights and optimizer state, which nothing but `update` and `load` changes; not collective."""
 
     def state(self) -> EngineState:
         """What is saved: references or copies; a checkpoint is read into the tensors, and then given to `load`."""

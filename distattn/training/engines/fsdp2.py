@@ -14,10 +14,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from distattn.adapters import pytorch
 from distattn.training.config import Config
-from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses, PipelineStage
+from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses, PipelineStage, StateTensor
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_settings import build_model, configured_model, prepare_layers, tiled_loss
 from distattn.training.schedule import parameter_groups, set_learning_rate
+from distattn.training.state_digest import state_tensors
 
 # what AdamW keeps of each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")
@@ -51,6 +52,8 @@ class Fsdp2Engine:
             eps=train.epsilon,
             fused=state_device.type == "cuda",
         )
+        # the sharded ones: a model's own are whole between forward and backward
+        self._sharded = dict(self.model.named_parameters())
         # AdamW makes these in its first step; a checkpoint is read into them before
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0, device=state_device)} | {
@@ -88,6 +91,10 @@ class Fsdp2Engine:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""
         return self.model.named_parameters()
+
+    def state_tensors(self) -> Iterator[StateTensor]:
+        """See `Engine`."""
+        return state_tensors(self._sharded.items(), self.optimizer)
 
     def state(self) -> EngineState:
         """See `Engine`. The tensors are the engine's own."""

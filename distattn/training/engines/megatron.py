@@ -36,7 +36,15 @@ from distattn.ir.errors import DistattnError
 from distattn.models.megatron_names import MegatronShard, check_megatron, to_huggingface, to_megatron
 from distattn.models.shards import shard_rows
 from distattn.training.config import Config
-from distattn.training.engines.engine import Batch, EngineState, OnTokenLosses, PipelineStage
+from distattn.training.engines.engine import (
+    MASTER_WEIGHT,
+    WEIGHT,
+    Batch,
+    EngineState,
+    OnTokenLosses,
+    PipelineStage,
+    StateTensor,
+)
 from distattn.training.engines.keepers import keepers_of
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_settings import build_model, configured_model
@@ -150,6 +158,15 @@ class MegatronEngine:
         shape.num_key_value_heads //= ranks
         parts = {name: one.detach() for name, one in self._parameters.items()}
         return to_huggingface([parts], shape, self._shard._replace(tensor_rank=0, tensor_ranks=1))
+
+    def state_tensors(self) -> Iterator[StateTensor]:
+        """See `Engine`. By Megatron's names; of the master weights and averages what this rank's optimizer has."""
+        for name, parameter in self._parameters.items():
+            yield WEIGHT, name, parameter.detach()
+            for kind in _KINDS:
+                found = self._optimized(name, kind)
+                if found is not None:
+                    yield MASTER_WEIGHT if kind == "param" else kind, name, found[0].detach()
 
     @torch.no_grad()
     def state(self) -> EngineState:

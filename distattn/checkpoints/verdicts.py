@@ -1,0 +1,50 @@
+"""What training has shown of a checkpoint after it was saved: verdict.json in its folder, beside what the manifest describes.
+
+A checkpoint is saved right after an update, when nothing has been computed with its weights. The first step that is computed
+with them shows whether they are good, so the verdict is written later. It is advice, not proof: it has no digest, and a file
+that cannot be read counts as no verdict. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+VERDICT_FILE = "verdict.json"
+# the first step that was computed with its weights was applied, or refused; or a person chose an older checkpoint
+GOOD, REFUSED, SET_ASIDE = "good", "refused", "set aside"
+UNTESTED = "untested"
+
+
+class CheckpointVerdict(NamedTuple):
+    """What is known of a checkpoint. kind: GOOD, REFUSED, SET_ASIDE or UNTESTED; text: a sentence that says why, or empty.
+
+    kept: why it is never removed, empty where the rule decides.
+    """
+
+    kind: str = UNTESTED
+    text: str = ""
+    kept: str = ""
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a run goes on from another checkpoint where there is one, and this one does not count among those to keep."""
+        return self.kind in (REFUSED, SET_ASIDE)
+
+    def write(self, checkpoint: Path) -> None:
+        """Write the verdict into the folder of a checkpoint, in place of the one before. Raises OSError."""
+        aside = checkpoint / f"{VERDICT_FILE}.tmp"
+        aside.write_text(json.dumps(self._asdict()) + "\n", "utf-8")
+        os.replace(aside, checkpoint / VERDICT_FILE)
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> CheckpointVerdict:
+        """Return the verdict of a checkpoint's folder, UNTESTED where there is none that can be read."""
+        with suppress(OSError, ValueError, TypeError, RecursionError):
+            found = cls(**json.loads((checkpoint / VERDICT_FILE).read_bytes()))
+            if found.kind in (GOOD, REFUSED, SET_ASIDE, UNTESTED) and all(isinstance(one, str) for one in found):
+                return found
+        return cls()

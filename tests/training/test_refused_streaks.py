@@ -1,0 +1,127 @@
+"""Updates that destroy the weights: good checkpoints stay, rollbacks go far enough, a streak of refused steps is told of once."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_on_ranks
+
+from distattn.checkpoints.checkpoint_folder import by_preference, list_checkpoints
+from distattn.checkpoints.verdicts import GOOD, REFUSED, UNTESTED
+from distattn.launch import finish_run as finishing
+from distattn.training.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    ReferenceCheckConfig,
+    RunConfig,
+    TrainConfig,
+)
+from distattn.training.config_sections import CheckpointConfig, WatchConfig
+from distattn.training.engines.fsdp2 import Fsdp2Engine
+from distattn.training.loop import train
+from distattn.training.run_data import find_text, write_text
+from distattn.training.run_folder import RunFolder
+
+STEPS = 12
+
+
+@pytest.fixture
+def config(texts, tmp_path) -> Config:
+    return Config(
+        run=RunConfig(folder=str(tmp_path / "run"), seed=3),
+        data=DataConfig(path=str(texts), tokens_per_step=128, max_document_tokens=100, context_length=128),
+        model=ModelConfig(
+            num_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24
+        ),
+        parallel=ParallelConfig(ranks=1, layout="document_zigzag", min_chunk=16),
+        train=TrainConfig(steps=STEPS),
+        checkpoint=CheckpointConfig(every_steps=1, keep_last=2),
+        reference_check=ReferenceCheckConfig(steps=0),
+    )
+
+
+def _train(rank: int, folder: Path, config: Config, ruined: tuple[int, ...] = (), factor: float = float("nan")) -> None:
+    """Train; the updates of these numbers, counted from 1 over rollbacks, multiply the weights by a factor."""
+    update, done = Fsdp2Engine.update, []
+
+    def ruin(self, rate):
+        update(self, rate)
+        done.append(rate)
+        if len(done) in ruined:
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.mul_(factor)
+
+    Fsdp2Engine.update = ruin
+    train(RunFolder(folder), config, True, torch.device("cpu"))
+
+
+def trained(config: Config, *fault, run: RunFolder | None = None) -> RunFolder:
+    if run is None:
+        run = RunFolder.create(config)
+        write_text(run, config, find_text(config))
+    run_on_ranks(1, _train, run.folder, config, *fault)
+    return run
+
+
+def verdicts(run: RunFolder) -> dict[int, str]:
+    return {one.step: one.verdict.kind for one in list_checkpoints(run.checkpoints)}
+
+
+def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config, capsys, monkeypatch):
+    # its page is another test's
+    monkeypatch.setattr(finishing, "write_report", lambda *given: None)
+    finish_run = finishing.finish_run
+    run = trained(config, (6,))
+    # the sixth update destroyed the weights, which were saved before a step could show it; nothing was saved then but the end
+    assert verdicts(run) == {5: GOOD, 6: REFUSED, STEPS: REFUSED}
+    found = {one.step: one for one in list_checkpoints(run.checkpoints)}
+    assert "step 7, computed from it, was refused: the loss is nan" in found[6].verdict.text
+    assert "saved after refused steps, from 7 on" in found[STEPS].verdict.text and found[5].verdict.kept
+    assert found[STEPS].manifest.facts["loss"] == "nan" and float(found[5].manifest.facts["loss"]) < 7
+    # the first refused step is looked into and told of, and then the whole streak
+    refused = [event["text"] for event in run.events() if event["kind"] == "refused"]
+    assert len(refused) == 2 and refused[0].startswith("the loss is nan. In a second run: ")
+    assert "the update of step 6 made weight model.embed_tokens.weight of rank 0 infinite or NaN" in refused[0]
+    assert refused[1] == "The run ends with refused steps: 6 steps in a row were refused, 7 to 12."
+    assert [one.name for one in (run.folder / "evidence").iterdir()] == ["step-6"]
+    # a last loss that is no number is no good end
+    assert finish_run(run, config, lambda line: None, json_lines=True) == 1
+    said = capsys.readouterr().err
+    assert "the loss of the last step, 12, is nan: steps from 7 on were refused" in said
+    assert f"distattn resume {run.folder} --step 5 goes on" in said
+    # what goes on takes the newest good one
+    trained(config, run=run)
+    assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Went on from step-00000005."]
+    steps = run.metrics()
+    assert not any(step.skipped for step in steps) and len(steps) == STEPS and steps[-1].loss < steps[0].loss
+    assert verdicts(run)[STEPS] == UNTESTED and 5 in verdicts(run)
+    assert finish_run(run, config, lambda line: None, json_lines=True) == 0
+
+
+def test_a_rollback_goes_further_back_where_the_first_step_is_bad_again(config, tmp_path):
+    config = dataclasses.replace(config, watch=WatchConfig(action="rollback"))
+    run = trained(config, (6,))
+    resumed = [event["text"] for event in run.events() if event["kind"] == "resumed"]
+    assert resumed == ["Went on from step-00000006.", "Went on from step-00000005."]
+    other = trained(dataclasses.replace(config, run=RunConfig(folder=str(tmp_path / "other"), seed=3)))
+    losses = [[(step.step, step.loss, step.skipped) for step in one.metrics()] for one in (run, other)]
+    assert losses[0] == losses[1] and not any(skipped for *_, skipped in losses[0])
+    assert all(kind in (GOOD, UNTESTED) for kind in verdicts(run).values())
+
+
+def test_a_new_level_is_taken_as_usual_but_the_checkpoint_from_before_stays(config):
+    steps, watch = STEPS + 6, WatchConfig(spike_window=8, spike_threshold=5.0)
+    config = dataclasses.replace(config, watch=watch, train=TrainConfig(steps=steps))
+    run = trained(config, (8,), 10.0)
+    refused = [step.step for step in run.metrics() if step.skipped]
+    assert refused and refused[0] == 9 and refused[-1] < steps - 2
+    events = [event["text"] for event in run.events() if event["kind"] == "refused"]
+    assert events[0].startswith("the loss is ") and "they are usual by now" in events[1]
+    # two later ones are there, and the one from before is kept for good
+    newest = by_preference(list_checkpoints(run.checkpoints))
+    assert [one.step for one in newest[:2]] == [steps, steps - 1]
+    assert [one.step for one in newest if one.verdict.kept] == [7]
