@@ -7,6 +7,7 @@ of its own, since torch 2.13 keeps the dead ranks' addresses over restarts (pyto
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
+from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import say
 from distattn.launch.ranks.entry import run_rank
 from distattn.launch.ranks.local import HERE, Node, as_found, how_it_ended, stopped_by, torchrun_config
@@ -87,7 +89,8 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     """Run the ranks once; returns the exit code, and what went wrong with one. number: of the attempt.
 
     folder: for evidence, and where there are several nodes, one that all of them have. board: of this machine's ranks. The code
-    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises AttemptStopped.
+    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises AttemptStopped,
+    and DistattnError where /dev/shm has no room for what the ranks share.
     """
     node, reports = ranks.node, None
     own = folder if node.nodes == 1 else folder / f"node-{node.number}"
@@ -119,12 +122,21 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         if trouble is None or not watch.interrupts:
             raise AttemptStopped(stopped_by(stop)) from None
         code = trouble.exit_code
+    except OSError as error:
+        # of a semaphore, which has no file name that people know
+        if error.errno == errno.ENOSPC and not error.filename:
+            raise DistattnError(
+                "/dev/shm: has no room for the semaphores of ranks, some 32 bytes each: remove what was left there, or give it "
+                "more room (docker run --shm-size=8g, on Kubernetes an emptyDir with medium: Memory)."
+            ) from None
+        raise
     finally:
         watch.close()
         # of stacks that nobody asked for
-        for file in own.glob("stacks-*.txt"):
-            if not file.stat().st_size:
-                file.unlink()
+        with contextlib.suppress(OSError):
+            for file in own.glob("stacks-*.txt"):
+                if not file.stat().st_size:
+                    file.unlink()
     return code, trouble
 
 
