@@ -86,7 +86,7 @@ def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
 
     Raises DistattnError for all that can go wrong before ranks start; nothing is changed then.
     """
-    step = _make_ready(run, config, run.proposed_config_file)
+    step = _make_ready(run, config)
     run.forget_requests()
     report_progress(f"run folder: {run.folder}, " + (f"checkpoint of step {step:,}" if step else "no checkpoint yet"))
 
@@ -96,19 +96,19 @@ def change_config(run: RunFolder, config: Config) -> None:
 
     Raises DistattnError as `resume_run`. A request to stop stays.
     """
-    step = _make_ready(run, config, run.proposed_config_file)
+    step = _make_ready(run, config)
     try:
         run.accept_proposed_config(step)
     except OSError as error:
         raise DistattnError(f"{run.config_file}: cannot be written: {error.strerror}; make room.") from None
 
 
-def _make_ready(run: RunFolder, config: Config, file: Path) -> int:
-    """Check a configuration for a run that nobody works on, and write it into a file where it is not the run's.
+def _make_ready(run: RunFolder, config: Config) -> int:
+    """Check a configuration for a run that nobody works on, and write it down as proposed where it is not the run's.
 
     Returns the step of the newest checkpoint, or 0. Raises DistattnError; nothing is changed then.
     """
-    data = open_data(run, config)
+    data, file = open_data(run, config), run.proposed_config_file
     check_steps_left(run, config, newest_step(run.checkpoints))
     # not under a run that goes on
     with RunLock(run.folder), _removed_afterwards(run.packs_file.with_name("corpus.longer.packs")) as longer:
