@@ -37,7 +37,8 @@ commands:
 
   --version
 
-exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3 damaged data, 4 another rank was lost,
+exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, or a run folder that is not in
+its place, 3 damaged data, 4 another rank was lost,
 75 training stopped because it was asked to, and can be resumed, 128 + N ended by signal N (129 SIGHUP, 130 Ctrl-C, 131 SIGQUIT,
 138 SIGUSR1, 143 SIGTERM)
 """

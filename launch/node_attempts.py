@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
+from distattn.checkpoints.held_folder import HeldFolder
 from distattn.ir.errors import RunStopped
 from distattn.launch.attempt_end import AttemptEnd
 from distattn.launch.attempts import Attempts
@@ -65,7 +66,11 @@ class NodeAttempts:
             say(f"the ranks cannot be asked to stop: {error}; the run goes on from its newest checkpoint.")
 
     def run(self) -> Outcome:
-        """Attempt after attempt."""
+        """Attempt after attempt. Raises DistattnError before one for which the run's folder is not in its place any more."""
+        with HeldFolder(self._run.folder) as held:
+            return self._run_attempts(held)
+
+    def _run_attempts(self, held: HeldFolder) -> Outcome:
         self._attempts.end_open("ended with its job, before anybody could tell why")
         self._run.forget_requests()
         if self._signal:
@@ -74,6 +79,8 @@ class NodeAttempts:
         restarts, start, first, started = 0, self._progress(), True, False
         furthest = start
         while (hosts := self._nodes.choose()) is not None:
+            # which would make half a folder anew
+            held.check()
             number = self._attempts.begin(**self._facts, hosts=hosts)
             end = self._nodes.run(hosts, number)
             asked = self._asked()

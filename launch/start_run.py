@@ -89,7 +89,7 @@ def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
     """
     if step is not None:
         check_step(run.checkpoints, step)
-    _make_ready(run, config, run.proposed_config_file, step)
+    _make_ready(run, config, step)
     if step is not None:
         with RunLock(run.folder):
             choose_step(run.checkpoints, step)
@@ -103,20 +103,20 @@ def change_config(run: RunFolder, config: Config) -> None:
 
     Raises DistattnError as `resume_run`. A request to stop stays.
     """
-    step = _make_ready(run, config, run.proposed_config_file)
+    step = _make_ready(run, config)
     try:
         run.accept_proposed_config(step)
     except OSError as error:
         raise DistattnError(f"{run.config_file}: cannot be written: {error.strerror}; make room.") from None
 
 
-def _make_ready(run: RunFolder, config: Config, file: Path, step: int | None = None) -> int:
-    """Check a configuration for a run that no process works on, and write it into a file where it is not the run's.
+def _make_ready(run: RunFolder, config: Config, step: int | None = None) -> int:
+    """Check a configuration for a run that no process works on, and write it down as proposed where it is not the run's.
 
     step: of the checkpoint to go on from, None for the one that the run tries first. Returns that step, or 0. Raises
     DistattnError; nothing is changed then.
     """
-    data = open_data(run, config)
+    data, file = open_data(run, config), run.proposed_config_file
     begin = preferred_step(run.checkpoints) if step is None else step
     check_steps_left(run, config, begin)
     # not under a run that goes on

@@ -38,6 +38,8 @@ class NodeReports:
 
     def __init__(self, folder: Path, node: int, nodes: int, links: NodeLinks | None = None):
         self._folder, self.node, self.nodes, self._links = folder, node, nodes, links
+        # one moment by the file system's clock, and by this process's
+        self._moment = time.time(), time.monotonic()
         # network file systems remember for a while that a file was not there
         for file in (self._asked_by(node), self._told_by(node)):
             with contextlib.suppress(OSError):
@@ -51,16 +53,20 @@ class NodeReports:
         """Want to know from all nodes what their ranks do. Returns when, by the file system's clock. Raises OSError."""
         file = self._asked_by(self.node)
         file.write_text("what do your ranks do?\n", "utf-8")
-        return file.stat().st_mtime
+        self._moment = file.stat().st_mtime, time.monotonic()
+        return self._moment[0]
 
     def asked(self) -> float:
         """When another node has last asked, by the file system's clock; 0 where none has."""
         return max((_read(self._asked_by(node))[0] for node in self._others()), default=0.0)
 
     def answer(self, report: NodeReport) -> None:
-        """Tell the others. Clocks of hosts agree to less than ranks differ. Raises OSError."""
+        """Tell the others. Raises OSError.
+
+        Times are told as seconds before the answer, and the file says when that was: clocks of hosts need not agree.
+        """
         beats = {
-            rank: None if beat is None else beat._asdict() | {"at": time.time() - time.monotonic() + beat.at}
+            rank: None if beat is None else beat._asdict() | {"at": beat.at - time.monotonic()}
             for rank, beat in report.beats.items()
         }
         text = json.dumps(report._replace(beats={})._asdict() | {"beats": beats})
@@ -74,7 +80,7 @@ class NodeReports:
             # while it writes, an answer is not whole
             with contextlib.suppress(ValueError, KeyError):
                 if text and at >= since:
-                    found[node] = _report(json.loads(text))
+                    found[node] = _report(json.loads(text), self._moment[1] + at - self._moment[0])
         return found
 
     def _others(self) -> list[int]:
@@ -105,10 +111,10 @@ def merged(reports: Mapping[int, NodeReport]) -> NodeReport:
     return NodeReport(beats, states, collective, min(report.silent for report in reports.values()), cut)
 
 
-def _report(told: dict[str, Any]) -> NodeReport:
-    here = time.monotonic() - time.time()
+def _report(told: dict[str, Any], answered: float) -> NodeReport:
+    """Return what a node has told. answered: when, by this process's clock."""
     beats = {
-        int(rank): None if beat is None else Heartbeat(**beat | {"at": beat["at"] + here})
+        int(rank): None if beat is None else Heartbeat(**beat | {"at": beat["at"] + answered})
         for rank, beat in told["beats"].items()
     }
     states = {int(rank): state for rank, state in told["states"].items()}

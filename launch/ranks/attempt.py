@@ -7,6 +7,7 @@ of its own, since torch 2.13 keeps the dead ranks' addresses over restarts (pyto
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
+from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import say
 from distattn.launch.ranks.entry import run_rank
 from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, as_found, torchrun_config
@@ -112,7 +114,8 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     """Run the ranks once; returns the exit code, and what went wrong with one. number: of the attempt.
 
     folder: for evidence, and where there are several nodes, one that all of them have. board: of this machine's ranks. The code
-    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises CommandStopped.
+    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises CommandStopped,
+    and DistattnError where /dev/shm has no room for what the ranks share.
     """
     node, reports, links = ranks.node, None, None
     own = folder if node.nodes == 1 else folder / f"node-{node.number}"
@@ -141,9 +144,16 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         code, trouble = _ended(codes, watch.close() or _silent_end(error))
-    except (EOFError, OSError):
+    except (EOFError, OSError) as error:
+        trouble = watch.close()
+        # of a semaphore, which has no file name that people know
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+            raise DistattnError(
+                "/dev/shm: has no room for the semaphores of ranks, some 32 bytes each: remove what was left there, or give it "
+                "more room (docker run --shm-size=8g, on Kubernetes an emptyDir with medium: Memory)."
+            ) from None
         # of a fork server that is gone while it is asked for ranks
-        if (trouble := watch.close()) is None:
+        if trouble is None:
             raise
         code = trouble.exit_code
     except RanksInterrupted as interrupted:
@@ -158,9 +168,10 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         if links is not None:
             links.close()
         # of stacks that nobody asked for
-        for file in own.glob("stacks-*.txt"):
-            if not file.stat().st_size:
-                file.unlink()
+        with contextlib.suppress(OSError):
+            for file in own.glob("stacks-*.txt"):
+                if not file.stat().st_size:
+                    file.unlink()
     return code, trouble
 
 

@@ -1,12 +1,14 @@
 """One rank of a run, in a process that is forked for it."""
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from distattn.launch.ranks import copy_output
 from distattn.launch.ranks.process_title import set_title
@@ -57,6 +59,8 @@ def keep_log(folder: Path) -> None:
             return
     for stream in (1, 2):
         os.dup2(target, stream)
+    if rank != "0":
+        sys.stdout, sys.stderr = _log_stream(1), _log_stream(2)
 
 
 def _copied(file: Path) -> int:
@@ -85,3 +89,19 @@ def _copied(file: Path) -> int:
     )
     threading.Thread(target=watch, daemon=True, name="distattn-copier-watch").start()
     return write
+
+
+class _Log(io.FileIO):
+    """A log. A line that a full disk does not take is left out: no rank is to end for what it prints."""
+
+    def write(self, content: Any, /) -> int:
+        """Write, or leave out; return the bytes that need not be written any more."""
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def _log_stream(descriptor: int) -> io.TextIOWrapper:
+    raw = _Log(descriptor, "wb", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)

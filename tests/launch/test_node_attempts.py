@@ -1,9 +1,11 @@
 """Attempts on several nodes: which failures are followed by another one. The nodes are stood in for."""
 
+import shutil
 import signal
 
 import pytest
 
+from distattn.ir.errors import DistattnError
 from distattn.launch.attempt_end import AttemptEnd
 from distattn.launch.attempts import Attempts
 from distattn.launch.node_attempts import NodeAttempts
@@ -80,3 +82,18 @@ def test_a_report_that_a_signal_has_ended_is_written_later(run):
     assert attempts.run() == (143, False)
     attempts.stop(signal.SIGTERM)
     assert attempts.run() == (143, True)
+
+
+def test_no_attempt_makes_half_of_a_folder_that_was_deleted_anew(run):
+    nodes = Nodes(run, (*KILLED, 5))
+    end_of_attempt = nodes.run
+
+    def run_and_delete(*given):
+        end = end_of_attempt(*given)
+        shutil.rmtree(run.folder)
+        return end
+
+    nodes.run = run_and_delete
+    with pytest.raises(DistattnError, match="was deleted meanwhile, or moved elsewhere; put it back"):
+        NodeAttempts(run, nodes, 3, {}).run()
+    assert not run.folder.exists()

@@ -191,3 +191,11 @@ def test_the_code_s_digest_is_that_of_all_its_files(monkeypatch):
     # in a folder that is linked into the package
     monkeypatch.setattr(Path, "read_bytes", lambda file: read(file) + b" " * (file.name == "spec.py"))
     assert code_digest() != before
+
+
+def test_a_full_disk_ends_a_run_that_begins_and_is_a_warning_to_one_that_goes_on():
+    begins = [facts_of(rank, "node-0", disk_free=0, disk_needed=GB) for rank in range(2)]
+    assert any("0 B are free where the run folder is" in one for one in problems_of(begins))
+    goes_on = [facts_of(rank, "node-0", disk_free=0, disk_needed=GB, goes_on=True) for rank in range(2)]
+    assert not problems_of(goes_on)
+    assert any("0 B are free where the run folder is" in one for one in warnings_of(goes_on))

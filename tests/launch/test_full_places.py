@@ -1,0 +1,95 @@
+"""Places that are full or cannot be written are named with what helps, and cost no run that can do without them."""
+
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from distattn.ir.errors import DistattnError
+from distattn.launch.ranks import attempt
+from distattn.supervision.heartbeats import HeartbeatBoard
+from distattn.supervision.rank_watch import Patience
+
+ROOT = Path(__file__).parents[2]
+LOG = """
+import os, sys
+from pathlib import Path
+from distattn.launch.ranks.rank import keep_log
+keep_log(Path(sys.argv[1]))
+print("a line")
+"""
+STACKS = """
+import os, signal, sys
+from pathlib import Path
+from distattn.supervision.evidence import answer_with_stacks
+answer_with_stacks(Path(sys.argv[1]), 1)
+os.kill(os.getpid(), signal.SIGUSR2)
+"""
+
+
+@pytest.fixture
+def no_folder(tmp_path):
+    """A place where nothing can be made."""
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file" / "folder"
+
+
+def run(script, place):
+    return subprocess.run(
+        [sys.executable, "-c", script, str(place)], env={"RANK": "1"}, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_a_log_of_another_rank_that_cannot_be_opened_leaves_the_console(no_folder):
+    done = run(LOG, no_folder)
+    assert done.returncode == 0 and done.stdout == "a line\n", done.stderr
+    words = "rank-1.log: cannot be opened: Not a directory; the console has what rank 1 says."
+    assert done.stderr == f"distattn: {no_folder}/{words}\n"
+
+
+def test_a_log_on_a_full_disk_ends_no_rank_that_prints(tmp_path):
+    (tmp_path / "rank-1.log").symlink_to("/dev/full")
+    done = run(f"{LOG}print('another')\nsys.stderr.write('and another')", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_stacks_that_cannot_be_kept_are_printed(no_folder):
+    done = run(STACKS, no_folder)
+    assert done.returncode == 0, done.stderr
+    first, *others = done.stderr.splitlines()
+    assert first.endswith("cannot be made: Not a directory; stacks of rank 1 are printed instead.")
+    assert others[0].startswith("Current thread 0x")
+
+
+def attempted(folder, monkeypatch, launch):
+    """An attempt of one rank; launch: stands for torchrun."""
+    monkeypatch.setattr(attempt, "elastic_launch", lambda config, function: launch)
+    ranks = attempt.Ranks(1, "module:function", [], Patience(60.0, 60.0))
+    with closing(HeartbeatBoard.make(1)) as board:
+        return attempt.run_attempt(ranks, 1, folder, board)
+
+
+def test_an_attempt_without_a_folder_for_its_evidence_goes_on(no_folder, monkeypatch, capsys):
+    ran = []
+    attempted(no_folder, monkeypatch, lambda *given: ran.append(given))
+    assert len(ran) == 1
+    assert "cannot be made: Not a directory; nothing is kept there of ranks that hang." in capsys.readouterr().err
+
+
+def test_shared_memory_without_room_is_named_with_what_helps(tmp_path, monkeypatch):
+    def launch(*_):
+        # as multiprocessing raises it
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DistattnError, match=r"^/dev/shm: has no room for the semaphores of ranks.*--shm-size=8g"):
+        attempted(tmp_path, monkeypatch, launch)
+
+
+def test_other_places_without_room_keep_their_names(tmp_path, monkeypatch):
+    def launch(*_):
+        raise OSError(28, "No space left on device", "/tmp/torchelastic")
+
+    with pytest.raises(OSError, match="/tmp/torchelastic"):
+        attempted(tmp_path, monkeypatch, launch)
