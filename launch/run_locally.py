@@ -28,10 +28,10 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
 
     logs: whether each rank writes a log file into the run folder. json_lines: nothing but JSON is printed.
     """
-    require_packages(*_PACKAGES)
-    check_run_fits(config)
     report_progress = no_progress if json_lines else print_line
     with stopped("before training", "nothing is left behind"):
+        require_packages(*_PACKAGES)
+        check_run_fits(config)
         run = start_run(config, report_progress)
     if logs:
         run.logs.mkdir()
@@ -40,10 +40,10 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
 
 def resume_locally(run: RunFolder, config: Config, json_lines: bool) -> int:
     """Go on with a run here from its newest checkpoint, with a configuration that may differ. Returns the exit code."""
-    require_packages(*_PACKAGES)
-    check_run_fits(config)
     report_progress = no_progress if json_lines else print_line
     with stopped("before training", "the run is as it was"):
+        require_packages(*_PACKAGES)
+        check_run_fits(config)
         resume_run(run, config, report_progress)
     return run_ranks_and_finish(run, config, report_progress, json_lines)
 

@@ -73,13 +73,13 @@ class Trouble:
     def facts(self) -> dict[str, object]:
         """What is written down of it, beside its words."""
         ranks = [one.rank for one in self.culprits if not one.helper]
-        nodes = {"nodes": list(self.nodes)} if self.nodes else {}
-        return {
+        facts: dict[str, object] = {
             "ranks": ranks,
             "kind": self.kind,
             "steps": self.steps,
             "noticed_seconds": round(self.seconds, 3),
-        } | nodes
+        }
+        return facts | ({"nodes": list(self.nodes)} if self.nodes else {})
 
 
 class RankWatch:

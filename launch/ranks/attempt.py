@@ -13,7 +13,8 @@ import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
+from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,10 +90,15 @@ def _tracker() -> Helper:
     tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
 
     def replace() -> int:
-        # it warns of what may leak; semaphores of ranks are anonymous by then
+        # it warns of what may leak
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             resource_tracker.ensure_running()
+        # the new one does not know the semaphores that are there, and would print a traceback for each that is removed
+        registry: dict[Any, Any] = util._finalizer_registry  # type: ignore[attr-defined]
+        for one in list(registry.values()):
+            if getattr(one, "_callback", None) is SemLock._cleanup:  # type: ignore[attr-defined]
+                resource_tracker.register(one._args[0], "semaphore")
         return int(tracker._pid)
 
     return Helper("the resource tracker", tracker._pid, replace)
