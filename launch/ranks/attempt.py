@@ -25,6 +25,7 @@ from distattn.launch.command_line import say
 from distattn.launch.ranks.entry import run_rank
 from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, as_found, torchrun_config
 from distattn.launch.ranks.loopback import gloo_on_loopback, own_place
+from distattn.launch.stop_signals import STOPPING
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.helpers import Helper, how_it_ended
@@ -62,19 +63,33 @@ def fork_server(preload: Sequence[str], node: Node = HERE) -> Iterator[None]:
         # before this process: it may be about to make ranks that nobody waits for any more
         _server().kill()
         raise
+    finally:
+        # one that is stopped would stay after this process
+        if (tracker := _tracker()).is_stopped():
+            tracker.kill()
 
 
 def _start_server(node: Node) -> None:
     """Start the fork server, unless it runs."""
     # Ctrl-C in a terminal reaches it, too, while it imports, and Slurm's SIGTERM all processes of a step; the tracker comes
     # first, whose start lets signals through again
-    resource_tracker.ensure_running()
+    _start_tracker()
     blocked = {signal.SIGINT, signal.SIGTERM} if node.keeps_sigterm else {signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         # ranks have its environment
         with gloo_on_loopback() if node.nodes == 1 else contextlib.nullcontext():
             forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_tracker() -> None:
+    """Start the resource tracker, unless it runs. A terminal's signals do not end it before this process."""
+    # it ignores SIGINT and SIGTERM by itself, and keeps blocked what is blocked when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT, signal.SIGTERM})
+    try:
+        resource_tracker.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -93,7 +108,7 @@ def _tracker() -> Helper:
         # it warns of what may leak
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            resource_tracker.ensure_running()
+            _start_tracker()
         # the new one does not know the semaphores that are there, and would print a traceback for each that is removed
         registry: dict[Any, Any] = util._finalizer_registry  # type: ignore[attr-defined]
         for one in list(registry.values()):

@@ -20,7 +20,7 @@ from distattn.training import reference_check
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 TRACKED = """
-import multiprocessing
+import multiprocessing, os, signal, time
 from multiprocessing import resource_tracker
 from distattn.launch.ranks.attempt import _tracker
 
@@ -29,6 +29,10 @@ tracker = _tracker()
 tracker.kill()
 assert tracker.start_again(tracker.end()).endswith("was killed by SIGKILL: another one is started")
 assert tracker.pid == resource_tracker._resource_tracker._pid
+# a terminal that closes ends this process first
+os.kill(tracker.pid, signal.SIGHUP)
+time.sleep(0.1)
+assert not tracker.end()
 """
 HOW = {
     signal.SIGKILL: "was killed by SIGKILL",
