@@ -55,8 +55,8 @@ class NodeLinks:
 
     def cut(self) -> list[CutLink]:
         """Return the links that were whole and are cut now. Takes ANSWER_SECONDS at most."""
-        # a node that a scheduler has started again elsewhere has written another address
-        reached = {node: at for node, at in self._reached.items() if self._address(node) == at}
+        # a node that a scheduler has started again elsewhere has written another address; the folder may be cut off, too
+        reached = {node: at for node, at in self._reached.items() if self._address(node) in (None, at)}
         failed = unreached(reached, ANSWER_SECONDS)
         return [self._cut(node, reached[node], why) for node, why in sorted(failed.items())]
 
