@@ -23,6 +23,8 @@ _VARIABLE = "DISTATTN_GUARDS"
 _GUARDED: dict[int, tuple[str, int]] = {}
 # looks in a row that have found nothing, and seconds between two; one that is being forked is seen by the second
 _EMPTY_LOOKS, _LOOK_SECONDS = 2, 0.05
+# multiprocessing's resource trackers remove semaphores once all others have ended, and then end themselves, within these looks
+_TRACKER, _TRACKER_LOOKS = b"multiprocessing.resource_tracker", 40
 
 
 def guard_processes() -> None:
@@ -53,13 +55,14 @@ def main(pid: int, mark: str) -> None:
         sys.stdout.write("watching\n")
         sys.stdout.flush()
         select.select([watched], [], [])
-    empty = 0
+    empty, looks = 0, 0
     while empty < _EMPTY_LOOKS:
-        found = [int(place.name) for place in Path("/proc").glob("[0-9]*") if _is_marked(place, mark)]
-        empty = 0 if found else empty + 1
-        for one in found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(one, signal.SIGKILL)
+        found = [place for place in Path("/proc").glob("[0-9]*") if _is_marked(place, mark)]
+        empty, looks = 0 if found else empty + 1, looks + 1
+        for place in found:
+            with contextlib.suppress(OSError):
+                if looks > _TRACKER_LOOKS or _TRACKER not in (place / "cmdline").read_bytes():
+                    os.kill(int(place.name), signal.SIGKILL)
         time.sleep(_LOOK_SECONDS)
 
 

@@ -31,10 +31,10 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
 
     logs: whether each rank writes a log file into the run folder. json_lines: nothing but JSON is printed.
     """
-    require_packages(*_PACKAGES)
-    check_run_fits(config)
     report_progress = no_progress if json_lines else print_line
     with stopped("before training", "nothing is left behind"):
+        require_packages(*_PACKAGES)
+        check_run_fits(config)
         run = start_run(config, report_progress)
     if logs:
         run.logs.mkdir()
@@ -46,11 +46,11 @@ def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int |
 
     step: of the checkpoint to go on from, None for the newest one that is good.
     """
-    require_packages(*_PACKAGES)
-    check_run_fits(config)
     report_progress = no_progress if json_lines else print_line
     try:
         with stopped("before training", "the run is as it was"):
+            require_packages(*_PACKAGES)
+            check_run_fits(config)
             resume_run(run, config, report_progress, step)
         return run_ranks_and_finish(run, config, report_progress, json_lines, proposed=True)
     finally:

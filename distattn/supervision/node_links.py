@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# that an answer may take, and seconds between two looks at nodes that have not been reached yet
-ANSWER_SECONDS, _LOOK_SECONDS = 3.0, 2.0
+# that an answer may take; seconds between two looks at nodes that were not reached yet, and how many looks: ten minutes
+ANSWER_SECONDS, _LOOK_SECONDS, _LOOKS = 3.0, 2.0, 300
 # a node that refuses a connection is reached
 _REACHED = (0, errno.ECONNREFUSED)
 
@@ -51,27 +51,26 @@ class NodeLinks:
         self._closed = threading.Event()
         with contextlib.suppress(OSError):
             self._file(node).write_text(json.dumps(own), "utf-8")
-        self._thread = threading.Thread(target=self._reach, daemon=True, name="distattn-node-links")
-        self._thread.start()
+        threading.Thread(target=self._reach, daemon=True, name="distattn-node-links").start()
 
     def cut(self) -> list[CutLink]:
         """Return the links that were whole and are cut now. Takes ANSWER_SECONDS at most."""
-        reached = dict(self._reached)
+        # a node that a scheduler has started again elsewhere has written another address; the folder may be cut off, too
+        reached = {node: at for node, at in self._reached.items() if self._address(node) in (None, at)}
         failed = unreached(reached, ANSWER_SECONDS)
         return [self._cut(node, reached[node], why) for node, why in sorted(failed.items())]
 
     def close(self) -> None:
-        """Look no more."""
+        """Look no more for nodes that were not reached yet."""
         self._closed.set()
-        self._thread.join()
 
     def _reach(self) -> None:
-        while len(self._reached) < self._nodes - 1:
+        for _ in range(_LOOKS):
             others = {node: self._address(node) for node in range(self._nodes) if node != self._node}
             new = {node: at for node, at in others.items() if at is not None and node not in self._reached}
             failed = unreached(new, ANSWER_SECONDS)
             self._reached |= {node: at for node, at in new.items() if node not in failed}
-            if self._closed.wait(_LOOK_SECONDS):
+            if len(self._reached) == self._nodes - 1 or self._closed.wait(_LOOK_SECONDS):
                 return
 
     def _address(self, node: int) -> NodeAddress | None:

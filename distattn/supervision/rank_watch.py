@@ -73,13 +73,13 @@ class Trouble:
     def facts(self) -> dict[str, object]:
         """What is written down of it, beside its words."""
         ranks = [one.rank for one in self.culprits if not one.helper]
-        nodes = {"nodes": list(self.nodes)} if self.nodes else {}
-        return {
+        facts: dict[str, object] = {
             "ranks": ranks,
             "kind": self.kind,
             "steps": self.steps,
             "noticed_seconds": round(self.seconds, 3),
-        } | nodes
+        }
+        return facts | ({"nodes": list(self.nodes)} if self.nodes else {})
 
 
 class RankWatch:
@@ -101,8 +101,8 @@ class RankWatch:
         say: Callable[[str], None] = lambda text: None,
     ):
         self._board, self._ranks, self._patience, self._folder = board, ranks, patience, folder
-        # what was asked in an attempt before this one, of a scheduler that does not number them, is over
         self._helpers, self._say = helpers, say
+        # what was asked in an attempt before this one, of a scheduler that does not number them, is over
         self._reports, self._answered = reports, reports.asked() if reports is not None else 0.0
         self.trouble: Trouble | None = None
         self._began = time.monotonic()
@@ -374,7 +374,8 @@ def _is_asked_to_end(pid: int) -> bool:
 
 def _tells_of_others(beat: Heartbeat) -> bool:
     """Whether a rank ends since it has lost another one."""
-    return beat.words.startswith(f"{REFUSED}{LostRankError.exit_code}") or tells_of_lost_peer(beat.words)
+    refused = beat.words.removeprefix(REFUSED).partition(":")[0]
+    return refused == str(LostRankError.exit_code) or tells_of_lost_peer(beat.words)
 
 
 def _has_said_why(beat: Heartbeat) -> bool:

@@ -14,7 +14,8 @@ import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
+from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from distattn.launch.ranks.entry import run_rank
 from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, as_found, torchrun_config
 from distattn.launch.ranks.loopback import gloo_on_loopback, own_place
 from distattn.launch.ranks.process_title import RUN_VARIABLE
+from distattn.launch.stop_signals import STOPPING
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.helpers import Helper, how_it_ended
@@ -71,6 +73,10 @@ def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Ite
         # before this process: it may be about to make ranks that nobody waits for any more
         _server().kill()
         raise
+    finally:
+        # one that is stopped would stay after this process
+        if (tracker := _tracker()).is_stopped():
+            tracker.kill()
 
 
 def _start_server(node: Node, run: str) -> None:
@@ -78,7 +84,7 @@ def _start_server(node: Node, run: str) -> None:
     os.environ[RUN_VARIABLE] = run
     # Ctrl-C in a terminal reaches it, too, while it imports, and Slurm's SIGTERM all processes of a step; the tracker comes
     # first, whose start lets signals through again
-    resource_tracker.ensure_running()
+    _start_tracker()
     blocked = {signal.SIGINT, signal.SIGTERM} if node.keeps_sigterm else {signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
@@ -88,6 +94,16 @@ def _start_server(node: Node, run: str) -> None:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         del os.environ[RUN_VARIABLE]
+
+
+def _start_tracker() -> None:
+    """Start the resource tracker, unless it runs. A terminal's signals do not end it before this process."""
+    # it ignores SIGINT and SIGTERM by itself, and keeps blocked what is blocked when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT, signal.SIGTERM})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _server() -> Helper:
@@ -101,10 +117,15 @@ def _tracker() -> Helper:
     tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
 
     def replace() -> int:
-        # it warns of what may leak; semaphores of ranks are anonymous by then
+        # it warns of what may leak
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            resource_tracker.ensure_running()
+            _start_tracker()
+        # the new one does not know the semaphores that are there, and would print a traceback for each that is removed
+        registry: dict[Any, Any] = util._finalizer_registry  # type: ignore[attr-defined]
+        for one in list(registry.values()):
+            if getattr(one, "_callback", None) is SemLock._cleanup:  # type: ignore[attr-defined]
+                resource_tracker.register(one._args[0], "semaphore")
         return int(tracker._pid)
 
     return Helper("the resource tracker", tracker._pid, replace)

@@ -126,11 +126,11 @@ class _NodesRendezvous(_LoopbackRendezvous):
         try:
             store = dist.TCPStore(self._host, self._port, self._nodes, timeout=_LIMIT, **held)
         except dist.DistError as error:
-            where, minutes = f"{self._host}:{self._port}", f"{_LIMIT.total_seconds() / 60:.0f} minutes"
+            place, minutes = f"{self._host}:{self._port}", f"{_LIMIT.total_seconds() / 60:.0f} minutes"
             missing = (
-                f"of {self._nodes} nodes some did not come to {where} within {minutes}"
+                f"of {self._nodes} nodes some did not come to {place} within {minutes}"
                 if self._node == 0
-                else f"node {self._node} does not reach node 0 at {where} within {minutes}"
+                else f"node {self._node} does not reach node 0 at {place} within {minutes}"
             )
             words = str(error).strip().splitlines()[0]
             raise LostRankError(

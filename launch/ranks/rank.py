@@ -70,11 +70,11 @@ def _copied(file: Path) -> int:
     """
     read, write = os.pipe()
     command = [sys.executable, "-SP", copy_output.__file__, str(file)]
-    console = {"stdin": read, "stdout": os.dup(1), "stderr": os.dup(2)}
+    console, errors = os.dup(1), os.dup(2)
 
     def start() -> int:
         # in a group of its own: Ctrl-C must not end it before the last line
-        return subprocess.Popen(command, **console, start_new_session=True).pid
+        return subprocess.Popen(command, stdin=read, stdout=console, stderr=errors, start_new_session=True).pid
 
     def watch() -> None:
         while True:

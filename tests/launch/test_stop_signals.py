@@ -106,6 +106,7 @@ def test_the_table_has_all_phases_and_codes():
     assert documented_codes() == {number.name: 128 + number for number in STOPPING}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("phase", WHERE)
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 def test_a_signal_has_its_sentence_and_code_in_every_phase(number, phase, place):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -17,6 +18,22 @@ from distattn.supervision.helpers import Helper
 from distattn.supervision.rank_watch import Patience, RankWatch
 from distattn.training import reference_check
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+TRACKED = """
+import multiprocessing, os, signal, time
+from multiprocessing import resource_tracker
+from distattn.launch.ranks.attempt import _tracker
+
+kept = multiprocessing.get_context("spawn").Lock()
+tracker = _tracker()
+tracker.kill()
+assert tracker.start_again(tracker.end()).endswith("was killed by SIGKILL: another one is started")
+assert tracker.pid == resource_tracker._resource_tracker._pid
+# a terminal that closes ends this process first
+os.kill(tracker.pid, signal.SIGHUP)
+time.sleep(0.1)
+assert not tracker.end()
+"""
 HOW = {
     signal.SIGKILL: "was killed by SIGKILL",
     signal.SIGSTOP: "is stopped (SIGSTOP or a debugger)",
@@ -85,6 +102,12 @@ def test_a_helper_that_can_be_replaced_is(how, sleeping, tmp_path):
     assert said == [f"the resource tracker (process {first}) {HOW[how]}: another one is started."]
     assert helper.pid != first and process_state(helper.pid) in "RS" and process_state(first) == "Z"
     board.close()
+
+
+def test_a_new_resource_tracker_knows_the_semaphores_that_are_there():
+    # in a process of its own, whose tracker nobody else uses
+    done = subprocess.run([sys.executable, "-c", TRACKED], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
 def test_a_replay_that_is_stopped_is_named(tmp_path):

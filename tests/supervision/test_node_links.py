@@ -124,6 +124,10 @@ def test_a_link_counts_as_cut_only_where_it_was_whole(tmp_path, monkeypatch):
             == "node 0 (a, 127.0.0.1) and node 2 (a, 127.0.0.1) do not reach each other any more (No route to host): "
             + ("the link between them is cut")
         )
+        # the folder is cut off, too, and the other has begun again elsewhere
+        (tmp_path / "address-1.json").unlink()
+        (tmp_path / "address-2.json").write_text(json.dumps(own))
+        assert [(one.first, one.second) for one in links.cut()] == [(0, 1)]
         links.close()
     assert NodeAddress(*json.loads((tmp_path / "address-0.json").read_text())) == own
 
