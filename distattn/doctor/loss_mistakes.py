@@ -235,7 +235,10 @@ def _unequal_parts(losses: Sequence[PartLoss], micro_batches: int) -> Finding:
     if micro_batches > 1:
         observed = "tokens of different micro-batches have unequal weights: each micro-batch divides by its own tokens"
         return Finding("micro-batches miscounted", observed, "shard all micro-batches of a step by one shard_step")
-    return Finding("tokens weighted unequally", "tokens of different ranks have unequal weights", _REMEDY)
+    by_rank = {one.rank: one.weight * one.upstream for one in losses}
+    first = by_rank[min(by_rank)]
+    shares = ", ".join(f"rank {rank} {weight / first:.4g}" for rank, weight in by_rank.items())
+    return Finding("tokens weighted unequally", f"tokens of different ranks have unequal weights: {shares}", _REMEDY)
 
 
 def _shifted_late(reference: ReferenceResult, own: Tensor) -> Tensor:
