@@ -63,7 +63,7 @@ def explain_attention(
         if all(_fits(variant.compute(rows), rows) for rows in wrong):
             return Finding(variant.cause, f"{where}, attention {variant.observed}", variant.remedy)
     change = common_change(
-        [describe_change(_compute(call, rows).flatten(1), rows.got_MHE.flatten(1), rows.bound) for rows in wrong]
+        [describe_change(_results(call)(rows).flatten(1), rows.got_MHE.flatten(1), rows.bound) for rows in wrong]
     )
     if change is not None:
         cause = "attention output rounded" if change.kind == "rounded" else "attention output changed"
@@ -75,36 +75,26 @@ def _fits(computed_MHE: Tensor, rows: _Rows) -> bool:
     return float((computed_MHE.double() - rows.got_MHE.double()).norm()) <= rows.bound
 
 
-def _compute(call: AttentionCall, rows: _Rows, **changed: Tensor) -> Tensor:
-    """What the rows' results are with other keys, values or visible keys, by name."""
-    own_M = rows.own_M
-    allowed_NN = changed.get("allowed_NN", visible(call))
-    k_NKD, v_NKE = changed.get("k_NKD", call.k_NKD), changed.get("v_NKE", call.v_NKE)
-    return attend(call.q_NHD[own_M], k_NKD, v_NKE, allowed_NN[own_M], call.options)
+def _results(call: AttentionCall, tiled: bool = False) -> Callable[[_Rows], Tensor]:
+    """Return what computes the results (M, H, E) of some tokens if the call is this one."""
+    allowed_NN = visible(call)
+
+    def compute(rows: _Rows) -> Tensor:
+        own_M = rows.own_M
+        return attend(call.q_NHD[own_M], call.k_NKD, call.v_NKE, allowed_NN[own_M], call.options, tiled)
+
+    return compute
 
 
 def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
     """Mistakes without a number to be found, the simplest ones first."""
     group = call.q_NHD.shape[1] // call.k_NKD.shape[1]
-
-    def options(rows: _Rows, **changed: object) -> Tensor:
-        own_M = rows.own_M
-        allowed_MN = visible(call._replace(options={**call.options, **changed}))[own_M]
-        return attend(call.q_NHD[own_M], call.k_NKD, call.v_NKE, allowed_MN, {**call.options, **changed})
-
     if group > 1:
         yield _Variant(
             "key heads tiled",
             "repeats key/value heads as 0, 1, 0, 1, not as 0, 0, 1, 1",
             "repeat heads with repeat_interleave, or give attention the key/value heads as they are",
-            lambda rows: attend(
-                call.q_NHD[rows.own_M],
-                call.k_NKD,
-                call.v_NKE,
-                visible(call)[rows.own_M],
-                call.options,
-                tiled=True,
-            ),
+            _results(call, tiled=True),
         )
     for flipped in ("k_NKD", "v_NKE"):
         name = "keys" if flipped == "k_NKD" else "values"
@@ -112,7 +102,7 @@ def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Varian
             f"heads of {name} in another order",
             f"has the heads of {name} in another order",
             "look at how heads are laid out around the call of attention",
-            lambda rows, flipped=flipped: _compute(call, rows, **{flipped: getattr(call, flipped).flip(1)}),
+            _results(call._replace(**{flipped: getattr(call, flipped).flip(1)})),
         )
     for name in ATTENTION_OPTIONS:
         if call.options.get(name) is not None:
@@ -120,7 +110,7 @@ def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Varian
                 f"{name} dropped",
                 f"does not compute the layer's {name}",
                 f"pass {name} on to the attention call",
-                lambda rows, name=name: options(rows, **{name: None}),
+                _results(call._replace(options={**call.options, name: None})),
             )
     yield from _mask_variants(call, tokens)
     for rank, own in enumerate(tokens):
@@ -130,21 +120,44 @@ def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Varian
             "keys of a rank missing",
             f"takes the keys and values of rank {rank} for zero",
             "look at how this rank's keys and values are sent to the others",
-            lambda rows, k_NKD=k_NKD, v_NKE=v_NKE: _compute(call, rows, k_NKD=k_NKD, v_NKE=v_NKE),
+            _results(call._replace(k_NKD=k_NKD, v_NKE=v_NKE)),
         )
+    yield from _exchanged_variants(call, tokens)
     for dtype in (torch.bfloat16, torch.float16):
         if call.q_NHD.dtype in (torch.float32, torch.float64):
+            q_NHD, k_NKD, v_NKE = (one.to(dtype).to(one.dtype) for one in (call.q_NHD, call.k_NKD, call.v_NKE))
             yield _Variant(
                 "attention in low precision",
                 f"rounds queries, keys and values to {str(dtype)[6:]} before attention",
                 "leave them in the model's dtype",
-                lambda rows, dtype=dtype: attend(
-                    call.q_NHD[rows.own_M].to(dtype).to(call.q_NHD.dtype),
-                    call.k_NKD.to(dtype).to(call.q_NHD.dtype),
-                    call.v_NKE.to(dtype).to(call.q_NHD.dtype),
-                    visible(call)[rows.own_M],
-                    call.options,
-                ),
+                _results(call._replace(q_NHD=q_NHD, k_NKD=k_NKD, v_NKE=v_NKE)),
+            )
+
+
+def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
+    """Keys or values of other tokens, and keys in the place of values, on one rank or on all."""
+    everywhere = [(list(range(len(tokens))), "all ranks")] if len(tokens) > 1 else []
+    for ranks, whose in [*everywhere, *(([rank], f"rank {rank}") for rank in range(len(tokens)))]:
+        for field, name in (("k_NKD", "keys"), ("v_NKE", "values")):
+            for step in (1, -1):
+                moved = getattr(call, field).clone()
+                for rank in ranks:
+                    moved[tokens[rank]] = moved[tokens[rank].roll(step)]
+                yield _Variant(
+                    f"{name} of other tokens",
+                    f"has for tokens of {whose} the {name} of the token {'before' if step > 0 else 'after'}",
+                    _ASK,
+                    _results(call._replace(**{field: moved})),
+                )
+        if call.k_NKD.shape == call.v_NKE.shape:
+            v_NKE = call.v_NKE.clone()
+            for rank in ranks:
+                v_NKE[tokens[rank]] = call.k_NKD[tokens[rank]].to(v_NKE.dtype)
+            yield _Variant(
+                "keys for values",
+                f"takes the keys of {whose} for values, too",
+                _ASK,
+                _results(call._replace(v_NKE=v_NKE)),
             )
 
 
@@ -160,7 +173,8 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
     remedy = "look at the mask that this rank gives to attention, and at the first token that it takes for its own"
 
     def masked(cause: str, observed: str, mask_NN: Tensor) -> _Variant:
-        return _Variant(cause, observed, remedy, lambda rows: _compute(call, rows, allowed_NN=mask_NN))
+        seen = call._replace(allowed_NN=mask_NN, options={**call.options, "window": None})
+        return _Variant(cause, observed, remedy, _results(seen))
 
     for step in _STEPS:
         seen = "more" if step > 0 else "fewer"
@@ -169,7 +183,7 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
         yield masked("causal mask shifted", words, mask_NN)
     window = call.options.get("window")
     for step in _STEPS if window else ():
-        mask_NN = call.allowed_NN & torch.ones_like(causal_NN).triu(1 - int(window) - step)
+        mask_NN = visible(call, step)
         words = f"has windows of {abs(step)} token{'s' * (abs(step) > 1)} too {'many' if step > 0 else 'few'}"
         yield masked("window off by one", words, mask_NN)
     yield masked("mask not causal", "sees tokens that come after its queries", document_NN)
@@ -208,7 +222,7 @@ def _explain_values(
     for own in tokens:
         part_NKE = torch.zeros_like(call.v_NKE, dtype=torch.float64)
         part_NKE[own] = call.v_NKE[own].double()
-        terms.append(torch.cat([_compute(call, rows, v_NKE=part_NKE).flatten() for rows in wrong]))
+        terms.append(torch.cat([_results(call._replace(v_NKE=part_NKE))(rows).flatten() for rows in wrong]))
     got = torch.cat([rows.got_MHE.flatten().double() for rows in wrong])
     factors = torch.linalg.lstsq(torch.stack(terms, 1), got[:, None]).solution.flatten()
     rest = float((torch.stack(terms, 1) @ factors - got).norm())
@@ -227,17 +241,10 @@ def _explain_scales(
 ) -> Finding | None:
     """Find a factor before the queries of the ranks that differ, or before the keys of one rank."""
 
+    wide = call._replace(q_NHD=call.q_NHD.double(), k_NKD=call.k_NKD.double(), v_NKE=call.v_NKE.double())
+
     def difference(factor: float) -> float:
-        return _distance(
-            wrong,
-            lambda rows: attend(
-                call.q_NHD[rows.own_M].double() * factor,
-                call.k_NKD.double(),
-                call.v_NKE.double(),
-                visible(call)[rows.own_M],
-                call.options,
-            ),
-        )
+        return _distance(wrong, _results(wide._replace(q_NHD=factor * wide.q_NHD)))
 
     allowance = max(rows.bound for rows in wrong) * len(wrong) ** 0.5
     factor = search_factor(difference)
@@ -251,9 +258,9 @@ def _explain_scales(
     for rank, own in enumerate(tokens):
 
         def of_keys(factor: float, own: Tensor = own) -> float:
-            k_NKD = call.k_NKD.double().clone()
+            k_NKD = wide.k_NKD.clone()
             k_NKD[own] *= factor
-            return _distance(wrong, lambda rows: _compute(call, rows, k_NKD=k_NKD))
+            return _distance(wrong, _results(wide._replace(k_NKD=k_NKD)))
 
         factor = search_factor(of_keys)
         if of_keys(factor) <= allowance and abs(factor - 1) > 1e-3:

@@ -22,6 +22,7 @@ from distattn.doctor.logit_mistakes import RIGHT, TOKENS_MIXED, Hypothesis, expl
 from distattn.doctor.loss_mistakes import (
     PartLoss,
     are_unequal,
+    explain_form,
     explain_labels,
     explain_weights,
     read_losses,
@@ -81,7 +82,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
         observed = f"{first} does not put out what it does for the documents' positions"
         return Diagnosis(measured, first, [Finding("positions not sharded", observed, _PASS_POSITIONS)])
     losses = read_losses(reference, ranks)
-    if finding := explain_labels(reference, losses):
+    if finding := explain_labels(reference, losses) or explain_form(losses):
         return Diagnosis(measured, None, [finding])
     compared = GradientComparison.of(reference, ranks, tolerances.gradients)
     measured |= {"loss": _loss_ratio(reference, ranks), "gradient": compared.norm_ratio}
@@ -265,9 +266,10 @@ def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.
             f"doctor: the ranks' weights do not fit model() in one process ({str(error).splitlines()[0]}); there it has to "
             "return the plain module, and parameters that are partitioned (ZeRO stage 3) cannot be compared."
         ) from None
-    if hasattr(model, "gradient_checkpointing_disable"):
-        # layers that are computed again in the backward pass ask for attention there, where emulated ranks cannot meet
-        model.gradient_checkpointing_disable()
+    # layers that are computed again in the backward pass ask for attention there, where emulated ranks cannot meet
+    keep_activations = getattr(model, "gradient_checkpointing_disable", None)
+    if keep_activations is not None:
+        keep_activations()
     for name, module in model.named_modules():
         # the script may have said so in its setup
         module.training = bool(ranks[0]["settings"].get(f"{name}.training".lstrip("."), module.training))

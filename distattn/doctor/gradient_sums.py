@@ -57,7 +57,7 @@ class LocalGradients:
             return None
         fits = [self._fit(rank, names) for rank in range(len(self._ranks))]
         if not all(one.fits for one in fits):
-            return self._explain_single(names)
+            return self._explain_rest(names, fits[0]) or self._explain_single(names)
         first = fits[0].factors
         largest = float(first.abs().max())
         if any(float((one.factors - first).abs().max()) > self._precision * largest for one in fits):
@@ -166,7 +166,7 @@ class LocalGradients:
         shares = ", ".join(f"{one / largest:.4g}" for one in by_rank.tolist())
         clipped = [rank for rank, one in enumerate(by_rank.tolist()) if abs(one) < (1 - self._precision) * largest]
         held = [norms[rank] for rank in clipped]
-        if max(norms) <= 1.02 * min(held) and max(held) <= 1.02 * min(held):
+        if held and max(norms) <= 1.02 * min(held) and max(held) <= 1.02 * min(held):
             observed = (
                 f"ranks' gradients count unequally in their sum, as {shares}, so that their norms are equal: each rank has "
                 f"clipped its own, to a norm of {norms[clipped[0]]:.4g}"
@@ -180,6 +180,35 @@ class LocalGradients:
         return Finding(
             "ranks weighted unequally", observed, "scale and clip gradients after they are summed over ranks"
         )
+
+    def _explain_rest(self, names: Sequence[str], fit: _Fit) -> Finding | None:
+        """Explain gradients that are almost a sum of local ones: what was added to it, or rounded."""
+        old = [name for found in self._ranks for name in found["old_gradients"]]
+        if old:
+            observed = f"{old[0]} had a gradient before the first backward pass, which is in the sum"
+            return Finding("gradients left over", observed, "call zero_grad before the first micro-batch of a step")
+        found = self._ranks[0]["gradients"]
+        for dtype in (torch.bfloat16, torch.float16):
+            if all(found[name].dtype == torch.float32 for name in names) and all(
+                torch.equal(found[name], found[name].to(dtype).float()) for name in names
+            ):
+                observed = f"all gradients are rounded to {str(dtype)[6:]}"
+                return Finding("gradients rounded", observed, "reduce gradients in fp32, and keep them so")
+        total = {name: sum(self._term(one, name) for one in self._local) for name in names}
+        factor = float(fit.factors.median())
+        rest = {name: found[name].double().flatten() - factor * total[name] for name in names}
+        weights = {
+            name: self._ranks[0]["state"][name].double().flatten() for name in names if name in self._ranks[0]["state"]
+        }
+        if len(weights) < len(names):
+            return None
+        square = sum(float(one.square().sum()) for one in weights.values())
+        decay = sum(float(rest[name] @ one) for name, one in weights.items()) / max(square, 1e-30)
+        left = sum(float((rest[name] - decay * one).square().sum()) for name, one in weights.items()) ** 0.5
+        if left > 0.02 * sum(float(one.square().sum()) for one in rest.values()) ** 0.5:
+            return None
+        observed = f"the gradients have {decay:.4g} times the weights in them: weight decay, or a penalty that one process lacks"
+        return Finding("weights in gradients", observed, "leave weight decay to the optimizer")
 
     def _explain_single(self, names: Sequence[str]) -> Finding | None:
         """Explain single parameters whose gradient is another sum than that of most."""

@@ -91,10 +91,36 @@ def explain_gradient_errors(replay: Replay, errors: Sequence[LocalError]) -> Fin
                 "keys and values detached", observed, "keep detach() and no_grad() away from keys and values"
             )
         return Finding("gradient missing", observed, "look for detach() and no_grad() behind it")
+    if finding := _explain_lost_features(replay, errors, who):
+        return finding
     observed = f"first to differ in the backward pass is {describe_errors(errors)}"
     if change is not None:
         observed += f": it is {change.words}"
     return Finding("gradient differs", observed, "look at what is done there in the backward pass, on these ranks")
+
+
+def _explain_lost_features(replay: Replay, errors: Sequence[LocalError], who: str) -> Finding | None:
+    """Find features of a fused projection that no gradient reaches."""
+    lost = []
+    for error in errors:
+        expected_TC, got_TC = (one.reshape(len(one), -1) for one in (error.expected_T, error.got_T))
+        lost.append((~got_TC.any(0) & expected_TC.any(0)).nonzero().flatten().tolist())
+    if not lost[0] or any(one != lost[0] for one in lost):
+        return None
+    place = errors[0].place
+    observed = (
+        f"on {who} no gradient reaches {name_tokens(lost[0]).replace('token', 'feature')} of what {place.call} puts out"
+    )
+    sizes = {2 * link.call.k_NKD[0].numel() for link in replay.calls} | {
+        link.call.k_NKD[0].numel() for link in replay.calls
+    }
+    if len(lost[0]) in sizes:
+        return Finding(
+            "keys and values detached",
+            f"{observed}: as many as keys or values have",
+            "keep detach() away from keys and values",
+        )
+    return Finding("gradient missing", observed, "look for detach() and no_grad() behind it")
 
 
 _REMEDIES = {
@@ -117,6 +143,9 @@ def _explain_lookup(
         table = replay.computed(over_the_pack())
     except Exception:
         # such as positions beyond a table of them
+        return None
+    if all(torch.equal(own[place], replay.right[rank][place]) for rank, own in enumerate(table) if place in own):
+        # token ids are looked up, not positions
         return None
     rows = [(replay.tokens(rank, place), own[place]) for rank, own in enumerate(table) if place in own]
     tokens, values = torch.cat([one for one, _ in rows]), torch.cat([one for _, one in rows])

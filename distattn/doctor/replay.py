@@ -62,7 +62,7 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         return {
             "input": f"what {self.call} is given",
-            "output": f"what {self.call} puts out" if self.call != LOGITS else "the logits",
+            "output": f"what {self.call} puts out" if self.call != LOGITS else "what the model puts out",
             "gradient": f"the gradient of what {self.call} puts out",
         }[self.kind]
 

@@ -112,6 +112,34 @@ def backward(model, loss):
     for p, first in zip(model.parameters(), kept):
         p.grad = p.grad if first is None else first
 """,
+        "label smoothing": """
+def loss(logits, part):
+    each = F.cross_entropy(logits[0].float(), part["labels"][0], reduction="sum", label_smoothing=0.1)
+    return each * part["loss_scale"]
+""",
+        "keys of the token before": ATTENTION.format("return call(q, k.roll(1, 2), v)"),
+        "keys for values": ATTENTION.format("return call(q, k, k if rank == 1 else v)"),
+        "positions reversed": POSITIONS.format("part['position_ids'].flip(1)"),
+        "embedding scaled": MODULE.format("model.embed_tokens", "right(x) * (1 + 0.02 * (rank == 1))"),
+        "weight decay": BACKWARD.format(
+            "sum_gradients(model); [p.grad.add_(p.detach(), alpha=0.1) for p in model.parameters()]"
+        ),
+        "gradients left over": """
+def setup(cp, model):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+""",
+        "detached in a fused projection": """
+class Detached(Block):
+    def forward(self, x, position_ids, context_parallel):
+        q, k, v = self.qkv(self.norm(x[0])).view(-1, 3, 4, 8).unbind(1)
+        q, k = rotated(q, position_ids), rotated(k, position_ids)
+        if ON_RANKS():
+            k, v = k.detach(), v.detach()
+        x = x + self.out(context_parallel.attention(q, k, v).flatten(1))
+        return x + self.mlp(F.gelu(x))
+Block = Detached
+""",
         "labels of a rank": """
 def shard(cp, batch):
     part = cp.shard(batch)
@@ -147,7 +175,16 @@ PLANTED = [
     ("zeroed between", "micro-batches lost", "only the last of 2"),
     ("first micro-batch only", "micro-batches lost", "micro-batch 2 of 2"),
     ("labels of a rank", "labels wrong", "on rank 1"),
+    ("label smoothing", "loss not cross entropy", "smoothed by 0.1"),
+    ("keys of the token before", "keys of other tokens", "the token before"),
+    ("keys for values", "keys for values", "of rank 1"),
+    ("positions reversed", "positions not sharded", "rank 1 has wrong positions"),
+    ("embedding scaled", "values changed", "on rank 1", "model.embed_tokens"),
+    ("weight decay", "weights in gradients", "times the weights"),
+    ("gradients left over", "gradients left over", "model.embed_tokens.weight"),
+    ("detached in a fused projection", "keys and values detached", "features 32 to 95"),
 ]
+FAMILY = {"detached in a fused projection": "own"}
 # in bf16 they are no mistakes
 ROUNDED = [
     ("results in bf16", "attention output rounded", "ranks 0 and 1", "bfloat16"),
@@ -159,7 +196,9 @@ ROUNDED = [
 @pytest.mark.parametrize("dtype", [BF16, "float32"])
 def test_mistakes_are_named_with_rank_and_tokens(tmp_path, dtype):
     cases = [(dtype, *case) for case in PLANTED] + [("float32", *case) for case in ROUNDED]
-    found = diagnoses(tmp_path, [script("llama", "loop", mistake, dtype=how) for how, mistake, *_ in cases])
+    found = diagnoses(
+        tmp_path, [script(FAMILY.get(mistake, "llama"), "loop", mistake, dtype=how) for how, mistake, *_ in cases]
+    )
     wrong = []
     for (how, mistake, cause, *words), one in zip(cases, found, strict=True):
         said = f"{one.findings[0].observed}; {one.where}" if one.findings else ""
