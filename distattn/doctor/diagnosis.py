@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from distattn.doctor.comparison import Diagnosis, Finding, RankResult, distance, in_global_order, parts_of
+from distattn.doctor.comparison import Diagnosis, Finding, RankResult, distance, in_global_order, name_tokens, parts_of
 from distattn.doctor.emulated_model import EmulatedModel
 from distattn.doctor.gradient_mistakes import GradientComparison, explain_gradients
 from distattn.doctor.gradient_sums import LocalGradients
@@ -243,8 +243,7 @@ def _explain_forward(
     if finding is not None:
         return finding
     observed = "no mistake that the doctor knows explains what differs"
-    if errors:
-        observed += f"; first to differ is {describe_errors(errors)}"
+    observed += f"; first to differ is {describe_errors(errors) if errors else _odd_logits(reference, ranks)}"
     remedy = "look at what the script does there, on these ranks and with these tokens; leave it out, and look again"
     return emulation.with_failures(Finding("unknown", observed, remedy))
 
@@ -255,6 +254,19 @@ _OTHER_BATCH = Finding(
     "one process has another batch than the ranks",
     "have batch() return the same whenever it is called",
 )
+
+
+def _odd_logits(reference: ReferenceResult, ranks: Sequence[RankResult]) -> str:
+    """Name the rank whose logits differ most, and its tokens that differ as much."""
+    worst, words = -1.0, ""
+    for rank, part in parts_of(ranks):
+        tokens = part["tokens"]
+        difference_T = (part["logits"][: len(tokens)].double() - reference.logits_NV[tokens].double()).norm(dim=1)
+        if len(tokens) and float(difference_T.max()) > worst:
+            worst = float(difference_T.max())
+            odd = tokens[difference_T > worst / 10]
+            words = f"what the model puts out, most of all on rank {rank} in {name_tokens(odd.tolist())}"
+    return words
 
 
 def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.nn.Module:

@@ -46,7 +46,9 @@ class LocalGradients:
             and all(name in found["gradients"] for found in ranks)
             and all(one[name].shape == expected.shape for one in self._local if name in one)
         ]
+        # what is whole in fp32 may have been reduced in the local gradients' dtype, as DeepSpeed does
         dtypes = [found["gradients"][name].dtype for found in ranks for name in self._names]
+        dtypes += [one.dtype for local in self._local for one in local.values()]
         self._eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
         self._precision = _FINE if self._eps < 1e-5 else _COARSE
 
@@ -188,7 +190,7 @@ class LocalGradients:
             observed = f"{old[0]} had a gradient before the first backward pass, which is in the sum"
             return Finding("gradients left over", observed, "call zero_grad before the first micro-batch of a step")
         found = self._ranks[0]["gradients"]
-        for dtype in (torch.bfloat16, torch.float16):
+        for dtype in (torch.bfloat16, torch.float16) if self._eps < 1e-5 else ():
             if all(found[name].dtype == torch.float32 for name in names) and all(
                 torch.equal(found[name], found[name].to(dtype).float()) for name in names
             ):
