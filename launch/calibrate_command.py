@@ -21,8 +21,6 @@ from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import CommandParser, no_progress, print_line, print_to_stderr
-from distattn.launch.ranks import machine_limits
-from distattn.launch.ray.calibrate import calibrate_nodes, slow_nodes
 
 USAGE = """usage: distattn calibrate --out FILE.toml [--ranks N] [--nodes N] [--name NAME] [options]
        distattn calibrate --out FILE.toml --ray [HOST:PORT] [--ranks N] [--json]
@@ -105,6 +103,9 @@ def _calibrate_nodes(given: argparse.Namespace) -> int:
         )
     if importlib.util.find_spec("ray") is None:
         raise DistattnError("calibrate --ray needs ray: pip install 'distattn[ray]'.")
+    # only now: it takes torch, which takes seconds
+    from distattn.launch.ray.calibrate import calibrate_nodes, slow_nodes
+
     ranks = ("--ranks", str(given.ranks)) if given.ranks else ()
     found, failed = calibrate_nodes(given.ray, ranks, print_to_stderr)
     out, slow = Path(given.out), list(slow_nodes(found))
@@ -127,6 +128,9 @@ def _calibrate_nodes(given: argparse.Namespace) -> int:
 
 def _ranks(asked: int | None) -> int:
     """How many ranks measure: as many as were asked for, else one for each GPU, else 4. Refuses more than fit."""
+    # only now: it takes torch, which takes seconds
+    from distattn.launch.ranks import machine_limits
+
     gpus = machine_limits.gpu_count()
     ranks = asked or gpus or 4
     memory = machine_limits.CALIBRATE_RANK_MB
@@ -172,6 +176,8 @@ def rank_main(file: str, name: str) -> None:
 
 def _link_by_nccl_tests(ranks: int) -> describe.Link | None:
     """Measure the link inside this machine by nccl-tests. None where they are not installed or there are no GPUs."""
+    from distattn.launch.ranks import machine_limits
+
     if ranks < 2 or not machine_limits.gpu_count() or shutil.which("sendrecv_perf") is None:
         return None
     with tempfile.TemporaryDirectory() as folder:

@@ -5,29 +5,52 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distattn.doctor.environment import Check, check_machine
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_line
-from distattn.launch.ranks.machine_limits import DOCTOR_RANK_MB, check_memory
+from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_to_stderr
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from distattn.doctor.comparison import Diagnosis
 
 _USAGE = """usage: distattn doctor [SCRIPT.py | MODEL] [--ranks N] [--json]
 
 Looks at versions, devices, NCCL, Triton and ports; then runs a model and a batch in one process and on N ranks (default 2)
 of this machine, and compares logits, loss and every gradient. Where they differ it says where first, and which mistake
-explains it. MODEL is a folder or config.json of transformers; SCRIPT says what you do yourself:
+explains it. MODEL is a folder or config.json of transformers; SCRIPT says what you do yourself.
 
+SCRIPT is a Python file with these functions; all but the first have defaults, written for models of
+transformers with attn_implementation="distattn":
+
+  model() -> torch.nn.Module                  with the same weights on every rank; on ranks (where torch.distributed is
+                                              initialized) it may be wrapped: fully_shard, DDP, a DeepSpeed engine
+  batch() -> dict, or a list of them          as ContextParallel.shard takes it, the same on every rank; a list is the
+                                              micro-batches of one step
+  context_parallel() -> ContextParallel       over the default process group
+  setup(cp, model)                            cp.loss_scale(trainer), say; nothing by default
+  shard(cp, batch) -> dict, or a list         this rank's part, or its parts
+  forward(model, part) -> logits (1, T, V)
+  loss(logits, part) -> Tensor                this rank's share: shares add up to the loss
+  backward(model, loss)                       of one micro-batch; may reduce gradients over ranks
+  reduce(model)                               after the last backward: sums gradients over ranks, unless backward is yours
+  gradients(model) -> dict                    of every parameter, whole, after that
+  reference(model, ids) -> logits (1, S, V)   of one document (1, S) in one process
+  router_loss(model, router_logits) -> Tensor what one process adds to the mean of token losses of a micro-batch, of its tokens'
+                                              router_logits, (N, experts) of each layer, which the model's output has; by default
+                                              transformers' load balancing where output_router_logits asks for it
 """
 
 
-# of a norm: what rounding explains beyond it hides mistakes
-_COARSE = 0.3
+# of a norm: what may hide is told from here on
+_COARSE = 1e-3
+# columns of prose
+_WIDEST = 120
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,31 +62,32 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(flag, action="store_true")
     given = parser.parse_args(arguments)
     if given.help or given.h:
-        from distattn.doctor.target import SCRIPT
-
-        sys.stdout.write(_USAGE + SCRIPT)
+        sys.stdout.write(_USAGE)
         return 0
     if given.ranks < 1:
         raise DistattnError(f"doctor: --ranks: at least 1, not {given.ranks}.")
     if given.target is not None:
+        # only now: it takes torch, which takes seconds
+        from distattn.launch.ranks.machine_limits import DOCTOR_RANK_MB, check_memory
+
         check_memory(
             "doctor: --ranks", given.ranks, DOCTOR_RANK_MB, "Python, torch and transformers, without the model"
         )
         if Path(given.target).suffix == ".py" and not Path(given.target).is_file():
             raise DistattnError(f"there is no script {given.target}.")
     found = check_machine()
-    if not given.json:
-        _show_checks(found)
     broken = [check for check in found if check.ok is False]
     report: dict[str, Any] = {"checks": [check._asdict() for check in found]}
     if given.target is not None and not broken:
-        diagnosis = examine_target(given.target, given.ranks, no_progress if given.json else print_line)
+        diagnosis = examine_target(given.target, given.ranks, no_progress if given.json else print_to_stderr)
         report |= {"ranks": given.ranks, "measured": diagnosis.measured, "first_difference": diagnosis.first_difference}
-        report["findings"] = [finding._asdict() for finding in diagnosis.findings]
+        report |= {"where": diagnosis.where, "findings": [finding._asdict() for finding in diagnosis.findings]}
         if not given.json:
             _show_diagnosis(diagnosis, given.ranks)
     if given.json:
         sys.stdout.write(json.dumps(report) + "\n")
+    else:
+        _show_checks(found)
     return 1 if broken or report.get("findings") else 0
 
 
@@ -89,39 +113,64 @@ def examine_target(path: str, ranks: int, report_progress: Callable[[str], None]
     return diagnose(target, found)
 
 
-def _show_checks(found: list[Check]) -> None:
-    from rich.table import Table
+def _show_checks(found: Sequence[Check]) -> None:
+    """Print what is wrong with the machine and what is noteworthy, a line each, and the rest in one."""
+    console = ResultConsole(highlight=False)
+    for check in sorted(found, key=lambda check: check.ok is not False):
+        if check.ok and not check.advice:
+            continue
+        mark = "[red]wrong[/]" if check.ok is False else "[yellow]note[/]"
+        advice = f"; {check.advice}" if check.advice else ""
+        _print_prose(console, f"{mark} ", f"{check.name}: {check.found}{advice}.")
+    fine = ", ".join(f"{check.name} {check.found}" for check in found if check.ok and not check.advice)
+    _print_prose(console, "machine: ", f"{fine}.")
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "", "found", "what to do"):
-        table.add_column(name, overflow="fold")
-    marks = {True: "[green]ok[/]", False: "[red]wrong[/]", None: "note"}
-    for check in found:
-        table.add_row(marks[check.ok], check.name, check.found, check.advice)
-    ResultConsole().print(table)
+
+_MEASURED = {
+    "logits": "logits differ by {:.1e} of their norm",
+    "rounding": "rounding explains {:.1e}",
+    "loss": "the loss is {:.6f} times that of one process",
+    "gradient": "the gradient norm {:.6f} times",
+}
 
 
 def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
-    from rich.markup import escape
-
+    """Print the verdict, and what it rests on."""
     console = ResultConsole(highlight=False)
-    sentences = {
-        "logits": "relative difference of logits {:.1e}",
-        "rounding": "rounding explains differences of {:.1e}",
-        "loss": "loss {:.6f} times that of one process",
-        "gradient": "gradient norm {:.6f} times that of one process",
-    }
-    for name, value in diagnosis.measured.items():
-        console.print("  " + sentences[name].format(value))
-    if diagnosis.measured.get("rounding", 0.0) > _COARSE:
-        console.print(
-            "[yellow]note[/] rounding alone moves this model's results as far as a mistake would: give the doctor the model in "
-            "float32, or fewer layers of it."
-        )
+    measured = diagnosis.measured
     if not diagnosis.findings:
-        console.print(f"[green]ok[/] {ranks} ranks compute what one process does: logits, loss and every gradient.")
+        sentence = f"{ranks} ranks compute what one process does: logits, loss and every gradient."
+        _print_prose(console, "[green]ok[/] ", sentence + _hidden(measured))
     for finding in diagnosis.findings:
-        console.print(f"[red]wrong[/] {finding.cause}: {escape(finding.observed)}.")
-        if diagnosis.first_difference is not None:
-            console.print(f"  first to differ: {diagnosis.first_difference}")
-        console.print(f"  what to do: {escape(finding.remedy)}.")
+        _print_prose(console, "[red]wrong[/] ", f"{finding.cause}: {finding.observed}.")
+        where = diagnosis.where or diagnosis.first_difference
+        if where is not None:
+            _print_prose(console, "  first to differ: ", f"{where}.")
+        _print_prose(console, "  what to do: ", f"{finding.remedy}.")
+    said = [sentence.format(measured[name]) for name, sentence in _MEASURED.items() if name in measured]
+    if said:
+        _print_prose(console, "  measured: ", f"{'; '.join(said)}.")
+
+
+def _hidden(measured: Mapping[str, float]) -> str:
+    """Say how large a mistake rounding may hide, where that is more than a little."""
+    forward, backward = measured.get("hidden", 0.0), measured.get("hidden in gradients", 0.0)
+    if max(forward, backward) < _COARSE:
+        return ""
+    return (
+        f" In this precision a mistake could hide that changes what a module computes by less than {100 * forward:.2g} %, or a "
+        f"gradient by less than {100 * backward:.2g} %: give the doctor the model in float32, too, to see smaller ones."
+    )
+
+
+def _print_prose(console: Console, label: str, sentence: str) -> None:
+    """Print a sentence after its label, in lines as wide as the terminal allows, those after the first under its beginning."""
+    from rich.markup import escape, render
+
+    indent = " " * len(render(label).plain)
+    width = min(console.width, _WIDEST)
+    lines = textwrap.wrap(
+        indent + sentence, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
+    text = "\n".join(lines)[len(indent) :]
+    console.print(label + escape(text), soft_wrap=True)

@@ -15,6 +15,10 @@ RankResult = dict[str, Any]
 PartResult = dict[str, Any]
 
 
+# so many stretches of tokens are named
+_STRETCHES = 4
+
+
 class Finding(NamedTuple):
     """A mistake: its short name, what was observed, and what to do."""
 
@@ -24,11 +28,13 @@ class Finding(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What was measured, by name, the first module whose output differs, and the findings, the likely cause first."""
+    """What was measured, by name, the first module that differs, the findings, the likely cause first, and in words where ranks
+    differ first: at which place, on which ranks, for which tokens."""
 
     measured: dict[str, float]
     first_difference: str | None
     findings: list[Finding]
+    where: str | None = None
 
 
 def parts_of(ranks: Sequence[RankResult]) -> Iterator[tuple[int, PartResult]]:
@@ -55,3 +61,25 @@ def in_global_order(parts: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor
     for part, own in zip(parts, tokens, strict=True):
         whole[own] = part[: len(own)].to(dtype)
     return whole
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Name ranks: "rank 1", "ranks 0, 1 and 3"."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+
+
+def name_tokens(tokens: Sequence[int]) -> str:
+    """Name tokens of the batch by their first stretches: "token 7", "tokens 3 to 20, 41 and 60 to 72"."""
+    stretches: list[list[int]] = []
+    for token in sorted(tokens):
+        if stretches and token == stretches[-1][1] + 1:
+            stretches[-1][1] = token
+        else:
+            stretches.append([token, token])
+    words = [str(first) if first == last else f"{first} to {last}" for first, last in stretches]
+    if len(words) > _STRETCHES:
+        words = [*words[: _STRETCHES - 1], f"{len(words) - _STRETCHES + 1} more stretches"]
+    text = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"token{'s' * (len(tokens) > 1)} {text}"

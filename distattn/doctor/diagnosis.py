@@ -6,42 +6,46 @@ a difference is measured: see `measure_tolerances`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from distattn.batch.packed_batch import IGNORE_INDEX
-from distattn.doctor.comparison import Diagnosis, Finding, RankResult, distance, in_global_order, parts_of
-from distattn.doctor.emulation import Seen, emulate
+from distattn.doctor.comparison import Diagnosis, Finding, RankResult, distance, in_global_order, name_tokens, parts_of
+from distattn.doctor.emulated_model import EmulatedModel
 from distattn.doctor.gradient_mistakes import GradientComparison, explain_gradients
-from distattn.doctor.logit_mistakes import (
-    RIGHT,
-    Hypothesis,
-    MicroBatch,
-    explain_logits,
-    first_different_module,
-    micro_batches_of,
-)
+from distattn.doctor.gradient_sums import LocalGradients
+from distattn.doctor.logit_mistakes import RIGHT, TOKENS_MIXED, Hypothesis, explain_logits, first_different_module
 from distattn.doctor.loss_mistakes import (
     PartLoss,
     are_unequal,
+    explain_form,
     explain_labels,
     explain_weights,
     read_losses,
 )
 from distattn.doctor.module_differences import explain_by_module
-from distattn.doctor.recording import lookups, recorded_returns, same_buffers
+from distattn.doctor.rank_mistakes import (
+    describe_errors,
+    explain_errors,
+    explain_gradient_errors,
+    explain_weights_in_use,
+)
+from distattn.doctor.recording import lookups
 from distattn.doctor.recurrence_mistakes import explain_convolution, recurrence_hypotheses
-from distattn.doctor.reference import ReferenceResult, digests_of, measure_tolerances, reference_result
+from distattn.doctor.reference import ReferenceResult, Tolerances, digests_of, measure_tolerances, reference_result
+from distattn.doctor.replay import BACKWARD, FORWARD, LocalError, Replay, on_one_rank
 from distattn.doctor.router_mistakes import RoutedBatch, explain_router_loss
 from distattn.doctor.run_checks import check_finite, check_inputs, check_run, check_state
 from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 
 Result = TypeVar("Result")
+# of dtypes: the distance of 1 from the next number
+_LOW_PRECISION = 1e-5
 
 
 def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
@@ -56,6 +60,9 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
     reference = _in_one_process(target, lambda: reference_result(target, model, batches))
     if found := check_run(reference, ranks) or check_finite(reference, ranks):
         return Diagnosis({}, *found)
+    emulation = EmulatedModel(target, model, reference, ranks)
+    if finding := _check_repeatable(emulation):
+        return Diagnosis({}, None, [finding])
     tolerances = _in_one_process(target, lambda: measure_tolerances(target, model, batches, reference, ranks))
     parts = [part for _, part in parts_of(ranks)]
     logits_NV = in_global_order([part["logits"] for part in parts], [part["tokens"] for part in parts])
@@ -63,28 +70,26 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
     norm = max(float(reference.logits_NV.double().norm()), 1e-30)
     measured = {"logits": difference / norm, "rounding": tolerances.coarsest(reference)}
     first = first_different_module(reference, ranks, tolerances)
-    if difference > tolerances.logits:
-        emulation = _Emulation(target, model, reference, ranks)
-        of_recurrences = partial(recurrence_hypotheses, emulation.asked)
-        finding = explain_logits(reference, ranks, logits_NV, tolerances.logits, emulation, of_recurrences)
-        # of a model without attention positions say nothing
-        if finding.cause in ("tokens mixed", "positions not sharded"):
-            finding = explain_convolution(model, first) or finding
-        if finding.cause == "unknown":
-            finding = explain_by_module(model, ranks, lambda: emulation.gives(logits_NV, tolerances.logits)) or finding
-        return Diagnosis(measured, first, [emulation.with_failures(finding) if finding.cause == "unknown" else finding])
+    replay = _replayed(emulation, model, reference, ranks, tolerances)
+    errors = replay.first_errors(FORWARD) if replay is not None else []
+    if difference > tolerances.logits or errors:
+        finding = _explain_forward(model, emulation, replay, errors, reference, ranks, logits_NV, tolerances, first)
+        where = describe_errors(errors) if errors else None
+        return Diagnosis(measured, errors[0].place.module if errors else first, [finding], where)
+    if replay is not None and (errors := _errors_unsplit(target, model, reference, ranks, tolerances)):
+        return Diagnosis(measured, errors[0].place.module, [TOKENS_MIXED], describe_errors(errors, of_ranks=False))
     if first in lookups(model):
         observed = f"{first} does not put out what it does for the documents' positions"
         return Diagnosis(measured, first, [Finding("positions not sharded", observed, _PASS_POSITIONS)])
     losses = read_losses(reference, ranks)
-    if finding := explain_labels(reference, losses):
+    if finding := explain_labels(reference, losses) or explain_form(losses):
         return Diagnosis(measured, None, [finding])
     compared = GradientComparison.of(reference, ranks, tolerances.gradients)
     measured |= {"loss": _loss_ratio(reference, ranks), "gradient": compared.norm_ratio}
-    routing: list[_Emulation] = []
+    routing: list[EmulatedModel] = []
 
     def routed() -> list[RoutedBatch] | None:
-        routing.append(_Emulation(target, model, reference, ranks))
+        routing.append(emulation)
         return routing[0].routed_batches()
 
     of_router = partial(
@@ -95,11 +100,152 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
         partial(target.router_loss, model),
         routed,
     )
-    finding = _explain_gradients_and_weights(reference, ranks, losses, compared, of_router)
+    backward = _Backward(replay, reference)
+    finding = _explain_gradients_and_weights(reference, ranks, losses, compared, of_router, backward.explain)
     if finding is not None and routing:
         finding = routing[0].with_failures(finding)
-    finding = finding or check_state(ranks)
-    return Diagnosis(measured, None, [finding] if finding else [])
+    finding = _with_refusal(finding or check_state(ranks), ranks)
+    if finding is None and replay is not None:
+        measured |= {"hidden": replay.hidden(FORWARD), "hidden in gradients": backward.hidden(compared)}
+    return Diagnosis(measured, None, [finding] if finding else [], backward.where)
+
+
+class _Backward:
+    """The backward pass, repeated in one process where that can tell more than the gradients of parameters do."""
+
+    def __init__(self, replay: Replay | None, reference: ReferenceResult):
+        # a router loss does not come by the logits
+        self._replay = replay if reference.token_gradients is None else None
+        self._done = False
+        self.where: str | None = None
+
+    def explain(self) -> Finding | None:
+        """Find a gradient that is not what one process computes of the ranks' own, None where there is none."""
+        if self._replay is None:
+            return None
+        try:
+            self._replay.add_backward()
+        except Exception:
+            # layers that are computed again in the backward pass ask for attention there
+            return None
+        self._done = True
+        errors = self._replay.first_errors(BACKWARD)
+        if errors:
+            self.where = describe_errors(errors)
+            return explain_gradient_errors(self._replay, errors)
+        for name, ratio in self._replay.parameter_errors():
+            observed = (
+                f"the gradient of {name}, summed over ranks, is not what their activations and gradients give it ({ratio:.2g} "
+                "times as far off as rounding explains)"
+            )
+            return Finding("gradient differs", observed, "look at what uses this parameter besides its own module")
+        return None
+
+    def hidden(self, compared: GradientComparison) -> float:
+        """Return the largest relative difference of a gradient that rounding may hide."""
+        if self._done and self._replay is not None:
+            return self._replay.hidden(BACKWARD)
+        return max(compared.tolerances[name] / max(float(one.norm()), 1e-30) for name, one in compared.expected.items())
+
+
+def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Finding | None:
+    """Add what the script's setup refused: it may have seen the same, or be all that was seen."""
+    for rank, found in enumerate(ranks):
+        if refusal := found.get("setup_refusal", "").rstrip("."):
+            if finding is None:
+                return Finding("refused", f"rank {rank}: {refusal}", "do what the sentence says")
+            return finding._replace(observed=f"{finding.observed}; setup refused, too: {refusal}")
+    return finding
+
+
+def _check_repeatable(emulation: EmulatedModel) -> Finding | None:
+    """Find random numbers in one process: with them nothing can be compared, whatever ranks do about seeds."""
+    one, other = emulation(RIGHT, False), emulation(RIGHT, False)
+    if one is None or other is None or torch.equal(one, other):
+        return None
+    observed = (
+        "one process computes other logits the second time, and the ranks do not: their random numbers are seeded"
+    )
+    return Finding("dropout on", observed, "set dropout to 0, or call model.eval(), in the script for the doctor")
+
+
+def _replayed(
+    emulation: EmulatedModel,
+    model: torch.nn.Module,
+    reference: ReferenceResult,
+    ranks: Sequence[RankResult],
+    tolerances: Tolerances,
+) -> Replay | None:
+    """Repeat the ranks' steps in one process; None where that is impossible, and `emulation.failures` say why."""
+    try:
+        return Replay(emulation, model, reference, ranks, tolerances)
+    except Exception as error:
+        emulation.note_failure(error)
+        return None
+
+
+def _is_coarse(ranks: Sequence[RankResult]) -> bool:
+    """Whether ranks compute in less than fp32."""
+    floats = (one for _, part in parts_of(ranks) for one in part["outputs"].values() if one.is_floating_point())
+    return any(torch.finfo(one.dtype).eps > _LOW_PRECISION for one in chain(floats, (ranks[0]["parts"][0]["logits"],)))
+
+
+def _errors_unsplit(
+    target: Target,
+    model: torch.nn.Module,
+    reference: ReferenceResult,
+    ranks: Sequence[RankResult],
+    tolerances: Tolerances,
+) -> list[LocalError]:
+    """See what one rank with all tokens would compute otherwise. In fp32 the logits of one process tell as much."""
+    if not _is_coarse(ranks):
+        return []
+    whole = on_one_rank(reference, ranks)
+    replay = _replayed(EmulatedModel(target, model, reference, whole), model, reference, whole, tolerances)
+    return [] if replay is None else replay.first_errors(FORWARD)
+
+
+def _explain_forward(
+    model: torch.nn.Module,
+    emulation: EmulatedModel,
+    replay: Replay | None,
+    errors: Sequence[LocalError],
+    reference: ReferenceResult,
+    ranks: Sequence[RankResult],
+    logits_NV: Tensor,
+    tolerances: Tolerances,
+    first: str | None,
+) -> Finding:
+    """Find why ranks compute other logits, or something else on the way to them. errors: at the first place that differs."""
+    if finding := explain_weights_in_use(ranks):
+        return finding
+
+    def score(hypothesis: Hypothesis) -> float | None:
+        if replay is None:
+            found = emulation(hypothesis, False)
+            return None if found is None else distance(logits_NV, found) / tolerances.logits
+        try:
+            return replay.worst_ratio(hypothesis)
+        except Exception as error:
+            # such as positions beyond a table of them
+            emulation.note_failure(error)
+            return None
+
+    of_recurrences = partial(recurrence_hypotheses, emulation.asked)
+    finding = explain_logits(reference, ranks, tolerances.logits, emulation, score, of_recurrences)
+    # of a model without attention positions say nothing
+    if finding is not None and finding.cause in ("tokens mixed", "positions not sharded"):
+        finding = explain_convolution(model, first) or finding
+    if finding is None and errors and replay is not None:
+        finding = explain_errors(replay, errors, emulation, model, ranks)
+    if finding is None:
+        finding = explain_by_module(model, ranks, lambda: emulation.gives(logits_NV, tolerances.logits))
+    if finding is not None:
+        return finding
+    observed = "no mistake that the doctor knows explains what differs"
+    observed += f"; first to differ is {describe_errors(errors) if errors else _odd_logits(reference, ranks)}"
+    remedy = "look at what the script does there, on these ranks and with these tokens; leave it out, and look again"
+    return emulation.with_failures(Finding("unknown", observed, remedy))
 
 
 _PASS_POSITIONS = "pass the part's position_ids on to the model: they are sharded with the tokens"
@@ -110,98 +256,17 @@ _OTHER_BATCH = Finding(
 )
 
 
-class _Emulation:
-    """Runs a hypothesis over all micro-batches, with the model of one process."""
-
-    def __init__(self, target: Target, model: torch.nn.Module, reference: ReferenceResult, ranks: Sequence[RankResult]):
-        self._target, self._model, self._batches = target, model, micro_batches_of(reference, ranks)
-        self._device = next(model.parameters()).device
-        # what the model raised with which mistake
-        self.failures: list[str] = []
-        # what its layers ask of a batch
-        self.asked: set[str] = set()
-        # a model that takes other arguments is called as the script does
-        self._forward = next((one for one in (self._plainly, self._by_script) if self._runs(one)), self._plainly)
-
-    def __call__(self, hypothesis: Hypothesis, on_one_rank: bool) -> Tensor | None:
-        try:
-            return self._logits(self._forward, hypothesis, on_one_rank)
-        except Exception as error:
-            # such as positions beyond a table of them
-            self.failures.append(self._target.describe_error(error))
-            return None
-
-    def gives(self, logits_NV: Tensor, tolerance: float) -> bool:
-        """Whether ranks that do all right compute these logits."""
-        found = self(RIGHT, False)
-        return found is not None and distance(found, logits_NV) <= tolerance
-
-    def with_failures(self, finding: Finding) -> Finding:
-        """The finding, and what could not be tried."""
-        if not self.failures:
-            return finding
-        tried = f"; {len(self.failures)} mistakes could not be tried in one process: {self.failures[0]}"
-        return finding._replace(observed=finding.observed + tried)
-
-    def routed_batches(self) -> list[RoutedBatch] | None:
-        """What routers make of each micro-batch and of all ranks' padding; None where there is none, or `failures` say why."""
-        routed = []
-        for batch in self._batches:
-            with recorded_returns(self._model) as returned:
-                try:
-                    self._emulate(self._forward, RIGHT, _whole(batch), torch.cat(batch.padding))
-                except Exception as error:
-                    self.failures.append(self._target.describe_error(error))
-                    return None
-            layers = self._target.router_logits(returned)
-            if layers is None:
-                return None
-            behind = torch.arange(sum(map(len, batch.padding))) + len(batch.pack.ids_N)
-            labels = [int((batch.pack.labels_N[own] != IGNORE_INDEX).sum()) for own in batch.tokens]
-            padding = list(behind.split([len(one) for one in batch.padding]))
-            routed.append(RoutedBatch(layers, batch.tokens, padding, labels))
-        return routed
-
-    def _runs(self, forward: Callable[[Mapping[str, Any]], Tensor]) -> bool:
-        try:
-            self._logits(forward, RIGHT, False)
-        except Exception:
-            # where neither way works, `failures` says why
-            return False
-        return True
-
-    def _logits(
-        self, forward: Callable[[Mapping[str, Any]], Tensor], hypothesis: Hypothesis, on_one_rank: bool
-    ) -> Tensor:
-        batches = map(_whole, self._batches) if on_one_rank else self._batches
-        return torch.cat([self._emulate(forward, hypothesis, batch) for batch in batches])
-
-    def _emulate(
-        self,
-        forward: Callable[[Mapping[str, Any]], Tensor],
-        hypothesis: Hypothesis,
-        batch: MicroBatch,
-        padding: Tensor | None = None,
-    ) -> Tensor:
-        read, convolved = (
-            [one for one in reading(batch) if len(one)]
-            for reading in (hypothesis.readings, hypothesis.convolved or hypothesis.readings)
-        )
-        seen = Seen(hypothesis.allowed(batch), read, convolved)
-        given = hypothesis.positions(batch), batch.tokens, seen, hypothesis.mistake
-        with same_buffers(self._model):
-            return emulate(forward, batch.pack.ids_N, *given, self._device, self.asked, padding)
-
-    def _plainly(self, part: Mapping[str, Any]) -> Tensor:
-        return self._target.plain_forward(self._model, part)
-
-    def _by_script(self, part: Mapping[str, Any]) -> Tensor:
-        return self._target.forward(self._model, part)
-
-
-def _whole(batch: MicroBatch) -> MicroBatch:
-    """The micro-batch of one rank that has all its tokens."""
-    return batch._replace(tokens=[torch.arange(len(batch.pack.ids_N))])
+def _odd_logits(reference: ReferenceResult, ranks: Sequence[RankResult]) -> str:
+    """Name the rank whose logits differ most, and its tokens that differ as much."""
+    worst, words = -1.0, ""
+    for rank, part in parts_of(ranks):
+        tokens = part["tokens"]
+        difference_T = (part["logits"][: len(tokens)].double() - reference.logits_NV[tokens].double()).norm(dim=1)
+        if len(tokens) and float(difference_T.max()) > worst:
+            worst = float(difference_T.max())
+            odd = tokens[difference_T > worst / 10]
+            words = f"what the model puts out, most of all on rank {rank} in {name_tokens(odd.tolist())}"
+    return words
 
 
 def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.nn.Module:
@@ -213,6 +278,10 @@ def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.
             f"doctor: the ranks' weights do not fit model() in one process ({str(error).splitlines()[0]}); there it has to "
             "return the plain module, and parameters that are partitioned (ZeRO stage 3) cannot be compared."
         ) from None
+    # layers that are computed again in the backward pass ask for attention there, where emulated ranks cannot meet
+    keep_activations = getattr(model, "gradient_checkpointing_disable", None)
+    if keep_activations is not None:
+        keep_activations()
     for name, module in model.named_modules():
         # the script may have said so in its setup
         module.training = bool(ranks[0]["settings"].get(f"{name}.training".lstrip("."), module.training))
@@ -237,16 +306,28 @@ def _explain_gradients_and_weights(
     losses: Sequence[PartLoss],
     compared: GradientComparison,
     of_router: Callable[[], Finding | None],
+    of_backward: Callable[[], Finding | None],
 ) -> Finding | None:
-    """Find what is wrong with gradients, and name the weights of tokens, or the router loss, where these are why."""
+    """Find what is wrong with gradients: they are missing, not reduced, of wrong weights of tokens, of a wrong router loss,
+    a wrong sum of local gradients, or wrong before they are summed. of_backward: the last of these."""
     finding = explain_gradients(reference, ranks, compared)
     # what is not reduced is not reduced with right weights either
-    if finding is not None and finding.cause in ("gradient missing", "gradients not reduced"):
+    if finding is not None and finding.cause in (
+        "gradient missing",
+        "keys and values detached",
+        "gradients not reduced",
+    ):
         return finding
+    sums = LocalGradients(reference, ranks).explain()
     # an equal factor of all weights may be made up for later
-    if finding is None and not are_unequal(losses):
-        return None
-    return explain_weights(reference, losses, ranks[0]["loss_scale"], len(ranks)) or of_router() or finding
+    if finding is None and sums is None and not are_unequal(losses):
+        # in fp32 gradients of parameters tell as much
+        return of_backward() if _is_coarse(ranks) else None
+    weights = explain_weights(reference, losses, ranks[0]["loss_scale"], len(ranks))
+    known = weights or of_router() or sums
+    if known is None and finding is not None and finding.cause == "gradient differs":
+        known = of_backward()
+    return known or finding
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:

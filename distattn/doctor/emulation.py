@@ -3,7 +3,8 @@
 Whatever a model does with its tokens beside attention, it does here as it does on ranks: with the tokens of one rank.
 """
 
-# N tokens of a micro-batch, T tokens on a rank, H query heads, K key/value heads, D head dim, E value head dim, V vocabulary
+# N tokens of a micro-batch, M queries among them, T tokens on a rank, V vocabulary; H query heads, K key/value heads, D head
+# dim, E value head dim
 
 from __future__ import annotations
 
@@ -25,6 +26,21 @@ from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 # what a layer may ask of its attention beside q, k and v
 ATTENTION_OPTIONS = ("window", "softcap", "sink", "scale")
 _SECONDS = 60
+_THREAD = threading.local()
+
+
+class AttentionCall(NamedTuple):
+    """What all ranks give to one call of attention, in the batch's order, its options, and which tokens may see which."""
+
+    q_NHD: Tensor
+    k_NKD: Tensor
+    v_NKE: Tensor
+    options: Mapping[str, Any]
+    allowed_NN: Tensor
+
+
+# takes the calls of attention, and the result (N, H, E) of each
+CallObserver = Callable[[AttentionCall, Tensor], None]
 
 
 class Mistake(NamedTuple):
@@ -55,16 +71,18 @@ def emulate(
     device: torch.device,
     asked: set[str],
     padding: Tensor | None = None,
+    observe: CallObserver | None = None,
 ) -> Tensor:
     """The logits (N, V) of ranks that have these tokens and positions, whose layers see what is said.
 
     forward: a rank's part to logits (1, T, V). tokens, positions: (T,) of each rank; a rank without tokens has one of padding.
     asked: takes the names of what layers ask of the batch. padding: token ids (P,) behind the tokens of each rank; with it
-    gradients are kept. Raises what `forward` raises.
+    gradients are kept. observe: takes every call of attention. Raises what `forward` raises.
     """
-    exchange = _Exchange(tokens, seen, mistake, asked)
+    exchange = _Exchange(tokens, seen, mistake, asked, observe)
 
     def run(rank: int) -> Tensor:
+        _THREAD.rank = rank
         more = ids_N.new_zeros(int(not len(tokens[rank]))) if padding is None else padding
         ids = torch.cat([ids_N[tokens[rank]], more])
         placed = torch.cat([positions[rank], torch.zeros_like(more)])
@@ -87,17 +105,32 @@ def emulate(
     return in_global_order([future.result() for future in futures], tokens)
 
 
+def emulated_rank() -> int:
+    """Return which rank this thread is."""
+    rank: int = _THREAD.rank
+    return rank
+
+
 class _Exchange:
     """Where the threads leave the inputs of one call, and find the outcome."""
 
-    def __init__(self, tokens: Sequence[Tensor], seen: Seen, mistake: Mistake, asked: set[str]):
-        self.tokens, self.seen, self.mistake, self.asked = tokens, seen, mistake, asked
+    def __init__(
+        self,
+        tokens: Sequence[Tensor],
+        seen: Seen,
+        mistake: Mistake,
+        asked: set[str],
+        observe: CallObserver | None,
+    ):
+        self.tokens, self.seen, self.mistake, self.asked, self.observe = tokens, seen, mistake, asked, observe
         self.given: list[Any] = [None] * len(tokens)
         self.outcome: Tensor | None = None
         self.barrier = threading.Barrier(len(tokens), timeout=_SECONDS)
 
     def together(self, rank: int, name: str, given: Sequence[Tensor], compute: Callable[..., Tensor]) -> Tensor:
         """What `compute` makes of all ranks' tensors (N, ...), once all ranks are here; of this rank's tokens, (T, ...)."""
+        if getattr(_THREAD, "rank", None) != rank:
+            raise DistattnError("a layer is computed again in the backward pass, where ranks cannot meet.")
         self.given[rank] = given
         if self.barrier.wait() == 0:
             self.asked.add(name)
@@ -129,7 +162,11 @@ class _EmulatedRank(BatchAttention):
 
         def compute(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor) -> Tensor:
             allowed_NN = exchange.seen.allowed_NN.to(q_NHD.device)
-            return _attention(q_NHD, k_NKD, v_NKE, allowed_NN, exchange.mistake, {"scale": scale, **options})
+            call = AttentionCall(q_NHD, k_NKD, v_NKE, {"scale": scale, **options}, allowed_NN)
+            out_NHE = dense_attention(call, exchange.mistake)
+            if exchange.observe is not None:
+                exchange.observe(call, out_NHE)
+            return out_NHE
 
         return exchange.together(self._rank, "attention", (q_THD, k_TKD, v_TKE), compute)
 
@@ -276,24 +313,38 @@ def _convolution(x_NC: Tensor, weight: Tensor, bias: Tensor | None, sequences: S
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def _attention(
-    q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, allowed_NN: Tensor, mistake: Mistake, options: Mapping[str, Any]
+def dense_attention(call: AttentionCall, mistake: Mistake) -> Tensor:
+    """Compute attention (N, H, E) by its definition."""
+    options = {name: value for name, value in call.options.items() if name != mistake.dropped}
+    allowed_NN = visible(call._replace(options=options), mistake.window_change)
+    return attend(call.q_NHD, call.k_NKD, call.v_NKE, allowed_NN, options)
+
+
+def visible(call: AttentionCall, window_change: int = 0) -> Tensor:
+    """Return which keys (N, N) a call's queries see, windows included."""
+    window = call.options.get("window")
+    if window is None:
+        return call.allowed_NN
+    return call.allowed_NN & torch.ones_like(call.allowed_NN).triu(1 - window - window_change)
+
+
+def attend(
+    q_MHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, allowed_MN: Tensor, options: Mapping[str, Any], tiled: bool = False
 ) -> Tensor:
-    """Dense attention (N, H, E)."""
-    window, softcap, sink, scale = (
-        None if name == mistake.dropped else options.get(name) for name in ATTENTION_OPTIONS
-    )
+    """Compute attention (M, H, E) of M queries to N keys. tiled: repeats key heads one set after another, which is wrong."""
+    softcap, sink, scale = (options.get(name) for name in ("softcap", "sink", "scale"))
     # as kernels do, which round when they are done
-    wide = torch.promote_types(q_NHD.dtype, torch.float32)
-    group = q_NHD.shape[1] // k_NKD.shape[1]
-    q_NHD, k_NHD, v_NHE = q_NHD.to(wide), *(x.to(wide).repeat_interleave(group, 1) for x in (k_NKD, v_NKE))
-    scores = torch.einsum("qhd,khd->hqk", q_NHD, k_NHD) * (q_NHD.shape[-1] ** -0.5 if scale is None else scale)
+    wide = torch.promote_types(q_MHD.dtype, torch.float32)
+    group = q_MHD.shape[1] // k_NKD.shape[1]
+    q_MHD = q_MHD.to(wide)
+    k_NHD, v_NHE = (
+        x.to(wide).repeat(1, group, 1) if tiled else x.to(wide).repeat_interleave(group, 1) for x in (k_NKD, v_NKE)
+    )
+    scores = torch.einsum("qhd,khd->hqk", q_MHD, k_NHD) * (q_MHD.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if window is not None:
-        allowed_NN = allowed_NN & torch.ones_like(allowed_NN).triu(1 - window - mistake.window_change)
-    scores = scores.masked_fill(~allowed_NN, -torch.inf)
+    scores = scores.masked_fill(~allowed_MN, -torch.inf)
     if sink is not None:
-        scores = torch.cat([scores, sink.to(scores)[:, None, None].expand(-1, len(q_NHD), 1)], -1)
-    weights = scores.softmax(-1).nan_to_num(0.0)[..., : len(q_NHD)]
+        scores = torch.cat([scores, sink.to(scores)[:, None, None].expand(-1, len(q_MHD), 1)], -1)
+    weights = scores.softmax(-1).nan_to_num(0.0)[..., : len(k_NKD)]
     return torch.einsum("hqk,khe->qhe", weights, v_NHE).to(v_NKE.dtype)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.doctor.comparison import Finding, RankResult
+from distattn.doctor.comparison import Finding, RankResult, name_ranks
 from distattn.doctor.reference import ReferenceResult
 
 
@@ -71,7 +71,7 @@ def explain_gradients(
     reference: ReferenceResult, ranks: Sequence[RankResult], found: GradientComparison
 ) -> Finding | None:
     """Find what is wrong with the ranks' gradients, None where they are those of one process."""
-    if finding := _missing(reference, ranks):
+    if finding := explain_missing(reference, ranks, found):
         return finding
     if unequal := found.unequal():
         return _not_reduced(found, unequal)
@@ -84,12 +84,48 @@ def explain_gradients(
     return _different(found, different)
 
 
-def _missing(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Finding | None:
-    for name in reference.gradients:
-        lacking = [rank for rank, found in enumerate(ranks) if name not in found["gradients"]]
-        if lacking:
-            return Finding("gradient missing", f"{name} has no gradient on rank {lacking[0]}", "let its loss reach it")
-    return None
+def explain_missing(
+    reference: ReferenceResult, ranks: Sequence[RankResult], found: GradientComparison
+) -> Finding | None:
+    """Find parameters that have no gradient, or one that is zero, where one process gives them one."""
+    lacking = {
+        name: [rank for rank, one in enumerate(ranks) if name not in one["gradients"] or _is_lost(name, one, found)]
+        for name in reference.gradients
+    }
+    lost = [name for name, of_ranks in lacking.items() if of_ranks]
+    if not lost:
+        return None
+    on = [rank for rank in range(len(ranks)) if any(rank in lacking[name] for name in lost)]
+    who = "any rank" if len(on) == len(ranks) else name_ranks(on)
+    kinds = sorted({_kind(name) for name in lost})
+    layers = len(lost) // max(len(kinds), 1)
+    words = (
+        lost[0]
+        if len(lost) == 1
+        else f"{' and '.join(kinds[:4])} ({len(lost)} parameters, {lost[0]} the first of them)"
+    )
+    observed = f"{words} {'has' if len(lost) == 1 else 'have'} no gradient on {who}"
+    if layers and all(any(mark in kind for mark in KEY_VALUE) for kind in kinds):
+        observed += ": keys and values are detached, and whatever comes before them has a wrong gradient, too"
+        return Finding("keys and values detached", observed, "keep detach() and no_grad() away from keys and values")
+    return Finding(
+        "gradient missing", observed, "let its loss reach it: look for detach(), no_grad() and requires_grad"
+    )
+
+
+# in names of projections of keys and values
+KEY_VALUE = ("k_proj", "v_proj", "kv_", "key", "value", "k_norm", "wk", "wv", "to_k", "to_v")
+
+
+def _is_lost(name: str, rank: RankResult, found: GradientComparison) -> bool:
+    return not rank["gradients"][name].any() and float(found.expected[name].norm()) > found.tolerances[name]
+
+
+def _kind(name: str) -> str:
+    """The name of a parameter without the number of its layer."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
 
 
 def _norm(gradients: dict[str, Tensor]) -> float:

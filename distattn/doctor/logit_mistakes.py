@@ -63,6 +63,8 @@ class Hypothesis(NamedTuple):
 
 # a hypothesis -> the logits (N, V) of ranks, or of one rank that has all tokens; None where the model cannot be run so
 Emulation = Callable[[Hypothesis, bool], Tensor | None]
+# a hypothesis -> the largest difference from what ranks computed, over what rounding explains; None where it cannot be run
+Score = Callable[[Hypothesis], float | None]
 
 
 def micro_batches_of(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list[MicroBatch]:
@@ -98,34 +100,40 @@ def first_different_module(
 def explain_logits(
     reference: ReferenceResult,
     ranks: Sequence[RankResult],
-    logits_NV: Tensor,
     tolerance: float,
     emulation: Emulation,
+    score: Score,
     of_other_layers: Callable[[], Iterable[Hypothesis]],
-) -> Finding:
-    """Find the mistake that gives the same logits (N, V) in one process.
+) -> Finding | None:
+    """Find the mistake that gives what ranks computed in one process, None where none does.
 
-    of_other_layers: mistakes of layers without attention, asked for once the model has been run.
+    tolerance: of the norm of differences of logits. of_other_layers: mistakes of layers without attention, asked for once the
+    model has been run.
     """
-    right = emulation(RIGHT, False)
-    if right is not None and distance(logits_NV, right) <= tolerance:
-        return _explain_model(reference, right, tolerance, emulation) or _UNKNOWN
-    found: list[tuple[float, Finding]] = []
+    ratio = score(RIGHT)
+    if ratio is not None and ratio <= 1:
+        right = emulation(RIGHT, False)
+        return None if right is None else _explain_model(reference, right, tolerance, emulation)
     batches = micro_batches_of(reference, ranks)
     tried = {_identity(RIGHT, batches)}
-    for hypothesis in chain(_hypotheses(ranks), of_other_layers()):
-        # where nothing is wrong in the way that it says it is another one, or none
-        if (identity := _identity(hypothesis, batches)) in tried:
-            continue
-        tried.add(identity)
-        other = emulation(hypothesis, False)
-        if other is not None and (difference := distance(logits_NV, other)) <= tolerance:
-            found.append((difference, hypothesis.finding))
-    if found:
-        # of those that fit as well as the best one the first
-        best = min(difference for difference, _ in found)
-        return next(finding for difference, finding in found if difference <= 2 * best + tolerance / 16)
-    return _UNKNOWN
+    for hypotheses in (
+        chain(_hypotheses(ranks), of_other_layers()),
+        _positions_of_some_ranks(len(ranks)),
+    ):
+        found: list[tuple[float, Finding]] = []
+        for hypothesis in hypotheses:
+            # where nothing is wrong in the way that it says it is another one, or none
+            if (identity := _identity(hypothesis, batches)) in tried:
+                continue
+            tried.add(identity)
+            ratio = score(hypothesis)
+            if ratio is not None and ratio <= 1:
+                found.append((ratio, hypothesis.finding))
+        if found:
+            # of those that fit as well as the best one the first
+            best = min(ratio for ratio, _ in found)
+            return next(finding for ratio, finding in found if ratio <= 2 * best + 1 / 16)
+    return None
 
 
 def _wrong_window(reference: ReferenceResult, tolerance: float, emulation: Emulation) -> Finding | None:
@@ -163,15 +171,16 @@ def _explain_model(reference: ReferenceResult, split: Tensor, tolerance: float, 
             "attention"
         )
         return Finding("positions not sharded", observed, "have its forward take the part's position_ids, and use them")
-    observed = (
-        "the attention that is asked of the batch is right, but results depend on which tokens a rank has: a layer attends by "
-        "itself, or something else mixes tokens"
-    )
-    remedy = (
-        "have every attention layer ask the batch, and recurrent layers and convolutions its recurrence and causal_conv1d; a "
-        "mean over tokens cannot be split; look at the first module that differs"
-    )
-    return Finding("tokens mixed", observed, remedy)
+    return TOKENS_MIXED
+
+
+TOKENS_MIXED = Finding(
+    "tokens mixed",
+    "the attention that is asked of the batch is right, but results depend on which tokens a rank has: a layer attends by "
+    "itself, or something else mixes tokens",
+    "have every attention layer ask the batch, and recurrent layers and convolutions its recurrence and causal_conv1d; a mean "
+    "over tokens cannot be split; look at the first module that differs",
+)
 
 
 def _hypotheses(ranks: Sequence[RankResult]) -> Iterator[Hypothesis]:
@@ -195,6 +204,16 @@ def _local(batch: MicroBatch) -> list[Tensor]:
 
 def _over_the_pack(batch: MicroBatch) -> list[Tensor]:
     return batch.tokens
+
+
+def _from_rank_on(batch: MicroBatch) -> list[Tensor]:
+    """As if each rank had a stretch of the batch, one rank after another."""
+    return [torch.arange(len(own)) + rank * len(own) for rank, own in enumerate(batch.tokens)]
+
+
+def over_the_pack() -> Hypothesis:
+    """Return the mistake of positions that go on from document to document."""
+    return RIGHT._replace(positions=_over_the_pack)
 
 
 def _causal_in_documents(batch: MicroBatch) -> Tensor:
@@ -241,11 +260,6 @@ def _rank_local(batch: MicroBatch, begins: list[Tensor]) -> Tensor:
     return allowed
 
 
-_UNKNOWN = Finding(
-    "unknown",
-    "logits differ, and no mistake that the doctor knows explains them",
-    "look at the first module that differs; leave out what the script does there",
-)
 _POSITIONS = (_right, _given, _local, _over_the_pack)
 RIGHT = Hypothesis(Finding("", "", ""), _right, _causal_in_documents)
 
@@ -256,8 +270,42 @@ def _wrong_positions() -> Iterator[Hypothesis]:
         (_local, "each rank counts positions from 0: it gives its tokens those of others"),
         (_given, "positions are not those of the documents"),
         (_over_the_pack, "positions go on from document to document"),
+        (
+            _from_rank_on,
+            "each rank counts positions from its number times its tokens, as if its tokens were one stretch",
+        ),
     ):
         yield Hypothesis(Finding("positions not sharded", observed, remedy), positions, _causal_in_documents)
+
+
+def _positions_of_some_ranks(ranks: int) -> Iterator[Hypothesis]:
+    """Wrong positions of one rank, and positions that are off by a few on one rank or on all."""
+    remedy = "pass the part's position_ids on to the model: they are sharded with the tokens"
+
+    def on_rank(odd: int, positions: Callable[[MicroBatch], list[Tensor]]) -> Callable[[MicroBatch], list[Tensor]]:
+        def some(batch: MicroBatch) -> list[Tensor]:
+            pairs = enumerate(zip(positions(batch), batch.right(), strict=True))
+            return [other if rank == odd else right for rank, (other, right) in pairs]
+
+        return some
+
+    def later(step: int) -> Callable[[MicroBatch], list[Tensor]]:
+        return lambda batch: [(right + step).clamp(min=0) for right in batch.right()]
+
+    mistakes = (
+        (_local, "counts positions from 0"),
+        (_over_the_pack, "has positions that go on from document to document"),
+        (_from_rank_on, "counts positions from its number times its tokens"),
+        (later(1), "has positions that are one too large"),
+        (later(-1), "has positions that are one too small"),
+    )
+    for positions, words in mistakes:
+        for rank in range(ranks):
+            finding = Finding("positions not sharded", f"rank {rank} {words}", remedy)
+            yield Hypothesis(finding, on_rank(rank, positions), _causal_in_documents)
+    for step, words in ((1, "large"), (-1, "small")):
+        finding = Finding("positions not sharded", f"positions are one too {words}", remedy)
+        yield Hypothesis(finding, later(step), _causal_in_documents)
 
 
 def _wrong_masks(

@@ -22,6 +22,8 @@ from distattn.doctor.reference import ReferenceResult
 _NO_LOSS = _FITS = 0.05
 # how unlike weights of a part's tokens may be that are meant to be equal
 _UNEQUAL = 0.05
+# how much of a token's gradient may be none of cross entropy
+_FORM = 2e-3
 # of softmax - onehot: what is smaller belongs to a token that is predicted all but surely, and says nothing
 _SURE = 0.02
 
@@ -30,7 +32,8 @@ class PartLoss(NamedTuple):
     """What a part's loss was of: labels (T,), IGNORE_INDEX where none; weights (T,) of their losses; which can be told.
 
     right_T: the labels that the tokens have. upstream: what backward multiplied the loss by, which is not in the weights. eps: of
-    the dtype that the gradient came in.
+    the dtype that the gradient came in. misfit: how much of a token's gradient usually is none of cross entropy, relative to its
+    norm. smoothing: the label smoothing that explains it, 0 where none does.
     """
 
     rank: int
@@ -41,6 +44,8 @@ class PartLoss(NamedTuple):
     known_T: Tensor
     upstream: float
     eps: float
+    misfit: float
+    smoothing: float
 
     @property
     def weight(self) -> float:
@@ -84,6 +89,7 @@ def _read_loss(rank: int, part: PartResult, right_T: Tensor) -> PartLoss:
     sure_weights = weights_T[unit_T > _SURE].abs()
     usual = float(sure_weights.median()) if len(sure_weights) else 0.0
     none_T = gradient_TV.norm(dim=-1) <= _NO_LOSS * (usual or float(weights_T.abs().max())) * unit_T
+    misfit, smoothing = _misfit_and_smoothing(gradient_TV, probability_TV, labels_T, ~none_T & (unit_T > _SURE))
     return PartLoss(
         rank,
         tokens_T,
@@ -93,7 +99,27 @@ def _read_loss(rank: int, part: PartResult, right_T: Tensor) -> PartLoss:
         unit_T > _SURE,
         upstream,
         torch.finfo(given_TV.dtype).eps,
+        misfit,
+        smoothing,
     )
+
+
+def _misfit_and_smoothing(
+    gradient_TV: Tensor, probability_TV: Tensor, labels_T: Tensor, counted_T: Tensor
+) -> tuple[float, float]:
+    """How much of gradients is none of cross entropy, and the smoothing of labels that explains it, 0 where none does."""
+    if not counted_T.any():
+        return 0.0, 0.0
+    gradient_TV, direction_TV = gradient_TV[counted_T], _direction(probability_TV, labels_T)[counted_T]
+    rest_TV = gradient_TV - _along(gradient_TV, direction_TV)[:, None] * direction_TV
+    norm_T = gradient_TV.norm(dim=-1).clamp(min=1e-30)
+    misfit = float((rest_TV.norm(dim=-1) / norm_T).median())
+    # weight * (direction + smoothing * (onehot - 1 / V))
+    even_TV = F.one_hot(labels_T[counted_T].clamp(min=0), gradient_TV.shape[1]) - 1 / gradient_TV.shape[1]
+    terms = torch.stack([direction_TV, even_TV.to(direction_TV)], -1)
+    solved = torch.linalg.lstsq(terms, gradient_TV[..., None]).solution.squeeze(-1)
+    left = float(((torch.einsum("tvk,tk->tv", terms, solved) - gradient_TV).norm(dim=-1) / norm_T).median())
+    return misfit, float((solved[:, 1] / solved[:, 0]).median()) if left < misfit / 3 else 0.0
 
 
 def _labels_and_weights(gradient_TV: Tensor, probability_TV: Tensor, right_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +142,20 @@ def _direction(probability_TV: Tensor, label_T: Tensor) -> Tensor:
 def _along(gradient_TV: Tensor, direction_TV: Tensor) -> Tensor:
     """How many times each token's direction its gradient is, (T,)."""
     return (gradient_TV * direction_TV).sum(-1) / direction_TV.square().sum(-1).clamp(min=1e-30)
+
+
+def explain_form(losses: Sequence[PartLoss]) -> Finding | None:
+    """Find a loss that is not cross entropy, by which one process is compared."""
+    odd = [one for one in losses if one.misfit > max(_FORM, 3 * one.eps)]
+    if not odd:
+        return None
+    observed = (
+        f"{100 * odd[0].misfit:.2g} % of the gradient of logits is none of cross entropy, on rank {odd[0].rank} first"
+    )
+    if odd[0].smoothing:
+        observed += f"; labels are smoothed by {odd[0].smoothing:.3g}"
+    remedy = "compare the plain cross entropy of tokens: leave label smoothing and penalties out of the script's loss"
+    return Finding("loss not cross entropy", observed, remedy)
 
 
 class _LabelMistake(NamedTuple):
@@ -235,7 +275,10 @@ def _unequal_parts(losses: Sequence[PartLoss], micro_batches: int) -> Finding:
     if micro_batches > 1:
         observed = "tokens of different micro-batches have unequal weights: each micro-batch divides by its own tokens"
         return Finding("micro-batches miscounted", observed, "shard all micro-batches of a step by one shard_step")
-    return Finding("tokens weighted unequally", "tokens of different ranks have unequal weights", _REMEDY)
+    by_rank = {one.rank: one.weight * one.upstream for one in losses}
+    first = by_rank[min(by_rank)]
+    shares = ", ".join(f"rank {rank} {weight / first:.4g}" for rank, weight in by_rank.items())
+    return Finding("tokens weighted unequally", f"tokens of different ranks have unequal weights: {shares}", _REMEDY)
 
 
 def _shifted_late(reference: ReferenceResult, own: Tensor) -> Tensor:

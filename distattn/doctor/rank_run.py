@@ -23,8 +23,12 @@ from distattn.doctor.recording import (
     active_dropout,
     buffers_of,
     digest,
+    recorded_inputs,
+    recorded_output_gradients,
     recorded_outputs,
+    recorded_parameter_gradients,
     recorded_returns,
+    recorded_weights,
     same_buffers,
     settings_of,
 )
@@ -47,8 +51,10 @@ def run_on_this_rank(target: Target) -> RankResult:
         batches = target.batches(model)
         _record_inputs(found, cp, unwrapped(model), batches)
         # only now: what it does may depend on the same weights on all ranks
-        target.setup(cp, model)
+        _set_up(found, target, cp, model)
         parts = target.shard(cp, batches)
+        found["dropout"] = active_dropout(unwrapped(model))
+        found["old_gradients"] = [name for name, p in unwrapped(model).named_parameters() if _holds_gradient(p)]
         found["settings"] = settings_of(unwrapped(model))
         found["loss_scale"], found["parts"], first = cp.loss_scale(), [], 0
         for batch, part in zip(batches, parts, strict=True):
@@ -66,6 +72,18 @@ def run_on_this_rank(target: Target) -> RankResult:
     return found
 
 
+def _set_up(found: RankResult, target: Target, cp: ContextParallel, model: torch.nn.Module) -> None:
+    """Run the script's setup. What `loss_scale` refuses may be what is wrong with gradients, so the run goes on without it."""
+    try:
+        target.setup(cp, model)
+    except DistattnError as refusal:
+        found["setup_refusal"] = str(refusal)
+
+
+def _holds_gradient(parameter: torch.nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(full_tensor(parameter.grad).any())
+
+
 def _record_inputs(
     found: RankResult, cp: ContextParallel, model: torch.nn.Module, batches: Sequence[Mapping[str, Any]]
 ) -> None:
@@ -73,7 +91,6 @@ def _record_inputs(
     found["state"] = {name: full_tensor(value.detach()).cpu().clone() for name, value in model.state_dict().items()}
     found["weights"] = {name: digest(value) for name, value in found["state"].items()}
     found["buffers"] = buffers_of(model)
-    found["dropout"] = active_dropout(model)
     found["batch"] = digests_of(batches)
     found["document_mask"] = cp.config.document_mask
 
@@ -95,19 +112,27 @@ def _run_part(
     found["documents"] = list(map(int, layout.lengths))
     with torch.no_grad(), same_buffers(unwrapped(model)):
         before = target.forward(model, part)
-    with recorded_outputs(unwrapped(model)) as found["outputs"], recorded_returns(unwrapped(model)) as returned:
+    plain = unwrapped(model)
+    with (
+        recorded_outputs(plain) as found["outputs"],
+        recorded_inputs(plain) as found["inputs"],
+        recorded_output_gradients(plain) as found["output_gradients"],
+        recorded_weights(plain) as found["used_weights"],
+        recorded_returns(plain) as returned,
+    ):
         logits = target.forward(model, part)
     found["random"] = float((logits - before).detach().abs().max())
     # a loss may change them in place
     found["logits"] = logits[0].detach().cpu().clone()
     if logits.requires_grad:
         logits.register_hook(lambda gradient: found.update(logits_gradient=gradient[0].detach().cpu().clone()))
-    loss = target.loss(logits, part, unwrapped(model), returned)
+    loss = target.loss(logits, part, plain, returned)
     if loss.requires_grad:
         # what backward multiplies the loss by, such as a scale of fp16, is no weight of tokens
         loss.register_hook(lambda gradient: found.update(loss_gradient=float(gradient)))
     found["loss"] = loss.detach().double().cpu() / cp.loss_scale()
-    target.backward(model, loss)
+    with recorded_parameter_gradients(plain) as found["parameter_gradients"]:
+        target.backward(model, loss)
     return found
 
 

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,22 +21,91 @@ _SETTINGS = (bool, int, float, str, type(None))
 
 @contextmanager
 def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record what modules put out, by name in the order in which they were done, while the context is open.
+    """Record the tensors that modules put out, in the order of execution, while the context is open.
 
-    Only tensors of numbers with a batch of one, (1, ...). Later calls of a module are "name (call 2)" and so on.
+    Names are those of modules. Later calls of a module are "name (call 2)" and so on, further tensors of a tuple
+    "name (output 2)".
     """
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str, first: Tensor) -> None:
-        if first.dim() < 2 or first.shape[0] != 1:
-            return
-        calls = 1
-        while (known := name if calls == 1 else f"{name} (call {calls})") in seen:
-            calls += 1
+    def keep(name: str, values: Tensor) -> None:
         # what is changed in place later is not what it put out
-        seen[known] = first.detach().cpu().clone()
+        seen[name] = values.detach().cpu().clone()
 
-    with _hooked(model, keep):
+    with hooked_outputs(model, keep):
+        yield seen
+
+
+@contextmanager
+def recorded_inputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record the first argument of modules without children while the context is open; names are those of `recorded_outputs`."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, values: Tensor) -> None:
+        seen[name] = values.detach().cpu().clone()
+
+    with hooked_inputs(model, keep):
+        yield seen
+
+
+@contextmanager
+def recorded_output_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tensor | None]]:
+    """Record the gradients of what modules put out while the context is open; the backward pass comes later.
+
+    They have the names of `recorded_outputs`. One that never comes stays None. What a module hands on as it got it from another
+    is recorded of the other only.
+    """
+    seen: dict[str, Tensor | None] = {}
+    watched: dict[int, Tensor] = {}
+
+    def keep(name: str, gradient: Tensor) -> None:
+        seen[name] = gradient.detach().cpu().clone()
+
+    def watch(name: str, values: Tensor) -> None:
+        if not values.is_floating_point() or id(values) in watched:
+            return
+        watched[id(values)] = values
+        seen[name] = None
+        if values.requires_grad:
+            values.register_hook(lambda gradient: keep(name, gradient))
+
+    with hooked_outputs(model, watch):
+        yield seen
+
+
+@contextmanager
+def recorded_parameter_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record the gradients that backward passes in the context give parameters: before they are added to earlier ones, and before
+    they are reduced over ranks. Sharded parameters are left out."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, gradient: Tensor) -> None:
+        kept = gradient.detach().cpu()
+        seen[name] = seen[name] + kept if name in seen else kept.clone()
+
+    with ExitStack() as hooks:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and type(parameter) is torch.nn.Parameter:
+                handle = parameter.register_hook(lambda gradient, name=name: keep(name, gradient))
+                hooks.callback(handle.remove)
+        yield seen
+
+
+@contextmanager
+def recorded_weights(model: torch.nn.Module) -> Iterator[dict[str, str]]:
+    """Record digests of the parameters that modules have when they are called, by name, while the context is open."""
+    seen: dict[str, str] = {}
+
+    def look(name: str, module: torch.nn.Module) -> None:
+        for key, parameter in module.named_parameters(recurse=False):
+            if type(parameter) is torch.nn.Parameter:
+                seen.setdefault(f"{name}.{key}", digest(parameter))
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name and next(module.parameters(recurse=False), None) is not None:
+                handle = module.register_forward_pre_hook(lambda module, _, name=name: look(name, module))
+                hooks.callback(handle.remove)
         yield seen
 
 
@@ -60,7 +131,9 @@ def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], see
     generator = torch.Generator().manual_seed(seed)
 
     def disturbed(name: str, values: Tensor) -> Tensor:
-        error = 0.0 if name in looked_up else rounding.get(name, unit_roundoff(values.dtype))
+        if not values.is_floating_point():
+            return values
+        error = 0.0 if module_of_call(name) in looked_up else rounding.get(name, unit_roundoff(values.dtype))
         noise = torch.rand(values.shape, generator=generator) * 2 - 1
         # in fp32 at least: one plus less than an eps is one
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
@@ -74,7 +147,7 @@ def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], see
             if rounding.get(owner, 1.0) > unit_roundoff(parameter.dtype):
                 parameter.copy_(disturbed(owner, parameter))
     try:
-        with _hooked(model, disturbed, leaves=True):
+        with hooked_outputs(model, disturbed, leaves=True):
             yield
     finally:
         with torch.no_grad():
@@ -96,32 +169,80 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+# gives the name of a call, and of one of its tensors; returns another tensor in its place, or None
+TensorHook = Callable[[str, Tensor], Tensor | None]
+
+
 @contextmanager
-def _hooked(
-    model: torch.nn.Module, use: Callable[[str, Tensor], Tensor | None], leaves: bool = False
-) -> Iterator[None]:
-    """Meanwhile `use` is given the first tensor of numbers that each module puts out, and may put another in its place."""
+def hooked_outputs(model: torch.nn.Module, use: TensorHook, leaves: bool = False) -> Iterator[None]:
+    """Meanwhile `use` is given every tensor that modules put out, and may put another in its place. leaves: of modules without
+    children only."""
+    named = _CallNames()
 
     def hook(name: str, out: Any) -> Any:
-        first = out[0] if isinstance(out, tuple) and out else out
-        if not isinstance(first, Tensor) or not first.is_floating_point():
+        call = named.next_call(name)
+        if isinstance(out, Tensor):
+            return use(call, out)
+        if not isinstance(out, tuple) or hasattr(out, "_fields"):
             return None
-        other = use(name, first)
-        if other is None:
+        others = [
+            use(call if place == 0 else f"{call} (output {place + 1})", one) if isinstance(one, Tensor) else None
+            for place, one in enumerate(out)
+        ]
+        if all(other is None for other in others):
             return None
-        return (other, *out[1:]) if isinstance(out, tuple) else other
+        return tuple(one if other is None else other for one, other in zip(out, others, strict=True))
 
-    named = [(name, module) for name, module in model.named_modules() if name]
-    hooks = [
-        module.register_forward_hook(lambda _, __, out, name=name: hook(name, out))
-        for name, module in named
-        if not leaves or not any(True for _ in module.children())
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in _named_modules(model, leaves):
+            handle = module.register_forward_hook(lambda _, __, out, name=name: hook(name, out))
+            hooks.callback(handle.remove)
         yield
-    finally:
-        for one in hooks:
-            one.remove()
+
+
+@contextmanager
+def hooked_inputs(model: torch.nn.Module, use: TensorHook) -> Iterator[None]:
+    """Meanwhile `use` is given the first argument of every module without children, and may put another in its place."""
+    named = _CallNames()
+
+    def hook(name: str, given: tuple[Any, ...]) -> Any:
+        call = named.next_call(name)
+        if not given or not isinstance(given[0], Tensor):
+            return None
+        other = use(call, given[0])
+        return None if other is None else (other, *given[1:])
+
+    with ExitStack() as hooks:
+        for name, module in _named_modules(model, leaves=True):
+            handle = module.register_forward_pre_hook(lambda _, given, name=name: hook(name, given))
+            hooks.callback(handle.remove)
+        yield
+
+
+def module_of_call(call: str) -> str:
+    """Return the name of the module in the name of a call or of one of its tensors."""
+    return call.partition(" (")[0]
+
+
+def _named_modules(model: torch.nn.Module, leaves: bool) -> list[tuple[str, torch.nn.Module]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and (not leaves or not any(True for _ in module.children()))
+    ]
+
+
+class _CallNames:
+    """Numbers the calls of modules. Ranks that are threads are counted each on its own."""
+
+    def __init__(self) -> None:
+        self._calls: Counter[tuple[int, str]] = Counter()
+
+    def next_call(self, name: str) -> str:
+        """Return the name of a module's next call on this thread."""
+        self._calls[threading.get_ident(), name] += 1
+        call = self._calls[threading.get_ident(), name]
+        return name if call == 1 else f"{name} (call {call})"
 
 
 @contextmanager
@@ -133,7 +254,9 @@ def same_buffers(model: torch.nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, value in before:
-                buffer.copy_(value)
+                # what is written counts as changed, also for a backward pass that is to come
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def buffers_of(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -174,5 +297,6 @@ def digest(*tensors: Tensor) -> str:
     """A hash of what tensors hold."""
     hashed = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        # a copy: NumPy keeps the storage it looks into from being resized, as FSDP2 does with parameters
+        hashed.update(tensor.detach().cpu().clone().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()

@@ -63,6 +63,8 @@ class Tolerances(NamedTuple):
     logits: float
     outputs: dict[str, float]
     gradients: dict[str, float]
+    # the relative error of rounding a module's output once, by the module's name
+    rounding: dict[str, float]
 
     def coarsest(self, reference: ReferenceResult) -> float:
         """How much of the norm of the logits, or of the whole gradient, rounding explains."""
@@ -97,11 +99,11 @@ def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[M
         loss = cross_entropy(logits_NV, shifted_N.to(device)).sum() / valid
         router_loss = _router_loss(target, model, packs, routers)
         loss.backward(retain_graph=router_loss is not None)
-        gradients, token_gradients = _gradients(model), None
+        gradients, token_gradients = gradients_of(model), None
         if router_loss is not None:
             router_loss.backward()
             loss = loss + router_loss
-            gradients, token_gradients = _gradients(model), gradients
+            gradients, token_gradients = gradients_of(model), gradients
     model.zero_grad()
     dims = _token_dims(outputs, lengths)
     return ReferenceResult(
@@ -110,7 +112,11 @@ def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[M
         torch.cat([_own_labels(batch) for batch in batches]),
         shifted_N,
         logits_NV.detach().cpu(),
-        {name: torch.cat([one[name].movedim(dim, 0) for one in outputs]) for name, dim in dims.items()},
+        {
+            name: torch.cat([one[name].movedim(dim, 0) for one in outputs])
+            for name, dim in dims.items()
+            if outputs[0][name].is_floating_point()
+        },
         dims,
         loss.detach().cpu(),
         gradients,
@@ -132,7 +138,8 @@ def _router_loss(
     return torch.stack(losses).sum() / sum(pack.valid_labels for pack in packs)
 
 
-def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Copy the gradients of all parameters that have one, by name."""
     return {name: p.grad.detach().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -166,6 +173,7 @@ def measure_tolerances(
         _MARGIN * logits,
         {name: _MARGIN * moved for name, moved in outputs.items()},
         {name: _MARGIN * moved for name, moved in gradients.items()},
+        rounding,
     )
 
 
@@ -206,7 +214,7 @@ def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) ->
             continue
         fits = (
             dim
-            for dim in range(1, found[0].dim())
+            for dim in range(found[0].dim())
             if all(one.shape[dim] == length for one, length in zip(found, lengths, strict=True))
         )
         if (dim := next(fits, None)) is not None:
@@ -224,6 +232,8 @@ def _rounding(reference: ReferenceResult, ranks: Sequence[RankResult]) -> dict[s
     found: dict[str, float] = {}
     for _, part in parts_of(ranks):
         for name, output in part["outputs"].items():
+            if not output.is_floating_point():
+                continue
             found[name] = max(found.get(name, 0.0), unit_roundoff(output.dtype))
     for name, expected in reference.outputs.items():
         parts = outputs_of_ranks(reference, ranks, name)

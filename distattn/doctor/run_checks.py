@@ -122,12 +122,17 @@ def _misplaced_tokens(reference: ReferenceResult, ranks: Sequence[RankResult]) -
 
 
 def _random_numbers(ranks: Sequence[RankResult]) -> Finding | None:
+    remedy = "set dropout to 0, or call model.eval(), in the script for the doctor"
     for rank, part in parts_of(ranks):
+        dropout = ranks[rank]["dropout"]
         if part["random"] > 0:
             observed = f"the same batch gives other logits the second time (by {part['random']:.2g} on rank {rank})"
-            remedy = "set dropout to 0, or call model.eval(), in the script for the doctor"
-            dropout = ranks[rank]["dropout"]
             if dropout is not None:
                 return Finding("dropout on", f"{observed}: {dropout} is on", remedy)
             return Finding("random numbers", observed, remedy)
+        if dropout is not None:
+            observed = (
+                f"{dropout} is on on rank {rank}: whatever its seed, ranks drop other numbers than one process does"
+            )
+            return Finding("dropout on", observed, remedy)
     return None

@@ -44,27 +44,6 @@ _ARGUMENTS = {
     "router_loss": ("model", "router_logits"),
 }
 
-SCRIPT = """A script for the doctor is a Python file with these functions; all but the first have defaults, written for models of
-transformers with attn_implementation="distattn":
-
-  model() -> torch.nn.Module                  with the same weights on every rank; on ranks (where torch.distributed is
-                                              initialized) it may be wrapped: fully_shard, DDP, a DeepSpeed engine
-  batch() -> dict, or a list of them          as ContextParallel.shard takes it, the same on every rank; a list is the
-                                              micro-batches of one step
-  context_parallel() -> ContextParallel       over the default process group
-  setup(cp, model)                            cp.loss_scale(trainer), say; nothing by default
-  shard(cp, batch) -> dict, or a list         this rank's part, or its parts
-  forward(model, part) -> logits (1, T, V)
-  loss(logits, part) -> Tensor                this rank's share: shares add up to the loss
-  backward(model, loss)                       of one micro-batch; may reduce gradients over ranks
-  reduce(model)                               after the last backward: sums gradients over ranks, unless backward is yours
-  gradients(model) -> dict                    of every parameter, whole, after that
-  reference(model, ids) -> logits (1, S, V)   of one document (1, S) in one process
-  router_loss(model, router_logits) -> Tensor what one process adds to the mean of token losses of a micro-batch, of its tokens'
-                                              router_logits, (N, experts) of each layer, which the model's output has; by default
-                                              transformers' load balancing where output_router_logits asks for it
-"""
-
 
 class Target:
     """A model, a batch, and what a user does with them on several ranks."""

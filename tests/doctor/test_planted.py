@@ -106,7 +106,7 @@ PLANTED = [
     ("llama", "loop", "not a number", "not finite"),
     ("llama", "loop", "head missing on rank 1", "gradient missing"),
     ("llama", "loop", "logits scaled", "unknown"),
-    ("llama", "loop", "layer scaled", "unknown"),
+    ("llama", "loop", "layer scaled", "values changed"),
     ("own", "loop", "own window", "window off by one"),
     ("own", "loop", "rolled twice", "labels shifted twice"),
     ("own", "DDP", "a layer by itself", "tokens mixed"),
@@ -118,8 +118,8 @@ PLANTED = [
     ("llama", "loop", "tokens left out", "tokens dropped"),
     ("llama", "loop", "up_proj not summed", "gradients not reduced", BF16),
     ("llama", "DDP", "mean on each rank", "mean of means", BF16),
-    ("llama", "DDP", "layer scaled a little", "unknown"),
-    ("qwen3", "FSDP2", "layer scaled", "unknown", BF16),
+    ("llama", "DDP", "layer scaled a little", "values changed"),
+    ("qwen3", "FSDP2", "layer scaled", "values changed", BF16),
 ]
 # the first module that is wrong
 FIRST = {

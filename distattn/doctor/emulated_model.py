@@ -1,0 +1,134 @@
+"""The model of one process, run as several ranks would run it: all micro-batches, with or without a mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distattn.batch.packed_batch import IGNORE_INDEX
+from distattn.doctor.comparison import Finding, RankResult, distance
+from distattn.doctor.emulation import CallObserver, Seen, emulate
+from distattn.doctor.logit_mistakes import RIGHT, Hypothesis, MicroBatch, micro_batches_of
+from distattn.doctor.recording import recorded_returns, same_buffers
+from distattn.doctor.reference import ReferenceResult
+from distattn.doctor.router_mistakes import RoutedBatch
+from distattn.doctor.target import Target
+
+
+class EmulatedModel:
+    """Runs a hypothesis over all micro-batches, with the model of one process."""
+
+    def __init__(self, target: Target, model: torch.nn.Module, reference: ReferenceResult, ranks: Sequence[RankResult]):
+        self._target, self._model, self._batches = target, model, micro_batches_of(reference, ranks)
+        self._device = next(model.parameters()).device
+        # what the model raised with which mistake
+        self.failures: list[str] = []
+        # what its layers ask of a batch
+        self.asked: set[str] = set()
+        # a model that takes other arguments is called as the script does
+        self._forward = next((one for one in (self._plainly, self._by_script) if self._runs(one)), self._plainly)
+
+    def __call__(self, hypothesis: Hypothesis, on_one_rank: bool) -> Tensor | None:
+        try:
+            return self._logits(self._forward, hypothesis, on_one_rank)
+        except Exception as error:
+            # such as positions beyond a table of them
+            self.note_failure(error)
+            return None
+
+    def note_failure(self, error: Exception) -> None:
+        """Note that something could not be tried in one process, and why."""
+        self.failures.append(self._target.describe_error(error))
+
+    def gives(self, logits_NV: Tensor, tolerance: float) -> bool:
+        """Whether ranks that do all right compute these logits."""
+        found = self(RIGHT, False)
+        return found is not None and distance(found, logits_NV) <= tolerance
+
+    def with_failures(self, finding: Finding) -> Finding:
+        """The finding, and what could not be tried."""
+        if not self.failures:
+            return finding
+        tried = f"; {len(self.failures)} mistakes could not be tried in one process: {self.failures[0]}"
+        return finding._replace(observed=finding.observed + tried)
+
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """The micro-batches of the step."""
+        return self._batches
+
+    def logits_of(
+        self, batch: MicroBatch, hypothesis: Hypothesis, gradients: bool = False, observe: CallObserver | None = None
+    ) -> Tensor:
+        """Compute the logits (N, V) of the ranks of a micro-batch. Raises what the model raises.
+
+        gradients: whether a backward pass may follow. observe: takes every call of attention.
+        """
+        # a rank without tokens has one of padding, and then all have
+        empty = not all(map(len, batch.tokens))
+        padding = torch.zeros(int(empty), dtype=batch.pack.ids_N.dtype) if gradients else None
+        return self._emulate(self._forward, hypothesis, batch, padding, observe)
+
+    def routed_batches(self) -> list[RoutedBatch] | None:
+        """What routers make of each micro-batch and of all ranks' padding; None where there is none, or `failures` say why."""
+        routed = []
+        for batch in self._batches:
+            with recorded_returns(self._model) as returned:
+                try:
+                    self._emulate(self._forward, RIGHT, _whole(batch), torch.cat(batch.padding))
+                except Exception as error:
+                    self.failures.append(self._target.describe_error(error))
+                    return None
+            layers = self._target.router_logits(returned)
+            if layers is None:
+                return None
+            behind = torch.arange(sum(map(len, batch.padding))) + len(batch.pack.ids_N)
+            labels = [int((batch.pack.labels_N[own] != IGNORE_INDEX).sum()) for own in batch.tokens]
+            padding = list(behind.split([len(one) for one in batch.padding]))
+            routed.append(RoutedBatch(layers, batch.tokens, padding, labels))
+        return routed
+
+    def _runs(self, forward: Callable[[Mapping[str, Any]], Tensor]) -> bool:
+        try:
+            self._logits(forward, RIGHT, False)
+        except Exception:
+            # where neither way works, `failures` says why
+            return False
+        return True
+
+    def _logits(
+        self, forward: Callable[[Mapping[str, Any]], Tensor], hypothesis: Hypothesis, on_one_rank: bool
+    ) -> Tensor:
+        batches = map(_whole, self._batches) if on_one_rank else self._batches
+        return torch.cat([self._emulate(forward, hypothesis, batch) for batch in batches])
+
+    def _emulate(
+        self,
+        forward: Callable[[Mapping[str, Any]], Tensor],
+        hypothesis: Hypothesis,
+        batch: MicroBatch,
+        padding: Tensor | None = None,
+        observe: CallObserver | None = None,
+    ) -> Tensor:
+        read, convolved = (
+            [one for one in reading(batch) if len(one)]
+            for reading in (hypothesis.readings, hypothesis.convolved or hypothesis.readings)
+        )
+        seen = Seen(hypothesis.allowed(batch), read, convolved)
+        given = hypothesis.positions(batch), batch.tokens, seen, hypothesis.mistake
+        with same_buffers(self._model):
+            return emulate(forward, batch.pack.ids_N, *given, self._device, self.asked, padding, observe)
+
+    def _plainly(self, part: Mapping[str, Any]) -> Tensor:
+        return self._target.plain_forward(self._model, part)
+
+    def _by_script(self, part: Mapping[str, Any]) -> Tensor:
+        return self._target.forward(self._model, part)
+
+
+def _whole(batch: MicroBatch) -> MicroBatch:
+    """The micro-batch of one rank that has all its tokens."""
+    return batch._replace(tokens=[torch.arange(len(batch.pack.ids_N))])

@@ -1,0 +1,125 @@
+"""Parts of the doctor by themselves: what was done to values, sums of gradients, and how a verdict is printed."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distattn.doctor.attention_mistakes import search_factor
+from distattn.doctor.changed_values import common_change, describe_change
+from distattn.doctor.comparison import Diagnosis, Finding, name_ranks, name_tokens
+from distattn.doctor.environment import Check
+from distattn.doctor.gradient_sums import LocalGradients
+from distattn.launch import doctor_command
+
+EXPECTED = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+DROPPED = EXPECTED * (torch.rand(12, 6, generator=torch.Generator().manual_seed(1)) > 0.2) / 0.8
+
+
+@pytest.mark.parametrize(
+    ("got", "kind", "words"),
+    [
+        (torch.zeros(12, 6), "zero", "zero"),
+        (EXPECTED.bfloat16().float(), "rounded", "bfloat16"),
+        (EXPECTED.half().float(), "rounded", "float16"),
+        (1.25 * EXPECTED, "scaled", "1.25 times"),
+        (EXPECTED + torch.arange(6), "offset", "the same vector"),
+        (EXPECTED.roll(1, 0), "moved", "of the token 1 before"),
+        (EXPECTED.flip(0), "moved", "another order of tokens"),
+        (EXPECTED.flip(1), "moved", "another order of features"),
+        (DROPPED, "dropped", "1.25 times"),
+    ],
+)
+def test_what_was_done_to_values_is_recognised(got, kind, words):
+    change = describe_change(EXPECTED, got, bound=1e-4)
+    assert change.kind == kind and words in change.words
+    assert describe_change(EXPECTED, torch.randn(12, 6, generator=torch.Generator().manual_seed(2)), 1e-4) is None
+    assert common_change([change, change]) == change and common_change([change, None]) is None
+
+
+def test_a_factor_is_found_by_search():
+    assert search_factor(lambda factor: abs(factor - 3.3)) == pytest.approx(3.3, rel=1e-6)
+
+
+def _explained(factors: list[list[float]], of_rank: list[list[list[float]]] | None = None) -> Finding | None:
+    """Of 2 ranks and as many micro-batches as `factors` has columns; of_rank: other factors on each rank."""
+    count = len(factors[0])
+    generator = torch.Generator().manual_seed(0)
+    local = [[{"weight": torch.randn(20, generator=generator)} for _ in range(count)] for _ in range(2)]
+    expected = sum(one["weight"] for found in local for one in found)
+    ranks = []
+    for rank in range(2):
+        how = factors if of_rank is None else of_rank[rank]
+        total = sum(
+            f * one["weight"] for row, found in zip(how, local, strict=True) for f, one in zip(row, found, strict=True)
+        )
+        parts = [{"parameter_gradients": one} for one in local[rank]]
+        ranks.append({"parts": parts, "gradients": {"weight": total}})
+    reference = SimpleNamespace(gradients={"weight": expected}, packs=[None] * count)
+    return LocalGradients(reference, ranks).explain()
+
+
+def test_factors_of_local_gradients_are_found_and_named():
+    assert _explained([[1.0], [1.0]]) is None and _explained([[0.5, 0.5], [0.5, 0.5]]) is None
+    assert "rank 1 are not in the sum" in _explained([[1.0], [0.0]]).observed
+    assert "as 1, 0.3" in _explained([[1.0], [0.3]]).observed
+    assert "only the last of 3" in _explained([[0.0, 0.0, 1.0]] * 2).observed
+    assert "micro-batch 2 of 3" in _explained([[1.0, 0.0, 1.0]] * 2).observed
+    assert _explained([[1.0, 0.5]] * 2).cause == "micro-batches weighted unequally"
+    found = _explained([[1.0], [1.0]], [[[1.0], [0.0]], [[0.0], [1.0]]])
+    assert found.cause == "gradients not reduced"
+
+
+def test_ranks_and_tokens_are_named_by_stretches():
+    assert name_ranks([2]) == "rank 2" and name_ranks([0, 1, 3]) == "ranks 0, 1 and 3"
+    assert name_tokens([5]) == "token 5" and name_tokens([3, 4, 5, 9]) == "tokens 3 to 5 and 9"
+    assert name_tokens(range(0, 20, 2)) == "tokens 0, 2, 4 and 7 more stretches"
+
+
+REMEDY = "look at what this rank does there, and the others do not, and at all that it is given by the ranks before it"
+CHECKS = [
+    Check("python", True, "3.11.7"),
+    Check("ports", True, "free"),
+    Check("GPUs", None, "none", "kernels run on the CPU"),
+]
+
+
+def test_the_verdict_comes_first_and_wraps_like_prose(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(doctor_command, "check_machine", lambda: CHECKS)
+    diagnosis = Diagnosis(
+        {"logits": 0.1, "rounding": 1e-6}, "layer", [Finding("softmax scale", "it is 2", REMEDY)], "here"
+    )
+    monkeypatch.setattr(doctor_command, "examine_target", lambda *_: diagnosis)
+    assert doctor_command.main(["config.json"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "wrong softmax scale: it is 2." and "first to differ: here." in lines[1]
+    assert all(len(line) <= 60 for line in lines), lines
+    first = next(number for number, line in enumerate(lines) if "what to do" in line)
+    words = " ".join(lines[first : first + 3]).split()
+    assert " ".join(words).startswith(f"what to do: {REMEDY}.")
+    # the machine after it: what is noteworthy, and the rest in a line
+    assert lines[-2].startswith("note GPUs: none") and lines[-1] == "machine: python 3.11.7, ports free."
+
+
+def test_ok_in_low_precision_says_what_could_hide_and_proposes_fp32(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(doctor_command, "check_machine", lambda: CHECKS)
+    coarse, fine = ({"hidden": hidden, "hidden in gradients": 8 * hidden} for hidden in (0.0094, 1e-6))
+    for measured, said in ((coarse, True), (fine, False)):
+        monkeypatch.setattr(
+            doctor_command, "examine_target", lambda *_, measured=measured: Diagnosis(measured, None, [])
+        )
+        assert doctor_command.main(["config.json"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert out.startswith("ok 2 ranks compute what one process does")
+        assert said == ("by less than 0.94 %" in out and "less than 7.5 %" in out and "in float32" in out)
+
+
+@pytest.mark.parametrize("command", ["doctor", "calibrate"])
+def test_help_does_not_import_torch(command):
+    code = f"import sys; from distattn.launch import cli; cli.main(['{command}', '--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: distattn {command}"), done.stderr
