@@ -33,6 +33,8 @@ commands:
       from text to the packs of every step of a run; distattn data --help
   ckpt {list,verify,show,export-hf,import-hf}
       the checkpoints of a run, whether they are what was written, and folders of transformers; distattn ckpt --help
+  configs {list,show,copy}
+      the configurations that distattn ships; a CONFIG is a file or one of their names: distattn train tiny
 
   --version
 
@@ -41,7 +43,7 @@ exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, 3
 """
 
 # each is a module distattn.launch.NAME_command with a function main
-_COMMANDS = ("train", "resume", "preflight", "plan", "calibrate", "doctor", "launch", "data", "ckpt")
+_COMMANDS = ("train", "resume", "preflight", "plan", "calibrate", "doctor", "launch", "data", "ckpt", "configs")
 
 
 def entry() -> None:

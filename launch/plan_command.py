@@ -52,7 +52,8 @@ Plans one attention call with every strategy, proves the plans and times them on
   --dtype NAME            bfloat16 by default
   --html FILE             a page with the timelines and the coloured score matrices
   --perfetto FILE         the fastest candidate's trace, for ui.perfetto.dev
-  --memory                with CONFIG: what every rank needs on its device, by kind, of the run's own strategy
+  --memory                with CONFIG: what every rank needs on its device, by kind, of the run's own
+                          strategy, and whether it fits on a device of the cluster
   --json                  numbers instead of a table
 
 With CONFIG the run's own strategy is timed with every layout, too, and a line says where another layout is faster.
@@ -117,15 +118,18 @@ def _show_memory(given: argparse.Namespace, config: Config | None) -> int:
     if config is None:
         raise DistattnError("plan: --memory is of a run: name its configuration.")
     # 2 s to import, and only here
-    from distattn.planning.memory_of_run import memory_json, memory_of_config, memory_table
+    from distattn.planning.memory_of_run import fit_line, memory_json, memory_of_config, memory_table
 
+    # without a cluster it is not known how much a device has
+    cluster = _cluster(given, config) if given.cluster or config.cluster.description else None
     packs = _longest(_phases(given, config)).packs
     # a count takes seconds, and few of many ranks that have other numbers of tokens say how much is needed
     found = memory_of_config(config, packs, print_to_stderr if sys.stderr.isatty() else no_progress, extremes=True)
     if given.json:
-        sys.stdout.write(memory_json(found) + "\n")
+        sys.stdout.write(memory_json(found, cluster) + "\n")
         return 0
-    _show_table(memory_table(found, config.parallel.ranks))
+    fits = [] if cluster is None else [fit_line(found, cluster)]
+    _show_table([*memory_table(found, config.parallel.ranks), *fits])
     return 0
 
 
