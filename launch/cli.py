@@ -34,6 +34,8 @@ commands:
       from text to the packs of every step of a run; distattn data --help
   ckpt {list,verify,show,export-hf,import-hf}
       the checkpoints of a run, whether they are what was written, and folders of transformers; distattn ckpt --help
+  configs {list,show,copy}
+      the configurations that distattn ships; a CONFIG is a file or one of their names: distattn train tiny
 
   --version
 
@@ -44,7 +46,7 @@ its place, 3 damaged data, 4 another rank was lost,
 """
 
 # each is a module distattn.launch.NAME_command with a function main
-_COMMANDS = ("train", "resume", "preflight", "plan", "calibrate", "doctor", "launch", "data", "ckpt")
+_COMMANDS = ("train", "resume", "preflight", "plan", "calibrate", "doctor", "launch", "data", "ckpt", "configs")
 
 
 def entry() -> None:

@@ -21,9 +21,11 @@ from distattn.parallel.make_plan import STRATEGIES
 from distattn.planning.compare_strategies import (
     PlanRequest,
     cluster_for_run,
+    compare_layouts,
     compare_strategies,
     comparison_facts,
     comparison_table,
+    layout_lines,
     parse_document_lengths,
     truncate_documents,
 )
@@ -38,7 +40,8 @@ USAGE = """usage: distattn plan CONFIG [--section.key value ...] [options]
 
 Plans one attention call with every strategy, proves the plans and times them on a described cluster. Nothing is run.
 
-  --docs FILE_OR_LENGTHS  document lengths in tokens: 4096,128Kx8,1M, or a file of them (JSON list or plain numbers)
+  --docs FILE_OR_LENGTHS  document lengths in tokens: 4096,128Kx8,1M, or a file of them (JSON list or plain numbers);
+                          K, M and G are 1,000, 1,000,000 and so on, Ki, Mi and Gi are 1,024, 1,048,576 and so on
   --tokens N              only the first N tokens of them
   --cluster NAME          h200-8x8 (nodes x devices), h100, b200 and a100 likewise, laptop-1x4, or a .toml file
   --ranks N               use N devices of it; all by default
@@ -49,10 +52,12 @@ Plans one attention call with every strategy, proves the plans and times them on
   --dtype NAME            bfloat16 by default
   --html FILE             a page with the timelines and the coloured score matrices
   --perfetto FILE         the fastest candidate's trace, for ui.perfetto.dev
-  --memory                with CONFIG: what every rank needs on its device, by kind, of the run's own strategy
+  --memory                with CONFIG: what every rank needs on its device, by kind, of the run's own
+                          strategy, and whether it fits on a device of the cluster
   --json                  numbers instead of a table
 
-With CONFIG the documents are the first pack of the run's data, or those of --docs, and shapes, ranks and cluster are the run's.
+With CONFIG the run's own strategy is timed with every layout, too, and a line says where another layout is faster.
+The documents are the first pack of the run's data, or those of --docs, and shapes, ranks and cluster are the run's.
 Where the context length changes in the run, every length has its table; files and --memory are of the longest.
 """
 
@@ -90,8 +95,13 @@ def main(arguments: Sequence[str]) -> int:
         if phase is _longest(phases):
             _write_files(given, found, request, cluster)
         facts.append(comparison_facts(found, request))
+        lines: list[str] = []
+        if config:
+            layouts = compare_layouts(request, cluster)
+            facts[-1]["layouts"] = {name: {"seconds": seconds} for name, seconds in layouts.items()}
+            lines = layout_lines(request, layouts)
         if not given.json:
-            _show_table([*phase.title(len(phases)), str(request), *comparison_table(found, cluster)])
+            _show_table([*phase.title(len(phases)), str(request), *comparison_table(found, cluster), *lines])
     if given.json:
         for phase, one in zip(phases, facts, strict=True):
             one |= {"first_step": phase.first_step, "context_length": phase.context} if len(phases) > 1 else {}
@@ -108,15 +118,18 @@ def _show_memory(given: argparse.Namespace, config: Config | None) -> int:
     if config is None:
         raise DistattnError("plan: --memory is of a run: name its configuration.")
     # 2 s to import, and only here
-    from distattn.planning.memory_of_run import memory_json, memory_of_config, memory_table
+    from distattn.planning.memory_of_run import fit_line, memory_json, memory_of_config, memory_table
 
+    # without a cluster it is not known how much a device has
+    cluster = _cluster(given, config) if given.cluster or config.cluster.description else None
     packs = _longest(_phases(given, config)).packs
     # a count takes seconds, and few of many ranks that have other numbers of tokens say how much is needed
     found = memory_of_config(config, packs, print_to_stderr if sys.stderr.isatty() else no_progress, extremes=True)
     if given.json:
-        sys.stdout.write(memory_json(found) + "\n")
+        sys.stdout.write(memory_json(found, cluster) + "\n")
         return 0
-    _show_table(memory_table(found, config.parallel.ranks))
+    fits = [] if cluster is None else [fit_line(found, cluster)]
+    _show_table([*memory_table(found, config.parallel.ranks), *fits])
     return 0
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from distattn.ir.arguments import checked
-from distattn.ir.bands import Q0, Q1, areas, clip
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints, as_int64, overlapping_pairs
-from distattn.ir.load_balance import balance_items, place_documents
+from distattn.ir.intervals import Ints, as_int64
+from distattn.ir.layout_cost import layout_cost, rows_area
+from distattn.ir.load_balance import balance_items, place_documents, spread_documents
 from distattn.ir.mask import Mask, document_ends
 
 _MAX_RANKS = 1 << 20
@@ -28,6 +28,9 @@ _CHUNKS, _LEAST_OF_SHARE = 512, 8
 # positions at which a chunk of `balanced` may end, per chunk; in between the work is taken as even
 _POSITIONS_PER_CHUNK = 32
 _WORK_WEIGHTS = (1, 2, 4, 8, 16)
+# of `balanced`: the share of a rank's work from which documents are split, and over how many times the ranks it asks for
+_LONG_SHARE, _SPREADS = 0.5, (1.0, 2.0, np.inf)
+_CHUNK_COLUMNS = ("rank", "t0", "t1")
 # busiest rank over the mean at which the search ends, and tokens over the mean that a rank may get for the sake of its work
 _GOOD_BALANCE, _MAX_TOKENS_OVER_MEAN = 1.01, 1.25
 
@@ -126,32 +129,62 @@ class Layout:
         chunk: int | None = None,
         tolerance: float = 0.002,
     ) -> Layout:
-        """Every rank has about equal work under `mask`, and about equally many tokens.
+        """The cheapest of several layouts by an estimate: about equal work and tokens on all ranks, and few, long chunks.
 
-        mask: by default causal inside each document. chunk: tokens on average, by default what gives every rank 8 chunks,
-        or 4 beyond 256 ranks: planning takes as long as there are pairs of chunks.
-        tolerance: stop when the busiest rank is within this share of the mean. The axis is cut so that every chunk has
-        the same sum of its share of the tokens and its share of the work: long rows are cut short, and ranks of equally
-        many chunks and equal work have equal numbers of tokens. Chunks are assigned heaviest first, then exchanged.
+        mask: by default causal inside each document. Candidates are `contiguous`, `zigzag`, `document_zigzag`, `placed`, long
+        documents split over one or two times as many ranks as their work asks for, or over all, with short ones whole, and
+        chunks of equal work. No rank has more than 1.25 of the mean tokens. `distattn.ir.layout_cost` has the estimate.
+        chunk: takes the last candidate, with chunks of this many tokens on average: the axis is cut so that every chunk has
+        the same sum of its share of the tokens and its share of the work. Chunks are assigned heaviest first, then exchanged
+        until the busiest rank is within `tolerance` of the mean.
         """
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
-        each = 8 if ranks <= 256 else 4
-        chunk = max(1, -(-n // (each * ranks))) if chunk is None else chunk
         mask = Mask.documents(lengths) if mask is None else mask
-        if chunk < 1 or mask.n != n or not tolerance >= 0:
+        if (chunk is not None and chunk < 1) or mask.n != n or not tolerance >= 0:
             raise DistattnError(
                 f"balanced wants chunks of at least 1 token (not {chunk}), a mask of {n} tokens (not {mask.n}) and a "
                 f"tolerance of at least 0 (not {tolerance})."
             )
+        # planning takes as long as there are pairs of chunks
+        each = 8 if ranks <= 256 else 4
+        in_chunks = Layout._in_chunks_of_equal_work(
+            lengths, ranks, mask, chunk or max(1, -(-n // (each * ranks))), tolerance
+        )
+        if chunk is not None or ranks == 1:
+            return in_chunks
+        documents = np.asarray(lengths, np.int64)
+        work = rows_area(mask, np.append(0, np.cumsum(documents)))
+        candidates = [
+            Layout.contiguous(lengths, ranks),
+            Layout.zigzag(lengths, ranks),
+            Layout.placed(lengths, ranks, mask=mask),
+            Layout.document_zigzag(lengths, ranks),
+            *(
+                Layout(lengths, ranks, *spread_documents(documents, work, ranks, _LONG_SHARE, spread))
+                for spread in _SPREADS
+            ),
+            in_chunks,
+        ]
+        even = [one for one in candidates if one.shard_sizes().max() * ranks <= _MAX_TOKENS_OVER_MEAN * n]
+        return min(
+            even or [in_chunks], key=lambda one: layout_cost(mask, ranks, *(one.chunks[c] for c in _CHUNK_COLUMNS))
+        )
+
+    @staticmethod
+    def _in_chunks_of_equal_work(
+        lengths: Sequence[int], ranks: int, mask: Mask, chunk: int, tolerance: float
+    ) -> Layout:
+        """The layout of chunks of about `chunk` tokens that all ranks get equally many of, with about equal work."""
+        n = mask.n
         parts = -(-n // chunk)
         grid = _cuts(n, min(n, _POSITIONS_PER_CHUNK * parts))
-        effort = np.append(0, np.cumsum(_rows_area(mask, grid)))
+        effort = np.append(0, np.cumsum(rows_area(mask, grid)))
         best: tuple[float, Ints, Ints] | None = None
         # where chunks of equal sums will not balance, work counts for more and tokens for less, within limits
         for weight in _WORK_WEIGHTS:
             share = weight * effort / max(effort[-1], 1) + grid / n
             cuts = np.unique(np.interp(np.linspace(0, share[-1], parts + 1), share, grid).round().astype(np.int64))
-            work = _rows_area(mask, cuts)
+            work = rows_area(mask, cuts)
             rank = balance_items(work, ranks, tolerance)
             load = np.bincount(rank, work, ranks)
             uneven = float(load.max() / max(load.mean(), 1))
@@ -180,7 +213,7 @@ class Layout:
             raise DistattnError(
                 f"placed wants a mask of {n} tokens (not {mask.n}) and a tolerance of at least 0 (not {tolerance})."
             )
-        work = _rows_area(mask, np.append(0, ends))
+        work = rows_area(mask, np.append(0, ends))
         return Layout(lengths, ranks, *place_documents(np.diff(ends, prepend=0), work, ranks, tolerance))
 
     @staticmethod
@@ -319,14 +352,6 @@ def _check_array(x: Any, dim: int) -> None:
 
 def _cuts(n: int, parts: int) -> Ints:
     return np.arange(parts + 1) * n // parts
-
-
-def _rows_area(mask: Mask, cuts: Ints) -> np.ndarray:
-    """Allowed cells (x heads, where the mask differs by head) of the rows [cuts_i, cuts_i+1)."""
-    i, j = overlapping_pairs(cuts[:-1], cuts[1:], mask.pieces[:, Q0], mask.pieces[:, Q1])
-    heads = 1 if mask.piece_heads is None else np.diff(mask.piece_heads, axis=1)[i, 0]
-    work = areas(clip(mask.pieces[i], cuts[j], cuts[j + 1], 0, mask.n)).astype(np.float64) * heads
-    return np.bincount(j, work, len(cuts) - 1)
 
 
 def _nonempty(rank: Ints, t0: Ints, t1: Ints) -> tuple[Ints, Ints, Ints]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any
 from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
+from distattn.ir.layout import LAYOUTS
 from distattn.parallel.analysis.columns import aligned, in_one_unit, plural
 from distattn.parallel.analysis.simulate import simulate
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
 
+# a layout is told of that takes this many times as long as the fastest
+_NOTABLY_SLOWER = 1.02
 # what a plan can be made of in reasonable time and numbers of 64 bits
 _MOST_DOCUMENTS, _MOST_TOKENS = 1_000_000, 1 << 40
 
@@ -103,6 +107,42 @@ def comparison_table(found: dict[str, Timeline | str], cluster: ClusterSpec) -> 
     ]
 
 
+def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, float]:
+    """Return the simulated seconds, forward and backward, of a request's own strategy by layout, the fastest first.
+
+    Layouts that are refused are left out. Empty where each rank has packs of its own, which no layout spreads.
+    """
+    settings = request.settings
+    if settings.ranks == settings.data_parallel_size:
+        return {}
+    seconds: dict[str, float] = {}
+    for layout in LAYOUTS:
+        # options belong to the layout that the request names
+        options = settings.layout_options if layout == settings.layout else {}
+        other = replace(request, settings=replace(settings, layout=layout, layout_options=options))
+        with suppress(DistattnError):
+            seconds[layout] = _seconds(other.timeline(settings.strategy, cluster))
+    return dict(sorted(seconds.items(), key=lambda one: one[1]))
+
+
+def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
+    """Return a line with the time of each layout, and one that names a faster one than the request's where there is one."""
+    if not seconds:
+        return []
+    settings, fastest = request.settings, next(iter(seconds))
+    times = ", ".join(f"{name} {value * 1e3:,.2f} ms" for name, value in seconds.items())
+    lines = [f"layouts with {settings.strategy}, forward + backward: {times}"]
+    own = seconds.get(settings.layout)
+    if own is None:
+        lines.append(f'layout {settings.layout} is refused; set parallel.layout = "{fastest}".')
+    elif own > seconds[fastest] * _NOTABLY_SLOWER:
+        lines.append(
+            f"layout {settings.layout} is not the fastest: it takes {own / seconds[fastest]:.2f} times as long as {fastest}; set "
+            f'parallel.layout = "{fastest}".'
+        )
+    return lines
+
+
 # what strategies are compared by
 COMPARED = ("forward", "backward", "TFLOP/s fwd", "TFLOP/s bwd", "across nodes", "waiting", "balance", "buffers")
 
@@ -153,9 +193,9 @@ def parse_document_lengths(given: str) -> list[int]:
             raise DistattnError(f"--docs: {given} cannot be read: {error}.") from None
     out: list[int] = []
     for word in text.replace("[", " ").replace("]", " ").replace(",", " ").split():
-        length, _, times = word.partition("x")
+        length, many, times = word.partition("x")
         tokens = _tokens(length)
-        if tokens is None or not (times or "1").isdecimal():
+        if tokens is None or (many and not re.fullmatch("[0-9]+", times)) or (many and not int(times)):
             where = f"in {given}" if text is not given else "and there is no such file"
             raise DistattnError(
                 f"--docs: {word[:40]!r} is no document length {where}; write 4096,1024x8, 1M or 1Mi, or a file's name."

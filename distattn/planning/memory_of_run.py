@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distattn.adapters import huggingface, pytorch
+from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
 from distattn.memory.accounting import (
@@ -200,8 +201,20 @@ def memory_table(found: Sequence[RankMemory], ranks: int) -> list[str]:
     ]
 
 
-def memory_json(found: Sequence[RankMemory]) -> str:
-    """Return the same numbers, in bytes."""
+def fit_line(found: Sequence[RankMemory], cluster: ClusterSpec) -> str:
+    """Return the sentence that says of how much device memory a run needs how much, and whether it fits."""
+    device_bytes, most = cluster.device.memory_gb * 1e9, max(one.total for one in found)
+    needed, whole = in_one_unit([float(most), device_bytes], "B")
+    verdict = "fits" if most <= device_bytes else "does not fit"
+    return (
+        f"{verdict}: the rank that needs most takes {needed} of the {whole} of a device of {cluster.name} "
+        f"({most / device_bytes:.0%}), before what CUDA, NCCL and unused blocks of the allocator take"
+    )
+
+
+def memory_json(found: Sequence[RankMemory], cluster: ClusterSpec | None = None) -> str:
+    """Return the same numbers, in bytes, with the memory of a device of the cluster where one is given."""
+    device_bytes = None if cluster is None else round(cluster.device.memory_gb * 1e9)
     return json.dumps(
         [
             {
@@ -212,6 +225,7 @@ def memory_json(found: Sequence[RankMemory]) -> str:
                 "working": one.counts.working,
                 "total": one.total,
                 "host": one.host,
+                **({} if device_bytes is None else {"device_memory": device_bytes, "fits": one.total <= device_bytes}),
             }
             for one in found
         ],

@@ -29,6 +29,7 @@ from distattn.training.config_sections import ReferenceCheckConfig as ReferenceC
 from distattn.training.config_sections import RunConfig as RunConfig
 from distattn.training.config_sections import TrainConfig as TrainConfig
 from distattn.training.json_lines import write_whole
+from distattn.training.shipped_configs import configuration_file, shipped_names
 
 # keys of earlier configurations, and what they are called now
 RENAMED = {
@@ -69,12 +70,22 @@ _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the configuration of a file, with command-line overrides. Raises DistattnError naming every bad key and its line."""
+    """Read the configuration of a file, or the shipped one of a name, with command-line overrides.
+
+    Raises DistattnError naming every bad key and its line.
+    """
+    path = configuration_file(path)
     try:
         text = Path(path).read_text("utf-8")
         content = tomllib.loads(text)
     except FileNotFoundError:
-        raise DistattnError(f"{path}: there is no such configuration file; try configs/tiny.toml.") from None
+        near = difflib.get_close_matches(path.stem, shipped_names(), 1, 0.6)
+        hint = (
+            f"did you mean {near[0]}, which distattn ships?"
+            if near
+            else "distattn configs lists those that distattn ships."
+        )
+        raise DistattnError(f"{path}: there is no such configuration file; {hint}") from None
     except tomllib.TOMLDecodeError as error:
         raise DistattnError(f"{syntax_place(path, error)}: cannot be read as TOML: {error}.") from None
     except (UnicodeDecodeError, OSError) as error:

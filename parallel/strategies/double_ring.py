@@ -16,6 +16,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import as_int64
 from distattn.ir.plan import TASK_COLUMNS, Call, Payload, Table, make_columns
 from distattn.parallel.tables.partition import split_by_owners
+from distattn.parallel.tables.rings import connected_members, hops_in_rings
 from distattn.parallel.tables.routes import remote_users, send_along_double_ring
 
 
@@ -42,8 +43,11 @@ def double_ring(
         raise DistattnError(f"an inner ring of {size} does not divide {call.ranks} ranks.")
     area, query_owner, key_owner = split_by_owners(call)
     node = np.arange(call.ranks) // size
-    outer_hops = (node[query_owner] - node[key_owner]) % (call.ranks // size)
-    inner_hops = (query_owner - key_owner) % size
+    key_node, query_node = node[key_owner], node[query_owner]
+    outer_hops = hops_in_rings(key_node, query_node, call.ranks // size)
+    # nodes that exchange tokens have one order of inner hops: they count between places in a node, whichever nodes these are in
+    place = connected_members(key_node, query_node, call.ranks // size)[query_node] * size
+    inner_hops = hops_in_rings(place + key_owner % size, place + query_owner % size, call.ranks)
     tasks = make_columns(TASK_COLUMNS, step=outer_hops * size + inner_hops, rank=query_owner, **vars(area))
     users = remote_users(call, Payload.KV, tasks)
     return [Table(tasks, send_along_double_ring(Payload.KV, users, node, size))]

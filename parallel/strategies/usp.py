@@ -15,6 +15,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import as_int64
 from distattn.ir.plan import MOVE_COLUMNS, TASK_COLUMNS, Call, Payload, Table, concat_rows, make_columns
 from distattn.parallel.tables.partition import chunks_of_groups, split_by_owners, split_heads
+from distattn.parallel.tables.rings import hops_in_rings
 from distattn.parallel.tables.routes import reduce_direct, remote_users, send_along_ring, send_direct
 
 _DIMS = ("ulysses", "ring")
@@ -54,7 +55,7 @@ def usp(call: Call, cluster: AnyCluster | None = None, options: UspOptions = Usp
     area, row, share = split_heads(whole, degree, call.heads)
     here, origin = query_group[row], key_group[row]
     rank = here * degree + share if neighbours else share * groups + here
-    tasks = make_columns(TASK_COLUMNS, step=1 + (here - origin) % groups, rank=rank, **vars(area))
+    tasks = make_columns(TASK_COLUMNS, step=1 + hops_in_rings(origin, here, groups), rank=rank, **vars(area))
     moves = [
         send_direct(Payload.Q, remote_users(call, Payload.Q, tasks), 0),
         send_along_ring(Payload.KV, remote_users(call, Payload.KV, tasks), ring),

@@ -7,7 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distattn.ir.errors import DistattnError
-from distattn.ir.layout import LAYOUTS, Layout
+from distattn.ir.layout import LAYOUTS, Layout, make_layout
+from distattn.ir.layout_cost import layout_cost
 from distattn.ir.mask import Mask
 from distattn.parallel.make_plan import make_plan
 
@@ -140,12 +141,12 @@ def packs(seed: int, heavy: bool, tokens: int = 1 << 20) -> list[int]:
 
 
 @pytest.mark.parametrize("heavy", [False, True])
-def test_balanced_ranks_have_equal_work_and_nearly_equal_tokens(heavy):
+def test_balanced_in_chunks_has_equal_work_and_nearly_equal_tokens(heavy):
     for seed in range(10):
         lengths = packs(seed, heavy)
         masks = Mask.documents(lengths, (4096, 0)), Mask.documents(lengths, "full"), Mask.causal(1 << 20)
         for mask in (None, *masks):
-            layout = Layout.balanced(lengths, 64, mask=mask)
+            layout = Layout.balanced(lengths, 64, mask=mask, chunk=(1 << 20) // (8 * 64))
             plan = make_plan(
                 mask or Mask.documents(lengths),
                 layout,
@@ -162,6 +163,33 @@ def test_balanced_ranks_have_equal_work_and_nearly_equal_tokens(heavy):
             assert area.max() <= (1.06 if alike else 1.02) * area.mean()
             assert tokens.max() <= 1.25 * tokens.mean()
             assert len(layout.chunks["t0"]) <= 8 * 64
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_balanced_costs_no_more_than_the_other_layouts_and_crowds_no_rank(heavy):
+    for seed in range(3):
+        lengths = packs(seed, heavy)
+        for mask in (Mask.documents(lengths), Mask.documents(lengths, (4096, 0)), Mask.causal(1 << 20)):
+
+            def cost(layout, mask=mask):
+                return layout_cost(mask, 64, *(layout.chunks[name] for name in ("rank", "t0", "t1")))
+
+            balanced = Layout.balanced(lengths, 64, mask=mask)
+            assert balanced.shard_sizes().max() <= 1.25 * (1 << 20) / 64
+            for name in ("contiguous", "zigzag", "document_zigzag", "placed"):
+                other = make_layout(name, lengths, 64, mask)
+                if other.shard_sizes().max() <= 1.25 * (1 << 20) / 64:
+                    assert cost(balanced) <= cost(other), name
+
+
+def test_the_cost_of_a_layout_counts_short_chunks_received_keys_and_tokens():
+    mask, columns = Mask.documents([4, 4]), ("rank", "t0", "t1")
+    whole, cut = Layout.contiguous([4, 4], 2), Layout.zigzag([4, 4], 2)
+    # 10 cells in a chunk of 4 rows, nothing received, 4 tokens
+    assert layout_cost(mask, 2, *(whole.chunks[name] for name in columns)) == 10 * (1 + 550 / 4) + 4 * 10_000
+    # rank 1 owns the ends: chunks [2, 4) and [4, 6) are joined; rank 0 has [0, 2) and [6, 8), and receives 2 keys
+    rows = 3 * (1 + 550 / 2) + 7 * (1 + 550 / 2)
+    assert layout_cost(mask, 2, *(cut.chunks[name] for name in columns)) == rows + 2 * 1_000 + 4 * 10_000
 
 
 def test_balanced_serves_any_number_of_tokens_and_ranks():

@@ -1,6 +1,7 @@
 """The count of a run's bytes: on meta tensors what real tensors take, by arithmetic what FSDP2's shards are."""
 
 import json
+from dataclasses import replace
 
 import hybrid_models
 import pytest
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import distattn as da
 from distattn.adapters import huggingface
+from distattn.cluster.spec import load
 from distattn.ir.errors import DistattnError
 from distattn.launch.plan_command import main
 from distattn.launch.train_command import main as train
@@ -19,7 +21,15 @@ from distattn.memory.accounting import ATTENTION, LOSS, AllocationWatch, StateBy
 from distattn.memory.settings import MemorySettings
 from distattn.ops.executable import Executable, ExecutionKey, checked_program
 from distattn.parallel.runtime.transport import SingleRankTransport
-from distattn.planning.memory_of_run import memory_of_config, memory_of_run, memory_table, on_meta, step_memory
+from distattn.planning.memory_of_run import (
+    fit_line,
+    memory_json,
+    memory_of_config,
+    memory_of_run,
+    memory_table,
+    on_meta,
+    step_memory,
+)
 from distattn.training import config as configuration
 
 TOKENS = 96
@@ -227,3 +237,12 @@ def test_a_run_is_trained_with_all_that_saves_memory(tmp_path):
 def test_what_a_configuration_cannot_have_is_refused(words, message):
     with pytest.raises(DistattnError, match=message):
         configuration.load("configs/tiny.toml", words)
+
+
+def test_a_count_says_of_how_much_memory_and_whether_it_fits():
+    found = memory_of_run(lambda: small.build(torch.float32), plan(97, 4), MemorySettings(loss_tile_tokens=8))
+    cluster = load("h200-1x4")
+    assert fit_line(found, cluster).startswith("fits: ") and " 141" in fit_line(found, cluster)
+    tiny = replace(cluster, device=replace(cluster.device, memory_gb=1e-6))
+    assert fit_line(found, tiny).startswith("does not fit: ")
+    assert [row["fits"] for row in json.loads(memory_json(found, tiny))] == [False] * len(found)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.layout import LAYOUTS
 from distattn.launch import cli
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.planning.compare_strategies import parse_document_lengths
@@ -117,7 +118,9 @@ def test_lengths_may_have_units(word, tokens):
     assert parse_document_lengths(f"{word}x2,3") == [tokens, tokens, 3]
 
 
-@pytest.mark.parametrize("word", ["1.5", "i", "1i", "1e99", "-3", "1e-3", "0x", "M", "1MM"])
+@pytest.mark.parametrize(
+    "word", ["1.5", "i", "1i", "1e99", "-3", "1e-3", "0x", "M", "1MM", "4096x", "4096x0", "4096xx", "4096x-1"]
+)
 def test_what_is_no_length_is_named(word):
     with pytest.raises(DistattnError, match="--docs"):
         parse_document_lengths(word)
@@ -142,3 +145,14 @@ def test_the_fastest_is_in_colour_on_a_terminal_only(capsys, monkeypatch):
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "fastest" in line)
     # in one piece, however narrow the terminal
     assert line.startswith("\x1b[1;32m") and "GB   <- fastest" in line.replace("MB", "GB")
+
+
+def test_a_run_s_layout_is_compared_with_the_others_and_a_faster_one_is_named(capsys):
+    given = ("configs/tiny.toml", "--cluster", "h100-1x4", "--docs", "65536", "--strategy", "ring")
+    _, out, _ = run(capsys, *given, "--parallel.layout=contiguous")
+    assert "layouts with ring, forward + backward: " in out and all(name in out for name in LAYOUTS)
+    assert "layout contiguous is not the fastest: it takes " in out and 'set parallel.layout = "' in out
+    _, out, _ = run(capsys, *given, "--parallel.layout=balanced")
+    assert "layouts with ring" in out and "is not the fastest" not in out
+    _, out, _ = run(capsys, *given, "--json")
+    assert set(json.loads(out)["layouts"]) <= set(LAYOUTS)
