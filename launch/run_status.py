@@ -62,7 +62,10 @@ def status(run: RunFolder) -> dict[str, Any]:
         state = f"begun on {host}, which knows whether it goes on"
     ranks = {str(rank): words(beat) for rank, beat in (beats or {}).items()}
     told = {} if rows else {str(node): facts["why"] for node, facts in sorted(attempts.told(attempts.latest).items())}
-    return {"run": str(run.folder), "state": state, "steps": steps, "attempts": rows, "ranks": ranks, "nodes": told}
+    # the furthest rank's, from 1; 0 before the first
+    at_step = 1 + max((beat.step for beat in (beats or {}).values()), default=-1)
+    facts = {"run": str(run.folder), "state": state, "steps": steps, "attempts": rows, "ranks": ranks, "nodes": told}
+    return facts | ({"at_step": at_step} if at_step else {})
 
 
 def cancel(run: RunFolder) -> tuple[str, int | str]:
@@ -159,5 +162,5 @@ def _without_end(facts: Mapping[str, Any]) -> str:
     # Slurm's states are written in capitals
     state = facts["state"].lower()
     if state.startswith("running"):
-        return f"runs, at step {facts['steps'] + 1:,}"
+        return f"runs, at step {facts['at_step']:,}" if "at_step" in facts else "runs"
     return "was killed" if state.startswith("killed") else "goes on, or was killed with its job"

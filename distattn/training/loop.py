@@ -35,6 +35,7 @@ from distattn.data.order import derived_key
 from distattn.data.pack_plan import StepPacks
 from distattn.ir.errors import DamagedStateError, DistattnError, RunStopped
 from distattn.ir.plan import Plan
+from distattn.parallel.analysis.columns import plural
 from distattn.supervision.heartbeats import tell, telling
 from distattn.training.config import Config
 from distattn.training.engines.engine import Batch, Engine, EngineState
@@ -502,7 +503,7 @@ class TrainingLoop:
         self.watch.load_state_dict(progress["watch"])
         self.by_position.load(state["token_losses"])
         ranks, before = self.config.parallel.ranks, int(loaded.facts["ranks"])
-        on = f", on {ranks} ranks; it was saved on {before}" if ranks != before else ""
+        on = f", on {plural(ranks, 'rank')}; it was saved on {before}" if ranks != before else ""
         facts = {"ranks": ranks, "saved_on": before}
         self.growth.forget()
         if self.config.watch.digest_every:

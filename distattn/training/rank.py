@@ -6,12 +6,14 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import xxhash
 
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, LostRankError
 from distattn.supervision.heartbeats import tell_end, telling
 from distattn.training import config as configuration
 from distattn.training.config import Config
@@ -21,6 +23,8 @@ from distattn.training.loop import train
 from distattn.training.run_folder import RunFolder
 from distattn.training.run_settings import runs_on_gpus
 
+# what waits for the store of a job that is about to end
+_STORE_PATIENCE = timedelta(seconds=5)
 # of the system's errors those that do not pass; a file system that does not answer for a while is another matter
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT)
 
@@ -63,21 +67,45 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     # norms of gradients on the host are added up there
     on_device = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
     with telling("connecting to the other ranks", waits=True):
-        dist.init_process_group("gloo" if device.type == "cpu" else on_device, **job_store())
+        joined = job_store()
+        dist.init_process_group("gloo" if device.type == "cpu" else on_device, **joined)
     try:
         check_members(run.secret_file)
         code = work(run, config, device)
     except DistattnError as error:
+        # with another rank the store may be lost, too
+        _say(str(error), run, None if isinstance(error, LostRankError) else joined["store"])
         tell_end(error.exit_code, error)
-        sys.stderr.write(f"distattn: rank {dist.get_rank()}: {error}\n")
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror or error}."
-        sys.stderr.write(f"distattn: rank {dist.get_rank()}: {text}\n")
+        _say(text, run, joined["store"])
         code = DistattnError.exit_code if error.errno in _LASTING else 1
         tell_end(code, DistattnError(text) if error.errno in _LASTING else error)
         return code
     # only where all have come so far: NCCL waits for the others here, and an error is to be told at once
     dist.destroy_process_group()
     return code
+
+
+def _say(text: str, run: RunFolder, store: dist.Store | None) -> None:
+    """Print why this rank ends, unless ranks share a console and another one has said the same.
+
+    store: that of the job; None where it is not asked what others have said.
+    """
+    if store is None or run.logs.is_dir() or is_first_to_say(text, store):
+        sys.stderr.write(f"distattn: rank {dist.get_rank()}: {text}\n")
+        sys.stderr.flush()
+
+
+def is_first_to_say(text: str, store: dist.Store) -> bool:
+    """Return whether no other rank of this job has said this sentence: ranks that share a console say it once.
+
+    True, too, where the store does not answer, since it is better to say a sentence twice than not at all.
+    """
+    try:
+        store.set_timeout(_STORE_PATIENCE)
+        return store.add(f"said {xxhash.xxh3_64_hexdigest(text.encode())}", 1) == 1
+    except RuntimeError:
+        return True

@@ -74,11 +74,16 @@ def write_report(
 
 def _rank_counts(run: RunFolder, config: Config) -> str:
     """Return "4 ranks", or what each part of a run had that was resumed on another number: "4 ranks, from step 35 on 2"."""
-    changes = [event for event in run.events() if event["kind"] == "resumed" and "saved_on" in event]
-    changes = [event for event in changes if event["saved_on"] != event["ranks"]]
-    first = changes[0]["saved_on"] if changes else config.parallel.ranks
-    later = (f", from step {event['step'] + 1:,} on {event['ranks']}" for event in changes)
-    return f"{plural(first, 'rank')}{''.join(later)}"
+    resumed = [event for event in run.events() if event["kind"] == "resumed" and "saved_on" in event]
+    # steps done before a part, and its ranks
+    parts = [(-1, resumed[0]["saved_on"] if resumed else config.parallel.ranks)]
+    for event in resumed:
+        # later steps are done again
+        parts = [part for part in parts if part[0] < event["step"]]
+        if parts[-1][1] != event["ranks"]:
+            parts.append((event["step"], event["ranks"]))
+    (_, first), *later = parts
+    return plural(first, "rank") + "".join(f", from step {done + 1:,} on {ranks}" for done, ranks in later)
 
 
 def _attempt_rows(attempts: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -96,7 +96,7 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     assert cli.main(["launch", "status", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert (
-        said.startswith("running, 0 steps done\n  attempt 1: runs, at step 1\n")
+        said.startswith("running, 0 steps done\n  attempt 1: runs, at step 12\n")
         and "  rank 1: step 12, key/value move 3" in said
     )
     assert cli.main(["launch", "cancel", str(tmp_path), "--json"]) == 0

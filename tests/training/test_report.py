@@ -137,8 +137,10 @@ def test_a_long_run_shows_what_became_of_it(run):
 
 
 def test_kills_restarts_and_both_numbers_of_ranks_are_told(run):
-    facts = {"ranks": 2, "saved_on": 4}
-    run.append(run.events_file, {"step": 2, "kind": "resumed", "text": "Went on from <step>.", **facts})
+    # the second time after it was killed, the third after it was given more ranks, and these were killed before a save
+    for step, ranks, before in ((2, 2, 4), (2, 2, 4), (3, 3, 2), (3, 2, 2)):
+        facts = {"ranks": ranks, "saved_on": before}
+        run.append(run.events_file, {"step": step, "kind": "resumed", "text": "Went on from <step>.", **facts})
     why = "rank 1 was killed by SIGKILL: <forward>"
     attempts = [
         {"attempt": 1, "began": 0.0, "ended": 61.0, "exit_code": 137, "why": why},

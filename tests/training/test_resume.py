@@ -20,6 +20,7 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import resume_run
+from distattn.parallel.analysis.columns import plural
 from distattn.training import config as configuration
 from distattn.training.config import (
     Config,
@@ -163,7 +164,7 @@ def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path,
     event, before = copy.events()[-1], config.parallel.ranks
     ranks = changes.get("parallel", config.parallel).ranks
     assert (event["kind"], event["ranks"], event["saved_on"]) == ("resumed", ranks, before)
-    assert (f", on {ranks} ranks; it was saved on {before}." in event["text"]) == (ranks != before)
+    assert (f", on {plural(ranks, 'rank')}; it was saved on {before}." in event["text"]) == (ranks != before)
     # three of these steps were trained before
     (losses,), (other_losses,) = wanted.losses(TRAINING), copy.losses(TRAINING)
     assert losses["tokens"] == other_losses["tokens"]
