@@ -90,6 +90,7 @@ DATA = ["--documents", "3000", "--context", "2048"]
 SHORT_STEPS = ["--data.tokens_per_step=1024", "--data.max_document_tokens=900"]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("script", "arguments", "wanted"),
     [
@@ -171,12 +172,14 @@ def test_the_gpu_benchmark_runs_without_one():
     assert "sdpa cudnn" in done.stdout and "no build of FlashAttention 3" in done.stdout
 
 
+@pytest.mark.full
 def test_the_gpu_checks_run_without_one():
     done = run_interpreted("benchmarks/gpu_checks.py")
     assert done.returncode == 0 and "guards whole" in done.stdout, done.stdout + done.stderr[-1500:]
     assert "gluon (32, 32) softcap alibi: left out" in done.stdout
 
 
+@pytest.mark.full
 def test_kernels_of_recurrences_are_checked_and_timed_without_a_gpu():
     done = run_interpreted("benchmarks/gpu_recurrence.py", "--tokens", "65")
     assert done.returncode == 0, done.stdout + done.stderr[-1500:]
@@ -228,6 +231,7 @@ def test_ranks_that_are_as_wrong_as_one_device_are_wrong(dtype, most):
         assert "o of one device is off by" in right._replace(of_one_device=wrong).check((tokens, *wrong))
 
 
+@pytest.mark.full
 def test_what_hybrids_recall_is_a_table_and_a_figure_of_all_runs(tmp_path):
     learned, other = recall_by_ratio.Setting(6, 7), recall_by_ratio.Setting(-1, 7)
     row = recall_by_ratio.trained(learned, 1, 2)

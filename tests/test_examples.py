@@ -78,6 +78,7 @@ def test_losses_are_those_of_one_process_over_20_steps(run):
         assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, (ranks, further)
 
 
+@pytest.mark.full
 def test_a_hybrid_has_one_curve_on_any_number_of_ranks():
     importlib.import_module("distattn.adapters.pytorch")
     wanted, *others = (losses(ranks, "recall", "--steps", "10") for ranks in (1, 2, 4))

@@ -295,6 +295,7 @@ def some_commands(cases, seed, folder):
     return wrong
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "seed", [pytest.param(seed, marks=[pytest.mark.full] if seed > 1 else []) for seed in range(6)]
 )

@@ -280,6 +280,7 @@ for config in (FalconConfig(num_hidden_layers=1), GPTJConfig(n_layer=1)):
 """
 
 
+@pytest.mark.full
 def test_models_refuse_whether_they_are_imported_before_or_after():
     done = subprocess.run([sys.executable, "-c", FIRST_IMPORTED_BEFORE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -59,7 +59,7 @@ def _check(ranks: int, cases: list, dtype: torch.dtype, tolerance: float) -> Non
         assert error < tolerance, f"{name} {lengths} {how}: {error}"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("ranks", CASES)
 def test_loss_and_gradients_are_those_of_one_process(ranks):
     _check(ranks, CASES[ranks], torch.float64, 1e-10)

@@ -45,6 +45,7 @@ def _split(rank: int, cases: list) -> list:
     return found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("ranks", CASES)
 def test_loss_and_gradients_are_those_of_one_process(ranks):
     found = run_on_ranks(ranks, _split, CASES[ranks])[-1]

@@ -252,6 +252,7 @@ def _closed(rank: int) -> tuple[int, set[str], str]:
     return remembered, threads, str(error.value)
 
 
+@pytest.mark.full
 def test_closing_ends_threads_and_many_lengths_fill_no_memory():
     for result in run_on_ranks(2, _closed):
         assert result == (64, set(), "this core attention has been closed.")

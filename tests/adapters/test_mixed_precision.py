@@ -131,6 +131,7 @@ def _by_the_trainer(rank: int, folder, degree: int, shared: bool, changes: dict)
     return test_hf_trainer._train(rank, folder, degree, 2, changes, torch.float32, shared=shared)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("changes", [{"bf16": True}], ids=["bf16"])
 def test_hugging_faces_trainer(tmp_path, changes):
     pytest.importorskip("accelerate", reason="accelerate is not installed")

@@ -66,6 +66,7 @@ def _split(rank: int, names: list, pad_to: int, cluster: ClusterSpec | None) -> 
     return found
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("ranks, pad_to, chosen", [(2, 8, True), (4, 1, True), (2, 1, False)])
 def test_loss_and_gradients_are_those_of_one_process(ranks, pad_to, chosen):
     names = [name for name in MODELS if (name in CHOSEN) == chosen]

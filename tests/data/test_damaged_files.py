@@ -106,6 +106,7 @@ def test_no_fault_is_silent_where_there_are_digests(originals, tmp_path):
     assert found >= 800
 
 
+@pytest.mark.full
 def test_without_digests_only_tokens_and_limits_of_documents_can_be_altered_unnoticed(originals, tmp_path):
     *_, ends, modes, _ = section_offsets(3000, 3001)
     whole = (originals[0] / "file.idx").read_bytes()

@@ -94,6 +94,7 @@ def test_the_number_of_shares_and_what_is_read_ahead_may_change_in_mid_run(plan,
     assert seen == [set(sums) for sums in reference]
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_and_resumed_with_other_shares_reads_what_an_unbroken_one_does(
     folder, reference, tmp_path
 ):

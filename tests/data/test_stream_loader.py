@@ -128,6 +128,7 @@ def test_every_token_is_in_one_pack_and_packs_keep_their_limits(lengths, context
     assert len(pieces_of(steps)) == sum(-(-length // context) for length in lengths)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_after_any_step_goes_on_as_if_nothing_had_been(kind):
     make = lambda: KINDS[kind](documents())  # noqa: E731

@@ -270,6 +270,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("trainer", GROUPS)
 def test_planted_mistakes_are_named(tmp_path, trainer):
     if trainer == "DeepSpeed":
@@ -290,6 +291,7 @@ def test_there_are_enough_of_them():
     assert len({family for family, *_ in PLANTED}) >= 5 and set(GROUPS) == {trainer for _, trainer, *_ in PLANTED}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("trainer", GROUPS)
 def test_healthy_set_ups_have_no_finding(tmp_path, trainer):
     if trainer == "DeepSpeed":

@@ -88,6 +88,7 @@ PLANTED = [
 ]
 
 
+@pytest.mark.full
 def test_mistakes_of_recurrent_layers_are_named_and_none_is_found_where_none_is(tmp_path):
     texts = [
         script("hybrid", "loop", *filter(None, [name]), dtype=(*dtype, "float32")[0]) for name, _, *dtype in PLANTED

@@ -279,6 +279,7 @@ def _plain(lengths: list[int]):
     return loss.detach(), [parameter.grad for parameter in model.parameters()]
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("lengths", [[40, 1, 23, 9], [2]], ids=["pack", "fewer tokens than ranks"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("rules", ["gloo", pytest.param("nccl", marks=pytest.mark.full)])

@@ -148,6 +148,7 @@ def work(rank, ranks):
     return [of_two_batches(rank, *case) for case in CASES[ranks]]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("ranks", CASES)
 def test_batches_that_hand_on_states_equal_one(ranks):
     for (settings, _, blocks), everyone in zip(

@@ -83,6 +83,7 @@ def losses(rank, layout, pad_to, run_layout=False):
     return found, [p.grad for p in model.parameters()]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "layout, pad_to, run", [("zigzag", 1, False), ("contiguous", 8, False), ("zigzag", 8, "contiguous")]
 )
@@ -148,6 +149,7 @@ def alone(rank, ops):
         return steps_of(Hybrid(ops), cp, steps)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("servers", [0, 1])
 def test_recurrent_layers_stay_where_tokens_are_while_attention_is_pooled_or_served(servers):
     ops = ["gated_delta_rule", "attention", "ssd"] + ([] if servers else ["latent_attention"])

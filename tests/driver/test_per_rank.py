@@ -51,6 +51,7 @@ def test_in_single_precision_too(rules):
         assert_same(result, whole_run(4, "float32"), 1e-5)
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("rules", ["gloo", "nccl"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_any_strategy_may_share_out_a_pool(strategy, rules):
@@ -81,6 +82,7 @@ def windowed_run(rank):
     return together, apart
 
 
+@pytest.mark.full
 def test_windows_inside_documents_are_pooled_too():
     for together, apart in run_on_ranks(4, windowed_run):
         assert_same(together, apart, 1e-11)
@@ -155,6 +157,7 @@ def served_run(rank, servers, wrap, options):
     return out, evaluated
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(
     ("wrap", "rules"), [("plain", "gloo"), ("plain", "nccl"), ("checkpoint", "gloo"), ("fsdp", "gloo")]
 )
@@ -291,6 +294,7 @@ def adaptive_run(rank, adaptive):
     return pooled_run(rank, pool_options)
 
 
+@pytest.mark.full
 def test_measured_speeds_are_applied_two_steps_later_and_a_log_replays_the_run():
     results = run_on_ranks(4, adaptive_run, True)
     wanted = whole_run(4)
@@ -307,6 +311,7 @@ def test_measured_speeds_are_applied_two_steps_later_and_a_log_replays_the_run()
             assert loss == same_loss and torch.equal(gradient, same_gradient)
 
 
+@pytest.mark.full
 def test_without_adapting_a_run_is_bitwise_the_same():
     first, second = (run_on_ranks(4, adaptive_run, False) for _ in range(2))
     for (result, _), (again, _) in zip(first, second, strict=True):

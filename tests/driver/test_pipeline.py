@@ -147,6 +147,7 @@ def assert_same_gradients(results, replicas):
             assert (got - want).abs().max() <= 1e-11 * want.abs().max()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rules", ["gloo", pytest.param("nccl", marks=pytest.mark.full)])
 @pytest.mark.parametrize(("replicas", "depths"), [(1, (2, 1)), (2, (1, 2)), (1, (1, 1, 1))])
 def test_stages_that_pool_their_attention_have_the_gradients_of_one_process(replicas, depths, rules):

@@ -128,6 +128,7 @@ FOUR_RANKS = ("double_ring", "allgather", "usp", "cad_greedy")
 
 
 # with batches that the loader has put on the device, and with some of the host
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     ("strategy", "ranks", "loads"),
     [
@@ -196,6 +197,7 @@ def staged(rank, stages):
             assert bool(losses) == (stage + 1 == stages)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("ranks", "stages"), [(2, 2), pytest.param(3, 3, marks=pytest.mark.full), (4, 2)])
 def test_pipeline_stages_have_no_race(ranks, stages):
     assert_none_found(run_on_ranks(ranks, watched, staged, stages))
@@ -281,6 +283,7 @@ BREACHES = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("breach", BREACHES, ids=lambda breach: breach.__name__)
 def test_breaches_are_found_and_named(breach):
     loads = DEVICE if breach is batches_are_not_handed_over else "cpu"

@@ -43,6 +43,7 @@ def interpret(folder: Path) -> None:
     (folder / "found.json").write_text(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.full
 def test_outputs_states_and_gradients_are_those_of_the_chunked_kernel(found):
     assert list(found["differences"]) == sorted(RECURRENT, key=lambda name: name == "delta_rule")
     for name, difference in found["differences"].items():

@@ -90,6 +90,7 @@ def assert_close_to_the_reference(case: Case, results: dict[str, torch.Tensor]) 
         assert error <= tolerance, f"{name} is off by {error:.2e}, more than {tolerance:.0e}"
 
 
+@pytest.mark.full
 def test_one_forward_program_equals_the_reference():
     # queries [256, 384) of the first head, the third tile from the end: two tiles of keys without a mask and one with
     results, exact = run(FORWARD, compiled(FORWARD), programs=[4]), wanted(FORWARD)

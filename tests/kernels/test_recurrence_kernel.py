@@ -35,6 +35,7 @@ def test_chunks_equal_the_definition(name, decay):
     assert_same(chunk_by_chunk(case, torch.float32), wanted, 2e-5)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", RECURRENT)
 def test_thousands_of_tokens(name):
     case = recurrence_case(OPS[name], (2500,), heads=1, key_heads=1, decay="near 1")

@@ -137,6 +137,7 @@ def test_wrong_kernels_are_found(fault, monkeypatch):
     assert ranking([found, {}], ["odd", "cpu"]) == ["cpu"]
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", all_masks(4))
 def test_samples_are_parts_of_their_launch(name):
     whole = LaunchMask.from_mask(all_masks(4)[name], 4, 2)

@@ -132,6 +132,7 @@ def score_of(modifier: str, heads: int) -> ScoreMod:
     return ScoreMod(SCALE, 1.5 if modifier in ("softcap", "both") else 0.0, slopes)
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("name", all_masks(4))
 def test_forward_and_backward_equal_the_reference(name):
     # every mask meets some rows, all masks together meet them all

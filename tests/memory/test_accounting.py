@@ -171,6 +171,7 @@ def test_ranks_with_equally_many_tokens_share_a_line():
     assert on_host[0].total < found[0].total and on_host[0].host > 0
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_many_equal_layers_are_counted_by_few(settings):
     def model():
@@ -219,6 +220,7 @@ def test_plan_shows_the_memory_of_a_run(capsys):
         main(["--docs", "4096", "--cluster", "h200-1x8", "--memory"])
 
 
+@pytest.mark.full
 def test_a_run_is_trained_with_all_that_saves_memory(tmp_path):
     words = ["loss_tile_tokens", "64", "mlp_tile_tokens", "32", "activation_checkpointing", "full", "offload", "True"]
     memory = [word if i % 2 else f"--memory.{word}" for i, word in enumerate(words)]

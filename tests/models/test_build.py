@@ -86,6 +86,7 @@ def _gathered(rank: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> dict
 
 
 # 3 ranks do not divide any of the sizes
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("sizes", [(1,), (3,), (2, 2)], ids=str)
 def test_weights_do_not_depend_on_the_sharding(sizes):
     names = ("llama-tied", "llama3-rope", "qwen3", "gemma", "gpt-oss", "qwen3-moe", "gpt2")
@@ -130,6 +131,7 @@ def _peak(rank: int, config: LlamaConfig) -> tuple[int, int, int, int]:
     return built, live.peak, sum(p.numel() * 4 for p in model.parameters()), max(sizes)
 
 
+@pytest.mark.full
 def test_a_rank_holds_its_share_and_one_module_of_a_narrow_70b():
     # 80 layers and the proportions of Llama 3 70B, 64 times narrower
     shape = dict(num_layers=80, hidden_size=128, num_attention_heads=64, num_key_value_heads=8, intermediate_size=448)

@@ -47,6 +47,7 @@ def _sharded(rank: int, ranks: int, folder: str) -> dict[str, tuple[int, int, di
 
 
 # 3 ranks do not divide any of the sizes
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_each_rank_reads_its_part_and_no_more(ranks, tmp_path):
     wanted = {name: export(name, tmp_path / name, max_shard_bytes=30_000) for name in KINDS}

@@ -49,6 +49,7 @@ def test_many_ranks_are_summarised_by_their_extremes():
     assert "\n   0 " in text and "\n  63 " in text and "\n  32 " not in text
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_picture_is_a_png_with_colours_where_cells_are(strategy):
     explanation = explain(plan_for(strategy))

@@ -128,6 +128,7 @@ def places_die(monkeypatch):
     monkeypatch.setattr(execute, "_run_step", stepped)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kernel", ["reference", "in_place"])
 def test_nothing_is_used_before_it_is_written_or_after_its_life(kernel, places_die):
     with mock.patch.dict(KERNELS, {"in_place": "in_place_kernel"}):

@@ -273,6 +273,7 @@ def test_bfloat16_is_at_most_twice_as_far_off_as_pytorch(name, kernel):
         assert ours <= 2 * other + 4e-6, part
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sixty_four_ranks_in_lock_step(strategy):
     lengths = [1, 300, 7, 129, 203]

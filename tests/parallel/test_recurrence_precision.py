@@ -39,7 +39,7 @@ def errors(got: RecurrenceResult, wanted: RecurrenceResult) -> dict[str, float]:
     }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", RECURRENT)
 def test_every_recurrence_is_as_exact_as_on_one_device(name):
     laid_out = layouts(LENGTHS, 4)

@@ -19,6 +19,7 @@ SHAPE = dict(heads=8, kv_heads=2, head_dim=4, dtype="float64", cluster=Cluster(2
 CHANGES = [("contiguous", "zigzag"), ("zigzag", "from_chunks"), ("from_chunks", "document_zigzag")]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_works_on_a_layout_of_its_own(strategy, policy):

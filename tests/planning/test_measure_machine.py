@@ -68,6 +68,7 @@ def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
     assert code == 2 and not out and sentence in err and "Traceback" not in err
 
 
+@pytest.mark.full
 def test_two_processes_measure_together(tmp_path, monkeypatch):
     from distattn.launch.ranks.local import run_ranks
 

@@ -76,6 +76,7 @@ def outcome(folder: Path) -> tuple[int, str, list[dict]]:
     return int((folder / "code").read_text()), "\n".join(said), Attempts(folder / "attempts").rows()
 
 
+@pytest.mark.full
 def test_a_process_that_was_forked_of_a_launcher_launches_too(runs):
     assert outcome(runs / "forked")[:2] == (0, "")
 

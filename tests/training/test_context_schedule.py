@@ -59,6 +59,7 @@ def _rows(run: RunFolder) -> list[tuple[int, int, float, float]]:
     return [(step.step, step.context_length, step.loss, step.grad_norm) for step in run.metrics()]
 
 
+@pytest.mark.full
 def test_a_run_goes_on_bit_by_bit_from_the_middle_of_each_phase(config, tmp_path):
     run = RunFolder.create(config)
     write_text(run, config, find_text(config))

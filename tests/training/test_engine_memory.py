@@ -78,6 +78,7 @@ ENGINES = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_rank_holds_its_share_and_one_module_while_an_engine_opens(engine):
     name, how, parallel = ENGINES[engine]

@@ -171,6 +171,7 @@ RUNS = {
 }
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("run", RUNS)
 def test_an_engine_has_the_curve_of_one_process(run, wanted):
     for curve in run_on_ranks(RUNS[run].parallel.ranks, _curve, RUNS[run]):
@@ -187,6 +188,7 @@ SPARING = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("run", SPARING)
 def test_tiles_and_checkpointed_layers_have_the_same_curve(run, wanted):
     for curve in run_on_ranks(SPARING[run].parallel.ranks, _curve, SPARING[run], 5):
@@ -226,6 +228,7 @@ def _dropped(rank: int, config: Config):
         engine.close()
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("run", RUNS)
 def test_a_dropped_step_leaves_nothing_behind(run, wanted):
     for same, curve in run_on_ranks(RUNS[run].parallel.ranks, _dropped, RUNS[run]):
@@ -300,6 +303,7 @@ MOVES = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("first", "second"), MOVES)
 def test_the_state_of_one_engine_goes_on_in_another(first, second, tmp_path):
     every = run_on_ranks(RUNS[first].parallel.ranks, _moved, RUNS[first], 2, str(tmp_path))
@@ -342,6 +346,7 @@ def _half(rank: int, config: Config):
         engine.close()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("run", HALF)
 def test_bfloat16_follows_the_curve_and_keeps_weights_in_float32(run, wanted):
     for curve, same, dtypes in run_on_ranks(4, _half, HALF[run]):
@@ -426,6 +431,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pipeline", [2, 1])
 def test_models_that_megatron_knows_have_transformers_curve(kind, pipeline, tmp_path):

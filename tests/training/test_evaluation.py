@@ -64,6 +64,7 @@ def _trained(rank, evaluated, settings):
     return out, tables, wanted
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -117,6 +117,7 @@ def rows(run: RunFolder) -> list[tuple[int, float, float]]:
     return [(step.step, step.loss, step.grad_norm) for step in run.metrics()]
 
 
+@pytest.mark.full
 def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts, disk, tmp_path):
     plain = trained(config_of(texts, tmp_path / "plain"), tmp_path / "said-0", {})
     # the whole run is on the disk, which is full from before the first save to after the third

@@ -57,7 +57,7 @@ def _train(rank: int, folder: Path, config: Config) -> int:
     return moved.call_count
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "relaid"), [("qwen3_next", True), ("nemotron_h", False), ("mamba2", False), ("deepseek_v3", False)]
 )

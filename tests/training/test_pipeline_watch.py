@@ -141,6 +141,7 @@ def _found(rank: int, folder: str) -> dict[str, str]:
     return found
 
 
+@pytest.mark.full
 def test_the_first_tensor_layer_and_rank_are_named_over_the_stages_of_a_pipeline(tmp_path):
     everyone = run_on_ranks(4, _found, str(tmp_path))
     assert all(one == everyone[0] for one in everyone)

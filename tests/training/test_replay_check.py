@@ -151,7 +151,7 @@ def _checked(rank, settings):
     return out
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -129,6 +129,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
             assert copy.losses(split) == run.losses(split) and [row["step"] for row in run.losses(split)] == [4, 8]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -171,6 +172,7 @@ def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path,
     assert losses["loss"] == pytest.approx(other_losses["loss"], rel=tolerance[1])
 
 
+@pytest.mark.full
 def test_what_is_computed_less_often_or_logged_changes_no_number(config, tmp_path):
     """Rollbacks, replays and histograms beside a run without them."""
     plain = trained(config)
@@ -216,6 +218,7 @@ def test_held_out_documents_are_evaluated(config):
     assert all(0 < row["loss"] < 7 and row["by_corpus"] and row["by_position"] for row in found)
 
 
+@pytest.mark.full
 def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
     """The text begins anew as often as there are steps; the steps that were planned before stay."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, schedule="constant"))
@@ -356,6 +359,7 @@ def test_a_second_job_on_a_folder_is_refused_and_names_the_owner(config):
     assert not run.metrics_file.exists()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler here")
 def test_compiled_layers_have_the_same_curve(config):
     config = dataclasses.replace(
