@@ -299,7 +299,7 @@ class TrainingLoop:
         """Digest the state after so many steps, where the run file says so, or it is about to be saved."""
         every, saves = self.config.watch.digest_every, self.config.checkpoint.every_steps
         is_saved = saves > 0 and done % saves == 0 or saves >= 0 and done == self.config.train.steps
-        if every and (done % every == 0 or is_saved or self._save_is_due or self.stop.is_made()):
+        if every and (done % every == 0 or is_saved or self._save_is_due or self.stop.made()):
             self.digest.take(after)
 
     def _leave_damaged(self, damage: Damage) -> int:
