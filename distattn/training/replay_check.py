@@ -95,10 +95,14 @@ def bits_digest(tensor: Tensor) -> Tensor:
     The bits of each row, the last dim, are added as integers, and the rows' sums weighed with odd numbers, modulo 2^64. Any one
     number that changes is found, and rows that change places are.
     """
-    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
-    bits = rows.contiguous().view(_BITS[tensor.element_size()])
-    sums = bits.sum(-1, dtype=torch.int64)
+    sums = row_sums(tensor)
     return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
+
+
+def row_sums(tensor: Tensor) -> Tensor:
+    """Add up the bits of each row of a tensor, its last dim, as integers modulo 2^64: int64 (rows,) on its device."""
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+    return rows.contiguous().view(_BITS[tensor.element_size()]).sum(-1, dtype=torch.int64)
 
 
 def _first_difference(

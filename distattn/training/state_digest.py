@@ -8,8 +8,10 @@ difference names the rank and the tensor, and the run goes back to a checkpoint.
 from __future__ import annotations
 
 import socket
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +23,12 @@ from distattn.ir.errors import named_ranks
 from distattn.parallel.runtime.communicator import sendable_device
 from distattn.training.engines.engine import COUNTS, WEIGHT, StateTensor
 from distattn.training.module_observer import gathered, local_part, plain_name
-from distattn.training.replay_check import bits_digest
+from distattn.training.replay_check import row_sums
 
 # of one rank in one process before the run ends: what repeats is no chance
 MOST_OF_ONE_RANK = 3
+# devices whose memory is hashed by the processor
+_HOST = ("cpu",)
 
 
 class Damage(NamedTuple):
@@ -139,36 +143,40 @@ def state_tensors(
 
 
 class _Digests(NamedTuple):
-    """host: of each tensor in the host's memory, by its kind and name; names, device: of those of a device, int64 on it."""
+    """host: of each tensor in the host's memory, by its kind and name. names, ends: tensors of a device, and where the sums of
+    their rows end in `device`, int64 on it: one kernel a tensor, since launches of small ones would cost more than the memory.
+    """
 
     host: dict[tuple[str, str], int]
     names: list[tuple[str, str]]
+    ends: list[int]
     device: Tensor | None
 
     def changed(self, now: _Digests) -> list[str]:
         """Names of tensors whose digest is another one now, or that are not there any more."""
         found = [name for name, digest in self.host.items() if now.host.get(name) != digest]
         if self.device is not None:
-            if now.names != self.names or now.device is None:
+            if (now.names, now.ends) != (self.names, self.ends) or now.device is None:
                 found += self.names
             else:
-                found += [self.names[at] for at in (self.device != now.device).nonzero().flatten().tolist()]
+                rows = (self.device != now.device).nonzero().flatten().tolist()
+                found += [self.names[at] for at in sorted({bisect_right(self.ends, row) for row in rows})]
         return [f"{kind} {plain_name(name)}".rstrip() for kind, name in found]
 
 
 def _digests(tensors: Iterable[StateTensor]) -> _Digests:
     host: dict[tuple[str, str], int] = {}
     names: list[tuple[str, str]] = []
-    device: list[Tensor] = []
+    sums: list[Tensor] = []
     for kind, name, tensor in tensors:
         if not tensor.numel():
             continue
-        if tensor.device.type == "cpu":
+        if tensor.device.type in _HOST:
             host[kind, name] = xxhash.xxh3_64_intdigest(_bytes_of(tensor))
         else:
             names.append((kind, name))
-            device.append(bits_digest(tensor))
-    return _Digests(host, names, torch.stack(device) if device else None)
+            sums.append(row_sums(tensor))
+    return _Digests(host, names, list(accumulate(map(len, sums))), torch.cat(sums) if sums else None)
 
 
 def _bytes_of(tensor: Tensor) -> Any:

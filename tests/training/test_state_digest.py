@@ -10,7 +10,7 @@ from processes import run_on_ranks
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.ir.errors import DamagedStateError, DistattnError
-from distattn.training import loop
+from distattn.training import loop, state_digest
 from distattn.training.config import (
     Config,
     DataConfig,
@@ -53,8 +53,11 @@ def trained_model(dtype: torch.dtype) -> tuple[torch.nn.Module, torch.optim.Opti
     return model, optimizer
 
 
+@pytest.mark.parametrize("on_device", [False, True], ids=["by xxh3", "as on a device"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_every_bit_counts_and_names_its_tensor(dtype):
+def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
+    if on_device:
+        monkeypatch.setattr(state_digest, "_HOST", ())
     model, optimizer = trained_model(dtype)
     digest = StateDigest(lambda: state_tensors(model.named_parameters(), optimizer))
     assert digest.compare(1) is None and digest.comparisons == 0
@@ -71,13 +74,14 @@ def test_every_bit_counts_and_names_its_tensor(dtype):
             flip(tensor, bit)
             assert damage is not None and (damage.ranks, damage.tensors) == ((0,), (name,))
             assert f"{name} changed between the update of step 1 and the update of step 2" in damage.text
-    # two changes whose sum is none
+    # two changes whose sum is none, in different rows
     weight = model[0].weight.detach().view(torch.uint8).view(-1)
+    other = 7 * dtype.itemsize
     weight[0] += 1
-    weight[dtype.itemsize] -= 1
+    weight[other] -= 1
     assert digest.compare(1) is not None
     weight[0] -= 1
-    weight[dtype.itemsize] += 1
+    weight[other] += 1
     assert digest.compare(1) is None
     digest.forget()
     assert digest.compare(1) is None
