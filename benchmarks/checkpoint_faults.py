@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from process_guard import guard_processes
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints, newest_good
 from distattn.checkpoints.checkpoints import Checkpoints
@@ -480,4 +481,5 @@ def _print_row(name: str, both: tuple[Counter[str], Counter[str]], columns: tupl
 
 
 if __name__ == "__main__":
+    guard_processes()
     sys.exit(main())

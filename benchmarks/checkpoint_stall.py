@@ -35,6 +35,7 @@ import harness
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from process_guard import guard_processes
 
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
@@ -272,4 +273,5 @@ def _print(given: argparse.Namespace, cells: list[harness.Cell], rows: list[Any]
 
 
 if __name__ == "__main__":
+    guard_processes()
     sys.exit(main())

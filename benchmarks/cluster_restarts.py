@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness import Cell, write
+from process_guard import guard_processes
 
 from distattn.checkpoints.owner import Owner
 from distattn.launch.attempts import Attempts
@@ -189,4 +190,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    guard_processes()
     main()

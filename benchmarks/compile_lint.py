@@ -30,6 +30,7 @@ from unittest import mock
 
 import torch
 import triton
+from process_guard import guard_processes
 from triton.backends.compiler import GPUTarget
 
 from distattn.ir.mask import Mask
@@ -338,4 +339,5 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    guard_processes()
     sys.exit(main())

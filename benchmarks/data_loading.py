@@ -38,6 +38,7 @@ import xxhash
 from data_contestants import CONTESTANTS, END_OF_DOCUMENT, TOKEN, VOCABULARY, Case, Contestant
 from harness import Unsupported, environment
 from pack_planning import LENGTHS, QUANTILES
+from process_guard import guard_processes
 
 from distattn.data.indexed_file import IndexedFileWriter
 
@@ -245,4 +246,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    guard_processes()
     main()

@@ -33,6 +33,7 @@ import numpy as np
 # numpy imports it at the first np.unique
 import numpy.ma  # noqa: F401
 from data_loading import say, write_corpus
+from process_guard import guard_processes
 
 from distattn.data.corpus import Corpus
 from distattn.data.indexed_file import IndexedFileWriter
@@ -244,4 +245,5 @@ def _bytes_read() -> int:
 
 
 if __name__ == "__main__":
+    guard_processes()
     sys.exit(main())

@@ -27,6 +27,7 @@ from typing import IO, NamedTuple
 
 import findings
 import torch
+from process_guard import guard_processes
 from verdict import TIERS, Outcome, speed_table, time_table, verdict
 
 from distattn.kernels.trial_cache import cache_file
@@ -229,4 +230,5 @@ class Running:
 
 
 if __name__ == "__main__":
+    guard_processes()
     sys.exit(main())

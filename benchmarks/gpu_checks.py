@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from findings import Findings
+from process_guard import guard_processes
 from torch import Tensor
 
 import distattn as da
@@ -307,4 +308,5 @@ def sanitized(tiers: list[str], seconds: float, findings: Findings) -> list[str]
 
 
 if __name__ == "__main__":
+    guard_processes()
     sys.exit(main())

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from harness import environment
+from process_guard import guard_processes
 
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import start_run
@@ -124,4 +125,5 @@ def ratio(told: list[float], untold: list[float]) -> float:
 
 
 if __name__ == "__main__":
+    guard_processes()
     main()

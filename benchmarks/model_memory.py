@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from process_guard import guard_processes
 from torch.distributed.device_mesh import init_device_mesh
 
 from distattn.adapters import pytorch
@@ -143,4 +144,5 @@ def _anonymous_bytes() -> int:
 
 
 if __name__ == "__main__":
+    guard_processes()
     main()

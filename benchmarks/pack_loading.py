@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from pack_planning import draw
+from process_guard import guard_processes
 
 from distattn.data.corpus import Corpus
 from distattn.data.indexed_file import IndexedFileWriter
@@ -179,4 +180,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    guard_processes()
     main()

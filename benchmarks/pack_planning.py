@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from process_guard import guard_processes
 
 from distattn.data.make_pack_plan import make_pack_plan
 from distattn.data.order import permuted
@@ -235,4 +236,5 @@ def _first_fit(lengths: list[int], pack_tokens: int) -> list[list[int]]:
 
 
 if __name__ == "__main__":
+    guard_processes()
     main()

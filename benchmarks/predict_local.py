@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from harness import compare
+from process_guard import guard_processes
 
 import distattn as da
 from distattn.cluster import spec as describe
@@ -118,4 +119,5 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    guard_processes()
     sys.exit(main())

@@ -23,6 +23,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from harness import environment
+from process_guard import guard_processes
 
 ROOT = Path(__file__).parents[1]
 # of an answer that knows which symbols are values: one of 32
@@ -139,4 +140,5 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    guard_processes()
     main()

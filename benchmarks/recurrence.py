@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from harness import Cell, Contestant, compare, table, write
+from process_guard import guard_processes
 from torch import Tensor
 
 import distattn as da
@@ -200,4 +201,5 @@ def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
 
 
 if __name__ == "__main__":
+    guard_processes()
     main()

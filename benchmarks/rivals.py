@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from harness import Cell, Contestant, Unsupported, compare, table, write
+from process_guard import guard_processes
 from torch import Tensor
 
 import distattn as da
@@ -269,4 +270,5 @@ def deepspeed(lengths: list[int], inputs: list[Tensor]) -> Contestant:
 
 
 if __name__ == "__main__":
+    guard_processes()
     main()

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from process_guard import guard_processes
 
 EVERY = 10
 # of computing in a step
@@ -192,5 +193,6 @@ def torchrun(ranks: int, module: str = "torch.distributed.run") -> list[str]:
 
 
 if __name__ == "__main__":
+    guard_processes()
     what = {one.__name__: one for one in (train, launch_supervised, monitored, replica, launch_replicas)}
     what[sys.argv[1]](*sys.argv[2:])

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import psutil
 from harness import Cell, write
+from process_guard import guard_processes
 from supervision_loop import EVERY, torchrun
 
 HERE = Path(__file__).parent
@@ -307,4 +308,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    guard_processes()
     sys.exit(main())

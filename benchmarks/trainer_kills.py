@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from process_guard import guard_processes
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.launch import cli, run_locally
@@ -477,4 +478,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    guard_processes()
     sys.exit(main())

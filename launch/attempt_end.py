@@ -13,7 +13,7 @@ from distattn.supervision.culprits import tells_of_lost_peer
 # a rank that ends so has said why, and would again
 _FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
 # what may be wrong with a rank, the likeliest cause of what happens to others first
-_KINDS = ("killed", "hung", "raised", "refused")
+_KINDS = ("killed", "cut", "hung", "raised", "refused")
 # of ranks that end for what others do
 _OF_OTHERS = (0, LostRankError.exit_code, RunStopped.exit_code)
 # that nodes may take to fail after the first, for what it failed for, before they are ended

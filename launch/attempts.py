@@ -49,6 +49,11 @@ class Attempts:
         number = 1 + len(ended)
         return [*ended, self._open(number)] if self._begun(number).exists() else ended
 
+    def is_reported(self, report: Path) -> bool:
+        """Whether a run's report was written after the last attempt had ended."""
+        # one file system has one clock
+        return report.exists() and report.stat().st_mtime >= self._file.stat().st_mtime
+
     @property
     def latest(self) -> int:
         """The number of the attempt that goes on, or that is next."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from distattn.ir.errors import DistattnError
+from distattn.launch.stop_signals import CommandStopped, answering_signals, end_now
 
 _USAGE = """usage: distattn COMMAND ...
 
@@ -38,7 +39,8 @@ commands:
 
 exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, or a run folder that is not in
 its place, 3 damaged data, 4 another rank was lost,
-75 training stopped because it was asked to, and can be resumed, 128 + N ended by signal N (130 Ctrl-C, 143 SIGTERM)
+75 training stopped because it was asked to, and can be resumed, 128 + N ended by signal N (129 SIGHUP, 130 Ctrl-C, 131 SIGQUIT,
+138 SIGUSR1, 143 SIGTERM)
 """
 
 # each is a module distattn.launch.NAME_command with a function main
@@ -47,12 +49,11 @@ _COMMANDS = ("train", "resume", "preflight", "plan", "calibrate", "doctor", "lau
 
 def entry() -> None:
     """Run one command and end the process with its exit code."""
-    code = main()
-    if code > 128:
-        # stopped in the middle, threads of torch's store may still be at what Python tears down: that aborts the process
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    # a signal that is sent many times is answered once, to the very end
+    with answering_signals():
+        code = main()
+        if code > 128:
+            end_now(code)
     sys.exit(code)
 
 
@@ -70,15 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command not in _COMMANDS:
             known = f"{', '.join(_COMMANDS[:-1])} and {_COMMANDS[-1]}"
             raise DistattnError(f"there is no command {command!r}; there are {known}. See distattn --help.")
-        # one command's imports need not be another's: some need torch, and that takes seconds
-        code: int = importlib.import_module(f"distattn.launch.{command}_command").main(rest)
-        # what is still buffered may find that nobody reads any more
-        sys.stdout.flush()
-        return code
+        with answering_signals():
+            # one command's imports need not be another's: some need torch, and that takes seconds
+            code: int = importlib.import_module(f"distattn.launch.{command}_command").main(rest)
+            # what is still buffered may find that nobody reads any more
+            sys.stdout.flush()
+            return code
     except DistattnError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"distattn: {line}\n")
         return error.exit_code
+    except CommandStopped as stop:
+        sys.stderr.write(f"distattn: {stop}\n")
+        return stop.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("distattn: stopped.\n")
         return 130

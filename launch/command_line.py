@@ -57,6 +57,11 @@ def say(text: str) -> None:
     print_to_stderr(f"distattn: {text}")
 
 
+def finish_command(folder: object) -> str:
+    """The command that compares and reports, where all steps of the run of a folder are done."""
+    return f"python -m distattn.launch.finish_run {folder}"
+
+
 def no_progress(line: str) -> None:
     """Print nothing."""
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import print_line
+from distattn.launch.attempts import Attempts
+from distattn.launch.command_line import finish_command, print_line
+from distattn.launch.stop_signals import CommandStopped, answering_signals, end_now, stopped
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.json_lines import json_text
@@ -23,15 +25,20 @@ from distattn.training.run_folder import RunFolder
 def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool) -> int:
     """Compare with plain transformers, write the report, and say how it went. Returns the exit code.
 
-    The report is written whatever becomes of the comparison, whose errors are raised afterwards.
+    The report is written whatever becomes of the comparison, whose errors are raised afterwards, unless the command is stopped.
     """
     checked: dict[str, Any] | None = None
-    try:
-        if config.reference_check.steps:
-            steps_compared = min(config.reference_check.steps, config.train.steps)
-            report_progress(f"the first {steps_compared} steps again in plain transformers ...")
-            checked = run_reference_check(run, config)
-    finally:
+    later = f"all steps are done, and {finish_command(run.folder)}"
+    with stopped("while the report was written", f"{later} writes it"):
+        try:
+            if config.reference_check.steps:
+                with stopped("in the comparison with plain transformers", f"{later} compares and reports"):
+                    steps_compared = min(config.reference_check.steps, config.train.steps)
+                    report_progress(f"the first {steps_compared} steps again in plain transformers ...")
+                    checked = run_reference_check(run, config)
+        except Exception:
+            _report(run, config, checked, report_progress, json_lines)
+            raise
         _report(run, config, checked, report_progress, json_lines)
     if checked and not checked["passed"]:
         sys.stderr.write("distattn: the run differs from plain transformers: the reference check failed.\n")
@@ -49,7 +56,7 @@ def _report(
     steps = run.metrics()
     if not steps:
         raise DistattnError(f"{run.metrics_file}: has no step that could be reported; was its disk full?")
-    write_report(run, config, checked)
+    write_report(run, config, checked, Attempts(run.attempts).rows())
     if json_lines:
         losses = {"first_loss": steps[0].loss, "last_loss": steps[-1].loss}
         print_line(
@@ -70,11 +77,18 @@ def main(folder: str) -> int:
     try:
         config = configuration.load(run.config_file)
         # a preflight alone has no steps
-        return 0 if config.preflight.action == "only" else finish_run(run, config, print_line, False)
+        with answering_signals():
+            return 0 if config.preflight.action == "only" else finish_run(run, config, print_line, False)
+    except CommandStopped as stop:
+        sys.stderr.write(f"distattn: {stop}\n")
+        return stop.exit_code
     except DistattnError as error:
         sys.stderr.write(f"distattn: {error}\n")
         return error.exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    with answering_signals():
+        if (_code := main(sys.argv[1])) > 128:
+            end_now(_code)
+    sys.exit(_code)

@@ -266,7 +266,16 @@ def _print_logs(run: RunFolder, rank: int | None) -> int:
     if not files and rank is None:
         files = [run.log_file(0)]
     if not files or not files[0].exists():
+        if not run.logs.is_dir() and rank is None:
+            raise DistattnError(
+                f"{run.folder}: the run keeps no logs: distattn train prints to the console; use launch local."
+            )
         raise DistattnError(f"{run.folder}: there are no logs of {'the job' if rank is None else f'rank {rank}'} yet.")
-    for file in files:
-        sys.stdout.write(file.read_text("utf-8", "replace"))
+    texts = [file.read_text("utf-8", "replace") for file in files]
+    if not any(texts):
+        names = " and ".join(str(file) for file in files)
+        sys.stderr.write(
+            f"distattn: {names}: empty, nothing was printed yet; distattn launch status says what ranks do.\n"
+        )
+    sys.stdout.write("".join(texts))
     return 0

@@ -13,6 +13,7 @@ from distattn.launch.command_line import no_progress, print_line
 from distattn.launch.ranks.machine_limits import check_run_fits
 from distattn.launch.ranks.rank import set_allocator
 from distattn.launch.start_run import require_packages, resume_run, start_run
+from distattn.launch.stop_signals import stopped
 from distattn.supervision.rank_watch import Patience
 from distattn.training.config import Config
 from distattn.training.json_lines import json_text, parse_json
@@ -33,10 +34,10 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
     require_packages(*_PACKAGES)
     check_run_fits(config)
     report_progress = no_progress if json_lines else print_line
-    run = start_run(config, report_progress)
+    with stopped("before training", "nothing is left behind"):
+        run = start_run(config, report_progress)
     if logs:
         run.logs.mkdir()
-
     return run_ranks_and_finish(run, config, report_progress, json_lines)
 
 
@@ -45,8 +46,9 @@ def resume_locally(run: RunFolder, config: Config, json_lines: bool) -> int:
     require_packages(*_PACKAGES)
     check_run_fits(config)
     report_progress = no_progress if json_lines else print_line
-    resume_run(run, config, report_progress)
     try:
+        with stopped("before training", "the run is as it was"):
+            resume_run(run, config, report_progress)
         return run_ranks_and_finish(run, config, report_progress, json_lines, proposed=True)
     finally:
         # refused, the run keeps the configuration that it has
@@ -66,30 +68,37 @@ def run_ranks_and_finish(
 
     proposed: whether ranks read the folder's proposed configuration where there is one.
     """
-    # heavy imports only once the run is known to be possible
-    from distattn.launch.finish_run import finish_run
-    from distattn.launch.ranks.attempt import Ranks
-    from distattn.launch.ranks.supervised import Restarts, run_supervised
-
-    set_allocator()
-    patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
+    alone = config.preflight.action == "only"
     with HeldFolder(run.folder) as held:
-        code = run_supervised(
-            Ranks(config.parallel.ranks, RANK, [str(run.folder), json_lines, proposed], patience),
-            Attempts(run.attempts),
-            Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints), held),
-            PRELOAD,
-        )
-        if config.preflight.action == "only":
-            if json_lines and run.preflight_file.exists():
-                print_line(json_text(parse_json(run.preflight_file.read_bytes())))
-            return code
-        if code:
+        with stopped("in the preflight") if alone else stopped("in training", lambda: _how_to_go_on(run)):
+            # heavy imports only once the run is known to be possible
+            from distattn.launch.finish_run import finish_run
+            from distattn.launch.ranks.attempt import Ranks
+            from distattn.launch.ranks.supervised import Restarts, run_supervised
+
+            set_allocator()
+            patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
+            code = run_supervised(
+                Ranks(
+                    config.parallel.ranks, RANK, [str(run.folder), json_lines, proposed], patience, run=str(run.folder)
+                ),
+                Attempts(run.attempts),
+                Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints), held),
+                PRELOAD,
+            )
+        if alone and json_lines and run.preflight_file.exists():
+            print_line(json_text(parse_json(run.preflight_file.read_bytes())))
+        if alone or code:
             return code
         held.check()
         try:
             return finish_run(run, config, report_progress, json_lines)
         except (DistattnError, OSError):
-            # what is missing then is not what has to be said
+            # an error of a folder that is gone has one cause, which `check` names
             held.check()
             raise
+
+
+def _how_to_go_on(run: RunFolder) -> str:
+    step = newest_step(run.checkpoints)
+    return f"distattn resume {run.folder} goes on from " + (f"step {step:,}" if step else "the first step")

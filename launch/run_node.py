@@ -18,6 +18,7 @@ from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import say
 from distattn.launch.node_needs import node_needs
 from distattn.launch.ranks.rank import set_allocator
+from distattn.launch.stop_signals import CommandStopped, answering_signals, stopped
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
@@ -39,7 +40,7 @@ def main(folder: str, what: str, *place: str) -> int:
     # whoever ends a step or a container sends SIGTERM, and kills it some seconds later: what can be saved until then is
     signal.signal(signal.SIGTERM, lambda *_: _ask_to_stop(run))
     # torch takes seconds, in which the signal may come
-    from distattn.launch.ranks.attempt import AttemptStopped, Ranks, fork_server, run_attempt
+    from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
     from distattn.launch.ranks.local import Node
     from distattn.launch.run_locally import PRELOAD, RANK
     from distattn.supervision.heartbeats import HeartbeatBoard
@@ -51,11 +52,14 @@ def main(folder: str, what: str, *place: str) -> int:
         per_node = node_needs(config).ranks
         node = Node(number, nodes, what, keeps_sigterm=True)
         patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
-        ranks = Ranks(per_node, RANK, [folder, False], patience, node)
+        ranks = Ranks(per_node, RANK, [folder, False], patience, node, folder)
         set_allocator()
-        with fork_server(PRELOAD, node), contextlib.closing(HeartbeatBoard.make(per_node)) as board:
+        board = HeartbeatBoard.make(per_node)
+        served = fork_server(PRELOAD, node, folder)
+        with answering_signals(), stopped("in training"), served, contextlib.closing(board):
             code, trouble = run_attempt(ranks, attempt, attempts.folder(attempt), board)
-    except AttemptStopped as stop:
+    except CommandStopped as stop:
+        say(f"node {number}: {stop}")
         return stop.exit_code
     except DistattnError as error:
         sys.stderr.write(f"distattn: {error}\n")

@@ -9,13 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distattn.checkpoints.owner import writer_is_alive
 from distattn.checkpoints.run_lock import folder_owner
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.attempts import Attempts
+from distattn.launch.command_line import finish_command
 from distattn.launch.slurm import jobs as slurm
 from distattn.supervision.culprits import process_state, words
 from distattn.training.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
+
+# of Slurm's states of a job those after which it has something to do
+_JOB_GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
 def status(run: RunFolder) -> dict[str, Any]:
@@ -27,20 +32,32 @@ def status(run: RunFolder) -> dict[str, Any]:
     attempts = Attempts(run.attempts)
     # a run of Slurm's may have been resumed here
     if run.job_file.exists() and attempts.beats() is None:
-        return slurm.status(run)
+        found = slurm.status(run)
+        return found if found["state"] in _JOB_GOES_ON else found | {"state": found["state"] + _unreported(run, found)}
     steps = len(run.metrics()) if run.metrics_file.exists() else 0
     beats, rows = attempts.beats(), attempts.rows()
     if beats is None and rows and "why" not in rows[-1]:
         # it has begun in between, or nobody goes on with it
         beats = attempts.beats()
     if run.ray_file.exists() and beats is None:
-        return {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
+        found = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
+        if not found["state"].startswith(("ended", "killed")):
+            return found
+        missing = _unreported(run, found)
+        if not missing and found["state"].startswith("killed"):
+            missing = f", python -m distattn.launch.ray.attempts {run.folder} goes on"
+        return found | {"state": found["state"] + missing}
     last = rows[-1] if rows else {}
     state = "running" if beats is not None else "killed with its launcher"
     if not rows:
         state = _state_elsewhere(run, steps)
     elif "why" in last:
         state = f"ended, exit code {last['exit_code']}"
+        if missing := _unreported(run, {"attempts": rows, "steps": steps}):
+            alive = writer_is_alive(last["process"]) if "process" in last else False
+            state = "all steps are done, its launcher compares and reports" if alive else state + missing
+            if alive is None:
+                state += f", unless its launcher on {last['host']} still does"
     elif (host := last.get("host")) != socket.gethostname():
         state = f"begun on {host}, which knows whether it goes on"
     ranks = {str(rank): words(beat) for rank, beat in (beats or {}).items()}
@@ -75,6 +92,15 @@ def sweep_runs(folder: Path) -> list[RunFolder]:
         return []
     tasks = [entry for entry in folder.iterdir() if entry.name.isdecimal() and RunFolder(entry).config_file.exists()]
     return [RunFolder(entry) for entry in sorted(tasks, key=lambda entry: int(entry.name))]
+
+
+def _unreported(run: RunFolder, found: Mapping[str, Any]) -> str:
+    """What to add to the state of a run that has ended: that its steps are done without a report, and what completes it."""
+    last = found["attempts"][-1] if found["attempts"] else {}
+    # a preflight alone has no steps
+    if last.get("exit_code") != 0 or not found["steps"] or Attempts(run.attempts).is_reported(run.report_file):
+        return ""
+    return f", all steps are done, but not reported: {finish_command(run.folder)} compares and reports"
 
 
 def _state_elsewhere(run: RunFolder, steps: int) -> str:
@@ -122,9 +148,16 @@ def status_lines(facts: Mapping[str, Any]) -> str:
         began, ended = row.get("began"), row.get("ended")
         lasted = f"{ended - began:,.0f} s, " if began and ended else ""
         hosts = f" on {' '.join(row['hosts'])}" if row.get("hosts") else ""
-        lines.append(
-            f"  attempt {row['attempt']}{hosts}: {lasted}{row.get('why', 'goes on, or was killed with its job')}"
-        )
+        lines.append(f"  attempt {row['attempt']}{hosts}: {lasted}{row.get('why') or _without_end(facts)}")
     lines += [f"  node {node} said last: {why}" for node, why in facts.get("nodes", {}).items()]
     lines += [f"  rank {rank}: {text}" for rank, text in facts.get("ranks", {}).items()]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _without_end(facts: Mapping[str, Any]) -> str:
+    """Say what an attempt does whose end is not noted, as far as the state of its run tells."""
+    # Slurm's states are written in capitals
+    state = facts["state"].lower()
+    if state.startswith("running"):
+        return f"runs, at step {facts['steps'] + 1:,}"
+    return "was killed" if state.startswith("killed") else "goes on, or was killed with its job"

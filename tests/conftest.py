@@ -16,7 +16,10 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import pytest
 import torch
 from hypothesis import settings
+from process_guard import guard_processes
 
+# what tests start ends with this process, however it ends
+guard_processes()
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("suite")

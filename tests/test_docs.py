@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from browser import LEGIBLE, needs_browser, what_a_script_says
 from snippets import python_snippets, tiny_batch, tiny_llama, tiny_loader
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
@@ -40,6 +42,7 @@ from distattn.launch import cli
 from distattn.models.build import materialise, meta_model
 from distattn.models.export import export_model
 from distattn.training.config import RENAMED, Config
+from docs import draw_strategies
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -365,7 +368,37 @@ def test_private_names_of_other_projects_are_listed():
 # ---- the pages
 
 
-def test_the_pages_build_without_a_warning(tmp_path):
+def test_every_picture_of_a_strategy_is_what_its_script_draws_today():
+    shown = {file.stem: file.read_text() for file in draw_strategies.FOLDER.glob("*.svg")}
+    assert shown == draw_strategies.drawings(), "run python docs/draw_strategies.py"
+    concepts = (ROOT / "docs" / "concepts.md").read_text()
+    assert all(f"](strategies/{name}.svg)" in concepts for name in ("ring", "ulysses", "usp", "cad"))
+
+
+@needs_browser
+def test_pictures_of_strategies_are_legible_in_the_dark(tmp_path):
+    """As wide as the text of a page is in a window of 1,200 pixels."""
+    dark = "body { background: #14181e; margin: 0 } svg { width: 636px; height: auto }"
+    page = f"<!doctype html><style>{dark}</style><body>{''.join(draw_strategies.drawings().values())}</body>"
+    said = what_a_script_says(page, LEGIBLE, tmp_path, 636, dark=True)
+    assert said["texts"] > 4 * 3 * 5 and not said["unread"] and not said["error"], said
+
+
+def test_the_installation_page_has_every_extra_and_the_supported_versions():
+    page = (ROOT / "docs" / "installation.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(re.findall(r"^\| `distattn\[(\w+)\]`", page, re.MULTILINE)) == set(project["optional-dependencies"])
+    # torch>=2.11,<2.14
+    (torch,) = [one for one in project["dependencies"] if one.startswith("torch")]
+    least, above = map(int, re.findall(r"2\.(\d+)", torch))
+    assert all(f"2.{minor}" in page for minor in range(least, above)) and f"2.{above}" not in page
+    assert f"Python {project['requires-python'].removeprefix('>=')} or later" in page
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The folder of the built pages."""
+    folder = tmp_path_factory.mktemp("docs") / "site"
     for name in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         try:
             found = importlib.util.find_spec(name)
@@ -373,11 +406,36 @@ def test_the_pages_build_without_a_warning(tmp_path):
             found = None
         if found is None:
             pytest.skip(f"{name.split('.')[0]} is not installed; make docs installs it")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    reference = (tmp_path / "site" / "reference.html").read_text()
+    return folder
+
+
+def test_the_pages_build_without_a_warning(site):
+    reference = (site / "reference.html").read_text()
     for name in da.__all__:
         assert f'id="distattn.{name}"' in reference, name
+
+
+NAVIGATION = """
+  const seen = part => {
+    const box = part.getBoundingClientRect();
+    return box.width > 20 && box.left >= 0 && box.right < innerWidth / 3;
+  };
+  const groups = [...document.querySelectorAll(".md-nav__item--section > .md-nav__link")];
+  said.groups = groups.filter(seen).map(part => part.textContent.trim());
+  said.pages = [...document.querySelectorAll(".md-nav__item--section a.md-nav__link")].filter(seen).length;
+  const names = [...document.querySelectorAll("td code")].filter(part => !/[\\s/-]/.test(part.textContent));
+  said.names = names.length;
+  said.broken = names.filter(part => part.getClientRects().length > 1).map(part => part.textContent);
+"""
+
+
+@needs_browser
+def test_the_groups_of_pages_are_beside_the_text_and_names_in_tables_stay_whole(site):
+    said = what_a_script_says((site / "trainers.html").read_text(), NAVIGATION, site, 1200)
+    assert said["groups"] == ["Start", "Use", "Run", "Understand", "Reference"], said
+    assert said["pages"] >= len(PAGES) and said["names"] > 20 and not said["broken"], said

@@ -93,6 +93,15 @@ class SequenceGroups:
         return 1
 
 
+def set_data_parallel_size(engine: Any, size: int) -> None:
+    """Have an engine that was made without `SequenceGroups` count samples right: all that it reports is of `size` shares of data.
+
+    Without them DeepSpeed takes every rank for one with samples of its own. Gradients do not depend on it.
+    """
+    samples = engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * size
+    engine._config.train_batch_size = engine.tput_timer.batch_size = samples
+
+
 class ProbeTarget:
     """A DeepSpeed engine, for `ContextParallel.loss_scale` to probe between two steps, not in the middle of accumulation.
 

@@ -12,8 +12,9 @@ loss is asked for; with `compute_metrics`, and in `predict`, each process has wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import Trainer
 
 from distattn.adapters.huggingface import single_process_attention
 from distattn.adapters.pytorch import ProbeTarget, local_loss, output_layer_of
+from distattn.batch.packed_batch import int64_labels
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 
@@ -43,9 +45,11 @@ class ContextParallelTrainer(Trainer):
         self._probed: Any = None
         # of the epoch that runs: its loader, and its steps, which are sharded a step ahead
         self._epoch: tuple[Any, Iterator[list[dict[str, Any]]]] = None, iter(())
-        # the loader whose batches are split in evaluation; while they are, the loss of each step, and over how many labels
+        # the loader whose batches are split in evaluation; of the last such evaluation, the loss of each step with its number of
+        # labels, and the prefix of its metrics
         self._split: Any = None
         self._evaluated: list[tuple[float, int]] | None = None
+        self._evaluated_as = ""
         args: Any = self.args
         for what, asked in {
             "label_smoothing_factor": args.label_smoothing_factor > 0,
@@ -94,9 +98,13 @@ class ContextParallelTrainer(Trainer):
         self._split = self._shared_out(dataset, self.args.seed, dict(batch_size=self.args.eval_batch_size))
         return self._split
 
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Return the rows of the data set in a step: ranks that split a sequence have the same rows, which count once."""
+        return self._train_batch_size * args.gradient_accumulation_steps * self.context_parallel.data_parallel_size
+
     def _shared_out(self, dataset: Any, seed: int, how: dict[str, Any]) -> DataLoader:
         args: Any = self.args
-        how |= dict(collate_fn=self.data_collator)
+        how |= dict(collate_fn=partial(_copied_batch, self.data_collator))
         how |= dict(num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory)
         how |= dict(
             persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor
@@ -137,6 +145,8 @@ class ContextParallelTrainer(Trainer):
     ) -> Any:
         """Of a split batch, this rank's share; of a whole one (evaluation), transformers' own."""
         if "context_parallel" not in inputs:
+            if isinstance(inputs.get("labels"), torch.Tensor):
+                inputs = {**inputs, "labels": int64_labels(inputs["labels"])}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise DistattnError("a split batch has no whole outputs to return; evaluate on whole sequences.")
@@ -145,7 +155,7 @@ class ContextParallelTrainer(Trainer):
     def evaluation_loop(self, dataloader: DataLoader, *given: Any, **named: Any) -> Any:
         """The loss of split sequences, a mean over all their labels; predictions of whole ones, without context parallelism."""
         evaluated: list[tuple[float, int]] | None = [] if dataloader is self._split else None
-        self._evaluated = evaluated
+        self._evaluated, self._evaluated_as = evaluated, named.get("metric_key_prefix", "eval")
         with nullcontext() if evaluated is not None else single_process_attention(self.model):
             done = super().evaluation_loop(dataloader, *given, **named)
         if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -156,6 +166,13 @@ class ContextParallelTrainer(Trainer):
             mean = sum(loss * labels for loss, labels in evaluated) / labels
             done.metrics.update({name: mean for name in done.metrics if name.endswith("_loss")})
         return done
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Record metrics. The steps of an evaluation of split sequences are counted: the Trainer takes each rank's for others."""
+        name, seconds = f"{self._evaluated_as}_steps_per_second", logs.get(f"{self._evaluated_as}_runtime")
+        if self._evaluated and seconds and name in logs:
+            logs[name] = round(len(self._evaluated) / seconds, 3)
+        super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
         """Of a split batch the loss alone, over the batches of all ranks."""
@@ -169,10 +186,25 @@ class ContextParallelTrainer(Trainer):
         self._evaluated.append((mean, round(cp.loss_scale() / part["loss_scale"])))
         return torch.tensor(mean, device=loss.device), None, None
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count the tokens of all ranks, each once, without padding, which is not computed."""
+        ids = inputs["input_ids"][:, : inputs["context_parallel"].own_tokens]
+        super()._track_num_input_tokens({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
     def _probe_target(self) -> Any:
         if self.is_deepspeed_enabled:
             from distattn.adapters import deepspeed
 
+            # accelerate has made the engine without `SequenceGroups`
+            deepspeed.set_data_parallel_size(self.model_wrapped, self.context_parallel.data_parallel_size)
             return deepspeed.ProbeTarget(self.model_wrapped, scale_wrt_gas=False)
         model: Any = self.model
         return ProbeTarget(self.model_wrapped, output_layer=output_layer_of(model))
+
+
+def _copied_batch(collate: Callable[[Any], Any], rows: Any) -> Any:
+    """Collate rows, and copy the tensors: accelerate holds a batch while the collator, which may reuse them, makes the next."""
+    batch = collate(rows)
+    if not isinstance(batch, Mapping):
+        return batch
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

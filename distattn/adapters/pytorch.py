@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from distattn.adapters.router_loss import router_loss
 from distattn.batch.local_batch import LocalBatch
-from distattn.batch.packed_batch import IGNORE_INDEX
+from distattn.batch.packed_batch import IGNORE_INDEX, int64_labels
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
@@ -177,16 +177,30 @@ def logit_change(model: torch.nn.Module) -> LogitChange:
 def loss_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """The same of logits (1, T, V)."""
     logits_TV = logits.flatten(0, -2)
-    given = logits_TV.to(accumulation_dtype(logits_TV.dtype)), batch["labels"].flatten()
+    given = logits_TV.to(accumulation_dtype(logits_TV.dtype)), int64_labels(batch["labels"]).flatten()
     return F.cross_entropy(*given, ignore_index=IGNORE_INDEX, reduction="sum") * batch["loss_scale"]
 
 
 def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """`fully_shard` every layer of a transformers model, and what is left, over all of the mesh."""
+    """`fully_shard` every layer of a transformers model, and what is left, over all of the mesh; gradients are summed."""
     flat = gradient_mesh(mesh)
     for layer in model.get_decoder().layers:  # type: ignore[operator]
         fully_shard(layer, mesh=flat)
     fully_shard(model, mesh=flat)
+    sum_fsdp_gradients(model)
+
+
+def sum_fsdp_gradients(model: torch.nn.Module) -> None:
+    """Have FSDP2 sum gradients over ranks; by default it averages them, and losses have to be multiplied by the ranks.
+
+    The norms of transformers' models round gradients to float32 also in a float64 model. A gradient times 3 is rounded otherwise
+    than one times 2, so that with averages float64 curves of 3 ranks and of 2 differ by 1e-8.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo cannot multiply while it sums, which FSDP2 would ask for otherwise
+            module.set_force_sum_reduction_for_comms(True)
 
 
 class ProbeTarget:

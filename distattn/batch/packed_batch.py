@@ -74,12 +74,16 @@ class PackedBatch(NamedTuple):
 
     @staticmethod
     def of(batch: Mapping[str, Any]) -> PackedBatch:
-        """From a mapping as `ContextParallel.shard` takes it. Raises DistattnError for what it cannot be."""
+        """From a mapping as `ContextParallel.shard` takes it. Raises DistattnError for what it cannot be.
+
+        Nothing of the mapping is kept: a loader may fill the same tensors, or the arrays below them, with its next batch.
+        """
         _check_keys(batch)
         given = {name: value for name, value in batch.items() if value is not None}
         if {"labels", "shift_labels"} <= given.keys():
             raise DistattnError("batch has labels and shift_labels; give one of them.")
-        ids = _whole_numbers(batch, "input_ids")
+        # a copy, not a comparison of versions: PyTorch does not count what numpy writes into memory that both share
+        ids = _whole_numbers(batch, "input_ids").to(torch.int64, copy=True)
         if not ids.numel():
             raise DistattnError(f"input_ids {tuple(ids.shape)} has no tokens.")
         if int(ids.min()) < 0:
@@ -87,15 +91,18 @@ class PackedBatch(NamedTuple):
         for name in ("labels", "shift_labels", "position_ids", "attention_mask"):
             if name in given:
                 _whole_numbers(given, name)
-        shifted = given.get("shift_labels")
-        labels = given.get("labels", ids) if shifted is None else shifted
+        name = "labels" if given.get("shift_labels") is None else "shift_labels"
+        labels = int64_labels(given[name], name) if name in given else ids
         if ids.dim() != 2 or labels.shape != ids.shape:
             raise DistattnError(
                 f"input_ids and labels are (batch, tokens) alike, not {tuple(ids.shape)}, {tuple(labels.shape)}."
             )
         kept, lengths = _documents(batch, ids)
         ids, labels = (ids[kept], labels[kept]) if kept is not None else (ids.reshape(-1), labels.reshape(-1))
-        return PackedBatch(ids, labels if shifted is not None else _shifted(labels, lengths), lengths)
+        labels = labels.clone() if name == "shift_labels" else _shifted(labels, lengths)
+        if name in given and (least := int(labels.where(labels != IGNORE_INDEX, 0).min())) < 0:
+            raise DistattnError(f"{name} has {least}; labels are token ids, or {IGNORE_INDEX} where there is none.")
+        return PackedBatch(ids, labels, lengths)
 
     @property
     def valid_labels(self) -> int:
@@ -160,6 +167,20 @@ def _whole_numbers(batch: Mapping[str, Any], name: str) -> Tensor:
     if name != "attention_mask" and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
         raise DistattnError(f"{name} is {str(value.dtype)[6:]}; whole numbers are wanted, such as int64.")
     return value
+
+
+def int64_labels(labels: Tensor, name: str = "labels") -> Tensor:
+    """Return labels as int64, without a copy where they are. Raises DistattnError for dtypes that cannot hold -100."""
+    dtype = str(labels.dtype)[6:]
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DistattnError(f"{name} is {dtype}; whole numbers are wanted, such as int64.")
+    if not labels.dtype.is_signed:
+        wrapped = torch.iinfo(labels.dtype).max + 1 + IGNORE_INDEX
+        raise DistattnError(
+            f"{name} is {dtype}, which cannot hold {IGNORE_INDEX} (no label): a {wrapped} may be a token, or a {IGNORE_INDEX} "
+            f"that was cast. Make {name} int64 before tokens without a label get {IGNORE_INDEX}."
+        )
+    return labels.to(torch.int64)
 
 
 def _check_keys(batch: Any) -> None:
@@ -269,10 +290,15 @@ def _restarts(positions: Tensor, ids: Tensor) -> tuple[int, ...]:
             f"position_ids are one number a token, {tuple(ids.shape)}, not {tuple(positions.shape)}; positions in several "
             "dimensions (multimodal RoPE) are not computed."
         )
-    flat = positions.expand(ids.shape).reshape(-1)
+    flat = positions.to(torch.int64).expand(ids.shape).reshape(-1)
     begins = (flat == 0).nonzero()[:, 0]
     ends = torch.cat([begins[1:], begins.new_tensor([len(flat)])])
     lengths = tuple((ends - begins).tolist())
+    if not positions.dtype.is_signed and max(lengths, default=0) > torch.iinfo(positions.dtype).max:
+        raise DistattnError(
+            f"position_ids is {str(positions.dtype)[6:]}, which begins anew at 0 after {torch.iinfo(positions.dtype).max}: "
+            "documents cannot be told from it; give int64."
+        )
     whole = Layout.contiguous(lengths, 1).position_ids(0) if len(begins) and begins[0] == 0 else None
     if whole is None or not torch.equal(flat.cpu(), torch.from_numpy(whole)):
         raise DistattnError(

@@ -75,20 +75,27 @@ class Owner:
 
 
 def machine_digest() -> str:
-    """Of this boot of this machine or container, 8 hexadecimal digits."""
-    return xxhash.xxh32_hexdigest(_machine().encode())
+    """Return 8 hexadecimal digits that ranks have in common which share a boot, process ids and a network, the loopback included.
+
+    Pods of one host may see all its processes (hostPID), and have networks of their own.
+    """
+    return _digest(f"{_machine()} {os.readlink('/proc/self/ns/net')}")
 
 
 def writer_name() -> str:
     """This process in a word that can stand in the name of a file, such as 1f3870be-4711-8236."""
     pid = os.getpid()
-    return f"{machine_digest()}-{pid}-{_started(pid)}"
+    return f"{_digest(_machine())}-{pid}-{_started(pid)}"
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh32_hexdigest(text.encode())
 
 
 def writer_is_alive(name: str) -> bool | None:
     """Whether the process of a `writer_name` still runs; None where it ran on another machine, or before a start of this one."""
     machine, pid, started = name.split("-")
-    if machine != machine_digest():
+    if machine != _digest(_machine()):
         return None
     return _started(int(pid)) == int(started)
 

@@ -80,6 +80,10 @@ class DocumentReader:
             raise self._refused(f"has {'no ' if self.has_labels else ''}labels, unlike those before it")
         kept = None if mask is None else self._numbers(mask, "attention_mask") != 0
         own = None if labels is None else self._numbers(labels, "labels")
+        if own is not None and own.dtype.kind == "u" and len(own):
+            raise self._refused(
+                f"has labels that are {own.dtype}, which cannot hold {IGNORE_INDEX} (no label); give int32 or int64"
+            )
         for name, column in (("labels", own), ("attention_mask", kept)):
             if column is not None and len(column) != len(ids):
                 raise self._refused(f"has {len(ids):,} token ids and {len(column):,} of {name}")

@@ -35,6 +35,7 @@ from distattn.driver.pass_observer import BatchObserver
 from distattn.driver.rank_speeds import RankSpeeds
 from distattn.driver.rank_table import RankTable
 from distattn.driver.step_exchange import GatheredStep, StepExchange, agree_on_plan
+from distattn.driver.steps_ahead import StepAhead, StepsAhead
 from distattn.ir.errors import DistattnError, LostRankError
 from distattn.ir.plan import Plan
 from distattn.parallel.runtime.communicator import new_group, timeout_of
@@ -120,6 +121,7 @@ class ContextParallel:
         # steps whose batches may be used; those of shard_step, oldest first
         self._live: set[int] = set()
         self._sharded: deque[int] = deque()
+        self._ahead = StepsAhead()
         self._closed = False
 
     # ---- what a trainer calls
@@ -172,9 +174,11 @@ class ContextParallel:
 
         loader yields a batch as `shard` takes it, or a list of them (micro-batches), or is a `PackLoader`: then each rank reads
         its own tokens alone, and nobody is asked what comes. While a step runs, the next one is announced to the other ranks, and
-        its plans are made and compared. Loops may be left, and be inside one another, on all ranks
-        alike. With servers, a step's batches are used before the next step is asked for. even: all ranks raise DistattnError
-        where they have unequally many micro-batches, for trainers that count their own.
+        its plans are made and compared. Batches are copied, so that a loader may fill the same tensors again. Loops may be left,
+        and be inside one another, on all ranks alike: the next loop of this driver over the same iterator begins with the step
+        that was taken ahead. An error of the loader is raised after the step before it. With servers, a step's batches are used
+        before the next step is asked for. even: all ranks raise DistattnError where they have unequally many micro-batches, for
+        trainers that count their own.
         """
         if not hasattr(loader, "__iter__") or isinstance(loader, (Mapping, str)):
             raise DistattnError(
@@ -292,15 +296,23 @@ class ContextParallel:
         """
         # ranks that only serve, and speeds, are not in a plan of packs
         ask = bool(self.config.servers) or self.speeds is not None
-        known = KnownInfos(loader, self._table, same_batch, ask) if isinstance(loader, KnownSteps) else None
         try:
             given = iter(loader)
         except TypeError as error:
             # such as an array without a dimension
             raise DistattnError(f"this loader cannot be iterated over: {error}.") from None
-        packed = micro_batches_of(next(given, None))
+        # an iterator goes on, and so does a loader with a position; what else can be iterated over begins anew
+        goes_on = given is loader or isinstance(loader, KnownSteps)
+        # before the loader's position is read
+        begun = self._ahead.take(loader) if goes_on else None
+        known = KnownInfos(loader, self._table, same_batch, ask) if isinstance(loader, KnownSteps) else None
+
+        def following(begun: StepAhead | None) -> list[Batch] | None:
+            return begun.packed if begun is not None and known is None else micro_batches_of(next(given, None))
+
+        packed = following(begun)
         number, future = self._announce(packed, make, same_batch, known)
-        running = None
+        running = ahead = failure = None
         try:
             while True:
                 step, this = future.result(), packed
@@ -309,12 +321,31 @@ class ContextParallel:
                 running = number
                 if all(info.ended for info in self._table.of_models(step.infos)):
                     return
-                packed = micro_batches_of(next(given, None))
-                number, future = self._announce(packed, make, same_batch, known)
+                try:
+                    packed = following(None)
+                except Exception as error:
+                    # it is the next step's, and this one is whole
+                    failure, ahead = error, None
+                else:
+                    number, future = self._announce(packed, make, same_batch, known)
+                    ahead = StepAhead(packed, None if known is None else known.rewind)
+                    if goes_on:
+                        self._ahead.hold(loader, ahead)
                 yield this or [], step
+                if ahead is None:
+                    assert failure is not None
+                    raise failure
+                self._ahead.drop(loader, ahead)
+                if ahead.taken_over:
+                    self._release(number)
+                    if known is not None:
+                        raise known.refusal(loader.step)
+                    packed = following(self._ahead.take(loader))
+                    number, future = self._announce(packed, make, same_batch, known)
                 self._release(running)
         except GeneratorExit:
-            if known is not None:
+            if known is not None and ahead is not None and not ahead.taken_over:
+                self._ahead.drop(loader, ahead)
                 known.rewind()
             raise
         finally:
@@ -395,6 +426,7 @@ class ContextParallel:
         self._closed = True
         # in reverse order, each whatever the others raise
         with contextlib.ExitStack() as stack:
+            stack.callback(self._ahead.clear)
             stack.callback(self.planner.close)
             stack.callback(self._exchange.close)
             if self._communicators is not None:

@@ -97,14 +97,19 @@ class KnownInfos:
             infos = [of_shares[share] for share in self._share_of]
         mine = infos[self._table.rank]
         if mine.ended != (batches is None) or mine.digests != tuple(batch.digest for batch in batches or ()):
-            raise DistattnError(
-                f"the loader has given another step than step {step:,}: something else went on with it, such as a loop inside "
-                "this one or load_state_dict; give each loop a loader of its own."
-            )
+            raise self.refusal(step)
         return infos
 
+    @staticmethod
+    def refusal(step: int) -> DistattnError:
+        """The error of a loop whose loader was used by something else."""
+        return DistattnError(
+            f"the loader has given another step than step {step:,}: something else went on with it, such as a loop inside "
+            "this one or load_state_dict; give each loop a loader of its own."
+        )
+
     def rewind(self) -> None:
-        """The loop was left: the loader goes on with the step that was taken ahead, and not given out."""
+        """Let the loader go on with the step that was taken ahead and not given out."""
         self._loader.step = self._next - 1
 
 

@@ -257,6 +257,9 @@ class Layout:
             raise DistattnError(f"ignore_index is a whole number of 64 bits, such as -100, not {ignore_index}.")
         if labels.shape[dim] != self.n:
             raise DistattnError(f"dim {dim} has {labels.shape[dim]} entries, but this layout is of {self.n} tokens.")
+        dtype = str(getattr(labels.dtype, "name", labels.dtype)).removeprefix("torch.")
+        if dtype == "bool" or ("int" in dtype and not np.iinfo(dtype).min <= ignore_index <= np.iinfo(dtype).max):
+            raise DistattnError(f"labels are {dtype}, which cannot hold ignore_index = {ignore_index}; give int64.")
         out = labels.copy() if isinstance(labels, np.ndarray) else labels.clone()
         out[_at(out, dim, slice(0, self.n - 1))] = labels[_at(labels, dim, slice(1, self.n))]
         out[_at(out, dim, self.ends - 1)] = ignore_index

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from distattn.batch.packed_batch import IGNORE_INDEX
+from distattn.batch.packed_batch import IGNORE_INDEX, int64_labels
 from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
@@ -219,6 +219,7 @@ def _losses(
     has_autocast = torch.amp.is_autocast_available(kind)
     dtype = torch.get_autocast_dtype(kind) if has_autocast and torch.is_autocast_enabled(kind) else weight_VH.dtype
     settings = _Settings(tile_tokens, z_loss, change, torch.float64 if hidden_TH.dtype == torch.float64 else dtype)
+    labels_T = int64_labels(labels_T)
     # products are cast here, all else is in the accumulation dtype
     with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
         found: tuple[Tensor, Tensor, Tensor] = _TiledLoss.apply(hidden_TH, weight_VH, bias_V, labels_T, settings)

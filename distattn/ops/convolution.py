@@ -113,18 +113,20 @@ def token_shift(
         raise DistattnError(
             f"x is {tuple(x_T.shape)} of {str(x_T.dtype)[6:]}; tokens of floating point, or whole numbers below 2^52, are wanted."
         )
+    if whole and not torch.iinfo(x_T.dtype).min <= fill <= torch.iinfo(x_T.dtype).max:
+        raise DistattnError(f"x is {str(x_T.dtype)[6:]}, which cannot hold fill = {fill}; give int64.")
     if fill and not whole:
         raise DistattnError("fill is for whole numbers; of floating point what is not there is 0.")
     call, program = executable.program.call, executable.program
     if call.op != TOKEN_SHIFT:
         raise DistattnError(f'the plan is of {call.op.name}, not of a token shift; make_plan takes op="token_shift".')
     # what is not there is 0
-    x = (x_T - fill).double() if whole else x_T
+    x = x_T.double() - fill if whole else x_T
     _check_tokens(executable, x.reshape(len(x), math.prod(x.shape[1:])))
     by_heads = x.reshape(program.tokens, call.heads, call.v_head_dim)
     y, _ = torch.ops.distattn.convolution_forward(by_heads, None, None, executable.handle, executable.kept_elements)
     y_T = cast(Tensor, y).reshape(x_T.shape)
-    return y_T.to(x_T.dtype) + fill if whole else y_T
+    return (y_T + fill).to(x_T.dtype) if whole else y_T
 
 
 def _check_inputs(

@@ -15,14 +15,23 @@ _LOST_PEER = ("stopped answering", "Connection", "gloo", "NCCL", "timed out", "B
 
 
 class Culprit(NamedTuple):
-    """A rank that is to blame. how: what is wrong with it, as the rest of a sentence; does: what it has told last."""
+    """A rank that is to blame. how: what is wrong with it, as the rest of a sentence; does: what it has told last.
+
+    helper: the process to blame in its place, as sentences name it; rank is then the first rank of that process's node.
+    """
 
     rank: int
     how: str
     does: str = ""
+    helper: str = ""
+
+    @property
+    def name(self) -> str:
+        """What sentences call it."""
+        return self.helper or f"rank {self.rank}"
 
     def __str__(self) -> str:
-        return f"rank {self.rank} {self.how}" + (f": {self.does}" if self.does else "")
+        return f"{self.name} {self.how}" + (f": {self.does}" if self.does else "")
 
 
 def process_state(pid: int) -> str:

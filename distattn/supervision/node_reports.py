@@ -10,11 +10,12 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distattn.supervision.heartbeats import Heartbeat
+from distattn.supervision.node_links import CutLink, NodeLinks, merged_links
 
 # how long an answer is waited for: network file systems show files late
 ANSWER_SECONDS = 15.0
@@ -22,26 +23,31 @@ ANSWER_SECONDS = 15.0
 
 class NodeReport(NamedTuple):
     """What a node says of its ranks. beats: None of those that have told nothing. silent: for how many seconds none has,
-    less the time in which nobody ran.
+    less the time in which nobody ran. cut: links to other nodes that were whole, and are cut.
     """
 
     beats: dict[int, Heartbeat | None]
     states: dict[int, str]
     in_collective: list[int]
     silent: float
+    cut: Sequence[CutLink] = ()
 
 
 class NodeReports:
-    """The questions and answers of one node. folder: of the attempt; node: its place among so many."""
+    """The questions and answers of one node. folder: of the attempt; node: its place among so many; links: to the others."""
 
-    def __init__(self, folder: Path, node: int, nodes: int):
-        self._folder, self.node, self.nodes = folder, node, nodes
+    def __init__(self, folder: Path, node: int, nodes: int, links: NodeLinks | None = None):
+        self._folder, self.node, self.nodes, self._links = folder, node, nodes, links
         # one moment by the file system's clock, and by this process's
         self._moment = time.time(), time.monotonic()
         # network file systems remember for a while that a file was not there
         for file in (self._asked_by(node), self._told_by(node)):
             with contextlib.suppress(OSError):
                 file.write_text("", "utf-8")
+
+    def cut_links(self) -> list[CutLink]:
+        """Return the links to other nodes that are cut now; takes some seconds where one is."""
+        return self._links.cut() if self._links is not None else []
 
     def ask(self) -> float:
         """Want to know from all nodes what their ranks do. Returns when, by the file system's clock. Raises OSError."""
@@ -101,7 +107,8 @@ def merged(reports: Mapping[int, NodeReport]) -> NodeReport:
     beats = {rank: beat for report in reports.values() for rank, beat in report.beats.items()}
     states = {rank: state for report in reports.values() for rank, state in report.states.items()}
     collective = [rank for report in reports.values() for rank in report.in_collective]
-    return NodeReport(beats, states, collective, min(report.silent for report in reports.values()))
+    cut = merged_links(report.cut for report in reports.values())
+    return NodeReport(beats, states, collective, min(report.silent for report in reports.values()), cut)
 
 
 def _report(told: dict[str, Any], answered: float) -> NodeReport:
@@ -111,4 +118,5 @@ def _report(told: dict[str, Any], answered: float) -> NodeReport:
         for rank, beat in told["beats"].items()
     }
     states = {int(rank): state for rank, state in told["states"].items()}
-    return NodeReport(beats, states, told["in_collective"], told["silent"])
+    cut = [CutLink(*link) for link in told["cut"]]
+    return NodeReport(beats, states, told["in_collective"], told["silent"], cut)

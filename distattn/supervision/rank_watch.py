@@ -7,16 +7,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distattn.supervision.culprits import Culprit, culprits, process_state, words
+from distattn.ir.errors import LostRankError
+from distattn.supervision.culprits import Culprit, culprits, process_state, tells_of_lost_peer, words
 from distattn.supervision.evidence import is_in_collective, keep_evidence
 from distattn.supervision.heartbeats import ENDED, LEFT, RAISED, REFUSED, Heartbeat, HeartbeatBoard
+from distattn.supervision.helpers import LOOK_SECONDS, Helper
+from distattn.supervision.node_links import CutLink, blamed_nodes
 from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeReports, merged
 
+# sent to this process itself where only its main thread can end the ranks; no person or scheduler sends it to launchers
+INTERRUPT = signal.SIGUSR2
 # seconds between two looks at other nodes' questions
 _ASKED_SECONDS = 0.5
 # seconds between two looks
@@ -29,7 +34,7 @@ _STOPPED_LOOKS = 10
 _TORCHRUN_SECONDS = 5.0
 # what ranks have told that have done their part
 _DONE = (ENDED, LEFT)
-Kind = Literal["killed", "hung", "raised", "refused"]
+Kind = Literal["killed", "cut", "hung", "raised", "refused"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,10 @@ class Patience:
 class Trouble:
     """Why the ranks of an attempt were ended, by those that are to blame.
 
-    kind: whether they were killed or ended without a word, hung, raised an error or refused to go on. steps: that the rank that
-    was furthest had done in this attempt. seconds: to the decision, from the last sign of life, less pauses of the machine, from
-    what a rank has said of its end, or at most from its death. exit_code: of a rank that refuses.
+    kind: whether they were killed or ended without a word, lost the link to other nodes, hung, raised an error or refused to go
+    on. steps: that the rank that was furthest had done in this attempt. seconds: to the decision, from the last sign of life,
+    less pauses of the machine, from what a rank has said of its end, or at most from its death. exit_code: of a rank that
+    refuses. nodes: to blame for a link.
     """
 
     culprits: tuple[Culprit, ...]
@@ -59,14 +65,21 @@ class Trouble:
     steps: int
     seconds: float
     exit_code: int = 1
+    nodes: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.culprits))
 
     def facts(self) -> dict[str, object]:
         """What is written down of it, beside its words."""
-        ranks = [one.rank for one in self.culprits]
-        return {"ranks": ranks, "kind": self.kind, "steps": self.steps, "noticed_seconds": round(self.seconds, 3)}
+        ranks = [one.rank for one in self.culprits if not one.helper]
+        nodes = {"nodes": list(self.nodes)} if self.nodes else {}
+        return {
+            "ranks": ranks,
+            "kind": self.kind,
+            "steps": self.steps,
+            "noticed_seconds": round(self.seconds, 3),
+        } | nodes
 
 
 class RankWatch:
@@ -74,6 +87,7 @@ class RankWatch:
 
     ranks: of this machine, by their numbers, each with a slot of the board. folder: where evidence of ranks that hang is kept;
     there by then. reports: what other nodes say of theirs, where there are several. Ranks are known by what they tell first.
+    helpers: processes that are watched, too; say: prints a sentence about one that was replaced.
     """
 
     def __init__(
@@ -83,13 +97,14 @@ class RankWatch:
         patience: Patience,
         folder: Path,
         reports: NodeReports | None = None,
+        helpers: Sequence[Helper] = (),
+        say: Callable[[str], None] = lambda text: None,
     ):
         self._board, self._ranks, self._patience, self._folder = board, ranks, patience, folder
         # what was asked in an attempt before this one, of a scheduler that does not number them, is over
+        self._helpers, self._say = helpers, say
         self._reports, self._answered = reports, reports.asked() if reports is not None else 0.0
         self.trouble: Trouble | None = None
-        # whether this process was sent a SIGINT for it
-        self.interrupts = False
         self._began = time.monotonic()
         # looks in a row that have seen a stopped rank, after ranks were silent for too long
         self._stopped_looks = 0
@@ -106,7 +121,7 @@ class RankWatch:
         return self.trouble
 
     def _run(self) -> None:
-        spoke, last, asked_at = self._began, -1, 0.0
+        spoke, last, asked_at, helped_at = self._began, -1, 0.0, 0.0
         # since `spoke`, and the time of the last look
         paused, looked = 0.0, self._began
         while not self._closed.wait(POLL_SECONDS):
@@ -117,6 +132,10 @@ class RankWatch:
             known = self._read()
             if self._end_of_one(known):
                 return
+            if now > helped_at + LOOK_SECONDS:
+                helped_at = now
+                if self._fault_of_helper(known):
+                    return
             latest = max((beat.at for beat in known.values()), default=self._began)
             done = min(self._done(known).values(), default=0)
             if latest > spoke:
@@ -139,7 +158,11 @@ class RankWatch:
                 spoke = looked = time.monotonic()
                 paused = 0.0
         # torchrun may have been first to see that one has ended
-        self._end_of_one(self._read())
+        known = self._read()
+        if (helper := self._lost_helper()) is not None:
+            self._end_with_helper(helper, helper.end(), "killed", POLL_SECONDS, known)
+        else:
+            self._end_of_one(known)
 
     def _read(self) -> dict[int, Heartbeat]:
         beats = {rank: self._board.read(slot) for slot, rank in enumerate(self._ranks)}
@@ -182,16 +205,48 @@ class RankWatch:
             first = tuple(Culprit(rank, "ended without a word", words(beat)) for rank, beat in killed.items())
             others = [beat.pid for rank, beat in known.items() if rank not in gone]
             noticed = self._wait_for_torchrun(others, all(beat.words == ENDED for beat in killed.values()))
-            self._end(first, "killed", POLL_SECONDS, known, noticed=noticed)
+            # ranks that have a helper for their parent are killed with it
+            if (helper := self._lost_helper()) is not None:
+                self._end_with_helper(helper, helper.end(), "killed", POLL_SECONDS, known)
+            else:
+                self._end(first, "killed", POLL_SECONDS, known, noticed=noticed)
         else:
             rank, beat = min(gone.items(), key=lambda item: item[1].at)
             silent = time.monotonic() - beat.at
-            if beat.words.startswith(REFUSED):
+            if _tells_of_others(beat) and self._reports is not None and (cut := self._reports.cut_links()):
+                self._end_with_cut(cut, silent, known)
+            elif beat.words.startswith(REFUSED):
                 code = int(beat.words.removeprefix(REFUSED).partition(":")[0])
                 self._end((Culprit(rank, beat.words),), "refused", silent, known, code)
             else:
                 self._end((Culprit(rank, beat.words),), "raised", silent, known)
         return True
+
+    def _fault_of_helper(self, known: Mapping[int, Heartbeat]) -> bool:
+        """Replace helpers that were killed or are stopped; return whether the ranks have ended with one that cannot be."""
+        for helper in self._helpers:
+            if not (fault := helper.fault(self._patience.running)):
+                continue
+            if helper.replace is None:
+                kind: Kind = "killed" if helper.end() else "hung"
+                self._end_with_helper(helper, fault, kind, LOOK_SECONDS, known)
+                return True
+            self._say(f"{helper.start_again(fault)}.")
+        return False
+
+    def _lost_helper(self) -> Helper | None:
+        """The helper with which ranks end, where it has ended."""
+        return next((helper for helper in self._helpers if helper.replace is None and helper.end()), None)
+
+    def _end_with_helper(
+        self, helper: Helper, fault: str, kind: Kind, seconds: float, known: Mapping[int, Heartbeat]
+    ) -> None:
+        code = helper.exit_code() or 1
+        helper.kill()
+        culprit = Culprit(self._ranks[0], fault, helper=str(helper))
+        # torchrun finds that all ranks have ended: there is nothing to interrupt
+        done = max(self._done(known).values(), default=0)
+        self._record(Trouble((culprit,), kind, done, seconds, code if code > 0 else 128 - code))
 
     def _wait_for_torchrun(self, others: Sequence[int], done: bool) -> bool:
         """Until torchrun has ended the others, or tried to: it knows how the first has ended by then.
@@ -219,6 +274,9 @@ class RankWatch:
                 others, absent = {}, []
             else:
                 absent = sorted(set(range(self._reports.nodes)) - {self._reports.node, *others})
+            if cut := merged({self._reports.node: report, **others}).cut:
+                self._end_with_cut(cut, silent, known)
+                return True
             if any(other.silent < max(self._patience.running / 4, _said(other.beats)) for other in others.values()):
                 return False
             found = culprits(*merged({self._reports.node: report, **others})[:3])
@@ -237,7 +295,8 @@ class RankWatch:
         with contextlib.suppress(OSError):
             stacks = keep_evidence(self._folder, pids, known)
         beats = {rank: known.get(rank) for rank in self._ranks if rank not in known or rank in pids}
-        return NodeReport(beats, states, [rank for rank, text in stacks.items() if is_in_collective(text)], silent)
+        collective = [rank for rank, text in stacks.items() if is_in_collective(text)]
+        return NodeReport(beats, states, collective, silent, self._reports.cut_links() if self._reports else ())
 
     def _answer(self, reports: NodeReports, known: Mapping[int, Heartbeat], silent: float) -> bool:
         """Tell another node that has asked what these ranks do; returns whether one has."""
@@ -263,6 +322,11 @@ class RankWatch:
             found = reports.answers(asked - ago)
         return found
 
+    def _end_with_cut(self, cut: Sequence[CutLink], seconds: float, known: Mapping[int, Heartbeat]) -> None:
+        """End the ranks since nodes do not reach each other: what the ranks wait for or tell follows from it."""
+        found = tuple(Culprit(link.first * len(self._ranks), link.how, helper=link.names) for link in cut)
+        self._end(found, "cut", seconds, known, nodes=tuple(blamed_nodes(cut)))
+
     def _end(
         self,
         found: tuple[Culprit, ...],
@@ -271,17 +335,25 @@ class RankWatch:
         known: Mapping[int, Heartbeat],
         code: int = 1,
         noticed: bool = True,
+        nodes: tuple[int, ...] = (),
     ) -> None:
-        self.trouble = Trouble(found, kind, max(self._done(known).values(), default=0), seconds, code)
+        self._record(Trouble(found, kind, max(self._done(known).values(), default=0), seconds, code, nodes))
+        if not known or not noticed:
+            # nobody has said who it is, or torchrun waits for a dead one: it ends its ranks with this process
+            os.kill(os.getpid(), INTERRUPT)
+
+    def _record(self, trouble: Trouble) -> None:
+        """Note the trouble, and kill all ranks that have told who they are."""
+        self.trouble = trouble
         for beat in self._read().values():
             # the number of one that has ended meanwhile may be somebody else's by now
             if beat.words not in _DONE:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(beat.pid, signal.SIGKILL)
-        if not known or not noticed:
-            # nobody has said who it is, or torchrun waits for a dead one: it ends its ranks with this process
-            self.interrupts = True
-            os.kill(os.getpid(), signal.SIGINT)
+        # while it is stopped, torchrun does not learn that they have ended
+        for helper in self._helpers:
+            if helper.replace is None and helper.is_stopped():
+                helper.kill()
 
 
 def _said(beats: Mapping[int, Heartbeat | None]) -> float:
@@ -298,6 +370,11 @@ def _is_asked_to_end(pid: int) -> bool:
     except OSError:
         return True
     return fields["State"].strip()[0] in "XZ" or bool(int(fields["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def _tells_of_others(beat: Heartbeat) -> bool:
+    """Whether a rank ends since it has lost another one."""
+    return beat.words.startswith(f"{REFUSED}{LostRankError.exit_code}") or tells_of_lost_peer(beat.words)
 
 
 def _has_said_why(beat: Heartbeat) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import tomli_w
 import tyro
@@ -54,6 +54,8 @@ _TABLES = """only in the run file:
   [[data.context_schedule]] context lengths by step: tables with context_length and steps, one
                             after the other; the last may leave steps out
 """
+# what pydantic calls a key that there is not
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 # keys of the shape, and what config.json calls them
 _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "n_layer"),
@@ -130,7 +132,11 @@ def _validated(content: dict[str, Any], place: Callable[[Key], str]) -> Config:
         config = replace(config, model=_with_folder_s_shape(config.model))
         problems = problems_of(config)
     except ValidationError as error:
-        problems = [_sentence(one) for one in error.errors()]
+        errors = error.errors()
+        misspelled = {one["loc"][:-1] for one in errors if one["type"] in _UNKNOWN}
+        # a key that is required is missing where it is misspelled
+        told = [one for one in errors if one["type"] != "missing" or one["loc"][:-1] not in misspelled]
+        problems = [_sentence(one) for one in told]
     if problems:
         # each begins with its key
         raise DistattnError("\n".join(f"{place(_key_of(problem))}: {problem}" for problem in problems))
@@ -200,10 +206,23 @@ def _unknown(key: str) -> str:
 
 
 def _sentence(error: Any) -> str:
+    *table, name = error["loc"]
     key = ".".join(str(part) for part in error["loc"])
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if error["type"] in _UNKNOWN and any(isinstance(part, int) for part in table):
+        names = _names_in_table(table)
+        near = difflib.get_close_matches(name, names, 1, 0.5)
+        return f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else f" There are {', '.join(names)}.")
+    if error["type"] in _UNKNOWN:
         return _unknown(key)
     return f"{key}: {error['msg'].lower().rstrip('.')}, not {error['input']!r}."
+
+
+def _names_in_table(place: Sequence[int | str]) -> list[str]:
+    """List the keys of a table of run files. place: the keys and, in arrays of tables, numbers that lead to it."""
+    kind: Any = Config
+    for part in place:
+        kind = get_args(kind)[0] if isinstance(part, int) else get_type_hints(kind)[part]
+    return [one.name for one in fields(kind)]
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:

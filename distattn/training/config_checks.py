@@ -16,6 +16,13 @@ from distattn.memory.checkpointing_modes import CHECKPOINTING
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.training.config_sections import Config, DataConfig, EngineConfig, HealthConfig, MemoryConfig, SlurmConfig
 
+# the product of these is the number of ranks
+_DEGREES = (
+    "parallel.ranks",
+    "parallel.context_parallel_size",
+    "parallel.tensor_parallel_size",
+    "parallel.pipeline_parallel_size",
+)
 # as in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
 _SLURM_TIME = r"\d+(:\d{2}){0,2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE|infinite|unlimited"
 _MOST, _MOST_STEPS = 1 << 40, 1_000_000
@@ -26,17 +33,50 @@ CONTAINER_RUNTIMES = ("pyxis", "apptainer")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 
 
+# keys that are compared with others, which are to blame where they are wrong by themselves
+_COMPARED_WITH = {
+    "data.context_length": ("data.tokens_per_step", "parallel.data", *_DEGREES),
+    "data.max_document_tokens": ("data.context_length", "data.tokens_per_step"),
+    "data.tokens_per_step": ("data.context_length",),
+    "engine.shard_size": ("parallel.ranks",),
+    "memory.offload": ("memory.activation_checkpointing",),
+    "model.intermediate_size": ("parallel.tensor_parallel_size",),
+    "model.num_key_value_heads": ("model.num_attention_heads", "parallel.tensor_parallel_size"),
+    "model.num_layers": _DEGREES,
+    "model.vocab_size": ("parallel.tensor_parallel_size",),
+    "parallel.context_parallel_size": _DEGREES,
+    "parallel.devices_per_node": ("parallel.ranks",),
+    "parallel.min_chunk": ("parallel.layout",),
+    "parallel.tensor_parallel_size": ("parallel.ranks", "parallel.pipeline_parallel_size", "engine.name"),
+    "ray.min_nodes": ("checkpoint.every_steps", "parallel.data", *_DEGREES),
+    "train.min_learning_rate": ("train.learning_rate",),
+    "train.warmup_steps": ("train.steps", "train.schedule", "train.decay_share"),
+    "watch.action": ("checkpoint.every_steps",),
+}
+
+
 def problems_of(config: Config) -> list[str]:
-    """Find what cannot be, one sentence per key."""
-    return [
-        *_number_problems(config),
-        *_schedule_problems(config),
-        *_shape_problems(config),
-        *_name_problems(config),
-        *_slurm_problems(config.slurm),
-        *_health_problems(config.health),
-        *_elastic_problems(config),
-    ]
+    """Find what cannot be, one sentence per mistake: what only follows from another mistake is left out."""
+    checks = (
+        # what is wrong by itself comes first
+        _name_problems(config),
+        _number_problems(config),
+        _engine_problems(config),
+        _train_problems(config),
+        _schedule_problems(config),
+        _shape_problems(config),
+        _megatron_problems(config),
+        _slurm_problems(config.slurm),
+        _health_problems(config.health),
+        _elastic_problems(config),
+    )
+    problems: list[str] = []
+    wrong: set[str] = set()
+    for check in checks:
+        found = [(problem.partition(":")[0], problem) for problem in check]
+        problems += [problem for key, problem in found if not wrong & {key, *_COMPARED_WITH.get(key, ())}]
+        wrong |= {key for key, _ in found}
+    return problems
 
 
 def _number_problems(config: Config) -> Iterator[str]:
@@ -47,7 +87,7 @@ def _number_problems(config: Config) -> Iterator[str]:
         "data.max_document_tokens": (data.max_document_tokens, 16),
         "data.context_length": (data.context_length, 0),
         **{
-            f"model.{name}": (value, name not in ("vocab_size", "head_dim"))
+            f"model.{name}": (value, 0 if name in ("vocab_size", "head_dim") else 1)
             for name, value in asdict(model).items()
             if isinstance(value, int)
         },
@@ -116,20 +156,25 @@ def _number_problems(config: Config) -> Iterator[str]:
         yield f"watch.spike_window: 0, or at least 8 steps, not {config.watch.spike_window}."
     if not config.watch.spike_threshold:
         yield "watch.spike_threshold: above 0, not 0; watch.spike_window = 0 watches for NaN and infinity only."
-    if config.watch.action == "rollback" and config.checkpoint.every_steps < 1:
-        yield "watch.action: rollback goes back to the newest checkpoint; set checkpoint.every_steps."
-    if train.schedule == "wsd" and train.warmup_steps > train.steps - max(round(train.decay_share * train.steps), 1):
-        yield f"train.warmup_steps: {train.warmup_steps} of {train.steps} steps reach into wsd's decay; take fewer."
-    if train.min_learning_rate > train.learning_rate:
-        yield f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate, {train.learning_rate}."
     if not 0 < train.decay_share <= 1:
         yield f"train.decay_share: above 0 and at most 1, not {train.decay_share}."
-    if train.warmup_steps > train.steps:
-        yield f"train.warmup_steps: {train.warmup_steps} of {train.steps} steps; at most as many."
     if not 0 <= config.run.seed < 1 << 63:
         yield f"run.seed: 0 to 2^63 - 1, not {config.run.seed}."
     if not Path(config.run.folder).name or "\0" in config.run.folder:
         yield f"run.folder: {config.run.folder!r} names no folder."
+
+
+def _train_problems(config: Config) -> Iterator[str]:
+    """Find settings of the schedule and the watch that do not go together."""
+    train = config.train
+    if config.watch.action == "rollback" and config.checkpoint.every_steps < 1:
+        yield "watch.action: rollback goes back to the newest checkpoint; set checkpoint.every_steps."
+    if train.warmup_steps > train.steps:
+        yield f"train.warmup_steps: {train.warmup_steps} of {train.steps} steps; at most as many."
+    elif train.schedule == "wsd" and train.warmup_steps > train.steps - max(round(train.decay_share * train.steps), 1):
+        yield f"train.warmup_steps: {train.warmup_steps} of {train.steps} steps reach into wsd's decay; take fewer."
+    if train.min_learning_rate > train.learning_rate:
+        yield f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate, {train.learning_rate}."
 
 
 def _shape_problems(config: Config) -> Iterator[str]:
@@ -157,7 +202,6 @@ def _shape_problems(config: Config) -> Iterator[str]:
             yield f"model.num_attention_heads: hidden_size {model.hidden_size} does not give {heads} heads of an even size."
         if heads % kv_heads:
             yield f"model.num_key_value_heads: {heads} query heads do not divide among {kv_heads} key/value heads."
-    yield from _engine_problems(config)
     if parallel.devices_per_node > 0 and parallel.ranks % parallel.devices_per_node:
         yield f"parallel.devices_per_node: {parallel.devices_per_node} does not divide {parallel.ranks} ranks."
 
@@ -239,8 +283,6 @@ def _engine_problems(config: Config) -> Iterator[str]:
         if value != plain and engine.name in ENGINES and engine.name not in engines:
             yield f"{key}: engine {engine.name} does not have it here; it belongs to {' and '.join(engines)}."
     yield from _precision_problems(config)
-    if engine.name == "megatron":
-        yield from _megatron_problems(config)
     if engine.shard_size < 0 or parallel.ranks % (engine.shard_size or 1):
         yield f"engine.shard_size: {engine.shard_size} does not divide {parallel.ranks} ranks."
     if memory.offload and memory.activation_checkpointing == "none":
@@ -263,6 +305,8 @@ def _precision_problems(config: Config) -> Iterator[str]:
 def _megatron_problems(config: Config) -> Iterator[str]:
     """Find what tensor- and pipeline-parallel ranks cannot divide."""
     model, parallel = config.model, config.parallel
+    if config.engine.name != "megatron":
+        return
     for key, size in {
         "num_key_value_heads": model.num_key_value_heads,
         "intermediate_size": model.intermediate_size,

@@ -351,7 +351,10 @@ class TrainingLoop:
         self.engine.load(engine_state._replace(updates=progress["updates"]))
         self.watch.load_state_dict(progress["watch"])
         self.by_position.load(state["token_losses"])
-        self.reporter.report_event(loaded.step, "resumed", f"Went on from {loaded.folder.name}.")
+        ranks, before = self.config.parallel.ranks, int(loaded.facts["ranks"])
+        on = f", on {ranks} ranks; it was saved on {before}" if ranks != before else ""
+        facts = {"ranks": ranks, "saved_on": before}
+        self.reporter.report_event(loaded.step, "resumed", f"Went on from {loaded.folder.name}{on}.", facts)
         return loaded.step
 
     def _accept_config(self, step: int) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
-from distattn.parallel.analysis.explain import draw_score_matrix
+from distattn.parallel.analysis.score_matrix import draw_score_matrix
 from distattn.training.device_counters import COUNTERS
 from distattn.training.health import HealthReport
 from distattn.training.json_lines import json_text, write_whole
@@ -135,6 +135,22 @@ class MetricsReporter:
         self.tensorboard.write(
             lambda writer: writer.add_figure(f"{split} loss by position", _figure_by_position(table), step)
         )
+        if split == EVALUATION:
+            self._show_evaluation(step, table)
+
+    def _show_evaluation(self, step: int, table: LossTable) -> None:
+        """Print the loss of an evaluation, above the bar where there is one."""
+        if self.json_lines:
+            row = {"step": step, "evaluation_loss": table.loss, "evaluation_tokens": table.tokens}
+            sys.stdout.write(json_text(row) + "\n")
+        else:
+            loss = "not a number" if table.loss is None else f"{table.loss:.3f}"
+            text = f"step {step}/{self.steps}  evaluation loss {loss}  of {table.tokens:,} held-out tokens"
+            if self.bar:
+                self.bar.console.print(text)
+            else:
+                sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
     def report_histograms(self, step: int, model: Any) -> None:
         """Record histograms of weights and their gradients: of what rank 0 has of them, where they are sharded.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distattn.ir.errors import DistattnError
+from distattn.supervision.helpers import LOOK_SECONDS, Helper, how_it_ended
 from distattn.training.config import Config
 from distattn.training.json_lines import json_text, read_rows
 from distattn.training.run_folder import RunFolder
@@ -18,6 +22,8 @@ from distattn.training.run_folder import RunFolder
 # both run in the same dtype, in other orders of summation
 _TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 5e-2}
 _COMPARED = ("loss", "grad_norm")
+# that the replay may be stopped
+_STOPPED_SECONDS = 10.0
 _REPLAY = Path(__file__).with_name("reference_replay.py")
 
 
@@ -29,13 +35,31 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
     write_initial_weights(run, config)
     # -P: the script's own folder must not shadow anybody's packages
     command = [sys.executable, "-P", str(_REPLAY), str(run.folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    # it ends with this process, however this one ends
+    wrapper = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "--"]
+    code, said = _run_watched([*wrapper, *command])
+    if code:
+        last = (said.strip().splitlines() or [how_it_ended(code)])[-1]
         raise DistattnError(f"the replay in plain transformers failed ({last}); run it by hand: {' '.join(command)}")
     verdict = compare_with_reference(run, config)
     run.reference_check_file.write_text(json_text(verdict, indent=1))
     return verdict
+
+
+def _run_watched(command: Sequence[str]) -> tuple[int, str]:
+    """Run the replay; return its exit code and what it said on its error stream. Raises DistattnError where it is stopped."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        helper = Helper("the replay in plain transformers", process.pid)
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    _, said = process.communicate(timeout=LOOK_SECONDS)
+                    return process.returncode, said
+                if fault := helper.fault(_STOPPED_SECONDS):
+                    raise DistattnError(f"{helper} {fault}; let it go on, or compare again later.")
+        except BaseException:
+            process.kill()
+            raise
 
 
 def write_initial_weights(run: RunFolder, config: Config) -> None:

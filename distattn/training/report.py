@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import statistics
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from markupsafe import Markup
 
 from distattn.ir.plan import Plan
 from distattn.pages.render import render_page
-from distattn.parallel.analysis.explain import draw_score_matrix
+from distattn.parallel.analysis.columns import plural
+from distattn.parallel.analysis.score_matrix import score_matrix_html
 from distattn.training.config import Config
+from distattn.training.json_lines import write_whole
 from distattn.training.report_losses import corpus_rows, loss_charts
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
 
@@ -34,8 +39,13 @@ _CURVES = {
 _MOST_DRAWN = 4000
 
 
-def write_report(run: RunFolder, config: Config, checked: dict | None) -> None:
-    """Write report.html into the run folder. checked: what `run_reference_check` found, None where it was left out."""
+def write_report(
+    run: RunFolder, config: Config, checked: dict | None, attempts: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write report.html into the run folder. Raises OSError.
+
+    checked: what `run_reference_check` found, None where it was left out. attempts: `Attempts.rows`, where they were noted.
+    """
     steps, evaluations = run.metrics(), run.losses(EVALUATION)
     curves = _curves(steps, evaluations, checked)
     page = render_page(
@@ -43,25 +53,51 @@ def write_report(run: RunFolder, config: Config, checked: dict | None) -> None:
         curves,
         title=run.folder.name,
         summary=(
-            f"A run of distattn train on {config.parallel.ranks} ranks: strategy {config.parallel.strategy}, "
+            f"A run of distattn train on {_rank_counts(run, config)}: strategy {config.parallel.strategy}, "
             f"{config.parallel.layout} layout, {config.model.dtype}."
         ),
-        tiles=_tiles(steps, evaluations),
+        tiles=_tiles(steps, evaluations, len(attempts)),
         curves=list(curves["labels"].items()),
         charts=loss_charts(run),
         corpora=corpus_rows(run),
         events=_events(run, steps),
+        attempts=_attempt_rows(attempts),
         checked=checked,
         verdict=_verdict(checked) if checked else _unchecked(config),
         check_rows=[_check_row(row) for row in checked["steps"]] if checked else [],
-        picture=base64.b64encode(draw_score_matrix(Plan.load(run.plan_file))).decode(),
+        picture=Markup(score_matrix_html(Plan.load(run.plan_file))),
         explanation=run.explanation_file.read_text("utf-8"),
         configuration=run.config_file.read_text("utf-8"),
     )
-    run.report_file.write_text(page, "utf-8")
+    write_whole(run.report_file, page)
 
 
-def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+def _rank_counts(run: RunFolder, config: Config) -> str:
+    """Return "4 ranks", or what each part of a run had that was resumed on another number: "4 ranks, from step 35 on 2"."""
+    changes = [event for event in run.events() if event["kind"] == "resumed" and "saved_on" in event]
+    changes = [event for event in changes if event["saved_on"] != event["ranks"]]
+    first = changes[0]["saved_on"] if changes else config.parallel.ranks
+    later = (f", from step {event['step'] + 1:,} on {event['ranks']}" for event in changes)
+    return f"{plural(first, 'rank')}{''.join(later)}"
+
+
+def _attempt_rows(attempts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a row for each start of the ranks: its number, when it began, how long it lasted, and how it ended.
+
+    There are none where the ranks started once and ended well.
+    """
+    if len(attempts) == 1 and attempts[0].get("exit_code") == 0:
+        return []
+    rows = []
+    for attempt in attempts:
+        began, ended = attempt.get("began"), attempt.get("ended")
+        moment = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)) if began is not None else "-"
+        lasted = f"{ended - began:,.0f} s" if began is not None and ended is not None else "-"
+        rows.append([str(attempt["attempt"]), moment, lasted, attempt.get("why", "goes on")])
+    return rows
+
+
+def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]], starts: int) -> list[tuple[str, str, str]]:
     """The run in a few numbers: what, how much, and a word more."""
     first, last = steps[0], steps[-1]
     seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
@@ -91,6 +127,8 @@ def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]]) -> list[
     for name, what in (("memory_allocated", "allocated on the device"), ("memory_resident", "of the process")):
         if known_bytes := [value for step in steps if (value := getattr(step, name)) is not None]:
             tiles.append(("memory", f"{max(known_bytes) / 2**30:.2f} GiB", f"{what}, rank 0"))
+    if starts > 1:
+        tiles.append(("restarts", f"{starts - 1:,}", "of all ranks, see starts and ends"))
     if skipped := sum(bool(step.skipped) for step in steps):
         tiles.append(("steps not applied", f"{skipped:,}", "see what happened"))
     return tiles

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
 
-# of a drawing, in its own units
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 260, 52, 14, 10, 34
+# of a drawing, in CSS pixels as it is on a telephone; elsewhere it is larger, and its text, too
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 260, 52, 14, 10, 34
+# position labels side by side, each as wide as 1,048,576
+_MOST_LABELS = 5
 _TITLES = {EVALUATION: "Held-out documents", TRAINING: "Training"}
 
 
@@ -82,7 +84,7 @@ def _chart(title: str, tables: list[dict[str, Any]]) -> Chart:
         ]
         path = "M" + " L".join(f"{left} {top}" for left, top, _ in points)
         lines.append(Line(f"step {table['step']:,}", number == len(tables) - 1, path, points))
-    every = math.ceil(len(buckets) / 10)
+    every = math.ceil(len(buckets) / _MOST_LABELS)
     by_first = [{one["first"]: one["loss"] for one in table["by_position"]} for table in tables]
     return Chart(
         title,

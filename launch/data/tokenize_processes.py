@@ -9,6 +9,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,9 +25,12 @@ from distattn.data.tokenize import (
     remove_parts,
 )
 from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.supervision.helpers import LOOK_SECONDS, Helper, how_it_ended
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 _WORKER = "distattn.data.tokenize_worker"
+# that a process may be stopped
+_STOPPED_SECONDS = 10.0
 
 
 class LostProcessError(DistattnError):
@@ -74,7 +78,10 @@ def run_workers(
                 selector.register(workers[-1].messages, selectors.EVENT_READ, workers[-1])
                 workers[-1].give(waiting)
             while selector.get_map():
-                for key, _ in selector.select():
+                # one that is stopped sends nothing
+                for one in workers:
+                    one.check_state(job)
+                for key, _ in selector.select(LOOK_SECONDS):
                     worker: _Worker = key.data
                     for message in worker.read():
                         if "progress" in message:
@@ -107,6 +114,7 @@ class _Worker:
         )
         assert self._process.stdin and self._process.stdout
         self._orders, self.messages = self._process.stdin, self._process.stdout
+        self._helper, self._looked = Helper(f"process {number}", self._process.pid), 0.0
 
     def give(self, waiting: deque[int]) -> None:
         """Give it the next shard, or, where none waits, let it end."""
@@ -132,14 +140,22 @@ class _Worker:
         code = self._process.wait()
         if code == 0 and self.shard is None:
             return
-        killed = code < 0
-        how = f"was killed by {signal.Signals(-code).name}" if killed else f"ended with exit code {code}"
         where = "after its last shard" if self.shard is None else f"while it worked on {job.describe(self.shard)}"
         # the kernel ends whoever takes the last memory
         hint = " Where memory ran out, take fewer --processes." if code == -signal.SIGKILL else ""
         raise LostProcessError(
-            f"tokenize: process {self.number} ({self._process.pid}) {how} {where}; the others were stopped.{hint}"
+            f"tokenize: process {self.number} ({self._process.pid}) {how_it_ended(code)} {where}; the others were stopped.{hint}"
         )
+
+    def check_state(self, job: TokenizeJob) -> None:
+        """Raise LostProcessError where it has been stopped for _STOPPED_SECONDS."""
+        now = time.monotonic()
+        if now < self._looked + LOOK_SECONDS or self.shard is None:
+            return
+        self._looked = now
+        if not self._helper.end() and (fault := self._helper.fault(_STOPPED_SECONDS)):
+            where = f"while it worked on {job.describe(self.shard)}"
+            raise LostProcessError(f"tokenize: {self._helper} {fault} {where}; the others were stopped.")
 
     def stop(self) -> None:
         """End it, whatever it does."""

@@ -11,23 +11,26 @@ import errno
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import say
 from distattn.launch.ranks.entry import run_rank
-from distattn.launch.ranks.local import HERE, Node, as_found, how_it_ended, stopped_by, torchrun_config
-from distattn.launch.ranks.loopback import gloo_on_loopback
+from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, as_found, torchrun_config
+from distattn.launch.ranks.loopback import gloo_on_loopback, own_place
+from distattn.launch.ranks.process_title import RUN_VARIABLE
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
+from distattn.supervision.helpers import Helper, how_it_ended
+from distattn.supervision.node_links import NodeLinks
 from distattn.supervision.node_reports import NodeReports
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
@@ -38,26 +41,44 @@ _INTERVAL_SECONDS = 0.1
 
 
 class Ranks(NamedTuple):
-    """What runs on this machine: a function, module:name, which returns an exit code, once for each of so many ranks (size)."""
+    """What runs on this machine: a function, module:name, which returns an exit code, once for each of so many ranks (size).
+
+    run: the folder of the run that they are of, for the titles of processes.
+    """
 
     size: int
     function: str
     arguments: Sequence[object]
     patience: Patience
     node: Node = HERE
+    run: str = ""
 
 
 @contextlib.contextmanager
-def fork_server(preload: Sequence[str], node: Node = HERE) -> Iterator[None]:
-    """Around attempts: the process that ranks are forked from. preload: modules that it imports, besides torch."""
+def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Iterator[None]:
+    """Run the process that ranks are forked from, around attempts.
+
+    preload: modules that it imports, besides torch. run: as in `Ranks`.
+    """
     # a process with more than one thread must not fork: BLAS starts its threads when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _forget_server_of_parent()
     multiprocessing.set_forkserver_preload([*_PRELOAD, *preload])
+    _start_server(node, run)
+    try:
+        yield
+    except BaseException:
+        # before this process: it may be about to make ranks that nobody waits for any more
+        _server().kill()
+        raise
+
+
+def _start_server(node: Node, run: str) -> None:
+    """Start the fork server, unless it runs. run: as in `Ranks`."""
+    os.environ[RUN_VARIABLE] = run
     # Ctrl-C in a terminal reaches it, too, while it imports, and Slurm's SIGTERM all processes of a step; the tracker comes
     # first, whose start lets signals through again
     resource_tracker.ensure_running()
-    children = _children()
     blocked = {signal.SIGINT, signal.SIGTERM} if node.keeps_sigterm else {signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
@@ -66,33 +87,37 @@ def fork_server(preload: Sequence[str], node: Node = HERE) -> Iterator[None]:
             forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    server = _children() - children
-    try:
-        yield
-    except BaseException:
-        # before this process: it may be about to make ranks that nobody waits for any more
-        for pid in server:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        raise
+        del os.environ[RUN_VARIABLE]
 
 
-class AttemptStopped(Exception):
-    """This process was stopped, and its ranks with it. exit_code: 128 + the signal."""
+def _server() -> Helper:
+    """The fork server: ranks are its children, and end with it."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    return Helper("the fork server", server._forkserver_pid or 0)
 
-    def __init__(self, exit_code: int):
-        super().__init__(exit_code)
-        self.exit_code = exit_code
+
+def _tracker() -> Helper:
+    """The resource tracker of multiprocessing, which removes semaphores that dead processes have left."""
+    tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
+
+    def replace() -> int:
+        # it warns of what may leak; semaphores of ranks are anonymous by then
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            resource_tracker.ensure_running()
+        return int(tracker._pid)
+
+    return Helper("the resource tracker", tracker._pid, replace)
 
 
 def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) -> tuple[int, Trouble | None]:
     """Run the ranks once; returns the exit code, and what went wrong with one. number: of the attempt.
 
     folder: for evidence, and where there are several nodes, one that all of them have. board: of this machine's ranks. The code
-    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises AttemptStopped,
+    is that of the rank to blame, 128 + the signal that killed it, or 1 where ranks hang or nobody knows. Raises CommandStopped,
     and DistattnError where /dev/shm has no room for what the ranks share.
     """
-    node, reports = ranks.node, None
+    node, reports, links = ranks.node, None, None
     own = folder if node.nodes == 1 else folder / f"node-{node.number}"
     try:
         own.mkdir(parents=True, exist_ok=True)
@@ -100,9 +125,13 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         # a full disk must not keep a run from going on
         say(f"{own}: cannot be made: {error.strerror}; nothing is kept there of ranks that hang.")
     if node.nodes > 1:
-        reports = NodeReports(folder, node.number, node.nodes)
+        if (place := own_place(node.address)) is not None:
+            links = NodeLinks(folder, node.number, node.nodes, place)
+        reports = NodeReports(folder, node.number, node.nodes, links)
     numbers = range(node.number * ranks.size, (node.number + 1) * ranks.size)
-    watch = RankWatch(board, numbers, ranks.patience, own, reports)
+    # the one of the attempt before may have been killed
+    _start_server(node, ranks.run)
+    watch = RankWatch(board, numbers, ranks.patience, own, reports, [_server(), _tracker()], say)
     given = (os.getpid(), str(board.path), number, str(own), ranks.function, *ranks.arguments)
     config = torchrun_config(ranks.size, node, "forkserver", _INTERVAL_SECONDS)
     code, trouble = 0, None
@@ -115,29 +144,38 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         code, trouble = _ended(codes, watch.close() or _silent_end(error))
-    except SignalException as stop:
-        trouble = watch.close()
-        # torchrun ends ranks before it says by what signal, which the watch sees; ranks that have told nothing the watch can end
-        # only by a signal to this process
-        if trouble is None or not watch.interrupts:
-            raise AttemptStopped(stopped_by(stop)) from None
+    except (EOFError, OSError) as error:
+        # of a fork server that is gone while it is asked for ranks
+        if (trouble := watch.close()) is None:
+            raise _named(error) from None
         code = trouble.exit_code
-    except OSError as error:
-        # of a semaphore, which has no file name that people know
-        if error.errno == errno.ENOSPC and not error.filename:
-            raise DistattnError(
-                "/dev/shm: has no room for the semaphores of ranks, some 32 bytes each: remove what was left there, or give it "
-                "more room (docker run --shm-size=8g, on Kubernetes an emptyDir with medium: Memory)."
-            ) from None
-        raise
+    except RanksInterrupted as interrupted:
+        trouble = watch.close()
+        if interrupted.stop is not None:
+            raise interrupted.stop from None
+        # ranks that have told nothing the watch can end only by a signal to this process
+        assert trouble is not None
+        code = trouble.exit_code
     finally:
         watch.close()
+        if links is not None:
+            links.close()
         # of stacks that nobody asked for
         with contextlib.suppress(OSError):
             for file in own.glob("stacks-*.txt"):
                 if not file.stat().st_size:
                     file.unlink()
     return code, trouble
+
+
+def _named(error: EOFError | OSError) -> Exception:
+    """Return an error as it is; that of a semaphore, which has no file name that people know, with a place and what helps."""
+    if not isinstance(error, OSError) or error.errno != errno.ENOSPC or error.filename:
+        return error
+    return DistattnError(
+        "/dev/shm: has no room for the semaphores of ranks, some 32 bytes each: remove what was left there, or give it more room "
+        "(docker run --shm-size=8g, on Kubernetes an emptyDir with medium: Memory)."
+    )
 
 
 def _forget_server_of_parent() -> None:
@@ -166,7 +204,7 @@ def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
     Of ranks that the watch has found dead at once those are to blame that torchrun had not ended itself. Where it knows another
     rank's code only, which the watch has ended, nobody knows that of the rank to blame.
     """
-    if trouble.kind != "killed":
+    if trouble.kind != "killed" or any(one.helper for one in trouble.culprits):
         return trouble.exit_code, trouble
     first = [one for one in trouble.culprits if one.rank in codes]
     named = tuple(one._replace(how=_of_silent_rank(codes[one.rank])) for one in first if one.does)

@@ -53,6 +53,9 @@ if __name__ == "__main__":
     if sys.argv[2] == "--":
         os.execvp(sys.argv[3], sys.argv[3:])
     _module = sys.argv[2]
+    from distattn.launch.ranks.process_title import set_title
+
+    set_title(f"rank {os.environ['RANK']}" if "RANK" in os.environ else "helper", " ".join(sys.argv[2:]))
     # runpy puts the module's own file in place of the first word
     sys.argv = sys.argv[2:]
     runpy.run_module(_module, run_name="__main__", alter_sys=True)

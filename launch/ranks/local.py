@@ -7,8 +7,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -17,6 +19,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distattn.launch.command_line import say
 from distattn.launch.ranks.loopback import NODES_RENDEZVOUS, RENDEZVOUS, gloo_on_loopback
+from distattn.launch.stop_signals import STOPPING, CommandStopped
+from distattn.supervision.helpers import how_it_ended
+from distattn.supervision.rank_watch import INTERRUPT
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 
@@ -36,10 +41,21 @@ class Node(NamedTuple):
 HERE = Node()
 
 
+class RanksInterrupted(SignalException):
+    """An exception that has torchrun end its ranks by SIGINT, which all of them take.
+
+    stop: why this command ends; None where the watch asks for it.
+    """
+
+    def __init__(self, stop: CommandStopped | None):
+        super().__init__(str(stop or "the watch ends the ranks"), signal.SIGINT)
+        self.stop = stop
+
+
 def run_ranks(ranks: int, module: str, *arguments: str) -> int:
     """Run `python -m module ARGUMENTS` once per rank, and wait. Returns the exit code. Ranks end when this process ends.
 
-    0 when all ranks end well, else the first failing rank's, or 128 + the signal that stopped this process.
+    0 when all ranks end well, else the first failing rank's. Raises CommandStopped.
     """
     try:
         with as_found():
@@ -57,8 +73,9 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
         code = failure.exitcode
         say(f"rank {rank} {how_it_ended(code)}; the other ranks were stopped.")
         return code if code > 0 else 128 - code
-    except SignalException as stop:
-        return stopped_by(stop)
+    except RanksInterrupted as interrupted:
+        assert interrupted.stop is not None
+        raise interrupted.stop from None
     return 0
 
 
@@ -81,34 +98,41 @@ def torchrun_config(ranks: int, node: Node = HERE, start_method: str = "spawn", 
         max_restarts=0,
         monitor_interval=interval,
         start_method=start_method,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT" if node.keeps_sigterm else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+        # `as_found` answers them: torchrun would answer ignored ones, too, each again and again
+        signals_to_handle="",
         **meeting,
     )
 
 
 @contextlib.contextmanager
 def as_found(node: Node = HERE) -> Iterator[None]:
-    """Around torchrun: ranks and launchers say what its logs would, handlers are as before, and one machine has its loopback."""
+    """Around torchrun: ranks and launchers say what its logs would, and one machine has its loopback.
+
+    Signals that stop the command, and the watch's, end the ranks by RanksInterrupted.
+    """
     logging.disable(logging.CRITICAL)
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (*STOPPING, INTERRUPT)}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if number == INTERRUPT:
+            raise RanksInterrupted(None)
+        answer = handlers[signal.Signals(number)]
+        assert callable(answer)
+        try:
+            answer(number, frame)
+        except CommandStopped as stop:
+            raise RanksInterrupted(stop) from None
+
+    answered = [number for number, handler in handlers.items() if callable(handler) or number == INTERRUPT]
+    if threading.current_thread() is threading.main_thread():
+        for number in answered:
+            signal.signal(number, interrupt)
     try:
         with gloo_on_loopback() if node.nodes == 1 else contextlib.nullcontext():
             yield
     finally:
         logging.disable(logging.NOTSET)
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-
-
-def how_it_ended(code: int) -> str:
-    """What to say of a process by its exit code, which is negative where a signal killed it."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    known = -code in {number.value for number in signal.Signals}
-    return f"was killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
-
-
-def stopped_by(stop: SignalException) -> int:
-    """Say that a signal has stopped this process; returns its exit code."""
-    say(f"stopped by {signal.Signals(stop.sigval).name}; what was done is in the run folder.")
-    return 128 + int(stop.sigval)
+        if threading.current_thread() is threading.main_thread():
+            for number in answered:
+                # the watch may ask just after torchrun has ended by itself
+                signal.signal(number, signal.SIG_IGN if number == INTERRUPT else handlers[number])

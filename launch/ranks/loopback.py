@@ -24,7 +24,15 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from distattn.parallel.runtime.interfaces import LOOPBACK, listening_socket, resolved
+from distattn.ir.errors import LostRankError
+from distattn.parallel.runtime.interfaces import (
+    LOOPBACK,
+    addresses_towards,
+    interface_address,
+    listening_socket,
+    resolved,
+)
+from distattn.supervision.node_links import NodeAddress
 
 # rdzv_backend of torchrun's `LaunchConfig`: of one machine, and of several
 RENDEZVOUS, NODES_RENDEZVOUS = "distattn-loopback", "distattn-nodes"
@@ -47,6 +55,20 @@ def gloo_on_loopback() -> Iterator[None]:
             del os.environ[_GLOO_INTERFACE]
         else:
             os.environ[_GLOO_INTERFACE] = named
+
+
+def own_place(endpoint: str) -> NodeAddress | None:
+    """Where this machine is for the other nodes of an attempt; None where that is not known.
+
+    endpoint: host:port of the first node. The address is that of the interface that gloo is told to take, else the one that faces
+    the first node.
+    """
+    host, port = parse_rendezvous_endpoint(endpoint, -1)
+    if names := os.environ.get(_GLOO_INTERFACE):
+        address = interface_address(names.split(",")[0].strip())
+    else:
+        address = next(addresses_towards(host, port), None)
+    return None if address is None else NodeAddress(socket.gethostname(), address, port)
 
 
 class _LoopbackRendezvous(RendezvousHandler):
@@ -101,7 +123,19 @@ class _NodesRendezvous(_LoopbackRendezvous):
         held: dict[str, Any] = {}
         if self._node == 0:
             held = {"is_master": True, "master_listen_fd": _socket_of(self._host, self._port).detach()}
-        store = dist.TCPStore(self._host, self._port, self._nodes, timeout=_LIMIT, **held)
+        try:
+            store = dist.TCPStore(self._host, self._port, self._nodes, timeout=_LIMIT, **held)
+        except dist.DistError as error:
+            where, minutes = f"{self._host}:{self._port}", f"{_LIMIT.total_seconds() / 60:.0f} minutes"
+            missing = (
+                f"of {self._nodes} nodes some did not come to {where} within {minutes}"
+                if self._node == 0
+                else f"node {self._node} does not reach node 0 at {where} within {minutes}"
+            )
+            words = str(error).strip().splitlines()[0]
+            raise LostRankError(
+                f"{missing}: look at the network between them, or whether all began ({words})."
+            ) from None
         where = RendezvousStoreInfo(self._host, self._port)
         return RendezvousInfo(dist.PrefixStore(self._run, store), self._node, self._nodes, where)
 

@@ -1,13 +1,21 @@
 """One rank of a run, in a process that is forked for it."""
 
+import contextlib
 import io
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from distattn.launch.ranks import copy_output
+from distattn.launch.ranks.process_title import set_title
+from distattn.supervision.helpers import LOOK_SECONDS, Helper
+
+# less than ranks may be silent: rank 0 waits for a copier that is stopped once the pipe is full
+_COPY_PATIENCE_SECONDS = 3.0
 
 
 def run(folder: str, json_lines: bool, proposed: bool = False) -> int:
@@ -15,6 +23,7 @@ def run(folder: str, json_lines: bool, proposed: bool = False) -> int:
 
     proposed: whether its configuration is the one that `distattn resume` proposes.
     """
+    set_title(f"rank {os.environ['RANK']}", folder)
     if (logs := Path(folder, "logs")).is_dir():
         keep_log(logs)
     from distattn.launch.command_line import no_progress, print_line
@@ -39,11 +48,7 @@ def keep_log(folder: Path) -> None:
     rank = os.environ["RANK"]
     file = folder / f"rank-{rank}.log"
     if rank == "0":
-        command = [sys.executable, "-SP", copy_output.__file__, str(file)]
-        # in a group of its own: Ctrl-C must not end it before the last line
-        copy = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        assert copy.stdin is not None
-        target = copy.stdin.fileno()
+        target = _copied(file)
     else:
         try:
             target = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -72,3 +77,31 @@ class _Log(io.FileIO):
 def _log_stream(descriptor: int) -> io.TextIOWrapper:
     raw = _Log(descriptor, "wb", closefd=False)
     return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
+
+
+def _copied(file: Path) -> int:
+    """Return a pipe's end; what is written there another process copies to a file and to the console.
+
+    This process has the pipe's other end, too: where the copying process is lost, another one goes on reading.
+    """
+    read, write = os.pipe()
+    command = [sys.executable, "-SP", copy_output.__file__, str(file)]
+    console = {"stdin": read, "stdout": os.dup(1), "stderr": os.dup(2)}
+
+    def start() -> int:
+        # in a group of its own: Ctrl-C must not end it before the last line
+        return subprocess.Popen(command, **console, start_new_session=True).pid
+
+    def watch() -> None:
+        while True:
+            time.sleep(LOOK_SECONDS)
+            # where no process can be started now, one can be later
+            with contextlib.suppress(OSError):
+                if fault := copy.fault(_COPY_PATIENCE_SECONDS):
+                    os.write(write, f"distattn: {copy.start_again(fault)}.\n".encode())
+
+    copy = Helper(
+        "the copier of rank 0's output", start(), start, "another one goes on, without lines that this one held"
+    )
+    threading.Thread(target=watch, daemon=True, name="distattn-copier-watch").start()
+    return write

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from distattn.checkpoints.held_folder import HeldFolder
+from distattn.checkpoints.owner import writer_name
 from distattn.ir.errors import LostRankError
 from distattn.launch.attempt_end import RepeatedFailures
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import say
-from distattn.launch.ranks.attempt import AttemptStopped, Ranks, fork_server, run_attempt
+from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
+from distattn.launch.stop_signals import CommandStopped, answering_signals
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Trouble
 
@@ -37,14 +38,11 @@ def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload
     Ranks that are killed or hang are started again, and those that raise an error, unless no step was done before it, or the same
     was raised before; those that refuse to go on are not. Ranks end when this process ends.
 
-    Returns 0 when all ranks end well, else the exit code of `run_attempt`, or 128 + the signal that stopped this process.
+    Returns 0 when all ranks end well, else the exit code of `run_attempt`. Raises CommandStopped where this process is stopped.
     """
     attempts.end_open("ended with its launcher, before anybody could tell why")
-    try:
-        with fork_server(preload):
-            return _run_until_done(ranks, attempts, restarts)
-    except AttemptStopped as stop:
-        return stop.exit_code
+    with answering_signals(), fork_server(preload, run=ranks.run):
+        return _run_until_done(ranks, attempts, restarts)
 
 
 def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int:
@@ -56,17 +54,17 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
             return code
         if restarts.folder is not None and trouble.kind != "refused":
             restarts.folder.check()
-        failures.add(one.rank for one in trouble.culprits)
+        failures.add(one.name for one in trouble.culprits)
         now = restarts.progress()
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
         repeated = without_progress > 1 and str(trouble) == before
         if not _may_go_better(trouble, code, repeated) or without_progress > restarts.limit:
-            names = ", ".join(f"rank {one.rank}" for one in trouble.culprits)
+            names = ", ".join(one.name for one in trouble.culprits)
             # who refuses has said so
             how = f"{names} ended with exit code {code}" if trouble.kind == "refused" else str(trouble)
             say(f"{how}; the other ranks were stopped.")
             if failures.culprit is not None and trouble.kind != "refused":
-                same, host = f"rank {failures.culprit} failed {failures.count} times in a row", socket.gethostname()
+                same, host = f"{failures.culprit} failed {failures.count} times in a row", socket.gethostname()
                 say(f"{same} on {host}: where its memory or a device of it is the cause, leave {host} out.")
             return code
         before = str(trouble)
@@ -83,13 +81,14 @@ def _may_go_better(trouble: Trouble, code: int, repeated: bool) -> bool:
 
 def _run_once(ranks: Ranks, attempts: Attempts) -> tuple[int, Trouble | None]:
     board = HeartbeatBoard.make(ranks.size)
-    number = attempts.begin(host=socket.gethostname(), launcher=os.getpid(), board=str(board.path))
+    facts = {"host": socket.gethostname(), "launcher": os.getpid(), "process": writer_name(), "board": str(board.path)}
+    number = attempts.begin(**facts)
     # closed once nobody looks for it any more
     with contextlib.closing(board):
         try:
             code, trouble = run_attempt(ranks, number, attempts.folder(number), board)
-        except AttemptStopped as stop:
-            attempts.end(number, stop.exit_code, f"stopped by {signal.Signals(stop.exit_code - 128).name}")
+        except CommandStopped as stop:
+            attempts.end(number, stop.exit_code, f"stopped by {stop.signal.name}")
             raise
         attempts.end(number, code, str(trouble or "ended well"), **(trouble.facts() if trouble else {}))
     return code, trouble

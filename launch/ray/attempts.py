@@ -1,5 +1,6 @@
-"""The attempts of a run on a Ray cluster: `python -m distattn.launch.ray.attempts RUN`, which goes on with the run of a folder.
+"""The attempts of a run on a Ray cluster: `python -m distattn.launch.ray.attempts RUN [--ray.address=HOST:PORT]`.
 
+That goes on with the run of a folder, on the cluster that its configuration names, or on another one.
 `distattn launch ray` does the same with a new run. Where a node is lost, or ranks are killed or hang, the next attempt follows on
 nodes that are left, or that were added. Needs a Ray cluster whose nodes share the run folder, and neither torch nor a GPU here.
 """
@@ -10,15 +11,18 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import say
+from distattn.launch.command_line import CommandParser, say
 from distattn.launch.node_needs import node_needs
 from distattn.launch.ray import driver as ray_driver
+from distattn.launch.ray.head import completing, watched_head
 from distattn.launch.ray.run import RayRun, new_job, stopping
 from distattn.launch.ray.sweep import run_sweep
 from distattn.launch.run_status import sweep_runs
+from distattn.launch.stop_signals import CommandStopped, answering_signals, stopped
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
@@ -47,24 +51,40 @@ def _cores_here(configs: Sequence[Config]) -> int:
 def run_attempts(run: RunFolder, config: Config) -> int:
     """Run attempts of a run on the cluster that this process is connected to. Returns the exit code, 75 where it was stopped."""
     one = RayRun(run, config, new_job())
-    with stopping(one.stop):
+    then = f"{completing(run.folder)} goes on from the newest checkpoint"
+    with stopped("on Ray", then), stopping(one.stop), watched_head(run.folder):
         return one.train()
 
 
 def main(arguments: Sequence[str]) -> int:
     """Go on with the run, or the runs of the sweep, of a folder. Returns the exit code."""
-    run = RunFolder(Path(arguments[0]))
+    parser = CommandParser("ray.attempts")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--ray.address", dest="address")
     try:
-        if sweep := sweep_runs(run.folder):
-            configs = [configuration.load(one.config_file) for one in sweep]
-            with connected(configs, quiet=False):
-                return run_sweep(run, list(zip(sweep, configs, strict=True)))
-        config = configuration.load(run.config_file)
-        with connected([config], quiet=False):
-            return run_attempts(run, config)
+        given = parser.parse_args(arguments)
+        with answering_signals():
+            return _go_on(RunFolder(given.run), given.address)
+    except CommandStopped as stop:
+        say(str(stop))
+        return stop.exit_code
     except DistattnError as error:
         say(str(error))
         return error.exit_code
+
+
+def _go_on(run: RunFolder, address: str | None) -> int:
+    def load(one: RunFolder) -> Config:
+        config = configuration.load(one.config_file)
+        return config if address is None else replace(config, ray=replace(config.ray, address=address))
+
+    if sweep := sweep_runs(run.folder):
+        configs = [load(one) for one in sweep]
+        with connected(configs, quiet=False):
+            return run_sweep(run, list(zip(sweep, configs, strict=True)))
+    config = load(run)
+    with connected([config], quiet=False):
+        return run_attempts(run, config)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from distattn.launch.command_line import say
 from distattn.launch.elastic_run import ElasticRun
 from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.node_needs import node_needs
+from distattn.launch.ray.head import completing
 from distattn.launch.ray.nodes import NodeCounts, RayNodes
 from distattn.launch.run_status import ray_facts
+from distattn.launch.stop_signals import CommandStopped
 from distattn.training.config import Config
 from distattn.training.json_lines import write_whole
 from distattn.training.run_folder import RunFolder
@@ -54,6 +56,9 @@ class RayRun:
         except DistattnError as error:
             say(str(error))
             outcome = Outcome(error.exit_code)
+        except CommandStopped as stop:
+            outcome = Outcome(stop.exit_code)
+            raise
         finally:
             self._nodes.close()
             try:
@@ -63,7 +68,7 @@ class RayRun:
                     f"{self.run.state_file}: cannot be written: {error.strerror}; the run ended with exit code {outcome.code}."
                 )
         if outcome.code == RunStopped.exit_code:
-            say(f"python -m distattn.launch.ray.attempts {self.run.folder} goes on from the newest checkpoint.")
+            say(f"{completing(self.run.folder)} goes on from the newest checkpoint.")
         return outcome.code
 
 
@@ -97,7 +102,10 @@ def stopping(stop: Callable[[int], None]) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, again)
+
+    def again(number: int, frame: FrameType | None) -> None:
+        raise CommandStopped(number)
 
     before = {name: signal.signal(name, handle) for name in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 from distattn.ir.errors import RunStopped
 from distattn.launch.command_line import say
+from distattn.launch.ray.head import completing, watched_head
 from distattn.launch.ray.room import node_slots
 from distattn.launch.ray.run import RayRun, new_job, note_launcher, note_state, stopping
+from distattn.launch.stop_signals import stopped
 from distattn.training.config import Config
 from distattn.training.run_folder import RunFolder
 
@@ -87,7 +89,8 @@ def run_sweep(folder: RunFolder, runs: Sequence[tuple[RunFolder, Config]]) -> in
     note_launcher(folder, "running")
     code = 1
     try:
-        with stopping(sweep.stop):
+        then = f"{completing(folder.folder)} goes on with runs that have not ended well"
+        with stopped("on Ray", then), stopping(sweep.stop), watched_head(folder.folder):
             code = sweep.train()
     finally:
         note_state(folder, f"ended {code}")

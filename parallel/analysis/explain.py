@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,33 +11,26 @@ import numpy as np
 from distattn.cluster.spec import AnyCluster
 from distattn.cluster.topology import Cluster
 from distattn.ir.arguments import checked
-from distattn.ir.bands import Q0, Q1, row_key_ranges
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import (
     Call,
-    Columns,
     Payload,
     Plan,
     Table,
-    has_rows_and_keys,
     move_bytes,
     num_rows,
     select_rows,
     task_areas,
-    task_bands,
 )
 from distattn.parallel.analysis import quality
 from distattn.parallel.analysis.columns import aligned, plural, readable_bytes
 from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traffic, plan_traffic
+from distattn.parallel.analysis.score_matrix import draw_score_matrix, score_matrix_html
 from distattn.parallel.analysis.verify import Proof, verify
 
 # ranks listed one by one before only the extremes are shown
 _LISTED_RANKS = 16
-# most head ranges that are drawn side by side
-_PANELS = 4
-# most rows at which the outline of a task is drawn
-_OUTLINE_ROWS = 48
 
 
 @dataclass(frozen=True)
@@ -120,13 +110,11 @@ class Explanation:
         return "\n".join(lines)
 
     def html(self) -> str:
-        """The picture and the text, as an HTML fragment that needs nothing else. Needs matplotlib."""
-        picture = base64.b64encode(self.picture()).decode()
-        title = f"score matrix of {self.plan.strategy} on {self.plan.call.ranks} ranks, coloured by rank and by step"
-        return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{picture}">\n<pre>{html.escape(str(self))}</pre>'
+        """Return the picture and the text as an HTML fragment that needs nothing else. Needs matplotlib."""
+        return f"{score_matrix_html(self.plan)}\n<pre>{html.escape(str(self))}</pre>"
 
     def picture(self) -> bytes:
-        """A PNG of the score matrix: who computes each cell, and in which step (forward). Needs matplotlib."""
+        """Return a PNG of the score matrix: who computes each cell, and in which step (forward). Needs matplotlib."""
         return draw_score_matrix(self.plan)
 
 
@@ -204,72 +192,6 @@ def _step_table(plan: Plan, direction: str, table: Table) -> str:
         payloads.append(", ".join(Payload(p).name for p in np.unique(moves["payload"])))
     steps = [f"{line}   {names}".rstrip() for line, names in zip(aligned(rows), payloads, strict=True)]
     return "\n".join([*schedules, *steps])
-
-
-def draw_score_matrix(plan: Plan) -> bytes:
-    """Draw the score matrix as a PNG: who computes each cell, and in which step (forward). Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    tasks = _drawn_tasks(plan)
-    limits = np.unique(np.concatenate([tasks["h0"], tasks["h1"]]))
-    # a mask without cells has no tasks: one empty panel
-    ranges = list(pairwise(limits.tolist())) or [(0, plan.call.heads)]
-    shown = ranges[:_PANELS]
-    figure = Figure(figsize=(4.2 * (len(shown) + 1), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
-    for axis, (h0, h1) in zip(axes, shown, strict=False):
-        more = f" (of {len(ranges)} ranges)" if len(ranges) > len(shown) else ""
-        _draw(figure, axis, plan, h0, "rank", plan.call.ranks, f"rank, heads {h0} to {h1 - 1}{more}")
-    _draw(figure, axes[-1], plan, shown[0][0], "step", plan.forward.steps, "step")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
-    return out.getvalue()
-
-
-def _draw(figure: Any, axis: Any, plan: Plan, head: int, colour_by: str, colours: int, label: str) -> None:
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.collections import PolyCollection
-    from matplotlib.colors import BoundaryNorm
-
-    tasks = _drawn_tasks(plan)
-    here = select_rows(tasks, (tasks["h0"] <= head) & (head < tasks["h1"]))
-    colours = max(colours, 1)
-    norm = BoundaryNorm(np.arange(colours + 1) - 0.5, 256)
-    scale = ScalarMappable(norm, colormaps[{"rank": "turbo", "step": "viridis"}[colour_by]])
-    paint = scale.to_rgba(here[colour_by])
-    # edges in the face's colour close the hairlines between neighbours
-    axis.add_collection(PolyCollection(_outlines(plan, here), facecolors=paint, edgecolors=paint, linewidths=0.4))
-    n = plan.call.mask.n
-    axis.set(
-        xlim=(0, n),
-        ylim=(n, 0),
-        xlabel="key (token)",
-        ylabel="query (token)",
-        aspect="equal",
-        title=f"coloured by {label}",
-    )
-    ticks = np.unique(np.linspace(0, colours - 1, min(colours, 8)).round().astype(int))
-    figure.colorbar(scale, ax=axis, label=colour_by, ticks=ticks, shrink=0.7)
-
-
-def _drawn_tasks(plan: Plan) -> Columns:
-    """The forward tasks; of a recurrence those with outputs, each with all cells that pass through its stretch."""
-    tasks = plan.forward.tasks
-    return select_rows(tasks, has_rows_and_keys(tasks)) if plan.call.op.is_recurrent else tasks
-
-
-def _outlines(plan: Plan, tasks: Columns) -> list[np.ndarray]:
-    """The outline of each task's allowed cells as a polygon of (key, query) corners."""
-    out = []
-    for band in task_bands(plan.call.mask, tasks):
-        q: Ints = np.unique(np.linspace(band[Q0], band[Q1] - 1, _OUTLINE_ROWS).astype(np.int64))
-        begin, end = row_key_ranges(np.broadcast_to(band, (len(q), len(band))), q)
-        # a row is one token high: its corners at q and q + 1
-        left = np.stack([np.repeat(begin, 2), np.stack([q, q + 1], 1).ravel()], 1)
-        right = np.stack([np.repeat(end, 2), np.stack([q, q + 1], 1).ravel()], 1)
-        out.append(np.concatenate([left, right[::-1]]))
-    return out
 
 
 def _max_over_mean(values: Ints) -> float:

@@ -80,11 +80,16 @@ def _towards_store() -> Iterator[str]:
         store = store.underlying_store
     if not isinstance(store, dist.TCPStore):
         return
-    for address in resolved(store.host):
+    yield from addresses_towards(store.host, store.port)
+
+
+def addresses_towards(host: str, port: int) -> Iterator[str]:
+    """The addresses from which this machine sends to a host, by its name or address."""
+    for address in resolved(host):
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 # nothing is sent: the system only chooses an interface
-                probe.connect((address, store.port))
+                probe.connect((address, port))
             except OSError:
                 continue
             yield probe.getsockname()[0]

@@ -1,6 +1,8 @@
 """The backward table, derived from the forward one.
 
-The tasks are the same. dO travels as Q did; dQ travels home as O did. For keys and values a policy decides:
+The tasks are the same. In attention dO travels as Q did, and dQ travels home as O did. A recurrence's queries have other heads
+than its outputs, and several ranks may add to one dQ: dO goes straight to its users, and dQ is summed as dKV is. For keys and
+values a policy decides:
 
     keep            what the forward received is still there: the forward transposed, time and arrows reversed
     refetch-home    Q and KV are sent again; every rank sends its dKV straight to the owner after its last deposit
@@ -13,7 +15,7 @@ import numpy as np
 
 from distattn.cluster.spec import AnyCluster
 from distattn.ir.plan import MOVE_COLUMNS, Call, Columns, Payload, Table, concat_rows, select_rows
-from distattn.parallel.tables.routes import reduce_along_ring, reduce_direct, remote_users
+from distattn.parallel.tables.routes import reduce_along_ring, reduce_direct, remote_users, send_direct
 
 _TRANSPOSED = {Payload.Q: Payload.dQ, Payload.KV: Payload.dKV, Payload.O: Payload.dO}
 
@@ -22,17 +24,21 @@ def derive_backward(call: Call, forward: Table, policy: str, cluster: AnyCluster
     """The backward table of `forward` under `policy`. Given a cluster, dKV is summed inside a node before it leaves."""
     if policy == "keep":
         return _transpose(forward)
-    moves = forward.moves
+    tasks, moves = forward.tasks, forward.moves
     inputs = select_rows(moves, moves["payload"] != Payload.O)
-    queries, outputs = (
-        select_rows(moves, moves["payload"] == Payload.Q),
-        select_rows(moves, moves["payload"] == Payload.O),
-    )
-    users = remote_users(call, Payload.dKV, forward.tasks, latest=True)
-    reduce = reduce_along_ring if policy == "refetch-follow" else reduce_direct
-    reduced = reduce(Payload.dKV, users, None if cluster is None else cluster.node)
-    parts = [inputs, _with_payload(queries, Payload.dO), _with_payload(outputs, Payload.dQ), reduced]
-    return Table(forward.tasks, concat_rows(MOVE_COLUMNS, parts))
+
+    def reduced(payload: Payload) -> Columns:
+        reduce = reduce_along_ring if policy == "refetch-follow" else reduce_direct
+        users = remote_users(call, payload, tasks, latest=True)
+        return reduce(payload, users, None if cluster is None else cluster.node)
+
+    if call.op.is_recurrent:
+        users = remote_users(call, Payload.dO, tasks)
+        gradients = [send_direct(Payload.dO, users, users["step"] - 1), reduced(Payload.dQ)]
+    else:
+        queries, outputs = (select_rows(moves, moves["payload"] == payload) for payload in (Payload.Q, Payload.O))
+        gradients = [_with_payload(queries, Payload.dO), _with_payload(outputs, Payload.dQ)]
+    return Table(tasks, concat_rows(MOVE_COLUMNS, [inputs, *gradients, reduced(Payload.dKV)]))
 
 
 def _transpose(forward: Table) -> Table:

@@ -19,6 +19,7 @@ from distattn.batch.packed_batch import IGNORE_INDEX  # noqa: E402
 pytestmark = pytest.mark.sampled(4)
 
 STEPS = 6
+ROWS_PER_STEP = 4
 
 
 class Rows(torch.utils.data.Dataset):
@@ -47,7 +48,7 @@ def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def arguments(folder, micro_batches: int, replicas: int, **changes) -> TrainingArguments:
     settings = dict(
-        per_device_train_batch_size=4 // micro_batches // replicas,
+        per_device_train_batch_size=ROWS_PER_STEP // micro_batches // replicas,
         gradient_accumulation_steps=micro_batches,
         max_steps=STEPS,
         learning_rate=0.01,
@@ -55,6 +56,7 @@ def arguments(folder, micro_batches: int, replicas: int, **changes) -> TrainingA
         logging_steps=1,
         save_strategy="no",
         report_to=[],
+        include_num_input_tokens_seen="all",
         use_cpu=True,
         disable_tqdm=True,
         seed=5,
@@ -76,6 +78,25 @@ def _as_torchrun(rank: int) -> None:
     ranks = str(dist.get_world_size())
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")} | {"WORLD_SIZE": ranks}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+
+
+def _refilled(rank: int, folder: str) -> list[int]:
+    """The first token id of each batch of a collator that fills one tensor again and again."""
+    _as_torchrun(rank)
+    ids = torch.zeros(4, 3, dtype=torch.int64)
+    trainer = ContextParallelTrainer(
+        model=small.build(),
+        args=arguments(folder, 1, 1, train_sampling_strategy="sequential"),
+        train_dataset=list(range(12)),
+        data_collator=lambda rows: {"input_ids": ids.copy_(torch.tensor(rows)[:, None].expand(4, 3))},
+        context_parallel=da.ContextParallel(strategy="ring", kernel="reference"),
+    )
+    # as the micro-batches of one step are collected
+    return [int(batch["input_ids"][0, 0]) for batch in list(trainer.get_train_dataloader())]
+
+
+def test_a_collator_may_fill_one_tensor_again(tmp_path):
+    assert run_on_ranks(1, _refilled, str(tmp_path)) == [[0, 4, 8]]
 
 
 def _train(
@@ -103,12 +124,34 @@ def _train(
         data_collator=padded,
         context_parallel=cp,
     )
-    trainer.train()
+    trained = trainer.train().metrics
     if shared:
         assert small.shared_between_blocks(trainer.parts, degree, str(dtype)[6:])
     curve = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
-    return curve, norms, trainer.evaluate()["eval_loss"]
+    evaluated = trainer.evaluate()
+    assert trainer.get_total_train_batch_size(trainer.args) == ROWS_PER_STEP
+    _check_rates(trained, "train", STEPS * ROWS_PER_STEP, STEPS)
+    shares = cp.data_parallel_size
+    _check_rates(evaluated, "eval", 48, 48 // (8 * shares))
+    tokens = trainer.state.num_input_tokens_seen
+    last = trainer.state.log_history[STEPS - 1]
+    assert last["num_input_tokens_seen"] == tokens
+    if ranks == 1:
+        # every token but the last of a row has a label
+        assert tokens == sum(int((part["labels"] >= 0).sum()) for part in trainer.parts) + STEPS * ROWS_PER_STEP
+    if changes.get("deepspeed"):
+        engine = trainer.model_wrapped
+        assert engine.train_batch_size() == engine.tput_timer.batch_size == ROWS_PER_STEP
+        assert engine.global_samples == STEPS * ROWS_PER_STEP
+    return curve, norms, evaluated["eval_loss"], tokens
+
+
+def _check_rates(metrics: dict, kind: str, samples: int, steps: int) -> None:
+    """Rates are those of all samples, each counted once; they are rounded, and so is the time."""
+    seconds = metrics[f"{kind}_runtime"]
+    assert metrics[f"{kind}_samples_per_second"] * seconds == pytest.approx(samples, rel=0.02)
+    assert metrics[f"{kind}_steps_per_second"] * seconds == pytest.approx(steps, rel=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +163,9 @@ def one_process(tmp_path_factory):
 
 @pytest.mark.parametrize(("ranks", "degree", "micro_batches"), [(2, 2, 1), (2, 2, 2), (4, 2, 2), (4, 4, 1)])
 def test_the_curve_is_that_of_one_process(tmp_path, one_process, ranks, degree, micro_batches):
-    curve, norms, evaluated = one_process
-    for got, got_norms, got_evaluated in run_on_ranks(ranks, _train, tmp_path, degree, micro_batches, {}):
+    curve, norms, evaluated, tokens = one_process
+    for got, got_norms, got_evaluated, got_tokens in run_on_ranks(ranks, _train, tmp_path, degree, micro_batches, {}):
+        assert got_tokens == tokens
         # logs are rounded, and transformers computes norms in fp32
         assert got == pytest.approx(curve, rel=1e-4)
         assert got_norms == pytest.approx(norms, rel=1e-4)
@@ -133,7 +177,8 @@ def test_replicas_that_share_attention_have_the_curve_of_one_process(
     tmp_path, one_process, ranks, degree, micro_batches
 ):
     given = tmp_path, degree, micro_batches, {}, torch.float64, Rows, True
-    for curve, norms, evaluated in run_on_ranks(ranks, _train, *given):
+    for curve, norms, evaluated, tokens in run_on_ranks(ranks, _train, *given):
+        assert tokens == one_process[3]
         assert curve == pytest.approx(one_process[0], rel=1e-4)
         assert norms == pytest.approx(one_process[1], rel=1e-4)
         assert evaluated == pytest.approx(one_process[2], rel=1e-5)
@@ -196,7 +241,8 @@ def test_ranks_that_only_serve_are_refused(tmp_path):
 def test_a_stream_is_shared_out_over_replicas(tmp_path):
     (one,) = run_on_ranks(1, _train, tmp_path, 1, 1, {}, torch.float64, Stream)
     for ranks in (2, 4):
-        for curve, _, _ in run_on_ranks(ranks, _train, tmp_path, 2, 1, {}, torch.float64, Stream):
+        for curve, _, _, tokens in run_on_ranks(ranks, _train, tmp_path, 2, 1, {}, torch.float64, Stream):
+            assert tokens == one[3] == sum(len(Rows()[row]) for row in range(STEPS * ROWS_PER_STEP))
             assert curve == pytest.approx(one[0], rel=1e-4)
 
 
@@ -204,7 +250,8 @@ def test_a_stream_is_shared_out_over_replicas(tmp_path):
 def test_fsdp2_under_the_trainer_has_the_same_curve(tmp_path, one_process, degree, shared):
     wrap = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True}
     changes = {"fsdp": "full_shard auto_wrap", "fsdp_config": wrap}
-    for curve, norms, _ in run_on_ranks(2, _train, tmp_path, degree, 2, changes, torch.float64, Rows, shared):
+    for curve, norms, _, tokens in run_on_ranks(2, _train, tmp_path, degree, 2, changes, torch.float64, Rows, shared):
+        assert tokens == one_process[3]
         assert curve == pytest.approx(one_process[0], rel=1e-4)
         assert norms == pytest.approx(one_process[1], rel=1e-4)
 
@@ -220,7 +267,8 @@ def test_deepspeed_under_the_trainer_has_the_same_curve(tmp_path):
         "zero_allow_untested_optimizer": True,
     }
     (one,) = run_on_ranks(1, _train, tmp_path, 1, 1, {}, torch.float32)
-    for curve, _, _ in run_on_ranks(2, _train, tmp_path, 2, 2, {"deepspeed": settings}, torch.float32):
+    for curve, _, _, tokens in run_on_ranks(2, _train, tmp_path, 2, 2, {"deepspeed": settings}, torch.float32):
+        assert tokens == one[3]
         assert curve == pytest.approx(one[0], rel=2e-3)
 
 

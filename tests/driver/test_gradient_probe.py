@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from processes import run_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distattn.adapters import pytorch
@@ -31,12 +31,11 @@ def _sum(model, group=None, mean=False):
 def trainer(kind: str, mesh, **changes) -> tuple[torch.nn.Module, pytorch.ProbeTarget]:
     model = small.build(**changes)
     flat = pytorch.gradient_mesh(mesh)
-    if kind.startswith("fsdp"):
+    if kind == "fsdp that sums":
         pytorch.shard_parameters(model, mesh)
-        if kind == "fsdp that sums":
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_gradient_divide_factor(1.0)
+    if kind == "fsdp":
+        for module in [*model.get_decoder().layers, model]:
+            fully_shard(module, mesh=flat)
     if kind == "ddp":
         model = DistributedDataParallel(model, process_group=flat.get_group())
     if kind in ("sum", "mean"):

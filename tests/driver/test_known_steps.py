@@ -92,6 +92,25 @@ def test_a_loop_that_is_left_loses_no_step():
         assert (middle, end) == (2, 3)
 
 
+def held_run(rank):
+    """What is trained where a loop's generator is held, and another loop goes on; and what is said when the first goes on."""
+    model = model_of()
+    with shared(options=dict(block=8)) as cp:
+        loader = KnownLoader(rank, 2)
+        held = cp.steps(loader)
+        seen = [trained(model, next(held))]
+        seen += [trained(model, step) for step in cp.steps(loader)]
+        with pytest.raises(DistattnError) as refusal:
+            next(held)
+        return seen, str(refusal.value)
+
+
+def test_a_loop_whose_generator_is_held_loses_no_step():
+    for seen, said in run_on_ranks(2, held_run):
+        assert_same(seen, whole_run(2), 1e-11)
+        assert "something else went on with it, such as a loop inside this one" in said
+
+
 def nested_run(rank):
     with shared(options=dict(block=8)) as cp:
         loader = KnownLoader(rank, 2)

@@ -9,10 +9,12 @@ import sys
 import termios
 from pathlib import Path
 
+import psutil
 import pytest
 from waiting import eventually
 
 from distattn.launch.ranks import copy_output
+from distattn.supervision.culprits import process_state
 
 ROOT = Path(__file__).parents[2]
 # more than pipes hold
@@ -26,7 +28,7 @@ for number in range(100000):
     print("step", number)
 sys.stdout.flush()
 Path("printed").touch()
-if sys.argv[1:]:
+if "stay" in sys.argv:
     time.sleep(1000)
 # as a library does that knows nothing of Python
 os.write(2, b"the end\\n")
@@ -112,3 +114,24 @@ def test_a_paused_terminal_does_not_hold_up_rank_0(end, tmp_path):
     os.close(reader)
     wanted = LINES + (b"the end\n" if end == "ends" else b"")
     assert shown.replace(b"\r\n", b"\n") == wanted == (tmp_path / "rank-0.log").read_bytes()
+
+
+# of 3 s, in which a copier that is stopped may go on
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+def test_a_copier_that_is_lost_is_replaced_and_named(how, tmp_path):
+    pipes = dict(stdout=subprocess.PIPE, stdin=subprocess.PIPE, env=os.environ | {"RANK": "0", "PYTHONPATH": str(ROOT)})
+    rank_0 = RANK.replace("for number", "input()\nfor number", 1)
+    with killed_at_last([sys.executable, "-c", rank_0], cwd=tmp_path, **pipes) as rank:
+        (copier,) = eventually(lambda: psutil.Process(rank.pid).children(), "no copier is started")
+        copier.send_signal(how)
+        eventually(lambda: process_state(copier.pid) in "ZTX", "the signal has no effect")
+        rank.stdin.write(b"\n")
+        rank.stdin.close()
+        shown = rank.stdout.read()
+        assert rank.wait() == 0
+    why = "was killed by SIGKILL" if how == signal.SIGKILL else "is stopped (SIGSTOP or a debugger)"
+    said = f"distattn: the copier of rank 0's output (process {copier.pid}) {why}: another one goes on, without lines "
+    said = f"{said}that this one held.\n".encode()
+    # nothing was in the copier when it was lost
+    assert said in shown and shown.replace(said, b"") == LINES + b"the end\n"
+    assert (tmp_path / "rank-0.log").read_bytes() == shown

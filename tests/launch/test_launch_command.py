@@ -226,6 +226,24 @@ def test_local_keeps_a_log_of_every_rank(tmp_path):
     assert set(logs) == {"rank-0.log", "rank-1.log"} and "loss" in logs["rank-0.log"] in done.stdout
 
 
+def test_an_empty_log_is_said_to_be_empty_and_a_run_that_keeps_none_too(capsys, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.logs.mkdir(parents=True)
+    folder.config_file.touch()
+    folder.log_file(0).touch()
+    for more in ((), ("--rank", "0")):
+        code, out, err = run(capsys, "logs", str(folder.folder), *more)
+        assert (code, out) == (0, "") and f"{folder.log_file(0)}: empty, nothing was printed yet" in err
+    folder.log_file(0).write_text("step 1/60\n")
+    assert run(capsys, "logs", str(folder.folder)) == (0, "step 1/60\n", "")
+    folder.log_file(0).unlink()
+    code, _, err = run(capsys, "logs", str(folder.folder))
+    assert code == 2 and "there are no logs of the job yet" in err
+    folder.logs.rmdir()
+    code, _, err = run(capsys, "logs", str(folder.folder))
+    assert code == 2 and "the run keeps no logs: distattn train prints to the console" in err
+
+
 def test_the_script_is_short_enough_to_read():
     text = slurm.batch_script(configuration.load(ROOT / "configs/tiny.toml"), Path("/runs/tiny"))
     assert len(text.splitlines()) <= 60

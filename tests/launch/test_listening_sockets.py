@@ -7,17 +7,20 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 import torch.distributed as dist
 from listening import family_of, listening_addresses
+from ports import free_ports
 from processes import run_on_ranks
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 from waiting import LIMIT_SECONDS
 
-from distattn.ir.errors import DistattnError
+from distattn.ir.errors import DistattnError, LostRankError
+from distattn.launch.ranks import loopback
 from distattn.launch.ranks.loopback import NODES_RENDEZVOUS, _socket_of
 from distattn.training.job_members import check_members
 from distattn.training.job_secret import read_secret, write_secret
@@ -76,6 +79,9 @@ def test_a_run_listens_on_the_loopback_alone_and_keeps_its_secret(tmp_path):
         ((_, port),) = set(listening_addresses(family[0]))
         content = list(content_of_store(port))
         assert content and not any(bytes.fromhex(secret) in one or secret.encode() in one for one in content)
+        titles = [" ".join(member.cmdline()).strip() for member in family]
+        for role in ("rank 0", "rank 1", "fork server"):
+            assert sum(title == f"distattn {role}: {tmp_path / 'run'}" for title in titles) == 1, titles
         for member in family:
             assert secret not in " ".join(member.cmdline()) and secret not in str(environment_of(member))
     finally:
@@ -184,6 +190,19 @@ def test_agents_of_several_nodes_meet_in_the_first_ones_store():
     one.store.set("of the first", "word")
     assert here.store.get("of the first") == b"word"
     assert {address for address, at in listening_addresses(psutil.Process()) if at == port} == {"127.0.0.1"}
+
+
+def test_nodes_that_do_not_meet_are_told_where(monkeypatch):
+    monkeypatch.setattr(loopback, "_LIMIT", timedelta(seconds=1))
+    (port,) = free_ports(1)
+    with pytest.raises(
+        LostRankError, match=rf"^of 2 nodes some did not come to 127.0.0.1:{port} within 0 minutes: look"
+    ):
+        _agent(0, port).next_rendezvous()
+    with pytest.raises(
+        LostRankError, match=rf"^node 1 does not reach node 0 at 127.0.0.1:{port} within 0 minutes: look"
+    ):
+        _agent(1, port).next_rendezvous()
 
 
 def _agent(node: int, port: int):

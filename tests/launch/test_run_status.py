@@ -6,15 +6,16 @@ import socket
 import subprocess
 import sys
 from dataclasses import asdict
+from unittest.mock import patch
 
 import pytest
 
-from distattn.checkpoints.owner import JOB_VARIABLE
+from distattn.checkpoints.owner import JOB_VARIABLE, writer_name
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch import cli
 from distattn.launch.attempts import Attempts
-from distattn.launch.run_status import cancel, status
+from distattn.launch.run_status import cancel, status, status_lines
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.training.run_folder import RunFolder, StepMetrics
 
@@ -50,6 +51,36 @@ def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tm
     assert status(run)["state"] == f"{begun}, its report is written"
 
 
+def test_a_run_whose_launcher_was_killed_in_the_comparison_says_what_completes_it(tmp_path, capsys):
+    run = RunFolder(tmp_path)
+    run.config_file.touch()
+    attempts, facts = Attempts(run.attempts), {"host": socket.gethostname(), "launcher": 1}
+    run.append(run.metrics_file, asdict(StepMetrics(0, 2.0, 1.0, 64, 0.5)))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as launcher:
+        with patch.object(os, "getpid", lambda: launcher.pid):
+            attempts.end(attempts.begin(**facts, process=writer_name()), 0, "ended well")
+        assert status(run)["state"] == "all steps are done, its launcher compares and reports"
+        launcher.kill()
+    wanted = "ended, exit code 0, all steps are done, but not reported: "
+    wanted += f"python -m distattn.launch.finish_run {tmp_path} compares and reports"
+    assert status(run)["state"] == wanted
+    assert cli.main(["launch", "status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{wanted}, 1 steps done\n")
+    run.report_file.touch()
+    assert status(run)["state"] == "ended, exit code 0"
+    # of the run before it was resumed for further steps
+    os.utime(run.report_file, (0, 0))
+    assert status(run)["state"] == wanted
+    # on Ray the launcher has written down that it reports, and on Slurm that it has ended
+    run.ray_file.write_text(json.dumps({"host": socket.gethostname(), "launcher": launcher.pid, "cluster": "a:1"}))
+    run.state_file.write_text("running\n")
+    assert status(run)["state"] == wanted.replace("ended, exit code 0", "killed with its launcher")
+    # of one that was killed before all steps were done
+    attempts.begin(**facts)
+    wanted = f"killed with its launcher, python -m distattn.launch.ray.attempts {tmp_path} goes on"
+    assert status(run)["state"] == wanted
+
+
 def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path, capsys):
     run = RunFolder(tmp_path)
     run.config_file.touch()
@@ -65,11 +96,13 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     assert cli.main(["launch", "status", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert (
-        said.startswith("running, 0 steps done\n  attempt 1: goes on") and "  rank 1: step 12, key/value move 3" in said
+        said.startswith("running, 0 steps done\n  attempt 1: runs, at step 1\n")
+        and "  rank 1: step 12, key/value move 3" in said
     )
     assert cli.main(["launch", "cancel", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"launcher": launcher.pid, "cancelled": True}
     assert launcher.wait() == -15 and status(run)["state"] == "killed with its launcher"
+    assert status_lines(status(run)).endswith("  attempt 1: was killed\n")
     attempts.end(number, 143, "stopped by SIGTERM")
     found = status(run)
     assert found["state"] == "ended, exit code 143" and found["attempts"][0]["why"] == "stopped by SIGTERM"

@@ -14,6 +14,7 @@ from distattn.ir.mask import Mask
 from distattn.ir.plan import Payload
 from distattn.parallel.analysis.explain import explain
 from distattn.parallel.analysis.lower_bounds import plain_ring_traffic, plan_traffic
+from distattn.parallel.analysis.score_matrix import legible_colours
 from distattn.parallel.make_plan import STRATEGIES, make_plan
 
 
@@ -58,10 +59,22 @@ def test_the_picture_is_a_png_with_colours_where_cells_are(strategy):
     assert len(np.unique(pixels(png), axis=0)) > 8
 
 
+@pytest.mark.parametrize("palette", ["turbo", "viridis"])
+@pytest.mark.parametrize("count", [1, 8, 200])
+def test_every_colour_is_seen_on_white_and_on_dark_pages(palette, count):
+    colours = legible_colours(palette, count)
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    # of #14181e, the ground of the pages in the dark
+    dark = 0.009
+    assert colours.shape == (count, 3) and len(np.unique(colours.round(6), axis=0)) == count
+    assert (1.05 / (luminance + 0.05)).min() > 2.2 and ((luminance + 0.05) / (dark + 0.05)).min() > 2.2
+
+
 def test_a_mask_without_cells_has_a_picture_too():
     mask = Mask.causal(8).cut((0, 1), (5, 8))
     plan = make_plan(mask, Layout.zigzag([8], 2), strategy="ring", heads=2, kv_heads=1, head_dim=8, dtype="float32")
-    assert explain(plan).picture().startswith(b"\x89PNG")
+    assert explain(plan).picture().startswith(b"\x89PNG") and "<svg" in explain(plan).html()
 
 
 def pixels(png: bytes) -> np.ndarray:

@@ -9,6 +9,7 @@ from recurrences import RECURRENT, assert_same, by_definition, recurrence_case, 
 from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.op import OPS
+from distattn.ir.plan import POLICIES
 from distattn.parallel.make_plan import make_plan
 from distattn.parallel.strategies.scan_schedules import SCHEDULES
 
@@ -55,8 +56,8 @@ def test_every_schedule_and_layout_equals_the_definition(cases, name, schedule, 
 @pytest.mark.parametrize("name", RECURRENT)
 def test_tokens_may_move_instead(cases, name, ranks):
     case, wanted = cases(name)
-    for layout in layouts(LENGTHS, ranks).values():
-        plan = plan_of(layout, name, "ulysses")
+    for index, layout in enumerate(layouts(LENGTHS, ranks).values()):
+        plan = plan_of(layout, name, "ulysses", backward=POLICIES[index % len(POLICIES)])
         record = Record()
         assert_same(run_recurrence(plan, case, record), wanted, 1e-10)
         assert record.bytes == planned_bytes(plan)

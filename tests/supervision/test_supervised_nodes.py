@@ -38,7 +38,9 @@ def run_cases(folder: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, str(ROOT / "tests" / "support" / "supervised_nodes.py"), str(folder)]
     nodes = [
-        subprocess.Popen([*command, str(node), json.dumps(cases)], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(node), json.dumps(cases), "127.0.0.1"], env=environment, stderr=subprocess.PIPE, text=True
+        )
         for node in range(2)
     ]
     for node in nodes:

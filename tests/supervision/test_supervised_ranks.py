@@ -62,6 +62,7 @@ def run_cases(folder: Path) -> None:
         {"name": "raised at once", "fault": {"rank": 1, "step": 0, "kind": "raised"}},
         {"name": "too often", "fault": {"rank": 0, "step": 3, "kind": "kill", "again": True}, "limit": 1},
         {"name": "forked", "forked": True},
+        {"name": "server", "fault": {"rank": 1, "step": 5, "kind": "server is killed"}},
     ]
     done = subprocess.run(
         command(folder, *cases), capture_output=True, text=True, env=ENVIRONMENT, timeout=LIMIT_SECONDS
@@ -111,6 +112,16 @@ def recorded(folder: Path) -> dict[int, int]:
         assert {entry["profiling_name"] for entry in trace["entries"]} == {"gloo:all_reduce", "gloo:barrier"}
         found[int(file.stem.rpartition("-")[2])] = int(trace["pg_status"]["0"]["last_enqueued_collective"])
     return found
+
+
+def test_a_fork_server_that_is_killed_is_named_and_replaced(runs):
+    code, said, attempts = outcome(runs / "server")
+    assert code == 0 and [one["exit_code"] for one in attempts] == [137, 0], said
+    assert re.search(
+        r"the fork server \(process \d+\) was killed by SIGKILL; all ranks start again on .* from step 5", said
+    )
+    assert attempts[0]["ranks"] == [] and attempts[0]["kind"] == "killed"
+    assert (runs / "server" / "losses.jsonl").read_text() == (runs / "whole" / "losses.jsonl").read_text()
 
 
 def test_what_a_rank_says_of_its_end_is_no_reason_to_start_again(runs):

@@ -30,17 +30,52 @@ addEventListener("error", event => document.body.dataset.error = event.message);
   SCRIPT
   said.cut = document.documentElement.scrollWidth > innerWidth;
   said.error = document.body.dataset.error || "";
-  document.body.dataset.said = JSON.stringify(said);
+  parent.postMessage(JSON.stringify(said), "*");
 }
 </script></body>"""
+# windows of a headless browser are at least 500 pixels wide, frames need not be
+_FRAME = """<!doctype html><body><script>addEventListener("message", event => document.body.dataset.said = event.data);</script>
+<iframe src="page.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe></body>"""
+# finds what a person could not read. said.unread: texts of SVGs that stand out of them, are smaller than 10 pixels, or have a
+# contrast below 4.5 (WCAG 2). said.wide: what has to be scrolled sideways. said.texts: how many texts were looked at
+LEGIBLE = """
+  const luminance = colour => {
+    const parts = colour.match(/[\\d.]+/g).map(part => part / 255);
+    const [r, g, b] = parts.map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const ground = luminance(getComputedStyle(document.body).backgroundColor);
+  const contrast = colour => { const l = luminance(colour); return (Math.max(l, ground) + .05) / (Math.min(l, ground) + .05); };
+  const texts = [...document.querySelectorAll("svg text")].filter(text => text.getBoundingClientRect().width);
+  said.texts = texts.length;
+  said.unread = texts.filter(text => {
+    const box = text.getBoundingClientRect(), sheet = text.ownerSVGElement.getBoundingClientRect();
+    const scale = sheet.width / text.ownerSVGElement.viewBox.baseVal.width, style = getComputedStyle(text);
+    const outside = [sheet.left - box.left, box.right - sheet.right, sheet.top - box.top, box.bottom - sheet.bottom];
+    return Math.max(...outside) > 1 || parseFloat(style.fontSize) * scale < 10 || contrast(style.fill) < 4.5;
+  }).map(text => text.textContent);
+  const parts = [...document.querySelectorAll(".scroll, pre, .track, figure")];
+  said.wide = parts.filter(part => part.scrollWidth > part.clientWidth + 1).map(part => part.textContent.slice(0, 60));
+"""
 needs_browser = pytest.mark.skipif(_BROWSER is None, reason="there is no Chromium here")
 
 
-def what_a_script_says(page: str, script: str, folder: Path, width: int) -> dict[str, Any]:
-    """What a script puts into `said` once the page has run, and whether the page is cut or had an error."""
-    file = folder / "page.html"
-    file.write_text(page.replace("</body>", _AROUND.replace("SCRIPT", script)))
-    given = [f"--user-data-dir={folder}/profile", f"--window-size={width},900", "--dump-dom", file.as_uri()]
-    done = subprocess.run([_BROWSER, *_FLAGS, *given], capture_output=True, text=True, timeout=LIMIT_SECONDS)
+def what_a_script_says(page: str, script: str, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:
+    """Return what a script puts into `said` once the page has run, and whether the page is cut or had an error.
+
+    width: of the page, in pixels. dark: a person's device asks for dark pages.
+    """
+    (folder / "page.html").write_text(page.replace("</body>", _AROUND.replace("SCRIPT", script)))
+    frame = folder / "frame.html"
+    frame.write_text(_FRAME.replace("WIDTH", str(width)))
+    given = [f"--user-data-dir={folder}/profile", f"--window-size={max(width, 500) + 20},950", "--dump-dom"]
+    given.append(f"--blink-settings=preferredColorScheme={0 if dark else 1}")
+    command = [_BROWSER, *_FLAGS, *given, frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert "data-said" in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
     return json.loads(html.unescape(re.search(r'data-said="([^"]*)"', done.stdout)[1]))
+
+
+def as_printed(page: str) -> str:
+    """Return a page that looks on the screen as it does on paper."""
+    return page.replace("@media print", "@media all")

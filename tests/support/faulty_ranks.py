@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -61,9 +62,16 @@ def run(folder: str, steps: int) -> int:
 
 
 def hang(kind: str, folder: Path) -> None:
-    """Never returns, or does not return in time."""
+    """Never returns, or does not return in time, unless what is to be found happens elsewhere."""
+    if kind == "cut":
+        subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind in ("server is killed", "server is stopped"):
+        # the fork server, with which ranks end
+        os.kill(os.getppid(), signal.SIGKILL if kind == "server is killed" else signal.SIGSTOP)
+        tell("computing", seconds=ENDLESS_SECONDS)
+        time.sleep(ENDLESS_SECONDS)
     if kind == "abort":
         # as NCCL's watchdog does
         os.abort()

@@ -105,9 +105,7 @@ class SlurmCluster:
     def signal_ranks(self, node: str, number: int, most: int) -> None:
         """Send a signal to at most so many of the ranks that work on a node."""
         processes = self._processes(node)
-        # ranks are forks of a server, and look like it
-        servers = {pid for pid, (_, command) in processes.items() if b"forkserver" in command}
-        ranks = sorted(pid for pid in servers if processes[pid][0] in servers)
+        ranks = sorted(pid for pid, (_, command) in processes.items() if command.startswith(b"distattn rank "))
         assert ranks, f"there are no ranks on {node}: {processes}"
         for pid in ranks[:most]:
             os.kill(pid, number)

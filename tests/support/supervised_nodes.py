@@ -1,4 +1,4 @@
-"""One of two nodes, with ranks of `faulty_ranks`: python supervised_nodes.py FOLDER NODE '[[name, port], ...]'."""
+"""One of two nodes, with ranks of `faulty_ranks`: python supervised_nodes.py FOLDER NODE '[[name, port], ...]' HOST."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ def main() -> None:
     number = int(sys.argv[2])
     with fork_server(["faulty_ranks"], Node(nodes=2, keeps_sigterm=True)):
         for name, port in json.loads(sys.argv[3]):
-            folder, node = Path(sys.argv[1], name), Node(number, 2, f"127.0.0.1:{port}", keeps_sigterm=True)
+            folder, node = Path(sys.argv[1], name), Node(number, 2, f"{sys.argv[4]}:{port}", keeps_sigterm=True)
             # no loaded machine is to be taken for a hang
             patience = Patience(600, 600.0 if name in ("whole", "kill") else 15.0)
             ranks = Ranks(PER_NODE, "faulty_ranks:run", [str(folder), STEPS], patience, node)

@@ -130,6 +130,34 @@ def test_every_mistake_is_named_at_once(text, sentences, tmp_path):
     assert all(line.startswith(str(file)) for line in str(refusal.value).splitlines())
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "[parallel]\nranks = 4\ntensor_parallel_size = 3",
+            "parallel.tensor_parallel_size: engine fsdp2 does not have",
+        ),
+        (
+            "[parallel]\ntensor_parallel_size = 3\npipeline_parallel_size = 3\n[engine]\nname = 'megatron'",
+            "parallel.tensor_parallel_size: with pipelines 9 ranks",
+        ),
+        ("[train]\nsteps = 5\nwarmup_steps = 10\nschedule = 'wsd'", "train.warmup_steps: 10 of 5 steps; at most"),
+        ("[train]\nlearning_rate = -1.0", "train.learning_rate: at least 0"),
+        ("[parallel]\ndata = 'per_rankk'", "parallel.data: there is no 'per_rankk'"),
+        ("[engine]\nzero_stage = 7", "engine.zero_stage: at most 3"),
+        ("[data]\ntokens_per_step = 1", "data.tokens_per_step: at least 2"),
+        ("[model]\nhidden_size = 0", "model.hidden_size: at least 1, not 0."),
+        ("[data]\ncontext_schedule = [{contxt_length = 4096}]", "unknown key. Did you mean context_length?"),
+    ],
+)
+def test_a_mistake_is_one_sentence_whatever_follows_from_it(text, sentence, tmp_path):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(DistattnError) as refusal:
+        configuration.load(file)
+    assert sentence in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+
+
 def test_mistakes_name_the_line_of_the_file_and_overrides_the_command_line(tmp_path):
     file = tmp_path / "bad.toml"
     file.write_text("[train]\n# none\nsteps = 0\n\n[data]\nexclude = [\n 'a',\n 3]\n")

@@ -1,5 +1,6 @@
 """What a run writes of its steps: JSON lines, TensorBoard, Weights & Biases; and where a step's seconds and FLOPs come from."""
 
+import json
 import sys
 import time
 import types
@@ -85,6 +86,14 @@ def test_json_lines_and_tensorboard_hold_everything(run, capsys):
     }
     shown = capsys.readouterr().out
     assert "step 1/3  loss 2.500  400 tokens/s" in shown and "s left; not applied: the loss is nan.\n" in shown
+    # of training as well there are losses by position, which are for the files
+    assert shown.count("evaluation loss") == 1 and "step 2/3  evaluation loss 3.500  of 8 held-out tokens\n" in shown
+
+
+def test_evaluations_are_json_lines_where_all_is(run, capsys):
+    with MetricsReporter(run, 3, json_lines=True, visible=True) as reporter:
+        reporter.report_losses(2, table())
+    assert json.loads(capsys.readouterr().out) == {"step": 2, "evaluation_loss": 3.5, "evaluation_tokens": 8}
 
 
 def test_of_a_step_that_was_done_again_the_last_counts(run):

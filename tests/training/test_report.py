@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict
 
 import pytest
-from browser import needs_browser, what_a_script_says
+from browser import LEGIBLE, as_printed, needs_browser, what_a_script_says
 
 import distattn as da
 from distattn.training import config as configuration
@@ -40,8 +40,8 @@ def run(tmp_path):
     return run
 
 
-def page_of(run, checked):
-    write_report(run, configuration.load(run.config_file), checked)
+def page_of(run, checked, attempts=()):
+    write_report(run, configuration.load(run.config_file), checked, attempts)
     return run.report_file.read_text()
 
 
@@ -133,7 +133,26 @@ def test_a_long_run_shows_what_became_of_it(run):
         "8 to 15: 0.0000, 150 tokens",
     ):
         assert said in page, said
-    assert page.count("<svg") == 2 and "step 1,000" in page and "step 6,000" not in page
+    assert page.count('<svg class="chart"') == 2 and "step 1,000" in page and "step 6,000" not in page
+
+
+def test_kills_restarts_and_both_numbers_of_ranks_are_told(run):
+    facts = {"ranks": 2, "saved_on": 4}
+    run.append(run.events_file, {"step": 2, "kind": "resumed", "text": "Went on from <step>.", **facts})
+    why = "rank 1 was killed by SIGKILL: <forward>"
+    attempts = [
+        {"attempt": 1, "began": 0.0, "ended": 61.0, "exit_code": 137, "why": why},
+        {"attempt": 2, "exit_code": None, "why": "ended with its launcher"},
+        {"attempt": 3, "began": 90.0, "ended": 95.0, "exit_code": 0, "why": "ended well"},
+    ]
+    page = page_of(run, None, attempts)
+    assert "A run of distattn train on 4 ranks, from step 3 on 2: strategy" in page
+    assert "1970-01-01 00:00:00 UTC</td><td>61 s</td><td>rank 1 was killed by SIGKILL: &lt;forward&gt;</td>" in page
+    assert "<td>2</td><td>-</td><td>-</td><td>ended with its launcher</td>" in page
+    assert '<span class="soft">restarts</span><b>2</b>' in page
+    # a run that began once and ended well has nothing to tell
+    assert "Starts and ends" not in page_of(run, None, attempts[2:]) and "Starts and ends" not in page_of(run, None)
+    assert "Starts and ends" in page_of(run, None, attempts[:1])
 
 
 MONTH_SCRIPT = """
@@ -173,3 +192,17 @@ def test_every_curve_of_a_long_run_is_drawn(run, tmp_path, width):
         and "MFU 40.0 %" in said["tip"]
     )
     assert said["dot"][0] and said["dot"][1].startswith("step 12,000, 1: 3.0000") and said["dot"][2]
+
+
+@needs_browser
+def test_charts_and_score_matrices_are_legible_on_a_telephone_and_in_the_dark(run, tmp_path):
+    month(run)
+    said = what_a_script_says(page_of(run, CHECKED), LEGIBLE, tmp_path, 420, dark=True)
+    assert said["texts"] > 2 * 8 + 2 * 10 and not said["unread"] and not said["cut"] and not said["error"], said
+
+
+@needs_browser
+def test_paper_shows_all_columns_and_lines(run, tmp_path):
+    month(run)
+    said = what_a_script_says(as_printed(page_of(run, CHECKED)), LEGIBLE, tmp_path, 1047)
+    assert not said["wide"] and not said["unread"] and not said["cut"], said

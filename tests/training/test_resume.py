@@ -132,7 +132,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
     "changes",
     [
         dict(parallel=ParallelConfig(ranks=1)),
-        dict(parallel=ParallelConfig(ranks=4, strategy="allgather", layout="zigzag")),
+        dict(parallel=ParallelConfig(ranks=3, strategy="allgather", layout="zigzag")),
         dict(parallel=ParallelConfig(ranks=4, strategy="cad", data="per_rank", context_parallel_size=2)),
         dict(
             parallel=ParallelConfig(ranks=2, kernel="reference", strategy="ulysses"), engine=EngineConfig(shard_size=1)
@@ -160,6 +160,10 @@ def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path,
     for (step, loss, norm), (other, other_loss, other_norm) in zip(rows(wanted), rows(copy), strict=True):
         assert step == other and loss == pytest.approx(other_loss, rel=tolerance[0])
         assert norm == pytest.approx(other_norm, rel=tolerance[1])
+    event, before = copy.events()[-1], config.parallel.ranks
+    ranks = changes.get("parallel", config.parallel).ranks
+    assert (event["kind"], event["ranks"], event["saved_on"]) == ("resumed", ranks, before)
+    assert (f", on {ranks} ranks; it was saved on {before}." in event["text"]) == (ranks != before)
     # three of these steps were trained before
     (losses,), (other_losses,) = wanted.losses(TRAINING), copy.losses(TRAINING)
     assert losses["tokens"] == other_losses["tokens"]

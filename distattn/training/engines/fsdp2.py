@@ -125,3 +125,4 @@ def _shard(config: Config, mesh: DeviceMesh, model: Any) -> None:
     state = CPUOffloadPolicy(pin_memory=flat.device_type == "cuda") if config.memory.state_on_host else OffloadPolicy()
     for layer in [*model.get_decoder().layers, model]:
         fully_shard(layer, mesh=flat, mp_policy=policy, offload_policy=state)
+    pytorch.sum_fsdp_gradients(model)

@@ -1,0 +1,79 @@
+"""Ends what a process has started once it has ended itself, in whatever way: for runners of tests and for benchmarks.
+
+`guard_processes()` starts a small process that waits for its caller's end, and then kills all that descends from the caller. Such
+processes have a mark that outlives a lost parent and a session of their own: a word in the environment of programs that were
+started, an open file of processes that were forked. Imports little, since ranks of benchmarks import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# in the environment of programs that are started: the marks of all guarded processes above them
+_VARIABLE = "DISTATTN_GUARDS"
+# by process: its own mark, and the file that forked processes have open
+_GUARDED: dict[int, tuple[str, int]] = {}
+# looks in a row that have found nothing, and seconds between two; one that is being forked is seen by the second
+_EMPTY_LOOKS, _LOOK_SECONDS = 2, 0.05
+
+
+def guard_processes() -> None:
+    """Have all processes that this one starts from now on killed when it ends. Further calls do nothing. Linux alone."""
+    if os.getpid() in _GUARDED:
+        return
+    mark = f"guard-{secrets.token_hex(8)}"
+    # of the guard itself, which has the marks of those above alone
+    above = dict(os.environ)
+    command = [sys.executable, "-ISP", __file__, str(os.getpid()), mark]
+    guard = subprocess.Popen(
+        command, env=above, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert guard.stdout is not None
+    # it watches by now
+    guard.stdout.readline()
+    guard.stdout.close()
+    # nobody waits for it
+    guard.returncode = 0
+    _GUARDED[os.getpid()] = mark, os.memfd_create(mark)
+    os.environ[_VARIABLE] = " ".join(filter(None, (above.get(_VARIABLE), mark)))
+
+
+def main(pid: int, mark: str) -> None:
+    """Wait until a process has ended, and kill all that has its mark, until there is nothing left."""
+    with contextlib.suppress(ProcessLookupError):
+        watched = os.pidfd_open(pid)
+        sys.stdout.write("watching\n")
+        sys.stdout.flush()
+        select.select([watched], [], [])
+    empty = 0
+    while empty < _EMPTY_LOOKS:
+        found = [int(place.name) for place in Path("/proc").glob("[0-9]*") if _is_marked(place, mark)]
+        empty = 0 if found else empty + 1
+        for one in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(one, signal.SIGKILL)
+        time.sleep(_LOOK_SECONDS)
+
+
+def _is_marked(place: Path, mark: str) -> bool:
+    """Whether the process of a folder of /proc has the mark; False for one that has ended, or is another user's."""
+    with contextlib.suppress(OSError):
+        words = (place / "environ").read_bytes().split(b"\0")
+        ours = next((word for word in words if word.startswith(f"{_VARIABLE}=".encode())), b"")
+        if mark.encode() in ours:
+            return True
+    with contextlib.suppress(OSError):
+        return any(mark in os.readlink(one) for one in (place / "fd").iterdir())
+    return False
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,131 @@
+"""Which nodes of an attempt reach each other: so a link that is cut is told apart from ranks that hang.
+
+Each node writes its address into a file in the folder of the attempt, which all nodes have. A node is reached where it takes or
+refuses a TCP connection: no further socket listens for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import select
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# that an answer may take, and seconds between two looks at nodes that have not been reached yet
+ANSWER_SECONDS, _LOOK_SECONDS = 3.0, 2.0
+# a node that refuses a connection is reached
+_REACHED = (0, errno.ECONNREFUSED)
+
+
+class NodeAddress(NamedTuple):
+    """Where a node is. address: a number, not a name; port: where connections are tried, taken or not."""
+
+    host: str
+    address: str
+    port: int
+
+
+class CutLink(NamedTuple):
+    """Two nodes that do not reach each other any more: a sentence about them, in two parts."""
+
+    first: int
+    second: int
+    names: str
+    how: str
+
+
+class NodeLinks:
+    """The links from one node to the others. Only one that was whole counts as cut: firewalls may drop what they do not know."""
+
+    def __init__(self, folder: Path, node: int, nodes: int, own: NodeAddress):
+        self._folder, self._node, self._nodes, self._own = folder, node, nodes, own
+        self._reached: dict[int, NodeAddress] = {}
+        self._closed = threading.Event()
+        with contextlib.suppress(OSError):
+            self._file(node).write_text(json.dumps(own), "utf-8")
+        self._thread = threading.Thread(target=self._reach, daemon=True, name="distattn-node-links")
+        self._thread.start()
+
+    def cut(self) -> list[CutLink]:
+        """Return the links that were whole and are cut now. Takes ANSWER_SECONDS at most."""
+        reached = dict(self._reached)
+        failed = unreached(reached, ANSWER_SECONDS)
+        return [self._cut(node, reached[node], why) for node, why in sorted(failed.items())]
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
+        self._thread.join()
+
+    def _reach(self) -> None:
+        while len(self._reached) < self._nodes - 1:
+            others = {node: self._address(node) for node in range(self._nodes) if node != self._node}
+            new = {node: at for node, at in others.items() if at is not None and node not in self._reached}
+            failed = unreached(new, ANSWER_SECONDS)
+            self._reached |= {node: at for node, at in new.items() if node not in failed}
+            if self._closed.wait(_LOOK_SECONDS):
+                return
+
+    def _address(self, node: int) -> NodeAddress | None:
+        # not there yet, or not whole
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return NodeAddress(*json.loads(self._file(node).read_text("utf-8")))
+        return None
+
+    def _file(self, node: int) -> Path:
+        return self._folder / f"address-{node}.json"
+
+    def _cut(self, node: int, at: NodeAddress, why: str) -> CutLink:
+        ends = sorted([(self._node, self._own), (node, at)])
+        names = " and ".join(f"node {number} ({one.host}, {one.address})" for number, one in ends)
+        return CutLink(
+            ends[0][0], ends[1][0], names, f"do not reach each other any more ({why}): the link between them is cut"
+        )
+
+
+def blamed_nodes(cut: Iterable[CutLink]) -> list[int]:
+    """Return the nodes that most of the cut links have in common: one where the others reach each other, else both ends."""
+    counts = Counter(node for link in cut for node in (link.first, link.second))
+    return sorted(node for node, count in counts.items() if count == max(counts.values()))
+
+
+def merged_links(found: Iterable[Sequence[CutLink]]) -> list[CutLink]:
+    """Return what several nodes have found, each pair of nodes once."""
+    links: dict[tuple[int, int], CutLink] = {}
+    for link in (link for of_node in found for link in of_node):
+        links.setdefault((link.first, link.second), link)
+    return [links[pair] for pair in sorted(links)]
+
+
+def unreached(places: Mapping[int, NodeAddress], seconds: float) -> dict[int, str]:
+    """Return why each node is not reached, of those that are not, by node. All are tried at once, for so many seconds."""
+    failed: dict[int, str] = {}
+    waiting: dict[int, tuple[int, socket.socket]] = {}
+    with contextlib.ExitStack() as opened:
+        poll = select.poll()
+        for node, at in places.items():
+            family = socket.AF_INET6 if ":" in at.address else socket.AF_INET
+            one = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            one.setblocking(False)
+            code = one.connect_ex((at.address, at.port))
+            if code == errno.EINPROGRESS:
+                poll.register(one, select.POLLOUT)
+                waiting[one.fileno()] = node, one
+            elif code not in _REACHED:
+                failed[node] = os.strerror(code)
+        ends = time.monotonic() + seconds
+        while waiting and (left := ends - time.monotonic()) > 0:
+            for descriptor, _ in poll.poll(1000 * left):
+                poll.unregister(descriptor)
+                node, one = waiting.pop(descriptor)
+                if (code := one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) not in _REACHED:
+                    failed[node] = os.strerror(code)
+    return failed | {node: f"no answer for {seconds:.0f} s" for node, _ in waiting.values()}

@@ -1,0 +1,202 @@
+"""Every signal that ends a run has its sentence and its exit code, in every phase; one that was ignored stays ignored."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from waiting import LIMIT_SECONDS
+
+from distattn.launch import cli, finish_run, run_locally, start_run
+from distattn.launch.ranks import supervised
+from distattn.launch.ranks.local import RanksInterrupted, as_found
+from distattn.launch.stop_signals import STOPPING, CommandStopped, answering_signals, stopped
+
+ROOT = Path(__file__).parents[2]
+# as a batch system that asks again and again
+OFTEN = 40
+CONFIG = """
+[run]
+folder = "run"
+[data]
+path = "texts/*.txt"
+tokens_per_step = 256
+max_document_tokens = 100
+[model]
+num_layers = 1
+hidden_size = 16
+num_attention_heads = 2
+num_key_value_heads = 2
+intermediate_size = 16
+[parallel]
+ranks = 2
+[train]
+steps = 6
+[reference_check]
+steps = 2
+"""
+# by the rows of the table in docs/local.md: where the signal comes, in a run whose ranks are stood in for
+WHERE = {
+    "it starts": (start_run, "_check_plans"),
+    "ranks train or save": (supervised, "run_supervised"),
+    "it compares": (finish_run, "run_reference_check"),
+    "it reports": (finish_run, "_report"),
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a configuration, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(CONFIG)
+    Path("texts").mkdir()
+    Path("texts", "one.txt").write_text((ROOT / "LICENSE").read_text())
+    return tmp_path
+
+
+def documented() -> dict[str, str]:
+    """What docs/local.md says is said, by phase."""
+    page = (ROOT / "docs" / "local.md").read_text()
+    return dict(re.findall(r"^\| ([^|]+?) \| `(stopped by [^`]+)` \|", page, re.M))
+
+
+def documented_codes() -> dict[str, int]:
+    page = (ROOT / "docs" / "local.md").read_text()
+    return {name: int(code) for name, code in re.findall(r"`(SIG[A-Z0-9]+)` \((\d+)\)", page)}
+
+
+def send(number: int) -> None:
+    for _ in range(OFTEN):
+        os.kill(os.getpid(), number)
+    # nothing has come of it
+    os._exit(99)
+
+
+def in_a_fork(work) -> tuple[int, str]:
+    """The exit code of a process that was forked to work, and what it printed on its error stream."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(write, 2)
+        os.close(write)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            work()
+        except SystemExit as end:
+            os._exit(end.code)
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+        os._exit(98)
+    os.close(write)
+    with open(read) as said:
+        text = said.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
+
+
+def test_the_table_has_all_phases_and_codes():
+    assert set(documented()) == set(WHERE)
+    assert documented_codes() == {number.name: 128 + number for number in STOPPING}
+
+
+@pytest.mark.parametrize("phase", WHERE)
+@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+def test_a_signal_has_its_sentence_and_code_in_every_phase(number, phase, place):
+    def launch() -> None:
+        with contextlib.ExitStack() as patches:
+            for at, (module, name) in WHERE.items():
+                # the start is real, unless the signal comes there
+                if at == phase:
+                    patches.enter_context(patch.object(module, name, lambda *_, **__: send(number)))
+                elif at != "it starts":
+                    patches.enter_context(patch.object(module, name, lambda *_, **__: None))
+            # of a run that has saved, and has a checkpoint of step 4
+            patches.enter_context(patch.object(run_locally, "newest_step", lambda folder: 4))
+            sys.argv = ["distattn", "launch", "local", "run.toml"]
+            cli.entry()
+
+    code, said = in_a_fork(launch)
+    sentence = documented()[phase].replace("SIGTERM", number.name).replace("RUN", "run")
+    assert (code, said) == (128 + number, f"distattn: {sentence}\n")
+    # what the sentence says
+    assert (place / "run").exists() == (phase != "it starts")
+
+
+def test_a_signal_that_was_ignored_stays_ignored(place):
+    def ignore() -> None:
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
+        with answering_signals(), as_found():
+            for number in STOPPING:
+                os.kill(os.getpid(), number)
+        sys.exit(7)
+
+    assert in_a_fork(ignore) == (7, "")
+
+
+def test_what_the_caller_answers_itself_is_left_to_it():
+    asked = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: asked.append("by the caller"))
+    try:
+        with answering_signals():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            again = answering_signals(), stopped("here", "there is more"), stopped("")
+            said = pytest.raises(CommandStopped, match="stopped by SIGTERM here; there is more.")
+            with said, again[0], again[1], again[2]:
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert asked == ["by the caller"]
+
+
+def test_torchrun_ends_its_ranks_by_a_signal_that_they_take():
+    with answering_signals(), pytest.raises(RanksInterrupted) as interrupted, as_found():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert interrupted.value.sigval == signal.SIGINT and interrupted.value.stop.exit_code == 129
+
+
+def test_a_process_that_was_forked_meanwhile_ends_as_by_itself():
+    def fork() -> None:
+        with answering_signals():
+            if not (child := os.fork()):
+                send(signal.SIGTERM)
+            sys.exit(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    assert in_a_fork(fork) == (signal.SIGTERM, "")
+
+
+@pytest.mark.waits
+def test_a_run_bears_a_closed_terminal_after_nohup_and_one_stopped_in_its_comparison_is_completed(place):
+    command = [sys.executable, "-m", "distattn.launch.cli"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    how = dict(cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+    run = subprocess.Popen([*command, "launch", "local", "run.toml"], start_new_session=True, preexec_fn=nohup, **how)
+    for line in run.stdout:
+        if line.startswith("step 1/"):
+            # as a terminal that closes: to the launcher and to all that it has started
+            os.killpg(run.pid, signal.SIGHUP)
+        if line.startswith("the first"):
+            break
+    # nothing is ended by it, and 40 are answered once
+    for _ in range(OFTEN):
+        run.send_signal(signal.SIGQUIT)
+    _, said = run.communicate(timeout=LIMIT_SECONDS)
+    sentence = documented()["it compares"].replace("SIGTERM", "SIGQUIT").replace("RUN", "run")
+    assert (run.returncode, said) == (131, f"distattn: {sentence}\n")
+    shown = subprocess.run([*command, "launch", "status", "run"], **how)
+    assert "compares and reports" in shown.stdout.splitlines()[0], shown
+    completing = re.search(r"python -m (\S+) run", shown.stdout)[1]
+    done = subprocess.run([sys.executable, "-m", completing, "run"], **how)
+    assert done.returncode == 0 and (place / "run" / "report.html").exists(), done.stderr

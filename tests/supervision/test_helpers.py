@@ -1,0 +1,99 @@
+"""Processes that help ranks are watched: one that is killed or stopped is named and replaced, or ends the ranks with it."""
+
+import os
+import signal
+import subprocess
+import sys
+from unittest.mock import patch
+
+import pytest
+from waiting import eventually
+
+from distattn.ir.errors import DistattnError
+from distattn.supervision import helpers, rank_watch
+from distattn.supervision.culprits import process_state
+from distattn.supervision.heartbeats import HeartbeatBoard
+from distattn.supervision.helpers import Helper
+from distattn.supervision.rank_watch import Patience, RankWatch
+from distattn.training import reference_check
+
+HOW = {
+    signal.SIGKILL: "was killed by SIGKILL",
+    signal.SIGSTOP: "is stopped (SIGSTOP or a debugger)",
+}
+
+
+@pytest.fixture
+def sleeping():
+    """A function that starts a process that sleeps; all are ended with the test."""
+    processes = []
+
+    def start() -> int:
+        processes.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
+        return processes[-1].pid
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(pid: int, how: signal.Signals) -> None:
+    eventually(lambda: process_state(pid) in ("Z" if how == signal.SIGKILL else "T"), "the signal has no effect")
+
+
+@pytest.mark.parametrize("how", HOW, ids=lambda how: how.name)
+def test_ranks_that_end_with_a_helper_are_not_to_blame(how, sleeping, tmp_path):
+    rank, server, board = sleeping(), Helper("the fork server", sleeping()), HeartbeatBoard.make(1)
+    with patch.object(os, "getpid", lambda: rank):
+        board.writer(0, 1)("forward and backward", 0, 0.0, False)
+    with patch.object(rank_watch, "LOOK_SECONDS", 0.0), patch.object(helpers, "LOOK_SECONDS", 0.1):
+        watch = RankWatch(board, range(4, 5), Patience(600.0, 0.2), tmp_path, helpers=[server])
+        os.kill(server.pid, how)
+        trouble = eventually(lambda: watch.trouble, "the helper's end is not noticed")
+        watch.close()
+    assert str(trouble) == f"the fork server (process {server.pid}) {HOW[how]}"
+    assert (trouble.kind, trouble.exit_code) == (("killed", 137) if how == signal.SIGKILL else ("hung", 1))
+    # of this node, but no rank is named
+    assert trouble.facts()["ranks"] == [] and trouble.culprits[0].rank == 4
+    eventually(lambda: process_state(rank) == "Z", "the rank goes on")
+    assert process_state(server.pid) == "Z"
+    board.close()
+
+
+def test_a_rank_that_dies_in_the_same_moment_as_the_helper_is_not_to_blame(sleeping, tmp_path):
+    rank, server, board = sleeping(), Helper("the fork server", sleeping()), HeartbeatBoard.make(1)
+    with patch.object(os, "getpid", lambda: rank):
+        board.writer(0, 1)("forward and backward", 0, 0.0, False)
+    for pid in (server.pid, rank):
+        os.kill(pid, signal.SIGKILL)
+        wait_for(pid, signal.SIGKILL)
+    watch = RankWatch(board, range(1), Patience(600.0, 600.0), tmp_path, helpers=[server])
+    assert str(watch.close()) == f"the fork server (process {server.pid}) was killed by SIGKILL"
+    board.close()
+
+
+@pytest.mark.parametrize("how", HOW, ids=lambda how: how.name)
+def test_a_helper_that_can_be_replaced_is(how, sleeping, tmp_path):
+    said, first = [], sleeping()
+    helper, board = Helper("the resource tracker", first, sleeping), HeartbeatBoard.make(1)
+    with patch.object(rank_watch, "LOOK_SECONDS", 0.0), patch.object(helpers, "LOOK_SECONDS", 0.1):
+        watch = RankWatch(board, range(1), Patience(600.0, 0.2), tmp_path, helpers=[helper], say=said.append)
+        os.kill(first, how)
+        eventually(lambda: said, "nothing is said")
+        assert watch.close() is None
+    assert said == [f"the resource tracker (process {first}) {HOW[how]}: another one is started."]
+    assert helper.pid != first and process_state(helper.pid) in "RS" and process_state(first) == "Z"
+    board.close()
+
+
+def test_a_replay_that_is_stopped_is_named(tmp_path):
+    stops = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"]
+    soon = [
+        patch.object(reference_check, name, seconds)
+        for name, seconds in (("LOOK_SECONDS", 0.05), ("_STOPPED_SECONDS", 1.0))
+    ]
+    said = pytest.raises(DistattnError, match=r"the replay in plain transformers \(process \d+\) is stopped")
+    with soon[0], soon[1], said:
+        reference_check._run_watched(stops)
+    assert reference_check._run_watched([sys.executable, "-c", "import sys; sys.exit('no')"]) == (1, "no\n")
