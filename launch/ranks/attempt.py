@@ -166,16 +166,9 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         code, trouble = _ended(codes, watch.close() or _silent_end(error))
     except (EOFError, OSError) as error:
-        trouble = watch.close()
-        # of a semaphore, which has no file name that people know
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-            raise DistattnError(
-                "/dev/shm: has no room for the semaphores of ranks, some 32 bytes each: remove what was left there, or give it "
-                "more room (docker run --shm-size=8g, on Kubernetes an emptyDir with medium: Memory)."
-            ) from None
         # of a fork server that is gone while it is asked for ranks
-        if trouble is None:
-            raise
+        if (trouble := watch.close()) is None:
+            raise _named(error) from None
         code = trouble.exit_code
     except RanksInterrupted as interrupted:
         trouble = watch.close()
@@ -194,6 +187,16 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
                 if not file.stat().st_size:
                     file.unlink()
     return code, trouble
+
+
+def _named(error: EOFError | OSError) -> Exception:
+    """Return an error as it is; that of a semaphore, which has no file name that people know, with a place and what helps."""
+    if not isinstance(error, OSError) or error.errno != errno.ENOSPC or error.filename:
+        return error
+    return DistattnError(
+        "/dev/shm: has no room for the semaphores of ranks, some 32 bytes each: remove what was left there, or give it more room "
+        "(docker run --shm-size=8g, on Kubernetes an emptyDir with medium: Memory)."
+    )
 
 
 def _forget_server_of_parent() -> None:

@@ -63,6 +63,22 @@ def keep_log(folder: Path) -> None:
         sys.stdout, sys.stderr = _log_stream(1), _log_stream(2)
 
 
+class _Log(io.FileIO):
+    """A log. A line that a full disk does not take is left out: no rank is to end for what it prints."""
+
+    def write(self, content: Any, /) -> int:
+        """Write, or leave out; return the bytes that need not be written any more."""
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def _log_stream(descriptor: int) -> io.TextIOWrapper:
+    raw = _Log(descriptor, "wb", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
+
+
 def _copied(file: Path) -> int:
     """Return a pipe's end; what is written there another process copies to a file and to the console.
 
@@ -89,19 +105,3 @@ def _copied(file: Path) -> int:
     )
     threading.Thread(target=watch, daemon=True, name="distattn-copier-watch").start()
     return write
-
-
-class _Log(io.FileIO):
-    """A log. A line that a full disk does not take is left out: no rank is to end for what it prints."""
-
-    def write(self, content: Any, /) -> int:
-        """Write, or leave out; return the bytes that need not be written any more."""
-        try:
-            return super().write(content)
-        except OSError:
-            return len(content)
-
-
-def _log_stream(descriptor: int) -> io.TextIOWrapper:
-    raw = _Log(descriptor, "wb", closefd=False)
-    return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)

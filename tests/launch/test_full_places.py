@@ -4,6 +4,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,8 +65,11 @@ def test_stacks_that_cannot_be_kept_are_printed(no_folder):
 
 
 def attempted(folder, monkeypatch, launch):
-    """An attempt of one rank; launch: stands for torchrun."""
+    """An attempt of one rank, whose processes are stood in for. launch: stands for torchrun."""
     monkeypatch.setattr(attempt, "elastic_launch", lambda config, function: launch)
+    monkeypatch.setattr(attempt, "RankWatch", lambda *_: SimpleNamespace(close=lambda: None))
+    for name in ("_start_server", "_server", "_tracker"):
+        monkeypatch.setattr(attempt, name, lambda *_: None)
     ranks = attempt.Ranks(1, "module:function", [], Patience(60.0, 60.0))
     with closing(HeartbeatBoard.make(1)) as board:
         return attempt.run_attempt(ranks, 1, folder, board)
