@@ -278,10 +278,11 @@ def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.
             f"doctor: the ranks' weights do not fit model() in one process ({str(error).splitlines()[0]}); there it has to "
             "return the plain module, and parameters that are partitioned (ZeRO stage 3) cannot be compared."
         ) from None
-    # layers that are computed again in the backward pass ask for attention there, where emulated ranks cannot meet
-    keep_activations = getattr(model, "gradient_checkpointing_disable", None)
-    if keep_activations is not None:
-        keep_activations()
+    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+        # layers that are computed again in the backward pass ask for attention there, where emulated ranks cannot meet
+        names = ("activation_checkpointing_disable", "gradient_checkpointing_disable")
+        if disable := next((found for name in names if (found := getattr(model, name, None)) is not None), None):
+            disable()
     for name, module in model.named_modules():
         # the script may have said so in its setup
         module.training = bool(ranks[0]["settings"].get(f"{name}.training".lstrip("."), module.training))
