@@ -2,6 +2,8 @@
 
 import ast
 import os
+import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -227,6 +229,16 @@ def test_files_are_short():
         assert len((ROOT / file).read_text().splitlines()) <= (600 if file.parts[0] == "tests" else 500), file
 
 
+def test_links_of_the_long_description_lead_into_the_repository_where_it_is_known():
+    long_description = runpy.run_path(str(ROOT / "setup.py"))["long_description"]
+    text = "![a picture](docs/a.png)\n\n[a page](docs/a.md#b), [there](https://x.org), [here](#here)"
+    assert long_description(text) == "a page, [there](https://x.org), [here](#here)"
+    assert long_description(text, "https://h.org/r") == (
+        "![a picture](https://h.org/r/raw/main/docs/a.png)\n\n[a page](https://h.org/r/blob/main/docs/a.md#b), "
+        "[there](https://x.org), [here](#here)"
+    )
+
+
 def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), "."],
@@ -249,9 +261,18 @@ def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
     }
     wanted |= {"distattn/py.typed", *map(str, tracked("distattn/pages/templates/*.j2"))}
     (wheel,) = tmp_path.glob("*.whl")
-    members = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    archive_of_wheel = zipfile.ZipFile(wheel)
+    members = {name for name in archive_of_wheel.namelist() if ".dist-info/" not in name}
     assert members == wanted
+    (metadata,) = (name for name in archive_of_wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    described = archive_of_wheel.read(metadata).decode()
+    # an index page has no docs/ beside it
+    assert "## Two commands" in described and not re.search(r"\]\((?!https?:|#)", described)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()}
     assert {str(file) for file in modules()} <= names
+    others = tracked(
+        "docs/*", "examples/*", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "constraints.txt", "README.md"
+    )
+    assert {str(file) for file in others} <= names
