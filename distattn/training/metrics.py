@@ -196,6 +196,12 @@ class MetricsReporter:
             self.run.append(self.run.events_file, {"step": step, "kind": kind, "text": text, **(facts or {})})
             self.tensorboard.write(lambda writer: writer.add_text(kind, text, step))
 
+    def report_warning(self, step: int, kind: str, text: str) -> None:
+        """Report an event of a step that begins at 0, and print it to stderr; takes what `report_event` takes."""
+        self.report_event(step + 1, kind, text)
+        if self.visible:
+            warn(f"step {step + 1}: {text}")
+
     def _log(self, scalars: Mapping[str, float], step: int) -> None:
         def add(writer: Any) -> None:
             for name, value in scalars.items():
@@ -204,6 +210,12 @@ class MetricsReporter:
         self.tensorboard.write(add)
         if self._wandb:
             self._wandb.log(dict(scalars), step=step)
+
+
+def warn(text: str) -> None:
+    """Print a sentence to stderr at once."""
+    sys.stderr.write(f"distattn: {text}\n")
+    sys.stderr.flush()
 
 
 def _wandb_run(project: str, run: RunFolder) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import xxhash
 
 from distattn.ir.errors import DistattnError
@@ -19,6 +21,17 @@ _FIXED = ("model", "data")
 _MAY_CHANGE = ("model.path", "model.dtype", "model.weights", "data.path", "data.check_tokens")
 # of a transformers configuration
 _NOT_SHAPE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache")
+
+
+class TrainingRun(NamedTuple):
+    """What is trained. shape: the transformers configuration of the model. facts: those of `facts_of`. device: of this rank."""
+
+    folder: RunFolder
+    config: Config
+    data: RunData
+    shape: Any
+    facts: Mapping[str, str]
+    device: torch.device
 
 
 def facts_of(config: Config, data: RunData, shape: Any) -> dict[str, str]:

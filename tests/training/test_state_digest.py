@@ -29,6 +29,7 @@ from distattn.training.config_sections import (
 )
 from distattn.training.engines.opened import open_engine
 from distattn.training.json_lines import read_rows
+from distattn.training.run_checkpoints import RunCheckpoints
 from distattn.training.run_data import find_text, write_text
 from distattn.training.run_folder import RunFolder
 from distattn.training.state_digest import StateDigest, state_tensors
@@ -283,7 +284,7 @@ def test_the_last_checkpoint_is_not_one_of_a_damaged_state(texts, tmp_path):
 
 
 def _train_and_flip_last(rank: int, folder: Path, config: Config) -> None:
-    save, done = loop.TrainingLoop._save, []
+    save, done = RunCheckpoints.save, []
 
     def flipping(self, step):
         save(self, step)
@@ -291,7 +292,7 @@ def _train_and_flip_last(rank: int, folder: Path, config: Config) -> None:
             done.append(step)
             flip(next(part for kind, _, part in self.engine.state_tensors() if kind == "weight" and part.numel()))
 
-    loop.TrainingLoop._save = flipping
+    RunCheckpoints.save = flipping
     loop.train(RunFolder(folder), config, True, torch.device("cpu"))
 
 

@@ -1,0 +1,230 @@
+"""What a run on one rank does with its checkpoints: saves, judges them by the steps that follow, and goes back to one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from distattn.checkpoints.checkpoint_folder import (
+    discard_checkpoint,
+    judge_checkpoint,
+    keep_newest_good,
+    release_kept,
+)
+from distattn.checkpoints.checkpoints import Checkpoints, Loaded
+from distattn.checkpoints.run_lock import RunLock
+from distattn.checkpoints.verdicts import GOOD, REFUSED, CheckpointVerdict
+from distattn.ir.errors import DamagedStateError, DistattnError
+from distattn.parallel.analysis.columns import plural
+from distattn.training.engines.engine import Engine, EngineState
+from distattn.training.loss_by_position import LossByPosition
+from distattn.training.metrics import MetricsReporter, warn
+from distattn.training.numerics_watch import ROLLBACK, STOP, NumericsWatch, Streak, Verdict
+from distattn.training.run_facts import REQUIRED, TrainingRun
+from distattn.training.state_digest import MOST_OF_ONE_RANK, Damage, StateDigest
+from distattn.training.weight_growth import WeightGrowth
+
+
+class RunCheckpoints:
+    """The checkpoints of a run that trains. All ranks call each method together. lock: of rank 0, on the run's folder.
+
+    engine, watch and by_position have the state that is saved; growth and digest watch it between updates.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        watch: NumericsWatch,
+        growth: WeightGrowth,
+        by_position: LossByPosition,
+        reporter: MetricsReporter,
+        lock: RunLock | None,
+    ):
+        self.folder, self.config, self.facts = run.folder, run.config, run.facts
+        self.engine, self.checkpoints, self.reporter, self.lock = engine, checkpoints, reporter, lock
+        self.watch, self.growth, self.by_position = watch, growth, by_position
+        self.digest = StateDigest(engine.state_tensors, dist.group.WORLD)
+        # of the last step; None before there is one
+        self._loss: float | None = None
+        # a save that waits until a step is applied again
+        self._save_is_due = False
+        # the step of the checkpoint that has the weights of now, and what they were loaded from; None once an update changed them
+        self._saved_step: int | None = None
+        self._loaded: Loaded | None = None
+
+    def is_due(self, done: int) -> bool:
+        """Return whether to save after so many steps, or once a step is applied again where the last ones were refused."""
+        every = self.config.checkpoint.every_steps
+        self._save_is_due |= every > 0 and done % every == 0
+        # weights after refused steps may be bad ones: they are saved only where the run ends
+        return self._save_is_due and self.watch.streak is None
+
+    def save(self, done: int) -> None:
+        """Save the state after so many steps. Raises DistattnError where another job has the folder, or it is gone."""
+        if self.lock is not None:
+            self.lock.check()
+            if not self.folder.is_in_place():
+                if (place := self.folder.follow()) is None:
+                    # nothing is left to save into
+                    self.folder.hold().check()
+                else:
+                    self.checkpoints.move_to(place / self.folder.checkpoints.name)
+        facts, streak = {} if self._loss is None else {"loss": f"{self._loss:.6g}"}, self.watch.streak
+        verdict = CheckpointVerdict()
+        if streak is not None:
+            text = f"it was saved after refused steps, from {streak.first + 1:,} on: {streak.reason.removesuffix('.')}"
+            verdict = CheckpointVerdict(REFUSED, text)
+        self.checkpoints.save(done, self._state(), overlap=True, facts=facts, verdict=verdict)
+        self._save_is_due, self._saved_step, self._loaded = False, done, None
+
+    def save_last(self, done: int) -> Damage | None:
+        """Save after the run's last step; return what has changed in the state since its update, None where nothing has."""
+        self.save(done)
+        self.checkpoints.wait()
+        return self.digest.compare(done - 1, "the end of the run")
+
+    def finish_early(self, done: int) -> None:
+        """Wait for the save after the step at which a run is stopped, and remove it where the state has changed meanwhile."""
+        self.checkpoints.wait()
+        if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
+            self.reporter.report_warning(damage.step, "damaged state", damage.text)
+            self.checkpoints.note(lambda folder: discard_checkpoint(folder, done))
+
+    def resume(self) -> int:
+        """Take over the newest checkpoint; returns its step, 0 where there is none."""
+        engine_state = self.engine.state()
+        state = self._state(engine_state)
+        loaded = self.checkpoints.load_newest(state, required={name: self.facts[name] for name in REQUIRED})
+        self._loaded, self._saved_step, self._save_is_due = loaded, loaded and loaded.step, False
+        if loaded is None:
+            return 0
+        progress = json.loads(state["progress"])
+        self.engine.load(engine_state._replace(updates=progress["updates"]))
+        self.watch.load_state_dict(progress["watch"])
+        self.by_position.load(state["token_losses"])
+        ranks, before = self.config.parallel.ranks, int(loaded.facts["ranks"])
+        on = f", on {plural(ranks, 'rank')}; it was saved on {before}" if ranks != before else ""
+        facts = {"ranks": ranks, "saved_on": before}
+        self.growth.forget()
+        if self.config.watch.digest_every:
+            self.digest.take(f"the loading of {loaded.folder.name}")
+        self.reporter.report_event(loaded.step, "resumed", f"Went on from {loaded.folder.name}{on}.", facts)
+        return loaded.step
+
+    def go_back(self, step: int) -> int:
+        """Go back to the newest checkpoint; return its step. step: the one that was refused. Raises DistattnError without one."""
+        if not (checkpoint := self.resume()) and self._loaded is None:
+            raise DistattnError(
+                f"step {step + 1}: there is no checkpoint to go back to, as none could be saved; see what is said above."
+            )
+        return checkpoint
+
+    def leave_damaged(self, damage: Damage) -> int:
+        """Tell of a damaged state and go back to a checkpoint of a whole one; returns its step."""
+        step, saved = damage.step, self._saved_step
+        self.reporter.report_warning(step, "damaged state", damage.text)
+        if saved is not None and self._loaded is None:
+            # its copy was made while the state changed
+            self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved))
+        if damage.repeats:
+            raise DistattnError(
+                f"step {step + 1}: {damage.text} It is so {MOST_OF_ONE_RANK} times in this run: have the memory of its host "
+                f"tested, leave the host out, and go on by distattn resume {self.folder.folder}."
+            )
+        if self.config.watch.action == STOP:
+            raise DistattnError(
+                f"step {step + 1}: {damage.text} distattn resume {self.folder.folder} goes on from the newest checkpoint of a "
+                "whole state; watch.action says what else to do."
+            )
+        if (begin := self.resume()) or self._loaded is not None:
+            return begin
+        raise DamagedStateError(
+            f"step {step + 1}: {damage.text} There is no checkpoint to go back to: the run begins anew, or does so by "
+            f"distattn resume {self.folder.folder}."
+        )
+
+    def begins_at(self, step: int) -> bool:
+        """Return whether a step is the first one from a checkpoint that was not in doubt."""
+        return self._loaded is not None and self._loaded.step == step and not self._loaded.in_doubt
+
+    def judge(self, verdict: Verdict, loss: float) -> None:
+        """Note what a step shows of the checkpoints: of that with the weights it was computed with, and of those before a streak.
+
+        The newest good one from before a streak is kept for good, unless the run recovers.
+        """
+        self._loss = loss
+        at, step, streak = self._saved_step, verdict.step, verdict.streak
+        if verdict.begins_streak:
+            text = f"step {step + 1:,}, computed from it, was refused: {verdict.reason.removesuffix('.')}"
+            # a rollback loads it first, and the step is computed again
+            if at is not None and (verdict.action != ROLLBACK or self._loaded is not None):
+                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, REFUSED, text))
+            self.checkpoints.note(lambda folder: keep_newest_good(folder, _kept_before(step)))
+        elif verdict.applies:
+            if at is not None:
+                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, GOOD))
+            if streak is not None:
+                self._end_streak(streak, verdict.recovered)
+
+    def _end_streak(self, streak: Streak, recovered: bool) -> None:
+        """Tell of a streak that is over, once."""
+        if recovered:
+            self.checkpoints.note(lambda folder: release_kept(folder, _kept_before(streak.first)))
+        if streak.count > 1:
+            how = (
+                "loss and gradient norm are as before again"
+                if recovered
+                else "they are usual by now, and the run goes on at another level: the checkpoint from before them is kept"
+            )
+            self.reporter.report_warning(streak.last, "refused", f"{words_of_streak(streak)}; {how}.")
+
+    def after_update(self, step: int, stops: Callable[[], object]) -> None:
+        """Look at the state that an update has made. stops: whether the run is asked to stop after the step."""
+        self._saved_step = self._loaded = None
+        self.growth.after_update(step)
+        self.take_digest(f"the update of step {step + 1}", step + 1, stops)
+
+    def take_digest(self, after: str, done: int, stops: Callable[[], object] = bool) -> None:
+        """Digest the state after so many steps, where the run file says so, or it is about to be saved."""
+        every, saves = self.config.watch.digest_every, self.config.checkpoint.every_steps
+        is_saved = saves > 0 and done % saves == 0 or saves >= 0 and done == self.config.train.steps
+        if every and (done % every == 0 or is_saved or self._save_is_due or stops()):
+            self.digest.take(after)
+
+    def accept_config(self, step: int) -> None:
+        """Make the proposed configuration the run's. A disk that cannot be written costs a warning, and the run its change."""
+        try:
+            self.folder.accept_proposed_config(step)
+        except OSError as error:
+            warn(
+                f"{self.folder.config_file}: cannot be written: {error.strerror}; these ranks train with the new configuration, "
+                "and the next resume has the one before, unless it is given the same keys."
+            )
+
+    def _state(self, engine_state: EngineState | None = None) -> dict[str, Any]:
+        """What a checkpoint has."""
+        one = self.engine.state() if engine_state is None else engine_state
+        progress = {"updates": one.updates, "watch": self.watch.state_dict()}
+        averages = {"exp_avg": one.exp_avg, "exp_avg_sq": one.exp_avg_sq}
+        return {
+            "model": one.model,
+            "optimizer": averages,
+            "token_losses": self.by_position.state(self.engine.cp.loss_group),
+            "progress": json.dumps(progress),
+        }
+
+
+def _kept_before(step: int) -> str:
+    return f"the newest good one before step {step + 1:,}, which was refused"
+
+
+def words_of_streak(streak: Streak) -> str:
+    """Return which steps were refused, as a clause."""
+    if streak.count == 1:
+        return f"step {streak.first + 1:,} was refused"
+    return f"{streak.count:,} steps in a row were refused, {streak.first + 1:,} to {streak.last + 1:,}"
