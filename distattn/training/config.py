@@ -100,6 +100,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not named and changed.parallel.layout != config.parallel.layout:
             # the file's belongs to the file's layout
             changed = replace(changed, parallel=replace(changed.parallel, min_chunk=0))
+        if changed.data.path != config.data.path and changed.data.path.endswith(".toml"):
+            # the file's keys of text belong to the file's text; those of the command line are refused
+            words = {word.partition("=")[0].replace("-", "_") for word in overrides}
+            kept: dict[str, Any] = {
+                f.name: getattr(changed.data, f.name)
+                for f in fields(DataConfig)
+                if f"__data.{f.name}" in words or f.name == "check_tokens"
+            }
+            changed = replace(changed, data=DataConfig(**kept))
         config = _validated(asdict(changed), lambda _: "command line")
     return config
 

@@ -6,7 +6,7 @@ import difflib
 import ipaddress
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from distattn.ir.layout import LAYOUTS
@@ -30,6 +30,27 @@ DTYPES = ("float32", "float64", "bfloat16")
 DATA = ("replicated", "per_rank")
 ENGINES = ("fsdp2", "deepspeed", "megatron")
 CONTAINER_RUNTIMES = ("pyxis", "apptainer")
+# values by the names that other programs have for them
+_MEANT = {
+    "zero": "deepspeed",
+    "zero2": "deepspeed",
+    "zero3": "deepspeed",
+    "fsdp": "fsdp2",
+    "ddp": "fsdp2",
+    "megatron-core": "megatron",
+    "fp16": "bfloat16",
+    "float16": "bfloat16",
+    "half": "bfloat16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "fp64": "float64",
+    "double": "float64",
+    "cp": "ring",
+    "all-gather": "allgather",
+    "flash_attention_2": "flash",
+    "sdpa": "auto",
+    "selective": "save_attention",
+}
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 
 
@@ -61,6 +82,7 @@ def problems_of(config: Config) -> list[str]:
         # what is wrong by itself comes first
         _name_problems(config),
         _number_problems(config),
+        sorted(_planned_problems(config.data)),
         _engine_problems(config),
         _train_problems(config),
         _schedule_problems(config),
@@ -238,6 +260,17 @@ def _pack_problems(data: DataConfig, shares: int) -> Iterator[str]:
         )
 
 
+def _planned_problems(data: DataConfig) -> Iterator[str]:
+    """Find keys about text that do nothing where data.path names a plan of packs."""
+    if not data.path.endswith(".toml"):
+        return
+    usual = DataConfig()
+    # its sentence says where the plan has them; check_tokens applies to plans, too
+    for name in {field.name for field in fields(data)} - {"path", "context_schedule", "check_tokens"}:
+        if getattr(data, name) != getattr(usual, name):
+            yield f"data.{name}: does nothing here: packs are planned already; leave it out, or change it in {data.path}."
+
+
 def _schedule_problems(config: Config) -> Iterator[str]:
     """Find phases of context lengths that cannot be."""
     data, steps = config.data, config.train.steps
@@ -384,6 +417,7 @@ def _name_problems(config: Config) -> Iterator[str]:
     }
     for key, (value, known) in names.items():
         if value not in known:
-            near = difflib.get_close_matches(value, known, 1, 0.5)
+            meant = [_MEANT[value.lower()]] if _MEANT.get(value.lower()) in known else []
+            near = meant or difflib.get_close_matches(value, known, 1, 0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
             yield f"{key}: there is no {value!r}; there are {', '.join(known)}.{hint}"

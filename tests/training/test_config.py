@@ -285,3 +285,29 @@ def test_an_empty_configuration_is_a_run(tmp_path):
     corpus = find_corpus(config.data.path, max_document_tokens=config.data.max_document_tokens)
     check_text(corpus)
     assert len(corpus.documents) > 100 and not corpus.binary_files
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("context_length", "1024"),
+        ("tokens_per_step", "4096"),
+        ("max_document_tokens", "100"),
+        ("suffix", ".py"),
+        ("exclude", "a"),
+    ],
+)
+def test_keys_about_text_are_refused_with_a_plan_of_packs(key, value):
+    given, words = ["--data.path", "packs.toml"], [f"--data.{key}", value]
+    # the run file's keys of text belong to its text
+    assert configuration.load("configs/tiny.toml", given).data.path == "packs.toml"
+    with pytest.raises(DistattnError, match=f"data.{key}: does nothing here"):
+        configuration.load("configs/tiny.toml", [*given, *words])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meant"), [("engine.name", "zero", "deepspeed"), ("model.dtype", "fp16", "bfloat16")]
+)
+def test_a_value_that_others_use_suggests_ours(key, value, meant):
+    with pytest.raises(DistattnError, match=f"Did you mean {meant}"):
+        configuration.load("configs/tiny.toml", [f"--{key}", value])
