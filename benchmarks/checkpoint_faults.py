@@ -39,6 +39,7 @@ from process_guard import guard_processes
 from distattn.checkpoints.checkpoint_folder import list_checkpoints, newest_good
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
+from distattn.checkpoints.verdicts import VERDICT_FILE
 from distattn.ir.errors import LostRankError
 
 PAGE = 4096
@@ -223,7 +224,8 @@ DAMAGES: dict[str, Callable[[Path, random.Random], tuple[str, ...]]] = {
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir())
+    # a verdict is advice, and has no digest
+    return sorted(file for file in folder.iterdir() if file.name != VERDICT_FILE)
 
 
 def _data_files(folder: Path) -> list[Path]:

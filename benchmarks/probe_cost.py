@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from harness import Cell, compare, table, write
+from process_guard import guard_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
@@ -98,4 +99,5 @@ def of_trainer(case: str, kind: str, model: Any, given: argparse.Namespace) -> l
 
 
 if __name__ == "__main__":
+    guard_processes()
     main()

@@ -348,7 +348,7 @@ def run_faults(
     return FaultReport(faults.faults, faults.runs, time.monotonic() - began)
 
 
-def rank(folder: str, json_lines: bool) -> int:
+def rank(folder: str, json_lines: bool, proposed: bool = False) -> int:
     """What a rank runs: the trainer's, which hangs where a file of the run folder says so."""
     planted, told = Path(folder, _PLANTED), heartbeats._TOLD
     write = told.write

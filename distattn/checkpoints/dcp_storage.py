@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from distattn.checkpoints.digested_files import CheckedFile, DigestingFile
 from distattn.checkpoints.manifest import BLOCK_BYTES, FileDigests
-from distattn.checkpoints.pickled_names import METADATA_FILE, load_metadata, unreadable
+from distattn.checkpoints.pickled_names import METADATA_FILE, check_value, load_metadata, unreadable
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 
@@ -98,7 +98,7 @@ class PlainLoadPlanner(DefaultLoadPlanner):
     """DCP's planner, which unpickles values that are no tensors only where they are plain."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Load a value. Raises DamagedDataError where it is none that `torch.load(weights_only=True)` takes."""
+        """Load a value. Raises DamagedDataError where it names more than `pickled_names.VALUES`."""
         super().load_bytes(read_item, _repickled(value, f"the checkpoint's value {read_item.dest_index.fqn}"))
 
 
@@ -106,8 +106,10 @@ def _repickled(value: io.BytesIO, what: str) -> io.BytesIO:
     """Return a plain value pickled anew, by this process: DCP's own planner unpickles anything."""
     again = io.BytesIO()
     try:
+        check_value(Path(what), value)
+        value.seek(0)
         torch.save(torch.load(value, weights_only=True), again)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, DamagedDataError):
         raise DamagedDataError(
             f"{what} is not plain: it may run code, so it was not unpickled; ask who made the checkpoint."
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
+from distattn.checkpoints.pickled_names import check_value
 from distattn.ir.errors import DistattnError
 
 # values that nothing can change
@@ -111,6 +113,7 @@ def _copied(name: str, value: Any) -> Any:
     again = io.BytesIO()
     try:
         torch.save(value, again)
+        check_value(Path(name), again)
         again.seek(0)
         return torch.load(again, weights_only=True)
     # what cannot be pickled raises nearly anything

@@ -184,6 +184,18 @@ def test_what_verify_lets_pass_torch_takes_as_plain_values():
     assert all(not hasattr(torch, name.removeprefix("torch.")) for name in missing), missing
 
 
+def test_what_other_packages_let_pytorch_load_is_not_taken(tmp_path):
+    """Megatron-core adds classes such as paths to the list of `torch.load(weights_only=True)`."""
+    checkpoints = Checkpoints(tmp_path, group=None, facts={}, keep=KeepRule(), warn=faults.no_warning)
+    try:
+        with torch.serialization.safe_globals([type(Path("a"))]):
+            checkpoints.save(1, {"path": Path("a")})
+            with pytest.raises(DistattnError, match="path .* cannot be read again"):
+                checkpoints.wait()
+    finally:
+        checkpoints.close()
+
+
 def test_a_value_that_could_not_be_read_again_is_refused_when_it_is_saved(tmp_path):
     checkpoints = Checkpoints(tmp_path, group=None, facts={}, keep=KeepRule(), warn=faults.no_warning)
     try:

@@ -9,6 +9,7 @@ from cases import all_masks, layouts
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.kernels.gluon.attention import forward_programs
 from distattn.kernels.launch_mask import LaunchMask
@@ -70,7 +71,9 @@ def test_processors_finish_together(name, strategy):
     laid_out = layouts(LENGTHS, 8)
     if name == "sinks of one document":
         laid_out = layouts((131_072,), 8)
-    for layout in ("contiguous",) if strategy == "cad" else ("zigzag", "balanced"):
+    # the layouts differ in how the axis is cut: in two chunks a rank, or in eight of equal work
+    laid_out["chunks of equal work"] = Layout.balanced(laid_out["zigzag"].lengths, 8, chunk=2048)
+    for layout in ("contiguous",) if strategy == "cad" else ("zigzag", "chunks of equal work"):
         shape = dict(heads=32, kv_heads=8, head_dim=128, dtype="bfloat16")
         try:
             plan = make_plan(ALL_MASKS[name], laid_out[layout], strategy=strategy, **shape)

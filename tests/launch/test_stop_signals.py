@@ -119,7 +119,7 @@ def test_a_signal_has_its_sentence_and_code_in_every_phase(number, phase, place)
                 elif at != "it starts":
                     patches.enter_context(patch.object(module, name, lambda *_, **__: None))
             # of a run that has saved, and has a checkpoint of step 4
-            patches.enter_context(patch.object(run_locally, "newest_step", lambda folder: 4))
+            patches.enter_context(patch.object(run_locally, "preferred_step", lambda folder: 4))
             sys.argv = ["distattn", "launch", "local", "run.toml"]
             cli.entry()
 

@@ -213,7 +213,7 @@ def _trains(rank: int, runs) -> int:
         for name in ("init_process_group", "destroy_process_group"):
             monkeypatch.setattr(rank_module.dist, name, lambda *backend: None)
         monkeypatch.setattr(rank_module, "job_store", dict)
-        return rank_module.main(str(runs[1].folder), True, lambda run, config, device: False)
+        return rank_module.main(str(runs[1].folder), True, False, lambda run, config, device: False)
 
 
 def test_a_run_that_may_not_begin_trains_nothing(runs):
