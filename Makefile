@@ -17,9 +17,9 @@ demo: $(VENV)/.train
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full"
 
-# everything; HALF=0 or HALF=1: one half of the cases that `make test` leaves out of long products, as CI has the time for
+# everything; QUARTER=0 to 3: one quarter of the cases that `make test` leaves out of long products, as CI has the time for
 test-all: check
-	$(BIN)/python -m pytest -n 5 --dist worksteal --durations=30 $(if $(HALF),--half=$(HALF))
+	$(BIN)/python -m pytest -n 5 --dist worksteal --durations=30 $(if $(QUARTER),--quarter=$(QUARTER))
 
 # strict: a link that leads nowhere is an error
 docs: $(VENV)/.docs

@@ -26,16 +26,18 @@ settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--half: CI has the time for one half of the cases that `make test` leaves out of long products."""
-    parser.addoption("--half", type=int, choices=(0, 1), help="one half of the cases that `make test` leaves out")
+    """Add --quarter: CI has the time for one quarter of the cases that `make test` leaves out of long products."""
+    parser.addoption(
+        "--quarter", type=int, choices=range(4), help="one quarter of the cases that `make test` leaves out"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the cases of a test marked sampled(n), the first and every n-th are for `make test`; the others are marked full.
 
-    Of those --half leaves one half out. Tests marked waits come first, or the suite would end with one process that waits.
+    With --quarter only a quarter of those is run. Tests marked waits come first, or the suite would end with one process that waits.
     """
-    half = config.getoption("half")
+    quarter = config.getoption("quarter")
     seen: Counter[str] = Counter()
     left_out = []
     for item in items:
@@ -43,8 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         sampled = item.get_closest_marker("sampled")
         if sampled is not None and seen[name] % sampled.args[0]:
             item.add_marker(pytest.mark.full)
-            # not every other one, which may all have the same value of a parameter
-            if half is not None and crc32(item.nodeid.encode()) % 2 != half:
+            # not every fourth one, which may all have the same value of a parameter
+            if quarter is not None and crc32(item.nodeid.encode()) % 4 != quarter:
                 left_out.append(item)
         seen[name] += 1
     if left_out:

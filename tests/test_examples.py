@@ -87,6 +87,7 @@ def test_a_hybrid_has_one_curve_on_any_number_of_ranks():
         assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= 1e-4
 
 
+@pytest.mark.full
 def test_examples_are_short_and_start_with_torchrun():
     for file in EXAMPLES.glob("*.py"):
         assert len(file.read_text().splitlines()) <= 60, file

@@ -92,6 +92,7 @@ PLANTED = [
 ]
 
 
+@pytest.mark.full
 def test_mistakes_of_router_losses_are_named_and_none_is_found_where_none_is(tmp_path):
     texts = [
         script("experts", on, *filter(None, [name]), dtype=(*dtype, "float32")[0]) for on, name, _, *dtype in PLANTED

@@ -197,7 +197,7 @@ def staged(rank, stages):
             assert bool(losses) == (stage + 1 == stages)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize(("ranks", "stages"), [(2, 2), pytest.param(3, 3, marks=pytest.mark.full), (4, 2)])
 def test_pipeline_stages_have_no_race(ranks, stages):
     assert_none_found(run_on_ranks(ranks, watched, staged, stages))

@@ -51,6 +51,7 @@ def test_outputs_states_and_gradients_are_those_of_the_chunked_kernel(found):
         assert difference < (3e-3 if name == "delta_rule" else 2e-5), name
 
 
+@pytest.mark.full
 def test_states_travel_over_ranks(found):
     assert not found["ranks"]
 

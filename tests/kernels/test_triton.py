@@ -210,6 +210,7 @@ def test_gradients_are_added_to_what_is_there():
         assert relative_error(got, getattr(wanted, name)) < 1e-5, name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dtype", "dims"), [(torch.float32, (80, 48)), (torch.float16, (32, 32))])
 def test_keys_that_all_rows_see_are_summed_by_several_programs(dims, dtype):
     n, score = 256, ScoreMod(SCALE)
@@ -236,6 +237,7 @@ def test_keys_that_all_rows_see_are_summed_by_several_programs(dims, dtype):
 STRATEGY_MASKS = list(zip(STRATEGIES, itertools.cycle(["documents", "head groups"]), strict=False))
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize(("strategy", "mask"), STRATEGY_MASKS)
 def test_strategies_equal_the_oracle_with_the_triton_kernel(strategy, mask):
     inputs = random_inputs(sum(LENGTHS), 6, 2, 32)

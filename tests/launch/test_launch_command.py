@@ -96,6 +96,7 @@ def test_each_task_of_a_sweep_has_a_run_folder(capsys, slurm_that):
     assert code == 2 and "is there already; name another one for the sweep" in err
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("config", sorted(ROOT.glob("configs/*-*.toml")), ids=lambda path: path.stem)
 def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
     code = cli.main(["plan", str(config), "--json"])
@@ -217,6 +218,7 @@ def test_planning_and_submitting_need_no_torch():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.full
 def test_local_keeps_a_log_of_every_rank(tmp_path):
     command = [sys.executable, "-m", "distattn.launch.cli", "launch", "local", "configs/tiny.toml", "--gpus=2"]
     command += [f"--run.folder={tmp_path}/run", *SHORT]

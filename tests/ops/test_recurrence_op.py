@@ -59,7 +59,7 @@ def layouts(ranks):
     ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("ranks", [4, 1, 2, 8])
 def test_ranks_equal_one_process(ranks):
     names = RECURRENT if ranks < 8 else ["gated_delta_rule"]

@@ -91,6 +91,7 @@ def curve_of_one_rank(texts, tmp_path_factory):
     return functools.cache(lambda dtype: curve(texts, tmp_path_factory.mktemp("one") / "run", dtype, 1, "ring"))
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(
@@ -104,6 +105,7 @@ def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(
         assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, ranks
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("ranks", "size"), [(2, 0), (4, 2)])
 def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_path, ranks, size):
     """Core-attention disaggregation: 20 steps beside one process, one document at a time."""
@@ -120,6 +122,7 @@ def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_pa
     assert verdict["passed"], verdict
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_the_reference_check_asks_for_what_a_dtype_can_give(texts, tmp_path, dtype):
     config = dataclasses.replace(
