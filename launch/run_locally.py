@@ -33,7 +33,7 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
     """
     report_progress = no_progress if json_lines else print_line
     with stopped("before training", "nothing is left behind"):
-        require_packages(*_PACKAGES)
+        _require_packages_of(config)
         check_run_fits(config)
         run = start_run(config, report_progress)
     if logs:
@@ -49,7 +49,7 @@ def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int |
     report_progress = no_progress if json_lines else print_line
     try:
         with stopped("before training", "the run is as it was"):
-            require_packages(*_PACKAGES)
+            _require_packages_of(config)
             check_run_fits(config)
             resume_run(run, config, report_progress, step)
         return run_ranks_and_finish(run, config, report_progress, json_lines, proposed=True)
@@ -100,6 +100,14 @@ def run_ranks_and_finish(
             # an error of a folder that is gone has one cause, which `check` names
             held.check()
             raise
+
+
+def _require_packages_of(config: Config) -> None:
+    """Raise DistattnError where a package that the run needs is not installed."""
+    require_packages(*_PACKAGES)
+    if config.engine.name != "fsdp2":
+        # our extra that installs it has the same name
+        require_packages(config.engine.name, extra=config.engine.name)
 
 
 def _how_to_go_on(run: RunFolder) -> str:

@@ -184,8 +184,8 @@ def _explain_first_step(run: RunFolder, config: Config, data: RunData) -> None:
     run.explanation_file.write_text(f"{explanation}\n", "utf-8")
 
 
-def require_packages(*names: str) -> None:
-    """Raise DistattnError where a package that training needs is not installed."""
+def require_packages(*names: str, extra: str = "train") -> None:
+    """Raise DistattnError where a package that training needs is not installed. extra: of distattn's, that installs it."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise DistattnError(f"training needs {', '.join(missing)}: pip install 'distattn[train]'.")
+        raise DistattnError(f"training needs {', '.join(missing)}: pip install 'distattn[{extra}]'.")

@@ -52,6 +52,8 @@ _MEANT = {
     "selective": "save_attention",
 }
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
+# said by the launcher of this machine's runs, and on other machines by the ranks
+NO_GPU_FOR_MEGATRON = "engine.name: megatron needs GPUs, and this machine has none; take engine fsdp2 or deepspeed."
 
 
 # keys that are compared with others, which are to blame where they are wrong by themselves

@@ -7,6 +7,7 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.memory.host_memory import available_bytes
 from distattn.training.config import Config
+from distattn.training.config_checks import NO_GPU_FOR_MEGATRON
 from distattn.training.state_bytes import model_parameters, state_bytes
 
 # 10^6 bytes that one rank has for itself (Private_Dirty), measured with torch 2.13 and transformers 5 on Linux: what
@@ -26,6 +27,8 @@ def check_run_fits(config: Config) -> None:
         TRAIN_RANK_MB + model_mb,
         f"{TRAIN_RANK_MB} MB for Python, torch and transformers, {model_mb:,.0f} MB for its part of model and optimizer",
     )
+    if config.engine.name == "megatron" and not gpu_count():
+        raise DistattnError(NO_GPU_FOR_MEGATRON)
     # "auto" is the CPU's kernel where there are no GPUs
     if kernel not in CPU_KERNELS and (kernel != AUTO or gpu_count()):
         check_gpus("parallel.ranks", ranks, f"kernel {kernel!r} wants one for each rank")

@@ -1,6 +1,7 @@
 """More ranks than the machine can hold are refused before any starts, with the arithmetic, and nothing is left behind."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,36 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         DistattnError, match="parallel.ranks: 8 ranks on a machine with 4 GPUs; kernel 'triton' wants one"
     ):
         machine_limits.check_run_fits(config)
+
+
+@pytest.mark.parametrize("command", [("train",), ("launch", "local")], ids=["train", "launch local"])
+def test_megatron_without_a_gpu_is_refused_before_ranks_start(capsys, tmp_path, monkeypatch, command):
+    def started(*arguments):
+        raise AssertionError("ranks are started")
+
+    monkeypatch.setattr("distattn.launch.ranks.supervised.run_supervised", started)
+    monkeypatch.setattr(machine_limits, "gpu_count", lambda: 0)
+    assert cli.main([*command, TINY, "--engine.name=megatron", f"--run.folder={tmp_path}/run"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said
+        == "distattn: engine.name: megatron needs GPUs, and this machine has none; take engine fsdp2 or deepspeed.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_is_not_installed_is_refused_before_ranks_start(capsys, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
+    assert cli.main(["train", TINY, "--engine.name=deepspeed", f"--run.folder={tmp_path}/run"]) == 2
+    assert capsys.readouterr().err == "distattn: training needs deepspeed: pip install 'distattn[deepspeed]'.\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_slurm_s_login_node_needs_no_gpu_for_megatron(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_limits, "gpu_count", lambda: 0)
+    words = ["launch", "slurm", TINY, "--engine.name=megatron", f"--run.folder={tmp_path}/run", "--dry-run"]
+    assert cli.main(words) == 0 and "#SBATCH" in capsys.readouterr().out
 
 
 SHAPE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)

@@ -36,6 +36,7 @@ from distattn.ir.errors import DistattnError
 from distattn.models.megatron_names import MegatronShard, check_megatron, to_huggingface, to_megatron
 from distattn.models.shards import shard_rows
 from distattn.training.config import Config
+from distattn.training.config_checks import NO_GPU_FOR_MEGATRON
 from distattn.training.engines.engine import (
     MASTER_WEIGHT,
     WEIGHT,
@@ -73,8 +74,11 @@ class MegatronEngine:
         )
         try:
             random.model_parallel_cuda_manual_seed(config.run.seed)
-        except AssertionError as error:
-            raise DistattnError(f"engine.name: megatron wants GPUs, and there is none here: {error}.") from None
+        except (AssertionError, RuntimeError):
+            # torch says it by the one or by the other, as it was built without CUDA or with it
+            if torch.cuda.is_available():
+                raise
+            raise DistattnError(NO_GPU_FOR_MEGATRON) from None
         self._shard = MegatronShard.even(
             shape,
             parallel_state.get_tensor_model_parallel_rank(),
