@@ -81,7 +81,8 @@ def main(arguments: Sequence[str]) -> int:
     if given.target is not None and not broken:
         diagnosis = examine_target(given.target, given.ranks, no_progress if given.json else print_to_stderr)
         report |= {"ranks": given.ranks, "measured": diagnosis.measured, "first_difference": diagnosis.first_difference}
-        report |= {"where": diagnosis.where, "findings": [finding._asdict() for finding in diagnosis.findings]}
+        report |= {"where": diagnosis.where, "not_repeated": diagnosis.not_repeated}
+        report |= {"findings": [finding._asdict() for finding in diagnosis.findings]}
         if not given.json:
             _show_diagnosis(diagnosis, given.ranks)
     if given.json:
@@ -140,7 +141,7 @@ def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
     measured = diagnosis.measured
     if not diagnosis.findings:
         sentence = f"{ranks} ranks compute what one process does: logits, loss and every gradient."
-        _print_prose(console, "[green]ok[/] ", sentence + _hidden(measured))
+        _print_prose(console, "[green]ok[/] ", sentence + _hidden(measured) + _not_repeated(diagnosis.not_repeated))
     for finding in diagnosis.findings:
         _print_prose(console, "[red]wrong[/] ", f"{finding.cause}: {finding.observed}.")
         where = diagnosis.where or diagnosis.first_difference
@@ -160,6 +161,16 @@ def _hidden(measured: Mapping[str, float]) -> str:
     return (
         f" In this precision a mistake could hide that changes what a module computes by less than {100 * forward:.2g} %, or a "
         f"gradient by less than {100 * backward:.2g} %: give the doctor the model in float32, too, to see smaller ones."
+    )
+
+
+def _not_repeated(why: str) -> str:
+    """Say that only whole results were compared, where the ranks' steps could not be repeated."""
+    if not why:
+        return ""
+    reason = why.splitlines()[0].rstrip(".")
+    return (
+        f" The ranks' steps could not be repeated module by module ({reason}): only logits and gradients were compared."
     )
 
 

@@ -35,7 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the cases of a test marked sampled(n), the first and every n-th are for `make test`; the others are marked full.
 
-    With --quarter only a quarter of those is run. Tests marked waits come first, or the suite would end with one process that waits.
+    With --quarter only a quarter of those is run. Tests marked waits come first, so that the suite does not end with one
+    process that waits.
     """
     quarter = config.getoption("quarter")
     seen: Counter[str] = Counter()

@@ -29,12 +29,16 @@ class Finding(NamedTuple):
 
 class Diagnosis(NamedTuple):
     """What was measured, by name, the first module that differs, the findings, the likely cause first, and in words where ranks
-    differ first: at which place, on which ranks, for which tokens."""
+    differ first: at which place, on which ranks, for which tokens.
+
+    not_repeated: why the ranks' steps could not be repeated module by module in one process; empty where they could.
+    """
 
     measured: dict[str, float]
     first_difference: str | None
     findings: list[Finding]
     where: str | None = None
+    not_repeated: str = ""
 
 
 def parts_of(ranks: Sequence[RankResult]) -> Iterator[tuple[int, PartResult]]:

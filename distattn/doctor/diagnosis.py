@@ -105,9 +105,13 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
     if finding is not None and routing:
         finding = routing[0].with_failures(finding)
     finding = _with_refusal(finding or check_state(ranks), ranks)
-    if finding is None and replay is not None:
-        measured |= {"hidden": replay.hidden(FORWARD), "hidden in gradients": backward.hidden(compared)}
-    return Diagnosis(measured, None, [finding] if finding else [], backward.where)
+    if finding is not None:
+        return Diagnosis(measured, None, [finding], backward.where)
+    # without a replay only the logits of the whole model were compared
+    hidden = tolerances.logits / norm if replay is None else replay.hidden(FORWARD)
+    measured |= {"hidden": hidden, "hidden in gradients": backward.hidden(compared)}
+    not_repeated = (emulation.failures or ["for an unknown reason"])[-1] if replay is None else backward.failure
+    return Diagnosis(measured, None, [], backward.where, not_repeated)
 
 
 class _Backward:
@@ -118,6 +122,8 @@ class _Backward:
         self._replay = replay if reference.token_gradients is None else None
         self._done = False
         self.where: str | None = None
+        # why it could not be repeated, where it was tried
+        self.failure = ""
 
     def explain(self) -> Finding | None:
         """Find a gradient that is not what one process computes of the ranks' own, None where there is none."""
@@ -125,8 +131,9 @@ class _Backward:
             return None
         try:
             self._replay.add_backward()
-        except Exception:
+        except Exception as error:
             # layers that are computed again in the backward pass ask for attention there
+            self.failure = f"{type(error).__name__}: {error}"
             return None
         self._done = True
         errors = self._replay.first_errors(BACKWARD)

@@ -6,9 +6,11 @@ import pytest
 from planted import MISTAKES, script
 from processes import run_on_ranks
 
+from distattn.doctor import diagnosis
 from distattn.doctor.diagnosis import diagnose
 from distattn.doctor.rank_run import run_on_this_rank
 from distattn.doctor.target import Target
+from distattn.launch import doctor_command
 
 BF16 = "bfloat16"
 # (family, trainer, mistake, what the doctor calls it) and, maybe, the dtype
@@ -305,3 +307,16 @@ def test_healthy_set_ups_have_no_finding(tmp_path, trainer):
     assert not {name: one for name, one in found.items() if one.findings}
     exact = {name: one.measured["gradient"] for name, one in found.items() if cases[name][2:3] in ((), ("float32",))}
     assert not {name: ratio for name, ratio in exact.items() if abs(ratio - 1) > 1e-4 and "autocast" not in name}
+
+
+def test_ok_says_when_the_steps_of_ranks_could_not_be_repeated(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no hooks here")
+
+    monkeypatch.setattr(diagnosis, "Replay", fail)
+    (found,) = diagnoses(tmp_path, [script("llama", "loop", dtype="bfloat16")])
+    assert not found.findings and found.measured["hidden"] > 0.01
+    doctor_command._show_diagnosis(found, 2)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "could not be repeated module by module (" in said and "no hooks here" in said
+    assert "give the doctor the model in float32" in said
