@@ -6,7 +6,7 @@
 FILE is a JSON list of document lengths. Every server (rank of the pool) gets a pack of --context tokens: documents drawn
 at random, --scale times as long, cut where a pack is full. Contestants: the packs as they came with attention where it is
 ("plain"), `cad` and `cad_greedy` on the same packs, `cad` on the same documents where `placed` puts them, per-document
-context parallelism (`document_zigzag` ring) and `balanced` allgather.
+context parallelism (`document_zigzag` ring) and allgather in chunks of equal work (`balanced` with eight chunks a rank).
 
 --grouped: the packs of all batches are sorted by their work first, so that the ranks of a step have packs as equal as there
 are, for everybody. --tensor-parallel T: heads are divided by T, and nodes have 8 / T ranks of the pool. --inner: causal,
@@ -140,7 +140,9 @@ def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Cal
                 and sum((min(2 * len(batch), length // 512) or 1) ** 2 for length in lengths) > MOST_PAIRS
             ):
                 return None
-            layout = make_layout(name, lengths, len(batch), mask)
+            # chunks of equal work, eight a rank; without `chunk` balanced takes the cheapest of several layouts
+            chunk = {"chunk": -(-sum(lengths) // (8 * len(batch)))} if name == "balanced" else {}
+            layout = make_layout(name, lengths, len(batch), mask, **chunk)
             return da.make_plan(mask, layout, strategy=strategy, options=options or None, **shape)
 
         return make

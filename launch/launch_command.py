@@ -13,7 +13,14 @@ from pathlib import Path
 
 from distattn.data.text import find_files
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import CommandParser, array_words, no_progress, print_line
+from distattn.launch.command_line import (
+    CommandParser,
+    array_words,
+    no_progress,
+    print_line,
+    refuse_other_launchers_keys,
+    say,
+)
 from distattn.launch.elastic_run import node_counts
 from distattn.launch.ranks.machine_limits import check_device_holds_state, check_nodes_hold_ranks, check_run_fits
 from distattn.launch.run_status import cancel, status, status_lines, sweep_runs
@@ -81,10 +88,11 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         raise DistattnError(f"launch {where}: --spare is for Slurm; see distattn launch slurm.")
     if where not in ("slurm", "ray") and given.array is not None:
         raise DistattnError(f"launch {where}: --array is for Slurm and Ray; see distattn launch slurm.")
+    refuse_other_launchers_keys(overrides, where)
     if given.spare is not None:
         overrides = [*overrides, f"--slurm.spare_nodes={given.spare}"]
     overrides = [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
-    config = preflight_alone(configuration.load(given.config, overrides))
+    config = preflight_alone(configuration.load(given.config, overrides, say))
     # of a sweep, one for each task
     words = array_words(given.array) if given.array is not None else []
     sweep = [preflight_alone(configuration.load(given.config, [*overrides, word])) for word in words]

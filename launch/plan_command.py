@@ -15,7 +15,7 @@ from rich.text import Text
 from distattn.cluster import spec as describe
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import LAYOUTS
-from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_to_stderr
+from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_to_stderr, say
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.planning.compare_strategies import (
@@ -154,7 +154,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]
     path = None if arguments[0].startswith("--") else arguments[0]
     given, overrides = parser.parse_known_args(arguments[1:] if path else arguments)
     if path is not None:
-        return given, configuration.load(path, overrides)
+        return given, configuration.load(path, overrides, say)
     if overrides:
         hint = " Did you mean --tokens?" if overrides[0].split("=")[0] == "--axis" else ""
         raise DistattnError(f"plan: {overrides[0]!r} is not known.{hint} See distattn plan --help.")
@@ -174,6 +174,11 @@ def _check_options(given: argparse.Namespace, config: Config | None) -> None:
             raise DistattnError(f"plan: --{option}: there is no folder {Path(getattr(given, option)).parent}.")
         if getattr(given, option) and Path(getattr(given, option)).is_dir():
             raise DistattnError(f"plan: --{option}: {getattr(given, option)} is a folder; name a file.")
+    for option in ("strategy", "html", "perfetto"):
+        if given.memory and getattr(given, option):
+            raise DistattnError(
+                f"plan: --{option} does nothing with --memory, which counts the run's own strategy; leave one out."
+            )
     if given.tokens and not given.docs:
         raise DistattnError("plan: --tokens cuts the documents of --docs; a configuration has --data.tokens_per_step.")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distattn.launch.command_line import no_progress
+from distattn.launch.command_line import no_progress, refuse_other_launchers_keys, say
 from distattn.launch.ranks.machine_limits import check_run_fits
 from distattn.launch.run_locally import run_ranks_and_finish
 from distattn.launch.start_run import preflight_alone, start_run
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if words else 2
-    config = configuration.load(words[0], words[1:])
+    refuse_other_launchers_keys(words[1:])
+    config = configuration.load(words[0], words[1:], say)
     check_run_fits(config)
     wanted = Path(config.run.folder).absolute()
     there = next(folder for folder in wanted.parents if folder.is_dir())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import say
 from distattn.launch.run_locally import resume_locally
 from distattn.training import config as configuration
 from distattn.training.config import Config
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{words[0]}: is no run folder, it has no {run.config_file.name}; name one that distattn train made."
         )
     before = configuration.load(run.config_file)
-    config = configuration.load(run.config_file, [*words[1:], *_derived_anew(before, words[1:])])
+    config = configuration.load(run.config_file, [*words[1:], *_derived_anew(before, words[1:])], say)
     if config.preflight.action == "only":
         raise DistattnError(f"preflight.action: only is for new folders: distattn preflight {run.config_file}.")
     check_same_run(before, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from distattn.launch.command_line import refuse_other_launchers_keys, say
 from distattn.launch.run_locally import run_locally
 from distattn.launch.start_run import preflight_alone
 from distattn.training import config as configuration
@@ -18,5 +19,6 @@ def main(arguments: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(USAGE + configuration.help_text())
         return 0 if words else 2
-    config = preflight_alone(configuration.load(words[0], words[1:]))
+    refuse_other_launchers_keys(words[1:])
+    config = preflight_alone(configuration.load(words[0], words[1:], say))
     return run_locally(config, json_lines=len(words) < len(arguments))

@@ -6,9 +6,8 @@ import contextlib
 import difflib
 import io
 import json
-import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from distattn.ir.errors import DistattnError
 from distattn.ir.toml_lines import Key, TomlLines, syntax_place
 from distattn.training.config_checks import problems_of
+from distattn.training.config_idle_keys import SHAPE_KEYS, with_defaults, without_idle_keys
 from distattn.training.config_sections import Config as Config
 from distattn.training.config_sections import DataConfig as DataConfig
 from distattn.training.config_sections import ModelConfig as ModelConfig
@@ -69,9 +69,10 @@ _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str], None] = lambda line: None) -> Config:
     """Read the configuration of a file, or the shipped one of a name, with command-line overrides.
 
+    report: takes a sentence about keys of the file that do nothing beside the overrides, and get their default values.
     Raises DistattnError naming every bad key and its line.
     """
     path = configuration_file(path)
@@ -96,20 +97,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if overrides:
         _check_overrides(config, overrides)
         changed = tyro.cli(Config, default=config, args=list(overrides), config=_VALUES)
-        named = any(re.match(r"--parallel\.min[_-]chunk(=|$)", word) for word in overrides)
-        if not named and changed.parallel.layout != config.parallel.layout:
-            # the file's belongs to the file's layout
-            changed = replace(changed, parallel=replace(changed.parallel, min_chunk=0))
-        if changed.data.path != config.data.path and changed.data.path.endswith(".toml"):
-            # the file's keys of text belong to the file's text; those of the command line are refused
-            words = {word.partition("=")[0].replace("-", "_") for word in overrides}
-            kept: dict[str, Any] = {
-                f.name: getattr(changed.data, f.name)
-                for f in fields(DataConfig)
-                if f"__data.{f.name}" in words or f.name == "check_tokens"
-            }
-            changed = replace(changed, data=DataConfig(**kept))
-        config = _validated(asdict(changed), lambda _: "command line")
+        named = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in overrides if word[:2] == "--"}
+        replaced: list[str] = []
+        if changed.model.path != config.model.path and changed.model.path:
+            replaced = [key for key in SHAPE_KEYS if key not in named]
+            changed = with_defaults(changed, replaced)
+        changed, left_out = without_idle_keys(changed, named)
+        # a shape that came from a folder was not given in the file
+        left_out += [key for key in replaced if key.split(".")[1] in content.get("model", {}) and not config.model.path]
+        if left_out:
+            report(f"{path}: left out, as they do nothing beside what the command line says: {', '.join(left_out)}.")
+        config = _validated(asdict(changed), lambda _: "command line", named)
     return config
 
 
@@ -140,8 +138,9 @@ def save(config: Config, path: Path) -> None:
     write_whole(path, tomli_w.dumps(asdict(config)))
 
 
-def _validated(content: dict[str, Any], place: Callable[[Key], str]) -> Config:
+def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Collection[str] = ()) -> Config:
     """Make the configuration a nested dict describes. place: where a key was given, such as a file and its line.
+    named: the keys that the command line gives.
 
     Raises DistattnError with all mistakes, each on a line that begins with its place.
     """
@@ -149,8 +148,8 @@ def _validated(content: dict[str, Any], place: Callable[[Key], str]) -> Config:
         # through JSON: strict about types, yet a TOML array is a tuple; a TOML date becomes a table, which fits nowhere
         text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
         config = TypeAdapter(Config).validate_json(text, strict=True)
-        config = replace(config, model=_with_folder_s_shape(config.model))
-        problems = problems_of(config)
+        config = replace(config, model=_with_folder_s_shape(config.model, named))
+        problems = problems_of(config, named)
     except ValidationError as error:
         errors = error.errors()
         misspelled = {one["loc"][:-1] for one in errors if one["type"] in _UNKNOWN}
@@ -168,8 +167,12 @@ def _key_of(problem: str) -> Key:
     return tuple(int(part) if part.isdecimal() else part for part in problem.partition(":")[0].split("."))
 
 
-def _with_folder_s_shape(model: ModelConfig) -> ModelConfig:
-    """The model of a folder: its shape is that of the config.json there. Raises DistattnError where that says too little."""
+def _with_folder_s_shape(model: ModelConfig, named: Collection[str] = ()) -> ModelConfig:
+    """Return the model of a folder: its shape is that of the config.json there.
+
+    named: the keys that the command line gives. Raises DistattnError where config.json says too little, or where another
+    shape is given.
+    """
     if not model.path:
         return model
     file = Path(model.path, "config.json")
@@ -188,6 +191,13 @@ def _with_folder_s_shape(model: ModelConfig) -> ModelConfig:
         raise DistattnError(f"model.path: {file} does not say {missing[0]} as configurations of language models do.")
     usual = {"num_key_value_heads": shape["num_attention_heads"], "intermediate_size": 4 * shape["hidden_size"]}
     filled: dict[str, Any] = usual | {"head_dim": 0} | shape
+    usual_model = ModelConfig()
+    for name, value in filled.items():
+        given = getattr(model, name)
+        if given != value and (given != getattr(usual_model, name) or f"model.{name}" in named):
+            raise DistattnError(
+                f"model.{name}: {given} does nothing beside model.path: {file} has {value}; leave it out."
+            )
     return replace(model, **filled)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from distattn.ir.layout import LAYOUTS
@@ -14,6 +14,7 @@ from distattn.ir.plan import POLICIES
 from distattn.kernels.registry import AUTO, KERNELS
 from distattn.memory.checkpointing_modes import CHECKPOINTING
 from distattn.parallel.make_plan import STRATEGIES
+from distattn.training.config_idle_keys import idle_problems
 from distattn.training.config_sections import Config, DataConfig, EngineConfig, HealthConfig, MemoryConfig, SlurmConfig
 
 # the product of these is the number of ranks
@@ -72,19 +73,23 @@ _COMPARED_WITH = {
     "parallel.min_chunk": ("parallel.layout",),
     "parallel.tensor_parallel_size": ("parallel.ranks", "parallel.pipeline_parallel_size", "engine.name"),
     "ray.min_nodes": ("checkpoint.every_steps", "parallel.data", *_DEGREES),
-    "train.min_learning_rate": ("train.learning_rate",),
+    "slurm.container_mounts": ("slurm.container_image",),
+    "train.decay_share": ("train.schedule",),
+    "train.min_learning_rate": ("train.learning_rate", "train.schedule"),
     "train.warmup_steps": ("train.steps", "train.schedule", "train.decay_share"),
     "watch.action": ("checkpoint.every_steps",),
 }
 
 
-def problems_of(config: Config) -> list[str]:
-    """Find what cannot be, one sentence per mistake: what only follows from another mistake is left out."""
+def problems_of(config: Config, named: Collection[str] = ()) -> list[str]:
+    """Find what cannot be, one sentence per mistake: what only follows from another mistake is left out.
+
+    named: the keys that the command line gives.
+    """
     checks = (
         # what is wrong by itself comes first
         _name_problems(config),
         _number_problems(config),
-        sorted(_planned_problems(config.data)),
         _engine_problems(config),
         _train_problems(config),
         _schedule_problems(config),
@@ -93,6 +98,7 @@ def problems_of(config: Config) -> list[str]:
         _slurm_problems(config.slurm),
         _health_problems(config.health),
         _elastic_problems(config),
+        idle_problems(config, named),
     )
     problems: list[str] = []
     wrong: set[str] = set()
@@ -219,8 +225,6 @@ def _shape_problems(config: Config) -> Iterator[str]:
         yield from _pack_problems(data, parallel.data_parallel_size)
     if not data.path.endswith(".toml") and 0 < model.vocab_size < 256:
         yield f"model.vocab_size: {model.vocab_size}, but tokens of text are bytes: at least 256, or 0."
-    if parallel.min_chunk and parallel.layout != "document_zigzag":
-        yield f'parallel.min_chunk: belongs to parallel.layout = "document_zigzag", not to {parallel.layout}.'
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     if min(model.hidden_size, heads, kv_heads) >= 1:
         if not model.path and ((not model.head_dim and model.hidden_size % heads) or model.head_size % 2):
@@ -262,24 +266,11 @@ def _pack_problems(data: DataConfig, shares: int) -> Iterator[str]:
         )
 
 
-def _planned_problems(data: DataConfig) -> Iterator[str]:
-    """Find keys about text that do nothing where data.path names a plan of packs."""
-    if not data.path.endswith(".toml"):
-        return
-    usual = DataConfig()
-    # its sentence says where the plan has them; check_tokens applies to plans, too
-    for name in {field.name for field in fields(data)} - {"path", "context_schedule", "check_tokens"}:
-        if getattr(data, name) != getattr(usual, name):
-            yield f"data.{name}: does nothing here: packs are planned already; leave it out, or change it in {data.path}."
-
-
 def _schedule_problems(config: Config) -> Iterator[str]:
     """Find phases of context lengths that cannot be."""
     data, steps = config.data, config.train.steps
-    if not data.context_schedule:
+    if not data.context_schedule or data.path.endswith(".toml"):
         return
-    if data.path.endswith(".toml"):
-        yield f"data.context_schedule: packs are planned already; their context lengths by step are rule.context in {data.path}."
     if data.context_length:
         yield "data.context_length: data.context_schedule has the context length by step; leave one of both out."
     *first, last = data.context_schedule
@@ -373,10 +364,7 @@ def _slurm_problems(slurm: SlurmConfig) -> Iterator[str]:
 
 
 def _health_problems(health: HealthConfig) -> Iterator[str]:
-    """Find what would be published where there are no reports, and an address that is none."""
-    for name in ("prometheus_file", "prometheus_port"):
-        if getattr(health, name) and not health.every_steps:
-            yield f"health.{name}: there are no reports to publish; set health.every_steps."
+    """Find an address that is none."""
     try:
         ipaddress.ip_address(health.prometheus_address)
     except ValueError:

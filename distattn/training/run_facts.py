@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import xxhash
 
 from distattn.ir.errors import DistattnError
 from distattn.training.config import Config
 from distattn.training.run_data import RunData
 from distattn.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    # seconds to import, and commands that start runs do without
+    import torch
 
 # these stay: a run with others is another run
 _FIXED = ("model", "data")

@@ -1,6 +1,8 @@
 """`distattn plan`: candidates on a described cluster, as text, JSON and a page; mistakes are one sentence."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,16 @@ def test_candidates_are_listed_and_the_fastest_is_marked(capsys):
     assert code == 0 and out.startswith("8,192 tokens in 5 documents on 8 ranks")
     assert "simulated on h200-2x4" in out and out.count("<- fastest") == 1
     assert [line.split()[0] for line in out.splitlines()[3:]] == list(STRATEGIES)
+
+
+def test_the_page_on_planning_has_the_table_that_is_printed(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "planning-a-cluster.md").read_text("utf-8")
+    command, table = (
+        match.group(1) for match in re.finditer(r"((?:^    .*\n)+)", page[: page.index("`plan.html`")], re.M)
+    )
+    words = command.splitlines()[0].split()[2:]
+    code, out, _ = run(capsys, *words[: words.index("--html")])
+    assert code == 0 and out.splitlines() == [line.removeprefix("    ") for line in table.splitlines()]
 
 
 def test_numbers_a_page_and_a_trace(capsys, tmp_path):
