@@ -24,7 +24,7 @@ pytestmark = pytest.mark.waits
 
 ROOT = Path(__file__).parents[2]
 # a run must not come to its end before it is stopped for the last time
-STEPS = 60
+STEPS = 80
 SHORT = (
     f"--train.steps={STEPS}",
     "--data.tokens_per_step=2048",
