@@ -76,9 +76,10 @@ class _Save:
 
 @dataclass
 class _Note:
-    """Work on the folder of checkpoints that waits until what is being saved is written."""
+    """Work on the folder of checkpoints that waits until what is being saved is written. step: as for `Checkpoints.note`."""
 
     work: Callable[[Path], None]
+    step: int | None
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -146,6 +147,8 @@ class Checkpoints:
         # of all optimizers, while a save overlaps
         self._step_hook: RemovableHandle | None = None
         self._last_note: _Note | None = None
+        # on rank 0: steps whose last save failed, so a checkpoint of that step is an older one
+        self._failed_steps: set[int] = set()
         self._queue: queue.SimpleQueue[_Save | _Note | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, daemon=True, name="distattn-checkpoints")
         self._writer.start()
@@ -196,14 +199,19 @@ class Checkpoints:
             self._step_hook.remove()
             self._step_hook = None
 
-    def note(self, work: Callable[[Path], None]) -> None:
+    def note(self, work: Callable[[Path], None], step: int | None = None) -> None:
         """Have rank 0 work on the folder of checkpoints once the last save is written, such as by `judge_checkpoint`.
 
-        Not collective: on other ranks it does nothing. The rule of what is kept is applied afterwards. An OSError is warned of.
+        step: of the checkpoint that the work is about; the work is left out if the last save of that step failed. Not collective:
+        on other ranks it does nothing. The rule of what is kept is applied afterwards. An OSError is warned of.
         """
         if self._is_root:
-            self._last_note = _Note(work)
+            self._last_note = _Note(work, step)
             self._queue.put(self._last_note)
+
+    def has_failed(self, step: int) -> bool:
+        """Return, on rank 0 after `wait` or `close`, whether the last save of a step failed."""
+        return step in self._failed_steps
 
     def wait(self) -> None:
         """Return once the last save is written, or has failed, and the work of `note` is done. Raises as `save` does."""
@@ -243,6 +251,7 @@ class Checkpoints:
             _check_facts(candidate, required or {})
             problem = self._verify_and_read(candidate, state)
             if problem is None:
+                self._failed_steps.discard(candidate.manifest.step)
                 if passed and self._is_root:
                     self._warn(f"{' '.join(passed)} Resuming from {candidate.folder.name} instead.")
                 elif self._is_root:
@@ -343,6 +352,8 @@ class Checkpoints:
             if isinstance(save, _Note):
                 self._do_note(save)
                 continue
+            # until it is committed
+            self._failed_steps.add(save.step)
             try:
                 with doing(f"writing {checkpoint_name(save.step)}"):
                     self._write_or_tell(save)
@@ -355,7 +366,8 @@ class Checkpoints:
 
     def _do_note(self, note: _Note) -> None:
         try:
-            note.work(self._folder)
+            if note.step not in self._failed_steps:
+                note.work(self._folder)
             self._remove_old()
         except (OSError, DistattnError) as error:
             self._warn(f"{self._folder}: a verdict on a checkpoint cannot be written: {error}.")
@@ -461,6 +473,7 @@ class Checkpoints:
         ).write(folder)
         save.verdict.write(folder)
         commit(folder, save.step)
+        self._failed_steps.discard(save.step)
         self._remove_old()
         return [None] * len(parts)
 

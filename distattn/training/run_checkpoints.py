@@ -93,7 +93,9 @@ class RunCheckpoints:
         self.checkpoints.wait()
         if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
             self.reporter.report_warning(damage.step, "damaged state", damage.text)
-            self.checkpoints.note(lambda folder: discard_checkpoint(folder, done))
+            # a run that was not saved may have an older checkpoint of this step
+            if self._saved_step == done:
+                self.checkpoints.note(lambda folder: discard_checkpoint(folder, done), done)
 
     def resume(self) -> int:
         """Take over the newest checkpoint; returns its step, 0 where there is none."""
@@ -130,7 +132,7 @@ class RunCheckpoints:
         self.reporter.report_warning(step, "damaged state", damage.text)
         if saved is not None and self._loaded is None:
             # its copy was made while the state changed
-            self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved))
+            self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved), saved)
         if damage.repeats:
             raise DistattnError(
                 f"step {step + 1}: {damage.text} It is so {MOST_OF_ONE_RANK} times in this run: have the memory of its host "
@@ -163,11 +165,11 @@ class RunCheckpoints:
             text = f"step {step + 1:,}, computed from it, was refused: {verdict.reason.removesuffix('.')}"
             # a rollback loads it first, and the step is computed again
             if at is not None and (verdict.action != ROLLBACK or self._loaded is not None):
-                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, REFUSED, text))
+                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, REFUSED, text), at)
             self.checkpoints.note(lambda folder: keep_newest_good(folder, _kept_before(step)))
         elif verdict.applies:
             if at is not None:
-                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, GOOD))
+                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, GOOD), at)
             if streak is not None:
                 self._end_streak(streak, verdict.recovered)
 

@@ -23,6 +23,7 @@ from distattn.checkpoints import checkpoints as module
 from distattn.checkpoints import digested_files
 from distattn.checkpoints.checkpoint_folder import (
     choose_step,
+    discard_checkpoint,
     judge_checkpoint,
     keep_newest_good,
     list_checkpoints,
@@ -272,6 +273,34 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     found = saver.load_newest(state)
     assert (found.step, found.in_doubt) == (7, True) and steps(tmp_path) == [7]
     saver.close()
+
+
+def test_a_verdict_on_a_save_that_failed_leaves_an_older_checkpoint_of_the_same_step_as_it_was(tmp_path, monkeypatch):
+    warned = []
+    saver = open_checkpoints(tmp_path, warned.append)
+    saver.save(5, {"a": 1})
+    saver.note(lambda folder: judge_checkpoint(folder, 5, GOOD), 5)
+    saver.wait()
+    older = list_checkpoints(tmp_path)
+    assert older[0].verdict.kind == GOOD and not saver.has_failed(5)
+
+    def refuse(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "new_unfinished", refuse)
+        saver.save(5, {"a": 2})
+        saver.note(lambda folder: judge_checkpoint(folder, 5, REFUSED, "why"), 5)
+        saver.note(lambda folder: discard_checkpoint(folder, 5), 5)
+        saver.wait()
+    assert list_checkpoints(tmp_path) == older and saver.has_failed(5)
+    assert len(warned) == 1 and "step-00000005 was not saved" in warned[0]
+    # a run that has loaded the older one judges it
+    assert saver.load_newest({"a": 0}).step == 5 and not saver.has_failed(5)
+    saver.save(5, {"a": 3})
+    saver.note(lambda folder: judge_checkpoint(folder, 5, REFUSED, "why"), 5)
+    saver.close()
+    assert list_checkpoints(tmp_path)[0].verdict.kind == REFUSED
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"kind": "fine"}', b'{"kind": 3}', b"\xff", b"[" * 100_000])

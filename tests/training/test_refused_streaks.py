@@ -1,14 +1,17 @@
 """Updates that destroy the weights: good checkpoints stay, rollbacks go far enough, a streak of refused steps is told of once."""
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from processes import run_on_ranks
 
-from distattn.checkpoints.checkpoint_folder import by_preference, list_checkpoints
-from distattn.checkpoints.verdicts import GOOD, REFUSED, UNTESTED
+from distattn.checkpoints import checkpoints
+from distattn.checkpoints.checkpoint_folder import by_preference, choose_step, list_checkpoints
+from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED
 from distattn.launch import finish_run as finishing
 from distattn.training.config import (
     Config,
@@ -125,3 +128,28 @@ def test_a_new_level_is_taken_as_usual_but_the_checkpoint_from_before_stays(conf
     newest = by_preference(list_checkpoints(run.checkpoints))
     assert [one.step for one in newest[:2]] == [steps, steps - 1]
     assert [one.step for one in newest if one.verdict.kept] == [7]
+
+
+def _train_and_fail_to_save(rank: int, folder: Path, config: Config, failing: int) -> None:
+    """Train; the save after this step fails as on a full disk."""
+    new_unfinished = checkpoints.new_unfinished
+
+    def refuse(place, step):
+        if step == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return new_unfinished(place, step)
+
+    checkpoints.new_unfinished = refuse
+    train(RunFolder(folder), config, True, torch.device("cpu"))
+
+
+def test_a_run_does_not_take_an_older_checkpoint_of_its_last_step_for_its_own(config):
+    config = dataclasses.replace(
+        config, train=TrainConfig(steps=3), checkpoint=CheckpointConfig(every_steps=1, keep_last=9)
+    )
+    run = trained(config)
+    choose_step(run.checkpoints, 1)
+    before = verdicts(run)
+    with pytest.raises(AssertionError, match="last step's checkpoint could not be saved; .* trains from step 2 on"):
+        run_on_ranks(1, _train_and_fail_to_save, run.folder, config, 3)
+    assert before[3] == SET_ASIDE and verdicts(run)[3] == SET_ASIDE
