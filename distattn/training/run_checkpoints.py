@@ -11,6 +11,7 @@ import torch.distributed as dist
 from distattn.checkpoints.checkpoint_folder import (
     discard_checkpoint,
     judge_checkpoint,
+    keep_for_good,
     keep_newest_good,
     release_kept,
 )
@@ -157,7 +158,7 @@ class RunCheckpoints:
     def judge(self, verdict: Verdict, loss: float) -> None:
         """Note what a step shows of the checkpoints: of that with the weights it was computed with, and of those before a streak.
 
-        The newest good one from before a streak is kept for good, unless the run recovers.
+        The newest good one from before a streak is kept, until the run recovers, or has passed the step that was refused.
         """
         self._loss = loss
         at, step, streak = self._saved_step, verdict.step, verdict.streak
@@ -166,7 +167,7 @@ class RunCheckpoints:
             # a rollback loads it first, and the step is computed again
             if at is not None and (verdict.action != ROLLBACK or self._loaded is not None):
                 self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, REFUSED, text), at)
-            self.checkpoints.note(lambda folder: keep_newest_good(folder, _kept_before(step)))
+            self.checkpoints.note(lambda folder: keep_newest_good(folder, step))
         elif verdict.applies:
             if at is not None:
                 self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, GOOD), at)
@@ -176,7 +177,9 @@ class RunCheckpoints:
     def _end_streak(self, streak: Streak, recovered: bool) -> None:
         """Tell of a streak that is over, once."""
         if recovered:
-            self.checkpoints.note(lambda folder: release_kept(folder, _kept_before(streak.first)))
+            self.checkpoints.note(lambda folder: release_kept(folder, streak.first + 1))
+        else:
+            self.checkpoints.note(lambda folder: keep_for_good(folder, streak.first))
         if streak.count > 1:
             how = (
                 "loss and gradient norm are as before again"
@@ -219,10 +222,6 @@ class RunCheckpoints:
             "token_losses": self.by_position.state(self.engine.cp.loss_group),
             "progress": json.dumps(progress),
         }
-
-
-def _kept_before(step: int) -> str:
-    return f"the newest good one before step {step + 1:,}, which was refused"
 
 
 def words_of_streak(streak: Streak) -> str:

@@ -25,6 +25,7 @@ from distattn.checkpoints.checkpoint_folder import (
     choose_step,
     discard_checkpoint,
     judge_checkpoint,
+    keep_for_good,
     keep_newest_good,
     list_checkpoints,
     release_kept,
@@ -258,20 +259,44 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     saver.wait()
     assert steps(tmp_path) == [4, 5]
     assert list_checkpoints(tmp_path)[0].manifest.facts == {"loss": "4"}
-    # what is kept for a reason stays, until it is released
-    saver.note(lambda folder: keep_newest_good(folder, "reason"))
+    # what is kept for a refused step stays, until it is released
+    saver.note(lambda folder: keep_newest_good(folder, 9))
     for step in (6, 7):
         judged(step, GOOD)
     saver.wait()
     assert steps(tmp_path) == [4, 7]
-    saver.note(lambda folder: release_kept(folder, "another reason"))
+    saver.note(lambda folder: release_kept(folder, 9))
     saver.wait()
     assert steps(tmp_path) == [4, 7]
-    saver.note(lambda folder: release_kept(folder, "reason"))
+    saver.note(lambda folder: release_kept(folder, 10))
     # where all are in doubt, the newest is taken
     saver.note(lambda folder: judge_checkpoint(folder, 7, REFUSED, "why"))
     found = saver.load_newest(state)
     assert (found.step, found.in_doubt) == (7, True) and steps(tmp_path) == [7]
+    saver.close()
+
+
+@pytest.mark.parametrize(("new_level", "kept"), [(False, []), (True, [5])])
+def test_the_mark_of_a_refused_step_goes_once_the_run_has_passed_it(new_level, kept, tmp_path):
+    saver = open_checkpoints(tmp_path, keep=KeepRule(last=9))
+
+    def save_good(step):
+        saver.save(step, {"a": step})
+        saver.note(lambda folder: judge_checkpoint(folder, step, GOOD), step)
+
+    def marked():
+        saver.wait()
+        return [one.step for one in list_checkpoints(tmp_path) if one.verdict.kept]
+
+    save_good(5)
+    # step 8 is refused; the run goes back or is started again, which ends the streak without a word
+    saver.note(lambda folder: keep_newest_good(folder, 8))
+    if new_level:
+        saver.note(lambda folder: keep_for_good(folder, 8))
+    save_good(8)
+    assert marked() == [5]
+    save_good(9)
+    assert marked() == kept
     saver.close()
 
 
@@ -303,7 +328,9 @@ def test_a_verdict_on_a_save_that_failed_leaves_an_older_checkpoint_of_the_same_
     assert list_checkpoints(tmp_path)[0].verdict.kind == REFUSED
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"kind": "fine"}', b'{"kind": 3}', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"kind": "fine"}', b'{"kind": 3}', b'{"refused_step": ""}', b"\xff", b"[" * 100_000]
+)
 def test_a_verdict_that_cannot_be_read_is_none(tmp_path, content):
     saver = open_checkpoints(tmp_path)
     saver.save(1, {"a": 1})
