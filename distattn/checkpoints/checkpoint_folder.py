@@ -83,11 +83,6 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda one: (one.manifest is None, one.manifest.serial if one.manifest else 0, one.step))
 
 
-def newest_step(folder: Path) -> int:
-    """Of the checkpoints of a folder that have a manifest; 0 where there is none. Raises DistattnError as `list_checkpoints`."""
-    return max((one.step for one in list_checkpoints(folder) if one.manifest is not None), default=0)
-
-
 def by_preference(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """Return the checkpoints that have a manifest, in the order in which a run tries them: those in doubt after all others,
     and the newest first."""
