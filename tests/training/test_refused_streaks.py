@@ -2,6 +2,8 @@
 
 import dataclasses
 import errno
+import json
+import math
 import os
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from distattn.checkpoints import checkpoints
 from distattn.checkpoints.checkpoint_folder import by_preference, choose_step, list_checkpoints
 from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED
 from distattn.launch import finish_run as finishing
+from distattn.launch.run_status import status
 from distattn.training.config import (
     Config,
     DataConfig,
@@ -26,7 +29,7 @@ from distattn.training.config_sections import CheckpointConfig, WatchConfig
 from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.loop import train
 from distattn.training.run_data import find_text, write_text
-from distattn.training.run_folder import RunFolder
+from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
 
 STEPS = 12
 
@@ -103,6 +106,22 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
     assert not any(step.skipped for step in steps) and len(steps) == STEPS and steps[-1].loss < steps[0].loss
     assert verdicts(run)[STEPS] == UNTESTED and 5 in verdicts(run)
     assert finish_run(run, config, lambda line: None, json_lines=True) == 0
+
+
+def test_steps_that_a_run_with_fewer_steps_has_abandoned_are_not_reported(config, capsys, monkeypatch):
+    reported = []
+    monkeypatch.setattr(finishing, "write_report", lambda *given: None)
+    # `distattn resume --step 1 --train.steps 2` on a run of four steps, whose last ones were destroyed
+    config = dataclasses.replace(config, train=TrainConfig(steps=2))
+    run = RunFolder.create(config)
+    for step, loss in ((1, 3.0), (2, 2.5), (3, math.nan), (4, math.nan), (2, 2.0)):
+        run.append(run.metrics_file, StepMetrics(step, loss, 1.0, 1, 1.0).as_dict())
+        run.append(run.losses_file, {"step": step, "split": EVALUATION, "loss": loss})
+    assert finishing.finish_run(run, config, reported.append, json_lines=True) == 0
+    assert json.loads(capsys.readouterr().out)["last_loss"] == 2.0
+    assert reported[0] == "loss 3.000 to 2.000 in 2 steps"
+    assert [row["step"] for row in run.losses(EVALUATION, 2)] == [1, 2]
+    assert status(run)["steps"] == 2
 
 
 def test_a_rollback_goes_further_back_where_the_first_step_is_bad_again(config, tmp_path):
