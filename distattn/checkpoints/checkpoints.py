@@ -55,13 +55,13 @@ _WRITE_SECONDS = 120.0
 class Loaded(NamedTuple):
     """What a state was loaded from. step: training steps done. facts: those that it was saved with.
 
-    in_doubt: whether its verdict speaks against it, and there was no other one.
+    doubt: what its verdict says against it, where there was no other one; else empty.
     """
 
     step: int
     folder: Path
     facts: Mapping[str, str]
-    in_doubt: bool = False
+    doubt: str = ""
 
 
 @dataclass
@@ -99,11 +99,11 @@ class _Written(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A checkpoint that all ranks are to verify. passed_over: why newer ones, or unreadable ones, are not taken."""
+    """A checkpoint that all ranks are to verify. passed_over: why newer or unreadable ones are not taken. doubt: see `Loaded`."""
 
     folder: Path
     manifest: Manifest
-    in_doubt: bool
+    doubt: str
     passed_over: list[str]
 
 
@@ -233,11 +233,11 @@ class Checkpoints:
     def load_newest(self, state: dict[str, Any], *, required: Mapping[str, str] | None = None) -> Loaded | None:
         """Load the newest checkpoint that is whole into a state, in place as `dcp.load` does. Collective.
 
-        Those in doubt by their verdict are tried last; where that passes over a newer one, a warning says so.
-        Each rank reads a share of the checkpoint's blocks and compares their digests, before anything is unpickled. One that is
-        not whole is passed over, with one warning that says what is wrong with it. Where the newest is whole, those that the rule
-        does not keep are removed. required: facts that must be those of the
-        checkpoint. The number of ranks and how tensors are sharded need not be those of the save.
+        Those in doubt by their verdict are tried last; a warning says so where that passes over a newer one, or where one of them
+        is loaded. Each rank reads a share of the checkpoint's blocks and compares their digests, before anything is unpickled.
+        One that is not whole is passed over, with one warning that says what is wrong with it. Where the newest is whole, those
+        that the rule does not keep are removed. required: facts that must be those of the checkpoint. The number of ranks and how
+        tensors are sharded need not be those of the save.
 
         Returns None where there is no checkpoint. Raises DamagedDataError where there are some and none is whole, DistattnError
         where a required fact differs or the state does not fit.
@@ -252,13 +252,14 @@ class Checkpoints:
             problem = self._verify_and_read(candidate, state)
             if problem is None:
                 self._failed_steps.discard(candidate.manifest.step)
-                if passed and self._is_root:
-                    self._warn(f"{' '.join(passed)} Resuming from {candidate.folder.name} instead.")
-                elif self._is_root:
+                folder, doubt = candidate.folder, candidate.doubt
+                if not passed and self._is_root:
                     # a job that was killed right after its last save has not
                     self._remove_old()
-                facts = dict(candidate.manifest.facts)
-                return Loaded(candidate.manifest.step, candidate.folder, facts, candidate.in_doubt)
+                if (passed or doubt) and self._is_root:
+                    how = f"all the same: it is in doubt, but no other can be loaded ({doubt})" if doubt else "instead"
+                    self._warn(" ".join([*passed, f"Resuming from {folder.name} {how}."]))
+                return Loaded(candidate.manifest.step, folder, dict(candidate.manifest.facts), doubt)
             passed.append(problem)
         return None
 
@@ -273,12 +274,13 @@ class Checkpoints:
             unreadable = [] if tried else [one.problem for one in found if one.manifest is None]
             left = [one for one in by_preference(found) if one.folder not in tried]
             if left:
-                best, in_doubt = left[0], left[0].verdict.is_doubtful
+                best, verdict = left[0], left[0].verdict
                 assert best.manifest is not None
-                newer = found[found.index(best) + 1 :] if not tried and not in_doubt else []
+                doubt = f"{verdict.kind}: {verdict.text}" if verdict.is_doubtful else ""
+                newer = found[found.index(best) + 1 :] if not tried and not doubt else []
                 # those that a person set aside are no news
                 passed_over = [f"{one.folder}: {one.verdict.text}." for one in newer if one.verdict.kind == REFUSED]
-                candidate = _Candidate(best.folder, best.manifest, in_doubt, [*passed_over, *unreadable])
+                candidate = _Candidate(best.folder, best.manifest, doubt, [*passed_over, *unreadable])
                 return [candidate] * self._exchange.ranks
             if found:
                 raise DamagedDataError(

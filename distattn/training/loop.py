@@ -332,7 +332,7 @@ class TrainingLoop:
 
     def _end(self, done: int, stop: Stop) -> None:
         """End the run after a step, saved if it can be. Raises RunStopped, or DistattnError where its folder is elsewhere."""
-        self.run_checkpoints.finish_early(done)
+        begin = self.run_checkpoints.finish_early(done)
         if stop != Stop.ASKED:
             what = (
                 self.folder.hold().what_happened()
@@ -347,8 +347,9 @@ class TrainingLoop:
                 f"{what}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
             )
         self.reporter.report_event(done, "stopped", "Stopped as it was asked to.")
+        place = "from there" if begin == done else f"from step {begin:,}" if begin else "from the first step"
         raise RunStopped(
-            f"stopped after step {done}, asked by a file in {self.folder.folder}; distattn resume goes on from there."
+            f"stopped after step {done}, asked by a file in {self.folder.folder}; distattn resume goes on {place}."
         )
 
     def _seed(self, step: int) -> None:

@@ -13,6 +13,7 @@ from distattn.checkpoints.checkpoint_folder import (
     judge_checkpoint,
     keep_for_good,
     keep_newest_good,
+    preferred_step,
     release_kept,
 )
 from distattn.checkpoints.checkpoints import Checkpoints, Loaded
@@ -23,6 +24,7 @@ from distattn.parallel.analysis.columns import plural
 from distattn.training.engines.engine import Engine, EngineState
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter, warn
+from distattn.training.module_observer import gathered
 from distattn.training.numerics_watch import ROLLBACK, STOP, NumericsWatch, Streak, Verdict
 from distattn.training.run_facts import REQUIRED, TrainingRun
 from distattn.training.state_digest import MOST_OF_ONE_RANK, Damage, StateDigest
@@ -89,14 +91,23 @@ class RunCheckpoints:
         self.checkpoints.wait()
         return self.digest.compare(done - 1, "the end of the run")
 
-    def finish_early(self, done: int) -> None:
-        """Wait for the save after the step at which a run is stopped, and remove it where the state has changed meanwhile."""
+    def finish_early(self, done: int) -> int:
+        """Wait for the save after the step at which a run is stopped, and remove it where the state has changed meanwhile.
+
+        Returns the step of the checkpoint that a resume goes on from, on all ranks the same; 0 where there is none.
+        """
         self.checkpoints.wait()
         if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
             self.reporter.report_warning(damage.step, "damaged state", damage.text)
             # a run that was not saved may have an older checkpoint of this step
             if self._saved_step == done:
                 self.checkpoints.note(lambda folder: discard_checkpoint(folder, done), done)
+        # a save may have failed, and one of weights after refused steps is in doubt
+        newest: list[int] = []
+        self.checkpoints.note(lambda folder: newest.append(preferred_step(folder)))
+        self.checkpoints.wait()
+        found_by_rank_0: list[int] = gathered(dist.group.WORLD, newest)[0]
+        return found_by_rank_0[0] if found_by_rank_0 else 0
 
     def resume(self) -> int:
         """Take over the newest checkpoint; returns its step, 0 where there is none."""
@@ -112,6 +123,7 @@ class RunCheckpoints:
         self.by_position.load(state["token_losses"])
         ranks, before = self.config.parallel.ranks, int(loaded.facts["ranks"])
         on = f", on {plural(ranks, 'rank')}; it was saved on {before}" if ranks != before else ""
+        on += f"; it is in doubt ({loaded.doubt})" if loaded.doubt else ""
         facts = {"ranks": ranks, "saved_on": before}
         self.growth.forget()
         if self.config.watch.digest_every:
@@ -153,7 +165,7 @@ class RunCheckpoints:
 
     def begins_at(self, step: int) -> bool:
         """Return whether a step is the first one from a checkpoint that was not in doubt."""
-        return self._loaded is not None and self._loaded.step == step and not self._loaded.in_doubt
+        return self._loaded is not None and self._loaded.step == step and not self._loaded.doubt
 
     def judge(self, verdict: Verdict, loss: float) -> None:
         """Note what a step shows of the checkpoints: of that with the weights it was computed with, and of those before a streak.

@@ -272,7 +272,9 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     # where all are in doubt, the newest is taken
     saver.note(lambda folder: judge_checkpoint(folder, 7, REFUSED, "why"))
     found = saver.load_newest(state)
-    assert (found.step, found.in_doubt) == (7, True) and steps(tmp_path) == [7]
+    assert (found.step, found.doubt) == (7, "refused: why") and steps(tmp_path) == [7]
+    said = "Resuming from step-00000007 all the same: it is in doubt, but no other can be loaded (refused: why)."
+    assert warned[1:] == [said]
     saver.close()
 
 

@@ -14,6 +14,7 @@ from processes import run_on_ranks
 from distattn.checkpoints import checkpoints
 from distattn.checkpoints.checkpoint_folder import by_preference, choose_step, list_checkpoints
 from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED
+from distattn.ir.errors import RunStopped
 from distattn.launch import finish_run as finishing
 from distattn.launch.run_status import status
 from distattn.training.config import (
@@ -173,3 +174,48 @@ def test_a_run_does_not_take_an_older_checkpoint_of_its_last_step_for_its_own(co
     with pytest.raises(AssertionError, match="last step's checkpoint could not be saved; .* trains from step 2 on"):
         run_on_ranks(1, _train_and_fail_to_save, run.folder, config, 3)
     assert before[3] == SET_ASIDE and verdicts(run)[3] == SET_ASIDE
+
+
+def _train_until_stopped(rank: int, runs: list[RunFolder], config: Config) -> list[str]:
+    """Train runs whose first, second, ... update destroys the weights, and that are asked to stop then; return what they say."""
+    update, said = Fsdp2Engine.update, []
+    for ruined, run in enumerate(runs, 1):
+        done = []
+
+        def ruin(self, rate, ruined=ruined, run=run, done=done):
+            update(self, rate)
+            done.append(rate)
+            if len(done) == ruined:
+                run.ask_to_stop("test")
+                with torch.no_grad():
+                    for parameter in self.model.parameters():
+                        parameter.mul_(math.nan)
+
+        Fsdp2Engine.update = ruin
+        with pytest.raises(RunStopped) as stopped:
+            train(run, config, True, torch.device("cpu"))
+        said.append(str(stopped.value))
+    # the first one goes on from weights that are bad
+    with pytest.raises(RunStopped):
+        train(runs[0], config, True, torch.device("cpu"))
+    return said
+
+
+def test_a_run_that_is_stopped_amid_refused_steps_says_from_where_it_goes_on(config, capfd):
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1, keep_last=9))
+    runs = [RunFolder.create(config) for _ in range(2)]
+    for run in runs:
+        write_text(run, config, find_text(config))
+    ((first, second),) = run_on_ranks(1, _train_until_stopped, runs, config)
+    # where all are in doubt, the newest is taken, and it is said so
+    assert verdicts(runs[0]) == {1: REFUSED, 2: REFUSED, 3: REFUSED}
+    assert first.startswith("stopped after step 2,") and first.endswith("distattn resume goes on from there.")
+    doubt = "refused: it was saved after refused steps, from 2 on: the loss is nan"
+    (resumed,) = [event["text"] for event in runs[0].events() if event["kind"] == "resumed"]
+    assert resumed == f"Went on from step-00000002; it is in doubt ({doubt})."
+    assert (
+        f"Resuming from step-00000002 all the same: it is in doubt, but no other can be loaded ({doubt})."
+        in capfd.readouterr().err
+    )
+    assert verdicts(runs[1]) == {1: GOOD, 2: REFUSED, 3: REFUSED}
+    assert second.startswith("stopped after step 3,") and second.endswith("distattn resume goes on from step 1.")
