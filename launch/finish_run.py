@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from distattn.training.config import Config
 from distattn.training.json_lines import json_text
 from distattn.training.reference_check import run_reference_check
 from distattn.training.report import write_report
-from distattn.training.run_folder import RunFolder
+from distattn.training.run_folder import RunFolder, StepMetrics
 
 
 def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool) -> int:
@@ -47,17 +47,17 @@ def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
     failures = []
     if checked and not checked["passed"]:
         failures.append("the run differs from plain transformers: the reference check failed.")
-    last = run.metrics()[-1]
-    if not math.isfinite(last.loss):
-        failures.append(f"the loss of the last step, {last.step:,}, is {last.loss}: {_way_back(run)}")
+    steps = run.metrics(config.train.steps)
+    if not math.isfinite(steps[-1].loss):
+        failures.append(f"the loss of the last step, {steps[-1].step:,}, is {steps[-1].loss}: {_way_back(run, steps)}")
     for failure in failures:
         sys.stderr.write(f"distattn: {failure}\n")
     return 1 if failures else 0
 
 
-def _way_back(run: RunFolder) -> str:
-    """Return what to do with a run whose weights may be destroyed: a clause that ends a sentence."""
-    refused = list(itertools.takewhile(lambda step: step.skipped, reversed(run.metrics())))
+def _way_back(run: RunFolder, steps: Sequence[StepMetrics]) -> str:
+    """Return what to do with a run whose weights may be destroyed: a clause that ends a sentence. steps: that it has done."""
+    refused = list(itertools.takewhile(lambda step: step.skipped, reversed(steps)))
     since = f"steps from {refused[-1].step:,} on were refused, and " if refused else ""
     good = [one.step for one in by_preference(list_checkpoints(run.checkpoints)) if not one.verdict.is_doubtful]
     if not good:
@@ -75,7 +75,7 @@ def _report(
     report_progress: Callable[[str], None],
     json_lines: bool,
 ) -> None:
-    steps = run.metrics()
+    steps = run.metrics(config.train.steps)
     if not steps:
         raise DistattnError(f"{run.metrics_file}: has no step that could be reported; was its disk full?")
     write_report(run, config, checked, Attempts(run.attempts).rows())

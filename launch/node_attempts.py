@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
-from distattn.checkpoints.checkpoint_folder import list_checkpoints
+from distattn.checkpoints.checkpoint_folder import preferred_step
 from distattn.checkpoints.held_folder import HeldFolder
 from distattn.ir.errors import RunStopped
 from distattn.launch.attempt_end import AttemptEnd
@@ -133,4 +133,4 @@ class NodeAttempts:
             return ""
 
     def _progress(self) -> int:
-        return max((one.step for one in list_checkpoints(self._run.checkpoints)), default=0)
+        return preferred_step(self._run.checkpoints)

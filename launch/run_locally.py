@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from distattn.checkpoints.checkpoint_folder import newest_step, preferred_step
+from distattn.checkpoints.checkpoint_folder import preferred_step
 from distattn.checkpoints.held_folder import HeldFolder
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
@@ -86,7 +86,7 @@ def run_ranks_and_finish(
                     config.parallel.ranks, RANK, [str(run.folder), json_lines, proposed], patience, run=str(run.folder)
                 ),
                 Attempts(run.attempts),
-                Restarts(config.supervision.max_restarts, lambda: newest_step(run.checkpoints), held),
+                Restarts(config.supervision.max_restarts, lambda: preferred_step(run.checkpoints), held),
                 PRELOAD,
             )
         if alone and json_lines and run.preflight_file.exists():

@@ -34,7 +34,7 @@ def status(run: RunFolder) -> dict[str, Any]:
     if run.job_file.exists() and attempts.beats() is None:
         found = slurm.status(run)
         return found if found["state"] in _JOB_GOES_ON else found | {"state": found["state"] + _unreported(run, found)}
-    steps = len(run.metrics()) if run.metrics_file.exists() else 0
+    steps = run.steps_done()
     beats, rows = attempts.beats(), attempts.rows()
     if beats is None and rows and "why" not in rows[-1]:
         # it has begun in between, or nobody goes on with it

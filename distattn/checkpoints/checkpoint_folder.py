@@ -83,11 +83,6 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda one: (one.manifest is None, one.manifest.serial if one.manifest else 0, one.step))
 
 
-def newest_step(folder: Path) -> int:
-    """Of the checkpoints of a folder that have a manifest; 0 where there is none. Raises DistattnError as `list_checkpoints`."""
-    return max((one.step for one in list_checkpoints(folder) if one.manifest is not None), default=0)
-
-
 def by_preference(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """Return the checkpoints that have a manifest, in the order in which a run tries them: those in doubt after all others,
     and the newest first."""
@@ -96,18 +91,23 @@ def by_preference(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
 
 
 def preferred_step(folder: Path) -> int:
-    """Return the step of the checkpoint that a run tries first, or 0 where there is none."""
+    """Return the step of the checkpoint that a run tries first, or 0 where there is none.
+
+    Raises DistattnError as `list_checkpoints`.
+    """
     return next((checkpoint.step for checkpoint in by_preference(list_checkpoints(folder))), 0)
 
 
 def judge_checkpoint(folder: Path, step: int, kind: str, text: str = "") -> None:
     """Write the verdict of the checkpoint of a step, if it is there. Raises OSError.
 
-    folder: of all checkpoints. A checkpoint that is kept for good stays so.
+    folder: of all checkpoints. A checkpoint that is kept stays so. A good one releases those that are kept for an earlier step.
     """
     checkpoint = folder / checkpoint_name(step)
     if checkpoint.is_dir():
         CheckpointVerdict.read(checkpoint)._replace(kind=kind, text=text).write(checkpoint)
+        if kind == GOOD:
+            release_kept(folder, step)
 
 
 def discard_checkpoint(folder: Path, step: int) -> None:
@@ -116,18 +116,29 @@ def discard_checkpoint(folder: Path, step: int) -> None:
         remove_checkpoint(checkpoint)
 
 
-def keep_newest_good(folder: Path, why: str) -> None:
-    """Keep the newest checkpoint from which training went on well: no rule removes it from now on. Raises OSError."""
+def keep_newest_good(folder: Path, refused: int) -> None:
+    """Keep the newest checkpoint from which training went on well, until `release_kept`. Raises OSError.
+
+    refused: the step, from 0, that was refused.
+    """
     good = [one for one in by_preference(list_checkpoints(folder)) if one.verdict.kind == GOOD]
-    if good and not good[0].verdict.kept:
-        good[0].verdict._replace(kept=why).write(good[0].folder)
+    if good and (not good[0].verdict.kept or good[0].verdict.refused_step is not None):
+        why = f"the newest good one before step {refused + 1:,}, which was refused"
+        good[0].verdict._replace(kept=why, refused_step=refused).write(good[0].folder)
 
 
-def release_kept(folder: Path, why: str) -> None:
-    """Leave the checkpoints that `keep_newest_good` keeps for this reason to the rule again. Raises OSError."""
+def release_kept(folder: Path, done: int) -> None:
+    """Leave the checkpoints that `keep_newest_good` keeps for one of the first `done` steps to the rule. Raises OSError."""
     for one in list_checkpoints(folder):
-        if one.verdict.kept == why:
-            one.verdict._replace(kept="").write(one.folder)
+        if one.verdict.refused_step is not None and one.verdict.refused_step < done:
+            one.verdict._replace(kept="", refused_step=None).write(one.folder)
+
+
+def keep_for_good(folder: Path, refused: int) -> None:
+    """Have the checkpoints that are kept for a refused step, from 0, stay until a person removes them. Raises OSError."""
+    for one in list_checkpoints(folder):
+        if one.verdict.refused_step == refused:
+            one.verdict._replace(refused_step=None).write(one.folder)
 
 
 def check_step(folder: Path, step: int) -> Checkpoint:

@@ -55,13 +55,13 @@ _WRITE_SECONDS = 120.0
 class Loaded(NamedTuple):
     """What a state was loaded from. step: training steps done. facts: those that it was saved with.
 
-    in_doubt: whether its verdict speaks against it, and there was no other one.
+    doubt: what its verdict says against it, where there was no other one; else empty.
     """
 
     step: int
     folder: Path
     facts: Mapping[str, str]
-    in_doubt: bool = False
+    doubt: str = ""
 
 
 @dataclass
@@ -76,9 +76,10 @@ class _Save:
 
 @dataclass
 class _Note:
-    """Work on the folder of checkpoints that waits until what is being saved is written."""
+    """Work on the folder of checkpoints that waits until what is being saved is written. step: as for `Checkpoints.note`."""
 
     work: Callable[[Path], None]
+    step: int | None
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -98,11 +99,11 @@ class _Written(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A checkpoint that all ranks are to verify. passed_over: why newer ones, or unreadable ones, are not taken."""
+    """A checkpoint that all ranks are to verify. passed_over: why newer or unreadable ones are not taken. doubt: see `Loaded`."""
 
     folder: Path
     manifest: Manifest
-    in_doubt: bool
+    doubt: str
     passed_over: list[str]
 
 
@@ -146,6 +147,8 @@ class Checkpoints:
         # of all optimizers, while a save overlaps
         self._step_hook: RemovableHandle | None = None
         self._last_note: _Note | None = None
+        # on rank 0: steps whose last save failed, so a checkpoint of that step is an older one
+        self._failed_steps: set[int] = set()
         self._queue: queue.SimpleQueue[_Save | _Note | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, daemon=True, name="distattn-checkpoints")
         self._writer.start()
@@ -196,14 +199,19 @@ class Checkpoints:
             self._step_hook.remove()
             self._step_hook = None
 
-    def note(self, work: Callable[[Path], None]) -> None:
+    def note(self, work: Callable[[Path], None], step: int | None = None) -> None:
         """Have rank 0 work on the folder of checkpoints once the last save is written, such as by `judge_checkpoint`.
 
-        Not collective: on other ranks it does nothing. The rule of what is kept is applied afterwards. An OSError is warned of.
+        step: of the checkpoint that the work is about; the work is left out if the last save of that step failed. Not collective:
+        on other ranks it does nothing. The rule of what is kept is applied afterwards. An OSError is warned of.
         """
         if self._is_root:
-            self._last_note = _Note(work)
+            self._last_note = _Note(work, step)
             self._queue.put(self._last_note)
+
+    def has_failed(self, step: int) -> bool:
+        """Return, on rank 0 after `wait` or `close`, whether the last save of a step failed."""
+        return step in self._failed_steps
 
     def wait(self) -> None:
         """Return once the last save is written, or has failed, and the work of `note` is done. Raises as `save` does."""
@@ -225,11 +233,11 @@ class Checkpoints:
     def load_newest(self, state: dict[str, Any], *, required: Mapping[str, str] | None = None) -> Loaded | None:
         """Load the newest checkpoint that is whole into a state, in place as `dcp.load` does. Collective.
 
-        Those in doubt by their verdict are tried last; where that passes over a newer one, a warning says so.
-        Each rank reads a share of the checkpoint's blocks and compares their digests, before anything is unpickled. One that is
-        not whole is passed over, with one warning that says what is wrong with it. Where the newest is whole, those that the rule
-        does not keep are removed. required: facts that must be those of the
-        checkpoint. The number of ranks and how tensors are sharded need not be those of the save.
+        Those in doubt by their verdict are tried last; a warning says so where that passes over a newer one, or where one of them
+        is loaded. Each rank reads a share of the checkpoint's blocks and compares their digests, before anything is unpickled.
+        One that is not whole is passed over, with one warning that says what is wrong with it. Where the newest is whole, those
+        that the rule does not keep are removed. required: facts that must be those of the checkpoint. The number of ranks and how
+        tensors are sharded need not be those of the save.
 
         Returns None where there is no checkpoint. Raises DamagedDataError where there are some and none is whole, DistattnError
         where a required fact differs or the state does not fit.
@@ -243,13 +251,15 @@ class Checkpoints:
             _check_facts(candidate, required or {})
             problem = self._verify_and_read(candidate, state)
             if problem is None:
-                if passed and self._is_root:
-                    self._warn(f"{' '.join(passed)} Resuming from {candidate.folder.name} instead.")
-                elif self._is_root:
+                self._failed_steps.discard(candidate.manifest.step)
+                folder, doubt = candidate.folder, candidate.doubt
+                if not passed and self._is_root:
                     # a job that was killed right after its last save has not
                     self._remove_old()
-                facts = dict(candidate.manifest.facts)
-                return Loaded(candidate.manifest.step, candidate.folder, facts, candidate.in_doubt)
+                if (passed or doubt) and self._is_root:
+                    how = f"all the same: it is in doubt, but no other can be loaded ({doubt})" if doubt else "instead"
+                    self._warn(" ".join([*passed, f"Resuming from {folder.name} {how}."]))
+                return Loaded(candidate.manifest.step, folder, dict(candidate.manifest.facts), doubt)
             passed.append(problem)
         return None
 
@@ -264,12 +274,13 @@ class Checkpoints:
             unreadable = [] if tried else [one.problem for one in found if one.manifest is None]
             left = [one for one in by_preference(found) if one.folder not in tried]
             if left:
-                best, in_doubt = left[0], left[0].verdict.is_doubtful
+                best, verdict = left[0], left[0].verdict
                 assert best.manifest is not None
-                newer = found[found.index(best) + 1 :] if not tried and not in_doubt else []
+                doubt = f"{verdict.kind}: {verdict.text}" if verdict.is_doubtful else ""
+                newer = found[found.index(best) + 1 :] if not tried and not doubt else []
                 # those that a person set aside are no news
                 passed_over = [f"{one.folder}: {one.verdict.text}." for one in newer if one.verdict.kind == REFUSED]
-                candidate = _Candidate(best.folder, best.manifest, in_doubt, [*passed_over, *unreadable])
+                candidate = _Candidate(best.folder, best.manifest, doubt, [*passed_over, *unreadable])
                 return [candidate] * self._exchange.ranks
             if found:
                 raise DamagedDataError(
@@ -343,6 +354,8 @@ class Checkpoints:
             if isinstance(save, _Note):
                 self._do_note(save)
                 continue
+            # until it is committed
+            self._failed_steps.add(save.step)
             try:
                 with doing(f"writing {checkpoint_name(save.step)}"):
                     self._write_or_tell(save)
@@ -355,7 +368,8 @@ class Checkpoints:
 
     def _do_note(self, note: _Note) -> None:
         try:
-            note.work(self._folder)
+            if note.step not in self._failed_steps:
+                note.work(self._folder)
             self._remove_old()
         except (OSError, DistattnError) as error:
             self._warn(f"{self._folder}: a verdict on a checkpoint cannot be written: {error}.")
@@ -461,6 +475,7 @@ class Checkpoints:
         ).write(folder)
         save.verdict.write(folder)
         commit(folder, save.step)
+        self._failed_steps.discard(save.step)
         self._remove_old()
         return [None] * len(parts)
 

@@ -22,12 +22,14 @@ UNTESTED = "untested"
 class CheckpointVerdict(NamedTuple):
     """What is known of a checkpoint. kind: GOOD, REFUSED, SET_ASIDE or UNTESTED; text: a sentence that says why, or empty.
 
-    kept: why it is never removed, empty where the rule decides.
+    kept: why it is never removed, empty where the rule decides. refused_step: the step, from 0, that it is kept for until the run
+    has passed it; None where it is kept until a person removes it.
     """
 
     kind: str = UNTESTED
     text: str = ""
     kept: str = ""
+    refused_step: int | None = None
 
     @property
     def is_doubtful(self) -> bool:
@@ -45,6 +47,8 @@ class CheckpointVerdict(NamedTuple):
         """Return the verdict of a checkpoint's folder, UNTESTED where there is none that can be read."""
         with suppress(OSError, ValueError, TypeError, RecursionError):
             found = cls(**json.loads((checkpoint / VERDICT_FILE).read_bytes()))
-            if found.kind in (GOOD, REFUSED, SET_ASIDE, UNTESTED) and all(isinstance(one, str) for one in found):
+            texts_are_right = all(isinstance(one, str) for one in found[:-1])
+            step_is_right = found.refused_step is None or isinstance(found.refused_step, int)
+            if found.kind in (GOOD, REFUSED, SET_ASIDE, UNTESTED) and texts_are_right and step_is_right:
                 return found
         return cls()

@@ -17,9 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.checkpoints.checkpoint_folder import (
-    list_checkpoints,
-)
+from distattn.checkpoints.checkpoint_folder import list_checkpoints, preferred_step
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.run_lock import RunLock
@@ -86,11 +84,12 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
         stack.enter_context(closing(loop.stop))
         loop.run()
         loop.check_folder()
-    steps = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)]
-    if lock is not None and config.checkpoint.every_steps >= 0 and config.train.steps not in steps:
+    steps, last = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)], config.train.steps
+    # there may be an older checkpoint of that step
+    if lock is not None and config.checkpoint.every_steps >= 0 and (last not in steps or checkpoints.has_failed(last)):
         raise DistattnError(
             f"{run.checkpoints}: the last step's checkpoint could not be saved; make room, and distattn resume "
-            f"{run.folder} trains from step {max(steps, default=0):,} on."
+            f"{run.folder} trains from step {preferred_step(run.checkpoints):,} on."
         )
 
 
@@ -333,7 +332,7 @@ class TrainingLoop:
 
     def _end(self, done: int, stop: Stop) -> None:
         """End the run after a step, saved if it can be. Raises RunStopped, or DistattnError where its folder is elsewhere."""
-        self.run_checkpoints.finish_early(done)
+        begin = self.run_checkpoints.finish_early(done)
         if stop != Stop.ASKED:
             what = (
                 self.folder.hold().what_happened()
@@ -348,8 +347,9 @@ class TrainingLoop:
                 f"{what}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
             )
         self.reporter.report_event(done, "stopped", "Stopped as it was asked to.")
+        place = "from there" if begin == done else f"from step {begin:,}" if begin else "from the first step"
         raise RunStopped(
-            f"stopped after step {done}, asked by a file in {self.folder.folder}; distattn resume goes on from there."
+            f"stopped after step {done}, asked by a file in {self.folder.folder}; distattn resume goes on {place}."
         )
 
     def _seed(self, step: int) -> None:

@@ -46,7 +46,7 @@ def write_report(
 
     checked: what `run_reference_check` found, None where it was left out. attempts: `Attempts.rows`, where they were noted.
     """
-    steps, evaluations = run.metrics(), run.losses(EVALUATION)
+    steps, evaluations = run.metrics(config.train.steps), run.losses(EVALUATION, config.train.steps)
     curves = _curves(steps, evaluations, checked)
     page = render_page(
         "report.html.j2",

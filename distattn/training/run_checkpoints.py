@@ -11,7 +11,9 @@ import torch.distributed as dist
 from distattn.checkpoints.checkpoint_folder import (
     discard_checkpoint,
     judge_checkpoint,
+    keep_for_good,
     keep_newest_good,
+    preferred_step,
     release_kept,
 )
 from distattn.checkpoints.checkpoints import Checkpoints, Loaded
@@ -22,6 +24,7 @@ from distattn.parallel.analysis.columns import plural
 from distattn.training.engines.engine import Engine, EngineState
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter, warn
+from distattn.training.module_observer import gathered
 from distattn.training.numerics_watch import ROLLBACK, STOP, NumericsWatch, Streak, Verdict
 from distattn.training.run_facts import REQUIRED, TrainingRun
 from distattn.training.state_digest import MOST_OF_ONE_RANK, Damage, StateDigest
@@ -88,12 +91,23 @@ class RunCheckpoints:
         self.checkpoints.wait()
         return self.digest.compare(done - 1, "the end of the run")
 
-    def finish_early(self, done: int) -> None:
-        """Wait for the save after the step at which a run is stopped, and remove it where the state has changed meanwhile."""
+    def finish_early(self, done: int) -> int:
+        """Wait for the save after the step at which a run is stopped, and remove it where the state has changed meanwhile.
+
+        Returns the step of the checkpoint that a resume goes on from, on all ranks the same; 0 where there is none.
+        """
         self.checkpoints.wait()
         if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
             self.reporter.report_warning(damage.step, "damaged state", damage.text)
-            self.checkpoints.note(lambda folder: discard_checkpoint(folder, done))
+            # a run that was not saved may have an older checkpoint of this step
+            if self._saved_step == done:
+                self.checkpoints.note(lambda folder: discard_checkpoint(folder, done), done)
+        # a save may have failed, and one of weights after refused steps is in doubt
+        newest: list[int] = []
+        self.checkpoints.note(lambda folder: newest.append(preferred_step(folder)))
+        self.checkpoints.wait()
+        found_by_rank_0: list[int] = gathered(dist.group.WORLD, newest)[0]
+        return found_by_rank_0[0] if found_by_rank_0 else 0
 
     def resume(self) -> int:
         """Take over the newest checkpoint; returns its step, 0 where there is none."""
@@ -109,6 +123,7 @@ class RunCheckpoints:
         self.by_position.load(state["token_losses"])
         ranks, before = self.config.parallel.ranks, int(loaded.facts["ranks"])
         on = f", on {plural(ranks, 'rank')}; it was saved on {before}" if ranks != before else ""
+        on += f"; it is in doubt ({loaded.doubt})" if loaded.doubt else ""
         facts = {"ranks": ranks, "saved_on": before}
         self.growth.forget()
         if self.config.watch.digest_every:
@@ -130,7 +145,7 @@ class RunCheckpoints:
         self.reporter.report_warning(step, "damaged state", damage.text)
         if saved is not None and self._loaded is None:
             # its copy was made while the state changed
-            self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved))
+            self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved), saved)
         if damage.repeats:
             raise DistattnError(
                 f"step {step + 1}: {damage.text} It is so {MOST_OF_ONE_RANK} times in this run: have the memory of its host "
@@ -150,12 +165,12 @@ class RunCheckpoints:
 
     def begins_at(self, step: int) -> bool:
         """Return whether a step is the first one from a checkpoint that was not in doubt."""
-        return self._loaded is not None and self._loaded.step == step and not self._loaded.in_doubt
+        return self._loaded is not None and self._loaded.step == step and not self._loaded.doubt
 
     def judge(self, verdict: Verdict, loss: float) -> None:
         """Note what a step shows of the checkpoints: of that with the weights it was computed with, and of those before a streak.
 
-        The newest good one from before a streak is kept for good, unless the run recovers.
+        The newest good one from before a streak is kept, until the run recovers, or has passed the step that was refused.
         """
         self._loss = loss
         at, step, streak = self._saved_step, verdict.step, verdict.streak
@@ -163,18 +178,20 @@ class RunCheckpoints:
             text = f"step {step + 1:,}, computed from it, was refused: {verdict.reason.removesuffix('.')}"
             # a rollback loads it first, and the step is computed again
             if at is not None and (verdict.action != ROLLBACK or self._loaded is not None):
-                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, REFUSED, text))
-            self.checkpoints.note(lambda folder: keep_newest_good(folder, _kept_before(step)))
+                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, REFUSED, text), at)
+            self.checkpoints.note(lambda folder: keep_newest_good(folder, step))
         elif verdict.applies:
             if at is not None:
-                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, GOOD))
+                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, GOOD), at)
             if streak is not None:
                 self._end_streak(streak, verdict.recovered)
 
     def _end_streak(self, streak: Streak, recovered: bool) -> None:
         """Tell of a streak that is over, once."""
         if recovered:
-            self.checkpoints.note(lambda folder: release_kept(folder, _kept_before(streak.first)))
+            self.checkpoints.note(lambda folder: release_kept(folder, streak.first + 1))
+        else:
+            self.checkpoints.note(lambda folder: keep_for_good(folder, streak.first))
         if streak.count > 1:
             how = (
                 "loss and gradient norm are as before again"
@@ -217,10 +234,6 @@ class RunCheckpoints:
             "token_losses": self.by_position.state(self.engine.cp.loss_group),
             "progress": json.dumps(progress),
         }
-
-
-def _kept_before(step: int) -> str:
-    return f"the newest good one before step {step + 1:,}, which was refused"
 
 
 def words_of_streak(streak: Streak) -> str:

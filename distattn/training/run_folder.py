@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -181,15 +182,29 @@ class RunFolder:
             self._held.close()
             self._held = None
 
-    def metrics(self) -> list[StepMetrics]:
-        """The metrics of the steps so far, in their order; of a step that was done again after going back, the last."""
-        last = {row["step"]: StepMetrics(**row) for row in read_rows(self.metrics_file)}
+    def metrics(self, steps: float = math.inf) -> list[StepMetrics]:
+        """Return the metrics of the steps so far, in their order; of a step that was done again after going back, the last.
+
+        steps: of the run's configuration. Later ones, done before the run went on with fewer steps, are left out.
+        """
+        last = {row["step"]: StepMetrics(**row) for row in read_rows(self.metrics_file) if row["step"] <= steps}
         return [last[step] for step in sorted(last)]
 
-    def losses(self, split: str) -> list[dict[str, Any]]:
-        """Rows of `losses.jsonl` of one split (EVALUATION or TRAINING) in the order of their steps, the last of each step."""
-        rows = {row["step"]: row for row in read_rows(self.losses_file) if row["split"] == split}
+    def losses(self, split: str, steps: float = math.inf) -> list[dict[str, Any]]:
+        """Return rows of `losses.jsonl` of one split (EVALUATION or TRAINING) in the order of their steps, the last of each step.
+
+        steps: as for `metrics`.
+        """
+        rows = {
+            row["step"]: row for row in read_rows(self.losses_file) if row["split"] == split and row["step"] <= steps
+        }
         return [rows[step] for step in sorted(rows)]
+
+    def steps_done(self) -> int:
+        """Return how many steps of the run's configuration have metrics. Raises DistattnError where that cannot be read."""
+        if not self.metrics_file.exists():
+            return 0
+        return len(self.metrics(configuration.load(self.config_file).train.steps))
 
     def events(self) -> list[dict[str, Any]]:
         """What happened seldom, in the order in which it happened: step, kind, text, and facts of the kind."""

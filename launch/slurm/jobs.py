@@ -128,12 +128,11 @@ def status(run: RunFolder) -> dict[str, Any]:
         state = (
             "gone: it never began" if not left else "killed" if left == ["running"] else f"ended, exit code {left[1]}"
         )
-    steps = len(run.metrics()) if run.metrics_file.exists() else 0
     return {
         "run": str(run.folder),
         "job": job,
         "state": state,
-        "steps": steps,
+        "steps": run.steps_done(),
         "attempts": Attempts(run.attempts).rows(),
     }
 

@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+from distattn.checkpoints.checkpoint_folder import choose_step
+from distattn.checkpoints.manifest import Manifest
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempt_end import AttemptEnd
 from distattn.launch.attempts import Attempts
@@ -65,6 +67,28 @@ def test_ranks_that_refuse_before_the_first_step_of_a_later_attempt_are_tried_ag
     nodes = Nodes(run, *ends)
     assert NodeAttempts(run, nodes, 3, {}).run().code == code
     assert len(Attempts(run.attempts).rows()) == attempts and nodes.blamed == blamed
+
+
+def test_checkpoints_that_were_set_aside_are_no_progress(run, monkeypatch, capsys):
+    def save(serial, step):
+        made = run.checkpoints / f"step-{step:08d}"
+        made.mkdir(parents=True)
+        Manifest(serial, step, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(made)
+
+    save(1, 20)
+    save(2, 40)
+    choose_step(run.checkpoints, 20)
+    nodes = Nodes(run, (*KILLED, 5), (*KILLED, 5))
+    end_of_attempt = nodes.run
+
+    def run_and_save(hosts, attempt):
+        save(2 + attempt, 20 + 5 * attempt)
+        return end_of_attempt(hosts, attempt)
+
+    nodes.run = run_and_save
+    assert NodeAttempts(run, nodes, 1, {}).run().code == 0
+    said = capsys.readouterr().err
+    assert [f"start again from step {step} (restart 1 of 1)" in said for step in (25, 30)] == [True, True]
 
 
 def test_a_signal_that_comes_before_the_first_attempt_is_not_forgotten(run):

@@ -6,6 +6,7 @@ from distattn.checkpoints.manifest import Manifest
 from distattn.ir.errors import DistattnError
 from distattn.launch import resume_command, run_locally
 from distattn.launch.command_line import no_progress
+from distattn.launch.ranks import supervised
 from distattn.launch.run_node import check_places
 from distattn.launch.start_run import start_run
 from distattn.training import config as configuration
@@ -71,6 +72,21 @@ def test_what_ranks_refuse_does_not_change_the_run_s_configuration(run, ranks):
 def test_ranks_of_a_node_are_derived_anew_where_a_resume_has_other_ranks(words, ranks_and_nodes, run, ranks):
     resume_command.main([str(run.folder), *words])
     assert (ranks[0].parallel.ranks, ranks[0].parallel.devices_per_node) == ranks_and_nodes
+
+
+def test_progress_is_counted_from_the_checkpoint_that_ranks_go_on_from(run, monkeypatch):
+    step = run.checkpoints / "step-00000020"
+    step.mkdir()
+    # saved after that of step 34: the run has gone back
+    Manifest(2, 20, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(step)
+    counted = []
+    monkeypatch.setattr(
+        supervised,
+        "run_supervised",
+        lambda ranks, attempts, restarts, preload: counted.append(restarts.progress()) or 2,
+    )
+    assert run_locally.run_ranks_and_finish(run, configuration.load(run.config_file), no_progress, False) == 2
+    assert counted == [20]
 
 
 def test_a_node_refuses_a_job_of_another_size_than_the_run(run):

@@ -1,15 +1,22 @@
 """Updates that destroy the weights: good checkpoints stay, rollbacks go far enough, a streak of refused steps is told of once."""
 
 import dataclasses
+import errno
+import json
+import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from processes import run_on_ranks
 
-from distattn.checkpoints.checkpoint_folder import by_preference, list_checkpoints
-from distattn.checkpoints.verdicts import GOOD, REFUSED, UNTESTED
+from distattn.checkpoints import checkpoints
+from distattn.checkpoints.checkpoint_folder import by_preference, choose_step, list_checkpoints
+from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED
+from distattn.ir.errors import RunStopped
 from distattn.launch import finish_run as finishing
+from distattn.launch.run_status import status
 from distattn.training.config import (
     Config,
     DataConfig,
@@ -23,7 +30,7 @@ from distattn.training.config_sections import CheckpointConfig, WatchConfig
 from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.loop import train
 from distattn.training.run_data import find_text, write_text
-from distattn.training.run_folder import RunFolder
+from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
 
 STEPS = 12
 
@@ -102,6 +109,22 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
     assert finish_run(run, config, lambda line: None, json_lines=True) == 0
 
 
+def test_steps_that_a_run_with_fewer_steps_has_abandoned_are_not_reported(config, capsys, monkeypatch):
+    reported = []
+    monkeypatch.setattr(finishing, "write_report", lambda *given: None)
+    # `distattn resume --step 1 --train.steps 2` on a run of four steps, whose last ones were destroyed
+    config = dataclasses.replace(config, train=TrainConfig(steps=2))
+    run = RunFolder.create(config)
+    for step, loss in ((1, 3.0), (2, 2.5), (3, math.nan), (4, math.nan), (2, 2.0)):
+        run.append(run.metrics_file, StepMetrics(step, loss, 1.0, 1, 1.0).as_dict())
+        run.append(run.losses_file, {"step": step, "split": EVALUATION, "loss": loss})
+    assert finishing.finish_run(run, config, reported.append, json_lines=True) == 0
+    assert json.loads(capsys.readouterr().out)["last_loss"] == 2.0
+    assert reported[0] == "loss 3.000 to 2.000 in 2 steps"
+    assert [row["step"] for row in run.losses(EVALUATION, 2)] == [1, 2]
+    assert status(run)["steps"] == 2
+
+
 def test_a_rollback_goes_further_back_where_the_first_step_is_bad_again(config, tmp_path):
     config = dataclasses.replace(config, watch=WatchConfig(action="rollback"))
     run = trained(config, (6,))
@@ -110,7 +133,8 @@ def test_a_rollback_goes_further_back_where_the_first_step_is_bad_again(config, 
     other = trained(dataclasses.replace(config, run=RunConfig(folder=str(tmp_path / "other"), seed=3)))
     losses = [[(step.step, step.loss, step.skipped) for step in one.metrics()] for one in (run, other)]
     assert losses[0] == losses[1] and not any(skipped for *_, skipped in losses[0])
-    assert all(kind in (GOOD, UNTESTED) for kind in verdicts(run).values())
+    # nothing is kept for the refused step any more, which the run has passed
+    assert verdicts(run) == {STEPS - 1: GOOD, STEPS: UNTESTED}
 
 
 def test_a_new_level_is_taken_as_usual_but_the_checkpoint_from_before_stays(config):
@@ -125,3 +149,73 @@ def test_a_new_level_is_taken_as_usual_but_the_checkpoint_from_before_stays(conf
     newest = by_preference(list_checkpoints(run.checkpoints))
     assert [one.step for one in newest[:2]] == [steps, steps - 1]
     assert [one.step for one in newest if one.verdict.kept] == [7]
+
+
+def _train_and_fail_to_save(rank: int, folder: Path, config: Config, failing: int) -> None:
+    """Train; the save after this step fails as on a full disk."""
+    new_unfinished = checkpoints.new_unfinished
+
+    def refuse(place, step):
+        if step == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return new_unfinished(place, step)
+
+    checkpoints.new_unfinished = refuse
+    train(RunFolder(folder), config, True, torch.device("cpu"))
+
+
+def test_a_run_does_not_take_an_older_checkpoint_of_its_last_step_for_its_own(config):
+    config = dataclasses.replace(
+        config, train=TrainConfig(steps=3), checkpoint=CheckpointConfig(every_steps=1, keep_last=9)
+    )
+    run = trained(config)
+    choose_step(run.checkpoints, 1)
+    before = verdicts(run)
+    with pytest.raises(AssertionError, match="last step's checkpoint could not be saved; .* trains from step 2 on"):
+        run_on_ranks(1, _train_and_fail_to_save, run.folder, config, 3)
+    assert before[3] == SET_ASIDE and verdicts(run)[3] == SET_ASIDE
+
+
+def _train_until_stopped(rank: int, runs: list[RunFolder], config: Config) -> list[str]:
+    """Train runs whose first, second, ... update destroys the weights, and that are asked to stop then; return what they say."""
+    update, said = Fsdp2Engine.update, []
+    for ruined, run in enumerate(runs, 1):
+        done = []
+
+        def ruin(self, rate, ruined=ruined, run=run, done=done):
+            update(self, rate)
+            done.append(rate)
+            if len(done) == ruined:
+                run.ask_to_stop("test")
+                with torch.no_grad():
+                    for parameter in self.model.parameters():
+                        parameter.mul_(math.nan)
+
+        Fsdp2Engine.update = ruin
+        with pytest.raises(RunStopped) as stopped:
+            train(run, config, True, torch.device("cpu"))
+        said.append(str(stopped.value))
+    # the first one goes on from weights that are bad
+    with pytest.raises(RunStopped):
+        train(runs[0], config, True, torch.device("cpu"))
+    return said
+
+
+def test_a_run_that_is_stopped_amid_refused_steps_says_from_where_it_goes_on(config, capfd):
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1, keep_last=9))
+    runs = [RunFolder.create(config) for _ in range(2)]
+    for run in runs:
+        write_text(run, config, find_text(config))
+    ((first, second),) = run_on_ranks(1, _train_until_stopped, runs, config)
+    # where all are in doubt, the newest is taken, and it is said so
+    assert verdicts(runs[0]) == {1: REFUSED, 2: REFUSED, 3: REFUSED}
+    assert first.startswith("stopped after step 2,") and first.endswith("distattn resume goes on from there.")
+    doubt = "refused: it was saved after refused steps, from 2 on: the loss is nan"
+    (resumed,) = [event["text"] for event in runs[0].events() if event["kind"] == "resumed"]
+    assert resumed == f"Went on from step-00000002; it is in doubt ({doubt})."
+    assert (
+        f"Resuming from step-00000002 all the same: it is in doubt, but no other can be loaded ({doubt})."
+        in capfd.readouterr().err
+    )
+    assert verdicts(runs[1]) == {1: GOOD, 2: REFUSED, 3: REFUSED}
+    assert second.startswith("stopped after step 3,") and second.endswith("distattn resume goes on from step 1.")

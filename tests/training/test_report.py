@@ -29,7 +29,8 @@ CHECKED = {
 def run(tmp_path):
     run = RunFolder(tmp_path / "<run>")
     run.folder.mkdir()
-    configuration.save(configuration.Config(), run.config_file)
+    steps = configuration.TrainConfig(steps=1_000_000)
+    configuration.save(configuration.Config(train=steps), run.config_file)
     plan = da.make_plan(
         da.Mask.causal(64), da.Layout.zigzag([64], 2), strategy="ring", heads=2, kv_heads=2, head_dim=8, dtype="float32"
     )

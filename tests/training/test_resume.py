@@ -14,7 +14,7 @@ import torch
 from processes import run_on_ranks
 from waiting import LIMIT_SECONDS, eventually
 
-from distattn.checkpoints.checkpoint_folder import newest_step
+from distattn.checkpoints.checkpoint_folder import preferred_step
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
@@ -312,7 +312,7 @@ def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, 
         command("train", *more), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
     )
     run = RunFolder(tmp_path / "killed")
-    eventually(lambda: newest_step(run.checkpoints) > 1, "two checkpoints")
+    eventually(lambda: preferred_step(run.checkpoints) > 1, "two checkpoints")
     beats = Attempts(run.attempts).beats()
     assert beats is not None
     os.kill(beats[1].pid, signal.SIGKILL)
