@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from distattn.training.json_lines import write_whole
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter, warn
 from distattn.training.numerics_watch import ROLLBACK, STOP, NumericsWatch, Verdict
+from distattn.training.proposal import Proposal
 from distattn.training.replay_check import ReplayCheck
 from distattn.training.run_checkpoints import RunCheckpoints, words_of_streak
 from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
@@ -57,10 +58,12 @@ from distattn.training.stop_request import Stop, StopRequest
 from distattn.training.weight_growth import WeightGrowth
 
 
-def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device, *, accept: bool = False) -> None:
+def train(
+    run: RunFolder, config: Config, json_lines: bool, device: torch.device, *, proposal: Proposal | None = None
+) -> None:
     """Train on this rank from the newest checkpoint of the run folder, or from the beginning, to the last step.
 
-    accept: whether the configuration is the folder's proposed one, to become the run's once nothing speaks against it. Raises
+    proposal: the one that the configuration is of; rank 0 applies it once nothing speaks against it. Raises
     DistattnError for what cannot be, and where numbers went wrong and the run file says to stop; RunStopped where the run was
     asked to stop, with a checkpoint of the last step that was done.
     """
@@ -81,7 +84,7 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
         keep = KeepRule(config.checkpoint.keep_last, config.checkpoint.keep_every_hours or None)
         checkpoints = Checkpoints(run.checkpoints, group=dist.group.WORLD, facts=given.facts, keep=keep, warn=warn)
         stack.enter_context(closing(checkpoints))
-        loop = TrainingLoop(given, engine, checkpoints, reporter, lock, accept)
+        loop = TrainingLoop(given, engine, checkpoints, reporter, lock, proposal)
         stack.enter_context(closing(loop.health))
         stack.enter_context(closing(loop.stop))
         loop.run()
@@ -95,7 +98,7 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
 
 
 class TrainingLoop:
-    """The steps of a run on one rank. lock: of rank 0, on the run's folder. accept: as for `train`."""
+    """The steps of a run on one rank. lock: of rank 0, on the run's folder. proposal: as for `train`."""
 
     def __init__(
         self,
@@ -104,11 +107,11 @@ class TrainingLoop:
         checkpoints: Checkpoints,
         reporter: MetricsReporter,
         lock: RunLock | None,
-        accept: bool = False,
+        proposal: Proposal | None = None,
     ):
         self.folder, self.config, self.data, shape, self.facts, self.device = run
         self.engine, self.checkpoints, self.reporter, self.lock = engine, checkpoints, reporter, lock
-        self._accept = accept
+        self._proposal = proposal
         config, data, device = self.config, self.data, self.device
         self.stop = StopRequest(self.folder.stop_file, self.folder.regroup_file, of_folder=self._look_at_folder)
         self.documents = self.folder.lines(self.folder.documents_file, append_documents)
@@ -145,10 +148,7 @@ class TrainingLoop:
     def run(self) -> None:
         """Train from the newest checkpoint to the last step, and save there."""
         config, last = self.config, self.config.train.steps
-        step = begin = self.run_checkpoints.resume()
-        check_steps_left(self.folder, config, begin)
-        if self._accept and self.lock is not None:
-            self.run_checkpoints.accept_config(begin)
+        step = begin = self._resume()
         if not begin and self.folder.plan_file.exists():
             self.reporter.report_plan(Plan.load(self.folder.plan_file))
         if not begin and config.watch.action == "rollback":
@@ -164,6 +164,16 @@ class TrainingLoop:
         if self.watch.streak is not None:
             ends = f"The run ends with refused steps: {words_of_streak(self.watch.streak)}."
             self.reporter.report_warning(last - 1, "refused", ends)
+
+    def _resume(self) -> int:
+        """Take over the checkpoint to go on from, and apply what is proposed; returns its step."""
+        proposal = self._proposal if self.lock is not None else None
+        with nullcontext() if proposal is None else proposal.applied(self.config):
+            begin = self.run_checkpoints.resume()
+            check_steps_left(self.folder, self.config, begin)
+        if proposal is not None:
+            self.run_checkpoints.accept_config(begin)
+        return begin
 
     def _train_from(self, begin: int) -> int:
         """Train from a step on; returns the last step, or the one to go on from after a rollback."""
