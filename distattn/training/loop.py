@@ -345,22 +345,21 @@ class TrainingLoop:
         """End the run after a step, saved if it can be. Raises RunStopped, or DistattnError where its folder is elsewhere."""
         self.run_checkpoints.finish_early(done)
         if stop != Stop.ASKED:
-            what = (
-                self.folder.hold().what_happened()
-                if self.lock is not None
-                else f"{self.folder.folder}: is not in place"
-            )
-            self.reporter.report_event(done, "stopped", what)
-            if stop == Stop.FOLDER_LOST or self.config.checkpoint.every_steps < 0:
-                raise DistattnError(f"{what}; the run ends after step {done:,}, which is not saved.")
-            place = self.folder.follow() or "its new name"
-            raise DistattnError(
-                f"{what}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
-            )
+            what = self.stop.words_of_first(self._end_of_moved(done, stop) if self.lock is not None else "")
+            raise DistattnError(what)
         self.reporter.report_event(done, "stopped", "Stopped as it was asked to.")
         raise RunStopped(
             f"stopped after step {done}, asked by a file in {self.folder.folder}; distattn resume goes on from there."
         )
+
+    def _end_of_moved(self, done: int, stop: Stop) -> str:
+        """Return rank 0's sentence about a folder that is not in its place, and write it down as an event."""
+        what = self.folder.hold().what_happened()
+        self.reporter.report_event(done, "stopped", what)
+        if stop == Stop.FOLDER_LOST or self.config.checkpoint.every_steps < 0:
+            return f"{what}; the run ends after step {done:,}, which is not saved."
+        place = self.folder.follow() or "its new name"
+        return f"{what}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
 
     def _seed(self, step: int) -> None:
         """What is random in a step, such as dropout, depends on the step alone."""
