@@ -348,7 +348,7 @@ def run_faults(
     return FaultReport(faults.faults, faults.runs, time.monotonic() - began)
 
 
-def rank(folder: str, json_lines: bool, proposed: bool = False) -> int:
+def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
     """What a rank runs: the trainer's, which hangs where a file of the run folder says so."""
     planted, told = Path(folder, _PLANTED), heartbeats._TOLD
     write = told.write
@@ -388,7 +388,7 @@ def rank(folder: str, json_lines: bool, proposed: bool = False) -> int:
                     _stand_still(fault["kind"])
 
     told.write = write_and_hang
-    return rank_process.run(folder, json_lines)
+    return rank_process.run(folder, json_lines, proposed)
 
 
 def _stand_still(kind: str) -> None:

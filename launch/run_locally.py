@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 from distattn.checkpoints.checkpoint_folder import preferred_step
@@ -17,6 +16,7 @@ from distattn.launch.stop_signals import stopped
 from distattn.supervision.rank_watch import Patience
 from distattn.training.config import Config
 from distattn.training.json_lines import json_text, parse_json
+from distattn.training.proposal import Proposal
 from distattn.training.run_folder import RunFolder
 
 # what a rank runs
@@ -47,16 +47,16 @@ def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int |
     step: of the checkpoint to go on from, None for the newest one that is good.
     """
     report_progress = no_progress if json_lines else print_line
+    proposal = Proposal.of_this_process(run)
     try:
         with stopped("before training", "the run is as it was"):
             _require_packages_of(config)
             check_run_fits(config)
-            resume_run(run, config, report_progress, step)
-        return run_ranks_and_finish(run, config, report_progress, json_lines, proposed=True)
+            resume_run(run, config, report_progress, proposal, step)
+        return run_ranks_and_finish(run, config, report_progress, json_lines, proposal)
     finally:
         # refused, the run keeps the configuration that it has
-        with contextlib.suppress(OSError):
-            run.proposed_config_file.unlink(missing_ok=True)
+        proposal.remove()
 
 
 def run_ranks_and_finish(
@@ -64,12 +64,11 @@ def run_ranks_and_finish(
     config: Config,
     report_progress: Callable[[str], None],
     json_lines: bool,
-    *,
-    proposed: bool = False,
+    proposal: Proposal | None = None,
 ) -> int:
     """Train in a run folder that is ready, and report; of a preflight alone JSON is its report. Returns the exit code.
 
-    proposed: whether ranks read the folder's proposed configuration where there is one.
+    proposal: what the ranks go on with, where it was written.
     """
     alone = config.preflight.action == "only"
     with HeldFolder(run.folder) as held:
@@ -81,12 +80,11 @@ def run_ranks_and_finish(
 
             set_allocator()
             patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
+            arguments = [str(run.folder), json_lines, proposal.name if proposal and proposal.is_there else ""]
             code = run_supervised(
-                Ranks(
-                    config.parallel.ranks, RANK, [str(run.folder), json_lines, proposed], patience, run=str(run.folder)
-                ),
+                Ranks(config.parallel.ranks, RANK, arguments, patience, run=str(run.folder)),
                 Attempts(run.attempts),
-                Restarts(config.supervision.max_restarts, lambda: preferred_step(run.checkpoints), held),
+                Restarts(config.supervision.max_restarts, lambda: _next_step(run, proposal), held),
                 PRELOAD,
             )
         if alone and json_lines and run.preflight_file.exists():
@@ -108,6 +106,12 @@ def _require_packages_of(config: Config) -> None:
     if config.engine.name != "fsdp2":
         # our extra that installs it has the same name
         require_packages(config.engine.name, extra=config.engine.name)
+
+
+def _next_step(run: RunFolder, proposal: Proposal | None) -> int:
+    """Return the step that ranks would go on from: the proposed one until the proposal was applied."""
+    step = None if proposal is None else proposal.step()
+    return preferred_step(run.checkpoints) if step is None else step
 
 
 def _how_to_go_on(run: RunFolder) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from distattn.checkpoints.checkpoint_folder import check_step, choose_step, preferred_step
+from distattn.checkpoints.checkpoint_folder import check_step, preferred_step
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import say
@@ -20,6 +20,7 @@ from distattn.training.config import Config
 from distattn.training.held_out import check_held_out
 from distattn.training.job_secret import write_secret
 from distattn.training.plan_settings import PlanSettings
+from distattn.training.proposal import Proposal
 from distattn.training.run_data import (
     RunData,
     find_text,
@@ -81,20 +82,28 @@ def preflight_alone(config: Config) -> Config:
     )
 
 
-def resume_run(run: RunFolder, config: Config, report_progress: Callable[[str], None], step: int | None = None) -> None:
-    """Make the folder of a run ready to go on with a configuration, which is proposed to its ranks where it differs.
+def resume_run(
+    run: RunFolder,
+    config: Config,
+    report_progress: Callable[[str], None],
+    proposal: Proposal,
+    step: int | None = None,
+) -> None:
+    """Make the folder of a run ready to go on, and write the proposal of its launcher where anything is to change.
 
     step: of the checkpoint to go on from, None for the newest one that is good. Raises DistattnError for all that can go wrong
     before ranks start; nothing is changed then.
     """
     if step is not None:
         check_step(run.checkpoints, step)
-    _make_ready(run, config, step)
-    if step is not None:
-        with RunLock(run.folder):
-            choose_step(run.checkpoints, step)
-    run.forget_requests()
-    first = preferred_step(run.checkpoints)
+    with _made_ready(run, config, step) as first:
+        proposal.remove_of_dead()
+        if step is not None or config != configuration.load(run.config_file):
+            try:
+                proposal.write(config, step)
+            except OSError as error:
+                raise DistattnError(f"{proposal.file}: cannot be written: {error.strerror}; make room.") from None
+        run.forget_requests()
     report_progress(f"run folder: {run.folder}, " + (f"checkpoint of step {first:,}" if first else "no checkpoint yet"))
 
 
@@ -103,20 +112,21 @@ def change_config(run: RunFolder, config: Config) -> None:
 
     Raises DistattnError as `resume_run`. A request to stop stays.
     """
-    step = _make_ready(run, config)
-    try:
-        run.accept_proposed_config(step)
-    except OSError as error:
-        raise DistattnError(f"{run.config_file}: cannot be written: {error.strerror}; make room.") from None
+    with _made_ready(run, config) as step:
+        try:
+            run.accept_config(config, step)
+        except OSError as error:
+            raise DistattnError(f"{run.config_file}: cannot be written: {error.strerror}; make room.") from None
 
 
-def _make_ready(run: RunFolder, config: Config, step: int | None = None) -> int:
-    """Check a configuration for a run that no process works on, and write it down as proposed where it is not the run's.
+@contextmanager
+def _made_ready(run: RunFolder, config: Config, step: int | None = None) -> Iterator[int]:
+    """Check a configuration for a run that no process works on, and hold the run's lock while the block writes it down.
 
-    step: of the checkpoint to go on from, None for the one that the run tries first. Returns that step, or 0. Raises
+    step: of the checkpoint to go on from, None for the one that the run tries first. Yields that step, or 0. Raises
     DistattnError; nothing is changed then.
     """
-    data, file = open_data(run, config), run.proposed_config_file
+    data = open_data(run, config)
     begin = preferred_step(run.checkpoints) if step is None else step
     check_steps_left(run, config, begin)
     # not under a run that goes on
@@ -127,19 +137,13 @@ def _make_ready(run: RunFolder, config: Config, step: int | None = None) -> int:
         _check_evaluation(config, data)
         _check_plans(config, data)
         try:
-            if config == configuration.load(run.config_file):
-                file.unlink(missing_ok=True)
-            else:
-                configuration.save(config, file)
             _renew_secret(run)
         except OSError as error:
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
-            raise DistattnError(f"{file}: cannot be written: {error.strerror}; make room.") from None
+            raise DistattnError(f"{run.secret_file}: cannot be written: {error.strerror}; make room.") from None
+        yield begin
         # it begins as the plan before does
         if longer.exists():
             longer.replace(run.packs_file)
-        return begin
 
 
 def _renew_secret(run: RunFolder) -> None:

@@ -19,7 +19,7 @@ from distattn.checkpoints.digested_files import read_block
 from distattn.checkpoints.manifest import BLOCK_BYTES, MANIFEST_FILE, FileDigests, Manifest
 from distattn.checkpoints.owner import file_age, writer_is_alive, writer_name
 from distattn.checkpoints.pickled_names import foreign_pickles
-from distattn.checkpoints.verdicts import GOOD, SET_ASIDE, UNTESTED, CheckpointVerdict
+from distattn.checkpoints.verdicts import GOOD, SET_ASIDE, UNTESTED, VERDICT_FILE, CheckpointVerdict
 from distattn.data.indexed_file import synchronise_folder
 from distattn.ir.errors import DamagedDataError, DistattnError
 
@@ -150,21 +150,52 @@ def check_step(folder: Path, step: int) -> Checkpoint:
     return whole[step]
 
 
-def choose_step(folder: Path, step: int) -> None:
+@contextlib.contextmanager
+def choose_step(folder: Path, step: int) -> Iterator[None]:
     """Have a run go on from the checkpoint of this step: those that were saved later are set aside.
 
-    Raises DistattnError as `check_step`, and where a verdict cannot be written.
+    Where the block raises, all verdicts are again as they were. Raises DistattnError as `check_step`, and where a verdict cannot
+    be written; nothing is changed then.
     """
     chosen = check_step(folder, step)
     whole = [one for one in list_checkpoints(folder) if one.manifest is not None]
+    text = f"it was saved later than step {step:,}, from which a person went on"
+    later_ones = whole[whole.index(chosen) + 1 :]
+    verdicts = [(later, later.verdict._replace(kind=SET_ASIDE, text=text)) for later in later_ones]
+    if chosen.verdict.is_doubtful:
+        verdicts.append((chosen, chosen.verdict._replace(kind=UNTESTED, text="")))
+    asides: list[tuple[Checkpoint, Path]] = []
+    changed: list[Checkpoint] = []
     try:
-        for later in whole[whole.index(chosen) + 1 :]:
-            text = f"it was saved later than step {step:,}, from which a person went on"
-            later.verdict._replace(kind=SET_ASIDE, text=text).write(later.folder)
-        if chosen.verdict.is_doubtful:
-            chosen.verdict._replace(kind=UNTESTED, text="").write(chosen.folder)
-    except OSError as error:
-        raise DistattnError(f"{folder}: a verdict on a checkpoint cannot be written: {error.strerror}.") from None
+        try:
+            # a full disk is noticed here, before anything is changed
+            for checkpoint, verdict in verdicts:
+                asides.append((checkpoint, verdict.write_aside(checkpoint.folder)))
+            for checkpoint, aside in asides:
+                os.replace(aside, checkpoint.folder / VERDICT_FILE)
+                changed.append(checkpoint)
+        except OSError as error:
+            raise DistattnError(
+                f"{folder}: a verdict on a checkpoint cannot be written: {error.strerror}; make room."
+            ) from None
+        yield
+    except BaseException:
+        for _, aside in asides:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+        for checkpoint in changed:
+            _restore_verdict(checkpoint)
+        raise
+
+
+def _restore_verdict(checkpoint: Checkpoint) -> None:
+    """Write the verdict that a checkpoint had when it was listed, as far as the disk lets it."""
+    with contextlib.suppress(OSError):
+        if checkpoint.verdict == CheckpointVerdict():
+            # without a file it counts as untested
+            (checkpoint.folder / VERDICT_FILE).unlink(missing_ok=True)
+        else:
+            checkpoint.verdict.write(checkpoint.folder)
 
 
 def find_checkpoints(given: Path) -> list[Checkpoint]:

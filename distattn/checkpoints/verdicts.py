@@ -38,9 +38,18 @@ class CheckpointVerdict(NamedTuple):
 
     def write(self, checkpoint: Path) -> None:
         """Write the verdict into the folder of a checkpoint, in place of the one before. Raises OSError."""
+        os.replace(self.write_aside(checkpoint), checkpoint / VERDICT_FILE)
+
+    def write_aside(self, checkpoint: Path) -> Path:
+        """Write the verdict beside that of a checkpoint, which stays. Returns the file. Raises OSError."""
         aside = checkpoint / f"{VERDICT_FILE}.tmp"
-        aside.write_text(json.dumps(self._asdict()) + "\n", "utf-8")
-        os.replace(aside, checkpoint / VERDICT_FILE)
+        try:
+            aside.write_text(json.dumps(self._asdict()) + "\n", "utf-8")
+        except OSError:
+            with suppress(OSError):
+                aside.unlink()
+            raise
+        return aside
 
     @classmethod
     def read(cls, checkpoint: Path) -> CheckpointVerdict:

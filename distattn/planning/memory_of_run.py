@@ -78,6 +78,12 @@ def memory_of_run(
         program = lower(plan, rank, lambda cells: cells)
         executable = Executable(program, ExecutionKey(rank, "reference", _META), SingleRankTransport())
         groups.setdefault((program.tokens, executable.kept_elements), []).append(executable)
+    if empty := [one.key.rank for (tokens, _), executables in groups.items() for one in executables if not tokens]:
+        # transformers' models cannot compute a step of no tokens
+        raise DistattnError(
+            f"memory is counted of ranks with tokens, and rank {min(empty)} has none of this step's "
+            f"{plan.call.mask.n:,}; give longer documents, or fewer ranks."
+        )
     counted = _extremes(groups) if extremes else list(groups)
     found: list[RankMemory] = []
     for tokens, kept in counted:

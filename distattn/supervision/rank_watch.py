@@ -102,6 +102,8 @@ class RankWatch:
     ):
         self._board, self._ranks, self._patience, self._folder = board, ranks, patience, folder
         self._helpers, self._say = helpers, say
+        # names of helpers that could not be replaced, which is said once
+        self._not_replaced: set[str] = set()
         # what was asked in an attempt before this one, of a scheduler that does not number them, is over
         self._reports, self._answered = reports, reports.asked() if reports is not None else 0.0
         self.trouble: Trouble | None = None
@@ -231,7 +233,14 @@ class RankWatch:
                 kind: Kind = "killed" if helper.end() else "hung"
                 self._end_with_helper(helper, fault, kind, LOOK_SECONDS, known)
                 return True
-            self._say(f"{helper.start_again(fault)}.")
+            try:
+                self._say(f"{helper.start_again(fault)}.")
+                self._not_replaced.discard(helper.name)
+            except OSError as error:
+                # where no process can be started now, one can be later: it is tried at each look, and said once
+                if helper.name not in self._not_replaced:
+                    self._not_replaced.add(helper.name)
+                    self._say(f"{helper} {fault}, and cannot be replaced now: {error.strerror}; it is tried again.")
         return False
 
     def _lost_helper(self) -> Helper | None:

@@ -133,9 +133,12 @@ def help_text() -> str:
     return out.getvalue() + _TABLES
 
 
-def save(config: Config, path: Path) -> None:
-    """Write the resolved configuration, whole or not at all; `load` reads it back. Raises OSError."""
-    write_whole(path, tomli_w.dumps(asdict(config)))
+def save(config: Config, path: Path, comment: str = "") -> None:
+    """Write the resolved configuration, whole or not at all; `load` reads it back. Raises OSError.
+
+    comment: whole lines of TOML comments, which come first.
+    """
+    write_whole(path, comment + tomli_w.dumps(asdict(config)))
 
 
 def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Collection[str] = ()) -> Config:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from distattn.training.json_lines import write_whole
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter, warn
 from distattn.training.numerics_watch import ROLLBACK, STOP, NumericsWatch, Verdict
+from distattn.training.proposal import Proposal
 from distattn.training.replay_check import ReplayCheck
 from distattn.training.run_checkpoints import RunCheckpoints, words_of_streak
 from distattn.training.run_data import RunData, held_out_data, open_data, piece_rows
@@ -55,10 +56,12 @@ from distattn.training.stop_request import Stop, StopRequest
 from distattn.training.weight_growth import WeightGrowth
 
 
-def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device, *, accept: bool = False) -> None:
+def train(
+    run: RunFolder, config: Config, json_lines: bool, device: torch.device, *, proposal: Proposal | None = None
+) -> None:
     """Train on this rank from the newest checkpoint of the run folder, or from the beginning, to the last step.
 
-    accept: whether the configuration is the folder's proposed one, to become the run's once nothing speaks against it. Raises
+    proposal: the one that the configuration is of; rank 0 applies it once nothing speaks against it. Raises
     DistattnError for what cannot be, and where numbers went wrong and the run file says to stop; RunStopped where the run was
     asked to stop, with a checkpoint of the last step that was done.
     """
@@ -79,7 +82,7 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
         keep = KeepRule(config.checkpoint.keep_last, config.checkpoint.keep_every_hours or None)
         checkpoints = Checkpoints(run.checkpoints, group=dist.group.WORLD, facts=given.facts, keep=keep, warn=warn)
         stack.enter_context(closing(checkpoints))
-        loop = TrainingLoop(given, engine, checkpoints, reporter, lock, accept)
+        loop = TrainingLoop(given, engine, checkpoints, reporter, lock, proposal)
         stack.enter_context(closing(loop.health))
         stack.enter_context(closing(loop.stop))
         loop.run()
@@ -94,7 +97,7 @@ def train(run: RunFolder, config: Config, json_lines: bool, device: torch.device
 
 
 class TrainingLoop:
-    """The steps of a run on one rank. lock: of rank 0, on the run's folder. accept: as for `train`."""
+    """The steps of a run on one rank. lock: of rank 0, on the run's folder. proposal: as for `train`."""
 
     def __init__(
         self,
@@ -103,11 +106,11 @@ class TrainingLoop:
         checkpoints: Checkpoints,
         reporter: MetricsReporter,
         lock: RunLock | None,
-        accept: bool = False,
+        proposal: Proposal | None = None,
     ):
         self.folder, self.config, self.data, shape, self.facts, self.device = run
         self.engine, self.checkpoints, self.reporter, self.lock = engine, checkpoints, reporter, lock
-        self._accept = accept
+        self._proposal = proposal
         config, data, device = self.config, self.data, self.device
         self.stop = StopRequest(self.folder.stop_file, self.folder.regroup_file, of_folder=self._look_at_folder)
         self.documents = self.folder.lines(self.folder.documents_file, append_documents)
@@ -144,10 +147,7 @@ class TrainingLoop:
     def run(self) -> None:
         """Train from the newest checkpoint to the last step, and save there."""
         config, last = self.config, self.config.train.steps
-        step = begin = self.run_checkpoints.resume()
-        check_steps_left(self.folder, config, begin)
-        if self._accept and self.lock is not None:
-            self.run_checkpoints.accept_config(begin)
+        step = begin = self._resume()
         if not begin and self.folder.plan_file.exists():
             self.reporter.report_plan(Plan.load(self.folder.plan_file))
         if not begin and config.watch.action == "rollback":
@@ -163,6 +163,16 @@ class TrainingLoop:
         if self.watch.streak is not None:
             ends = f"The run ends with refused steps: {words_of_streak(self.watch.streak)}."
             self.reporter.report_warning(last - 1, "refused", ends)
+
+    def _resume(self) -> int:
+        """Take over the checkpoint to go on from, and apply what is proposed; returns its step."""
+        proposal = self._proposal if self.lock is not None else None
+        with nullcontext() if proposal is None else proposal.applied(self.config):
+            begin = self.run_checkpoints.resume()
+            check_steps_left(self.folder, self.config, begin)
+        if proposal is not None:
+            self.run_checkpoints.accept_config(begin)
+        return begin
 
     def _train_from(self, begin: int) -> int:
         """Train from a step on; returns the last step, or the one to go on from after a rollback."""
@@ -334,23 +344,22 @@ class TrainingLoop:
         """End the run after a step, saved if it can be. Raises RunStopped, or DistattnError where its folder is elsewhere."""
         begin = self.run_checkpoints.finish_early(done)
         if stop != Stop.ASKED:
-            what = (
-                self.folder.hold().what_happened()
-                if self.lock is not None
-                else f"{self.folder.folder}: is not in place"
-            )
-            self.reporter.report_event(done, "stopped", what)
-            if stop == Stop.FOLDER_LOST or self.config.checkpoint.every_steps < 0:
-                raise DistattnError(f"{what}; the run ends after step {done:,}, which is not saved.")
-            place = self.folder.follow() or "its new name"
-            raise DistattnError(
-                f"{what}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
-            )
+            what = self.stop.words_of_first(self._end_of_moved(done, stop) if self.lock is not None else "")
+            raise DistattnError(what)
         self.reporter.report_event(done, "stopped", "Stopped as it was asked to.")
         place = "from there" if begin == done else f"from step {begin:,}" if begin else "from the first step"
         raise RunStopped(
             f"stopped after step {done}, asked by a file in {self.folder.folder}; distattn resume goes on {place}."
         )
+
+    def _end_of_moved(self, done: int, stop: Stop) -> str:
+        """Return rank 0's sentence about a folder that is not in its place, and write it down as an event."""
+        what = self.folder.hold().what_happened()
+        self.reporter.report_event(done, "stopped", what)
+        if stop == Stop.FOLDER_LOST or self.config.checkpoint.every_steps < 0:
+            return f"{what}; the run ends after step {done:,}, which is not saved."
+        place = self.folder.follow() or "its new name"
+        return f"{what}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
 
     def _seed(self, step: int) -> None:
         """What is random in a step, such as dropout, depends on the step alone."""

@@ -20,6 +20,7 @@ from distattn.training.config import Config
 from distattn.training.job_members import check_members
 from distattn.training.job_store import job_store
 from distattn.training.loop import train
+from distattn.training.proposal import Proposal
 from distattn.training.run_folder import RunFolder
 from distattn.training.run_settings import runs_on_gpus
 
@@ -30,11 +31,11 @@ _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 
 
 def main(
-    folder: str, json_lines: bool, proposed: bool, may_begin: Callable[[RunFolder, Config, torch.device], bool]
+    folder: str, json_lines: bool, proposed: str, may_begin: Callable[[RunFolder, Config, torch.device], bool]
 ) -> int:
     """Run one rank of a run. Returns the exit code. may_begin: looks at all ranks before they train, and has said why not.
 
-    proposed: whether the run is resumed with the folder's proposed configuration, which becomes the run's before the first step.
+    proposed: the name of the launcher's proposal, which rank 0 applies before the first step; "" where there is none.
     """
 
     def work(run: RunFolder, config: Config, device: torch.device) -> int:
@@ -42,21 +43,27 @@ def main(
             return DistattnError.exit_code
         if config.preflight.action == "only":
             return 0
-        train(run, config, json_lines, device, accept=proposed)
+        train(run, config, json_lines, device, proposal=Proposal(run, proposed) if proposed else None)
         return 0
 
     return on_rank(folder, work, proposed)
 
 
-def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int], proposed: bool = False) -> int:
+def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int], proposed: str = "") -> int:
     """Do work as one rank of the run of a folder, with a device and the process group. Returns its exit code, or an error's.
 
-    proposed: whether to read the proposed configuration, if there is one still.
+    proposed: the name of the launcher's proposal, which has the configuration; "" where it is that of the run.
     """
     run = RunFolder(Path(folder))
-    # an earlier attempt may have accepted it
-    takes_proposed = proposed and run.proposed_config_file.exists()
-    config = configuration.load(run.proposed_config_file if takes_proposed else run.config_file)
+    try:
+        config = Proposal(run, proposed).load() if proposed else configuration.load(run.config_file)
+    except DistattnError as error:
+        # all ranks read the same file, and have no store yet to ask what others have said
+        if os.environ["RANK"] == "0" or run.logs.is_dir():
+            sys.stderr.write(f"distattn: rank {os.environ['RANK']}: {error}\n")
+            sys.stderr.flush()
+        tell_end(error.exit_code, error)
+        return error.exit_code
     # ranks share the machine's cores; more threads than cores only wait for each other
     here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.ranks))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))

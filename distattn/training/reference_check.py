@@ -55,7 +55,9 @@ def _run_watched(command: Sequence[str]) -> tuple[int, str]:
                 with suppress(subprocess.TimeoutExpired):
                     _, said = process.communicate(timeout=LOOK_SECONDS)
                     return process.returncode, said
-                if fault := helper.fault(_STOPPED_SECONDS):
+                fault = helper.fault(_STOPPED_SECONDS)
+                # one that has just ended has said why, and `communicate` returns it
+                if fault and not helper.end():
                     raise DistattnError(f"{helper} {fault}; let it go on, or compare again later.")
         except BaseException:
             process.kill()

@@ -214,9 +214,9 @@ class RunCheckpoints:
             self.digest.take(after)
 
     def accept_config(self, step: int) -> None:
-        """Make the proposed configuration the run's. A disk that cannot be written costs a warning, and the run its change."""
+        """Make this configuration the run's. A disk that cannot be written costs a warning, and the run its change."""
         try:
-            self.folder.accept_proposed_config(step)
+            self.folder.accept_config(self.config, step)
         except OSError as error:
             warn(
                 f"{self.folder.config_file}: cannot be written: {error.strerror}; these ranks train with the new configuration, "

@@ -63,8 +63,6 @@ class RunFolder:
         self._lines: dict[Path, JsonLines] = {}
         self._held: HeldFolder | None = None
         self.config_file = folder / "config.toml"
-        # of a resumed run until its ranks have accepted it
-        self.proposed_config_file = folder / "config.proposed.toml"
         # of a run on text: its bytes as an indexed file, and the plan of its packs
         self.corpus_prefix = folder / "corpus"
         self.packs_file = folder / "corpus.packs"
@@ -106,6 +104,19 @@ class RunFolder:
         # of a cluster of Ray: who runs its attempts, and where
         self.ray_file = folder / "ray.json"
 
+    def proposed_config_file(self, name: str) -> Path:
+        """Return the file of what a launcher proposes to its ranks, until they have accepted it; see `Proposal`."""
+        return self.folder / f"config.proposed-{name}.toml"
+
+    def applied_config_file(self, name: str) -> Path:
+        """Return the file of what the ranks of a launcher have accepted."""
+        return self.folder / f"config.applied-{name}.toml"
+
+    def proposals(self) -> list[str]:
+        """Return the names of the proposals in the folder, accepted or not."""
+        files = [*self.folder.glob("config.proposed-*.toml"), *self.folder.glob("config.applied-*.toml")]
+        return sorted({file.stem.partition("-")[2] for file in files})
+
     def log_file(self, rank: int) -> Path:
         """The file of a rank's output, where the run keeps logs."""
         return self.logs / f"rank-{rank}.log"
@@ -124,16 +135,23 @@ class RunFolder:
         for file in (self.stop_file, self.regroup_file):
             file.unlink(missing_ok=True)
 
-    def accept_proposed_config(self, step: int) -> None:
-        """Make the proposed configuration the run's; the one before is kept as config.until-STEP.toml. No rank may read it then.
+    def accept_config(self, config: Config, step: int) -> None:
+        """Make a configuration the run's; the one before is kept as config.until-STEP.toml. No rank may read it then.
 
-        step: that the ranks go on from. Nothing is done where there is none. Raises OSError; both files stay then.
+        step: that the ranks go on from. Where the run goes on from the same step again, the next one that is kept is
+        config.until-STEP-2.toml, and so on. Raises OSError; the run's configuration stays then.
         """
-        if self.proposed_config_file.exists():
-            before = self.folder / f"config.until-{step}.toml"
-            if not before.exists():
-                write_whole(before, self.config_file.read_text("utf-8"))
-            self.proposed_config_file.replace(self.config_file)
+        if configuration.load(self.config_file) == config:
+            return
+        before, number = self.config_file.read_text("utf-8"), 1
+        newest, file = None, self.folder / f"config.until-{step}.toml"
+        while file.exists():
+            number += 1
+            newest, file = file, self.folder / f"config.until-{step}-{number}.toml"
+        # a process that was killed here has written it
+        if newest is None or newest.read_text("utf-8") != before:
+            write_whole(file, before)
+        configuration.save(config, self.config_file)
 
     @staticmethod
     def create(config: Config) -> RunFolder:

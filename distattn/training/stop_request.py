@@ -51,6 +51,12 @@ class StopRequest:
             self._work = None
         return Stop(int(self._asked))
 
+    def words_of_first(self, text: str) -> str:
+        """Return rank 0's text on all ranks, which call it together: they end with one sentence."""
+        words = [text]
+        dist.broadcast_object_list(words, src=0, group=self._group, device=torch.device("cpu"))
+        return words[0]
+
     def close(self) -> None:
         """End the group."""
         dist.destroy_process_group(self._group)

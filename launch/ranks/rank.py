@@ -18,10 +18,10 @@ from distattn.supervision.helpers import LOOK_SECONDS, Helper
 _COPY_PATIENCE_SECONDS = 3.0
 
 
-def run(folder: str, json_lines: bool, proposed: bool = False) -> int:
+def run(folder: str, json_lines: bool, proposed: str = "") -> int:
     """Run one rank of a run, in a process of its own that torchrun has named. Returns the exit code.
 
-    proposed: whether its configuration is the one that `distattn resume` proposes.
+    proposed: the name of what `distattn resume` proposes; "" where the configuration is that of the run.
     """
     set_title(f"rank {os.environ['RANK']}", folder)
     if (logs := Path(folder, "logs")).is_dir():

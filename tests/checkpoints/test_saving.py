@@ -342,20 +342,45 @@ def test_a_verdict_that_cannot_be_read_is_none(tmp_path, content):
     assert list_checkpoints(tmp_path)[0].verdict == CheckpointVerdict() and not verify_checkpoint(one.folder)
 
 
+def kinds_of(folder):
+    return [one.verdict.kind for one in list_checkpoints(folder)]
+
+
 def test_a_person_chooses_a_step_and_later_ones_are_set_aside(tmp_path):
     saver = open_checkpoints(tmp_path, keep=KeepRule(last=9))
     for step in (10, 20, 30, 40):
         saver.save(step, {"a": step})
     saver.wait()
     judge_checkpoint(tmp_path, 20, REFUSED, "why")
-    with pytest.raises(DistattnError, match="has no checkpoint of step 25; it has those of steps 10, 20, 30, 40"):
-        choose_step(tmp_path, 25)
-    choose_step(tmp_path, 20)
-    kinds = [one.verdict.kind for one in list_checkpoints(tmp_path)]
-    assert kinds == [UNTESTED, UNTESTED, SET_ASIDE, SET_ASIDE]
+    missing = pytest.raises(DistattnError, match="has no checkpoint of step 25; it has those of steps 10, 20, 30, 40")
+    with missing, choose_step(tmp_path, 25):
+        pass
+    with choose_step(tmp_path, 20):
+        assert kinds_of(tmp_path) == [UNTESTED, UNTESTED, SET_ASIDE, SET_ASIDE]
+    assert kinds_of(tmp_path) == [UNTESTED, UNTESTED, SET_ASIDE, SET_ASIDE]
     state = {"a": 0}
     assert saver.load_newest(state).step == 20
     saver.close()
+
+
+def test_a_full_disk_sets_no_checkpoint_aside(tmp_path, monkeypatch):
+    saver = open_checkpoints(tmp_path, keep=KeepRule(last=9))
+    for step in (10, 20, 30):
+        saver.save(step, {"a": step})
+    saver.close()
+    written, write = [], Path.write_text
+
+    def full(file, *content):
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(file)
+        return write(file, *content)
+
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DistattnError, match="cannot be written: No space left on device"), choose_step(tmp_path, 10):
+        pass
+    assert kinds_of(tmp_path) == [UNTESTED] * 3 and sorted(tmp_path.rglob("*")) == before
 
 
 # ---- what cannot be written

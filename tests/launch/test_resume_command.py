@@ -3,13 +3,16 @@
 import pytest
 
 from distattn.checkpoints.manifest import Manifest
+from distattn.checkpoints.owner import writer_name
+from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch import resume_command, run_locally
 from distattn.launch.command_line import no_progress
 from distattn.launch.ranks import supervised
 from distattn.launch.run_node import check_places
-from distattn.launch.start_run import start_run
+from distattn.launch.start_run import resume_run, start_run
 from distattn.training import config as configuration
+from distattn.training.proposal import Proposal
 
 
 @pytest.fixture
@@ -19,10 +22,18 @@ def run(tmp_path):
     (tmp_path / "text.py").write_text("Some text to train on. " * 2000)
     words += [f"--data.path={tmp_path}/text.py", "--data.tokens_per_step=256", "--data.max_document_tokens=100"]
     made = start_run(configuration.load("configs/tiny.toml", [*words, f"--run.folder={tmp_path}/run"]), no_progress)
-    step = made.checkpoints / "step-00000034"
-    step.mkdir(parents=True)
-    Manifest(1, 34, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(step)
+    Manifest(1, 34, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(folder_of(made, 34))
     return made
+
+
+def folder_of(run, step):
+    folder = run.checkpoints / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def with_steps(run, steps):
+    return configuration.load(run.config_file, [f"--train.steps={steps}"])
 
 
 def content_of(folder):
@@ -34,9 +45,8 @@ def ranks(monkeypatch):
     """The configurations that ranks would have read, and the exit code that they end with."""
     seen = []
 
-    def run_ranks_and_finish(run, config, report_progress, json_lines, *, proposed):
-        file = run.proposed_config_file if proposed and run.proposed_config_file.exists() else run.config_file
-        seen.append(configuration.load(file))
+    def run_ranks_and_finish(run, config, report_progress, json_lines, proposal):
+        seen.append(proposal.load() if proposal.is_there else configuration.load(run.config_file))
         assert seen[-1] == config
         return 2
 
@@ -56,6 +66,34 @@ def test_what_ranks_refuse_does_not_change_the_run_s_configuration(run, ranks):
     before = content_of(run.folder)
     assert resume_command.main([str(run.folder), "--train.learning_rate=0.5"]) == 2
     assert ranks[0].train.learning_rate == 0.5
+    after = content_of(run.folder)
+    assert {file for file in before if before[file] != after.get(file)} == {run.secret_file}
+    assert set(after) == set(before)
+
+
+def test_a_second_resume_leaves_what_the_first_one_proposes(run, ranks):
+    first = Proposal(run, "first")
+    resume_run(run, with_steps(run, 60), no_progress, first)
+    # the ranks of the first one have not taken the lock yet
+    assert resume_command.main([str(run.folder)]) == 2 and ranks[0].train.steps == 40
+    assert first.load().train.steps == 60
+    with RunLock(run.folder), pytest.raises(DistattnError, match="belongs to process"):
+        resume_command.main([str(run.folder), "--train.steps=80"])
+    assert first.load().train.steps == 60 and run.proposals() == ["first"]
+
+
+def test_what_a_killed_launcher_has_proposed_is_removed(run):
+    dead = Proposal(run, f"{writer_name().partition('-')[0]}-{2**22 + 1}-1")
+    resume_run(run, with_steps(run, 60), no_progress, dead)
+    resume_run(run, configuration.load(run.config_file), no_progress, Proposal(run, "another"))
+    assert run.proposals() == []
+
+
+def test_a_step_that_is_asked_for_is_chosen_by_the_ranks(run, monkeypatch):
+    monkeypatch.setattr(run_locally, "run_ranks_and_finish", lambda *_: 2)
+    Manifest(2, 38, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(folder_of(run, 38))
+    before = content_of(run.folder)
+    assert resume_command.main([str(run.folder), "--step=34"]) == 2
     after = content_of(run.folder)
     assert {file for file in before if before[file] != after.get(file)} == {run.secret_file}
     assert set(after) == set(before)

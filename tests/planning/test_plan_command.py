@@ -39,6 +39,11 @@ def test_the_page_on_planning_has_the_table_that_is_printed(capsys):
     assert code == 0 and out.splitlines() == [line.removeprefix("    ") for line in table.splitlines()]
 
 
+def test_memory_of_a_rank_without_tokens_is_refused_in_a_sentence(capsys):
+    code, _, err = run(capsys, "tiny", "--docs", "4096", "--tokens", "5", "--memory")
+    assert code == 2 and "rank 1 has none of this step's 5" in err and err.count("\n") == 1, err
+
+
 def test_numbers_a_page_and_a_trace(capsys, tmp_path):
     page, trace = tmp_path / "plan.html", tmp_path / "trace.json"
     code, out, _ = run(capsys, *SMALL, "--strategy", "usp,ring", "--json", f"--html={page}", f"--perfetto={trace}")

@@ -1,5 +1,6 @@
 """Processes that help ranks are watched: one that is killed or stopped is named and replaced, or ends the ranks with it."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -104,6 +105,30 @@ def test_a_helper_that_can_be_replaced_is(how, sleeping, tmp_path):
     board.close()
 
 
+def test_a_helper_that_cannot_be_replaced_now_is_replaced_later(sleeping, tmp_path):
+    said, tries = [], []
+    first, board = sleeping(), HeartbeatBoard.make(1)
+
+    def replace():
+        tries.append(len(said))
+        if len(tries) < 3:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return sleeping()
+
+    helper = Helper("the resource tracker", first, replace)
+    with patch.object(rank_watch, "LOOK_SECONDS", 0.0):
+        watch = RankWatch(board, range(1), Patience(600.0, 600.0), tmp_path, helpers=[helper], say=said.append)
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: helper.pid != first and len(said) == 2, "it is not replaced")
+        assert watch.close() is None
+    name = f"the resource tracker (process {first}) was killed by SIGKILL"
+    assert said == [
+        f"{name}, and cannot be replaced now: Resource temporarily unavailable; it is tried again.",
+        f"{name}: another one is started.",
+    ]
+    board.close()
+
+
 def test_a_new_resource_tracker_knows_the_semaphores_that_are_there():
     # in a process of its own, whose tracker nobody else uses
     done = subprocess.run([sys.executable, "-c", TRACKED], env=ENVIRONMENT, capture_output=True, text=True)
@@ -120,3 +145,16 @@ def test_a_replay_that_is_stopped_is_named(tmp_path):
     with soon[0], soon[1], said:
         reference_check._run_watched(stops)
     assert reference_check._run_watched([sys.executable, "-c", "import sys; sys.exit('no')"]) == (1, "no\n")
+
+
+def test_a_replay_that_ends_between_two_looks_has_not_failed():
+    command = [sys.executable, "-c", "import time; time.sleep(0.3)"]
+    look = Helper.fault
+
+    def late(helper, patience):
+        # it ends after `communicate` has waited in vain, before the look
+        eventually(helper.end, "the replay goes on")
+        return look(helper, patience)
+
+    with patch.object(reference_check, "LOOK_SECONDS", 0.01), patch.object(Helper, "fault", late):
+        assert reference_check._run_watched(command) == (0, "")

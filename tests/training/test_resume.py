@@ -14,7 +14,7 @@ import torch
 from processes import run_on_ranks
 from waiting import LIMIT_SECONDS, eventually
 
-from distattn.checkpoints.checkpoint_folder import preferred_step
+from distattn.checkpoints.checkpoint_folder import list_checkpoints, preferred_step
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
@@ -41,6 +41,7 @@ from distattn.training.config_sections import (
 from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.json_lines import read_rows
 from distattn.training.loop import train
+from distattn.training.proposal import Proposal
 from distattn.training.run_data import find_text, open_data, write_text
 from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
 from distattn.training.step_documents import documents_of_step
@@ -76,7 +77,8 @@ def _train(rank: int, folder: Path, config: Config) -> None:
 
 
 def _train_accepting(rank: int, folder: Path, config: Config) -> None:
-    train(RunFolder(folder), config, True, torch.device("cpu"), accept=True)
+    run = RunFolder(folder)
+    train(run, config, True, torch.device("cpu"), proposal=Proposal(run, "ours"))
 
 
 def created(config: Config) -> RunFolder:
@@ -218,6 +220,24 @@ def test_held_out_documents_are_evaluated(config):
     assert all(0 < row["loss"] < 7 and row["by_corpus"] and row["by_position"] for row in found)
 
 
+def test_ranks_that_refuse_a_proposal_leave_all_checkpoints_as_they_were(config):
+    config = dataclasses.replace(config, parallel=ParallelConfig(ranks=1))
+    run = trained(config)
+    proposal, verdicts = Proposal(run, "ours"), [one.verdict for one in list_checkpoints(run.checkpoints)]
+    slower = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e-5))
+    proposal.write(slower, 3)
+    # refused once the checkpoint is looked at, as the folder's data are not those of the proposal
+    other = dataclasses.replace(slower, run=dataclasses.replace(config.run, seed=4))
+    with pytest.raises(AssertionError, match="seed"):
+        run_on_ranks(1, _train_accepting, run.folder, other)
+    assert [one.verdict for one in list_checkpoints(run.checkpoints)] == verdicts and proposal.file.exists()
+    for begin in (3, STEPS):
+        # a second time the ranks are started again, and go on from what they have saved
+        run_on_ranks(1, _train_accepting, run.folder, slower)
+        assert run.events()[-1]["step"] == begin
+    assert configuration.load(run.config_file) == slower and not proposal.file.exists()
+
+
 @pytest.mark.full
 def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
     """The text begins anew as often as there are steps; the steps that were planned before stay."""
@@ -228,18 +248,19 @@ def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
     assert planned.steps == STEPS
     # fewer steps than were done are refused by ranks, too, and the run's configuration stays
     fewer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
-    configuration.save(fewer, run.proposed_config_file)
+    proposal = Proposal(run, "ours")
+    proposal.write(fewer, None)
     with pytest.raises(
         AssertionError, match=rf"train\.steps: 2, but \S+ has a checkpoint of step {STEPS}: give {STEPS} or more"
     ):
         run_on_ranks(2, _train_accepting, run.folder, fewer)
     assert configuration.load(run.config_file).train.steps == STEPS and rows(run) == before
-    resume_run(run, longer, no_progress)
+    resume_run(run, longer, no_progress, proposal)
     assert not (run.folder / "corpus.longer.packs").exists()
     # the run's own configuration is another one once the ranks have found nothing against it
     assert configuration.load(run.config_file).train.steps == STEPS
-    run_on_ranks(2, _train_accepting, run.folder, configuration.load(run.proposed_config_file))
-    assert configuration.load(run.config_file).train.steps == 3 * STEPS and not run.proposed_config_file.exists()
+    run_on_ranks(2, _train_accepting, run.folder, proposal.load())
+    assert configuration.load(run.config_file).train.steps == 3 * STEPS and not proposal.file.exists()
     assert configuration.load(run.folder / f"config.until-{STEPS}.toml").train.steps == STEPS
     assert len(rows(run)) == 3 * STEPS and rows(run)[:STEPS] == before
     assert open_data(run, longer).plan.order_digest == planned.order_digest

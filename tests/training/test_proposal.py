@@ -1,0 +1,86 @@
+"""What a launcher proposes is applied once, by rank 0, or not at all."""
+
+import pytest
+
+from distattn.checkpoints.checkpoint_folder import list_checkpoints, preferred_step
+from distattn.checkpoints.manifest import Manifest
+from distattn.checkpoints.verdicts import GOOD, SET_ASIDE, UNTESTED, CheckpointVerdict
+from distattn.ir.errors import DistattnError
+from distattn.training import config as configuration
+from distattn.training.config import Config, RunConfig, TrainConfig
+from distattn.training.proposal import Proposal
+from distattn.training.rank import on_rank
+from distattn.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints of three steps, which have no files."""
+    made = RunFolder.create(with_rate(tmp_path, 1e-3))
+    for serial, step in enumerate((10, 20, 30), 1):
+        folder = made.checkpoints / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        Manifest(serial, step, "2026-01-01T00:00:00+00:00", 1, "2.13.0", {}, []).write(folder)
+    CheckpointVerdict(GOOD).write(made.checkpoints / "step-00000030")
+    return made
+
+
+def with_rate(tmp_path, rate, steps=40):
+    return Config(run=RunConfig(folder=str(tmp_path / "run")), train=TrainConfig(learning_rate=rate, steps=steps))
+
+
+def kinds(run):
+    return [one.verdict.kind for one in list_checkpoints(run.checkpoints)]
+
+
+def test_a_proposal_is_applied_once(run, tmp_path):
+    config, proposal = with_rate(tmp_path, 1e-4), Proposal(run, "ours")
+    proposal.write(config, 10)
+    assert proposal.load() == config and proposal.step() == 10
+    with proposal.applied(config):
+        assert preferred_step(run.checkpoints) == 10
+    assert kinds(run) == [UNTESTED, SET_ASIDE, SET_ASIDE]
+    # ranks that are started again read it, and go on from what they have saved meanwhile
+    CheckpointVerdict(GOOD).write(run.checkpoints / "step-00000020")
+    assert proposal.load() == config and proposal.step() is None
+    with proposal.applied(config):
+        assert preferred_step(run.checkpoints) == 20
+    proposal.remove()
+    assert not run.proposals()
+
+
+def test_what_is_refused_while_a_checkpoint_is_loaded_changes_nothing(run, tmp_path):
+    config, proposal = with_rate(tmp_path, 1e-4), Proposal(run, "ours")
+    proposal.write(config, 10)
+    before = {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()}
+    with pytest.raises(DistattnError, match="refused"), proposal.applied(config):
+        assert kinds(run) == [UNTESTED, SET_ASIDE, SET_ASIDE]
+        raise DistattnError("refused")
+    assert {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_configuration_that_was_changed_meanwhile_is_not_overwritten(run, tmp_path):
+    config, proposal = with_rate(tmp_path, 1e-4), Proposal(run, "ours")
+    proposal.write(config, None)
+    run.accept_config(with_rate(tmp_path, 1e-3, steps=60), 30)
+    with pytest.raises(DistattnError, match="was changed by another command"), proposal.applied(config):
+        pass
+    assert configuration.load(run.config_file).train.steps == 60
+
+
+def test_a_rank_refuses_a_proposal_that_is_gone(run, monkeypatch, capsys):
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert on_rank(str(run.folder), lambda *_: 0, "ours") == DistattnError.exit_code
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "config.proposed-ours.toml: the proposed configuration is gone" in said[0]
+
+
+def test_configurations_before_are_all_kept(run, tmp_path):
+    rates = (1e-4, 1e-5, 1e-6)
+    for rate in rates:
+        for _ in range(2):
+            run.accept_config(with_rate(tmp_path, rate), 30)
+    kept = [run.folder / f"config.until-30{number}.toml" for number in ("", "-2", "-3")]
+    assert [configuration.load(file).train.learning_rate for file in kept] == [1e-3, *rates[:2]]
+    assert len(list(run.folder.glob("config.until-*"))) == 3
