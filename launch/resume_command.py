@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import check_options
+from distattn.launch.finish_run import say_finished
 from distattn.launch.run_locally import resume_locally
 from distattn.training import config as configuration
 from distattn.training.config import Config
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     step, words = _step(words)
     if not words:
         raise DistattnError(f"resume: name a run folder: {USAGE.splitlines()[0].removeprefix('usage: ')}")
+    check_options("resume", words, ["--json", "--step"])
     run = RunFolder(Path(words[0]))
     if not run.config_file.is_file():
         raise DistattnError(
@@ -52,6 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     if config.preflight.action == "only":
         raise DistattnError(f"preflight.action: only is for new folders: distattn preflight {run.config_file}.")
     check_same_run(before, config)
+    # with another configuration, or from a chosen checkpoint, ranks have something to do
+    if config == before and step is None and say_finished(run, config, json_lines="--json" in arguments):
+        return 0
     return resume_locally(run, config, json_lines="--json" in arguments, step=step)
 
 
