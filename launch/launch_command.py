@@ -75,7 +75,7 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         sys.stdout.write(USAGE)
         return 0
     if not arguments or arguments[0].startswith("-"):
-        raise DistattnError(f"launch {where}: a configuration comes first, such as configs/tiny.toml.")
+        raise DistattnError(f"launch {where}: CONFIG is missing; for example: distattn launch {where} tiny")
     given, overrides = parser.parse_known_args(arguments)
     if where != "slurm" and given.spare is not None:
         raise DistattnError(f"launch {where}: --spare is for Slurm; see distattn launch slurm.")
@@ -247,6 +247,9 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
         )
         raise DistattnError(f"{given.run}: this is no run folder; {where}.")
     if command == "logs":
+        ranks = configuration.load(run.config_file).parallel.ranks
+        if given.rank is not None and not (0 <= given.rank < ranks or run.log_file(given.rank).exists()):
+            raise DistattnError(f"launch logs: --rank {given.rank}: {run.folder} has ranks 0 to {ranks - 1}.")
         return _print_logs(run, given.rank)
     if command == "cancel":
         what, number = cancel(run)
