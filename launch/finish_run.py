@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
@@ -113,7 +114,8 @@ def say_finished(run: RunFolder, config: Config, json_lines: bool) -> bool:
     if config.reference_check.steps:
         if not run.reference_check_file.exists() or not attempts.is_reported(run.reference_check_file):
             return False
-        checked = parse_json(run.reference_check_file.read_bytes())
+        with contextlib.suppress(ValueError):
+            checked = parse_json(run.reference_check_file.read_bytes())
         if not checked or not checked.get("passed"):
             return False
     if json_lines:

@@ -247,9 +247,6 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
         )
         raise DistattnError(f"{given.run}: this is no run folder; {where}.")
     if command == "logs":
-        ranks = configuration.load(run.config_file).parallel.ranks
-        if given.rank is not None and not (0 <= given.rank < ranks or run.log_file(given.rank).exists()):
-            raise DistattnError(f"launch logs: --rank {given.rank}: {run.folder} has ranks 0 to {ranks - 1}.")
         return _print_logs(run, given.rank)
     if command == "cancel":
         what, number = cancel(run)
@@ -273,6 +270,8 @@ def _print_logs(run: RunFolder, rank: int | None) -> int:
             raise DistattnError(
                 f"{run.folder}: the run keeps no logs: distattn train prints to the console; use launch local."
             )
+        if rank is not None and not 0 <= rank < (ranks := configuration.load(run.config_file).parallel.ranks):
+            raise DistattnError(f"launch logs: --rank {rank}: {run.folder} has ranks 0 to {ranks - 1}.")
         raise DistattnError(f"{run.folder}: there are no logs of {'the job' if rank is None else f'rank {rank}'} yet.")
     texts = [file.read_text("utf-8", "replace") for file in files]
     if not any(texts):

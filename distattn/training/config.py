@@ -235,7 +235,7 @@ def _unknown(key: str) -> str:
 
 
 def _similar_keys(key: str) -> list[str]:
-    """Return the keys that a key may stand for that does not exist."""
+    """Return the keys that may be meant by a key that does not exist."""
     if key in RENAMED:
         return [RENAMED[key]]
     keys = _keys(Config)

@@ -77,11 +77,13 @@ def test_a_run_without_a_step_left_starts_no_ranks_unless_its_report_or_comparis
     # a comparison that is asked for and was not made, or did not agree
     configuration.save(replace(config, reference_check=ReferenceCheckConfig(steps=2)), run.config_file)
     assert resume_command.main(words) == 2 and len(ranks) == 2
-    run.reference_check_file.write_text('{"passed": false}')
+    run.reference_check_file.write_text('{"passed"')
     assert resume_command.main(words) == 2 and len(ranks) == 3
+    run.reference_check_file.write_text('{"passed": false}')
+    assert resume_command.main(words) == 2 and len(ranks) == 4
     run.reference_check_file.write_text('{"passed": true}')
-    assert resume_command.main(words) == 0 and len(ranks) == 3
-    assert resume_command.main([*words, "--train.steps=40"]) == 2 and len(ranks) == 4
+    assert resume_command.main(words) == 0 and len(ranks) == 4
+    assert resume_command.main([*words, "--train.steps=40"]) == 2 and len(ranks) == 5
 
 
 def test_what_ranks_refuse_does_not_change_the_run_s_configuration(run, ranks):
