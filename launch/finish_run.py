@@ -18,6 +18,7 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command, print_line
 from distattn.launch.stop_signals import CommandStopped, answering_signals, end_now, stopped
+from distattn.parallel.analysis.columns import plural
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.json_lines import json_text, parse_json
@@ -39,7 +40,7 @@ def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
             if config.reference_check.steps:
                 with stopped("in the comparison with plain transformers", f"{later} compares and reports"):
                     steps_compared = min(config.reference_check.steps, config.train.steps)
-                    report_progress(f"the first {steps_compared} steps again in plain transformers ...")
+                    report_progress(f"the first {plural(steps_compared, 'step')} again in plain transformers ...")
                     checked = run_reference_check(run, config)
         except Exception:
             _report(run, config, checked, report_progress, json_lines)
@@ -82,7 +83,7 @@ def _report(
     write_report(run, config, checked, Attempts(run.attempts).rows())
     if json_lines:
         _print_facts(run, checked)
-    report_progress(f"loss {steps[0].loss:.3f} to {steps[-1].loss:.3f} in {len(steps)} steps")
+    report_progress(f"loss {steps[0].loss:.3f} to {steps[-1].loss:.3f} in {plural(len(steps), 'step')}")
     if checked:
         report_progress(
             f"largest relative difference to plain transformers: loss {checked['loss']:.1e}, gradient norm "

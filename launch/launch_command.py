@@ -271,7 +271,8 @@ def _print_logs(run: RunFolder, rank: int | None) -> int:
                 f"{run.folder}: the run keeps no logs: distattn train prints to the console; use launch local."
             )
         if rank is not None and not 0 <= rank < (ranks := configuration.load(run.config_file).parallel.ranks):
-            raise DistattnError(f"launch logs: --rank {rank}: {run.folder} has ranks 0 to {ranks - 1}.")
+            has = f"ranks 0 to {ranks - 1}" if ranks > 1 else "rank 0 only"
+            raise DistattnError(f"launch logs: --rank {rank}: {run.folder} has {has}.")
         raise DistattnError(f"{run.folder}: there are no logs of {'the job' if rank is None else f'rank {rank}'} yet.")
     texts = [file.read_text("utf-8", "replace") for file in files]
     if not any(texts):
