@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -29,7 +29,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, command: str, renamed: Mapping[str, str] | None = None):
         super().__init__(prog=command, add_help=False, allow_abbrev=False)
+        self._options: list[str] = []
         self._renamed = renamed
+
+    def add_argument(self, *names: Any, **settings: Any) -> Any:
+        """Add an argument as argparse does, and remember its names."""
+        self._options += names
+        return super().add_argument(*names, **settings)
 
     def parse_known_args(self, *given: Any, **named: Any) -> Any:
         """Parse as argparse does, and refuse options without a value and options that are misspelled."""
@@ -39,7 +45,7 @@ class CommandParser(argparse.ArgumentParser):
                 raise DistattnError(
                     f"{self.prog}: --{name.replace('_', '-')} needs a value. See distattn {self.prog} --help."
                 )
-        check_options(self.prog, others, self._option_string_actions, self._renamed)
+        check_options(self.prog, others, self._options, self._renamed)
         return found, others
 
     def error(self, message: str) -> None:  # type: ignore[override]
@@ -50,16 +56,15 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def check_options(
-    command: str, words: Sequence[str], options: Iterable[str], renamed: Mapping[str, str] | None = None
+    command: str, words: Sequence[str], options: Sequence[str], renamed: Mapping[str, str] | None = None
 ) -> None:
     """Raise DistattnError where a word is a misspelled option of a command. Words with a dot are keys of the configuration.
 
     options: those of the command, such as --json. renamed: options of earlier versions, and what they are called now.
     """
     # without the dashes, which would make all options similar
-    meant = {name.removeprefix("--"): name for name in options} | {
-        before.removeprefix("--"): now for before, now in (renamed or {}).items()
-    }
+    meant = {name.removeprefix("--"): name for name in options if name.startswith("--")}
+    meant |= {before.removeprefix("--"): now for before, now in (renamed or {}).items()}
     for word in words:
         option = word.partition("=")[0]
         if not option.startswith("--") or "." in option or option in ("--help", *options):
