@@ -21,7 +21,8 @@ Goes on with the run of a folder on this machine, from its newest good checkpoin
 --step N goes on from the checkpoint after step N: those that were saved later are set aside. distattn ckpt list RUN shows them.
 Ranks, degrees, strategy, kernel, engine and all that is logged or saved may change; the model's shape, the data and the seed
 stay. With other ranks all are on one node, unless parallel.devices_per_node is given, too. A resume that is refused, by the
-command or by its ranks, leaves the run's configuration as it was. Runs on Slurm go on with sbatch RUN/job.sbatch, on Ray with
+command or by its ranks, leaves the run's configuration as it was. A run that has done all its steps, with report and comparison,
+starts nothing: --train.steps N trains on. Runs on Slurm go on with sbatch RUN/job.sbatch, on Ray with
 python -m distattn.launch.ray.attempts RUN.
 """
 
