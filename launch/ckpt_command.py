@@ -26,9 +26,13 @@ USAGE = """usage: distattn ckpt {list,verify,show} RUN_OR_FOLDER [--json]
        distattn ckpt {export-hf,import-hf} FROM TO
 
   list RUN_OR_FOLDER
-      the checkpoints of a run, in the order in which they were saved, each with the loss of its last step and a verdict: good
-      where the step that was computed from it was applied, refused where it was not, or where it was saved after refused steps;
-      their files are not read
+      the checkpoints of a run, in the order in which they were saved, each with the loss of its last step and a verdict;
+      their files are not read. The verdicts:
+        untested   no step was computed from it yet
+        good       the first step that was computed from it was applied
+        refused    that step was refused, or the checkpoint was saved after refused steps; a run goes on from it only where
+                   there is no untested or good one
+        set aside  distattn resume --step chose an older one; a run goes on from it as from a refused one
   verify RUN_OR_FOLDER
       read checkpoints from end to end and compare every block with its digest; exit code 3 where one is not what was written
   show RUN_OR_FOLDER

@@ -15,8 +15,8 @@ _USAGE = """usage: distattn COMMAND ...
 
 commands:
   train CONFIG [--json] [--section.key value ...]
-      train as a TOML file says (see configs/tiny.toml) and repeat the first steps in plain transformers, one process, to
-      compare; distattn train --help lists all keys
+      train as a TOML file says (see distattn configs show tiny) and repeat the first steps in plain transformers, in one
+      process, to compare; distattn train --help lists all keys
   resume RUN [--json] [--section.key value ...]
       go on with a run here from its newest checkpoint, also on other ranks or with another engine
   preflight CONFIG [--json] [--section.key value ...]

@@ -3,34 +3,76 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from distattn.ir.errors import DistattnError
 
+# how argparse complains, and how we do
+_ARGPARSE_SENTENCES = {
+    r"argument (\S+): invalid int value: (.*)": r"\1: \2 is not a whole number",
+    r"argument (\S+): invalid float value: (.*)": r"\1: \2 is not a number",
+    r"argument (\S+): expected one argument": r"\1 needs a value",
+}
+
 
 class CommandParser(argparse.ArgumentParser):
-    """Parses the options of one command, unabbreviated. Raises DistattnError where argparse would print and exit."""
+    """Parses the options of one command, unabbreviated. Raises DistattnError where argparse would print and exit.
 
-    def __init__(self, command: str):
+    renamed: options of earlier versions, and what they are called now.
+    """
+
+    def __init__(self, command: str, renamed: Mapping[str, str] | None = None):
         super().__init__(prog=command, add_help=False, allow_abbrev=False)
+        self._options: list[str] = []
+        self._renamed = renamed
+
+    def add_argument(self, *names: Any, **settings: Any) -> Any:
+        """Add an argument as argparse does, and remember its names."""
+        self._options += names
+        return super().add_argument(*names, **settings)
 
     def parse_known_args(self, *given: Any, **named: Any) -> Any:
-        """As argparse does, which takes the value `--` for none at all."""
+        """Parse as argparse does, and refuse options without a value and options that are misspelled."""
         found, others = super().parse_known_args(*given, **named)
         for name, value in vars(found).items():
             if value == []:
                 raise DistattnError(
-                    f"{self.prog}: --{name.replace('_', '-')} has no value. See distattn {self.prog} --help."
+                    f"{self.prog}: --{name.replace('_', '-')} needs a value. See distattn {self.prog} --help."
                 )
+        check_options(self.prog, others, self._options, self._renamed)
         return found, others
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raise what argparse has to say, in the name of the command."""
+        for pattern, sentence in _ARGPARSE_SENTENCES.items():
+            message = re.sub(pattern, sentence, message)
         raise DistattnError(f"{self.prog}: {message}. See distattn {self.prog} --help.")
+
+
+def check_options(
+    command: str, words: Sequence[str], options: Sequence[str], renamed: Mapping[str, str] | None = None
+) -> None:
+    """Raise DistattnError where a word is a misspelled option of a command. Words with a dot are keys of the configuration.
+
+    options: those of the command, such as --json. renamed: options of earlier versions, and what they are called now.
+    """
+    # without the dashes, which would make all options similar
+    meant = {name.removeprefix("--"): name for name in options if name.startswith("--")}
+    meant |= {before.removeprefix("--"): now for before, now in (renamed or {}).items()}
+    for word in words:
+        option = word.partition("=")[0]
+        if not option.startswith("--") or "." in option or option in ("--help", *options):
+            continue
+        if near := difflib.get_close_matches(option.removeprefix("--"), meant, 1, 0.7):
+            raise DistattnError(
+                f"{command}: {option!r} is not known. Did you mean {meant[near[0]]}? See distattn {command} --help."
+            )
 
 
 class ResultConsole(Console):

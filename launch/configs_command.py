@@ -15,8 +15,10 @@ _USAGE = """usage: distattn configs [list]
        distattn configs show NAME
        distattn configs copy NAME [FOLDER]
 
-Lists, prints or copies a configuration that distattn ships. A copy is FOLDER/NAME.toml, with the model's folder beside it;
-FOLDER is . by default. Every command that takes a CONFIG takes a NAME, too: distattn train tiny
+Lists, prints or copies a configuration that distattn ships. A copy is FOLDER/NAME.toml; FOLDER is . by default. The folder of
+the model is copied, too, where the configuration names one: tiny names none, its shape is in tiny.toml.
+
+Every command that takes a CONFIG takes a NAME, too: distattn train tiny
 """
 
 

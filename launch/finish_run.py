@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
@@ -12,14 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distattn.checkpoints.checkpoint_folder import by_preference, list_checkpoints
+from distattn.checkpoints.checkpoint_folder import by_preference, list_checkpoints, preferred_step
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command, print_line
 from distattn.launch.stop_signals import CommandStopped, answering_signals, end_now, stopped
+from distattn.parallel.analysis.columns import plural
 from distattn.training import config as configuration
 from distattn.training.config import Config
-from distattn.training.json_lines import json_text
+from distattn.training.json_lines import json_text, parse_json
 from distattn.training.reference_check import run_reference_check
 from distattn.training.report import write_report
 from distattn.training.run_folder import RunFolder, StepMetrics
@@ -38,7 +40,7 @@ def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
             if config.reference_check.steps:
                 with stopped("in the comparison with plain transformers", f"{later} compares and reports"):
                     steps_compared = min(config.reference_check.steps, config.train.steps)
-                    report_progress(f"the first {steps_compared} steps again in plain transformers ...")
+                    report_progress(f"the first {plural(steps_compared, 'step')} again in plain transformers ...")
                     checked = run_reference_check(run, config)
         except Exception:
             _report(run, config, checked, report_progress, json_lines)
@@ -80,17 +82,49 @@ def _report(
         raise DistattnError(f"{run.metrics_file}: has no step that could be reported; was its disk full?")
     write_report(run, config, checked, Attempts(run.attempts).rows())
     if json_lines:
-        losses = {"first_loss": steps[0].loss, "last_loss": steps[-1].loss}
-        print_line(
-            json_text({"run": str(run.folder), **losses, "reference_check": checked, "report": str(run.report_file)})
-        )
-    report_progress(f"loss {steps[0].loss:.3f} to {steps[-1].loss:.3f} in {len(steps)} steps")
+        _print_facts(run, checked)
+    report_progress(f"loss {steps[0].loss:.3f} to {steps[-1].loss:.3f} in {plural(len(steps), 'step')}")
     if checked:
         report_progress(
             f"largest relative difference to plain transformers: loss {checked['loss']:.1e}, gradient norm "
             f"{checked['grad_norm']:.1e} (must be under {checked['tolerance']:.0e})"
         )
     report_progress(f"report: {run.report_file}")
+
+
+def _print_facts(run: RunFolder, checked: dict[str, Any] | None) -> None:
+    """Print what a run came to, as JSON on one line."""
+    steps = run.metrics()
+    losses = {"first_loss": steps[0].loss, "last_loss": steps[-1].loss}
+    print_line(
+        json_text({"run": str(run.folder), **losses, "reference_check": checked, "report": str(run.report_file)})
+    )
+
+
+def say_finished(run: RunFolder, config: Config, json_lines: bool) -> bool:
+    """Say that all steps of a run are done, and return True, where it has its report and its comparison agreed.
+
+    Return False, and say nothing, where ranks or a comparison have something to do.
+    """
+    attempts, steps = Attempts(run.attempts), run.metrics() if run.metrics_file.exists() else []
+    if not steps or not attempts.rows() or attempts.goes_on or not attempts.is_reported(run.report_file):
+        return False
+    if preferred_step(run.checkpoints) != config.train.steps or not math.isfinite(steps[-1].loss):
+        return False
+    checked: dict[str, Any] | None = None
+    if config.reference_check.steps:
+        if not run.reference_check_file.exists() or not attempts.is_reported(run.reference_check_file):
+            return False
+        with contextlib.suppress(ValueError):
+            checked = parse_json(run.reference_check_file.read_bytes())
+        if not checked or not checked.get("passed"):
+            return False
+    if json_lines:
+        _print_facts(run, checked)
+    else:
+        print_line(f"all {config.train.steps:,} steps are done; --train.steps N trains on")
+        print_line(f"report: {run.report_file}")
+    return True
 
 
 def main(folder: str) -> int:

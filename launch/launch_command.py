@@ -82,7 +82,7 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         sys.stdout.write(USAGE)
         return 0
     if not arguments or arguments[0].startswith("-"):
-        raise DistattnError(f"launch {where}: a configuration comes first, such as configs/tiny.toml.")
+        raise DistattnError(f"launch {where}: CONFIG is missing; for example: distattn launch {where} tiny")
     given, overrides = parser.parse_known_args(arguments)
     if where != "slurm" and given.spare is not None:
         raise DistattnError(f"launch {where}: --spare is for Slurm; see distattn launch slurm.")
@@ -278,6 +278,9 @@ def _print_logs(run: RunFolder, rank: int | None) -> int:
             raise DistattnError(
                 f"{run.folder}: the run keeps no logs: distattn train prints to the console; use launch local."
             )
+        if rank is not None and not 0 <= rank < (ranks := configuration.load(run.config_file).parallel.ranks):
+            has = f"ranks 0 to {ranks - 1}" if ranks > 1 else "rank 0 only"
+            raise DistattnError(f"launch logs: --rank {rank}: {run.folder} has {has}.")
         raise DistattnError(f"{run.folder}: there are no logs of {'the job' if rank is None else f'rank {rank}'} yet.")
     texts = [file.read_text("utf-8", "replace") for file in files]
     if not any(texts):

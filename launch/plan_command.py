@@ -128,8 +128,12 @@ def _show_memory(given: argparse.Namespace, config: Config | None) -> int:
     if given.json:
         sys.stdout.write(memory_json(found, cluster) + "\n")
         return 0
-    fits = [] if cluster is None else [fit_line(found, cluster)]
-    _show_table([*memory_table(found, config.parallel.ranks), *fits])
+    fits = (
+        "no cluster is given, so it is not said whether the run fits: --cluster h200-8x8, for example"
+        if cluster is None
+        else fit_line(found, cluster)
+    )
+    _show_table([*memory_table(found, config.parallel.ranks), fits])
     return 0
 
 
@@ -144,7 +148,7 @@ def _show_table(lines: Sequence[str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:
     """Parse the options, and load the configuration where the first word names one."""
-    parser = CommandParser("plan")
+    parser = CommandParser("plan", renamed={"--axis": "--tokens"})
     for name in ("docs", "cluster", "strategy", "layout", "heads", "dtype", "html", "perfetto"):
         parser.add_argument(f"--{name}")
     for name in ("tokens", "ranks", "head-dim"):
@@ -156,8 +160,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]
     if path is not None:
         return given, configuration.load(path, overrides, say)
     if overrides:
-        hint = " Did you mean --tokens?" if overrides[0].split("=")[0] == "--axis" else ""
-        raise DistattnError(f"plan: {overrides[0]!r} is not known.{hint} See distattn plan --help.")
+        raise DistattnError(f"plan: {overrides[0]!r} is not known. See distattn plan --help.")
     return given, None
 
 
@@ -188,7 +191,8 @@ def _cluster(given: argparse.Namespace, config: Config | None) -> describe.Clust
     name = given.cluster or (config.cluster.description if config else "")
     if not name:
         raise DistattnError(
-            "plan: say what to time it on: --cluster h200-8x8, or cluster.description in the configuration."
+            "plan: say what to time it on: --cluster laptop-1x4 or --cluster h200-8x8, for example, or cluster.description "
+            "in the configuration."
         )
     return cluster_for_run(config, name) if config else describe.load(name, given.ranks)
 

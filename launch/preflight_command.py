@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distattn.launch.command_line import no_progress, refuse_other_launchers_keys, say
+from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import check_options, no_progress, refuse_other_launchers_keys, say
 from distattn.launch.ranks.machine_limits import check_run_fits
 from distattn.launch.run_locally import run_ranks_and_finish
 from distattn.launch.start_run import preflight_alone, start_run
@@ -26,9 +27,12 @@ hosts (see preflight.action). On the hosts of a cluster alone: distattn launch s
 def main(arguments: Sequence[str]) -> int:
     """Run the command. Returns 0 where the run could begin."""
     words = [word for word in arguments if word != "--json"]
-    if not words or words[0] in ("-h", "--help"):
+    if not words:
+        raise DistattnError("preflight: CONFIG is missing: name a configuration, for example: distattn preflight tiny")
+    if words[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
-        return 0 if words else 2
+        return 0
+    check_options("preflight", words, ["--json"])
     refuse_other_launchers_keys(words[1:])
     config = configuration.load(words[0], words[1:], say)
     check_run_fits(config)

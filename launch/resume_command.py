@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import say
+from distattn.launch.command_line import check_options, say
+from distattn.launch.finish_run import say_finished
 from distattn.launch.run_locally import resume_locally
 from distattn.training import config as configuration
 from distattn.training.config import Config
@@ -20,7 +21,8 @@ Goes on with the run of a folder on this machine, from its newest good checkpoin
 --step N goes on from the checkpoint after step N: those that were saved later are set aside. distattn ckpt list RUN shows them.
 Ranks, degrees, strategy, kernel, engine and all that is logged or saved may change; the model's shape, the data and the seed
 stay. With other ranks all are on one node, unless parallel.devices_per_node is given, too. A resume that is refused, by the
-command or by its ranks, leaves the run's configuration as it was. Runs on Slurm go on with sbatch RUN/job.sbatch, on Ray with
+command or by its ranks, leaves the run's configuration as it was. A run that has done all its steps, with report and comparison,
+starts nothing: --train.steps N trains on. Runs on Slurm go on with sbatch RUN/job.sbatch, on Ray with
 python -m distattn.launch.ray.attempts RUN.
 """
 
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     step, words = _step(words)
     if not words:
         raise DistattnError(f"resume: name a run folder: {USAGE.splitlines()[0].removeprefix('usage: ')}")
+    check_options("resume", words, ["--json", "--step"])
     run = RunFolder(Path(words[0]))
     if not run.config_file.is_file():
         raise DistattnError(
@@ -53,6 +56,9 @@ def main(arguments: Sequence[str]) -> int:
     if config.preflight.action == "only":
         raise DistattnError(f"preflight.action: only is for new folders: distattn preflight {run.config_file}.")
     check_same_run(before, config)
+    # with another configuration, or from a chosen checkpoint, ranks have something to do
+    if config == before and step is None and say_finished(run, config, json_lines="--json" in arguments):
+        return 0
     return resume_locally(run, config, json_lines="--json" in arguments, step=step)
 
 

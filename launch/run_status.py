@@ -15,10 +15,12 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command
 from distattn.launch.slurm import jobs as slurm
+from distattn.parallel.analysis.columns import plural
 from distattn.supervision.culprits import process_state, words
 from distattn.training.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
 
+_ALL_DONE = "all steps are done"
 # of Slurm's states of a job those after which it has something to do
 _JOB_GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
@@ -55,7 +57,7 @@ def status(run: RunFolder) -> dict[str, Any]:
         state = f"ended, exit code {last['exit_code']}"
         if missing := _unreported(run, {"attempts": rows, "steps": steps}):
             alive = writer_is_alive(last["process"]) if "process" in last else False
-            state = "all steps are done, its launcher compares and reports" if alive else state + missing
+            state = f"{_ALL_DONE}, its launcher compares and reports" if alive else state + missing
             if alive is None:
                 state += f", unless its launcher on {last['host']} still does"
     elif (host := last.get("host")) != socket.gethostname():
@@ -103,7 +105,7 @@ def _unreported(run: RunFolder, found: Mapping[str, Any]) -> str:
     # a preflight alone has no steps
     if last.get("exit_code") != 0 or not found["steps"] or Attempts(run.attempts).is_reported(run.report_file):
         return ""
-    return f", all steps are done, but not reported: {finish_command(run.folder)} compares and reports"
+    return f", {_ALL_DONE}, but not reported: {finish_command(run.folder)} compares and reports"
 
 
 def _state_elsewhere(run: RunFolder, steps: int) -> str:
@@ -146,7 +148,10 @@ def _ray_state(run: RunFolder) -> str:
 def status_lines(facts: Mapping[str, Any]) -> str:
     """What `status` has found for people: a line about the run, and one for each attempt and rank."""
     job = f"job {facts['job']}: " if "job" in facts else ""
-    lines = [f"{job}{facts['state']}, {facts['steps']} steps done"]
+    state, steps = facts["state"], facts["steps"]
+    # a state that says that all steps are done takes their number in, so that they are told of once
+    counted = state.replace(_ALL_DONE, f"all {steps:,} steps are done" if steps > 1 else _ALL_DONE)
+    lines = [f"{job}{counted}" if _ALL_DONE in state else f"{job}{state}, {plural(steps, 'step')} done"]
     for row in facts["attempts"]:
         began, ended = row.get("began"), row.get("ended")
         lasted = f"{ended - began:,.0f} s, " if began and ended else ""

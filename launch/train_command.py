@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from distattn.launch.command_line import refuse_other_launchers_keys, say
+from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import check_options, refuse_other_launchers_keys, say
 from distattn.launch.run_locally import run_locally
 from distattn.launch.start_run import preflight_alone
 from distattn.training import config as configuration
@@ -16,9 +17,12 @@ USAGE = "usage: distattn train CONFIG [--json] [--section.key value ...]\n\n"
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     words = [word for word in arguments if word != "--json"]
-    if not words or words[0] in ("-h", "--help"):
+    if not words:
+        raise DistattnError("train: CONFIG is missing: name a configuration, for example: distattn train tiny")
+    if words[0] in ("-h", "--help"):
         sys.stdout.write(USAGE + configuration.help_text())
-        return 0 if words else 2
+        return 0
+    check_options("train", words, ["--json"])
     refuse_other_launchers_keys(words[1:])
     config = preflight_alone(configuration.load(words[0], words[1:], say))
     return run_locally(config, json_lines=len(words) < len(arguments))

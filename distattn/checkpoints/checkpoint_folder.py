@@ -145,8 +145,9 @@ def check_step(folder: Path, step: int) -> Checkpoint:
     """Return the checkpoint of a step. Raises DistattnError where there is none that has a manifest."""
     whole = {one.step: one for one in list_checkpoints(folder) if one.manifest is not None}
     if step not in whole:
-        there = f"it has those of steps {', '.join(f'{one:,}' for one in sorted(whole))}" if whole else "it has none"
-        raise DistattnError(f"{folder}: has no checkpoint of step {step:,}; {there}.")
+        steps = ", ".join(f"{one:,}" for one in sorted(whole))
+        there = f"it has {'one of step' if len(whole) == 1 else 'those of steps'} {steps}" if whole else "it has none"
+        raise DistattnError(f"{folder} has no checkpoint of step {step:,}; {there}.")
     return whole[step]
 
 

@@ -276,7 +276,8 @@ def _config(path: Path) -> Any:
 
     if not path.exists():
         raise DistattnError(
-            f"{path} is neither a script (.py) nor a transformers configuration (a folder or config.json)."
+            f"{path} is neither a script (.py) nor a transformers model (a folder or its config.json). Write distattn doctor "
+            "SCRIPT.py or distattn doctor FOLDER; a configuration of a run, such as tiny, is for distattn preflight."
         )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)

@@ -50,6 +50,8 @@ RENAMED = {
 
 # every key takes a value, also those that are true or false
 _VALUES = (tyro.conf.FlagConversionOff,)
+# what a value on the command line has to be, by its type
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False"}
 # of help: what no option can say
 _TABLES = """only in the run file:
   [[data.context_schedule]] context lengths by step: tables with context_length and steps, one
@@ -227,15 +229,41 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
                 section, name = key.split(".")
                 wanted = get_type_hints(type(getattr(config, section)))[name]
                 inline = overrides[begin].partition("=")[2]
-                given = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]]) or "nothing"
+                given = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]])
+                if not given:
+                    raise DistattnError(f"command line: --{key} needs a value.") from None
                 raise DistattnError(
-                    f"command line: {key}: {given!r} is not {getattr(wanted, '__name__', wanted)}."
+                    f"command line: {key}: {given!r} is not {_KINDS.get(wanted, 'one value')}."
                 ) from None
 
 
 def _unknown(key: str) -> str:
-    near = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, _keys(Config), 1, 0.6)
-    return f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else f" There are {', '.join(_keys(Config))}.")
+    """Return a sentence about a key that does not exist: a similar key where there is one, else those of its section."""
+    if similar := _similar_keys(key):
+        *others, last = similar
+        return f"{key}: unknown key. Did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
+    section = key.partition(".")[0] + "."
+    keys = _keys(Config)
+    return f"{key}: unknown key. There are {', '.join([one for one in keys if one.startswith(section)] or keys)}."
+
+
+def _similar_keys(key: str) -> list[str]:
+    """Return the keys that may be meant by a key that does not exist."""
+    if key in RENAMED:
+        return [RENAMED[key]]
+    keys = _keys(Config)
+    section, dot, name = key.rpartition(".")
+    if dot and section not in keys:
+        return difflib.get_close_matches(key, keys, 1, 0.6)
+    # the section is right, or there is none: then only the name can be wrong, or belong to another section
+    names = {one.removeprefix(section + dot): one for one in keys if one.startswith(section + dot)}
+    near = difflib.get_close_matches(name, names, 1, 0.6)
+    if not near and dot and len(name) > 3:
+        near = [one for one in names if name in one][:1]
+    elsewhere = [one for one in keys if one.endswith(f".{name}")]
+    if near and (dot or not elsewhere):
+        return [names[near[0]]]
+    return elsewhere or [one for one in keys if one == f"{name}.name"]
 
 
 def _sentence(error: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from distattn.ir.errors import RunStopped
 from distattn.ir.plan import Plan
 from distattn.pages.render import render_page
 from distattn.parallel.analysis.columns import plural
@@ -56,7 +57,7 @@ def write_report(
             f"A run of distattn train on {_rank_counts(run, config)}: strategy {config.parallel.strategy}, "
             f"{config.parallel.layout} layout, {config.model.dtype}."
         ),
-        tiles=_tiles(steps, evaluations, len(attempts)),
+        tiles=[*_tiles(steps, evaluations), *_start_tiles(attempts)],
         curves=list(curves["labels"].items()),
         charts=loss_charts(run),
         corpora=corpus_rows(run),
@@ -102,7 +103,7 @@ def _attempt_rows(attempts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]], starts: int) -> list[tuple[str, str, str]]:
+def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """The run in a few numbers: what, how much, and a word more."""
     first, last = steps[0], steps[-1]
     seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
@@ -132,11 +133,26 @@ def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]], starts: 
     for name, what in (("memory_allocated", "allocated on the device"), ("memory_resident", "of the process")):
         if known_bytes := [value for step in steps if (value := getattr(step, name)) is not None]:
             tiles.append(("memory", f"{max(known_bytes) / 2**30:.2f} GiB", f"{what}, rank 0"))
-    if starts > 1:
-        tiles.append(("restarts", f"{starts - 1:,}", "of all ranks, see starts and ends"))
     if skipped := sum(bool(step.skipped) for step in steps):
         tiles.append(("steps not applied", f"{skipped:,}", "see what happened"))
     return tiles
+
+
+def _start_tiles(attempts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return the tiles that count restarts, which follow a failed attempt, and resumes, which follow any other one."""
+    restarts = sum(_has_failed(attempt) for attempt in attempts[:-1])
+    resumes = len(attempts[:-1]) - restarts
+    tiles = []
+    if restarts:
+        tiles.append(("restarts", f"{restarts:,}", "after a failure, see starts and ends"))
+    if resumes:
+        tiles.append(("resumes", f"{resumes:,}", "after a good end or a stop"))
+    return tiles
+
+
+def _has_failed(attempt: Mapping[str, Any]) -> bool:
+    """Return whether an attempt ended neither well nor because it was asked to. A killed launcher notes no exit code."""
+    return attempt.get("exit_code") not in (0, RunStopped.exit_code) and not attempt.get("stopped", False)
 
 
 def _curves(steps: list[StepMetrics], evaluations: list[dict[str, Any]], checked: dict | None) -> dict[str, Any]:

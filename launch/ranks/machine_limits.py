@@ -6,6 +6,7 @@ from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.memory.host_memory import available_bytes
+from distattn.parallel.analysis.columns import plural
 from distattn.training.config import Config
 from distattn.training.config_checks import NO_GPU_FOR_MEGATRON
 from distattn.training.state_bytes import model_parameters, state_bytes
@@ -64,9 +65,10 @@ def check_memory(key: str, ranks: int, rank_mb: float, parts: str) -> None:
     if free is None or ranks * rank_mb * 1e6 <= free:
         return
     fit = int(free / (rank_mb * 1e6))
+    at_most = f"at most {plural(fit, 'rank')} {'fits' if fit == 1 else 'fit'}"
     raise DistattnError(
         f"{key}: {ranks:,} ranks need {ranks * rank_mb / 1e3:,.1f} GB of memory ({rank_mb:,.0f} MB each: {parts}), this machine "
-        f"has {free / 1e9:,.1f} GB available: {f'at most {fit:,} ranks fit' if fit else 'not even one fits'}."
+        f"has {free / 1e9:,.1f} GB available: {at_most if fit else 'not even one fits'}."
     )
 
 
@@ -74,7 +76,7 @@ def check_gpus(key: str, ranks: int, why: str) -> None:
     """Refuse more ranks than this machine has GPUs."""
     gpus = gpu_count()
     if ranks > gpus:
-        raise DistattnError(f"{key}: {ranks:,} ranks on a machine with {gpus} GPUs; {why}.")
+        raise DistattnError(f"{key}: {ranks:,} ranks on a machine with {plural(gpus, 'GPU')}; {why}.")
 
 
 def gpu_count() -> int:

@@ -91,7 +91,7 @@ def _run_once(ranks: Ranks, attempts: Attempts) -> tuple[int, Trouble | None]:
         try:
             code, trouble = run_attempt(ranks, number, attempts.folder(number), board)
         except CommandStopped as stop:
-            attempts.end(number, stop.exit_code, f"stopped by {stop.signal.name}")
+            attempts.end(number, stop.exit_code, f"stopped by {stop.signal.name}", stopped=True)
             raise
         attempts.end(number, code, str(trouble or "ended well"), **(trouble.facts() if trouble else {}))
     return code, trouble

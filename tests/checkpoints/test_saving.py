@@ -33,6 +33,7 @@ from distattn.checkpoints.checkpoint_folder import (
     verify_checkpoint,
 )
 from distattn.checkpoints.checkpoints import Checkpoints
+from distattn.checkpoints.manifest import Manifest
 from distattn.checkpoints.retention import KeepRule
 from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED, CheckpointVerdict
 from distattn.ir.errors import DistattnError
@@ -354,6 +355,11 @@ def test_a_person_chooses_a_step_and_later_ones_are_set_aside(tmp_path):
     judge_checkpoint(tmp_path, 20, REFUSED, "why")
     missing = pytest.raises(DistattnError, match="has no checkpoint of step 25; it has those of steps 10, 20, 30, 40")
     with missing, choose_step(tmp_path, 25):
+        pass
+    (tmp_path / "one" / "step-00000004").mkdir(parents=True)
+    Manifest(1, 4, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(tmp_path / "one" / "step-00000004")
+    only_one = pytest.raises(DistattnError, match="one has no checkpoint of step 3; it has one of step 4[.]")
+    with only_one, choose_step(tmp_path / "one", 3):
         pass
     with choose_step(tmp_path, 20):
         assert kinds_of(tmp_path) == [UNTESTED, UNTESTED, SET_ASIDE, SET_ASIDE]

@@ -71,7 +71,7 @@ def test_the_command_examines_a_configuration_and_says_so(tmp_path):
         (["nowhere.py"], "there is no script nowhere.py"),
         (["nowhere"], "neither a script"),
         (["--ranks", "0"], "at least 1, not 0"),
-        (["--rank", "2"], "unrecognized arguments"),
+        (["--rank", "2"], "'--rank' is not known. Did you mean --ranks?"),
     ],
 )
 def test_bad_arguments_are_one_sentence(arguments, sentence, capsys):

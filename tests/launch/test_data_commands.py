@@ -302,7 +302,7 @@ def test_show_has_documents_as_json(packed, capsys):
         (("4", "--pack", "4"), "data show: --pack: step 4 has packs 0 to 3."),
         (("4", "--pack", "-1"), "data show: --pack: step 4 has packs 0 to 3."),
         (("4", "--tokens", "-1"), "data show: --tokens: at least 1, or 0 for all of a document, not -1."),
-        (("four",), "data show: argument step: invalid int value: 'four'. See distattn data show --help."),
+        (("four",), "data show: step: 'four' is not a whole number. See distattn data show --help."),
         ((), "data show: the following arguments are required: step. See distattn data show --help."),
     ],
 )

@@ -135,7 +135,7 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
         (("ray", "configs/tiny.toml", "--array=ray.min_nodes=0,1"), "ray.min_nodes: all ranks split one pack"),
         (("ray", "configs/tiny.toml", "--spare=1"), "--spare is for Slurm"),
         (("ray", "configs/tiny.toml", "--ray.waiting-seconds=-1"), "ray.waiting_seconds: at least 0, not -1"),
-        (("slurm",), "a configuration comes first"),
+        (("slurm",), "CONFIG is missing; for example: distattn launch slurm tiny"),
         (("moon", "configs/tiny.toml"), "there is no 'moon'"),
         (("status", "configs"), "this is no run folder"),
     ],
@@ -241,6 +241,8 @@ def test_an_empty_log_is_said_to_be_empty_and_a_run_that_keeps_none_too(capsys, 
     folder.log_file(0).unlink()
     code, _, err = run(capsys, "logs", str(folder.folder))
     assert code == 2 and "there are no logs of the job yet" in err
+    code, _, err = run(capsys, "logs", str(folder.folder), "--rank", "7")
+    assert code == 2 and f"launch logs: --rank 7: {folder.folder} has ranks 0 to 3." in err
     folder.logs.rmdir()
     code, _, err = run(capsys, "logs", str(folder.folder))
     assert code == 2 and "the run keeps no logs: distattn train prints to the console" in err

@@ -55,6 +55,9 @@ def test_ranks_that_fit_are_not_refused(monkeypatch):
     machine_limits.check_run_fits(configuration.load(TINY))
     with pytest.raises(DistattnError, match="at most 4 ranks fit"):
         machine_limits.check_run_fits(configuration.load(TINY, ["--parallel.ranks=5"]))
+    monkeypatch.setattr(machine_limits, "available_bytes", lambda: 500_000_000)
+    with pytest.raises(DistattnError, match="at most 1 rank fits"):
+        machine_limits.check_run_fits(configuration.load(TINY))
     monkeypatch.setattr(machine_limits, "available_bytes", lambda: 1_000_000)
     with pytest.raises(DistattnError, match="not even one fits"):
         machine_limits.check_run_fits(configuration.load(TINY))

@@ -1,5 +1,8 @@
 """What `distattn resume` refuses leaves the run as it was, and what a launcher has derived is derived anew."""
 
+import json
+from dataclasses import asdict, replace
+
 import pytest
 
 from distattn.checkpoints.manifest import Manifest
@@ -7,12 +10,15 @@ from distattn.checkpoints.owner import writer_name
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch import resume_command, run_locally
+from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress
 from distattn.launch.ranks import supervised
 from distattn.launch.run_node import check_places
 from distattn.launch.start_run import resume_run, start_run
 from distattn.training import config as configuration
+from distattn.training.config import ReferenceCheckConfig, TrainConfig
 from distattn.training.proposal import Proposal
+from distattn.training.run_folder import StepMetrics
 
 
 @pytest.fixture
@@ -60,6 +66,35 @@ def test_fewer_steps_than_were_done_are_refused_before_ranks_start(run, ranks):
         resume_command.main([str(run.folder), "--train.steps", "10"])
     assert str(refused.value) == f"train.steps: 10, but {run.folder} has a checkpoint of step 34: give 34 or more."
     assert content_of(run.folder) == before and not ranks
+
+
+def test_a_run_without_a_step_left_starts_no_ranks_unless_its_report_or_comparison_is_missing(run, ranks, capsys):
+    words = [str(run.folder), "--json"]
+    config = replace(configuration.load(run.config_file), train=TrainConfig(steps=34))
+    configuration.save(config, run.config_file)
+    run.append(run.metrics_file, *(asdict(StepMetrics(step, 2.0, 1.0, 64, 0.5)) for step in (1, 34)))
+    attempts = Attempts(run.attempts)
+    attempts.end(attempts.begin(), 0, "ended well")
+    assert resume_command.main(words) == 2 and len(ranks) == 1
+    run.report_file.touch()
+    before = content_of(run.folder)
+    assert resume_command.main(words[:1]) == 0
+    said = f"all 34 steps are done; --train.steps N trains on\nreport: {run.report_file}\n"
+    assert capsys.readouterr().out.endswith(said)
+    assert resume_command.main(words) == 0
+    facts = {"run": str(run.folder), "first_loss": 2.0, "last_loss": 2.0, "reference_check": None}
+    assert json.loads(capsys.readouterr().out) == facts | {"report": str(run.report_file)}
+    assert len(ranks) == 1 and content_of(run.folder) == before
+    # a comparison that is asked for and was not made, or did not agree
+    configuration.save(replace(config, reference_check=ReferenceCheckConfig(steps=2)), run.config_file)
+    assert resume_command.main(words) == 2 and len(ranks) == 2
+    run.reference_check_file.write_text('{"passed"')
+    assert resume_command.main(words) == 2 and len(ranks) == 3
+    run.reference_check_file.write_text('{"passed": false}')
+    assert resume_command.main(words) == 2 and len(ranks) == 4
+    run.reference_check_file.write_text('{"passed": true}')
+    assert resume_command.main(words) == 0 and len(ranks) == 4
+    assert resume_command.main([*words, "--train.steps=40"]) == 2 and len(ranks) == 5
 
 
 def test_what_ranks_refuse_does_not_change_the_run_s_configuration(run, ranks):

@@ -188,15 +188,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     [
         ((), 2, ""),
         (("fly",), 2, "there is no command 'fly'"),
-        (("train",), 2, ""),
+        (("train",), 2, "train: CONFIG is missing: name a configuration, for example: distattn train tiny"),
         (("train", "nowhere.toml"), 2, "nowhere.toml: there is no such configuration file"),
         (
             ("train", TINY, "--parallel.stratgy", "ring"),
             2,
             "parallel.stratgy: unknown key. Did you mean parallel.strategy?",
         ),
-        (("train", TINY, "--parallel.ranks", "many"), 2, "command line: parallel.ranks: 'many' is not int."),
-        (("train", TINY, "--parallel.ranks"), 2, "command line: parallel.ranks: 'nothing' is not int."),
+        (("train", TINY, "--parallel.ranks", "many"), 2, "command line: parallel.ranks: 'many' is not a whole number."),
+        (("train", TINY, "--parallel.ranks"), 2, "command line: --parallel.ranks needs a value."),
         (("train", TINY, "ring"), 2, "command line: 'ring' is not a key"),
         (
             ("train", TINY, "--train.learning-rate", "inf"),
@@ -263,6 +263,48 @@ def test_a_key_s_earlier_name_is_refused_with_the_present_one(old, new, tmp_path
     with pytest.raises(DistattnError) as refusal:
         configuration.load(TINY, [f"--{old}", "3"])
     assert str(refusal.value) == f"command line: {old}: unknown key. Did you mean {new}?"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--train.engine fsdp", "train.engine: unknown key. Did you mean engine.name?"),
+        ("--train.optimizer adam", "train.optimizer: unknown key. There are train.steps, train.learning_rate, "),
+        ("--memory.checkpoint all", "memory.checkpoint: unknown key. Did you mean memory.activation_checkpointing?"),
+        ("--train.strategy ring", "Did you mean parallel.strategy?"),
+        ("--tran.steps 3", "Did you mean train.steps?"),
+        ("--strategy ring", "Did you mean parallel.strategy?"),
+        ("--steps 3", "Did you mean train.steps, evaluation.steps or reference_check.steps?"),
+        ("--train.steps", "command line: --train.steps needs a value."),
+        ("--train.steps=", "command line: --train.steps needs a value."),
+        ("--train.steps 4096x", "train.steps: '4096x' is not a whole number."),
+        ("--train.learning_rate x", "train.learning_rate: 'x' is not a number."),
+        ("--engine.compile maybe", "engine.compile: 'maybe' is not True or False."),
+        ("--run.folder a b", "run.folder: 'a b' is not one value."),
+    ],
+)
+def test_a_mistake_on_the_command_line_leads_to_what_was_meant(words, sentence):
+    with pytest.raises(DistattnError) as refusal:
+        configuration.load(TINY, words.split())
+    assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("launch local tiny --gpu 2", "launch: '--gpu' is not known. Did you mean --gpus?"),
+        ("launch local tiny --gpus x", "launch: --gpus: 'x' is not a whole number."),
+        ("launch local tiny --gpus", "launch: --gpus needs a value."),
+        ("plan tiny --layuot x", "plan: '--layuot' is not known. Did you mean --layout?"),
+        ("train tiny --jsn", "train: '--jsn' is not known. Did you mean --json?"),
+        ("resume runs/none --stp 3", "resume: '--stp' is not known. Did you mean --step?"),
+        ("preflight", "for example: distattn preflight tiny"),
+    ],
+)
+def test_a_misspelled_option_leads_to_the_one_that_was_meant(words, sentence, capsys):
+    assert main(words.split()) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err and said.err.count("\n") == 1 and not said.out
 
 
 def test_renamed_keys_lead_to_keys_that_exist():

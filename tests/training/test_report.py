@@ -158,6 +158,20 @@ def test_kills_restarts_and_both_numbers_of_ranks_are_told(run):
     assert "Starts and ends" in page_of(run, None, attempts[:1])
 
 
+def test_only_starts_after_a_failure_are_restarts(run):
+    good, asked = {"exit_code": 0, "why": "ended well"}, {"exit_code": 75, "why": "stopped, asked by a person"}
+    stopped = {"exit_code": 143, "why": "stopped by SIGTERM", "stopped": True}
+    killed = {"exit_code": 143, "why": "rank 1 was killed by SIGTERM"}
+
+    def tiles(*rows):
+        page = page_of(run, None, [{"attempt": 1 + at, **row} for at, row in enumerate(rows)])
+        return dict(re.findall(r'<span class="soft">(restarts|resumes)</span><b>(\d+)</b>', page))
+
+    assert tiles(good) == {} and tiles(good, good, good) == {"resumes": "2"}
+    assert tiles(killed, good) == {"restarts": "1"}
+    assert tiles(asked, stopped, killed, good) == {"restarts": "1", "resumes": "2"}
+
+
 MONTH_SCRIPT = """
   const names = data => [...document.querySelectorAll("[role=tab]")].map(tab => tab.textContent);
   said.tabs = names();
