@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from distattn.training.module_observer import gathered
+
 
 class Stop(IntEnum):
     """Why a run stops. FOLDER_MOVED: its folder has another name, where it can be saved. FOLDER_LOST: it has none."""
@@ -53,8 +55,7 @@ class StopRequest:
 
     def words_of_first(self, text: str) -> str:
         """Return rank 0's text on all ranks, which call it together: they end with one sentence."""
-        words = [text]
-        dist.broadcast_object_list(words, src=0, group=self._group, device=torch.device("cpu"))
+        words: list[str] = gathered(self._group, text)
         return words[0]
 
     def close(self) -> None:
