@@ -82,7 +82,7 @@ def _report(
         raise DistattnError(f"{run.metrics_file}: has no step that could be reported; was its disk full?")
     write_report(run, config, checked, Attempts(run.attempts).rows())
     if json_lines:
-        _print_facts(run, checked)
+        _print_facts(run, steps, checked)
     report_progress(f"loss {steps[0].loss:.3f} to {steps[-1].loss:.3f} in {plural(len(steps), 'step')}")
     if checked:
         report_progress(
@@ -92,9 +92,8 @@ def _report(
     report_progress(f"report: {run.report_file}")
 
 
-def _print_facts(run: RunFolder, checked: dict[str, Any] | None) -> None:
+def _print_facts(run: RunFolder, steps: Sequence[StepMetrics], checked: dict[str, Any] | None) -> None:
     """Print what a run came to, as JSON on one line."""
-    steps = run.metrics()
     losses = {"first_loss": steps[0].loss, "last_loss": steps[-1].loss}
     print_line(
         json_text({"run": str(run.folder), **losses, "reference_check": checked, "report": str(run.report_file)})
@@ -106,7 +105,8 @@ def say_finished(run: RunFolder, config: Config, json_lines: bool) -> bool:
 
     Return False, and say nothing, where ranks or a comparison have something to do.
     """
-    attempts, steps = Attempts(run.attempts), run.metrics() if run.metrics_file.exists() else []
+    attempts = Attempts(run.attempts)
+    steps = run.metrics(config.train.steps) if run.metrics_file.exists() else []
     if not steps or not attempts.rows() or attempts.goes_on or not attempts.is_reported(run.report_file):
         return False
     if preferred_step(run.checkpoints) != config.train.steps or not math.isfinite(steps[-1].loss):
@@ -120,7 +120,7 @@ def say_finished(run: RunFolder, config: Config, json_lines: bool) -> bool:
         if not checked or not checked.get("passed"):
             return False
     if json_lines:
-        _print_facts(run, checked)
+        _print_facts(run, steps, checked)
     else:
         print_line(f"all {config.train.steps:,} steps are done; --train.steps N trains on")
         print_line(f"report: {run.report_file}")

@@ -16,7 +16,7 @@ class KeepRule:
 
     Hours are those in which jobs went on (`Manifest.seconds`), since the time of day may jump. Checkpoints in doubt
     (`CheckpointVerdict`) do not count, so they push no other one out; they go with the ones before them. The newest good one
-    stays until one of the `last` newest is good, and those that are kept for good stay.
+    stays until one of the `last` newest is good, and those that are marked as kept stay.
 
     last: at least 1. Raises DistattnError where a number is too small.
     """

@@ -111,7 +111,7 @@ class GradientSketches:
         self._reduced = torch.zeros_like(self._own)
         self._is_read, self._is_missing = (torch.zeros(len(parameters), dtype=torch.bool) for _ in range(2))
         self._hooks: dict[int, Any] = {}
-        self._signs: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._signs: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     def watch(self) -> None:
         """See the gradients of all parameters whose leaves exist by now; called before and after the forward pass."""
@@ -190,14 +190,15 @@ class GradientSketches:
         matrix = whole.reshape(len(whole), -1) if whole.dim() > 1 else whole.reshape(1, -1)
         matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
         with torch.autocast(matrix.device.type, enabled=False):
-            rows, columns = (self._signs_of(size, matrix) for size in matrix.shape)
+            rows, columns = (self._signs_of(size, axis, matrix) for axis, size in enumerate(matrix.shape))
             return ((matrix @ columns) * rows).sum(0).double()
 
-    def _signs_of(self, size: int, like: Tensor) -> Tensor:
-        """Random signs (size, S), the same on all ranks."""
-        key = size, like.device, like.dtype
+    def _signs_of(self, size: int, axis: int, like: Tensor) -> Tensor:
+        """Return random signs (size, S) for the rows (axis 0) or columns (axis 1) of a matrix, the same on all ranks."""
+        key = size, axis, like.device, like.dtype
         if key not in self._signs:
-            generator = torch.Generator().manual_seed(size)
+            # with the signs of its columns for its rows, an antisymmetric matrix would have the sketch 0
+            generator = torch.Generator().manual_seed(2 * size + axis)
             signs = 2.0 * torch.randint(0, 2, (size, _SKETCHES), generator=generator) - 1.0
             self._signs[key] = signs.to(like.device, like.dtype)
         return self._signs[key]

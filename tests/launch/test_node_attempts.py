@@ -77,7 +77,8 @@ def test_checkpoints_that_were_set_aside_are_no_progress(run, monkeypatch, capsy
 
     save(1, 20)
     save(2, 40)
-    choose_step(run.checkpoints, 20)
+    with choose_step(run.checkpoints, 20):
+        pass
     nodes = Nodes(run, (*KILLED, 5), (*KILLED, 5))
     end_of_attempt = nodes.run
 

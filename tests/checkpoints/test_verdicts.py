@@ -1,0 +1,184 @@
+"""What training shows of checkpoints decides which are kept and loaded, and a person's choice counts more."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from distattn.checkpoints import checkpoints as module
+from distattn.checkpoints.checkpoint_folder import (
+    choose_step,
+    discard_checkpoint,
+    judge_checkpoint,
+    keep_for_good,
+    keep_newest_good,
+    list_checkpoints,
+    release_kept,
+    verify_checkpoint,
+)
+from distattn.checkpoints.checkpoints import Checkpoints
+from distattn.checkpoints.manifest import Manifest
+from distattn.checkpoints.retention import KeepRule
+from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED, CheckpointVerdict
+from distattn.ir.errors import DistattnError
+
+
+def open_checkpoints(folder, warned, last=9):
+    return Checkpoints(folder, group=None, facts={}, keep=KeepRule(last=last), warn=warned.append)
+
+
+def steps(folder):
+    return [one.step for one in list_checkpoints(folder)]
+
+
+def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path):
+    warned = []
+    saver = open_checkpoints(tmp_path, warned, last=1)
+
+    def judged(step, kind):
+        in_doubt = CheckpointVerdict(kind, "why") if kind == REFUSED else CheckpointVerdict()
+        saver.save(step, {"a": step}, facts={"loss": str(step)}, verdict=in_doubt)
+        if kind == GOOD:
+            saver.note(lambda folder: judge_checkpoint(folder, step, GOOD))
+
+    for step, kind in ((1, GOOD), (2, GOOD), (3, REFUSED), (4, UNTESTED), (5, REFUSED)):
+        judged(step, kind)
+    saver.wait()
+    # 2 is the newest that is known to be good, 4 the newest that is not in doubt
+    assert steps(tmp_path) == [2, 4, 5]
+    state = {"a": 0}
+    assert saver.load_newest(state).step == 4 and state == {"a": 4}
+    assert warned == [f"{tmp_path / 'step-00000005'}: why. Resuming from step-00000004 instead."]
+    # once it is shown to be good, nothing before it is kept
+    saver.note(lambda folder: judge_checkpoint(folder, 4, GOOD))
+    saver.wait()
+    assert steps(tmp_path) == [4, 5]
+    assert list_checkpoints(tmp_path)[0].manifest.facts == {"loss": "4"}
+    # what is kept for a refused step stays, until it is released
+    saver.note(lambda folder: keep_newest_good(folder, 9))
+    for step in (6, 7):
+        judged(step, GOOD)
+    saver.wait()
+    assert steps(tmp_path) == [4, 7]
+    saver.note(lambda folder: release_kept(folder, 9))
+    saver.wait()
+    assert steps(tmp_path) == [4, 7]
+    saver.note(lambda folder: release_kept(folder, 10))
+    # where all are in doubt, the newest is taken
+    saver.note(lambda folder: judge_checkpoint(folder, 7, REFUSED, "why"))
+    found = saver.load_newest(state)
+    assert (found.step, found.doubt) == (7, "refused: why") and steps(tmp_path) == [7]
+    said = "Resuming from step-00000007 all the same: it is in doubt, but no other can be loaded (refused: why)."
+    assert warned[1:] == [said]
+    saver.close()
+
+
+@pytest.mark.parametrize(("new_level", "kept"), [(False, []), (True, [5])])
+def test_the_mark_of_a_refused_step_goes_once_the_run_has_passed_it(new_level, kept, tmp_path):
+    saver = open_checkpoints(tmp_path, [])
+
+    def save_good(step):
+        saver.save(step, {"a": step})
+        saver.note(lambda folder: judge_checkpoint(folder, step, GOOD), step)
+
+    def marked():
+        saver.wait()
+        return [one.step for one in list_checkpoints(tmp_path) if one.verdict.kept]
+
+    save_good(5)
+    # step 8 is refused; the run goes back or is started again, which ends the streak without a word
+    saver.note(lambda folder: keep_newest_good(folder, 8))
+    if new_level:
+        saver.note(lambda folder: keep_for_good(folder, 8))
+    save_good(8)
+    assert marked() == [5]
+    save_good(9)
+    assert marked() == kept
+    saver.close()
+
+
+def test_a_verdict_on_a_save_that_failed_leaves_an_older_checkpoint_of_the_same_step_as_it_was(tmp_path, monkeypatch):
+    warned = []
+    saver = open_checkpoints(tmp_path, warned)
+    saver.save(5, {"a": 1})
+    saver.note(lambda folder: judge_checkpoint(folder, 5, GOOD), 5)
+    saver.wait()
+    older = list_checkpoints(tmp_path)
+    assert older[0].verdict.kind == GOOD and not saver.has_failed(5)
+
+    def refuse(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "new_unfinished", refuse)
+        saver.save(5, {"a": 2})
+        saver.note(lambda folder: judge_checkpoint(folder, 5, REFUSED, "why"), 5)
+        saver.note(lambda folder: discard_checkpoint(folder, 5), 5)
+        saver.wait()
+    assert list_checkpoints(tmp_path) == older and saver.has_failed(5)
+    assert len(warned) == 1 and "step-00000005 was not saved" in warned[0]
+    # a run that has loaded the older one judges it
+    assert saver.load_newest({"a": 0}).step == 5 and not saver.has_failed(5)
+    saver.save(5, {"a": 3})
+    saver.note(lambda folder: judge_checkpoint(folder, 5, REFUSED, "why"), 5)
+    saver.close()
+    assert list_checkpoints(tmp_path)[0].verdict.kind == REFUSED
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"kind": "fine"}', b'{"kind": 3}', b'{"refused_step": ""}', b"\xff", b"[" * 100_000]
+)
+def test_a_verdict_that_cannot_be_read_is_none(tmp_path, content):
+    saver = open_checkpoints(tmp_path, [])
+    saver.save(1, {"a": 1})
+    saver.close()
+    (one,) = list_checkpoints(tmp_path)
+    (one.folder / "verdict.json").write_bytes(content)
+    assert list_checkpoints(tmp_path)[0].verdict == CheckpointVerdict() and not verify_checkpoint(one.folder)
+
+
+def kinds_of(folder):
+    return [one.verdict.kind for one in list_checkpoints(folder)]
+
+
+def test_a_person_chooses_a_step_and_later_ones_are_set_aside(tmp_path):
+    saver = open_checkpoints(tmp_path, [])
+    for step in (10, 20, 30, 40):
+        saver.save(step, {"a": step})
+    saver.wait()
+    judge_checkpoint(tmp_path, 20, REFUSED, "why")
+    missing = pytest.raises(DistattnError, match="has no checkpoint of step 25; it has those of steps 10, 20, 30, 40")
+    with missing, choose_step(tmp_path, 25):
+        pass
+    (tmp_path / "one" / "step-00000004").mkdir(parents=True)
+    Manifest(1, 4, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(tmp_path / "one" / "step-00000004")
+    only_one = pytest.raises(DistattnError, match="one has no checkpoint of step 3; it has one of step 4[.]")
+    with only_one, choose_step(tmp_path / "one", 3):
+        pass
+    with choose_step(tmp_path, 20):
+        assert kinds_of(tmp_path) == [UNTESTED, UNTESTED, SET_ASIDE, SET_ASIDE]
+    assert kinds_of(tmp_path) == [UNTESTED, UNTESTED, SET_ASIDE, SET_ASIDE]
+    state = {"a": 0}
+    assert saver.load_newest(state).step == 20
+    saver.close()
+
+
+def test_a_full_disk_sets_no_checkpoint_aside(tmp_path, monkeypatch):
+    saver = open_checkpoints(tmp_path, [])
+    for step in (10, 20, 30):
+        saver.save(step, {"a": step})
+    saver.close()
+    written, write = [], Path.write_text
+
+    def full(file, *content):
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(file)
+        return write(file, *content)
+
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DistattnError, match="cannot be written: No space left on device"), choose_step(tmp_path, 10):
+        pass
+    assert kinds_of(tmp_path) == [UNTESTED] * 3 and sorted(tmp_path.rglob("*")) == before
