@@ -80,7 +80,7 @@ def run_ranks_and_finish(
 
             set_allocator()
             patience = Patience(config.supervision.starting_seconds, config.supervision.patience_seconds)
-            arguments = [str(run.folder), json_lines, proposal.name if proposal and proposal.is_there else ""]
+            arguments = [str(run.folder), json_lines, proposal.name if proposal and proposal.was_written else ""]
             code = run_supervised(
                 Ranks(config.parallel.ranks, RANK, arguments, patience, run=str(run.folder)),
                 Attempts(run.attempts),

@@ -35,16 +35,13 @@ class Proposal:
     def __init__(self, run: RunFolder, name: str):
         self.run, self.name = run, name
         self.file, self.applied_file = run.proposed_config_file(name), run.applied_config_file(name)
+        # by this process: one that is deleted meanwhile is still passed to the ranks, which refuse then
+        self.was_written = False
 
     @classmethod
     def of_this_process(cls, run: RunFolder) -> Proposal:
         """Return the proposal of this process, a launcher, which is not written yet."""
         return cls(run, writer_name())
-
-    @property
-    def is_there(self) -> bool:
-        """Return whether the proposal was written, applied or not."""
-        return self.file.exists() or self.applied_file.exists()
 
     def write(self, config: Config, step: int | None) -> None:
         """Write a configuration, and the step of the checkpoint to go on from, None for the newest good one. Raises OSError.
@@ -53,6 +50,7 @@ class Proposal:
         """
         facts = _Facts(step, self._digest_of_run())
         configuration.save(config, self.file, f"# {json.dumps(facts._asdict())}\n")
+        self.was_written = True
 
     def load(self) -> Config:
         """Return the proposed configuration. Raises DistattnError where the proposal is neither there nor applied."""

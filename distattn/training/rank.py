@@ -58,8 +58,8 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     try:
         config = Proposal(run, proposed).load() if proposed else configuration.load(run.config_file)
     except DistattnError as error:
-        # all ranks read the same file, and have no store yet to ask what others have said
-        if os.environ["RANK"] == "0" or run.logs.is_dir():
+        # ranks of a machine read the same file, and have no store yet to ask what others have said
+        if os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0" or run.logs.is_dir():
             sys.stderr.write(f"distattn: rank {os.environ['RANK']}: {error}\n")
             sys.stderr.flush()
         tell_end(error.exit_code, error)

@@ -52,7 +52,7 @@ def ranks(monkeypatch):
     seen = []
 
     def run_ranks_and_finish(run, config, report_progress, json_lines, proposal):
-        seen.append(proposal.load() if proposal.is_there else configuration.load(run.config_file))
+        seen.append(proposal.load() if proposal.was_written else configuration.load(run.config_file))
         assert seen[-1] == config
         return 2
 

@@ -71,6 +71,7 @@ def test_a_configuration_that_was_changed_meanwhile_is_not_overwritten(run, tmp_
 def test_a_rank_refuses_a_proposal_that_is_gone(run, monkeypatch, capsys):
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         assert on_rank(str(run.folder), lambda *_: 0, "ours") == DistattnError.exit_code
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "config.proposed-ours.toml: the proposed configuration is gone" in said[0]
