@@ -15,7 +15,7 @@ demo: $(VENV)/.train
 
 # every test once, of long products of cases a sample: under 10 minutes on 2 cores
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not full"
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not full"
 
 # everything; QUARTER=0 to 3: one quarter of the cases that `make test` leaves out of long products, as CI has the time for
 test-all: check
