@@ -135,7 +135,7 @@ def _by_the_trainer(rank: int, folder, degree: int, shared: bool, changes: dict)
 @pytest.mark.parametrize("changes", [{"bf16": True}], ids=["bf16"])
 def test_hugging_faces_trainer(tmp_path, changes):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    ((curve, norms, evaluated),) = run_on_ranks(1, _by_the_trainer, tmp_path, 1, False, {})
+    ((curve, norms, evaluated, _),) = run_on_ranks(1, _by_the_trainer, tmp_path, 1, False, {})
     for ranks, degree, shared in ((2, 2, False), (2, 1, True)):
         for got in run_on_ranks(ranks, _by_the_trainer, tmp_path, degree, shared, changes):
             assert got[0] == pytest.approx(curve, rel=1e-2)
