@@ -42,7 +42,7 @@ def guard_processes() -> None:
     # it watches by now
     guard.stdout.readline()
     guard.stdout.close()
-    # nobody waits for it
+    # this process never waits for it
     guard.returncode = 0
     _GUARDED[os.getpid()] = mark, os.memfd_create(mark)
     os.environ[_VARIABLE] = " ".join(filter(None, (above.get(_VARIABLE), mark)))
@@ -67,7 +67,7 @@ def main(pid: int, mark: str) -> None:
 
 
 def _is_marked(place: Path, mark: str) -> bool:
-    """Whether the process of a folder of /proc has the mark; False for one that has ended, or is another user's."""
+    """Return whether the process of a folder of /proc has the mark; False for one that has ended, or is another user's."""
     with contextlib.suppress(OSError):
         words = (place / "environ").read_bytes().split(b"\0")
         ours = next((word for word in words if word.startswith(f"{_VARIABLE}=".encode())), b"")

@@ -378,7 +378,7 @@ class ProbeTarget:
         return full_tensor(self._gathered_gradient(weight)) / self._scale()
 
     def _scale(self) -> float:
-        """By what Megatron has multiplied gradients."""
+        """Return the factor by which Megatron has multiplied gradients."""
         scale = 1.0 if self.config.grad_scale_func is None else float(self.config.grad_scale_func(torch.ones(1)))
         if self.config.calculate_per_token_loss:
             # each rank of the probe counts one token

@@ -48,7 +48,7 @@ def _rank() -> int:
 
 
 def _is_first(sentence: str) -> bool:
-    """Whether no other rank has printed this sentence; True where the ranks' store does not answer."""
+    """Return whether no other rank has printed this sentence; True where the ranks' store does not answer."""
     if not dist.is_initialized():
         return True
     key = "distattn/refusal/" + hashlib.blake2b(sentence.encode(), digest_size=16).hexdigest()
