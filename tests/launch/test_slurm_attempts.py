@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 
+from distattn.checkpoints.manifest import Manifest
 from distattn.launch.attempt_end import AttemptEnd, LeftOut
 from distattn.launch.attempts import Attempts
 
@@ -46,7 +47,9 @@ def job(tmp_path):
         for number, (words, code) in enumerate(steps):
             first = f"echo SIGTERM > {folder}/stop\n" if code == 75 else ""
             if words == KILLED and number == 0:
-                first = f"mkdir -p {folder}/checkpoints/step-00000004\n"
+                Manifest(0, 4, "2026-11-25T12:00:00+00:00", 2, "2.13.0", {}, []).write(tmp_path)
+                saved = f"{folder}/checkpoints/step-00000004"
+                first = f"mkdir -p {saved}\ncp {tmp_path}/manifest.json {saved}\n"
             # a step that does not end by itself
             last = "exec sleep 1000" if code < 0 else f"exit {code}"
             (bin_folder / f"step{number}").write_text(f"{first}echo '{words}' >&2\n{last}\n")
