@@ -12,6 +12,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Collection, Iterator
+from enum import EnumType
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ METADATA = _OF_TORCH | {
     *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata")),
     *((f"{_DCP}.metadata", name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    # some versions of Python 3.11 pickle the members of an enumeration by it; see `_enumeration_member`
+    ("builtins", "getattr"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
     # the folder that was written to; Python 3.13 has moved the class
@@ -164,8 +167,17 @@ class _ListedUnpickler(pickle.Unpickler):
         """Return what a pickle names. Raises DamagedDataError for what no checkpoint names."""
         if (module, name) not in self._names:
             raise refusal(self._path, module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enumeration_member
         # Python 3.13 writes a module that older ones do not have
         return super().find_class("pathlib" if module.startswith("pathlib") else module, name)
+
+
+def _enumeration_member(enumeration: Any, name: Any) -> Any:
+    """Return the member of an enumeration that has this name. Raises ValueError for what is no enumeration."""
+    if not isinstance(enumeration, EnumType):
+        raise ValueError("not an enumeration")
+    return enumeration[name]
 
 
 class _InertUnpickler(_ListedUnpickler):

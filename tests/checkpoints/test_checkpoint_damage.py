@@ -1,6 +1,7 @@
 """Damage to a checkpoint is found before anything of it is unpickled, named by file and byte, and the one before is loaded."""
 
 import dataclasses
+import io
 import os
 import pickle
 import shutil
@@ -16,7 +17,7 @@ from distattn.checkpoints.checkpoint_folder import list_checkpoints, newest_good
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.digested_files import CheckedFile, DigestingFile
 from distattn.checkpoints.manifest import BLOCK_BYTES, Manifest
-from distattn.checkpoints.pickled_names import VALUES
+from distattn.checkpoints.pickled_names import VALUES, load_metadata
 from distattn.checkpoints.retention import KeepRule
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.models.checkpoint_files import checkpoint_tensors
@@ -165,6 +166,26 @@ def test_a_checkpoint_with_right_digests_runs_no_code_and_is_not_called_good(whe
     # why: DCP alone runs it
     dcp.load({"weights": torch.zeros(4), "words": ""} if where != "tensor" else {"words": ""}, checkpoint_id=step)
     assert marker.exists() == (where != "tensor")
+
+
+class Attribute:
+    """An attribute of a class, pickled as some versions of Python 3.11 pickle the members of enumerations."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enumerations_are_read_as_every_python_writes_them():
+    path, formats = Path(".metadata"), dcp.metadata._MEM_FORMAT_ENCODING
+    for member in formats:
+        for written in (member, Attribute(formats, member.name)):
+            assert load_metadata(io.BytesIO(pickle.dumps(written)), path) is member
+    for name, owner in [("mkdir", Path), ("__subclasses__", formats), ("__init__", dcp.metadata.Metadata)]:
+        with pytest.raises(DamagedDataError):
+            load_metadata(io.BytesIO(pickle.dumps(Attribute(owner, name))), path)
 
 
 @pytest.mark.parametrize("outside", ["../secret", "/etc/passwd", "a/b"])
