@@ -35,8 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the cases of a test marked sampled(n), the first and every n-th are for `make test`; the others are marked full.
 
-    With --quarter only a quarter of those is run. Tests marked waits come first, so that the suite does not end with one
-    process that waits.
+    With --quarter only a quarter of those is run. Of each process's tests those marked waits come first, so that the suite does
+    not end with one process that waits.
     """
     quarter = config.getoption("quarter")
     seen: Counter[str] = Counter()
@@ -54,4 +54,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)
         items[:] = [item for item in items if item not in gone]
-    items.sort(key=lambda item: item.get_closest_marker("waits") is None)
+    items[:] = _spread(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def _spread(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """Return the tests in an order of which each process gets an equal part, as `--dist worksteal` deals them out.
+
+    A part begins with whole modules of tests that wait, so that processes wait beside others that compute.
+    """
+    waiting: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("waits") is not None:
+            waiting.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    shares: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    for module in sorted(waiting.values(), key=len, reverse=True):
+        min(shares, key=len).extend(module)
+    computing = [item for item in items if item.get_closest_marker("waits") is None]
+    ordered: list[pytest.Item] = []
+    for number, share in enumerate(shares):
+        size = (len(items) - len(ordered)) // (processes - number)
+        count = max(size - len(share), 0)
+        taken, computing = computing[:count], computing[count:]
+        ordered += [*share, *taken]
+    return ordered
