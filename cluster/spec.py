@@ -12,16 +12,18 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import tomli_w
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from distattn.cluster.topology import Cluster
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+# pydantic and tomli_w are imported only where files are read and written: kernels are checked where torch and Triton are alone
+if TYPE_CHECKING:
+    from pydantic import ConfigDict, TypeAdapter
+
+Record = TypeVar("Record")
+_STRICT: ConfigDict = {"extra": "forbid", "allow_inf_nan": False}
 DIRECTIONS = ("forward", "backward")
 _NAME = re.compile(r"(?P<kind>[a-z0-9_]+)-(?P<nodes>[1-9]\d*)x(?P<devices>[1-9]\d*)")
 
@@ -108,6 +110,8 @@ class ClusterSpec:
 
     def save(self, path: str | Path) -> None:
         """Write the TOML file that `load` reads back."""
+        import tomli_w
+
         Path(path).write_text(tomli_w.dumps(asdict(self)), "utf-8")
 
 
@@ -154,8 +158,18 @@ def load(name: str | Path, ranks: int | None = None) -> ClusterSpec:
 
 @cache
 def _load_shipped(kind: str) -> ClusterSpec:
-    text = (resources.files("distattn.cluster") / "descriptions" / f"{kind}.toml").read_text("utf-8")
-    return _parsed(kind, text)
+    """Return a shipped cluster. Tests check these files by pydantic, which strategies must not need."""
+    content = tomllib.loads((resources.files("distattn.cluster") / "descriptions" / f"{kind}.toml").read_text("utf-8"))
+    content["device"] = _record(Device, content["device"] | {"tile": tuple(content["device"]["tile"])})
+    content |= {name: _record(Link, content[name]) for name in ("intra_node", "inter_node")}
+    content["attention"] = tuple(_record(KernelThroughput, row) for row in content["attention"])
+    return ClusterSpec(**content)
+
+
+def _record(kind: type[Record], values: dict[str, Any]) -> Record:
+    """Return a dataclass of these values, in which whole numbers become floats where the dataclass has floats."""
+    types = kind.__annotations__
+    return kind(**{name: float(value) if types[name] == "float" else value for name, value in values.items()})
 
 
 def with_ranks(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
@@ -183,10 +197,14 @@ def _sized(cluster: ClusterSpec, name: str, nodes: int, devices: int) -> Cluster
 
 @cache
 def _adapter() -> TypeAdapter[ClusterSpec]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(ClusterSpec)
 
 
 def _parsed(source: str, text: str) -> ClusterSpec:
+    from pydantic import ValidationError
+
     try:
         content: dict[str, Any] = tomllib.loads(text)
         found = _adapter().validate_python(content)

@@ -12,6 +12,7 @@ import harness
 import pytest
 import recall_by_ratio
 import torch
+from gpu_programs import run_program
 from waiting import LIMIT_SECONDS
 
 from distattn.ir.op import OPS
@@ -156,15 +157,9 @@ def test_the_benchmarks_run(script, arguments, wanted):
     assert "wrong" not in done.stdout and "error" not in done.stdout, done.stdout
 
 
-def run_interpreted(*command: str) -> subprocess.CompletedProcess:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
-
-
 @pytest.mark.full
 def test_the_gpu_benchmark_runs_without_one():
-    done = run_interpreted("benchmarks/gpu.py")
+    done = run_program("benchmarks/gpu.py")
     assert done.returncode == 0 and "ours wrong or failing in 0" in done.stdout, (
         done.stdout[-500:] + done.stderr[-1500:]
     )
@@ -174,14 +169,14 @@ def test_the_gpu_benchmark_runs_without_one():
 
 @pytest.mark.full
 def test_the_gpu_checks_run_without_one():
-    done = run_interpreted("benchmarks/gpu_checks.py")
+    done = run_program("benchmarks/gpu_checks.py")
     assert done.returncode == 0 and "guards whole" in done.stdout, done.stdout + done.stderr[-1500:]
     assert "gluon (32, 32) softcap alibi: left out" in done.stdout
 
 
 @pytest.mark.full
 def test_kernels_of_recurrences_are_checked_and_timed_without_a_gpu():
-    done = run_interpreted("benchmarks/gpu_recurrence.py", "--tokens", "65")
+    done = run_program("benchmarks/gpu_recurrence.py", "--tokens", "65")
     assert done.returncode == 0, done.stdout + done.stderr[-1500:]
     assert "kernel chunked, kda: right" in done.stdout and "kernel fla, ssd: left out" in done.stdout
     assert "ssd, 65 tokens, 2 heads: gradients' state pass" in done.stdout
@@ -189,23 +184,21 @@ def test_kernels_of_recurrences_are_checked_and_timed_without_a_gpu():
 
 @pytest.mark.full
 def test_all_ranks_in_lock_step_with_late_copies_equal_one_shot():
-    done = run_interpreted("benchmarks/gpu_executor.py", "--ranks", "3")
+    done = run_program("benchmarks/gpu_executor.py", "--ranks", "3")
     assert done.returncode == 0 and "usp" in done.stdout, done.stdout + done.stderr[-1500:]
 
 
 @pytest.mark.full
 def test_the_cluster_check_runs_over_gloo_with_the_triton_kernel():
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run_interpreted(*launcher, "benchmarks/check_cluster.py")
+    done = run_program("benchmarks/check_cluster.py", ranks=2)
     assert done.returncode == 0 and "2 ranks, gloo" in done.stdout, done.stdout + done.stderr[-1500:]
     assert "wrong" not in done.stdout and "error" not in done.stdout
 
 
 @pytest.mark.full
 def test_recurrent_layers_are_right_on_every_rank_over_gloo(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     out = tmp_path / "found.jsonl"
-    done = run_interpreted(*launcher, "benchmarks/check_recurrences.py", "--findings", str(out))
+    done = run_program("benchmarks/check_recurrences.py", "--findings", str(out), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr[-1500:]
     assert "fla-core's own context parallelism: left out: it " in done.stdout
     rows = findings.read(out)

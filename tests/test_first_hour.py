@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,19 +11,10 @@ import findings
 import first_hour
 import pytest
 import torch
+from gpu_programs import run_program
 from verdict import Outcome, speed_table, time_table, verdict
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(*command, ranks=0):
-    """Exit code, output and findings of one of the programs, in Triton's interpreter."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks else ()
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *launcher, *command], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
 
 
 @pytest.mark.full
@@ -67,7 +56,9 @@ def run(*command, ranks=0):
     ids=["kernels", "messages", "a lost rank"],
 )  # fmt: skip
 def test_every_planted_fault_is_found(command, ranks, wanted, tmp_path):
-    done = run(f"benchmarks/{command[0]}", *command[1:], "--findings", str(tmp_path / "found.jsonl"), ranks=ranks)
+    done = run_program(
+        f"benchmarks/{command[0]}", *command[1:], "--findings", str(tmp_path / "found.jsonl"), ranks=ranks
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert not [text for text in wanted if text not in done.stdout], done.stdout
     rows = findings.read(tmp_path / "found.jsonl")

@@ -57,12 +57,18 @@ class MonitoredTransport:
         where += heartbeats.layer_in_words()
         if self.messages.on_send is not None:
             self.messages.on_send(sends)
-        work = self.guarded(lambda: self._transport.exchange(sends, receives, collective, where))
-        watched, words = self._watch is not None and bool(sends or receives), ""
-        if watched or heartbeats.is_attached():
+        watch, words = self._watch if sends or receives else None, ""
+        if watch is not None or heartbeats.is_attached():
             words = awaited(sends, receives, self._members, where)
-        if watched and self._watch is not None:
-            self._watch.add(work.requests, words)
+
+        def start() -> Any:
+            return self._transport.exchange(sends, receives, collective, where)
+
+        if watch is None:
+            return _MonitoredWork(self, self.guarded(start), words)
+        with watch.watching(words) as under_way:
+            work = self.guarded(start)
+            under_way.works = work.requests
         return _MonitoredWork(self, work, words)
 
     def guarded(self, work: Callable[[], Any]) -> Any:
@@ -99,7 +105,9 @@ class MonitoredTransports:
             group = self._group()
             if group is None:
                 raise DistattnError("the process group of this ContextParallel has been destroyed; make another one.")
-            transport = EXECUTABLES.transport(group, device, self._monitor.wait_timeout)
+            transport = self._monitor.guarded(
+                lambda: EXECUTABLES.transport(group, device, self._monitor.wait_timeout), MESSAGES, self._members
+            )
             self._opened[device.type] = MonitoredTransport(
                 transport, self._monitor, self._members, device, self.messages
             )

@@ -6,12 +6,14 @@ sign of life, what was found is said, and the communicator is given up, so that 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,11 +28,20 @@ _LOG = logging.getLogger("distattn")
 _POLL = 0.5
 
 
-class _UnderWay(NamedTuple):
-    # not what is sent and received: it is not to live longer for being watched
-    works: Sequence[Any]
+@dataclass(eq=False)
+class UnderWay:
+    """Messages that are watched. works: as the backend gave them, None until it has.
+
+    What is sent and received is not here: it is not to live longer for being watched.
+    """
+
     what: str
     since: float
+    works: Sequence[Any] | None = None
+
+    def have_arrived(self) -> bool:
+        """Return whether all messages have been started and have arrived."""
+        return self.works is not None and all(work.is_completed() for work in self.works)
 
 
 class MessageWatch:
@@ -43,14 +54,27 @@ class MessageWatch:
         self, monitor: HealthMonitor, members: Sequence[int], give_up: Callable[[], None], device: torch.device
     ):
         self._monitor, self._members, self._give_up, self._device = monitor, members, give_up, device
-        self._under_way: deque[_UnderWay] = deque()
+        self._under_way: deque[UnderWay] = deque()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-messages")
         self._thread.start()
 
-    def add(self, works: Sequence[Any], what: str) -> None:
-        """Watch messages until they have arrived. works: as the backend gave them; what: which they are, for the error."""
-        self._under_way.append(_UnderWay(works, what, time.monotonic()))
+    @contextlib.contextmanager
+    def watching(self, what: str) -> Iterator[UnderWay]:
+        """Watch messages from before they are started until they have arrived. what: which they are, for the error.
+
+        The block starts them and notes their works. NCCL blocks the host there until two ranks that have never sent each other
+        a message have connected.
+        """
+        under_way = UnderWay(what, time.monotonic())
+        self._under_way.append(under_way)
+        try:
+            yield under_way
+        except BaseException:
+            # the thread may have taken it already
+            with contextlib.suppress(ValueError):
+                self._under_way.remove(under_way)
+            raise
 
     def close(self) -> None:
         """End the thread."""
@@ -64,7 +88,7 @@ class MessageWatch:
             torch.cuda.set_device(self._device)
         limit, arrived = self._monitor.wait_timeout.total_seconds(), time.monotonic()
         while not self._closed.wait(_POLL):
-            while self._under_way and all(work.is_completed() for work in self._under_way[0].works):
+            while self._under_way and self._under_way[0].have_arrived():
                 self._under_way.popleft()
                 arrived = time.monotonic()
             # a device works them off one after another: the oldest is under way since the one before has arrived

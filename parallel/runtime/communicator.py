@@ -8,6 +8,7 @@ it keeps what it has made until destroy_process_group.
 from __future__ import annotations
 
 import hashlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,10 @@ from distattn.parallel.runtime.sealed_values import seal, unseal
 
 # after which PyTorch's own watchdog may end a process that waits
 _WATCHDOG = timedelta(hours=1)
+# A new communicator connects each rank with this many neighbours on either side: all pairs of up to 65 ranks. The other pairs of
+# a larger group connect when a plan first uses them: to connect all pairs of 240 ranks took 3 to 20 minutes
+# (github.com/NVIDIA/nccl-tests/issues/78).
+_CONNECTED_NEIGHBOURS = 32
 # how many communicators this process has opened beside a group
 _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -32,9 +37,8 @@ _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 def open_communicator(group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> Any:
     """A backend for messages between such devices, of the kind that the group has. A collective call of the group's ranks.
 
-    It is warm: NCCL wants all ranks in the first call of a communicator, and a step of a plan may leave some out. timeout: how
-    long ranks wait for each other, here and in each message. Raises DistattnError where the group has no backend for the
-    device, LostRankError where a rank does not come.
+    It is warm (`warm_up`). timeout: how long ranks wait for each other, here and in each message. Raises DistattnError where the
+    group has no backend for the device, LostRankError where a rank does not come.
     """
     kind = backend_name(group, device)
     if kind is None or kind != _SENDS_FROM.get(device.type):
@@ -43,6 +47,42 @@ def open_communicator(group: dist.ProcessGroup, device: torch.device, timeout: t
             'CPU and nccl for GPUs: init_process_group("cpu:gloo,cuda:nccl").'
         )
     return _opened(group, _OPEN[kind], device, timeout)
+
+
+def warm_up(backend: Any, rank: int, ranks: int, device: torch.device, timeout: timedelta) -> None:
+    """Make the first calls of a communicator: a collective call of its ranks. Raises RuntimeError after the time-out.
+
+    NCCL wants all ranks in the first call of a communicator, and a step of a plan may leave some out. It also connects two
+    ranks at their first message, which blocks the host until both have come to it (github.com/NVIDIA/nccl/issues/415).
+    """
+    first = torch.zeros(1, device=device)
+    if not backend.supports_coalescing:
+        # gloo connects all pairs when it is made, and its waits have a time-out
+        backend.allreduce([first]).wait()
+        return
+    # neither of NCCL's waits has a time-out; abort ends both
+    alarm = threading.Timer(timeout.total_seconds(), backend.abort)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        backend.allreduce([first]).wait()
+        _connect_pairs(backend, rank, ranks, device)
+    finally:
+        alarm.cancel()
+
+
+def _connect_pairs(backend: Any, rank: int, ranks: int, device: torch.device) -> None:
+    """Exchange one byte with up to _CONNECTED_NEIGHBOURS ranks on either side, in one call."""
+    distances = range(1, min(_CONNECTED_NEIGHBOURS, ranks // 2) + 1)
+    peers = sorted({(rank + sign * distance) % ranks for distance in distances for sign in (-1, 1)})
+    if not peers:
+        return
+    sent, received = (torch.zeros(len(peers), dtype=torch.uint8, device=device) for _ in range(2))
+    backend._start_coalescing()
+    for number, peer in enumerate(peers):
+        backend.send([sent[number : number + 1]], peer, 0)
+        backend.recv([received[number : number + 1]], peer, 0)
+    backend._end_coalescing().wait()
 
 
 def open_host_communicator(group: dist.ProcessGroup, timeout: timedelta) -> Any:
@@ -142,7 +182,7 @@ def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.de
         store.set(f"here/{rank}", "1")
         store.wait([f"here/{other}" for other in range(len(members))], timeout)
         backend = make(store, rank, members, timeout, name)
-        backend.allreduce([torch.zeros(1, device=device)]).wait()
+        warm_up(backend, rank, len(members), device, timeout)
         return backend
 
     return attended(group, "the making of a communicator", work)

@@ -1,6 +1,7 @@
 """Cluster descriptions: shipped ones, files of one's own, and what is refused."""
 
 import re
+from dataclasses import replace
 from importlib import resources
 
 import pytest
@@ -19,6 +20,13 @@ def test_shipped_descriptions_are_read_and_every_number_has_its_source(kind):
         if re.match(r"(memory|peak|gemm|copy|num_sms|tile|launch|gbs|latency)", line):
             assert "#" in line, f"{kind}: no source beside {line!r}"
     assert "#" in text[text.index("attention = [") : text.index("{ direction")]
+
+
+@pytest.mark.parametrize("kind", describe.shipped_names())
+def test_shipped_descriptions_say_the_same_without_pydantic(kind):
+    file = resources.files("distattn.cluster") / "descriptions" / f"{kind}.toml"
+    shipped = describe.load(f"{kind}-1x1")
+    assert repr(replace(shipped, name=kind)) == repr(replace(describe.load(str(file)), nodes=1, devices=1))
 
 
 def test_names_give_nodes_and_devices():

@@ -14,6 +14,7 @@ from processes import run_survivors
 import distattn as da
 from distattn.driver.message_watch import awaited
 from distattn.ir.plan import Payload
+from distattn.parallel.runtime import communicator
 from distattn.parallel.runtime.transport import Packet
 
 pytestmark = pytest.mark.waits
@@ -57,6 +58,36 @@ def test_a_lost_rank_is_named_with_the_move_that_is_waited_for(how):
     assert any(
         "KV from rank" in error and "of the forward pass did not come within 12 s" in error for error in errors.values()
     )
+
+
+def first_contact(rank, lost, how):
+    """The error by which calls of attention end whose first message to the lost rank blocks the host."""
+    imitate_nccl(seconds=600, blocks=False)
+    communicator._CONNECTED_NEIGHBOURS = 0
+    ids = torch.zeros(1, 96, dtype=torch.int64)
+    settings = dict(strategy="ring", layout="contiguous", data="replicated", timeout=TIMEOUT)
+    with pytest.raises(da.LostRankError) as error, shared(**settings) as cp:
+        # the communicator is opened; no document lies on two ranks, so none sends anything
+        first = cp.shard({"input_ids": ids, "document_lengths": [32, 32, 32]})
+        attend(first)
+        batch = cp.shard({"input_ids": ids, "document_lengths": [96]})
+        for shape, device in first["context_parallel"]._executables:
+            # waits until the ranks have agreed on the plan
+            batch["context_parallel"].executable(shape, device)
+        dist.barrier()
+        if rank == lost:
+            os.kill(os.getpid(), how)
+        while True:
+            attend(batch)
+            time.sleep(0.2)
+    return str(error.value)
+
+
+@pytest.mark.full
+def test_a_rank_that_is_lost_before_its_first_message_is_named():
+    errors = run_survivors(3, 1, first_contact, 1, signal.SIGSTOP)
+    for error in errors.values():
+        assert "rank 1 stopped answering: killed, stopped or unreachable" in error
 
 
 def test_moves_are_named_by_payload_rank_and_step():

@@ -1,6 +1,7 @@
 """Every strategy over a communicator with NCCL's rules, and each rule's breach."""
 
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import POLICIES, Payload
 from distattn.parallel.make_plan import STRATEGIES, make_plan
-from distattn.parallel.runtime import execute
-from distattn.parallel.runtime.communicator import backend_name
+from distattn.parallel.runtime import communicator, execute
+from distattn.parallel.runtime.communicator import backend_name, warm_up
 from distattn.parallel.runtime.transport import GroupTransport, Packet
 
 
@@ -47,17 +48,23 @@ def on_threads(runs):
     return [results[rank] for rank in range(len(runs))]
 
 
-def network(ranks, seconds=60.0, warm=True, wrap=lambda backend, rank: backend):
-    """A function from a rank to its transport, opened as `open_communicator` opens it."""
+def network(ranks, seconds=60.0, warm="all", wrap=lambda backend, rank: backend):
+    """A function from a rank to its transport, opened as `open_communicator` opens it.
+
+    warm: "all" calls of `warm_up`, only its first, the "collective" one, or "none".
+    """
     wire = QueueWire(seconds)
     backends = [ImitatedNccl(wire.end(rank), rank, ranks) for rank in range(ranks)]
-    if warm:
-        on_threads(warmed(backend) for backend in backends)
+    if warm != "none":
+        on_threads(warmed(backend, rank, ranks, warm) for rank, backend in enumerate(backends))
     return lambda rank: GroupTransport(GROUP, wrap(backends[rank], rank))
 
 
-def warmed(backend):
-    backend.allreduce([torch.zeros(1)])
+def warmed(backend, rank, ranks, warm):
+    if warm == "all":
+        warm_up(backend, rank, ranks, torch.device("cpu"), timedelta(seconds=60))
+    else:
+        backend.allreduce([torch.zeros(1)])
     yield
 
 
@@ -91,7 +98,45 @@ def test_a_communicator_that_is_not_warm_hangs_where_a_step_leaves_ranks_out():
     plan, inputs = sparse_plan()
     assert_close(together(plan, inputs), dense(plan.call.mask, inputs), 1e-11)
     with pytest.raises(Exception, match=r"rank \d's first call of a communicator waits for a call of rank [23]"):
-        together(plan, inputs, warm=False, seconds=SOON)
+        together(plan, inputs, warm="none", seconds=SOON)
+
+
+def never_calls():
+    yield
+
+
+def test_the_first_message_of_two_ranks_waits_on_the_host_unless_they_are_connected():
+    hub = network(2, seconds=SOON, warm="collective")
+    with pytest.raises(Exception, match="rank 0's first message with rank 1 waits on the host for rank 1"):
+        on_threads([send(hub(0), torch.ones(4), peer=1), never_calls()])
+    hub = network(2, seconds=SOON)
+    # the host goes on; the message is waited for later
+    posted = hub(0).exchange([Packet(1, Payload.KV, torch.ones(4))], [], False)
+    on_threads([receive_and_use(hub(1), torch.empty(4), peer=0), waited(posted)])
+
+
+def waited(pending):
+    yield
+    pending.wait()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5, 8])
+def test_a_new_communicator_connects_neighbours_on_both_sides(ranks, monkeypatch):
+    monkeypatch.setattr(communicator, "_CONNECTED_NEIGHBOURS", 2)
+    backends = [ImitatedNccl(wire, rank, ranks) for rank, wire in enumerate(map(QueueWire(SOON).end, range(ranks)))]
+    on_threads(warmed(backend, rank, ranks, "all") for rank, backend in enumerate(backends))
+    for rank, backend in enumerate(backends):
+        near = {(rank + step) % ranks for step in (-2, -1, 1, 2)} - {rank}
+        assert backend._connected == {(rank, peer) for peer in near} | {(peer, rank) for peer in near}
+
+
+def test_a_rank_that_does_not_come_to_the_opening_of_a_communicator_does_not_hold_the_others():
+    wire = QueueWire(60.0)
+    with pytest.raises(RuntimeError, match="was aborted"):
+        backend = ImitatedNccl(wire.end(0), 0, 2)
+        # the other one has made its first call, and no message
+        wire.queue(1, 0, "here").put(torch.zeros(1))
+        warm_up(backend, 0, 2, torch.device("cpu"), timedelta(seconds=0.5))
 
 
 class Breaching:
@@ -155,14 +200,14 @@ def test_what_is_received_is_not_there_before_the_wait():
     assert_close(together(plan, inputs), dense(plan.call.mask, inputs), 1e-11)
 
 
-def receive_and_use(transport, here):
-    transport.exchange([], [Packet(1, Payload.KV, here)], False).wait()
+def receive_and_use(transport, here, peer=1):
+    transport.exchange([], [Packet(peer, Payload.KV, here)], False).wait()
     yield
     return here.clone()
 
 
-def send(transport, what, spoil=False):
-    work = transport.exchange([Packet(0, Payload.KV, what)], [], False)
+def send(transport, what, spoil=False, peer=0):
+    work = transport.exchange([Packet(peer, Payload.KV, what)], [], False)
     if spoil:
         what.zero_()
     yield

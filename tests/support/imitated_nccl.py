@@ -1,6 +1,7 @@
 """A backend with NCCL's rules, for tests: over queues between threads of one process, or over gloo between processes.
 
-What NCCL does and gloo does not: the first call of a communicator blocks until all its ranks make one; tensors of another
+What NCCL does and gloo does not: the first call of a communicator blocks until all its ranks make one; the first message from one
+rank to another connects them, which blocks the host, without a time-out, until both have come to it; tensors of another
 device are refused; messages are one call, and calls are worked off in order, each only when both ends have come to it; what is
 sent is read late, and what is received is there only after the wait. So here sends are read at the wait, what is to be received
 is NaN until then, and where ranks would wait for each other for ever a Hang says who for whom.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import defaultdict
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -42,6 +44,16 @@ class QueueWire:
         wire: QueueWire
         rank: int
 
+        def connect(self, src: int, dst: int) -> None:
+            self.wire.queue(src, dst, self.rank, "connect").put(None)
+
+        def has_connected(self, src: int, dst: int, rank: int) -> bool:
+            return not self.wire.queue(src, dst, rank, "connect").empty()
+
+        @property
+        def seconds(self) -> float:
+            return self.wire.seconds
+
         def put(self, peer: int, kind: str, data: Tensor) -> None:
             self.wire.queue(self.rank, peer, kind).put(data)
 
@@ -57,9 +69,15 @@ class GlooWire:
 
     KINDS = ("here", "data", "taken")
 
-    def __init__(self, gloo: Any, seconds: float = 60.0):
-        self._gloo, self._kept = gloo, []
+    def __init__(self, gloo: Any, store: dist.Store, seconds: float = 60.0):
+        self._gloo, self._store, self._kept, self.seconds = gloo, store, [], seconds
         gloo._set_default_timeout(timedelta(seconds=seconds))
+
+    def connect(self, src: int, dst: int) -> None:
+        self._store.set(f"connect/{src}/{dst}/{self._gloo.rank()}", "1")
+
+    def has_connected(self, src: int, dst: int, rank: int) -> bool:
+        return self._store.check([f"connect/{src}/{dst}/{rank}"])
 
     def put(self, peer: int, kind: str, data: Tensor) -> None:
         tag = 2 * self.KINDS.index(kind)
@@ -89,7 +107,9 @@ class ImitatedNccl:
         """blocks: waits return once messages have come; otherwise at once, as where a device's stream waits."""
         self._blocks = blocks
         self._wire, self._rank, self._ranks, self._device = wire, rank, ranks, torch.device(device)
-        self._has_called = False
+        self._has_called, self._is_aborted = False, False
+        # (source, destination) of messages that this rank has sent or received
+        self._connected: set[tuple[int, int]] = set()
         self._group: _Call | None = None
         # calls that are not worked off yet, oldest first
         self._stream: list[_Call] = []
@@ -117,6 +137,7 @@ class ImitatedNccl:
         # every message has both ends in the same group of calls, and no message is for oneself
         assert self._rank not in {peer for peer, _ in (*call.sends, *call.receives)}
         self._first_call()
+        self._connect(call)
         for _, tensor in call.receives:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0x7F)
         self._stream.append(call)
@@ -158,8 +179,26 @@ class ImitatedNccl:
                     f"rank {self._rank}'s first call of a communicator waits for a call of rank {rank}"
                 ) from None
 
+    def _connect(self, call: _Call) -> None:
+        """Wait, on the host, for the other end of each message between ranks that have not had one in this direction."""
+        sent = {(self._rank, peer): peer for peer, _ in call.sends}
+        received = {(peer, self._rank): peer for peer, _ in call.receives}
+        new = {pair: peer for pair, peer in (sent | received).items() if pair not in self._connected}
+        for src, dst in new:
+            self._wire.connect(src, dst)
+        ends = time.monotonic() + self._wire.seconds
+        for (src, dst), peer in new.items():
+            while not self._wire.has_connected(src, dst, peer):
+                if self._is_aborted:
+                    raise RuntimeError("NCCL communicator was aborted on the host's side")
+                if time.monotonic() > ends:
+                    raise Hang(f"rank {self._rank}'s first message with rank {peer} waits on the host for rank {peer}")
+                time.sleep(0.005)
+        self._connected |= set(new)
+
     def abort(self) -> None:
         """Whatever waits goes on."""
+        self._is_aborted = True
         self._stream.clear()
 
     def work_off(self, last: _Call) -> None:
@@ -214,7 +253,7 @@ def imitate_nccl(seconds: float = 60.0, blocks: bool = True) -> None:
 
     def opened(store: dist.Store, rank: int, members: list[int], timeout: Any, name: str) -> ImitatedNccl:
         gloo = dist.ProcessGroupGloo(store, rank, len(members), timeout)
-        return ImitatedNccl(GlooWire(gloo, seconds), rank, len(members), blocks=blocks)
+        return ImitatedNccl(GlooWire(gloo, store, seconds), rank, len(members), blocks=blocks)
 
     communicator._OPEN["gloo"] = opened
 

@@ -1,0 +1,39 @@
+"""In PYTHONPATH: no package but torch, Triton and what these need can be imported, as on a machine lent for an hour."""
+
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from re import match
+
+
+def _needed(names: set[str]) -> set[str]:
+    """Return the names of these packages and of all that they need, without extras."""
+    found: set[str] = set()
+    while names:
+        found |= names
+        lines = []
+        for name in names:
+            try:
+                lines += requires(name) or []
+            except PackageNotFoundError:
+                continue
+        names = {
+            match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in lines if "extra ==" not in line
+        } - found
+    return found
+
+
+_ALLOWED = _needed({"torch", "triton", "numpy"})
+_DISTRIBUTIONS = packages_distributions()
+
+
+class _AllowedPathFinder(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        owners = {owner.lower().replace("_", "-") for owner in _DISTRIBUTIONS.get(name.partition(".")[0], [])}
+        if owners and not owners & {*_ALLOWED, "distattn"}:
+            return None
+        return PathFinder.find_spec(name, path, target)
+
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = _AllowedPathFinder()
