@@ -167,8 +167,8 @@ def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Findi
 
 def _check_repeatable(emulation: EmulatedModel) -> Finding | None:
     """Find random numbers in one process: with them nothing can be compared, whatever ranks do about seeds."""
-    one, other = emulation(RIGHT, False), emulation(RIGHT, False)
-    if one is None or other is None or torch.equal(one, other):
+    first_NV, second_NV = emulation(RIGHT, False), emulation(RIGHT, False)
+    if first_NV is None or second_NV is None or torch.equal(first_NV, second_NV):
         return None
     observed = (
         "one process computes other logits the second time, and the ranks do not: their random numbers are seeded"
@@ -229,8 +229,8 @@ def _explain_forward(
 
     def score(hypothesis: Hypothesis) -> float | None:
         if replay is None:
-            found = emulation(hypothesis, False)
-            return None if found is None else distance(logits_NV, found) / tolerances.logits
+            emulated_NV = emulation(hypothesis, False)
+            return None if emulated_NV is None else distance(logits_NV, emulated_NV) / tolerances.logits
         try:
             return replay.worst_ratio(hypothesis)
         except Exception as error:
@@ -265,15 +265,15 @@ _OTHER_BATCH = Finding(
 
 def _odd_logits(reference: ReferenceResult, ranks: Sequence[RankResult]) -> str:
     """Name the rank whose logits differ most, and its tokens that differ as much."""
-    worst, words = -1.0, ""
+    worst, description = -1.0, ""
     for rank, part in parts_of(ranks):
         tokens = part["tokens"]
         difference_T = (part["logits"][: len(tokens)].double() - reference.logits_NV[tokens].double()).norm(dim=1)
         if len(tokens) and float(difference_T.max()) > worst:
             worst = float(difference_T.max())
             odd = tokens[difference_T > worst / 10]
-            words = f"what the model puts out, most of all on rank {rank} in {name_tokens(odd.tolist())}"
-    return words
+            description = f"what the model puts out, most of all on rank {rank} in {name_tokens(odd.tolist())}"
+    return description
 
 
 def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.nn.Module:
@@ -332,10 +332,10 @@ def _explain_gradients_and_weights(
         # in fp32 gradients of parameters tell as much
         return of_backward() if _is_coarse(ranks) else None
     weights = explain_weights(reference, losses, ranks[0]["loss_scale"], len(ranks))
-    known = weights or of_router() or sums
-    if known is None and finding is not None and finding.cause == "gradient differs":
-        known = of_backward()
-    return known or finding
+    explained = weights or of_router() or sums
+    if explained is None and finding is not None and finding.cause == "gradient differs":
+        explained = of_backward()
+    return explained or finding
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:

@@ -45,8 +45,8 @@ class EmulatedModel:
 
     def gives(self, logits_NV: Tensor, tolerance: float) -> bool:
         """Whether ranks that do all right compute these logits."""
-        found = self(RIGHT, False)
-        return found is not None and distance(found, logits_NV) <= tolerance
+        emulated_NV = self(RIGHT, False)
+        return emulated_NV is not None and distance(emulated_NV, logits_NV) <= tolerance
 
     def with_failures(self, finding: Finding) -> Finding:
         """The finding, and what could not be tried."""
@@ -118,9 +118,9 @@ class EmulatedModel:
             for reading in (hypothesis.readings, hypothesis.convolved or hypothesis.readings)
         )
         seen = Seen(hypothesis.allowed(batch), read, convolved)
-        given = hypothesis.positions(batch), batch.tokens, seen, hypothesis.mistake
+        inputs = hypothesis.positions(batch), batch.tokens, seen, hypothesis.mistake
         with same_buffers(self._model):
-            return emulate(forward, batch.pack.ids_N, *given, self._device, self.asked, padding, observe)
+            return emulate(forward, batch.pack.ids_N, *inputs, self._device, self.asked, padding, observe)
 
     def _plainly(self, part: Mapping[str, Any]) -> Tensor:
         return self._target.plain_forward(self._model, part)

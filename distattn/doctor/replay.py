@@ -128,8 +128,8 @@ class Replay:
         """
         right = self._run(RIGHT, backward=True)
         self.parameter_gradients = self._gradients
-        for known, found in zip(self.right, right, strict=True):
-            known |= {place: values for place, values in found.items() if place.kind == "gradient"}
+        for rank_values, backward_values in zip(self.right, right, strict=True):
+            rank_values |= {place: values for place, values in backward_values.items() if place.kind == "gradient"}
         self._measure_noise(_SEEDS[0], BACKWARD)
 
     def first_errors(self, kinds: Sequence[str]) -> list[LocalError]:
@@ -145,12 +145,12 @@ class Replay:
         )
         if earliest is None:
             return []
-        found = [errors[earliest[1]] for _, errors in by_rank if earliest[1] in errors]
-        return sorted(found, key=lambda error: -error.ratio)
+        first_of_ranks = [errors[earliest[1]] for _, errors in by_rank if earliest[1] in errors]
+        return sorted(first_of_ranks, key=lambda error: -error.ratio)
 
     def lost_gradients(self) -> list[Place]:
         """Return the places whose gradient is zero on a rank, where one process has one."""
-        found = {
+        lost = {
             place: None
             for rank, own in enumerate(self.right)
             for place, expected in own.items()
@@ -159,19 +159,19 @@ class Replay:
             and not got.any()
             and float(expected.double().norm()) > self.bound(rank, place)
         }
-        return list(found)
+        return list(lost)
 
     def parameter_errors(self) -> list[tuple[str, float]]:
         """Return the parameters whose gradients, summed over ranks by us, are not what the ranks' activations and gradients
         give, and by how much more than rounding explains."""
-        found = []
+        ratios = []
         for name, expected in self.parameter_gradients.items():
             parts = [part["parameter_gradients"].get(name) for _, part in parts_of(self._ranks)]
             if any(type(one) is Tensor for one in parts):
                 total = sum((one.double() for one in parts if one is not None), torch.zeros_like(expected.double()))
                 ratio = distance(total, expected) / self.parameter_bound(name)
-                found.append((name, ratio))
-        return [(name, ratio) for name, ratio in found if ratio > 1.0]
+                ratios.append((name, ratio))
+        return [(name, ratio) for name, ratio in ratios if ratio > 1.0]
 
     def parameter_bound(self, name: str) -> float:
         """Return the norm of the largest difference of a parameter's gradient that rounding explains."""
@@ -220,14 +220,14 @@ class Replay:
         tokens = len(part["tokens"])
         if place.call == LOGITS:
             return part["logits"][:tokens]
-        known = part[{"input": "inputs", "output": "outputs", "gradient": "output_gradients"}[place.kind]]
+        recorded = part[{"input": "inputs", "output": "outputs", "gradient": "output_gradients"}[place.kind]]
         dim = self._dims.get(place.call)
-        if place.call not in known or dim is None:
+        if place.call not in recorded or dim is None:
             return None
-        found = known[place.call]
+        values = recorded[place.call]
         # a gradient that never came
-        found = torch.zeros_like(part["outputs"][place.call]) if found is None else found
-        return _rows(found, dim, tokens)
+        values = torch.zeros_like(part["outputs"][place.call]) if values is None else values
+        return _rows(values, dim, tokens)
 
     def bound(self, rank: int, place: Place) -> float:
         """Return the norm of the largest difference that rounding explains at a place of a rank."""
@@ -316,12 +316,12 @@ class Replay:
         """See what rounding once more changes at places of these kinds: norms by token (T,); and of parameters' gradients."""
         with rounded_otherwise(self._model, self._rounding, seed):
             moved = self._run(RIGHT, seed, kinds == BACKWARD)
-        for known, other, right in zip(self._noise, moved, self.right, strict=True):
+        for noise, other, right in zip(self._noise, moved, self.right, strict=True):
             for place in other.keys() & right.keys():
                 if place.kind not in kinds:
                     continue
                 difference_T = _by_token(other[place].double() - right[place].double())
-                known[place] = torch.maximum(known[place], difference_T) if place in known else difference_T
+                noise[place] = torch.maximum(noise[place], difference_T) if place in noise else difference_T
         for name in self._gradients.keys() & self.parameter_gradients.keys():
             difference = distance(self._gradients[name], self.parameter_gradients[name])
             self._parameter_noise[name] = max(self._parameter_noise.get(name, 0.0), difference)
@@ -426,12 +426,12 @@ def on_one_rank(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list
     """Put what ranks computed together, as if one rank had computed it with all tokens."""
     parts = []
     for number in range(len(reference.packs)):
-        of_ranks = [found["parts"][number] for found in ranks]
+        of_ranks = [result["parts"][number] for result in ranks]
         first = int(torch.cat([part["tokens"] for part in of_ranks]).min())
-        own = [part["tokens"] - first for part in of_ranks]
-        part: dict[str, Any] = {"tokens": torch.arange(sum(map(len, own))) + first, "output_gradients": {}}
+        tokens_of_ranks = [part["tokens"] - first for part in of_ranks]
+        part: dict[str, Any] = {"tokens": torch.arange(sum(map(len, tokens_of_ranks))) + first, "output_gradients": {}}
         part["documents"] = of_ranks[0]["documents"]
-        part["logits"] = in_global_order([one["logits"] for one in of_ranks], own)
+        part["logits"] = in_global_order([one["logits"] for one in of_ranks], tokens_of_ranks)
         for kind in ("inputs", "outputs"):
             rows = {
                 name: [_rows(one[kind][name], dim, len(one["tokens"])) for one in of_ranks]
@@ -439,7 +439,7 @@ def on_one_rank(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list
                 if all(name in one[kind] for one in of_ranks)
             }
             part[kind] = {
-                name: in_global_order(known, own).movedim(0, reference.token_dims[name])
+                name: in_global_order(known, tokens_of_ranks).movedim(0, reference.token_dims[name])
                 for name, given in rows.items()
                 if len(known := [one for one in given if one is not None]) == len(given)
                 and len({one.shape[1:] for one in known}) == 1
