@@ -163,8 +163,8 @@ class ProbeTarget:
         scale = getattr(self.engine.optimizer, "loss_scale", None) or 1.0
 
         def gradient_of(parameter: Any) -> Tensor | None:
-            found = safe_get_full_grad(parameter)
-            return None if found is None else found / scale
+            gradient = safe_get_full_grad(parameter)
+            return None if gradient is None else gradient / scale
 
         return probed_parameters(self.engine.module, gradient_of)
 

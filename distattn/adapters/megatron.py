@@ -401,8 +401,8 @@ class ProbeTarget:
                 gradient = self._gathered_gradient(parameter, gathered)
                 return None if gradient is None else gradient / scale
 
-            for one in probed_parameters(chunk, reduced):
-                found.append(one._replace(name=prefix + one.name, **self._sums_of(one)))
+            for parameter in probed_parameters(chunk, reduced):
+                found.append(parameter._replace(name=prefix + parameter.name, **self._sums_of(parameter)))
         return found
 
     def _sums_of(self, one: ProbedParameter) -> dict[str, Any]:
@@ -445,13 +445,13 @@ class ProbeTarget:
                 bucket = buffer.buckets[number]
                 if gathered.get(id(buffer), (None,))[0] is not bucket:
                     parts = bucket.grad_data.view(buffer.data_parallel_world_size, -1)
-                    everyone = [torch.empty_like(parts[0]) for _ in parts]
+                    all_parts = [torch.empty_like(parts[0]) for _ in parts]
                     mine = parts[dist.get_rank(buffer.data_parallel_group)].contiguous()
-                    dist.all_gather(everyone, mine, group=buffer.data_parallel_group)
-                    gathered[id(buffer)] = bucket, torch.cat(everyone)
+                    dist.all_gather(all_parts, mine, group=buffer.data_parallel_group)
+                    gathered[id(buffer)] = bucket, torch.cat(all_parts)
                 return gathered[id(buffer)][1][start - bucket.offset : end - bucket.offset].view(weight.shape)
-        found = getattr(weight, "main_grad", None)
-        return weight.grad if found is None else found
+        main_gradient = getattr(weight, "main_grad", None)
+        return weight.grad if main_gradient is None else main_gradient
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:

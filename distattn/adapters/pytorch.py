@@ -178,8 +178,8 @@ def logit_change(model: torch.nn.Module) -> LogitChange:
 def loss_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """The same of logits (1, T, V)."""
     logits_TV = logits.flatten(0, -2)
-    given = logits_TV.to(accumulation_dtype(logits_TV.dtype)), int64_labels(batch["labels"]).flatten()
-    return F.cross_entropy(*given, ignore_index=IGNORE_INDEX, reduction="sum") * batch["loss_scale"]
+    logits_and_labels = logits_TV.to(accumulation_dtype(logits_TV.dtype)), int64_labels(batch["labels"]).flatten()
+    return F.cross_entropy(*logits_and_labels, ignore_index=IGNORE_INDEX, reduction="sum") * batch["loss_scale"]
 
 
 def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
@@ -310,11 +310,12 @@ def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -
     # FSDP2 computes with another tensor than the one that the optimizer has
     of_tensor: dict[int, Any] = {}
     for module in inner.modules():
-        for one in (one for group in _fsdp_groups(module) for one in group.fsdp_params):
-            of_tensor[id(one.sharded_param)] = one
-            # after a forward pass it may still be the module's
-            of_tensor[id(getattr(one, "_unsharded_param", one))] = one
-    found = []
+        for group in _fsdp_groups(module):
+            for sharded in group.fsdp_params:
+                of_tensor[id(sharded.sharded_param)] = sharded
+                # after a forward pass it may still be the module's
+                of_tensor[id(getattr(sharded, "_unsharded_param", sharded))] = sharded
+    probed = []
     for name, parameter in inner.named_parameters():
         sharded = of_tensor.get(id(parameter))
         held: Any = parameter if sharded is None else sharded.sharded_param
@@ -329,8 +330,8 @@ def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -
         name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
         local, part = held_part(held)
         trained = parameter.requires_grad
-        found.append(ProbedParameter(name, local, leaf if trained else _no_leaf, reduced, part))
-    return found
+        probed.append(ProbedParameter(name, local, leaf if trained else _no_leaf, reduced, part))
+    return probed
 
 
 def _no_leaf() -> None:

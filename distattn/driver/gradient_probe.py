@@ -140,11 +140,11 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
     weights, weights_again = (_solve_weights(one.own, one.reduced, group, ranks) for one in (observed, again))
     agreed = _agreed_weights(weights, group, ranks)
     _check_linear(agreed, weights_again, again.magnitude, group, ranks)
-    found = Reduction(agreed)
+    reduction = Reduction(agreed)
     # ranks that are weighed unequally are refused with the factor
-    if found.is_even:
-        sketches.check(found.mean / observed.scale)
-    return found
+    if reduction.is_even:
+        sketches.check(reduction.mean / observed.scale)
+    return reduction
 
 
 class MakeBatch(Protocol):

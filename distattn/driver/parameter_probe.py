@@ -70,13 +70,14 @@ def check_same_weights(
     if group is None:
         return
     names = [parameter.name for parameter in parameters]
-    everyone = all_gather_objects(group, names)
-    for rank, theirs in enumerate(everyone):
-        if theirs != everyone[0]:
-            odd = next(iter(set(theirs) ^ set(everyone[0])), None)
-            what = f"only one of them has {odd}" if odd else "their order differs"
+    names_by_rank = all_gather_objects(group, names)
+    for rank, rank_names in enumerate(names_by_rank):
+        if rank_names != names_by_rank[0]:
+            odd = next(iter(set(rank_names) ^ set(names_by_rank[0])), None)
+            difference = f"only one of them has {odd}" if odd else "their order differs"
             raise DistattnError(
-                f"rank {rank} of the loss group has other parameters than rank 0 ({what}): make the same model on all ranks."
+                f"rank {rank} of the loss group has other parameters than rank 0 ({difference}): "
+                "make the same model on all ranks."
             )
     if not parameters:
         return
@@ -88,9 +89,9 @@ def check_same_weights(
         by_part: dict[int, tuple[int, list[int]]] = {}
         for rank, of_rank in enumerate(numbers):
             part, *sums = of_rank[index]
-            known, wanted = by_part.setdefault(part, (rank, sums))
+            first_rank, wanted = by_part.setdefault(part, (rank, sums))
             if sums != wanted:
-                first = known if not wrong else first
+                first = first_rank if not wrong else first
                 wrong.setdefault(rank, []).append(name)
     if wrong:
         different = list(dict.fromkeys(name for names in wrong.values() for name in names))
@@ -142,8 +143,8 @@ class GradientSketches:
         on another pipeline stage: then it is the median of all parameters' factors.
         """
         share_P1 = self._own.new_tensor([parameter.share for parameter in self._parameters])[:, None]
-        own = self._own * share_P1
-        wanted, size = self._summed(own), self._summed(own.square().sum(1, keepdim=True)).sqrt()[:, 0]
+        weighted_own = self._own * share_P1
+        wanted, size = self._summed(weighted_own), self._summed(weighted_own.square().sum(1, keepdim=True)).sqrt()[:, 0]
         if factor is None:
             read = self._is_read.to(self._device)
             factor = float(_fitted(self._reduced, wanted)[read].nanmedian()) if bool(read.any()) else 1.0
@@ -166,17 +167,17 @@ class GradientSketches:
             of_ranks = everyone_RP5[:, index].tolist()
             ranks = [rank for rank, (off, *_) in enumerate(of_ranks) if not off <= _TOLERANCE]
             if ranks:
-                names, found = wrong.setdefault(_how(of_ranks[ranks[0]]), ([], []))
+                names, wrong_ranks = wrong.setdefault(_how(of_ranks[ranks[0]]), ([], []))
                 names.append(parameter.name)
-                found += [rank for rank in ranks if rank not in found]
+                wrong_ranks += [rank for rank in ranks if rank not in wrong_ranks]
         if wrong:
-            said = "; ".join(
+            differences = "; ".join(
                 f"on {_ranks(ranks)} of the loss group the gradient of {_few(names)} {how}"
                 for how, (names, ranks) in wrong.items()
             )
             raise DistattnError(
-                f"the trainer does not reduce all parameters alike: {said}. Reduce the gradients of all trained parameters over "
-                "the same ranks, and by the same factor."
+                f"the trainer does not reduce all parameters alike: {differences}. "
+                "Reduce the gradients of all trained parameters over the same ranks, and by the same factor."
             )
 
     def _add(self, index: int, gradient: Tensor) -> None:
@@ -253,9 +254,9 @@ def _how(facts: Sequence[float]) -> str:
 
 def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     sent = mine.to(sendable_device(group)).contiguous()
-    everyone = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, sent, group=group)
-    return torch.stack(everyone)
+    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(received, sent, group=group)
+    return torch.stack(received)
 
 
 def _ranks(ranks: Any) -> str:
