@@ -129,16 +129,16 @@ def keep_newest_good(folder: Path, refused: int) -> None:
 
 def release_kept(folder: Path, done: int) -> None:
     """Leave the checkpoints that `keep_newest_good` keeps for one of the first `done` steps to the rule. Raises OSError."""
-    for one in list_checkpoints(folder):
-        if one.verdict.refused_step is not None and one.verdict.refused_step < done:
-            one.verdict._replace(kept="", refused_step=None).write(one.folder)
+    for checkpoint in list_checkpoints(folder):
+        if checkpoint.verdict.refused_step is not None and checkpoint.verdict.refused_step < done:
+            checkpoint.verdict._replace(kept="", refused_step=None).write(checkpoint.folder)
 
 
 def keep_for_good(folder: Path, refused: int) -> None:
     """Have the checkpoints that are kept for a refused step, from 0, stay until a person removes them. Raises OSError."""
-    for one in list_checkpoints(folder):
-        if one.verdict.refused_step == refused:
-            one.verdict._replace(refused_step=None).write(one.folder)
+    for checkpoint in list_checkpoints(folder):
+        if checkpoint.verdict.refused_step == refused:
+            checkpoint.verdict._replace(refused_step=None).write(checkpoint.folder)
 
 
 def check_step(folder: Path, step: int) -> Checkpoint:

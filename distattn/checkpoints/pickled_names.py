@@ -126,8 +126,8 @@ def check_value(path: Path, part: Any) -> None:
         raise unreadable(path) from None
     if not pickles:
         raise unreadable(path)
-    for one in pickles:
-        _inert(path, one, VALUES)
+    for pickled in pickles:
+        _inert(path, pickled, VALUES)
 
 
 class _Inert:

@@ -188,8 +188,8 @@ class RunLock:
         return owner.job != "" and owner.job == self._me.job
 
     def _refused(self, owner: Owner | None, hint: str) -> DistattnError:
-        known = owner is not None and owner.is_alive() is not False
-        who = str(owner) if known else "a process that has not said its name yet"
+        may_be_alive = owner is not None and owner.is_alive() is not False
+        who = str(owner) if may_be_alive else "a process that has not said its name yet"
         return DistattnError(f"{self._folder}: belongs to {who}; end it, or choose another folder{hint}.")
 
     def _write_name(self) -> OSError | None:

@@ -55,9 +55,9 @@ class CheckpointVerdict(NamedTuple):
     def read(cls, checkpoint: Path) -> CheckpointVerdict:
         """Return the verdict of a checkpoint's folder, UNTESTED where there is none that can be read."""
         with suppress(OSError, ValueError, TypeError, RecursionError):
-            found = cls(**json.loads((checkpoint / VERDICT_FILE).read_bytes()))
-            texts_are_right = all(isinstance(one, str) for one in found[:-1])
-            step_is_right = found.refused_step is None or isinstance(found.refused_step, int)
-            if found.kind in (GOOD, REFUSED, SET_ASIDE, UNTESTED) and texts_are_right and step_is_right:
-                return found
+            verdict = cls(**json.loads((checkpoint / VERDICT_FILE).read_bytes()))
+            texts_are_right = all(isinstance(one, str) for one in verdict[:-1])
+            step_is_right = verdict.refused_step is None or isinstance(verdict.refused_step, int)
+            if verdict.kind in (GOOD, REFUSED, SET_ASIDE, UNTESTED) and texts_are_right and step_is_right:
+                return verdict
         return cls()

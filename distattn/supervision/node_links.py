@@ -112,19 +112,19 @@ def unreached(places: Mapping[int, NodeAddress], seconds: float) -> dict[int, st
         poll = select.poll()
         for node, at in places.items():
             family = socket.AF_INET6 if ":" in at.address else socket.AF_INET
-            one = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            one.setblocking(False)
-            code = one.connect_ex((at.address, at.port))
+            connection = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            connection.setblocking(False)
+            code = connection.connect_ex((at.address, at.port))
             if code == errno.EINPROGRESS:
-                poll.register(one, select.POLLOUT)
-                waiting[one.fileno()] = node, one
+                poll.register(connection, select.POLLOUT)
+                waiting[connection.fileno()] = node, connection
             elif code not in _REACHED:
                 failed[node] = os.strerror(code)
         ends = time.monotonic() + seconds
         while waiting and (left := ends - time.monotonic()) > 0:
             for descriptor, _ in poll.poll(1000 * left):
                 poll.unregister(descriptor)
-                node, one = waiting.pop(descriptor)
-                if (code := one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) not in _REACHED:
+                node, connection = waiting.pop(descriptor)
+                if (code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) not in _REACHED:
                     failed[node] = os.strerror(code)
     return failed | {node: f"no answer for {seconds:.0f} s" for node, _ in waiting.values()}

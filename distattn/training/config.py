@@ -198,10 +198,10 @@ def _with_folder_s_shape(model: ModelConfig, named: Collection[str] = ()) -> Mod
     filled: dict[str, Any] = usual | {"head_dim": 0} | shape
     usual_model = ModelConfig()
     for name, value in filled.items():
-        given = getattr(model, name)
-        if given != value and (given != getattr(usual_model, name) or f"model.{name}" in named):
+        model_value = getattr(model, name)
+        if model_value != value and (model_value != getattr(usual_model, name) or f"model.{name}" in named):
             raise DistattnError(
-                f"model.{name}: {given} does nothing beside model.path: {file} has {value}; leave it out."
+                f"model.{name}: {model_value} does nothing beside model.path: {file} has {value}; leave it out."
             )
     return replace(model, **filled)
 
@@ -229,11 +229,11 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
                 section, name = key.split(".")
                 wanted = get_type_hints(type(getattr(config, section)))[name]
                 inline = overrides[begin].partition("=")[2]
-                given = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]])
-                if not given:
+                value = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]])
+                if not value:
                     raise DistattnError(f"command line: --{key} needs a value.") from None
                 raise DistattnError(
-                    f"command line: {key}: {given!r} is not {_KINDS.get(wanted, 'one value')}."
+                    f"command line: {key}: {value!r} is not {_KINDS.get(wanted, 'one value')}."
                 ) from None
 
 

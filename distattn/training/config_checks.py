@@ -103,9 +103,9 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[str]:
     problems: list[str] = []
     wrong: set[str] = set()
     for check in checks:
-        found = [(problem.partition(":")[0], problem) for problem in check]
-        problems += [problem for key, problem in found if not wrong & {key, *_COMPARED_WITH.get(key, ())}]
-        wrong |= {key for key, _ in found}
+        by_key = [(problem.partition(":")[0], problem) for problem in check]
+        problems += [problem for key, problem in by_key if not wrong & {key, *_COMPARED_WITH.get(key, ())}]
+        wrong |= {key for key, _ in by_key}
     return problems
 
 

@@ -344,8 +344,8 @@ class TrainingLoop:
         """End the run after a step, saved if it can be. Raises RunStopped, or DistattnError where its folder is elsewhere."""
         begin = self.run_checkpoints.finish_early(done)
         if stop != Stop.ASKED:
-            what = self.stop.words_of_first(self._end_of_moved(done, stop, begin) if self.lock is not None else "")
-            raise DistattnError(what)
+            sentence = self.stop.words_of_first(self._end_of_moved(done, stop, begin) if self.lock is not None else "")
+            raise DistattnError(sentence)
         self.reporter.report_event(done, "stopped", "Stopped as it was asked to.")
         place = "from there" if begin == done else f"from step {begin:,}" if begin else "from the first step"
         raise RunStopped(
@@ -357,16 +357,16 @@ class TrainingLoop:
 
         begin: the step from which a resume goes on, `done` where the run was saved.
         """
-        what = self.folder.hold().what_happened()
-        self.reporter.report_event(done, "stopped", what)
+        event = self.folder.hold().what_happened()
+        self.reporter.report_event(done, "stopped", event)
         if stop == Stop.FOLDER_LOST or self.config.checkpoint.every_steps < 0:
-            return f"{what}; the run ends after step {done:,}, which is not saved."
+            return f"{event}; the run ends after step {done:,}, which is not saved."
         place = self.folder.follow() or "its new name"
         if begin != done:
             # the save has failed, or the state had changed
             since = f"step {begin:,}" if begin else "the first step"
-            return f"{what}; the run ends after step {done:,}, which is not saved: distattn resume {place} goes on from {since}."
-        return f"{what}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
+            return f"{event}; the run ends after step {done:,}, which is not saved: distattn resume {place} goes on from {since}."
+        return f"{event}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
 
     def _seed(self, step: int) -> None:
         """What is random in a step, such as dropout, depends on the step alone."""

@@ -211,17 +211,19 @@ class NumericsWatch:
                 outputs = [module for module, _ in shown]
                 largest.append([value for _, value in shown])
         growth = self._growth and self._growth.largest()
-        found, everyone, grown = zip(*gathered(self._group, (first, (outputs, largest), growth)), strict=True)
-        bad = [one for one in found if one is not None]
+        first_by_rank, outputs_by_rank, growth_by_rank = zip(
+            *gathered(self._group, (first, (outputs, largest), growth)), strict=True
+        )
+        bad = [one for one in first_by_rank if one is not None]
         if bad:
             finding = _not_finite(step, bad)
         elif not self._was_finite:
             finding = Finding(step, CLEAN, "all values are finite in a second run: the fault did not repeat.")
         else:
-            finding = _largest(step, everyone)
-        causes = [(one.step, -one.factor, rank, one) for rank, one in enumerate(grown) if one is not None]
+            finding = _largest(step, outputs_by_rank)
+        causes = [(one.step, -one.factor, rank, one) for rank, one in enumerate(growth_by_rank) if one is not None]
         if causes:
-            *_, rank, cause = min(causes, key=lambda found: found[:3])
+            *_, rank, cause = min(causes, key=lambda growth: growth[:3])
             finding = replace(finding, text=f"{cause.text(rank)}; {finding.text}")
         return finding
 

@@ -225,11 +225,11 @@ class RunCheckpoints:
 
     def _state(self, engine_state: EngineState | None = None) -> dict[str, Any]:
         """What a checkpoint has."""
-        one = self.engine.state() if engine_state is None else engine_state
-        progress = {"updates": one.updates, "watch": self.watch.state_dict()}
-        averages = {"exp_avg": one.exp_avg, "exp_avg_sq": one.exp_avg_sq}
+        state = self.engine.state() if engine_state is None else engine_state
+        progress = {"updates": state.updates, "watch": self.watch.state_dict()}
+        averages = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         return {
-            "model": one.model,
+            "model": state.model,
             "optimizer": averages,
             "token_losses": self.by_position.state(self.engine.cp.loss_group),
             "progress": json.dumps(progress),

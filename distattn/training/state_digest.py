@@ -102,22 +102,22 @@ class StateDigest:
         step: the number of the step, from 0. changed: what `changed` returned. until: before what it was found, by default the
         update of the step.
         """
-        found = gathered(self._group, (changed, socket.gethostname()))
-        ranks = tuple(rank for rank, (names, _) in enumerate(found) if names)
+        changed_by_rank = gathered(self._group, (changed, socket.gethostname()))
+        ranks = tuple(rank for rank, (names, _) in enumerate(changed_by_rank) if names)
         if not ranks:
             return None
         self._found.update(ranks)
-        words = []
+        changes = []
         for rank in ranks:
-            names, host = found[rank]
+            names, host = changed_by_rank[rank]
             others = f" and {len(names) - 1:,} more tensors" if names[1:] else ""
-            words.append(f"rank {rank} on {host}: {names[0]}{others}")
+            changes.append(f"rank {rank} on {host}: {names[0]}{others}")
         text = (
-            f"{'; '.join(words)} changed between {self._after} and {until or f'the update of step {step + 1}'}, though only an "
+            f"{'; '.join(changes)} changed between {self._after} and {until or f'the update of step {step + 1}'}, though only an "
             f"update may change it: memory of {named_ranks(ranks)} is damaged, or something writes into it."
         )
         repeats = max(self._found[rank] for rank in ranks) >= MOST_OF_ONE_RANK
-        return Damage(step, text, ranks, tuple(found[rank][0][0] for rank in ranks), repeats)
+        return Damage(step, text, ranks, tuple(changed_by_rank[rank][0][0] for rank in ranks), repeats)
 
 
 def state_tensors(
@@ -154,14 +154,14 @@ class _Digests(NamedTuple):
 
     def changed(self, now: _Digests) -> list[str]:
         """Names of tensors whose digest is another one now, or that are not there any more."""
-        found = [name for name, digest in self.host.items() if now.host.get(name) != digest]
+        different = [name for name, digest in self.host.items() if now.host.get(name) != digest]
         if self.device is not None:
             if (now.names, now.ends) != (self.names, self.ends) or now.device is None:
-                found += self.names
+                different += self.names
             else:
                 rows = (self.device != now.device).nonzero().flatten().tolist()
-                found += [self.names[at] for at in sorted({bisect_right(self.ends, row) for row in rows})]
-        return [f"{kind} {plain_name(name)}".rstrip() for kind, name in found]
+                different += [self.names[at] for at in sorted({bisect_right(self.ends, row) for row in rows})]
+        return [f"{kind} {plain_name(name)}".rstrip() for kind, name in different]
 
 
 def _digests(tensors: Iterable[StateTensor]) -> _Digests:
