@@ -34,21 +34,21 @@ def status(run: RunFolder) -> dict[str, Any]:
     attempts = Attempts(run.attempts)
     # a run of Slurm's may have been resumed here
     if run.job_file.exists() and attempts.beats() is None:
-        found = slurm.status(run)
-        return found if found["state"] in _JOB_GOES_ON else found | {"state": found["state"] + _unreported(run, found)}
+        job = slurm.status(run)
+        return job if job["state"] in _JOB_GOES_ON else job | {"state": job["state"] + _unreported(run, job)}
     steps = run.steps_done()
     beats, rows = attempts.beats(), attempts.rows()
     if beats is None and rows and "why" not in rows[-1]:
         # it has begun in between, or nobody goes on with it
         beats = attempts.beats()
     if run.ray_file.exists() and beats is None:
-        found = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
-        if not found["state"].startswith(("ended", "killed")):
-            return found
-        missing = _unreported(run, found)
-        if not missing and found["state"].startswith("killed"):
+        ray_run: dict[str, Any] = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
+        if not ray_run["state"].startswith(("ended", "killed")):
+            return ray_run
+        missing = _unreported(run, ray_run)
+        if not missing and ray_run["state"].startswith("killed"):
             missing = f", python -m distattn.launch.ray.attempts {run.folder} goes on"
-        return found | {"state": found["state"] + missing}
+        return ray_run | {"state": ray_run["state"] + missing}
     last = rows[-1] if rows else {}
     state = "running" if beats is not None else "killed with its launcher"
     if not rows:

@@ -60,12 +60,12 @@ def spread_documents(
     placed = _Placement(lengths, ranks)
     mean = float(work.sum()) / ranks
     for document in np.argsort(-work, kind="stable").tolist():
-        own = float(work[document])
-        if own > share * mean:
-            shares = int(min(max(np.ceil(min(own / mean * spread, ranks)), 1), max(int(lengths[document]) // 2, 1)))
-            placed.split(document, own, shares)
+        load = float(work[document])
+        if load > share * mean:
+            shares = int(min(max(np.ceil(min(load / mean * spread, ranks)), 1), max(int(lengths[document]) // 2, 1)))
+            placed.split(document, load, shares)
         else:
-            placed.place(document, own)
+            placed.place(document, load)
     return placed.chunks()
 
 

@@ -79,10 +79,10 @@ def run_workers(
                 workers[-1].give(waiting)
             while selector.get_map():
                 # one that is stopped sends nothing
-                for one in workers:
-                    one.check_state(job)
+                for worker in workers:
+                    worker.check_state(job)
                 for key, _ in selector.select(LOOK_SECONDS):
-                    worker: _Worker = key.data
+                    worker = key.data
                     for message in worker.read():
                         if "progress" in message:
                             report(Progress(*message["progress"]))

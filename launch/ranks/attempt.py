@@ -123,9 +123,9 @@ def _tracker() -> Helper:
             _start_tracker()
         # the new one does not know the semaphores that are there, and would print a traceback for each that is removed
         registry: dict[Any, Any] = util._finalizer_registry  # type: ignore[attr-defined]
-        for one in list(registry.values()):
-            if getattr(one, "_callback", None) is SemLock._cleanup:  # type: ignore[attr-defined]
-                resource_tracker.register(one._args[0], "semaphore")
+        for finalizer in list(registry.values()):
+            if getattr(finalizer, "_callback", None) is SemLock._cleanup:  # type: ignore[attr-defined]
+                resource_tracker.register(finalizer._args[0], "semaphore")
         return int(tracker._pid)
 
     return Helper("the resource tracker", tracker._pid, replace)
@@ -139,12 +139,12 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     and DistattnError where /dev/shm has no room for what the ranks share.
     """
     node, reports, links = ranks.node, None, None
-    own = folder if node.nodes == 1 else folder / f"node-{node.number}"
+    evidence = folder if node.nodes == 1 else folder / f"node-{node.number}"
     try:
-        own.mkdir(parents=True, exist_ok=True)
+        evidence.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         # a full disk must not keep a run from going on
-        say(f"{own}: cannot be made: {error.strerror}; nothing is kept there of ranks that hang.")
+        say(f"{evidence}: cannot be made: {error.strerror}; nothing is kept there of ranks that hang.")
     if node.nodes > 1:
         if (place := own_place(node.address)) is not None:
             links = NodeLinks(folder, node.number, node.nodes, place)
@@ -152,13 +152,13 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     numbers = range(node.number * ranks.size, (node.number + 1) * ranks.size)
     # the one of the attempt before may have been killed
     _start_server(node, ranks.run)
-    watch = RankWatch(board, numbers, ranks.patience, own, reports, [_server(), _tracker()], say)
-    given = (os.getpid(), str(board.path), number, str(own), ranks.function, *ranks.arguments)
+    watch = RankWatch(board, numbers, ranks.patience, evidence, reports, [_server(), _tracker()], say)
+    rank_arguments = (os.getpid(), str(board.path), number, str(evidence), ranks.function, *ranks.arguments)
     config = torchrun_config(ranks.size, node, "forkserver", _INTERVAL_SECONDS)
     code, trouble = 0, None
     try:
         with as_found(node):
-            elastic_launch(config, run_rank)(*given)
+            elastic_launch(config, run_rank)(*rank_arguments)
         # for torchrun an exit code of 0 is a good end, whatever was left undone
         if (trouble := watch.close()) is not None:
             code, trouble = _ended({}, trouble)
@@ -183,7 +183,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
             links.close()
         # of stacks that nobody asked for
         with contextlib.suppress(OSError):
-            for file in own.glob("stacks-*.txt"):
+            for file in evidence.glob("stacks-*.txt"):
                 if not file.stat().st_size:
                     file.unlink()
     return code, trouble

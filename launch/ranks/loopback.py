@@ -132,9 +132,9 @@ class _NodesRendezvous(_LoopbackRendezvous):
                 if self._node == 0
                 else f"node {self._node} does not reach node 0 at {place} within {minutes}"
             )
-            words = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0]
             raise LostRankError(
-                f"{missing}: look at the network between them, or whether all began ({words})."
+                f"{missing}: look at the network between them, or whether all began ({reason})."
             ) from None
         where = RendezvousStoreInfo(self._host, self._port)
         return RendezvousInfo(dist.PrefixStore(self._run, store), self._node, self._nodes, where)
