@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        spawn(measure, (folder, given), nprocs=given.ranks)
+        spawn(measure, (folder, options), nprocs=options.ranks)
 
 
 def measure(rank: int, folder: str, given: argparse.Namespace) -> None:

@@ -57,9 +57,9 @@ def main(pid: int, mark: str) -> None:
         select.select([watched], [], [])
     empty, looks = 0, 0
     while empty < _EMPTY_LOOKS:
-        found = [place for place in Path("/proc").glob("[0-9]*") if _is_marked(place, mark)]
-        empty, looks = 0 if found else empty + 1, looks + 1
-        for place in found:
+        marked = [place for place in Path("/proc").glob("[0-9]*") if _is_marked(place, mark)]
+        empty, looks = 0 if marked else empty + 1, looks + 1
+        for place in marked:
             with contextlib.suppress(OSError):
                 if looks > _TRACKER_LOOKS or _TRACKER not in (place / "cmdline").read_bytes():
                     os.kill(int(place.name), signal.SIGKILL)
@@ -69,8 +69,8 @@ def main(pid: int, mark: str) -> None:
 def _is_marked(place: Path, mark: str) -> bool:
     """Return whether the process of a folder of /proc has the mark; False for one that has ended, or is another user's."""
     with contextlib.suppress(OSError):
-        words = (place / "environ").read_bytes().split(b"\0")
-        ours = next((word for word in words if word.startswith(f"{_VARIABLE}=".encode())), b"")
+        variables = (place / "environ").read_bytes().split(b"\0")
+        ours = next((word for word in variables if word.startswith(f"{_VARIABLE}=".encode())), b"")
         if mark.encode() in ours:
             return True
     with contextlib.suppress(OSError):

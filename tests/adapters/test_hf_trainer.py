@@ -295,9 +295,9 @@ def _refused(rank: int, folder, error: Exception | None) -> tuple[str, int | Non
 
 
 def test_a_refusal_is_one_sentence_of_one_rank(tmp_path):
-    said, codes = zip(*run_on_ranks(2, _refused, tmp_path, None), strict=True)
+    outputs, codes = zip(*run_on_ranks(2, _refused, tmp_path, None), strict=True)
     assert codes == (2, 2)
-    (sentence,) = "".join(said).splitlines()
+    (sentence,) = "".join(outputs).splitlines()
     assert sentence.startswith("distattn: rank ") and "label_smoothing_factor is not supported" in sentence
     assert "(test_hf_trainer.py, line " in sentence
     # other errors are every rank's own

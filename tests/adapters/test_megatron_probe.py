@@ -51,15 +51,15 @@ def _fused(rank: int) -> list[str]:
     start()
     config = config_of()
     chunk = wrapped(config, megatron.use_batch_positions(build(config)), distributed_optimizer=False)
-    said = []
-    megatron._LOG.warning, before = said.append, megatron._LOG.warning
+    warnings = []
+    megatron._LOG.warning, before = warnings.append, megatron._LOG.warning
     config.gradient_accumulation_fusion = True
-    found = megatron.ProbeTarget([chunk]).parameters()
+    parameters = megatron.ProbeTarget([chunk]).parameters()
     megatron._LOG.warning = before
-    assert all(one.leaf() is None for one in found) and torch.equal(found[0].held, next(chunk.parameters()))
-    return said
+    assert all(one.leaf() is None for one in parameters) and torch.equal(parameters[0].held, next(chunk.parameters()))
+    return warnings
 
 
 def test_what_fusion_hides_is_said():
-    for said in run_on_ranks(1, _fused):
-        assert len(said) == 1 and "gradient_accumulation_fusion=False to compare all parameters" in said[0]
+    for warnings in run_on_ranks(1, _fused):
+        assert len(warnings) == 1 and "gradient_accumulation_fusion=False to compare all parameters" in warnings[0]

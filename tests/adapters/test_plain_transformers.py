@@ -57,13 +57,13 @@ def _first_step(trainer_class: type[Trainer], folder, micro_batches: int, weight
         use_cpu=True,
         disable_tqdm=True,
     )
-    given = dict(model=model, args=args, train_dataset=Rows(), data_collator=_collate, **settings)
+    trainer_arguments = dict(model=model, args=args, train_dataset=Rows(), data_collator=_collate, **settings)
     if trainer_class is Trainer:
         with huggingface.single_process_attention(model):
-            trainer = Trainer(**given)
+            trainer = Trainer(**trainer_arguments)
             trainer.train()
     else:
-        trainer = trainer_class(**given)
+        trainer = trainer_class(**trainer_arguments)
         trainer.train()
     row = trainer.state.log_history[0]
     return row["loss"], row["grad_norm"]
@@ -114,6 +114,6 @@ def test_plain_transformers_runs_states_over_the_borders_of_packed_documents(nam
     with huggingface.single_process_attention(packed):
         loss = packed(batch["input_ids"], position_ids=positions, labels=labels, use_cache=False).loss
     loss.backward()
-    found = loss.item(), _norm(packed)
-    assert (found != pytest.approx(wanted, rel=1e-3)) == differs
-    assert differs or found == pytest.approx(wanted, rel=1e-5)
+    result = loss.item(), _norm(packed)
+    assert (result != pytest.approx(wanted, rel=1e-3)) == differs
+    assert differs or result == pytest.approx(wanted, rel=1e-5)

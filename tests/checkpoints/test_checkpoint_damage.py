@@ -204,9 +204,9 @@ def test_a_value_that_could_not_be_read_again_is_refused_when_it_is_saved(tmp_pa
             checkpoints.wait()
         plain = {"list": [1, (2.0, "three", None)], "weights": torch.ones(2), "dtype": (torch.float32, b"bytes")}
         checkpoints.save(2, plain)
-        found = {"list": [0, ()], "weights": torch.zeros(2), "dtype": ()}
-        checkpoints.load_newest(found)
-        assert found["list"] == plain["list"] and found["dtype"] == plain["dtype"]
+        loaded = {"list": [0, ()], "weights": torch.zeros(2), "dtype": ()}
+        checkpoints.load_newest(loaded)
+        assert loaded["list"] == plain["list"] and loaded["dtype"] == plain["dtype"]
         assert not verify_checkpoint(tmp_path / "step-00000002")
     finally:
         checkpoints.close()

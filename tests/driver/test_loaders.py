@@ -163,9 +163,9 @@ def test_token_ids_of_any_whole_dtype_are_int64_and_have_right_labels(dtype):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32], ids=str)
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
 def test_labels_of_signed_dtypes_become_int64(name, dtype):
-    given = torch.tensor([[5, -100, 7]]).to(dtype)
+    labels = torch.tensor([[5, -100, 7]]).to(dtype)
     with da.ContextParallel(strategy="ring") as cp:
-        part = cp.shard({"input_ids": torch.tensor([[5, 6, 7]]), name: given})
+        part = cp.shard({"input_ids": torch.tensor([[5, 6, 7]]), name: labels})
     wanted = [[5, -100, 7]] if name == "shift_labels" else [[-100, 7, -100]]
     assert part["labels"].dtype == torch.int64 and part["labels"].tolist() == wanted
 
@@ -173,9 +173,9 @@ def test_labels_of_signed_dtypes_become_int64(name, dtype):
 @pytest.mark.parametrize("dtype", [*UNSIGNED, torch.bool, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
 def test_labels_that_cannot_hold_their_absence_are_refused(name, dtype):
-    given = {"input_ids": torch.tensor([[5, 6, 7]]), name: torch.tensor([[5, 6, 7]]).to(dtype)}
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), name: torch.tensor([[5, 6, 7]]).to(dtype)}
     with da.ContextParallel(strategy="ring") as cp, pytest.raises(da.DistattnError) as refusal:
-        cp.shard(given)
+        cp.shard(batch)
     assert f"{name} is {str(dtype)[6:]}" in str(refusal.value)
     if dtype == torch.uint8:
         assert "cannot hold -100 (no label): a 156 may be a token" in str(refusal.value)

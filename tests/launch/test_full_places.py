@@ -46,8 +46,8 @@ def run(script, place):
 def test_a_log_of_another_rank_that_cannot_be_opened_leaves_the_console(no_folder):
     done = run(LOG, no_folder)
     assert done.returncode == 0 and done.stdout == "a line\n", done.stderr
-    words = "rank-1.log: cannot be opened: Not a directory; the console has what rank 1 says."
-    assert done.stderr == f"distattn: {no_folder}/{words}\n"
+    sentence = "rank-1.log: cannot be opened: Not a directory; the console has what rank 1 says."
+    assert done.stderr == f"distattn: {no_folder}/{sentence}\n"
 
 
 def test_a_log_on_a_full_disk_ends_no_rank_that_prints(tmp_path):

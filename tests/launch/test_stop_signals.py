@@ -149,8 +149,8 @@ def test_what_the_caller_answers_itself_is_left_to_it():
         with answering_signals():
             os.kill(os.getpid(), signal.SIGUSR1)
             again = answering_signals(), stopped("here", "there is more"), stopped("")
-            said = pytest.raises(CommandStopped, match="stopped by SIGTERM here; there is more.")
-            with said, again[0], again[1], again[2]:
+            expected_stop = pytest.raises(CommandStopped, match="stopped by SIGTERM here; there is more.")
+            with expected_stop, again[0], again[1], again[2]:
                 os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -34,8 +34,8 @@ def test_the_page_on_planning_has_the_table_that_is_printed(capsys):
     command, table = (
         match.group(1) for match in re.finditer(r"((?:^    .*\n)+)", page[: page.index("`plan.html`")], re.M)
     )
-    words = command.splitlines()[0].split()[2:]
-    code, out, _ = run(capsys, *words[: words.index("--html")])
+    arguments = command.splitlines()[0].split()[2:]
+    code, out, _ = run(capsys, *arguments[: arguments.index("--html")])
     assert code == 0 and out.splitlines() == [line.removeprefix("    ") for line in table.splitlines()]
 
 
@@ -165,11 +165,11 @@ def test_the_fastest_is_in_colour_on_a_terminal_only(capsys, monkeypatch):
 
 
 def test_a_run_s_layout_is_compared_with_the_others_and_a_faster_one_is_named(capsys):
-    given = ("configs/tiny.toml", "--cluster", "h100-1x4", "--docs", "65536", "--strategy", "ring")
-    _, out, _ = run(capsys, *given, "--parallel.layout=contiguous")
+    arguments = ("configs/tiny.toml", "--cluster", "h100-1x4", "--docs", "65536", "--strategy", "ring")
+    _, out, _ = run(capsys, *arguments, "--parallel.layout=contiguous")
     assert "layouts with ring, forward + backward: " in out and all(name in out for name in LAYOUTS)
     assert "layout contiguous is not the fastest: it takes " in out and 'set parallel.layout = "' in out
-    _, out, _ = run(capsys, *given, "--parallel.layout=balanced")
+    _, out, _ = run(capsys, *arguments, "--parallel.layout=balanced")
     assert "layouts with ring" in out and "is not the fastest" not in out
-    _, out, _ = run(capsys, *given, "--json")
+    _, out, _ = run(capsys, *arguments, "--json")
     assert set(json.loads(out)["layouts"]) <= set(LAYOUTS)

@@ -183,8 +183,8 @@ def test_packs_that_are_planned_already_have_no_other_schedule(config):
 
 
 def test_a_schedule_beside_a_context_length_is_refused(config):
-    both = dataclasses.replace(config, data=dataclasses.replace(config.data, context_length=64))
-    (problem,) = configuration.problems_of(both)
+    combined = dataclasses.replace(config, data=dataclasses.replace(config.data, context_length=64))
+    (problem,) = configuration.problems_of(combined)
     assert problem.startswith("data.context_length: data.context_schedule has the context length by step")
 
 

@@ -126,12 +126,12 @@ def value_of(config: Config, key: str):
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in NOT_HERE])
 def test_a_key_changes_the_configuration_and_is_refused_without_what_it_belongs_to(key, empty):
     value, *belongs_to = words_of(*another(key))
-    given = [value if value.startswith("--") else f"--{key}={value}"]
-    changed, without = (configuration.load(empty, [*words, *belongs_to]) for words in (given, []))
+    arguments = [value if value.startswith("--") else f"--{key}={value}"]
+    changed, without = (configuration.load(empty, [*words, *belongs_to]) for words in (arguments, []))
     assert value_of(changed, key) != value_of(without, key)
     if belongs_to:
         with pytest.raises(DistattnError, match="command line: "):
-            configuration.load(empty, given)
+            configuration.load(empty, arguments)
 
 
 @pytest.mark.parametrize(("key", "value", "others"), IDLE, ids=[f"{one[0]} {' '.join(one[2])}" for one in IDLE])

@@ -85,10 +85,10 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
     run = trained(config, (6,))
     # the sixth update destroyed the weights, which were saved before a step could show it; nothing was saved then but the end
     assert verdicts(run) == {5: GOOD, 6: REFUSED, STEPS: REFUSED}
-    found = {one.step: one for one in list_checkpoints(run.checkpoints)}
-    assert "step 7, computed from it, was refused: the loss is nan" in found[6].verdict.text
-    assert "saved after refused steps, from 7 on" in found[STEPS].verdict.text and found[5].verdict.kept
-    assert found[STEPS].manifest.facts["loss"] == "nan" and float(found[5].manifest.facts["loss"]) < 7
+    checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(run.checkpoints)}
+    assert "step 7, computed from it, was refused: the loss is nan" in checkpoints[6].verdict.text
+    assert "saved after refused steps, from 7 on" in checkpoints[STEPS].verdict.text and checkpoints[5].verdict.kept
+    assert checkpoints[STEPS].manifest.facts["loss"] == "nan" and float(checkpoints[5].manifest.facts["loss"]) < 7
     # the first refused step is looked into and told of, and then the whole streak
     refused = [event["text"] for event in run.events() if event["kind"] == "refused"]
     assert len(refused) == 2 and refused[0].startswith("the loss is nan. In a second run: ")
@@ -97,9 +97,9 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
     assert [one.name for one in (run.folder / "evidence").iterdir()] == ["step-6"]
     # a last loss that is no number is no good end
     assert finish_run(run, config, lambda line: None, json_lines=True) == 1
-    said = capsys.readouterr().err
-    assert "the loss of the last step, 12, is nan: steps from 7 on were refused" in said
-    assert f"distattn resume {run.folder} --step 5 goes on" in said
+    printed = capsys.readouterr().err
+    assert "the loss of the last step, 12, is nan: steps from 7 on were refused" in printed
+    assert f"distattn resume {run.folder} --step 5 goes on" in printed
     # what goes on takes the newest good one
     trained(config, run=run)
     assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Went on from step-00000005."]

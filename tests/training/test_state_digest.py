@@ -96,12 +96,12 @@ def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
 def test_a_rank_that_is_damaged_again_and_again_is_told_apart_from_chance():
     model, optimizer = trained_model(torch.float32)
     digest = StateDigest(lambda: state_tensors(model.named_parameters(), optimizer))
-    found = []
+    repeats = []
     for step in range(3):
         digest.take("an update")
         flip(model[0].weight)
-        found.append(digest.compare(step).repeats)
-    assert found == [False, False, True]
+        repeats.append(digest.compare(step).repeats)
+    assert repeats == [False, False, True]
 
 
 def test_the_update_that_made_a_weight_grow_is_named():
@@ -118,9 +118,9 @@ def test_the_update_that_made_a_weight_grow_is_named():
             if step == 6:
                 model[0].weight.fill_(float("nan"))
         growth.after_update(step)
-    found = growth.largest()
-    assert (found.step, found.name, round(found.factor)) == (3, "0.bias", 5000)
-    assert found.text(2).startswith("the update of step 4 made weight 0.bias of rank 2 grow 5,000-fold (norm ")
+    largest = growth.largest()
+    assert (largest.step, largest.name, round(largest.factor)) == (3, "0.bias", 5000)
+    assert largest.text(2).startswith("the update of step 4 made weight 0.bias of rank 2 grow 5,000-fold (norm ")
     growth.forget()
     with torch.no_grad():
         model[0].weight.fill_(1.0)
@@ -310,7 +310,7 @@ def _error_of(rank: int, folder: Path, config: Config, before: tuple[int, ...]) 
 def test_without_a_checkpoint_the_run_begins_anew_and_what_repeats_ends_it(texts, tmp_path):
     config = config_of("fsdp2", texts, tmp_path / "run")
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=-1))
-    for settings, before, error, code, said in (
+    for settings, before, error, code, sentence in (
         (config, (2,), DamagedStateError, 4, "There is no checkpoint to go back to"),
         (
             dataclasses.replace(
@@ -325,8 +325,8 @@ def test_without_a_checkpoint_the_run_begins_anew_and_what_repeats_ends_it(texts
     ):
         run = RunFolder.create(settings)
         write_text(run, settings, find_text(settings))
-        for found in run_on_ranks(2, _error_of, run.folder, settings, before):
-            assert found[:2] == (error.__name__, code) and said in found[2], found
+        for outcome in run_on_ranks(2, _error_of, run.folder, settings, before):
+            assert outcome[:2] == (error.__name__, code) and sentence in outcome[2], outcome
 
 
 def test_a_digest_every_so_many_steps_is_taken_before_every_save(texts, tmp_path):
