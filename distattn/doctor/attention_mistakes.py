@@ -15,14 +15,14 @@ from distattn.doctor.comparison import Finding, name_ranks
 from distattn.doctor.emulation import ATTENTION_OPTIONS, AttentionCall, attend, visible
 from distattn.doctor.replay import LinkedCall, LocalError, Replay
 
-# of each rank so many tokens are looked at: enough to tell mistakes apart
+# tokens of each rank that are compared: enough to tell mistakes apart
 _ROWS = 128
 _STEPS = (-3, -2, -1, 1, 2, 3)
 _ASK = "look at what is done to queries, keys, values and results around the call of attention on that rank"
 
 
 class _Rows(NamedTuple):
-    """What a rank made of some of its tokens: their numbers in the micro-batch (M,), results (M, H, E), and the norm of the
+    """A rank's results for some of its tokens: token numbers in the micro-batch (M,), results (M, H, E), and the norm of the
     largest difference that rounding explains."""
 
     rank: int
@@ -89,7 +89,7 @@ def _results(call: AttentionCall, tiled: bool = False) -> Callable[[_Rows], Tens
 
 
 def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Mistakes without a number to be found, the simplest ones first."""
+    """Yield the mistakes that have no number to search for, the simplest first."""
     group = call.q_NHD.shape[1] // call.k_NKD.shape[1]
     if group > 1:
         yield _Variant(
@@ -137,7 +137,7 @@ def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Varian
 
 
 def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Keys or values of other tokens, and keys in the place of values, on one rank or on all."""
+    """Yield keys or values of other tokens, and keys in place of values, on one rank or on all."""
     everywhere = [(list(range(len(tokens))), "all ranks")] if len(tokens) > 1 else []
     for ranks, whose in [*everywhere, *(([rank], f"rank {rank}") for rank in range(len(tokens)))]:
         for field, name in (("k_NKD", "keys"), ("v_NKE", "values")):
@@ -164,7 +164,7 @@ def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterat
 
 
 def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Wrong masks: keys that are seen too many, or too few."""
+    """Yield wrong masks, which show queries too many keys, or too few."""
     allowed_NN = visible(call)
     size = len(allowed_NN)
     document_NN = allowed_NN | allowed_NN.t()
@@ -196,7 +196,7 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
         lost_NN[:, rank_tokens] = False
         observed = f"does not see the keys of rank {rank}"
         yield masked("keys of a rank missing", observed, lost_NN)
-        # what they have themselves they see
+        # other ranks miss these keys, the rank itself sees them
         kept_NN = lost_NN.clone()
         kept_NN[rank_tokens] = allowed_NN[rank_tokens]
         yield masked("keys of a rank missing", observed, kept_NN)

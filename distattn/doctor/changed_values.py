@@ -1,4 +1,4 @@
-"""What was done to values that differ from the right ones: scaled, rounded, left out, of other tokens, dropped at random."""
+"""Recognize how values were changed: scaled, rounded, left out, taken from other tokens, or dropped at random."""
 
 # T tokens on a rank, C numbers of each
 
@@ -14,14 +14,14 @@ _NEIGHBOURS = (1, -1, 2, -2)
 
 
 class Change(NamedTuple):
-    """What was done to values: its kind, and in words what they are."""
+    """A change of values. kind: a short name. words: what the values are now, as part of a sentence."""
 
     kind: str
     words: str
 
 
 def common_change(changes: Sequence[Change | None]) -> Change | None:
-    """Return what was done on all ranks alike, None where something else was done on each, or nothing that is known."""
+    """Return the change that all ranks share; None where their changes differ, or one of them is not recognized."""
     described = [one for one in changes if one is not None]
     return described[0] if len(described) == len(changes) and len({one.kind for one in described}) == 1 else None
 

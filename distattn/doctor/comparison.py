@@ -15,7 +15,7 @@ RankResult = dict[str, Any]
 PartResult = dict[str, Any]
 
 
-# so many stretches of tokens are named
+# the most stretches of tokens that a sentence names
 _STRETCHES = 4
 
 
@@ -28,8 +28,8 @@ class Finding(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What was measured, by name, the first module that differs, the findings, the likely cause first, and in words where ranks
-    differ first: at which place, on which ranks, for which tokens.
+    """The result of the doctor. measured: numbers by name. first_difference: the first module that differs. findings: the likely
+    cause first. where: in words, where ranks differ first: at which place, on which ranks, for which tokens.
 
     not_repeated: why the ranks' steps could not be repeated module by module in one process; empty where they could.
     """

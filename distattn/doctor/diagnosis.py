@@ -126,7 +126,7 @@ class _Backward:
         self.failure = ""
 
     def explain(self) -> Finding | None:
-        """Find a gradient that is not what one process computes of the ranks' own, None where there is none."""
+        """Find a gradient that differs from what one process computes from the ranks' own gradients; None where all agree."""
         if self._replay is None:
             return None
         try:
@@ -192,7 +192,7 @@ def _replayed(
 
 
 def _is_coarse(ranks: Sequence[RankResult]) -> bool:
-    """Whether ranks compute in less than fp32."""
+    """Return whether ranks compute in less than fp32."""
     floats = (one for _, part in parts_of(ranks) for one in part["outputs"].values() if one.is_floating_point())
     return any(torch.finfo(one.dtype).eps > _LOW_PRECISION for one in chain(floats, (ranks[0]["parts"][0]["logits"],)))
 

@@ -122,7 +122,7 @@ def _is_lost(name: str, rank: RankResult, found: GradientComparison) -> bool:
 
 
 def _kind(name: str) -> str:
-    """The name of a parameter without the number of its layer."""
+    """Return the name of a parameter without the number of its layer."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)

@@ -1,7 +1,7 @@
-"""Which local gradients the ranks' gradients are the sum of: whose are left out, count twice, or were clipped.
+"""Find which local gradients a trainer summed: which it left out, counted twice, or clipped.
 
-Each rank's own gradients of each micro-batch are recorded before anything is done to them. What a trainer makes of them is a sum
-with factors, and the factors are found by least squares; they should be equal.
+Each rank's own gradients of each micro-batch are recorded before the trainer changes them. The trainer's gradients are a weighted
+sum of these. Least squares finds the weights, which should be equal.
 """
 
 # F factors: of every rank's local gradients of every micro-batch
@@ -46,7 +46,7 @@ class LocalGradients:
             and all(name in found["gradients"] for found in ranks)
             and all(one[name].shape == expected.shape for one in self._local if name in one)
         ]
-        # what is whole in fp32 may have been reduced in the local gradients' dtype, as DeepSpeed does
+        # gradients in fp32 may have been reduced in the dtype of the local ones, as DeepSpeed does
         dtypes = [found["gradients"][name].dtype for found in ranks for name in self._names]
         dtypes += [one.dtype for local in self._local for one in local.values()]
         self._eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
@@ -129,7 +129,7 @@ class LocalGradients:
         return Finding("gradients clipped", observed, "clip after the doctor has asked for gradients(model)")
 
     def _factor(self, names: Sequence[str]) -> float:
-        """How many times the gradient of one process rank 0 has, along it."""
+        """Return the factor between rank 0's gradient and that of one process, along the latter."""
         along = sum(float((self._ranks[0]["gradients"][name].double() * self._expected[name]).sum()) for name in names)
         return along / max(sum(float(self._expected[name].square().sum()) for name in names), 1e-30)
 

@@ -207,7 +207,7 @@ def _over_the_pack(batch: MicroBatch) -> list[Tensor]:
 
 
 def _from_rank_on(batch: MicroBatch) -> list[Tensor]:
-    """As if each rank had a stretch of the batch, one rank after another."""
+    """Return positions as if each rank had one stretch of the batch, in the order of ranks."""
     return [torch.arange(len(own)) + rank * len(own) for rank, own in enumerate(batch.tokens)]
 
 
@@ -279,7 +279,7 @@ def _wrong_positions() -> Iterator[Hypothesis]:
 
 
 def _positions_of_some_ranks(ranks: int) -> Iterator[Hypothesis]:
-    """Wrong positions of one rank, and positions that are off by a few on one rank or on all."""
+    """Yield wrong positions of one rank, and positions that are off by a few on one rank or on all."""
     remedy = "pass the part's position_ids on to the model: they are sharded with the tokens"
 
     def on_rank(odd: int, positions: Callable[[MicroBatch], list[Tensor]]) -> Callable[[MicroBatch], list[Tensor]]:

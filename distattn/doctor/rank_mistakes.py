@@ -1,4 +1,4 @@
-"""Which mistake of single ranks explains the first difference from one process: in positions, attention, weights or modules."""
+"""Find the mistake of single ranks behind the first difference from one process: in positions, attention, weights or modules."""
 
 # T tokens on a rank, P positions, C numbers of a position, I frequencies of rotary embeddings
 

@@ -175,8 +175,10 @@ TensorHook = Callable[[str, Tensor], Tensor | None]
 
 @contextmanager
 def hooked_outputs(model: torch.nn.Module, use: TensorHook, leaves: bool = False) -> Iterator[None]:
-    """Meanwhile `use` is given every tensor that modules put out, and may put another in its place. leaves: of modules without
-    children only."""
+    """Call `use` in the block with every tensor that modules return; the tensor that it returns, if any, takes its place.
+
+    leaves: only modules without children are watched.
+    """
     named = _CallNames()
 
     def hook(name: str, out: Any) -> Any:
@@ -202,7 +204,7 @@ def hooked_outputs(model: torch.nn.Module, use: TensorHook, leaves: bool = False
 
 @contextmanager
 def hooked_inputs(model: torch.nn.Module, use: TensorHook) -> Iterator[None]:
-    """Meanwhile `use` is given the first argument of every module without children, and may put another in its place."""
+    """Call `use` in the block with the first argument of every module without children; it may return another in its place."""
     named = _CallNames()
 
     def hook(name: str, given: tuple[Any, ...]) -> Any:

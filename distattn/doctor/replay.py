@@ -48,7 +48,7 @@ FORWARD, BACKWARD = ("input", "output"), ("gradient",)
 
 
 class Place(NamedTuple):
-    """Where a tensor is: the micro-batch's number, "input", "output" or "gradient", and the name of the module's call."""
+    """The place of a tensor: the micro-batch's number, "input", "output" or "gradient", and the name of the module's call."""
 
     micro_batch: int
     kind: str
@@ -56,7 +56,7 @@ class Place(NamedTuple):
 
     @property
     def module(self) -> str:
-        """The module's name."""
+        """Return the module's name."""
         return module_of_call(self.call)
 
     def __str__(self) -> str:
@@ -286,7 +286,7 @@ class Replay:
         return _USUAL * max(unit_roundoff(dtype), unit_roundoff(self.right[rank][place].dtype))
 
     def _margins(self, rank: int, place: Place, peers: bool = True) -> tuple[float, float]:
-        """How much more than one rounding was seen to cost a rank's values may differ at a place: of all tokens, and of one.
+        """Return by how many times the cost of one rounding a rank's values may differ at a place: of all tokens, and of one.
 
         peers: whether to look at what other ranks have there.
         """
@@ -303,7 +303,7 @@ class Replay:
         return less * _RANK_MARGIN, less * _TOKEN_MARGIN
 
     def _is_exact(self, rank: int, place: Place) -> bool:
-        """Whether a rank with more than a few tokens has to the last bit what one process computes."""
+        """Return whether a rank with more than a few tokens has bit for bit what one process computes."""
         if (rank, place) not in self._exact:
             expected_T, got_T = self.right[rank].get(place), self.got(rank, place)
             several = expected_T is not None and len(expected_T) >= _SEVERAL
@@ -313,7 +313,7 @@ class Replay:
         return self._exact[rank, place]
 
     def _measure_noise(self, seed: int, kinds: Sequence[str]) -> None:
-        """See what rounding once more changes at places of these kinds: norms by token (T,); and of parameters' gradients."""
+        """Measure what one more rounding changes: norms by token (T,) at places of these kinds, and parameters' gradients."""
         with rounded_otherwise(self._model, self._rounding, seed):
             moved = self._run(RIGHT, seed, kinds == BACKWARD)
         for noise, other, right in zip(self._noise, moved, self.right, strict=True):
@@ -329,8 +329,11 @@ class Replay:
     def _run(
         self, hypothesis: Hypothesis, seed: int | None = None, backward: bool = False, patient: bool = True
     ) -> Computed:
-        """seed: rounds what ranks had once more. backward: runs the backward pass, too. patient: goes on after differences that
-        rounding does not explain, where otherwise _ExceededError is raised."""
+        """Compute all micro-batches as ranks with the hypothesis would.
+
+        seed: rounds the ranks' recorded values once more. backward: runs the backward pass, too. patient: goes on after
+        differences that rounding does not explain; otherwise these raise _ExceededError.
+        """
         computed: Computed = [{} for _ in self._ranks]
         self._model.zero_grad()
         for number, batch in enumerate(self._emulation.micro_batches):
@@ -472,7 +475,7 @@ class _Replaced(torch.autograd.Function):
 
 
 def _disturbed(values_T: Tensor, error: float, seed: int, rank: int, place: Place) -> Tensor:
-    """Values off by up to a relative error."""
+    """Return the values, each changed at random by up to a relative error."""
     generator = torch.Generator().manual_seed(crc32(f"{seed} {rank} {place}".encode()))
     wide = values_T.to(torch.promote_types(values_T.dtype, torch.float32))
     noise = torch.rand(wide.shape, generator=generator) * 2 - 1
@@ -480,5 +483,5 @@ def _disturbed(values_T: Tensor, error: float, seed: int, rank: int, place: Plac
 
 
 def _by_token(values_T: Tensor) -> Tensor:
-    """The norm of each token's values, (T,)."""
+    """Return the norm of each token's values, (T,)."""
     return values_T.double().flatten(1).norm(dim=1) if values_T.dim() > 1 else values_T.double().abs()
