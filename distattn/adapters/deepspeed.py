@@ -159,7 +159,7 @@ class ProbeTarget:
         return full_tensor(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
 
     def parameters(self) -> list[ProbedParameter]:
-        """All of the model's. What stage 3 has partitioned is empty here: there is one copy of it."""
+        """Return all parameters of the model. Those that stage 3 partitions are empty here, since each number exists once."""
         scale = getattr(self.engine.optimizer, "loss_scale", None) or 1.0
 
         def gradient_of(parameter: Any) -> Tensor | None:

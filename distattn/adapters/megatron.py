@@ -386,7 +386,7 @@ class ProbeTarget:
         return scale
 
     def parameters(self) -> list[ProbedParameter]:
-        """All of this rank's stage. Tensor-parallel ranks, and those with other experts, have other numbers by right."""
+        """Return all parameters of this rank's stage. Tensor- and expert-parallel ranks hold different numbers on purpose."""
         if self.config.gradient_accumulation_fusion and dist.get_rank() == 0:
             _LOG.warning(
                 "with gradient_accumulation_fusion Megatron adds gradients where the probe does not see them: only the output "
@@ -406,7 +406,7 @@ class ProbeTarget:
         return found
 
     def _sums_of(self, one: ProbedParameter) -> dict[str, Any]:
-        """Over which ranks Megatron sums a parameter's gradient besides the loss group, where it does."""
+        """Return fields of `ProbedParameter`: over which further ranks, besides the loss group, Megatron sums the gradient."""
         parameter: Any = one.held
         group: dict[str, Any] = {}
         if self.config.gradient_accumulation_fusion:
@@ -431,12 +431,12 @@ class ProbeTarget:
     def _gathered_gradient(self, weight: Any, gathered: dict[int, tuple[Any, Tensor]] | None = None) -> Tensor | None:
         """Return the reduced gradient from Megatron's buffers; the parts of a distributed optimizer are gathered.
 
-        gathered: the last bucket of each buffer, and its gradients. Not of all buffers together: ranks with other experts may
-        read fewer of their parameters, and yet have to gather equally often.
+        gathered: the last bucket of each buffer, and its gradients. It is kept by buffer, since ranks with other experts may read
+        fewer of their parameters and still have to gather as often as the others.
         """
         gathered = {} if gathered is None else gathered
         for chunk in self.chunks:
-            # of a chunk without Megatron's wrapper it is a method of modules
+            # a chunk without Megatron's wrapper has the method `buffers` of modules instead
             buffers = chunk.buffers if isinstance(getattr(chunk, "buffers", None), list) else []
             for buffer in (*buffers, *(chunk.expert_parallel_buffers if buffers else ())):
                 if weight not in buffer.param_index_map or not buffer.ddp_config.use_distributed_optimizer:

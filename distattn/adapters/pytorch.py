@@ -176,14 +176,14 @@ def logit_change(model: torch.nn.Module) -> LogitChange:
 
 
 def loss_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """The same of logits (1, T, V)."""
+    """Compute the same loss from logits (1, T, V)."""
     logits_TV = logits.flatten(0, -2)
     logits_and_labels = logits_TV.to(accumulation_dtype(logits_TV.dtype)), int64_labels(batch["labels"]).flatten()
     return F.cross_entropy(*logits_and_labels, ignore_index=IGNORE_INDEX, reduction="sum") * batch["loss_scale"]
 
 
 def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """`fully_shard` every layer of a transformers model, and what is left, over all of the mesh; gradients are summed."""
+    """Apply `fully_shard` to every layer of a transformers model, and to the rest, over the whole mesh. Gradients are summed."""
     flat = gradient_mesh(mesh)
     for layer in model.get_decoder().layers:  # type: ignore[operator]
         fully_shard(layer, mesh=flat)
@@ -249,7 +249,7 @@ class ProbeTarget:
         return full_tensor(weight.grad)
 
     def parameters(self) -> list[ProbedParameter]:
-        """All of the model's, with FSDP2's shards of them."""
+        """Return all parameters of the model, or FSDP2's shards of them."""
         return probed_parameters(self.model, lambda parameter: parameter.grad)
 
     @contextmanager
@@ -339,7 +339,7 @@ def _no_leaf() -> None:
 
 
 def _fsdp_groups(module: Any) -> list[Any]:
-    """FSDP2's groups of parameters that are gathered together, of one module."""
+    """Return FSDP2's groups of parameters of one module; a group is gathered together."""
     if not isinstance(module, FSDPModule):
         return []
     state: Any = module._get_fsdp_state()

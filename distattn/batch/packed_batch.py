@@ -74,7 +74,7 @@ class PackedBatch(NamedTuple):
 
     @staticmethod
     def of(batch: Mapping[str, Any]) -> PackedBatch:
-        """From a mapping as `ContextParallel.shard` takes it. Raises DistattnError for what it cannot be.
+        """Build the batch from a mapping as `ContextParallel.shard` takes it. Raises DistattnError where the mapping is invalid.
 
         Nothing of the mapping is kept: a loader may fill the same tensors, or the arrays below them, with its next batch.
         """
@@ -101,7 +101,9 @@ class PackedBatch(NamedTuple):
         ids, labels = (ids[kept], labels[kept]) if kept is not None else (ids.reshape(-1), labels.reshape(-1))
         labels = labels.clone() if name == "shift_labels" else _shifted(labels, lengths)
         if name in given and (least := int(labels.where(labels != IGNORE_INDEX, 0).min())) < 0:
-            raise DistattnError(f"{name} has {least}; labels are token ids, or {IGNORE_INDEX} where there is none.")
+            raise DistattnError(
+                f"{name} has {least}; labels are token ids, or {IGNORE_INDEX} for tokens without a label."
+            )
         return PackedBatch(ids, labels, lengths)
 
     @property

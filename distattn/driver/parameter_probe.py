@@ -1,4 +1,4 @@
-"""Every parameter of a trainer: whether all ranks hold the same numbers, and whether its gradient is reduced as all others are.
+"""Check every parameter of a trainer: that all ranks hold the same numbers, and that its gradient is reduced as all others are.
 
 Weights are compared by checksums of their bits. Gradients are compared by sketches: a few sums of a gradient with random signs.
 A sketch is linear, so the sketch of a sum over ranks is the sum of the ranks' sketches; nothing as large as a gradient is sent.
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.communicator import all_gather_objects, sendable_device
 
-# of the norm of the ranks' own gradients; rounding in bf16 is under 0.01, a rank that is left out of R changes 1 / sqrt(R)
+# relative to the norm of the ranks' own gradients: rounding in bf16 is under 0.01, leaving out one of R ranks changes 1 / sqrt(R)
 _TOLERANCE = 0.05
 _SKETCHES = 8
 # words of 8 bytes of a tensor that are summed as a row for its checksum
@@ -31,13 +31,13 @@ _NAMED = 3
 
 
 class ProbedParameter(NamedTuple):
-    """What the probe asks of one parameter.
+    """One parameter, as the probe looks at it.
 
     held: what this rank has of it. part: which part that is; ranks with equal parts hold equal numbers. leaf: returns the tensor
     whose gradient in autograd is this rank's own; None before it exists, and for parameters that are not trained or whose own
     gradient cannot be seen. reduced: returns the whole reduced gradient, or None; all ranks call it in the same order. group: the
     ranks that the gradient is summed over, by default the loss group; further: groups whose sums are added up after that. share:
-    by what the trainer multiplies the gradient besides.
+    a further factor by which the trainer multiplies the gradient.
     """
 
     name: str
@@ -184,7 +184,7 @@ class GradientSketches:
         self._own[index] += self._sketch(gradient).to(self._device)
 
     def _sketch(self, gradient: Tensor) -> Tensor:
-        """(S,) fp64: sums of a gradient, each with the signs of a random row times a random column."""
+        """Return sums of a gradient (S,) in fp64, each with the signs of a random row times a random column."""
         whole = gradient.detach()
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         whole = whole.to_dense() if whole.is_sparse else whole
@@ -205,7 +205,7 @@ class GradientSketches:
         return self._signs[key]
 
     def _summed(self, mine: Tensor) -> Tensor:
-        """The sum (P, ...) over the ranks that each parameter's gradient is summed over."""
+        """Return the sums (P, ...) over the ranks over which each parameter's gradient is summed."""
         total = mine.clone()
         found: dict[tuple[Any, ...], list[int]] = {}
         for index, parameter in enumerate(self._parameters):
@@ -222,7 +222,7 @@ class GradientSketches:
 
 
 def _checksum(held: Tensor, part: int) -> Tensor:
-    """(3,) int64: the part, and two sums of a tensor's bits by their places. Sums of whole numbers are exact on all devices."""
+    """Return (3,) int64: the part, and two position-weighted sums of a tensor's bits. Integer sums are exact on all devices."""
     flat = held.detach().contiguous().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     # words of 8 bytes begin at the tensor, wherever that lies in its storage
@@ -236,12 +236,12 @@ def _checksum(held: Tensor, part: int) -> Tensor:
 
 
 def _fitted(reduced: Tensor, wanted: Tensor) -> Tensor:
-    """(P,) the factors by which `wanted` is nearest to `reduced`, both (P, S); NaN where it is 0."""
+    """Return the factors (P,) that bring `wanted` nearest to `reduced`, both (P, S); NaN where `wanted` is 0."""
     return (reduced * wanted).sum(1) / wanted.square().sum(1)
 
 
 def _how(facts: Sequence[float]) -> str:
-    """What has become of a gradient, for a sentence; facts: as in `GradientSketches.check`."""
+    """Describe a wrong gradient, as the rest of a sentence. facts: as in `GradientSketches.check`."""
     _, factor, off_with_factor, off_own, is_missing = facts
     if is_missing:
         return "is not there after the reduction"

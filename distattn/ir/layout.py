@@ -129,7 +129,7 @@ class Layout:
         chunk: int | None = None,
         tolerance: float = 0.002,
     ) -> Layout:
-        """The cheapest of several layouts by an estimate: about equal work and tokens on all ranks, and few, long chunks.
+        """Return the layout with the lowest estimated cost: about equal work and tokens on all ranks, and few, long chunks.
 
         mask: by default causal inside each document. Candidates are `contiguous`, `zigzag`, `document_zigzag`, `placed`, long
         documents split over one or two times as many ranks as their work asks for, or over all, with short ones whole, and
@@ -174,7 +174,7 @@ class Layout:
     def _in_chunks_of_equal_work(
         lengths: Sequence[int], ranks: int, mask: Mask, chunk: int, tolerance: float
     ) -> Layout:
-        """The layout of chunks of about `chunk` tokens that all ranks get equally many of, with about equal work."""
+        """Return the layout of chunks of about `chunk` tokens: equally many on all ranks, with about equal work."""
         n = mask.n
         parts = -(-n // chunk)
         grid = _cuts(n, min(n, _POSITIONS_PER_CHUNK * parts))

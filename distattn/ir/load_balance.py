@@ -52,10 +52,10 @@ def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
 def spread_documents(
     lengths: Ints, work: np.ndarray, ranks: int, share: float, spread: float
 ) -> tuple[Ints, Ints, Ints]:
-    """Chunks (rank, t0, t1) of documents of these lengths and work, laid end to end; long documents are split over more ranks.
+    """Return chunks (rank, t0, t1) of documents of these lengths and work, laid end to end; long ones are split over more ranks.
 
     Documents with more than `share` of the mean work of a rank are split over `spread` times as many ranks as their work
-    asks for, at most all. The others stay whole where a rank has room. Documents with most work come first.
+    needs, at most all. The others stay whole where a rank has room. Documents with most work come first.
     """
     placed = _Placement(lengths, ranks)
     mean = float(work.sum()) / ranks

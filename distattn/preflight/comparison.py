@@ -55,7 +55,7 @@ def problems_of(facts: Sequence[RankFacts]) -> list[str]:
 
 
 def warnings_of(facts: Sequence[RankFacts]) -> list[str]:
-    """What is unusual, and lets a run go on: also a full disk where steps were done before, since these bear it."""
+    """Return warnings: what is unusual but lets a run go on. A full disk is one for a run that has steps, which it bears."""
     warnings = list(_disk_shortages([one for one in facts if one.goes_on]))
     warnings += [
         f"{who} has the device {there}, most ranks {common}; the slowest device sets the pace."

@@ -95,7 +95,7 @@ def _of_head(tasks: Columns, head: int) -> Columns:
 
 
 def _drawn_tasks(plan: Plan) -> Columns:
-    """The forward tasks; of a recurrence those with outputs, each with all cells that pass through its stretch."""
+    """Return the forward tasks; of a recurrence those with outputs, each with all cells that pass through its stretch."""
     tasks = plan.forward.tasks
     return select_rows(tasks, has_rows_and_keys(tasks)) if plan.call.op.is_recurrent else tasks
 
