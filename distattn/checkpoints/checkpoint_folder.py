@@ -91,7 +91,7 @@ def by_preference(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
 
 
 def preferred_step(folder: Path) -> int:
-    """Return the step of the checkpoint that a run tries first, or 0 where there is none.
+    """Return the step of the checkpoint that a run tries first, or 0 without checkpoints.
 
     Raises DistattnError as `list_checkpoints`.
     """
@@ -142,7 +142,7 @@ def keep_for_good(folder: Path, refused: int) -> None:
 
 
 def check_step(folder: Path, step: int) -> Checkpoint:
-    """Return the checkpoint of a step. Raises DistattnError where there is none that has a manifest."""
+    """Return the checkpoint of a step. Raises DistattnError where no checkpoint of this step has a manifest."""
     whole = {one.step: one for one in list_checkpoints(folder) if one.manifest is not None}
     if step not in whole:
         steps = ", ".join(f"{one:,}" for one in sorted(whole))
@@ -240,7 +240,7 @@ def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: No
         return [Problem("manifest.json", None, str(error))]
     problems = list(problems_of(folder, manifest, report=report))
     if not problems:
-        # a digest is that of whoever made the folder
+        # digests do not show who wrote the folder, so look at the pickles, too
         try:
             problems += [Problem(*found) for found in foreign_pickles(folder)]
         except OSError as error:

@@ -53,9 +53,9 @@ _WRITE_SECONDS = 120.0
 
 
 class Loaded(NamedTuple):
-    """What a state was loaded from. step: training steps done. facts: those that it was saved with.
+    """The checkpoint that a state was loaded from. step: training steps done. facts: those that it was saved with.
 
-    doubt: what its verdict says against it, where there was no other one; else empty.
+    doubt: what its verdict says against it, where no other checkpoint could be loaded; else empty.
     """
 
     step: int
@@ -266,7 +266,7 @@ class Checkpoints:
     # ---- loading
 
     def _next_candidate(self, tried: set[Path], passed: list[str]) -> _Candidate | None:
-        """The best checkpoint that was not tried, the same on all ranks. passed: what is wrong with those that were."""
+        """Return the best untried checkpoint, the same on all ranks. passed: what is wrong with those that were tried."""
 
         def choose(_: Sequence[None]) -> Sequence[_Candidate | None]:
             clean_leftovers(self._folder)

@@ -23,7 +23,7 @@ LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
 _ENDING_SECONDS = 30.0
 # that a new owner may take to write its name
 _NAMING_SECONDS = 3.0
-# of a disk that has room again one day
+# errors of a full disk, which may have room again later
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # the folders that this process has locked, by device and inode: locks of one process do not exclude each other
@@ -141,7 +141,7 @@ class RunLock:
                 return False
             path = self._folder / _LOCK_FILE
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            # another owner is there, or somebody has removed the file meanwhile
+            # another owner has the lock, or the file was removed meanwhile
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)) and not self._another_lives():
@@ -214,9 +214,9 @@ class RunLock:
 
 
 def _modified(file: Path) -> int:
-    """Return when a file was last changed, in nanoseconds; 0 where there is none. Raises OSError."""
+    """Return when a file was last changed, in nanoseconds; 0 for a missing file. Raises OSError."""
     with contextlib.suppress(FileNotFoundError), open(file, "rb") as opened:
-        # a network file system may show an old time to whoever does not open the file
+        # a network file system may show an old time unless the file is opened
         return os.fstat(opened.fileno()).st_mtime_ns
     return 0
 

@@ -1,4 +1,4 @@
-"""Processes that help ranks and are none: the fork server, what copies output. They are watched and named as ranks are."""
+"""Helper processes of ranks: the fork server, and what copies output. They are watched and named as ranks are."""
 
 from __future__ import annotations
 

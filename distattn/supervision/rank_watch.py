@@ -244,7 +244,7 @@ class RankWatch:
         return False
 
     def _lost_helper(self) -> Helper | None:
-        """The helper with which ranks end, where it has ended."""
+        """Return the helper that has ended and ends the ranks with it; None while all live."""
         return next((helper for helper in self._helpers if helper.replace is None and helper.end()), None)
 
     def _end_with_helper(
@@ -348,7 +348,7 @@ class RankWatch:
     ) -> None:
         self._record(Trouble(found, kind, max(self._done(known).values(), default=0), seconds, code, nodes))
         if not known or not noticed:
-            # nobody has said who it is, or torchrun waits for a dead one: it ends its ranks with this process
+            # no rank has told its process id, or torchrun waits for a dead rank: it ends its ranks with this process
             os.kill(os.getpid(), INTERRUPT)
 
     def _record(self, trouble: Trouble) -> None:
@@ -382,7 +382,7 @@ def _is_asked_to_end(pid: int) -> bool:
 
 
 def _tells_of_others(beat: Heartbeat) -> bool:
-    """Whether a rank ends since it has lost another one."""
+    """Return whether a rank ends because it has lost another one."""
     refused = beat.words.removeprefix(REFUSED).partition(":")[0]
     return refused == str(LostRankError.exit_code) or tells_of_lost_peer(beat.words)
 

@@ -255,7 +255,7 @@ def _similar_keys(key: str) -> list[str]:
     section, dot, name = key.rpartition(".")
     if dot and section not in keys:
         return difflib.get_close_matches(key, keys, 1, 0.6)
-    # the section is right, or there is none: then only the name can be wrong, or belong to another section
+    # the section is right, or missing: then only the name can be wrong, or belong to another section
     names = {one.removeprefix(section + dot): one for one in keys if one.startswith(section + dot)}
     near = difflib.get_close_matches(name, names, 1, 0.6)
     if not near and dot and len(name) > 3:

@@ -364,7 +364,7 @@ def _slurm_problems(slurm: SlurmConfig) -> Iterator[str]:
 
 
 def _health_problems(health: HealthConfig) -> Iterator[str]:
-    """Find an address that is none."""
+    """Find an invalid address."""
     try:
         ipaddress.ip_address(health.prometheus_address)
     except ValueError:

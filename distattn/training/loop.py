@@ -263,7 +263,7 @@ class TrainingLoop:
         return verdict.applies or self._act(verdict, batches)
 
     def _mean_loss(self, step: int, losses: Sequence[Tensor]) -> tuple[float, Damage | None]:
-        """The mean loss of a step, and what has changed in the state since the last update, on all ranks the same.
+        """Return the mean loss of a step, and what has changed in the state since the last update, the same on all ranks.
 
         A rank whose state has changed tells the others by a loss that is NaN, so nothing more is sent while all is well.
         """
@@ -330,7 +330,7 @@ class TrainingLoop:
         self.by_position.reset()
 
     def _look_at_folder(self) -> Stop:
-        """On rank 0: look whether the run's folder is where it was."""
+        """Return whether the run has to stop because its folder is not where it was. Rank 0 calls it."""
         if self.folder.is_in_place():
             return Stop.NO
         return Stop.FOLDER_LOST if self.folder.follow() is None else Stop.FOLDER_MOVED

@@ -81,7 +81,7 @@ class Streak:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a loop is to do with a step. action: apply, skip, stop or rollback; reason: a sentence, empty where it is applied.
+    """The decision on a step. action: apply, skip, stop or rollback; reason: a sentence, empty where the step is applied.
 
     streak: the refused steps in a row that this one belongs to; of a step that is applied those that it ends, else None.
     recovered: of a step that is applied after a streak whether it would have been applied before the streak, too; where it would
@@ -101,7 +101,7 @@ class Verdict:
 
     @property
     def begins_streak(self) -> bool:
-        """Whether the step is refused, and the one before was not: the one to look at and to tell of."""
+        """Return whether the step is refused and the one before was not: this step is examined and reported."""
         return not self.applies and (self.streak is None or self.streak.count == 1)
 
 

@@ -1,4 +1,4 @@
-"""What one launcher proposes to its ranks when a run goes on: another configuration, and the checkpoint to go on from.
+"""The proposal of a launcher to its ranks when a run goes on: another configuration, and the checkpoint to go on from.
 
 The proposal is a file of the run folder with a name of its own, which the launcher passes to its ranks and removes at its end.
 Rank 0 applies it while it holds the run's lock, once nothing speaks against it, and gives the file its second name: ranks that
@@ -103,7 +103,7 @@ class Proposal:
                     Proposal(self.run, name).remove()
 
     def _facts(self) -> _Facts | None:
-        """Return the first line of a proposal; None where there is none that was not applied yet."""
+        """Return the first line of the proposal; None without one, or where it was already applied."""
         with suppress(FileNotFoundError), open(self.file, encoding="utf-8") as lines:
             return _Facts(**json.loads(lines.readline().removeprefix("#")))
         return None

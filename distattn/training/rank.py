@@ -33,9 +33,9 @@ _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 def main(
     folder: str, json_lines: bool, proposed: str, may_begin: Callable[[RunFolder, Config, torch.device], bool]
 ) -> int:
-    """Run one rank of a run. Returns the exit code. may_begin: looks at all ranks before they train, and has said why not.
+    """Run one rank of a run. Returns the exit code. may_begin: looks at all ranks before they train; it prints why they may not.
 
-    proposed: the name of the launcher's proposal, which rank 0 applies before the first step; "" where there is none.
+    proposed: the name of the launcher's proposal, which rank 0 applies before the first step; "" without one.
     """
 
     def work(run: RunFolder, config: Config, device: torch.device) -> int:

@@ -27,7 +27,7 @@ _NOT_SHAPE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "
 
 
 class TrainingRun(NamedTuple):
-    """What is trained. shape: the transformers configuration of the model. facts: those of `facts_of`. device: of this rank."""
+    """The run to train. shape: the transformers configuration of the model. facts: those of `facts_of`. device: of this rank."""
 
     folder: RunFolder
     config: Config

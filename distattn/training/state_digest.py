@@ -153,7 +153,7 @@ class _Digests(NamedTuple):
     device: Tensor | None
 
     def changed(self, now: _Digests) -> list[str]:
-        """Names of tensors whose digest is another one now, or that are not there any more."""
+        """Return the names of tensors whose digest has changed, or that are gone."""
         different = [name for name, digest in self.host.items() if now.host.get(name) != digest]
         if self.device is not None:
             if (now.names, now.ends) != (self.names, self.ends) or now.device is None:
@@ -180,7 +180,7 @@ def _digests(tensors: Iterable[StateTensor]) -> _Digests:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    """The memory of a tensor on the host, or of a copy where its elements do not lie one after the other."""
+    """Return the memory of a tensor on the host; that of a copy where the tensor is not contiguous."""
     whole = tensor.contiguous()
     # numpy does not know bfloat16
     return (whole if whole.dtype in (torch.float32, torch.float64) else whole.reshape(-1).view(torch.uint8)).numpy()
