@@ -101,7 +101,7 @@ def say(text: str) -> None:
 
 
 def finish_command(folder: object) -> str:
-    """The command that compares and reports, where all steps of the run of a folder are done."""
+    """Return the command that compares and reports for the folder of a run whose steps are all done."""
     return f"python -m distattn.launch.finish_run {folder}"
 
 

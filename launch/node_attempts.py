@@ -66,7 +66,7 @@ class NodeAttempts:
             say(f"the ranks cannot be asked to stop: {error}; the run goes on from its newest checkpoint.")
 
     def run(self) -> Outcome:
-        """Attempt after attempt. Raises DistattnError before one for which the run's folder is not in its place any more."""
+        """Run attempt after attempt. Raises DistattnError where the run's folder is not in its place before one."""
         with HeldFolder(self._run.folder) as held:
             return self._run_attempts(held)
 

@@ -100,7 +100,7 @@ def sweep_runs(folder: Path) -> list[RunFolder]:
 
 
 def _unreported(run: RunFolder, found: Mapping[str, Any]) -> str:
-    """What to add to the state of a run that has ended: that its steps are done without a report, and what completes it."""
+    """Return what to add to the state of a run that ended: its steps are done without a report, and what completes it. Or ""."""
     last = found["attempts"][-1] if found["attempts"] else {}
     # a preflight alone has no steps
     if last.get("exit_code") != 0 or not found["steps"] or Attempts(run.attempts).is_reported(run.report_file):

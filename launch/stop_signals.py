@@ -35,7 +35,7 @@ class CommandStopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it."""
+        """Return 128 + the signal's number, as shells do."""
         return 128 + int(self.signal)
 
     def __str__(self) -> str:

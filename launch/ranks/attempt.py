@@ -43,9 +43,9 @@ _INTERVAL_SECONDS = 0.1
 
 
 class Ranks(NamedTuple):
-    """What runs on this machine: a function, module:name, which returns an exit code, once for each of so many ranks (size).
+    """The ranks of this machine. function: module:name, called once on each of `size` ranks; it returns the exit code.
 
-    run: the folder of the run that they are of, for the titles of processes.
+    run: the folder of their run, for the titles of processes.
     """
 
     size: int
@@ -70,7 +70,7 @@ def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Ite
     try:
         yield
     except BaseException:
-        # before this process: it may be about to make ranks that nobody waits for any more
+        # end it before this process: it may be about to fork ranks, and no process would wait for them
         _server().kill()
         raise
     finally:
@@ -107,13 +107,13 @@ def _start_tracker() -> None:
 
 
 def _server() -> Helper:
-    """The fork server: ranks are its children, and end with it."""
+    """Return the fork server: ranks are its children, and end with it."""
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     return Helper("the fork server", server._forkserver_pid or 0)
 
 
 def _tracker() -> Helper:
-    """The resource tracker of multiprocessing, which removes semaphores that dead processes have left."""
+    """Return the resource tracker of multiprocessing, which removes semaphores that dead processes have left."""
     tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
 
     def replace() -> int:

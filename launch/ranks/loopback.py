@@ -58,7 +58,7 @@ def gloo_on_loopback() -> Iterator[None]:
 
 
 def own_place(endpoint: str) -> NodeAddress | None:
-    """Where this machine is for the other nodes of an attempt; None where that is not known.
+    """Return the address of this machine for the other nodes of an attempt; None where it is not known.
 
     endpoint: host:port of the first node. The address is that of the interface that gloo is told to take, else the one that faces
     the first node.

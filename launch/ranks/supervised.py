@@ -22,9 +22,9 @@ from distattn.supervision.rank_watch import Trouble
 
 @dataclass(frozen=True)
 class Restarts:
-    """How often ranks are started again without having come further. progress: how far the run has come, as a number.
+    """The limit of restarts. limit: restarts in a row without progress. progress: returns how far the run has come, as a number.
 
-    folder: without which they are not started again.
+    folder: that of the run; ranks are started again only while it is in its place.
     """
 
     limit: int
