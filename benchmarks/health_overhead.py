@@ -1,4 +1,4 @@
-"""What health costs a training step on 4 ranks: reports (each wait, each step, the report itself), and digests of the state.
+"""Measure what health checks cost a training step on 4 ranks: reports (each wait, each step, the report), and state digests.
 
     torchrun --nproc-per-node 4 benchmarks/health_overhead.py [CONFIG] [--tokens N] [--engine NAME]
 

@@ -128,7 +128,7 @@ def _model(names: dict[str, Any]) -> None:
 
 
 def _packs_one_by_one(names: dict[str, Any]) -> None:
-    """The loader gives a pack at a time."""
+    """Let the loader give one pack at a time."""
     _model(names)
     names |= dict(cp=da.ContextParallel(strategy="ring"), loader=[pack for step in tiny_loader() for pack in step])
 
@@ -383,7 +383,7 @@ def test_every_picture_of_a_strategy_is_what_its_script_draws_today():
 
 @needs_browser
 def test_pictures_of_strategies_are_legible_in_the_dark(tmp_path):
-    """As wide as the text of a page is in a window of 1,200 pixels."""
+    """Draw them as wide as the text of a page in a window of 1,200 pixels."""
     dark = "body { background: #14181e; margin: 0 } svg { width: 636px; height: auto }"
     page = f"<!doctype html><style>{dark}</style><body>{''.join(draw_strategies.drawings().values())}</body>"
     facts = what_a_script_says(page, LEGIBLE, tmp_path, 636, dark=True)
@@ -403,7 +403,7 @@ def test_the_installation_page_has_every_extra_and_the_supported_versions():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The folder of the built pages."""
+    """Build the pages; return their folder."""
     folder = tmp_path_factory.mktemp("docs") / "site"
     for name in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         try:

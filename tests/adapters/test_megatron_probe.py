@@ -13,13 +13,13 @@ from distattn.adapters import megatron  # noqa: E402
 
 
 def _only_data_parallel(chunks, *given, **named):
-    """Reduces gradients over data-parallel ranks, and forgets what tensor- and pipeline-parallel ranks share."""
+    """Reduce gradients over data-parallel ranks, and forget what tensor- and pipeline-parallel ranks share."""
     for chunk in chunks:
         chunk.finish_grad_sync()
 
 
 def _probed(rank: int, tp: int, pp: int, changes: dict, is_tied: bool) -> tuple[float, str]:
-    """The factor, and what is said where shared parameters are left out."""
+    """Return the factor, and the refusal where shared parameters are left out."""
     start(tp, pp)
     config = config_of(tp, pp, **changes)
     spec = sequence_parallel_spec() if config.sequence_parallel else None

@@ -1,4 +1,4 @@
-"""What plain transformers computes otherwise: router losses of its Trainer, and states of packed documents (docs/trainers.md)."""
+"""Plain transformers computes router losses of its Trainer and states of packed documents otherwise (docs/trainers.md)."""
 
 import functools
 import os
@@ -41,7 +41,7 @@ def _collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _first_step(trainer_class: type[Trainer], folder, micro_batches: int, weight: float, **settings) -> tuple:
-    """Loss and gradient norm of one step of a mixture of experts. weight: of the router's loss, 0 where there is none."""
+    """Return loss and gradient norm of one step of a mixture of experts. weight: of the router's loss, 0 without one."""
     asked = dict(output_router_logits=True, router_aux_loss_coef=weight) if weight else {}
     model = hybrid_models.build("qwen3_moe", torch.float32, **asked)
     args = TrainingArguments(
@@ -101,7 +101,7 @@ def _norm(model: torch.nn.Module) -> float:
     ("name", "differs"), [("qwen3_next", True), ("nemotron_h", True), ("lfm2", True), ("qwen3_moe", False)]
 )
 def test_plain_transformers_runs_states_over_the_borders_of_packed_documents(name, differs):
-    """A pack as position_ids alone say it. `differs`: the model has recurrent layers or convolutions."""
+    """Compare a pack that only position_ids describe. differs: the model has recurrent layers or convolutions."""
     build = functools.partial(hybrid_models.build, name, torch.float32)
     alone, ours, packed = build(), build(), build()
     batch = batch_of(PACK)

@@ -387,7 +387,7 @@ def save_other_steps(rank, folder):
 
 
 def fill(folder, hours, keep):
-    """Checkpoints saved after these hours of training, None where that is not known; those that the rule would remove."""
+    """Return checkpoints saved after these hours of training (None: unknown), and the steps that the rule would remove."""
     saver = open_checkpoints(folder, keep=KeepRule(last=1000))
     for step, _ in enumerate(hours):
         saver.save(step, {"a": 1})

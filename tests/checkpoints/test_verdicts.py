@@ -1,4 +1,4 @@
-"""What training shows of checkpoints decides which are kept and loaded, and a person's choice counts more."""
+"""Verdicts of training decide which checkpoints are kept and loaded; a person's choice counts more."""
 
 import errno
 import os

@@ -44,7 +44,7 @@ def test_a_factor_is_found_by_search():
 
 
 def _explained(factors: list[list[float]], of_rank: list[list[list[float]]] | None = None) -> Finding | None:
-    """Of 2 ranks and as many micro-batches as `factors` has columns; of_rank: other factors on each rank."""
+    """Explain gradients of 2 ranks, with a micro-batch for each column of `factors`. of_rank: other factors on each rank."""
     count = len(factors[0])
     generator = torch.Generator().manual_seed(0)
     local = [[{"weight": torch.randn(20, generator=generator)} for _ in range(count)] for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What loaders may do: fill one buffer again and again, use any dtype, be left and gone on with."""
+"""Loaders may fill one buffer again and again, use any dtype, and be left and continued."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ STEPS = 5
 
 
 def refilled(kind):
-    """Steps whose tensors are one buffer: the ids of step i are 10 * i + 1 to 10 * i + 4, the labels 5 more."""
+    """Yield steps whose tensors are one buffer: the ids of step i are 10 * i + 1 to 10 * i + 4, the labels 5 more."""
     of_step = np.arange(1, 5)[None]
     buffers = [np.zeros((1, 4), np.int64) for _ in range(2)]
     # numpy's writes are not counted as versions of a tensor that shares its memory
@@ -133,7 +133,7 @@ def test_an_error_of_a_loader_comes_after_the_step_before_it():
 
 
 def nested(rank):
-    """The steps of two loops over one iterator, which ends a step earlier on rank 1."""
+    """Return the steps of two loops over one iterator, which ends a step earlier on rank 1."""
     seen, loader = [], iter([numbered(step) for step in range(STEPS - rank)])
     with da.ContextParallel(strategy="cad", data="per_rank") as cp:
         for outer in cp.steps(loader):
@@ -217,5 +217,5 @@ def test_every_door_refuses_labels_without_room_for_their_absence():
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32], ids=str)
 def test_a_tiled_loss_of_small_labels_is_that_of_int64(dtype):
     hidden, weight, labels = torch.randn(4, 8), torch.randn(16, 8), torch.tensor([3, -100, 15, 0])
-    one, other = (tiled_loss(hidden, weight, given, tile_tokens=2)[0] for given in (labels, labels.to(dtype)))
-    assert torch.equal(one, other)
+    of_int64, of_small = (tiled_loss(hidden, weight, part, tile_tokens=2)[0] for part in (labels, labels.to(dtype)))
+    assert torch.equal(of_int64, of_small)

@@ -19,7 +19,7 @@ NORM = "model.norm.weight"
 
 
 def summed(model, left_out=(), divided=(), clip=None, clip_first=False):
-    """What a loop does after backward: it sums gradients, but not all of them. clip: to this norm, in the same place."""
+    """Return what a loop calls after backward: it sums gradients, but not all of them. clip: to this norm, in the same place."""
 
     def reduce():
         if clip_first:
@@ -36,7 +36,7 @@ def summed(model, left_out=(), divided=(), clip=None, clip_first=False):
 
 
 def refusal_of(cp, model, **given) -> str:
-    """What loss_scale says; nothing where it is content."""
+    """Return the refusal of loss_scale; "" where it accepts the trainer."""
     before = [pytorch.full_tensor(parameter.detach()).clone() for parameter in model.parameters()]
     try:
         cp.loss_scale(pytorch.ProbeTarget(model, **given))
@@ -51,7 +51,7 @@ def refusal_of(cp, model, **given) -> str:
 
 
 def looped(rank: int) -> dict[str, str]:
-    """Loops of one's own, by what is wrong with them."""
+    """Return the refusals of hand-written loops, by their mistakes."""
     refusals = {}
     with ContextParallel(strategy="ring", kernel="reference") as cp:
         for kind, how in {
@@ -102,7 +102,7 @@ def test_clipping_is_refused_on_one_rank_as_well():
 
 
 def wrapped(rank: int) -> dict[str, str]:
-    """PyTorch's own wrappers, which leave out what they are told to; and replicas of shards."""
+    """Return the refusals of PyTorch's wrappers, which leave out the named parameters, and of replicas of shards."""
     refusals = {}
     with ContextParallel(strategy="ring", kernel="reference") as cp:
         model = small.build()
@@ -139,7 +139,7 @@ def test_wrappers_of_pytorch_that_leave_out_parameters_are_refused_by_name():
 
 
 def parts(rank: int) -> list[str]:
-    """Ranks that hold unlike parts, and such that say that they hold the same; of many sizes and dtypes."""
+    """Return the refusals of ranks with different parts, and of ranks that claim the same part; of many sizes and dtypes."""
     refusals = []
     for part in (rank, 0):
         parameters = [

@@ -32,7 +32,7 @@ os.kill(os.getpid(), signal.SIGUSR2)
 
 @pytest.fixture
 def no_folder(tmp_path):
-    """A place where nothing can be made."""
+    """Return a path at which nothing can be made."""
     (tmp_path / "file").write_text("")
     return tmp_path / "file" / "folder"
 
@@ -65,7 +65,7 @@ def test_stacks_that_cannot_be_kept_are_printed(no_folder):
 
 
 def attempted(folder, monkeypatch, launch):
-    """An attempt of one rank, whose processes are stood in for. launch: stands for torchrun."""
+    """Run an attempt of one rank without its processes. launch: stands for torchrun."""
     monkeypatch.setattr(attempt, "elastic_launch", lambda config, function: launch)
     monkeypatch.setattr(attempt, "RankWatch", lambda *_: SimpleNamespace(close=lambda: None))
     for name in ("_start_server", "_server", "_tracker"):

@@ -32,7 +32,7 @@ def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
             patch.object(head.ray, "get_runtime_context", lambda: context),
             head.watched_head("runs/far"),
         ):
-            eventually(lambda: len(answers) > head._LOOKS, "nobody looks")
+            eventually(lambda: len(answers) > head._LOOKS, "the head is not looked at")
             assert all(answers) and not sentences
             server.close()
             eventually(lambda: answers.count(False) > 2 * head._LOOKS, "the head is not missed")

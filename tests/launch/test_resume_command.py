@@ -1,4 +1,4 @@
-"""What `distattn resume` refuses leaves the run as it was, and what a launcher has derived is derived anew."""
+"""A refused `distattn resume` leaves the run as it was, and derived settings are derived anew."""
 
 import json
 from dataclasses import asdict, replace
@@ -23,7 +23,7 @@ from distattn.training.run_folder import StepMetrics
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of four ranks on one node, as `launch local --gpus 4` makes it, with a checkpoint of step 34 that has no files."""
+    """Make a run of four ranks on one node, as `launch local --gpus 4` makes it, with a checkpoint of step 34 without files."""
     overrides = ["--parallel.ranks=4", "--parallel.devices_per_node=4", "--train.steps=40", "--reference_check.steps=0"]
     (tmp_path / "text.py").write_text("Some text to train on. " * 2000)
     overrides += [f"--data.path={tmp_path}/text.py", "--data.tokens_per_step=256", "--data.max_document_tokens=100"]
@@ -50,7 +50,7 @@ def content_of(folder):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """The configurations that ranks would have read, and the exit code that they end with."""
+    """Collect the configurations that ranks would have read; they end with exit code 2."""
     seen = []
 
     def run_ranks_and_finish(run, config, report_progress, json_lines, proposal):

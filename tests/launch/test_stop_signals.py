@@ -51,7 +51,7 @@ WHERE = {
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a configuration, which is the working directory."""
+    """Make a folder with a configuration the working directory."""
     monkeypatch.chdir(tmp_path)
     Path("run.toml").write_text(CONFIG)
     Path("texts").mkdir()
@@ -60,7 +60,7 @@ def place(tmp_path, monkeypatch):
 
 
 def documented() -> dict[str, str]:
-    """What docs/local.md says is said, by phase."""
+    """Return the sentences of docs/local.md, by phase."""
     page = (ROOT / "docs" / "local.md").read_text()
     return dict(re.findall(r"^\| ([^|]+?) \| `(stopped by [^`]+)` \|", page, re.M))
 
@@ -78,7 +78,7 @@ def send(number: int) -> None:
 
 
 def in_a_fork(work) -> tuple[int, str]:
-    """The exit code of a process that was forked to work, and what it printed on its error stream."""
+    """Run `work` in a forked process. Return its exit code, and what it printed on its error stream."""
     read, write = os.pipe()
     child = os.fork()
     if not child:

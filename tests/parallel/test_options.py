@@ -72,7 +72,7 @@ def masks_of(op: Op, lengths: tuple[int, ...]) -> list[Mask]:
 
 @st.composite
 def questions(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of `make_plan`, of any strategy that plans the op."""
+    """Draw arguments of `make_plan`, for any strategy that plans the op."""
 
     def one(values: Any) -> Any:
         return draw(st.sampled_from(values))

@@ -82,6 +82,6 @@ def test_score_matrices_are_legible_on_a_telephone_and_in_the_dark(page, tmp_pat
 
 @needs_browser
 def test_paper_shows_all_columns_and_lines(page, tmp_path):
-    """On A4, whose long side has 1,047 pixels between the margins."""
+    """Print on A4, whose long side has 1,047 pixels between the margins."""
     facts = what_a_script_says(as_printed(page), LEGIBLE, tmp_path, 1047)
     assert not facts["wide"] and not facts["unread"] and not facts["cut"], facts

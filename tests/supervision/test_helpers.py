@@ -43,7 +43,7 @@ HOW = {
 
 @pytest.fixture
 def sleeping():
-    """A function that starts a process that sleeps; all are ended with the test."""
+    """Return a function that starts a sleeping process; all are ended with the test."""
     processes = []
 
     def start() -> int:
@@ -130,7 +130,7 @@ def test_a_helper_that_cannot_be_replaced_now_is_replaced_later(sleeping, tmp_pa
 
 
 def test_a_new_resource_tracker_knows_the_semaphores_that_are_there():
-    # in a process of its own, whose tracker nobody else uses
+    # in a separate process, since no other test may use its tracker
     done = subprocess.run([sys.executable, "-c", TRACKED], env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 

@@ -110,7 +110,7 @@ def words_of(*words: str) -> list[str]:
 
 
 def another(key: str) -> list[str]:
-    """Another value of a key: that of the table, else what its type has."""
+    """Return another value of a key: that of the table, else one of its type."""
     if key in OTHERS:
         return OTHERS[key]
     section, name = key.split(".")

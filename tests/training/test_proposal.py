@@ -1,4 +1,4 @@
-"""What a launcher proposes is applied once, by rank 0, or not at all."""
+"""A launcher's proposal is applied once, by rank 0, or not at all."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from distattn.training.run_folder import RunFolder
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with checkpoints of three steps, which have no files."""
+    """Make a run with checkpoints of three steps, which have no files."""
     new_run = RunFolder.create(with_rate(tmp_path, 1e-3))
     for serial, step in enumerate((10, 20, 30), 1):
         folder = new_run.checkpoints / f"step-{step:08d}"

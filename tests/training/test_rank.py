@@ -1,4 +1,4 @@
-"""What a rank says when it ends."""
+"""Ranks of one console print one sentence, once, when they end with the same one."""
 
 from datetime import timedelta
 

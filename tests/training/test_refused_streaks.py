@@ -1,4 +1,4 @@
-"""Updates that destroy the weights: good checkpoints stay, rollbacks go far enough, a streak of refused steps is told of once."""
+"""Updates that destroy the weights: good checkpoints stay, rollbacks go far enough, a refused streak is reported once."""
 
 import dataclasses
 import errno

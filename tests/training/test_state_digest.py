@@ -80,7 +80,7 @@ def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
             flip(tensor, bit)
             assert damage is not None and (damage.ranks, damage.tensors) == ((0,), (name,))
             assert f"{name} changed between the update of step 1 and the update of step 2" in damage.text
-    # two changes whose sum is none, in different rows
+    # two changes in different rows that cancel in a sum
     weight = model[0].weight.detach().view(torch.uint8).view(-1)
     other = 7 * dtype.itemsize
     weight[0] += 1
@@ -161,7 +161,7 @@ ENGINES = {
 
 
 def _compared(rank: int, config: Config) -> tuple[list[str], list[tuple]]:
-    """Names of what is digested, and what was found of one flipped bit in each."""
+    """Return the names of all digested tensors, and what was found of one flipped bit in each."""
     import small
     import torch.distributed as dist
 
@@ -278,7 +278,7 @@ def test_ranks_of_a_pipeline_that_share_no_loss_learn_of_it_too(texts, tmp_path)
 
 
 def test_the_last_checkpoint_is_not_one_of_a_damaged_state(texts, tmp_path):
-    """A bit that flips while the last state is copied, when no step follows that could show it."""
+    """Flip a bit while the last state is copied, when no later step could show it."""
     config = config_of("fsdp2", texts, tmp_path / "run")
     run = RunFolder.create(config)
     write_text(run, config, find_text(config))
