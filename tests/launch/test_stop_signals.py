@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from tiny_runs import write_run_file
 from waiting import LIMIT_SECONDS
 
 from distattn.launch import cli, finish_run, run_locally, start_run
@@ -20,21 +21,7 @@ from distattn.launch.stop_signals import STOPPING, CommandStopped, answering_sig
 ROOT = Path(__file__).parents[2]
 # as a batch system that asks again and again
 OFTEN = 40
-CONFIG = """
-[run]
-folder = "run"
-[data]
-path = "texts/*.txt"
-tokens_per_step = 256
-max_document_tokens = 100
-[model]
-num_layers = 1
-hidden_size = 16
-num_attention_heads = 2
-num_key_value_heads = 2
-intermediate_size = 16
-[parallel]
-ranks = 2
+SECTIONS = """
 [train]
 steps = 6
 [reference_check]
@@ -53,9 +40,7 @@ WHERE = {
 def place(tmp_path, monkeypatch):
     """Make a folder with a configuration the working directory."""
     monkeypatch.chdir(tmp_path)
-    Path("run.toml").write_text(CONFIG)
-    Path("texts").mkdir()
-    Path("texts", "one.txt").write_text((ROOT / "LICENSE").read_text())
+    write_run_file(tmp_path, SECTIONS)
     return tmp_path
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_on_ranks
+from tiny_runs import new_run, tiny_config
 
 from distattn.checkpoints import checkpoints
 from distattn.checkpoints.checkpoint_folder import by_preference, choose_step, list_checkpoints
@@ -17,19 +18,10 @@ from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED
 from distattn.ir.errors import RunStopped
 from distattn.launch import finish_run as finishing
 from distattn.launch.run_status import status
-from distattn.training.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    ReferenceCheckConfig,
-    RunConfig,
-    TrainConfig,
-)
+from distattn.training.config import Config, RunConfig, TrainConfig
 from distattn.training.config_sections import CheckpointConfig, WatchConfig
 from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.loop import train
-from distattn.training.run_data import find_text, write_text
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
 
 STEPS = 12
@@ -37,16 +29,14 @@ STEPS = 12
 
 @pytest.fixture
 def config(texts, tmp_path) -> Config:
-    return Config(
-        run=RunConfig(folder=str(tmp_path / "run"), seed=3),
-        data=DataConfig(path=str(texts), tokens_per_step=128, max_document_tokens=100, context_length=128),
-        model=ModelConfig(
-            num_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24
-        ),
-        parallel=ParallelConfig(ranks=1, layout="document_zigzag", min_chunk=16),
+    return tiny_config(
+        texts,
+        tmp_path / "run",
+        data=dict(tokens_per_step=128, context_length=128),
+        model=dict(num_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24),
+        ranks=1,
         train=TrainConfig(steps=STEPS),
         checkpoint=CheckpointConfig(every_steps=1, keep_last=2),
-        reference_check=ReferenceCheckConfig(steps=0),
     )
 
 
@@ -68,8 +58,7 @@ def _train(rank: int, folder: Path, config: Config, ruined: tuple[int, ...] = ()
 
 def trained(config: Config, *fault, run: RunFolder | None = None) -> RunFolder:
     if run is None:
-        run = RunFolder.create(config)
-        write_text(run, config, find_text(config))
+        run = new_run(config)
     run_on_ranks(1, _train, run.folder, config, *fault)
     return run
 
@@ -205,9 +194,7 @@ def _train_until_stopped(rank: int, runs: list[RunFolder], config: Config) -> li
 
 def test_a_run_that_is_stopped_amid_refused_steps_says_from_where_it_goes_on(config, capfd):
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1, keep_last=9))
-    runs = [RunFolder.create(config) for _ in range(2)]
-    for run in runs:
-        write_text(run, config, find_text(config))
+    runs = [new_run(config) for _ in range(2)]
     ((first, second),) = run_on_ranks(1, _train_until_stopped, runs, config)
     # where all are in doubt, the newest is taken, and it is said so
     assert verdicts(runs[0]) == {1: REFUSED, 2: REFUSED, 3: REFUSED}

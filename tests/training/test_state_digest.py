@@ -7,30 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_on_ranks
+from tiny_runs import new_run, tiny_config
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.ir.errors import DamagedStateError, DistattnError
 from distattn.training import loop, state_digest
-from distattn.training.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    ReferenceCheckConfig,
-    RunConfig,
-    TrainConfig,
-)
-from distattn.training.config_sections import (
-    CheckpointConfig,
-    EngineConfig,
-    HealthConfig,
-    MemoryConfig,
-    WatchConfig,
-)
+from distattn.training.config import Config, RunConfig, TrainConfig
+from distattn.training.config_sections import CheckpointConfig, EngineConfig, HealthConfig, MemoryConfig, WatchConfig
 from distattn.training.engines.opened import open_engine
 from distattn.training.json_lines import read_rows
 from distattn.training.run_checkpoints import RunCheckpoints
-from distattn.training.run_data import find_text, write_text
 from distattn.training.run_folder import RunFolder
 from distattn.training.state_digest import StateDigest, state_tensors
 from distattn.training.weight_growth import WeightGrowth
@@ -135,18 +121,14 @@ def test_the_update_that_made_a_weight_grow_is_named():
 
 
 def config_of(engine: str, texts: Path, folder: Path, **others) -> Config:
-    return Config(
-        run=RunConfig(folder=str(folder), seed=3),
-        data=DataConfig(path=str(texts), tokens_per_step=128, max_document_tokens=100, context_length=128),
-        model=ModelConfig(
-            num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
-        ),
-        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+    return tiny_config(
+        texts,
+        folder,
+        data=dict(tokens_per_step=128, context_length=128),
         engine=EngineConfig(name=engine, **others),
         train=TrainConfig(steps=STEPS),
         checkpoint=CheckpointConfig(every_steps=2, keep_last=2),
         health=HealthConfig(every_steps=3),
-        reference_check=ReferenceCheckConfig(steps=0),
     )
 
 
@@ -235,8 +217,7 @@ def _train_with_flips(rank: int, folder: Path, config: Config, before: tuple[int
 
 
 def trained(config: Config, *fault) -> RunFolder:
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
+    run = new_run(config)
     run_on_ranks(2, _train_with_flips, run.folder, config, *fault)
     return run
 
@@ -280,8 +261,7 @@ def test_ranks_of_a_pipeline_that_share_no_loss_learn_of_it_too(texts, tmp_path)
 def test_the_last_checkpoint_is_not_one_of_a_damaged_state(texts, tmp_path):
     """Flip a bit while the last state is copied, when no later step could show it."""
     config = config_of("fsdp2", texts, tmp_path / "run")
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
+    run = new_run(config)
     run_on_ranks(2, _train_and_flip_last, run.folder, config)
     assert [event["kind"] for event in events_of(run)] == ["damaged state", "resumed"]
     assert [one.step for one in list_checkpoints(run.checkpoints)] == [4, 6]
@@ -323,8 +303,7 @@ def test_without_a_checkpoint_the_run_begins_anew_and_what_repeats_ends_it(texts
         ),
         (dataclasses.replace(config, watch=WatchConfig(action="stop")), (2,), DistattnError, 2, "distattn resume"),
     ):
-        run = RunFolder.create(settings)
-        write_text(run, settings, find_text(settings))
+        run = new_run(settings)
         for outcome in run_on_ranks(2, _error_of, run.folder, settings, before):
             assert outcome[:2] == (error.__name__, code) and sentence in outcome[2], outcome
 
