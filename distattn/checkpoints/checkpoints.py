@@ -147,7 +147,7 @@ class Checkpoints:
         # of all optimizers, while a save overlaps
         self._step_hook: RemovableHandle | None = None
         self._last_note: _Note | None = None
-        # on rank 0: steps whose last save failed, so a checkpoint of that step is an older one
+        # on rank 0: steps whose last save failed; a checkpoint of such a step is an older one
         self._failed_steps: set[int] = set()
         self._queue: queue.SimpleQueue[_Save | _Note | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, daemon=True, name="distattn-checkpoints")
@@ -278,7 +278,7 @@ class Checkpoints:
                 assert best.manifest is not None
                 doubt = f"{verdict.kind}: {verdict.text}" if verdict.is_doubtful else ""
                 newer = found[found.index(best) + 1 :] if not tried and not doubt else []
-                # those that a person set aside are no news
+                # do not report checkpoints that a person set aside
                 passed_over = [f"{one.folder}: {one.verdict.text}." for one in newer if one.verdict.kind == REFUSED]
                 candidate = _Candidate(best.folder, best.manifest, doubt, [*passed_over, *unreadable])
                 return [candidate] * self._exchange.ranks

@@ -31,7 +31,7 @@ METADATA = _OF_TORCH | {
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
-    # the folder that was written to; Python 3.13 has moved the class
+    # classes of the folder's path; Python 3.13 has moved them
     *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
 }
 _STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "BFloat16", "Half", "Float", "Double")
@@ -196,7 +196,7 @@ def _load(unpickler: pickle.Unpickler, path: Path) -> Any:
         return unpickler.load()
     except (DamagedDataError, OSError):
         raise
-    # bytes that are no pickle can have it raise nearly anything
+    # for bytes that are no pickle it may raise almost any error
     except Exception:
         raise unreadable(path) from None
 

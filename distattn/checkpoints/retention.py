@@ -56,7 +56,7 @@ class KeepRule:
             assert one.manifest is not None
             seconds = one.manifest.seconds
             if seconds is None:
-                # earlier versions have chosen these by their own rule
+                # earlier versions kept these by their own rule
                 kept.append(one)
             elif seconds >= next_seconds:
                 kept.append(one)

@@ -15,7 +15,7 @@ from types import TracebackType
 from distattn.checkpoints.owner import Owner, file_age
 from distattn.ir.errors import DistattnError
 
-# what is locked, and who has locked it; two files, since the second is replaced
+# the locked file, and the owner's name; two files, since the second one is replaced
 _LOCK_FILE, _OWNER_FILE = "owner.lock", "owner.json"
 # an owner on another machine that does not renew its lease for so long is dead; it renews it so often
 LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
@@ -62,7 +62,7 @@ class RunLock:
         self._folder, self._me = folder, Owner.of_this_process()
         self._closing = threading.Event()
         self._file = folder / _OWNER_FILE
-        # of the lock file while this process has it; and whose name is still written where a full disk has kept this one's out
+        # the descriptor of the lock file while this process has it; the name in the owner's file while a full disk keeps ours out
         self._descriptor: int | None = None
         self._identity = (0, 0)
         self._before: Owner | None = None
@@ -154,7 +154,7 @@ class RunLock:
     def _another_lives(self) -> bool:
         """Return whether the folder's owner is alive on this machine, though the file that it has locked was removed."""
         owner = Owner.read(self._file)
-        # what this process has closed is not in the registry any more
+        # the registry no longer has folders that this process has closed
         return owner is not None and owner.pid != self._me.pid and owner.is_alive() is True
 
     def _release(self) -> None:
@@ -227,5 +227,5 @@ def folder_owner(folder: Path) -> tuple[Owner, bool] | None:
     if (owner := Owner.read(file)) is None:
         return None
     alive = owner.is_alive()
-    # a lease from the future is one of a clock that was ahead
+    # a lease from the future was written by a clock that was ahead
     return owner, abs(file_age(file)) <= LEASE_SECONDS if alive is None else alive

@@ -13,7 +13,7 @@ from distattn.supervision.culprits import process_state
 
 # seconds between two looks at a helper
 LOOK_SECONDS = 0.5
-# that a killed process may take to end: one that waits for a disk ends later
+# the time that a killed process may take to end: one that waits for a disk ends later
 _KILLED_SECONDS = 2.0
 
 

@@ -237,7 +237,7 @@ class RankWatch:
                 self._say(f"{helper.start_again(fault)}.")
                 self._not_replaced.discard(helper.name)
             except OSError as error:
-                # where no process can be started now, one can be later: it is tried at each look, and said once
+                # if no process can be started now, try again at each look, and say it once
                 if helper.name not in self._not_replaced:
                     self._not_replaced.add(helper.name)
                     self._say(f"{helper} {fault}, and cannot be replaced now: {error.strerror}; it is tried again.")
@@ -359,7 +359,7 @@ class RankWatch:
             if beat.words not in _DONE:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(beat.pid, signal.SIGKILL)
-        # while it is stopped, torchrun does not learn that they have ended
+        # torchrun does not learn that they ended while it is stopped
         for helper in self._helpers:
             if helper.replace is None and helper.is_stopped():
                 helper.kill()

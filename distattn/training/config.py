@@ -50,14 +50,14 @@ RENAMED = {
 
 # every key takes a value, also those that are true or false
 _VALUES = (tyro.conf.FlagConversionOff,)
-# what a value on the command line has to be, by its type
+# descriptions of a value on the command line, by its type
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False"}
 # of help: what no option can say
 _TABLES = """only in the run file:
   [[data.context_schedule]] context lengths by step: tables with context_length and steps, one
                             after the other; the last may leave steps out
 """
-# what pydantic calls a key that there is not
+# pydantic's names for the error of an unknown key
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 # keys of the shape, and what config.json calls them
 _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
@@ -105,7 +105,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str]
             replaced = [key for key in SHAPE_KEYS if key not in named]
             changed = with_defaults(changed, replaced)
         changed, left_out = without_idle_keys(changed, named)
-        # a shape that came from a folder was not given in the file
+        # a shape that came from a folder does not stand in the file
         left_out += [key for key in replaced if key.split(".")[1] in content.get("model", {}) and not config.model.path]
         if left_out:
             report(f"{path}: left out, as they do nothing beside what the command line says: {', '.join(left_out)}.")
@@ -158,7 +158,7 @@ def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Coll
     except ValidationError as error:
         errors = error.errors()
         misspelled = {one["loc"][:-1] for one in errors if one["type"] in _UNKNOWN}
-        # a key that is required is missing where it is misspelled
+        # a misspelled required key is also a missing one
         told = [one for one in errors if one["type"] != "missing" or one["loc"][:-1] not in misspelled]
         problems = [_sentence(one) for one in told]
     if problems:

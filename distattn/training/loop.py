@@ -135,9 +135,9 @@ class TrainingLoop:
         )
         self.digest = self.run_checkpoints.digest
         self._has_evaluated = False
-        # what was found of the first step of a streak
+        # the finding on the first step of a streak
         self._finding = ""
-        # for which the run is to go back
+        # the damage for which the run has to go back
         self._damage: Damage | None = None
         # of the step before
         self._context: int | None = None
@@ -221,7 +221,7 @@ class TrainingLoop:
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
         with telling("the norm of all gradients", waits=True):
             norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
-        # what is saved is copied between two digests, and before the update changes it
+        # the state is copied between two digests, before the update changes it
         self.checkpoints.wait_staged()
         with telling("the mean loss of all ranks", waits=True):
             mean, damage = self._mean_loss(step, losses)

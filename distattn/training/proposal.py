@@ -35,7 +35,7 @@ class Proposal:
     def __init__(self, run: RunFolder, name: str):
         self.run, self.name = run, name
         self.file, self.applied_file = run.proposed_config_file(name), run.applied_config_file(name)
-        # by this process: one that is deleted meanwhile is still passed to the ranks, which refuse then
+        # whether this process wrote it: a proposal that is deleted meanwhile is still passed to the ranks, which then refuse
         self.was_written = False
 
     @classmethod
@@ -54,7 +54,7 @@ class Proposal:
 
     def load(self) -> Config:
         """Return the proposed configuration. Raises DistattnError where the proposal is neither there nor applied."""
-        # it changes from the first name to the second
+        # its name changes from the first to the second
         for file in (self.file, self.applied_file):
             if file.exists():
                 return configuration.load(file)

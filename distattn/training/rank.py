@@ -24,7 +24,7 @@ from distattn.training.proposal import Proposal
 from distattn.training.run_folder import RunFolder
 from distattn.training.run_settings import runs_on_gpus
 
-# what waits for the store of a job that is about to end
+# the wait for the store of a job that is about to end
 _STORE_PATIENCE = timedelta(seconds=5)
 # of the system's errors those that do not pass; a file system that does not answer for a while is another matter
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT)

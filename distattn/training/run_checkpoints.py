@@ -52,7 +52,7 @@ class RunCheckpoints:
         self.engine, self.checkpoints, self.reporter, self.lock = engine, checkpoints, reporter, lock
         self.watch, self.growth, self.by_position = watch, growth, by_position
         self.digest = StateDigest(engine.state_tensors, dist.group.WORLD)
-        # of the last step; None before there is one
+        # the loss of the last step; None before the first one
         self._loss: float | None = None
         # a save that waits until a step is applied again
         self._save_is_due = False
@@ -144,7 +144,7 @@ class RunCheckpoints:
         step, saved = damage.step, self._saved_step
         self.reporter.report_warning(step, "damaged state", damage.text)
         if saved is not None and self._loaded is None:
-            # its copy was made while the state changed
+            # the state changed while its copy was made
             self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved), saved)
         if damage.repeats:
             raise DistattnError(

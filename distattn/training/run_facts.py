@@ -15,7 +15,7 @@ from distattn.training.run_data import RunData
 from distattn.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    # seconds to import, and commands that start runs do without
+    # the import takes seconds, and commands that start runs do not need it
     import torch
 
 # these stay: a run with others is another run

@@ -25,7 +25,7 @@ from distattn.training.engines.engine import COUNTS, WEIGHT, StateTensor
 from distattn.training.module_observer import gathered, local_part, plain_name
 from distattn.training.replay_check import row_sums
 
-# of one rank in one process before the run ends: what repeats is no chance
+# changes of one rank in one process that end the run: repeated ones are not chance
 MOST_OF_ONE_RANK = 3
 # devices whose memory is hashed by the processor
 _HOST = ("cpu",)
@@ -138,7 +138,7 @@ def state_tensors(
                 else:
                     counts.append(part)
     if counts:
-        # one digest of all: each has four bytes
+        # one digest for all counts, which have four bytes each
         yield COUNTS, "", torch.stack(counts)
 
 
