@@ -258,7 +258,7 @@ class ProbeTarget:
         for module in self.model.modules():
             _check_synchronized(module)
             if isinstance(module, FSDPModule):
-                # after an evaluation the root's parameters are still whole, and others than those that get gradients
+                # after an evaluation the root's parameters are still gathered, and differ from those that get gradients
                 module.reshard()
         with gradients_aside(self.model):
             yield
@@ -307,7 +307,7 @@ def trained_layer(model: torch.nn.Module, output_layer: Any) -> torch.nn.Module:
 def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -> list[ProbedParameter]:
     """Return all parameters of a model for `GradientProbeTarget.parameters`. gradient_of: the reduced gradient, or its part."""
     inner = unwrapped(model)
-    # FSDP2 computes with another tensor than the one that the optimizer has
+    # FSDP2 computes with a different tensor than the optimizer's
     of_tensor: dict[int, Any] = {}
     for module in inner.modules():
         for group in _fsdp_groups(module):

@@ -168,7 +168,7 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
     allowed_NN = visible(call)
     size = len(allowed_NN)
     document_NN = allowed_NN | allowed_NN.t()
-    # documents, whatever windows leave out of them
+    # documents as a whole, without windows
     for _ in range(2):
         document_NN = (document_NN.float() @ document_NN.float()) > 0 if call.options.get("window") else document_NN
     causal_NN = torch.ones(size, size, dtype=torch.bool).tril()

@@ -44,7 +44,7 @@ from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 
 Result = TypeVar("Result")
-# of dtypes: the distance of 1 from the next number
+# eps of dtypes: the distance from 1 to the next number
 _LOW_PRECISION = 1e-5
 
 
@@ -118,11 +118,11 @@ class _Backward:
     """The backward pass, repeated in one process where that can tell more than the gradients of parameters do."""
 
     def __init__(self, replay: Replay | None, reference: ReferenceResult):
-        # a router loss does not come by the logits
+        # the gradient of a router loss does not pass through the logits
         self._replay = replay if reference.token_gradients is None else None
         self._done = False
         self.where: str | None = None
-        # why it could not be repeated, where it was tried
+        # why the backward pass could not be repeated, if it was tried
         self.failure = ""
 
     def explain(self) -> Finding | None:
@@ -240,7 +240,7 @@ def _explain_forward(
 
     of_recurrences = partial(recurrence_hypotheses, emulation.asked)
     finding = explain_logits(reference, ranks, tolerances.logits, emulation, score, of_recurrences)
-    # of a model without attention positions say nothing
+    # for a model without attention, positions show nothing
     if finding is not None and finding.cause in ("tokens mixed", "positions not sharded"):
         finding = explain_convolution(model, first) or finding
     if finding is None and errors and replay is not None:
@@ -329,7 +329,7 @@ def _explain_gradients_and_weights(
     sums = LocalGradients(reference, ranks).explain()
     # an equal factor of all weights may be made up for later
     if finding is None and sums is None and not are_unequal(losses):
-        # in fp32 gradients of parameters tell as much
+        # in fp32 the gradients of parameters show as much
         return of_backward() if _is_coarse(ranks) else None
     weights = explain_weights(reference, losses, ranks[0]["loss_scale"], len(ranks))
     explained = weights or of_router() or sums

@@ -95,7 +95,7 @@ class EmulatedModel:
         try:
             self._logits(forward, RIGHT, False)
         except Exception:
-            # where neither way works, `failures` says why
+            # if neither way works, `failures` says why
             return False
         return True
 

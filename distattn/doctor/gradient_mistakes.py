@@ -113,7 +113,7 @@ def explain_missing(
     )
 
 
-# in names of projections of keys and values
+# marks in the names of key and value projections
 KEY_VALUE = ("k_proj", "v_proj", "kv_", "key", "value", "k_norm", "wk", "wv", "to_k", "to_v")
 
 

@@ -122,7 +122,7 @@ def explain_logits(
     ):
         found: list[tuple[float, Finding]] = []
         for hypothesis in hypotheses:
-            # where nothing is wrong in the way that it says it is another one, or none
+            # a hypothesis that comes to the same as an earlier one for these batches, or as no mistake, is not tried
             if (identity := _identity(hypothesis, batches)) in tried:
                 continue
             tried.add(identity)
@@ -130,7 +130,7 @@ def explain_logits(
             if ratio is not None and ratio <= 1:
                 found.append((ratio, hypothesis.finding))
         if found:
-            # of those that fit as well as the best one the first
+            # the first of those that fit as well as the best one
             best = min(ratio for ratio, _ in found)
             return next(finding for ratio, finding in found if ratio <= 2 * best + 1 / 16)
     return None

@@ -169,7 +169,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-# gives the name of a call, and of one of its tensors; returns another tensor in its place, or None
+# (name of a call and one of its tensors) -> another tensor in its place, or None
 TensorHook = Callable[[str, Tensor], Tensor | None]
 
 
@@ -256,7 +256,7 @@ def same_buffers(model: torch.nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, value in before:
-                # what is written counts as changed, also for a backward pass that is to come
+                # a write counts as a change, also for a later backward pass
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 

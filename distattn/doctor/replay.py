@@ -39,7 +39,7 @@ _FINE_MARGIN = 10.0
 _GRADIENT_MARGIN = 3.0
 # where another rank computes to the last bit what one process does, there is less to allow for
 _PEER_MARGIN, _SEVERAL = 0.4, 8
-# of the largest error of rounding: the usual one
+# the usual error of rounding, as a share of the largest
 _USUAL = 0.6
 _SEEDS = (0, 1)
 LOGITS = "logits"
@@ -90,7 +90,7 @@ class LinkedCall(NamedTuple):
     place: Place
 
 
-# by rank, in the order of execution: what one process makes of what ranks had before, (T, ...) on the CPU
+# by rank, in the order of execution: what one process computes from the rank's recorded inputs, (T, ...) on the CPU
 Computed = list[dict[Place, Tensor]]
 
 
@@ -108,7 +108,7 @@ class Replay:
         self._emulation, self._model, self._ranks = emulation, model, ranks
         self._dims, self._rounding = reference.token_dims, tolerances.rounding
         self._lookups = lookups(model)
-        # calls of attention whose result a module is given as it is
+        # calls of attention whose result goes unchanged into a module
         self.calls: list[LinkedCall] = []
         self._gradients: dict[str, Tensor] = {}
         self.parameter_gradients: dict[str, Tensor] = {}
@@ -225,7 +225,7 @@ class Replay:
         if place.call not in recorded or dim is None:
             return None
         values = recorded[place.call]
-        # a gradient that never came
+        # a missing gradient counts as zero
         values = torch.zeros_like(part["outputs"][place.call]) if values is None else values
         return _rows(values, dim, tokens)
 
@@ -259,7 +259,7 @@ class Replay:
         difference_T = _by_token(got_T.double() - expected_T.double())
         ratio_T = difference_T / self._token_bounds(rank, place, expected_T)
         whole = float(difference_T.norm()) / self._bound(rank, place, expected_T)
-        # what is too much for all of them together is a little of each
+        # an error that is too large for all tokens together may be small for each
         each = _RANK_MARGIN / _TOKEN_MARGIN if whole > 1.0 else 1.0
         return max(whole, float(ratio_T.max()) if len(ratio_T) else 0.0), ratio_T > each
 
@@ -276,7 +276,7 @@ class Replay:
         if noise_T is not None and len(noise_T) == len(bound_T) and len(bound_T):
             usual = float((noise_T / norm_T.clamp(min=1e-30)).square().mean().sqrt())
             bound_T = torch.maximum(bound_T, torch.maximum(noise_T, usual * norm_T))
-        # a token whose values all but cancel is as far off as others
+        # a token whose values nearly cancel has the same absolute error as others
         least = 0.05 * float(bound_T.square().mean().sqrt()) if len(bound_T) else 0.0
         return (self._margins(rank, place)[1] * bound_T.clamp(min=least)).clamp(min=1e-30)
 
@@ -378,7 +378,7 @@ class Replay:
 
         def at(kind: str, call: str, values: Tensor) -> Tensor | None:
             rank = emulated_rank()
-            # positions are what their embedding is right or wrong about
+            # integers such as positions stay: their embedding shows whether they are right
             if kind == "input" and not values.is_floating_point():
                 return None
             other = swapped(rank, Place(number, kind, call), values)

@@ -30,11 +30,11 @@ from distattn.ir.errors import DistattnError
 
 # of a rank's weight: bf16 gradients are sums of a few terms
 _TOLERANCE = 0.02
-# by which the loss of the second pass is larger; or smaller, where half precision or a trainer's own scale may overflow
+# the factor of the second pass's loss; the smaller one is for half precision and trainers' own scales, which may overflow
 _LARGER, _SMALLER = 64.0, 1 / 32
 # of a gradient so many rows are read, at least
 _ROWS = 16
-# what a driver says of steps whose loss scale was not measured
+# the warning for steps whose loss scale was not measured
 NOT_PROBED = (
     "ContextParallel.loss_scale(target) was not called, so gradients are right only if they are summed over the ranks. Most "
     "trainers average them: call cp.loss_scale(...ProbeTarget(...)) once, before the first step; it measures sums as well."
@@ -141,7 +141,7 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
     agreed = _agreed_weights(weights, group, ranks)
     _check_linear(agreed, weights_again, again.magnitude, group, ranks)
     reduction = Reduction(agreed)
-    # ranks that are weighed unequally are refused with the factor
+    # unequal weights of ranks are refused in `factor`
     if reduction.is_even:
         sketches.check(reduction.mean / observed.scale)
     return reduction
@@ -190,7 +190,7 @@ def _observe_backward(
 
     def loss_of(logits: Tensor) -> Tensor:
         if sketches is not None:
-            # what FSDP2 gathers is there after the forward pass
+            # FSDP2 has gathered the tensor after the forward pass
             sketches.watch()
         loss = magnitude * logits[..., me].float().sum()
         # a trainer may scale the loss before it goes backward

@@ -149,7 +149,7 @@ class GradientSketches:
             read = self._is_read.to(self._device)
             factor = float(_fitted(self._reduced, wanted)[read].nanmedian()) if bool(read.any()) else 1.0
         wanted, size = wanted * factor, size * abs(factor)
-        # how far off a gradient is; the factor that it has instead, and how far off it is then; how far off the rank's own it is
+        # the error of a gradient; the factor that it has instead, and the error then; the error of the rank's own gradient
         times, alone = _fitted(self._reduced, wanted), _fitted(self._reduced, self._own)
         facts = [
             (self._reduced - wanted).norm(dim=1) / size,

@@ -28,7 +28,7 @@ _CHUNKS, _LEAST_OF_SHARE = 512, 8
 # positions at which a chunk of `balanced` may end, per chunk; in between the work is taken as even
 _POSITIONS_PER_CHUNK = 32
 _WORK_WEIGHTS = (1, 2, 4, 8, 16)
-# of `balanced`: the share of a rank's work from which documents are split, and over how many times the ranks it asks for
+# for `balanced`: documents above this share of a rank's work are split, over this many times the ranks that they need
 _LONG_SHARE, _SPREADS = 0.5, (1.0, 2.0, np.inf)
 _CHUNK_COLUMNS = ("rank", "t0", "t1")
 # busiest rank over the mean at which the search ends, and tokens over the mean that a rank may get for the sake of its work
