@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-# what the theme's files say, and what they say afterwards
+# widths in the theme's files, and those that take their place
 _WIDTHS = {"76.25em": "68.75em", "76.234375em": "68.734375em"}
 
 

@@ -115,7 +115,7 @@ def _verify(arguments: Sequence[str]) -> int:
             _write_json({"folder": str(one.folder), "problems": [problem._asdict() for problem in problems]})
             continue
         bytes_are = "[red]damaged[/]" if problems else "[green]good[/]"
-        # every byte may be what was written, and the weights be bad
+        # the weights may be bad although every byte is what was written
         doubt = f" ({one.verdict.kind}: {one.verdict.text})" if one.verdict.is_doubtful else ""
         console.print(f"{bytes_are} {escape(str(one.folder))}{escape(doubt)}", soft_wrap=True)
         for problem in problems:

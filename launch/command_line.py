@@ -13,7 +13,7 @@ from rich.console import Console
 
 from distattn.ir.errors import DistattnError
 
-# how argparse complains, and how we do
+# argparse's complaints, and ours
 _ARGPARSE_SENTENCES = {
     r"argument (\S+): invalid int value: (.*)": r"\1: \2 is not a whole number",
     r"argument (\S+): invalid float value: (.*)": r"\1: \2 is not a number",

@@ -47,7 +47,7 @@ transformers with attn_implementation="distattn":
 """
 
 
-# of a norm: what may hide is told from here on
+# report what rounding may hide from this share of a norm on
 _COARSE = 1e-3
 # columns of prose
 _WIDEST = 120
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.ranks < 1:
         raise DistattnError(f"doctor: --ranks: at least 1, not {given.ranks}.")
     if given.target is not None:
-        # only now: it takes torch, which takes seconds
+        # imported here, since it imports torch, which takes seconds
         from distattn.launch.ranks.machine_limits import DOCTOR_RANK_MB, check_memory
 
         check_memory(

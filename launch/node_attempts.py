@@ -79,7 +79,7 @@ class NodeAttempts:
         restarts, start, first, started = 0, self._progress(), True, False
         furthest = start
         while (hosts := self._nodes.choose()) is not None:
-            # which would make half a folder anew
+            # that would make half a folder anew
             held.check()
             number = self._attempts.begin(**self._facts, hosts=hosts)
             end = self._nodes.run(hosts, number)

@@ -21,7 +21,7 @@ from distattn.training.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
 
 _ALL_DONE = "all steps are done"
-# of Slurm's states of a job those after which it has something to do
+# states of Slurm in which a job still has work to do
 _JOB_GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
@@ -149,7 +149,7 @@ def status_lines(facts: Mapping[str, Any]) -> str:
     """What `status` has found for people: a line about the run, and one for each attempt and rank."""
     job = f"job {facts['job']}: " if "job" in facts else ""
     state, steps = facts["state"], facts["steps"]
-    # a state that says that all steps are done takes their number in, so that they are told of once
+    # if the state says that all steps are done, their number goes into it, so that they are named once
     counted = state.replace(_ALL_DONE, f"all {steps:,} steps are done" if steps > 1 else _ALL_DONE)
     lines = [f"{job}{counted}" if _ALL_DONE in state else f"{job}{state}, {plural(steps, 'step')} done"]
     for row in facts["attempts"]:

@@ -117,7 +117,7 @@ def _tracker() -> Helper:
     tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
 
     def replace() -> int:
-        # it warns of what may leak
+        # it warns of semaphores that may leak
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _start_tracker()
@@ -150,7 +150,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
             links = NodeLinks(folder, node.number, node.nodes, place)
         reports = NodeReports(folder, node.number, node.nodes, links)
     numbers = range(node.number * ranks.size, (node.number + 1) * ranks.size)
-    # the one of the attempt before may have been killed
+    # the server of the attempt before may have been killed
     _start_server(node, ranks.run)
     watch = RankWatch(board, numbers, ranks.patience, evidence, reports, [_server(), _tracker()], say)
     rank_arguments = (os.getpid(), str(board.path), number, str(evidence), ranks.function, *ranks.arguments)
@@ -166,7 +166,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         code, trouble = _ended(codes, watch.close() or _silent_end(error))
     except (EOFError, OSError) as error:
-        # of a fork server that is gone while it is asked for ranks
+        # the fork server ended while it was asked for ranks
         if (trouble := watch.close()) is None:
             raise _named(error) from None
         code = trouble.exit_code
@@ -174,7 +174,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         trouble = watch.close()
         if interrupted.stop is not None:
             raise interrupted.stop from None
-        # ranks that have told nothing the watch can end only by a signal to this process
+        # the watch can end ranks that have not told their process ids only by a signal to this process
         assert trouble is not None
         code = trouble.exit_code
     finally:

@@ -11,7 +11,7 @@ import ray
 
 from distattn.launch.command_line import say
 
-# between two looks, that an answer may take, and looks in a row without an answer before it is said
+# seconds between two looks, and for an answer; looks in a row without an answer before the head counts as lost
 _LOOK_SECONDS, _ANSWER_SECONDS, _LOOKS = 2.0, 2.0, 5
 
 
