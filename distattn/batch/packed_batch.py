@@ -298,8 +298,8 @@ def _restarts(positions: Tensor, ids: Tensor) -> tuple[int, ...]:
     lengths = tuple((ends - begins).tolist())
     if not positions.dtype.is_signed and max(lengths, default=0) > torch.iinfo(positions.dtype).max:
         raise DistattnError(
-            f"position_ids is {str(positions.dtype)[6:]}, which begins anew at 0 after {torch.iinfo(positions.dtype).max}: "
-            "documents cannot be told from it; give int64."
+            f"position_ids is {str(positions.dtype)[6:]}, which starts again at 0 after {torch.iinfo(positions.dtype).max}, "
+            "so documents cannot be told apart; give int64."
         )
     whole = Layout.contiguous(lengths, 1).position_ids(0) if len(begins) and begins[0] == 0 else None
     if whole is None or not torch.equal(flat.cpu(), torch.from_numpy(whole)):

@@ -175,7 +175,7 @@ class RunLock:
         if 0 <= age < LEASE_SECONDS:
             raise self._refused(owner, f"; if it is dead, try again in {LEASE_SECONDS - age:.0f} s")
         seconds = 2 * RENEWAL_SECONDS
-        sys.stderr.write(f"distattn: {self._folder}: looking for {seconds:.0f} s whether {owner} is alive.\n")
+        sys.stderr.write(f"distattn: {self._folder}: waiting {seconds:.0f} s to see whether {owner} is alive.\n")
         sys.stderr.flush()
         renewed = _modified(self._file)
         end = time.monotonic() + seconds
@@ -189,7 +189,7 @@ class RunLock:
 
     def _refused(self, owner: Owner | None, hint: str) -> DistattnError:
         may_be_alive = owner is not None and owner.is_alive() is not False
-        who = str(owner) if may_be_alive else "a process that has not said its name yet"
+        who = str(owner) if may_be_alive else "a process that has not written its name yet"
         return DistattnError(f"{self._folder}: belongs to {who}; end it, or choose another folder{hint}.")
 
     def _write_name(self) -> OSError | None:

@@ -142,8 +142,8 @@ class _Backward:
             return explain_gradient_errors(self._replay, errors)
         for name, ratio in self._replay.parameter_errors():
             observed = (
-                f"the gradient of {name}, summed over ranks, is not what their activations and gradients give it ({ratio:.2g} "
-                "times as far off as rounding explains)"
+                f"the gradient of {name}, summed over ranks, does not follow from their activations and gradients (its error is "
+                f"{ratio:.2g} times what rounding explains)"
             )
             return Finding("gradient differs", observed, "look at what uses this parameter besides its own module")
         return None
@@ -272,7 +272,7 @@ def _odd_logits(reference: ReferenceResult, ranks: Sequence[RankResult]) -> str:
         if len(tokens) and float(difference_T.max()) > worst:
             worst = float(difference_T.max())
             odd = tokens[difference_T > worst / 10]
-            description = f"what the model puts out, most of all on rank {rank} in {name_tokens(odd.tolist())}"
+            description = f"the model's output, most of all on rank {rank} in {name_tokens(odd.tolist())}"
     return description
 
 

@@ -110,7 +110,7 @@ class LocalGradients:
             if float(others.abs().max()) > self._precision * float(found.abs().max()):
                 missing = [other for other in range(len(factors)) if float(found[other].abs().max()) <= self._precision]
                 absent = f": on rank {rank} those of {name_ranks(missing)} are not in the sum" if missing else ""
-                observed = f"ranks have different gradients, of other sums over ranks{absent}"
+                observed = f"ranks have different gradients, which are different sums over ranks{absent}"
                 return Finding("gradients not reduced", observed, _REDUCE)
         return Finding("gradients not reduced", "each rank has its own gradients only", _REDUCE)
 
@@ -213,7 +213,9 @@ class LocalGradients:
         left = sum(float((rest[name] - decay * one).square().sum()) for name, one in weights.items()) ** 0.5
         if left > 0.02 * sum(float(one.square().sum()) for one in rest.values()) ** 0.5:
             return None
-        observed = f"the gradients have {decay:.4g} times the weights in them: weight decay, or a penalty that one process lacks"
+        observed = (
+            f"the gradients contain {decay:.4g} times the weights: weight decay, or a penalty that one process lacks"
+        )
         return Finding("weights in gradients", observed, "leave weight decay to the optimizer")
 
     def _explain_single(self, names: Sequence[str]) -> Finding | None:

@@ -108,7 +108,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str]
         # a shape that came from a folder does not stand in the file
         left_out += [key for key in replaced if key.split(".")[1] in content.get("model", {}) and not config.model.path]
         if left_out:
-            report(f"{path}: left out, as they do nothing beside what the command line says: {', '.join(left_out)}.")
+            report(f"{path}: left out, since the command line makes them useless: {', '.join(left_out)}.")
         config = _validated(asdict(changed), lambda _: "command line", named)
     return config
 

@@ -148,7 +148,7 @@ class RunCheckpoints:
             self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved), saved)
         if damage.repeats:
             raise DistattnError(
-                f"step {step + 1}: {damage.text} It is so {MOST_OF_ONE_RANK} times in this run: have the memory of its host "
+                f"step {step + 1}: {damage.text} This happened {MOST_OF_ONE_RANK} times in this run: have the memory of its host "
                 f"tested, leave the host out, and go on by distattn resume {self.folder.folder}."
             )
         if self.config.watch.action == STOP:
@@ -159,8 +159,8 @@ class RunCheckpoints:
         if (begin := self.resume()) or self._loaded is not None:
             return begin
         raise DamagedStateError(
-            f"step {step + 1}: {damage.text} There is no checkpoint to go back to: the run begins anew, or does so by "
-            f"distattn resume {self.folder.folder}."
+            f"step {step + 1}: {damage.text} There is no checkpoint to go back to: the run begins anew, or "
+            f"distattn resume {self.folder.folder} starts it."
         )
 
     def begins_at(self, step: int) -> bool:

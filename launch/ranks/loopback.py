@@ -128,7 +128,7 @@ class _NodesRendezvous(_LoopbackRendezvous):
         except dist.DistError as error:
             place, minutes = f"{self._host}:{self._port}", f"{_LIMIT.total_seconds() / 60:.0f} minutes"
             missing = (
-                f"of {self._nodes} nodes some did not come to {place} within {minutes}"
+                f"some of {self._nodes} nodes did not come to {place} within {minutes}"
                 if self._node == 0
                 else f"node {self._node} does not reach node 0 at {place} within {minutes}"
             )

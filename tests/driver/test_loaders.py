@@ -186,7 +186,7 @@ def test_other_negative_labels_and_positions_that_wrap_are_refused():
     with da.ContextParallel(strategy="ring") as cp:
         with pytest.raises(da.DistattnError, match="shift_labels has -1; labels are token ids, or -100"):
             cp.shard({"input_ids": ids, "shift_labels": ids - 1})
-        with pytest.raises(da.DistattnError, match="position_ids is uint8, which begins anew at 0 after 255"):
+        with pytest.raises(da.DistattnError, match="position_ids is uint8, which starts again at 0 after 255"):
             cp.shard({"input_ids": ids, "position_ids": torch.arange(300)[None].to(torch.uint8)})
         part = cp.shard({"input_ids": ids[:, :4], "position_ids": torch.tensor([[0, 1, 0, 1]]).to(torch.uint8)})
     assert part["position_ids"].tolist() == [[0, 1, 0, 1]]

@@ -181,7 +181,7 @@ def test_nodes_that_do_not_meet_are_told_where(monkeypatch):
     monkeypatch.setattr(loopback, "_LIMIT", timedelta(seconds=1))
     (port,) = free_ports(1)
     with pytest.raises(
-        LostRankError, match=rf"^of 2 nodes some did not come to 127.0.0.1:{port} within 0 minutes: look"
+        LostRankError, match=rf"^some of 2 nodes did not come to 127.0.0.1:{port} within 0 minutes: look"
     ):
         _agent(0, port).next_rendezvous()
     with pytest.raises(

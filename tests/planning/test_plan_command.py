@@ -41,7 +41,7 @@ def test_the_page_on_planning_has_the_table_that_is_printed(capsys):
 
 def test_memory_of_a_rank_without_tokens_is_refused_in_a_sentence(capsys):
     code, _, err = run(capsys, "tiny", "--docs", "4096", "--tokens", "5", "--memory")
-    assert code == 2 and "rank 1 has none of this step's 5" in err and err.count("\n") == 1, err
+    assert code == 2 and "rank 1 has none of the 5 tokens of this step" in err and err.count("\n") == 1, err
 
 
 def test_numbers_a_page_and_a_trace(capsys, tmp_path):

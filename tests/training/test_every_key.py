@@ -155,7 +155,7 @@ def test_a_file_s_keys_that_the_command_line_makes_idle_are_left_out_with_a_line
     config = configuration.load(tiny, ["--data.path=packs.toml", "--parallel.layout=zigzag"], said.append)
     assert config.data == dataclasses.replace(Config().data, path="packs.toml") and not config.parallel.min_chunk
     assert said == [
-        f"{tiny}: left out, as they do nothing beside what the command line says: data.suffix, data.exclude, parallel.min_chunk."
+        f"{tiny}: left out, since the command line makes them useless: data.suffix, data.exclude, parallel.min_chunk."
     ]
     said.clear()
     assert configuration.load(tiny, words_of("--model.path={model}"), said.append).model.num_layers == 32
