@@ -1,4 +1,4 @@
-"""What health costs a training step on 4 ranks: reports (each wait, each step, the report itself), and digests of the state.
+"""Measure what health checks cost a training step on 4 ranks: reports (each wait, each step, the report), and state digests.
 
     torchrun --nproc-per-node 4 benchmarks/health_overhead.py [CONFIG] [--tokens N] [--engine NAME]
 
@@ -41,22 +41,22 @@ def main() -> None:
     parser.add_argument("config", nargs="?", default=str(ROOT / "configs/tiny.toml"))
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--engine", default="fsdp2")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    config = configuration.load(given.config)
+    config = configuration.load(options.config)
     parallel = replace(config.parallel, ranks=dist.get_world_size())
-    config = replace(config, parallel=parallel, engine=replace(config.engine, name=given.engine))
-    engine = open_engine(config, torch.device("cpu"), 256, given.tokens)
+    config = replace(config, parallel=parallel, engine=replace(config.engine, name=options.engine))
+    engine = open_engine(config, torch.device("cpu"), 256, options.tokens)
     reports: list[HealthReport] = []
     health = HealthReports(engine.cp, torch.device("cpu"), 1, reports.append)
     clock, waits, steps = health.clock(), [0], []
-    batch = {"input_ids": torch.arange(given.tokens)[None] % 251, "document_lengths": [given.tokens // 2] * 2}
+    batch = {"input_ids": torch.arange(options.tokens)[None] % 251, "document_lengths": [options.tokens // 2] * 2}
     counted = dist.Work.wait
 
-    def counting(work: Any, *given: Any) -> Any:
+    def counting(work: Any, *arguments: Any) -> Any:
         waits[0] += 1
-        return counted(work, *given)
+        return counted(work, *arguments)
 
     dist.Work.wait = counting  # type: ignore[method-assign]
     for batches in engine.cp.steps([batch] * STEPS):

@@ -1,9 +1,9 @@
-"""What `ContextParallel.loss_scale` costs, compared with one forward and backward pass as the probe takes it.
+"""Measure the cost of `ContextParallel.loss_scale`, compared with one forward and backward pass of the probe.
 
     python benchmarks/probe_cost.py
 
 Ranks of this machine over gloo, one thread each, with a Llama in fp32: a loop that sums gradients, DDP and FSDP2. A pass is the
-probe's: two tokens a rank, gradients reduced. What loss_scale does beside two passes is compare all parameters.
+probe's: two tokens a rank, gradients reduced. Besides two passes, loss_scale compares all parameters.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        spawn(measure, (folder, given), nprocs=given.ranks)
+        spawn(measure, (folder, options), nprocs=options.ranks)
 
 
 def measure(rank: int, folder: str, given: argparse.Namespace) -> None:
@@ -68,7 +68,7 @@ def measure(rank: int, folder: str, given: argparse.Namespace) -> None:
 
 
 def of_trainer(case: str, kind: str, model: Any, given: argparse.Namespace) -> list[Cell]:
-    """A pass, and all of loss_scale, of one trainer."""
+    """Time one pass and the whole loss_scale of one trainer."""
     mesh = init_device_mesh("cpu", (1, given.ranks), mesh_dim_names=("dp", "cp"))
     reduce: Callable[[], None] | None = None
     if kind == "fsdp2":

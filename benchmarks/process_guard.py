@@ -17,11 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-# in the environment of programs that are started: the marks of all guarded processes above them
+# the environment variable that started programs inherit: the marks of all guarded processes above them
 _VARIABLE = "DISTATTN_GUARDS"
 # by process: its own mark, and the file that forked processes have open
 _GUARDED: dict[int, tuple[str, int]] = {}
-# looks in a row that have found nothing, and seconds between two; one that is being forked is seen by the second
+# looks in a row that must find nothing, and seconds between two: the second one sees a process that is being forked
 _EMPTY_LOOKS, _LOOK_SECONDS = 2, 0.05
 # multiprocessing's resource trackers remove semaphores once all others have ended, and then end themselves, within these looks
 _TRACKER, _TRACKER_LOOKS = b"multiprocessing.resource_tracker", 40
@@ -32,14 +32,14 @@ def guard_processes() -> None:
     if os.getpid() in _GUARDED:
         return
     mark = f"guard-{secrets.token_hex(8)}"
-    # of the guard itself, which has the marks of those above alone
+    # the environment of the guard itself has only the marks of the processes above
     above = dict(os.environ)
     command = [sys.executable, "-ISP", __file__, str(os.getpid()), mark]
     guard = subprocess.Popen(
         command, env=above, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
     )
     assert guard.stdout is not None
-    # it watches by now
+    # the guard is watching
     guard.stdout.readline()
     guard.stdout.close()
     # this process never waits for it
@@ -57,9 +57,9 @@ def main(pid: int, mark: str) -> None:
         select.select([watched], [], [])
     empty, looks = 0, 0
     while empty < _EMPTY_LOOKS:
-        found = [place for place in Path("/proc").glob("[0-9]*") if _is_marked(place, mark)]
-        empty, looks = 0 if found else empty + 1, looks + 1
-        for place in found:
+        marked = [place for place in Path("/proc").glob("[0-9]*") if _is_marked(place, mark)]
+        empty, looks = 0 if marked else empty + 1, looks + 1
+        for place in marked:
             with contextlib.suppress(OSError):
                 if looks > _TRACKER_LOOKS or _TRACKER not in (place / "cmdline").read_bytes():
                     os.kill(int(place.name), signal.SIGKILL)
@@ -69,8 +69,8 @@ def main(pid: int, mark: str) -> None:
 def _is_marked(place: Path, mark: str) -> bool:
     """Return whether the process of a folder of /proc has the mark; False for one that has ended, or is another user's."""
     with contextlib.suppress(OSError):
-        words = (place / "environ").read_bytes().split(b"\0")
-        ours = next((word for word in words if word.startswith(f"{_VARIABLE}=".encode())), b"")
+        variables = (place / "environ").read_bytes().split(b"\0")
+        ours = next((word for word in variables if word.startswith(f"{_VARIABLE}=".encode())), b"")
         if mark.encode() in ours:
             return True
     with contextlib.suppress(OSError):

@@ -349,7 +349,7 @@ def run_faults(
 
 
 def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
-    """What a rank runs: the trainer's, which hangs where a file of the run folder says so."""
+    """Run the trainer on this rank; hang where a file of the run folder asks for it. Return the exit code."""
     planted, told = Path(folder, _PLANTED), heartbeats._TOLD
     write = told.write
     assert write is not None

@@ -18,7 +18,7 @@ RANKS, TOKENS = 4, 32
 COLOURS = ["#" + "".join(f"{round(255 * part):02x}" for part in colour) for colour in legible_colours("turbo", RANKS)]
 # in CSS pixels: a column, its score matrix, the ranks above it, and the strip that shows who owns a token
 WIDTH, SIDE, RANKS_AT, MATRIX_AT, STRIP = 196, 160, 66, 132, 6
-# the picture has a ground of its own: it is read in pages and readers of any colour
+# the picture has its own background, since pages and readers have any colour
 STYLE = """
 svg { background: #fff; color: #1c2530; font: 13px system-ui, sans-serif; }
 text { fill: currentColor; } .soft { opacity: .8; } .arrow { fill: none; stroke: currentColor; stroke-width: 1.2; }

@@ -50,7 +50,7 @@ class Attempts:
         return [*ended, self._open(number)] if self._begun(number).exists() else ended
 
     def is_reported(self, report: Path) -> bool:
-        """Whether a run's report was written after the last attempt had ended."""
+        """Return whether a run's report was written after the last attempt had ended."""
         # one file system has one clock
         return report.exists() and report.stat().st_mtime >= self._file.stat().st_mtime
 

@@ -103,7 +103,7 @@ def _calibrate_nodes(given: argparse.Namespace) -> int:
         )
     if importlib.util.find_spec("ray") is None:
         raise DistattnError("calibrate --ray needs ray: pip install 'distattn[ray]'.")
-    # only now: it takes torch, which takes seconds
+    # imported here, since it imports torch, which takes seconds
     from distattn.launch.ray.calibrate import calibrate_nodes, slow_nodes
 
     ranks = ("--ranks", str(given.ranks)) if given.ranks else ()
@@ -128,7 +128,7 @@ def _calibrate_nodes(given: argparse.Namespace) -> int:
 
 def _ranks(asked: int | None) -> int:
     """How many ranks measure: as many as were asked for, else one for each GPU, else 4. Refuses more than fit."""
-    # only now: it takes torch, which takes seconds
+    # imported here, since it imports torch, which takes seconds
     from distattn.launch.ranks import machine_limits
 
     gpus = machine_limits.gpu_count()

@@ -70,35 +70,34 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _list(arguments: Sequence[str]) -> int:
-    found, as_json = _parsed("list", arguments)
+    checkpoints, as_json = _parsed("list", arguments)
     if as_json:
-        for one in found:
-            _write_json(_facts(one))
+        for checkpoint in checkpoints:
+            _write_json(_facts(checkpoint))
         return 0
     table = Table(box=None, pad_edge=False)
     for name in ("step", "loss", "size", "ranks"):
         table.add_column(name, justify="right")
     for name in ("saved at (UTC)", "verdict", "folder", ""):
         table.add_column(name, no_wrap=True)
-    notes = [
-        ", ".join(filter(None, (one.verdict.text, one.verdict.kept and f"kept: {one.verdict.kept}"))) for one in found
-    ]
-    for one, note in zip(found, notes, strict=True):
-        if one.manifest is None:
-            table.add_row(f"{one.step:,}", "", "", "", "", "[red]damaged[/]", escape(str(one.folder)))
+    verdicts = [checkpoint.verdict for checkpoint in checkpoints]
+    notes = [", ".join(filter(None, (verdict.text, verdict.kept and f"kept: {verdict.kept}"))) for verdict in verdicts]
+    for checkpoint, note in zip(checkpoints, notes, strict=True):
+        if checkpoint.manifest is None:
+            table.add_row(f"{checkpoint.step:,}", "", "", "", "", "[red]damaged[/]", escape(str(checkpoint.folder)))
             continue
-        verdict = f"[yellow]{one.verdict.kind}[/]" if one.verdict.is_doubtful else one.verdict.kind
-        whole = verdict if sizes_are_right(one) else "[red]damaged[/]"
+        verdict = f"[yellow]{checkpoint.verdict.kind}[/]" if checkpoint.verdict.is_doubtful else checkpoint.verdict.kind
+        whole = verdict if sizes_are_right(checkpoint) else "[red]damaged[/]"
         numbers = (
-            f"{one.step:,}",
-            one.manifest.facts.get("loss", ""),
-            readable_bytes(one.manifest.bytes),
-            f"{one.manifest.world_size:,}",
+            f"{checkpoint.step:,}",
+            checkpoint.manifest.facts.get("loss", ""),
+            readable_bytes(checkpoint.manifest.bytes),
+            f"{checkpoint.manifest.world_size:,}",
         )
-        when = one.manifest.saved_at[:19].replace("T", " ")
-        table.add_row(*numbers, when, whole, escape(str(one.folder)), escape(note))
+        when = checkpoint.manifest.saved_at[:19].replace("T", " ")
+        table.add_row(*numbers, when, whole, escape(str(checkpoint.folder)), escape(note))
     # a name that is folded or cut is no name
-    widest = max(len(str(one.folder)) + len(note) for one, note in zip(found, notes, strict=True))
+    widest = max(len(str(checkpoint.folder)) + len(note) for checkpoint, note in zip(checkpoints, notes, strict=True))
     ResultConsole(highlight=False, width=_WIDTH + widest).print(table)
     return 0
 
@@ -116,7 +115,7 @@ def _verify(arguments: Sequence[str]) -> int:
             _write_json({"folder": str(one.folder), "problems": [problem._asdict() for problem in problems]})
             continue
         bytes_are = "[red]damaged[/]" if problems else "[green]good[/]"
-        # every byte may be what was written, and the weights be bad
+        # the weights may be bad although every byte is what was written
         doubt = f" ({one.verdict.kind}: {one.verdict.text})" if one.verdict.is_doubtful else ""
         console.print(f"{bytes_are} {escape(str(one.folder))}{escape(doubt)}", soft_wrap=True)
         for problem in problems:

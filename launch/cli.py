@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with answering_signals():
             # one command's imports need not be another's: some need torch, and that takes seconds
             code: int = importlib.import_module(f"distattn.launch.{command}_command").main(rest)
-            # what is still buffered may find that nobody reads any more
+            # the reader may have closed the pipe: flush here, where that is handled
             sys.stdout.flush()
             return code
     except DistattnError as error:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from distattn.ir.errors import DistattnError
 
-# how argparse complains, and how we do
+# argparse's complaints, and ours
 _ARGPARSE_SENTENCES = {
     r"argument (\S+): invalid int value: (.*)": r"\1: \2 is not a whole number",
     r"argument (\S+): invalid float value: (.*)": r"\1: \2 is not a number",
@@ -101,7 +101,7 @@ def say(text: str) -> None:
 
 
 def finish_command(folder: object) -> str:
-    """The command that compares and reports, where all steps of the run of a folder are done."""
+    """Return the command that compares and reports for the folder of a run whose steps are all done."""
     return f"python -m distattn.launch.finish_run {folder}"
 
 

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _file(name: str) -> Path:
-    """Return the file of a shipped configuration. Raises DistattnError, naming a similar one, where there is none."""
+    """Return the file of a shipped configuration. Raises DistattnError, naming a similar one, for an unknown name."""
     if name not in shipped_names():
         near = difflib.get_close_matches(name, shipped_names(), 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(shipped_names())}."

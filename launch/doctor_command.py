@@ -47,7 +47,7 @@ transformers with attn_implementation="distattn":
 """
 
 
-# of a norm: what may hide is told from here on
+# report what rounding may hide from this share of a norm on
 _COARSE = 1e-3
 # columns of prose
 _WIDEST = 120
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.ranks < 1:
         raise DistattnError(f"doctor: --ranks: at least 1, not {given.ranks}.")
     if given.target is not None:
-        # only now: it takes torch, which takes seconds
+        # imported here, since it imports torch, which takes seconds
         from distattn.launch.ranks.machine_limits import DOCTOR_RANK_MB, check_memory
 
         check_memory(
@@ -109,9 +109,9 @@ def examine_target(path: str, ranks: int, report_progress: Callable[[str], None]
         if code or not all(file.exists() for file in files):
             raise DistattnError(f"doctor: the ranks did not end well (exit code {code}); what they said is above.")
         # our own files, of plain tensors and words
-        found = [torch.load(file, weights_only=True) for file in files]
+        results = [torch.load(file, weights_only=True) for file in files]
     report_progress("the same in one process ...")
-    return diagnose(target, found)
+    return diagnose(target, results)
 
 
 def _show_checks(found: Sequence[Check]) -> None:
@@ -148,9 +148,9 @@ def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
         if where is not None:
             _print_prose(console, "  first to differ: ", f"{where}.")
         _print_prose(console, "  what to do: ", f"{finding.remedy}.")
-    said = [sentence.format(measured[name]) for name, sentence in _MEASURED.items() if name in measured]
-    if said:
-        _print_prose(console, "  measured: ", f"{'; '.join(said)}.")
+    measurements = [sentence.format(measured[name]) for name, sentence in _MEASURED.items() if name in measured]
+    if measurements:
+        _print_prose(console, "  measured: ", f"{'; '.join(measurements)}.")
 
 
 def _hidden(measured: Mapping[str, float]) -> str:

@@ -66,7 +66,7 @@ class NodeAttempts:
             say(f"the ranks cannot be asked to stop: {error}; the run goes on from its newest checkpoint.")
 
     def run(self) -> Outcome:
-        """Attempt after attempt. Raises DistattnError before one for which the run's folder is not in its place any more."""
+        """Run attempt after attempt. Raises DistattnError where the run's folder is not in its place before one."""
         with HeldFolder(self._run.folder) as held:
             return self._run_attempts(held)
 
@@ -79,7 +79,7 @@ class NodeAttempts:
         restarts, start, first, started = 0, self._progress(), True, False
         furthest = start
         while (hosts := self._nodes.choose()) is not None:
-            # which would make half a folder anew
+            # that would make half a folder anew
             held.check()
             number = self._attempts.begin(**self._facts, hosts=hosts)
             end = self._nodes.run(hosts, number)

@@ -21,7 +21,7 @@ from distattn.training.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
 
 _ALL_DONE = "all steps are done"
-# of Slurm's states of a job those after which it has something to do
+# states of Slurm in which a job still has work to do
 _JOB_GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
@@ -34,21 +34,21 @@ def status(run: RunFolder) -> dict[str, Any]:
     attempts = Attempts(run.attempts)
     # a run of Slurm's may have been resumed here
     if run.job_file.exists() and attempts.beats() is None:
-        found = slurm.status(run)
-        return found if found["state"] in _JOB_GOES_ON else found | {"state": found["state"] + _unreported(run, found)}
+        job = slurm.status(run)
+        return job if job["state"] in _JOB_GOES_ON else job | {"state": job["state"] + _unreported(run, job)}
     steps = run.steps_done()
     beats, rows = attempts.beats(), attempts.rows()
     if beats is None and rows and "why" not in rows[-1]:
         # it has begun in between, or nobody goes on with it
         beats = attempts.beats()
     if run.ray_file.exists() and beats is None:
-        found = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
-        if not found["state"].startswith(("ended", "killed")):
-            return found
-        missing = _unreported(run, found)
-        if not missing and found["state"].startswith("killed"):
+        ray_run: dict[str, Any] = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
+        if not ray_run["state"].startswith(("ended", "killed")):
+            return ray_run
+        missing = _unreported(run, ray_run)
+        if not missing and ray_run["state"].startswith("killed"):
             missing = f", python -m distattn.launch.ray.attempts {run.folder} goes on"
-        return found | {"state": found["state"] + missing}
+        return ray_run | {"state": ray_run["state"] + missing}
     last = rows[-1] if rows else {}
     state = "running" if beats is not None else "killed with its launcher"
     if not rows:
@@ -100,7 +100,7 @@ def sweep_runs(folder: Path) -> list[RunFolder]:
 
 
 def _unreported(run: RunFolder, found: Mapping[str, Any]) -> str:
-    """What to add to the state of a run that has ended: that its steps are done without a report, and what completes it."""
+    """Return what to add to the state of a run that ended: its steps are done without a report, and what completes it. Or ""."""
     last = found["attempts"][-1] if found["attempts"] else {}
     # a preflight alone has no steps
     if last.get("exit_code") != 0 or not found["steps"] or Attempts(run.attempts).is_reported(run.report_file):
@@ -149,7 +149,7 @@ def status_lines(facts: Mapping[str, Any]) -> str:
     """What `status` has found for people: a line about the run, and one for each attempt and rank."""
     job = f"job {facts['job']}: " if "job" in facts else ""
     state, steps = facts["state"], facts["steps"]
-    # a state that says that all steps are done takes their number in, so that they are told of once
+    # if the state says that all steps are done, their number goes into it, so that they are named once
     counted = state.replace(_ALL_DONE, f"all {steps:,} steps are done" if steps > 1 else _ALL_DONE)
     lines = [f"{job}{counted}" if _ALL_DONE in state else f"{job}{state}, {plural(steps, 'step')} done"]
     for row in facts["attempts"]:

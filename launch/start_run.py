@@ -108,7 +108,7 @@ def resume_run(
 
 
 def change_config(run: RunFolder, config: Config) -> None:
-    """Give a run that nobody works on a configuration; the one before is kept beside it.
+    """Give a run that no job holds another configuration; the one before is kept next to it.
 
     Raises DistattnError as `resume_run`. A request to stop stays.
     """

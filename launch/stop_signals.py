@@ -35,7 +35,7 @@ class CommandStopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it."""
+        """Return 128 + the signal's number, as shells do."""
         return 128 + int(self.signal)
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ def answering_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked_at
         if os.getpid() != owner:
-            # a process that was forked meanwhile ends as it would by itself
+            # a process that was forked in the block ends in its own way
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif (now := time.monotonic()) - asked_at >= _SAME_REQUEST_SECONDS:
@@ -93,7 +93,7 @@ def end_now(code: int) -> None:
     # threads of torch's store may still be at what Python tears down: that aborts the process
     sys.stdout.flush()
     sys.stderr.flush()
-    # or the resource tracker tells of semaphores that it removes
+    # else the resource tracker warns of semaphores that it removes
     finalize: Any = util._run_finalizers  # type: ignore[attr-defined]
     finalize(0)
     os._exit(code)

@@ -200,7 +200,7 @@ def test_no_object_is_unpickled_that_has_not_matched_its_digest():
 
 
 def test_what_is_read_from_files_is_never_asked_to_run_code():
-    """Every reader that could run what a file names says that it must not, and DCP's own ones are not used."""
+    """Check that every reader that could run code named in a file forbids it, and that DCP's own readers are not used."""
     wanted = {
         "torch.load": "weights_only=True",
         "np.load": "allow_pickle=False",

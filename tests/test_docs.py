@@ -128,7 +128,7 @@ def _model(names: dict[str, Any]) -> None:
 
 
 def _packs_one_by_one(names: dict[str, Any]) -> None:
-    """The loader gives a pack at a time."""
+    """Let the loader give one pack at a time."""
     _model(names)
     names |= dict(cp=da.ContextParallel(strategy="ring"), loader=[pack for step in tiny_loader() for pack in step])
 
@@ -383,11 +383,11 @@ def test_every_picture_of_a_strategy_is_what_its_script_draws_today():
 
 @needs_browser
 def test_pictures_of_strategies_are_legible_in_the_dark(tmp_path):
-    """As wide as the text of a page is in a window of 1,200 pixels."""
+    """Draw them as wide as the text of a page in a window of 1,200 pixels."""
     dark = "body { background: #14181e; margin: 0 } svg { width: 636px; height: auto }"
     page = f"<!doctype html><style>{dark}</style><body>{''.join(draw_strategies.drawings().values())}</body>"
-    said = what_a_script_says(page, LEGIBLE, tmp_path, 636, dark=True)
-    assert said["texts"] > 4 * 3 * 5 and not said["unread"] and not said["error"], said
+    facts = what_a_script_says(page, LEGIBLE, tmp_path, 636, dark=True)
+    assert facts["texts"] > 4 * 3 * 5 and not facts["unread"] and not facts["error"], facts
 
 
 def test_the_installation_page_has_every_extra_and_the_supported_versions():
@@ -403,7 +403,7 @@ def test_the_installation_page_has_every_extra_and_the_supported_versions():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The folder of the built pages."""
+    """Build the pages; return their folder."""
     folder = tmp_path_factory.mktemp("docs") / "site"
     for name in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         try:
@@ -442,6 +442,6 @@ NAVIGATION = """
 
 @needs_browser
 def test_the_groups_of_pages_are_beside_the_text_and_names_in_tables_stay_whole(site):
-    said = what_a_script_says((site / "trainers.html").read_text(), NAVIGATION, site, 1200)
-    assert said["groups"] == ["Start", "Use", "Run", "Understand", "Reference"], said
-    assert said["pages"] >= len(PAGES) and said["names"] > 20 and not said["broken"], said
+    facts = what_a_script_says((site / "trainers.html").read_text(), NAVIGATION, site, 1200)
+    assert facts["groups"] == ["Start", "Use", "Run", "Understand", "Reference"], facts
+    assert facts["pages"] >= len(PAGES) and facts["names"] > 20 and not facts["broken"], facts

@@ -159,12 +159,12 @@ class ProbeTarget:
         return full_tensor(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
 
     def parameters(self) -> list[ProbedParameter]:
-        """All of the model's. What stage 3 has partitioned is empty here: there is one copy of it."""
+        """Return all parameters of the model. Those that stage 3 partitions are empty here, since each number exists once."""
         scale = getattr(self.engine.optimizer, "loss_scale", None) or 1.0
 
         def gradient_of(parameter: Any) -> Tensor | None:
-            found = safe_get_full_grad(parameter)
-            return None if found is None else found / scale
+            gradient = safe_get_full_grad(parameter)
+            return None if gradient is None else gradient / scale
 
         return probed_parameters(self.engine.module, gradient_of)
 

@@ -386,7 +386,7 @@ class ProbeTarget:
         return scale
 
     def parameters(self) -> list[ProbedParameter]:
-        """All of this rank's stage. Tensor-parallel ranks, and those with other experts, have other numbers by right."""
+        """Return all parameters of this rank's stage. Tensor- and expert-parallel ranks hold different numbers on purpose."""
         if self.config.gradient_accumulation_fusion and dist.get_rank() == 0:
             _LOG.warning(
                 "with gradient_accumulation_fusion Megatron adds gradients where the probe does not see them: only the output "
@@ -401,12 +401,12 @@ class ProbeTarget:
                 gradient = self._gathered_gradient(parameter, gathered)
                 return None if gradient is None else gradient / scale
 
-            for one in probed_parameters(chunk, reduced):
-                found.append(one._replace(name=prefix + one.name, **self._sums_of(one)))
+            for parameter in probed_parameters(chunk, reduced):
+                found.append(parameter._replace(name=prefix + parameter.name, **self._sums_of(parameter)))
         return found
 
     def _sums_of(self, one: ProbedParameter) -> dict[str, Any]:
-        """Over which ranks Megatron sums a parameter's gradient besides the loss group, where it does."""
+        """Return fields of `ProbedParameter`: over which further ranks, besides the loss group, Megatron sums the gradient."""
         parameter: Any = one.held
         group: dict[str, Any] = {}
         if self.config.gradient_accumulation_fusion:
@@ -431,12 +431,12 @@ class ProbeTarget:
     def _gathered_gradient(self, weight: Any, gathered: dict[int, tuple[Any, Tensor]] | None = None) -> Tensor | None:
         """Return the reduced gradient from Megatron's buffers; the parts of a distributed optimizer are gathered.
 
-        gathered: the last bucket of each buffer, and its gradients. Not of all buffers together: ranks with other experts may
-        read fewer of their parameters, and yet have to gather equally often.
+        gathered: the last bucket of each buffer, and its gradients. It is kept by buffer, since ranks with other experts may read
+        fewer of their parameters and still have to gather as often as the others.
         """
         gathered = {} if gathered is None else gathered
         for chunk in self.chunks:
-            # of a chunk without Megatron's wrapper it is a method of modules
+            # a chunk without Megatron's wrapper has the method `buffers` of modules instead
             buffers = chunk.buffers if isinstance(getattr(chunk, "buffers", None), list) else []
             for buffer in (*buffers, *(chunk.expert_parallel_buffers if buffers else ())):
                 if weight not in buffer.param_index_map or not buffer.ddp_config.use_distributed_optimizer:
@@ -445,13 +445,13 @@ class ProbeTarget:
                 bucket = buffer.buckets[number]
                 if gathered.get(id(buffer), (None,))[0] is not bucket:
                     parts = bucket.grad_data.view(buffer.data_parallel_world_size, -1)
-                    everyone = [torch.empty_like(parts[0]) for _ in parts]
+                    all_parts = [torch.empty_like(parts[0]) for _ in parts]
                     mine = parts[dist.get_rank(buffer.data_parallel_group)].contiguous()
-                    dist.all_gather(everyone, mine, group=buffer.data_parallel_group)
-                    gathered[id(buffer)] = bucket, torch.cat(everyone)
+                    dist.all_gather(all_parts, mine, group=buffer.data_parallel_group)
+                    gathered[id(buffer)] = bucket, torch.cat(all_parts)
                 return gathered[id(buffer)][1][start - bucket.offset : end - bucket.offset].view(weight.shape)
-        found = getattr(weight, "main_grad", None)
-        return weight.grad if found is None else found
+        main_gradient = getattr(weight, "main_grad", None)
+        return weight.grad if main_gradient is None else main_gradient
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:

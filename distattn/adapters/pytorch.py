@@ -176,14 +176,14 @@ def logit_change(model: torch.nn.Module) -> LogitChange:
 
 
 def loss_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """The same of logits (1, T, V)."""
+    """Compute the same loss from logits (1, T, V)."""
     logits_TV = logits.flatten(0, -2)
-    given = logits_TV.to(accumulation_dtype(logits_TV.dtype)), int64_labels(batch["labels"]).flatten()
-    return F.cross_entropy(*given, ignore_index=IGNORE_INDEX, reduction="sum") * batch["loss_scale"]
+    logits_and_labels = logits_TV.to(accumulation_dtype(logits_TV.dtype)), int64_labels(batch["labels"]).flatten()
+    return F.cross_entropy(*logits_and_labels, ignore_index=IGNORE_INDEX, reduction="sum") * batch["loss_scale"]
 
 
 def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """`fully_shard` every layer of a transformers model, and what is left, over all of the mesh; gradients are summed."""
+    """Apply `fully_shard` to every layer of a transformers model, and to the rest, over the whole mesh. Gradients are summed."""
     flat = gradient_mesh(mesh)
     for layer in model.get_decoder().layers:  # type: ignore[operator]
         fully_shard(layer, mesh=flat)
@@ -249,7 +249,7 @@ class ProbeTarget:
         return full_tensor(weight.grad)
 
     def parameters(self) -> list[ProbedParameter]:
-        """All of the model's, with FSDP2's shards of them."""
+        """Return all parameters of the model, or FSDP2's shards of them."""
         return probed_parameters(self.model, lambda parameter: parameter.grad)
 
     @contextmanager
@@ -258,7 +258,7 @@ class ProbeTarget:
         for module in self.model.modules():
             _check_synchronized(module)
             if isinstance(module, FSDPModule):
-                # after an evaluation the root's parameters are still whole, and others than those that get gradients
+                # after an evaluation the root's parameters are still gathered, and differ from those that get gradients
                 module.reshard()
         with gradients_aside(self.model):
             yield
@@ -307,14 +307,15 @@ def trained_layer(model: torch.nn.Module, output_layer: Any) -> torch.nn.Module:
 def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -> list[ProbedParameter]:
     """Return all parameters of a model for `GradientProbeTarget.parameters`. gradient_of: the reduced gradient, or its part."""
     inner = unwrapped(model)
-    # FSDP2 computes with another tensor than the one that the optimizer has
+    # FSDP2 computes with a different tensor than the optimizer's
     of_tensor: dict[int, Any] = {}
     for module in inner.modules():
-        for one in (one for group in _fsdp_groups(module) for one in group.fsdp_params):
-            of_tensor[id(one.sharded_param)] = one
-            # after a forward pass it may still be the module's
-            of_tensor[id(getattr(one, "_unsharded_param", one))] = one
-    found = []
+        for group in _fsdp_groups(module):
+            for sharded in group.fsdp_params:
+                of_tensor[id(sharded.sharded_param)] = sharded
+                # after a forward pass it may still be the module's
+                of_tensor[id(getattr(sharded, "_unsharded_param", sharded))] = sharded
+    probed = []
     for name, parameter in inner.named_parameters():
         sharded = of_tensor.get(id(parameter))
         held: Any = parameter if sharded is None else sharded.sharded_param
@@ -329,8 +330,8 @@ def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -
         name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
         local, part = held_part(held)
         trained = parameter.requires_grad
-        found.append(ProbedParameter(name, local, leaf if trained else _no_leaf, reduced, part))
-    return found
+        probed.append(ProbedParameter(name, local, leaf if trained else _no_leaf, reduced, part))
+    return probed
 
 
 def _no_leaf() -> None:
@@ -338,7 +339,7 @@ def _no_leaf() -> None:
 
 
 def _fsdp_groups(module: Any) -> list[Any]:
-    """FSDP2's groups of parameters that are gathered together, of one module."""
+    """Return FSDP2's groups of parameters of one module; a group is gathered together."""
     if not isinstance(module, FSDPModule):
         return []
     state: Any = module._get_fsdp_state()

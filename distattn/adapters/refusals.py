@@ -15,7 +15,7 @@ import torch.distributed as dist
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.attendance import ask_store, default_store
 
-# a store that does not answer keeps no rank from ending
+# a rank ends even if the store does not answer
 _STORE_SECONDS = 5.0
 
 

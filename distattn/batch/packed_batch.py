@@ -74,7 +74,7 @@ class PackedBatch(NamedTuple):
 
     @staticmethod
     def of(batch: Mapping[str, Any]) -> PackedBatch:
-        """From a mapping as `ContextParallel.shard` takes it. Raises DistattnError for what it cannot be.
+        """Build the batch from a mapping as `ContextParallel.shard` takes it. Raises DistattnError where the mapping is invalid.
 
         Nothing of the mapping is kept: a loader may fill the same tensors, or the arrays below them, with its next batch.
         """
@@ -101,7 +101,9 @@ class PackedBatch(NamedTuple):
         ids, labels = (ids[kept], labels[kept]) if kept is not None else (ids.reshape(-1), labels.reshape(-1))
         labels = labels.clone() if name == "shift_labels" else _shifted(labels, lengths)
         if name in given and (least := int(labels.where(labels != IGNORE_INDEX, 0).min())) < 0:
-            raise DistattnError(f"{name} has {least}; labels are token ids, or {IGNORE_INDEX} where there is none.")
+            raise DistattnError(
+                f"{name} has {least}; labels are token ids, or {IGNORE_INDEX} for tokens without a label."
+            )
         return PackedBatch(ids, labels, lengths)
 
     @property
@@ -296,8 +298,8 @@ def _restarts(positions: Tensor, ids: Tensor) -> tuple[int, ...]:
     lengths = tuple((ends - begins).tolist())
     if not positions.dtype.is_signed and max(lengths, default=0) > torch.iinfo(positions.dtype).max:
         raise DistattnError(
-            f"position_ids is {str(positions.dtype)[6:]}, which begins anew at 0 after {torch.iinfo(positions.dtype).max}: "
-            "documents cannot be told from it; give int64."
+            f"position_ids is {str(positions.dtype)[6:]}, which starts again at 0 after {torch.iinfo(positions.dtype).max}, "
+            "so documents cannot be told apart; give int64."
         )
     whole = Layout.contiguous(lengths, 1).position_ids(0) if len(begins) and begins[0] == 0 else None
     if whole is None or not torch.equal(flat.cpu(), torch.from_numpy(whole)):

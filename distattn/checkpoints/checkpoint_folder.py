@@ -91,7 +91,7 @@ def by_preference(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
 
 
 def preferred_step(folder: Path) -> int:
-    """Return the step of the checkpoint that a run tries first, or 0 where there is none.
+    """Return the step of the checkpoint that a run tries first, or 0 without checkpoints.
 
     Raises DistattnError as `list_checkpoints`.
     """
@@ -129,20 +129,20 @@ def keep_newest_good(folder: Path, refused: int) -> None:
 
 def release_kept(folder: Path, done: int) -> None:
     """Leave the checkpoints that `keep_newest_good` keeps for one of the first `done` steps to the rule. Raises OSError."""
-    for one in list_checkpoints(folder):
-        if one.verdict.refused_step is not None and one.verdict.refused_step < done:
-            one.verdict._replace(kept="", refused_step=None).write(one.folder)
+    for checkpoint in list_checkpoints(folder):
+        if checkpoint.verdict.refused_step is not None and checkpoint.verdict.refused_step < done:
+            checkpoint.verdict._replace(kept="", refused_step=None).write(checkpoint.folder)
 
 
 def keep_for_good(folder: Path, refused: int) -> None:
     """Have the checkpoints that are kept for a refused step, from 0, stay until a person removes them. Raises OSError."""
-    for one in list_checkpoints(folder):
-        if one.verdict.refused_step == refused:
-            one.verdict._replace(refused_step=None).write(one.folder)
+    for checkpoint in list_checkpoints(folder):
+        if checkpoint.verdict.refused_step == refused:
+            checkpoint.verdict._replace(refused_step=None).write(checkpoint.folder)
 
 
 def check_step(folder: Path, step: int) -> Checkpoint:
-    """Return the checkpoint of a step. Raises DistattnError where there is none that has a manifest."""
+    """Return the checkpoint of a step. Raises DistattnError where no checkpoint of this step has a manifest."""
     whole = {one.step: one for one in list_checkpoints(folder) if one.manifest is not None}
     if step not in whole:
         steps = ", ".join(f"{one:,}" for one in sorted(whole))
@@ -240,7 +240,7 @@ def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: No
         return [Problem("manifest.json", None, str(error))]
     problems = list(problems_of(folder, manifest, report=report))
     if not problems:
-        # a digest is that of whoever made the folder
+        # digests do not show who wrote the folder, so look at the pickles, too
         try:
             problems += [Problem(*found) for found in foreign_pickles(folder)]
         except OSError as error:

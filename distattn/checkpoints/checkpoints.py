@@ -53,9 +53,9 @@ _WRITE_SECONDS = 120.0
 
 
 class Loaded(NamedTuple):
-    """What a state was loaded from. step: training steps done. facts: those that it was saved with.
+    """The checkpoint that a state was loaded from. step: training steps done. facts: those that it was saved with.
 
-    doubt: what its verdict says against it, where there was no other one; else empty.
+    doubt: what its verdict says against it, where no other checkpoint could be loaded; else empty.
     """
 
     step: int
@@ -147,7 +147,7 @@ class Checkpoints:
         # of all optimizers, while a save overlaps
         self._step_hook: RemovableHandle | None = None
         self._last_note: _Note | None = None
-        # on rank 0: steps whose last save failed, so a checkpoint of that step is an older one
+        # on rank 0: steps whose last save failed; a checkpoint of such a step is an older one
         self._failed_steps: set[int] = set()
         self._queue: queue.SimpleQueue[_Save | _Note | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, daemon=True, name="distattn-checkpoints")
@@ -266,7 +266,7 @@ class Checkpoints:
     # ---- loading
 
     def _next_candidate(self, tried: set[Path], passed: list[str]) -> _Candidate | None:
-        """The best checkpoint that was not tried, the same on all ranks. passed: what is wrong with those that were."""
+        """Return the best untried checkpoint, the same on all ranks. passed: what is wrong with those that were tried."""
 
         def choose(_: Sequence[None]) -> Sequence[_Candidate | None]:
             clean_leftovers(self._folder)
@@ -278,7 +278,7 @@ class Checkpoints:
                 assert best.manifest is not None
                 doubt = f"{verdict.kind}: {verdict.text}" if verdict.is_doubtful else ""
                 newer = found[found.index(best) + 1 :] if not tried and not doubt else []
-                # those that a person set aside are no news
+                # do not report checkpoints that a person set aside
                 passed_over = [f"{one.folder}: {one.verdict.text}." for one in newer if one.verdict.kind == REFUSED]
                 candidate = _Candidate(best.folder, best.manifest, doubt, [*passed_over, *unreadable])
                 return [candidate] * self._exchange.ranks

@@ -89,14 +89,14 @@ class Manifest:
         try:
             content["files"] = [FileDigests(f["name"], f["bytes"], tuple(f["blocks"])) for f in content["files"]]
             outside = [one.name for one in content["files"] if Path(one.name).name != one.name]
-            found = cls(**content)
+            manifest = cls(**content)
         except (KeyError, TypeError):
             raise DamagedDataError(
                 f"{file}: has other fields than this distattn reads; take the version that wrote it."
             ) from None
         if outside:
             raise DamagedDataError(f"{file}: names {outside[0]}, which is no file of this folder.")
-        return found
+        return manifest
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ METADATA = _OF_TORCH | {
     ("builtins", "getattr"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
-    # the folder that was written to; Python 3.13 has moved the class
+    # classes of the folder's path; Python 3.13 has moved them
     *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
 }
 _STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "BFloat16", "Half", "Float", "Double")
@@ -74,7 +74,7 @@ def unreadable(path: Path) -> DamagedDataError:
 
 
 def foreign_pickles(folder: Path) -> Iterator[ForeignPickle]:
-    """Find the pickles of a checkpoint that name what no checkpoint has, or that are none. Nothing that they name is imported.
+    """Find the pickles of a checkpoint that are unreadable, or name what no checkpoint needs. Nothing they name is imported.
 
     Yields nothing for a folder without DCP's `.metadata`. Raises OSError.
     """
@@ -102,7 +102,7 @@ def foreign_pickles(folder: Path) -> Iterator[ForeignPickle]:
 
 
 class _Item(NamedTuple):
-    """Where a tensor or a value lies."""
+    """The place of a tensor or a value: its file, and its bytes there."""
 
     file: str
     offset: int
@@ -117,24 +117,24 @@ def _place(info: Any) -> tuple[str, int, int]:
 
 
 def check_value(path: Path, part: Any) -> None:
-    """Raise DamagedDataError where what `torch.save` has written names more than `VALUES`. part: to be read from its beginning.
+    """Raise DamagedDataError where a part that `torch.save` wrote names more than `VALUES`. part: the part, at its beginning.
 
     `torch.load(weights_only=True)` alone would depend on what other packages add to its list: Megatron-core does.
     """
     try:
         with zipfile.ZipFile(part) as archive:
             pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-    # what zipfile raises for bytes that are not those of an archive
+    # zipfile raises these for bytes that are no archive
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError):
         raise unreadable(path) from None
     if not pickles:
         raise unreadable(path)
-    for one in pickles:
-        _inert(path, one, VALUES)
+    for pickled in pickles:
+        _inert(path, pickled, VALUES)
 
 
 class _Inert:
-    """What stands for everything that a pickle names: it takes what it is given, and does nothing."""
+    """A stand-in for everything that a pickle names: it takes any arguments, and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Inert:
         return object.__new__(cls)
@@ -157,7 +157,7 @@ class _Inert:
 
 
 class _ListedUnpickler(pickle.Unpickler):
-    """Finds the classes of a list by their names, and no others."""
+    """An unpickler that finds only the classes of a list, by their names."""
 
     def __init__(self, file: Any, path: Path, names: Collection[tuple[str, str]]):
         super().__init__(file)
@@ -181,7 +181,7 @@ def _enumeration_member(enumeration: Any, name: Any) -> Any:
 
 
 class _InertUnpickler(_ListedUnpickler):
-    """Makes of everything that is named what does nothing."""
+    """An unpickler that puts `_Inert` in place of everything that is named."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a class that does nothing. Raises DamagedDataError for what no checkpoint names."""
@@ -194,12 +194,12 @@ class _InertUnpickler(_ListedUnpickler):
 
 
 def load_metadata(file: Any, path: Path) -> Any:
-    """Return DCP's metadata of an open file. Raises DamagedDataError where it names anything else, or is none."""
+    """Return DCP's metadata of an open file. Raises DamagedDataError for another file, or one that names more."""
     return _load(_ListedUnpickler(file, path, METADATA), path)
 
 
 def _inert(path: Path, content: bytes, names: Collection[tuple[str, str]]) -> Any:
-    """Unpickle without what is named. Raises DamagedDataError."""
+    """Unpickle without importing what is named. Raises DamagedDataError."""
     return _load(_InertUnpickler(io.BytesIO(content), path, names), path)
 
 
@@ -208,7 +208,7 @@ def _load(unpickler: pickle.Unpickler, path: Path) -> Any:
         return unpickler.load()
     except (DamagedDataError, OSError):
         raise
-    # bytes that are no pickle can have it raise nearly anything
+    # for bytes that are no pickle it may raise almost any error
     except Exception:
         raise unreadable(path) from None
 
@@ -220,11 +220,11 @@ class _Part(io.RawIOBase):
         self._file, self._offset, self._length, self._position = file, offset, length, 0
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return True: the part can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Return True: the position can be set."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:

@@ -12,7 +12,7 @@ from distattn.ir.errors import DistattnError
 
 @dataclass(frozen=True)
 class KeepRule:
-    """What is kept: the `last` newest checkpoints, and besides one of every `every_hours` hours of training.
+    """The rule of what is kept: the `last` newest checkpoints, and also one of every `every_hours` hours of training.
 
     Hours are those in which jobs went on (`Manifest.seconds`), since the time of day may jump. Checkpoints in doubt
     (`CheckpointVerdict`) do not count, so they push no other one out; they go with the ones before them. The newest good one
@@ -56,7 +56,7 @@ class KeepRule:
             assert one.manifest is not None
             seconds = one.manifest.seconds
             if seconds is None:
-                # earlier versions have chosen these by their own rule
+                # earlier versions kept these by their own rule
                 kept.append(one)
             elif seconds >= next_seconds:
                 kept.append(one)

@@ -15,7 +15,7 @@ from types import TracebackType
 from distattn.checkpoints.owner import Owner, file_age
 from distattn.ir.errors import DistattnError
 
-# what is locked, and who has locked it; two files, since the second is replaced
+# the locked file, and the owner's name; two files, since the second one is replaced
 _LOCK_FILE, _OWNER_FILE = "owner.lock", "owner.json"
 # an owner on another machine that does not renew its lease for so long is dead; it renews it so often
 LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
@@ -23,7 +23,7 @@ LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
 _ENDING_SECONDS = 30.0
 # that a new owner may take to write its name
 _NAMING_SECONDS = 3.0
-# of a disk that has room again one day
+# errors of a full disk, which may have room again later
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # the folders that this process has locked, by device and inode: locks of one process do not exclude each other
@@ -62,7 +62,7 @@ class RunLock:
         self._folder, self._me = folder, Owner.of_this_process()
         self._closing = threading.Event()
         self._file = folder / _OWNER_FILE
-        # of the lock file while this process has it; and whose name is still written where a full disk has kept this one's out
+        # the descriptor of the lock file while this process has it; the name in the owner's file while a full disk keeps ours out
         self._descriptor: int | None = None
         self._identity = (0, 0)
         self._before: Owner | None = None
@@ -141,7 +141,7 @@ class RunLock:
                 return False
             path = self._folder / _LOCK_FILE
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            # another owner is there, or somebody has removed the file meanwhile
+            # another owner has the lock, or the file was removed meanwhile
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)) and not self._another_lives():
@@ -154,7 +154,7 @@ class RunLock:
     def _another_lives(self) -> bool:
         """Return whether the folder's owner is alive on this machine, though the file that it has locked was removed."""
         owner = Owner.read(self._file)
-        # what this process has closed is not in the registry any more
+        # the registry no longer has folders that this process has closed
         return owner is not None and owner.pid != self._me.pid and owner.is_alive() is True
 
     def _release(self) -> None:
@@ -175,7 +175,7 @@ class RunLock:
         if 0 <= age < LEASE_SECONDS:
             raise self._refused(owner, f"; if it is dead, try again in {LEASE_SECONDS - age:.0f} s")
         seconds = 2 * RENEWAL_SECONDS
-        sys.stderr.write(f"distattn: {self._folder}: looking for {seconds:.0f} s whether {owner} is alive.\n")
+        sys.stderr.write(f"distattn: {self._folder}: waiting {seconds:.0f} s to see whether {owner} is alive.\n")
         sys.stderr.flush()
         renewed = _modified(self._file)
         end = time.monotonic() + seconds
@@ -188,8 +188,8 @@ class RunLock:
         return owner.job != "" and owner.job == self._me.job
 
     def _refused(self, owner: Owner | None, hint: str) -> DistattnError:
-        known = owner is not None and owner.is_alive() is not False
-        who = str(owner) if known else "a process that has not said its name yet"
+        may_be_alive = owner is not None and owner.is_alive() is not False
+        who = str(owner) if may_be_alive else "a process that has not written its name yet"
         return DistattnError(f"{self._folder}: belongs to {who}; end it, or choose another folder{hint}.")
 
     def _write_name(self) -> OSError | None:
@@ -214,9 +214,9 @@ class RunLock:
 
 
 def _modified(file: Path) -> int:
-    """Return when a file was last changed, in nanoseconds; 0 where there is none. Raises OSError."""
+    """Return when a file was last changed, in nanoseconds; 0 for a missing file. Raises OSError."""
     with contextlib.suppress(FileNotFoundError), open(file, "rb") as opened:
-        # a network file system may show an old time to whoever does not open the file
+        # a network file system may show an old time unless the file is opened
         return os.fstat(opened.fileno()).st_mtime_ns
     return 0
 
@@ -227,5 +227,5 @@ def folder_owner(folder: Path) -> tuple[Owner, bool] | None:
     if (owner := Owner.read(file)) is None:
         return None
     alive = owner.is_alive()
-    # a lease from the future is one of a clock that was ahead
+    # a lease from the future was written by a clock that was ahead
     return owner, abs(file_age(file)) <= LEASE_SECONDS if alive is None else alive

@@ -57,7 +57,7 @@ class StagedState(DefaultSavePlanner):
                 try:
                     self._staged[name] = value if type(value) in _PLAIN else _copied(name, value)
                 except DistattnError as error:
-                    # raised where all ranks hear of it
+                    # raised where all ranks learn of it
                     self._refusal = self._refusal or error
                 signature.append((name,))
                 continue
@@ -116,7 +116,7 @@ def _copied(name: str, value: Any) -> Any:
         check_value(Path(name), again)
         again.seek(0)
         return torch.load(again, weights_only=True)
-    # what cannot be pickled raises nearly anything
+    # a value that cannot be pickled may raise almost any error
     except Exception:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise DistattnError(

@@ -1,4 +1,4 @@
-"""What training has shown of a checkpoint after it was saved: verdict.json in its folder, beside what the manifest describes.
+"""The verdict of training on a checkpoint, written after the save: verdict.json in its folder, not part of the manifest.
 
 A checkpoint is saved right after an update, when nothing has been computed with its weights. The first step that is computed
 with them shows whether they are good, so the verdict is written later. It is advice, not proof: it has no digest, and a file
@@ -20,7 +20,7 @@ UNTESTED = "untested"
 
 
 class CheckpointVerdict(NamedTuple):
-    """What is known of a checkpoint. kind: GOOD, REFUSED, SET_ASIDE or UNTESTED; text: a sentence that says why, or empty.
+    """The verdict on a checkpoint. kind: GOOD, REFUSED, SET_ASIDE or UNTESTED; text: a sentence that says why, or empty.
 
     kept: why it is never removed, empty where the rule decides. refused_step: the step, from 0, that it is kept for until the run
     has passed it; None where it is kept until a person removes it.
@@ -33,7 +33,7 @@ class CheckpointVerdict(NamedTuple):
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether a run goes on from another checkpoint where there is one, and this one does not count among those to keep."""
+        """Return whether a run prefers other checkpoints to this one, and the keep rule does not count it."""
         return self.kind in (REFUSED, SET_ASIDE)
 
     def write(self, checkpoint: Path) -> None:
@@ -53,11 +53,11 @@ class CheckpointVerdict(NamedTuple):
 
     @classmethod
     def read(cls, checkpoint: Path) -> CheckpointVerdict:
-        """Return the verdict of a checkpoint's folder, UNTESTED where there is none that can be read."""
+        """Return the verdict of a checkpoint's folder; UNTESTED where no verdict can be read."""
         with suppress(OSError, ValueError, TypeError, RecursionError):
-            found = cls(**json.loads((checkpoint / VERDICT_FILE).read_bytes()))
-            texts_are_right = all(isinstance(one, str) for one in found[:-1])
-            step_is_right = found.refused_step is None or isinstance(found.refused_step, int)
-            if found.kind in (GOOD, REFUSED, SET_ASIDE, UNTESTED) and texts_are_right and step_is_right:
-                return found
+            verdict = cls(**json.loads((checkpoint / VERDICT_FILE).read_bytes()))
+            texts_are_right = all(isinstance(one, str) for one in verdict[:-1])
+            step_is_right = verdict.refused_step is None or isinstance(verdict.refused_step, int)
+            if verdict.kind in (GOOD, REFUSED, SET_ASIDE, UNTESTED) and texts_are_right and step_is_right:
+                return verdict
         return cls()

@@ -15,14 +15,14 @@ from distattn.doctor.comparison import Finding, name_ranks
 from distattn.doctor.emulation import ATTENTION_OPTIONS, AttentionCall, attend, visible
 from distattn.doctor.replay import LinkedCall, LocalError, Replay
 
-# of each rank so many tokens are looked at: enough to tell mistakes apart
+# tokens of each rank that are compared: enough to tell mistakes apart
 _ROWS = 128
 _STEPS = (-3, -2, -1, 1, 2, 3)
 _ASK = "look at what is done to queries, keys, values and results around the call of attention on that rank"
 
 
 class _Rows(NamedTuple):
-    """What a rank made of some of its tokens: their numbers in the micro-batch (M,), results (M, H, E), and the norm of the
+    """A rank's results for some of its tokens: token numbers in the micro-batch (M,), results (M, H, E), and the norm of the
     largest difference that rounding explains."""
 
     rank: int
@@ -51,11 +51,13 @@ def explain_attention(
     heads, dim = call.q_NHD.shape[1], call.v_NKE.shape[2]
     wrong = []
     for error in sorted(errors, key=lambda error: error.rank):
-        own = tokens[error.rank]
+        rank_tokens = tokens[error.rank]
         odd = torch.isin(replay.tokens(error.rank, link.place), torch.tensor(error.tokens)).nonzero().flatten()[:_ROWS]
-        share = (len(odd) / max(len(own), 1)) ** 0.5
+        share = (len(odd) / max(len(rank_tokens), 1)) ** 0.5
         got_MHE = error.got_T[odd].reshape(len(odd), heads, dim)
-        wrong.append(_Rows(error.rank, own[odd], got_MHE, replay.bound(error.rank, link.place) * max(share, 0.3)))
+        wrong.append(
+            _Rows(error.rank, rank_tokens[odd], got_MHE, replay.bound(error.rank, link.place) * max(share, 0.3))
+        )
     where = (
         f"in {link.place.module.rpartition('.')[0] or link.place.module}, on {name_ranks([one.rank for one in wrong])}"
     )
@@ -87,7 +89,7 @@ def _results(call: AttentionCall, tiled: bool = False) -> Callable[[_Rows], Tens
 
 
 def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Mistakes without a number to be found, the simplest ones first."""
+    """Yield the mistakes that have no number to search for, the simplest first."""
     group = call.q_NHD.shape[1] // call.k_NKD.shape[1]
     if group > 1:
         yield _Variant(
@@ -135,7 +137,7 @@ def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Varian
 
 
 def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Keys or values of other tokens, and keys in the place of values, on one rank or on all."""
+    """Yield keys or values of other tokens, and keys in place of values, on one rank or on all."""
     everywhere = [(list(range(len(tokens))), "all ranks")] if len(tokens) > 1 else []
     for ranks, whose in [*everywhere, *(([rank], f"rank {rank}") for rank in range(len(tokens)))]:
         for field, name in (("k_NKD", "keys"), ("v_NKE", "values")):
@@ -162,11 +164,11 @@ def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterat
 
 
 def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Wrong masks: keys that are seen too many, or too few."""
+    """Yield wrong masks, which show queries too many keys, or too few."""
     allowed_NN = visible(call)
     size = len(allowed_NN)
     document_NN = allowed_NN | allowed_NN.t()
-    # documents, whatever windows leave out of them
+    # documents as a whole, without windows
     for _ in range(2):
         document_NN = (document_NN.float() @ document_NN.float()) > 0 if call.options.get("window") else document_NN
     causal_NN = torch.ones(size, size, dtype=torch.bool).tril()
@@ -178,40 +180,40 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
 
     for step in _STEPS:
         seen = "more" if step > 0 else "fewer"
-        words = f"sees {abs(step)} token{'s' * (abs(step) > 1)} {seen} than its queries may"
+        observed = f"sees {abs(step)} token{'s' * (abs(step) > 1)} {seen} than its queries may"
         mask_NN = document_NN & torch.ones_like(causal_NN).tril(step)
-        yield masked("causal mask shifted", words, mask_NN)
+        yield masked("causal mask shifted", observed, mask_NN)
     window = call.options.get("window")
     for step in _STEPS if window else ():
         mask_NN = visible(call, step)
-        words = f"has windows of {abs(step)} token{'s' * (abs(step) > 1)} too {'many' if step > 0 else 'few'}"
-        yield masked("window off by one", words, mask_NN)
+        observed = f"has windows of {abs(step)} token{'s' * (abs(step) > 1)} too {'many' if step > 0 else 'few'}"
+        yield masked("window off by one", observed, mask_NN)
     yield masked("mask not causal", "sees tokens that come after its queries", document_NN)
     yield masked("documents not separated", "sees the documents before its own", causal_NN)
     yield masked("documents not separated", "sees all documents, and what comes after", torch.ones_like(causal_NN))
-    for rank, own in enumerate(tokens):
+    for rank, rank_tokens in enumerate(tokens):
         lost_NN = allowed_NN.clone()
-        lost_NN[:, own] = False
-        words = f"does not see the keys of rank {rank}"
-        yield masked("keys of a rank missing", words, lost_NN)
-        # what they have themselves they see
+        lost_NN[:, rank_tokens] = False
+        observed = f"does not see the keys of rank {rank}"
+        yield masked("keys of a rank missing", observed, lost_NN)
+        # other ranks miss these keys, the rank itself sees them
         kept_NN = lost_NN.clone()
-        kept_NN[own] = allowed_NN[own]
-        yield masked("keys of a rank missing", words, kept_NN)
+        kept_NN[rank_tokens] = allowed_NN[rank_tokens]
+        yield masked("keys of a rank missing", observed, kept_NN)
     by_rank_NN = torch.zeros_like(allowed_NN)
-    for own in tokens:
-        by_rank_NN[own[:, None], own[None]] = True
-    for words, mask_NN in (
+    for rank_tokens in tokens:
+        by_rank_NN[rank_tokens[:, None], rank_tokens[None]] = True
+    for observed, mask_NN in (
         ("sees its own tokens only", by_rank_NN & allowed_NN),
         ("sees its own tokens only, and all documents of them", by_rank_NN & causal_NN),
     ):
-        yield masked("context parallelism off", words, mask_NN)
+        yield masked("context parallelism off", observed, mask_NN)
     local_NN = torch.zeros_like(allowed_NN)
-    for own in tokens:
-        local_NN[own] = torch.arange(size)[None] <= torch.arange(len(own))[:, None]
+    for rank_tokens in tokens:
+        local_NN[rank_tokens] = torch.arange(size)[None] <= torch.arange(len(rank_tokens))[:, None]
     for mask_NN in (local_NN & document_NN, local_NN):
-        words = "counts the tokens of its causal mask from 0, not from its own first one"
-        yield masked("causal offset", words, mask_NN)
+        observed = "counts the tokens of its causal mask from 0, not from its own first one"
+        yield masked("causal offset", observed, mask_NN)
 
 
 def _explain_values(
@@ -219,9 +221,9 @@ def _explain_values(
 ) -> Finding | None:
     """Find factors before each rank's values: results are linear in them."""
     terms = []
-    for own in tokens:
+    for rank_tokens in tokens:
         part_NKE = torch.zeros_like(call.v_NKE, dtype=torch.float64)
-        part_NKE[own] = call.v_NKE[own].double()
+        part_NKE[rank_tokens] = call.v_NKE[rank_tokens].double()
         terms.append(torch.cat([_results(call._replace(v_NKE=part_NKE))(rows).flatten() for rows in wrong]))
     got = torch.cat([rows.got_MHE.flatten().double() for rows in wrong])
     factors = torch.linalg.lstsq(torch.stack(terms, 1), got[:, None]).solution.flatten()

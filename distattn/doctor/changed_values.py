@@ -1,4 +1,4 @@
-"""What was done to values that differ from the right ones: scaled, rounded, left out, of other tokens, dropped at random."""
+"""Recognize how values were changed: scaled, rounded, left out, taken from other tokens, or dropped at random."""
 
 # T tokens on a rank, C numbers of each
 
@@ -14,16 +14,16 @@ _NEIGHBOURS = (1, -1, 2, -2)
 
 
 class Change(NamedTuple):
-    """What was done to values: its kind, and in words what they are."""
+    """A change of values. kind: a short name. words: what the values are now, as part of a sentence."""
 
     kind: str
     words: str
 
 
 def common_change(changes: Sequence[Change | None]) -> Change | None:
-    """Return what was done on all ranks alike, None where something else was done on each, or nothing that is known."""
-    known = [one for one in changes if one is not None]
-    return known[0] if len(known) == len(changes) and len({one.kind for one in known}) == 1 else None
+    """Return the change that all ranks share; None where their changes differ, or one of them is not recognized."""
+    described = [one for one in changes if one is not None]
+    return described[0] if len(described) == len(changes) and len({one.kind for one in described}) == 1 else None
 
 
 def describe_change(expected_T: Tensor, got_T: Tensor, bound: float) -> Change | None:
@@ -104,8 +104,8 @@ def _dropped(expected_TC: Tensor, got_TC: Tensor) -> Change | None:
     usual = float(ratio.median())
     if float(((ratio / usual - 1).abs() < 0.02).double().mean()) < 0.95:
         return None
-    words = f"dropped at random: {100 * share:.0f} % of them are zero, the others {usual:.3g} times the right ones"
-    return Change("dropped", words)
+    text = f"dropped at random: {100 * share:.0f} % of them are zero, the others {usual:.3g} times the right ones"
+    return Change("dropped", text)
 
 
 def _moved(expected_TC: Tensor, got_TC: Tensor, bound: float) -> Change | None:
@@ -118,11 +118,11 @@ def _moved(expected_TC: Tensor, got_TC: Tensor, bound: float) -> Change | None:
             if float((candidate_TC[inner] - got_TC[inner]).norm()) <= bound:
                 place = "before" if step > 0 else "after"
                 return Change("moved", f"those of the token {abs(step)} {place} on the same rank")
-    for words, dim, size in (("tokens of the rank", 0, tokens), ("features", 1, features)):
+    for reordered, dim, size in (("tokens of the rank", 0, tokens), ("features", 1, features)):
         if not 1 < size <= 4096:
             continue
-        one, other = (expected_TC, got_TC) if dim == 0 else (expected_TC.t(), got_TC.t())
-        order = torch.cdist(other, one).argmin(1)
-        if len(order.unique()) == size and float((one[order] - other).norm()) <= bound:
-            return Change("moved", f"the right ones in another order of {words}")
+        expected, got = (expected_TC, got_TC) if dim == 0 else (expected_TC.t(), got_TC.t())
+        order = torch.cdist(got, expected).argmin(1)
+        if len(order.unique()) == size and float((expected[order] - got).norm()) <= bound:
+            return Change("moved", f"the right ones in another order of {reordered}")
     return None

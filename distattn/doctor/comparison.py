@@ -15,7 +15,7 @@ RankResult = dict[str, Any]
 PartResult = dict[str, Any]
 
 
-# so many stretches of tokens are named
+# the most stretches of tokens that a sentence names
 _STRETCHES = 4
 
 
@@ -28,8 +28,8 @@ class Finding(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What was measured, by name, the first module that differs, the findings, the likely cause first, and in words where ranks
-    differ first: at which place, on which ranks, for which tokens.
+    """The result of the doctor. measured: numbers by name. first_difference: the first module that differs. findings: the likely
+    cause first. where: in words, where ranks differ first: at which place, on which ranks, for which tokens.
 
     not_repeated: why the ranks' steps could not be repeated module by module in one process; empty where they could.
     """
@@ -82,8 +82,8 @@ def name_tokens(tokens: Sequence[int]) -> str:
             stretches[-1][1] = token
         else:
             stretches.append([token, token])
-    words = [str(first) if first == last else f"{first} to {last}" for first, last in stretches]
-    if len(words) > _STRETCHES:
-        words = [*words[: _STRETCHES - 1], f"{len(words) - _STRETCHES + 1} more stretches"]
-    text = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    names = [str(first) if first == last else f"{first} to {last}" for first, last in stretches]
+    if len(names) > _STRETCHES:
+        names = [*names[: _STRETCHES - 1], f"{len(names) - _STRETCHES + 1} more stretches"]
+    text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     return f"token{'s' * (len(tokens) > 1)} {text}"

@@ -44,7 +44,7 @@ from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 
 Result = TypeVar("Result")
-# of dtypes: the distance of 1 from the next number
+# eps of dtypes: the distance from 1 to the next number
 _LOW_PRECISION = 1e-5
 
 
@@ -118,15 +118,15 @@ class _Backward:
     """The backward pass, repeated in one process where that can tell more than the gradients of parameters do."""
 
     def __init__(self, replay: Replay | None, reference: ReferenceResult):
-        # a router loss does not come by the logits
+        # the gradient of a router loss does not pass through the logits
         self._replay = replay if reference.token_gradients is None else None
         self._done = False
         self.where: str | None = None
-        # why it could not be repeated, where it was tried
+        # why the backward pass could not be repeated, if it was tried
         self.failure = ""
 
     def explain(self) -> Finding | None:
-        """Find a gradient that is not what one process computes of the ranks' own, None where there is none."""
+        """Find a gradient that differs from what one process computes from the ranks' own gradients; None where all agree."""
         if self._replay is None:
             return None
         try:
@@ -142,8 +142,8 @@ class _Backward:
             return explain_gradient_errors(self._replay, errors)
         for name, ratio in self._replay.parameter_errors():
             observed = (
-                f"the gradient of {name}, summed over ranks, is not what their activations and gradients give it ({ratio:.2g} "
-                "times as far off as rounding explains)"
+                f"the gradient of {name}, summed over ranks, does not follow from their activations and gradients (its error is "
+                f"{ratio:.2g} times what rounding explains)"
             )
             return Finding("gradient differs", observed, "look at what uses this parameter besides its own module")
         return None
@@ -167,8 +167,8 @@ def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Findi
 
 def _check_repeatable(emulation: EmulatedModel) -> Finding | None:
     """Find random numbers in one process: with them nothing can be compared, whatever ranks do about seeds."""
-    one, other = emulation(RIGHT, False), emulation(RIGHT, False)
-    if one is None or other is None or torch.equal(one, other):
+    first_NV, second_NV = emulation(RIGHT, False), emulation(RIGHT, False)
+    if first_NV is None or second_NV is None or torch.equal(first_NV, second_NV):
         return None
     observed = (
         "one process computes other logits the second time, and the ranks do not: their random numbers are seeded"
@@ -192,7 +192,7 @@ def _replayed(
 
 
 def _is_coarse(ranks: Sequence[RankResult]) -> bool:
-    """Whether ranks compute in less than fp32."""
+    """Return whether ranks compute in less than fp32."""
     floats = (one for _, part in parts_of(ranks) for one in part["outputs"].values() if one.is_floating_point())
     return any(torch.finfo(one.dtype).eps > _LOW_PRECISION for one in chain(floats, (ranks[0]["parts"][0]["logits"],)))
 
@@ -229,8 +229,8 @@ def _explain_forward(
 
     def score(hypothesis: Hypothesis) -> float | None:
         if replay is None:
-            found = emulation(hypothesis, False)
-            return None if found is None else distance(logits_NV, found) / tolerances.logits
+            emulated_NV = emulation(hypothesis, False)
+            return None if emulated_NV is None else distance(logits_NV, emulated_NV) / tolerances.logits
         try:
             return replay.worst_ratio(hypothesis)
         except Exception as error:
@@ -240,7 +240,7 @@ def _explain_forward(
 
     of_recurrences = partial(recurrence_hypotheses, emulation.asked)
     finding = explain_logits(reference, ranks, tolerances.logits, emulation, score, of_recurrences)
-    # of a model without attention positions say nothing
+    # for a model without attention, positions show nothing
     if finding is not None and finding.cause in ("tokens mixed", "positions not sharded"):
         finding = explain_convolution(model, first) or finding
     if finding is None and errors and replay is not None:
@@ -265,15 +265,15 @@ _OTHER_BATCH = Finding(
 
 def _odd_logits(reference: ReferenceResult, ranks: Sequence[RankResult]) -> str:
     """Name the rank whose logits differ most, and its tokens that differ as much."""
-    worst, words = -1.0, ""
+    worst, description = -1.0, ""
     for rank, part in parts_of(ranks):
         tokens = part["tokens"]
         difference_T = (part["logits"][: len(tokens)].double() - reference.logits_NV[tokens].double()).norm(dim=1)
         if len(tokens) and float(difference_T.max()) > worst:
             worst = float(difference_T.max())
             odd = tokens[difference_T > worst / 10]
-            words = f"what the model puts out, most of all on rank {rank} in {name_tokens(odd.tolist())}"
-    return words
+            description = f"the model's output, most of all on rank {rank} in {name_tokens(odd.tolist())}"
+    return description
 
 
 def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.nn.Module:
@@ -329,13 +329,13 @@ def _explain_gradients_and_weights(
     sums = LocalGradients(reference, ranks).explain()
     # an equal factor of all weights may be made up for later
     if finding is None and sums is None and not are_unequal(losses):
-        # in fp32 gradients of parameters tell as much
+        # in fp32 the gradients of parameters show as much
         return of_backward() if _is_coarse(ranks) else None
     weights = explain_weights(reference, losses, ranks[0]["loss_scale"], len(ranks))
-    known = weights or of_router() or sums
-    if known is None and finding is not None and finding.cause == "gradient differs":
-        known = of_backward()
-    return known or finding
+    explained = weights or of_router() or sums
+    if explained is None and finding is not None and finding.cause == "gradient differs":
+        explained = of_backward()
+    return explained or finding
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:

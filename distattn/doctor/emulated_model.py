@@ -24,9 +24,9 @@ class EmulatedModel:
     def __init__(self, target: Target, model: torch.nn.Module, reference: ReferenceResult, ranks: Sequence[RankResult]):
         self._target, self._model, self._batches = target, model, micro_batches_of(reference, ranks)
         self._device = next(model.parameters()).device
-        # what the model raised with which mistake
+        # errors that the model raised while mistakes were tried
         self.failures: list[str] = []
-        # what its layers ask of a batch
+        # names of the fields that its layers read from a batch
         self.asked: set[str] = set()
         # a model that takes other arguments is called as the script does
         self._forward = next((one for one in (self._plainly, self._by_script) if self._runs(one)), self._plainly)
@@ -44,12 +44,12 @@ class EmulatedModel:
         self.failures.append(self._target.describe_error(error))
 
     def gives(self, logits_NV: Tensor, tolerance: float) -> bool:
-        """Whether ranks that do all right compute these logits."""
-        found = self(RIGHT, False)
-        return found is not None and distance(found, logits_NV) <= tolerance
+        """Return whether ranks without a mistake compute these logits."""
+        emulated_NV = self(RIGHT, False)
+        return emulated_NV is not None and distance(emulated_NV, logits_NV) <= tolerance
 
     def with_failures(self, finding: Finding) -> Finding:
-        """The finding, and what could not be tried."""
+        """Return the finding, with what could not be tried added to it."""
         if not self.failures:
             return finding
         tried = f"; {len(self.failures)} mistakes could not be tried in one process: {self.failures[0]}"
@@ -57,7 +57,7 @@ class EmulatedModel:
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
-        """The micro-batches of the step."""
+        """Return the micro-batches of the step."""
         return self._batches
 
     def logits_of(
@@ -73,7 +73,7 @@ class EmulatedModel:
         return self._emulate(self._forward, hypothesis, batch, padding, observe)
 
     def routed_batches(self) -> list[RoutedBatch] | None:
-        """What routers make of each micro-batch and of all ranks' padding; None where there is none, or `failures` say why."""
+        """Return router outputs for each micro-batch and all ranks' padding; None without routers, or if the model fails."""
         routed = []
         for batch in self._batches:
             with recorded_returns(self._model) as returned:
@@ -95,7 +95,7 @@ class EmulatedModel:
         try:
             self._logits(forward, RIGHT, False)
         except Exception:
-            # where neither way works, `failures` says why
+            # if neither way works, `failures` says why
             return False
         return True
 
@@ -118,9 +118,9 @@ class EmulatedModel:
             for reading in (hypothesis.readings, hypothesis.convolved or hypothesis.readings)
         )
         seen = Seen(hypothesis.allowed(batch), read, convolved)
-        given = hypothesis.positions(batch), batch.tokens, seen, hypothesis.mistake
+        inputs = hypothesis.positions(batch), batch.tokens, seen, hypothesis.mistake
         with same_buffers(self._model):
-            return emulate(forward, batch.pack.ids_N, *given, self._device, self.asked, padding, observe)
+            return emulate(forward, batch.pack.ids_N, *inputs, self._device, self.asked, padding, observe)
 
     def _plainly(self, part: Mapping[str, Any]) -> Tensor:
         return self._target.plain_forward(self._model, part)
@@ -130,5 +130,5 @@ class EmulatedModel:
 
 
 def _whole(batch: MicroBatch) -> MicroBatch:
-    """The micro-batch of one rank that has all its tokens."""
+    """Return the micro-batch as one rank with all tokens has it."""
     return batch._replace(tokens=[torch.arange(len(batch.pack.ids_N))])

@@ -30,7 +30,7 @@ _THREAD = threading.local()
 
 
 class AttentionCall(NamedTuple):
-    """What all ranks give to one call of attention, in the batch's order, its options, and which tokens may see which."""
+    """The arguments of all ranks to one call of attention, in the batch's order, its options, and which tokens may see which."""
 
     q_NHD: Tensor
     k_NKD: Tensor

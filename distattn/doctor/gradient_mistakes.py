@@ -99,12 +99,12 @@ def explain_missing(
     who = "any rank" if len(on) == len(ranks) else name_ranks(on)
     kinds = sorted({_kind(name) for name in lost})
     layers = len(lost) // max(len(kinds), 1)
-    words = (
+    parameters = (
         lost[0]
         if len(lost) == 1
         else f"{' and '.join(kinds[:4])} ({len(lost)} parameters, {lost[0]} the first of them)"
     )
-    observed = f"{words} {'has' if len(lost) == 1 else 'have'} no gradient on {who}"
+    observed = f"{parameters} {'has' if len(lost) == 1 else 'have'} no gradient on {who}"
     if layers and all(any(mark in kind for mark in KEY_VALUE) for kind in kinds):
         observed += ": keys and values are detached, and whatever comes before them has a wrong gradient, too"
         return Finding("keys and values detached", observed, "keep detach() and no_grad() away from keys and values")
@@ -113,7 +113,7 @@ def explain_missing(
     )
 
 
-# in names of projections of keys and values
+# marks in the names of key and value projections
 KEY_VALUE = ("k_proj", "v_proj", "kv_", "key", "value", "k_norm", "wk", "wv", "to_k", "to_v")
 
 
@@ -122,7 +122,7 @@ def _is_lost(name: str, rank: RankResult, found: GradientComparison) -> bool:
 
 
 def _kind(name: str) -> str:
-    """The name of a parameter without the number of its layer."""
+    """Return the name of a parameter without the number of its layer."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)

@@ -1,7 +1,7 @@
-"""Which local gradients the ranks' gradients are the sum of: whose are left out, count twice, or were clipped.
+"""Find which local gradients a trainer summed: which it left out, counted twice, or clipped.
 
-Each rank's own gradients of each micro-batch are recorded before anything is done to them. What a trainer makes of them is a sum
-with factors, and the factors are found by least squares; they should be equal.
+Each rank's own gradients of each micro-batch are recorded before the trainer changes them. The trainer's gradients are a weighted
+sum of these. Least squares finds the weights, which should be equal.
 """
 
 # F factors: of every rank's local gradients of every micro-batch
@@ -46,7 +46,7 @@ class LocalGradients:
             and all(name in found["gradients"] for found in ranks)
             and all(one[name].shape == expected.shape for one in self._local if name in one)
         ]
-        # what is whole in fp32 may have been reduced in the local gradients' dtype, as DeepSpeed does
+        # gradients in fp32 may have been reduced in the dtype of the local ones, as DeepSpeed does
         dtypes = [found["gradients"][name].dtype for found in ranks for name in self._names]
         dtypes += [one.dtype for local in self._local for one in local.values()]
         self._eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
@@ -69,34 +69,38 @@ class LocalGradients:
         return self._explain_micro_batches(first) or self._explain_ranks(names, first)
 
     def _fit(self, rank: int, names: Sequence[str]) -> _Fit:
-        terms = [[self._term(one, name) for one in self._local] for name in names]
-        given = [self._ranks[rank]["gradients"][name].double().flatten() for name in names]
-        gram = torch.stack([torch.stack([torch.stack([a @ b for b in one]) for a in one]) for one in terms]).sum(0)
-        along = torch.stack([torch.stack([a @ b for a in one]) for one, b in zip(terms, given, strict=True)]).sum(0)
+        terms = [[self._term(local, name) for local in self._local] for name in names]
+        gradients = [self._ranks[rank]["gradients"][name].double().flatten() for name in names]
+        gram = torch.stack([torch.stack([torch.stack([a @ b for b in parts]) for a in parts]) for parts in terms]).sum(
+            0
+        )
+        along = torch.stack(
+            [torch.stack([a @ b for a in parts]) for parts, b in zip(terms, gradients, strict=True)]
+        ).sum(0)
         scale = gram.diagonal().clamp(min=0.0).sqrt()
         # ranks without tokens have no gradients, and nothing says how often these count
-        known = scale > 1e-12 * float(scale.max())
+        counts = scale > 1e-12 * float(scale.max())
         factors = torch.zeros_like(scale)
-        if known.any():
-            normal, right = (gram / scale / scale[:, None])[known][:, known], (along / scale)[known]
-            factors[known] = (
-                torch.linalg.lstsq(normal, right[:, None], driver="gelsd").solution.flatten() / scale[known]
+        if counts.any():
+            normal, right = (gram / scale / scale[:, None])[counts][:, counts], (along / scale)[counts]
+            factors[counts] = (
+                torch.linalg.lstsq(normal, right[:, None], driver="gelsd").solution.flatten() / scale[counts]
             )
-            factors[~known] = factors[known].median()
+            factors[~counts] = factors[counts].median()
         rest = sum(
-            float((b - sum(f * a for f, a in zip(factors, one, strict=True))).square().sum())
-            for one, b in zip(terms, given, strict=True)
+            float((b - sum(f * a for f, a in zip(factors, parts, strict=True))).square().sum())
+            for parts, b in zip(terms, gradients, strict=True)
         )
         size = float((factors.abs() * scale).sum())
         fits = rest**0.5 <= 4 * self._eps * max(size, 1e-30)
         return _Fit(factors.reshape(len(self._ranks), self._micro_batches), fits)
 
     def _term(self, local: dict[str, Tensor], name: str) -> Tensor:
-        found = local.get(name)
+        gradient = local.get(name)
         return (
             torch.zeros(self._expected[name].numel(), dtype=torch.float64)
-            if found is None
-            else found.double().flatten()
+            if gradient is None
+            else gradient.double().flatten()
         )
 
     def _explain_unequal(self, factors: Sequence[Tensor]) -> Finding | None:
@@ -105,8 +109,8 @@ class LocalGradients:
             others = torch.cat([found[:rank], found[rank + 1 :]])
             if float(others.abs().max()) > self._precision * float(found.abs().max()):
                 missing = [other for other in range(len(factors)) if float(found[other].abs().max()) <= self._precision]
-                words = f": on rank {rank} those of {name_ranks(missing)} are not in the sum" if missing else ""
-                observed = f"ranks have different gradients, of other sums over ranks{words}"
+                absent = f": on rank {rank} those of {name_ranks(missing)} are not in the sum" if missing else ""
+                observed = f"ranks have different gradients, which are different sums over ranks{absent}"
                 return Finding("gradients not reduced", observed, _REDUCE)
         return Finding("gradients not reduced", "each rank has its own gradients only", _REDUCE)
 
@@ -125,7 +129,7 @@ class LocalGradients:
         return Finding("gradients clipped", observed, "clip after the doctor has asked for gradients(model)")
 
     def _factor(self, names: Sequence[str]) -> float:
-        """How many times the gradient of one process rank 0 has, along it."""
+        """Return the factor between rank 0's gradient and that of one process, along the latter."""
         along = sum(float((self._ranks[0]["gradients"][name].double() * self._expected[name]).sum()) for name in names)
         return along / max(sum(float(self._expected[name].square().sum()) for name in names), 1e-30)
 
@@ -185,20 +189,20 @@ class LocalGradients:
 
     def _explain_rest(self, names: Sequence[str], fit: _Fit) -> Finding | None:
         """Explain gradients that are almost a sum of local ones: what was added to it, or rounded."""
-        old = [name for found in self._ranks for name in found["old_gradients"]]
+        old = [name for result in self._ranks for name in result["old_gradients"]]
         if old:
             observed = f"{old[0]} had a gradient before the first backward pass, which is in the sum"
             return Finding("gradients left over", observed, "call zero_grad before the first micro-batch of a step")
-        found = self._ranks[0]["gradients"]
+        gradients = self._ranks[0]["gradients"]
         for dtype in (torch.bfloat16, torch.float16) if self._eps < 1e-5 else ():
-            if all(found[name].dtype == torch.float32 for name in names) and all(
-                torch.equal(found[name], found[name].to(dtype).float()) for name in names
+            if all(gradients[name].dtype == torch.float32 for name in names) and all(
+                torch.equal(gradients[name], gradients[name].to(dtype).float()) for name in names
             ):
                 observed = f"all gradients are rounded to {str(dtype)[6:]}"
                 return Finding("gradients rounded", observed, "reduce gradients in fp32, and keep them so")
         total = {name: sum(self._term(one, name) for one in self._local) for name in names}
         factor = float(fit.factors.median())
-        rest = {name: found[name].double().flatten() - factor * total[name] for name in names}
+        rest = {name: gradients[name].double().flatten() - factor * total[name] for name in names}
         weights = {
             name: self._ranks[0]["state"][name].double().flatten() for name in names if name in self._ranks[0]["state"]
         }
@@ -209,7 +213,9 @@ class LocalGradients:
         left = sum(float((rest[name] - decay * one).square().sum()) for name, one in weights.items()) ** 0.5
         if left > 0.02 * sum(float(one.square().sum()) for one in rest.values()) ** 0.5:
             return None
-        observed = f"the gradients have {decay:.4g} times the weights in them: weight decay, or a penalty that one process lacks"
+        observed = (
+            f"the gradients contain {decay:.4g} times the weights: weight decay, or a penalty that one process lacks"
+        )
         return Finding("weights in gradients", observed, "leave weight decay to the optimizer")
 
     def _explain_single(self, names: Sequence[str]) -> Finding | None:

@@ -122,7 +122,7 @@ def explain_logits(
     ):
         found: list[tuple[float, Finding]] = []
         for hypothesis in hypotheses:
-            # where nothing is wrong in the way that it says it is another one, or none
+            # a hypothesis that comes to the same as an earlier one for these batches, or as no mistake, is not tried
             if (identity := _identity(hypothesis, batches)) in tried:
                 continue
             tried.add(identity)
@@ -130,7 +130,7 @@ def explain_logits(
             if ratio is not None and ratio <= 1:
                 found.append((ratio, hypothesis.finding))
         if found:
-            # of those that fit as well as the best one the first
+            # the first of those that fit as well as the best one
             best = min(ratio for ratio, _ in found)
             return next(finding for ratio, finding in found if ratio <= 2 * best + 1 / 16)
     return None
@@ -207,7 +207,7 @@ def _over_the_pack(batch: MicroBatch) -> list[Tensor]:
 
 
 def _from_rank_on(batch: MicroBatch) -> list[Tensor]:
-    """As if each rank had a stretch of the batch, one rank after another."""
+    """Return positions as if each rank had one stretch of the batch, in the order of ranks."""
     return [torch.arange(len(own)) + rank * len(own) for rank, own in enumerate(batch.tokens)]
 
 
@@ -279,7 +279,7 @@ def _wrong_positions() -> Iterator[Hypothesis]:
 
 
 def _positions_of_some_ranks(ranks: int) -> Iterator[Hypothesis]:
-    """Wrong positions of one rank, and positions that are off by a few on one rank or on all."""
+    """Yield wrong positions of one rank, and positions that are off by a few on one rank or on all."""
     remedy = "pass the part's position_ids on to the model: they are sharded with the tokens"
 
     def on_rank(odd: int, positions: Callable[[MicroBatch], list[Tensor]]) -> Callable[[MicroBatch], list[Tensor]]:

@@ -22,7 +22,7 @@ from distattn.doctor.reference import ReferenceResult
 _NO_LOSS = _FITS = 0.05
 # how unlike weights of a part's tokens may be that are meant to be equal
 _UNEQUAL = 0.05
-# how much of a token's gradient may be none of cross entropy
+# the share of a token's gradient that cross entropy may leave unexplained
 _FORM = 2e-3
 # of softmax - onehot: what is smaller belongs to a token that is predicted all but surely, and says nothing
 _SURE = 0.02
@@ -32,8 +32,8 @@ class PartLoss(NamedTuple):
     """What a part's loss was of: labels (T,), IGNORE_INDEX where none; weights (T,) of their losses; which can be told.
 
     right_T: the labels that the tokens have. upstream: what backward multiplied the loss by, which is not in the weights. eps: of
-    the dtype that the gradient came in. misfit: how much of a token's gradient usually is none of cross entropy, relative to its
-    norm. smoothing: the label smoothing that explains it, 0 where none does.
+    the dtype that the gradient came in. misfit: the share of a token's gradient that cross entropy does not explain, the
+    median over tokens. smoothing: the label smoothing that explains it, 0 where none does.
     """
 
     rank: int
@@ -107,7 +107,7 @@ def _read_loss(rank: int, part: PartResult, right_T: Tensor) -> PartLoss:
 def _misfit_and_smoothing(
     gradient_TV: Tensor, probability_TV: Tensor, labels_T: Tensor, counted_T: Tensor
 ) -> tuple[float, float]:
-    """How much of gradients is none of cross entropy, and the smoothing of labels that explains it, 0 where none does."""
+    """Return the share of gradients that cross entropy does not explain, and the label smoothing that explains it, or 0."""
     if not counted_T.any():
         return 0.0, 0.0
     gradient_TV, direction_TV = gradient_TV[counted_T], _direction(probability_TV, labels_T)[counted_T]
@@ -150,7 +150,7 @@ def explain_form(losses: Sequence[PartLoss]) -> Finding | None:
     if not odd:
         return None
     observed = (
-        f"{100 * odd[0].misfit:.2g} % of the gradient of logits is none of cross entropy, on rank {odd[0].rank} first"
+        f"{100 * odd[0].misfit:.2g} % of the gradient of logits is not of cross entropy, on rank {odd[0].rank} first"
     )
     if odd[0].smoothing:
         observed += f"; labels are smoothed by {odd[0].smoothing:.3g}"

@@ -1,4 +1,4 @@
-"""Which mistake of single ranks explains the first difference from one process: in positions, attention, weights or modules."""
+"""Find the mistake of single ranks behind the first difference from one process: in positions, attention, weights or modules."""
 
 # T tokens on a rank, P positions, C numbers of a position, I frequencies of rotary embeddings
 
@@ -156,8 +156,8 @@ def _explain_lookup(
         nearest = torch.cdist(got_TC, table_PC).min(1)
         if float(nearest.values.norm()) > max(replay.bound(error.rank, place), 0.02 * float(got_TC.norm())):
             return _explain_frequencies(replay, error, right[error.rank])
-        words = _describe_positions(nearest.indices, right[error.rank], error.rank)
-        described.append(f"rank {error.rank} {words}")
+        positions = _describe_positions(nearest.indices, right[error.rank], error.rank)
+        described.append(f"rank {error.rank} {positions}")
     return Finding("positions not sharded", "; ".join(described), _POSITIONS)
 
 

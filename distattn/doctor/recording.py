@@ -169,14 +169,16 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-# gives the name of a call, and of one of its tensors; returns another tensor in its place, or None
+# (name of a call and one of its tensors) -> another tensor in its place, or None
 TensorHook = Callable[[str, Tensor], Tensor | None]
 
 
 @contextmanager
 def hooked_outputs(model: torch.nn.Module, use: TensorHook, leaves: bool = False) -> Iterator[None]:
-    """Meanwhile `use` is given every tensor that modules put out, and may put another in its place. leaves: of modules without
-    children only."""
+    """Call `use` in the block with every tensor that modules return; the tensor that it returns, if any, takes its place.
+
+    leaves: only modules without children are watched.
+    """
     named = _CallNames()
 
     def hook(name: str, out: Any) -> Any:
@@ -202,7 +204,7 @@ def hooked_outputs(model: torch.nn.Module, use: TensorHook, leaves: bool = False
 
 @contextmanager
 def hooked_inputs(model: torch.nn.Module, use: TensorHook) -> Iterator[None]:
-    """Meanwhile `use` is given the first argument of every module without children, and may put another in its place."""
+    """Call `use` in the block with the first argument of every module without children; it may return another in its place."""
     named = _CallNames()
 
     def hook(name: str, given: tuple[Any, ...]) -> Any:
@@ -254,7 +256,7 @@ def same_buffers(model: torch.nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, value in before:
-                # what is written counts as changed, also for a backward pass that is to come
+                # a write counts as a change, also for a later backward pass
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 

@@ -39,7 +39,7 @@ _FINE_MARGIN = 10.0
 _GRADIENT_MARGIN = 3.0
 # where another rank computes to the last bit what one process does, there is less to allow for
 _PEER_MARGIN, _SEVERAL = 0.4, 8
-# of the largest error of rounding: the usual one
+# the usual error of rounding, as a share of the largest
 _USUAL = 0.6
 _SEEDS = (0, 1)
 LOGITS = "logits"
@@ -48,7 +48,7 @@ FORWARD, BACKWARD = ("input", "output"), ("gradient",)
 
 
 class Place(NamedTuple):
-    """Where a tensor is: the micro-batch's number, "input", "output" or "gradient", and the name of the module's call."""
+    """The place of a tensor: the micro-batch's number, "input", "output" or "gradient", and the name of the module's call."""
 
     micro_batch: int
     kind: str
@@ -56,7 +56,7 @@ class Place(NamedTuple):
 
     @property
     def module(self) -> str:
-        """The module's name."""
+        """Return the module's name."""
         return module_of_call(self.call)
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class LinkedCall(NamedTuple):
     place: Place
 
 
-# by rank, in the order of execution: what one process makes of what ranks had before, (T, ...) on the CPU
+# by rank, in the order of execution: what one process computes from the rank's recorded inputs, (T, ...) on the CPU
 Computed = list[dict[Place, Tensor]]
 
 
@@ -108,7 +108,7 @@ class Replay:
         self._emulation, self._model, self._ranks = emulation, model, ranks
         self._dims, self._rounding = reference.token_dims, tolerances.rounding
         self._lookups = lookups(model)
-        # calls of attention whose result a module is given as it is
+        # calls of attention whose result goes unchanged into a module
         self.calls: list[LinkedCall] = []
         self._gradients: dict[str, Tensor] = {}
         self.parameter_gradients: dict[str, Tensor] = {}
@@ -128,8 +128,8 @@ class Replay:
         """
         right = self._run(RIGHT, backward=True)
         self.parameter_gradients = self._gradients
-        for known, found in zip(self.right, right, strict=True):
-            known |= {place: values for place, values in found.items() if place.kind == "gradient"}
+        for rank_values, backward_values in zip(self.right, right, strict=True):
+            rank_values |= {place: values for place, values in backward_values.items() if place.kind == "gradient"}
         self._measure_noise(_SEEDS[0], BACKWARD)
 
     def first_errors(self, kinds: Sequence[str]) -> list[LocalError]:
@@ -145,12 +145,12 @@ class Replay:
         )
         if earliest is None:
             return []
-        found = [errors[earliest[1]] for _, errors in by_rank if earliest[1] in errors]
-        return sorted(found, key=lambda error: -error.ratio)
+        first_of_ranks = [errors[earliest[1]] for _, errors in by_rank if earliest[1] in errors]
+        return sorted(first_of_ranks, key=lambda error: -error.ratio)
 
     def lost_gradients(self) -> list[Place]:
         """Return the places whose gradient is zero on a rank, where one process has one."""
-        found = {
+        lost = {
             place: None
             for rank, own in enumerate(self.right)
             for place, expected in own.items()
@@ -159,19 +159,19 @@ class Replay:
             and not got.any()
             and float(expected.double().norm()) > self.bound(rank, place)
         }
-        return list(found)
+        return list(lost)
 
     def parameter_errors(self) -> list[tuple[str, float]]:
         """Return the parameters whose gradients, summed over ranks by us, are not what the ranks' activations and gradients
         give, and by how much more than rounding explains."""
-        found = []
+        ratios = []
         for name, expected in self.parameter_gradients.items():
             parts = [part["parameter_gradients"].get(name) for _, part in parts_of(self._ranks)]
             if any(type(one) is Tensor for one in parts):
                 total = sum((one.double() for one in parts if one is not None), torch.zeros_like(expected.double()))
                 ratio = distance(total, expected) / self.parameter_bound(name)
-                found.append((name, ratio))
-        return [(name, ratio) for name, ratio in found if ratio > 1.0]
+                ratios.append((name, ratio))
+        return [(name, ratio) for name, ratio in ratios if ratio > 1.0]
 
     def parameter_bound(self, name: str) -> float:
         """Return the norm of the largest difference of a parameter's gradient that rounding explains."""
@@ -220,14 +220,14 @@ class Replay:
         tokens = len(part["tokens"])
         if place.call == LOGITS:
             return part["logits"][:tokens]
-        known = part[{"input": "inputs", "output": "outputs", "gradient": "output_gradients"}[place.kind]]
+        recorded = part[{"input": "inputs", "output": "outputs", "gradient": "output_gradients"}[place.kind]]
         dim = self._dims.get(place.call)
-        if place.call not in known or dim is None:
+        if place.call not in recorded or dim is None:
             return None
-        found = known[place.call]
-        # a gradient that never came
-        found = torch.zeros_like(part["outputs"][place.call]) if found is None else found
-        return _rows(found, dim, tokens)
+        values = recorded[place.call]
+        # a missing gradient counts as zero
+        values = torch.zeros_like(part["outputs"][place.call]) if values is None else values
+        return _rows(values, dim, tokens)
 
     def bound(self, rank: int, place: Place) -> float:
         """Return the norm of the largest difference that rounding explains at a place of a rank."""
@@ -259,7 +259,7 @@ class Replay:
         difference_T = _by_token(got_T.double() - expected_T.double())
         ratio_T = difference_T / self._token_bounds(rank, place, expected_T)
         whole = float(difference_T.norm()) / self._bound(rank, place, expected_T)
-        # what is too much for all of them together is a little of each
+        # an error that is too large for all tokens together may be small for each
         each = _RANK_MARGIN / _TOKEN_MARGIN if whole > 1.0 else 1.0
         return max(whole, float(ratio_T.max()) if len(ratio_T) else 0.0), ratio_T > each
 
@@ -276,7 +276,7 @@ class Replay:
         if noise_T is not None and len(noise_T) == len(bound_T) and len(bound_T):
             usual = float((noise_T / norm_T.clamp(min=1e-30)).square().mean().sqrt())
             bound_T = torch.maximum(bound_T, torch.maximum(noise_T, usual * norm_T))
-        # a token whose values all but cancel is as far off as others
+        # a token whose values nearly cancel has the same absolute error as others
         least = 0.05 * float(bound_T.square().mean().sqrt()) if len(bound_T) else 0.0
         return (self._margins(rank, place)[1] * bound_T.clamp(min=least)).clamp(min=1e-30)
 
@@ -286,7 +286,7 @@ class Replay:
         return _USUAL * max(unit_roundoff(dtype), unit_roundoff(self.right[rank][place].dtype))
 
     def _margins(self, rank: int, place: Place, peers: bool = True) -> tuple[float, float]:
-        """How much more than one rounding was seen to cost a rank's values may differ at a place: of all tokens, and of one.
+        """Return by how many times the cost of one rounding a rank's values may differ at a place: of all tokens, and of one.
 
         peers: whether to look at what other ranks have there.
         """
@@ -303,7 +303,7 @@ class Replay:
         return less * _RANK_MARGIN, less * _TOKEN_MARGIN
 
     def _is_exact(self, rank: int, place: Place) -> bool:
-        """Whether a rank with more than a few tokens has to the last bit what one process computes."""
+        """Return whether a rank with more than a few tokens has bit for bit what one process computes."""
         if (rank, place) not in self._exact:
             expected_T, got_T = self.right[rank].get(place), self.got(rank, place)
             several = expected_T is not None and len(expected_T) >= _SEVERAL
@@ -313,15 +313,15 @@ class Replay:
         return self._exact[rank, place]
 
     def _measure_noise(self, seed: int, kinds: Sequence[str]) -> None:
-        """See what rounding once more changes at places of these kinds: norms by token (T,); and of parameters' gradients."""
+        """Measure what one more rounding changes: norms by token (T,) at places of these kinds, and parameters' gradients."""
         with rounded_otherwise(self._model, self._rounding, seed):
             moved = self._run(RIGHT, seed, kinds == BACKWARD)
-        for known, other, right in zip(self._noise, moved, self.right, strict=True):
+        for noise, other, right in zip(self._noise, moved, self.right, strict=True):
             for place in other.keys() & right.keys():
                 if place.kind not in kinds:
                     continue
                 difference_T = _by_token(other[place].double() - right[place].double())
-                known[place] = torch.maximum(known[place], difference_T) if place in known else difference_T
+                noise[place] = torch.maximum(noise[place], difference_T) if place in noise else difference_T
         for name in self._gradients.keys() & self.parameter_gradients.keys():
             difference = distance(self._gradients[name], self.parameter_gradients[name])
             self._parameter_noise[name] = max(self._parameter_noise.get(name, 0.0), difference)
@@ -329,8 +329,11 @@ class Replay:
     def _run(
         self, hypothesis: Hypothesis, seed: int | None = None, backward: bool = False, patient: bool = True
     ) -> Computed:
-        """seed: rounds what ranks had once more. backward: runs the backward pass, too. patient: goes on after differences that
-        rounding does not explain, where otherwise _ExceededError is raised."""
+        """Compute all micro-batches as ranks with the hypothesis would.
+
+        seed: rounds the ranks' recorded values once more. backward: runs the backward pass, too. patient: goes on after
+        differences that rounding does not explain; otherwise these raise _ExceededError.
+        """
         computed: Computed = [{} for _ in self._ranks]
         self._model.zero_grad()
         for number, batch in enumerate(self._emulation.micro_batches):
@@ -375,7 +378,7 @@ class Replay:
 
         def at(kind: str, call: str, values: Tensor) -> Tensor | None:
             rank = emulated_rank()
-            # positions are what their embedding is right or wrong about
+            # integers such as positions stay: their embedding shows whether they are right
             if kind == "input" and not values.is_floating_point():
                 return None
             other = swapped(rank, Place(number, kind, call), values)
@@ -426,12 +429,12 @@ def on_one_rank(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list
     """Put what ranks computed together, as if one rank had computed it with all tokens."""
     parts = []
     for number in range(len(reference.packs)):
-        of_ranks = [found["parts"][number] for found in ranks]
+        of_ranks = [result["parts"][number] for result in ranks]
         first = int(torch.cat([part["tokens"] for part in of_ranks]).min())
-        own = [part["tokens"] - first for part in of_ranks]
-        part: dict[str, Any] = {"tokens": torch.arange(sum(map(len, own))) + first, "output_gradients": {}}
+        tokens_of_ranks = [part["tokens"] - first for part in of_ranks]
+        part: dict[str, Any] = {"tokens": torch.arange(sum(map(len, tokens_of_ranks))) + first, "output_gradients": {}}
         part["documents"] = of_ranks[0]["documents"]
-        part["logits"] = in_global_order([one["logits"] for one in of_ranks], own)
+        part["logits"] = in_global_order([one["logits"] for one in of_ranks], tokens_of_ranks)
         for kind in ("inputs", "outputs"):
             rows = {
                 name: [_rows(one[kind][name], dim, len(one["tokens"])) for one in of_ranks]
@@ -439,7 +442,7 @@ def on_one_rank(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list
                 if all(name in one[kind] for one in of_ranks)
             }
             part[kind] = {
-                name: in_global_order(known, own).movedim(0, reference.token_dims[name])
+                name: in_global_order(known, tokens_of_ranks).movedim(0, reference.token_dims[name])
                 for name, given in rows.items()
                 if len(known := [one for one in given if one is not None]) == len(given)
                 and len({one.shape[1:] for one in known}) == 1
@@ -472,7 +475,7 @@ class _Replaced(torch.autograd.Function):
 
 
 def _disturbed(values_T: Tensor, error: float, seed: int, rank: int, place: Place) -> Tensor:
-    """Values off by up to a relative error."""
+    """Return the values, each changed at random by up to a relative error."""
     generator = torch.Generator().manual_seed(crc32(f"{seed} {rank} {place}".encode()))
     wide = values_T.to(torch.promote_types(values_T.dtype, torch.float32))
     noise = torch.rand(wide.shape, generator=generator) * 2 - 1
@@ -480,5 +483,5 @@ def _disturbed(values_T: Tensor, error: float, seed: int, rank: int, place: Plac
 
 
 def _by_token(values_T: Tensor) -> Tensor:
-    """The norm of each token's values, (T,)."""
+    """Return the norm of each token's values, (T,)."""
     return values_T.double().flatten(1).norm(dim=1) if values_T.dim() > 1 else values_T.double().abs()

@@ -479,7 +479,7 @@ class ContextParallel:
             _LOG.warning(NOT_PROBED)
 
     def _probe_batch(self, ranks: int, rows: int, device: torch.device) -> dict[str, Any]:
-        # another block's tokens differ, so that its gradients are not taken for ours; padding is no id of a rank either
+        # tokens of each block differ, so that its gradients are not mistaken for ours; padding is no id of a rank either
         first = self._table.members[self._table.first_of_block[self._table.rank]]
         batch = self.shard({"input_ids": probe_ids(self.block_ranks, first, ranks, rows).to(device)})
         return {**batch, "input_ids": batch["input_ids"].clamp(min=ranks)}

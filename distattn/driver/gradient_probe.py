@@ -1,12 +1,12 @@
-"""How a trainer reduces gradients: measured by two synthetic backward passes, so that nobody has to know.
+"""Measure how a trainer reduces gradients, by two synthetic backward passes: users need not know it.
 
-Trainers differ in it, and one trainer in its stages: some sum over ranks, some take the mean over all or only over replicas,
-some divide by the number of micro-batches. What it does to each rank's gradient is read off one weight matrix, that of the
-output layer: rank r's loss is column r of its logits, so row r of the gradient is rank r's alone, times what the trainer
-did to it; what it was is known from the layer's input. Where that layer is frozen (LoRA) another linear layer is read, whose
-gradient is a sum over ranks that is solved for the weights.
+Trainers differ in this, and so do the stages of one trainer: some sum over ranks, some take the mean over all or only over
+replicas, some divide by the number of micro-batches. The probe reads it off one weight matrix, that of the output layer. Rank r's
+loss is column r of its logits, so row r of the gradient belongs to rank r alone. The layer's input gives this row before the
+reduction; the quotient is the weight of rank r. Where that layer is frozen (LoRA), another linear layer is read: its gradient is
+a sum over ranks, which is solved for the weights.
 
-The loss of the second pass is larger, or smaller: gradients that do not change by the same factor were clipped. All other
+The second pass has a larger loss, or a smaller one: gradients that do not change by the same factor were clipped. All other
 parameters are compared with the layer that is read (see `parameter_probe`).
 """
 
@@ -30,11 +30,11 @@ from distattn.ir.errors import DistattnError
 
 # of a rank's weight: bf16 gradients are sums of a few terms
 _TOLERANCE = 0.02
-# by which the loss of the second pass is larger; or smaller, where half precision or a trainer's own scale may overflow
+# the factor of the second pass's loss; the smaller one is for half precision and trainers' own scales, which may overflow
 _LARGER, _SMALLER = 64.0, 1 / 32
 # of a gradient so many rows are read, at least
 _ROWS = 16
-# what a driver says of steps whose loss scale was not measured
+# the warning for steps whose loss scale was not measured
 NOT_PROBED = (
     "ContextParallel.loss_scale(target) was not called, so gradients are right only if they are summed over the ranks. Most "
     "trainers average them: call cp.loss_scale(...ProbeTarget(...)) once, before the first step; it measures sums as well."
@@ -74,7 +74,7 @@ class GradientProbeTarget(Protocol):
         """When it is left, parameters, gradients and optimizer are as before."""
 
     def parameters(self) -> Sequence[ProbedParameter]:
-        """All parameters, in the same order on all ranks, also those that are not trained."""
+        """Return all parameters, in the same order on all ranks, also those that are not trained."""
 
 
 class Reduction(NamedTuple):
@@ -84,12 +84,12 @@ class Reduction(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """The mean weight."""
+        """Return the mean weight."""
         return sum(self.weights) / len(self.weights)
 
     @property
     def is_even(self) -> bool:
-        """Whether all ranks have the same weight."""
+        """Return whether all ranks have the same weight."""
         return max(abs(weight - self.mean) for weight in self.weights) <= _TOLERANCE * self.mean
 
     @property
@@ -140,11 +140,11 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
     weights, weights_again = (_solve_weights(one.own, one.reduced, group, ranks) for one in (observed, again))
     agreed = _agreed_weights(weights, group, ranks)
     _check_linear(agreed, weights_again, again.magnitude, group, ranks)
-    found = Reduction(agreed)
-    # ranks that are weighed unequally are refused with the factor
-    if found.is_even:
-        sketches.check(found.mean / observed.scale)
-    return found
+    reduction = Reduction(agreed)
+    # unequal weights of ranks are refused in `factor`
+    if reduction.is_even:
+        sketches.check(reduction.mean / observed.scale)
+    return reduction
 
 
 class MakeBatch(Protocol):
@@ -190,7 +190,7 @@ def _observe_backward(
 
     def loss_of(logits: Tensor) -> Tensor:
         if sketches is not None:
-            # what FSDP2 gathers is there after the forward pass
+            # FSDP2 has gathered the tensor after the forward pass
             sketches.watch()
         loss = magnitude * logits[..., me].float().sum()
         # a trainer may scale the loss before it goes backward

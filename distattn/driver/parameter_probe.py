@@ -1,4 +1,4 @@
-"""Every parameter of a trainer: whether all ranks hold the same numbers, and whether its gradient is reduced as all others are.
+"""Check every parameter of a trainer: that all ranks hold the same numbers, and that its gradient is reduced as all others are.
 
 Weights are compared by checksums of their bits. Gradients are compared by sketches: a few sums of a gradient with random signs.
 A sketch is linear, so the sketch of a sum over ranks is the sum of the ranks' sketches; nothing as large as a gradient is sent.
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.communicator import all_gather_objects, sendable_device
 
-# of the norm of the ranks' own gradients; rounding in bf16 is under 0.01, a rank that is left out of R changes 1 / sqrt(R)
+# relative to the norm of the ranks' own gradients: rounding in bf16 is under 0.01, leaving out one of R ranks changes 1 / sqrt(R)
 _TOLERANCE = 0.05
 _SKETCHES = 8
 # words of 8 bytes of a tensor that are summed as a row for its checksum
@@ -31,13 +31,13 @@ _NAMED = 3
 
 
 class ProbedParameter(NamedTuple):
-    """What the probe asks of one parameter.
+    """One parameter, as the probe looks at it.
 
     held: what this rank has of it. part: which part that is; ranks with equal parts hold equal numbers. leaf: returns the tensor
     whose gradient in autograd is this rank's own; None before it exists, and for parameters that are not trained or whose own
     gradient cannot be seen. reduced: returns the whole reduced gradient, or None; all ranks call it in the same order. group: the
     ranks that the gradient is summed over, by default the loss group; further: groups whose sums are added up after that. share:
-    by what the trainer multiplies the gradient besides.
+    a further factor by which the trainer multiplies the gradient.
     """
 
     name: str
@@ -70,13 +70,14 @@ def check_same_weights(
     if group is None:
         return
     names = [parameter.name for parameter in parameters]
-    everyone = all_gather_objects(group, names)
-    for rank, theirs in enumerate(everyone):
-        if theirs != everyone[0]:
-            odd = next(iter(set(theirs) ^ set(everyone[0])), None)
-            what = f"only one of them has {odd}" if odd else "their order differs"
+    names_by_rank = all_gather_objects(group, names)
+    for rank, rank_names in enumerate(names_by_rank):
+        if rank_names != names_by_rank[0]:
+            odd = next(iter(set(rank_names) ^ set(names_by_rank[0])), None)
+            difference = f"only one of them has {odd}" if odd else "their order differs"
             raise DistattnError(
-                f"rank {rank} of the loss group has other parameters than rank 0 ({what}): make the same model on all ranks."
+                f"rank {rank} of the loss group has other parameters than rank 0 ({difference}): "
+                "make the same model on all ranks."
             )
     if not parameters:
         return
@@ -88,9 +89,9 @@ def check_same_weights(
         by_part: dict[int, tuple[int, list[int]]] = {}
         for rank, of_rank in enumerate(numbers):
             part, *sums = of_rank[index]
-            known, wanted = by_part.setdefault(part, (rank, sums))
+            first_rank, wanted = by_part.setdefault(part, (rank, sums))
             if sums != wanted:
-                first = known if not wrong else first
+                first = first_rank if not wrong else first
                 wrong.setdefault(rank, []).append(name)
     if wrong:
         different = list(dict.fromkeys(name for names in wrong.values() for name in names))
@@ -142,13 +143,13 @@ class GradientSketches:
         on another pipeline stage: then it is the median of all parameters' factors.
         """
         share_P1 = self._own.new_tensor([parameter.share for parameter in self._parameters])[:, None]
-        own = self._own * share_P1
-        wanted, size = self._summed(own), self._summed(own.square().sum(1, keepdim=True)).sqrt()[:, 0]
+        weighted_own = self._own * share_P1
+        wanted, size = self._summed(weighted_own), self._summed(weighted_own.square().sum(1, keepdim=True)).sqrt()[:, 0]
         if factor is None:
             read = self._is_read.to(self._device)
             factor = float(_fitted(self._reduced, wanted)[read].nanmedian()) if bool(read.any()) else 1.0
         wanted, size = wanted * factor, size * abs(factor)
-        # how far off a gradient is; the factor that it has instead, and how far off it is then; how far off the rank's own it is
+        # the error of a gradient; the factor that it has instead, and the error then; the error of the rank's own gradient
         times, alone = _fitted(self._reduced, wanted), _fitted(self._reduced, self._own)
         facts = [
             (self._reduced - wanted).norm(dim=1) / size,
@@ -166,24 +167,24 @@ class GradientSketches:
             of_ranks = everyone_RP5[:, index].tolist()
             ranks = [rank for rank, (off, *_) in enumerate(of_ranks) if not off <= _TOLERANCE]
             if ranks:
-                names, found = wrong.setdefault(_how(of_ranks[ranks[0]]), ([], []))
+                names, wrong_ranks = wrong.setdefault(_how(of_ranks[ranks[0]]), ([], []))
                 names.append(parameter.name)
-                found += [rank for rank in ranks if rank not in found]
+                wrong_ranks += [rank for rank in ranks if rank not in wrong_ranks]
         if wrong:
-            said = "; ".join(
+            differences = "; ".join(
                 f"on {_ranks(ranks)} of the loss group the gradient of {_few(names)} {how}"
                 for how, (names, ranks) in wrong.items()
             )
             raise DistattnError(
-                f"the trainer does not reduce all parameters alike: {said}. Reduce the gradients of all trained parameters over "
-                "the same ranks, and by the same factor."
+                f"the trainer does not reduce all parameters alike: {differences}. "
+                "Reduce the gradients of all trained parameters over the same ranks, and by the same factor."
             )
 
     def _add(self, index: int, gradient: Tensor) -> None:
         self._own[index] += self._sketch(gradient).to(self._device)
 
     def _sketch(self, gradient: Tensor) -> Tensor:
-        """(S,) fp64: sums of a gradient, each with the signs of a random row times a random column."""
+        """Return sums of a gradient (S,) in fp64, each with the signs of a random row times a random column."""
         whole = gradient.detach()
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         whole = whole.to_dense() if whole.is_sparse else whole
@@ -204,7 +205,7 @@ class GradientSketches:
         return self._signs[key]
 
     def _summed(self, mine: Tensor) -> Tensor:
-        """The sum (P, ...) over the ranks that each parameter's gradient is summed over."""
+        """Return the sums (P, ...) over the ranks over which each parameter's gradient is summed."""
         total = mine.clone()
         found: dict[tuple[Any, ...], list[int]] = {}
         for index, parameter in enumerate(self._parameters):
@@ -221,7 +222,7 @@ class GradientSketches:
 
 
 def _checksum(held: Tensor, part: int) -> Tensor:
-    """(3,) int64: the part, and two sums of a tensor's bits by their places. Sums of whole numbers are exact on all devices."""
+    """Return (3,) int64: the part, and two position-weighted sums of a tensor's bits. Integer sums are exact on all devices."""
     flat = held.detach().contiguous().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     # words of 8 bytes begin at the tensor, wherever that lies in its storage
@@ -235,12 +236,12 @@ def _checksum(held: Tensor, part: int) -> Tensor:
 
 
 def _fitted(reduced: Tensor, wanted: Tensor) -> Tensor:
-    """(P,) the factors by which `wanted` is nearest to `reduced`, both (P, S); NaN where it is 0."""
+    """Return the factors (P,) that bring `wanted` nearest to `reduced`, both (P, S); NaN where `wanted` is 0."""
     return (reduced * wanted).sum(1) / wanted.square().sum(1)
 
 
 def _how(facts: Sequence[float]) -> str:
-    """What has become of a gradient, for a sentence; facts: as in `GradientSketches.check`."""
+    """Describe a wrong gradient, as the rest of a sentence. facts: as in `GradientSketches.check`."""
     _, factor, off_with_factor, off_own, is_missing = facts
     if is_missing:
         return "is not there after the reduction"
@@ -253,9 +254,9 @@ def _how(facts: Sequence[float]) -> str:
 
 def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     sent = mine.to(sendable_device(group)).contiguous()
-    everyone = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, sent, group=group)
-    return torch.stack(everyone)
+    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(received, sent, group=group)
+    return torch.stack(received)
 
 
 def _ranks(ranks: Any) -> str:

@@ -46,7 +46,7 @@ class StepsAhead:
         self._held[id(source)] = alive, step
 
     def take(self, source: Any) -> StepAhead | None:
-        """Return the step that is kept for this source, and forget it; None if there is none."""
+        """Return the step that is kept for this source, and forget it; None without one."""
         _, step = self._held.pop(id(source), (None, None))
         if step is not None:
             step.taken_over = True
@@ -107,7 +107,7 @@ class StepLoop:
         return False
 
     def leave(self) -> None:
-        """The loop ends early: a loader with a position goes back to the step that was kept; for an iterator it stays kept."""
+        """End the loop early: set a loader with a position back to the kept step; keep the step of an iterator."""
         held = self._held
         if held is not None and held.put_back is not None and not held.taken_over:
             self._ahead.drop(self._loader, held)

@@ -28,7 +28,7 @@ _CHUNKS, _LEAST_OF_SHARE = 512, 8
 # positions at which a chunk of `balanced` may end, per chunk; in between the work is taken as even
 _POSITIONS_PER_CHUNK = 32
 _WORK_WEIGHTS = (1, 2, 4, 8, 16)
-# of `balanced`: the share of a rank's work from which documents are split, and over how many times the ranks it asks for
+# for `balanced`: documents above this share of a rank's work are split, over this many times the ranks that they need
 _LONG_SHARE, _SPREADS = 0.5, (1.0, 2.0, np.inf)
 _CHUNK_COLUMNS = ("rank", "t0", "t1")
 # busiest rank over the mean at which the search ends, and tokens over the mean that a rank may get for the sake of its work
@@ -129,7 +129,7 @@ class Layout:
         chunk: int | None = None,
         tolerance: float = 0.002,
     ) -> Layout:
-        """The cheapest of several layouts by an estimate: about equal work and tokens on all ranks, and few, long chunks.
+        """Return the layout with the lowest estimated cost: about equal work and tokens on all ranks, and few, long chunks.
 
         mask: by default causal inside each document. Candidates are `contiguous`, `zigzag`, `document_zigzag`, `placed`, long
         documents split over one or two times as many ranks as their work asks for, or over all, with short ones whole, and
@@ -174,7 +174,7 @@ class Layout:
     def _in_chunks_of_equal_work(
         lengths: Sequence[int], ranks: int, mask: Mask, chunk: int, tolerance: float
     ) -> Layout:
-        """The layout of chunks of about `chunk` tokens that all ranks get equally many of, with about equal work."""
+        """Return the layout of chunks of about `chunk` tokens: equally many on all ranks, with about equal work."""
         n = mask.n
         parts = -(-n // chunk)
         grid = _cuts(n, min(n, _POSITIONS_PER_CHUNK * parts))

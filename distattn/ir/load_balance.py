@@ -52,20 +52,20 @@ def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
 def spread_documents(
     lengths: Ints, work: np.ndarray, ranks: int, share: float, spread: float
 ) -> tuple[Ints, Ints, Ints]:
-    """Chunks (rank, t0, t1) of documents of these lengths and work, laid end to end; long documents are split over more ranks.
+    """Return chunks (rank, t0, t1) of documents of these lengths and work, laid end to end; long ones are split over more ranks.
 
     Documents with more than `share` of the mean work of a rank are split over `spread` times as many ranks as their work
-    asks for, at most all. The others stay whole where a rank has room. Documents with most work come first.
+    needs, at most all. The others stay whole where a rank has room. Documents with most work come first.
     """
     placed = _Placement(lengths, ranks)
     mean = float(work.sum()) / ranks
     for document in np.argsort(-work, kind="stable").tolist():
-        own = float(work[document])
-        if own > share * mean:
-            shares = int(min(max(np.ceil(min(own / mean * spread, ranks)), 1), max(int(lengths[document]) // 2, 1)))
-            placed.split(document, own, shares)
+        load = float(work[document])
+        if load > share * mean:
+            shares = int(min(max(np.ceil(min(load / mean * spread, ranks)), 1), max(int(lengths[document]) // 2, 1)))
+            placed.split(document, load, shares)
         else:
-            placed.place(document, own)
+            placed.place(document, load)
     return placed.chunks()
 
 

@@ -20,7 +20,7 @@ from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
 
-# a layout is told of that takes this many times as long as the fastest
+# a layout that takes this many times as long as the fastest gets a sentence
 _NOTABLY_SLOWER = 1.02
 # what a plan can be made of in reasonable time and numbers of 64 bits
 _MOST_DOCUMENTS, _MOST_TOKENS = 1_000_000, 1 << 40
@@ -132,13 +132,13 @@ def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
     settings, fastest = request.settings, next(iter(seconds))
     times = ", ".join(f"{name} {value * 1e3:,.2f} ms" for name, value in seconds.items())
     lines = [f"layouts with {settings.strategy}, forward + backward: {times}"]
-    own = seconds.get(settings.layout)
-    if own is None:
+    layout_seconds = seconds.get(settings.layout)
+    if layout_seconds is None:
         lines.append(f'layout {settings.layout} is refused; set parallel.layout = "{fastest}".')
-    elif own > seconds[fastest] * _NOTABLY_SLOWER:
+    elif layout_seconds > seconds[fastest] * _NOTABLY_SLOWER:
         lines.append(
-            f"layout {settings.layout} is not the fastest: it takes {own / seconds[fastest]:.2f} times as long as {fastest}; set "
-            f'parallel.layout = "{fastest}".'
+            f"layout {settings.layout} is not the fastest: it takes {layout_seconds / seconds[fastest]:.2f} times as long as "
+            f'{fastest}; set parallel.layout = "{fastest}".'
         )
     return lines
 

@@ -81,8 +81,8 @@ def memory_of_run(
     if empty := [one.key.rank for (tokens, _), executables in groups.items() for one in executables if not tokens]:
         # transformers' models cannot compute a step of no tokens
         raise DistattnError(
-            f"memory is counted of ranks with tokens, and rank {min(empty)} has none of this step's "
-            f"{plan.call.mask.n:,}; give longer documents, or fewer ranks."
+            f"memory is counted for ranks with tokens, and rank {min(empty)} has none of the {plan.call.mask.n:,} tokens "
+            "of this step; give longer documents, or fewer ranks."
         )
     counted = _extremes(groups) if extremes else list(groups)
     found: list[RankMemory] = []

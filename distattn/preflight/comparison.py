@@ -55,21 +55,21 @@ def problems_of(facts: Sequence[RankFacts]) -> list[str]:
 
 
 def warnings_of(facts: Sequence[RankFacts]) -> list[str]:
-    """What is unusual, and lets a run go on: also a full disk where steps were done before, since these bear it."""
-    found = list(_disk_shortages([one for one in facts if one.goes_on]))
-    found += [
+    """Return warnings: what is unusual but lets a run go on. A full disk is one for a run that has steps, which it bears."""
+    warnings = list(_disk_shortages([one for one in facts if one.goes_on]))
+    warnings += [
         f"{who} has the device {there}, most ranks {common}; the slowest device sets the pace."
         for who, there, common in _differing(facts, lambda one: one.device.name)
     ]
-    for one in facts:
-        forecast, free = one.forecast, one.device.free
+    for rank_facts in facts:
+        forecast, free = rank_facts.forecast, rank_facts.device.free
         if forecast is not None and forecast.whole_step and free and _CLOSE * free < forecast.device <= free:
             need, have = readable_bytes(forecast.device), readable_bytes(free)
-            found.append(
-                f"{named_places([one])}: a step needs {need} of {have} that are free on the device; "
+            warnings.append(
+                f"{named_places([rank_facts])}: a step needs {need} of {have} that are free on the device; "
                 "kernels, NCCL and the allocator need some, too (docs/memory.md)."
             )
-    return found
+    return warnings
 
 
 def _config_problems(facts: Sequence[RankFacts]) -> Iterator[str]:

@@ -27,7 +27,7 @@ class Culprit(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What sentences call it."""
+        """Return its name in sentences."""
         return self.helper or f"rank {self.rank}"
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Processes that help ranks and are none: the fork server, what copies output. They are watched and named as ranks are."""
+"""Helper processes of ranks: the fork server, and what copies output. They are watched and named as ranks are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distattn.supervision.culprits import process_state
 
 # seconds between two looks at a helper
 LOOK_SECONDS = 0.5
-# that a killed process may take to end: one that waits for a disk ends later
+# the time that a killed process may take to end: one that waits for a disk ends later
 _KILLED_SECONDS = 2.0
 
 
@@ -65,10 +65,10 @@ class Helper:
     def start_again(self, fault: str) -> str:
         """Kill what is left of it and replace it. Return the sentence about it, without its period."""
         assert self.replace is not None
-        said = f"{self} {fault}: {self.begin_again}"
+        sentence = f"{self} {fault}: {self.begin_again}"
         self.kill()
         self.pid, self._stopped_looks = self.replace(), 0
-        return said
+        return sentence
 
     def kill(self) -> None:
         """End it by SIGKILL, and wait until it has ended; it is not reaped."""
@@ -84,5 +84,5 @@ def how_it_ended(code: int) -> str:
     """Return what to say of a process by its exit code, which is negative where a signal killed it."""
     if code >= 0:
         return f"ended with exit code {code}"
-    known = -code in {number.value for number in signal.Signals}
-    return f"was killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
+    has_name = -code in {number.value for number in signal.Signals}
+    return f"was killed by {signal.Signals(-code).name if has_name else f'signal {-code}'}"

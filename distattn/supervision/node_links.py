@@ -1,7 +1,7 @@
-"""Which nodes of an attempt reach each other: so a link that is cut is told apart from ranks that hang.
+"""Find which nodes of an attempt reach each other, to tell a cut link from ranks that hang.
 
 Each node writes its address into a file in the folder of the attempt, which all nodes have. A node is reached where it takes or
-refuses a TCP connection: no further socket listens for it.
+refuses a TCP connection, so no socket has to listen for it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# that an answer may take; seconds between two looks at nodes that were not reached yet, and how many looks: ten minutes
+# the longest wait for an answer; seconds between two looks at nodes that were not reached yet, and how many looks: ten minutes
 ANSWER_SECONDS, _LOOK_SECONDS, _LOOKS = 3.0, 2.0, 300
 # a node that refuses a connection is reached
 _REACHED = (0, errno.ECONNREFUSED)
 
 
 class NodeAddress(NamedTuple):
-    """Where a node is. address: a number, not a name; port: where connections are tried, taken or not."""
+    """The address of a node. address: a number, not a name; port: where connections are tried, accepted or not."""
 
     host: str
     address: str
@@ -105,26 +105,26 @@ def merged_links(found: Iterable[Sequence[CutLink]]) -> list[CutLink]:
 
 
 def unreached(places: Mapping[int, NodeAddress], seconds: float) -> dict[int, str]:
-    """Return why each node is not reached, of those that are not, by node. All are tried at once, for so many seconds."""
+    """Return, by node, why nodes are not reached. All are tried at once, for at most `seconds`."""
     failed: dict[int, str] = {}
     waiting: dict[int, tuple[int, socket.socket]] = {}
     with contextlib.ExitStack() as opened:
         poll = select.poll()
         for node, at in places.items():
             family = socket.AF_INET6 if ":" in at.address else socket.AF_INET
-            one = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            one.setblocking(False)
-            code = one.connect_ex((at.address, at.port))
+            connection = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            connection.setblocking(False)
+            code = connection.connect_ex((at.address, at.port))
             if code == errno.EINPROGRESS:
-                poll.register(one, select.POLLOUT)
-                waiting[one.fileno()] = node, one
+                poll.register(connection, select.POLLOUT)
+                waiting[connection.fileno()] = node, connection
             elif code not in _REACHED:
                 failed[node] = os.strerror(code)
         ends = time.monotonic() + seconds
         while waiting and (left := ends - time.monotonic()) > 0:
             for descriptor, _ in poll.poll(1000 * left):
                 poll.unregister(descriptor)
-                node, one = waiting.pop(descriptor)
-                if (code := one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) not in _REACHED:
+                node, connection = waiting.pop(descriptor)
+                if (code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) not in _REACHED:
                     failed[node] = os.strerror(code)
     return failed | {node: f"no answer for {seconds:.0f} s" for node, _ in waiting.values()}

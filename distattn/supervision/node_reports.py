@@ -34,7 +34,7 @@ class NodeReport(NamedTuple):
 
 
 class NodeReports:
-    """The questions and answers of one node. folder: of the attempt; node: its place among so many; links: to the others."""
+    """The questions and answers of one node. folder: of the attempt; node: its number of `nodes`; links: to the others."""
 
     def __init__(self, folder: Path, node: int, nodes: int, links: NodeLinks | None = None):
         self._folder, self.node, self.nodes, self._links = folder, node, nodes, links

@@ -131,40 +131,40 @@ class RankWatch:
             now = time.monotonic()
             late, looked = max(0.0, now - looked - _LATE_SECONDS), now
             paused += late
-            known = self._read()
-            if self._end_of_one(known):
+            beats = self._read()
+            if self._end_of_one(beats):
                 return
             if now > helped_at + LOOK_SECONDS:
                 helped_at = now
-                if self._fault_of_helper(known):
+                if self._fault_of_helper(beats):
                     return
-            latest = max((beat.at for beat in known.values()), default=self._began)
-            done = min(self._done(known).values(), default=0)
+            latest = max((beat.at for beat in beats.values()), default=self._began)
+            done = min(self._done(beats).values(), default=0)
             if latest > spoke:
                 # of this pause, what came after the word; less than nothing of a word that was told after `now`
                 after = min(late, now - latest)
                 # of the first steps, which compile and allocate, only from the second on
-                if last > 0 and len(known) == len(self._ranks):
+                if last > 0 and len(beats) == len(self._ranks):
                     self._longest = max(self._longest, latest - spoke - (paused - after))
                 spoke, last, paused = latest, done, after
             silent = now - spoke - paused
             if self._reports is not None and now > asked_at + _ASKED_SECONDS:
                 asked_at = now
-                if self._answer(self._reports, known, silent):
+                if self._answer(self._reports, beats, silent):
                     # what has taken time is no pause
                     looked = time.monotonic()
-            if self._is_too_long(silent, known):
-                if self._hung(known, silent, now - spoke):
+            if self._is_too_long(silent, beats):
+                if self._hung(beats, silent, now - spoke):
                     return
                 # ranks of other nodes work, and these wait for them
                 spoke = looked = time.monotonic()
                 paused = 0.0
         # torchrun may have been first to see that one has ended
-        known = self._read()
+        beats = self._read()
         if (helper := self._lost_helper()) is not None:
-            self._end_with_helper(helper, helper.end(), "killed", POLL_SECONDS, known)
+            self._end_with_helper(helper, helper.end(), "killed", POLL_SECONDS, beats)
         else:
-            self._end_of_one(known)
+            self._end_of_one(beats)
 
     def _read(self) -> dict[int, Heartbeat]:
         beats = {rank: self._board.read(slot) for slot, rank in enumerate(self._ranks)}
@@ -237,14 +237,14 @@ class RankWatch:
                 self._say(f"{helper.start_again(fault)}.")
                 self._not_replaced.discard(helper.name)
             except OSError as error:
-                # where no process can be started now, one can be later: it is tried at each look, and said once
+                # if no process can be started now, try again at each look, and say it once
                 if helper.name not in self._not_replaced:
                     self._not_replaced.add(helper.name)
                     self._say(f"{helper} {fault}, and cannot be replaced now: {error.strerror}; it is tried again.")
         return False
 
     def _lost_helper(self) -> Helper | None:
-        """The helper with which ranks end, where it has ended."""
+        """Return the helper that has ended and ends the ranks with it; None while all live."""
         return next((helper for helper in self._helpers if helper.replace is None and helper.end()), None)
 
     def _end_with_helper(
@@ -333,8 +333,8 @@ class RankWatch:
 
     def _end_with_cut(self, cut: Sequence[CutLink], seconds: float, known: Mapping[int, Heartbeat]) -> None:
         """End the ranks since nodes do not reach each other: what the ranks wait for or tell follows from it."""
-        found = tuple(Culprit(link.first * len(self._ranks), link.how, helper=link.names) for link in cut)
-        self._end(found, "cut", seconds, known, nodes=tuple(blamed_nodes(cut)))
+        culprits = tuple(Culprit(link.first * len(self._ranks), link.how, helper=link.names) for link in cut)
+        self._end(culprits, "cut", seconds, known, nodes=tuple(blamed_nodes(cut)))
 
     def _end(
         self,
@@ -348,7 +348,7 @@ class RankWatch:
     ) -> None:
         self._record(Trouble(found, kind, max(self._done(known).values(), default=0), seconds, code, nodes))
         if not known or not noticed:
-            # nobody has said who it is, or torchrun waits for a dead one: it ends its ranks with this process
+            # no rank has told its process id, or torchrun waits for a dead rank: it ends its ranks with this process
             os.kill(os.getpid(), INTERRUPT)
 
     def _record(self, trouble: Trouble) -> None:
@@ -359,7 +359,7 @@ class RankWatch:
             if beat.words not in _DONE:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(beat.pid, signal.SIGKILL)
-        # while it is stopped, torchrun does not learn that they have ended
+        # torchrun does not learn that they ended while it is stopped
         for helper in self._helpers:
             if helper.replace is None and helper.is_stopped():
                 helper.kill()
@@ -382,7 +382,7 @@ def _is_asked_to_end(pid: int) -> bool:
 
 
 def _tells_of_others(beat: Heartbeat) -> bool:
-    """Whether a rank ends since it has lost another one."""
+    """Return whether a rank ends because it has lost another one."""
     refused = beat.words.removeprefix(REFUSED).partition(":")[0]
     return refused == str(LostRankError.exit_code) or tells_of_lost_peer(beat.words)
 

@@ -50,14 +50,14 @@ RENAMED = {
 
 # every key takes a value, also those that are true or false
 _VALUES = (tyro.conf.FlagConversionOff,)
-# what a value on the command line has to be, by its type
+# descriptions of a value on the command line, by its type
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False"}
 # of help: what no option can say
 _TABLES = """only in the run file:
   [[data.context_schedule]] context lengths by step: tables with context_length and steps, one
                             after the other; the last may leave steps out
 """
-# what pydantic calls a key that there is not
+# pydantic's names for the error of an unknown key
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 # keys of the shape, and what config.json calls them
 _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
@@ -105,10 +105,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str]
             replaced = [key for key in SHAPE_KEYS if key not in named]
             changed = with_defaults(changed, replaced)
         changed, left_out = without_idle_keys(changed, named)
-        # a shape that came from a folder was not given in the file
+        # a shape that came from a folder does not stand in the file
         left_out += [key for key in replaced if key.split(".")[1] in content.get("model", {}) and not config.model.path]
         if left_out:
-            report(f"{path}: left out, as they do nothing beside what the command line says: {', '.join(left_out)}.")
+            report(f"{path}: left out, since the command line makes them useless: {', '.join(left_out)}.")
         config = _validated(asdict(changed), lambda _: "command line", named)
     return config
 
@@ -158,7 +158,7 @@ def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Coll
     except ValidationError as error:
         errors = error.errors()
         misspelled = {one["loc"][:-1] for one in errors if one["type"] in _UNKNOWN}
-        # a key that is required is missing where it is misspelled
+        # a misspelled required key is also a missing one
         told = [one for one in errors if one["type"] != "missing" or one["loc"][:-1] not in misspelled]
         problems = [_sentence(one) for one in told]
     if problems:
@@ -198,10 +198,10 @@ def _with_folder_s_shape(model: ModelConfig, named: Collection[str] = ()) -> Mod
     filled: dict[str, Any] = usual | {"head_dim": 0} | shape
     usual_model = ModelConfig()
     for name, value in filled.items():
-        given = getattr(model, name)
-        if given != value and (given != getattr(usual_model, name) or f"model.{name}" in named):
+        model_value = getattr(model, name)
+        if model_value != value and (model_value != getattr(usual_model, name) or f"model.{name}" in named):
             raise DistattnError(
-                f"model.{name}: {given} does nothing beside model.path: {file} has {value}; leave it out."
+                f"model.{name}: {model_value} does nothing beside model.path: {file} has {value}; leave it out."
             )
     return replace(model, **filled)
 
@@ -229,11 +229,11 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
                 section, name = key.split(".")
                 wanted = get_type_hints(type(getattr(config, section)))[name]
                 inline = overrides[begin].partition("=")[2]
-                given = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]])
-                if not given:
+                value = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]])
+                if not value:
                     raise DistattnError(f"command line: --{key} needs a value.") from None
                 raise DistattnError(
-                    f"command line: {key}: {given!r} is not {_KINDS.get(wanted, 'one value')}."
+                    f"command line: {key}: {value!r} is not {_KINDS.get(wanted, 'one value')}."
                 ) from None
 
 
@@ -255,7 +255,7 @@ def _similar_keys(key: str) -> list[str]:
     section, dot, name = key.rpartition(".")
     if dot and section not in keys:
         return difflib.get_close_matches(key, keys, 1, 0.6)
-    # the section is right, or there is none: then only the name can be wrong, or belong to another section
+    # the section is right, or missing: then only the name can be wrong, or belong to another section
     names = {one.removeprefix(section + dot): one for one in keys if one.startswith(section + dot)}
     near = difflib.get_close_matches(name, names, 1, 0.6)
     if not near and dot and len(name) > 3:

@@ -53,11 +53,11 @@ _MEANT = {
     "selective": "save_attention",
 }
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
-# said by the launcher of this machine's runs, and on other machines by the ranks
+# the launcher says it for runs of this machine, the ranks say it on other machines
 NO_GPU_FOR_MEGATRON = "engine.name: megatron needs GPUs, and this machine has none; take engine fsdp2 or deepspeed."
 
 
-# keys that are compared with others, which are to blame where they are wrong by themselves
+# keys that are compared with others: if those are wrong themselves, they are to blame
 _COMPARED_WITH = {
     "data.context_length": ("data.tokens_per_step", "parallel.data", *_DEGREES),
     "data.max_document_tokens": ("data.context_length", "data.tokens_per_step"),
@@ -87,7 +87,7 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[str]:
     named: the keys that the command line gives.
     """
     checks = (
-        # what is wrong by itself comes first
+        # checks of single keys come first
         _name_problems(config),
         _number_problems(config),
         _engine_problems(config),
@@ -103,9 +103,9 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[str]:
     problems: list[str] = []
     wrong: set[str] = set()
     for check in checks:
-        found = [(problem.partition(":")[0], problem) for problem in check]
-        problems += [problem for key, problem in found if not wrong & {key, *_COMPARED_WITH.get(key, ())}]
-        wrong |= {key for key, _ in found}
+        by_key = [(problem.partition(":")[0], problem) for problem in check]
+        problems += [problem for key, problem in by_key if not wrong & {key, *_COMPARED_WITH.get(key, ())}]
+        wrong |= {key for key, _ in by_key}
     return problems
 
 
@@ -364,7 +364,7 @@ def _slurm_problems(slurm: SlurmConfig) -> Iterator[str]:
 
 
 def _health_problems(health: HealthConfig) -> Iterator[str]:
-    """Find an address that is none."""
+    """Find an invalid address."""
     try:
         ipaddress.ip_address(health.prometheus_address)
     except ValueError:

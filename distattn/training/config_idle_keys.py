@@ -7,11 +7,11 @@ from dataclasses import fields, replace
 
 from distattn.training.config_sections import Config, DataConfig, ModelConfig
 
-# the shape of a model, which a folder's config.json has
+# the keys of a model's shape, which the config.json of a folder has
 SHAPE_KEYS = tuple(
     f"model.{field.name}" for field in fields(ModelConfig) if field.name not in ("path", "weights", "dtype")
 )
-# of a plan of packs; check_tokens applies to it, too
+# keys that do not apply to a plan of packs; check_tokens does
 _TEXT_KEYS = tuple(f"data.{field.name}" for field in fields(DataConfig) if field.name not in ("path", "check_tokens"))
 
 

@@ -287,8 +287,8 @@ class WatchConfig:
     replay_every: int = 0
     """Every so many steps the first micro-batch is computed twice and compared bit by bit; 0 for never."""
     digest_every: int = 1
-    """After every so many updates, and before each save, weights and optimizer state are digested, and compared before the next
-    update: bits that flip in memory are found. 0 for never."""
+    """Weights and optimizer state are digested after every `digest_every` updates and before each save. The digests are compared
+    before the next update: this finds bits that flip in memory. 0 for never."""
 
 
 @dataclass(frozen=True)

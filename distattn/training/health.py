@@ -99,7 +99,7 @@ class HealthReports:
         self._last: int | None = None
         self._counted: list[list[float]] | None = None
         self._hosts: tuple[str, ...] = ()
-        # of the state digest
+        # counts of the state digest
         self.state_checks = 0
         self._damaged: tuple[str, ...] = ()
         if every:

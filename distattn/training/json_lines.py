@@ -98,7 +98,7 @@ class JsonLines:
         was_waiting = bool(self._waiting)
         self._waiting.append(rows)
         error = self._write()
-        # of a folder that was moved or deleted the run says more
+        # for a moved or deleted folder the run has a longer sentence
         if error is not None and not was_waiting and self._is_in_place():
             _warn(f"{self._path}: cannot be written: {error.strerror}; its lines are kept and added later.")
 

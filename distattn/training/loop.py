@@ -135,9 +135,9 @@ class TrainingLoop:
         )
         self.digest = self.run_checkpoints.digest
         self._has_evaluated = False
-        # what was found of the first step of a streak
+        # the finding on the first step of a streak
         self._finding = ""
-        # for which the run is to go back
+        # the damage for which the run has to go back
         self._damage: Damage | None = None
         # of the step before
         self._context: int | None = None
@@ -221,7 +221,7 @@ class TrainingLoop:
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
         with telling("the norm of all gradients", waits=True):
             norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
-        # what is saved is copied between two digests, and before the update changes it
+        # the state is copied between two digests, before the update changes it
         self.checkpoints.wait_staged()
         with telling("the mean loss of all ranks", waits=True):
             mean, damage = self._mean_loss(step, losses)
@@ -263,7 +263,7 @@ class TrainingLoop:
         return verdict.applies or self._act(verdict, batches)
 
     def _mean_loss(self, step: int, losses: Sequence[Tensor]) -> tuple[float, Damage | None]:
-        """The mean loss of a step, and what has changed in the state since the last update, on all ranks the same.
+        """Return the mean loss of a step, and what has changed in the state since the last update, the same on all ranks.
 
         A rank whose state has changed tells the others by a loss that is NaN, so nothing more is sent while all is well.
         """
@@ -330,7 +330,7 @@ class TrainingLoop:
         self.by_position.reset()
 
     def _look_at_folder(self) -> Stop:
-        """On rank 0: look whether the run's folder is where it was."""
+        """Return whether the run has to stop because its folder is not where it was. Rank 0 calls it."""
         if self.folder.is_in_place():
             return Stop.NO
         return Stop.FOLDER_LOST if self.folder.follow() is None else Stop.FOLDER_MOVED
@@ -344,8 +344,8 @@ class TrainingLoop:
         """End the run after a step, saved if it can be. Raises RunStopped, or DistattnError where its folder is elsewhere."""
         begin = self.run_checkpoints.finish_early(done)
         if stop != Stop.ASKED:
-            what = self.stop.words_of_first(self._end_of_moved(done, stop, begin) if self.lock is not None else "")
-            raise DistattnError(what)
+            sentence = self.stop.words_of_first(self._end_of_moved(done, stop, begin) if self.lock is not None else "")
+            raise DistattnError(sentence)
         self.reporter.report_event(done, "stopped", "Stopped as it was asked to.")
         place = "from there" if begin == done else f"from step {begin:,}" if begin else "from the first step"
         raise RunStopped(
@@ -357,16 +357,16 @@ class TrainingLoop:
 
         begin: the step from which a resume goes on, `done` where the run was saved.
         """
-        what = self.folder.hold().what_happened()
-        self.reporter.report_event(done, "stopped", what)
+        event = self.folder.hold().what_happened()
+        self.reporter.report_event(done, "stopped", event)
         if stop == Stop.FOLDER_LOST or self.config.checkpoint.every_steps < 0:
-            return f"{what}; the run ends after step {done:,}, which is not saved."
+            return f"{event}; the run ends after step {done:,}, which is not saved."
         place = self.folder.follow() or "its new name"
         if begin != done:
             # the save has failed, or the state had changed
             since = f"step {begin:,}" if begin else "the first step"
-            return f"{what}; the run ends after step {done:,}, which is not saved: distattn resume {place} goes on from {since}."
-        return f"{what}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
+            return f"{event}; the run ends after step {done:,}, which is not saved: distattn resume {place} goes on from {since}."
+        return f"{event}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
 
     def _seed(self, step: int) -> None:
         """What is random in a step, such as dropout, depends on the step alone."""

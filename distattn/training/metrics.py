@@ -107,7 +107,7 @@ class MetricsReporter:
         # of a run that goes on, the steps before took no time of this one
         self._first_step = step.step if self._first_step is None else self._first_step
         now = time.perf_counter()
-        # of refused steps in a row the first is shown with its reason
+        # only the first of refused steps in a row is shown, with its reason
         begins, self._was_skipped = bool(step.skipped) and not self._was_skipped, bool(step.skipped)
         if self.json_lines:
             sys.stdout.write(json_text(step.as_dict()) + "\n")

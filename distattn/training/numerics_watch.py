@@ -81,7 +81,7 @@ class Streak:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a loop is to do with a step. action: apply, skip, stop or rollback; reason: a sentence, empty where it is applied.
+    """The decision on a step. action: apply, skip, stop or rollback; reason: a sentence, empty where the step is applied.
 
     streak: the refused steps in a row that this one belongs to; of a step that is applied those that it ends, else None.
     recovered: of a step that is applied after a streak whether it would have been applied before the streak, too; where it would
@@ -101,7 +101,7 @@ class Verdict:
 
     @property
     def begins_streak(self) -> bool:
-        """Whether the step is refused, and the one before was not: the one to look at and to tell of."""
+        """Return whether the step is refused and the one before was not: this step is examined and reported."""
         return not self.applies and (self.streak is None or self.streak.count == 1)
 
 
@@ -211,17 +211,19 @@ class NumericsWatch:
                 outputs = [module for module, _ in shown]
                 largest.append([value for _, value in shown])
         growth = self._growth and self._growth.largest()
-        found, everyone, grown = zip(*gathered(self._group, (first, (outputs, largest), growth)), strict=True)
-        bad = [one for one in found if one is not None]
+        first_by_rank, outputs_by_rank, growth_by_rank = zip(
+            *gathered(self._group, (first, (outputs, largest), growth)), strict=True
+        )
+        bad = [one for one in first_by_rank if one is not None]
         if bad:
             finding = _not_finite(step, bad)
         elif not self._was_finite:
             finding = Finding(step, CLEAN, "all values are finite in a second run: the fault did not repeat.")
         else:
-            finding = _largest(step, everyone)
-        causes = [(one.step, -one.factor, rank, one) for rank, one in enumerate(grown) if one is not None]
+            finding = _largest(step, outputs_by_rank)
+        causes = [(one.step, -one.factor, rank, one) for rank, one in enumerate(growth_by_rank) if one is not None]
         if causes:
-            *_, rank, cause = min(causes, key=lambda found: found[:3])
+            *_, rank, cause = min(causes, key=lambda growth: growth[:3])
             finding = replace(finding, text=f"{cause.text(rank)}; {finding.text}")
         return finding
 

@@ -1,4 +1,4 @@
-"""What one launcher proposes to its ranks when a run goes on: another configuration, and the checkpoint to go on from.
+"""The proposal of a launcher to its ranks when a run goes on: another configuration, and the checkpoint to go on from.
 
 The proposal is a file of the run folder with a name of its own, which the launcher passes to its ranks and removes at its end.
 Rank 0 applies it while it holds the run's lock, once nothing speaks against it, and gives the file its second name: ranks that
@@ -35,7 +35,7 @@ class Proposal:
     def __init__(self, run: RunFolder, name: str):
         self.run, self.name = run, name
         self.file, self.applied_file = run.proposed_config_file(name), run.applied_config_file(name)
-        # by this process: one that is deleted meanwhile is still passed to the ranks, which refuse then
+        # whether this process wrote it: a proposal that is deleted meanwhile is still passed to the ranks, which then refuse
         self.was_written = False
 
     @classmethod
@@ -54,7 +54,7 @@ class Proposal:
 
     def load(self) -> Config:
         """Return the proposed configuration. Raises DistattnError where the proposal is neither there nor applied."""
-        # it changes from the first name to the second
+        # its name changes from the first to the second
         for file in (self.file, self.applied_file):
             if file.exists():
                 return configuration.load(file)
@@ -103,7 +103,7 @@ class Proposal:
                     Proposal(self.run, name).remove()
 
     def _facts(self) -> _Facts | None:
-        """Return the first line of a proposal; None where there is none that was not applied yet."""
+        """Return the first line of the proposal; None without one, or where it was already applied."""
         with suppress(FileNotFoundError), open(self.file, encoding="utf-8") as lines:
             return _Facts(**json.loads(lines.readline().removeprefix("#")))
         return None

@@ -24,7 +24,7 @@ from distattn.training.proposal import Proposal
 from distattn.training.run_folder import RunFolder
 from distattn.training.run_settings import runs_on_gpus
 
-# what waits for the store of a job that is about to end
+# the wait for the store of a job that is about to end
 _STORE_PATIENCE = timedelta(seconds=5)
 # of the system's errors those that do not pass; a file system that does not answer for a while is another matter
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT)
@@ -33,9 +33,9 @@ _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 def main(
     folder: str, json_lines: bool, proposed: str, may_begin: Callable[[RunFolder, Config, torch.device], bool]
 ) -> int:
-    """Run one rank of a run. Returns the exit code. may_begin: looks at all ranks before they train, and has said why not.
+    """Run one rank of a run. Returns the exit code. may_begin: looks at all ranks before they train; it prints why they may not.
 
-    proposed: the name of the launcher's proposal, which rank 0 applies before the first step; "" where there is none.
+    proposed: the name of the launcher's proposal, which rank 0 applies before the first step; "" without one.
     """
 
     def work(run: RunFolder, config: Config, device: torch.device) -> int:

@@ -22,7 +22,7 @@ from distattn.training.run_folder import RunFolder
 # both run in the same dtype, in other orders of summation
 _TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 5e-2}
 _COMPARED = ("loss", "grad_norm")
-# that the replay may be stopped
+# the time for which the replay may be stopped
 _STOPPED_SECONDS = 10.0
 _REPLAY = Path(__file__).with_name("reference_replay.py")
 
@@ -35,7 +35,7 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
     write_initial_weights(run, config)
     # -P: the script's own folder must not shadow anybody's packages
     command = [sys.executable, "-P", str(_REPLAY), str(run.folder)]
-    # it ends with this process, however this one ends
+    # the replay ends with this process, even if this one is killed
     wrapper = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "--"]
     code, said = _run_watched([*wrapper, *command])
     if code:
@@ -56,7 +56,7 @@ def _run_watched(command: Sequence[str]) -> tuple[int, str]:
                     _, said = process.communicate(timeout=LOOK_SECONDS)
                     return process.returncode, said
                 fault = helper.fault(_STOPPED_SECONDS)
-                # one that has just ended has said why, and `communicate` returns it
+                # a replay that has just ended has said why; `communicate` returns it
                 if fault and not helper.end():
                     raise DistattnError(f"{helper} {fault}; let it go on, or compare again later.")
         except BaseException:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
 
-# of a drawing, in CSS pixels as it is on a telephone; elsewhere it is larger, and its text, too
+# the size of a drawing on a phone, in CSS pixels; elsewhere the drawing and its text are larger
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 260, 52, 14, 10, 34
 # position labels side by side, each as wide as 1,048,576
 _MOST_LABELS = 5

@@ -1,4 +1,4 @@
-"""What a run on one rank does with its checkpoints: saves, judges them by the steps that follow, and goes back to one."""
+"""The checkpoints of a run: save them, judge them by the steps that follow, and go back to one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RunCheckpoints:
         self.engine, self.checkpoints, self.reporter, self.lock = engine, checkpoints, reporter, lock
         self.watch, self.growth, self.by_position = watch, growth, by_position
         self.digest = StateDigest(engine.state_tensors, dist.group.WORLD)
-        # of the last step; None before there is one
+        # the loss of the last step; None before the first one
         self._loss: float | None = None
         # a save that waits until a step is applied again
         self._save_is_due = False
@@ -61,14 +61,14 @@ class RunCheckpoints:
         self._loaded: Loaded | None = None
 
     def is_due(self, done: int) -> bool:
-        """Return whether to save after so many steps, or once a step is applied again where the last ones were refused."""
+        """Return whether to save after `done` steps; a save that falls into refused steps waits until a step is applied again."""
         every = self.config.checkpoint.every_steps
         self._save_is_due |= every > 0 and done % every == 0
         # weights after refused steps may be bad ones: they are saved only where the run ends
         return self._save_is_due and self.watch.streak is None
 
     def save(self, done: int) -> None:
-        """Save the state after so many steps. Raises DistattnError where another job has the folder, or it is gone."""
+        """Save the state after `done` steps. Raises DistattnError where another job has the folder, or it is gone."""
         if self.lock is not None:
             self.lock.check()
             if not self.folder.is_in_place():
@@ -94,7 +94,7 @@ class RunCheckpoints:
     def finish_early(self, done: int) -> int:
         """Wait for the save after the step at which a run is stopped, and remove it where the state has changed meanwhile.
 
-        Returns the step of the checkpoint that a resume goes on from, on all ranks the same; 0 where there is none.
+        Returns the step of the checkpoint that a resume goes on from, the same on all ranks; 0 without one.
         """
         self.checkpoints.wait()
         if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
@@ -110,7 +110,7 @@ class RunCheckpoints:
         return found_by_rank_0[0] if found_by_rank_0 else 0
 
     def resume(self) -> int:
-        """Take over the newest checkpoint; returns its step, 0 where there is none."""
+        """Load the newest checkpoint. Return its step; 0 without one."""
         engine_state = self.engine.state()
         state = self._state(engine_state)
         loaded = self.checkpoints.load_newest(state, required={name: self.facts[name] for name in REQUIRED})
@@ -144,11 +144,11 @@ class RunCheckpoints:
         step, saved = damage.step, self._saved_step
         self.reporter.report_warning(step, "damaged state", damage.text)
         if saved is not None and self._loaded is None:
-            # its copy was made while the state changed
+            # the state changed while its copy was made
             self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved), saved)
         if damage.repeats:
             raise DistattnError(
-                f"step {step + 1}: {damage.text} It is so {MOST_OF_ONE_RANK} times in this run: have the memory of its host "
+                f"step {step + 1}: {damage.text} This happened {MOST_OF_ONE_RANK} times in this run: have the memory of its host "
                 f"tested, leave the host out, and go on by distattn resume {self.folder.folder}."
             )
         if self.config.watch.action == STOP:
@@ -159,8 +159,8 @@ class RunCheckpoints:
         if (begin := self.resume()) or self._loaded is not None:
             return begin
         raise DamagedStateError(
-            f"step {step + 1}: {damage.text} There is no checkpoint to go back to: the run begins anew, or does so by "
-            f"distattn resume {self.folder.folder}."
+            f"step {step + 1}: {damage.text} There is no checkpoint to go back to: the run begins anew, or "
+            f"distattn resume {self.folder.folder} starts it."
         )
 
     def begins_at(self, step: int) -> bool:
@@ -207,7 +207,7 @@ class RunCheckpoints:
         self.take_digest(f"the update of step {step + 1}", step + 1, stops)
 
     def take_digest(self, after: str, done: int, stops: Callable[[], object] = bool) -> None:
-        """Digest the state after so many steps, where the run file says so, or it is about to be saved."""
+        """Digest the state after `done` steps, where the run file asks for it, or the state is about to be saved."""
         every, saves = self.config.watch.digest_every, self.config.checkpoint.every_steps
         is_saved = saves > 0 and done % saves == 0 or saves >= 0 and done == self.config.train.steps
         if every and (done % every == 0 or is_saved or self._save_is_due or stops()):
@@ -224,12 +224,12 @@ class RunCheckpoints:
             )
 
     def _state(self, engine_state: EngineState | None = None) -> dict[str, Any]:
-        """What a checkpoint has."""
-        one = self.engine.state() if engine_state is None else engine_state
-        progress = {"updates": one.updates, "watch": self.watch.state_dict()}
-        averages = {"exp_avg": one.exp_avg, "exp_avg_sq": one.exp_avg_sq}
+        """Return the state that a checkpoint has."""
+        state = self.engine.state() if engine_state is None else engine_state
+        progress = {"updates": state.updates, "watch": self.watch.state_dict()}
+        averages = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         return {
-            "model": one.model,
+            "model": state.model,
             "optimizer": averages,
             "token_losses": self.by_position.state(self.engine.cp.loss_group),
             "progress": json.dumps(progress),

@@ -15,7 +15,7 @@ from distattn.training.run_data import RunData
 from distattn.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    # seconds to import, and commands that start runs do without
+    # the import takes seconds, and commands that start runs do not need it
     import torch
 
 # these stay: a run with others is another run
@@ -27,7 +27,7 @@ _NOT_SHAPE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "
 
 
 class TrainingRun(NamedTuple):
-    """What is trained. shape: the transformers configuration of the model. facts: those of `facts_of`. device: of this rank."""
+    """The run to train. shape: the transformers configuration of the model. facts: those of `facts_of`. device: of this rank."""
 
     folder: RunFolder
     config: Config

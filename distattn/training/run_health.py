@@ -36,7 +36,7 @@ class RunHealth(HealthReports):
             try:
                 write_secret(run.prometheus_token)
             except OSError:
-                # on a full disk the one of an earlier attempt stays
+                # on a full disk the file of an earlier attempt stays
                 if not run.prometheus_token.exists():
                     raise
             token = read_secret(run.prometheus_token).hex()

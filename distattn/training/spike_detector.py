@@ -26,12 +26,12 @@ class SpikeDetector:
 
     def limit(self) -> float:
         """Return what a value must not exceed; infinite while no value is known, or without a window."""
-        known = len(self._last)
-        if not known:
+        count = len(self._last)
+        if not count:
             return math.inf
         median = statistics.median(self._last)
         deviation = statistics.median(abs(value - median) for value in self._last)
-        least = _LEAST_DEVIATION + (self._early / known if known < self.window else 0.0)
+        least = _LEAST_DEVIATION + (self._early / count if count < self.window else 0.0)
         return median + self.threshold * max(deviation, least * abs(median))
 
     def add(self, value: float) -> None:

@@ -25,7 +25,7 @@ from distattn.training.engines.engine import COUNTS, WEIGHT, StateTensor
 from distattn.training.module_observer import gathered, local_part, plain_name
 from distattn.training.replay_check import row_sums
 
-# of one rank in one process before the run ends: what repeats is no chance
+# changes of one rank in one process that end the run: repeated ones are not chance
 MOST_OF_ONE_RANK = 3
 # devices whose memory is hashed by the processor
 _HOST = ("cpu",)
@@ -102,22 +102,22 @@ class StateDigest:
         step: the number of the step, from 0. changed: what `changed` returned. until: before what it was found, by default the
         update of the step.
         """
-        found = gathered(self._group, (changed, socket.gethostname()))
-        ranks = tuple(rank for rank, (names, _) in enumerate(found) if names)
+        changed_by_rank = gathered(self._group, (changed, socket.gethostname()))
+        ranks = tuple(rank for rank, (names, _) in enumerate(changed_by_rank) if names)
         if not ranks:
             return None
         self._found.update(ranks)
-        words = []
+        changes = []
         for rank in ranks:
-            names, host = found[rank]
+            names, host = changed_by_rank[rank]
             others = f" and {len(names) - 1:,} more tensors" if names[1:] else ""
-            words.append(f"rank {rank} on {host}: {names[0]}{others}")
+            changes.append(f"rank {rank} on {host}: {names[0]}{others}")
         text = (
-            f"{'; '.join(words)} changed between {self._after} and {until or f'the update of step {step + 1}'}, though only an "
+            f"{'; '.join(changes)} changed between {self._after} and {until or f'the update of step {step + 1}'}, though only an "
             f"update may change it: memory of {named_ranks(ranks)} is damaged, or something writes into it."
         )
         repeats = max(self._found[rank] for rank in ranks) >= MOST_OF_ONE_RANK
-        return Damage(step, text, ranks, tuple(found[rank][0][0] for rank in ranks), repeats)
+        return Damage(step, text, ranks, tuple(changed_by_rank[rank][0][0] for rank in ranks), repeats)
 
 
 def state_tensors(
@@ -138,7 +138,7 @@ def state_tensors(
                 else:
                     counts.append(part)
     if counts:
-        # one digest of all: each has four bytes
+        # one digest for all counts, which have four bytes each
         yield COUNTS, "", torch.stack(counts)
 
 
@@ -153,15 +153,15 @@ class _Digests(NamedTuple):
     device: Tensor | None
 
     def changed(self, now: _Digests) -> list[str]:
-        """Names of tensors whose digest is another one now, or that are not there any more."""
-        found = [name for name, digest in self.host.items() if now.host.get(name) != digest]
+        """Return the names of tensors whose digest has changed, or that are gone."""
+        different = [name for name, digest in self.host.items() if now.host.get(name) != digest]
         if self.device is not None:
             if (now.names, now.ends) != (self.names, self.ends) or now.device is None:
-                found += self.names
+                different += self.names
             else:
                 rows = (self.device != now.device).nonzero().flatten().tolist()
-                found += [self.names[at] for at in sorted({bisect_right(self.ends, row) for row in rows})]
-        return [f"{kind} {plain_name(name)}".rstrip() for kind, name in found]
+                different += [self.names[at] for at in sorted({bisect_right(self.ends, row) for row in rows})]
+        return [f"{kind} {plain_name(name)}".rstrip() for kind, name in different]
 
 
 def _digests(tensors: Iterable[StateTensor]) -> _Digests:
@@ -180,7 +180,7 @@ def _digests(tensors: Iterable[StateTensor]) -> _Digests:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    """The memory of a tensor on the host, or of a copy where its elements do not lie one after the other."""
+    """Return the memory of a tensor on the host; that of a copy where the tensor is not contiguous."""
     whole = tensor.contiguous()
     # numpy does not know bfloat16
     return (whole if whole.dtype in (torch.float32, torch.float64) else whole.reshape(-1).view(torch.uint8)).numpy()

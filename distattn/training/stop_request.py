@@ -1,6 +1,6 @@
-"""Asking a run to save and to end: somebody makes a file in its folder, and all ranks hear of it in the same step.
+"""Ask a run to save and to end: a file in its folder asks for it, and all ranks learn of it in the same step.
 
-In the same way all ranks hear that the folder is not where it was.
+In the same way all ranks learn that the folder is not where it was.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Stop(IntEnum):
 
 
 class StopRequest:
-    """Whether a run is to stop. Made and closed by all ranks together.
+    """The request to stop a run. All ranks make and close it together.
 
     files: each asks for it, if it is there. of_folder: on rank 0, tells what became of the run's folder. Rank 0 looks for them
     when a step begins, and tells the others while the step computes: nothing waits for it. A group of its own, on the host,

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# room that is looked for before a file is begun
+# free bytes that are required before a file is begun
 _PROBE_BYTES = 4096
 
 

@@ -1,4 +1,4 @@
-"""Which update made a weight grow: norms of all weights after each of the last updates, compared only when a step is refused."""
+"""Find the update that made a weight grow: norms of all weights are kept after updates, and compared when a step is refused."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from distattn.training.engines.engine import WEIGHT, StateTensor
 from distattn.training.module_observer import plain_name
 
-# an update that makes a weight's norm so many times larger has destroyed it
+# an update that makes a weight's norm this many times larger has destroyed it
 LARGE_GROWTH = 1000.0
-# how many of the last updates are known
+# norms are kept for this many of the last updates
 _UPDATES = 16
 
 
 class Growth(NamedTuple):
-    """What an update did to a weight of a rank. step: of the update, from 0; before, after: the norm of this rank's part."""
+    """The growth of a weight of a rank. step: of the update, from 0; before, after: the norm of this rank's part."""
 
     step: int
     name: str
@@ -29,11 +29,11 @@ class Growth(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """How many times larger it is; infinite where it is not finite any more."""
+        """Return how many times larger the norm became; infinite where it is not finite any more."""
         return self.after / self.before if math.isfinite(self.after) else math.inf
 
     def text(self, rank: int) -> str:
-        """A clause for people."""
+        """Return the growth as a clause for people."""
         how = f"grow {self.factor:,.0f}-fold" if math.isfinite(self.factor) else "infinite or NaN"
         norms = f"norm {self.before:.4g} to {self.after:.4g}"
         return f"the update of step {self.step + 1} made weight {self.name} of rank {rank} {how} ({norms})"

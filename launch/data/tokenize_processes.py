@@ -29,7 +29,7 @@ from distattn.supervision.helpers import LOOK_SECONDS, Helper, how_it_ended
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 _WORKER = "distattn.data.tokenize_worker"
-# that a process may be stopped
+# the time for which a process may be stopped
 _STOPPED_SECONDS = 10.0
 
 
@@ -78,11 +78,11 @@ def run_workers(
                 selector.register(workers[-1].messages, selectors.EVENT_READ, workers[-1])
                 workers[-1].give(waiting)
             while selector.get_map():
-                # one that is stopped sends nothing
-                for one in workers:
-                    one.check_state(job)
+                # a stopped process sends nothing
+                for worker in workers:
+                    worker.check_state(job)
                 for key, _ in selector.select(LOOK_SECONDS):
-                    worker: _Worker = key.data
+                    worker = key.data
                     for message in worker.read():
                         if "progress" in message:
                             report(Progress(*message["progress"]))

@@ -43,9 +43,9 @@ _INTERVAL_SECONDS = 0.1
 
 
 class Ranks(NamedTuple):
-    """What runs on this machine: a function, module:name, which returns an exit code, once for each of so many ranks (size).
+    """The ranks of this machine. function: module:name, called once on each of `size` ranks; it returns the exit code.
 
-    run: the folder of the run that they are of, for the titles of processes.
+    run: the folder of their run, for the titles of processes.
     """
 
     size: int
@@ -70,7 +70,7 @@ def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Ite
     try:
         yield
     except BaseException:
-        # before this process: it may be about to make ranks that nobody waits for any more
+        # end it before this process: it may be about to fork ranks, and no process would wait for them
         _server().kill()
         raise
     finally:
@@ -107,25 +107,25 @@ def _start_tracker() -> None:
 
 
 def _server() -> Helper:
-    """The fork server: ranks are its children, and end with it."""
+    """Return the fork server: ranks are its children, and end with it."""
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     return Helper("the fork server", server._forkserver_pid or 0)
 
 
 def _tracker() -> Helper:
-    """The resource tracker of multiprocessing, which removes semaphores that dead processes have left."""
+    """Return the resource tracker of multiprocessing, which removes semaphores that dead processes have left."""
     tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
 
     def replace() -> int:
-        # it warns of what may leak
+        # it warns of semaphores that may leak
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _start_tracker()
         # the new one does not know the semaphores that are there, and would print a traceback for each that is removed
         registry: dict[Any, Any] = util._finalizer_registry  # type: ignore[attr-defined]
-        for one in list(registry.values()):
-            if getattr(one, "_callback", None) is SemLock._cleanup:  # type: ignore[attr-defined]
-                resource_tracker.register(one._args[0], "semaphore")
+        for finalizer in list(registry.values()):
+            if getattr(finalizer, "_callback", None) is SemLock._cleanup:  # type: ignore[attr-defined]
+                resource_tracker.register(finalizer._args[0], "semaphore")
         return int(tracker._pid)
 
     return Helper("the resource tracker", tracker._pid, replace)
@@ -139,26 +139,26 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     and DistattnError where /dev/shm has no room for what the ranks share.
     """
     node, reports, links = ranks.node, None, None
-    own = folder if node.nodes == 1 else folder / f"node-{node.number}"
+    evidence = folder if node.nodes == 1 else folder / f"node-{node.number}"
     try:
-        own.mkdir(parents=True, exist_ok=True)
+        evidence.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         # a full disk must not keep a run from going on
-        say(f"{own}: cannot be made: {error.strerror}; nothing is kept there of ranks that hang.")
+        say(f"{evidence}: cannot be made: {error.strerror}; nothing is kept there of ranks that hang.")
     if node.nodes > 1:
         if (place := own_place(node.address)) is not None:
             links = NodeLinks(folder, node.number, node.nodes, place)
         reports = NodeReports(folder, node.number, node.nodes, links)
     numbers = range(node.number * ranks.size, (node.number + 1) * ranks.size)
-    # the one of the attempt before may have been killed
+    # the server of the attempt before may have been killed
     _start_server(node, ranks.run)
-    watch = RankWatch(board, numbers, ranks.patience, own, reports, [_server(), _tracker()], say)
-    given = (os.getpid(), str(board.path), number, str(own), ranks.function, *ranks.arguments)
+    watch = RankWatch(board, numbers, ranks.patience, evidence, reports, [_server(), _tracker()], say)
+    rank_arguments = (os.getpid(), str(board.path), number, str(evidence), ranks.function, *ranks.arguments)
     config = torchrun_config(ranks.size, node, "forkserver", _INTERVAL_SECONDS)
     code, trouble = 0, None
     try:
         with as_found(node):
-            elastic_launch(config, run_rank)(*given)
+            elastic_launch(config, run_rank)(*rank_arguments)
         # for torchrun an exit code of 0 is a good end, whatever was left undone
         if (trouble := watch.close()) is not None:
             code, trouble = _ended({}, trouble)
@@ -166,7 +166,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         code, trouble = _ended(codes, watch.close() or _silent_end(error))
     except (EOFError, OSError) as error:
-        # of a fork server that is gone while it is asked for ranks
+        # the fork server ended while it was asked for ranks
         if (trouble := watch.close()) is None:
             raise _named(error) from None
         code = trouble.exit_code
@@ -174,7 +174,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         trouble = watch.close()
         if interrupted.stop is not None:
             raise interrupted.stop from None
-        # ranks that have told nothing the watch can end only by a signal to this process
+        # the watch can end ranks that have not told their process ids only by a signal to this process
         assert trouble is not None
         code = trouble.exit_code
     finally:
@@ -183,7 +183,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
             links.close()
         # of stacks that nobody asked for
         with contextlib.suppress(OSError):
-            for file in own.glob("stacks-*.txt"):
+            for file in evidence.glob("stacks-*.txt"):
                 if not file.stat().st_size:
                     file.unlink()
     return code, trouble

@@ -106,7 +106,7 @@ def torchrun_config(ranks: int, node: Node = HERE, start_method: str = "spawn", 
 
 @contextlib.contextmanager
 def as_found(node: Node = HERE) -> Iterator[None]:
-    """Around torchrun: ranks and launchers say what its logs would, and one machine has its loopback.
+    """Run torchrun in the block without its logs, since ranks and launchers report it, and over the loopback on one machine.
 
     Signals that stop the command, and the watch's, end the ranks by RanksInterrupted.
     """

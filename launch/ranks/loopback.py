@@ -58,7 +58,7 @@ def gloo_on_loopback() -> Iterator[None]:
 
 
 def own_place(endpoint: str) -> NodeAddress | None:
-    """Where this machine is for the other nodes of an attempt; None where that is not known.
+    """Return the address of this machine for the other nodes of an attempt; None where it is not known.
 
     endpoint: host:port of the first node. The address is that of the interface that gloo is told to take, else the one that faces
     the first node.
@@ -128,13 +128,13 @@ class _NodesRendezvous(_LoopbackRendezvous):
         except dist.DistError as error:
             place, minutes = f"{self._host}:{self._port}", f"{_LIMIT.total_seconds() / 60:.0f} minutes"
             missing = (
-                f"of {self._nodes} nodes some did not come to {place} within {minutes}"
+                f"some of {self._nodes} nodes did not come to {place} within {minutes}"
                 if self._node == 0
                 else f"node {self._node} does not reach node 0 at {place} within {minutes}"
             )
-            words = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0]
             raise LostRankError(
-                f"{missing}: look at the network between them, or whether all began ({words})."
+                f"{missing}: look at the network between them, or whether all began ({reason})."
             ) from None
         where = RendezvousStoreInfo(self._host, self._port)
         return RendezvousInfo(dist.PrefixStore(self._run, store), self._node, self._nodes, where)

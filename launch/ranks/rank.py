@@ -14,7 +14,7 @@ from distattn.launch.ranks import copy_output
 from distattn.launch.ranks.process_title import set_title
 from distattn.supervision.helpers import LOOK_SECONDS, Helper
 
-# less than ranks may be silent: rank 0 waits for a copier that is stopped once the pipe is full
+# less than the time that ranks may be silent: rank 0 waits for a stopped copier once the pipe is full
 _COPY_PATIENCE_SECONDS = 3.0
 
 

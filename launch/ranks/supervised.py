@@ -22,9 +22,9 @@ from distattn.supervision.rank_watch import Trouble
 
 @dataclass(frozen=True)
 class Restarts:
-    """How often ranks are started again without having come further. progress: how far the run has come, as a number.
+    """The limit of restarts. limit: restarts in a row without progress. progress: returns how far the run has come, as a number.
 
-    folder: without which they are not started again.
+    folder: that of the run; ranks are started again only while it is in its place.
     """
 
     limit: int
@@ -59,7 +59,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
         repeated = without_progress > 1 and str(trouble) == before
         if trouble.kind == "refused" and restarts.folder is not None and not restarts.folder.is_in_place():
-            # what became of the run's folder concerns all ranks, and one has said it
+            # the fate of the run's folder concerns all ranks; one rank has reported it
             return code
         if not _may_go_better(trouble, code, repeated) or without_progress > restarts.limit:
             names = ", ".join(one.name for one in trouble.culprits)

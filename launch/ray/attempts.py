@@ -62,9 +62,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--ray.address", dest="address")
     try:
-        given = parser.parse_args(arguments)
+        options = parser.parse_args(arguments)
         with answering_signals():
-            return _go_on(RunFolder(given.run), given.address)
+            return _go_on(RunFolder(options.run), options.address)
     except CommandStopped as stop:
         say(str(stop))
         return stop.exit_code

@@ -1,4 +1,4 @@
-"""Says that the head of a Ray cluster is lost, and what completes a run: Ray ends the launcher later, by words of its own."""
+"""Say that the head of a Ray cluster is lost, and what completes a run. Ray ends the launcher later, with its own error."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import ray
 
 from distattn.launch.command_line import say
 
-# between two looks, that an answer may take, and looks in a row without an answer before it is said
+# seconds between two looks, and for an answer; looks in a row without an answer before the head counts as lost
 _LOOK_SECONDS, _ANSWER_SECONDS, _LOOKS = 2.0, 2.0, 5
 
 
 def completing(folder: object) -> str:
-    """The command that goes on with the run, or the sweep, of a folder."""
+    """Return the command that goes on with the run, or the sweep, of a folder."""
     return f"python -m distattn.launch.ray.attempts {folder}"
 
 
 @contextmanager
 def watched_head(folder: object) -> Iterator[None]:
-    """Around the run, or the sweep, of a folder: say once that the head of this process's cluster answers no more."""
+    """Watch the head of this process's cluster while the block works on the run or sweep of a folder; say once if it is lost."""
     address = ray.get_runtime_context().gcs_address
     closed = threading.Event()
     thread = threading.Thread(target=_watch, args=(address, folder, closed), daemon=True, name="distattn-ray-head")
@@ -40,7 +40,7 @@ def _watch(address: str, folder: object, closed: threading.Event) -> None:
         if missed == _LOOKS:
             say(
                 f"the head of the Ray cluster at {address} does not answer any more. Ranks train on while their nodes live, and "
-                f"nobody reports. Once there is a head again, {completing(folder)} ends them, goes on and reports "
+                f"no report is written. Once the cluster has a head again, {completing(folder)} ends them, goes on and reports "
                 "(--ray.address=HOST:PORT where it is elsewhere)."
             )
 

@@ -22,13 +22,13 @@ _PANELS = 4
 _OUTLINE_ROWS = 48
 # relative luminance of all colours, so that they are seen on white and on a dark page (contrast of 2.2 or more with both)
 _DARKEST, _LIGHTEST = 0.11, 0.42
-# of a palette: its ends are nearly black
+# the used part of a palette, whose ends are nearly black
 _STRETCH = (0.06, 0.96)
 _PALETTES = {"rank": "turbo", "step": "viridis"}
 # red, green and blue in relative luminance (WCAG 2)
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 _MOST_TICKS = 8
-# of a panel in a page, in CSS pixels at its natural size: the matrix is a square of _SIDE at (_LEFT, _TOP)
+# a panel in a page, in CSS pixels at its natural size: the matrix is a square of _SIDE at (_LEFT, _TOP)
 _LEFT, _TOP, _SIDE, _WIDTH, _HEIGHT = 72, 22, 240, 372, 302
 
 
@@ -95,7 +95,7 @@ def _of_head(tasks: Columns, head: int) -> Columns:
 
 
 def _drawn_tasks(plan: Plan) -> Columns:
-    """The forward tasks; of a recurrence those with outputs, each with all cells that pass through its stretch."""
+    """Return the forward tasks; of a recurrence those with outputs, each with all cells that pass through its stretch."""
     tasks = plan.forward.tasks
     return select_rows(tasks, has_rows_and_keys(tasks)) if plan.call.op.is_recurrent else tasks
 

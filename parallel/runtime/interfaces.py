@@ -84,7 +84,7 @@ def _towards_store() -> Iterator[str]:
 
 
 def addresses_towards(host: str, port: int) -> Iterator[str]:
-    """The addresses from which this machine sends to a host, by its name or address."""
+    """Yield the addresses from which this machine sends to a host. host: a name or an address."""
     for address in resolved(host):
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:

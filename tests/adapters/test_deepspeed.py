@@ -192,7 +192,7 @@ def test_probes_between_steps_change_not_a_bit(variant, stage):
 
 
 def _other_weights(rank: int) -> str:
-    """What is said of a rank that loads other weights into one layer, after DeepSpeed has made all alike."""
+    """Return the refusal of a rank that loads other weights into one layer, after DeepSpeed has made all alike."""
     _start(rank)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring")
     engine = engine_of(cp, 1, 1)

@@ -84,7 +84,7 @@ def _as_torchrun(rank: int) -> None:
 
 
 def _refilled(rank: int, folder: str) -> list[int]:
-    """The first token id of each batch of a collator that fills one tensor again and again."""
+    """Return the first token id of each batch of a collator that fills one tensor again and again."""
     _as_torchrun(rank)
     ids = torch.zeros(4, 3, dtype=torch.int64)
     trainer = ContextParallelTrainer(
@@ -151,7 +151,7 @@ def _train(
 
 
 def _check_rates(metrics: dict, kind: str, samples: int, steps: int) -> None:
-    """Rates are those of all samples, each counted once; they are rounded, and so is the time."""
+    """Check that rates count every sample once; they are rounded, and so is the time."""
     seconds = metrics[f"{kind}_runtime"]
     assert metrics[f"{kind}_samples_per_second"] * seconds == pytest.approx(samples, rel=0.02)
     assert metrics[f"{kind}_steps_per_second"] * seconds == pytest.approx(steps, rel=0.02)
@@ -276,7 +276,7 @@ def test_deepspeed_under_the_trainer_has_the_same_curve(tmp_path):
 
 
 def _refused(rank: int, folder, error: Exception | None) -> tuple[str, int | None]:
-    """(What this rank prints as its script ends with a refusal of the Trainer or another error, its exit code)."""
+    """Return what this rank prints when its script ends with a refusal of the Trainer or another error, and its exit code."""
     _as_torchrun(rank)
     cp = da.ContextParallel(strategy="ring")
     printed = io.StringIO()
@@ -295,9 +295,9 @@ def _refused(rank: int, folder, error: Exception | None) -> tuple[str, int | Non
 
 
 def test_a_refusal_is_one_sentence_of_one_rank(tmp_path):
-    said, codes = zip(*run_on_ranks(2, _refused, tmp_path, None), strict=True)
+    outputs, codes = zip(*run_on_ranks(2, _refused, tmp_path, None), strict=True)
     assert codes == (2, 2)
-    (sentence,) = "".join(said).splitlines()
+    (sentence,) = "".join(outputs).splitlines()
     assert sentence.startswith("distattn: rank ") and "label_smoothing_factor is not supported" in sentence
     assert "(test_hf_trainer.py, line " in sentence
     # other errors are every rank's own

@@ -13,13 +13,13 @@ from distattn.adapters import megatron  # noqa: E402
 
 
 def _only_data_parallel(chunks, *given, **named):
-    """Reduces gradients over data-parallel ranks, and forgets what tensor- and pipeline-parallel ranks share."""
+    """Reduce gradients over data-parallel ranks, and forget what tensor- and pipeline-parallel ranks share."""
     for chunk in chunks:
         chunk.finish_grad_sync()
 
 
 def _probed(rank: int, tp: int, pp: int, changes: dict, is_tied: bool) -> tuple[float, str]:
-    """The factor, and what is said where shared parameters are left out."""
+    """Return the factor, and the refusal where shared parameters are left out."""
     start(tp, pp)
     config = config_of(tp, pp, **changes)
     spec = sequence_parallel_spec() if config.sequence_parallel else None
@@ -51,15 +51,15 @@ def _fused(rank: int) -> list[str]:
     start()
     config = config_of()
     chunk = wrapped(config, megatron.use_batch_positions(build(config)), distributed_optimizer=False)
-    said = []
-    megatron._LOG.warning, before = said.append, megatron._LOG.warning
+    warnings = []
+    megatron._LOG.warning, before = warnings.append, megatron._LOG.warning
     config.gradient_accumulation_fusion = True
-    found = megatron.ProbeTarget([chunk]).parameters()
+    parameters = megatron.ProbeTarget([chunk]).parameters()
     megatron._LOG.warning = before
-    assert all(one.leaf() is None for one in found) and torch.equal(found[0].held, next(chunk.parameters()))
-    return said
+    assert all(one.leaf() is None for one in parameters) and torch.equal(parameters[0].held, next(chunk.parameters()))
+    return warnings
 
 
 def test_what_fusion_hides_is_said():
-    for said in run_on_ranks(1, _fused):
-        assert len(said) == 1 and "gradient_accumulation_fusion=False to compare all parameters" in said[0]
+    for warnings in run_on_ranks(1, _fused):
+        assert len(warnings) == 1 and "gradient_accumulation_fusion=False to compare all parameters" in warnings[0]

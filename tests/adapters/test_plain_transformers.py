@@ -1,4 +1,4 @@
-"""What plain transformers computes otherwise: router losses of its Trainer, and states of packed documents (docs/trainers.md)."""
+"""Plain transformers computes router losses of its Trainer and states of packed documents otherwise (docs/trainers.md)."""
 
 import functools
 import os
@@ -41,7 +41,7 @@ def _collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _first_step(trainer_class: type[Trainer], folder, micro_batches: int, weight: float, **settings) -> tuple:
-    """Loss and gradient norm of one step of a mixture of experts. weight: of the router's loss, 0 where there is none."""
+    """Return loss and gradient norm of one step of a mixture of experts. weight: of the router's loss, 0 without one."""
     asked = dict(output_router_logits=True, router_aux_loss_coef=weight) if weight else {}
     model = hybrid_models.build("qwen3_moe", torch.float32, **asked)
     args = TrainingArguments(
@@ -57,13 +57,13 @@ def _first_step(trainer_class: type[Trainer], folder, micro_batches: int, weight
         use_cpu=True,
         disable_tqdm=True,
     )
-    given = dict(model=model, args=args, train_dataset=Rows(), data_collator=_collate, **settings)
+    trainer_arguments = dict(model=model, args=args, train_dataset=Rows(), data_collator=_collate, **settings)
     if trainer_class is Trainer:
         with huggingface.single_process_attention(model):
-            trainer = Trainer(**given)
+            trainer = Trainer(**trainer_arguments)
             trainer.train()
     else:
-        trainer = trainer_class(**given)
+        trainer = trainer_class(**trainer_arguments)
         trainer.train()
     row = trainer.state.log_history[0]
     return row["loss"], row["grad_norm"]
@@ -101,7 +101,7 @@ def _norm(model: torch.nn.Module) -> float:
     ("name", "differs"), [("qwen3_next", True), ("nemotron_h", True), ("lfm2", True), ("qwen3_moe", False)]
 )
 def test_plain_transformers_runs_states_over_the_borders_of_packed_documents(name, differs):
-    """A pack as position_ids alone say it. `differs`: the model has recurrent layers or convolutions."""
+    """Compare a pack that only position_ids describe. differs: the model has recurrent layers or convolutions."""
     build = functools.partial(hybrid_models.build, name, torch.float32)
     alone, ours, packed = build(), build(), build()
     batch = batch_of(PACK)
@@ -114,6 +114,6 @@ def test_plain_transformers_runs_states_over_the_borders_of_packed_documents(nam
     with huggingface.single_process_attention(packed):
         loss = packed(batch["input_ids"], position_ids=positions, labels=labels, use_cache=False).loss
     loss.backward()
-    found = loss.item(), _norm(packed)
-    assert (found != pytest.approx(wanted, rel=1e-3)) == differs
-    assert differs or found == pytest.approx(wanted, rel=1e-5)
+    result = loss.item(), _norm(packed)
+    assert (result != pytest.approx(wanted, rel=1e-3)) == differs
+    assert differs or result == pytest.approx(wanted, rel=1e-5)

@@ -121,7 +121,7 @@ class RunsCode:
 
 
 def forged(folder, where, marker):
-    """A checkpoint of somebody who wants code to run, with the right digests. where: the part that names the code."""
+    """Write a hostile checkpoint, which wants code to run and has the right digests. where: the part that names the code."""
     step = folder / "step-00000007"
     state = {"weights": torch.ones(4), "model.w": torch.ones(4), "words": "plain", "hostile": RunsCode(marker)}
     dcp.save(state, checkpoint_id=step, no_dist=True)
@@ -206,7 +206,7 @@ def test_what_verify_lets_pass_torch_takes_as_plain_values():
 
 
 def test_what_other_packages_let_pytorch_load_is_not_taken(tmp_path):
-    """Megatron-core adds classes such as paths to the list of `torch.load(weights_only=True)`."""
+    """Refuse a path, although Megatron-core adds its class to the list of `torch.load(weights_only=True)`."""
     checkpoints = Checkpoints(tmp_path, group=None, facts={}, keep=KeepRule(), warn=faults.no_warning)
     try:
         with torch.serialization.safe_globals([type(Path("a"))]):
@@ -225,9 +225,9 @@ def test_a_value_that_could_not_be_read_again_is_refused_when_it_is_saved(tmp_pa
             checkpoints.wait()
         plain = {"list": [1, (2.0, "three", None)], "weights": torch.ones(2), "dtype": (torch.float32, b"bytes")}
         checkpoints.save(2, plain)
-        found = {"list": [0, ()], "weights": torch.zeros(2), "dtype": ()}
-        checkpoints.load_newest(found)
-        assert found["list"] == plain["list"] and found["dtype"] == plain["dtype"]
+        loaded = {"list": [0, ()], "weights": torch.zeros(2), "dtype": ()}
+        checkpoints.load_newest(loaded)
+        assert loaded["list"] == plain["list"] and loaded["dtype"] == plain["dtype"]
         assert not verify_checkpoint(tmp_path / "step-00000002")
     finally:
         checkpoints.close()

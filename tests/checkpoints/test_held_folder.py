@@ -19,8 +19,9 @@ def test_a_renamed_folder_is_found_under_its_new_name(replaced, tmp_path):
         if replaced:
             place.mkdir()
         assert not held.is_in_place() and held.where() == tmp_path / "other"
-        words = f"{place}: was renamed to {tmp_path}/other meanwhile; distattn resume {tmp_path}/other goes on, or move it back."
-        with pytest.raises(DistattnError, match=f"^{re.escape(words)}$"):
+        moved = f"{place}: was renamed to {tmp_path}/other meanwhile"
+        sentence = f"{moved}; distattn resume {tmp_path}/other goes on, or move it back."
+        with pytest.raises(DistattnError, match=f"^{re.escape(sentence)}$"):
             held.check()
         if replaced:
             place.rmdir()

@@ -123,13 +123,13 @@ def test_one_of_three_jobs_that_come_at_once_gets_the_folder_of_a_killed_owner(t
         jobs = [context.Process(target=contend, args=(tmp_path, start, outcomes, done)) for _ in range(3)]
         for job in jobs:
             job.start()
-        said = sorted(outcomes.get() for _ in jobs)
+        refusals = sorted(outcomes.get() for _ in jobs)
         named = Owner.read(tmp_path / "owner.json")
         done.set()
         for job in jobs:
             job.join()
         os.kill(children.get(), signal.SIGKILL)
-        assert said[0] == "" and all("belongs to process" in one for one in said[1:]), said
+        assert refusals[0] == "" and all("belongs to process" in one for one in refusals[1:]), refusals
         assert named is not None and named.pid in {job.pid for job in jobs}
 
 

@@ -387,16 +387,18 @@ def save_other_steps(rank, folder):
 
 
 def fill(folder, hours, keep):
-    """Checkpoints saved after these hours of training, None where that is not known; those that the rule would remove."""
+    """Return checkpoints saved after these hours of training (None: unknown), and the steps that the rule would remove."""
     saver = open_checkpoints(folder, keep=KeepRule(last=1000))
     for step, _ in enumerate(hours):
         saver.save(step, {"a": 1})
     saver.close()
-    found = [
-        one._replace(manifest=dataclasses.replace(one.manifest, seconds=None if hour is None else 3600.0 * hour))
-        for one, hour in zip(list_checkpoints(folder), hours, strict=True)
+    checkpoints = [
+        checkpoint._replace(
+            manifest=dataclasses.replace(checkpoint.manifest, seconds=None if hour is None else 3600.0 * hour)
+        )
+        for checkpoint, hour in zip(list_checkpoints(folder), hours, strict=True)
     ]
-    return found, [one.step for one in keep.removable(found)]
+    return checkpoints, [checkpoint.step for checkpoint in keep.removable(checkpoints)]
 
 
 def test_one_checkpoint_of_every_few_hours_is_kept(tmp_path):
@@ -433,7 +435,7 @@ def test_a_clock_that_was_ahead_does_not_end_the_keeping_of_hours(tmp_path, monk
 
 
 def test_checkpoints_of_versions_that_counted_no_seconds_stay(tmp_path):
-    found, removable = fill(tmp_path, [None, None, 0, 1, 2, 3], KeepRule(last=1, every_hours=2))
+    _, removable = fill(tmp_path, [None, None, 0, 1, 2, 3], KeepRule(last=1, every_hours=2))
     assert removable == [3]
 
 

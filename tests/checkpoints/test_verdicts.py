@@ -1,4 +1,4 @@
-"""What training shows of checkpoints decides which are kept and loaded, and a person's choice counts more."""
+"""Verdicts of training decide which checkpoints are kept and loaded; a person's choice counts more."""
 
 import errno
 import os
@@ -67,10 +67,10 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     saver.note(lambda folder: release_kept(folder, 10))
     # where all are in doubt, the newest is taken
     saver.note(lambda folder: judge_checkpoint(folder, 7, REFUSED, "why"))
-    found = saver.load_newest(state)
-    assert (found.step, found.doubt) == (7, "refused: why") and steps(tmp_path) == [7]
-    said = "Resuming from step-00000007 all the same: it is in doubt, but no other can be loaded (refused: why)."
-    assert warned[1:] == [said]
+    loaded = saver.load_newest(state)
+    assert (loaded.step, loaded.doubt) == (7, "refused: why") and steps(tmp_path) == [7]
+    sentence = "Resuming from step-00000007 all the same: it is in doubt, but no other can be loaded (refused: why)."
+    assert warned[1:] == [sentence]
     saver.close()
 
 

@@ -44,7 +44,7 @@ def test_a_factor_is_found_by_search():
 
 
 def _explained(factors: list[list[float]], of_rank: list[list[list[float]]] | None = None) -> Finding | None:
-    """Of 2 ranks and as many micro-batches as `factors` has columns; of_rank: other factors on each rank."""
+    """Explain gradients of 2 ranks, with a micro-batch for each column of `factors`. of_rank: other factors on each rank."""
     count = len(factors[0])
     generator = torch.Generator().manual_seed(0)
     local = [[{"weight": torch.randn(20, generator=generator)} for _ in range(count)] for _ in range(2)]
@@ -68,8 +68,8 @@ def test_factors_of_local_gradients_are_found_and_named():
     assert "only the last of 3" in _explained([[0.0, 0.0, 1.0]] * 2).observed
     assert "micro-batch 2 of 3" in _explained([[1.0, 0.0, 1.0]] * 2).observed
     assert _explained([[1.0, 0.5]] * 2).cause == "micro-batches weighted unequally"
-    found = _explained([[1.0], [1.0]], [[[1.0], [0.0]], [[0.0], [1.0]]])
-    assert found.cause == "gradients not reduced"
+    finding = _explained([[1.0], [1.0]], [[[1.0], [0.0]], [[0.0], [1.0]]])
+    assert finding.cause == "gradients not reduced"
 
 
 def test_ranks_and_tokens_are_named_by_stretches():
@@ -98,8 +98,8 @@ def test_the_verdict_comes_first_and_wraps_like_prose(monkeypatch, capsys):
     assert lines[0] == "wrong softmax scale: it is 2." and "first to differ: here." in lines[1]
     assert all(len(line) <= 60 for line in lines), lines
     first = next(number for number, line in enumerate(lines) if "what to do" in line)
-    words = " ".join(lines[first : first + 3]).split()
-    assert " ".join(words).startswith(f"what to do: {REMEDY}.")
+    shown = " ".join(lines[first : first + 3]).split()
+    assert " ".join(shown).startswith(f"what to do: {REMEDY}.")
     # the machine after it: what is noteworthy, and the rest in a line
     assert lines[-2].startswith("note GPUs: none") and lines[-1] == "machine: python 3.11.7, ports free."
 

@@ -314,9 +314,9 @@ def test_ok_says_when_the_steps_of_ranks_could_not_be_repeated(tmp_path, monkeyp
         raise RuntimeError("no hooks here")
 
     monkeypatch.setattr(diagnosis, "Replay", fail)
-    (found,) = diagnoses(tmp_path, [script("llama", "loop", dtype="bfloat16")])
-    assert not found.findings and found.measured["hidden"] > 0.01
-    doctor_command._show_diagnosis(found, 2)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "could not be repeated module by module (" in said and "no hooks here" in said
-    assert "give the doctor the model in float32" in said
+    (result,) = diagnoses(tmp_path, [script("llama", "loop", dtype="bfloat16")])
+    assert not result.findings and result.measured["hidden"] > 0.01
+    doctor_command._show_diagnosis(result, 2)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "could not be repeated module by module (" in printed and "no hooks here" in printed
+    assert "give the doctor the model in float32" in printed

@@ -208,15 +208,15 @@ PARTS = [(BF16, 0), ("float32", 1), (BF16, 2), ("float32", 0), (BF16, 1), ("floa
 @pytest.mark.parametrize(("dtype", "third"), PARTS)
 def test_mistakes_are_named_with_rank_and_tokens(tmp_path, dtype, third):
     cases = [(dtype, *case) for case in PLANTED[third::3]] + [("float32", *case) for case in ROUNDED if third == 0]
-    found = diagnoses(
+    results = diagnoses(
         tmp_path, [script(FAMILY.get(mistake, "llama"), "loop", mistake, dtype=how) for how, mistake, *_ in cases]
     )
     wrong = []
-    for (how, mistake, cause, *words), one in zip(cases, found, strict=True):
-        said = f"{one.findings[0].observed}; {one.where}" if one.findings else ""
-        if not one.findings or one.findings[0].cause != cause or not all(word in said for word in words):
-            wrong.append(f"{mistake}, {how}: {one}")
+    for (how, mistake, cause, *words), result in zip(cases, results, strict=True):
+        observed = f"{result.findings[0].observed}; {result.where}" if result.findings else ""
+        if not result.findings or result.findings[0].cause != cause or not all(word in observed for word in words):
+            wrong.append(f"{mistake}, {how}: {result}")
     assert not wrong, "\n".join(wrong)
     if third == 0:
         # what is wrong in a forward pass is told with the ranks and the tokens that differ
-        assert "on rank 1 in tokens 24" in found[0].where and "rank 0" not in found[0].where
+        assert "on rank 1 in tokens 24" in results[0].where and "rank 0" not in results[0].where

@@ -93,7 +93,7 @@ def test_a_loop_that_is_left_loses_no_step():
 
 
 def held_run(rank):
-    """What is trained where a loop's generator is held, and another loop goes on; and what is said when the first goes on."""
+    """Hold a loop's generator while another loop goes on. Return the trained steps, and the refusal when the first goes on."""
     model = model_of()
     with shared(options=dict(block=8)) as cp:
         loader = KnownLoader(rank, 2)

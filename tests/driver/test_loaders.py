@@ -1,4 +1,4 @@
-"""What loaders may do: fill one buffer again and again, use any dtype, be left and gone on with."""
+"""Loaders may fill one buffer again and again, use any dtype, and be left and continued."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ STEPS = 5
 
 
 def refilled(kind):
-    """Steps whose tensors are one buffer: the ids of step i are 10 * i + 1 to 10 * i + 4, the labels 5 more."""
+    """Yield steps whose tensors are one buffer: the ids of step i are 10 * i + 1 to 10 * i + 4, the labels 5 more."""
     of_step = np.arange(1, 5)[None]
     buffers = [np.zeros((1, 4), np.int64) for _ in range(2)]
     # numpy's writes are not counted as versions of a tensor that shares its memory
@@ -133,7 +133,7 @@ def test_an_error_of_a_loader_comes_after_the_step_before_it():
 
 
 def nested(rank):
-    """The steps of two loops over one iterator, which ends a step earlier on rank 1."""
+    """Return the steps of two loops over one iterator, which ends a step earlier on rank 1."""
     seen, loader = [], iter([numbered(step) for step in range(STEPS - rank)])
     with da.ContextParallel(strategy="cad", data="per_rank") as cp:
         for outer in cp.steps(loader):
@@ -163,9 +163,9 @@ def test_token_ids_of_any_whole_dtype_are_int64_and_have_right_labels(dtype):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32], ids=str)
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
 def test_labels_of_signed_dtypes_become_int64(name, dtype):
-    given = torch.tensor([[5, -100, 7]]).to(dtype)
+    labels = torch.tensor([[5, -100, 7]]).to(dtype)
     with da.ContextParallel(strategy="ring") as cp:
-        part = cp.shard({"input_ids": torch.tensor([[5, 6, 7]]), name: given})
+        part = cp.shard({"input_ids": torch.tensor([[5, 6, 7]]), name: labels})
     wanted = [[5, -100, 7]] if name == "shift_labels" else [[-100, 7, -100]]
     assert part["labels"].dtype == torch.int64 and part["labels"].tolist() == wanted
 
@@ -173,9 +173,9 @@ def test_labels_of_signed_dtypes_become_int64(name, dtype):
 @pytest.mark.parametrize("dtype", [*UNSIGNED, torch.bool, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
 def test_labels_that_cannot_hold_their_absence_are_refused(name, dtype):
-    given = {"input_ids": torch.tensor([[5, 6, 7]]), name: torch.tensor([[5, 6, 7]]).to(dtype)}
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), name: torch.tensor([[5, 6, 7]]).to(dtype)}
     with da.ContextParallel(strategy="ring") as cp, pytest.raises(da.DistattnError) as refusal:
-        cp.shard(given)
+        cp.shard(batch)
     assert f"{name} is {str(dtype)[6:]}" in str(refusal.value)
     if dtype == torch.uint8:
         assert "cannot hold -100 (no label): a 156 may be a token" in str(refusal.value)
@@ -186,7 +186,7 @@ def test_other_negative_labels_and_positions_that_wrap_are_refused():
     with da.ContextParallel(strategy="ring") as cp:
         with pytest.raises(da.DistattnError, match="shift_labels has -1; labels are token ids, or -100"):
             cp.shard({"input_ids": ids, "shift_labels": ids - 1})
-        with pytest.raises(da.DistattnError, match="position_ids is uint8, which begins anew at 0 after 255"):
+        with pytest.raises(da.DistattnError, match="position_ids is uint8, which starts again at 0 after 255"):
             cp.shard({"input_ids": ids, "position_ids": torch.arange(300)[None].to(torch.uint8)})
         part = cp.shard({"input_ids": ids[:, :4], "position_ids": torch.tensor([[0, 1, 0, 1]]).to(torch.uint8)})
     assert part["position_ids"].tolist() == [[0, 1, 0, 1]]
@@ -217,5 +217,5 @@ def test_every_door_refuses_labels_without_room_for_their_absence():
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32], ids=str)
 def test_a_tiled_loss_of_small_labels_is_that_of_int64(dtype):
     hidden, weight, labels = torch.randn(4, 8), torch.randn(16, 8), torch.tensor([3, -100, 15, 0])
-    one, other = (tiled_loss(hidden, weight, given, tile_tokens=2)[0] for given in (labels, labels.to(dtype)))
-    assert torch.equal(one, other)
+    of_int64, of_small = (tiled_loss(hidden, weight, part, tile_tokens=2)[0] for part in (labels, labels.to(dtype)))
+    assert torch.equal(of_int64, of_small)

@@ -19,7 +19,7 @@ NORM = "model.norm.weight"
 
 
 def summed(model, left_out=(), divided=(), clip=None, clip_first=False):
-    """What a loop does after backward: it sums gradients, but not all of them. clip: to this norm, in the same place."""
+    """Return what a loop calls after backward: it sums gradients, but not all of them. clip: to this norm, in the same place."""
 
     def reduce():
         if clip_first:
@@ -36,23 +36,23 @@ def summed(model, left_out=(), divided=(), clip=None, clip_first=False):
 
 
 def refusal_of(cp, model, **given) -> str:
-    """What loss_scale says; nothing where it is content."""
+    """Return the refusal of loss_scale; "" where it accepts the trainer."""
     before = [pytorch.full_tensor(parameter.detach()).clone() for parameter in model.parameters()]
     try:
         cp.loss_scale(pytorch.ProbeTarget(model, **given))
     except DistattnError as refusal:
-        said = str(refusal)
+        sentence = str(refusal)
     else:
-        said = ""
+        sentence = ""
     after = [pytorch.full_tensor(parameter.detach()) for parameter in model.parameters()]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
-    return said
+    return sentence
 
 
 def looped(rank: int) -> dict[str, str]:
-    """Loops of one's own, by what is wrong with them."""
-    said = {}
+    """Return the refusals of hand-written loops, by their mistakes."""
+    refusals = {}
     with ContextParallel(strategy="ring", kernel="reference") as cp:
         for kind, how in {
             "right": {},
@@ -63,7 +63,7 @@ def looped(rank: int) -> dict[str, str]:
             "clipped first": dict(clip=1.0, clip_first=True),
         }.items():
             model = small.build()
-            said[kind] = refusal_of(cp, model, reduce=summed(model, **how))
+            refusals[kind] = refusal_of(cp, model, reduce=summed(model, **how))
         model = small.build()
         if rank == 1:
             with torch.no_grad():
@@ -71,25 +71,27 @@ def looped(rank: int) -> dict[str, str]:
                 weight = model.get_parameter(DOWN)
                 weight.copy_(weight.flip(0))
         model.get_parameter(DOWN).requires_grad_(False)
-        said["permuted"] = refusal_of(cp, model, reduce=lambda: None)
+        refusals["permuted"] = refusal_of(cp, model, reduce=lambda: None)
         if rank == 1:
             model.extra = torch.nn.Linear(2, 2)
-        said["another parameter"] = refusal_of(cp, model, reduce=lambda: None)
-    return said
+        refusals["another parameter"] = refusal_of(cp, model, reduce=lambda: None)
+    return refusals
 
 
 def test_loops_that_reduce_some_parameters_otherwise_are_refused_by_name():
-    for said in run_on_ranks(2, looped):
-        assert said["right"] == ""
-        assert f"on ranks 0, 1 of the loss group the gradient of {DOWN}, {NORM} is the rank's own" in said["left out"]
-        assert f"the gradient of {DOWN} is 0.5 times what the other gradients' reduction" in said["divided"]
+    for refusals in run_on_ranks(2, looped):
+        assert refusals["right"] == ""
+        assert (
+            f"on ranks 0, 1 of the loss group the gradient of {DOWN}, {NORM} is the rank's own" in refusals["left out"]
+        )
+        assert f"the gradient of {DOWN} is 0.5 times what the other gradients' reduction" in refusals["divided"]
         for kind in ("clipped", "clipped, large"):
-            assert "gradients are not linear: a loss 64 times as large makes gradients" in said[kind]
-            assert "Clipping belongs after the reduction" in said[kind]
-        assert "not linear" in said["clipped first"] or "weighs ranks unequally" in said["clipped first"]
-        assert "rank 1 of the loss group begins with other weights than rank 0" in said["permuted"]
-        assert said["permuted"].endswith(f"Different: {DOWN}.")
-        assert "rank 1 of the loss group has other parameters than rank 0" in said["another parameter"]
+            assert "gradients are not linear: a loss 64 times as large makes gradients" in refusals[kind]
+            assert "Clipping belongs after the reduction" in refusals[kind]
+        assert "not linear" in refusals["clipped first"] or "weighs ranks unequally" in refusals["clipped first"]
+        assert "rank 1 of the loss group begins with other weights than rank 0" in refusals["permuted"]
+        assert refusals["permuted"].endswith(f"Different: {DOWN}.")
+        assert "rank 1 of the loss group has other parameters than rank 0" in refusals["another parameter"]
 
 
 def test_clipping_is_refused_on_one_rank_as_well():
@@ -100,12 +102,12 @@ def test_clipping_is_refused_on_one_rank_as_well():
 
 
 def wrapped(rank: int) -> dict[str, str]:
-    """PyTorch's own wrappers, which leave out what they are told to; and replicas of shards."""
-    said = {}
+    """Return the refusals of PyTorch's wrappers, which leave out the named parameters, and of replicas of shards."""
+    refusals = {}
     with ContextParallel(strategy="ring", kernel="reference") as cp:
         model = small.build()
         model._ddp_params_and_buffers_to_ignore = [DOWN]
-        said["ddp"] = refusal_of(cp, DistributedDataParallel(model))
+        refusals["ddp"] = refusal_of(cp, DistributedDataParallel(model))
         mesh = init_device_mesh("cpu", (2,))
         for kind in ("fsdp", "fsdp, left out", "fsdp, evaluated before"):
             model = small.build()
@@ -117,28 +119,28 @@ def wrapped(rank: int) -> dict[str, str]:
                 # the root's parameters stay gathered
                 with torch.no_grad():
                     pytorch.logits_of(model, cp.shard(small.micro_batch([4, 3])))
-            said[kind] = refusal_of(cp, model)
+            refusals[kind] = refusal_of(cp, model)
         for kind in ("replicas", "other replicas"):
             torch.manual_seed(rank)
             model = small.build()
             if kind == "other replicas" and rank == 1:
                 torch.nn.init.normal_(model.get_parameter(NORM))
             fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "shard")))
-            said[kind] = refusal_of(cp, model)
-    return said
+            refusals[kind] = refusal_of(cp, model)
+    return refusals
 
 
 def test_wrappers_of_pytorch_that_leave_out_parameters_are_refused_by_name():
-    for said in run_on_ranks(2, wrapped):
+    for refusals in run_on_ranks(2, wrapped):
         for kind in ("ddp", "fsdp, left out"):
-            assert f"on ranks 0, 1 of the loss group the gradient of {DOWN} is the rank's own" in said[kind], kind
-        assert said["fsdp"] == said["fsdp, evaluated before"] == said["replicas"] == ""
-        assert said["other replicas"].endswith(f"Different: {NORM}.")
+            assert f"on ranks 0, 1 of the loss group the gradient of {DOWN} is the rank's own" in refusals[kind], kind
+        assert refusals["fsdp"] == refusals["fsdp, evaluated before"] == refusals["replicas"] == ""
+        assert refusals["other replicas"].endswith(f"Different: {NORM}.")
 
 
 def parts(rank: int) -> list[str]:
-    """Ranks that hold unlike parts, and such that say that they hold the same; of many sizes and dtypes."""
-    said = []
+    """Return the refusals of ranks with different parts, and of ranks that claim the same part; of many sizes and dtypes."""
+    refusals = []
     for part in (rank, 0):
         parameters = [
             ProbedParameter(f"{dtype} {size}", torch.full((size,), rank).to(dtype), lambda: None, lambda: None, part)
@@ -147,10 +149,10 @@ def parts(rank: int) -> list[str]:
         ]
         try:
             check_same_weights(parameters, dist.group.WORLD, torch.device("cpu"))
-            said.append("")
+            refusals.append("")
         except DistattnError as refusal:
-            said.append(str(refusal))
-    return said
+            refusals.append(str(refusal))
+    return refusals
 
 
 def test_parts_of_a_parameter_may_differ():
@@ -160,16 +162,16 @@ def test_parts_of_a_parameter_may_differ():
 
 
 def test_one_number_in_a_million_is_seen():
-    said = run_on_ranks(2, one_number)
-    assert all("Different: weight." in refusal for refusal in said)
+    refusals = run_on_ranks(2, one_number)
+    assert all("Different: weight." in refusal for refusal in refusals)
 
 
 def one_number(rank: int) -> str:
     weight = torch.zeros(1_000_003)
     weight[777_777] = 1e-30 * rank
-    given = ProbedParameter("weight", weight, lambda: None, lambda: None)
+    parameter = ProbedParameter("weight", weight, lambda: None, lambda: None)
     with pytest.raises(DistattnError) as refusal:
-        check_same_weights([given], dist.group.WORLD, torch.device("cpu"))
+        check_same_weights([parameter], dist.group.WORLD, torch.device("cpu"))
     return str(refusal.value)
 
 

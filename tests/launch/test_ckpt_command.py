@@ -80,13 +80,13 @@ def test_resume_goes_on_from_the_step_that_is_asked_for(run, monkeypatch, capsys
     asked = []
     monkeypatch.setattr(resume_command, "resume_locally", lambda run, config, **others: asked.append(others) or 0)
     configuration.save(configuration.Config(), run / "config.toml")
-    for words in (["--step", "1,020"], ["--step=1020", "--json"]):
-        assert cli.main(["resume", *words, str(run)]) == 0
+    for arguments in (["--step", "1,020"], ["--step=1020", "--json"]):
+        assert cli.main(["resume", *arguments, str(run)]) == 0
     assert cli.main(["resume", str(run), "--train.steps", "70"]) == 0
     assert [one["step"] for one in asked] == [1020, 1020, None]
     assert [one["json_lines"] for one in asked] == [False, True, False]
-    for words in (["--step"], ["--step", "last"], ["--step=-1"]):
-        assert cli.main(["resume", str(run), *words]) == 2
+    for arguments in (["--step"], ["--step", "last"], ["--step=-1"]):
+        assert cli.main(["resume", str(run), *arguments]) == 2
         assert "is not the step of a checkpoint" in capsys.readouterr().err
 
 

@@ -130,8 +130,8 @@ def test_a_copier_that_is_lost_is_replaced_and_named(how, tmp_path):
         shown = rank.stdout.read()
         assert rank.wait() == 0
     why = "was killed by SIGKILL" if how == signal.SIGKILL else "is stopped (SIGSTOP or a debugger)"
-    said = f"distattn: the copier of rank 0's output (process {copier.pid}) {why}: another one goes on, without lines "
-    said = f"{said}that this one held.\n".encode()
+    lost = f"distattn: the copier of rank 0's output (process {copier.pid}) {why}"
+    sentence = f"{lost}: another one goes on, without lines that this one held.\n".encode()
     # nothing was in the copier when it was lost
-    assert said in shown and shown.replace(said, b"") == LINES + b"the end\n"
+    assert sentence in shown and shown.replace(sentence, b"") == LINES + b"the end\n"
     assert (tmp_path / "rank-0.log").read_bytes() == shown

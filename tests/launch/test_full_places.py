@@ -32,7 +32,7 @@ os.kill(os.getpid(), signal.SIGUSR2)
 
 @pytest.fixture
 def no_folder(tmp_path):
-    """A place where nothing can be made."""
+    """Return a path at which nothing can be made."""
     (tmp_path / "file").write_text("")
     return tmp_path / "file" / "folder"
 
@@ -46,8 +46,8 @@ def run(script, place):
 def test_a_log_of_another_rank_that_cannot_be_opened_leaves_the_console(no_folder):
     done = run(LOG, no_folder)
     assert done.returncode == 0 and done.stdout == "a line\n", done.stderr
-    words = "rank-1.log: cannot be opened: Not a directory; the console has what rank 1 says."
-    assert done.stderr == f"distattn: {no_folder}/{words}\n"
+    sentence = "rank-1.log: cannot be opened: Not a directory; the console has what rank 1 says."
+    assert done.stderr == f"distattn: {no_folder}/{sentence}\n"
 
 
 def test_a_log_on_a_full_disk_ends_no_rank_that_prints(tmp_path):
@@ -65,7 +65,7 @@ def test_stacks_that_cannot_be_kept_are_printed(no_folder):
 
 
 def attempted(folder, monkeypatch, launch):
-    """An attempt of one rank, whose processes are stood in for. launch: stands for torchrun."""
+    """Run an attempt of one rank without its processes. launch: stands for torchrun."""
     monkeypatch.setattr(attempt, "elastic_launch", lambda config, function: launch)
     monkeypatch.setattr(attempt, "RankWatch", lambda *_: SimpleNamespace(close=lambda: None))
     for name in ("_start_server", "_server", "_tracker"):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from listening import family_of, listening_addresses
 from ports import free_ports
 from processes import run_on_ranks
+from tiny_runs import write_run_file
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 from waiting import LIMIT_SECONDS
 
@@ -29,21 +30,7 @@ from distattn.training.job_store import job_store
 ROOT = Path(__file__).parents[2]
 # an environment variable that no log and no report may show
 PLANTED = secrets.token_hex(16)
-CONFIG = """
-[run]
-folder = "run"
-[data]
-path = "texts/*.txt"
-tokens_per_step = 256
-max_document_tokens = 100
-[model]
-num_layers = 1
-hidden_size = 16
-num_attention_heads = 2
-num_key_value_heads = 2
-intermediate_size = 16
-[parallel]
-ranks = 2
+SECTIONS = """
 [train]
 steps = 100000
 [checkpoint]
@@ -55,9 +42,7 @@ steps = 0
 
 
 def test_a_run_listens_on_the_loopback_alone_and_keeps_its_secret(tmp_path):
-    (tmp_path / "run.toml").write_text(CONFIG)
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "one.txt").write_text((ROOT / "LICENSE").read_text())
+    write_run_file(tmp_path, SECTIONS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PLANTED_TOKEN": PLANTED}
     environment.pop("GLOO_SOCKET_IFNAME", None)
     command = [sys.executable, "-m", "distattn.launch.cli", "train", "run.toml"]
@@ -196,7 +181,7 @@ def test_nodes_that_do_not_meet_are_told_where(monkeypatch):
     monkeypatch.setattr(loopback, "_LIMIT", timedelta(seconds=1))
     (port,) = free_ports(1)
     with pytest.raises(
-        LostRankError, match=rf"^of 2 nodes some did not come to 127.0.0.1:{port} within 0 minutes: look"
+        LostRankError, match=rf"^some of 2 nodes did not come to 127.0.0.1:{port} within 0 minutes: look"
     ):
         _agent(0, port).next_rendezvous()
     with pytest.raises(

@@ -86,9 +86,9 @@ def test_megatron_without_a_gpu_is_refused_before_ranks_start(capsys, tmp_path, 
     monkeypatch.setattr("distattn.launch.ranks.supervised.run_supervised", started)
     monkeypatch.setattr(machine_limits, "gpu_count", lambda: 0)
     assert cli.main([*command, TINY, "--engine.name=megatron", f"--run.folder={tmp_path}/run"]) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        said
+        printed
         == "distattn: engine.name: megatron needs GPUs, and this machine has none; take engine fsdp2 or deepspeed.\n"
     )
     assert not list(tmp_path.iterdir())
@@ -104,8 +104,8 @@ def test_an_engine_that_is_not_installed_is_refused_before_ranks_start(capsys, t
 
 def test_slurm_s_login_node_needs_no_gpu_for_megatron(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(machine_limits, "gpu_count", lambda: 0)
-    words = ["launch", "slurm", TINY, "--engine.name=megatron", f"--run.folder={tmp_path}/run", "--dry-run"]
-    assert cli.main(words) == 0 and "#SBATCH" in capsys.readouterr().out
+    command = ["launch", "slurm", TINY, "--engine.name=megatron", f"--run.folder={tmp_path}/run", "--dry-run"]
+    assert cli.main(command) == 0 and "#SBATCH" in capsys.readouterr().out
 
 
 SHAPE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)

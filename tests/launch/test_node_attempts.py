@@ -71,9 +71,9 @@ def test_ranks_that_refuse_before_the_first_step_of_a_later_attempt_are_tried_ag
 
 def test_checkpoints_that_were_set_aside_are_no_progress(run, monkeypatch, capsys):
     def save(serial, step):
-        made = run.checkpoints / f"step-{step:08d}"
-        made.mkdir(parents=True)
-        Manifest(serial, step, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(made)
+        checkpoint = run.checkpoints / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        Manifest(serial, step, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(checkpoint)
 
     save(1, 20)
     save(2, 40)
@@ -88,8 +88,8 @@ def test_checkpoints_that_were_set_aside_are_no_progress(run, monkeypatch, capsy
 
     nodes.run = run_and_save
     assert NodeAttempts(run, nodes, 1, {}).run().code == 0
-    said = capsys.readouterr().err
-    assert [f"start again from step {step} (restart 1 of 1)" in said for step in (25, 30)] == [True, True]
+    printed = capsys.readouterr().err
+    assert [f"start again from step {step} (restart 1 of 1)" in printed for step in (25, 30)] == [True, True]
 
 
 def test_a_signal_that_comes_before_the_first_attempt_is_not_forgotten(run):

@@ -18,11 +18,11 @@ from distattn.launch.stop_signals import CommandStopped, answering_signals
 
 
 def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
-    said, answers = [], []
+    sentences, answers = [], []
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         patch.object(head, "_LOOK_SECONDS", 0.01),
-        patch.object(head, "say", said.append),
+        patch.object(head, "say", sentences.append),
     ):
         address = f"127.0.0.1:{server.getsockname()[1]}"
         real = head._answers
@@ -32,19 +32,21 @@ def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
             patch.object(head.ray, "get_runtime_context", lambda: context),
             head.watched_head("runs/far"),
         ):
-            eventually(lambda: len(answers) > head._LOOKS, "nobody looks")
-            assert all(answers) and not said
+            eventually(lambda: len(answers) > head._LOOKS, "the head is not looked at")
+            assert all(answers) and not sentences
             server.close()
             eventually(lambda: answers.count(False) > 2 * head._LOOKS, "the head is not missed")
-    assert len(said) == 1 and said[0].startswith(f"the head of the Ray cluster at {address} does not answer any more.")
-    assert "python -m distattn.launch.ray.attempts runs/far ends them, goes on and reports" in said[0]
+    assert len(sentences) == 1 and sentences[0].startswith(
+        f"the head of the Ray cluster at {address} does not answer any more."
+    )
+    assert "python -m distattn.launch.ray.attempts runs/far ends them, goes on and reports" in sentences[0]
     eventually(lambda: not [one for one in threading.enumerate() if one.name == "distattn-ray-head"], "it looks on")
 
 
 def test_a_second_ctrl_c_has_its_sentence():
     asked = []
-    said = pytest.raises(CommandStopped, match="stopped by SIGINT")
-    with answering_signals(), stopping(asked.append), said:
+    stopped = pytest.raises(CommandStopped, match="stopped by SIGINT")
+    with answering_signals(), stopping(asked.append), stopped:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
     assert asked == [signal.SIGINT]

@@ -1,4 +1,4 @@
-"""What `distattn resume` refuses leaves the run as it was, and what a launcher has derived is derived anew."""
+"""A refused `distattn resume` leaves the run as it was, and derived settings are derived anew."""
 
 import json
 from dataclasses import asdict, replace
@@ -23,13 +23,15 @@ from distattn.training.run_folder import StepMetrics
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of four ranks on one node, as `launch local --gpus 4` makes it, with a checkpoint of step 34 that has no files."""
-    words = ["--parallel.ranks=4", "--parallel.devices_per_node=4", "--train.steps=40", "--reference_check.steps=0"]
+    """Make a run of four ranks on one node, as `launch local --gpus 4` makes it, with a checkpoint of step 34 without files."""
+    overrides = ["--parallel.ranks=4", "--parallel.devices_per_node=4", "--train.steps=40", "--reference_check.steps=0"]
     (tmp_path / "text.py").write_text("Some text to train on. " * 2000)
-    words += [f"--data.path={tmp_path}/text.py", "--data.tokens_per_step=256", "--data.max_document_tokens=100"]
-    made = start_run(configuration.load("configs/tiny.toml", [*words, f"--run.folder={tmp_path}/run"]), no_progress)
-    Manifest(1, 34, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(folder_of(made, 34))
-    return made
+    overrides += [f"--data.path={tmp_path}/text.py", "--data.tokens_per_step=256", "--data.max_document_tokens=100"]
+    new_run = start_run(
+        configuration.load("configs/tiny.toml", [*overrides, f"--run.folder={tmp_path}/run"]), no_progress
+    )
+    Manifest(1, 34, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(folder_of(new_run, 34))
+    return new_run
 
 
 def folder_of(run, step):
@@ -48,7 +50,7 @@ def content_of(folder):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """The configurations that ranks would have read, and the exit code that they end with."""
+    """Collect the configurations that ranks would have read; they end with exit code 2."""
     seen = []
 
     def run_ranks_and_finish(run, config, report_progress, json_lines, proposal):
@@ -69,32 +71,32 @@ def test_fewer_steps_than_were_done_are_refused_before_ranks_start(run, ranks):
 
 
 def test_a_run_without_a_step_left_starts_no_ranks_unless_its_report_or_comparison_is_missing(run, ranks, capsys):
-    words = [str(run.folder), "--json"]
+    arguments = [str(run.folder), "--json"]
     config = replace(configuration.load(run.config_file), train=TrainConfig(steps=34))
     configuration.save(config, run.config_file)
     run.append(run.metrics_file, *(asdict(StepMetrics(step, 2.0, 1.0, 64, 0.5)) for step in (1, 34)))
     attempts = Attempts(run.attempts)
     attempts.end(attempts.begin(), 0, "ended well")
-    assert resume_command.main(words) == 2 and len(ranks) == 1
+    assert resume_command.main(arguments) == 2 and len(ranks) == 1
     run.report_file.touch()
     before = content_of(run.folder)
-    assert resume_command.main(words[:1]) == 0
-    said = f"all 34 steps are done; --train.steps N trains on\nreport: {run.report_file}\n"
-    assert capsys.readouterr().out.endswith(said)
-    assert resume_command.main(words) == 0
+    assert resume_command.main(arguments[:1]) == 0
+    last_lines = f"all 34 steps are done; --train.steps N trains on\nreport: {run.report_file}\n"
+    assert capsys.readouterr().out.endswith(last_lines)
+    assert resume_command.main(arguments) == 0
     facts = {"run": str(run.folder), "first_loss": 2.0, "last_loss": 2.0, "reference_check": None}
     assert json.loads(capsys.readouterr().out) == facts | {"report": str(run.report_file)}
     assert len(ranks) == 1 and content_of(run.folder) == before
     # a comparison that is asked for and was not made, or did not agree
     configuration.save(replace(config, reference_check=ReferenceCheckConfig(steps=2)), run.config_file)
-    assert resume_command.main(words) == 2 and len(ranks) == 2
+    assert resume_command.main(arguments) == 2 and len(ranks) == 2
     run.reference_check_file.write_text('{"passed"')
-    assert resume_command.main(words) == 2 and len(ranks) == 3
+    assert resume_command.main(arguments) == 2 and len(ranks) == 3
     run.reference_check_file.write_text('{"passed": false}')
-    assert resume_command.main(words) == 2 and len(ranks) == 4
+    assert resume_command.main(arguments) == 2 and len(ranks) == 4
     run.reference_check_file.write_text('{"passed": true}')
-    assert resume_command.main(words) == 0 and len(ranks) == 4
-    assert resume_command.main([*words, "--train.steps=40"]) == 2 and len(ranks) == 5
+    assert resume_command.main(arguments) == 0 and len(ranks) == 4
+    assert resume_command.main([*arguments, "--train.steps=40"]) == 2 and len(ranks) == 5
 
 
 def test_what_ranks_refuse_does_not_change_the_run_s_configuration(run, ranks):

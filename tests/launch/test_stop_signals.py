@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from tiny_runs import write_run_file
 from waiting import LIMIT_SECONDS
 
 from distattn.launch import cli, finish_run, run_locally, start_run
@@ -20,21 +21,7 @@ from distattn.launch.stop_signals import STOPPING, CommandStopped, answering_sig
 ROOT = Path(__file__).parents[2]
 # as a batch system that asks again and again
 OFTEN = 40
-CONFIG = """
-[run]
-folder = "run"
-[data]
-path = "texts/*.txt"
-tokens_per_step = 256
-max_document_tokens = 100
-[model]
-num_layers = 1
-hidden_size = 16
-num_attention_heads = 2
-num_key_value_heads = 2
-intermediate_size = 16
-[parallel]
-ranks = 2
+SECTIONS = """
 [train]
 steps = 6
 [reference_check]
@@ -51,16 +38,14 @@ WHERE = {
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a configuration, which is the working directory."""
+    """Make a folder with a configuration the working directory."""
     monkeypatch.chdir(tmp_path)
-    Path("run.toml").write_text(CONFIG)
-    Path("texts").mkdir()
-    Path("texts", "one.txt").write_text((ROOT / "LICENSE").read_text())
+    write_run_file(tmp_path, SECTIONS)
     return tmp_path
 
 
 def documented() -> dict[str, str]:
-    """What docs/local.md says is said, by phase."""
+    """Return the sentences of docs/local.md, by phase."""
     page = (ROOT / "docs" / "local.md").read_text()
     return dict(re.findall(r"^\| ([^|]+?) \| `(stopped by [^`]+)` \|", page, re.M))
 
@@ -78,7 +63,7 @@ def send(number: int) -> None:
 
 
 def in_a_fork(work) -> tuple[int, str]:
-    """The exit code of a process that was forked to work, and what it printed on its error stream."""
+    """Run `work` in a forked process. Return its exit code, and what it printed on its error stream."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -149,8 +134,8 @@ def test_what_the_caller_answers_itself_is_left_to_it():
         with answering_signals():
             os.kill(os.getpid(), signal.SIGUSR1)
             again = answering_signals(), stopped("here", "there is more"), stopped("")
-            said = pytest.raises(CommandStopped, match="stopped by SIGTERM here; there is more.")
-            with said, again[0], again[1], again[2]:
+            expected_stop = pytest.raises(CommandStopped, match="stopped by SIGTERM here; there is more.")
+            with expected_stop, again[0], again[1], again[2]:
                 os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -243,9 +243,9 @@ def test_what_a_configuration_cannot_have_is_refused(words, message):
 
 
 def test_a_count_says_of_how_much_memory_and_whether_it_fits():
-    found = memory_of_run(lambda: small.build(torch.float32), plan(97, 4), MemorySettings(loss_tile_tokens=8))
+    rows = memory_of_run(lambda: small.build(torch.float32), plan(97, 4), MemorySettings(loss_tile_tokens=8))
     cluster = load("h200-1x4")
-    assert fit_line(found, cluster).startswith("fits: ") and " 141" in fit_line(found, cluster)
+    assert fit_line(rows, cluster).startswith("fits: ") and " 141" in fit_line(rows, cluster)
     tiny = replace(cluster, device=replace(cluster.device, memory_gb=1e-6))
-    assert fit_line(found, tiny).startswith("does not fit: ")
-    assert [row["fits"] for row in json.loads(memory_json(found, tiny))] == [False] * len(found)
+    assert fit_line(rows, tiny).startswith("does not fit: ")
+    assert [row["fits"] for row in json.loads(memory_json(rows, tiny))] == [False] * len(rows)

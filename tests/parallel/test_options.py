@@ -72,7 +72,7 @@ def masks_of(op: Op, lengths: tuple[int, ...]) -> list[Mask]:
 
 @st.composite
 def questions(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of `make_plan`, of any strategy that plans the op."""
+    """Draw arguments of `make_plan`, for any strategy that plans the op."""
 
     def one(values: Any) -> Any:
         return draw(st.sampled_from(values))
@@ -124,8 +124,8 @@ def check(asked: dict[str, Any]) -> None:
     try:
         plan = make_plan(arguments.pop("mask"), arguments.pop("layout"), **arguments)
     except DistattnError as error:
-        said = [holds for words, holds in REFUSALS.items() if words in str(error)]
-        if not said or not any(holds(asked) for holds in said):
+        reasons = [holds for sentence, holds in REFUSALS.items() if sentence in str(error)]
+        if not reasons or not any(holds(asked) for holds in reasons):
             raise AssertionError(f"{asked} is refused: {error}") from error
         return
     try:
@@ -150,5 +150,5 @@ def test_every_plan_of_many_is_proven(asked):
 
 
 def test_every_option_of_every_strategy_is_asked_for():
-    known = {name: one.option_names for op in ALL_OPS for name, one in strategies_of(op).items()}
-    assert {name: list(options) for name, options in OPTIONS.items()} == known
+    option_names = {name: one.option_names for op in ALL_OPS for name, one in strategies_of(op).items()}
+    assert {name: list(options) for name, options in OPTIONS.items()} == option_names

@@ -75,13 +75,13 @@ def test_a_person_sees_points_zooms_and_chooses(page, tmp_path, width):
 
 @needs_browser
 def test_score_matrices_are_legible_on_a_telephone_and_in_the_dark(page, tmp_path):
-    said = what_a_script_says(page, LEGIBLE, tmp_path, 420, dark=True)
+    facts = what_a_script_says(page, LEGIBLE, tmp_path, 420, dark=True)
     # three ticks an axis, their names, and those of the bars
-    assert said["texts"] > 2 * 8 and not said["unread"] and not said["cut"] and not said["error"], said
+    assert facts["texts"] > 2 * 8 and not facts["unread"] and not facts["cut"] and not facts["error"], facts
 
 
 @needs_browser
 def test_paper_shows_all_columns_and_lines(page, tmp_path):
-    """On A4, whose long side has 1,047 pixels between the margins."""
-    said = what_a_script_says(as_printed(page), LEGIBLE, tmp_path, 1047)
-    assert not said["wide"] and not said["unread"] and not said["cut"], said
+    """Print on A4, whose long side has 1,047 pixels between the margins."""
+    facts = what_a_script_says(as_printed(page), LEGIBLE, tmp_path, 1047)
+    assert not facts["wide"] and not facts["unread"] and not facts["cut"], facts

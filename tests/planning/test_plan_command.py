@@ -34,14 +34,14 @@ def test_the_page_on_planning_has_the_table_that_is_printed(capsys):
     command, table = (
         match.group(1) for match in re.finditer(r"((?:^    .*\n)+)", page[: page.index("`plan.html`")], re.M)
     )
-    words = command.splitlines()[0].split()[2:]
-    code, out, _ = run(capsys, *words[: words.index("--html")])
+    arguments = command.splitlines()[0].split()[2:]
+    code, out, _ = run(capsys, *arguments[: arguments.index("--html")])
     assert code == 0 and out.splitlines() == [line.removeprefix("    ") for line in table.splitlines()]
 
 
 def test_memory_of_a_rank_without_tokens_is_refused_in_a_sentence(capsys):
     code, _, err = run(capsys, "tiny", "--docs", "4096", "--tokens", "5", "--memory")
-    assert code == 2 and "rank 1 has none of this step's 5" in err and err.count("\n") == 1, err
+    assert code == 2 and "rank 1 has none of the 5 tokens of this step" in err and err.count("\n") == 1, err
 
 
 def test_numbers_a_page_and_a_trace(capsys, tmp_path):
@@ -165,11 +165,11 @@ def test_the_fastest_is_in_colour_on_a_terminal_only(capsys, monkeypatch):
 
 
 def test_a_run_s_layout_is_compared_with_the_others_and_a_faster_one_is_named(capsys):
-    given = ("configs/tiny.toml", "--cluster", "h100-1x4", "--docs", "65536", "--strategy", "ring")
-    _, out, _ = run(capsys, *given, "--parallel.layout=contiguous")
+    arguments = ("configs/tiny.toml", "--cluster", "h100-1x4", "--docs", "65536", "--strategy", "ring")
+    _, out, _ = run(capsys, *arguments, "--parallel.layout=contiguous")
     assert "layouts with ring, forward + backward: " in out and all(name in out for name in LAYOUTS)
     assert "layout contiguous is not the fastest: it takes " in out and 'set parallel.layout = "' in out
-    _, out, _ = run(capsys, *given, "--parallel.layout=balanced")
+    _, out, _ = run(capsys, *arguments, "--parallel.layout=balanced")
     assert "layouts with ring" in out and "is not the fastest" not in out
-    _, out, _ = run(capsys, *given, "--json")
+    _, out, _ = run(capsys, *arguments, "--json")
     assert set(json.loads(out)["layouts"]) <= set(LAYOUTS)

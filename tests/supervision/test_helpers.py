@@ -43,7 +43,7 @@ HOW = {
 
 @pytest.fixture
 def sleeping():
-    """A function that starts a process that sleeps; all are ended with the test."""
+    """Return a function that starts a sleeping process; all are ended with the test."""
     processes = []
 
     def start() -> int:
@@ -93,36 +93,36 @@ def test_a_rank_that_dies_in_the_same_moment_as_the_helper_is_not_to_blame(sleep
 
 @pytest.mark.parametrize("how", HOW, ids=lambda how: how.name)
 def test_a_helper_that_can_be_replaced_is(how, sleeping, tmp_path):
-    said, first = [], sleeping()
+    sentences, first = [], sleeping()
     helper, board = Helper("the resource tracker", first, sleeping), HeartbeatBoard.make(1)
     with patch.object(rank_watch, "LOOK_SECONDS", 0.0), patch.object(helpers, "LOOK_SECONDS", 0.1):
-        watch = RankWatch(board, range(1), Patience(600.0, 0.2), tmp_path, helpers=[helper], say=said.append)
+        watch = RankWatch(board, range(1), Patience(600.0, 0.2), tmp_path, helpers=[helper], say=sentences.append)
         os.kill(first, how)
-        eventually(lambda: said, "nothing is said")
+        eventually(lambda: sentences, "nothing is said")
         assert watch.close() is None
-    assert said == [f"the resource tracker (process {first}) {HOW[how]}: another one is started."]
+    assert sentences == [f"the resource tracker (process {first}) {HOW[how]}: another one is started."]
     assert helper.pid != first and process_state(helper.pid) in "RS" and process_state(first) == "Z"
     board.close()
 
 
 def test_a_helper_that_cannot_be_replaced_now_is_replaced_later(sleeping, tmp_path):
-    said, tries = [], []
+    sentences, tries = [], []
     first, board = sleeping(), HeartbeatBoard.make(1)
 
     def replace():
-        tries.append(len(said))
+        tries.append(len(sentences))
         if len(tries) < 3:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return sleeping()
 
     helper = Helper("the resource tracker", first, replace)
     with patch.object(rank_watch, "LOOK_SECONDS", 0.0):
-        watch = RankWatch(board, range(1), Patience(600.0, 600.0), tmp_path, helpers=[helper], say=said.append)
+        watch = RankWatch(board, range(1), Patience(600.0, 600.0), tmp_path, helpers=[helper], say=sentences.append)
         os.kill(first, signal.SIGKILL)
-        eventually(lambda: helper.pid != first and len(said) == 2, "it is not replaced")
+        eventually(lambda: helper.pid != first and len(sentences) == 2, "it is not replaced")
         assert watch.close() is None
     name = f"the resource tracker (process {first}) was killed by SIGKILL"
-    assert said == [
+    assert sentences == [
         f"{name}, and cannot be replaced now: Resource temporarily unavailable; it is tried again.",
         f"{name}: another one is started.",
     ]
@@ -130,7 +130,7 @@ def test_a_helper_that_cannot_be_replaced_now_is_replaced_later(sleeping, tmp_pa
 
 
 def test_a_new_resource_tracker_knows_the_semaphores_that_are_there():
-    # in a process of its own, whose tracker nobody else uses
+    # in a separate process, since no other test may use its tracker
     done = subprocess.run([sys.executable, "-c", TRACKED], env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
@@ -141,8 +141,8 @@ def test_a_replay_that_is_stopped_is_named(tmp_path):
         patch.object(reference_check, name, seconds)
         for name, seconds in (("LOOK_SECONDS", 0.05), ("_STOPPED_SECONDS", 1.0))
     ]
-    said = pytest.raises(DistattnError, match=r"the replay in plain transformers \(process \d+\) is stopped")
-    with soon[0], soon[1], said:
+    refusal = pytest.raises(DistattnError, match=r"the replay in plain transformers \(process \d+\) is stopped")
+    with soon[0], soon[1], refusal:
         reference_check._run_watched(stops)
     assert reference_check._run_watched([sys.executable, "-c", "import sys; sys.exit('no')"]) == (1, "no\n")
 

@@ -65,8 +65,8 @@ def test_a_link_that_is_cut_is_named_by_both_nodes_and_they_are_two_machines(tmp
     cases = json.dumps([["cut", free_ports(1)[0]]])
     with networks() as inside:
         digests = [
-            subprocess.run([*one, sys.executable, "-c", DIGESTS], env=ENVIRONMENT, capture_output=True, text=True)
-            for one in inside
+            subprocess.run([*enter, sys.executable, "-c", DIGESTS], env=ENVIRONMENT, capture_output=True, text=True)
+            for enter in inside
         ]
         # they see each other's processes, and have loopbacks of their own
         machines, writers = zip(*(done.stdout.split() for done in digests), strict=True)
@@ -118,9 +118,9 @@ def test_a_link_counts_as_cut_only_where_it_was_whole(tmp_path, monkeypatch):
         monkeypatch.setattr(node_links, "unreached", lambda places, seconds: dict.fromkeys(places, "No route to host"))
         assert [(one.first, one.second) for one in links.cut()] == [(0, 1), (0, 2)]
         (_, second) = links.cut()
-        said = f"{second.names} {second.how}"
+        sentence = f"{second.names} {second.how}"
         assert (
-            said
+            sentence
             == "node 0 (a, 127.0.0.1) and node 2 (a, 127.0.0.1) do not reach each other any more (No route to host): "
             + ("the link between them is cut")
         )

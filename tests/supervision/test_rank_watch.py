@@ -121,7 +121,7 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
     ranks[0].kill()
     with patch.object(rank_watch, "_TORCHRUN_SECONDS", 0.1), patch.object(os, "kill") as killed:
         ranks[0].wait()
-        eventually(lambda: killed.called, "nobody is interrupted")
+        eventually(lambda: killed.called, "nothing interrupts torchrun")
         killed.assert_called_once_with(os.getpid(), rank_watch.INTERRUPT)
     assert str(watch.close()) == "rank 0 ended without a word: step 14, ended"
     # as all do whom torchrun has let go

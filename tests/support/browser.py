@@ -68,9 +68,9 @@ def what_a_script_says(page: str, script: str, folder: Path, width: int, dark: b
     (folder / "page.html").write_text(page.replace("</body>", _AROUND.replace("SCRIPT", script)))
     frame = folder / "frame.html"
     frame.write_text(_FRAME.replace("WIDTH", str(width)))
-    given = [f"--user-data-dir={folder}/profile", f"--window-size={max(width, 500) + 20},950", "--dump-dom"]
-    given.append(f"--blink-settings=preferredColorScheme={0 if dark else 1}")
-    command = [_BROWSER, *_FLAGS, *given, frame.as_uri()]
+    options = [f"--user-data-dir={folder}/profile", f"--window-size={max(width, 500) + 20},950", "--dump-dom"]
+    options.append(f"--blink-settings=preferredColorScheme={0 if dark else 1}")
+    command = [_BROWSER, *_FLAGS, *options, frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert "data-said" in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
     return json.loads(html.unescape(re.search(r'data-said="([^"]*)"', done.stdout)[1]))

@@ -62,7 +62,7 @@ def run(folder: str, steps: int) -> int:
 
 
 def hang(kind: str, folder: Path) -> None:
-    """Never returns, or does not return in time, unless what is to be found happens elsewhere."""
+    """Plant a fault of this kind. Return only where the fault is found elsewhere."""
     if kind == "cut":
         subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
     if kind == "kill":

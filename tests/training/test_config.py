@@ -303,8 +303,8 @@ def test_a_mistake_on_the_command_line_leads_to_what_was_meant(words, sentence):
 )
 def test_a_misspelled_option_leads_to_the_one_that_was_meant(words, sentence, capsys):
     assert main(words.split()) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err and said.err.count("\n") == 1 and not said.out
+    printed = capsys.readouterr()
+    assert sentence in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 def test_renamed_keys_lead_to_keys_that_exist():
@@ -340,11 +340,11 @@ def test_an_empty_configuration_is_a_run(tmp_path):
     ],
 )
 def test_keys_about_text_are_refused_with_a_plan_of_packs(key, value):
-    given, words = ["--data.path", "packs.toml"], [f"--data.{key}", value]
+    packs, words = ["--data.path", "packs.toml"], [f"--data.{key}", value]
     # the run file's keys of text belong to its text
-    assert configuration.load("configs/tiny.toml", given).data.path == "packs.toml"
+    assert configuration.load("configs/tiny.toml", packs).data.path == "packs.toml"
     with pytest.raises(DistattnError, match=f"data.{key}: does nothing here"):
-        configuration.load("configs/tiny.toml", [*given, *words])
+        configuration.load("configs/tiny.toml", [*packs, *words])
 
 
 @pytest.mark.parametrize(

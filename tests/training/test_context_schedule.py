@@ -9,6 +9,7 @@ import pytest
 import torch
 from processes import run_on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import new_run, tiny_config, train_on_rank
 
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import no_progress
@@ -16,19 +17,11 @@ from distattn.launch.plan_command import main as plan_command
 from distattn.launch.start_run import start_run
 from distattn.training import config as configuration
 from distattn.training import loop
-from distattn.training.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    ReferenceCheckConfig,
-    RunConfig,
-    TrainConfig,
-)
+from distattn.training.config import Config, TrainConfig
 from distattn.training.config_sections import CheckpointConfig, ContextPhase
 from distattn.training.loop import train
 from distattn.training.report import _curves
-from distattn.training.run_data import find_text, open_data, planned_packs, write_text
+from distattn.training.run_data import open_data, planned_packs
 from distattn.training.run_folder import RunFolder
 
 STEPS = 6
@@ -38,21 +31,14 @@ CONTEXTS = [64, 64, 128, 128, 256, 256]
 
 @pytest.fixture
 def config(texts, tmp_path) -> Config:
-    return Config(
-        run=RunConfig(folder=str(tmp_path / "run"), seed=3),
-        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=200, context_schedule=PHASES),
-        model=ModelConfig(
-            num_layers=1, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
-        ),
-        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+    return tiny_config(
+        texts,
+        tmp_path / "run",
+        data=dict(max_document_tokens=200, context_schedule=PHASES),
+        model=dict(num_layers=1),
         train=TrainConfig(steps=STEPS),
         checkpoint=CheckpointConfig(every_steps=1, keep_last=9),
-        reference_check=ReferenceCheckConfig(steps=0),
     )
-
-
-def _train(rank: int, folder: Path, config: Config) -> None:
-    train(RunFolder(folder), config, True, torch.device("cpu"))
 
 
 def _rows(run: RunFolder) -> list[tuple[int, int, float, float]]:
@@ -61,22 +47,21 @@ def _rows(run: RunFolder) -> list[tuple[int, int, float, float]]:
 
 @pytest.mark.full
 def test_a_run_goes_on_bit_by_bit_from_the_middle_of_each_phase(config, tmp_path):
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
+    run = new_run(config)
     plan = open_data(run, config).plan
     for step, context in enumerate(CONTEXTS):
         packs = plan.step(step).packs
         # short contexts cut documents, and a step has as many tokens throughout
         assert all(sum(pack.lengths) <= context for pack in packs) and len(packs) == 256 // context
     assert any(max(pack.lengths) > 128 for pack in plan.step(STEPS - 1).packs)
-    run_on_ranks(2, _train, run.folder, config)
+    run_on_ranks(2, train_on_rank, run.folder, config)
     assert [context for _, context, _, _ in _rows(run)] == CONTEXTS
     for middle in (1, 3, 5):
         copy = RunFolder(shutil.copytree(run.folder, tmp_path / f"again-{middle}"))
         for found in copy.checkpoints.glob("step-*"):
             if int(found.name.removeprefix("step-")) > middle:
                 shutil.rmtree(found)
-        run_on_ranks(2, _train, copy.folder, config)
+        run_on_ranks(2, train_on_rank, copy.folder, config)
         assert _rows(copy) == _rows(run) and len(_rows(run)) == STEPS
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
@@ -100,8 +85,7 @@ def _told(rank: int, folder: Path, config: Config) -> list[tuple[int, float]]:
 
 
 def test_the_first_step_of_a_phase_may_take_as_long_as_the_first_of_a_run(config):
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
+    run = new_run(config)
     longer = config.supervision.starting_seconds
     wanted = [(0, 0), (1, 0), (2, longer), (3, 0), (4, longer), (5, 0)]
     assert run_on_ranks(2, _told, run.folder, config) == [wanted] * 2
@@ -183,8 +167,8 @@ def test_packs_that_are_planned_already_have_no_other_schedule(config):
 
 
 def test_a_schedule_beside_a_context_length_is_refused(config):
-    both = dataclasses.replace(config, data=dataclasses.replace(config.data, context_length=64))
-    (problem,) = configuration.problems_of(both)
+    combined = dataclasses.replace(config, data=dataclasses.replace(config.data, context_length=64))
+    (problem,) = configuration.problems_of(combined)
     assert problem.startswith("data.context_length: data.context_schedule has the context length by step")
 
 

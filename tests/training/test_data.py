@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import new_run
 
 from distattn.data import text
 from distattn.data.byte_corpus import byte_corpus
@@ -75,8 +76,7 @@ def test_steps_of_text_have_the_same_documents_whatever_the_number_of_shares(tmp
         config = Config(
             RunConfig(folder=str(tmp_path / f"{number}")), data, parallel=parallel, train=TrainConfig(steps=30)
         )
-        run = RunFolder.create(config)
-        write_text(run, config, find_text(config))
+        run = new_run(config)
         opened = open_data(run, config)
         rows = [list(piece_rows(opened, step)) for step in range(30)]
         found.append([[{**row, "file": ""} for row in step] for step in rows])
@@ -91,8 +91,7 @@ def test_tokens_of_a_run_are_compared_with_their_digests_unless_it_says_otherwis
     config = Config(
         RunConfig(folder=str(tmp_path / "run")), DataConfig(path=str(tmp_path / "a.txt")), train=TrainConfig(steps=1)
     )
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
+    run = new_run(config)
     content = bytearray(Path(f"{run.corpus_prefix}.bin").read_bytes())
     content[100] ^= 1
     Path(f"{run.corpus_prefix}.bin").write_bytes(content)

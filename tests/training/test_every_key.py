@@ -110,7 +110,7 @@ def words_of(*words: str) -> list[str]:
 
 
 def another(key: str) -> list[str]:
-    """Another value of a key: that of the table, else what its type has."""
+    """Return another value of a key: that of the table, else one of its type."""
     if key in OTHERS:
         return OTHERS[key]
     section, name = key.split(".")
@@ -126,12 +126,12 @@ def value_of(config: Config, key: str):
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in NOT_HERE])
 def test_a_key_changes_the_configuration_and_is_refused_without_what_it_belongs_to(key, empty):
     value, *belongs_to = words_of(*another(key))
-    given = [value if value.startswith("--") else f"--{key}={value}"]
-    changed, without = (configuration.load(empty, [*words, *belongs_to]) for words in (given, []))
+    arguments = [value if value.startswith("--") else f"--{key}={value}"]
+    changed, without = (configuration.load(empty, [*words, *belongs_to]) for words in (arguments, []))
     assert value_of(changed, key) != value_of(without, key)
     if belongs_to:
         with pytest.raises(DistattnError, match="command line: "):
-            configuration.load(empty, given)
+            configuration.load(empty, arguments)
 
 
 @pytest.mark.parametrize(("key", "value", "others"), IDLE, ids=[f"{one[0]} {' '.join(one[2])}" for one in IDLE])
@@ -155,7 +155,7 @@ def test_a_file_s_keys_that_the_command_line_makes_idle_are_left_out_with_a_line
     config = configuration.load(tiny, ["--data.path=packs.toml", "--parallel.layout=zigzag"], said.append)
     assert config.data == dataclasses.replace(Config().data, path="packs.toml") and not config.parallel.min_chunk
     assert said == [
-        f"{tiny}: left out, as they do nothing beside what the command line says: data.suffix, data.exclude, parallel.min_chunk."
+        f"{tiny}: left out, since the command line makes them useless: data.suffix, data.exclude, parallel.min_chunk."
     ]
     said.clear()
     assert configuration.load(tiny, words_of("--model.path={model}"), said.append).model.num_layers == 32

@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_on_ranks
+from tiny_runs import new_run, tiny_config
 from waiting import eventually
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints, newest_good
 from distattn.checkpoints.owner import Owner
-from distattn.training.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from distattn.training.config_sections import CheckpointConfig, EvaluationConfig, ReferenceCheckConfig
+from distattn.training.config import Config, TrainConfig
+from distattn.training.config_sections import CheckpointConfig, EvaluationConfig
 from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.loop import train
 from distattn.training.run_data import find_text, write_text
@@ -46,17 +47,14 @@ def disk(tmp_path):
 
 
 def config_of(texts: Path, folder: Path) -> Config:
-    return Config(
-        run=RunConfig(folder=str(folder), seed=3),
-        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100, context_length=128),
-        model=ModelConfig(
-            num_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48
-        ),
-        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+    return tiny_config(
+        texts,
+        folder,
+        data=dict(context_length=128),
+        model=dict(num_layers=1, num_attention_heads=2, num_key_value_heads=1),
         train=TrainConfig(steps=STEPS, histogram_every=2),
         checkpoint=CheckpointConfig(every_steps=2),
         evaluation=EvaluationConfig(every_steps=3, steps=1),
-        reference_check=ReferenceCheckConfig(steps=0),
     )
 
 
@@ -147,8 +145,7 @@ def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts,
 
 def test_a_restart_bears_a_full_disk(texts, disk, tmp_path):
     config, said = config_of(texts, disk / "run"), tmp_path / "said"
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
+    run = new_run(config)
     run_on_ranks(2, _train, run.folder, replace(config, train=replace(config.train, steps=4)), tmp_path / "said-0", {})
     # as a killed rank 0 leaves it: its own name is that of a process that is no more
     dead = replace(Owner.of_this_process(), pid=2**22 + 1)

@@ -14,28 +14,17 @@ import torch
 import torch.distributed as dist
 from processes import run_on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import new_run, tiny_config
 
 import distattn as da
 from distattn.ir.errors import DistattnError
 from distattn.training import loop
 from distattn.training.config_checks import problems_of
-from distattn.training.config_sections import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EngineConfig,
-    HealthConfig,
-    ModelConfig,
-    ParallelConfig,
-    ReferenceCheckConfig,
-    RunConfig,
-    TrainConfig,
-)
+from distattn.training.config_sections import CheckpointConfig, Config, EngineConfig, HealthConfig, TrainConfig
 from distattn.training.device_counters import COUNTERS, DeviceCounters
 from distattn.training.health import HealthReport, HealthReports, slowest_rank
 from distattn.training.json_lines import read_rows
 from distattn.training.prometheus import PrometheusFile, PrometheusPort, prometheus_text
-from distattn.training.run_data import find_text, write_text
 from distattn.training.run_folder import RunFolder
 from distattn.training.step_clock import StepCosts
 
@@ -90,16 +79,12 @@ def test_where_attention_is_shared_out_by_speed_the_report_says_so():
 
 
 def config_of(engine, texts, folder, **health):
-    small = dict(num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
-    return Config(
-        run=RunConfig(folder=str(folder), seed=3),
-        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100),
-        model=ModelConfig(**small),
-        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+    return tiny_config(
+        texts,
+        folder,
         engine=EngineConfig(name=engine),
         train=TrainConfig(steps=6),
         checkpoint=CheckpointConfig(every_steps=-1),
-        reference_check=ReferenceCheckConfig(steps=0),
         health=HealthConfig(every_steps=2, **health),
     )
 
@@ -143,8 +128,7 @@ def test_in_every_engine_the_rank_that_sleeps_is_named(texts, tmp_path, engine, 
     pytest.importorskip({"fsdp2": "torch", "deepspeed": "deepspeed", "megatron": "megatron.core"}[engine])
     metrics = tmp_path / "health.prom"
     config = config_of(engine, texts, tmp_path / "run", prometheus_file=str(metrics))
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
+    run = new_run(config)
     run_on_ranks(2, train_with_naps, run.folder, config, place)
     # in the first one ranks also load what they need, which may take one of them long
     _, second, third = read_rows(run.health_file)

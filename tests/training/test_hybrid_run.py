@@ -8,6 +8,7 @@ import hybrid_models
 import pytest
 import torch
 from processes import run_on_ranks
+from tiny_runs import new_run
 
 from distattn.batch import recurrent_run
 from distattn.cluster.spec import Link, load
@@ -27,7 +28,6 @@ from distattn.training.config_sections import ClusterConfig
 from distattn.training.loop import train
 from distattn.training.model_flops import ModelFlops
 from distattn.training.reference_check import compare_with_reference, write_initial_weights
-from distattn.training.run_data import find_text, write_text
 from distattn.training.run_folder import RunFolder
 from distattn.training.run_settings import configured_model
 
@@ -76,8 +76,7 @@ def test_a_run_has_the_curve_of_plain_transformers(texts, tmp_path, name, relaid
             memory=dataclasses.replace(config.memory, activation_checkpointing="full"),
         )
     assert not problems_of(config)
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
+    run = new_run(config)
     # in and out, in each of the three steps
     assert run_on_ranks(2, _train, run.folder, config) == [6 if relaid else 0] * 2
     write_initial_weights(run, config)

@@ -1,4 +1,4 @@
-"""What a launcher proposes is applied once, by rank 0, or not at all."""
+"""A launcher's proposal is applied once, by rank 0, or not at all."""
 
 import pytest
 
@@ -15,14 +15,14 @@ from distattn.training.run_folder import RunFolder
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with checkpoints of three steps, which have no files."""
-    made = RunFolder.create(with_rate(tmp_path, 1e-3))
+    """Make a run with checkpoints of three steps, which have no files."""
+    new_run = RunFolder.create(with_rate(tmp_path, 1e-3))
     for serial, step in enumerate((10, 20, 30), 1):
-        folder = made.checkpoints / f"step-{step:08d}"
+        folder = new_run.checkpoints / f"step-{step:08d}"
         folder.mkdir(parents=True)
         Manifest(serial, step, "2026-01-01T00:00:00+00:00", 1, "2.13.0", {}, []).write(folder)
-    CheckpointVerdict(GOOD).write(made.checkpoints / "step-00000030")
-    return made
+    CheckpointVerdict(GOOD).write(new_run.checkpoints / "step-00000030")
+    return new_run
 
 
 def with_rate(tmp_path, rate, steps=40):
@@ -73,8 +73,8 @@ def test_a_rank_refuses_a_proposal_that_is_gone(run, monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert on_rank(str(run.folder), lambda *_: 0, "ours") == DistattnError.exit_code
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "config.proposed-ours.toml: the proposed configuration is gone" in said[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "config.proposed-ours.toml: the proposed configuration is gone" in lines[0]
 
 
 def test_configurations_before_are_all_kept(run, tmp_path):

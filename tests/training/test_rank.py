@@ -1,4 +1,4 @@
-"""What a rank says when it ends."""
+"""Ranks of one console print one sentence, once, when they end with the same one."""
 
 from datetime import timedelta
 
@@ -9,8 +9,8 @@ from distattn.training.rank import is_first_to_say
 
 def test_ranks_of_one_console_say_a_sentence_once():
     store = dist.HashStore()
-    said = [is_first_to_say(text, store) for text in ("no GPU.", "no GPU.", "rank 1 has other data.", "no GPU.")]
-    assert said == [True, False, True, False]
+    is_first = [is_first_to_say(text, store) for text in ("no GPU.", "no GPU.", "rank 1 has other data.", "no GPU.")]
+    assert is_first == [True, False, True, False]
 
 
 def test_a_store_that_is_lost_keeps_no_sentence_back():

@@ -1,4 +1,4 @@
-"""Updates that destroy the weights: good checkpoints stay, rollbacks go far enough, a streak of refused steps is told of once."""
+"""Updates that destroy the weights: good checkpoints stay, rollbacks go far enough, a refused streak is reported once."""
 
 import dataclasses
 import errno
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_on_ranks
+from tiny_runs import new_run, tiny_config
 
 from distattn.checkpoints import checkpoints
 from distattn.checkpoints.checkpoint_folder import by_preference, choose_step, list_checkpoints
@@ -17,19 +18,10 @@ from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED
 from distattn.ir.errors import RunStopped
 from distattn.launch import finish_run as finishing
 from distattn.launch.run_status import status
-from distattn.training.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    ReferenceCheckConfig,
-    RunConfig,
-    TrainConfig,
-)
+from distattn.training.config import Config, RunConfig, TrainConfig
 from distattn.training.config_sections import CheckpointConfig, WatchConfig
 from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.loop import train
-from distattn.training.run_data import find_text, write_text
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
 
 STEPS = 12
@@ -37,16 +29,14 @@ STEPS = 12
 
 @pytest.fixture
 def config(texts, tmp_path) -> Config:
-    return Config(
-        run=RunConfig(folder=str(tmp_path / "run"), seed=3),
-        data=DataConfig(path=str(texts), tokens_per_step=128, max_document_tokens=100, context_length=128),
-        model=ModelConfig(
-            num_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24
-        ),
-        parallel=ParallelConfig(ranks=1, layout="document_zigzag", min_chunk=16),
+    return tiny_config(
+        texts,
+        tmp_path / "run",
+        data=dict(tokens_per_step=128, context_length=128),
+        model=dict(num_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24),
+        ranks=1,
         train=TrainConfig(steps=STEPS),
         checkpoint=CheckpointConfig(every_steps=1, keep_last=2),
-        reference_check=ReferenceCheckConfig(steps=0),
     )
 
 
@@ -68,8 +58,7 @@ def _train(rank: int, folder: Path, config: Config, ruined: tuple[int, ...] = ()
 
 def trained(config: Config, *fault, run: RunFolder | None = None) -> RunFolder:
     if run is None:
-        run = RunFolder.create(config)
-        write_text(run, config, find_text(config))
+        run = new_run(config)
     run_on_ranks(1, _train, run.folder, config, *fault)
     return run
 
@@ -85,10 +74,10 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
     run = trained(config, (6,))
     # the sixth update destroyed the weights, which were saved before a step could show it; nothing was saved then but the end
     assert verdicts(run) == {5: GOOD, 6: REFUSED, STEPS: REFUSED}
-    found = {one.step: one for one in list_checkpoints(run.checkpoints)}
-    assert "step 7, computed from it, was refused: the loss is nan" in found[6].verdict.text
-    assert "saved after refused steps, from 7 on" in found[STEPS].verdict.text and found[5].verdict.kept
-    assert found[STEPS].manifest.facts["loss"] == "nan" and float(found[5].manifest.facts["loss"]) < 7
+    checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(run.checkpoints)}
+    assert "step 7, computed from it, was refused: the loss is nan" in checkpoints[6].verdict.text
+    assert "saved after refused steps, from 7 on" in checkpoints[STEPS].verdict.text and checkpoints[5].verdict.kept
+    assert checkpoints[STEPS].manifest.facts["loss"] == "nan" and float(checkpoints[5].manifest.facts["loss"]) < 7
     # the first refused step is looked into and told of, and then the whole streak
     refused = [event["text"] for event in run.events() if event["kind"] == "refused"]
     assert len(refused) == 2 and refused[0].startswith("the loss is nan. In a second run: ")
@@ -97,9 +86,9 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
     assert [one.name for one in (run.folder / "evidence").iterdir()] == ["step-6"]
     # a last loss that is no number is no good end
     assert finish_run(run, config, lambda line: None, json_lines=True) == 1
-    said = capsys.readouterr().err
-    assert "the loss of the last step, 12, is nan: steps from 7 on were refused" in said
-    assert f"distattn resume {run.folder} --step 5 goes on" in said
+    printed = capsys.readouterr().err
+    assert "the loss of the last step, 12, is nan: steps from 7 on were refused" in printed
+    assert f"distattn resume {run.folder} --step 5 goes on" in printed
     # what goes on takes the newest good one
     trained(config, run=run)
     assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Went on from step-00000005."]
@@ -205,9 +194,7 @@ def _train_until_stopped(rank: int, runs: list[RunFolder], config: Config) -> li
 
 def test_a_run_that_is_stopped_amid_refused_steps_says_from_where_it_goes_on(config, capfd):
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1, keep_last=9))
-    runs = [RunFolder.create(config) for _ in range(2)]
-    for run in runs:
-        write_text(run, config, find_text(config))
+    runs = [new_run(config) for _ in range(2)]
     ((first, second),) = run_on_ranks(1, _train_until_stopped, runs, config)
     # where all are in doubt, the newest is taken, and it is said so
     assert verdicts(runs[0]) == {1: REFUSED, 2: REFUSED, 3: REFUSED}

@@ -214,12 +214,12 @@ def test_every_curve_of_a_long_run_is_drawn(run, tmp_path, width):
 @needs_browser
 def test_charts_and_score_matrices_are_legible_on_a_telephone_and_in_the_dark(run, tmp_path):
     month(run)
-    said = what_a_script_says(page_of(run, CHECKED), LEGIBLE, tmp_path, 420, dark=True)
-    assert said["texts"] > 2 * 8 + 2 * 10 and not said["unread"] and not said["cut"] and not said["error"], said
+    facts = what_a_script_says(page_of(run, CHECKED), LEGIBLE, tmp_path, 420, dark=True)
+    assert facts["texts"] > 2 * 8 + 2 * 10 and not facts["unread"] and not facts["cut"] and not facts["error"], facts
 
 
 @needs_browser
 def test_paper_shows_all_columns_and_lines(run, tmp_path):
     month(run)
-    said = what_a_script_says(as_printed(page_of(run, CHECKED)), LEGIBLE, tmp_path, 1047)
-    assert not said["wide"] and not said["unread"] and not said["cut"], said
+    facts = what_a_script_says(as_printed(page_of(run, CHECKED)), LEGIBLE, tmp_path, 1047)
+    assert not facts["wide"] and not facts["unread"] and not facts["cut"], facts

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_on_ranks
+from tiny_runs import new_run, tiny_config, train_on_rank
 from waiting import LIMIT_SECONDS, eventually
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints, preferred_step
@@ -22,15 +23,7 @@ from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import resume_run
 from distattn.parallel.analysis.columns import plural
 from distattn.training import config as configuration
-from distattn.training.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    ReferenceCheckConfig,
-    RunConfig,
-    TrainConfig,
-)
+from distattn.training.config import Config, ParallelConfig, RunConfig, TrainConfig
 from distattn.training.config_sections import (
     CheckpointConfig,
     EngineConfig,
@@ -42,7 +35,7 @@ from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.json_lines import read_rows
 from distattn.training.loop import train
 from distattn.training.proposal import Proposal
-from distattn.training.run_data import find_text, open_data, write_text
+from distattn.training.run_data import open_data
 from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
 from distattn.training.step_documents import documents_of_step
 
@@ -52,28 +45,14 @@ STEPS = 8
 
 @pytest.fixture
 def config(texts, tmp_path) -> Config:
-    return Config(
-        run=RunConfig(folder=str(tmp_path / "run"), seed=3),
-        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100, context_length=128),
-        model=ModelConfig(
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            dtype="float64",
-        ),
-        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+    return tiny_config(
+        texts,
+        tmp_path / "run",
+        data=dict(context_length=128),
+        model=dict(dtype="float64"),
         train=TrainConfig(steps=STEPS, schedule="cosine", warmup_steps=2, z_loss=1e-4),
         checkpoint=CheckpointConfig(every_steps=3, keep_last=9),
-        reference_check=ReferenceCheckConfig(steps=0),
     )
-
-
-def _train(rank: int, folder: Path, config: Config) -> None:
-    # as torchrun sets it, which DeepSpeed asks for
-    os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-    train(RunFolder(folder), config, True, torch.device("cpu"))
 
 
 def _train_accepting(rank: int, folder: Path, config: Config) -> None:
@@ -81,15 +60,9 @@ def _train_accepting(rank: int, folder: Path, config: Config) -> None:
     train(run, config, True, torch.device("cpu"), proposal=Proposal(run, "ours"))
 
 
-def created(config: Config) -> RunFolder:
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
-    return run
-
-
 def trained(config: Config) -> RunFolder:
-    run = created(config)
-    run_on_ranks(config.parallel.ranks, _train, run.folder, config)
+    run = new_run(config)
+    run_on_ranks(config.parallel.ranks, train_on_rank, run.folder, config)
     return run
 
 
@@ -100,7 +73,7 @@ def resumed_at(run: RunFolder, step: int, config: Config, folder: Path) -> RunFo
     for found in copy.checkpoints.glob("step-*"):
         if int(found.name.removeprefix("step-")) > step:
             shutil.rmtree(found)
-    run_on_ranks(config.parallel.ranks, _train, folder, config)
+    run_on_ranks(config.parallel.ranks, train_on_rank, folder, config)
     return copy
 
 
@@ -203,11 +176,11 @@ def test_replays_change_no_number_where_an_engine_reduces_gradients_once_a_step(
 
 def test_a_run_whose_last_checkpoint_cannot_be_saved_does_not_end_well(config):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
-    run = created(config)
+    run = new_run(config)
     # a file where the folder of checkpoints would be
     run.checkpoints.write_text("")
     with pytest.raises(AssertionError, match=r"could not be saved|cannot be"):
-        run_on_ranks(2, _train, run.folder, config)
+        run_on_ranks(2, train_on_rank, run.folder, config)
 
 
 def test_held_out_documents_are_evaluated(config):
@@ -291,7 +264,7 @@ def seed_of(config: Config, step: int, rank: int) -> int:
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_a_step_that_is_not_finite_is_left_out(config, action):
     config = dataclasses.replace(config, watch=WatchConfig(action=action))
-    run = created(config)
+    run = new_run(config)
     run_on_ranks(2, _train_with_fault, run.folder, config, 4)
     steps = run.metrics()
     assert [step.step for step in steps] == list(range(1, STEPS + 1))
@@ -302,11 +275,11 @@ def test_a_step_that_is_not_finite_is_left_out(config, action):
 
 def test_a_run_stops_where_its_file_says_so_and_goes_on_later(config):
     config = dataclasses.replace(config, watch=WatchConfig(action="stop"))
-    run = created(config)
+    run = new_run(config)
     with pytest.raises(AssertionError, match="the gradient norm is nan"):
         run_on_ranks(2, _train_with_fault, run.folder, config, 4)
     assert len(run.metrics()) == 5 and run.metrics()[-1].skipped
-    run_on_ranks(2, _train, run.folder, config)
+    run_on_ranks(2, train_on_rank, run.folder, config)
     assert len(run.metrics()) == STEPS and not run.metrics()[-1].skipped
 
 
@@ -359,7 +332,7 @@ def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, 
     ],
 )
 def test_a_resumed_run_cannot_become_another(config, arguments, sentence):
-    run = created(config)
+    run = new_run(config)
     before = run.config_file.read_bytes()
     done = subprocess.run(
         command("resume", str(run.folder), *arguments), env=environment(), capture_output=True, text=True
@@ -374,9 +347,9 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 
 def test_a_second_job_on_a_folder_is_refused_and_names_the_owner(config):
-    run = created(config)
+    run = new_run(config)
     with RunLock(run.folder), pytest.raises(AssertionError, match=rf"process {os.getpid()}|pid {os.getpid()}"):
-        run_on_ranks(2, _train, run.folder, config)
+        run_on_ranks(2, train_on_rank, run.folder, config)
     assert not run.metrics_file.exists()
 
 
@@ -389,9 +362,9 @@ def test_compiled_layers_have_the_same_curve(config):
         model=dataclasses.replace(config.model, num_layers=1),
         parallel=ParallelConfig(ranks=1),
     )
-    plain, compiled = created(config), created(dataclasses.replace(config, engine=EngineConfig(compile=True)))
+    plain, compiled = new_run(config), new_run(dataclasses.replace(config, engine=EngineConfig(compile=True)))
     for run, engine in ((plain, EngineConfig()), (compiled, EngineConfig(compile=True))):
-        run_on_ranks(1, _train, run.folder, dataclasses.replace(config, engine=engine))
+        run_on_ranks(1, train_on_rank, run.folder, dataclasses.replace(config, engine=engine))
     for (_, loss, norm), (_, other_loss, other_norm) in zip(rows(plain), rows(compiled), strict=True):
         # rotary embeddings are float32, and compiled ones rounded otherwise
         assert loss == pytest.approx(other_loss, rel=1e-8) and norm == pytest.approx(other_norm, rel=1e-6)
@@ -404,4 +377,4 @@ def test_other_data_under_a_resumed_run_are_refused(config):
     content[-40] ^= 1
     (run.folder / "corpus.packs").write_bytes(content)
     with pytest.raises((AssertionError, DistattnError), match=r"corpus\.packs"):
-        run_on_ranks(2, _train, run.folder, config)
+        run_on_ranks(2, train_on_rank, run.folder, config)

@@ -7,30 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_on_ranks
+from tiny_runs import new_run, tiny_config
 
 from distattn.checkpoints.checkpoint_folder import list_checkpoints
 from distattn.ir.errors import DamagedStateError, DistattnError
 from distattn.training import loop, state_digest
-from distattn.training.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    ReferenceCheckConfig,
-    RunConfig,
-    TrainConfig,
-)
-from distattn.training.config_sections import (
-    CheckpointConfig,
-    EngineConfig,
-    HealthConfig,
-    MemoryConfig,
-    WatchConfig,
-)
+from distattn.training.config import Config, RunConfig, TrainConfig
+from distattn.training.config_sections import CheckpointConfig, EngineConfig, HealthConfig, MemoryConfig, WatchConfig
 from distattn.training.engines.opened import open_engine
 from distattn.training.json_lines import read_rows
 from distattn.training.run_checkpoints import RunCheckpoints
-from distattn.training.run_data import find_text, write_text
 from distattn.training.run_folder import RunFolder
 from distattn.training.state_digest import StateDigest, state_tensors
 from distattn.training.weight_growth import WeightGrowth
@@ -80,7 +66,7 @@ def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
             flip(tensor, bit)
             assert damage is not None and (damage.ranks, damage.tensors) == ((0,), (name,))
             assert f"{name} changed between the update of step 1 and the update of step 2" in damage.text
-    # two changes whose sum is none, in different rows
+    # two changes in different rows that cancel in a sum
     weight = model[0].weight.detach().view(torch.uint8).view(-1)
     other = 7 * dtype.itemsize
     weight[0] += 1
@@ -96,12 +82,12 @@ def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
 def test_a_rank_that_is_damaged_again_and_again_is_told_apart_from_chance():
     model, optimizer = trained_model(torch.float32)
     digest = StateDigest(lambda: state_tensors(model.named_parameters(), optimizer))
-    found = []
+    repeats = []
     for step in range(3):
         digest.take("an update")
         flip(model[0].weight)
-        found.append(digest.compare(step).repeats)
-    assert found == [False, False, True]
+        repeats.append(digest.compare(step).repeats)
+    assert repeats == [False, False, True]
 
 
 def test_the_update_that_made_a_weight_grow_is_named():
@@ -118,9 +104,9 @@ def test_the_update_that_made_a_weight_grow_is_named():
             if step == 6:
                 model[0].weight.fill_(float("nan"))
         growth.after_update(step)
-    found = growth.largest()
-    assert (found.step, found.name, round(found.factor)) == (3, "0.bias", 5000)
-    assert found.text(2).startswith("the update of step 4 made weight 0.bias of rank 2 grow 5,000-fold (norm ")
+    largest = growth.largest()
+    assert (largest.step, largest.name, round(largest.factor)) == (3, "0.bias", 5000)
+    assert largest.text(2).startswith("the update of step 4 made weight 0.bias of rank 2 grow 5,000-fold (norm ")
     growth.forget()
     with torch.no_grad():
         model[0].weight.fill_(1.0)
@@ -135,18 +121,14 @@ def test_the_update_that_made_a_weight_grow_is_named():
 
 
 def config_of(engine: str, texts: Path, folder: Path, **others) -> Config:
-    return Config(
-        run=RunConfig(folder=str(folder), seed=3),
-        data=DataConfig(path=str(texts), tokens_per_step=128, max_document_tokens=100, context_length=128),
-        model=ModelConfig(
-            num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
-        ),
-        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+    return tiny_config(
+        texts,
+        folder,
+        data=dict(tokens_per_step=128, context_length=128),
         engine=EngineConfig(name=engine, **others),
         train=TrainConfig(steps=STEPS),
         checkpoint=CheckpointConfig(every_steps=2, keep_last=2),
         health=HealthConfig(every_steps=3),
-        reference_check=ReferenceCheckConfig(steps=0),
     )
 
 
@@ -161,7 +143,7 @@ ENGINES = {
 
 
 def _compared(rank: int, config: Config) -> tuple[list[str], list[tuple]]:
-    """Names of what is digested, and what was found of one flipped bit in each."""
+    """Return the names of all digested tensors, and what was found of one flipped bit in each."""
     import small
     import torch.distributed as dist
 
@@ -235,8 +217,7 @@ def _train_with_flips(rank: int, folder: Path, config: Config, before: tuple[int
 
 
 def trained(config: Config, *fault) -> RunFolder:
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
+    run = new_run(config)
     run_on_ranks(2, _train_with_flips, run.folder, config, *fault)
     return run
 
@@ -278,10 +259,9 @@ def test_ranks_of_a_pipeline_that_share_no_loss_learn_of_it_too(texts, tmp_path)
 
 
 def test_the_last_checkpoint_is_not_one_of_a_damaged_state(texts, tmp_path):
-    """A bit that flips while the last state is copied, when no step follows that could show it."""
+    """Flip a bit while the last state is copied, when no later step could show it."""
     config = config_of("fsdp2", texts, tmp_path / "run")
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
+    run = new_run(config)
     run_on_ranks(2, _train_and_flip_last, run.folder, config)
     assert [event["kind"] for event in events_of(run)] == ["damaged state", "resumed"]
     assert [one.step for one in list_checkpoints(run.checkpoints)] == [4, 6]
@@ -310,7 +290,7 @@ def _error_of(rank: int, folder: Path, config: Config, before: tuple[int, ...]) 
 def test_without_a_checkpoint_the_run_begins_anew_and_what_repeats_ends_it(texts, tmp_path):
     config = config_of("fsdp2", texts, tmp_path / "run")
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=-1))
-    for settings, before, error, code, said in (
+    for settings, before, error, code, sentence in (
         (config, (2,), DamagedStateError, 4, "There is no checkpoint to go back to"),
         (
             dataclasses.replace(
@@ -323,10 +303,9 @@ def test_without_a_checkpoint_the_run_begins_anew_and_what_repeats_ends_it(texts
         ),
         (dataclasses.replace(config, watch=WatchConfig(action="stop")), (2,), DistattnError, 2, "distattn resume"),
     ):
-        run = RunFolder.create(settings)
-        write_text(run, settings, find_text(settings))
-        for found in run_on_ranks(2, _error_of, run.folder, settings, before):
-            assert found[:2] == (error.__name__, code) and said in found[2], found
+        run = new_run(settings)
+        for outcome in run_on_ranks(2, _error_of, run.folder, settings, before):
+            assert outcome[:2] == (error.__name__, code) and sentence in outcome[2], outcome
 
 
 def test_a_digest_every_so_many_steps_is_taken_before_every_save(texts, tmp_path):

@@ -6,19 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_on_ranks
+from tiny_runs import new_run, tiny_config
 
 from distattn.ir.errors import RunStopped
-from distattn.training.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    ReferenceCheckConfig,
-    RunConfig,
-    TrainConfig,
-)
+from distattn.training.config import Config, RunConfig, TrainConfig
 from distattn.training.loop import train
-from distattn.training.run_data import find_text, write_text
 from distattn.training.run_folder import RunFolder
 
 
@@ -35,26 +27,17 @@ def _train(rank: int, folder: Path, whole: Path, config: Config) -> None:
 
 
 def test_all_ranks_stop_after_the_same_step_and_go_on_bit_by_bit(texts, tmp_path):
-    config = Config(
-        run=RunConfig(folder=str(tmp_path / "stopped"), seed=3),
-        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100, context_length=128),
-        model=ModelConfig(
-            num_layers=1,
-            hidden_size=32,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            dtype="float64",
-        ),
-        parallel=ParallelConfig(ranks=2, layout="document_zigzag", min_chunk=16),
+    config = tiny_config(
+        texts,
+        tmp_path / "stopped",
+        data=dict(context_length=128),
+        model=dict(num_layers=1, dtype="float64"),
         train=TrainConfig(steps=4),
-        reference_check=ReferenceCheckConfig(steps=0),
     )
     runs = []
     for name in ("stopped", "whole"):
         one = dataclasses.replace(config, run=RunConfig(folder=str(tmp_path / name), seed=3))
-        runs.append(RunFolder.create(one))
-        write_text(runs[-1], one, find_text(one))
+        runs.append(new_run(one))
     stopped, whole = runs
     stopped.ask_to_stop("SIGUSR1")
     # the first who asks is remembered

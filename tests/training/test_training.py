@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from processes import run_on_ranks
+from tiny_runs import new_run, tiny_config, train_on_rank
 from waiting import LIMIT_SECONDS, eventually
 
 from distattn.data.loader import PackLoader
@@ -28,19 +28,10 @@ from distattn.launch.start_run import start_run
 from distattn.parallel.analysis.explain import explain
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.training import config as configuration
-from distattn.training.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    ReferenceCheckConfig,
-    RunConfig,
-    TrainConfig,
-)
-from distattn.training.loop import train
+from distattn.training.config import Config, ParallelConfig, ReferenceCheckConfig, TrainConfig
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.reference_check import compare_with_reference, run_reference_check
-from distattn.training.run_data import find_text, open_data, write_text
+from distattn.training.run_data import open_data
 from distattn.training.run_folder import RunFolder, StepMetrics
 
 pytestmark = pytest.mark.sampled(7)
@@ -50,30 +41,7 @@ STEPS = 20
 
 
 def small(texts: Path, folder: Path, dtype: str) -> Config:
-    return Config(
-        run=RunConfig(folder=str(folder), seed=3),
-        data=DataConfig(path=str(texts), tokens_per_step=256, max_document_tokens=100),
-        model=ModelConfig(
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            dtype=dtype,
-        ),
-        train=TrainConfig(steps=STEPS),
-        reference_check=ReferenceCheckConfig(steps=0),
-    )
-
-
-def _train(rank: int, folder: Path, config: Config) -> None:
-    train(RunFolder(folder), config, True, torch.device("cpu"))
-
-
-def created(config: Config) -> RunFolder:
-    run = RunFolder.create(config)
-    write_text(run, config, find_text(config))
-    return run
+    return tiny_config(texts, folder, model=dict(dtype=dtype), train=TrainConfig(steps=STEPS))
 
 
 def curve(texts: Path, folder: Path, dtype: str, ranks: int, strategy: str) -> list[float]:
@@ -81,8 +49,8 @@ def curve(texts: Path, folder: Path, dtype: str, ranks: int, strategy: str) -> l
     config = dataclasses.replace(
         config, parallel=ParallelConfig(ranks=ranks, strategy=strategy, layout="document_zigzag", min_chunk=16)
     )
-    run = created(config)
-    run_on_ranks(ranks, _train, run.folder, config)
+    run = new_run(config)
+    run_on_ranks(ranks, train_on_rank, run.folder, config)
     return [step.loss for step in run.metrics()]
 
 
@@ -113,10 +81,10 @@ def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_pa
     check = ReferenceCheckConfig(steps=STEPS, tolerance=1e-9)
     config = dataclasses.replace(small(texts, tmp_path / "run", "float64"), parallel=parallel, reference_check=check)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, context_length=128))
-    run = created(config)
+    run = new_run(config)
     plan = open_data(run, config).plan
     assert all(len(plan.step(step).packs) == 2 for step in range(STEPS))
-    run_on_ranks(ranks, _train, run.folder, config)
+    run_on_ranks(ranks, train_on_rank, run.folder, config)
     verdict = run_reference_check(run, config)
     # the gradient norm of float64 parameters is computed in another order of summation
     assert verdict["passed"], verdict
@@ -130,8 +98,8 @@ def test_the_reference_check_asks_for_what_a_dtype_can_give(texts, tmp_path, dty
         parallel=ParallelConfig(ranks=2),
         reference_check=ReferenceCheckConfig(steps=5),
     )
-    run = created(config)
-    run_on_ranks(2, _train, run.folder, config)
+    run = new_run(config)
+    run_on_ranks(2, train_on_rank, run.folder, config)
     assert run_reference_check(run, config)["passed"]
     wrong = dataclasses.replace(config, reference_check=ReferenceCheckConfig(steps=5, tolerance=1e-30))
     assert not compare_with_reference(run, wrong)["passed"]

@@ -92,7 +92,7 @@ class Engine(Protocol):
         """This rank's parameters by their names in transformers, gradients beside them where the engine shows them."""
 
     def state_tensors(self) -> Iterator[StateTensor]:
-        """This rank's own part of weights and optimizer state, which nothing but `update` and `load` changes; not collective."""
+        """Yield this rank's part of weights and optimizer state, which only `update` and `load` may change; not collective."""
 
     def state(self) -> EngineState:
         """What is saved: references or copies; a checkpoint is read into the tensors, and then given to `load`."""

@@ -52,7 +52,7 @@ class Fsdp2Engine:
             eps=train.epsilon,
             fused=state_device.type == "cuda",
         )
-        # the sharded ones: a model's own are whole between forward and backward
+        # the sharded parameters: those of the model are whole between forward and backward
         self._sharded = dict(self.model.named_parameters())
         # AdamW makes these in its first step; a checkpoint is read into them before
         for parameter in self.model.parameters():

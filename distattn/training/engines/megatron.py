@@ -168,9 +168,9 @@ class MegatronEngine:
         for name, parameter in self._parameters.items():
             yield WEIGHT, name, parameter.detach()
             for kind in _KINDS:
-                found = self._optimized(name, kind)
-                if found is not None:
-                    yield MASTER_WEIGHT if kind == "param" else kind, name, found[0].detach()
+                optimized = self._optimized(name, kind)
+                if optimized is not None:
+                    yield MASTER_WEIGHT if kind == "param" else kind, name, optimized[0].detach()
 
     @torch.no_grad()
     def state(self) -> EngineState:

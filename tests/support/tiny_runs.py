@@ -1,0 +1,66 @@
+"""Tiny runs of the trainer: their configuration, their run file, their folder, and how a rank trains them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distattn.training.config import Config, DataConfig, ModelConfig, ParallelConfig, ReferenceCheckConfig, RunConfig
+from distattn.training.loop import train
+from distattn.training.run_data import find_text, write_text
+from distattn.training.run_folder import RunFolder
+
+_RUN_FILE = """
+[run]
+folder = "run"
+[data]
+path = "texts/*.txt"
+tokens_per_step = 256
+max_document_tokens = 100
+[model]
+num_layers = 1
+hidden_size = 16
+num_attention_heads = 2
+num_key_value_heads = 2
+intermediate_size = 16
+[parallel]
+ranks = 2
+"""
+
+
+def tiny_config(
+    texts: Path, folder: Path, data: dict | None = None, model: dict | None = None, ranks: int = 2, **sections: Any
+) -> Config:
+    """Return the configuration of a run without a comparison. data, model: changed fields, by name; sections: others."""
+    text = dict(path=str(texts), tokens_per_step=256, max_document_tokens=100)
+    shape = dict(num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+    return Config(
+        run=RunConfig(folder=str(folder), seed=3),
+        data=DataConfig(**text | (data or {})),
+        model=ModelConfig(**shape | (model or {})),
+        parallel=ParallelConfig(ranks=ranks, layout="document_zigzag", min_chunk=16),
+        reference_check=ReferenceCheckConfig(steps=0),
+        **sections,
+    )
+
+
+def write_run_file(folder: Path, sections: str) -> None:
+    """Write run.toml of a run of two ranks, and its text, into a folder. sections: of the run file, besides the common ones."""
+    (folder / "run.toml").write_text(_RUN_FILE + sections)
+    (folder / "texts").mkdir()
+    (folder / "texts" / "one.txt").write_text((Path(__file__).parents[2] / "LICENSE").read_text())
+
+
+def new_run(config: Config) -> RunFolder:
+    """Make the folder of a run, with its text in it."""
+    run = RunFolder.create(config)
+    write_text(run, config, find_text(config))
+    return run
+
+
+def train_on_rank(rank: int, folder: Path, config: Config) -> None:
+    """Train the run of a folder on this rank, on the CPU."""
+    # as torchrun sets it, which DeepSpeed asks for
+    os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    train(RunFolder(folder), config, True, torch.device("cpu"))
