@@ -297,6 +297,7 @@ class TrainingLoop:
         if verdict.begins_streak:
             self._finding = self._find(verdict, batches)
             self.reporter.report_warning(verdict.step, "refused", f"{verdict.reason} In a second run: {self._finding}")
+        self.run_checkpoints.judge_refused(verdict)
         if verdict.action == STOP:
             first = verdict.streak.first if verdict.streak else verdict.step
             raise DistattnError(
