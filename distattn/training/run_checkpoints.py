@@ -27,6 +27,7 @@ from distattn.training.metrics import MetricsReporter, warn
 from distattn.training.module_observer import gathered
 from distattn.training.numerics_watch import ROLLBACK, SKIP, STOP, NumericsWatch, Streak, Verdict
 from distattn.training.run_facts import REQUIRED, TrainingRun
+from distattn.training.run_folder import RESUMED
 from distattn.training.state_digest import MOST_OF_ONE_RANK, Damage, StateDigest
 from distattn.training.weight_growth import WeightGrowth
 
@@ -128,11 +129,11 @@ class RunCheckpoints:
         ranks, before = self.config.parallel.ranks, int(loaded.facts["ranks"])
         on = f", on {plural(ranks, 'rank')}; it was saved on {before}" if ranks != before else ""
         on += f"; it is in doubt ({loaded.doubt})" if loaded.doubt else ""
-        facts = {"ranks": ranks, "saved_on": before}
+        facts = {"ranks": ranks, "saved_on": before, **self.folder.resumed_facts()}
         self.growth.forget()
         if self.config.watch.digest_every:
             self.digest.take(f"the loading of {loaded.folder.name}")
-        self.reporter.report_event(loaded.step, "resumed", f"Went on from {loaded.folder.name}{on}.", facts)
+        self.reporter.report_event(loaded.step, RESUMED, f"Went on from {loaded.folder.name}{on}.", facts)
         return loaded.step
 
     def go_back(self, step: int) -> int:

@@ -289,3 +289,28 @@ def test_a_checkpoint_whose_state_was_whole_after_the_save_outlives_damage(confi
     # the state was compared in step 5, after the copy
     assert events[1][1] == "Went on from step-00000004."
     assert losses_of(run) == losses_of(trained(config))
+
+
+def _train_and_count(rank: int, run: RunFolder, config: Config) -> list[int]:
+    """Train; return the steps that `status` counts in the forward pass of each step."""
+    backward, counted = Fsdp2Engine.backward, []
+
+    def count(self, *given):
+        counted.append(status(run)["steps"])
+        return backward(self, *given)
+
+    Fsdp2Engine.backward = count
+    train(run, config, True, torch.device("cpu"))
+    return counted
+
+
+def test_status_counts_from_the_checkpoint_that_a_run_goes_on_from(config):
+    config = dataclasses.replace(
+        config, train=TrainConfig(steps=4), checkpoint=CheckpointConfig(every_steps=1, keep_last=9)
+    )
+    run = trained(config)
+    with choose_step(run.checkpoints, 1):
+        pass
+    assert status(run)["steps"] == 4
+    assert run_on_ranks(1, _train_and_count, run, config) == [[1, 2, 3]]
+    assert status(run)["steps"] == 4
