@@ -164,9 +164,9 @@ def check_step(folder: Path, step: int) -> Checkpoint:
 def choose_step(folder: Path, step: int) -> Iterator[None]:
     """Have a run go on from the checkpoint of this step: those that were saved later are set aside.
 
-    Where the block raises, all verdicts are again as they were. Where the process is killed, the choice holds if all verdicts were
-    written; else a run goes on as it would have without the choice. Raises DistattnError as `check_step`, and where a verdict
-    cannot be written; nothing is changed then.
+    Where the block raises, all verdicts are again as they were. Where the process is killed, the choice holds if all verdicts
+    were written; else a run goes on as it would have without the choice. Raises DistattnError as `check_step`, and where a
+    verdict cannot be written; nothing is changed then.
     """
     chosen = check_step(folder, step)
     whole = [one for one in list_checkpoints(folder) if one.manifest is not None]
