@@ -141,9 +141,9 @@ def _explain_lookup(
     place = errors[0].place
     try:
         table = replay.computed(over_the_pack())
-    except Exception as error:
+    except Exception as failure:
         # such as positions beyond a table of them
-        emulation.note_failure(error)
+        emulation.note_failure(failure)
         return None
     if all(torch.equal(own[place], replay.right[rank][place]) for rank, own in enumerate(table) if place in own):
         # token ids are looked up, not positions
