@@ -82,7 +82,8 @@ class RunCheckpoints:
                     self.checkpoints.move_to(place / self.folder.checkpoints.name)
         facts, streak = {} if self._loss is None else {"loss": f"{self._loss:.6g}"}, self.watch.streak
         verdict = CheckpointVerdict()
-        if streak is not None and self.watch.doubts_weights:
+        # no step follows the last one that could tell a bad step from bad weights
+        if streak is not None and (self.watch.doubts_weights or done == self.config.train.steps):
             text = f"it was saved after refused steps, from {streak.first + 1:,} on: {streak.reason.removesuffix('.')}"
             verdict = CheckpointVerdict(REFUSED, text)
         self.checkpoints.save(done, self._state(), overlap=True, facts=facts, verdict=verdict)

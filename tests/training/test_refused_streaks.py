@@ -275,6 +275,9 @@ def test_a_stop_amid_one_refused_step_loses_nothing(config, tmp_path):
     assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Went on from step-00000006."]
     whole, _ = with_a_bad_step(config, tmp_path / "whole", 6)
     assert losses_of(run) == losses_of(whole) and [step for step, _, skipped in losses_of(run) if skipped] == [6]
+    # the last step is followed by none that could tell
+    run, _ = with_a_bad_step(config, tmp_path / "last", STEPS)
+    assert verdicts(run) == {4: GOOD, 8: GOOD, STEPS: REFUSED}
     # one refused step says nothing against the checkpoint that it was computed from
     run, said = with_a_bad_step(config, tmp_path / "saved before", 5, stops=True)
     assert said.endswith("distattn resume goes on from there.") and verdicts(run) == {4: UNTESTED, 5: UNTESTED}
