@@ -78,7 +78,13 @@ def main() -> None:
     digest, growth = StateDigest(engine.state_tensors, dist.group.WORLD), WeightGrowth(engine.state_tensors)
     taken = median(lambda: digest.take("an update"), before=dist.barrier)
     changed = median(digest.changed, before=dist.barrier)
-    compared = median(lambda: digest.compare(0), before=dist.barrier)
+    # the number that ranks without a common loss are told by: by itself, beside the loss, and after it
+    kinds = {
+        "loss": lambda: engine.cp.mean_loss(losses),
+        "beside": lambda: (digest.tell(False), engine.cp.mean_loss(losses))[0](),
+        "after": lambda: (engine.cp.mean_loss(losses), digest.tell(False)())[1],
+    }
+    told = {name: median(work, before=dist.barrier) for name, work in kinds.items()}
     norms = median(lambda: growth.after_update(0), before=dist.barrier)
     state = sum(one.numel() * one.element_size() for _, _, one in engine.state_tensors())
     done = dist.all_reduce(torch.zeros(1), async_op=True)
@@ -111,7 +117,10 @@ def main() -> None:
         for name, cost in rows.items():
             sys.stdout.write(f"{name:40s}{cost * 1e6:10.1f} us  {cost / seconds:.4%} of a step\n")
         sys.stdout.write(f"{'both digests':53s} {(taken + changed) / seconds:.4%} of a step\n")
-        sys.stdout.write(f"told to all ranks (only with pipelines)  {(compared - changed) * 1e6:10.1f} us\n")
+        for name in ("beside", "after"):
+            cost = told[name] - told["loss"]
+            what = f"told to all ranks {name} the loss (pipelines)"
+            sys.stdout.write(f"{what:40s}{cost * 1e6:8.1f} us  {cost / seconds:.4%} of a step\n")
     engine.close()
     dist.destroy_process_group()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from distattn.checkpoints.checkpoint_folder import preferred_step
 from distattn.checkpoints.held_folder import HeldFolder
+from distattn.checkpoints.run_lock import LAUNCHER, RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress, print_line
@@ -36,27 +37,30 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
         _require_packages_of(config)
         check_run_fits(config)
         run = start_run(config, report_progress)
-    if logs:
-        run.logs.mkdir()
-    return run_ranks_and_finish(run, config, report_progress, json_lines)
+    with RunLock(run.folder, LAUNCHER):
+        if logs:
+            run.logs.mkdir()
+        return run_ranks_and_finish(run, config, report_progress, json_lines)
 
 
 def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int | None = None) -> int:
     """Go on with a run here, with a configuration that may differ. Returns the exit code.
 
-    step: of the checkpoint to go on from, None for the newest one that is good.
+    step: of the checkpoint to go on from, None for the newest one that is good. Raises DistattnError where another launcher works
+    on the run, whose ranks may not have begun; nothing is touched then.
     """
     report_progress = no_progress if json_lines else print_line
     proposal = Proposal.of_this_process(run)
-    try:
-        with stopped("before training", "the run is as it was"):
-            _require_packages_of(config)
-            check_run_fits(config)
-            resume_run(run, config, report_progress, proposal, step)
-        return run_ranks_and_finish(run, config, report_progress, json_lines, proposal)
-    finally:
-        # if the ranks refuse, the run keeps its configuration
-        proposal.remove()
+    with RunLock(run.folder, LAUNCHER):
+        try:
+            with stopped("before training", "the run is as it was"):
+                _require_packages_of(config)
+                check_run_fits(config)
+                resume_run(run, config, report_progress, proposal, step)
+            return run_ranks_and_finish(run, config, report_progress, json_lines, proposal)
+        finally:
+            # refused, the run keeps the configuration that it has
+            proposal.remove()
 
 
 def run_ranks_and_finish(

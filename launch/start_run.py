@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from distattn.checkpoints.checkpoint_folder import check_step, preferred_step
+from distattn.checkpoints.checkpoint_folder import check_step, preferred_step, set_aside_since
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch.command_line import say
@@ -104,7 +104,10 @@ def resume_run(
             except OSError as error:
                 raise DistattnError(f"{proposal.file}: cannot be written: {error.strerror}; make room.") from None
         run.forget_requests()
-    report_progress(f"run folder: {run.folder}, " + (f"checkpoint of step {first:,}" if first else "no checkpoint yet"))
+    begin = f"checkpoint of step {first:,}" if first else "no checkpoint yet"
+    if first and step is None and (aside := set_aside_since(run.checkpoints, first)):
+        begin += f"; later ones are set aside: --step {aside[-1].step} goes on from the last of them"
+    report_progress(f"run folder: {run.folder}, {begin}")
 
 
 def change_config(run: RunFolder, config: Config) -> None:

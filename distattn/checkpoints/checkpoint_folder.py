@@ -98,6 +98,15 @@ def preferred_step(folder: Path) -> int:
     return next((checkpoint.step for checkpoint in by_preference(list_checkpoints(folder))), 0)
 
 
+def set_aside_since(folder: Path, step: int) -> list[Checkpoint]:
+    """Return the checkpoints that were saved after that of a step and set aside for it, in the order in which they were saved.
+
+    Raises DistattnError as `check_step`.
+    """
+    chosen, found = check_step(folder, step), list_checkpoints(folder)
+    return [one for one in found[found.index(chosen) + 1 :] if one.verdict.kind == SET_ASIDE]
+
+
 def judge_checkpoint(folder: Path, step: int, kind: str, text: str = "") -> None:
     """Write the verdict of the checkpoint of a step, if it is there. Raises OSError.
 
@@ -155,16 +164,18 @@ def check_step(folder: Path, step: int) -> Checkpoint:
 def choose_step(folder: Path, step: int) -> Iterator[None]:
     """Have a run go on from the checkpoint of this step: those that were saved later are set aside.
 
-    Where the block raises, all verdicts are again as they were. Raises DistattnError as `check_step`, and where a verdict cannot
-    be written; nothing is changed then.
+    Where the block raises, all verdicts are again as they were. Where the process is killed, the choice holds if all verdicts
+    were written; else a run goes on as it would have without the choice. Raises DistattnError as `check_step`, and where a
+    verdict cannot be written; nothing is changed then.
     """
     chosen = check_step(folder, step)
     whole = [one for one in list_checkpoints(folder) if one.manifest is not None]
     text = f"it was saved later than step {step:,}, from which a person went on"
     later_ones = whole[whole.index(chosen) + 1 :]
+    # the newest comes last: until it is set aside, runs go on from it
     verdicts = [(later, later.verdict._replace(kind=SET_ASIDE, text=text)) for later in later_ones]
     if chosen.verdict.is_doubtful:
-        verdicts.append((chosen, chosen.verdict._replace(kind=UNTESTED, text="")))
+        verdicts.insert(0, (chosen, chosen.verdict._replace(kind=UNTESTED, text="")))
     asides: list[tuple[Checkpoint, Path]] = []
     changed: list[Checkpoint] = []
     try:

@@ -15,8 +15,10 @@ from types import TracebackType
 from distattn.checkpoints.owner import Owner, file_age
 from distattn.ir.errors import DistattnError
 
-# the locked file, and the owner's name; two files, since the second one is replaced
-_LOCK_FILE, _OWNER_FILE = "owner.lock", "owner.json"
+# who locks a folder: rank 0 while it trains, and the launcher from before it starts the ranks to its own end
+OWNER, LAUNCHER = "owner", "launcher"
+# what is locked, and who has locked it; two files, since the second is replaced
+_LOCK_FILE, _OWNER_FILE = "{}.lock", "{}.json"
 # an owner on another machine that does not renew its lease for so long is dead; it renews it so often
 LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
 # that a process of an earlier attempt of this job may take to end
@@ -26,8 +28,8 @@ _NAMING_SECONDS = 3.0
 # errors of a full disk, which may have room again later
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-# the folders that this process has locked, by device and inode: locks of one process do not exclude each other
-_HELD: set[tuple[int, int]] = set()
+# the folders that this process has locked, by role, device and inode: locks of one process do not exclude each other
+_HELD: set[tuple[str, int, int]] = set()
 _HELD_MUTEX = threading.Lock()
 
 
@@ -49,6 +51,8 @@ def _ending_seconds(owner: Owner) -> float:
 class RunLock:
     """Holds a folder for this process until it is closed, or ends. One process of a job takes it, as a rule rank 0.
 
+    role: OWNER or LAUNCHER; a folder may have one of each.
+
     On one machine the lock is a record lock (fcntl): it ends with its process, and forked children do not have it, as they would
     have flock's. To other machines, whose file system may not share it, the owner's file is a lease: its owner renews it every
     RENEWAL_SECONDS, and it ends LEASE_SECONDS after the last time. An attempt of the same job (`Owner.job`) takes over at once:
@@ -57,14 +61,14 @@ class RunLock:
     On a full disk the owner's name is written once there is room; until then only this machine's processes find the folder taken.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, role: str = OWNER):
         """Take the lock. Raises DistattnError naming the owner where another job has it, or why the folder cannot be locked."""
         self._folder, self._me = folder, Owner.of_this_process()
         self._closing = threading.Event()
-        self._file = folder / _OWNER_FILE
-        # the descriptor of the lock file while this process has it; the name in the owner's file while a full disk keeps ours out
+        self._file, self._role = folder / _OWNER_FILE.format(role), role
+        # of the lock file while this process has it; and whose name is still written where a full disk has kept this one's out
         self._descriptor: int | None = None
-        self._identity = (0, 0)
+        self._identity = (role, 0, 0)
         self._before: Owner | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -135,11 +139,11 @@ class RunLock:
         """Lock the folder's lock file; return False where another owner has it. Raises OSError."""
         with _HELD_MUTEX:
             folder = os.stat(self._folder)
-            self._identity = folder.st_dev, folder.st_ino
+            self._identity = self._role, folder.st_dev, folder.st_ino
             # to open and close the file would end the lock that this process has
             if self._identity in _HELD:
                 return False
-            path = self._folder / _LOCK_FILE
+            path = self._folder / _LOCK_FILE.format(self._role)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             # another owner has the lock, or the file was removed meanwhile
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
@@ -223,7 +227,7 @@ def _modified(file: Path) -> int:
 
 def folder_owner(folder: Path) -> tuple[Owner, bool] | None:
     """Who has a folder, and whether it lives, as far as can be known; None where nobody does. Raises OSError."""
-    file = folder / _OWNER_FILE
+    file = folder / _OWNER_FILE.format(OWNER)
     if (owner := Owner.read(file)) is None:
         return None
     alive = owner.is_alive()

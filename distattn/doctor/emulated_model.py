@@ -28,8 +28,7 @@ class EmulatedModel:
         self.failures: list[str] = []
         # names of the fields that its layers read from a batch
         self.asked: set[str] = set()
-        # a model that takes other arguments is called as the script does
-        self._forward = next((one for one in (self._plainly, self._by_script) if self._runs(one)), self._plainly)
+        self._forward = self._way_that_works()
 
     def __call__(self, hypothesis: Hypothesis, on_one_rank: bool) -> Tensor | None:
         try:
@@ -52,7 +51,7 @@ class EmulatedModel:
         """Return the finding, with what could not be tried added to it."""
         if not self.failures:
             return finding
-        tried = f"; {len(self.failures)} mistakes could not be tried in one process: {self.failures[0]}"
+        tried = f"; not all mistakes could be tried in one process: {self.failures[0]}"
         return finding._replace(observed=finding.observed + tried)
 
     @property
@@ -91,13 +90,20 @@ class EmulatedModel:
             routed.append(RoutedBatch(layers, batch.tokens, padding, labels))
         return routed
 
-    def _runs(self, forward: Callable[[Mapping[str, Any]], Tensor]) -> bool:
-        try:
-            self._logits(forward, RIGHT, False)
-        except Exception:
-            # if neither way works, `failures` says why
-            return False
-        return True
+    def _way_that_works(self) -> Callable[[Mapping[str, Any]], Tensor]:
+        """Return how to call the model: plainly, or as the script does where it takes other arguments.
+
+        Where neither works, `failures` says what the script's way raises.
+        """
+        ways = self._plainly, self._by_script
+        for forward in ways:
+            try:
+                self._logits(forward, RIGHT, False)
+                return forward
+            except Exception as error:
+                if forward is ways[-1]:
+                    self.note_failure(error)
+        return ways[-1]
 
     def _logits(
         self, forward: Callable[[Mapping[str, Any]], Tensor], hypothesis: Hypothesis, on_one_rank: bool

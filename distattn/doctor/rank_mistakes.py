@@ -55,7 +55,7 @@ def explain_errors(
 ) -> Finding | None:
     """Find what ranks do otherwise at the first place where they differ, None where nothing fits."""
     place, batch = errors[0].place, emulation.micro_batches[errors[0].place.micro_batch]
-    if place.module in lookups(model) and (finding := _explain_lookup(replay, errors, batch.right(), model)):
+    if place.module in lookups(model) and (finding := _explain_lookup(replay, errors, batch.right(), emulation)):
         return finding
     for link in replay.calls:
         if link.place == place and (finding := explain_attention(replay, link, errors, batch.tokens)):
@@ -135,14 +135,15 @@ def _percent(relative: float) -> str:
 
 
 def _explain_lookup(
-    replay: Replay, errors: Sequence[LocalError], right: Sequence[Tensor], model: torch.nn.Module
+    replay: Replay, errors: Sequence[LocalError], right: Sequence[Tensor], emulation: EmulatedModel
 ) -> Finding | None:
     """Read off what a module looked up which positions ranks have used; where they used none, their frequencies."""
     place = errors[0].place
     try:
         table = replay.computed(over_the_pack())
-    except Exception:
+    except Exception as failure:
         # such as positions beyond a table of them
+        emulation.note_failure(failure)
         return None
     if all(torch.equal(own[place], replay.right[rank][place]) for rank, own in enumerate(table) if place in own):
         # token ids are looked up, not positions

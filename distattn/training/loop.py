@@ -265,16 +265,15 @@ class TrainingLoop:
     def _mean_loss(self, step: int, losses: Sequence[Tensor]) -> tuple[float, Damage | None]:
         """Return the mean loss of a step, and what has changed in the state since the last update, the same on all ranks.
 
-        A rank whose state has changed tells the others by a loss that is NaN, so nothing more is sent while all is well.
+        A rank whose state has changed tells the others by a loss that is NaN, so nothing more is sent while all is well. Where
+        not all ranks learn that loss, one more number is under way beside it.
         """
         changed = self.digest.changed()
         self.health.state_checks = self.digest.comparisons
         spoilt = [losses[0] * math.nan] if changed and self._shares_loss else []
+        told = None if self._shares_loss else self.digest.tell(bool(changed))
         mean = self.engine.cp.mean_loss([*losses, *spoilt])
-        if not self._shares_loss and self.config.watch.digest_every:
-            to_look = self.digest.any(bool(changed))
-        else:
-            to_look = not math.isfinite(mean)
+        to_look = not math.isfinite(mean) if told is None else told()
         return mean, self.digest.explain(step, changed) if to_look else None
 
     def _leave_damaged(self, damage: Damage) -> int:
@@ -297,6 +296,7 @@ class TrainingLoop:
         if verdict.begins_streak:
             self._finding = self._find(verdict, batches)
             self.reporter.report_warning(verdict.step, "refused", f"{verdict.reason} In a second run: {self._finding}")
+        self.run_checkpoints.judge_refused(verdict)
         if verdict.action == STOP:
             first = verdict.streak.first if verdict.streak else verdict.step
             raise DistattnError(

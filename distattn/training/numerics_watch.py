@@ -159,8 +159,18 @@ class NumericsWatch:
         self.streak: Streak | None = None
         # of the step that was judged last
         self._was_finite = True
+        # in the second run of the streak's first step
+        self._found_bad_weights = False
         # steps for which the run has gone back: when they are bad again, they are left out
         self._rolled_back: set[int] = set()
+
+    @property
+    def doubts_weights(self) -> bool:
+        """Whether refused steps speak against the weights of now: several in a row, or one whose second run found bad weights.
+
+        One refused step changed nothing, and its cause may be its data or a fault that does not repeat.
+        """
+        return self.streak is not None and (self.streak.count > 1 or self._found_bad_weights)
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
         """Whether a step may be applied. All ranks give the same numbers, which are reduced already, and get the same verdict.
@@ -180,7 +190,9 @@ class NumericsWatch:
             recovered = before is None or all(value <= before.limits[name] for name, value in values.items())
             return Verdict(step, APPLY, "", before, recovered)
         self.streak = Streak(step, step, 1, reason, limits)
-        if before is not None:
+        if before is None:
+            self._found_bad_weights = False
+        else:
             self.streak = replace(before, last=step, count=before.count + 1)
         action = self.settings.action
         if self._in_a_row >= self.settings.most_in_a_row:
@@ -225,6 +237,7 @@ class NumericsWatch:
         if causes:
             *_, rank, cause = min(causes, key=lambda growth: growth[:3])
             finding = replace(finding, text=f"{cause.text(rank)}; {finding.text}")
+        self._found_bad_weights = bool(causes) or finding.kind == NOT_FINITE and finding.micro_batch == _BEFORE
         return finding
 
     def keep_evidence(

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from distattn.ir.errors import DistattnError
-from distattn.supervision.helpers import LOOK_SECONDS, Helper, how_it_ended
+from distattn.supervision.helpers import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, how_it_ended
 from distattn.training.config import Config
 from distattn.training.json_lines import json_text, read_rows
+from distattn.training.metrics import warn
 from distattn.training.run_folder import RunFolder
 
 # both run in the same dtype, in other orders of summation
@@ -39,7 +40,8 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
     wrapper = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "--"]
     code, said = _run_watched([*wrapper, *command])
     if code:
-        last = (said.strip().splitlines() or [how_it_ended(code)])[-1]
+        # one that a signal ended has not said why
+        last = said.strip().splitlines()[-1] if code > 0 and said.strip() else how_it_ended(code)
         raise DistattnError(f"the replay in plain transformers failed ({last}); run it by hand: {' '.join(command)}")
     verdict = compare_with_reference(run, config)
     run.reference_check_file.write_text(json_text(verdict, indent=1))
@@ -47,21 +49,42 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
 
 
 def _run_watched(command: Sequence[str]) -> tuple[int, str]:
-    """Run the replay; return its exit code and what it said on its error stream. Raises DistattnError where it is stopped."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        helper = Helper("the replay in plain transformers", process.pid)
-        try:
-            while True:
-                with suppress(subprocess.TimeoutExpired):
-                    _, said = process.communicate(timeout=LOOK_SECONDS)
-                    return process.returncode, said
-                fault = helper.fault(_STOPPED_SECONDS)
-                # a replay that has just ended has said why; `communicate` returns it
-                if fault and not helper.end():
-                    raise DistattnError(f"{helper} {fault}; let it go on, or compare again later.")
-        except BaseException:
+    """Run the replay; return its exit code and what it said on its error stream. Raises DistattnError where it is stopped.
+
+    A replay that is stopped, or that a signal ends, is started again, at most MOST_REPLACEMENTS times: it begins its file anew.
+    One that ends by itself has a reason that it would have again.
+    """
+    left = MOST_REPLACEMENTS
+    while True:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            helper = Helper("the replay in plain transformers", process.pid)
+            try:
+                said, stopped = _communicate(process, helper)
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode >= 0:
+            return process.returncode, said
+        fault = f"{helper} {stopped or how_it_ended(process.returncode)}"
+        if not left and stopped:
+            raise DistattnError(f"{fault}; compare again later.")
+        if not left:
+            return process.returncode, said
+        left -= 1
+        warn(f"{fault}; it begins again.")
+
+
+def _communicate(process: subprocess.Popen[str], helper: Helper) -> tuple[str, str]:
+    """Wait until the replay ends; return its error stream, and why it was killed where it was stopped for _STOPPED_SECONDS."""
+    stopped = ""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=LOOK_SECONDS)[1], stopped
+        fault = helper.fault(_STOPPED_SECONDS)
+        # one that has just ended has said why, and `communicate` returns it
+        if fault and not stopped and not helper.end():
+            stopped = fault
             process.kill()
-            raise
 
 
 def write_initial_weights(run: RunFolder, config: Config) -> None:

@@ -18,7 +18,7 @@ from distattn.parallel.analysis.score_matrix import score_matrix_html
 from distattn.training.config import Config
 from distattn.training.json_lines import write_whole
 from distattn.training.report_losses import corpus_rows, loss_charts
-from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
+from distattn.training.run_folder import EVALUATION, RESUMED, RunFolder, StepMetrics
 
 # what is drawn, the first at once; what a run does not know is left out
 _CURVES = {
@@ -75,7 +75,7 @@ def write_report(
 
 def _rank_counts(run: RunFolder, config: Config) -> str:
     """Return "4 ranks", or what each part of a run had that was resumed on another number: "4 ranks, from step 35 on 2"."""
-    resumed = [event for event in run.events() if event["kind"] == "resumed" and "saved_on" in event]
+    resumed = [event for event in run.events() if event["kind"] == RESUMED and "saved_on" in event]
     # steps done before a part, and its ranks
     parts = [(-1, resumed[0]["saved_on"] if resumed else config.parallel.ranks)]
     for event in resumed:

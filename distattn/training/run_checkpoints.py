@@ -25,8 +25,9 @@ from distattn.training.engines.engine import Engine, EngineState
 from distattn.training.loss_by_position import LossByPosition
 from distattn.training.metrics import MetricsReporter, warn
 from distattn.training.module_observer import gathered
-from distattn.training.numerics_watch import ROLLBACK, STOP, NumericsWatch, Streak, Verdict
+from distattn.training.numerics_watch import ROLLBACK, SKIP, STOP, NumericsWatch, Streak, Verdict
 from distattn.training.run_facts import REQUIRED, TrainingRun
+from distattn.training.run_folder import RESUMED
 from distattn.training.state_digest import MOST_OF_ONE_RANK, Damage, StateDigest
 from distattn.training.weight_growth import WeightGrowth
 
@@ -59,6 +60,8 @@ class RunCheckpoints:
         # the step of the checkpoint that has the weights of now, and what they were loaded from; None once an update changed them
         self._saved_step: int | None = None
         self._loaded: Loaded | None = None
+        # the step of a save during which the state may have changed: it was not compared since
+        self._uncompared: int | None = None
 
     def is_due(self, done: int) -> bool:
         """Return whether to save after `done` steps; a save that falls into refused steps waits until a step is applied again."""
@@ -79,11 +82,13 @@ class RunCheckpoints:
                     self.checkpoints.move_to(place / self.folder.checkpoints.name)
         facts, streak = {} if self._loss is None else {"loss": f"{self._loss:.6g}"}, self.watch.streak
         verdict = CheckpointVerdict()
-        if streak is not None:
+        # no step follows the last one that could tell a bad step from bad weights
+        if streak is not None and (self.watch.doubts_weights or done == self.config.train.steps):
             text = f"it was saved after refused steps, from {streak.first + 1:,} on: {streak.reason.removesuffix('.')}"
             verdict = CheckpointVerdict(REFUSED, text)
         self.checkpoints.save(done, self._state(), overlap=True, facts=facts, verdict=verdict)
         self._save_is_due, self._saved_step, self._loaded = False, done, None
+        self._uncompared = done
 
     def save_last(self, done: int) -> Damage | None:
         """Save after the run's last step; return what has changed in the state since its update, None where nothing has."""
@@ -100,7 +105,7 @@ class RunCheckpoints:
         if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
             self.reporter.report_warning(damage.step, "damaged state", damage.text)
             # a run that was not saved may have an older checkpoint of this step
-            if self._saved_step == done:
+            if self._uncompared == done:
                 self.checkpoints.note(lambda folder: discard_checkpoint(folder, done), done)
         # a save may have failed, and one of weights after refused steps is in doubt
         newest: list[int] = []
@@ -115,6 +120,7 @@ class RunCheckpoints:
         state = self._state(engine_state)
         loaded = self.checkpoints.load_newest(state, required={name: self.facts[name] for name in REQUIRED})
         self._loaded, self._saved_step, self._save_is_due = loaded, loaded and loaded.step, False
+        self._uncompared = None
         if loaded is None:
             return 0
         progress = json.loads(state["progress"])
@@ -124,11 +130,11 @@ class RunCheckpoints:
         ranks, before = self.config.parallel.ranks, int(loaded.facts["ranks"])
         on = f", on {plural(ranks, 'rank')}; it was saved on {before}" if ranks != before else ""
         on += f"; it is in doubt ({loaded.doubt})" if loaded.doubt else ""
-        facts = {"ranks": ranks, "saved_on": before}
+        facts = {"ranks": ranks, "saved_on": before, **self.folder.resumed_facts()}
         self.growth.forget()
         if self.config.watch.digest_every:
             self.digest.take(f"the loading of {loaded.folder.name}")
-        self.reporter.report_event(loaded.step, "resumed", f"Went on from {loaded.folder.name}{on}.", facts)
+        self.reporter.report_event(loaded.step, RESUMED, f"Went on from {loaded.folder.name}{on}.", facts)
         return loaded.step
 
     def go_back(self, step: int) -> int:
@@ -141,10 +147,10 @@ class RunCheckpoints:
 
     def leave_damaged(self, damage: Damage) -> int:
         """Tell of a damaged state and go back to a checkpoint of a whole one; returns its step."""
-        step, saved = damage.step, self._saved_step
+        step, saved = damage.step, self._uncompared
         self.reporter.report_warning(step, "damaged state", damage.text)
-        if saved is not None and self._loaded is None:
-            # the state changed while its copy was made
+        if saved is not None:
+            # its copy was made while the state changed
             self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved), saved)
         if damage.repeats:
             raise DistattnError(
@@ -170,21 +176,35 @@ class RunCheckpoints:
     def judge(self, verdict: Verdict, loss: float) -> None:
         """Note what a step shows of the checkpoints: of that with the weights it was computed with, and of those before a streak.
 
-        The newest good one from before a streak is kept, until the run recovers, or has passed the step that was refused.
+        The newest good one from before a streak is kept, until the run recovers, or has passed the step that was refused. The
+        state was compared before: what was saved is a copy of a whole one.
         """
-        self._loss = loss
+        self._loss, self._uncompared = loss, None
         at, step, streak = self._saved_step, verdict.step, verdict.streak
         if verdict.begins_streak:
-            text = f"step {step + 1:,}, computed from it, was refused: {verdict.reason.removesuffix('.')}"
-            # a rollback loads it first, and the step is computed again
-            if at is not None and (verdict.action != ROLLBACK or self._loaded is not None):
-                self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, REFUSED, text), at)
             self.checkpoints.note(lambda folder: keep_newest_good(folder, step))
         elif verdict.applies:
             if at is not None:
                 self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, GOOD), at)
             if streak is not None:
                 self._end_streak(streak, verdict.recovered)
+
+    def judge_refused(self, verdict: Verdict) -> None:
+        """Note what a refused step shows of the checkpoint that it was computed from, once the step has been looked into.
+
+        A run that skips the step goes on with the same weights: they are in doubt as `NumericsWatch.doubts_weights` says.
+        """
+        at, streak = self._saved_step, verdict.streak
+        if at is None or streak is None:
+            return
+        if self.config.watch.action == SKIP == verdict.action:
+            refused = self.watch.doubts_weights and streak.count <= 2
+        else:
+            # a rollback loads the checkpoint first, and the step is computed again
+            refused = verdict.begins_streak and (verdict.action != ROLLBACK or self._loaded is not None)
+        if refused:
+            text = f"step {streak.first + 1:,}, computed from it, was refused: {streak.reason.removesuffix('.')}"
+            self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, REFUSED, text), at)
 
     def _end_streak(self, streak: Streak, recovered: bool) -> None:
         """Tell of a streak that is over, once."""

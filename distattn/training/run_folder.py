@@ -18,6 +18,8 @@ from distattn.training.json_lines import JsonLines, Row, append_rows, json_text,
 
 # whose losses by position and corpus are written
 TRAINING, EVALUATION = "training", "evaluation"
+# the kind of an event: ranks have loaded a checkpoint, and go on from its step
+RESUMED = "resumed"
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,27 @@ class RunFolder:
         return [rows[step] for step in sorted(rows)]
 
     def steps_done(self) -> int:
-        """Return how many steps of the run's configuration have metrics. Raises DistattnError where that cannot be read."""
+        """Return the last step that the run has done, or that of the checkpoint which it has gone on from since.
+
+        0 before the first. Raises DistattnError where the configuration cannot be read.
+        """
         if not self.metrics_file.exists():
             return 0
-        return len(self.metrics(configuration.load(self.config_file).train.steps))
+        rows, done = read_rows(self.metrics_file), 0
+        if rows:
+            done = rows[-1]["step"]
+        resumed = [event for event in self.events() if event["kind"] == RESUMED]
+        # no step was done since
+        if resumed and resumed[-1].get("metrics_bytes", -1) >= self.metrics_file.stat().st_size:
+            done = resumed[-1]["step"]
+        # later steps, done before the run went on with fewer, do not count
+        return min(done, configuration.load(self.config_file).train.steps)
+
+    def resumed_facts(self) -> Row:
+        """Return what tells whether steps were done after the event of kind RESUMED that has it: the length of the metrics."""
+        with suppress(OSError):
+            return {"metrics_bytes": self.metrics_file.stat().st_size}
+        return {}
 
     def events(self) -> list[dict[str, Any]]:
         """What happened seldom, in the order in which it happened: step, kind, text, and facts of the kind."""

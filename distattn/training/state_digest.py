@@ -86,15 +86,25 @@ class StateDigest:
         if self._taken is None:
             return None
         changed = self.changed()
-        return self.explain(step, changed, until) if self.any(bool(changed)) else None
+        return self.explain(step, changed, until) if self.tell(bool(changed))() else None
 
-    def any(self, changed: bool) -> bool:
-        """Return whether it is so on any rank. A collective call."""
-        if self._group is None or dist.get_world_size(self._group) == 1:
-            return changed
+    def tell(self, changed: bool) -> Callable[[], bool]:
+        """Begin to tell all ranks whether this one has found a change; return a function that waits, and says whether any has.
+
+        A collective call; ranks may send other things meanwhile, so that the two are under way at once. Where nothing was taken
+        nothing is sent.
+        """
+        if self._taken is None or self._group is None or dist.get_world_size(self._group) == 1:
+            return lambda: changed
         flag = torch.tensor(int(changed), device=sendable_device(self._group))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+
+        def told() -> bool:
+            work.wait()
+            return bool(flag)
+
+        return told
 
     def explain(self, step: int, changed: list[str], until: str = "") -> Damage | None:
         """Return what has changed on any rank, None where nothing has. A collective call.

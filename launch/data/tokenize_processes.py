@@ -1,4 +1,4 @@
-"""The processes of `distattn data tokenize`: each works on one shard at a time; one that dies is named."""
+"""The processes of `distattn data tokenize`: each works on one shard at a time; one that dies or stops is named and replaced."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from distattn.data.tokenize import (
     remove_parts,
 )
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.supervision.helpers import LOOK_SECONDS, Helper, how_it_ended
+from distattn.launch.command_line import say
+from distattn.supervision.helpers import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, how_it_ended
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 _WORKER = "distattn.data.tokenize_worker"
@@ -34,7 +35,7 @@ _STOPPED_SECONDS = 10.0
 
 
 class LostProcessError(DistattnError):
-    """A process ended that should not have; the message names it. Exit code 1 on the command line."""
+    """Processes ended that should not have; the message names the last one. Exit code 1 on the command line."""
 
     exit_code = 1
 
@@ -65,11 +66,15 @@ def tokenize(job: TokenizeJob, processes: int, report: Callable[[Progress], None
 def run_workers(
     job: TokenizeJob, shards: Sequence[int], processes: int, lock: int, report: Callable[[Progress], None]
 ) -> None:
-    """Have shards tokenized by at most so many processes. Raises DistattnError where one of them fails; then none is left."""
+    """Have shards tokenized by at most so many processes. Raises DistattnError where one of them fails; then none is left.
+
+    A process that dies or is stopped is replaced, and the new one begins its shard again: a shard counts once all of it is
+    written. After MOST_REPLACEMENTS of them the next one is a failure.
+    """
     waiting = deque(shards)
     if not waiting:
         return
-    job_file = job.save()
+    job_file, replaced = job.save(), 0
     workers: list[_Worker] = []
     try:
         with selectors.DefaultSelector() as selector:
@@ -78,47 +83,63 @@ def run_workers(
                 selector.register(workers[-1].messages, selectors.EVENT_READ, workers[-1])
                 workers[-1].give(waiting)
             while selector.get_map():
-                # a stopped process sends nothing
-                for worker in workers:
-                    worker.check_state(job)
+                # one that is stopped sends nothing
+                for one in workers:
+                    one.kill_if_stopped()
                 for key, _ in selector.select(LOOK_SECONDS):
                     worker = key.data
                     for message in worker.read():
                         if "progress" in message:
-                            report(Progress(*message["progress"]))
+                            report(worker.advance(Progress(*message["progress"])))
                         elif "done" in message:
                             worker.give(waiting)
                         else:
                             raise (DamagedDataError if message["damaged"] else DistattnError)(message["error"])
                     if worker.ended:
                         selector.unregister(worker.messages)
-                        worker.check_end(job)
+                        if not (lost := worker.lost(job)):
+                            continue
+                        if replaced == MOST_REPLACEMENTS:
+                            raise LostProcessError(f"{lost}; the others were stopped.{worker.hint}")
+                        replaced += 1
+                        say(f"{lost}; another process does it again.")
+                        report(worker.replace())
+                        selector.register(worker.messages, selectors.EVENT_READ, worker)
     finally:
         for worker in workers:
             worker.stop()
 
 
 class _Worker:
-    """One process. shard: what it works on, or None. ended: whether it will send no more."""
+    """One process, and those that replace it. shard: what it works on, or None. ended: whether it will send no more."""
 
     def __init__(self, number: int, job_file: str, lock: int):
         self.number = number
         self.shard: int | None = None
-        self.ended = False
-        self._rest = b""
-        command = [sys.executable, "-m", _WRAPPER, str(os.getpid()), _WORKER, job_file]
+        self._command = [sys.executable, "-m", _WRAPPER, str(os.getpid()), _WORKER, job_file]
+        self._lock = lock
+        self._start()
+
+    def _start(self) -> None:
         # processes share the cores: none has threads of its own
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pass_fds=[lock]
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pass_fds=[self._lock]
         )
         assert self._process.stdin and self._process.stdout
         self._orders, self.messages = self._process.stdin, self._process.stdout
-        self._helper, self._looked = Helper(f"process {number}", self._process.pid), 0.0
+        self._helper, self._looked = Helper(f"process {self.number}", self._process.pid), 0.0
+        # of the shard that it works on
+        self._progress = Progress()
+        self._rest, self._fault, self.ended = b"", "", False
 
     def give(self, waiting: deque[int]) -> None:
         """Give it the next shard, or, where none waits, let it end."""
         self.shard = waiting.popleft() if waiting else None
+        self._progress = Progress()
+        self._order()
+
+    def _order(self) -> None:
         # where it has died its messages end, too
         with contextlib.suppress(BrokenPipeError):
             if self.shard is None:
@@ -135,32 +156,55 @@ class _Worker:
         for line in lines:
             yield json.loads(line)
 
-    def check_end(self, job: TokenizeJob) -> None:
-        """Raise LostProcessError unless it ended well with nothing to do."""
+    def advance(self, progress: Progress) -> Progress:
+        """Add to what is done of the shard. Returns the progress that was added."""
+        self._progress = self._progress.plus(progress)
+        return progress
+
+    def lost(self, job: TokenizeJob) -> str:
+        """Say, as a clause, how a process has ended amid a shard; "" of one that had nothing to do any more."""
         code = self._process.wait()
-        if code == 0 and self.shard is None:
-            return
-        where = "after its last shard" if self.shard is None else f"while it worked on {job.describe(self.shard)}"
-        # the kernel ends whoever takes the last memory
-        hint = " Where memory ran out, take fewer --processes." if code == -signal.SIGKILL else ""
-        raise LostProcessError(
-            f"tokenize: process {self.number} ({self._process.pid}) {how_it_ended(code)} {where}; the others were stopped.{hint}"
+        if self.shard is None:
+            return ""
+        how = self._fault or how_it_ended(code)
+        return (
+            f"tokenize: process {self.number} ({self._process.pid}) {how} while it worked on {job.describe(self.shard)}"
         )
 
-    def check_state(self, job: TokenizeJob) -> None:
-        """Raise LostProcessError where it has been stopped for _STOPPED_SECONDS."""
+    @property
+    def hint(self) -> str:
+        """What to do about a process that was killed, as a sentence; "" where that is not known."""
+        # the kernel ends whoever takes the last memory
+        was_killed = not self._fault and self._process.returncode == -signal.SIGKILL
+        return " Where memory ran out, take fewer --processes." if was_killed else ""
+
+    def replace(self) -> Progress:
+        """Have another process begin the shard of one that has ended. Returns the progress that is lost, as negative numbers."""
+        lost = Progress(*(-done for done in self._progress))
+        self._close_pipes()
+        self._start()
+        self._order()
+        return lost
+
+    def kill_if_stopped(self) -> None:
+        """Kill the process where it has been stopped for _STOPPED_SECONDS; its messages end then."""
         now = time.monotonic()
-        if now < self._looked + LOOK_SECONDS or self.shard is None:
+        if now < self._looked + LOOK_SECONDS:
             return
         self._looked = now
-        if not self._helper.end() and (fault := self._helper.fault(_STOPPED_SECONDS)):
-            where = f"while it worked on {job.describe(self.shard)}"
-            raise LostProcessError(f"tokenize: {self._helper} {fault} {where}; the others were stopped.")
+        fault = self._helper.fault(_STOPPED_SECONDS)
+        # one that has ended by itself says how by its exit code
+        if fault and not self._fault and not self._helper.end():
+            self._fault = fault
+            self._process.kill()
 
     def stop(self) -> None:
         """End it, whatever it does."""
         self._process.kill()
         self._process.wait()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
         self.messages.close()
         with contextlib.suppress(BrokenPipeError):
             self._orders.close()

@@ -1,7 +1,9 @@
 """Verdicts of training decide which checkpoints are kept and loaded; a person's choice counts more."""
 
 import errno
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from distattn.checkpoints.checkpoint_folder import (
     keep_for_good,
     keep_newest_good,
     list_checkpoints,
+    preferred_step,
     release_kept,
     verify_checkpoint,
 )
@@ -162,6 +165,38 @@ def test_a_person_chooses_a_step_and_later_ones_are_set_aside(tmp_path):
     state = {"a": 0}
     assert saver.load_newest(state).step == 20
     saver.close()
+
+
+def _choose_and_die(folder, step, replaced):
+    """Choose a step in a child process, which is killed before the n-th verdict gets its name, or while a run loads it."""
+    replace, left = os.replace, [replaced]
+
+    def fatal_replace(*names):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        replace(*names)
+
+    os.replace = fatal_replace
+    with choose_step(folder, step):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("replaced", range(4))
+def test_a_choice_of_which_the_process_is_killed_holds_or_was_not_made(tmp_path, replaced):
+    for serial, step in enumerate((10, 20, 30, 40), 1):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        Manifest(serial, step, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(tmp_path / f"step-{step:08d}")
+    judge_checkpoint(tmp_path, 20, REFUSED, "why")
+    child = multiprocessing.get_context("fork").Process(target=_choose_and_die, args=(tmp_path, 20, replaced))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    # one that was refused first, then those that were saved later
+    assert preferred_step(tmp_path) == (20 if replaced == 3 else 40)
+    with choose_step(tmp_path, 40):
+        pass
+    assert preferred_step(tmp_path) == 40
 
 
 def test_a_full_disk_sets_no_checkpoint_aside(tmp_path, monkeypatch):

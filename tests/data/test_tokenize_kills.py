@@ -10,9 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from waiting import LIMIT_SECONDS, eventually
+
+from distattn.data import document_sources
+from distattn.data import tokenize as tokenize_files
+from distattn.launch.data import tokenize_processes
+from distattn.supervision.helpers import MOST_REPLACEMENTS
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".bin", ".idx", ".xxh3", ".json")
@@ -168,22 +174,63 @@ def test_a_command_that_is_killed_while_it_gives_files_their_names_goes_on(corpu
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json", "out.xxh3"]
 
 
-def test_a_worker_that_is_killed_is_named_and_the_command_goes_on(corpus, tmp_path):
+def workers_of_this_process():
+    """The processes that tokenize for the test itself."""
+    found = workers(SimpleNamespace(pid=os.getpid()))
+    return [pid for pid in found if b"tokenize_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+def test_a_worker_that_dies_or_stops_is_replaced_and_its_shard_done_again(corpus, tmp_path, monkeypatch, capsys, how):
     folder, whole = corpus
-    out = tmp_path / "out"
-    process = start(folder, out)
-    victim = eventually(lambda: len(found := workers(process)) == WORKERS and found[-1], "no workers")
-    assert reached(lambda: finished(out) >= 2, process)
-    os.kill(victim, signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=LIMIT_SECONDS)
-    assert process.returncode == 1, stderr
+    monkeypatch.setattr(document_sources, "_shard_bytes", lambda sources: 60_000)
+    monkeypatch.setattr(tokenize_processes, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(tokenize_processes, "_STOPPED_SECONDS", 0.5)
+    job = tokenize_files.plan_job(str(tmp_path / "out"), [str(folder / "a.jsonl")], "bytes")
+    told, lost = [], []
+
+    def report(progress):
+        told.append(progress)
+        # amid shards, of which some progress was told
+        if len(told) == 4:
+            lost.extend(workers_of_this_process())
+            for pid in lost:
+                os.kill(pid, how)
+
+    manifest = tokenize_processes.tokenize(job, WORKERS, report)
+    assert contents(tmp_path / "out") == whole and len(lost) == WORKERS
+    said = capsys.readouterr().err.splitlines()
+    why = "was killed by SIGKILL" if how == signal.SIGKILL else r"is stopped \(SIGSTOP or a debugger\)"
+    for line in said:
+        assert re.fullmatch(
+            rf"distattn: tokenize: process [01] \(({lost[0]}|{lost[1]})\) {why} while it worked on bytes [\d,]+ to [\d,]+ of "
+            r".*a\.jsonl; another process does it again\.",
+            line,
+        ), line
+    assert len(said) == WORKERS
+    # what was done twice counts once
+    assert [sum(counts) for counts in zip(*told, strict=True)][1:3] == [manifest.documents, manifest.tokens]
+
+
+def test_a_worker_that_is_killed_again_and_again_ends_the_command(corpus, tmp_path, monkeypatch, capsys):
+    folder, whole = corpus
+    monkeypatch.setattr(document_sources, "_shard_bytes", lambda sources: 60_000)
+    job = tokenize_files.plan_job(str(tmp_path / "out"), [str(folder / "a.jsonl")], "bytes")
+
+    def report(progress):
+        for pid in workers_of_this_process():
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(tokenize_processes.LostProcessError) as lost:
+        tokenize_processes.tokenize(job, 1, report)
     assert re.fullmatch(
-        rf"distattn: tokenize: process [01] \({victim}\) was killed by SIGKILL while it worked on bytes [\d,]+ to [\d,]+ of "
-        r".*a\.jsonl; the others were stopped\. Where memory ran out, take fewer --processes\. Finished shards are kept: .*\n",
-        stderr,
-    ), stderr
-    done = finish(folder, out)
-    assert done.returncode == 0 and contents(out) == whole, done.stderr
+        r"tokenize: process 0 \(\d+\) was killed by SIGKILL while it worked on bytes [\d,]+ to [\d,]+ of .*a\.jsonl; the "
+        r"others were stopped\. Where memory ran out, take fewer --processes\..*",
+        str(lost.value),
+    )
+    assert capsys.readouterr().err.count("another process does it again.") == MOST_REPLACEMENTS
+    tokenize_processes.tokenize(job, WORKERS, lambda progress: None)
+    assert contents(tmp_path / "out") == whole
 
 
 def test_two_commands_do_not_work_in_one_place(corpus, tmp_path, monkeypatch):

@@ -10,8 +10,12 @@ import torch
 from distattn.doctor.attention_mistakes import search_factor
 from distattn.doctor.changed_values import common_change, describe_change
 from distattn.doctor.comparison import Diagnosis, Finding, name_ranks, name_tokens
+from distattn.doctor.emulated_model import EmulatedModel
 from distattn.doctor.environment import Check
 from distattn.doctor.gradient_sums import LocalGradients
+from distattn.doctor.logit_mistakes import RIGHT
+from distattn.doctor.rank_mistakes import explain_errors
+from distattn.doctor.replay import LocalError, Place
 from distattn.launch import doctor_command
 
 EXPECTED = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
@@ -123,3 +127,34 @@ def test_help_does_not_import_torch(command):
     code = f"import sys; from distattn.launch import cli; cli.main(['{command}', '--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith(f"usage: distattn {command}"), done.stderr
+
+
+def test_why_a_lookup_could_not_be_tried_is_noted():
+    noted, place = [], Place(0, "output", "embed")
+
+    def fail(hypothesis):
+        raise ValueError("of the model's own")
+
+    replay = SimpleNamespace(calls=[], computed=fail, bound=lambda rank, place: 0.0)
+    batch = SimpleNamespace(right=lambda: [torch.arange(2)], tokens=[torch.arange(2)])
+    emulation = SimpleNamespace(micro_batches=[batch], note_failure=noted.append)
+    error = LocalError(place, 0, [0, 1], 9.0, 1.0, torch.zeros(2, 3), torch.ones(2, 3))
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 3)})
+    explain_errors(replay, [error], emulation, model, [{"settings": {}}])
+    assert [str(one) for one in noted] == ["of the model's own"]
+
+
+@pytest.mark.parametrize("works", ["_by_script", ""], ids=["by the script", "in no way"])
+def test_why_a_model_runs_in_no_way_is_noted(works, monkeypatch):
+    def run(self, forward, *given):
+        if forward.__name__ != works:
+            raise TypeError(f"{forward.__name__} does not work")
+        return torch.zeros(1)
+
+    monkeypatch.setattr(EmulatedModel, "_logits", run)
+    target = SimpleNamespace(describe_error=str)
+    emulation = EmulatedModel(target, torch.nn.Linear(1, 1), SimpleNamespace(packs=[]), [])
+    assert (emulation(RIGHT, False) is not None) == bool(works)
+    finding = emulation.with_failures(Finding("unknown", "it differs", "look"))
+    said = "" if works else "; not all mistakes could be tried in one process: _by_script does not work"
+    assert finding.observed == f"it differs{said}"

@@ -190,7 +190,7 @@ PLANTED = [
     ("weight decay", "weights in gradients", "times the weights"),
     ("gradients left over", "gradients left over", "model.embed_tokens.weight"),
     ("detached in a fused projection", "keys and values detached", "features 32 to 95"),
-    ("never in one process", "unknown", "on rank 1 in tokens 24", "could not be tried"),
+    ("never in one process", "unknown", "on rank 1 in tokens 24", "not all mistakes could be tried"),
 ]
 FAMILY = {"detached in a fused projection": "own", "never in one process": "own"}
 # in bf16 they are no mistakes

@@ -1,10 +1,12 @@
 """A refused `distattn resume` leaves the run as it was, and derived settings are derived anew."""
 
 import json
+import os
 from dataclasses import asdict, replace
 
 import pytest
 
+from distattn.checkpoints.checkpoint_folder import choose_step
 from distattn.checkpoints.manifest import Manifest
 from distattn.checkpoints.owner import writer_name
 from distattn.checkpoints.run_lock import RunLock
@@ -16,7 +18,7 @@ from distattn.launch.ranks import supervised
 from distattn.launch.run_node import check_places
 from distattn.launch.start_run import resume_run, start_run
 from distattn.training import config as configuration
-from distattn.training.config import ReferenceCheckConfig, TrainConfig
+from distattn.training.config import ReferenceCheckConfig, RunConfig, TrainConfig
 from distattn.training.proposal import Proposal
 from distattn.training.run_folder import StepMetrics
 
@@ -45,7 +47,7 @@ def with_steps(run, steps):
 
 
 def content_of(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "owner.lock"}
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock"}
 
 
 @pytest.fixture
@@ -119,6 +121,28 @@ def test_a_second_resume_leaves_what_the_first_one_proposes(run, ranks):
     assert first.load().train.steps == 60 and run.proposals() == ["first"]
 
 
+def test_a_resume_of_a_run_that_is_starting_is_refused_and_touches_nothing(run, monkeypatch, tmp_path):
+    refused = []
+
+    def begin_ranks(run, *given):
+        # the ranks have not taken the lock yet
+        before = content_of(run.folder)
+        with pytest.raises(DistattnError, match=f"belongs to process {os.getpid()}"):
+            resume_command.main([str(run.folder), "--train.steps=60"])
+        assert content_of(run.folder) == before
+        refused.append(run.folder)
+        return 2
+
+    monkeypatch.setattr(run_locally, "run_ranks_and_finish", begin_ranks)
+    assert resume_command.main([str(run.folder)]) == 2
+    new = replace(with_steps(run, 60), run=RunConfig(folder=str(tmp_path / "new")))
+    assert run_locally.run_locally(new, json_lines=True) == 2
+    assert refused == [run.folder, tmp_path / "new"]
+    # the launcher has ended
+    monkeypatch.setattr(run_locally, "run_ranks_and_finish", lambda *_: 2)
+    assert resume_command.main([str(run.folder)]) == 2
+
+
 def test_what_a_killed_launcher_has_proposed_is_removed(run):
     dead = Proposal(run, f"{writer_name().partition('-')[0]}-{2**22 + 1}-1")
     resume_run(run, with_steps(run, 60), no_progress, dead)
@@ -134,6 +158,25 @@ def test_a_step_that_is_asked_for_is_chosen_by_the_ranks(run, monkeypatch):
     after = content_of(run.folder)
     assert {file for file in before if before[file] != after.get(file)} == {run.secret_file}
     assert set(after) == set(before)
+
+
+def test_a_resume_says_which_checkpoints_are_set_aside(run, monkeypatch, capsys):
+    monkeypatch.setattr(run_locally, "run_ranks_and_finish", lambda *_: 2)
+    for serial, step in ((2, 36), (3, 38)):
+        Manifest(serial, step, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(folder_of(run, step))
+    # as by a launcher that was killed while its ranks loaded
+    with choose_step(run.checkpoints, 34):
+        pass
+    assert resume_command.main([str(run.folder)]) == 2
+    assert capsys.readouterr().out == (
+        f"run folder: {run.folder}, checkpoint of step 34; later ones are set aside: --step 38 goes on from the last of them\n"
+    )
+    assert resume_command.main([str(run.folder), "--step=38"]) == 2
+    assert capsys.readouterr().out == f"run folder: {run.folder}, checkpoint of step 38\n"
+    # the run has gone on from the chosen one
+    Manifest(4, 35, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(folder_of(run, 35))
+    assert resume_command.main([str(run.folder)]) == 2
+    assert capsys.readouterr().out == f"run folder: {run.folder}, checkpoint of step 35\n"
 
 
 @pytest.mark.parametrize(

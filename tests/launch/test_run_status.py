@@ -23,7 +23,7 @@ from distattn.training.run_folder import RunFolder, StepMetrics
 def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tmp_path, capsys, monkeypatch):
     run = RunFolder(tmp_path)
     run.config_file.touch()
-    run.append(run.metrics_file, asdict(StepMetrics(0, 2.0, 1.0, 64, 0.5)))
+    run.append(run.metrics_file, asdict(StepMetrics(1, 2.0, 1.0, 64, 0.5)))
     monkeypatch.setenv(JOB_VARIABLE, "sky-7")
     begun = "begun by another scheduler, no attempts are written down"
     with RunLock(tmp_path):
@@ -54,7 +54,7 @@ def test_a_run_whose_launcher_was_killed_in_the_comparison_says_what_completes_i
     run = RunFolder(tmp_path)
     run.config_file.touch()
     attempts, facts = Attempts(run.attempts), {"host": socket.gethostname(), "launcher": 1}
-    run.append(run.metrics_file, asdict(StepMetrics(0, 2.0, 1.0, 64, 0.5)))
+    run.append(run.metrics_file, asdict(StepMetrics(1, 2.0, 1.0, 64, 0.5)))
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as launcher:
         with patch.object(os, "getpid", lambda: launcher.pid):
             attempts.end(attempts.begin(**facts, process=writer_name()), 0, "ended well")

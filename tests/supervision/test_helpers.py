@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,16 +136,37 @@ def test_a_new_resource_tracker_knows_the_semaphores_that_are_there():
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
-def test_a_replay_that_is_stopped_is_named(tmp_path):
-    stops = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"]
-    soon = [
-        patch.object(reference_check, name, seconds)
-        for name, seconds in (("LOOK_SECONDS", 0.05), ("_STOPPED_SECONDS", 1.0))
-    ]
-    refusal = pytest.raises(DistattnError, match=r"the replay in plain transformers \(process \d+\) is stopped")
-    with soon[0], soon[1], refusal:
-        reference_check._run_watched(stops)
-    assert reference_check._run_watched([sys.executable, "-c", "import sys; sys.exit('no')"]) == (1, "no\n")
+FAULTY_REPLAY = """
+import os, pathlib, signal, sys
+tries = pathlib.Path(sys.argv[1])
+with tries.open("a") as file:
+    file.write("x")
+if tries.stat().st_size <= int(sys.argv[2]):
+    os.kill(os.getpid(), int(sys.argv[3]))
+sys.exit("the last words")
+"""
+
+
+@pytest.mark.parametrize("how", HOW, ids=lambda how: how.name)
+@pytest.mark.parametrize("faults", [1, 100])
+def test_a_replay_that_dies_or_stops_begins_again_a_few_times(how, faults, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reference_check, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(helpers, "LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(reference_check, "_STOPPED_SECONDS", 1.0)
+    command = [sys.executable, "-c", FAULTY_REPLAY, str(tmp_path / "tries"), str(faults), str(int(how))]
+    named = rf"the replay in plain transformers \(process \d+\) {re.escape(HOW[how])}"
+    if faults == 1:
+        assert reference_check._run_watched(command) == (1, "the last words\n")
+    elif how == signal.SIGSTOP:
+        with pytest.raises(DistattnError, match=rf"{named}; compare again later\."):
+            reference_check._run_watched(command)
+    else:
+        assert reference_check._run_watched(command) == (-signal.SIGKILL, "")
+    began_again = min(faults, helpers.MOST_REPLACEMENTS)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == began_again
+    assert all(re.fullmatch(rf"distattn: {named}; it begins again\.", line) for line in said), said
+    assert (tmp_path / "tries").read_text() == "x" * (began_again + 1)
 
 
 def test_a_replay_that_ends_between_two_looks_has_not_failed():

@@ -208,3 +208,99 @@ def test_a_run_that_is_stopped_amid_refused_steps_says_from_where_it_goes_on(con
     )
     assert verdicts(runs[1]) == {1: GOOD, 2: REFUSED, 3: REFUSED}
     assert second.startswith("stopped after step 3,") and second.endswith("distattn resume goes on from step 1.")
+
+
+def _train_with_a_bad_step(rank: int, run: RunFolder, config: Config, bad: int, stops: bool, flips: bool) -> str:
+    """Train; the loss of this step, counted from 1, is NaN once. Return what is said where the run is asked to stop then.
+
+    flips: whether a bit of the state flips in the step that follows.
+    """
+    backward, update, updates, steps = Fsdp2Engine.backward, Fsdp2Engine.update, [], []
+
+    def spoil(self, *given):
+        losses = backward(self, *given)
+        steps.append(None)
+        # the bad step is computed a second time
+        if flips and len(steps) == bad + 2:
+            weight = next(part for kind, _, part in self.state_tensors() if kind == "weight")
+            weight.view(torch.uint8).view(-1)[0] ^= 1
+        return [losses[0] * math.nan] if len(steps) == bad else losses
+
+    def ask(self, rate):
+        update(self, rate)
+        updates.append(None)
+        if stops and len(updates) == bad - 1:
+            run.ask_to_stop("test")
+
+    Fsdp2Engine.backward, Fsdp2Engine.update = spoil, ask
+    if not stops:
+        train(run, config, True, torch.device("cpu"))
+        return ""
+    with pytest.raises(RunStopped) as stopped:
+        train(run, config, True, torch.device("cpu"))
+    return str(stopped.value)
+
+
+def with_a_bad_step(config: Config, folder: Path, bad: int, stops: bool = False, flips: bool = False):
+    run = RunFolder.create(dataclasses.replace(config, run=RunConfig(folder=str(folder), seed=3)))
+    write_text(run, config, find_text(config))
+    (said,) = run_on_ranks(1, _train_with_a_bad_step, run, config, bad, stops, flips)
+    return run, said
+
+
+def losses_of(run: RunFolder) -> list[tuple]:
+    return [(step.step, str(step.loss), step.skipped) for step in run.metrics()]
+
+
+def test_a_stop_amid_one_refused_step_loses_nothing(config, tmp_path):
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=4))
+    run, said = with_a_bad_step(config, tmp_path / "stopped", 6, stops=True)
+    assert said.startswith("stopped after step 6,") and said.endswith("distattn resume goes on from there.")
+    assert verdicts(run) == {4: GOOD, 6: UNTESTED}
+    run.forget_requests()
+    trained(config, run=run)
+    assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Went on from step-00000006."]
+    whole, _ = with_a_bad_step(config, tmp_path / "whole", 6)
+    assert losses_of(run) == losses_of(whole) and [step for step, _, skipped in losses_of(run) if skipped] == [6]
+    # the last step is followed by none that could tell
+    run, _ = with_a_bad_step(config, tmp_path / "last", STEPS)
+    assert verdicts(run) == {4: GOOD, 8: GOOD, STEPS: REFUSED}
+    # one refused step says nothing against the checkpoint that it was computed from
+    run, said = with_a_bad_step(config, tmp_path / "saved before", 5, stops=True)
+    assert said.endswith("distattn resume goes on from there.") and verdicts(run) == {4: UNTESTED, 5: UNTESTED}
+
+
+def test_a_checkpoint_whose_state_was_whole_after_the_save_outlives_damage(config, tmp_path):
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=4))
+    run, _ = with_a_bad_step(config, tmp_path / "flipped", 5, flips=True)
+    events = [(event["kind"], event["text"]) for event in run.events() if event["kind"] in ("damaged state", "resumed")]
+    assert [kind for kind, _ in events] == ["damaged state", "resumed"]
+    assert "between the update of step 4 and the update of step 6" in events[0][1]
+    # the state was compared in step 5, after the copy
+    assert events[1][1] == "Went on from step-00000004."
+    assert losses_of(run) == losses_of(trained(config))
+
+
+def _train_and_count(rank: int, run: RunFolder, config: Config) -> list[int]:
+    """Train; return the steps that `status` counts in the forward pass of each step."""
+    backward, counted = Fsdp2Engine.backward, []
+
+    def count(self, *given):
+        counted.append(status(run)["steps"])
+        return backward(self, *given)
+
+    Fsdp2Engine.backward = count
+    train(run, config, True, torch.device("cpu"))
+    return counted
+
+
+def test_status_counts_from_the_checkpoint_that_a_run_goes_on_from(config):
+    config = dataclasses.replace(
+        config, train=TrainConfig(steps=4), checkpoint=CheckpointConfig(every_steps=1, keep_last=9)
+    )
+    run = trained(config)
+    with choose_step(run.checkpoints, 1):
+        pass
+    assert status(run)["steps"] == 4
+    assert run_on_ranks(1, _train_and_count, run, config) == [[1, 2, 3]]
+    assert status(run)["steps"] == 4

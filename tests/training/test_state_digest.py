@@ -117,6 +117,30 @@ def test_the_update_that_made_a_weight_grow_is_named():
     assert growth.largest().text(0).startswith("the update of step 2 made weight 0.weight of rank 0 infinite or NaN")
 
 
+def _told(rank: int) -> list[bool]:
+    """What ranks tell each other, while they send other things."""
+    import torch.distributed as dist
+
+    digest = StateDigest(lambda: [("weight", "w", torch.ones(2))], dist.group.WORLD)
+    # nothing was taken, so nothing is sent: other ranks need not call it
+    found = [digest.tell(False)()] if rank == 0 else []
+    digest.take("an update")
+    other = torch.zeros(1)
+    for changed in (False, rank == 1):
+        if rank == 1:
+            dist.recv(other, 0)
+        told = digest.tell(changed)
+        # the other rank has not begun
+        if rank == 0:
+            dist.send(other, 1)
+        found.append(told())
+    return found
+
+
+def test_ranks_are_told_of_a_change_while_they_send_other_things():
+    assert run_on_ranks(2, _told) == [[False, False, True], [False, True]]
+
+
 # ---- on ranks, in every engine
 
 
