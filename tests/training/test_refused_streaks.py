@@ -242,8 +242,7 @@ def _train_with_a_bad_step(rank: int, run: RunFolder, config: Config, bad: int, 
 
 
 def with_a_bad_step(config: Config, folder: Path, bad: int, stops: bool = False, flips: bool = False):
-    run = RunFolder.create(dataclasses.replace(config, run=RunConfig(folder=str(folder), seed=3)))
-    write_text(run, config, find_text(config))
+    run = new_run(dataclasses.replace(config, run=RunConfig(folder=str(folder), seed=3)))
     (said,) = run_on_ranks(1, _train_with_a_bad_step, run, config, bad, stops, flips)
     return run, said
 
