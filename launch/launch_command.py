@@ -13,12 +13,12 @@ from pathlib import Path
 
 from distattn.data.text import find_files
 from distattn.ir.errors import DistattnError
+from distattn.launch.command_keys import refuse_keys_that_do_nothing
 from distattn.launch.command_line import (
     CommandParser,
     array_words,
     no_progress,
     print_line,
-    refuse_other_launchers_keys,
     say,
 )
 from distattn.launch.elastic_run import node_counts
@@ -88,13 +88,13 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         raise DistattnError(f"launch {where}: --spare is for Slurm; see distattn launch slurm.")
     if where not in ("slurm", "ray") and given.array is not None:
         raise DistattnError(f"launch {where}: --array is for Slurm and Ray; see distattn launch slurm.")
-    refuse_other_launchers_keys(overrides, where)
+    # of a sweep, one for each task
+    words = array_words(given.array) if given.array is not None else []
+    refuse_keys_that_do_nothing(f"launch {where}", [*overrides, *words])
     if given.spare is not None:
         overrides = [*overrides, f"--slurm.spare_nodes={given.spare}"]
     overrides = [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
     config = preflight_alone(configuration.load(given.config, overrides, say))
-    # of a sweep, one for each task
-    words = array_words(given.array) if given.array is not None else []
     sweep = [preflight_alone(configuration.load(given.config, [*overrides, word])) for word in words]
     for word, one in zip(words, sweep, strict=True):
         if where == "slurm" and _commands(one, config) != _commands(config, config):

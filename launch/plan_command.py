@@ -15,6 +15,7 @@ from rich.text import Text
 from distattn.cluster import spec as describe
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import LAYOUTS
+from distattn.launch.command_keys import refuse_keys_that_do_nothing
 from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_to_stderr, say
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.parallel.make_plan import STRATEGIES
@@ -158,6 +159,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]
     path = None if arguments[0].startswith("--") else arguments[0]
     given, overrides = parser.parse_known_args(arguments[1:] if path else arguments)
     if path is not None:
+        options = [option for option in ("memory", "docs") if getattr(given, option)]
+        refuse_keys_that_do_nothing(" --".join(["plan", *options]), overrides)
         return given, configuration.load(path, overrides, say)
     if overrides:
         raise DistattnError(f"plan: {overrides[0]!r} is not known. See distattn plan --help.")
