@@ -28,6 +28,7 @@ from distattn.planning.compare_strategies import (
     comparison_table,
     layout_lines,
     parse_document_lengths,
+    strategy_lines,
     truncate_documents,
 )
 from distattn.planning.comparison_page import write_comparison_page
@@ -57,7 +58,7 @@ Plans one attention call with every strategy, proves the plans and times them on
                           strategy, and whether it fits on a device of the cluster
   --json                  numbers instead of a table
 
-With CONFIG the run's own strategy is timed with every layout, too, and a line says where another layout is faster.
+With CONFIG the run's own strategy is timed with every layout, too, and a line says where another strategy or layout is faster.
 The documents are the first pack of the run's data, or those of --docs, and shapes, ranks and cluster are the run's.
 Where the context length changes in the run, every length has its table; files and --memory are of the longest.
 """
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         if config:
             layouts = compare_layouts(request, cluster)
             facts[-1]["layouts"] = {name: {"seconds": seconds} for name, seconds in layouts.items()}
-            lines = layout_lines(request, layouts)
+            lines = strategy_lines(found, settings.strategy) + layout_lines(request, layouts)
         if not given.json:
             _show_table([*phase.title(len(phases)), str(request), *comparison_table(found, cluster), *lines])
     if given.json:
