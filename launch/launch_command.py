@@ -23,7 +23,7 @@ from distattn.launch.command_line import (
 )
 from distattn.launch.elastic_run import node_counts
 from distattn.launch.ranks.machine_limits import check_device_holds_state, check_nodes_hold_ranks, check_run_fits
-from distattn.launch.run_status import cancel, status, status_lines, sweep_runs
+from distattn.launch.run_status import cancel, state_of_ended, status, status_lines, sweep_runs
 from distattn.launch.slurm import jobs as slurm
 from distattn.launch.start_run import preflight_alone, start_run
 from distattn.planning.compare_strategies import cluster_for_run
@@ -257,6 +257,11 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
     if command == "logs":
         return _print_logs(run, given.rank)
     if command == "cancel":
+        if (state := state_of_ended(run)) is not None:
+            facts = {"run": str(run.folder), "state": state, "cancelled": False}
+            sentence = f"{run.folder} goes on no more, so there is nothing to cancel: {state}\n"
+            sys.stdout.write(json.dumps(facts) + "\n" if given.json else sentence)
+            return 0
         what, number = cancel(run)
         facts = {what: number, "cancelled": True}
         sys.stdout.write(json.dumps(facts) + "\n" if given.json else f"{what} {number} is cancelled\n")
