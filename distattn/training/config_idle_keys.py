@@ -29,7 +29,8 @@ def idle_keys(config: Config) -> dict[str, str]:
 
     planned = data.path.endswith(".toml")
     # whatever the number of ranks is: an elastic run changes it
-    packs_are_split = parallel.split_ranks > 1 or (parallel.data == "replicated" and not parallel.context_parallel_size)
+    size = parallel.context_parallel_size
+    packs_are_split = size > 1 or (not size and parallel.data == "replicated")
     add(
         planned,
         f"does nothing here: packs are planned already; leave it out, or change it in {data.path}.",

@@ -152,6 +152,7 @@ def test_every_mistake_is_named_at_once(text, sentences, tmp_path):
         ("[train]\nlearning_rate = -1.0", "train.learning_rate: at least 0"),
         ("[parallel]\ndata = 'per_rankk'", "parallel.data: there is no 'per_rankk'"),
         ("[engine]\nzero_stage = 7", "engine.zero_stage: at most 3"),
+        ("[parallel]\npipeline_parallel_size = 0", "parallel.pipeline_parallel_size: at least 1, not 0."),
         ("[data]\ntokens_per_step = 1", "data.tokens_per_step: at least 2"),
         ("[model]\nhidden_size = 0", "model.hidden_size: at least 1, not 0."),
         ("[data]\ncontext_schedule = [{contxt_length = 4096}]", "unknown key. Did you mean context_length?"),
