@@ -115,15 +115,3 @@ def array_words(array: str) -> list[str]:
     if not key or not all(values.split(",")):
         raise DistattnError(f"--array: {array!r}; write a key and its values, such as train.learning_rate=1e-3,3e-3.")
     return [f"--{key}={value}" for value in values.split(",")]
-
-
-def refuse_other_launchers_keys(overrides: Sequence[str], where: str = "") -> None:
-    """Raise DistattnError for a key on the command line that another launcher reads. where: this one's section, empty for none.
-
-    Run files may have both sections, so that the same file starts here, on Slurm and on Ray.
-    """
-    for word in overrides:
-        section = word.removeprefix("--").partition(".")[0]
-        if word.startswith("--") and section in ("slurm", "ray") and section != where:
-            key = word.removeprefix("--").partition("=")[0].replace("-", "_")
-            raise DistattnError(f"command line: {key}: does nothing here; it belongs to distattn launch {section}.")

@@ -87,6 +87,8 @@ def main(arguments: Sequence[str]) -> int:
             _show_diagnosis(diagnosis, given.ranks)
     if given.json:
         sys.stdout.write(json.dumps(report) + "\n")
+    elif given.target is not None and not broken:
+        _summarise_checks(found)
     else:
         _show_checks(found)
     return 1 if broken or report.get("findings") else 0
@@ -125,6 +127,16 @@ def _show_checks(found: Sequence[Check]) -> None:
         _print_prose(console, f"{mark} ", f"{check.name}: {check.found}{advice}.")
     fine = ", ".join(f"{check.name} {check.found}" for check in found if check.ok and not check.advice)
     _print_prose(console, "machine: ", f"{fine}.")
+
+
+def _summarise_checks(found: Sequence[Check]) -> None:
+    """Print a sentence about a machine on which nothing is wrong, for after a verdict."""
+    versions = [f"{check.name} {check.found}" for check in found if check.name in ("python", "torch")]
+    noted = [check.name for check in found if not check.ok or check.advice]
+    others = f" and {len(noted) - 1} more" if len(noted) > 1 else ""
+    notes = f"; noteworthy: {noted[0]}{others}" if noted else ""
+    sentence = f"{', '.join(versions)}{notes}. distattn doctor without a model, or --json, says more."
+    _print_prose(ResultConsole(highlight=False), "machine: ", sentence)
 
 
 _MEASURED = {

@@ -13,25 +13,33 @@ from pathlib import Path
 
 from distattn.data.text import find_files
 from distattn.ir.errors import DistattnError
+from distattn.kernels.registry import AUTO, CPU_KERNELS
+from distattn.launch.command_keys import refuse_keys_that_do_nothing
 from distattn.launch.command_line import (
     CommandParser,
     array_words,
     no_progress,
     print_line,
-    refuse_other_launchers_keys,
     say,
 )
 from distattn.launch.elastic_run import node_counts
-from distattn.launch.ranks.machine_limits import check_device_holds_state, check_nodes_hold_ranks, check_run_fits
-from distattn.launch.run_status import cancel, status, status_lines, sweep_runs
+from distattn.launch.ranks.machine_limits import (
+    check_device_holds_state,
+    check_nodes_hold_ranks,
+    check_run_fits,
+    gpu_count,
+)
+from distattn.launch.run_status import cancel, state_of_ended, status, status_lines, sweep_runs
 from distattn.launch.slurm import jobs as slurm
 from distattn.launch.start_run import preflight_alone, start_run
+from distattn.parallel.analysis.columns import plural, readable_bytes
 from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
 from distattn.training.run_data import first_packs, pack_config, planned_packs
 from distattn.training.run_folder import RunFolder
+from distattn.training.state_bytes import state_bytes
 
 USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value ...] [--dry-run] [--json]
        distattn launch slurm CONFIG [--nodes N] [--spare N] [--gpus N] [--array KEY=VALUE,VALUE...]
@@ -88,13 +96,13 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         raise DistattnError(f"launch {where}: --spare is for Slurm; see distattn launch slurm.")
     if where not in ("slurm", "ray") and given.array is not None:
         raise DistattnError(f"launch {where}: --array is for Slurm and Ray; see distattn launch slurm.")
-    refuse_other_launchers_keys(overrides, where)
+    # of a sweep, one for each task
+    words = array_words(given.array) if given.array is not None else []
+    refuse_keys_that_do_nothing(f"launch {where}", [*overrides, *words])
     if given.spare is not None:
         overrides = [*overrides, f"--slurm.spare_nodes={given.spare}"]
     overrides = [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
     config = preflight_alone(configuration.load(given.config, overrides, say))
-    # of a sweep, one for each task
-    words = array_words(given.array) if given.array is not None else []
     sweep = [preflight_alone(configuration.load(given.config, [*overrides, word])) for word in words]
     for word, one in zip(words, sweep, strict=True):
         if where == "slurm" and _commands(one, config) != _commands(config, config):
@@ -142,10 +150,27 @@ def _dry_run(where: str, config: Config, sweep: Sequence[Config], json_output: b
     if where == "slurm":
         text = slurm.batch_script(config, folder, len(sweep))
     else:
-        here = " here" if where == "local" else ""
-        text = f"{config.parallel.ranks} processes{here}, logs in {folder}/logs\n"
+        text = "".join(f"{line}\n" for line in _what_would_start(where, config, folder))
     sys.stdout.write(json.dumps({"script": text}) + "\n" if json_output else text)
     return 0
+
+
+def _what_would_start(where: str, config: Config, folder: Path) -> list[str]:
+    """Return lines with the ranks of a run and their devices, its steps, the memory of a rank's state, and where results go."""
+    data, kernel, nodes = config.data, config.parallel.kernel, " here" if where == "local" else " on nodes of Ray"
+    # another machine's GPUs are not known here
+    on_gpus = kernel not in CPU_KERNELS and (kernel != AUTO or where != "local" or gpu_count() > 0)
+    devices = "a GPU each" if on_gpus else "on the CPU"
+    amount = data.path if data.path.endswith(".toml") else f"at most {data.tokens_per_step:,} tokens each"
+    planned = f"{plural(config.train.steps, 'step')} of {amount}"
+    steps = "the preflight alone" if config.preflight.action == "only" else planned
+    there = "; it is there already, so a number is added" if folder.exists() else ""
+    return [
+        f"{plural(config.parallel.ranks, 'rank')}{nodes}, {devices}, {config.parallel.strategy} attention",
+        steps,
+        f"{readable_bytes(state_bytes(config))} of weights, gradients and optimizer a rank",
+        f"run folder: {folder}{there}; logs in its folder logs",
+    ]
 
 
 def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
@@ -257,6 +282,11 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
     if command == "logs":
         return _print_logs(run, given.rank)
     if command == "cancel":
+        if (state := state_of_ended(run)) is not None:
+            facts = {"run": str(run.folder), "state": state, "cancelled": False}
+            sentence = f"{run.folder} goes on no more, so there is nothing to cancel: {state}\n"
+            sys.stdout.write(json.dumps(facts) + "\n" if given.json else sentence)
+            return 0
         what, number = cancel(run)
         facts = {what: number, "cancelled": True}
         sys.stdout.write(json.dumps(facts) + "\n" if given.json else f"{what} {number} is cancelled\n")

@@ -15,6 +15,7 @@ from rich.text import Text
 from distattn.cluster import spec as describe
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import LAYOUTS
+from distattn.launch.command_keys import refuse_keys_that_do_nothing
 from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_to_stderr, say
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.parallel.make_plan import STRATEGIES
@@ -27,6 +28,7 @@ from distattn.planning.compare_strategies import (
     comparison_table,
     layout_lines,
     parse_document_lengths,
+    strategy_lines,
     truncate_documents,
 )
 from distattn.planning.comparison_page import write_comparison_page
@@ -56,7 +58,7 @@ Plans one attention call with every strategy, proves the plans and times them on
                           strategy, and whether it fits on a device of the cluster
   --json                  numbers instead of a table
 
-With CONFIG the run's own strategy is timed with every layout, too, and a line says where another layout is faster.
+With CONFIG the run's own strategy is timed with every layout, too, and a line says where another strategy or layout is faster.
 The documents are the first pack of the run's data, or those of --docs, and shapes, ranks and cluster are the run's.
 Where the context length changes in the run, every length has its table; files and --memory are of the longest.
 """
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         if config:
             layouts = compare_layouts(request, cluster)
             facts[-1]["layouts"] = {name: {"seconds": seconds} for name, seconds in layouts.items()}
-            lines = layout_lines(request, layouts)
+            lines = strategy_lines(found, settings.strategy) + layout_lines(request, layouts)
         if not given.json:
             _show_table([*phase.title(len(phases)), str(request), *comparison_table(found, cluster), *lines])
     if given.json:
@@ -158,6 +160,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]
     path = None if arguments[0].startswith("--") else arguments[0]
     given, overrides = parser.parse_known_args(arguments[1:] if path else arguments)
     if path is not None:
+        options = [option for option in ("memory", "docs") if getattr(given, option)]
+        refuse_keys_that_do_nothing(" --".join(["plan", *options]), overrides)
         return given, configuration.load(path, overrides, say)
     if overrides:
         raise DistattnError(f"plan: {overrides[0]!r} is not known. See distattn plan --help.")

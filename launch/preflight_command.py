@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import check_options, no_progress, refuse_other_launchers_keys, say
+from distattn.launch.command_keys import refuse_keys_that_do_nothing
+from distattn.launch.command_line import check_options, no_progress, say
 from distattn.launch.ranks.machine_limits import check_run_fits
 from distattn.launch.run_locally import run_ranks_and_finish
 from distattn.launch.start_run import preflight_alone, start_run
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(USAGE)
         return 0
     check_options("preflight", words, ["--json"])
-    refuse_other_launchers_keys(words[1:])
+    refuse_keys_that_do_nothing("preflight", words[1:])
     config = configuration.load(words[0], words[1:], say)
     check_run_fits(config)
     wanted = Path(config.run.folder).absolute()

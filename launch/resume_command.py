@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
+from distattn.launch.command_keys import refuse_keys_that_do_nothing
 from distattn.launch.command_line import check_options, say
 from distattn.launch.finish_run import say_finished
 from distattn.launch.run_locally import resume_locally
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     if not words:
         raise DistattnError(f"resume: name a run folder: {USAGE.splitlines()[0].removeprefix('usage: ')}")
     check_options("resume", words, ["--json", "--step"])
+    refuse_keys_that_do_nothing("resume", words[1:])
     run = RunFolder(Path(words[0]))
     if not run.config_file.is_file():
         raise DistattnError(

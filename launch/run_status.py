@@ -21,7 +21,9 @@ from distattn.training.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
 
 _ALL_DONE = "all steps are done"
-# states of Slurm in which a job still has work to do
+# how the states of runs begin that do not go on, in our words and in Slurm's
+_ENDED = ("ended", "killed", "gone", "COMPLETED", "CANCELLED")
+# of Slurm's states of a job those after which it has something to do
 _JOB_GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
@@ -42,11 +44,11 @@ def status(run: RunFolder) -> dict[str, Any]:
         # it has begun in between, or nobody goes on with it
         beats = attempts.beats()
     if run.ray_file.exists() and beats is None:
-        ray_run: dict[str, Any] = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
-        if not ray_run["state"].startswith(("ended", "killed")):
-            return ray_run
-        missing = _unreported(run, ray_run)
-        if not missing and ray_run["state"].startswith("killed"):
+        found = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
+        if not found["state"].startswith(_ENDED):
+            return found
+        missing = _unreported(run, found)
+        if not missing and found["state"].startswith("killed"):
             missing = f", python -m distattn.launch.ray.attempts {run.folder} goes on"
         return ray_run | {"state": ray_run["state"] + missing}
     last = rows[-1] if rows else {}
@@ -70,17 +72,28 @@ def status(run: RunFolder) -> dict[str, Any]:
     return facts | ({"at_step": at_step} if at_step else {})
 
 
+def state_of_ended(run: RunFolder) -> str | None:
+    """Return the state of a run or a sweep that has ended, so that there is nothing to cancel; None of any other.
+
+    Raises DistattnError as `slurm.status` does.
+    """
+    if sweep_runs(run.folder):
+        # of a sweep on Slurm each task has its own end
+        state = _ray_state(run) if run.ray_file.exists() else ""
+    else:
+        state = status(run)["state"]
+    return state if state.startswith(_ENDED) else None
+
+
 def cancel(run: RunFolder) -> tuple[str, int | str]:
     """Cancel the "job", or end the "launcher" that goes on here; returns which, and its number.
 
-    Ranks on Ray are asked to save and to end, through the run folder. Raises DistattnError where neither goes on.
+    Ranks on Ray are asked to save and to end, through the run folder. Raises DistattnError where neither goes on here.
     """
     attempts = Attempts(run.attempts)
     if run.job_file.exists() and attempts.beats() is None:
         return "job", slurm.cancel(run)
     if run.ray_file.exists() and attempts.beats() is None:
-        if (state := _ray_state(run)).startswith(("ended", "killed")):
-            raise DistattnError(f"{run.folder}: the run on Ray goes on no more: {state}.")
         run.ask_to_stop("distattn launch cancel")
         return "launcher", int(ray_facts(run)["launcher"])
     if attempts.beats() is None:

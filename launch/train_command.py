@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import check_options, refuse_other_launchers_keys, say
+from distattn.launch.command_keys import refuse_keys_that_do_nothing
+from distattn.launch.command_line import check_options, say
 from distattn.launch.run_locally import run_locally
 from distattn.launch.start_run import preflight_alone
 from distattn.training import config as configuration
@@ -23,6 +24,6 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(USAGE + configuration.help_text())
         return 0
     check_options("train", words, ["--json"])
-    refuse_other_launchers_keys(words[1:])
+    refuse_keys_that_do_nothing("train", words[1:])
     config = preflight_alone(configuration.load(words[0], words[1:], say))
     return run_locally(config, json_lines=len(words) < len(arguments))

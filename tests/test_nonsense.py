@@ -263,7 +263,7 @@ def some_commands(cases, seed, folder):
     chance, wrong = random.Random(seed), {}
     config = folder / "config.toml"
     config.write_text(f'[data]\npath = "{ROOT}/configs"\ntokens_per_step = 4096\n[run]\nfolder = "{folder}/run"\n')
-    keys = [key for key in configuration._keys(configuration.Config) if "." in key]
+    keys = configuration.all_keys()
     options = ["docs", "tokens", "cluster", "ranks", "strategy", "layout", "heads", "head-dim", "dtype", "json", "html"]
     for _ in range(cases):
         kind = chance.randrange(4)

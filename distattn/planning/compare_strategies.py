@@ -20,7 +20,7 @@ from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
 
-# a layout that takes this many times as long as the fastest gets a sentence
+# a strategy or a layout is told of that takes this many times as long as the fastest
 _NOTABLY_SLOWER = 1.02
 # what a plan can be made of in reasonable time and numbers of 64 bits
 _MOST_DOCUMENTS, _MOST_TOKENS = 1_000_000, 1 << 40
@@ -129,18 +129,33 @@ def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
     """Return a line with the time of each layout, and one that names a faster one than the request's where there is one."""
     if not seconds:
         return []
-    settings, fastest = request.settings, next(iter(seconds))
     times = ", ".join(f"{name} {value * 1e3:,.2f} ms" for name, value in seconds.items())
-    lines = [f"layouts with {settings.strategy}, forward + backward: {times}"]
-    layout_seconds = seconds.get(settings.layout)
-    if layout_seconds is None:
-        lines.append(f'layout {settings.layout} is refused; set parallel.layout = "{fastest}".')
-    elif layout_seconds > seconds[fastest] * _NOTABLY_SLOWER:
-        lines.append(
-            f"layout {settings.layout} is not the fastest: it takes {layout_seconds / seconds[fastest]:.2f} times as long as "
-            f'{fastest}; set parallel.layout = "{fastest}".'
-        )
-    return lines
+    lines = [f"layouts with {request.settings.strategy}, forward + backward: {times}"]
+    return lines + _faster_choice("layout", request.settings.layout, seconds)
+
+
+def strategy_lines(found: dict[str, Timeline | str], strategy: str) -> list[str]:
+    """Return a line that names a faster strategy than a run's own, or one for its own that is refused, where there is one.
+
+    found: as `compare_strategies` returned it; a strategy that was not compared has no line.
+    """
+    seconds = {name: _seconds(one) for name, one in found.items() if isinstance(one, Timeline)}
+    return _faster_choice("strategy", strategy, seconds) if strategy in found else []
+
+
+def _faster_choice(kind: str, own: str, seconds: dict[str, float]) -> list[str]:
+    """Return a sentence that says which key to set where the run's own choice is refused, or notably slower than another.
+
+    kind: layout or strategy. seconds: simulated, by choice.
+    """
+    fastest = min(seconds, key=lambda name: seconds[name])
+    remedy = f'set parallel.{kind} = "{fastest}".'
+    if own not in seconds:
+        return [f"{kind} {own} is refused; {remedy}"]
+    times = seconds[own] / seconds[fastest]
+    if times <= _NOTABLY_SLOWER:
+        return []
+    return [f"{kind} {own} is not the fastest: it takes {times:.2f} times as long as {fastest} (simulated); {remedy}"]
 
 
 # what strategies are compared by

@@ -200,7 +200,7 @@ def memory_table(found: Sequence[RankMemory], ranks: int) -> list[str]:
     left = ranks - sum(len(one.ranks) for one in found)
     table = aligned([head, *(a + b for a, b in zip(first, numbers, strict=True))])
     return [
-        "on a rank's device, arithmetic for weights, counted on meta tensors for the rest; host: in pinned memory",
+        "a step of one rank on its device: arithmetic for weights, counted on meta tensors for the rest; host: in pinned memory",
         *table,
         "of attention, feed-forward, loss and other only the largest counts: they are not there at once",
         *([f"{left} ranks have numbers of tokens between these, and were not counted"] if left else []),

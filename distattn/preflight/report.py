@@ -31,7 +31,8 @@ def report_table(
     to_all = min(one.all_to_all_gbs for one in speeds)
     slowest = f", all-to-all {to_all:.3g} GB/s a rank" if to_all else ""
     title = f"preflight: {plural(len(facts), 'rank')} on {plural(len(hosts), 'host')} in {seconds:.1f} s{slowest}"
-    return [title, *(f"  {line}" for line in aligned([_HEAD, *rows], left=3))]
+    table = [f"  {line}" for line in aligned([_HEAD, *rows], left=3)]
+    return [title, *table, *(f"  {line}" for line in _what_is_needed(facts))]
 
 
 def report_facts(
@@ -66,7 +67,6 @@ def _row(facts: Sequence[RankFacts], speeds: Sequence[RankSpeed], clocks: Sequen
     else:
         free = min((one.device.free for one in facts if one.device.free is not None), default=None)
         need = max((one.device for one in forecasts), default=0)
-    least = "" if all(one.whole_step for one in forecasts) else "+"
     return [
         first.host,
         named_ranks(one.rank for one in facts).partition(" ")[2]
@@ -75,11 +75,24 @@ def _row(facts: Sequence[RankFacts], speeds: Sequence[RankSpeed], clocks: Sequen
         first.device.name,
         f"{min(one.now for one in known):,} MHz" if known else _UNKNOWN,
         _UNKNOWN if free is None else readable_bytes(free),
-        readable_bytes(need) + least,
+        readable_bytes(need),
         readable_bytes(min(one.disk_free for one in facts)),
         f"{statistics.median(one.tflops for one in speeds):.3g} TFLOP/s",
         _links([link for one in speeds for link in one.inside]),
         _links([link for one in speeds for link in one.across]),
+    ]
+
+
+def _what_is_needed(facts: Sequence[RankFacts]) -> list[str]:
+    """Return a line that says what the column of needed memory counts."""
+    forecasts = [one.forecast for one in facts if one.forecast is not None]
+    if not forecasts:
+        return []
+    if all(one.whole_step for one in forecasts):
+        return ["needed: by a step of the rank that needs most, as distattn plan --memory counts it"]
+    of = "all ranks of a host" if facts[0].device.total is None else "a rank"
+    return [
+        f"needed: by weights, gradients and optimizer of {of}; distattn plan --memory counts a whole step of one rank"
     ]
 
 

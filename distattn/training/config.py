@@ -50,8 +50,19 @@ RENAMED = {
 
 # every key takes a value, also those that are true or false
 _VALUES = (tyro.conf.FlagConversionOff,)
-# descriptions of a value on the command line, by its type
-_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False"}
+# what a value is to be, by what pydantic calls one that is something else, and what would work where there is no default
+_WANTED = {
+    "int_type": ("a whole number", "1"),
+    "int_from_float": ("a whole number", "1"),
+    "float_type": ("a number", "0.1"),
+    "finite_number": ("a finite number", "0.1"),
+    "bool_type": ("true or false", ""),
+    "string_type": ("text in quotes", '"name"'),
+    "tuple_type": ("a list", '["a", "b"]'),
+    "dataclass_type": ("a table", ""),
+}
+# the same on the command line, by type
+_KINDS: dict[Any, str] = {int: "int_type", float: "float_type"}
 # of help: what no option can say
 _TABLES = """only in the run file:
   [[data.context_schedule]] context lengths by step: tables with context_length and steps, one
@@ -211,7 +222,7 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
     starts = [i for i, word in enumerate(overrides) if word.startswith("--")]
     if not starts or starts[0] != 0:
         raise DistattnError(f"command line: {overrides[0]!r} is not a key; write --section.key value.")
-    known = {key for key in _keys(Config) if "." in key}
+    known = all_keys()
     for begin, end in pairwise([*starts, len(overrides)]):
         key = overrides[begin].removeprefix("--").split("=", 1)[0].replace("-", "_")
         if key == "help":
@@ -232,9 +243,10 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
                 value = " ".join([*([inline] if inline else []), *overrides[begin + 1 : end]])
                 if not value:
                     raise DistattnError(f"command line: --{key} needs a value.") from None
-                raise DistattnError(
-                    f"command line: {key}: {value!r} is not {_KINDS.get(wanted, 'one value')}."
-                ) from None
+                if wanted in _KINDS:
+                    raise DistattnError(f"command line: {_not_wanted(key, given, _KINDS[wanted])}") from None
+                kind = "True or False" if wanted is bool else "one value; put quotes around one that has spaces"
+                raise DistattnError(f"command line: {key}: {json.dumps(given)} is not {kind}.") from None
 
 
 def _unknown(key: str) -> str:
@@ -275,7 +287,33 @@ def _sentence(error: Any) -> str:
         return f"{key}: unknown key." + (f" Did you mean {near[0]}?" if near else f" There are {', '.join(names)}.")
     if error["type"] in _UNKNOWN:
         return _unknown(key)
-    return f"{key}: {error['msg'].lower().rstrip('.')}, not {error['input']!r}."
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key}: is missing."
+    return _not_wanted(key, error["input"], error["type"])
+
+
+def _not_wanted(key: str, given: Any, error: str) -> str:
+    """Return a sentence about a value of another type than its key has, with one that would work.
+
+    error: the name that pydantic has for it.
+    """
+    wanted, example = _WANTED[error]
+    section, _, name = key.partition(".")
+    usual = getattr(getattr(Config(), section, None), name, None)
+    if usual and not isinstance(usual, bool):
+        example = json.dumps(usual)
+    if "context_schedule" in (name, key):
+        example = "[{context_length = 4096}]"
+    if error == "dataclass_type":
+        # a table of a list has a number in its key
+        list_of_tables, _, number = key.rpartition(".")
+        example = f"[[{list_of_tables}]]" if number.isdecimal() else f"[{key}]"
+    shown = json.dumps(given)
+    if isinstance(given, float) or (isinstance(given, dict) and set(given) <= {"date", "time", "datetime"}):
+        # as TOML has them: nan and inf, and what JSON has no type for
+        shown = str(given if isinstance(given, float) else next(iter(given.values()), given))
+    hint = f"; give one such as {example}" if example else ""
+    return f"{key}: {shown} is not {wanted}{hint}."
 
 
 def _names_in_table(place: Sequence[int | str]) -> list[str]:
@@ -284,6 +322,11 @@ def _names_in_table(place: Sequence[int | str]) -> list[str]:
     for part in place:
         kind = get_args(kind)[0] if isinstance(part, int) else get_type_hints(kind)[part]
     return [one.name for one in fields(kind)]
+
+
+def all_keys() -> list[str]:
+    """List all keys of run files, such as "train.steps"."""
+    return [key for key in _keys(Config) if "." in key]
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 
 from distattn.training.config_sections import Config, DataConfig, ModelConfig
 
@@ -26,6 +28,9 @@ def idle_keys(config: Config) -> dict[str, str]:
             idle.update(dict.fromkeys(keys, reason))
 
     planned = data.path.endswith(".toml")
+    # whatever the number of ranks is: an elastic run changes it
+    size = parallel.context_parallel_size
+    packs_are_split = size > 1 or (not size and parallel.data == "replicated")
     add(
         planned,
         f"does nothing here: packs are planned already; leave it out, or change it in {data.path}.",
@@ -34,9 +39,20 @@ def idle_keys(config: Config) -> dict[str, str]:
     schedule = "data.context_schedule"
     add(planned, f"packs are planned already; their context lengths by step are rule.context in {data.path}.", schedule)
     add(
-        parallel.layout != "document_zigzag",
+        not packs_are_split,
+        "each rank has packs of its own, which no layout spreads; leave it out, or raise parallel.context_parallel_size.",
+        "parallel.layout",
+        "parallel.min_chunk",
+    )
+    add(
+        packs_are_split and parallel.layout != "document_zigzag",
         f'belongs to parallel.layout = "document_zigzag", not to {parallel.layout}.',
         "parallel.min_chunk",
+    )
+    add(
+        parallel.latents and not _has_latents(config.model),
+        "the model has no latent attention (MLA); leave it out, or name the folder of one that has in model.path.",
+        "parallel.latents",
     )
     add(
         train.schedule == "constant",
@@ -94,10 +110,10 @@ def idle_problems(config: Config, named: Collection[str]) -> Iterator[str]:
     """Find keys that are set and do nothing. named: the keys that the command line gives.
 
     A key at its default value is harmless: files that runs save have all keys, and the command line takes a file's value back
-    with it. Only amounts of text beside a plan of packs are refused at any value there.
+    with it. Only amounts of text beside a plan of packs, and a layout that spreads nothing, are refused at any value there.
     """
     for key, reason in idle_keys(config).items():
-        if not _has_default(config, key) or (key in named and key.startswith("data.")):
+        if not _has_default(config, key) or (key in named and key.startswith(("data.", "parallel.layout"))):
             yield f"{key}: {reason}"
 
 
@@ -115,6 +131,15 @@ def with_defaults(config: Config, keys: Collection[str]) -> Config:
         value = getattr(getattr(usual, section), name)
         config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
     return config
+
+
+def _has_latents(model: ModelConfig) -> bool:
+    """Return whether the config.json of a model's folder has the width of latents; a folder that cannot be read has none."""
+    try:
+        said = json.loads(Path(model.path, "config.json").read_text("utf-8")) if model.path else {}
+    except (OSError, ValueError):
+        return False
+    return isinstance(said, dict) and bool(said.get("kv_lora_rank"))
 
 
 def _has_default(config: Config, key: str) -> bool:

@@ -6,8 +6,10 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+import tomli_w
 from markupsafe import Markup
 
 from distattn.ir.errors import RunStopped
@@ -61,7 +63,7 @@ def write_report(
         curves=list(curves["labels"].items()),
         charts=loss_charts(run),
         corpora=corpus_rows(run),
-        events=_events(run, steps),
+        events=[(f"{step:,}", kind, text) for step, kind, text in _events(run, steps)],
         attempts=_attempt_rows(attempts),
         checked=checked,
         verdict=_verdict(checked) if checked else _unchecked(config),
@@ -69,6 +71,8 @@ def write_report(
         picture=Markup(score_matrix_html(Plan.load(run.plan_file))),
         explanation=run.explanation_file.read_text("utf-8"),
         configuration=run.config_file.read_text("utf-8"),
+        configuration_file=run.config_file.name,
+        changed_keys=tomli_w.dumps(_changed_keys(config)),
     )
     write_whole(run.report_file, page)
 
@@ -205,6 +209,16 @@ def _events(run: RunFolder, steps: list[StepMetrics]) -> list[tuple[int, str, st
     told = {step for step, _, _ in events}
     events += [(step.step, "not applied", step.skipped) for step in steps if step.skipped and step.step not in told]
     return sorted(events, key=lambda event: event[0])
+
+
+def _changed_keys(config: Config) -> dict[str, dict[str, Any]]:
+    """Return the keys of a run that have other values than the defaults, by section."""
+    usual = asdict(Config())
+    sections = {
+        name: {key: value for key, value in keys.items() if value != usual[name][key]}
+        for name, keys in asdict(config).items()
+    }
+    return {name: keys for name, keys in sections.items() if keys}
 
 
 def _verdict(checked: dict) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from distattn.cluster.spec import ClusterSpec
 from distattn.ir.cached import cached_property
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Plan
+from distattn.parallel.analysis.pass_figure import drawn_ranks, pass_figure, stretches
 from distattn.parallel.analysis.verify import Proof
 
 Numbers = np.ndarray
-# most ranks that a picture shows
-_MAX_DRAWN = 64
 _KERNELS, _MESSAGES = "#1f5fa8", "#e08a1e"
 
 
@@ -142,10 +140,13 @@ class Timeline:
         return {"traceEvents": names + events, "displayTimeUnit": "ms"}
 
     def html(self) -> str:
-        """The picture and the text, as an HTML fragment that needs nothing else. Needs matplotlib."""
-        picture = base64.b64encode(self.picture()).decode()
-        title = f"{self.plan.strategy} on {self.cluster.name}: kernels and messages of each rank in time (simulated)"
-        return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{picture}">\n<pre>{html.escape(str(self))}</pre>'
+        """Return a drawing of each pass and the text, as an HTML fragment that needs nothing else.
+
+        Passes stand side by side where there is room. Drawings are vectors, as wide as their place, in the page's colours.
+        """
+        figures = "".join(pass_figure(one, f"{self.plan.strategy} on {self.cluster.name}") for one in self.passes)
+        text = f'<pre style="white-space:pre-wrap">{html.escape(str(self))}</pre>'
+        return f'<div style="display:flex;flex-wrap:wrap;gap:1rem">{figures}</div>\n{text}'
 
     def picture(self) -> bytes:
         """A PNG: for each rank a line of kernels above a line of messages, forward then backward. Needs matplotlib."""
@@ -153,16 +154,14 @@ class Timeline:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
 
-        ranks = np.unique(np.linspace(0, self.plan.call.ranks - 1, min(self.plan.call.ranks, _MAX_DRAWN)).astype(int))
+        ranks = drawn_ranks(self.plan.call.ranks)
         figure = Figure(figsize=(11, 1.6 + 0.16 * len(ranks)), layout="constrained")
         axis = figure.subplots()
         start = 0.0
         for one in self.passes:
             for ends, low, colour in ((one.computed, 0.0, _KERNELS), (one.arrived, 0.45, _MESSAGES)):
-                step, line = np.nonzero((ends > one.begin)[:, ranks])
-                x0 = (start + one.begin[step, ranks[line]]) * 1e3
-                x1 = (start + ends[step, ranks[line]]) * 1e3
-                y = line + low
+                begin, end, line = stretches(one, ends, ranks)
+                x0, x1, y = (start + begin) * 1e3, (start + end) * 1e3, line + low
                 boxes = np.stack([x0, y, x1, y, x1, y + 0.42, x0, y + 0.42], 1).reshape(-1, 4, 2)
                 axis.add_collection(PolyCollection(list(boxes), facecolors=colour, edgecolors="white", linewidths=0.2))
             start += one.seconds

@@ -102,10 +102,16 @@ def test_the_verdict_comes_first_and_wraps_like_prose(monkeypatch, capsys):
     assert lines[0] == "wrong softmax scale: it is 2." and "first to differ: here." in lines[1]
     assert all(len(line) <= 60 for line in lines), lines
     first = next(number for number, line in enumerate(lines) if "what to do" in line)
-    shown = " ".join(lines[first : first + 3]).split()
-    assert " ".join(shown).startswith(f"what to do: {REMEDY}.")
-    # the machine after it: what is noteworthy, and the rest in a line
-    assert lines[-2].startswith("note GPUs: none") and lines[-1] == "machine: python 3.11.7, ports free."
+    words = " ".join(lines[first : first + 3]).split()
+    assert " ".join(words).startswith(f"what to do: {REMEDY}.")
+    # the machine after it, in two lines at most
+    assert (
+        lines[-2] == "machine: python 3.11.7; noteworthy: GPUs. distattn doctor" and "--json, says more." in lines[-1]
+    )
+    # by itself it is the answer: what is noteworthy, and the rest in a line
+    assert doctor_command.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("note GPUs: none") and lines[1] == "machine: python 3.11.7, ports free."
 
 
 def test_ok_in_low_precision_says_what_could_hide_and_proposes_fp32(monkeypatch, capsys):

@@ -105,6 +105,14 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     attempts.end(number, 143, "stopped by SIGTERM")
     found = status(run)
     assert found["state"] == "ended, exit code 143" and found["attempts"][0]["why"] == "stopped by SIGTERM"
+    # a second time there is nothing to cancel
+    capsys.readouterr()
+    assert cli.main(["launch", "cancel", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == (
+        f"{tmp_path} goes on no more, so there is nothing to cancel: ended, exit code 143\n"
+    )
+    assert cli.main(["launch", "cancel", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cancelled"] is False
     attempts.begin(**facts | {"launcher": os.getpid(), "host": "elsewhere"})
     assert status(run)["ranks"] == {}
     # the number of a board that was put away may be another file's

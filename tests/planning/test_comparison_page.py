@@ -77,7 +77,22 @@ def test_a_person_sees_points_zooms_and_chooses(page, tmp_path, width):
 def test_score_matrices_are_legible_on_a_telephone_and_in_the_dark(page, tmp_path):
     facts = what_a_script_says(page, LEGIBLE, tmp_path, 420, dark=True)
     # three ticks an axis, their names, and those of the bars
-    assert facts["texts"] > 2 * 8 and not facts["unread"] and not facts["cut"] and not facts["error"], facts
+    assert said["texts"] > 2 * 8 and not said["unread"] and not said["cut"] and not said["error"], said
+    # a table's rows are lists there
+    assert not said["wide"], said
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(420, True), (1200, False)])
+def test_a_timeline_is_vectors_as_wide_as_the_page_and_legible_in_the_dark(page, tmp_path, width, dark):
+    settings = PlanSettings(ranks=4, heads=2, kv_heads=2, head_dim=64, dtype="bfloat16")
+    timeline = PlanRequest(((9000, 500),), settings).timeline("ring", spec.load("h200-2x2", None))
+    drawn = timeline.html()
+    assert drawn.count("<svg") == 2 and "<img" not in drawn and "base64" not in drawn
+    around = page[: page.index("<body>")] + f"<body>{drawn}</body></html>"
+    said = what_a_script_says(around, LEGIBLE, tmp_path, width, dark)
+    # the ranks, three times and the axis' name, of each pass
+    assert said["texts"] == 2 * (4 + 3 + 1) and not said["unread"] and not said["wide"] and not said["cut"], said
 
 
 @needs_browser

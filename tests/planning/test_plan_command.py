@@ -169,7 +169,39 @@ def test_a_run_s_layout_is_compared_with_the_others_and_a_faster_one_is_named(ca
     _, out, _ = run(capsys, *arguments, "--parallel.layout=contiguous")
     assert "layouts with ring, forward + backward: " in out and all(name in out for name in LAYOUTS)
     assert "layout contiguous is not the fastest: it takes " in out and 'set parallel.layout = "' in out
-    _, out, _ = run(capsys, *arguments, "--parallel.layout=balanced")
+    assert "strategy ring" not in out
+    _, out, _ = run(capsys, *given, "--parallel.layout=balanced")
     assert "layouts with ring" in out and "is not the fastest" not in out
     _, out, _ = run(capsys, *arguments, "--json")
     assert set(json.loads(out)["layouts"]) <= set(LAYOUTS)
+
+
+def test_a_faster_strategy_than_the_run_s_own_is_named_in_a_sentence(capsys):
+    given = ("configs/tiny.toml", "--cluster", "h100-1x4", "--docs", "65536", "--strategy", "ring,allgather,ulysses")
+    code, out, _ = run(capsys, *given, "--json")
+    seconds = {
+        row["strategy"]: row["forward"]["seconds"] + row["backward"]["seconds"] for row in json.loads(out)["candidates"]
+    }
+    fastest, slowest = min(seconds, key=seconds.get), max(seconds, key=seconds.get)
+    assert seconds[slowest] > 1.1 * seconds[fastest]
+    times = f"{seconds[slowest] / seconds[fastest]:.2f}"
+    _, out, _ = run(capsys, *given, f"--parallel.strategy={slowest}")
+    assert f"strategy {slowest} is not the fastest: it takes {times} times as long as {fastest} (simulated); " in out
+    assert f'set parallel.strategy = "{fastest}".' in out
+    _, out, _ = run(capsys, *given, f"--parallel.strategy={fastest}")
+    assert "is not the fastest: it takes" not in "".join(
+        line for line in out.splitlines() if line.startswith("strategy ")
+    )
+    # what is refused is said to be so; a strategy that is not compared has no sentence
+    _, out, _ = run(
+        capsys,
+        *given,
+        "--parallel.strategy=ulysses",
+        "--parallel.ranks=4",
+        "--model.num_attention_heads=2",
+        "--model.num_key_value_heads=2",
+        "--model.head_dim=16",
+    )
+    assert "strategy ulysses is refused; set parallel.strategy = " in out
+    _, out, _ = run(capsys, *given[:-1], "ring", "--parallel.strategy=usp")
+    assert "strategy usp" not in out

@@ -2,19 +2,26 @@
 
 import ast
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from planned_data import write_corpus
+from read_keys import noted_keys
 
 from distattn.ir.errors import DistattnError
 from distattn.launch import cli
+from distattn.launch.command_keys import READ_BY, refuse_keys_that_do_nothing
 from distattn.launch.command_line import CommandParser
+from distattn.launch.ranks.machine_limits import check_run_fits
+from distattn.launch.start_run import start_run
+from distattn.planning.memory_of_run import memory_of_config
+from distattn.preflight import facts
 from distattn.training import config as configuration
 from distattn.training.config import Config
 
 ROOT = Path(__file__).parents[2]
-# files have these for all launchers; the command line of another launcher refuses them
-OF_LAUNCHERS = ("slurm", "ray")
 TEXT_KEYS = ("suffix", "exclude", "tokens_per_step", "max_document_tokens", "context_length")
 # by key: another valid value and, after it, what must be set with it for it to do something; the value alone is refused
 OTHERS = {
@@ -44,6 +51,7 @@ OTHERS = {
     "parallel.backward": ["refetch-home"],
     "parallel.devices_per_node": ["2"],
     "parallel.comm_dtype": ["bfloat16"],
+    "parallel.latents": ["True", "--model.path={latent}"],
     "engine.name": ["deepspeed"],
     "engine.shard_size": ["2"],
     "engine.zero_stage": ["3", "--engine.name=deepspeed"],
@@ -95,6 +103,21 @@ IDLE = [
     ("memory.activation_checkpointing", "full", ["--engine.name=megatron"]),
     ("train.z_loss", "0.1", ["--engine.name=megatron"]),
     ("parallel.latents", "True", ["--engine.name=megatron"]),
+    ("parallel.latents", "True", []),
+    ("parallel.latents", "True", ["--model.path={model}"]),
+    *(
+        (
+            "parallel.layout",
+            layout,
+            ["--parallel.data=per_rank", "--data.context_length=2048", "--data.max_document_tokens=100"],
+        )
+        for layout in ("contiguous", "zigzag")
+    ),
+    (
+        "parallel.layout",
+        "contiguous",
+        ["--parallel.context_parallel_size=1", "--data.context_length=2048", "--data.max_document_tokens=100"],
+    ),
 ]
 
 
@@ -102,11 +125,16 @@ IDLE = [
 def empty(tmp_path_factory):
     file = tmp_path_factory.mktemp("run") / "run.toml"
     file.write_text("")
+    latent = file.parent / "latent"
+    latent.mkdir()
+    said = json.loads((ROOT / "configs/models/llama-3-8b/config.json").read_text())
+    (latent / "config.json").write_text(json.dumps(said | {"kv_lora_rank": 16}))
     return file
 
 
-def words_of(*words: str) -> list[str]:
-    return [word.replace("{model}", str(ROOT / "configs/models/llama-3-8b")) for word in words]
+def words_of(empty: Path, *words: str) -> list[str]:
+    folders = {"model": ROOT / "configs/models/llama-3-8b", "latent": empty.parent / "latent"}
+    return [word.format(**folders) for word in words]
 
 
 def another(key: str) -> list[str]:
@@ -125,9 +153,9 @@ def value_of(config: Config, key: str):
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in NOT_HERE])
 def test_a_key_changes_the_configuration_and_is_refused_without_what_it_belongs_to(key, empty):
-    value, *belongs_to = words_of(*another(key))
-    arguments = [value if value.startswith("--") else f"--{key}={value}"]
-    changed, without = (configuration.load(empty, [*words, *belongs_to]) for words in (arguments, []))
+    value, *belongs_to = words_of(empty, *another(key))
+    given = [value if value.startswith("--") else f"--{key}={value}"]
+    changed, without = (configuration.load(empty, [*words, *belongs_to]) for words in (given, []))
     assert value_of(changed, key) != value_of(without, key)
     if belongs_to:
         with pytest.raises(DistattnError, match="command line: "):
@@ -136,7 +164,7 @@ def test_a_key_changes_the_configuration_and_is_refused_without_what_it_belongs_
 
 @pytest.mark.parametrize(("key", "value", "others"), IDLE, ids=[f"{one[0]} {' '.join(one[2])}" for one in IDLE])
 def test_a_key_that_does_nothing_is_refused_with_its_name(key, value, others, empty):
-    others = words_of(*others)
+    others = words_of(empty, *others)
     configuration.load(empty, others)
     with pytest.raises(DistattnError, match=key) as refused:
         configuration.load(empty, [*others, f"--{key}={value}"])
@@ -149,7 +177,7 @@ def test_a_key_that_does_nothing_is_refused_with_its_name(key, value, others, em
             configuration.load(empty, [*others, f"--{key}", *([shown] if shown or key == "data.suffix" else [])])
 
 
-def test_a_file_s_keys_that_the_command_line_makes_idle_are_left_out_with_a_line():
+def test_a_file_s_keys_that_the_command_line_makes_idle_are_left_out_with_a_line(empty):
     said: list[str] = []
     tiny = ROOT / "configs" / "tiny.toml"
     config = configuration.load(tiny, ["--data.path=packs.toml", "--parallel.layout=zigzag"], said.append)
@@ -158,7 +186,11 @@ def test_a_file_s_keys_that_the_command_line_makes_idle_are_left_out_with_a_line
         f"{tiny}: left out, since the command line makes them useless: data.suffix, data.exclude, parallel.min_chunk."
     ]
     said.clear()
-    assert configuration.load(tiny, words_of("--model.path={model}"), said.append).model.num_layers == 32
+    own = ["--parallel.data=per_rank", "--data.context_length=2048", "--data.max_document_tokens=100"]
+    assert configuration.load(tiny, own, said.append).parallel.layout == Config().parallel.layout
+    assert len(said) == 1 and said[0].endswith(": parallel.layout, parallel.min_chunk.")
+    said.clear()
+    assert configuration.load(tiny, words_of(empty, "--model.path={model}"), said.append).model.num_layers == 32
     assert len(said) == 1 and "model.num_layers" in said[0]
 
 
@@ -177,14 +209,89 @@ def test_every_key_is_read_outside_of_the_configuration():
     assert not unread
 
 
-@pytest.mark.parametrize(
-    "command", [("train",), ("launch", "local"), ("launch", "folder"), ("preflight",)], ids=" ".join
-)
-@pytest.mark.parametrize("section", OF_LAUNCHERS)
-def test_a_launcher_s_keys_are_refused_on_another_s_command_line(command, section, capsys, empty):
-    key = {"slurm": "slurm.time", "ray": "ray.address"}[section]
-    assert cli.main([*command, str(empty), f"--{key}", "60"]) == 2
-    assert f"{key}: does nothing here; it belongs to distattn launch {section}." in capsys.readouterr().err
+@pytest.mark.parametrize("command", READ_BY)
+def test_keys_that_a_command_does_not_read_are_refused_on_its_command_line(command, capsys, empty, tmp_path):
+    (tmp_path / "config.toml").write_text("")
+    name, *options = command.replace("--docs", "--docs=512").split(" --")
+    words = [*name.split(), str(tmp_path if name == "resume" else empty), *(f"--{option}" for option in options)]
+    for key in KEYS:
+        if key in READ_BY[command]:
+            refuse_keys_that_do_nothing(command, [f"--{key}=1"])
+            continue
+        assert cli.main([*words, f"--{key}=1"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"distattn: command line: {key}: does nothing ") and said.count("\n") == 1
+        if key.startswith(("slurm.", "ray.")):
+            assert f"it belongs to distattn launch {key.partition('.')[0]}." in said
+
+
+# runs that read other keys, by what each has
+VARIANTS = {
+    "text": [],
+    "own packs": ["--parallel.data=per_rank", "--parallel.strategy=cad", "--data.context_length=256"],
+    "held out": ["--evaluation.every_steps=2", "--evaluation.steps=2", "--train.steps=4"],
+    "planned": ["--data.path={planned}", "--train.steps=2"],
+}
+# read when a configuration is loaded, for other engines or corpora with masks, or all at once
+UNNOTED = {
+    "model.path",
+    "engine.zero_stage",
+    "reference_check.steps",
+    *(key for key in KEYS if key.startswith("memory.")),
+}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A plan of two steps of a corpus without a tokenizer's manifest."""
+    folder = tmp_path_factory.mktemp("planned")
+    write_corpus(folder, "web", [[300] * 16])
+    (folder / "p.toml").write_text(
+        'plan = "p.packs"\nsteps = 2\ncorpus = [{name = "web", files = ["web-0"]}]\n'
+        "[rule]\ncontext = [[0, 512]]\ntokens_per_step = 1024\nwindow = 4\n"
+    )
+    assert cli.main(["data", "pack", str(folder / "p.toml")]) == 0
+    return folder / "p.toml"
+
+
+def small_run(empty, planned, variant: str) -> list[str]:
+    """The words of a run whose packs are small, and whose text is one file."""
+    words = [word.replace("{planned}", str(planned)) for word in VARIANTS[variant]]
+    if variant == "planned":
+        return [*words, "--model.vocab_size=60000", "--reference_check.steps=0"]
+    return [*words, f"--data.path={ast.__file__}", "--data.tokens_per_step=1024", "--data.max_document_tokens=256"]
+
+
+def read_by_plan(empty, planned, *options: str) -> set[str]:
+    with noted_keys() as read:
+        for variant in VARIANTS if "--docs=512" not in options else ["text"]:
+            words = [] if "--docs=512" in options else small_run(empty, planned, variant)
+            given = ["plan", str(empty), *words, *options, "--cluster=laptop-1x4"]
+            assert cli.main([*given, *([] if "--memory" in options else ["--strategy=ring"])]) == 0
+    return read
+
+
+@pytest.mark.parametrize("command", [name for name in READ_BY if name.startswith("plan")])
+def test_plan_reads_the_keys_that_it_takes(command, empty, planned, capsys):
+    options = ["--docs=512" if word == "--docs" else word for word in command.split()[1:]]
+    read = read_by_plan(empty, planned, *options)
+    # settings of plans have the kernel, but plans of all kernels are alike
+    assert read - READ_BY[command] == {"parallel.kernel"}
+    assert READ_BY[command] - read <= UNNOTED
+
+
+def test_preflight_reads_the_keys_that_it_takes(empty, planned, tmp_path, monkeypatch):
+    monkeypatch.setattr(facts.dist, "get_rank", lambda: 0)
+    with noted_keys() as read:
+        for number, variant in enumerate(VARIANTS):
+            words = [*small_run(empty, planned, variant), f"--run.folder={tmp_path / str(number)}"]
+            config = configuration.load(empty, words)
+            check_run_fits(config)
+            run = start_run(config, lambda line: None)
+            assert not facts.collect_facts(run, config, torch.device("cpu")).failure
+        memory_of_config(config, [[256, 256]])
+    assert read <= READ_BY["preflight"]
+    assert READ_BY["preflight"] - read <= UNNOTED | {"supervision.patience_seconds", "supervision.starting_seconds"}
 
 
 # what is given to a command before its options
