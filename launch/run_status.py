@@ -44,11 +44,11 @@ def status(run: RunFolder) -> dict[str, Any]:
         # it has begun in between, or nobody goes on with it
         beats = attempts.beats()
     if run.ray_file.exists() and beats is None:
-        found = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
-        if not found["state"].startswith(_ENDED):
-            return found
-        missing = _unreported(run, found)
-        if not missing and found["state"].startswith("killed"):
+        ray_run: dict[str, Any] = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
+        if not ray_run["state"].startswith(_ENDED):
+            return ray_run
+        missing = _unreported(run, ray_run)
+        if not missing and ray_run["state"].startswith("killed"):
             missing = f", python -m distattn.launch.ray.attempts {run.folder} goes on"
         return ray_run | {"state": ray_run["state"] + missing}
     last = rows[-1] if rows else {}

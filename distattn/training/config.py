@@ -244,9 +244,9 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
                 if not value:
                     raise DistattnError(f"command line: --{key} needs a value.") from None
                 if wanted in _KINDS:
-                    raise DistattnError(f"command line: {_not_wanted(key, given, _KINDS[wanted])}") from None
+                    raise DistattnError(f"command line: {_not_wanted(key, value, _KINDS[wanted])}") from None
                 kind = "True or False" if wanted is bool else "one value; put quotes around one that has spaces"
-                raise DistattnError(f"command line: {key}: {json.dumps(given)} is not {kind}.") from None
+                raise DistattnError(f"command line: {key}: {json.dumps(value)} is not {kind}.") from None
 
 
 def _unknown(key: str) -> str:

@@ -77,9 +77,9 @@ def test_a_person_sees_points_zooms_and_chooses(page, tmp_path, width):
 def test_score_matrices_are_legible_on_a_telephone_and_in_the_dark(page, tmp_path):
     facts = what_a_script_says(page, LEGIBLE, tmp_path, 420, dark=True)
     # three ticks an axis, their names, and those of the bars
-    assert said["texts"] > 2 * 8 and not said["unread"] and not said["cut"] and not said["error"], said
+    assert facts["texts"] > 2 * 8 and not facts["unread"] and not facts["cut"] and not facts["error"], facts
     # a table's rows are lists there
-    assert not said["wide"], said
+    assert not facts["wide"], facts
 
 
 @needs_browser

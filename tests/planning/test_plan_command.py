@@ -170,7 +170,7 @@ def test_a_run_s_layout_is_compared_with_the_others_and_a_faster_one_is_named(ca
     assert "layouts with ring, forward + backward: " in out and all(name in out for name in LAYOUTS)
     assert "layout contiguous is not the fastest: it takes " in out and 'set parallel.layout = "' in out
     assert "strategy ring" not in out
-    _, out, _ = run(capsys, *given, "--parallel.layout=balanced")
+    _, out, _ = run(capsys, *arguments, "--parallel.layout=balanced")
     assert "layouts with ring" in out and "is not the fastest" not in out
     _, out, _ = run(capsys, *arguments, "--json")
     assert set(json.loads(out)["layouts"]) <= set(LAYOUTS)

@@ -159,7 +159,7 @@ def test_a_key_changes_the_configuration_and_is_refused_without_what_it_belongs_
     assert value_of(changed, key) != value_of(without, key)
     if belongs_to:
         with pytest.raises(DistattnError, match="command line: "):
-            configuration.load(empty, arguments)
+            configuration.load(empty, given)
 
 
 @pytest.mark.parametrize(("key", "value", "others"), IDLE, ids=[f"{one[0]} {' '.join(one[2])}" for one in IDLE])
