@@ -119,8 +119,8 @@ def main() -> None:
         sys.stdout.write(f"{'both digests':53s} {(taken + changed) / seconds:.4%} of a step\n")
         for name in ("beside", "after"):
             cost = told[name] - told["loss"]
-            what = f"told to all ranks {name} the loss (pipelines)"
-            sys.stdout.write(f"{what:40s}{cost * 1e6:8.1f} us  {cost / seconds:.4%} of a step\n")
+            label = f"told to all ranks {name} the loss (pipelines)"
+            sys.stdout.write(f"{label:40s}{cost * 1e6:8.1f} us  {cost / seconds:.4%} of a step\n")
     engine.close()
     dist.destroy_process_group()
 

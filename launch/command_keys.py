@@ -47,10 +47,10 @@ READ_BY = {
 
 def refuse_keys_that_do_nothing(command: str, overrides: Sequence[str]) -> None:
     """Raise DistattnError for a key on the command line that a command of READ_BY does not read. Other words are left alone."""
-    known = all_keys()
+    config_keys = all_keys()
     for word in overrides:
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        if not word.startswith("--") or key not in known or key in READ_BY[command]:
+        if not word.startswith("--") or key not in config_keys or key in READ_BY[command]:
             continue
         if "--docs" in command and key in READ_BY[command.replace(" --docs", "")]:
             raise DistattnError(f"command line: {key}: does nothing beside --docs; leave one of both out.")

@@ -97,14 +97,14 @@ def _start(where: str, arguments: Sequence[str]) -> int:
     if where not in ("slurm", "ray") and given.array is not None:
         raise DistattnError(f"launch {where}: --array is for Slurm and Ray; see distattn launch slurm.")
     # of a sweep, one for each task
-    words = array_words(given.array) if given.array is not None else []
-    refuse_keys_that_do_nothing(f"launch {where}", [*overrides, *words])
+    task_overrides = array_words(given.array) if given.array is not None else []
+    refuse_keys_that_do_nothing(f"launch {where}", [*overrides, *task_overrides])
     if given.spare is not None:
         overrides = [*overrides, f"--slurm.spare_nodes={given.spare}"]
     overrides = [*overrides, *_size_overrides(where, given.nodes, given.gpus, given.config, overrides)]
     config = preflight_alone(configuration.load(given.config, overrides, say))
-    sweep = [preflight_alone(configuration.load(given.config, [*overrides, word])) for word in words]
-    for word, one in zip(words, sweep, strict=True):
+    sweep = [preflight_alone(configuration.load(given.config, [*overrides, word])) for word in task_overrides]
+    for word, one in zip(task_overrides, sweep, strict=True):
         if where == "slurm" and _commands(one, config) != _commands(config, config):
             raise DistattnError(
                 f"launch: --array: {word[2:]} asks for another batch script, which all runs of a sweep share; submit it alone."

@@ -59,7 +59,7 @@ def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int |
                 resume_run(run, config, report_progress, proposal, step)
             return run_ranks_and_finish(run, config, report_progress, json_lines, proposal)
         finally:
-            # refused, the run keeps the configuration that it has
+            # if the ranks refuse, the run keeps its configuration
             proposal.remove()
 
 

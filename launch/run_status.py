@@ -21,9 +21,9 @@ from distattn.training.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
 
 _ALL_DONE = "all steps are done"
-# how the states of runs begin that do not go on, in our words and in Slurm's
+# first words of the states of runs that have ended: ours, then Slurm's
 _ENDED = ("ended", "killed", "gone", "COMPLETED", "CANCELLED")
-# of Slurm's states of a job those after which it has something to do
+# states of Slurm in which a job still has work to do
 _JOB_GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
@@ -73,12 +73,12 @@ def status(run: RunFolder) -> dict[str, Any]:
 
 
 def state_of_ended(run: RunFolder) -> str | None:
-    """Return the state of a run or a sweep that has ended, so that there is nothing to cancel; None of any other.
+    """Return the state of a run or a sweep that has ended, so that there is nothing to cancel; None if it goes on.
 
     Raises DistattnError as `slurm.status` does.
     """
     if sweep_runs(run.folder):
-        # of a sweep on Slurm each task has its own end
+        # on Slurm, each task of a sweep ends by itself
         state = _ray_state(run) if run.ray_file.exists() else ""
     else:
         state = status(run)["state"]

@@ -17,7 +17,7 @@ from distattn.ir.errors import DistattnError
 
 # who locks a folder: rank 0 while it trains, and the launcher from before it starts the ranks to its own end
 OWNER, LAUNCHER = "owner", "launcher"
-# what is locked, and who has locked it; two files, since the second is replaced
+# the locked file, and the owner's name; two files, since the second one is replaced
 _LOCK_FILE, _OWNER_FILE = "{}.lock", "{}.json"
 # an owner on another machine that does not renew its lease for so long is dead; it renews it so often
 LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
@@ -66,7 +66,7 @@ class RunLock:
         self._folder, self._me = folder, Owner.of_this_process()
         self._closing = threading.Event()
         self._file, self._role = folder / _OWNER_FILE.format(role), role
-        # of the lock file while this process has it; and whose name is still written where a full disk has kept this one's out
+        # the descriptor of the lock file while this process has it; the name in the owner's file while a full disk keeps ours out
         self._descriptor: int | None = None
         self._identity = (role, 0, 0)
         self._before: Owner | None = None

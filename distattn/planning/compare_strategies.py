@@ -20,7 +20,7 @@ from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config import Config
 from distattn.training.plan_settings import PlanSettings
 
-# a strategy or a layout is told of that takes this many times as long as the fastest
+# a strategy or a layout that takes more than this many times as long as the fastest gets a sentence
 _NOTABLY_SLOWER = 1.02
 # what a plan can be made of in reasonable time and numbers of 64 bits
 _MOST_DOCUMENTS, _MOST_TOKENS = 1_000_000, 1 << 40

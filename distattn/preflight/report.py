@@ -89,10 +89,10 @@ def _what_is_needed(facts: Sequence[RankFacts]) -> list[str]:
     if not forecasts:
         return []
     if all(one.whole_step for one in forecasts):
-        return ["needed: by a step of the rank that needs most, as distattn plan --memory counts it"]
-    of = "all ranks of a host" if facts[0].device.total is None else "a rank"
+        return ["needed: a step of the rank that needs most, as distattn plan --memory counts it"]
+    whose = "all ranks on a host" if facts[0].device.total is None else "a rank"
     return [
-        f"needed: by weights, gradients and optimizer of {of}; distattn plan --memory counts a whole step of one rank"
+        f"needed: weights, gradients and optimizer state of {whose}; distattn plan --memory counts a whole step of one rank"
     ]
 
 

@@ -13,9 +13,9 @@ from distattn.supervision.culprits import process_state
 
 # seconds between two looks at a helper
 LOOK_SECONDS = 0.5
-# processes that a command replaces before it gives up: a fault that comes back has a cause that no new process mends
+# processes that a command replaces before it gives up: a new process does not mend a fault that comes back
 MOST_REPLACEMENTS = 3
-# that a killed process may take to end: one that waits for a disk ends later
+# the time that a killed process may take to end: one that waits for a disk ends later
 _KILLED_SECONDS = 2.0
 
 

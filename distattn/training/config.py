@@ -50,7 +50,7 @@ RENAMED = {
 
 # every key takes a value, also those that are true or false
 _VALUES = (tyro.conf.FlagConversionOff,)
-# what a value is to be, by what pydantic calls one that is something else, and what would work where there is no default
+# by pydantic's name for a value of the wrong type: a description of the right type, and an example for keys without a default
 _WANTED = {
     "int_type": ("a whole number", "1"),
     "int_from_float": ("a whole number", "1"),
@@ -61,7 +61,7 @@ _WANTED = {
     "tuple_type": ("a list", '["a", "b"]'),
     "dataclass_type": ("a table", ""),
 }
-# the same on the command line, by type
+# pydantic's names for wrong values on the command line, by the key's type
 _KINDS: dict[Any, str] = {int: "int_type", float: "float_type"}
 # of help: what no option can say
 _TABLES = """only in the run file:
@@ -222,7 +222,7 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
     starts = [i for i, word in enumerate(overrides) if word.startswith("--")]
     if not starts or starts[0] != 0:
         raise DistattnError(f"command line: {overrides[0]!r} is not a key; write --section.key value.")
-    known = all_keys()
+    config_keys = all_keys()
     for begin, end in pairwise([*starts, len(overrides)]):
         key = overrides[begin].removeprefix("--").split("=", 1)[0].replace("-", "_")
         if key == "help":
@@ -231,7 +231,7 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
             raise DistattnError(
                 f"command line: {key}: its tables [[{key}]] are in the run file only; change them there."
             )
-        if key not in known:
+        if key not in config_keys:
             raise DistattnError(f"command line: {_unknown(key)}")
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             try:

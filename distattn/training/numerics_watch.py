@@ -166,14 +166,14 @@ class NumericsWatch:
 
     @property
     def doubts_weights(self) -> bool:
-        """Whether refused steps speak against the weights of now: several in a row, or one whose second run found bad weights.
+        """Return whether refused steps cast doubt on the weights: several in a row, or one whose second run found bad weights.
 
         One refused step changed nothing, and its cause may be its data or a fault that does not repeat.
         """
         return self.streak is not None and (self.streak.count > 1 or self._found_bad_weights)
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
-        """Whether a step may be applied. All ranks give the same numbers, which are reduced already, and get the same verdict.
+        """Judge whether a step may be applied. All ranks give the same reduced numbers and get the same verdict.
 
         step: its number; loss: the mean over all ranks, grad_norm: of the whole gradient, before clipping. Nothing is sent.
         """

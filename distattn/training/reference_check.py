@@ -38,10 +38,10 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
     command = [sys.executable, "-P", str(_REPLAY), str(run.folder)]
     # the replay ends with this process, even if this one is killed
     wrapper = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "--"]
-    code, said = _run_watched([*wrapper, *command])
+    code, error_output = _run_watched([*wrapper, *command])
     if code:
-        # one that a signal ended has not said why
-        last = said.strip().splitlines()[-1] if code > 0 and said.strip() else how_it_ended(code)
+        # a replay that a signal ended has not said why
+        last = error_output.strip().splitlines()[-1] if code > 0 and error_output.strip() else how_it_ended(code)
         raise DistattnError(f"the replay in plain transformers failed ({last}); run it by hand: {' '.join(command)}")
     verdict = compare_with_reference(run, config)
     run.reference_check_file.write_text(json_text(verdict, indent=1))
@@ -59,17 +59,17 @@ def _run_watched(command: Sequence[str]) -> tuple[int, str]:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             helper = Helper("the replay in plain transformers", process.pid)
             try:
-                said, stopped = _communicate(process, helper)
+                error_output, stopped = _communicate(process, helper)
             except BaseException:
                 process.kill()
                 raise
         if process.returncode >= 0:
-            return process.returncode, said
+            return process.returncode, error_output
         fault = f"{helper} {stopped or how_it_ended(process.returncode)}"
         if not left and stopped:
             raise DistattnError(f"{fault}; compare again later.")
         if not left:
-            return process.returncode, said
+            return process.returncode, error_output
         left -= 1
         warn(f"{fault}; it begins again.")
 
@@ -81,7 +81,7 @@ def _communicate(process: subprocess.Popen[str], helper: Helper) -> tuple[str, s
         with suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=LOOK_SECONDS)[1], stopped
         fault = helper.fault(_STOPPED_SECONDS)
-        # one that has just ended has said why, and `communicate` returns it
+        # a replay that has just ended has said why; `communicate` returns it
         if fault and not stopped and not helper.end():
             stopped = fault
             process.kill()

@@ -150,7 +150,7 @@ class RunCheckpoints:
         step, saved = damage.step, self._uncompared
         self.reporter.report_warning(step, "damaged state", damage.text)
         if saved is not None:
-            # its copy was made while the state changed
+            # the state changed while its copy was made
             self.checkpoints.note(lambda folder: discard_checkpoint(folder, saved), saved)
         if damage.repeats:
             raise DistattnError(

@@ -66,7 +66,7 @@ def tokenize(job: TokenizeJob, processes: int, report: Callable[[Progress], None
 def run_workers(
     job: TokenizeJob, shards: Sequence[int], processes: int, lock: int, report: Callable[[Progress], None]
 ) -> None:
-    """Have shards tokenized by at most so many processes. Raises DistattnError where one of them fails; then none is left.
+    """Tokenize shards in at most `processes` processes. Raises DistattnError if one of them fails, after all have ended.
 
     A process that dies or is stopped is replaced, and the new one begins its shard again: a shard counts once all of it is
     written. After MOST_REPLACEMENTS of them the next one is a failure.
@@ -83,9 +83,9 @@ def run_workers(
                 selector.register(workers[-1].messages, selectors.EVENT_READ, workers[-1])
                 workers[-1].give(waiting)
             while selector.get_map():
-                # one that is stopped sends nothing
-                for one in workers:
-                    one.kill_if_stopped()
+                # a stopped process sends nothing
+                for worker in workers:
+                    worker.kill_if_stopped()
                 for key, _ in selector.select(LOOK_SECONDS):
                     worker = key.data
                     for message in worker.read():
@@ -173,8 +173,8 @@ class _Worker:
 
     @property
     def hint(self) -> str:
-        """What to do about a process that was killed, as a sentence; "" where that is not known."""
-        # the kernel ends whoever takes the last memory
+        """Return a sentence that says what to do about a process that was killed; "" if that is not known."""
+        # when memory runs out, the kernel kills a process with SIGKILL
         was_killed = not self._fault and self._process.returncode == -signal.SIGKILL
         return " Where memory ran out, take fewer --processes." if was_killed else ""
 

@@ -41,21 +41,21 @@ def pass_figure(one: PassTimeline, title: str) -> str:
     bottom, wide = _TOP + _LINE * len(ranks), _WIDTH - _LEFT - _RIGHT
     scale = wide / (one.seconds or 1.0)
     bars = "".join(
-        f'<path style="fill:{_COLOURS[what]}" d="{_boxes(*stretches(one, ends, ranks), scale, down)}"/>'
-        for what, ends, down in (("kernels", one.computed, 1), ("messages", one.arrived, 1 + _BAR))
+        f'<path style="fill:{_COLOURS[kind]}" d="{_boxes(*stretches(one, ends, ranks), scale, down)}"/>'
+        for kind, ends, down in (("kernels", one.computed, 1), ("messages", one.arrived, 1 + _BAR))
     )
     names = "".join(_text(_LEFT - 6, _TOP + _LINE * line + 11, str(rank), "end") for line, rank in enumerate(ranks))
     times = zip(
         (0.0, 0.5, 1.0), in_one_unit([0.0, one.seconds / 2, one.seconds], "s"), ("start", "middle", "end"), strict=True
     )
     ticks = "".join(_text(_LEFT + wide * share, bottom + 16, text, anchor) for share, text, anchor in times)
-    keys = "".join(f'<span style="color:{colour}">\u25a0</span> {what} ' for what, colour in _COLOURS.items())
+    keys = "".join(f'<span style="color:{colour}">\u25a0</span> {kind} ' for kind, colour in _COLOURS.items())
     shown = f"{one.direction}, simulated"
     some = f", {len(ranks)} of {one.begin.shape[1]} ranks" if len(ranks) < one.begin.shape[1] else ""
-    said = html.escape(f"{title}, {one.direction}: kernels and messages of each rank in time (simulated)")
+    label = html.escape(f"{title}, {one.direction}: kernels and messages of each rank in time (simulated)")
     return (
         f'<figure style="margin:0;flex:1 1 18rem;max-width:34rem"><figcaption>{shown}{some}: {keys}</figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {bottom + 22}" role="img" aria-label="{said}" fill="currentColor" '
+        f'<svg viewBox="0 0 {_WIDTH} {bottom + 22}" role="img" aria-label="{label}" fill="currentColor" '
         'style="width:100%;height:auto;display:block;font:12px system-ui,sans-serif">'
         f'{bars}<path d="M{_LEFT} {_TOP}h{wide}v{bottom - _TOP}h-{wide}z" fill="none" stroke="currentColor"/>'
         f"{_text(0, 12, 'rank', 'start')}{names}{ticks}</svg></figure>"

@@ -175,9 +175,9 @@ def test_a_command_that_is_killed_while_it_gives_files_their_names_goes_on(corpu
 
 
 def workers_of_this_process():
-    """The processes that tokenize for the test itself."""
-    found = workers(SimpleNamespace(pid=os.getpid()))
-    return [pid for pid in found if b"tokenize_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    """Return the process ids of the workers that tokenize for the test itself."""
+    children = workers(SimpleNamespace(pid=os.getpid()))
+    return [pid for pid in children if b"tokenize_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
@@ -199,15 +199,15 @@ def test_a_worker_that_dies_or_stops_is_replaced_and_its_shard_done_again(corpus
 
     manifest = tokenize_processes.tokenize(job, WORKERS, report)
     assert contents(tmp_path / "out") == whole and len(lost) == WORKERS
-    said = capsys.readouterr().err.splitlines()
+    error_lines = capsys.readouterr().err.splitlines()
     why = "was killed by SIGKILL" if how == signal.SIGKILL else r"is stopped \(SIGSTOP or a debugger\)"
-    for line in said:
+    for line in error_lines:
         assert re.fullmatch(
             rf"distattn: tokenize: process [01] \(({lost[0]}|{lost[1]})\) {why} while it worked on bytes [\d,]+ to [\d,]+ of "
             r".*a\.jsonl; another process does it again\.",
             line,
         ), line
-    assert len(said) == WORKERS
+    assert len(error_lines) == WORKERS
     # what was done twice counts once
     assert [sum(counts) for counts in zip(*told, strict=True)][1:3] == [manifest.documents, manifest.tokens]
 

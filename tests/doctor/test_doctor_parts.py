@@ -102,8 +102,8 @@ def test_the_verdict_comes_first_and_wraps_like_prose(monkeypatch, capsys):
     assert lines[0] == "wrong softmax scale: it is 2." and "first to differ: here." in lines[1]
     assert all(len(line) <= 60 for line in lines), lines
     first = next(number for number, line in enumerate(lines) if "what to do" in line)
-    words = " ".join(lines[first : first + 3]).split()
-    assert " ".join(words).startswith(f"what to do: {REMEDY}.")
+    paragraph = " ".join(" ".join(lines[first : first + 3]).split())
+    assert paragraph.startswith(f"what to do: {REMEDY}.")
     # the machine after it, in two lines at most
     assert (
         lines[-2] == "machine: python 3.11.7; noteworthy: GPUs. distattn doctor" and "--json, says more." in lines[-1]
@@ -162,5 +162,5 @@ def test_why_a_model_runs_in_no_way_is_noted(works, monkeypatch):
     emulation = EmulatedModel(target, torch.nn.Linear(1, 1), SimpleNamespace(packs=[]), [])
     assert (emulation(RIGHT, False) is not None) == bool(works)
     finding = emulation.with_failures(Finding("unknown", "it differs", "look"))
-    said = "" if works else "; not all mistakes could be tried in one process: _by_script does not work"
-    assert finding.observed == f"it differs{said}"
+    note = "" if works else "; not all mistakes could be tried in one process: _by_script does not work"
+    assert finding.observed == f"it differs{note}"

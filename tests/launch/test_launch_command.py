@@ -31,14 +31,14 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_a_local_dry_run_names_ranks_devices_steps_memory_and_folder(capsys, tmp_path):
-    given = ["launch", "local", "tiny", "--dry-run", f"--run.folder={tmp_path}/run", "--train.steps=7"]
-    assert cli.main([*given, "--gpus=2"]) == 0
+    arguments = ["launch", "local", "tiny", "--dry-run", f"--run.folder={tmp_path}/run", "--train.steps=7"]
+    assert cli.main([*arguments, "--gpus=2"]) == 0
     ranks, steps, memory, folder = capsys.readouterr().out.splitlines()
     assert ranks.startswith("2 ranks here, on the CPU, ") and steps == "7 steps of at most 8,192 tokens each"
     assert memory.endswith("MB of weights, gradients and optimizer a rank")
     assert folder == f"run folder: {tmp_path}/run; logs in its folder logs" and not list(tmp_path.iterdir())
     (tmp_path / "run").mkdir()
-    assert cli.main([*given, "--preflight.action=warn"]) == 0
+    assert cli.main([*arguments, "--preflight.action=warn"]) == 0
     assert "it is there already, so a number is added" in capsys.readouterr().out
 
 

@@ -90,9 +90,9 @@ def test_a_timeline_is_vectors_as_wide_as_the_page_and_legible_in_the_dark(page,
     drawn = timeline.html()
     assert drawn.count("<svg") == 2 and "<img" not in drawn and "base64" not in drawn
     around = page[: page.index("<body>")] + f"<body>{drawn}</body></html>"
-    said = what_a_script_says(around, LEGIBLE, tmp_path, width, dark)
+    facts = what_a_script_says(around, LEGIBLE, tmp_path, width, dark)
     # the ranks, three times and the axis' name, of each pass
-    assert said["texts"] == 2 * (4 + 3 + 1) and not said["unread"] and not said["wide"] and not said["cut"], said
+    assert facts["texts"] == 2 * (4 + 3 + 1) and not facts["unread"] and not facts["wide"] and not facts["cut"], facts
 
 
 @needs_browser

@@ -177,25 +177,25 @@ def test_a_run_s_layout_is_compared_with_the_others_and_a_faster_one_is_named(ca
 
 
 def test_a_faster_strategy_than_the_run_s_own_is_named_in_a_sentence(capsys):
-    given = ("configs/tiny.toml", "--cluster", "h100-1x4", "--docs", "65536", "--strategy", "ring,allgather,ulysses")
-    code, out, _ = run(capsys, *given, "--json")
+    args = ("configs/tiny.toml", "--cluster", "h100-1x4", "--docs", "65536", "--strategy", "ring,allgather,ulysses")
+    code, out, _ = run(capsys, *args, "--json")
     seconds = {
         row["strategy"]: row["forward"]["seconds"] + row["backward"]["seconds"] for row in json.loads(out)["candidates"]
     }
     fastest, slowest = min(seconds, key=seconds.get), max(seconds, key=seconds.get)
     assert seconds[slowest] > 1.1 * seconds[fastest]
     times = f"{seconds[slowest] / seconds[fastest]:.2f}"
-    _, out, _ = run(capsys, *given, f"--parallel.strategy={slowest}")
+    _, out, _ = run(capsys, *args, f"--parallel.strategy={slowest}")
     assert f"strategy {slowest} is not the fastest: it takes {times} times as long as {fastest} (simulated); " in out
     assert f'set parallel.strategy = "{fastest}".' in out
-    _, out, _ = run(capsys, *given, f"--parallel.strategy={fastest}")
+    _, out, _ = run(capsys, *args, f"--parallel.strategy={fastest}")
     assert "is not the fastest: it takes" not in "".join(
         line for line in out.splitlines() if line.startswith("strategy ")
     )
     # what is refused is said to be so; a strategy that is not compared has no sentence
     _, out, _ = run(
         capsys,
-        *given,
+        *args,
         "--parallel.strategy=ulysses",
         "--parallel.ranks=4",
         "--model.num_attention_heads=2",
@@ -203,5 +203,5 @@ def test_a_faster_strategy_than_the_run_s_own_is_named_in_a_sentence(capsys):
         "--model.head_dim=16",
     )
     assert "strategy ulysses is refused; set parallel.strategy = " in out
-    _, out, _ = run(capsys, *given[:-1], "ring", "--parallel.strategy=usp")
+    _, out, _ = run(capsys, *args[:-1], "ring", "--parallel.strategy=usp")
     assert "strategy usp" not in out

@@ -70,14 +70,14 @@ def test_a_slow_gpu_is_named_beside_the_median_with_its_clock():
     table = report_table(facts, speeds, clocks, 3.21)
     assert table[0] == "preflight: 8 ranks on 2 hosts in 3.2 s, all-to-all 40 GB/s a rank" and len(table) == 5
     assert "4, 5, 6, 7" in table[3] and "345 MHz" in table[3] and "80.0 GB" in table[3] and "40.0 GB" in table[3]
-    assert table[4] == "  needed: by a step of the rank that needs most, as distattn plan --memory counts it"
+    assert table[4] == "  needed: a step of the rank that needs most, as distattn plan --memory counts it"
     # what is counted of ranks on processors
     host, state = DeviceState("CPU", None, None), MemoryForecast(0, 3 * GB, False)
     facts = [facts_of(rank, "node", device=host, forecast=state) for rank in range(2)]
     table = report_table(facts, speeds[:2], [None] * 2, 3.21)
     assert "+" not in table[2] and "6.0 GB" in table[2]
     assert table[3].startswith(
-        "  needed: by weights, gradients and optimizer of all ranks of a host; distattn plan --memory "
+        "  needed: weights, gradients and optimizer state of all ranks on a host; distattn plan --memory "
     )
 
 

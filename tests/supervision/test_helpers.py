@@ -163,9 +163,9 @@ def test_a_replay_that_dies_or_stops_begins_again_a_few_times(how, faults, tmp_p
     else:
         assert reference_check._run_watched(command) == (-signal.SIGKILL, "")
     began_again = min(faults, helpers.MOST_REPLACEMENTS)
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == began_again
-    assert all(re.fullmatch(rf"distattn: {named}; it begins again\.", line) for line in said), said
+    error_lines = capsys.readouterr().err.splitlines()
+    assert len(error_lines) == began_again
+    assert all(re.fullmatch(rf"distattn: {named}; it begins again\.", line) for line in error_lines), error_lines
     assert (tmp_path / "tries").read_text() == "x" * (began_again + 1)
 
 

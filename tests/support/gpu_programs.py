@@ -12,7 +12,7 @@ _TORCH_ALONE = Path(__file__).parent / "torch_alone"
 
 
 def run_program(*command: str, ranks: int = 0) -> subprocess.CompletedProcess:
-    """Run one program, with Triton's interpreter, on so many ranks of torchrun, or on none."""
+    """Run one program with Triton's interpreter: on `ranks` ranks of torchrun, or without torchrun if `ranks` is 0."""
     pytest.importorskip("triton", reason="Triton is not installed")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks else ()
     paths = {"PYTHONPATH": os.pathsep.join(map(str, (_TORCH_ALONE, ROOT)))}

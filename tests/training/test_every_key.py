@@ -127,8 +127,8 @@ def empty(tmp_path_factory):
     file.write_text("")
     latent = file.parent / "latent"
     latent.mkdir()
-    said = json.loads((ROOT / "configs/models/llama-3-8b/config.json").read_text())
-    (latent / "config.json").write_text(json.dumps(said | {"kv_lora_rank": 16}))
+    model_config = json.loads((ROOT / "configs/models/llama-3-8b/config.json").read_text())
+    (latent / "config.json").write_text(json.dumps(model_config | {"kv_lora_rank": 16}))
     return file
 
 
@@ -154,12 +154,12 @@ def value_of(config: Config, key: str):
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in NOT_HERE])
 def test_a_key_changes_the_configuration_and_is_refused_without_what_it_belongs_to(key, empty):
     value, *belongs_to = words_of(empty, *another(key))
-    given = [value if value.startswith("--") else f"--{key}={value}"]
-    changed, without = (configuration.load(empty, [*words, *belongs_to]) for words in (given, []))
+    key_arguments = [value if value.startswith("--") else f"--{key}={value}"]
+    changed, without = (configuration.load(empty, [*arguments, *belongs_to]) for arguments in (key_arguments, []))
     assert value_of(changed, key) != value_of(without, key)
     if belongs_to:
         with pytest.raises(DistattnError, match="command line: "):
-            configuration.load(empty, given)
+            configuration.load(empty, key_arguments)
 
 
 @pytest.mark.parametrize(("key", "value", "others"), IDLE, ids=[f"{one[0]} {' '.join(one[2])}" for one in IDLE])
@@ -178,20 +178,20 @@ def test_a_key_that_does_nothing_is_refused_with_its_name(key, value, others, em
 
 
 def test_a_file_s_keys_that_the_command_line_makes_idle_are_left_out_with_a_line(empty):
-    said: list[str] = []
+    lines: list[str] = []
     tiny = ROOT / "configs" / "tiny.toml"
-    config = configuration.load(tiny, ["--data.path=packs.toml", "--parallel.layout=zigzag"], said.append)
+    config = configuration.load(tiny, ["--data.path=packs.toml", "--parallel.layout=zigzag"], lines.append)
     assert config.data == dataclasses.replace(Config().data, path="packs.toml") and not config.parallel.min_chunk
-    assert said == [
+    assert lines == [
         f"{tiny}: left out, since the command line makes them useless: data.suffix, data.exclude, parallel.min_chunk."
     ]
-    said.clear()
-    own = ["--parallel.data=per_rank", "--data.context_length=2048", "--data.max_document_tokens=100"]
-    assert configuration.load(tiny, own, said.append).parallel.layout == Config().parallel.layout
-    assert len(said) == 1 and said[0].endswith(": parallel.layout, parallel.min_chunk.")
-    said.clear()
-    assert configuration.load(tiny, words_of(empty, "--model.path={model}"), said.append).model.num_layers == 32
-    assert len(said) == 1 and "model.num_layers" in said[0]
+    lines.clear()
+    per_rank = ["--parallel.data=per_rank", "--data.context_length=2048", "--data.max_document_tokens=100"]
+    assert configuration.load(tiny, per_rank, lines.append).parallel.layout == Config().parallel.layout
+    assert len(lines) == 1 and lines[0].endswith(": parallel.layout, parallel.min_chunk.")
+    lines.clear()
+    assert configuration.load(tiny, words_of(empty, "--model.path={model}"), lines.append).model.num_layers == 32
+    assert len(lines) == 1 and "model.num_layers" in lines[0]
 
 
 def test_every_key_is_read_outside_of_the_configuration():
@@ -213,16 +213,16 @@ def test_every_key_is_read_outside_of_the_configuration():
 def test_keys_that_a_command_does_not_read_are_refused_on_its_command_line(command, capsys, empty, tmp_path):
     (tmp_path / "config.toml").write_text("")
     name, *options = command.replace("--docs", "--docs=512").split(" --")
-    words = [*name.split(), str(tmp_path if name == "resume" else empty), *(f"--{option}" for option in options)]
+    arguments = [*name.split(), str(tmp_path if name == "resume" else empty), *(f"--{option}" for option in options)]
     for key in KEYS:
         if key in READ_BY[command]:
             refuse_keys_that_do_nothing(command, [f"--{key}=1"])
             continue
-        assert cli.main([*words, f"--{key}=1"]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith(f"distattn: command line: {key}: does nothing ") and said.count("\n") == 1
+        assert cli.main([*arguments, f"--{key}=1"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"distattn: command line: {key}: does nothing ") and error.count("\n") == 1
         if key.startswith(("slurm.", "ray.")):
-            assert f"it belongs to distattn launch {key.partition('.')[0]}." in said
+            assert f"it belongs to distattn launch {key.partition('.')[0]}." in error
 
 
 # runs that read other keys, by what each has
@@ -256,18 +256,18 @@ def planned(tmp_path_factory):
 
 def small_run(empty, planned, variant: str) -> list[str]:
     """The words of a run whose packs are small, and whose text is one file."""
-    words = [word.replace("{planned}", str(planned)) for word in VARIANTS[variant]]
+    arguments = [word.replace("{planned}", str(planned)) for word in VARIANTS[variant]]
     if variant == "planned":
-        return [*words, "--model.vocab_size=60000", "--reference_check.steps=0"]
-    return [*words, f"--data.path={ast.__file__}", "--data.tokens_per_step=1024", "--data.max_document_tokens=256"]
+        return [*arguments, "--model.vocab_size=60000", "--reference_check.steps=0"]
+    return [*arguments, f"--data.path={ast.__file__}", "--data.tokens_per_step=1024", "--data.max_document_tokens=256"]
 
 
 def read_by_plan(empty, planned, *options: str) -> set[str]:
     with noted_keys() as read:
         for variant in VARIANTS if "--docs=512" not in options else ["text"]:
-            words = [] if "--docs=512" in options else small_run(empty, planned, variant)
-            given = ["plan", str(empty), *words, *options, "--cluster=laptop-1x4"]
-            assert cli.main([*given, *([] if "--memory" in options else ["--strategy=ring"])]) == 0
+            run_arguments = [] if "--docs=512" in options else small_run(empty, planned, variant)
+            arguments = ["plan", str(empty), *run_arguments, *options, "--cluster=laptop-1x4"]
+            assert cli.main([*arguments, *([] if "--memory" in options else ["--strategy=ring"])]) == 0
     return read
 
 
@@ -284,8 +284,8 @@ def test_preflight_reads_the_keys_that_it_takes(empty, planned, tmp_path, monkey
     monkeypatch.setattr(facts.dist, "get_rank", lambda: 0)
     with noted_keys() as read:
         for number, variant in enumerate(VARIANTS):
-            words = [*small_run(empty, planned, variant), f"--run.folder={tmp_path / str(number)}"]
-            config = configuration.load(empty, words)
+            arguments = [*small_run(empty, planned, variant), f"--run.folder={tmp_path / str(number)}"]
+            config = configuration.load(empty, arguments)
             check_run_fits(config)
             run = start_run(config, lambda line: None)
             assert not facts.collect_facts(run, config, torch.device("cpu")).failure

@@ -218,9 +218,9 @@ def test_every_curve_of_a_long_run_is_drawn(run, tmp_path, width):
 def test_charts_and_score_matrices_are_legible_and_nothing_runs_over_the_edge(run, tmp_path, width, dark):
     month(run)
     page_of(run, CHECKED)
-    said = what_a_script_says(run.report_file.read_text(), LEGIBLE, tmp_path, width, dark)
-    assert said["texts"] > 2 * 8 + 2 * 10 and not said["unread"] and not said["cut"] and not said["error"], said
-    assert not said["wide"], said
+    facts = what_a_script_says(run.report_file.read_text(), LEGIBLE, tmp_path, width, dark)
+    assert facts["texts"] > 2 * 8 + 2 * 10 and not facts["unread"] and not facts["cut"] and not facts["error"], facts
+    assert not facts["wide"], facts
 
 
 def test_the_configuration_is_what_differs_from_the_defaults_and_folded_all_keys(run):

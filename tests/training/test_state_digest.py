@@ -123,7 +123,7 @@ def _told(rank: int) -> list[bool]:
 
     digest = StateDigest(lambda: [("weight", "w", torch.ones(2))], dist.group.WORLD)
     # nothing was taken, so nothing is sent: other ranks need not call it
-    found = [digest.tell(False)()] if rank == 0 else []
+    changes = [digest.tell(False)()] if rank == 0 else []
     digest.take("an update")
     other = torch.zeros(1)
     for changed in (False, rank == 1):
@@ -133,8 +133,8 @@ def _told(rank: int) -> list[bool]:
         # the other rank has not begun
         if rank == 0:
             dist.send(other, 1)
-        found.append(told())
-    return found
+        changes.append(told())
+    return changes
 
 
 def test_ranks_are_told_of_a_change_while_they_send_other_things():
