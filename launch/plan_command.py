@@ -98,7 +98,8 @@ def main(arguments: Sequence[str]) -> int:
             _write_files(given, found, request, cluster)
         facts.append(comparison_facts(found, request))
         lines: list[str] = []
-        if config:
+        # with --docs the pack lies over all ranks: where the run's own packs do not, its keys say nothing about it
+        if config and settings == PlanSettings.of_config(config):
             layouts = compare_layouts(request, cluster)
             facts[-1]["layouts"] = {name: {"seconds": seconds} for name, seconds in layouts.items()}
             lines = strategy_lines(found, settings.strategy) + layout_lines(request, layouts)

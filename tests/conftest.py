@@ -4,6 +4,7 @@ Triton's kernels run in its interpreter; they are what the environment makes the
 """
 
 import os
+import signal
 from collections import Counter
 from zlib import crc32
 
@@ -18,6 +19,10 @@ import torch
 from hypothesis import settings
 from process_guard import guard_processes
 
+# a shell has what it starts in the background ignore these, and an ignored signal stays ignored; tests send them
+for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}.items():
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 # what tests start ends with this process, however it ends
 guard_processes()
 torch.set_num_threads(1)

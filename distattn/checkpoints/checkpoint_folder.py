@@ -164,15 +164,15 @@ def check_step(folder: Path, step: int) -> Checkpoint:
 def choose_step(folder: Path, step: int) -> Iterator[None]:
     """Have a run go on from the checkpoint of this step: those that were saved later are set aside.
 
-    Where the block raises, all verdicts are again as they were. Where the process is killed, the choice holds if all verdicts
-    were written; else a run goes on as it would have without the choice. Raises DistattnError as `check_step`, and where a
+    Where the block raises, all verdicts are again as they were. Where the process is killed, the next run goes on from
+    this step, or as it would have without the choice, and from no other step. Raises DistattnError as `check_step`, and where a
     verdict cannot be written; nothing is changed then.
     """
     chosen = check_step(folder, step)
     whole = [one for one in list_checkpoints(folder) if one.manifest is not None]
     text = f"it was saved later than step {step:,}, from which a person went on"
     later_ones = whole[whole.index(chosen) + 1 :]
-    # the newest comes last: until it is set aside, runs go on from it
+    # the newest comes last: until it is set aside, runs go on from it, unless it is in doubt
     verdicts = [(later, later.verdict._replace(kind=SET_ASIDE, text=text)) for later in later_ones]
     if chosen.verdict.is_doubtful:
         verdicts.insert(0, (chosen, chosen.verdict._replace(kind=UNTESTED, text="")))

@@ -88,12 +88,14 @@ class MessageWatch:
             torch.cuda.set_device(self._device)
         limit, arrived = self._monitor.wait_timeout.total_seconds(), time.monotonic()
         while not self._closed.wait(_POLL):
-            while self._under_way and self._under_way[0].have_arrived():
-                self._under_way.popleft()
+            # a message whose call fails is removed meanwhile, on the thread that made the call
+            while (oldest := next(iter(tuple(self._under_way)), None)) is not None and oldest.have_arrived():
+                with contextlib.suppress(ValueError):
+                    self._under_way.remove(oldest)
                 arrived = time.monotonic()
             # a device works them off one after another: the oldest is under way since the one before has arrived
-            if self._under_way and time.monotonic() - max(self._under_way[0].since, arrived) > limit:
-                self._report(self._under_way[0].what, limit)
+            if oldest is not None and time.monotonic() - max(oldest.since, arrived) > limit:
+                self._report(oldest.what, limit)
                 return
 
     def _report(self, what: str, limit: float) -> None:

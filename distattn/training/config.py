@@ -246,7 +246,9 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
                 if wanted in _KINDS:
                     raise DistattnError(f"command line: {_not_wanted(key, value, _KINDS[wanted])}") from None
                 kind = "True or False" if wanted is bool else "one value; put quotes around one that has spaces"
-                raise DistattnError(f"command line: {key}: {json.dumps(value)} is not {kind}.") from None
+                raise DistattnError(
+                    f"command line: {key}: {json.dumps(value, ensure_ascii=False)} is not {kind}."
+                ) from None
 
 
 def _unknown(key: str) -> str:
@@ -308,7 +310,7 @@ def _not_wanted(key: str, given: Any, error: str) -> str:
         # a table of a list has a number in its key
         list_of_tables, _, number = key.rpartition(".")
         example = f"[[{list_of_tables}]]" if number.isdecimal() else f"[{key}]"
-    shown = json.dumps(given)
+    shown = json.dumps(given, ensure_ascii=False)
     if isinstance(given, float) or (isinstance(given, dict) and set(given) <= {"date", "time", "datetime"}):
         # as TOML has them: nan and inf, and what JSON has no type for
         shown = str(given if isinstance(given, float) else next(iter(given.values()), given))

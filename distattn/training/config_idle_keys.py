@@ -134,11 +134,11 @@ def with_defaults(config: Config, keys: Collection[str]) -> Config:
 
 
 def _has_latents(model: ModelConfig) -> bool:
-    """Return whether the config.json of a model's folder has the width of latents; a folder that cannot be read has none."""
+    """Return whether the config.json of a model's folder has the width of latents, or cannot be read, which is told elsewhere."""
     try:
         model_config = json.loads(Path(model.path, "config.json").read_text("utf-8")) if model.path else {}
     except (OSError, ValueError):
-        return False
+        return True
     return isinstance(model_config, dict) and bool(model_config.get("kv_lora_rank"))
 
 

@@ -176,14 +176,11 @@ class RunCheckpoints:
     def judge(self, verdict: Verdict, loss: float) -> None:
         """Note what a step shows of the checkpoints: of that with the weights it was computed with, and of those before a streak.
 
-        The newest good one from before a streak is kept, until the run recovers, or has passed the step that was refused. The
-        state was compared before: what was saved is a copy of a whole one.
+        The state was compared before: what was saved is a copy of a whole one.
         """
         self._loss, self._uncompared = loss, None
-        at, step, streak = self._saved_step, verdict.step, verdict.streak
-        if verdict.begins_streak:
-            self.checkpoints.note(lambda folder: keep_newest_good(folder, step))
-        elif verdict.applies:
+        at, streak = self._saved_step, verdict.streak
+        if verdict.applies:
             if at is not None:
                 self.checkpoints.note(lambda folder: judge_checkpoint(folder, at, GOOD), at)
             if streak is not None:
@@ -192,8 +189,16 @@ class RunCheckpoints:
     def judge_refused(self, verdict: Verdict) -> None:
         """Note what a refused step shows of the checkpoint that it was computed from, once the step has been looked into.
 
+        The newest good one from before a streak is kept, until the run recovers, or has passed the step that was refused.
+
         A run that skips the step goes on with the same weights: they are in doubt as `NumericsWatch.doubts_weights` says.
         """
+        self._refuse_saved(verdict)
+        if verdict.begins_streak:
+            self.checkpoints.note(lambda folder: keep_newest_good(folder, verdict.step))
+
+    def _refuse_saved(self, verdict: Verdict) -> None:
+        """Refuse the checkpoint that has the weights of a refused step, if these are in doubt."""
         at, streak = self._saved_step, verdict.streak
         if at is None or streak is None:
             return

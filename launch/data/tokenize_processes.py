@@ -99,7 +99,8 @@ def run_workers(
                         selector.unregister(worker.messages)
                         if not (lost := worker.lost(job)):
                             continue
-                        if replaced == MOST_REPLACEMENTS:
+                        # one that ends by itself has a reason, which a new process would have, too
+                        if replaced == MOST_REPLACEMENTS or not worker.was_killed:
                             raise LostProcessError(f"{lost}; the others were stopped.{worker.hint}")
                         replaced += 1
                         say(f"{lost}; another process does it again.")
@@ -172,11 +173,16 @@ class _Worker:
         )
 
     @property
+    def was_killed(self) -> bool:
+        """Return whether a signal has ended the process."""
+        return self._process.returncode < 0
+
+    @property
     def hint(self) -> str:
         """Return a sentence that says what to do about a process that was killed; "" if that is not known."""
         # when memory runs out, the kernel kills a process with SIGKILL
-        was_killed = not self._fault and self._process.returncode == -signal.SIGKILL
-        return " Where memory ran out, take fewer --processes." if was_killed else ""
+        memory_ran_out = not self._fault and self._process.returncode == -signal.SIGKILL
+        return " Where memory ran out, take fewer --processes." if memory_ran_out else ""
 
     def replace(self) -> Progress:
         """Have another process begin the shard of one that has ended. Returns the progress that is lost, as negative numbers."""

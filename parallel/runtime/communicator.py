@@ -60,7 +60,8 @@ def warm_up(backend: Any, rank: int, ranks: int, device: torch.device, timeout: 
         # gloo connects all pairs when it is made, and its waits have a time-out
         backend.allreduce([first]).wait()
         return
-    # neither of NCCL's waits has a time-out; abort ends both
+    # neither of NCCL's waits has a time-out. abort ends the second; whether it ends the first, in which the communicator is made,
+    # was never tried on GPUs. All ranks have just said that they are here.
     alarm = threading.Timer(timeout.total_seconds(), backend.abort)
     alarm.daemon = True
     alarm.start()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from tiny_runs import new_run, tiny_config
 
 from distattn.checkpoints import checkpoints
 from distattn.checkpoints.checkpoint_folder import by_preference, choose_step, list_checkpoints
-from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED
+from distattn.checkpoints.manifest import Manifest
+from distattn.checkpoints.verdicts import GOOD, REFUSED, SET_ASIDE, UNTESTED, CheckpointVerdict
 from distattn.ir.errors import RunStopped
 from distattn.launch import finish_run as finishing
 from distattn.launch.run_status import status
@@ -22,6 +24,8 @@ from distattn.training.config import Config, RunConfig, TrainConfig
 from distattn.training.config_sections import CheckpointConfig, WatchConfig
 from distattn.training.engines.fsdp2 import Fsdp2Engine
 from distattn.training.loop import train
+from distattn.training.numerics_watch import ROLLBACK, Streak, Verdict
+from distattn.training.run_checkpoints import RunCheckpoints
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
 
 STEPS = 12
@@ -278,6 +282,22 @@ def test_a_checkpoint_whose_state_was_whole_after_the_save_outlives_damage(confi
     # the state was compared in step 5, after the copy
     assert events[1][1] == "Went on from step-00000004."
     assert losses_of(run) == losses_of(trained(config))
+
+
+def test_a_checkpoint_that_a_step_refuses_is_not_kept_as_the_newest_good_one(tmp_path):
+    for step in (4, 8):
+        checkpoint = tmp_path / f"step-{step:08d}"
+        checkpoint.mkdir()
+        Manifest(step, step, "2026-11-25T12:00:00+00:00", 1, "2.13.0", {}, []).write(checkpoint)
+        CheckpointVerdict(GOOD).write(checkpoint)
+    keeper = object.__new__(RunCheckpoints)
+    keeper.config = SimpleNamespace(watch=SimpleNamespace(action=ROLLBACK))
+    keeper.checkpoints = SimpleNamespace(note=lambda change, step=None: change(tmp_path))
+    # a rollback has loaded the checkpoint of step 8, from which training went on well before
+    keeper._saved_step, keeper._loaded = 8, SimpleNamespace(step=8)
+    keeper.judge_refused(Verdict(8, ROLLBACK, "the loss rose.", Streak(8, 8, 1, "the loss rose.", {})))
+    older, newer = (one.verdict for one in list_checkpoints(tmp_path))
+    assert (newer.kind, newer.kept) == (REFUSED, "") and older.kind == GOOD and older.kept
 
 
 def _train_and_count(rank: int, run: RunFolder, config: Config) -> list[int]:
