@@ -6,6 +6,7 @@ Triton's kernels run in its interpreter; they are what the environment makes the
 import os
 import signal
 from collections import Counter
+from collections.abc import Generator
 from zlib import crc32
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -37,11 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     """Of the cases of a test marked sampled(n), the first and every n-th are for `make test`; the others are marked full.
 
-    With --quarter only a quarter of those is run. Of each process's tests those marked waits come first, so that the suite does
-    not end with one process that waits.
+    With --quarter only a quarter of those is run. Tests marked waits come first in some processes, so that the suite does not end
+    with one process that waits.
     """
     quarter = config.getoption("quarter")
     seen: Counter[str] = Counter()
@@ -59,21 +61,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)
         items[:] = [item for item in items if item not in gone]
+    # -m leaves tests out
+    yield
     items[:] = _spread(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 def _spread(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
     """Return the tests in an order of which each process gets an equal part, as `--dist worksteal` deals them out.
 
-    A part begins with whole modules of tests that wait, so that processes wait beside others that compute.
+    The parts of half the processes, or one more, begin with whole modules of tests that wait: the others compute meanwhile.
     """
     waiting: dict[str, list[pytest.Item]] = {}
+    minutes: Counter[str] = Counter()
     for item in items:
-        if item.get_closest_marker("waits") is not None:
-            waiting.setdefault(item.nodeid.partition("::")[0], []).append(item)
+        if (marker := item.get_closest_marker("waits")) is not None:
+            module = item.nodeid.partition("::")[0]
+            waiting.setdefault(module, []).append(item)
+            minutes[module] = max(minutes[module], *marker.args, 1)
     shares: list[list[pytest.Item]] = [[] for _ in range(processes)]
-    for module in sorted(waiting.values(), key=len, reverse=True):
-        min(shares, key=len).extend(module)
+    filled = [0] * (processes // 2 + 1)
+    for module, length in minutes.most_common():
+        least = filled.index(min(filled))
+        shares[least] += waiting[module]
+        filled[least] += length
     computing = [item for item in items if item.get_closest_marker("waits") is None]
     ordered: list[pytest.Item] = []
     for number, share in enumerate(shares):

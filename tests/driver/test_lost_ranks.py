@@ -14,7 +14,7 @@ import distattn as da
 from distattn.adapters.pytorch import local_loss
 from distattn.batch.planner import AttentionShape
 
-pytestmark = [pytest.mark.sampled(16), pytest.mark.waits]
+pytestmark = [pytest.mark.sampled(16), pytest.mark.waits(7)]
 
 # of the driver: long enough for a rank that is only slow on a loaded machine, short enough for a test
 TIMEOUT = 16.0

@@ -20,7 +20,7 @@ from distattn.launch.attempts import Attempts
 from distattn.training import config as configuration
 from distattn.training.json_lines import read_rows
 
-pytestmark = pytest.mark.waits
+pytestmark = pytest.mark.waits(11)
 
 ROOT = Path(__file__).parents[2]
 # a run must not come to its end before it is stopped for the last time

@@ -16,7 +16,7 @@ from waiting import eventually
 
 from distattn.launch.attempts import Attempts
 
-pytestmark = pytest.mark.waits
+pytestmark = pytest.mark.waits(12)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60

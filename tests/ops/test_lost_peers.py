@@ -13,7 +13,7 @@ from processes import run_survivors
 
 import distattn as da
 
-pytestmark = pytest.mark.waits
+pytestmark = pytest.mark.waits(3)
 
 # of the group, and so of what is made beside it; then others are given some seconds to come
 TIMEOUT = timedelta(seconds=15)

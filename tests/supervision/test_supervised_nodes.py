@@ -11,7 +11,7 @@ from made_once import made_once
 from ports import free_ports
 from waiting import LIMIT_SECONDS
 
-pytestmark = pytest.mark.waits
+pytestmark = pytest.mark.waits(3)
 
 ROOT = Path(__file__).parents[2]
 BUSY = "neither waits for others nor goes on: step 6, "
