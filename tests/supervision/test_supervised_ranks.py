@@ -16,7 +16,7 @@ from waiting import LIMIT_SECONDS, eventually
 from distattn.launch.attempts import Attempts
 from distattn.supervision.heartbeats import Heartbeat
 
-pytestmark = pytest.mark.waits(13)
+pytestmark = pytest.mark.waits(4)
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
