@@ -21,10 +21,23 @@ from distattn.training.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
 
 _ALL_DONE = "all steps are done"
-# first words of the states of runs that have ended: ours, then Slurm's
-_ENDED = ("ended", "killed", "gone", "COMPLETED", "CANCELLED")
-# states of Slurm in which a job still has work to do
-_JOB_GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+# first words of the states of runs here and on Ray that have ended
+_ENDED = ("ended", "killed")
+# states of Slurm (squeue(1)) in which a job still has work to do: it runs, it waits for nodes, or another cluster runs it
+_JOB_GOES_ON = (
+    *("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"),
+    *(
+        "PENDING",
+        "CONFIGURING",
+        "POWER_UP_NODE",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "SPECIAL_EXIT",
+        "RESV_DEL_HOLD",
+        "EXPEDITING",
+    ),
+    *("REQUEUE_FED", "REVOKED"),
+)
 
 
 def status(run: RunFolder) -> dict[str, Any]:
@@ -81,7 +94,10 @@ def state_of_ended(run: RunFolder) -> str | None:
         # on Slurm, each task of a sweep ends by itself
         state = _ray_state(run) if run.ray_file.exists() else ""
     else:
-        state = status(run)["state"]
+        facts = status(run)
+        state = facts["state"]
+        if "job" in facts:
+            return None if state in _JOB_GOES_ON else state
     return state if state.startswith(_ENDED) else None
 
 

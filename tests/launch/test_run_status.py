@@ -16,8 +16,23 @@ from distattn.ir.errors import DistattnError
 from distattn.launch import cli
 from distattn.launch.attempts import Attempts
 from distattn.launch.run_status import cancel, status, status_lines
+from distattn.launch.slurm import jobs as slurm
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.training.run_folder import RunFolder, StepMetrics
+
+
+@pytest.fixture
+def job_in_state(tmp_path, monkeypatch):
+    """Make the run of job 7, of which Slurm says that it is in a state."""
+
+    def make(state):
+        run = RunFolder(tmp_path)
+        run.config_file.touch()
+        run.note_job(7)
+        monkeypatch.setattr(slurm, "job_state", lambda job: state)
+        return run
+
+    return make
 
 
 def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tmp_path, capsys, monkeypatch):
@@ -78,6 +93,25 @@ def test_a_run_whose_launcher_was_killed_in_the_comparison_says_what_completes_i
     attempts.begin(**facts)
     wanted = f"killed with its launcher, python -m distattn.launch.ray.attempts {tmp_path} goes on"
     assert status(run)["state"] == wanted
+
+
+@pytest.mark.parametrize(
+    "state", "FAILED TIMEOUT OUT_OF_MEMORY NODE_FAIL BOOT_FAIL DEADLINE PREEMPTED CANCELLED COMPLETED".split()
+)
+def test_a_job_that_has_ended_by_itself_is_not_cancelled(state, job_in_state, capsys):
+    run = job_in_state(state)
+    with patch.object(slurm, "ask_slurm", lambda *command: pytest.fail(f"{command} was run")):
+        assert cli.main(["launch", "cancel", str(run.folder)]) == 0
+    sentence = f"{run.folder} goes on no more, so there is nothing to cancel: {state}\n"
+    assert capsys.readouterr().out == sentence
+
+
+@pytest.mark.parametrize("state", "RUNNING REQUEUE_HOLD STOPPED SIGNALING STAGE_OUT RESIZING SPECIAL_EXIT".split())
+def test_a_job_that_still_has_work_to_do_is_cancelled(state, job_in_state, capsys):
+    run, commands = job_in_state(state), []
+    with patch.object(slurm, "ask_slurm", lambda *command: commands.append(command)):
+        assert cli.main(["launch", "cancel", str(run.folder)]) == 0
+    assert commands == [("scancel", "7")] and capsys.readouterr().out == "job 7 is cancelled\n"
 
 
 def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path, capsys):
