@@ -227,9 +227,9 @@ def _modified(file: Path) -> int:
     return 0
 
 
-def folder_owner(folder: Path) -> tuple[Owner, bool] | None:
-    """Who has a folder, and whether it lives, as far as can be known; None where nobody does. Raises OSError."""
-    file = folder / _OWNER_FILE.format(OWNER)
+def folder_owner(folder: Path, role: str = OWNER) -> tuple[Owner, bool] | None:
+    """Return who has a folder in a role, and whether it lives, as far as can be known; None for a free folder. Raises OSError."""
+    file = folder / _OWNER_FILE.format(role)
     if (owner := Owner.read(file)) is None:
         return None
     alive = owner.is_alive()
