@@ -135,9 +135,9 @@ def cancel(run: RunFolder) -> tuple[str, int | str]:
                 "folder; end that process, or wait until it ends."
             )
         raise DistattnError(f"{run.folder}: nothing was submitted from here, and no ranks of this machine work on it.")
-    launcher = int(attempts.rows()[-1]["launcher"])
-    os.kill(launcher, signal.SIGTERM)
-    return "launcher", launcher
+    process = int(attempts.rows()[-1]["launcher"])
+    os.kill(process, signal.SIGTERM)
+    return "launcher", process
 
 
 def sweep_runs(folder: Path) -> list[RunFolder]:
