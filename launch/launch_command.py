@@ -46,7 +46,7 @@ USAGE = """usage: distattn launch local CONFIG [--gpus N] [--section.key value .
                              [--section.key value ...] [--dry-run] [--json]
        distattn launch ray CONFIG [--nodes N] [--gpus N] [--ray.address HOST:PORT] [--array KEY=VALUE,VALUE...]
                            [--section.key value ...] [--dry-run] [--json]
-       distattn launch folder CONFIG [--nodes N] [--gpus N] [--section.key value ...] [--json]
+       distattn launch folder CONFIG [--nodes N] [--gpus N] [--section.key value ...] [--dry-run] [--json]
        distattn launch status|cancel RUN [--json]
        distattn launch logs RUN [--rank N]
 
@@ -146,30 +146,49 @@ def _dry_run(where: str, config: Config, sweep: Sequence[Config], json_output: b
         else:
             with planned_packs(one) as plan:
                 PlanSettings.of_config(one).plan(*first_packs(plan, one))
-    folder = Path(config.run.folder).absolute()
+    folder = _new_folder(config, sweep)
     if where == "slurm":
         text = slurm.batch_script(config, folder, len(sweep))
     else:
-        text = "".join(f"{line}\n" for line in _what_would_start(where, config, folder))
+        lines = _sweep_that_would_start(where, sweep, folder) if sweep else _run_that_would_start(where, config, folder)
+        text = "".join(f"{line}\n" for line in lines)
     sys.stdout.write(json.dumps({"script": text}) + "\n" if json_output else text)
     return 0
 
 
-def _what_would_start(where: str, config: Config, folder: Path) -> list[str]:
-    """Return lines with the ranks of a run and their devices, its steps, the memory of a rank's state, and where results go."""
-    data, kernel, nodes = config.data, config.parallel.kernel, " here" if where == "local" else " on nodes of Ray"
+def _run_that_would_start(where: str, config: Config, folder: Path) -> list[str]:
+    """Return lines about a run, and where its results go."""
+    there = "; it is there already, so a number is added" if folder.exists() else ""
+    return [*_facts_before_start(where, config), f"run folder: {folder}{there}; logs in its folder logs"]
+
+
+def _sweep_that_would_start(where: str, sweep: Sequence[Config], folder: Path) -> list[str]:
+    """Return lines about the runs of a sweep: once for those that are alike, and where their results go."""
+    alike: dict[str, list[str]] = {}
+    for number, config in enumerate(sweep):
+        alike.setdefault("; ".join(_facts_before_start(where, config)), []).append(str(number))
+    groups = [f"{'run' if len(runs) == 1 else 'runs'} {', '.join(runs)}: {facts}" for facts, runs in alike.items()]
+    return [
+        f"{plural(len(sweep), 'run')}, one for each value of --array",
+        *groups,
+        f"run folders: 0 to {len(sweep) - 1} in {folder}; logs in the folder logs of each",
+    ]
+
+
+def _facts_before_start(where: str, config: Config) -> list[str]:
+    """Return lines with the ranks of a run and their devices, its steps, and the memory of a rank's state."""
+    data, kernel = config.data, config.parallel.kernel
+    place = {"local": "here", "ray": "on nodes of Ray", "folder": "that another scheduler starts"}[where]
     # another machine's GPUs are not known here
     on_gpus = kernel not in CPU_KERNELS and (kernel != AUTO or where != "local" or gpu_count() > 0)
     devices = "a GPU each" if on_gpus else "on the CPU"
     amount = data.path if data.path.endswith(".toml") else f"at most {data.tokens_per_step:,} tokens each"
     planned = f"{plural(config.train.steps, 'step')} of {amount}"
     steps = "the preflight alone" if config.preflight.action == "only" else planned
-    there = "; it is there already, so a number is added" if folder.exists() else ""
     return [
-        f"{plural(config.parallel.ranks, 'rank')}{nodes}, {devices}, {config.parallel.strategy} attention",
+        f"{plural(config.parallel.ranks, 'rank')} {place}, {devices}, {config.parallel.strategy} attention",
         steps,
         f"{readable_bytes(state_bytes(config))} of weights, gradients and optimizer a rank",
-        f"run folder: {folder}{there}; logs in its folder logs",
     ]
 
 
@@ -214,10 +233,7 @@ def _made_runs(config: Config, sweep: Sequence[Config], json_output: bool) -> It
 
     Nothing is left behind where one of them cannot be, or cannot be submitted meanwhile.
     """
-    # batch scripts and actors name the folder from other machines
-    folder = Path(config.run.folder).absolute()
-    if sweep and folder.exists():
-        raise DistattnError(f"run.folder: {folder} is there already; name another one for the sweep.")
+    folder = _new_folder(config, sweep)
     places = [folder / str(task) for task in range(len(sweep))] if sweep else [folder]
     runs: list[RunFolder] = []
     try:
@@ -233,6 +249,15 @@ def _made_runs(config: Config, sweep: Sequence[Config], json_output: bool) -> It
         for made in [folder] if sweep else [run.folder for run in runs]:
             shutil.rmtree(made, ignore_errors=True)
         raise
+
+
+def _new_folder(config: Config, sweep: Sequence[Config]) -> Path:
+    """Return the absolute path of a new run's folder, or of a sweep's. Raises DistattnError where a sweep's is there already."""
+    # batch scripts and actors name the folder from other machines
+    folder = Path(config.run.folder).absolute()
+    if sweep and folder.exists():
+        raise DistattnError(f"run.folder: {folder} is there already; name another one for the sweep.")
+    return folder
 
 
 def _commands(config: Config, sweep: Config) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from distattn.checkpoints.checkpoint_folder import preferred_step
 from distattn.checkpoints.held_folder import HeldFolder
@@ -33,13 +35,19 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
     logs: whether each rank writes a log file into the run folder. json_lines: nothing but JSON is printed.
     """
     report_progress = no_progress if json_lines else print_line
-    with stopped("before training", "nothing is left behind"):
-        _require_packages_of(config)
-        check_run_fits(config)
-        run = start_run(config, report_progress)
-    with RunLock(run.folder, LAUNCHER):
-        if logs:
-            run.logs.mkdir()
+    with ExitStack() as stack:
+        with stopped("before training", "nothing is left behind"):
+            _require_packages_of(config)
+            check_run_fits(config)
+            run = start_run(config, report_progress)
+            try:
+                stack.enter_context(RunLock(run.folder, LAUNCHER))
+                if logs:
+                    run.logs.mkdir()
+            except BaseException:
+                # what went wrong matters, not what may be left
+                shutil.rmtree(run.folder, ignore_errors=True)
+                raise
         return run_ranks_and_finish(run, config, report_progress, json_lines)
 
 
@@ -51,16 +59,16 @@ def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int |
     """
     report_progress = no_progress if json_lines else print_line
     proposal = Proposal.of_this_process(run)
-    with RunLock(run.folder, LAUNCHER):
-        try:
-            with stopped("before training", "the run is as it was"):
-                _require_packages_of(config)
-                check_run_fits(config)
-                resume_run(run, config, report_progress, proposal, step)
-            return run_ranks_and_finish(run, config, report_progress, json_lines, proposal)
-        finally:
+    with ExitStack() as stack:
+        with stopped("before training", "the run is as it was"):
+            # it may wait for half a minute, to see whether a launcher on another machine is alive
+            stack.enter_context(RunLock(run.folder, LAUNCHER))
             # if the ranks refuse, the run keeps its configuration
-            proposal.remove()
+            stack.callback(proposal.remove)
+            _require_packages_of(config)
+            check_run_fits(config)
+            resume_run(run, config, report_progress, proposal, step)
+        return run_ranks_and_finish(run, config, report_progress, json_lines, proposal)
 
 
 def run_ranks_and_finish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distattn.checkpoints.owner import writer_is_alive
-from distattn.checkpoints.run_lock import folder_owner
+from distattn.checkpoints.owner import Owner, writer_is_alive
+from distattn.checkpoints.run_lock import LAUNCHER, folder_owner
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command
@@ -21,10 +22,23 @@ from distattn.training.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
 
 _ALL_DONE = "all steps are done"
-# first words of the states of runs that have ended: ours, then Slurm's
-_ENDED = ("ended", "killed", "gone", "COMPLETED", "CANCELLED")
-# states of Slurm in which a job still has work to do
-_JOB_GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+# first words of the states of runs here and on Ray that have ended
+_ENDED = ("ended", "killed")
+# states of Slurm (squeue(1)) in which a job still has work to do: it runs, it waits for nodes, or another cluster runs it
+_JOB_GOES_ON = (
+    *("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"),
+    *(
+        "PENDING",
+        "CONFIGURING",
+        "POWER_UP_NODE",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "SPECIAL_EXIT",
+        "RESV_DEL_HOLD",
+        "EXPEDITING",
+    ),
+    *("REQUEUE_FED", "REVOKED"),
+)
 
 
 def status(run: RunFolder) -> dict[str, Any]:
@@ -33,9 +47,9 @@ def status(run: RunFolder) -> dict[str, Any]:
     Of a run that another scheduler starts there are no attempts, but what nodes said when their ranks last failed, by node.
     Raises DistattnError as `slurm.status` does.
     """
-    attempts = Attempts(run.attempts)
+    attempts, launcher = Attempts(run.attempts), _launcher(run)
     # a run of Slurm's may have been resumed here
-    if run.job_file.exists() and attempts.beats() is None:
+    if run.job_file.exists() and attempts.beats() is None and launcher is None:
         job = slurm.status(run)
         return job if job["state"] in _JOB_GOES_ON else job | {"state": job["state"] + _unreported(run, job)}
     steps = run.steps_done()
@@ -43,7 +57,7 @@ def status(run: RunFolder) -> dict[str, Any]:
     if beats is None and rows and "why" not in rows[-1]:
         # it has begun in between, or nobody goes on with it
         beats = attempts.beats()
-    if run.ray_file.exists() and beats is None:
+    if run.ray_file.exists() and beats is None and launcher is None:
         ray_run: dict[str, Any] = {"run": str(run.folder), "state": _ray_state(run), "steps": steps, "attempts": rows}
         if not ray_run["state"].startswith(_ENDED):
             return ray_run
@@ -52,16 +66,22 @@ def status(run: RunFolder) -> dict[str, Any]:
             missing = f", python -m distattn.launch.ray.attempts {run.folder} goes on"
         return ray_run | {"state": ray_run["state"] + missing}
     last = rows[-1] if rows else {}
-    state = "running" if beats is not None else "killed with its launcher"
-    if not rows:
+    # another user's ranks cannot be looked at
+    state = "killed with its launcher" if beats is None and launcher is None else "running"
+    if beats is None and launcher is not None and last.get("process") != launcher.writer_name:
+        state = f"starting: {launcher}"
+    elif not rows:
         state = _state_elsewhere(run, steps)
     elif "why" in last:
         state = f"ended, exit code {last['exit_code']}"
+        alive = launcher is not None or (writer_is_alive(last["process"]) if "process" in last else False)
         if missing := _unreported(run, {"attempts": rows, "steps": steps}):
-            alive = writer_is_alive(last["process"]) if "process" in last else False
             state = f"{_ALL_DONE}, its launcher compares and reports" if alive else state + missing
             if alive is None:
                 state += f", unless its launcher on {last['host']} still does"
+        elif alive:
+            # it starts the ranks again, or ends
+            state = f"attempt {last['attempt']} ended with exit code {last['exit_code']}, its launcher goes on"
     elif (host := last.get("host")) != socket.gethostname():
         state = f"begun on {host}, which knows whether it goes on"
     ranks = {str(rank): words(beat) for rank, beat in (beats or {}).items()}
@@ -81,7 +101,10 @@ def state_of_ended(run: RunFolder) -> str | None:
         # on Slurm, each task of a sweep ends by itself
         state = _ray_state(run) if run.ray_file.exists() else ""
     else:
-        state = status(run)["state"]
+        facts = status(run)
+        state = facts["state"]
+        if "job" in facts:
+            return None if state in _JOB_GOES_ON else state
     return state if state.startswith(_ENDED) else None
 
 
@@ -91,16 +114,30 @@ def cancel(run: RunFolder) -> tuple[str, int | str]:
     Ranks on Ray are asked to save and to end, through the run folder. Raises DistattnError where neither goes on here.
     """
     attempts = Attempts(run.attempts)
+    if attempts.beats() is None and (launcher := _launcher(run)) is not None:
+        # it has no ranks yet, or none any more
+        if launcher.is_alive() is None:
+            raise DistattnError(
+                f"{run.folder}: its launcher, {launcher}, works on it; cancel the run on {launcher.host}."
+            )
+        os.kill(launcher.pid, signal.SIGTERM)
+        return "launcher", launcher.pid
     if run.job_file.exists() and attempts.beats() is None:
         return "job", slurm.cancel(run)
     if run.ray_file.exists() and attempts.beats() is None:
         run.ask_to_stop("distattn launch cancel")
         return "launcher", int(ray_facts(run)["launcher"])
     if attempts.beats() is None:
+        last = (attempts.rows() or [{}])[-1]
+        if "process" in last and writer_is_alive(last["process"]):
+            raise DistattnError(
+                f"{run.folder}: process {last['launcher']}, which started its ranks, is still alive, but no longer holds the "
+                "folder; end that process, or wait until it ends."
+            )
         raise DistattnError(f"{run.folder}: nothing was submitted from here, and no ranks of this machine work on it.")
-    launcher = int(attempts.rows()[-1]["launcher"])
-    os.kill(launcher, signal.SIGTERM)
-    return "launcher", launcher
+    process = int(attempts.rows()[-1]["launcher"])
+    os.kill(process, signal.SIGTERM)
+    return "launcher", process
 
 
 def sweep_runs(folder: Path) -> list[RunFolder]:
@@ -110,6 +147,15 @@ def sweep_runs(folder: Path) -> list[RunFolder]:
         return []
     tasks = [entry for entry in folder.iterdir() if entry.name.isdecimal() and RunFolder(entry).config_file.exists()]
     return [RunFolder(entry) for entry in sorted(tasks, key=lambda entry: int(entry.name))]
+
+
+def _launcher(run: RunFolder) -> Owner | None:
+    """Return the launcher that has locked a run, here or on another machine, while it lives."""
+    # a folder that this process may not write has no clock to compare a lease with
+    with contextlib.suppress(OSError):
+        found = folder_owner(run.folder, LAUNCHER)
+        return found[0] if found is not None and found[1] else None
+    return None
 
 
 def _unreported(run: RunFolder, found: Mapping[str, Any]) -> str:
@@ -181,4 +227,4 @@ def _without_end(facts: Mapping[str, Any]) -> str:
     state = facts["state"].lower()
     if state.startswith("running"):
         return f"runs, at step {facts['at_step']:,}" if "at_step" in facts else "runs"
-    return "was killed" if state.startswith("killed") else "goes on, or was killed with its job"
+    return "was killed" if state.startswith(("killed", "starting")) else "goes on, or was killed with its job"

@@ -48,22 +48,22 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
         _check_evaluation(config, data)
         _explain_first_step(run, config, data)
         _check_plans(config, data, after=0)
+        if text is not None:
+            others = {"empty": text.empty_files, "binary": text.binary_files}
+            counts = ", ".join(f"{count} {kind}" for kind, count in others.items() if count)
+            skipped = f" ({counts} skipped)" if counts else ""
+            size = sum(document.length for document in text.documents)
+            found = f"{text.files:,} files{skipped}, {readable_bytes(size)}, {len(text.documents):,} documents"
+        else:
+            corpora = ", ".join(corpus.name for corpus in data.corpora)
+            found = f"{data.plan.steps:,} planned steps of {corpora}, {data.plan.tokens:,} tokens"
+        report_progress(f"data: {found}")
+        report_progress(run.explanation_file.read_text("utf-8").splitlines()[0])
+        report_progress(f"run folder: {run.folder}")
     except BaseException:
         # what went wrong matters, not what may be left
         shutil.rmtree(run.folder, ignore_errors=True)
         raise
-    if text is not None:
-        others = {"empty": text.empty_files, "binary": text.binary_files}
-        counts = ", ".join(f"{count} {kind}" for kind, count in others.items() if count)
-        skipped = f" ({counts} skipped)" if counts else ""
-        size = sum(document.length for document in text.documents)
-        found = f"{text.files:,} files{skipped}, {readable_bytes(size)}, {len(text.documents):,} documents"
-    else:
-        corpora = ", ".join(corpus.name for corpus in data.corpora)
-        found = f"{data.plan.steps:,} planned steps of {corpora}, {data.plan.tokens:,} tokens"
-    report_progress(f"data: {found}")
-    report_progress(run.explanation_file.read_text("utf-8").splitlines()[0])
-    report_progress(f"run folder: {run.folder}")
     return run
 
 

@@ -68,6 +68,11 @@ class Owner:
             return None
         return _started(self.pid) == self.started
 
+    @property
+    def writer_name(self) -> str:
+        """Return the name that `writer_name` gives to this process."""
+        return f"{_digest(self.machine)}-{self.pid}-{self.started}"
+
     def __str__(self) -> str:
         kind = "Slurm job " if self.job.isdecimal() else ""
         job = f", {kind}{self.job}" if self.job else ""

@@ -55,8 +55,9 @@ class RunLock:
 
     On one machine the lock is a record lock (fcntl): it ends with its process, and forked children do not have it, as they would
     have flock's. To other machines, whose file system may not share it, the owner's file is a lease: its owner renews it every
-    RENEWAL_SECONDS, and it ends LEASE_SECONDS after the last time. An attempt of the same job (`Owner.job`) takes over at once:
-    its launcher ends one attempt before it starts the next.
+    RENEWAL_SECONDS, and it ends LEASE_SECONDS after the last time. For role OWNER an attempt of the same job (`Owner.job`) takes
+    over at once: its launcher ends one attempt before it starts the next. A launcher never takes over from another one: all
+    commands that are typed in one allocation of Slurm have the same job.
 
     On a full disk the owner's name is written once there is room; until then only this machine's processes find the folder taken.
     """
@@ -189,7 +190,8 @@ class RunLock:
                 raise self._refused(owner, "")
 
     def _is_of_same_job(self, owner: Owner) -> bool:
-        return owner.job != "" and owner.job == self._me.job
+        """Return whether the owner and this process are attempts of one job, of which the earlier one ends by itself."""
+        return self._role == OWNER and owner.job != "" and owner.job == self._me.job
 
     def _refused(self, owner: Owner | None, hint: str) -> DistattnError:
         may_be_alive = owner is not None and owner.is_alive() is not False
@@ -225,9 +227,9 @@ def _modified(file: Path) -> int:
     return 0
 
 
-def folder_owner(folder: Path) -> tuple[Owner, bool] | None:
-    """Who has a folder, and whether it lives, as far as can be known; None where nobody does. Raises OSError."""
-    file = folder / _OWNER_FILE.format(OWNER)
+def folder_owner(folder: Path, role: str = OWNER) -> tuple[Owner, bool] | None:
+    """Return who has a folder in a role, and whether it lives, as far as can be known; None for a free folder. Raises OSError."""
+    file = folder / _OWNER_FILE.format(role)
     if (owner := Owner.read(file)) is None:
         return None
     alive = owner.is_alive()

@@ -11,17 +11,17 @@ from waiting import eventually
 
 from distattn.checkpoints import run_lock
 from distattn.checkpoints.owner import Owner
-from distattn.checkpoints.run_lock import LEASE_SECONDS, RunLock
+from distattn.checkpoints.run_lock import LAUNCHER, LEASE_SECONDS, OWNER, RunLock
 from distattn.ir.errors import DistattnError
 
 _ROUNDS = 8
 
 
-def hold(folder, job, ready, child):
+def hold(folder, job, ready, child, role):
     os.environ.pop("SLURM_JOB_ID", None)
     if job:
         os.environ["SLURM_JOB_ID"] = job
-    lock = RunLock(folder)
+    lock = RunLock(folder, role)
     if child:
         # as a loader's worker, which outlives its parent
         pid = os.fork()
@@ -39,9 +39,9 @@ def owner(tmp_path):
     context = multiprocessing.get_context("fork")
     started = []
 
-    def start(job="", child=None):
+    def start(job="", child=None, role=OWNER):
         ready = context.SimpleQueue()
-        started.append(context.Process(target=hold, args=(tmp_path, job, ready, child)))
+        started.append(context.Process(target=hold, args=(tmp_path, job, ready, child, role)))
         started[-1].start()
         assert ready.get()
         return started[-1]
@@ -159,12 +159,13 @@ def test_an_attempt_of_the_same_job_waits_for_the_one_before_to_end(owner, tmp_p
         assert not process.is_alive() and Owner.read(tmp_path / "owner.json").pid == os.getpid()
 
 
-def elsewhere(folder, **changes):
+def elsewhere(folder, role=OWNER, **changes):
     """Another machine's process has the folder, over a file system that does not share flock."""
     one = Owner.of_this_process()
     facts = {**one.__dict__, "host": "node-7", "machine": "another", "job": "4711", **changes}
-    (folder / "owner.json").write_text(json.dumps(facts))
-    return folder / "owner.json"
+    file = folder / f"{role}.json"
+    file.write_text(json.dumps(facts))
+    return file
 
 
 def test_a_lease_of_another_machine_is_respected_until_it_ends(tmp_path, monkeypatch):
@@ -206,6 +207,19 @@ def test_an_attempt_of_the_same_job_on_another_machine_takes_over_at_once(tmp_pa
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     with RunLock(tmp_path):
         assert Owner.read(file).pid == os.getpid()
+
+
+def test_a_launcher_of_the_same_job_is_another_launcher(owner, tmp_path, monkeypatch):
+    # all commands of one salloc have the same SLURM_JOB_ID
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    file = elsewhere(tmp_path, LAUNCHER)
+    with pytest.raises(DistattnError, match="belongs to process .* on node-7, Slurm job 4711"):
+        RunLock(tmp_path, LAUNCHER)
+    file.unlink()
+    process = owner(job="4711", role=LAUNCHER)
+    with pytest.raises(DistattnError, match=f"belongs to process {process.pid} on "):
+        RunLock(tmp_path, LAUNCHER)
 
 
 def test_the_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):

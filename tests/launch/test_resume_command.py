@@ -1,11 +1,14 @@
 """A refused `distattn resume` leaves the run as it was, and derived settings are derived anew."""
 
+import errno
 import json
 import os
+import signal
 from dataclasses import asdict, replace
 
 import pytest
 
+from distattn.checkpoints import run_lock
 from distattn.checkpoints.checkpoint_folder import choose_step
 from distattn.checkpoints.manifest import Manifest
 from distattn.checkpoints.owner import writer_name
@@ -17,6 +20,7 @@ from distattn.launch.command_line import no_progress
 from distattn.launch.ranks import supervised
 from distattn.launch.run_node import check_places
 from distattn.launch.start_run import resume_run, start_run
+from distattn.launch.stop_signals import CommandStopped
 from distattn.training import config as configuration
 from distattn.training.config import ReferenceCheckConfig, RunConfig, TrainConfig
 from distattn.training.proposal import Proposal
@@ -141,6 +145,35 @@ def test_a_resume_of_a_run_that_is_starting_is_refused_and_touches_nothing(run, 
     # the launcher has ended
     monkeypatch.setattr(run_locally, "run_ranks_and_finish", lambda *_: 2)
     assert resume_command.main([str(run.folder)]) == 2
+
+
+def test_a_run_that_cannot_be_locked_leaves_no_folder(run, monkeypatch, tmp_path):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_lock.fcntl, "lockf", lockf)
+    new = replace(with_steps(run, 60), run=RunConfig(folder=str(tmp_path / "new")))
+    with pytest.raises(DistattnError, match="new: cannot be locked: No locks available"):
+        run_locally.run_locally(new, json_lines=True, logs=True)
+    assert not (tmp_path / "new").exists()
+    # nor does one of which nothing can be printed
+    with pytest.raises(TypeError):
+        start_run(new, None)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_signal_while_the_launcher_takes_its_lock_has_the_sentence_of_the_start(run, monkeypatch, tmp_path):
+    def stop(*_):
+        raise CommandStopped(signal.SIGTERM)
+
+    # it sleeps while it waits for the lease of a launcher on another machine
+    monkeypatch.setattr(run_locally, "RunLock", stop)
+    with pytest.raises(CommandStopped, match="stopped by SIGTERM before training; the run is as it was"):
+        resume_command.main([str(run.folder)])
+    new = replace(with_steps(run, 60), run=RunConfig(folder=str(tmp_path / "new")))
+    with pytest.raises(CommandStopped, match="stopped by SIGTERM before training; nothing is left behind"):
+        run_locally.run_locally(new, json_lines=True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_a_killed_launcher_has_proposed_is_removed(run):

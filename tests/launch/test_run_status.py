@@ -1,23 +1,40 @@
 """`distattn launch status` and `cancel` of a run that was started on this machine."""
 
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from unittest.mock import patch
 
 import pytest
 
-from distattn.checkpoints.owner import JOB_VARIABLE, writer_name
-from distattn.checkpoints.run_lock import RunLock
+from distattn.checkpoints.owner import JOB_VARIABLE, Owner, writer_name
+from distattn.checkpoints.run_lock import LAUNCHER, RunLock
 from distattn.ir.errors import DistattnError
 from distattn.launch import cli
 from distattn.launch.attempts import Attempts
 from distattn.launch.run_status import cancel, status, status_lines
+from distattn.launch.slurm import jobs as slurm
 from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.training.run_folder import RunFolder, StepMetrics
+
+
+@pytest.fixture
+def job_in_state(tmp_path, monkeypatch):
+    """Make the run of job 7, of which Slurm says that it is in a state."""
+
+    def make(state):
+        run = RunFolder(tmp_path)
+        run.config_file.touch()
+        run.note_job(7)
+        monkeypatch.setattr(slurm, "job_state", lambda job: state)
+        return run
+
+    return make
 
 
 def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tmp_path, capsys, monkeypatch):
@@ -80,6 +97,26 @@ def test_a_run_whose_launcher_was_killed_in_the_comparison_says_what_completes_i
     assert status(run)["state"] == wanted
 
 
+@pytest.mark.parametrize(
+    "state",
+    ["FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "CANCELLED", "COMPLETED"],
+)
+def test_a_job_that_has_ended_by_itself_is_not_cancelled(state, job_in_state, capsys):
+    run = job_in_state(state)
+    with patch.object(slurm, "ask_slurm", lambda *command: pytest.fail(f"{command} was run")):
+        assert cli.main(["launch", "cancel", str(run.folder)]) == 0
+    sentence = f"{run.folder} goes on no more, so there is nothing to cancel: {state}\n"
+    assert capsys.readouterr().out == sentence
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "REQUEUE_HOLD", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"])
+def test_a_job_that_still_has_work_to_do_is_cancelled(state, job_in_state, capsys):
+    run, commands = job_in_state(state), []
+    with patch.object(slurm, "ask_slurm", lambda *command: commands.append(command)):
+        assert cli.main(["launch", "cancel", str(run.folder)]) == 0
+    assert commands == [("scancel", "7")] and capsys.readouterr().out == "job 7 is cancelled\n"
+
+
 def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path, capsys):
     run = RunFolder(tmp_path)
     run.config_file.touch()
@@ -123,3 +160,77 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     # the lowest number that is free, which is the board's
     with open(tmp_path / "other", "wb") as other:
         assert other.fileno() == int(place.name) and status(run)["ranks"] == {}
+
+
+def hold_as_launcher(folder, ready):
+    """Hold a run folder as a launcher does which has no ranks, until a signal comes."""
+    with RunLock(folder, LAUNCHER):
+        ready.put(True)
+        signal.pause()
+
+
+@pytest.fixture
+def launcher(tmp_path):
+    """Start a process that holds the folder as a launcher does; it ends with the test."""
+    context = multiprocessing.get_context("fork")
+    ready = context.SimpleQueue()
+    process = context.Process(target=hold_as_launcher, args=(tmp_path, ready))
+    process.start()
+    assert ready.get()
+    yield process
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize("before", ["new", "killed", "ended", "job"])
+def test_a_launcher_that_is_starting_is_said_to_start_and_can_be_cancelled(before, launcher, tmp_path, capsys):
+    run, attempts = RunFolder(tmp_path), Attempts(tmp_path / "attempts")
+    run.config_file.touch()
+    if before in ("killed", "ended"):
+        number = attempts.begin(host=socket.gethostname(), launcher=1, process=f"{writer_name().partition('-')[0]}-1-1")
+        if before == "ended":
+            attempts.end(number, 143, "stopped by SIGTERM", stopped=True)
+    elif before == "job":
+        run.note_job(7)
+    owner = f"process {launcher.pid} on {socket.gethostname()}"
+    assert status(run)["state"].startswith(f"starting: {owner}, since ")
+    if before == "killed":
+        assert status_lines(status(run)).endswith("  attempt 1: was killed\n")
+    assert cli.main(["launch", "cancel", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"launcher {launcher.pid} is cancelled\n"
+    launcher.join()
+    assert launcher.exitcode == -signal.SIGTERM
+
+
+def test_a_launcher_between_two_attempts_can_be_cancelled(launcher, tmp_path, capsys):
+    run, attempts = RunFolder(tmp_path), Attempts(tmp_path / "attempts")
+    run.config_file.touch()
+    owner = Owner.read(tmp_path / "launcher.json")
+    number = attempts.begin(host=socket.gethostname(), launcher=launcher.pid, process=owner.writer_name)
+    # another user's ranks cannot be looked at
+    assert status(run)["state"] == "running"
+    attempts.end(number, 137, "rank 1 was killed by SIGKILL: step 2")
+    assert status(run)["state"] == "attempt 1 ended with exit code 137, its launcher goes on"
+    # a launcher on a full disk may not have written its name
+    (tmp_path / "launcher.json").rename(tmp_path / "aside")
+    assert cli.main(["launch", "cancel", str(tmp_path)]) == 2
+    assert f"process {launcher.pid}, which started its ranks, is still alive" in capsys.readouterr().err
+    (tmp_path / "aside").rename(tmp_path / "launcher.json")
+    assert cli.main(["launch", "cancel", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"launcher": launcher.pid, "cancelled": True}
+    launcher.join()
+    assert status(run)["state"] == "ended, exit code 137"
+
+
+def test_a_launcher_on_another_machine_is_cancelled_there(tmp_path, capsys):
+    run = RunFolder(tmp_path)
+    run.config_file.touch()
+    file = tmp_path / "launcher.json"
+    replace(Owner.of_this_process(), host="node-7", machine="another", pid=4711).write(file)
+    assert status(run)["state"].startswith("starting: process 4711 on node-7")
+    assert cli.main(["launch", "cancel", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "its launcher, process 4711 on node-7, since 20" in said and said.endswith("; cancel the run on node-7.\n")
+    # it has been silent for longer than its lease
+    os.utime(file, (0, 0))
+    assert status(run)["state"] == "not begun"
