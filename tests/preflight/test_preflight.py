@@ -182,7 +182,7 @@ def test_a_run_stops_warns_or_does_not_look_and_leaves_what_was_found(runs):
         }
         assert [bool(lines) for _, lines in found.values()] == [False, False, False, rank == 0]
     table = by_rank[0]["right"][1]
-    assert table[0].startswith("preflight: 4 ranks on 1 host in ") and "0, 1, 2, 3" in table[-1]
+    assert table[0].startswith("preflight: 4 ranks on 1 host in ") and "0, 1, 2, 3" in table[-2]
     written = json.loads(runs[0].preflight_file.read_text())
     assert written["problems"] == [] and [one["rank"] for one in written["ranks"]] == [0, 1, 2, 3]
     for one in written["ranks"]:

@@ -55,6 +55,8 @@ CLIP = 2.0
 def config_of(
     engine: str, ranks: int = 4, size: int = 2, dtype: str = "float32", stage: int = 2, memory=None, **parallel
 ) -> Config:
+    # packs of one rank's own have no layout
+    spread = dict(layout="document_zigzag", min_chunk=4) if size > 1 else {}
     return Config(
         data=DataConfig(context_length=2048, max_document_tokens=1000),
         model=ModelConfig(
@@ -68,9 +70,8 @@ def config_of(
         parallel=ParallelConfig(
             ranks=ranks,
             context_parallel_size=size,
-            layout="document_zigzag",
-            min_chunk=4,
             kernel="reference",
+            **spread,
             **parallel,
         ),
         engine=EngineConfig(name=engine, zero_stage=stage),
