@@ -13,7 +13,7 @@ export DS_BUILD_OPS := 0
 demo: $(VENV)/.train
 	$(BIN)/distattn train configs/tiny.toml $(ARGS)
 
-# every test once, of long products of cases a sample: under 10 minutes on 2 cores
+# most tests once, of long products of cases a sample: under 10 minutes on 2 cores
 test: check
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not full"
 

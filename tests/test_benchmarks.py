@@ -91,6 +91,7 @@ DATA = ["--documents", "3000", "--context", "2048"]
 SHORT_STEPS = ["--data.tokens_per_step=1024", "--data.max_document_tokens=900"]
 
 
+@pytest.mark.full
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("script", "arguments", "wanted"),

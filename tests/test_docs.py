@@ -420,6 +420,7 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_the_pages_build_without_a_warning(site):
     reference = (site / "reference.html").read_text()
     for name in da.__all__:

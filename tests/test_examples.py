@@ -63,6 +63,7 @@ ADAPTERS = {"deepspeed_zero": "deepspeed", "megatron_gpt": "megatron", "hf_train
 NEEDS = {"deepspeed_zero": "deepspeed", "megatron_gpt": "megatron.core", "hf_trainer": "accelerate"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("run", RUNS)
 def test_losses_are_those_of_one_process_over_20_steps(run):
     example, arguments, others, tolerance = RUNS[run]

@@ -92,6 +92,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     assert manifest.text_bytes == manifest.tokens == 3 * sum(map(len, expected))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [1, 7, 60, 1000])
 def test_shards_cut_lines_and_row_groups_nowhere(tmp_path, monkeypatch, size):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

@@ -272,6 +272,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("trainer", GROUPS)
 def test_planted_mistakes_are_named(tmp_path, trainer):
@@ -293,6 +294,7 @@ def test_there_are_enough_of_them():
     assert len({family for family, *_ in PLANTED}) >= 5 and set(GROUPS) == {trainer for _, trainer, *_ in PLANTED}
 
 
+@pytest.mark.full
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("trainer", GROUPS)
 def test_healthy_set_ups_have_no_finding(tmp_path, trainer):

@@ -87,6 +87,7 @@ def work(rank, settings):
     return list(loss_and_gradients(rank, settings))
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("ranks", [4, 2, 1])
 def test_layers_equal_each_document_alone(ranks):

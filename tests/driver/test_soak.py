@@ -48,6 +48,7 @@ def soaked(rank, steps, settings):
     return seen
 
 
+@pytest.mark.full
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "settings", [{"options": {"block": 8}}, {"servers": 1}, {"data": "replicated", "strategy": "ring"}], ids=str

@@ -187,6 +187,7 @@ def test_a_ring_and_ulysses_equal_the_oracle(kernel):
         assert_close(run_all_ranks(plan, inputs, kernel), dense(mask, inputs), 5e-3)
 
 
+@pytest.mark.full
 def test_any_order_of_warps_gives_the_same_forward_dk_and_dv(monkeypatch):
     mask, inputs = Mask.documents([200, 250, 100]), random_inputs(550, 2, 1, 64)
     wanted = dense(mask, inputs, 0.25)

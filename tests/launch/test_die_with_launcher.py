@@ -91,6 +91,7 @@ def test_ranks_that_are_still_starting_end_with_their_launcher(tmp_path):
         assert len(ranks) == 2
 
 
+@pytest.mark.full
 def test_ranks_in_the_middle_of_training_end_with_their_launcher(tmp_path):
     command = (
         "-m",

@@ -41,6 +41,7 @@ steps = 0
 """
 
 
+@pytest.mark.full
 def test_a_run_listens_on_the_loopback_alone_and_keeps_its_secret(tmp_path):
     write_run_file(tmp_path, SECTIONS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PLANTED_TOKEN": PLANTED}

@@ -158,6 +158,7 @@ def test_a_process_that_was_forked_meanwhile_ends_as_by_itself():
     assert in_a_fork(fork) == (signal.SIGTERM, "")
 
 
+@pytest.mark.full
 @pytest.mark.waits
 def test_a_run_bears_a_closed_terminal_after_nohup_and_one_stopped_in_its_comparison_is_completed(place):
     command = [sys.executable, "-m", "distattn.launch.cli"]

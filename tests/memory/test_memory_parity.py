@@ -11,6 +11,7 @@ def every_variant(rank, ranks, fsdp, tied):
     return {name: memory_run.step(rank, ranks, fsdp, name, tie_word_embeddings=tied) for name in memory_run.VARIANTS}
 
 
+@pytest.mark.full
 # every two of them meet
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(

@@ -174,6 +174,7 @@ def errors_of_one_device(op, lengths, dtype):
     return errors(case, [run(0, case)])
 
 
+@pytest.mark.full
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("ranks", [4, 2, 8])
 def test_every_op_equals_each_document_alone(ranks):

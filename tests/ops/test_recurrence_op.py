@@ -59,6 +59,7 @@ def layouts(ranks):
     ]
 
 
+@pytest.mark.full
 @pytest.mark.sampled(20)
 @pytest.mark.parametrize("ranks", [4, 1, 2, 8])
 def test_ranks_equal_one_process(ranks):

@@ -58,6 +58,7 @@ def networks() -> Iterator[list[list[str]]]:
         yield inside
 
 
+@pytest.mark.full
 @pytest.mark.waits
 def test_a_link_that_is_cut_is_named_by_both_nodes_and_they_are_two_machines(tmp_path):
     (tmp_path / "cut").mkdir()

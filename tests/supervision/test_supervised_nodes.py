@@ -52,6 +52,7 @@ def told(folder: Path) -> list[dict]:
     return [json.loads((folder / f"node-{node}.json").read_text()) for node in range(2)]
 
 
+@pytest.mark.full
 def test_ranks_of_two_nodes_end_well(runs):
     assert [node["code"] for node in told(runs / "whole")] == [0, 0]
 

@@ -143,6 +143,7 @@ def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts,
     assert len(lines) == 2 and all("was not saved" in line and "Read-only file system" in line for line in lines), lines
 
 
+@pytest.mark.full
 def test_a_restart_bears_a_full_disk(texts, disk, tmp_path):
     config, said = config_of(texts, disk / "run"), tmp_path / "said"
     run = new_run(config)

@@ -80,6 +80,7 @@ def plan_and_train(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.full
 def test_a_run_on_a_plan_trains_as_plain_transformers(folder, run):
     checked = json.loads(run.reference_check_file.read_text())
     assert checked["passed"] and len(checked["steps"]) == STEPS and max(checked["loss"], checked["grad_norm"]) < 1e-8

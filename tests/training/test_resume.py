@@ -298,6 +298,7 @@ def config_file(config, tmp_path) -> Path:
     return file
 
 
+@pytest.mark.full
 def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, config_file, tmp_path):
     # long enough for a busy machine to see it before its end
     wanted = trained(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=60)))
@@ -319,6 +320,7 @@ def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, 
     assert not list(run.checkpoints.glob("*.tmp-*"))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -282,6 +282,7 @@ def test_ranks_of_a_pipeline_that_share_no_loss_learn_of_it_too(texts, tmp_path)
     assert [step.step for step in run.metrics()] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.full
 def test_the_last_checkpoint_is_not_one_of_a_damaged_state(texts, tmp_path):
     """Flip a bit while the last state is copied, when no later step could show it."""
     config = config_of("fsdp2", texts, tmp_path / "run")
@@ -311,6 +312,7 @@ def _error_of(rank: int, folder: Path, config: Config, before: tuple[int, ...]) 
     return type(raised.value).__name__, raised.value.exit_code, str(raised.value)
 
 
+@pytest.mark.full
 def test_without_a_checkpoint_the_run_begins_anew_and_what_repeats_ends_it(texts, tmp_path):
     config = config_of("fsdp2", texts, tmp_path / "run")
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=-1))

@@ -2,9 +2,11 @@
 
 import sys
 
+import pytest
 import trainer_kills
 
 
+@pytest.mark.full
 def test_a_run_whose_ranks_are_killed_and_hang_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capfd):
     # 200 kills and 20 hangs are for benchmarks/trainer_kills.py by itself; it raises for whatever differs
     words = ["--kills", "2", "--hangs", "1", "--seed", "5", "--folder", str(tmp_path / "runs")]

@@ -59,6 +59,7 @@ def curve_of_one_rank(texts, tmp_path_factory):
     return functools.cache(lambda dtype: curve(texts, tmp_path_factory.mktemp("one") / "run", dtype, 1, "ring"))
 
 
+@pytest.mark.full
 @pytest.mark.sampled(20)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -154,6 +155,7 @@ def test_one_command_trains_compares_and_leaves_a_run_folder(config_file, tmp_pa
     assert longer.returncode == 0 and "step 8/8" in longer.stdout, longer.stderr
 
 
+@pytest.mark.full
 def test_json_is_all_that_is_printed_and_an_existing_folder_is_never_touched(config_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
@@ -176,6 +178,7 @@ def test_json_is_all_that_is_printed_and_an_existing_folder_is_never_touched(con
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
 
 
+@pytest.mark.full
 def test_a_terminal_gets_a_progress_bar(config_file, tmp_path):
     ours, theirs = pty.openpty()
     command = [
@@ -248,6 +251,7 @@ def test_ctrl_c_ends_everything_with_one_sentence(config_file, tmp_path, when, o
     assert (tmp_path / "out" / "corpus.packs").exists()
 
 
+@pytest.mark.full
 def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path):
     command = [
         sys.executable,
