@@ -204,6 +204,7 @@ ROUNDED = [
 PARTS = [(BF16, 0), ("float32", 1), (BF16, 2), ("float32", 0), (BF16, 1), ("float32", 2)]
 
 
+@pytest.mark.full
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize(("dtype", "third"), PARTS)
 def test_mistakes_are_named_with_rank_and_tokens(tmp_path, dtype, third):

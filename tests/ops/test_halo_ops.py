@@ -109,6 +109,7 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) ->
     assert float((got - wanted).abs().max()) <= tolerance * max(float(wanted.abs().max()), 1.0)
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("ranks", [4, 2, 1])
 def test_ranks_equal_each_document_alone(ranks):

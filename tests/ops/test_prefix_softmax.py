@@ -127,6 +127,7 @@ def assert_same(layout, results, wanted, tolerance):
         assert float((got.double() - right).abs().max()) <= tolerance * max(float(right.abs().max()), 1.0)
 
 
+@pytest.mark.full
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("ranks", [4, 2, 1])
 def test_ranks_equal_dense_softmaxes(ranks):

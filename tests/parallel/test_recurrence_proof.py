@@ -40,6 +40,7 @@ def random_case(rng: random.Random, seed: int) -> tuple[Plan, Callable[[Plan], N
     return plan, lambda other: assert_same(run_recurrence(other, case()[0]), case()[1], TOLERANCE)
 
 
+@pytest.mark.full
 def test_random_plans_are_accepted_and_right():
     check_plans(60, 0)
 
