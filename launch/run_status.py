@@ -153,8 +153,9 @@ def _launcher(run: RunFolder) -> Owner | None:
     """Return the launcher that has locked a run, here or on another machine, while it lives."""
     # a folder that this process may not write has no clock to compare a lease with
     with contextlib.suppress(OSError):
-        found = folder_owner(run.folder, LAUNCHER)
-        return found[0] if found is not None and found[1] else None
+        if (owner_and_life := folder_owner(run.folder, LAUNCHER)) is not None:
+            launcher, is_alive = owner_and_life
+            return launcher if is_alive else None
     return None
 
 

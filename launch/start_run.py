@@ -53,11 +53,11 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
             counts = ", ".join(f"{count} {kind}" for kind, count in others.items() if count)
             skipped = f" ({counts} skipped)" if counts else ""
             size = sum(document.length for document in text.documents)
-            found = f"{text.files:,} files{skipped}, {readable_bytes(size)}, {len(text.documents):,} documents"
+            amount = f"{text.files:,} files{skipped}, {readable_bytes(size)}, {len(text.documents):,} documents"
         else:
             corpora = ", ".join(corpus.name for corpus in data.corpora)
-            found = f"{data.plan.steps:,} planned steps of {corpora}, {data.plan.tokens:,} tokens"
-        report_progress(f"data: {found}")
+            amount = f"{data.plan.steps:,} planned steps of {corpora}, {data.plan.tokens:,} tokens"
+        report_progress(f"data: {amount}")
         report_progress(run.explanation_file.read_text("utf-8").splitlines()[0])
         report_progress(f"run folder: {run.folder}")
     except BaseException:

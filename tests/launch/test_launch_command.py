@@ -49,19 +49,19 @@ def test_a_dry_run_of_a_folder_alone_leaves_the_ranks_to_another_scheduler(capsy
 
 
 def test_a_dry_run_of_a_sweep_on_ray_tells_of_all_runs_and_refuses_a_folder_that_is_there(capsys, tmp_path):
-    given = ("tiny", "--dry-run", f"--run.folder={tmp_path}/rates")
-    code, out, _ = run(capsys, "ray", *given, "--array=train.learning_rate=1e-3,3e-3,1e-2")
+    arguments = ("tiny", "--dry-run", f"--run.folder={tmp_path}/rates")
+    code, out, _ = run(capsys, "ray", *arguments, "--array=train.learning_rate=1e-3,3e-3,1e-2")
     number, facts, folders = out.splitlines()
     assert code == 0 and number == "3 runs, one for each value of --array" and not list(tmp_path.iterdir())
     assert facts.startswith("runs 0, 1, 2: 4 ranks on nodes of Ray, ") and facts.endswith("optimizer a rank")
     assert folders == f"run folders: 0 to 2 in {tmp_path}/rates; logs in the folder logs of each"
-    code, out, _ = run(capsys, "ray", *given, "--array=train.steps=7,9,7")
+    code, out, _ = run(capsys, "ray", *arguments, "--array=train.steps=7,9,7")
     _, short, long, _ = out.splitlines()
     assert short.startswith("runs 0, 2: ") and "; 7 steps of " in short
     assert long.startswith("run 1: ") and "; 9 steps of " in long
     (tmp_path / "rates").mkdir()
     for where in ("ray", "slurm"):
-        code, out, err = run(capsys, where, *given, "--array=train.learning_rate=1e-3,3e-3")
+        code, out, err = run(capsys, where, *arguments, "--array=train.learning_rate=1e-3,3e-3")
         assert (code, out) == (2, "") and f"{tmp_path}/rates is there already; name another one for the sweep" in err
 
 

@@ -229,8 +229,10 @@ def test_a_launcher_on_another_machine_is_cancelled_there(tmp_path, capsys):
     replace(Owner.of_this_process(), host="node-7", machine="another", pid=4711).write(file)
     assert status(run)["state"].startswith("starting: process 4711 on node-7")
     assert cli.main(["launch", "cancel", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert "its launcher, process 4711 on node-7, since 20" in said and said.endswith("; cancel the run on node-7.\n")
+    refusal = capsys.readouterr().err
+    assert "its launcher, process 4711 on node-7, since 20" in refusal and refusal.endswith(
+        "; cancel the run on node-7.\n"
+    )
     # it has been silent for longer than its lease
     os.utime(file, (0, 0))
     assert status(run)["state"] == "not begun"
