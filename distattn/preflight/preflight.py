@@ -28,7 +28,7 @@ from distattn.preflight.facts import RankFacts, code_digest, collect_facts
 from distattn.preflight.outliers import outliers_of
 from distattn.preflight.probes import RankSpeed, measure_speed
 from distattn.preflight.report import report_facts, report_table
-from distattn.supervision.heartbeats import telling
+from distattn.supervision.heartbeats import activity
 from distattn.training.config import Config
 from distattn.training.json_lines import json_text, write_whole
 from distattn.training.run_folder import RunFolder
@@ -86,10 +86,10 @@ def preflight(
     host = open_host_communicator(group, limit)
 
     def gather(value: Any, what: str) -> list[Any]:
-        with telling(f"the preflight's {what}", waits=True):
+        with activity(f"the preflight's {what}", waits=True):
             return attended(group, f"the preflight's {what}", lambda: all_gather_objects_over_gloo(host, value))
 
-    with telling("reading its data and disk for the preflight"):
+    with activity("reading its data and disk for the preflight"):
         mine = collect_facts(run, config, device)
     told = gather((code_digest(), mine.host, mine.as_json()), "comparison of code, configuration, data and memory")
     digests, hosts, texts = zip(*told, strict=True)
@@ -99,7 +99,7 @@ def preflight(
         facts = list(map(RankFacts.from_json, texts))
         report = report._replace(problems=problems_of(facts), facts=facts)
     if not report.problems:
-        with telling("measuring its device and links for the preflight", waits=True):
+        with activity("measuring its device and links for the preflight", waits=True):
             measured = _measured(mine.rank, report.facts, host, device, limit)
         speeds, clocks = zip(*gather(measured, "measurement of devices and links"), strict=True)
         warnings = warnings_of(report.facts) + outliers_of(report.facts, speeds, clocks, device.type)

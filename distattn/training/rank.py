@@ -14,7 +14,7 @@ import torch.distributed as dist
 import xxhash
 
 from distattn.ir.errors import DistattnError, LostRankError
-from distattn.supervision.heartbeats import tell_end, telling
+from distattn.supervision.heartbeats import activity, set_end
 from distattn.training import config as configuration
 from distattn.training.config import Config
 from distattn.training.job_members import check_members
@@ -62,7 +62,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         if os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0" or run.logs.is_dir():
             sys.stderr.write(f"distattn: rank {os.environ['RANK']}: {error}\n")
             sys.stderr.flush()
-        tell_end(error.exit_code, error)
+        set_end(error.exit_code, error)
         return error.exit_code
     # ranks share the machine's cores; more threads than cores only wait for each other
     here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.ranks))
@@ -73,7 +73,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         torch.cuda.set_device(device)
     # norms of gradients on the host are added up there
     on_device = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
-    with telling("connecting to the other ranks", waits=True):
+    with activity("connecting to the other ranks", waits=True):
         joined = job_store()
         dist.init_process_group("gloo" if device.type == "cpu" else on_device, **joined)
     try:
@@ -82,14 +82,14 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     except DistattnError as error:
         # with another rank the store may be lost, too
         _say(str(error), run, None if isinstance(error, LostRankError) else joined["store"])
-        tell_end(error.exit_code, error)
+        set_end(error.exit_code, error)
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror or error}."
         _say(text, run, joined["store"])
         code = DistattnError.exit_code if error.errno in _LASTING else 1
-        tell_end(code, DistattnError(text) if error.errno in _LASTING else error)
+        set_end(code, DistattnError(text) if error.errno in _LASTING else error)
         return code
     # only where all have come so far: NCCL waits for the others here, and an error is to be told at once
     dist.destroy_process_group()

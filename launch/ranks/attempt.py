@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 from distattn.launch.ranks.entry import run_rank
 from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, as_found, torchrun_config
 from distattn.launch.ranks.loopback import gloo_on_loopback, own_place
@@ -144,7 +144,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         evidence.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         # a full disk must not keep a run from going on
-        say(f"{evidence}: cannot be made: {error.strerror}; nothing is kept there of ranks that hang.")
+        print_message(f"{evidence}: cannot be made: {error.strerror}; nothing is kept there of ranks that hang.")
     if node.nodes > 1:
         if (place := own_place(node.address)) is not None:
             links = NodeLinks(folder, node.number, node.nodes, place)
@@ -152,7 +152,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     numbers = range(node.number * ranks.size, (node.number + 1) * ranks.size)
     # the server of the attempt before may have been killed
     _start_server(node, ranks.run)
-    watch = RankWatch(board, numbers, ranks.patience, evidence, reports, [_server(), _tracker()], say)
+    watch = RankWatch(board, numbers, ranks.patience, evidence, reports, [_server(), _tracker()], print_message)
     rank_arguments = (os.getpid(), str(board.path), number, str(evidence), ranks.function, *ranks.arguments)
     config = torchrun_config(ranks.size, node, "forkserver", _INTERVAL_SECONDS)
     code, trouble = 0, None
@@ -234,7 +234,7 @@ def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
 
 
 def _of_silent_rank(code: int) -> str:
-    return how_it_ended(code) + (" without a word" if code >= 0 else "")
+    return how_it_ended(code) + (" without giving a reason" if code >= 0 else "")
 
 
 def _silent_end(error: ChildFailedError) -> Trouble:

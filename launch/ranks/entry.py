@@ -18,7 +18,7 @@ from distattn.ir.errors import DistattnError
 from distattn.launch.ranks.die_with_launcher import set_parent_death_signal
 from distattn.supervision.evidence import answer_with_stacks, be_read_by
 from distattn.supervision.flight_recorder import answer_with_flight_recorder
-from distattn.supervision.heartbeats import LEFT, attach, tell, tell_end
+from distattn.supervision.heartbeats import LEFT, attach, set_activity, set_end
 
 _AFTER_OTHERS_SECONDS = 0.5
 # that threads which libraries have left may go on after a rank's work
@@ -41,17 +41,17 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     answer_with_stacks(Path(evidence), rank)
     be_read_by(launcher)
     answer_with_flight_recorder()
-    tell("starting")
+    set_activity("starting")
     module, name = function.split(":")
     work: Callable[..., int] = getattr(importlib.import_module(module), name)
     try:
         code = work(*arguments)
     except BaseException as error:
         code = error.exit_code if isinstance(error, DistattnError) else 1
-        tell_end(code, error)
+        set_end(code, error)
         traceback.print_exception(error)
     else:
-        tell_end(code)
+        set_end(code)
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -79,7 +79,7 @@ def end_with_process(pid: int) -> None:
 
 def _leave(seconds: float, rank: int) -> None:
     """End this process well after some time, whatever threads are left that Python waits for: all that it was for is done."""
-    tell(LEFT)
+    set_activity(LEFT)
 
     def end() -> None:
         left = [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]

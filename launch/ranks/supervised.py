@@ -13,7 +13,7 @@ from distattn.checkpoints.owner import writer_name
 from distattn.ir.errors import LostRankError
 from distattn.launch.attempt_end import RepeatedFailures
 from distattn.launch.attempts import Attempts
-from distattn.launch.command_line import say
+from distattn.launch.command_line import print_message
 from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
 from distattn.launch.stop_signals import CommandStopped, answering_signals
 from distattn.supervision.heartbeats import HeartbeatBoard
@@ -65,14 +65,14 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
             names = ", ".join(one.name for one in trouble.culprits)
             # who refuses has said so
             how = f"{names} ended with exit code {code}" if trouble.kind == "refused" else str(trouble)
-            say(f"{how}; the other ranks were stopped.")
+            print_message(f"{how}; the other ranks were stopped.")
             if failures.culprit is not None and trouble.kind != "refused":
                 same, host = f"{failures.culprit} failed {failures.count} times in a row", socket.gethostname()
-                say(f"{same} on {host}: where its memory or a device of it is the cause, leave {host} out.")
+                print_message(f"{same} on {host}: where its memory or a device of it is the cause, leave {host} out.")
             return code
         before = str(trouble)
         count = f"restart {without_progress} of {restarts.limit} until the run comes further"
-        say(f"{trouble}; all ranks start again on {socket.gethostname()} from step {now:,} ({count}).")
+        print_message(f"{trouble}; all ranks start again on {socket.gethostname()} from step {now:,} ({count}).")
 
 
 def _may_go_better(trouble: Trouble, code: int, repeated: bool) -> bool:

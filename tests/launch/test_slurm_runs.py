@@ -158,7 +158,7 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     # what a node that is taken back too soon has left of the attempt before may cost others
     stopped, *lost = rows(folder, "attempts/attempts.jsonl")
     assert lost and all(one["exit_code"] != 0 for one in lost), lost
-    assert stopped["why"] == "stopped, asked by SIGUSR1" and stopped["exit_code"] == 75, stopped
+    assert stopped["why"] == "stopped at the request of SIGUSR1" and stopped["exit_code"] == 75, stopped
     assert stopped["hosts"] == ["node1", "node2"]
     assert distattn(cluster, "launch", "cancel", str(folder)).returncode == 0
     cluster.signal_ranks(first, signal.SIGCONT, most=2)

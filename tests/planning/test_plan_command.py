@@ -94,7 +94,7 @@ def test_documents_from_a_file_cut_to_a_number_of_tokens(capsys, tmp_path):
         (("--docs", "4q", "--cluster", "h200-1x4"), "'4q' is no document length and there is no such file"),
         (("--docs", "1x99999999", "--cluster", "h200-1x4"), "more than 1,000,000 documents"),
         (("--docs", "0", "--cluster", "h200-1x4"), "at least one document, and each of at least one token"),
-        (("--docs", "4096"), "say what to time it on: --cluster laptop-1x4 or --cluster h200-8x8"),
+        (("--docs", "4096"), "name a cluster to time it on: --cluster laptop-1x4 or --cluster h200-8x8"),
         (("--docs", "4096", "--cluster", "h900-1x4"), "there is no cluster 'h900-1x4'"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "5"), "5 ranks want more devices than h200-1x4 has"),
         (("--docs", "4096", "--cluster", "h200-1x4", "--ranks", "0"), "--ranks: at least 1, not 0"),

@@ -122,7 +122,7 @@ def test_a_link_counts_as_cut_only_where_it_was_whole(tmp_path, monkeypatch):
         sentence = f"{second.names} {second.how}"
         assert (
             sentence
-            == "node 0 (a, 127.0.0.1) and node 2 (a, 127.0.0.1) do not reach each other any more (No route to host): "
+            == "node 0 (a, 127.0.0.1) and node 2 (a, 127.0.0.1) no longer reach each other (No route to host): "
             + ("the link between them is cut")
         )
         # the folder is cut off, too, and the other has begun again elsewhere
@@ -136,5 +136,5 @@ def test_a_link_counts_as_cut_only_where_it_was_whole(tmp_path, monkeypatch):
 def test_what_ranks_raise_follows_from_a_link_that_is_cut():
     end = AttemptEnd(1, {"a": 1, "b": 1})
     cut = {"why": "node 0 and node 1 do not reach each other", "exit_code": 1, "nodes": [0, 1], "kind": "cut"}
-    hung = {"why": "rank 2 waits for what does not come", "exit_code": 1, "nodes": [1], "kind": "hung"}
+    hung = {"why": "rank 2 waits for a message that does not arrive", "exit_code": 1, "nodes": [1], "kind": "hung"}
     assert end.cause(["a", "b"], {0: hung, 1: cut}) == (f"a, b: {cut['why']}", ["a", "b"])
