@@ -108,7 +108,8 @@ def cropped(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMas
     shift = mask.distance_shift[kept] + keys.start - rows.start
     sizes = rows.stop - rows.start, keys.stop - keys.start
     kv_heads = -(-(mask.first_head + heads) // mask.group_size)
-    return LaunchMask(bands, band_heads, shift, *sizes, heads, kv_heads, mask.group_size, mask.first_head)
+    counts = sizes + (heads, kv_heads, mask.group_size, mask.first_head)
+    return LaunchMask(bands, band_heads, shift, *counts, mask.overlaps_messages)
 
 
 def tried(
