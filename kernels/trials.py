@@ -108,7 +108,8 @@ def cropped(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMas
     shift = mask.distance_shift[kept] + keys.start - rows.start
     sizes = rows.stop - rows.start, keys.stop - keys.start
     kv_heads = -(-(mask.first_head + heads) // mask.group_size)
-    return LaunchMask(bands, band_heads, shift, *sizes, heads, kv_heads, mask.group_size, mask.first_head)
+    counts = sizes + (heads, kv_heads, mask.group_size, mask.first_head)
+    return LaunchMask(bands, band_heads, shift, *counts, mask.overlaps_messages)
 
 
 def tried(
@@ -132,6 +133,9 @@ def tried(
     except DistattnError as error:
         # a package that is not installed may be there another time
         return Trial(fault=str(error), passing=True)
+    except torch.OutOfMemoryError:
+        # of the tensors of the sample, or of the kernel's own: another time there may be room
+        return Trial(fault=f'its trial ran out of device memory; kernel="{name}" uses it without a trial', passing=True)
     except Exception as error:
         # a compiler's or a driver's trouble is this kernel's alone, unless the device is lost for all
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]

@@ -77,7 +77,10 @@ class Executable:
         self.handle = EXECUTABLES.add(self)
 
     def memory(self) -> dict[str, PassMemory]:
-        """What a layer's "forward" and "backward" pass need on this rank's device; exact for the triton and gluon kernels."""
+        """Return what a layer's "forward" and "backward" pass need on this rank's device, in bytes.
+
+        It is exact for the triton and gluon kernels, and an upper bound for "flash".
+        """
         workspace, call = getattr(load_kernel(self.key.kernel), "workspace_bytes", None), self.program.call
         if call.op.kind == "latent_attention":
             workspace = latent_workspace(call.op, getattr(torch, call.dtype), workspace)

@@ -90,6 +90,11 @@ class ProgramStep:
     # where the tensors of the step lie (see `memory`)
     places: dict[PlaceKey, list[PlacedTensor]] = field(default_factory=dict)
 
+    @property
+    def has_messages(self) -> bool:
+        """Whether this rank sends or receives in the step, so that its kernels run while messages are in flight."""
+        return bool(self.sends or self.receives)
+
     def views(self) -> Iterator[View]:
         """All views of the step."""
         for _, message in (*self.sends, *self.receives):
@@ -336,7 +341,10 @@ class _TableLowering:
             schedules = launches.schedules()
         else:
             masks = launches.launch_masks(task_bands(self.call.mask, launches.tasks))
-            schedules = [self.prepare(mask) for mask in masks]
+            schedules = [
+                self.prepare(mask._replace(overlaps_messages=steps[step].has_messages))
+                for mask, step in zip(masks, launches.steps, strict=True)
+            ]
         for i, step in enumerate(launches.steps):
             used = [payload for payload in self.payloads if launches.uses(i, payload)]
             operands = {payload: of_payload[payload][i] for payload in used if payload in HELD_PAYLOADS}
