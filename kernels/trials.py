@@ -21,6 +21,7 @@ from torch import Tensor
 from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1, areas, clip, row_key_ranges
 from distattn.ir.errors import DistattnError
 from distattn.kernels import reference
+from distattn.kernels.devices import current_device
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import Kernel, load_kernel
@@ -58,7 +59,8 @@ def try_each(
     found = {}
     for name in names:
         report(f"trying kernel {name} ...")
-        found[name] = tried(name, requirements, differences, seconds)
+        with current_device(requirements.device):
+            found[name] = tried(name, requirements, differences, seconds)
     return found
 
 

@@ -18,11 +18,12 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 from distattn.ir.op import CONVOLUTION, TOKEN_SHIFT
 from distattn.ir.plan import Call, Plan
+from distattn.kernels.devices import on_device_of_tensors
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import load_kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.ops.attention import autocast_inputs
-from distattn.ops.executable import EXECUTABLES, Executable, kernel_requirements
+from distattn.ops.executable import EXECUTABLES, NOT_IN_CUDA_GRAPHS, Executable, kernel_requirements
 from distattn.ops.plan_argument import check_flag, executable_of
 from distattn.parallel.runtime import execute_convolution
 from distattn.parallel.runtime.execute import run_to_completion
@@ -208,14 +209,17 @@ def _taps(call: Call) -> int | None:
 torch.library.define(
     "distattn::convolution_forward",
     "(Tensor x, Tensor? weight, Tensor? initial, SymInt plan, SymInt kept_elements) -> (Tensor y, Tensor kept)",
+    tags=NOT_IN_CUDA_GRAPHS,
 )
 torch.library.define(
     "distattn::convolution_backward",
     "(Tensor dy, Tensor x, Tensor? weight, Tensor? initial, Tensor kept, SymInt plan)"
     " -> (Tensor dx, Tensor dweight, Tensor dinitial)",
+    tags=NOT_IN_CUDA_GRAPHS,
 )
 
 
+@on_device_of_tensors
 def _forward(x, weight, initial, plan, kept_elements):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("forward")
     if weight is None:
@@ -240,6 +244,7 @@ def _forward_fake(x, weight, initial, plan, kept_elements):  # noqa: ANN001
     return x.new_empty(x.shape), x.new_empty(kept_elements)
 
 
+@on_device_of_tensors
 def _backward(dy, x, weight, initial, kept, plan):  # noqa: ANN001
     executable = EXECUTABLES.by_handle(plan).for_direction("backward")
     executable.begin_pass("backward", _NO_SCORE)

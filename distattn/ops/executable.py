@@ -40,6 +40,10 @@ from distattn.parallel.runtime.memory import PassMemory, backward_memory, forwar
 from distattn.parallel.runtime.program import Program, lower, on_device
 from distattn.parallel.runtime.transport import GroupTransport, SingleRankTransport, Transport
 
+# Tags of operators that run a plan: they send messages, and wait for events of other streams. Inductor partitions a graph at such
+# operators, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).
+NOT_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+
 
 class ExecutionKey(NamedTuple):
     """Where a plan runs: rank of the plan, name of the kernel, device."""

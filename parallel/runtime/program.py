@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -31,13 +30,14 @@ from distattn.ir.plan import (
     select_rows,
     task_bands,
 )
+from distattn.kernels.devices import current_device, has_streams
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
 from distattn.parallel.runtime.memory import PlacedTensor, PlaceKey, lay_out
 from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
-from distattn.parallel.runtime.streams import Handover, has_streams
+from distattn.parallel.runtime.streams import Handover
 from distattn.parallel.runtime.stretch_launches import StretchLaunches
 from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
 
@@ -181,7 +181,7 @@ def on_device(program: Program, device: torch.device) -> Program:
         return program
     streams = has_streams(device)
     # the current device is a thread's own, and pinned memory belongs to it
-    with torch.cuda.device(device) if streams else nullcontext():
+    with current_device(device):
         offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found.values())]).tolist()
         packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=streams)
         for tensor, at in zip(found.values(), offsets, strict=False):

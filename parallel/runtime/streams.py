@@ -8,13 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# kinds of devices whose streams and events are those of torch.cuda
-_KINDS = {"cuda"}
-
-
-def has_streams(device: torch.device) -> bool:
-    """Whether a device works off streams: a call returns before its work is done."""
-    return device.type in _KINDS
+from distattn.kernels.devices import has_streams
 
 
 class Handover(NamedTuple):
