@@ -17,6 +17,17 @@ def has_streams(device: torch.device) -> bool:
     return device.type in _KINDS
 
 
+def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """Return a tensor of the host on a device; the host does not wait for the copy.
+
+    From pageable memory it would wait for all that the device's current stream has to do.
+    """
+    if not has_streams(device):
+        return tensor.to(device)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor).to(device, non_blocking=True)
+
+
 class Handover(NamedTuple):
     """Tensors that one thread makes in its current stream and others use in theirs, with the event after which they are there."""
 
