@@ -12,22 +12,20 @@ Products are of the inputs' dtype, or of TF32 for float32, which this kernel doe
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from fla.ops.delta_rule import chunk_delta_rule
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from fla.ops.gla import chunk_gla
 from fla.ops.kda import chunk_kda
 from fla.ops.simple_gla import chunk_simple_gla
-from packaging.version import Version
 from torch import Tensor
 
 from distattn.ir.errors import DistattnError
 from distattn.kernels.fla_sequences import sequence_offsets
+from distattn.kernels.recurrence.hopper import token_decay_fault
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, Stretches, bounds_of
 from distattn.kernels.recurrence.transitions import diagonal_transitions
 from distattn.kernels.spec import KernelRequirements
@@ -54,11 +52,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
     capability = compute_capability(device)
     if capability < 80:
         return "it needs compute capability 8.0 (A100) or later"
-    # fla-core refuses it itself, in the backward pass (its issue 640)
-    wrong = Version("3.4.0") <= Version(triton.__version__) < Version("3.7.1")
-    if capability == 90 and wrong and requirements.op.decay == "token" and find_spec("tilelang") is None:
-        return f"Triton {triton.__version__} computes it wrongly on Hopper GPUs: Triton 3.7.1 or later, or tilelang, is needed"
-    return None
+    return token_decay_fault(capability) if requirements.op.decay == "token" else None
 
 
 class SequenceEnds(NamedTuple):
