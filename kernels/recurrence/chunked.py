@@ -27,8 +27,8 @@ from distattn.kernels.spec import KernelRequirements
 
 # tokens of a chunk; with a decay for each channel all pairs of a chunk have a number for each channel
 _CHUNK, _CHUNK_OF_CHANNELS = 64, 16
-# chunks that are computed at once: more would not fit into a processor's cache
-_BLOCK = 16
+# chunks that are computed at once: more would not fit into a processor's cache; on GPUs launches take most of the time
+_BLOCK, _BLOCK_ON_GPUS = 16, 64
 
 
 class Level(NamedTuple):
@@ -74,10 +74,11 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(stretches: Stretches, requirements: KernelRequirements) -> ChunkSchedule:
-    """Return the first chunk of each stretch, then the second, and so on, about `_BLOCK` of them at once, on the host."""
+    """Return the first chunk of each stretch, then the second, and so on, some of them at once, on the host."""
     size = _CHUNK_OF_CHANNELS if requirements.op.decay == "channel" else _CHUNK
     longest = max((end - begin for begin, end in stretches), default=0)
     size = min(size, max(longest, 1))
+    at_once = _BLOCK if requirements.device.type == "cpu" else _BLOCK_ON_GPUS
     blocks: list[Block] = []
     first: list[tuple[int, int]] = []
     levels: list[Level] = []
@@ -86,7 +87,7 @@ def prepare(stretches: Stretches, requirements: KernelRequirements) -> ChunkSche
         which = None if len(going) == len(stretches) else torch.tensor(going)
         levels.append(Level(len(first), len(first) + len(going), which))
         first += [(stretches[i][0] + number * size, stretches[i][1]) for i in going]
-        if len(first) >= _BLOCK or (number + 1) * size >= longest:
+        if len(first) >= at_once or (number + 1) * size >= longest:
             begin, end = torch.tensor(first).unbind(1)
             rows = begin[:, None] + torch.arange(size)
             blocks.append(Block(torch.where(rows < end[:, None], rows, -1), tuple(levels)))

@@ -7,6 +7,7 @@ from recurrences import RECURRENT, RecurrenceResult, assert_same, by_definition,
 from distattn.ir.op import OPS
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import token_by_token
+from distattn.kernels.spec import KernelRequirements
 
 LENGTHS = (1, 2, 200, 16, 65, 64, 17)
 
@@ -72,6 +73,20 @@ def test_rows_in_no_stretch_are_zero_and_empty_stretches_pass_the_state_on(name)
     assert torch.equal(final[1], case.initial[0])
     o, final = chunked.forward(case.x, prepared(chunked, OPS[name], case.x, []), case.initial[:0])
     assert not o.any() and len(final) == 0
+
+
+def test_on_gpus_more_chunks_are_computed_at_once_and_the_numbers_are_the_same():
+    case = recurrence_case(OPS["gated_delta_rule"], (1, 300, 64, 65), heads=2, key_heads=1)
+    needed = KernelRequirements(torch.float64, 3, 5, torch.device("cuda", 0), op=OPS["gated_delta_rule"])
+    together, apart = chunked.prepare(case.stretches, needed), prepared(chunked, needed.op, case.x, case.stretches)
+    for a, b in zip(*(chunked.forward(case.x, chunks, case.initial) for chunks in (together, apart)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    stretches = [(1024 * i, 1024 * i + 1024) for i in range(8)]
+    found = {
+        kind: len(chunked.prepare(stretches, needed._replace(device=torch.device(kind))).blocks)
+        for kind in ("cpu", "cuda")
+    }
+    assert found == {"cpu": 8, "cuda": 2}
 
 
 def test_an_infinite_decay_forgets_everything_and_nothing_is_not_a_number():
