@@ -206,10 +206,15 @@ def _passed_on(maps: Maps, block: Block, state_NHKV: Tensor) -> Tensor:
         entering[begin:end] = state_NHKV if which is None else state_NHKV[which]
         state, u = entering[begin:end], maps.u[begin:end]
         if maps.w is not None:
-            u = u - maps.w[begin:end] @ state
-        leaving = maps.decay[begin:end, ..., None] * state + maps.key[begin:end].transpose(-1, -2) @ u
+            u = _with_product(u, maps.w[begin:end], state, -1.0)
+        leaving = _with_product(maps.decay[begin:end, ..., None] * state, maps.key[begin:end].transpose(-1, -2), u)
         state_NHKV[slice(None) if which is None else which] = leaving
     return entering
+
+
+def _with_product(base: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    """Return base + factor * left @ right of tensors (n, H, ...), in one operator."""
+    return torch.baddbmm(base.flatten(0, 1), left.flatten(0, 1), right.flatten(0, 1), alpha=factor).view(base.shape)
 
 
 def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,10 +224,11 @@ def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor)
     for begin, end, which in reversed(block.levels):
         dleaving[begin:end] = dstate_NHKV if which is None else dstate_NHKV[which]
         after = dleaving[begin:end]
-        du[begin:end] += maps.key[begin:end] @ after
-        before = dentering[begin:end] + maps.decay[begin:end, ..., None] * after
+        # a view, in which the sum is made
+        du[begin:end].view(-1, *du.shape[2:]).baddbmm_(maps.key[begin:end].flatten(0, 1), after.flatten(0, 1))
+        before = torch.addcmul(dentering[begin:end], maps.decay[begin:end, ..., None], after)
         if maps.w is not None:
-            before -= maps.w[begin:end].transpose(-1, -2) @ du[begin:end]
+            before = _with_product(before, maps.w[begin:end].transpose(-1, -2), du[begin:end], -1.0)
         dstate_NHKV[slice(None) if which is None else which] = before
     return du, dleaving
 
