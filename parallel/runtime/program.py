@@ -41,7 +41,8 @@ from distattn.parallel.runtime.streams import Handover
 from distattn.parallel.runtime.stretch_launches import StretchLaunches
 from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
 
-PrepareKernel = Callable[[LaunchMask], Any]
+# from the mask of a launch, or of a recurrence from its stretches
+PrepareKernel = Callable[[Any], Any]
 # stretches of a message that travel by themselves, at most
 _MOST_STRETCHES = 4
 # bytes that lists on the device are aligned to
@@ -133,7 +134,8 @@ class Program:
 
 
 def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None) -> Program:
-    """Lower a plan for one rank. `prepare` turns the mask of a launch into the kernel's own schedule.
+    """Lower a plan for one rank. `prepare` turns the mask of a launch, or of a recurrence its stretches, into the kernel's own
+    schedule.
 
     The proof is stored with the program; running an unproven plan is at the caller's risk. The arenas have room for results of
     kernels that take `into`; others make their own, and leave it unused.
@@ -338,7 +340,7 @@ class _TableLowering:
         """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
         of_payload = {payload: list(itertools.islice(views, len(launches.steps))) for payload in self.payloads}
         if isinstance(launches, StretchLaunches):
-            schedules = launches.schedules()
+            schedules: list[Any] = launches.schedules(self.prepare)
         else:
             masks = launches.launch_masks(task_bands(self.call.mask, launches.tasks))
             schedules = [
@@ -427,13 +429,13 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
 
 
 def _memoized(prepare: PrepareKernel) -> PrepareKernel:
-    """The same function, called once for equal masks."""
+    """Return the same function, called once for equal masks or stretches."""
     made: dict[tuple[Any, ...], Any] = {}
 
-    def once(mask: LaunchMask) -> Any:
-        key = mask.cache_key()
+    def once(cells: Any) -> Any:
+        key = cells.cache_key() if isinstance(cells, LaunchMask) else cells
         if key not in made:
-            made[key] = prepare(mask)
+            made[key] = prepare(cells)
         return made[key]
 
     return once

@@ -11,6 +11,17 @@ from torch import Tensor
 from distattn.kernels.devices import has_streams
 
 
+def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """Return a tensor of the host on a device; the host does not wait for the copy.
+
+    From pageable memory it would wait for all that the device's current stream has to do.
+    """
+    if not has_streams(device):
+        return tensor.to(device)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor).to(device, non_blocking=True)
+
+
 class Handover(NamedTuple):
     """Tensors that one thread makes in its current stream and others use in theirs, with the event after which they are there."""
 
