@@ -292,8 +292,8 @@ def test_files_that_are_no_plans_of_this_version_are_refused_by_name(plan, tmp_p
     newer = header[:8] + (2).to_bytes(4, "little") + header[12:48] + bytes(8)
     newer += pack_plan_format.xxhash.xxh3_64_intdigest(newer).to_bytes(8, "little") + content[64:]
     for written, sentence in [
-        (b"", "0 bytes are no pack plan"),
-        (b"PK" * 500, r"is no pack plan \(byte 0\)"),
+        (b"", "0 bytes are not a pack plan"),
+        (b"PK" * 500, r"is not a pack plan \(byte 0\)"),
         (newer, "version 2, and this distattn reads version 1"),
     ]:
         path.write_bytes(written)
