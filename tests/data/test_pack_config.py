@@ -96,7 +96,7 @@ def test_names_with_brackets_are_themselves_and_masks_are_no_tokens(folder):
         (HEAD + RULE + WEB.replace("[", "").replace("]", ""), "cannot be read as TOML: "),
         (HEAD + RULE + "[[corpus", "cannot be read as TOML: "),
         (HEAD + RULE, "corpus: is missing."),
-        (HEAD.replace("steps", "corpus = []\nsteps") + RULE, "corpus: there is none; add a [[corpus]] with a name and files."),
+        (HEAD.replace("steps", "corpus = []\nsteps") + RULE, "corpus: is missing; add a [[corpus]] with a name and files."),
         (HEAD + WEB, "rule: is missing."),
         ("", "plan: is missing.\ncorpus: is missing.\nrule: is missing."),
         (HEAD.replace('"run.packs"', '""') + RULE + WEB, "plan: is empty; name the plan's file."),

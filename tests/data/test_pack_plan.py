@@ -346,7 +346,7 @@ def test_nothing_is_left_of_a_plan_that_was_not_finished(tmp_path, monkeypatch):
     [
         ({}, "steps: without them a plan ends when all corpora have ended, and web has no max_epochs"),
         ({"steps": 0}, "steps: 0 is too few"),
-        ({"seed": -1}, "seed: -1 is none"),
+        ({"seed": -1}, "seed: -1 is out of range"),
         ({"steps": 100, "max_epochs": [1.0]}, r"all corpora end after \d steps, before 100"),
         ({"max_epochs": [1e-6]}, "all corpora end after 0 steps"),
         ({"weights": [1.0, 2.0]}, "weights: 2 for 1 corpora; give one for each of web"),

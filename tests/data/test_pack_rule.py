@@ -52,7 +52,7 @@ def test_a_rule_survives_json():
         ({"context": ((0, 0),)}, "context: 0 tokens"),
         ({"context": ((0, 1 << 31),)}, "2,147,483,648 tokens"),
         ({"tokens_per_step": 200}, "tokens_per_step: 200 is not a multiple of the context length 64; 192 would be"),
-        ({"tokens_per_step": 0}, "tokens_per_step: 0 is no multiple"),
+        ({"tokens_per_step": 0}, "tokens_per_step: 0 is not a multiple"),
         ({"window": 0}, "window: 0 is too small"),
         ({"max_documents": 0}, "max_documents: 0 is too small"),
         ({"max_cost": 0.0}, "max_cost: 0.0 is not a cost"),
