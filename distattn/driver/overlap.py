@@ -279,11 +279,13 @@ class _Cancelled(Exception):
 
 
 def _current_stream(layers: Sequence[nn.Module]) -> Any:
-    """Return this thread's current stream of the layers' device, or None for a device without streams."""
-    device = next((x.device for layer in layers for x in layer.parameters()), None)
-    if device is None:
-        return torch.cuda.current_stream() if torch.cuda.is_available() else None
-    return torch.cuda.current_stream(device) if has_streams(device) else None
+    """Return this thread's current stream of the layers' device, or None where there are no streams."""
+    devices = (x.device for layer in layers for x in layer.parameters())
+    # parameters that rest on the host (FSDP2's offload) do not say where their layers compute
+    device = next((device for device in devices if has_streams(device)), None)
+    if device is None and not torch.cuda.is_available():
+        return None
+    return torch.cuda.current_stream(device)
 
 
 def _forward_together(

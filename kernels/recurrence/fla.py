@@ -52,7 +52,8 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
     capability = compute_capability(device)
     if capability < 80:
         return "it needs compute capability 8.0 (A100) or later"
-    return token_decay_fault(capability) if requirements.op.decay == "token" else None
+    op = requirements.op
+    return token_decay_fault(capability, op.delta) if op.decay == "token" else None
 
 
 class SequenceEnds(NamedTuple):
