@@ -1,16 +1,20 @@
 """Kernels on trial: each that could serve a launch is compared with the reference on a sample of it, and timed on a larger one.
 
 So a kernel that is wrong on this device, with this driver or compiler, is found before it computes anything, and the fastest
-right one is taken.
+right one is taken. Where most of a rank's cells are computed while messages are in flight, kernels are timed beside another
+kernel that holds some multiprocessors, as the communicator's do then.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -34,6 +38,7 @@ _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, to
 _COMPARED, _TIMED = (384, 512, 8), (16384, 16384, 1 << 30)
 _RUNS = 3
 _SEED = 1234
+_LOG = logging.getLogger("distattn")
 
 
 class Trial(NamedTuple):
@@ -70,10 +75,14 @@ def try_kernels(
     requirements: KernelRequirements,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
-    """The trials of kernels on launches of a plan, of which the largest is sampled. Nothing is tried without a launch."""
+    """Return the trials of kernels on all launches of a rank's plan. Nothing is tried without a launch.
+
+    The largest launch of the kind that has most cells is sampled: with messages in flight, or without.
+    """
     if not masks:
         return {}
-    largest = max(masks, key=lambda mask: int(areas(mask.bands).sum()))
+    kind = mostly_overlap_messages(masks)
+    largest = max((mask for mask in masks if mask.overlaps_messages == kind), key=_cells)
     return try_each(
         names,
         requirements,
@@ -81,6 +90,17 @@ def try_kernels(
         lambda kernel: _seconds(kernel, sample(largest, *_TIMED, 1.0), requirements),
         report,
     )
+
+
+def mostly_overlap_messages(masks: Sequence[LaunchMask]) -> bool:
+    """Return whether at least half of the cells of some launches are computed while messages are in flight."""
+    overlapped = sum(_cells(mask) for mask in masks if mask.overlaps_messages)
+    return overlapped > 0 and 2 * overlapped >= sum(map(_cells, masks))
+
+
+def _cells(mask: LaunchMask) -> int:
+    """Return the cells of a launch, of all heads."""
+    return int((areas(mask.bands) * (mask.band_heads[:, 1] - mask.band_heads[:, 0])).sum())
 
 
 def sample(mask: LaunchMask, rows: int, keys: int, heads: int, at: float) -> LaunchMask:
@@ -230,7 +250,7 @@ def _largest(values: Sequence[float]) -> float:
 
 
 def _seconds(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
-    """Of forward and backward."""
+    """Return the seconds of forward and backward; beside a kernel that holds multiprocessors if the launch overlaps messages."""
     given = _Inputs.of(mask, requirements)
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
 
@@ -238,19 +258,54 @@ def _seconds(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements)
         o, lse = kernel.forward(given.q, given.k, given.v, schedule, given.score)
         return kernel.backward(given.do, given.q, given.k, given.v, lse, torch.zeros_like(lse), schedule, given.score)
 
-    return median_seconds(run, requirements.device)
+    return median_seconds(run, requirements.device, multiprocessors_held if mask.overlaps_messages else nullcontext)
 
 
-def median_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Of a few runs, after one that compiles."""
+def median_seconds(
+    run: Callable[[], Any],
+    device: torch.device,
+    beside: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext,
+) -> float:
+    """Return the median of a few runs, after one that compiles. beside: what else happens during each of the few runs."""
     times = []
-    for _ in range(_RUNS + 1):
+    run()
+    for _ in range(_RUNS):
         _wait(device)
-        began = time.perf_counter()
-        run()
-        _wait(device)
-        times.append(time.perf_counter() - began)
-    return median(times[1:])
+        with beside(device):
+            began = time.perf_counter()
+            run()
+            # not for the device, which what is beside keeps busy
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            times.append(time.perf_counter() - began)
+    return median(times)
+
+
+@contextmanager
+def multiprocessors_held(device: torch.device) -> Iterator[None]:
+    """In here some multiprocessors of a GPU are held, as by a communicator; a warning says so where they cannot be."""
+    spinner = None
+    if device.type == "cuda":
+        try:
+            # Triton is not everywhere where kernels are tried
+            from distattn.kernels.triton.spinner import Spinner
+
+            spinner = Spinner(device)
+        except Exception as error:
+            _warn_of_spinner(f"{type(error).__name__}: {error}")
+    try:
+        yield
+    finally:
+        if spinner is not None:
+            spinner.stop()
+
+
+@cache
+def _warn_of_spinner(reason: str) -> None:
+    """Say once that times are without a kernel that holds multiprocessors."""
+    _LOG.warning(
+        "kernels are timed as if no messages were in flight: the kernel that stands for messages failed (%s)", reason
+    )
 
 
 def _wait(device: torch.device) -> None:

@@ -254,9 +254,13 @@ class Planner:
             self._ranked[trial] = ranked
 
     def _trial_of(self, shape: AttentionShape, device: torch.device) -> tuple[AttentionShape, str]:
-        """What trials of kernels are known by: windows, filters and shifts of all sizes, and all strategies, are tried as one."""
+        """Return what trials of kernels are known by: windows, filters and shifts of all sizes are tried as one.
+
+        Strategies are tried one by one, since one computes while messages are in flight, and another does not.
+        """
+        strategy = shape.override and LayerOverride(shape.override.strategy)
         one_size = shape._replace(window=shape.window and 1, taps=0, shift_distance=0)
-        return one_size._replace(override=None, layout=None), device.type
+        return one_size._replace(override=strategy, layout=None), device.type
 
     def layout_of(self, batch: BatchKey, name: str | None) -> Layout:
         """The layout of a batch, or the one of that name over its documents."""

@@ -77,7 +77,9 @@ def _found(plan: Plan, rank: int, requirements: KernelRequirements, names: tuple
     masks: list[LaunchMask] = []
     # what a plan is refused for is said where plans are compared
     with suppress(DistattnError):
-        lower(plan, rank, masks.append)
+        program = lower(plan, rank, lambda mask: mask)
+        # alike launches count as often as they are
+        masks = [launch.schedule for step in (*program.forward, *program.backward) for launch in step.launches]
     key = trial_key(masks, requirements)
     found = _kept_or_tried(key, names, lambda: try_kernels(names, masks, requirements, _LOG.info))
     for name, trial in found.items():
