@@ -38,19 +38,28 @@ _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, to
 _COMPARED, _TIMED = (384, 512, 8), (16384, 16384, 1 << 30)
 _RUNS = 3
 _SEED = 1234
+# of a trial that runs out of memory, and by how much free memory has to grow before the next one
+_MOST_ATTEMPTS, _MORE_MEMORY = 3, 1.25
 _LOG = logging.getLogger("distattn")
 
 
 class Trial(NamedTuple):
     """How a kernel did: the largest relative difference of a row from the reference, and seconds of forward and backward.
 
-    fault: why it must not be used; an empty text where it is right. passing: the fault may be gone another time.
+    fault: why it must not be used; an empty text where it is right. passing: the fault may be gone another time. lacked: bytes of
+    device memory that were free before it, if they were too few. attempts: how often that has happened.
     """
 
     difference: float = 0.0
     seconds: float = 0.0
     fault: str = ""
     passing: bool = False
+    lacked: int = 0
+    attempts: int = 0
+
+    def may_succeed_now(self, device: torch.device) -> bool:
+        """Return whether a trial that ran out of memory should be made again: a few times, each with a quarter more memory."""
+        return 0 < self.attempts < _MOST_ATTEMPTS and free_bytes(device) >= _MORE_MEMORY * self.lacked
 
 
 def try_each(
@@ -144,6 +153,7 @@ def tried(
 
     Raises DistattnError where the device can no longer be used.
     """
+    free = free_bytes(requirements.device)
     try:
         kernel = load_kernel(name)
         if why_not := kernel.unsupported_reason(requirements):
@@ -157,7 +167,8 @@ def tried(
         return Trial(fault=str(error), passing=True)
     except torch.OutOfMemoryError:
         # of the tensors of the sample, or of the kernel's own: another time there may be room
-        return Trial(fault=f'its trial ran out of device memory; kernel="{name}" uses it without a trial', passing=True)
+        fault = f'its trial ran out of device memory; kernel="{name}" uses it without a trial'
+        return Trial(fault=fault, passing=True, lacked=free, attempts=1)
     except Exception as error:
         # a compiler's or a driver's trouble is this kernel's alone, unless the device is lost for all
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
@@ -306,6 +317,13 @@ def _warn_of_spinner(reason: str) -> None:
     _LOG.warning(
         "kernels are timed as if no messages were in flight: the kernel that stands for messages failed (%s)", reason
     )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory of a GPU tensors can have: what is free, and what PyTorch's allocator holds unused; 0 for CPUs."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _wait(device: torch.device) -> None:
