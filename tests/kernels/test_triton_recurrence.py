@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from distattn.kernels.recurrence.triton import kernel
 from recurrences import RecurrenceResult, assert_same, by_definition, prepared, recurrence_case, run_recurrence
 from waits import META, host_waits
 
@@ -12,7 +13,6 @@ from distattn.ir.op import OPS
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.recurrence.trial import try_recurrence
-from distattn.kernels.recurrence.triton import kernel
 from distattn.kernels.registry import choose_kernel
 from distattn.kernels.spec import KernelRequirements
 
