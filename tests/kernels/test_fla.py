@@ -87,7 +87,7 @@ def test_its_own_context_parallelism_is_right_as_the_cluster_check_calls_it():
 
 def test_on_gpus_they_are_tried_before_the_chunked_kernel():
     gpu = torch.device("cuda", 0)
-    assert registry.candidates(gpu, OPS["kda"]) == ("fla", "triton_chunked", "chunked")
+    assert registry.candidates(gpu, OPS["kda"]) == ("fla", "chunked")
     assert registry.candidates(torch.device("cpu"), OPS["kda"]) == ("chunked",)
     assert registry.candidates(gpu, OPS["convolution"]) == ("fla_conv1d", "taps")
 
