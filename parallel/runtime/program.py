@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -31,17 +30,19 @@ from distattn.ir.plan import (
     select_rows,
     task_bands,
 )
+from distattn.kernels.devices import current_device, has_streams
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.landing import Landing, land
 from distattn.parallel.runtime.launches import LaunchTable
 from distattn.parallel.runtime.memory import PlacedTensor, PlaceKey, lay_out
 from distattn.parallel.runtime.state_program import StateProgram, StateStep, lower_states
-from distattn.parallel.runtime.streams import Handover, has_streams
+from distattn.parallel.runtime.streams import Handover
 from distattn.parallel.runtime.stretch_launches import StretchLaunches
 from distattn.parallel.runtime.views import OWN, BufferExtent, BufferKey, BufferSlice, View, ViewParts, resolve_views
 
-PrepareKernel = Callable[[LaunchMask], Any]
+# from the mask of a launch, or of a recurrence from its stretches
+PrepareKernel = Callable[[Any], Any]
 # stretches of a message that travel by themselves, at most
 _MOST_STRETCHES = 4
 # bytes that lists on the device are aligned to
@@ -90,6 +91,11 @@ class ProgramStep:
     # where the tensors of the step lie (see `memory`)
     places: dict[PlaceKey, list[PlacedTensor]] = field(default_factory=dict)
 
+    @property
+    def has_messages(self) -> bool:
+        """Return whether this rank sends or receives rows of tokens in the step, so that kernels run while messages travel."""
+        return bool(self.sends or self.receives)
+
     def views(self) -> Iterator[View]:
         """All views of the step."""
         for _, message in (*self.sends, *self.receives):
@@ -128,7 +134,8 @@ class Program:
 
 
 def lower(plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None) -> Program:
-    """Lower a plan for one rank. `prepare` turns the mask of a launch into the kernel's own schedule.
+    """Lower a plan for one rank. `prepare` turns the mask of a launch, or of a recurrence its stretches, into the kernel's own
+    schedule.
 
     The proof is stored with the program; running an unproven plan is at the caller's risk. The arenas have room for results of
     kernels that take `into`; others make their own, and leave it unused.
@@ -175,8 +182,9 @@ def on_device(program: Program, device: torch.device) -> Program:
     if not found:
         return program
     streams = has_streams(device)
-    # the current device is a thread's own, and pinned memory belongs to it
-    with torch.cuda.device(device) if streams else nullcontext():
+    # a program that is first prepared in inference mode serves training, too: what autograd saves must be no inference tensor.
+    # The current device is a thread's own, and pinned memory belongs to it.
+    with torch.inference_mode(False), current_device(device):
         offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found.values())]).tolist()
         packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=streams)
         for tensor, at in zip(found.values(), offsets, strict=False):
@@ -184,10 +192,10 @@ def on_device(program: Program, device: torch.device) -> Program:
             packed[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         copied = packed.to(device, non_blocking=True)
         uploaded = Handover.of([copied])
-    on_it = {
-        name: copied[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for (name, tensor), at in zip(found.items(), offsets, strict=False)
-    }
+        on_it = {
+            name: copied[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), at in zip(found.items(), offsets, strict=False)
+        }
     return replace(_with_tensors(program, lambda tensor: on_it[id(tensor)]), uploaded=uploaded)
 
 
@@ -333,10 +341,13 @@ class _TableLowering:
         """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
         of_payload = {payload: list(itertools.islice(views, len(launches.steps))) for payload in self.payloads}
         if isinstance(launches, StretchLaunches):
-            schedules = launches.schedules()
+            schedules: list[Any] = launches.schedules(self.prepare)
         else:
             masks = launches.launch_masks(task_bands(self.call.mask, launches.tasks))
-            schedules = [self.prepare(mask) for mask in masks]
+            schedules = [
+                self.prepare(mask._replace(overlaps_messages=steps[step].has_messages))
+                for mask, step in zip(masks, launches.steps, strict=True)
+            ]
         for i, step in enumerate(launches.steps):
             used = [payload for payload in self.payloads if launches.uses(i, payload)]
             operands = {payload: of_payload[payload][i] for payload in used if payload in HELD_PAYLOADS}
@@ -419,13 +430,13 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
 
 
 def _memoized(prepare: PrepareKernel) -> PrepareKernel:
-    """The same function, called once for equal masks."""
+    """Return the same function, called once for equal masks or stretches."""
     made: dict[tuple[Any, ...], Any] = {}
 
-    def once(mask: LaunchMask) -> Any:
-        key = mask.cache_key()
+    def once(cells: Any) -> Any:
+        key = cells.cache_key() if isinstance(cells, LaunchMask) else cells
         if key not in made:
-            made[key] = prepare(mask)
+            made[key] = prepare(cells)
         return made[key]
 
     return once

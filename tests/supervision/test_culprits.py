@@ -48,7 +48,8 @@ def beat(words, at=1.0, step=5, waits=None):
             "SS",
             [1],
             [
-                "rank 0 waits for a message that does not arrive: step 6, keys from rank 1 in step 2 of layer 1; the others: a collective"
+                "rank 0 waits for a message that does not arrive: step 6, "
+                "keys from rank 1 in step 2 of layer 1; the others: a collective"
             ],
         ),
         # rank 2 waits for one that waits itself
@@ -57,7 +58,8 @@ def beat(words, at=1.0, step=5, waits=None):
             "SSS",
             [],
             [
-                "rank 1 waits for a message that does not arrive: step 6, keys from rank 0 in step 2 of layer 1; the others: the norm"
+                "rank 1 waits for a message that does not arrive: step 6, "
+                "keys from rank 0 in step 2 of layer 1; the others: the norm"
             ],
         ),
         # one of the messages is lost, and soon everybody waits
