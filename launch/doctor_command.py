@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
             raise DistattnError(f"there is no script {options.target}.")
     checks = check_machine()
     broken = [check for check in checks if check.ok is False]
-    report: dict[str, Any] = {"checks": [check._asdict() for check in checks]}
+    report: dict[str, Any] = {"checks": [_check_facts(check) for check in checks]}
     if options.target is not None and not broken:
         diagnosis = examine_target(options.target, options.ranks, no_progress if options.json else print_to_stderr)
         report |= {
@@ -128,14 +128,18 @@ def _show_checks(checks: Sequence[Check]) -> None:
             continue
         mark = "[red]wrong[/]" if check.ok is False else "[yellow]note[/]"
         advice = f"; {check.advice}" if check.advice else ""
-        _print_prose(console, f"{mark} ", f"{check.name}: {check.found}{advice}.")
-    fine = ", ".join(f"{check.name} {check.found}" for check in checks if check.ok and not check.advice)
+        _print_prose(console, f"{mark} ", f"{check.name}: {check.state}{advice}.")
+    fine = ", ".join(f"{check.name} {check.state}" for check in checks if check.ok and not check.advice)
     _print_prose(console, "machine: ", f"{fine}.")
+
+
+def _check_facts(check: Check) -> dict[str, Any]:
+    return {"name": check.name, "ok": check.ok, "found": check.state, "advice": check.advice}
 
 
 def _summarise_checks(checks: Sequence[Check]) -> None:
     """Print a sentence about a machine without faults, after a verdict."""
-    versions = [f"{check.name} {check.found}" for check in checks if check.name in ("python", "torch")]
+    versions = [f"{check.name} {check.state}" for check in checks if check.name in ("python", "torch")]
     noted = [check.name for check in checks if not check.ok or check.advice]
     others = f" and {len(noted) - 1} more" if len(noted) > 1 else ""
     notes = f"; noteworthy: {noted[0]}{others}" if noted else ""
