@@ -160,7 +160,7 @@ class LeftOut:
         self._unstarted.append(host)
 
     def take_back_unstarted(self, alive: Collection[str]) -> str:
-        """Take back the first host on which no attempt could begin and that is alive; return it, or "" if there is none."""
+        """Take back the first host on which no attempt could begin and that is alive; return it, or "" without one."""
         for host in self._unstarted:
             if host in alive:
                 self._unstarted.remove(host)

@@ -325,7 +325,7 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _print_logs(run: RunFolder, rank: int | None) -> int:
-    """Print one rank's log; for rank None the batch script's log, or rank 0's if there is none."""
+    """Print one rank's log; for rank None the batch script's log, or rank 0's without one."""
     files = sorted(run.folder.glob("slurm-*.out")) if rank is None else [run.log_file(rank)]
     files = [file for file in files if file.exists()]
     if not files and rank is None:

@@ -18,7 +18,7 @@ from distattn.training.run_folder import RunFolder
 
 USAGE = """usage: distattn resume RUN [--step N] [--json] [--section.key value ...]
 
-Continues the run of a folder on this machine, from its newest good checkpoint, or from its first step if there is none.
+Continues the run of a folder on this machine, from its newest good checkpoint, or from its first step without one.
 --step N continues from the checkpoint after step N and sets later ones aside. distattn ckpt list RUN shows them.
 Ranks, degrees, strategy, kernel, engine and everything about logging or saving may change; the model's shape, the data and the
 seed stay. A new number of ranks is on one node unless parallel.devices_per_node is given, too. A resume that the command or the

@@ -150,7 +150,7 @@ def _prepared(run: RunFolder, config: Config, step: int | None = None) -> Iterat
 
 
 def _renew_secret(run: RunFolder) -> None:
-    """Draw a new secret; if the disk cannot be written, keep the old one with a warning. Raises OSError if there is none."""
+    """Draw a new secret; if the disk cannot be written, keep the old one with a warning. Raises OSError without one."""
     try:
         write_secret(run.secret_file)
     except OSError as error:

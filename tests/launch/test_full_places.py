@@ -60,7 +60,7 @@ def test_stacks_that_cannot_be_kept_are_printed(no_folder):
     done = run(STACKS, no_folder)
     assert done.returncode == 0, done.stderr
     first, *others = done.stderr.splitlines()
-    assert first.endswith("cannot be made: Not a directory; the stacks of rank 1 are printed instead.")
+    assert first.endswith("cannot be created: Not a directory; the stacks of rank 1 are printed instead.")
     assert others[0].startswith("Current thread 0x")
 
 

@@ -154,7 +154,7 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
     [
         (("slurm", "configs/tiny.toml", "--nodes=0"), "--nodes: at least 1, not 0"),
         (("local", "configs/tiny.toml", "--nodes=2"), "--nodes is 1 on this machine, not 2"),
-        (("slurm", "configs/tiny.toml", "--cluster.description=h200-1x2"), "4 ranks want more devices than h200-1x2"),
+        (("slurm", "configs/tiny.toml", "--cluster.description=h200-1x2"), "4 ranks need more devices than h200-1x2"),
         (("slurm", "configs/tiny.toml", "--cluster.description=h900-1x4"), "there is no cluster 'h900-1x4'"),
         (("slurm", "configs/tiny.toml", "--cluster.description=h200-2x2"), "the run has 4 ranks on a node"),
         (("slurm", "configs/tiny.toml", "--parallel.strategy=rong"), "there is no 'rong'"),
