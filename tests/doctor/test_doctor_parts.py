@@ -108,7 +108,7 @@ def test_the_verdict_comes_first_and_wraps_like_prose(monkeypatch, capsys):
     assert paragraph.startswith(f"what to do: {REMEDY}.")
     # the machine after it, in two lines at most
     assert (
-        lines[-2] == "machine: python 3.11.7; noteworthy: GPUs. distattn doctor" and "--json, says more." in lines[-1]
+        lines[-2] == "machine: python 3.11.7; noteworthy: GPUs. distattn doctor" and "--json, shows more." in lines[-1]
     )
     # by itself it is the answer: what is noteworthy, and the rest in a line
     assert doctor_command.main([]) == 0

@@ -100,7 +100,7 @@ def test_strategies_are_pure_functions():
         (dict(head_dim=0), "head_dim is 1 to 16384, not 0"),
         (dict(options={"depth": 3}), "no option 'depth'"),
         (dict(cluster="h100"), "there is no cluster 'h100'; there are a100-NODESxDEVICES"),
-        (dict(cluster=8), "cluster must be a Cluster"),
+        (dict(cluster=8), "cluster is a Cluster"),
         (dict(cluster="h100-1x4"), "the cluster has 1 x 4 ranks, the layout 2"),
     ],
 )

@@ -197,7 +197,7 @@ def test_what_cannot_be_filled_is_refused_by_name():
     [
         (T5Config(), "no causal language model of type 't5'"),
         (MambaConfig(num_hidden_layers=1), "layer 0 is a linear_attention layer"),
-        (FalconConfig(num_hidden_layers=1), "falcon models have attention classes of their own"),
+        (FalconConfig(num_hidden_layers=1), "falcon models have their own attention classes"),
     ],
     ids=lambda one: getattr(one, "model_type", ""),
 )
