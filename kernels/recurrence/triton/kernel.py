@@ -138,8 +138,8 @@ def backward(
     call.run(gradient_kernel, call.programs, warps=8, **given, **tensors, DG=dg is not None)
     if call.group > 1:
         dq, dk = (dy.unflatten(1, (-1, call.group)).sum(2) for dy in (dq, dk))
-    dx = {"q": dq, "k": dk, "v": dv, "g": dg, "beta": dbeta}
-    return x._replace(**{name: dx[name] for name in x.by_token()}), dentering
+    # a decay that is the same for all tokens has no gradient
+    return RecurrenceTokens(dq, dk, dv, x.g if dg is None else dg, dbeta), dentering
 
 
 def gradient_states(
