@@ -1,7 +1,7 @@
 """What makes a GPU's host wait for the device, found on meta tensors: every operator is looked at, those inside our own too.
 
 A number that is asked of the device, an operator whose result's size depends on its numbers, a copy from the device, or one to it
-from memory that is not pinned, or that is not told to be non_blocking. `torch.tensor(list, device=...)` is such a copy, which
+from memory that is not pinned, or without `non_blocking`. `torch.tensor(list, device=...)` is such a copy, which
 PyTorch leaves out for meta tensors: so the functions that make tensors of lists are watched by name.
 """
 
