@@ -71,6 +71,7 @@ def kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> di
     if len(names) < 2:
         return {}
     known: dict[Any, dict[str, Trial]]
+    call: Any
     if requirements.op.kind in _TRIALS_OF_KIND:
         heads = plan.call.heads, plan.call.kv_heads
         known, call = _TRIALS_OF_SHAPE, (names, requirements, heads)
