@@ -158,8 +158,8 @@ def _measured(
     clock = gpu_clock(device)
     if device.type == "cuda":
         if transport is not None:
-            # nothing is under way; open, it would keep buffers for each peer
-            transport.abort()
+            # open, it would keep buffers for each peer
+            transport.close()
         torch.cuda.empty_cache()
     return speed, clock
 

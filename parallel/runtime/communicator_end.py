@@ -1,0 +1,109 @@
+"""The end of communicators of our own: each is shut down once, when its last driver closes, when its group goes, or at exit.
+
+PyTorch's NCCL backend prints a warning and aborts where it is destroyed without `shutdown` or `abort` (ProcessGroupNCCL.cpp,
+the destructor), and `destroy_process_group` ends only communicators that it has made. `shutdown` waits for messages under way
+and for the other ranks, without a time-out; `abort` ends messages. The base class of backends has both (Backend.hpp).
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+# A healthy communicator shuts down at once. After this it is aborted, which may take as long again; in seconds.
+_END_SECONDS = 20.0
+
+
+class _Open(NamedTuple):
+    """An open communicator. finalizer: ends it with its group, or at exit. process: the id of the process that opened it."""
+
+    backend: Any
+    finalizer: Any
+    process: int
+
+
+# by id: the backend lives as long as its entry
+_OPEN: dict[int, _Open] = {}
+_LOCK = threading.Lock()
+
+
+def end_with_group(backend: Any, group: dist.ProcessGroup) -> None:
+    """Have a new communicator ended with its process group or at exit, unless `end_communicator` ends it before."""
+    _Helpers.start()
+    finalizer = weakref.finalize(group, _end_late, backend)
+    with _LOCK:
+        _OPEN[id(backend)] = _Open(backend, finalizer, os.getpid())
+
+
+def end_communicator(backend: Any, gracefully: bool = True) -> None:
+    """Shut a communicator down, unless it has ended: a collective call of its ranks, which make such calls in one order.
+
+    gracefully: messages under way and other ranks are waited for; otherwise the communicator is aborted. It is aborted as well
+    where a shutdown fails or takes longer than _END_SECONDS, as where a rank is lost. Prints and raises nothing.
+    """
+    with _LOCK:
+        found = _OPEN.pop(id(backend), None)
+    if found is None:
+        return
+    found.finalizer.detach()
+    if found.process != os.getpid():
+        # a process that was forked has no part in what its parent opened
+        return
+    if gracefully and _Helpers.run(backend.shutdown, _END_SECONDS):
+        return
+    _Helpers.run(backend.abort, _END_SECONDS)
+
+
+def _end_late(backend: Any) -> None:
+    """End a communicator whose group has gone, or whose process ends; after an unhandled error do not wait for other ranks."""
+    end_communicator(backend, gracefully=not hasattr(sys, "last_value"))
+
+
+class _Helpers:
+    """Threads that wait for ends of communicators, so that the caller's wait has a limit.
+
+    They are started with the first communicator: from Python 3.12 on a process that is ending cannot start threads. There are
+    two, so that an abort can end a shutdown that hangs.
+    """
+
+    _calls: queue.SimpleQueue[tuple[Callable[[], None], list[bool], threading.Event]] = queue.SimpleQueue()
+    _process = 0
+
+    @classmethod
+    def start(cls) -> None:
+        """Start the threads of this process, once."""
+        with _LOCK:
+            if cls._process == os.getpid():
+                return
+            cls._process, cls._calls = os.getpid(), queue.SimpleQueue()
+        for number in range(2):
+            name = f"distattn-communicator-end-{number}"
+            threading.Thread(target=cls._work, args=(cls._calls,), daemon=True, name=name).start()
+
+    @classmethod
+    def run(cls, work: Callable[[], None], seconds: float) -> bool:
+        """Return whether `work` ended well within some seconds."""
+        succeeded: list[bool] = []
+        done = threading.Event()
+        cls._calls.put((work, succeeded, done))
+        done.wait(seconds)
+        return bool(succeeded)
+
+    @staticmethod
+    def _work(calls: Any) -> None:
+        while True:
+            work, succeeded, done = calls.get()
+            # what fails is aborted by the caller, and there is nothing to do about an abort that fails
+            with suppress(Exception):
+                work()
+                succeeded.append(True)
+            del work
+            done.set()
