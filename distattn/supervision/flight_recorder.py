@@ -46,7 +46,7 @@ def answer_with_flight_recorder() -> None:
 
 
 def lengthen_flight_recorder(layers: int) -> None:
-    """Have this process's recorder hold the calls of one step of a model with so many layers, unless the user set its length.
+    """Make this process's recorder hold the calls of one step of a model of `layers` layers, unless the user set its length.
 
     Call it before the first process group. It holds 2,000 to 24,000 calls, each about 1.3 kB of host memory once it is made.
     """
