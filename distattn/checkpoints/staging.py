@@ -80,7 +80,8 @@ class HostBuffers:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor is a buffer that `keep` returned since the last save."""
-        return id(tensor) in self._kept
+        # an id may be used again once its buffer is gone
+        return self._buffers.get(self._kept.get(id(tensor), "")) is tensor
 
     def like(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The buffer of a tensor: on the host, of its shape and dtype."""

@@ -28,11 +28,11 @@ class HostOffload:
     """
 
     def __init__(self, in_flight: int = 2):
+        self._streams: dict[torch.device, Any] = {}
         if in_flight < 1:
             raise DistattnError(f"in_flight is at least 1, not {in_flight}.")
         self.in_flight = in_flight
         self._lock = threading.RLock()
-        self._streams: dict[torch.device, Any] = {}
         # on their way out, oldest first; those that may be asked for, in the order in which they came
         self._leaving: deque[Ticket] = deque()
         self._waiting: list[weakref.ref[Ticket]] = []
@@ -85,6 +85,11 @@ class HostOffload:
         """Take back the pinned bytes of a tensor of a device."""
         with self._lock:
             self._free[device].append(buffer)
+
+    def __del__(self) -> None:
+        # the allocator knows nothing of these pages: they must not be given back before the copies from and to them are over
+        for stream in self._streams.values():
+            stream.synchronize()
 
     def _stream(self, device: torch.device) -> Any:
         if not has_streams(device):

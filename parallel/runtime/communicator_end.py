@@ -2,7 +2,8 @@
 
 PyTorch's NCCL backend prints a warning and aborts where it is destroyed without `shutdown` or `abort` (ProcessGroupNCCL.cpp,
 the destructor), and `destroy_process_group` ends only communicators that it has made. `shutdown` waits for messages under way
-and for the other ranks, without a time-out; `abort` ends messages. The base class of backends has both (Backend.hpp).
+and for the other ranks, without a time-out; `abort` ends messages. The base class of backends has both (Backend.hpp) in
+torch 2.11, 2.12 and 2.13.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ class _Open(NamedTuple):
 
 # by id: the backend lives as long as its entry
 _OPEN: dict[int, _Open] = {}
-_LOCK = threading.Lock()
+# NCCL's backend must not be aborted after its shutdown
+_ENDED: weakref.WeakSet[Any] = weakref.WeakSet()
+# garbage collection may end a group, and so a communicator, on a thread that holds the lock
+_LOCK = threading.RLock()
 
 
 def end_with_group(backend: Any, group: dist.ProcessGroup) -> None:
@@ -47,16 +51,20 @@ def end_communicator(backend: Any, gracefully: bool = True) -> None:
     """Shut a communicator down, unless it has ended: a collective call of its ranks, which make such calls in one order.
 
     gracefully: messages under way and other ranks are waited for; otherwise the communicator is aborted. It is aborted as well
-    where a shutdown fails or takes longer than _END_SECONDS, as where a rank is lost. Prints and raises nothing.
+    where a shutdown fails or takes longer than _END_SECONDS, as where a rank is lost. Prints and raises nothing. A backend that
+    `end_with_group` was not called for is ended as well.
     """
     with _LOCK:
+        if backend in _ENDED:
+            return
+        _ENDED.add(backend)
         found = _OPEN.pop(id(backend), None)
-    if found is None:
-        return
-    found.finalizer.detach()
-    if found.process != os.getpid():
-        # a process that was forked has no part in what its parent opened
-        return
+    if found is not None:
+        found.finalizer.detach()
+        if found.process != os.getpid():
+            # a process that was forked has no part in what its parent opened
+            return
+    _Helpers.start()
     if gracefully and _Helpers.run(backend.shutdown, _END_SECONDS):
         return
     _Helpers.run(backend.abort, _END_SECONDS)

@@ -93,6 +93,14 @@ def test_a_state_keeps_tensors_that_are_buffers_already_as_they_are():
     assert not HostBuffers().holds(kept)
 
 
+def test_a_tensor_with_the_id_of_a_buffer_that_is_gone_is_no_buffer():
+    buffers = HostBuffers()
+    buffers.keep("a", torch.ones(3))
+    other = torch.ones(4)
+    buffers._kept[id(other)] = "a"
+    assert not buffers.holds(other)
+
+
 def test_the_buffer_of_another_shape_takes_the_place_of_the_old_one():
     buffers = HostBuffers()
     old = weakref.ref(buffers.keep("a", torch.ones(3)))

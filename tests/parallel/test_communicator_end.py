@@ -52,6 +52,26 @@ def test_a_closed_transport_is_shut_down_once_and_refuses_messages(opened):
         backend.allreduce([torch.ones(1)])
 
 
+def test_a_transport_on_a_backend_of_the_callers_own_is_aborted_once():
+    backend = ImitatedNccl(QueueWire().end(0), 0, 1)
+    group = Group()
+    transport = GroupTransport(group, backend)
+    transport.abort()
+    assert backend._is_aborted
+    backend._is_aborted = False
+    transport.abort()
+    assert not backend._is_aborted
+    # for its destructor
+    backend.abort()
+
+
+def test_garbage_collection_may_end_a_communicator_on_a_thread_that_ends_another():
+    lock = communicator_end._LOCK
+    with lock:
+        assert lock.acquire(blocking=False)
+        lock.release()
+
+
 def test_a_communicator_ends_with_its_group(opened):
     group, backend = opened
     del group
