@@ -41,7 +41,7 @@ _LOCK = threading.RLock()
 
 def end_with_group(backend: Any, group: dist.ProcessGroup) -> None:
     """Have a new communicator ended with its process group or at exit, unless `end_communicator` ends it before."""
-    _Helpers.start()
+    _Helpers.acquire()
     finalizer = weakref.finalize(group, _end_late, backend)
     with _LOCK:
         _OPEN[id(backend)] = _Open(backend, finalizer, os.getpid())
@@ -59,15 +59,18 @@ def end_communicator(backend: Any, gracefully: bool = True) -> None:
             return
         _ENDED.add(backend)
         found = _OPEN.pop(id(backend), None)
-    if found is not None:
+    if found is None:
+        _Helpers.acquire()
+    else:
         found.finalizer.detach()
         if found.process != os.getpid():
             # a process that was forked has no part in what its parent opened
             return
-    _Helpers.start()
-    if gracefully and _Helpers.run(backend.shutdown, _END_SECONDS):
-        return
-    _Helpers.run(backend.abort, _END_SECONDS)
+    try:
+        if not (gracefully and _Helpers.run(backend.shutdown, _END_SECONDS)):
+            _Helpers.run(backend.abort, _END_SECONDS)
+    finally:
+        _Helpers.release()
 
 
 def _end_late(backend: Any) -> None:
@@ -78,23 +81,45 @@ def _end_late(backend: Any) -> None:
 class _Helpers:
     """Threads that wait for ends of communicators, so that the caller's wait has a limit.
 
-    They are started with the first communicator: from Python 3.12 on a process that is ending cannot start threads. There are
-    two, so that an abort can end a shutdown that hangs.
+    They are started with the first communicator, since from Python 3.12 on a process that is ending cannot start threads, and
+    end with the last one. There are two, so that an abort can end a shutdown that hangs.
     """
 
-    _calls: queue.SimpleQueue[tuple[Callable[[], None], list[bool], threading.Event]] = queue.SimpleQueue()
+    _calls: queue.SimpleQueue[tuple[Callable[[], None], list[bool], threading.Event] | None] = queue.SimpleQueue()
+    _threads: tuple[threading.Thread, ...] = ()
     _process = 0
+    _users = 0
 
     @classmethod
-    def start(cls) -> None:
-        """Start the threads of this process, once."""
+    def acquire(cls) -> None:
+        """Note one more communicator that is to be ended. Start the threads of this process for the first one."""
         with _LOCK:
-            if cls._process == os.getpid():
+            if cls._process != os.getpid():
+                cls._process, cls._users = os.getpid(), 0
+            cls._users += 1
+            if cls._users == 1:
+                cls._calls = queue.SimpleQueue()
+                names = (f"distattn-communicator-end-{number}" for number in range(2))
+                cls._threads = tuple(
+                    threading.Thread(target=cls._work, args=(cls._calls,), daemon=True, name=name) for name in names
+                )
+                for thread in cls._threads:
+                    thread.start()
+
+    @classmethod
+    def release(cls) -> None:
+        """Note that a communicator has ended. End the threads after the last one."""
+        with _LOCK:
+            cls._users -= 1
+            if cls._users:
                 return
-            cls._process, cls._calls = os.getpid(), queue.SimpleQueue()
-        for number in range(2):
-            name = f"distattn-communicator-end-{number}"
-            threading.Thread(target=cls._work, args=(cls._calls,), daemon=True, name=name).start()
+            ending, cls._threads = cls._threads, ()
+            for _ in ending:
+                cls._calls.put(None)
+        for thread in ending:
+            # garbage collection may end a communicator on one of these threads, and a call that hangs is left behind
+            if thread is not threading.current_thread():
+                thread.join(1.0)
 
     @classmethod
     def run(cls, work: Callable[[], None], seconds: float) -> bool:
@@ -107,11 +132,11 @@ class _Helpers:
 
     @staticmethod
     def _work(calls: Any) -> None:
-        while True:
-            work, succeeded, done = calls.get()
+        while (call := calls.get()) is not None:
+            work, succeeded, done = call
             # what fails is aborted by the caller, and there is nothing to do about an abort that fails
             with suppress(Exception):
                 work()
                 succeeded.append(True)
-            del work
+            del work, call
             done.set()

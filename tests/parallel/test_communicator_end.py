@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,20 @@ def test_garbage_collection_may_end_a_communicator_on_a_thread_that_ends_another
     with lock:
         assert lock.acquire(blocking=False)
         lock.release()
+
+
+def test_no_thread_is_left_after_the_last_communicator(monkeypatch):
+    # communicators of other tests may be open
+    own = type("Helpers", (communicator_end._Helpers,), {"_users": 0, "_process": 0})
+    monkeypatch.setattr(communicator_end, "_Helpers", own)
+    group, backends = Group(), [ImitatedNccl(QueueWire().end(0), 0, 1) for _ in range(2)]
+    for backend in backends:
+        end_with_group(backend, group)
+    threads = set(own._threads)
+    for backend in backends:
+        assert threads and threads <= set(threading.enumerate())
+        end_communicator(backend)
+    assert all(backend._is_shut for backend in backends) and not threads & set(threading.enumerate())
 
 
 def test_a_communicator_ends_with_its_group(opened):
