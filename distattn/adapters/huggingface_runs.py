@@ -22,6 +22,8 @@ from distattn.batch.recurrent_run import RecurrentRun, recurrent_run
 from distattn.ir.errors import DistattnError
 
 _RECURRENT = "linear_attention"
+# a layer of attention and a recurrence side by side
+_WITH_ATTENTION = "hybrid"
 # kinds of layers that work in any layout, such as those between recurrent layers
 _BY_TOKEN = ("mlp", "moe")
 # an op, and the names in configurations of its value heads, query and key heads, key dim and value dim
@@ -34,6 +36,8 @@ _SHAPES = (
     ("ssd", ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head")),
     ("ssd", ("mamba_num_heads", "n_groups", "ssm_state_size", "mamba_head_dim")),
 )
+# models whose configurations have none of these sizes, and the op of their recurrent layers
+_OPS_OF_OTHERS = {"mamba2": "ssd", "zamba2": "ssd"}
 # arguments that decoders pass to all layers, and only attention reads: recurrent layers have no positions
 _POSITIONS = ("position_ids", "position_embeddings")
 # outputs of each layer or router that decoders may return; the caller expects their rows in the model's layout
@@ -82,11 +86,24 @@ def recurrence_shape(config: Any) -> dict[str, Any] | None:
     if _RECURRENT not in (getattr(config, "layer_types", None) or ()):
         return None
     check_mixing_layer(list(config.layer_types).index(_RECURRENT), config)
-    for op, names in _SHAPES:
-        if all(hasattr(config, name) for name in names):
-            sizes = (getattr(config, name) for name in names)
-            return dict(op=op) | dict(zip(("heads", "kv_heads", "head_dim", "v_head_dim"), sizes, strict=True))
-    return None
+    op, names = _op_and_sizes(config)
+    if op is None:
+        return None
+    sizes = (getattr(config, name) for name in names)
+    return dict(op=op) | dict(zip(("heads", "kv_heads", "head_dim", "v_head_dim"), sizes, strict=True))
+
+
+def recurrent_op(config: Any) -> str | None:
+    """Return the op of a configuration's recurrent layers; None without such layers, and for unknown ones."""
+    kinds = getattr(config, "layer_types", None) or ()
+    if _RECURRENT not in kinds and _WITH_ATTENTION not in kinds:
+        return None
+    return _op_and_sizes(config)[0] or _OPS_OF_OTHERS.get(config.model_type)
+
+
+def _op_and_sizes(config: Any) -> tuple[str | None, tuple[str, ...]]:
+    """Return the op whose sizes a configuration has, and the names of these sizes there."""
+    return next(((op, names) for op, names in _SHAPES if all(hasattr(config, name) for name in names)), (None, ()))
 
 
 class _Returned:

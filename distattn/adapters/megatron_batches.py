@@ -152,11 +152,11 @@ class _GroupPlanner:
         """See `planner.Ranks`: passes are not observed."""
 
     def close(self) -> None:
-        """End the host group and the thread that sends heartbeats."""
+        """End the host group, the communicators and the thread that sends heartbeats. A collective call."""
         self.planner.close()
         if self._host is not None and self._monitor is not None and self._transports is not None:
             self._host.close()
-            self._transports.close()
+            self._transports.close(gracefully=True)
             self._monitor.close()
 
 

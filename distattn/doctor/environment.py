@@ -99,7 +99,10 @@ def _devices() -> Iterator[Check]:
         if missing := fla_core_advice(10 * gpu.major + gpu.minor):
             fault, _, remedy = missing.partition(": ")
             yield Check(
-                f"kernel fla on GPU {index}", None, fault, f"{remedy}; until then kernel chunked computes them, slowly"
+                f"kernel fla on GPU {index}",
+                None,
+                fault,
+                f"{remedy}; until then a slower kernel computes them (triton_chunked or chunked)",
             )
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     nccl_version = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "missing"
