@@ -291,7 +291,7 @@ def test_pieces_that_neighbouring_groups_share_are_one():
         ([], "pairs"),
         ([(2, Mask.causal(4)), (2, Mask.causal(5))], "one axis"),
         ([(0, Mask.causal(4))], "at least 1 head"),
-        ([(1, Mask.by_head([(1, Mask.causal(4))]))], "without head groups"),
+        ([(1, Mask.by_head([(1, Mask.causal(4))]))], "do not differ by head"),
     ],
 )
 def test_impossible_head_groups_are_refused(groups, sentence):
